@@ -1,0 +1,33 @@
+# make demo, make test: set-up and all, on a fresh machine. VENV=path reuses an environment.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+OUT ?= demo-output
+
+.PHONY: install demo test lint check-long clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: install
+	$(BIN)/segkit demo $(OUT)
+
+# Cheap checks first: a misplaced import is known after seconds, not after the tests.
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+check-long: lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) $(OUT) dist .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,38 @@
+"""segkit: train, run and score medical image segmentation.
+
+The public names below are loaded on first use, so `import segkit` is instant; nothing inside the package imports them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from segkit.checkpoint import load_model as load_model
+    from segkit.inference.predictor import Prediction as Prediction
+    from segkit.inference.predictor import Predictor as Predictor
+    from segkit.models.table import ModelInfo as ModelInfo
+    from segkit.models.table import build_model as build_model
+    from segkit.models.table import list_models as list_models
+
+_PUBLIC = {
+    "build_model": "segkit.models.table",
+    "list_models": "segkit.models.table",
+    "ModelInfo": "segkit.models.table",
+    "load_model": "segkit.checkpoint",
+    "Predictor": "segkit.inference.predictor",
+    "Prediction": "segkit.inference.predictor",
+}
+
+__all__ = ["ModelInfo", "Prediction", "Predictor", "build_model", "list_models", "load_model"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'segkit' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

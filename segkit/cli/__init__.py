@@ -1,0 +1,84 @@
+"""The command line: one file per verb, and this table of them.
+
+Verbs are imported only when they are called, and import what is heavy only inside their function, so that `--help`
+answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from segkit.errors import SegkitError
+
+VERBS: dict[str, str] = {
+    "demo": "segkit.cli.demo:demo",
+    "phantom": "segkit.cli.phantom:phantom",
+    "check": "segkit.cli.check:check",
+    "models": "segkit.cli.models:models",
+    "train": "segkit.cli.train:train",
+    "infer": "segkit.cli.infer:infer",
+    "evaluate": "segkit.cli.evaluate:evaluate",
+    "convert": "segkit.cli.convert:app",
+    "config": "segkit.cli.config:app",
+}
+"""Verb -> the function (or the Typer application of sub-verbs) that does it, in the order of `segkit --help`."""
+
+
+def build_app() -> typer.Typer:
+    """The Typer application with every verb of the table."""
+    app = typer.Typer(
+        name="segkit",
+        help="Medical image segmentation: from a folder of scans to a trained model, masks and scores.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    for verb, target in VERBS.items():
+        loaded = _load(target)
+        if isinstance(loaded, typer.Typer):
+            app.add_typer(loaded, name=verb)
+        else:
+            app.command(name=verb)(loaded)
+    return app
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 a case failed, 2 wrong request, 130 interrupted."""
+    from segkit.runtime import is_debug
+
+    arguments = sys.argv[1:] if arguments is None else arguments
+    wants_trace = is_debug() or "--debug" in arguments
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        build_app()([argument for argument in arguments if argument != "--debug"])
+    except SegkitError as error:
+        if wants_trace:
+            raise
+        typer.echo(f"Error: {error}", err=True)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; what was finished is kept.", err=True)
+        raise SystemExit(130) from None
+
+
+def _load(target: str) -> Callable[..., Any] | typer.Typer:
+    module, _, name = target.partition(":")
+    loaded: Callable[..., Any] | typer.Typer = getattr(importlib.import_module(module), name)
+    return loaded
+
+
+def _root(
+    version: bool = typer.Option(False, "--version", help="Print the version and leave.", is_eager=True),
+) -> None:
+    if version:
+        from importlib import metadata
+
+        typer.echo(metadata.version("segkit"))
+        raise typer.Exit

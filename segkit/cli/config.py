@@ -1,0 +1,49 @@
+"""`segkit config`: print every setting, or check a file before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from segkit.cli.options import parse_settings
+
+app = typer.Typer(help="Show every setting, or check a configuration file.", no_args_is_help=True)
+
+PresetOption = Annotated[str | None, typer.Option("--preset", help="tiny, cpu, default or large.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value over the file, e.g. optimiser.lr=1e-3.")]
+
+
+@app.command()
+def show(preset: PresetOption = None, settings: SetOption = None) -> None:
+    """Print the settings of a run as YAML, each with what it means; null is decided by planning."""
+    from segkit.config.loading import annotated_yaml, build_config, preset_layers
+    from segkit.training.config import TrainConfig
+
+    config = build_config(TrainConfig, [*preset_layers(preset), ("--set", parse_settings(settings))])
+    typer.echo(annotated_yaml(config), nl=False)
+
+
+@app.command()
+def validate(
+    files: Annotated[list[Path], typer.Argument(help="Configuration files.")],
+    settings: SetOption = None,
+) -> None:
+    """Check configuration files; every problem is reported at once, with file, key and reason."""
+    from segkit.config.loading import build_config, read_yaml
+    from segkit.errors import ConfigError, Problem
+    from segkit.models.table import configure
+    from segkit.training.config import TrainConfig
+
+    problems: list[Problem] = []
+    for file in files:
+        try:
+            config = build_config(TrainConfig, [(str(file), read_yaml(file)), ("--set", parse_settings(settings))])
+        except ConfigError as error:
+            problems += error.problems
+        else:
+            configure(config.network.family, config.network.size, config.network.arguments)
+    if problems:
+        raise ConfigError(problems)
+    typer.echo(f"{len(files)} file{'s' if len(files) != 1 else ''} valid")

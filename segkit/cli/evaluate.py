@@ -1,0 +1,94 @@
+"""`segkit evaluate`: scores of masks against references."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from segkit.cli.options import (
+    CasesOption,
+    JsonOption,
+    QuietOption,
+    VerboseOption,
+    console,
+    print_json,
+    print_table,
+    read_case_ids,
+    set_verbosity,
+)
+
+if TYPE_CHECKING:
+    from segkit.report.evaluate import Evaluation
+
+_SHOWN = ("dice", "hd95_mm", "nsd", "sensitivity", "precision", "specificity")
+
+
+def evaluate(
+    predictions: Annotated[Path, typer.Option("-p", "--predictions", help="Folder of masks <case>.nii.gz, or one.")],
+    references: Annotated[Path, typer.Option("-r", "--references", help="Dataset, folder of masks, or one mask.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for scores.json, scores.csv, summary.md, pictures.")
+    ] = None,
+    protocol: Annotated[str, typer.Option(help="How empty masks and lesions are counted: legacy.")] = "legacy",
+    challenge: Annotated[
+        str | None, typer.Option(help="gli, met, ped, men, men-rt, goat or ssa; default: as the names tell.")
+    ] = None,
+    cases: CasesOption = None,
+    missing: Annotated[
+        Literal["skip", "zero"],
+        typer.Option(help="References without a prediction: leave out, or give the worst scores."),
+    ] = "skip",
+    label_scheme: Annotated[
+        str | None, typer.Option(help="Label scheme of the references, where names do not tell; `classes` for values.")
+    ] = None,
+    prediction_scheme: Annotated[
+        str | None, typer.Option(help="Label scheme of the predictions, where it differs and no manifest tells.")
+    ] = None,
+    figures: Annotated[int, typer.Option(min=0, help="Draw this many of the worst cases into OUTPUT/figures.")] = 0,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Score masks against references: Dice, HD95, NSD, sensitivity, specificity per case and region.
+
+    Exit code 1 where a case could not be scored, 2 where the request is wrong.
+    """
+    from segkit.errors import RequestError
+    from segkit.report.evaluate import draw_worst_cases, evaluate_pairs
+    from segkit.report.pairing import pair_folders
+
+    set_verbosity(is_quiet=quiet, is_verbose=verbose)
+    if figures and output is None:
+        raise RequestError("--figures needs a folder to write to", remedy="Add -o OUT")
+    pairing = pair_folders(
+        predictions,
+        references,
+        challenge=challenge,
+        case_ids=read_case_ids(cases),
+        label_scheme=label_scheme,
+        prediction_scheme=prediction_scheme,
+    )
+    evaluation = evaluate_pairs(pairing, protocol=protocol, missing=missing)
+    if output is not None:
+        evaluation.write(output)
+        if figures:
+            draw_worst_cases(evaluation, pairing, output / "figures", figures)
+    if json:
+        print_json(evaluation.to_json())
+    else:
+        _print_summary(evaluation)
+    if not quiet:
+        for note in evaluation.notes():
+            console().print(note, style="yellow", markup=False)
+    if evaluation.errors:
+        raise typer.Exit(1)
+
+
+def _print_summary(evaluation: Evaluation) -> None:
+    from segkit.report.tables import summary_rows
+
+    columns, rows = summary_rows(evaluation.summary(), _SHOWN)
+    title = f"{len(evaluation.cases)} cases, protocol {evaluation.protocol}; mean (median)"
+    print_table(title, columns, rows)

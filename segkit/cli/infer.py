@@ -1,0 +1,160 @@
+"""`segkit infer`: scans in, masks on their own grids out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from segkit.cli.options import (
+    CasesOption,
+    DeviceOption,
+    InputOption,
+    JsonOption,
+    LayoutOption,
+    ModalitiesOption,
+    ModelOption,
+    OutputOption,
+    OverwriteOption,
+    QuietOption,
+    SchemeOption,
+    VerboseOption,
+    console,
+    print_json,
+    print_table,
+    read_case_ids,
+    read_modalities,
+    set_verbosity,
+)
+
+if TYPE_CHECKING:
+    from segkit.data.case import Cohort
+    from segkit.inference.folders import CaseTask
+    from segkit.inference.manifest import CaseRecord
+    from segkit.inference.predictor import Predictor
+
+BackendOption = Annotated[Literal["auto", "torch"], typer.Option("--backend", help="What computes the network.")]
+TtaOption = Annotated[bool, typer.Option("--tta", help="Average over mirrored inputs: better, up to 8 times slower.")]
+MissingOption = Annotated[
+    bool, typer.Option("--allow-missing", help="Go on without modalities that a case lacks; recorded.")
+]
+ProbabilitiesOption = Annotated[
+    bool, typer.Option("--save-probabilities", help="Also write OUT/probabilities/<case>_<output>.")
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done with each case; write nothing.")]
+
+
+def infer(
+    model: ModelOption,
+    input: InputOption,
+    output: OutputOption,
+    cases: CasesOption = None,
+    backend: BackendOption = "auto",
+    device: DeviceOption = None,
+    layout: LayoutOption = None,
+    label_scheme: SchemeOption = None,
+    modality: ModalitiesOption = None,
+    tta: TtaOption = False,
+    allow_missing: MissingOption = False,
+    save_probabilities: ProbabilitiesOption = False,
+    overwrite: OverwriteOption = False,
+    dry_run: DryRunOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Segment a volume, a case folder or a data folder; one mask a case and a manifest go to OUT.
+
+    Cases that fail are named with the reason and do not stop the others; run the same command again to go on where
+    it was interrupted.
+    """
+    set_verbosity(is_quiet=quiet, is_verbose=verbose)
+    from segkit.inference.folders import InferenceSettings, find_input, infer_folder, open_manifest, plan_cases
+
+    cohort = find_input(input, layout=layout, modalities=read_modalities(modality), case_ids=read_case_ids(cases))
+    predictor = _load(model, backend, device, uses_tta=tta)
+    settings = InferenceSettings(overwrite, allow_missing, save_probabilities, label_scheme)
+    name = ", ".join(str(path) for path in model)
+    if dry_run:
+        manifest = open_manifest(predictor, cohort, output, name)
+        tasks, decided = plan_cases(predictor, cohort, output, settings, manifest)
+        _tell_plan(tasks, decided, as_json=json)
+        return
+    with _Progress(cohort, is_quiet=quiet) as progress:
+        document = infer_folder(predictor, cohort, output, settings, on_record=progress.show, model=name)
+    if json:
+        print_json(document)
+    if document["summary"]["failed"]:
+        raise typer.Exit(1)
+
+
+def _load(models: list[Path], backend: str, device: str | None, *, uses_tta: bool) -> Predictor:
+    from segkit.errors import CheckpointError, RequestError
+    from segkit.inference.predictor import Predictor
+    from segkit.runtime import pick_device
+
+    try:
+        return Predictor.load(models, pick_device(device), backend, uses_tta=uses_tta)
+    except CheckpointError as error:  # no case was touched: the request is at fault, not a case
+        raise RequestError(error.found, where=error.where, expected=error.expected, remedy=error.remedy) from error
+
+
+def _tell_plan(tasks: list[CaseTask], decided: list[CaseRecord], *, as_json: bool) -> None:
+    planned = [
+        {"case": task.case.id, "status": "planned", "mask": str(task.target), "label_scheme": task.scheme.name}
+        for task in tasks
+    ]
+    others = [{"case": record.case, "status": record.status, "error": record.error} for record in decided]
+    if as_json:
+        print_json({"cases": planned + others})
+        return
+    print_table(
+        "What would be done",
+        ("case", "status", "mask or reason"),
+        [
+            (row["case"], row["status"], row.get("mask") or row.get("error") or "done before")
+            for row in planned + others
+        ],
+    )
+
+
+class _Progress:
+    """How far a run is: a bar on a terminal, one line a case elsewhere; failures are named in both."""
+
+    def __init__(self, cohort: Cohort, *, is_quiet: bool) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.total = len(cohort.cases)
+        self.counts = {"done": 0, "skipped": 0, "failed": 0}
+        self.is_quiet = is_quiet
+        self.console = console()
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=is_quiet or not self.console.is_terminal,
+        )
+
+    def __enter__(self) -> _Progress:
+        self.bar.start()
+        self.task = self.bar.add_task("segmenting", total=self.total)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+        if not self.is_quiet:
+            self.console.print(", ".join(f"{count} {status}" for status, count in self.counts.items()))
+
+    def show(self, record: CaseRecord) -> None:
+        self.counts[record.status] += 1
+        self.bar.advance(self.task)
+        if record.error is not None:
+            self.console.print(f"{record.case}: failed: {record.error}", markup=False, soft_wrap=True)
+        elif not self.is_quiet and not self.console.is_terminal:
+            done = sum(self.counts.values())
+            stages = ", ".join(f"{stage} {value:.1f} s" for stage, value in record.seconds.items() if value)
+            line = f"[{done}/{self.total}] {record.case}: {record.status}" + (f" ({stages})" if stages else "")
+            self.console.print(line, markup=False, soft_wrap=True)

@@ -1,0 +1,114 @@
+"""Options that several verbs share, and how verbs print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from segkit.errors import RequestError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+DataArgument = Annotated[Path, typer.Argument(help="Folder with the data, in any layout; see `segkit check`.")]
+InputOption = Annotated[Path, typer.Option("-i", "--input", help="Volume, case folder or data folder.")]
+OutputOption = Annotated[Path, typer.Option("-o", "--output", help="Folder to write to.")]
+ModelOption = Annotated[list[Path], typer.Option("-m", "--model", help="Run folder; several make an ensemble.")]
+DeviceOption = Annotated[str | None, typer.Option("-d", "--device", help="cpu, cuda, cuda:N or mps; default: best.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")]
+QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors.")]
+VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Also what is done and why; tracebacks.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Do finished cases again.")]
+CasesOption = Annotated[
+    Path | None, typer.Option("--cases", help="Text file with the case ids to use, one a line.", show_default=False)
+]
+LayoutOption = Annotated[str | None, typer.Option("--layout", help="Data layout, where it is not recognised.")]
+SchemeOption = Annotated[str | None, typer.Option("--label-scheme", help="Label scheme, where it cannot be told.")]
+ModalitiesOption = Annotated[
+    list[str] | None,
+    typer.Option("--modality", help="name=suffix of a modality's files, e.g. t1c=_T1_post; repeat for each."),
+]
+
+
+def console() -> Console:
+    """A console on standard error: standard output is for results."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def set_verbosity(*, is_quiet: bool = False, is_verbose: bool = False) -> None:
+    """Set how much the log tells, on standard error."""
+    import logging
+
+    level = logging.ERROR if is_quiet else logging.DEBUG if is_verbose else logging.INFO
+    logging.getLogger("segkit").setLevel(level)
+
+
+def print_json(document: object) -> None:
+    """Print one strict JSON document on standard output."""
+    sys.stdout.write(json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table on standard output; plain when it is not a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for position, column in enumerate(columns):
+        table.add_column(column, justify="left" if position == 0 else "right")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    out = Console(highlight=False)
+    if not out.is_terminal:
+        out = Console(highlight=False, width=160)
+    out.print(table)
+
+
+def read_case_ids(path: Path | None) -> list[str] | None:
+    """Case ids of a text file, one a line, `#` starts a comment; None stays None.
+
+    Raises:
+        RequestError: the file is missing or names no case.
+    """
+    if path is None:
+        return None
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise RequestError(f"cannot read the list of cases ({error.strerror})", where=path) from error
+    ids = [line.split("#")[0].strip() for line in lines]
+    ids = [case_id for case_id in ids if case_id]
+    if not ids:
+        raise RequestError("names no case", where=path, expected="one case id a line")
+    return ids
+
+
+def read_modalities(pairs: list[str] | None) -> dict[str, str] | None:
+    """`["t1c=_T1_post"]` to `{"t1c": "_T1_post"}`; None stays None.
+
+    Raises:
+        RequestError: an entry is not name=suffix.
+    """
+    if not pairs:
+        return None
+    mapping: dict[str, str] = {}
+    for pair in pairs:
+        name, _, suffix = pair.partition("=")
+        if not name or not suffix:
+            raise RequestError(f"--modality {pair!r} cannot be read", expected="name=suffix, such as t1c=_T1_post")
+        mapping[name] = suffix
+    return mapping
+
+
+def parse_settings(settings: list[str] | None) -> dict[str, Any]:
+    """`["training.lr=1e-3"]` to a nested dictionary of overrides; values are YAML."""
+    from segkit.config.loading import parse_overrides
+
+    return parse_overrides(settings or [])

@@ -1,0 +1,38 @@
+"""`segkit phantom`: seeded BraTS-like volumes in the naming of any year, to try things with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_CONVENTIONS = "brats2018, brats2020, brats2021, brats2023, brats2024, msd, nnunet or bids"
+
+
+def phantom(
+    output: Annotated[Path, typer.Argument(help="Folder to write to; new or empty.")],
+    cases: Annotated[int, typer.Option("--cases", min=1, help="How many cases.")] = 10,
+    size: Annotated[
+        int, typer.Option("--size", min=24, help="Voxels along an axis, 1 mm each; the height is 0.8 of it.")
+    ] = 64,
+    convention: Annotated[str, typer.Option("--convention", help=f"{_CONVENTIONS}.")] = "brats2021",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Another seed, other patients.")] = 0,
+    with_problems: Annotated[
+        bool,
+        typer.Option(
+            "--with-problems", help="Spoil four cases: missing modality, flipped affine, truncated file, stray label."
+        ),
+    ] = False,
+) -> None:
+    """Write seeded BraTS-like phantoms, with references, in the layout of any year."""
+    from segkit.data.phantom_layouts import write_phantoms, write_phantoms_with_problems
+
+    numbers = range(1, cases + 1)
+    if with_problems:
+        _, problems = write_phantoms_with_problems(output, numbers, convention=convention, size=size, seed=seed)
+        for problem in problems:
+            typer.echo(f"Planted in {problem}")
+    else:
+        write_phantoms(output, numbers, convention=convention, size=size, seed=seed)
+    typer.echo(f"Wrote {cases} phantoms in the convention {convention} to {output}. Next: segkit check {output}")

@@ -1,0 +1,1 @@
+"""Configuration: the frozen base class, and reading YAML with every problem reported at once."""

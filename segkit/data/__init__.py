@@ -1,0 +1,1 @@
+"""Data: from files on disk to prepared arrays, patches and back."""

@@ -1,0 +1,1 @@
+"""Dataset layouts: one file per family, and `table.LAYOUTS` that lists them."""

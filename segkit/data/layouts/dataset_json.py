@@ -1,0 +1,97 @@
+"""What the Decathlon's and nnU-Net's `dataset.json` have in common."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from segkit.data.layouts.layout import FolderOptions, SchemeChoice
+from segkit.data.layouts.listing import Listing, bare_name, read_document
+from segkit.data.layouts.modality import canonical_modality
+from segkit.data.layouts.schemes import scheme_from_names, scheme_from_regions
+from segkit.errors import DataError, Problem
+
+CHANNEL_NAME = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
+"""nnU-Net's file names: case, underscore, channel number of four digits."""
+
+
+def find_document(listing: Listing) -> Path | None:
+    """`dataset.json` of the folder, or of the data set whose `images...` folder (or one file of it) was given."""
+    folders = [listing.root]
+    if listing.root.name.lower().startswith("images"):
+        folders.append(listing.root.parent)
+    return next((folder / "dataset.json" for folder in folders if (folder / "dataset.json").is_file()), None)
+
+
+def has_channel_names(listing: Listing) -> bool:
+    """Whether the images are named CASE_0000 as nnU-Net wants them."""
+    images = [path for path in listing.images if not path.parent.name.lower().startswith("labels")]
+    return bool(images) and all(CHANNEL_NAME.match(bare_name(path)) for path in images)
+
+
+def channel_names(document: Mapping[str, Any], where: Path) -> tuple[str, ...]:
+    """Modality names in channel order: canonical where all are distinct and any is known, else the data's own.
+
+    Raises:
+        DataError: there are none, or they are not numbered from 0.
+    """
+    named = document.get("channel_names") or document.get("modality")
+    if not isinstance(named, Mapping) or not named:
+        raise DataError(
+            "names no image channels",
+            where=where,
+            expected='`channel_names` (nnU-Net 2) or `modality` (Decathlon), such as {"0": "T1w"}',
+            remedy="Add it, or pass --layout folder to ignore dataset.json",
+        )
+    try:
+        own = [str(named[str(index)]) for index in range(len(named))]
+    except KeyError as error:
+        raise DataError(f"has no channel {error} although it names {len(named)}", where=where) from error
+    names = [canonical_modality(name) or name for name in own]
+    if len(set(names)) == len(names):
+        return tuple(names)
+    return tuple(f"{name}_{index}" for index, name in enumerate(own))
+
+
+def document_scheme(
+    document: Mapping[str, Any], modalities: tuple[str, ...], options: FolderOptions, where: Path
+) -> SchemeChoice:
+    """The scheme that `labels` describes: classes, or nnU-Net's regions with their `regions_class_order`."""
+    if options.label_scheme is not None:
+        return SchemeChoice(options.label_scheme)
+    labels = document.get("labels")
+    if not isinstance(labels, Mapping):
+        problem = Problem(str(where), "names no labels", "Add `labels`, or pass --label-scheme NAME", is_fatal=False)
+        return SchemeChoice(None, (problem,))
+    notes = () if "ignore" not in labels else (_about_ignore(where),)
+    try:
+        named = _values_by_name(labels)
+        regions = {name: values for name, values in named.items() if values != (0,) and name.lower() != "ignore"}
+        if any(len(values) > 1 for values in regions.values()):
+            order = [int(value) for value in document["regions_class_order"]]
+            return SchemeChoice(scheme_from_regions(regions, order, set(modalities)), notes)
+        classes = {name: values[0] for name, values in named.items()}
+        return SchemeChoice(scheme_from_names(classes, modalities), notes)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"`labels` cannot be understood ({error})",
+            where=where,
+            expected='{"name": value}, {"value": "name"}, or regions {"name": [values]} with `regions_class_order`',
+        ) from error
+
+
+def _values_by_name(labels: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Both spellings, {"1": "edema"} (Decathlon, nnU-Net 1) and {"edema": 1} (nnU-Net 2), as name to values."""
+    if all(str(key).isdigit() and isinstance(value, str) for key, value in labels.items()):
+        return {name: (int(value),) for value, name in labels.items()}
+    return {
+        str(name): tuple(sorted(int(value) for value in values)) if isinstance(values, list) else (int(values),)
+        for name, values in labels.items()
+    }
+
+
+def _about_ignore(where: Path) -> Problem:
+    found = "voxels labelled `ignore` are not left out of training; their value counts as unknown"
+    return Problem(str(where), found, "Set them to a class, or leave out the cases that have them", is_fatal=False)

@@ -1,0 +1,125 @@
+"""Folders of pictures with masks: images/ and masks/ with equal stems, or pairs such as x.jpg and x_1stHO.png.
+
+Colour pictures become three modalities, red, green and blue. Masks are PNG files of label values, 0 and 1, or 0 and
+255; a value of 255 stays what it is, so that predicted masks look like the reference.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from segkit.data.case import Cohort, ImageFile
+from segkit.data.files import count_channels, suffix_of
+from segkit.data.layouts.grouping import IMAGE, group_files, shared_suffix
+from segkit.data.layouts.layout import (
+    FolderOptions,
+    FoundFile,
+    Layout,
+    SchemeChoice,
+    build_cases,
+    build_cohort,
+    unused_files,
+)
+from segkit.data.layouts.listing import Listing, bare_name
+from segkit.data.layouts.modality import IGNORED, LABEL
+from segkit.data.layouts.schemes import scheme_by_values
+from segkit.errors import DataError, Problem
+from segkit.labels import classes_scheme
+
+_PLANES = ("red", "green", "blue")
+_PREFERENCE = (".tif", ".tiff", ".png", ".bmp", ".jpg", ".jpeg", ".gif")
+"""Which of two pictures with one stem is the image: beside a photograph, a GIF is a field-of-view mask."""
+
+_BOTH_EYES = re.compile(r"^(?P<patient>.*\d)[-_]?(?P<side>[LR])$", re.IGNORECASE)
+
+
+def _recognise(listing: Listing) -> float:
+    if not listing.pictures:
+        return 0.0
+    return 0.15 if listing.volumes else 0.3
+
+
+def _read(listing: Listing, options: FolderOptions) -> Cohort:
+    pictures, doubles = _one_per_stem(listing.pictures)
+    grouped, patients = group_files(pictures, listing.root, options.modalities)
+    problems = []
+    if not options.modalities and not any(file.kind == LABEL for file in grouped):
+        suffix = shared_suffix(pictures)
+        if suffix is not None:
+            grouped, patients = group_files(pictures, listing.root, {LABEL: suffix, IMAGE: "*"})
+            note = f"files that end in {suffix} are taken for the reference masks"
+            remedy = "Name another suffix with --modality label=SUFFIX --modality image=SUFFIX"
+            problems.append(Problem(str(listing.root), note, remedy, is_fatal=False))
+    patients = _join_both_eyes(patients)
+    cases, more = build_cases(_with_planes(grouped), patient_of=lambda case_id: patients[case_id], order=_order)
+    ignored = [file.image.path for file in grouped if file.kind == IGNORED]
+    if doubles:
+        problems.append(unused_files(doubles, "with the stem of an image (field-of-view masks?)"))
+    if ignored:
+        problems.append(unused_files(ignored, "neither an image nor the reference by their names"))
+    choice = scheme_by_values(cases, options, listing.root)
+    if choice.scheme is not None and list(choice.scheme.values) == ["label_1"]:
+        choice = SchemeChoice(classes_scheme("classes", {"foreground": choice.scheme.values["label_1"]}))
+    modalities = _order(modality for case in cases for modality in case.images)
+    return build_cohort(listing, "folder2d", cases, choice, modalities=modalities, problems=(*problems, *more), dims=2)
+
+
+def _one_per_stem(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """The images, and the files left out because a better one has the same folder and stem."""
+    best: dict[tuple[Path, str], Path] = {}
+    for path in sorted(paths, key=lambda path: _PREFERENCE.index(suffix_of(path))):
+        best.setdefault((path.parent, bare_name(path)), path)
+    kept = set(best.values())
+    return sorted(kept), sorted(path for path in paths if path not in kept)
+
+
+def _with_planes(files: Iterable[FoundFile]) -> Iterable[FoundFile]:
+    """Colour pictures of unknown modality as one entry a plane; if any is in colour, grey ones count as colour too.
+
+    A grey picture has the same grey in all three planes, so that folders which mix both stay usable.
+    """
+    files = list(files)
+    is_colour = any(_is_colour(file.image.path) for file in files if file.kind == IMAGE)
+    for file in files:
+        if file.kind != IMAGE:
+            yield file
+        elif is_colour:
+            for channel, plane in enumerate(_PLANES):
+                yield FoundFile(file.case_id, file.folder, plane, ImageFile(file.image.path, channel))
+        else:
+            yield FoundFile(file.case_id, file.folder, "grey", file.image)
+
+
+def _is_colour(path: Path) -> bool:
+    try:
+        return count_channels(path) == len(_PLANES)
+    except DataError:
+        return False  # the check reads the file itself and tells what is wrong with it
+
+
+def _order(modalities: Iterable[str]) -> tuple[str, ...]:
+    present = dict.fromkeys(modalities)
+    planes = [plane for plane in _PLANES if plane in present]
+    return (*planes, *(name for name in present if name not in _PLANES))
+
+
+def _join_both_eyes(patients: dict[str, str]) -> dict[str, str]:
+    """Give `Image_01L` and `Image_01R`, two eyes of one person, the same patient where both exist."""
+    matches = {case_id: match for case_id in patients if (match := _BOTH_EYES.match(case_id))}
+    counts = Counter(match["patient"] for match in matches.values())
+    return {
+        case_id: matches[case_id]["patient"] if case_id in matches and counts[matches[case_id]["patient"]] == 2 else own
+        for case_id, own in patients.items()
+    }
+
+
+FOLDER2D = Layout(
+    "folder2d",
+    "2D pictures with masks: images/ + masks/, or pairs with a suffix",
+    "images/x.png + masks/x.png, or x.jpg + x_mask.png",
+    _recognise,
+    _read,
+)

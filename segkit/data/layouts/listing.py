@@ -1,0 +1,155 @@
+"""One safe walk over a data folder, from which every layout reads."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from segkit.data.dicom import DICOM_SUFFIXES, is_dicom_file
+from segkit.data.files import PICTURE_SUFFIXES, VOLUME_SUFFIXES, stem_of, suffix_of
+from segkit.errors import DataError, Problem
+
+_JUNK_FOLDERS = frozenset({"__MACOSX", "__pycache__"})
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The image files below a folder, sorted by path; a DICOM series counts as one volume, its folder.
+
+    `only` is the file itself where the user pointed to a single file; `root` is then the folder it lies in.
+    """
+
+    root: Path
+    volumes: tuple[Path, ...] = ()
+    pictures: tuple[Path, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    only: Path | None = None
+    others: tuple[Path, ...] = field(default=(), repr=False)
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        return self.volumes + self.pictures
+
+
+def list_images(root: Path) -> Listing:
+    """Walk `root` (a folder or one file): links are followed but never in a circle, hidden files are left out.
+
+    Raises:
+        DataError: `root` does not exist or cannot be opened.
+    """
+    root = Path(os.path.abspath(root))
+    if root.is_file():
+        return _listing_of_file(root)
+    if not root.is_dir():
+        raise DataError(
+            "no such file or folder",
+            where=root,
+            expected="a data folder, a case folder or one image file",
+            remedy="Check the path, and that the disk is mounted",
+        )
+    found = _Found()
+    _walk(root, (), found)
+    return Listing(
+        root,
+        volumes=tuple(sorted(found.volumes)),
+        pictures=tuple(sorted(found.pictures)),
+        problems=tuple(found.problems),
+        others=tuple(sorted(found.others)),
+    )
+
+
+def bare_name(path: Path) -> str:
+    """The name of an image without its suffix; a DICOM folder keeps its whole name, dots and all."""
+    is_file_name = suffix_of(path) in (*VOLUME_SUFFIXES, *PICTURE_SUFFIXES, *DICOM_SUFFIXES)
+    return stem_of(path) if is_file_name else path.name
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """A JSON object from disk.
+
+    Raises:
+        DataError: the file cannot be read or is not a JSON object.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"is not readable JSON ({error})", where=path, remedy="Correct it, or pass --layout folder to ignore it"
+        ) from error
+    if not isinstance(document, dict):
+        raise DataError(f"holds a {type(document).__name__}", where=path, expected="a JSON object with keys")
+    return document
+
+
+@dataclass
+class _Found:
+    volumes: list[Path] = field(default_factory=list)
+    pictures: list[Path] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    others: list[Path] = field(default_factory=list)
+
+
+def _listing_of_file(path: Path) -> Listing:
+    if _is_dicom_name(path) or suffix_of(path) in VOLUME_SUFFIXES:
+        return Listing(path.parent, volumes=(path,), only=path)
+    if suffix_of(path) in PICTURE_SUFFIXES:
+        return Listing(path.parent, pictures=(path,), only=path)
+    return Listing(path.parent, others=(path,), only=path)
+
+
+def _walk(folder: Path, above: tuple[tuple[int, int], ...], found: _Found) -> None:
+    try:
+        status = folder.stat()
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        remedy = "Check permissions and links; what lies below it is left out"
+        found.problems.append(Problem(str(folder), f"cannot be opened ({error.strerror})", remedy, is_fatal=False))
+        return
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        remedy = "Remove the link; the folder itself is read once"
+        found.problems.append(Problem(str(folder), "is a link to a folder that contains it", remedy, is_fatal=False))
+        return
+    visible = [entry for entry in entries if not entry.name.startswith(".") and entry.name not in _JUNK_FOLDERS]
+    folders = [Path(entry.path) for entry in visible if _is_folder(entry)]
+    files = [Path(entry.path) for entry in visible if not _is_folder(entry)]
+    if _is_series(files):
+        found.volumes.append(folder)
+        files = [path for path in files if not _is_dicom_name(path)]
+    _sort_files(files, found)
+    for child in folders:
+        _walk(child, (*above, identity), found)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that points to itself
+        return False
+
+
+def _sort_files(files: Iterable[Path], found: _Found) -> None:
+    for path in files:
+        suffix = suffix_of(path)
+        if suffix not in VOLUME_SUFFIXES and suffix not in PICTURE_SUFFIXES:
+            found.others.append(path)
+        elif not path.exists():
+            found.problems.append(Problem(str(path), "is a link to a file that is not there", "Mend the link", False))
+        else:
+            (found.volumes if suffix in VOLUME_SUFFIXES else found.pictures).append(path)
+
+
+def _is_series(files: list[Path]) -> bool:
+    """Whether a folder holds a DICOM series: by suffix, else by the magic bytes of its first file without suffix."""
+    if any(_is_dicom_name(path) for path in files):
+        return True
+    bare = next((path for path in files if not path.suffix or path.suffix[1:].isdigit()), None)
+    return bare is not None and is_dicom_file(bare)
+
+
+def _is_dicom_name(path: Path) -> bool:
+    return path.suffix.lower() in DICOM_SUFFIXES

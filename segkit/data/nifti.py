@@ -1,0 +1,228 @@
+"""NIfTI-1, NIfTI-2 and FreeSurfer MGH files through nibabel's headers.
+
+The voxels are read here and not by nibabel's proxies for three reasons: a gzip stream is read to its end, so that its
+checksum is verified; one channel of a 4D file costs the memory of one channel; scaling is done in float32.
+"""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from segkit.data.headers import (
+    COPY_AGAIN,
+    ImageHeader,
+    explained,
+    is_usable,
+    pick_channel,
+    plain_numbers,
+    refuse_implausible,
+    require_file,
+)
+from segkit.data.volume import Grid
+from segkit.errors import DataError
+from segkit.shapes import Affine, AnyArray
+
+NIFTI_SUFFIXES = (".nii.gz", ".nii")
+MGH_SUFFIXES = (".mgz", ".mgh")
+
+_logger = logging.getLogger(__name__)
+
+_GZIP_MAGIC = b"\x1f\x8b"
+_CHUNK_BYTES = 1 << 24
+_MM_PER_UNIT = {1: 1000.0, 3: 0.001}
+"""Spatial unit codes of NIfTI (nifti1.h): 1 metre, 2 millimetre, 3 micrometre; 0, unknown, is taken for mm."""
+
+
+class _VoxelHeader(Protocol):
+    """What nibabel's headers of both families tell."""
+
+    def get_data_shape(self) -> tuple[int, ...]: ...
+
+    def get_data_dtype(self) -> np.dtype[Any]: ...
+
+    def get_data_offset(self) -> int: ...
+
+    def get_slope_inter(self) -> tuple[float | None, float | None]: ...
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """Where the voxels of a file lie: `spatial` (D, H, W) in Fortran order, one channel after the other."""
+
+    path: Path
+    spatial: tuple[int, ...]
+    channels: int
+    dtype: np.dtype[Any]
+    offset: int
+    slope: float
+    intercept: float
+    is_compressed: bool
+
+    def read(self, channel: int | None) -> AnyArray:
+        """One channel, (D, H, W)."""
+        picked = pick_channel(self.path, self.channels, channel)
+        voxels = np.empty(math.prod(self.spatial), self.dtype)
+        with explained(self.path), _opened(self.path, self.is_compressed) as stream:
+            stream.seek(self.offset + picked * voxels.nbytes)
+            _fill(stream, voxels.view(np.uint8), self.path)
+            while stream.read(_CHUNK_BYTES):
+                pass  # only at its end does gzip compare the checksum
+        array = plain_numbers(voxels.reshape(self.spatial, order="F"), self.path)
+        if (self.slope, self.intercept) == (1.0, 0.0):
+            return array
+        return array.astype(np.float32, copy=False) * np.float32(self.slope) + np.float32(self.intercept)
+
+
+def open_nifti(path: Path) -> ImageHeader:
+    """The header of a NIfTI file; trailing axes of length 1 dropped, 2D images given a third axis of length 1."""
+    size = require_file(path)
+    with explained(path):
+        header, is_compressed = _nifti_header(path)
+        storage = _storage(path, header, size, is_compressed)
+        return ImageHeader(_nifti_grid(path, header, storage.spatial), storage.channels, storage.read)
+
+
+def open_mgh(path: Path) -> ImageHeader:
+    """The header of a FreeSurfer .mgh or .mgz file."""
+    size = require_file(path)
+    with explained(path):
+        is_compressed = _is_gzip(path)
+        with _opened(path, is_compressed) as stream:
+            # nibabel's own reader would first seek past as many voxels as the header claims.
+            block = stream.read(nib.freesurfer.mghformat.header_dtype.itemsize)
+        header = nib.freesurfer.mghformat.MGHHeader(block)
+        storage = _storage(path, header, size, is_compressed)
+        affine = np.asarray(header.get_best_affine(), np.float64)
+        if not is_usable(affine):
+            raise _lost_geometry(path)
+        return ImageHeader(Grid(storage.spatial, affine, source=path), storage.channels, storage.read)
+
+
+def save_nifti(path: Path, array: AnyArray, grid: Grid) -> None:
+    """Writes (D, H, W) or (D, H, W, C) in the array's own type, with the codes, units and both forms of `grid`."""
+    header = nib.Nifti1Header()
+    header.set_data_dtype(array.dtype)
+    header.set_data_shape(array.shape)
+    header["xyzt_units"] = grid.xyzt_units
+    to_file_units = np.diag([*(3 * [1.0 / _mm_per_unit(grid.xyzt_units)]), 1.0])
+    affine = to_file_units @ grid.affine
+    header.set_qform(affine if grid.qform is None else to_file_units @ grid.qform, code=grid.qform_code)
+    if grid.sform_code > 0:
+        header.set_sform(affine, code=grid.sform_code)
+    nib.Nifti1Image(array, None, header).to_filename(path)
+
+
+def save_mgh(path: Path, array: AnyArray, grid: Grid) -> None:
+    """Writes (D, H, W) as .mgz or .mgh, which knows uint8, int16, int32 and float32."""
+    nib.MGHImage(array, grid.affine).to_filename(path)
+
+
+def _nifti_header(path: Path) -> tuple[nib.Nifti1Header, bool]:
+    is_compressed = _is_gzip(path)
+    with _opened(path, is_compressed) as stream:
+        block = stream.read(nib.Nifti2Header.sizeof_hdr)
+    sizes = {int.from_bytes(block[:4], "little"), int.from_bytes(block[:4], "big")}
+    for kind in (nib.Nifti1Header, nib.Nifti2Header):
+        if kind.sizeof_hdr in sizes and len(block) >= kind.sizeof_hdr:
+            return kind(block[: kind.sizeof_hdr]), is_compressed
+    raise DataError(
+        "the file does not begin like a NIfTI file",
+        where=path,
+        expected="a NIfTI header of 348 or 540 bytes",
+        remedy=f"It may be another kind of file under this name. {COPY_AGAIN}",
+    )
+
+
+def _storage(path: Path, header: _VoxelHeader, size: int, is_compressed: bool) -> _Storage:
+    """Where the voxels lie, judged: nothing has been allocated so far."""
+    shape = tuple(int(length) for length in header.get_data_shape())
+    dtype, offset = header.get_data_dtype(), int(header.get_data_offset())
+    stored = size if is_compressed else size - offset
+    refuse_implausible(path, shape, bytes_per_voxel=dtype.itemsize, stored_bytes=stored, is_compressed=is_compressed)
+    if len(shape) < 2:
+        raise DataError(f"the image has {len(shape)} axis", where=path, expected="a volume of 3 axes")
+    beyond = [length for length in shape[3:] if length > 1]
+    if len(beyond) > 1:
+        raise DataError(f"the image has {3 + len(beyond)} axes", where=path, expected="3 axes, or 4 with channels")
+    slope, intercept = header.get_slope_inter()
+    return _Storage(
+        path=path,
+        spatial=(*shape[:3], 1)[:3],
+        channels=math.prod(beyond),
+        dtype=dtype,
+        offset=offset,
+        slope=1.0 if slope is None else float(slope),
+        intercept=0.0 if intercept is None else float(intercept),
+        is_compressed=is_compressed,
+    )
+
+
+def _nifti_grid(path: Path, header: nib.Nifti1Header, spatial: tuple[int, ...]) -> Grid:
+    """The grid in millimetres: by the sform where it is set and usable, else the qform, else the voxel size alone."""
+    units = int(header["xyzt_units"])
+    to_mm = np.diag([*(3 * [_mm_per_unit(units)]), 1.0])
+    sform_code, qform_code = int(header["sform_code"]), int(header["qform_code"])
+    qform: Affine | None = to_mm @ header.get_qform() if qform_code > 0 else None
+    affine: Affine = to_mm @ (header.get_sform() if sform_code > 0 else header.get_best_affine())
+    if sform_code > 0 and not is_usable(affine) and qform is not None:
+        _logger.warning("%s: the sform of the header is unusable; the qform is taken instead", path)
+        affine, sform_code = qform, 0
+    if not is_usable(affine):
+        raise _lost_geometry(path)
+    is_same = qform is None or np.allclose(qform, affine, atol=1e-4)
+    return Grid(
+        shape=spatial,
+        affine=np.asarray(affine, np.float64),
+        sform_code=sform_code,
+        qform_code=qform_code,
+        qform=None if is_same else qform,
+        xyzt_units=units,
+        source=path,
+    )
+
+
+def _lost_geometry(path: Path) -> DataError:
+    return DataError(
+        "the header does not say where the voxels lie (its affine is singular or not finite)",
+        where=path,
+        expected="three axes of different direction and a voxel size above 0",
+        remedy="Convert the scan again from its DICOM files, or restore the header from its sibling",
+    )
+
+
+def _mm_per_unit(xyzt_units: int) -> float:
+    return _MM_PER_UNIT.get(xyzt_units & 7, 1.0)
+
+
+def _is_gzip(path: Path) -> bool:
+    # By content, for `.nii` files that are compressed and `.nii.gz` files that are not are both about.
+    with path.open("rb") as stream:
+        return stream.read(2) == _GZIP_MAGIC
+
+
+def _opened(path: Path, is_compressed: bool) -> IO[bytes] | gzip.GzipFile:
+    return gzip.open(path, "rb") if is_compressed else path.open("rb")
+
+
+def _fill(stream: IO[bytes] | gzip.GzipFile, target: NDArray[np.uint8], path: Path) -> None:
+    """Reads exactly as many bytes as `target` (n) holds."""
+    filled = 0
+    while filled < len(target):
+        chunk = stream.read(min(_CHUNK_BYTES, len(target) - filled))
+        if not chunk:
+            raise DataError(
+                f"the file is truncated: its voxels end after {filled} of {len(target)} bytes",
+                where=path,
+                remedy=COPY_AGAIN,
+            )
+        target[filled : filled + len(chunk)] = np.frombuffer(chunk, np.uint8)
+        filled += len(chunk)

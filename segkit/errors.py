@@ -1,0 +1,71 @@
+"""Errors that know the remedy: what was found, where, what was expected, what to do next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os import PathLike
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One finding about an input, collected with others so that a user mends everything in one go.
+
+    `is_fatal` says that the case (or the request) cannot be used; a finding that is not fatal is a warning.
+    """
+
+    where: str
+    found: str
+    remedy: str = ""
+    is_fatal: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.found}" + (f" -> {self.remedy}" if self.remedy else "")
+
+
+class SegkitError(Exception):
+    """Base of every error that segkit raises on purpose; the command line prints its sentence, not its trace."""
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        found: str,
+        *,
+        where: str | PathLike[str] | None = None,
+        expected: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        self.found = found
+        self.where = None if where is None else str(where)
+        self.expected = expected
+        self.remedy = remedy
+        sentence = f"{self.where}: {found}" if self.where else found
+        if expected:
+            sentence += f"; expected {expected}"
+        if remedy:
+            sentence += f". {remedy}"
+        super().__init__(sentence)
+
+
+class DataError(SegkitError):
+    """A file or a case cannot be used. The other cases go on."""
+
+
+class CheckpointError(SegkitError):
+    """A weight file, model card or resume state is missing, damaged, unsafe or does not fit."""
+
+
+class RequestError(SegkitError):
+    """What was asked for cannot be done as asked; nothing was run."""
+
+    exit_code = 2
+
+
+class ConfigError(RequestError):
+    """A configuration with one or more problems, all of them reported at once."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.problems = tuple(problems)
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        count = f"{len(problems)} problem" + ("s" if len(problems) != 1 else "")
+        super().__init__(f"the configuration has {count}:\n{lines}")

@@ -1,0 +1,113 @@
+"""The manifest of an output folder: what became of every case, rewritten after each one so that nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from segkit.data.files import written_atomically
+
+MANIFEST_NAME = "manifest.json"
+STAGES = ("read", "preprocess", "predict", "decode", "write")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CaseRecord:
+    """What became of one case. `seconds` by stage (of `STAGES`), memory in MB, `model` tells how it was predicted."""
+
+    case: str
+    status: Literal["done", "failed", "skipped"]
+    error: str | None = None
+    seconds: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    peak_rss_mb: float = 0.0
+    backend: str = "torch"
+    label_scheme: str | None = None
+    missing_modalities: tuple[str, ...] = ()
+    model: str = ""
+
+
+class Manifest:
+    """The records of one run over an output folder, and those that earlier runs left there.
+
+    On disk: `cases` of this run in the order in which they ended, `remaining` ids that have not (`replacing`: those of
+    them whose mask was there before), `earlier` records of other runs, `summary`, `model` and `environment`.
+    """
+
+    def __init__(self, folder: Path, ids: Iterable[str], facts: Mapping[str, Any], identity: str) -> None:
+        before = _read(folder / MANIFEST_NAME)
+        self.path = folder / MANIFEST_NAME
+        self.facts = dict(facts)
+        self.identity = identity
+        self.ids = list(ids)
+        self.records: list[CaseRecord] = []
+        self.replacing: set[str] = set()
+        known = [*before.get("earlier", []), *before.get("cases", [])]
+        self._known = {str(entry["case"]): entry for entry in known if isinstance(entry, dict) and "case" in entry}
+        self._cut_short: set[str] = set()
+        if before.get("identity") == identity:
+            self._cut_short = set(before.get("remaining", [])) - set(before.get("replacing", []))
+
+    def is_ours(self, case_id: str) -> bool:
+        """Whether a mask that is there for this case was made in the same way as this run would make it.
+
+        A case that an interrupted run still had to do counts as well: its mask may be complete, its record lost.
+        """
+        entry = self._known.get(case_id, {})
+        was_made = entry.get("status") in ("done", "skipped") and entry.get("model") == self.identity
+        return was_made or case_id in self._cut_short
+
+    def label_scheme_of(self, case_id: str) -> str | None:
+        """The label scheme of the mask that an earlier run wrote."""
+        scheme = self._known.get(case_id, {}).get("label_scheme")
+        return None if scheme is None else str(scheme)
+
+    def add(self, *records: CaseRecord) -> None:
+        """Note what became of cases, on disk at once."""
+        self.records.extend(records)
+        self.write()
+
+    def to_json(self) -> dict[str, Any]:
+        """The document as it stands now."""
+        ended = {record.case for record in self.records}
+        remaining = [case_id for case_id in self.ids if case_id not in ended]
+        counts = Counter(record.status for record in self.records)
+        return {
+            "cases": [asdict(record) for record in self.records],
+            "summary": {
+                **{status: counts[status] for status in ("done", "failed", "skipped")},
+                "remaining": len(remaining),
+                "seconds": round(sum(sum(record.seconds.values()) for record in self.records), 3),
+            },
+            **self.facts,
+            "identity": self.identity,
+            "remaining": remaining,
+            "replacing": [case_id for case_id in remaining if case_id in self.replacing],
+            "earlier": [entry for case_id, entry in self._known.items() if case_id not in ended],
+        }
+
+    def write(self) -> None:
+        """Rewrite the file, atomically.
+
+        Raises:
+            DataError: the folder cannot be written.
+        """
+        with written_atomically(self.path) as temporary:
+            temporary.write_text(json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError):
+        _log.warning("%s cannot be read; it is written anew", path)
+        return {}
+    return document if isinstance(document, dict) else {}

@@ -1,0 +1,148 @@
+"""Label schemes, regions, and what a network's outputs paint.
+
+A *label scheme* says which integer stands for which tissue. BraTS has used several, and the same integer means
+different tissues in different years, so values never travel without their scheme. A *region* is a union of tissues
+(WT, TC, ET ...). An *output* is one channel of a network: the tissue values it covers and the value it paints when
+masks become a label map; outputs are painted in order, later over earlier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from segkit.shapes import LabelMap, Masks
+
+
+@dataclass(frozen=True)
+class LabelScheme:
+    """Tissue names with their label values, background (0) left out.
+
+    `regions` lists (name, tissues, painted tissue) in painting order; empty means that each tissue is a class of its
+    own (softmax), non-empty means nested regions (sigmoid).
+    """
+
+    name: str
+    values: Mapping[str, int]
+    regions: tuple[tuple[str, tuple[str, ...], str], ...] = ()
+
+    @property
+    def has_regions(self) -> bool:
+        return bool(self.regions)
+
+    def to_json(self) -> dict[str, object]:
+        return {"name": self.name, "labels": dict(self.values)}
+
+
+@dataclass(frozen=True)
+class Output:
+    """One output channel: its name, the label value it paints, and the label values it covers."""
+
+    name: str
+    label: int
+    members: tuple[int, ...]
+
+
+_NESTED = (("WT", ("ED", "NCR", "ET"), "ED"), ("TC", ("NCR", "ET"), "NCR"), ("ET", ("ET",), "ET"))
+
+SCHEMES: dict[str, LabelScheme] = {
+    scheme.name: scheme
+    for scheme in (
+        LabelScheme(
+            "brats2015",
+            {"NCR": 1, "ED": 2, "NET": 3, "ET": 4},
+            (("WT", ("ED", "NCR", "NET", "ET"), "ED"), ("TC", ("NCR", "NET", "ET"), "NCR"), ("ET", ("ET",), "ET")),
+        ),
+        LabelScheme("brats2017", {"NCR": 1, "ED": 2, "ET": 4}, _NESTED),
+        LabelScheme("brats2023", {"NCR": 1, "ED": 2, "ET": 3}, _NESTED),
+        LabelScheme("brats2024", {"NCR": 1, "ED": 2, "ET": 3, "RC": 4}, (*_NESTED, ("RC", ("RC",), "RC"))),
+        LabelScheme("msd-brats", {"ED": 1, "NCR": 2, "ET": 3}, _NESTED),
+        LabelScheme(
+            "brats-ped",
+            {"ET": 1, "NET": 2, "CC": 3, "ED": 4},
+            (
+                ("WT", ("ET", "NET", "CC", "ED"), "ED"),
+                ("TC", ("ET", "NET", "CC"), "NET"),
+                ("CC", ("CC",), "CC"),
+                ("ET", ("ET",), "ET"),
+            ),
+        ),
+        LabelScheme("brats-men-rt", {"GTV": 1}, (("GTV", ("GTV",), "GTV"),)),
+    )
+}
+"""Every BraTS scheme by name: `brats2017` serves 2017 to 2022, FeTS and UPENN; `brats2023` serves GLI, SSA, MEN, MET
+of 2023; `brats2024` the post-treatment gliomas and MET of 2024 and later; `msd-brats` the Decathlon's Task01."""
+
+_STAND_INS = {"NET": "NCR"}
+"""Non-enhancing tumour was folded into the necrotic core from 2017 on."""
+
+
+def classes_scheme(name: str, values: Mapping[str, int]) -> LabelScheme:
+    """A scheme of exclusive classes, such as those a `dataset.json` names; background entries are dropped."""
+    return LabelScheme(name, {tissue: value for tissue, value in values.items() if value != 0})
+
+
+def scheme_from_json(document: Mapping[str, object]) -> LabelScheme:
+    """The scheme that `LabelScheme.to_json` wrote: a known name gives the known scheme, else exclusive classes."""
+    name, labels = str(document["name"]), document["labels"]
+    known = SCHEMES.get(name)
+    if known is not None:
+        return known
+    if not isinstance(labels, Mapping):
+        raise ValueError(f"`labels` of label scheme {name!r} is {labels!r}, not a mapping of names to values")
+    return classes_scheme(name, {str(tissue): int(value) for tissue, value in labels.items()})
+
+
+def outputs_of(scheme: LabelScheme) -> tuple[Output, ...]:
+    """The outputs a network needs for a scheme, in painting order.
+
+    Nested regions give one sigmoid output each; exclusive classes give one softmax output each, background first.
+    """
+    if scheme.has_regions:
+        return tuple(
+            Output(name, scheme.values[paints], tuple(sorted(scheme.values[tissue] for tissue in tissues)))
+            for name, tissues, paints in scheme.regions
+        )
+    classes = sorted(scheme.values.items(), key=lambda item: item[1])
+    return (Output("background", 0, (0,)), *(Output(name, value, (value,)) for name, value in classes))
+
+
+def encode(labels: LabelMap, outputs: Iterable[Output]) -> Masks:
+    """Label map (*spatial) to one boolean plane per output (K, *spatial)."""
+    return np.stack([np.isin(labels, output.members) for output in outputs])
+
+
+def paint(masks: Masks, values: Iterable[int]) -> LabelMap:
+    """Boolean planes (K, *spatial) to a label map (*spatial): plane k paints `values[k]`, later over earlier."""
+    labels = np.zeros(masks.shape[1:], np.uint8)
+    for mask, value in zip(masks, values, strict=True):
+        labels[mask] = value
+    return labels
+
+
+def translation(source: LabelScheme, target: LabelScheme) -> dict[int, int]:
+    """Label value of `source` to label value of `target` by tissue name; tissues `target` lacks go to 0.
+
+    Non-enhancing tumour becomes the necrotic core where the target has no class of its own for it.
+    """
+    table = {0: 0}
+    for tissue, value in source.values.items():
+        stand_in = _STAND_INS.get(tissue, tissue)
+        table[value] = target.values.get(tissue, target.values.get(stand_in, 0))
+    return table
+
+
+def translate(labels: LabelMap, source: LabelScheme, target: LabelScheme) -> LabelMap:
+    """A label map of `source` in the values of `target`; values that `source` does not know become 0."""
+    lookup = np.zeros(256, np.uint8)
+    for old, new in translation(source, target).items():
+        lookup[old] = new
+    return lookup[labels]
+
+
+def painted_values(outputs: Iterable[Output], source: LabelScheme, target: LabelScheme) -> list[int]:
+    """The values that `outputs`, defined in `source`, paint when the mask is written in `target`."""
+    table = translation(source, target)
+    return [table[output.label] for output in outputs]

@@ -1,0 +1,146 @@
+"""The segmentation losses: Dice plus cross-entropy, for nested regions and for exclusive classes.
+
+Both follow nnU-Net (Isensee et al., Nature Methods 2021, "Loss function"); regions with sigmoid outputs follow its
+BraTS 2020 entry (Isensee et al., arXiv 2011.00848, section 2.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from segkit.config.base import Config
+from segkit.labels import Output
+from segkit.losses.dice import soft_dice_loss
+
+_LABEL_VALUES = 256
+"""Label maps are uint8, so a table of 256 entries answers for every value."""
+
+
+class LossConfig(Config):
+    """How Dice and cross-entropy are combined."""
+
+    batch_dice: bool = True
+    """Sum Dice over the batch instead of per sample: steadier where a patch may lack a structure."""
+
+    dice_weight: float = Field(default=1.0, ge=0)
+    """Weight of the soft Dice term."""
+
+    cross_entropy_weight: float = Field(default=1.0, ge=0)
+    """Weight of the cross-entropy term (binary per region for sigmoid outputs)."""
+
+    smooth: float = Field(default=1e-5, ge=0)
+    """Smoothing term of the Dice fraction, in voxels."""
+
+
+def region_loss(logits: Tensor, targets: Tensor, config: LossConfig) -> Tensor:
+    """Weighted soft Dice + binary cross-entropy of nested regions (sigmoid outputs), averaged over regions.
+
+    Args:
+        logits: (B, K, *spatial), any floating type; the loss is computed in float32 also under autocast.
+        targets: (B, K, *spatial) float32 planes in [0, 1]; planes may overlap.
+        config: The weights of the terms.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = logits.float()
+        dice = soft_dice_loss(logits.sigmoid(), targets, batch_dice=config.batch_dice, smooth=config.smooth)
+        cross_entropy = F.binary_cross_entropy_with_logits(logits, targets)
+    return config.dice_weight * dice + config.cross_entropy_weight * cross_entropy
+
+
+def class_loss(logits: Tensor, classes: Tensor, config: LossConfig) -> Tensor:
+    """Weighted soft Dice + cross-entropy of exclusive classes (softmax outputs), background left out of Dice.
+
+    Args:
+        logits: (B, K, *spatial), any floating type, channel 0 the background; computed in float32 also under autocast.
+        classes: (B, *spatial) int64 channel indices, 0 to K - 1.
+        config: The weights of the terms.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = logits.float()
+        channels = torch.arange(1, logits.shape[1], device=logits.device, dtype=classes.dtype)
+        planes = classes.unsqueeze(1) == channels.view(1, -1, *(1,) * (classes.ndim - 1))  # (B, K - 1, *spatial)
+        foreground = logits.softmax(dim=1)[:, 1:]
+        dice = soft_dice_loss(foreground, planes.float(), batch_dice=config.batch_dice, smooth=config.smooth)
+        cross_entropy = F.cross_entropy(logits, classes)
+    return config.dice_weight * dice + config.cross_entropy_weight * cross_entropy
+
+
+class SegmentationLoss(nn.Module):
+    """Dice + cross-entropy of a network's logits against label maps, with deep supervision.
+
+    Level i of the logits (0 = full resolution) has weight 2^-i, renormalised to sum to 1 (Isensee et al., Nature
+    Methods 2021). Its target is the label map sampled at the voxel nearest to the centre of each coarse voxel. Pooling
+    was rejected: the maximum inflates every structure by up to a coarse voxel, and averaging needs a float plane per
+    class at full resolution, which is slow for many classes; sampling is also what the published scores were made with.
+    """
+
+    table: Tensor
+
+    def __init__(
+        self, activation: Literal["sigmoid", "softmax"], outputs: Sequence[Output], config: LossConfig | None = None
+    ) -> None:
+        """`outputs` in channel order; with softmax the first is the background, which also takes unlisted values."""
+        super().__init__()
+        self.activation = activation
+        self.config = config or LossConfig()
+        table = _planes_table(outputs) if activation == "sigmoid" else _classes_table(outputs)
+        self.register_buffer("table", table, persistent=False)
+
+    def forward(self, logits: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
+        """The loss, a float32 scalar.
+
+        Args:
+            logits: (B, K, *spatial), or one such tensor per level of deep supervision, full resolution first.
+            labels: (B, *spatial) uint8 label values on the grid of the full-resolution logits.
+        """
+        levels = [logits] if isinstance(logits, Tensor) else list(logits)
+        weights = deep_supervision_weights(len(levels))
+        terms = [
+            weight * self._level(level, nearest_labels(labels, level.shape[2:]))
+            for weight, level in zip(weights, levels, strict=True)
+        ]
+        return torch.stack(terms).sum()
+
+    def _level(self, logits: Tensor, labels: Tensor) -> Tensor:
+        values = labels.reshape(-1).int()
+        if self.activation == "softmax":
+            return class_loss(logits, self.table[values].view(labels.shape), self.config)
+        planes = self.table.index_select(1, values).view(-1, *labels.shape).transpose(0, 1)  # (B, K, *spatial)
+        return region_loss(logits, planes, self.config)
+
+
+def deep_supervision_weights(levels: int) -> list[float]:
+    """Weights 1, 1/2, 1/4 ... of the levels, divided by their sum."""
+    weights = [2.0**-level for level in range(levels)]
+    return [weight / sum(weights) for weight in weights]
+
+
+def nearest_labels(labels: Tensor, shape: Sequence[int]) -> Tensor:
+    """Labels (B, *spatial) at the voxels nearest to the centres of a coarser grid of `shape` over the same extent."""
+    for axis, (size, coarse) in enumerate(zip(labels.shape[1:], shape, strict=True), start=1):
+        if size != coarse:
+            indices = ((2 * torch.arange(coarse, device=labels.device) + 1) * size) // (2 * coarse)
+            labels = labels.index_select(axis, indices)
+    return labels
+
+
+def _planes_table(outputs: Sequence[Output]) -> Tensor:
+    """(K, 256) float32: whether output k covers a label value."""
+    table = torch.zeros(len(outputs), _LABEL_VALUES)
+    for channel, output in enumerate(outputs):
+        table[channel, list(output.members)] = 1
+    return table
+
+
+def _classes_table(outputs: Sequence[Output]) -> Tensor:
+    """(256,) int64: the channel of a label value; values without a channel of their own are background, channel 0."""
+    table = torch.zeros(_LABEL_VALUES, dtype=torch.int64)
+    for channel, output in enumerate(outputs):
+        table[list(output.members)] = channel
+    return table

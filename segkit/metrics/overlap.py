@@ -1,0 +1,76 @@
+"""Overlap of two masks, counted in voxels.
+
+Every function takes two boolean masks of one shape, (D, H, W) or (H, W), and returns a plain float, which is NaN where
+the fraction is 0 / 0. What such a case is worth is a matter of convention, decided in `segkit.metrics.protocols`.
+
+TP, FP, FN, TN are the voxels of the prediction against the reference (Taha & Hanbury, BMC Medical Imaging 2015,
+15:29, section 3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from segkit.shapes import LabelMap
+
+Mask = NDArray[np.bool_]
+"""One boolean plane, (D, H, W) or (H, W)."""
+
+
+def dice(prediction: Mask, reference: Mask) -> float:
+    """2 TP / (2 TP + FP + FN), in [0, 1]; NaN where both masks are empty."""
+    overlap = _count(prediction & reference)
+    return _fraction(2 * overlap, _count(prediction) + _count(reference))
+
+
+def sensitivity(prediction: Mask, reference: Mask) -> float:
+    """TP / (TP + FN), the share of the reference that was found, in [0, 1]; NaN where the reference is empty."""
+    return _fraction(_count(prediction & reference), _count(reference))
+
+
+def precision(prediction: Mask, reference: Mask) -> float:
+    """TP / (TP + FP), the share of the prediction that is right, in [0, 1]; NaN where the prediction is empty."""
+    return _fraction(_count(prediction & reference), _count(prediction))
+
+
+def specificity(prediction: Mask, reference: Mask) -> float:
+    """TN / (TN + FP), the share of the rest left alone, in [0, 1]; NaN where the reference fills the volume."""
+    rest = reference.size - _count(reference)
+    false_positives = _count(prediction) - _count(prediction & reference)
+    return _fraction(rest - false_positives, rest)
+
+
+def volume_ml(mask: Mask, spacing_mm: Sequence[float]) -> float:
+    """Volume of a mask (D, H, W) in millilitres, with the spacing of its three axes in mm."""
+    return _count(mask) * math.prod(spacing_mm) / 1000
+
+
+def region_mask(labels: LabelMap, values: Collection[int]) -> Mask:
+    """Where a label map takes one of `values` (a table look-up, faster than a search per voxel)."""
+    table = np.zeros(256, np.bool_)
+    table[list(values)] = True
+    return table[labels]
+
+
+def dice_by_region(
+    prediction: LabelMap, reference: LabelMap, regions: Mapping[str, Collection[int]]
+) -> dict[str, float]:
+    """Dice of each region (name -> label values) of two label maps in one scheme; NaN where a region is in neither.
+
+    For validation while training: no surfaces, about 0.1 s for three regions of a BraTS volume.
+    """
+    return {
+        name: dice(region_mask(prediction, values), region_mask(reference, values)) for name, values in regions.items()
+    }
+
+
+def _count(mask: Mask) -> int:
+    return int(np.count_nonzero(mask))
+
+
+def _fraction(numerator: int, denominator: int) -> float:
+    return numerator / denominator if denominator else math.nan

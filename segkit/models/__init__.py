@@ -1,0 +1,1 @@
+"""Networks: one file per family, a visible table of them (`table`), and the blocks they share."""

@@ -1,0 +1,179 @@
+"""Reversible sequences: blocks whose inputs are recomputed from their outputs, so memory does not grow with depth.
+
+Additive coupling (Gomez et al. 2017, "The Reversible Residual Network", section 3.1): channels split in halves,
+y1 = x1 + F(x2), y2 = x2 + G(y1); inverse x2 = y2 - G(y1), x1 = y1 - F(x2). Backward:
+dx1 = dy1 + J_G(y1)^T dy2 and dx2 = dy2 + J_F(x2)^T dx1.
+
+One autograd Function serves a whole sequence and saves its output only. Parameters are passed to it explicitly, so
+frozen parameters, inputs without gradient, `torch.autograd.grad`, accumulation and DDP behave as with plain layers.
+Under autocast the stream between blocks stays in float32: adding in bfloat16 loses the bits that the inversion needs.
+Double backward and torch.func transforms are not supported; use mode "plain" for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+Mode = Literal["plain", "checkpoint", "reversible"]
+"""How a sequence spends memory: keep every activation, keep one per block, keep one per sequence."""
+
+_STOCHASTIC = (nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.RReLU)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class ReversibleBlock(nn.Module):
+    """One coupling of two shape-preserving modules `f` and `g`, each on half of the channels."""
+
+    def __init__(self, f: nn.Module, g: nn.Module) -> None:
+        super().__init__()
+        self.f = f
+        self.g = g
+
+    def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+        """Halves (B, C/2, *spatial) to halves of the same shape."""
+        y1 = x1 + self.f(x2)
+        return y1, x2 + self.g(y1)
+
+
+class ReversibleSequence(nn.Module):
+    """Reversible blocks in a row on (B, C, *spatial), C even; the mode changes memory, never weights or results."""
+
+    def __init__(self, blocks: Sequence[ReversibleBlock], mode: Mode = "reversible") -> None:
+        super().__init__()
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode {mode!r} is not one of {', '.join(get_args(Mode))}")
+        self.blocks = nn.ModuleList(blocks)
+        self.mode: Mode = mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *spatial) to the same shape.
+
+        Raises:
+            ValueError: C is odd.
+        """
+        if not len(self.blocks):
+            return x
+        if x.shape[1] % 2:
+            raise ValueError(f"a reversible sequence splits channels in halves, but got {x.shape[1]} channels (odd)")
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.float()
+        parameters = [parameter for block in self.blocks for parameter in block.parameters()]
+        needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
+        if needs_grad and self.mode == "reversible" and not torch.compiler.is_compiling():
+            result: Tensor = _Reversible.apply(tuple(self.blocks), x, *parameters)
+            return result
+        x1, x2 = x.chunk(2, dim=1)
+        for block in self.blocks:
+            if needs_grad and self.mode == "checkpoint":
+                x1, x2 = checkpoint(block, x1, x2, use_reentrant=False)
+            else:
+                x1, x2 = block(x1, x2)
+        return torch.cat((x1, x2), dim=1)
+
+
+class _Reversible(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, blocks: tuple[ReversibleBlock, ...], x: Tensor, *parameters: Tensor) -> Tensor:
+        is_stochastic = any(isinstance(m, _STOCHASTIC) and m.training for block in blocks for m in block.modules())
+        ctx.blocks = blocks
+        ctx.autocast = _autocast_state(x.device.type)
+        ctx.random_states = []
+        x1, x2 = x.chunk(2, dim=1)
+        for block in blocks:
+            for name in ("f", "g"):
+                if is_stochastic:
+                    ctx.random_states.append(_random_state(x.device))
+                # A half is replaced, never edited: the skip connection may hold the tensor it is a view of.
+                if name == "f":
+                    x1 = x1 + block.f(x2)
+                else:
+                    x2 = x2 + block.g(x1)
+        y = torch.cat((x1, x2), dim=1)
+        # Saved as an output, so that a later in-place edit raises instead of corrupting the inversion.
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (y,) = ctx.saved_tensors
+        y1, y2 = y.detach().chunk(2, dim=1)
+        d1, d2 = grad.chunk(2, dim=1)
+        states = list(ctx.random_states)
+        gradients: list[tuple[Tensor | None, ...]] = []
+        with ExitStack() as stack:
+            stack.enter_context(torch.autocast(**ctx.autocast))
+            for block in reversed(ctx.blocks):
+                stack.enter_context(_without_statistics(block))
+                g_state = states.pop() if states else None
+                f_state = states.pop() if states else None
+                y2, d1, g_gradients = _undo(block.g, y1, y2, d1, d2, g_state)
+                y1, d2, f_gradients = _undo(block.f, y2, y1, d2, d1, f_state)
+                gradients.append((*f_gradients, *g_gradients))
+        dx = torch.cat((d1, d2), dim=1) if ctx.needs_input_grad[1] else None
+        return None, dx, *(gradient for block in reversed(gradients) for gradient in block)
+
+
+def _undo(
+    function: nn.Module, given: Tensor, result: Tensor, d_given: Tensor, d_result: Tensor, random_state: Any
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """Undo `result = x + function(given)`: x, the gradient of `given`, and the gradients of the parameters.
+
+    All halves are (B, C/2, *spatial); frozen parameters get None.
+    """
+    parameters = list(function.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    given = given.detach().requires_grad_()
+    with torch.enable_grad(), _random_state_of(random_state, given.device):
+        output = function(given)
+    found = torch.autograd.grad(output, [given, *trained], d_result.to(output.dtype), allow_unused=True)
+    of_trained = iter(found[1:])
+    of_parameters = tuple(next(of_trained) if parameter.requires_grad else None for parameter in parameters)
+    d_total = d_given if found[0] is None else d_given + found[0]
+    return result - output.detach(), d_total, of_parameters
+
+
+def _autocast_state(device_type: str) -> dict[str, Any]:
+    return {
+        "device_type": device_type,
+        "enabled": torch.is_autocast_enabled(device_type),
+        "dtype": torch.get_autocast_dtype(device_type),
+        "cache_enabled": False,
+    }
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+@contextmanager
+def _random_state_of(state: tuple[Tensor, Tensor | None] | None, device: torch.device) -> Iterator[None]:
+    """Draw the same random numbers as in the forward pass, then go on as if nothing had been drawn."""
+    if state is None:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.set_rng_state(state[0])
+        if state[1] is not None:
+            torch.cuda.set_rng_state(state[1], device)
+        yield
+
+
+@contextmanager
+def _without_statistics(block: nn.Module) -> Iterator[None]:
+    """Keep batch norms from counting the recomputation as another batch."""
+    norms = [m for m in block.modules() if isinstance(m, _BATCH_NORMS) and m.training and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

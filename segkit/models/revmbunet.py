@@ -1,0 +1,193 @@
+"""RevMBUNet: a U-Net of reversible MobileNetV2 inverted bottlenecks.
+
+After Pendse et al. 2021 (arXiv 2104.09648), who make the inverted bottlenecks of a 3D U-Net reversible. The paper
+publishes no code; levels, widths, normalisation and skips here are segkit's own design:
+
+    stem -> [ReversibleSequence -> down] x levels -> ReversibleSequence -> [up + skip -> ReversibleSequence] x levels
+
+Channel changes happen in stem, down and up, outside the reversible sequences. Group normalisation makes training and
+evaluation alike at batch size 1.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from segkit.config.base import Config
+from segkit.models.blocks import convolution, group_norm, pointwise, step_down, step_up
+from segkit.models.depthwise import depthwise_conv
+from segkit.models.reversible import Mode, ReversibleBlock, ReversibleSequence
+
+REFERENCE = "Pendse et al. 2021, arXiv 2104.09648; our design"
+
+
+class RevMBUNetConfig(Config):
+    """Sizes of a RevMBUNet; level 0 is full resolution."""
+
+    widths: tuple[int, ...] = (32, 64, 128, 256, 320)
+    """Channels of each level, even."""
+    blocks: int | tuple[int, ...] = 2
+    """Reversible blocks of each encoder level (one number for all)."""
+    decoder_blocks: int | tuple[int, ...] = 1
+    """Reversible blocks of each decoder level, level 0 first (one number for all)."""
+    expansion: int = Field(default=2, ge=1)
+    """Hidden channels of a bottleneck divided by its input channels."""
+    strides: tuple[tuple[int, ...], ...] | None = None
+    """Stride of each step down, voxels per axis; None is 2 everywhere."""
+    mode: Mode = "plain"
+    """Memory mode of the sequences; weights and results are the same in all three."""
+    supervised_levels: int = Field(default=3, ge=1)
+    """Decoder levels with a head of their own while training (deep supervision)."""
+
+    @model_validator(mode="after")
+    def _agrees(self) -> RevMBUNetConfig:
+        if odd := [width for width in self.widths if width % 2]:
+            raise ValueError(f"widths must be even to be split in halves; {odd[0]} is odd")
+        steps = len(self.widths) - 1
+        if steps < 1:
+            raise ValueError("widths must name at least two levels")
+        if isinstance(self.blocks, tuple) and len(self.blocks) != steps + 1:
+            raise ValueError(f"blocks names {len(self.blocks)} levels, widths {steps + 1}")
+        if isinstance(self.decoder_blocks, tuple) and len(self.decoder_blocks) != steps:
+            raise ValueError(f"decoder_blocks names {len(self.decoder_blocks)} levels, but there are {steps}")
+        if self.strides is not None and len(self.strides) != steps:
+            raise ValueError(f"strides names {len(self.strides)} steps, but {steps + 1} widths need {steps}")
+        return self
+
+
+SIZES: dict[str, dict[str, object]] = {
+    "tiny": {"widths": (16, 32, 64), "blocks": 1},
+    "small": {"widths": (16, 32, 64, 128), "blocks": (1, 2, 2, 2)},
+    "base": {"widths": (32, 64, 128, 256, 320)},
+    "large": {"widths": (32, 64, 128, 256, 512), "blocks": 4, "decoder_blocks": 2, "expansion": 4},
+}
+"""Size name -> the configuration it stands for."""
+
+
+def build_revmbunet(config: RevMBUNetConfig, in_channels: int, out_channels: int, dims: int) -> RevMBUNet:
+    """A RevMBUNet for (B, in_channels, *spatial) inputs of `dims` spatial axes."""
+    strides = config.strides or ((2,) * dims,) * (len(config.widths) - 1)
+    blocks = _per_level(config.blocks, len(config.widths))
+    decoder_blocks = _per_level(config.decoder_blocks, len(config.widths) - 1)
+
+    def sequence(width: int, count: int) -> ReversibleSequence:
+        return ReversibleSequence(
+            [
+                ReversibleBlock(
+                    InvertedBottleneck(width // 2, config.expansion, dims),
+                    InvertedBottleneck(width // 2, config.expansion, dims),
+                )
+                for _ in range(count)
+            ],
+            config.mode,
+        )
+
+    steps = list(zip(itertools.pairwise(config.widths), strides, strict=True))
+    encoder = Encoder(
+        stem=convolution(dims, in_channels, config.widths[0]),
+        downs=[step_down(dims, shallow, deep, stride) for (shallow, deep), stride in steps],
+        stages=[sequence(width, count) for width, count in zip(config.widths, blocks, strict=True)],
+    )
+    decoder = Decoder(
+        ups=[step_up(dims, deep, shallow, stride) for (shallow, deep), stride in steps],
+        stages=[sequence(width, count) for width, count in zip(config.widths, decoder_blocks, strict=False)],
+    )
+    supervised = config.widths[: min(config.supervised_levels, len(steps))]
+    heads = [pointwise(dims, width, out_channels) for width in supervised]
+    return RevMBUNet(encoder, decoder, heads, strides)
+
+
+class InvertedBottleneck(nn.Module):
+    """Expand 1 -> depthwise 3 -> project 1 (Sandler et al. 2018), each followed by group norm; linear at the end."""
+
+    def __init__(self, channels: int, expansion: int, dims: int) -> None:
+        super().__init__()
+        hidden = channels * expansion
+        self.expand = pointwise(dims, channels, hidden, bias=False)
+        self.expand_norm = group_norm(hidden)
+        self.depthwise = depthwise_conv(hidden, dims)
+        self.depthwise_norm = group_norm(hidden)
+        self.project = pointwise(dims, hidden, channels, bias=False)
+        self.project_norm = group_norm(channels)
+        self.activation = nn.SiLU()
+        # Blocks start as the identity, so that depth does not hurt the first steps.
+        nn.init.zeros_(self.project_norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *spatial) to the same shape."""
+        x = self.activation(self.expand_norm(self.expand(x)))
+        x = self.activation(self.depthwise_norm(self.depthwise(x)))
+        result: Tensor = self.project_norm(self.project(x))
+        return result
+
+
+class Encoder(nn.Module):
+    """Stem, then a reversible sequence per level with a strided convolution between levels."""
+
+    def __init__(self, stem: nn.Module, downs: Sequence[nn.Module], stages: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.stem = stem
+        self.downs = nn.ModuleList(downs)
+        self.stages = nn.ModuleList(stages)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(B, in_channels, *spatial) to one feature map per level, full resolution first."""
+        features = [self.stages[0](self.stem(x))]
+        for down, stage in zip(self.downs, self.stages[1:], strict=True):
+            features.append(stage(down(features[-1])))
+        return features
+
+
+class Decoder(nn.Module):
+    """Transposed convolution, added skip, reversible sequence, from the deepest level up."""
+
+    def __init__(self, ups: Sequence[nn.Module], stages: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.ups = nn.ModuleList(ups)
+        self.stages = nn.ModuleList(stages)
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """Encoder features, full resolution first, to decoder features in the same order without the deepest."""
+        x = features[-1]
+        decoded = []
+        for up, stage, skip in zip(reversed(self.ups), reversed(self.stages), features[-2::-1], strict=True):
+            x = stage(up(x) + skip)
+            decoded.append(x)
+        return decoded[::-1]
+
+
+class RevMBUNet(nn.Module):
+    """The network of this file's drawing, assembled from built parts."""
+
+    def __init__(
+        self, encoder: Encoder, decoder: Decoder, heads: Sequence[nn.Module], strides: Sequence[Sequence[int]]
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.heads = nn.ModuleList(heads)
+        self.divisor = tuple(prod(axis) for axis in zip(*strides, strict=True))
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """(B, in_channels, *spatial), each axis a multiple of `divisor`, to logits (B, out_channels, *spatial).
+
+        While training: a list, full resolution first, one entry per supervised level.
+        """
+        if x.dim() == 5 and x.device.type == "cpu":
+            # Pointwise and depthwise kernels are fastest with channels innermost.
+            x = x.contiguous(memory_format=torch.channels_last_3d)
+        features = self.decoder(self.encoder(x))
+        if self.training:
+            return [head(feature) for head, feature in zip(self.heads, features, strict=False)]
+        logits: Tensor = self.heads[0](features[0])
+        return logits
+
+
+def _per_level(value: int | tuple[int, ...], levels: int) -> tuple[int, ...]:
+    return (value,) * levels if isinstance(value, int) else value

@@ -1,0 +1,108 @@
+"""The networks segkit knows: one visible table, name to configuration class and builder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from segkit.config.base import Config
+from segkit.errors import RequestError
+from segkit.models import revmbunet
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One family: its configuration, its builder (config, in_channels, out_channels, dims), its named sizes."""
+
+    config: type[Config]
+    build: Callable[[Any, int, int, int], nn.Module]
+    sizes: Mapping[str, Mapping[str, object]]
+    dims: tuple[int, ...]
+    reference: str
+    default_size: str = "base"
+
+
+MODELS: dict[str, ModelEntry] = {
+    "revmbunet": ModelEntry(
+        config=revmbunet.RevMBUNetConfig,
+        build=revmbunet.build_revmbunet,
+        sizes=revmbunet.SIZES,
+        dims=(2, 3),
+        reference=revmbunet.REFERENCE,
+    ),
+}
+"""Family name -> entry."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What `segkit models` tells of one size of one family, at 4 input and 3 output channels in 3D."""
+
+    name: str
+    size: str
+    parameters: int
+    divisor: tuple[int, ...]
+    dims: tuple[int, ...]
+    reference: str
+
+
+def configure(family: str, size: str | None = None, arguments: Mapping[str, object] | None = None) -> Config:
+    """The configuration of a family: its named size, with `arguments` over it.
+
+    Raises:
+        RequestError: the family, the size or an argument is unknown or out of range.
+    """
+    entry = MODELS.get(family)
+    if entry is None:
+        raise RequestError(f"network {family!r} is not known", expected=f"one of {', '.join(MODELS)}")
+    size = size or entry.default_size
+    if size not in entry.sizes:
+        raise RequestError(f"{family} has no size {size!r}", expected=f"one of {', '.join(entry.sizes)}")
+    try:
+        return entry.config(**{**entry.sizes[size], **(arguments or {})})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "arguments"
+        raise RequestError(f"{family}: {key}: {first['msg']}") from error
+
+
+def build_model(
+    family: str,
+    *,
+    in_channels: int,
+    out_channels: int,
+    dims: int = 3,
+    size: str | None = None,
+    **arguments: object,
+) -> nn.Module:
+    """A network with fresh weights: (B, in_channels, *spatial) to logits (B, out_channels, *spatial).
+
+    In training mode it returns a list of logits, full resolution first (deep supervision). `model.divisor` is what
+    each spatial axis must be a multiple of, in voxels.
+
+    Raises:
+        RequestError: the family, the size, an argument or `dims` is not offered.
+    """
+    config = configure(family, size, arguments)
+    entry = MODELS[family]
+    if dims not in entry.dims:
+        raise RequestError(f"{family} has no {dims}-dimensional form", expected=f"dims in {entry.dims}")
+    return entry.build(config, in_channels, out_channels, dims)
+
+
+def list_models() -> list[ModelInfo]:
+    """Every size of every family, counted without allocating weights."""
+    found = []
+    for family, entry in MODELS.items():
+        for size in entry.sizes:
+            with torch.device("meta"):
+                model = build_model(family, in_channels=4, out_channels=3, dims=entry.dims[-1], size=size)
+            parameters = sum(parameter.numel() for parameter in model.parameters())
+            divisor: tuple[int, ...] = model.divisor  # type: ignore[assignment]
+            found.append(ModelInfo(family, size, parameters, divisor, entry.dims, entry.reference))
+    return found

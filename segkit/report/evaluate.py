@@ -1,0 +1,308 @@
+"""Scoring a folder of masks against references: per case, per region, with a summary.
+
+Prediction and reference are each decoded in their own label scheme, so that masks of different BraTS years compare by
+tissue. A case that cannot be scored becomes an error of its own and does not stop the others.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from segkit.data.files import read_labels, read_volume, written_atomically
+from segkit.data.geometry import same_grid
+from segkit.data.layouts.schemes import present_values
+from segkit.data.volume import Grid
+from segkit.errors import DataError, RequestError
+from segkit.labels import LabelScheme, outputs_of, translate
+from segkit.metrics.protocols import PROTOCOLS, Scores, score_absent, score_case
+from segkit.report.figures import overlay_figure
+from segkit.report.pairing import Pair, Pairing, pair_folders
+from segkit.report.tables import Summary, markdown_table, scores_csv, summarise, summary_rows
+from segkit.shapes import LabelMap
+
+Missing = Literal["skip", "zero"]
+"""What a reference without a prediction is worth: left out of the scores, or the worst score of every metric."""
+
+_log = logging.getLogger(__name__)
+
+_PED_TISSUES = (("NETC", "NET"), ("ED", "ED"))
+"""Regions that the paediatric challenge scores besides those a network has outputs for (BraTS-PED 2024 and later)."""
+
+_BACKGROUNDS = ("t2f", "t1c", "t2w", "t1n")
+"""Which image to draw masks over, first that exists: the whole tumour shows best on FLAIR."""
+
+
+@dataclass(frozen=True)
+class CaseScores:
+    """Scores of one case: region name -> metric name -> value, NaN where undefined.
+
+    `is_missing` says that there was no usable prediction and that the case was given the worst scores.
+    """
+
+    case: str
+    regions: dict[str, Scores]
+    is_missing: bool = False
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate_folders` found.
+
+    `errors` maps a case id to a sentence; `unscored` are references without a prediction that were left out;
+    `surplus` are predictions that belong to no reference.
+    """
+
+    protocol: str
+    challenge: str | None
+    label_scheme: LabelScheme
+    cases: tuple[CaseScores, ...]
+    errors: dict[str, str]
+    unscored: tuple[str, ...] = ()
+    surplus: tuple[Path, ...] = ()
+
+    def summary(self) -> Summary:
+        """Region name -> metric name -> mean, median and n over the scored cases; undefined values are left out."""
+        return summarise(case.regions for case in self.cases)
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `segkit evaluate --json`, strict JSON: a value that is undefined or infinite is null."""
+        return {
+            "protocol": self.protocol,
+            "challenge": self.challenge,
+            "label_scheme": self.label_scheme.to_json(),
+            "cases": [_case_to_json(case) for case in self.cases],
+            "summary": self.summary(),
+            "errors": [{"case": case, "error": error} for case, error in self.errors.items()],
+            "unscored": list(self.unscored),
+            "surplus": [path.name for path in self.surplus],
+        }
+
+    def notes(self) -> list[str]:
+        """What a reader of the scores must know: cases that are not in them, and why."""
+        notes = [f"{case}: {error}" for case, error in self.errors.items()]
+        missing = [case.case for case in self.cases if case.is_missing]
+        if missing:
+            notes.append(f"{len(missing)} cases without a usable prediction have the worst scores: {_some(missing)}")
+        if self.unscored:
+            notes.append(
+                f"{len(self.unscored)} references have no prediction and are NOT in these scores: "
+                f"{_some(self.unscored)}. Give them the worst scores with --missing zero"
+            )
+        if self.surplus:
+            names = _some([path.name for path in self.surplus])
+            notes.append(f"{len(self.surplus)} files belong to no reference and are not scored: {names}")
+        return notes
+
+    def write(self, folder: Path) -> None:
+        """Write scores.json, scores.csv (a row per case and region) and summary.md into `folder`.
+
+        Raises:
+            DataError: the folder cannot be written.
+        """
+        columns, rows = summary_rows(self.summary())
+        notes = "".join(f"- {note}\n" for note in self.notes())
+        texts = {
+            "scores.json": json.dumps(self.to_json(), indent=2, allow_nan=False, ensure_ascii=False) + "\n",
+            "scores.csv": scores_csv({case.case: case.regions for case in self.cases}),
+            "summary.md": f"Protocol {self.protocol}; mean (median) over cases.\n\n"
+            + markdown_table(columns, rows)
+            + (f"\n{notes}" if notes else ""),
+        }
+        for name, text in texts.items():
+            with written_atomically(folder / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+
+
+def evaluate_folders(
+    predictions: Path,
+    references: Path,
+    *,
+    protocol: str = "legacy",
+    challenge: str | None = None,
+    case_ids: Collection[str] | None = None,
+    missing: Missing = "skip",
+    label_scheme: str | None = None,
+    prediction_scheme: str | None = None,
+) -> Evaluation:
+    """Score a folder (or file) of masks against the references of a dataset, a folder of masks or a file.
+
+    See `pair_folders` for how files are paired and `PROTOCOLS` for what is computed.
+
+    Raises:
+        RequestError: the protocol or challenge is unknown, or nothing could be paired; nothing was scored.
+    """
+    pairing = pair_folders(
+        predictions,
+        references,
+        challenge=challenge,
+        case_ids=case_ids,
+        label_scheme=label_scheme,
+        prediction_scheme=prediction_scheme,
+    )
+    return evaluate_pairs(pairing, protocol=protocol, missing=missing)
+
+
+def evaluate_pairs(pairing: Pairing, *, protocol: str = "legacy", missing: Missing = "skip") -> Evaluation:
+    """Score the pairs of two folders.
+
+    Raises:
+        RequestError: the protocol is unknown.
+    """
+    if protocol not in PROTOCOLS:
+        raise RequestError(f"unknown protocol {protocol!r}", expected=f"one of {', '.join(PROTOCOLS)}")
+    cases: list[CaseScores] = []
+    errors: dict[str, str] = {}
+    unscored: list[str] = []
+    for pair in pairing.pairs:
+        case_id = pair.reference.id
+        try:
+            reference, grid = read_reference(pair, pairing.scheme)
+        except DataError as error:
+            errors[case_id] = str(error)
+            continue
+        try:
+            if pair.prediction is not None:
+                prediction = read_prediction(pair, grid)
+                cases.append(CaseScores(case_id, _scores(prediction, reference, pair, pairing.scheme, grid, protocol)))
+                _log.info("scored %s", case_id)
+                continue
+            if case_id in pairing.ambiguous:
+                errors[case_id] = pairing.ambiguous[case_id]
+            elif missing == "skip":
+                unscored.append(case_id)
+        except DataError as error:
+            errors[case_id] = str(error)
+        if missing == "zero":
+            absent = score_absent(grid.shape, grid.spacing_mm, regions_of(pairing.scheme), protocol=protocol)
+            cases.append(CaseScores(case_id, absent, is_missing=True))
+    return Evaluation(
+        protocol, pairing.challenge, pairing.scheme, tuple(cases), errors, tuple(unscored), pairing.surplus
+    )
+
+
+def regions_of(scheme: LabelScheme) -> dict[str, tuple[int, ...]]:
+    """What is scored in a label scheme: its regions, or its classes without the background -> label values."""
+    regions = {output.name: output.members for output in outputs_of(scheme) if output.label != 0}
+    if scheme.name == "brats-ped":
+        regions |= {region: (scheme.values[tissue],) for region, tissue in _PED_TISSUES}
+    return regions
+
+
+def read_reference(pair: Pair, scheme: LabelScheme) -> tuple[LabelMap, Grid]:
+    """The reference mask of a pair and its grid.
+
+    Raises:
+        DataError: the file is unusable or holds values that its scheme does not know.
+    """
+    label = pair.reference.label
+    if label is None:
+        raise ValueError(f"case {pair.reference.id} has no reference")
+    labels, grid = read_labels(label.path, label.channel)
+    _require_known(labels, scheme, label.path, "--label-scheme")
+    return labels, grid
+
+
+def read_prediction(pair: Pair, grid: Grid) -> LabelMap:
+    """The predicted mask of a pair, which must lie on the grid of the reference.
+
+    Raises:
+        DataError: the file is unusable, lies on another grid, or holds values that its scheme does not know.
+    """
+    if pair.prediction is None:
+        raise ValueError(f"case {pair.reference.id} has no prediction")
+    labels, own_grid = read_labels(pair.prediction)
+    difference = same_grid(own_grid, grid)
+    if difference is not None:
+        remedy = "Scores compare voxel by voxel: bring the prediction back to the grid of the scan it was made from"
+        raise DataError(difference, where=pair.prediction, remedy=remedy)
+    _require_known(labels, pair.scheme, pair.prediction, "--prediction-scheme")
+    return labels
+
+
+def draw_worst_cases(evaluation: Evaluation, pairing: Pairing, folder: Path, count: int) -> list[Path]:
+    """Draw the `count` cases with the lowest mean Dice over regions that have an image: `folder/<case>.png`.
+
+    Raises:
+        RequestError: the references are masks without images.
+    """
+    pairs = {pair.reference.id: pair for pair in pairing.pairs if pair.reference.images and pair.prediction}
+    if not pairs:
+        raise RequestError(
+            "figures need images, and the references are masks only", remedy="Give the dataset folder as reference"
+        )
+    drawable = [case for case in evaluation.cases if case.case in pairs and not case.is_missing]
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for case in sorted(drawable, key=_mean_dice)[:count]:
+        path = folder / f"{case.case}.png"
+        _draw(path, pairs[case.case], pairing.scheme, case)
+        paths.append(path)
+    return paths
+
+
+def _scores(
+    prediction: LabelMap, reference: LabelMap, pair: Pair, scheme: LabelScheme, grid: Grid, protocol: str
+) -> dict[str, Scores]:
+    regions, predicted = regions_of(scheme), regions_of(pair.scheme)
+    if not regions.keys() & predicted.keys():
+        raise DataError(
+            f"the mask is in label scheme {pair.scheme.name}, which shares no region with {scheme.name}",
+            where=pair.prediction,
+            remedy="Name the right one with --prediction-scheme",
+        )
+    members = {name: predicted.get(name, ()) for name in regions}  # what a scheme lacks was not predicted
+    return score_case(prediction, reference, grid.spacing_mm, regions, protocol=protocol, prediction_regions=members)
+
+
+def _require_known(labels: LabelMap, scheme: LabelScheme, path: Path, option: str) -> None:
+    stray = sorted(present_values(labels) - {0, *scheme.values.values()})
+    if stray:
+        known = ", ".join(f"{value} {tissue}" for tissue, value in scheme.values.items())
+        raise DataError(
+            f"holds label values {', '.join(map(str, stray))}",
+            where=path,
+            expected=f"those of label scheme {scheme.name}: {known}",
+            remedy=f"Name the right scheme with {option}",
+        )
+
+
+def _draw(path: Path, pair: Pair, scheme: LabelScheme, scores: CaseScores) -> None:
+    reference, grid = read_reference(pair, scheme)
+    images = pair.reference.images
+    name = next((modality for modality in _BACKGROUNDS if modality in images), next(iter(images)))
+    image = read_volume(images[name].path, images[name].channel)
+    dice = ", ".join(f"{region} {metrics['dice']:.3f}" for region, metrics in scores.regions.items())
+    overlay_figure(
+        path,
+        image.array,
+        translate(read_prediction(pair, grid), pair.scheme, scheme),
+        grid,
+        reference=reference,
+        names={value: tissue for tissue, value in scheme.values.items()},
+        title=f"{scores.case} ({name})  Dice: {dice}",
+    )
+
+
+def _mean_dice(case: CaseScores) -> float:
+    return float(np.mean([metrics["dice"] for metrics in case.regions.values()]))
+
+
+def _case_to_json(case: CaseScores) -> dict[str, Any]:
+    regions = {
+        region: {metric: value if math.isfinite(value) else None for metric, value in scores.items()}
+        for region, scores in case.regions.items()
+    }
+    document: dict[str, Any] = {"case": case.case, "regions": regions}
+    return document | {"missing": True} if case.is_missing else document
+
+
+def _some(names: Collection[str]) -> str:
+    return ", ".join(list(names)[:5]) + (", ..." if len(names) > 5 else "")

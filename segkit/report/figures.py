@@ -1,0 +1,269 @@
+"""Pictures: masks over an image, and the curves of a training run.
+
+matplotlib is imported inside the functions that draw and used through `Figure` objects only, so that no window system
+is needed and no state is shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from segkit.data.geometry import reorientation_to, reoriented_grid
+from segkit.data.volume import Grid
+from segkit.shapes import AnyArray, LabelMap
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#56B4E9", "#D55E00", "#F0E442", "#CC79A7", "#009E73", "#E69F00", "#0072B2")
+"""Okabe & Ito's palette, told apart in every common colour blindness; reordered for contrast on grey."""
+
+_LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""The same palette in an order that reads on white."""
+
+_OPACITY = 0.55
+_LETTER_PLACES = (
+    (0.01, 0.5, "left", "center"),
+    (0.99, 0.5, "right", "center"),
+    (0.5, 0.99, "center", "top"),
+    (0.5, 0.01, "center", "bottom"),
+)
+"""Where the letters left, right, top and bottom stand in a panel, and how they are aligned."""
+_FEW_POINTS = 30
+_LOSS, _VALIDATION, _RATE = "loss", "validation Dice", "learning rate"
+_PANEL_OF = {"dice": _VALIDATION, "score": _VALIDATION, "lr": _RATE}
+_RADIOLOGICAL = "radiological view: the patient's right is on the left of axial and coronal planes"
+
+
+@dataclass(frozen=True)
+class _View:
+    """One plane ready to be shown: rows from top to bottom, columns from left to right."""
+
+    title: str
+    image: AnyArray
+    masks: tuple[LabelMap, ...]
+    aspect: float
+    letters: tuple[str, str, str, str]
+    """What lies left, right, top and bottom of the picture; empty for pictures without anatomy."""
+
+
+def overlay_figure(
+    path: Path,
+    image: AnyArray,
+    labels: LabelMap,
+    grid: Grid,
+    *,
+    reference: LabelMap | None = None,
+    names: Mapping[int, str] | None = None,
+    title: str = "",
+) -> None:
+    """Draw a mask over its image: axial, coronal and sagittal plane of a volume, or the whole of a picture.
+
+    Each plane is the one that shows most of all structures. Volumes are shown in radiological orientation (the
+    patient's right on the left), to scale whatever the spacing.
+
+    Args:
+        path: The picture to write; its suffix chooses the format (.png, .pdf, .svg).
+        image: (D, H, W) or (H, W) intensities on `grid`.
+        labels: The predicted label values on `grid`, 0 = background.
+        grid: Where the voxels lie.
+        reference: The reference on the same grid and in the same label scheme; drawn in a row of its own, and as a
+            white outline over the prediction.
+        names: Label value -> name for the legend.
+        title: Printed above, such as the case id.
+    """
+    from matplotlib.figure import Figure
+
+    maps = (labels,) if reference is None else (labels, reference)
+    views = _planes(image, maps, grid) if grid.dims == 3 else [_picture(image, maps, grid)]
+    window = _intensity_window(image)
+    colours = _colours(maps)
+    rows = ("image", "prediction", "reference")[: 1 + len(maps)]
+    if len(views) > 1:
+        figure = Figure(figsize=(3.0 * len(views), 3.0 * len(rows)), facecolor="black", layout="constrained")
+        panels = figure.subplots(len(rows), len(views))
+    else:  # side by side, as a screen is wider than high
+        figure = Figure(figsize=(4.5 * len(rows), 5.0), facecolor="black", layout="constrained")
+        panels = figure.subplots(1, len(rows)).reshape(-1, 1)
+    for row, name in enumerate(rows):
+        panels[row, 0].set_ylabel(name, color="white", fontsize=11)
+        for axes, view in zip(panels[row], views, strict=True):
+            _show(axes, view, window)
+            if row > 0:
+                axes.imshow(_tint(view.masks[row - 1], colours), aspect=view.aspect, interpolation="nearest")
+            if name == "prediction" and len(maps) > 1:
+                _outline(axes, view.masks[1] > 0)
+    for axes, view in zip(panels[0], views, strict=True):
+        axes.set_title(view.title, color="white", fontsize=10)
+    _legend(figure, colours, names or {}, has_reference=len(maps) > 1)
+    notes = [note for note in (title, _RADIOLOGICAL if grid.dims == 3 else "") if note]
+    figure.suptitle("\n".join(notes), color="white", fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, facecolor="black")
+
+
+def curves_figure(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Draw the course of a run: losses, validation Dice per output, and learning rate, against its steps.
+
+    Args:
+        path: The picture to write.
+        rows: What `metrics.jsonl` holds, one mapping a line: `step`, and any of: keys with `loss` in their name,
+            `dice` (output name -> value, or one value), `score` and `lr`. Missing and undefined entries are left out.
+    """
+    from matplotlib.figure import Figure
+
+    curves = {panel: lines for panel, lines in _curves(rows).items() if lines}
+    figure = Figure(figsize=(8.0, 2.6 * max(len(curves), 1)), layout="constrained")
+    if not curves:
+        figure.text(0.5, 0.5, "nothing recorded yet", ha="center")
+    else:
+        column = figure.subplots(len(curves), 1, squeeze=False, sharex=True)[:, 0]
+        for axes, (panel, lines) in zip(column, curves.items(), strict=True):
+            _draw_curves(axes, panel, lines)
+        column[-1].set_xlabel("step")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def _picture(image: AnyArray, masks: Sequence[LabelMap], grid: Grid) -> _View:
+    rows_mm, columns_mm = grid.spacing_mm
+    return _View("", image, tuple(masks), rows_mm / columns_mm, ("", "", "", ""))
+
+
+def _planes(image: AnyArray, masks: Sequence[LabelMap], grid: Grid) -> list[_View]:
+    """The three planes of a volume, cropped to what the image shows."""
+    way = reorientation_to(grid, "RAS")
+    spacing = reoriented_grid(grid, way).spacing_mm
+    upright = [way.apply(array) for array in (image, *masks)]
+    box = _content_box(upright[0])
+    upright = [array[box] for array in upright]
+    views = []
+    for title, axis, letters in (
+        ("axial", 2, ("R", "L", "A", "P")),
+        ("coronal", 1, ("R", "L", "S", "I")),
+        ("sagittal", 0, ("A", "P", "S", "I")),
+    ):
+        index = _richest_slice(upright[1:], axis)
+        # The remaining two axes grow to the right or front, then to the front or top: the second becomes the rows,
+        # top first, and the first becomes the columns, right or front first.
+        shown = [array.take(index, axis).T[::-1, ::-1] for array in upright]
+        columns_mm, rows_mm = (spacing[other] for other in range(3) if other != axis)
+        views.append(_View(title, shown[0], tuple(shown[1:]), rows_mm / columns_mm, letters))
+    return views
+
+
+def _content_box(image: AnyArray) -> tuple[slice, ...]:
+    """The box of what differs from the corner voxel, or the whole volume where nothing does."""
+    content = image != image.flat[0]
+    box = []
+    for axis in range(image.ndim):
+        others = tuple(other for other in range(image.ndim) if other != axis)
+        (hits,) = np.nonzero(content.any(axis=others))
+        box.append(slice(int(hits[0]), int(hits[-1]) + 1) if len(hits) else slice(None))
+    return tuple(box)
+
+
+def _richest_slice(masks: Sequence[LabelMap], axis: int) -> int:
+    """The slice along `axis` that shows most of all structures, each measured against its own largest slice."""
+    others = tuple(other for other in range(masks[0].ndim) if other != axis)
+    richness = np.zeros(masks[0].shape[axis])
+    for mask in masks:
+        for value in _present(mask):
+            areas = np.count_nonzero(mask == value, axis=others)
+            richness += areas / areas.max()
+    return int(richness.argmax()) if richness.any() else masks[0].shape[axis] // 2
+
+
+def _present(mask: LabelMap) -> list[int]:
+    return [int(value) for value in np.unique(mask) if value]
+
+
+def _intensity_window(image: AnyArray) -> tuple[float, float]:
+    """Black and white level: the 1st and 99.5th percentile of what is not background."""
+    content = image[image != image.flat[0]]
+    if not content.size:
+        return 0.0, 1.0
+    low, high = np.percentile(content, (1.0, 99.5))
+    return float(low), float(max(high, low + 1e-6))
+
+
+def _colours(masks: Sequence[LabelMap]) -> dict[int, str]:
+    values = sorted({value for mask in masks for value in _present(mask)})
+    return {value: COLOURS[position % len(COLOURS)] for position, value in enumerate(values)}
+
+
+def _tint(mask: LabelMap, colours: Mapping[int, str]) -> NDArray[np.float64]:
+    """(rows, columns, 4) red, green, blue and opacity in [0, 1]; background is transparent."""
+    from matplotlib.colors import to_rgba
+
+    table = np.zeros((256, 4))
+    for value, colour in colours.items():
+        table[value] = to_rgba(colour, _OPACITY)
+    return table[mask]
+
+
+def _show(axes: Axes, view: _View, window: tuple[float, float]) -> None:
+    from matplotlib.patheffects import withStroke
+
+    low, high = window
+    axes.imshow(view.image, cmap="gray", vmin=low, vmax=high, aspect=view.aspect, interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    for side in axes.spines.values():
+        side.set_visible(False)
+    halo = [withStroke(linewidth=2, foreground="black")]
+    for letter, (x, y, horizontal, vertical) in zip(view.letters, _LETTER_PLACES, strict=True):
+        place: dict[str, Any] = {"ha": horizontal, "va": vertical, "transform": axes.transAxes}
+        axes.text(x, y, letter, color="white", fontsize=8, path_effects=halo, **place)
+
+
+def _outline(axes: Axes, mask: NDArray[np.bool_]) -> None:
+    if mask.any():  # contour warns where there is no level to draw
+        axes.contour(mask.astype(np.float32), levels=[0.5], colors="white", linewidths=0.7)
+
+
+def _legend(figure: Figure, colours: Mapping[int, str], names: Mapping[int, str], *, has_reference: bool) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles: list[Patch | Line2D] = [
+        Patch(color=colour, label=names.get(value, f"label {value}")) for value, colour in colours.items()
+    ]
+    if has_reference:
+        handles.append(Line2D([], [], color="white", linewidth=1.2, label="outline of the reference"))
+    if handles:
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=min(len(handles), 5), frameon=False, labelcolor="white"
+        )
+
+
+def _draw_curves(axes: Axes, panel: str, lines: Mapping[str, list[tuple[float, float]]]) -> None:
+    for position, (name, points) in enumerate(lines.items()):
+        steps, values = zip(*points, strict=True)
+        marker = "o" if len(points) < _FEW_POINTS else None
+        colour = _LINE_COLOURS[position % len(_LINE_COLOURS)]
+        axes.plot(steps, values, label=name, color=colour, marker=marker, markersize=3)
+    axes.set_ylabel(panel)
+    axes.grid(alpha=0.3)
+    if len(lines) > 1:
+        axes.legend(loc="best", fontsize=8)
+
+
+def _curves(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Panel -> curve name -> points (step, value)."""
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {_LOSS: {}, _VALIDATION: {}, _RATE: {}}
+    for position, row in enumerate(rows):
+        for key, entry in row.items():
+            panel = _PANEL_OF.get(key, _LOSS if "loss" in key else None)
+            if panel is None:
+                continue
+            for name, value in (entry if isinstance(entry, Mapping) else {key: entry}).items():
+                if value is not None and np.isfinite(value):
+                    panels[panel].setdefault(name, []).append((row.get("step", position), value))
+    return panels

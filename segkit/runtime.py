@@ -1,0 +1,133 @@
+"""Device, precision, seeds, threads and memory: the only reader of environment variables.
+
+torch is imported inside the functions that need it, so that verbs which compute nothing start fast.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from segkit.errors import RequestError
+
+if TYPE_CHECKING:
+    import torch
+
+_GIB = 1024**3
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device to compute on: the one named, else CUDA where there is one, else the CPU.
+
+    Raises:
+        RequestError: the name is unknown or the machine lacks that device.
+    """
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RequestError(
+            f"device {name!r} is not known", expected="cpu, cuda, cuda:N or mps", remedy="Pass one of them to --device"
+        ) from error
+    is_missing = (device.type == "cuda" and not torch.cuda.is_available()) or (
+        device.type == "mps" and not torch.backends.mps.is_available()
+    )
+    if is_missing:
+        raise RequestError(f"this machine has no usable {device.type} device", remedy="Pass --device cpu")
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the forward pass: "auto" is bfloat16 on a GPU that has it and float32 elsewhere."""
+    import torch
+
+    if name == "auto":
+        is_fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if is_fast else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch, the CPU and every GPU."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  libraries below us draw from the global state
+    torch.manual_seed(seed)
+
+
+def available_cores() -> int:
+    """Processor cores this process may use (its affinity mask, where the system has one)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def available_memory_gb(device: torch.device | None = None) -> float:
+    """Memory this process may still take, in GiB: free GPU memory, else free RAM within the container's limit."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0] / _GIB
+    free = _free_ram_bytes()
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists():
+        text = limit.read_text().strip()
+        if text != "max":
+            free = min(free, int(text) - int(used.read_text()))
+    return free / _GIB
+
+
+def _free_ram_bytes() -> int:
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return 8 * _GIB
+
+
+def peak_rss_mb() -> float:
+    """The largest resident memory this process has had so far, in MB; 0.0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024**2 if sys.platform == "darwin" else 1024)
+
+
+def current_rss_mb() -> float:
+    """Resident memory of this process now, in MB; the peak where the system does not tell the present value."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1024**2
+    return peak_rss_mb()
+
+
+def environment() -> dict[str, str]:
+    """Versions and platform, as recorded in run folders, manifests and benchmark tables."""
+    packages = ("segkit", "torch", "monai", "nibabel", "numpy")
+    versions = {"python": platform.python_version(), "platform": platform.platform(), "cores": str(available_cores())}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "unknown"
+    return versions
+
+
+def is_debug() -> bool:
+    """Whether SEGKIT_DEBUG asks for tracebacks instead of sentences."""
+    return os.environ.get("SEGKIT_DEBUG", "") not in ("", "0")

@@ -1,0 +1,31 @@
+"""The one axis order, and names for the arrays that follow it.
+
+Everywhere in segkit a tensor of images is (B, C, D, H, W) and an array of one case is (C, D, H, W): batch, channel,
+then the three voxel axes in the order in which nibabel gives them, so D is the first voxel axis of the NIfTI array.
+After orientation to RAS, D grows to the patient's right, H to the front, W to the top. Two-dimensional data drop D:
+(B, C, H, W) and (C, H, W), with H the rows and W the columns of the picture.
+
+Affines are 4 x 4, float64, from voxel indices to millimetres in RAS+ world space (the NIfTI convention).
+Spacings are in millimetres in the order of the voxel axes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Image: TypeAlias = NDArray[np.float32]
+"""Intensities, (C, D, H, W) or (C, H, W), float32."""
+
+LabelMap: TypeAlias = NDArray[np.uint8]
+"""Label values of a scheme, (D, H, W) or (H, W), uint8, 0 = background."""
+
+Masks: TypeAlias = NDArray[np.bool_]
+"""One boolean plane per output, (K, D, H, W) or (K, H, W)."""
+
+Affine: TypeAlias = NDArray[np.float64]
+"""Voxel indices to millimetres in RAS+ world space, (4, 4)."""
+
+AnyArray: TypeAlias = NDArray[Any]

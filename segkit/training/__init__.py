@@ -1,0 +1,1 @@
+"""Training: one `fit()` that reads top to bottom, and the tasks it serves."""

@@ -1,0 +1,119 @@
+"""The settings of a training run: what a YAML file or `--set` can say.
+
+A field that is None is decided by planning from the data and the memory at hand; `config.yaml` in the run folder
+holds what was chosen and why.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from segkit.config.base import Config
+from segkit.data.augmentation import AugmentationConfig
+from segkit.data.preprocessing import PreprocessingConfig
+from segkit.losses.compound import LossConfig
+
+
+class DataConfig(Config):
+    """Which cases are trained on."""
+
+    layout: str | None = None
+    """Data layout; None recognises it."""
+    label_scheme: str | None = None
+    """Label scheme; None takes it from the layout."""
+    modalities: dict[str, str] | None = None
+    """Modality name to file suffix, for folders that follow no known naming."""
+    folds: int = Field(default=5, ge=2)
+    """Number of patient-wise folds; one of them validates."""
+    fold: int = Field(default=0, ge=0)
+    """The fold that validates."""
+    split_seed: int = 0
+    """Seed of the patient-wise split."""
+    exclude: tuple[str, ...] = ()
+    """Case ids kept out of training, validation and checkpoint choice."""
+    cache: Path | None = None
+    """Folder for prepared cases; None is `cache` in the run folder."""
+
+
+class NetworkConfig(Config):
+    """Which network is trained."""
+
+    family: str = "revmbunet"
+    """Family name, see `segkit models`."""
+    size: str = "base"
+    """Named size of the family."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the family laid over its size, such as widths or blocks."""
+
+
+class PlanningConfig(Config):
+    """Bounds within which planning chooses."""
+
+    patch_size: tuple[int, ...] | None = None
+    """Patch in voxels; None is planned from sizes, spacing and memory."""
+    patch_limit: int = Field(default=128, ge=16)
+    """Longest side that planning may give a patch, in voxels."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Patches per step; None is planned."""
+    batch_limit: int = Field(default=2, ge=1)
+    """Largest batch that planning may choose."""
+
+
+class OptimiserConfig(Config):
+    """AdamW and its schedule."""
+
+    lr: float = Field(default=2e-3, gt=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(default=1e-2, ge=0)
+    """Decoupled weight decay, on weights with more than one axis."""
+    schedule: Literal["cosine", "poly"] = "cosine"
+    """Decay to zero after warm-up: half a cosine, or (1 - progress) ** 0.9."""
+    warmup: float = Field(default=0.02, ge=0, lt=1)
+    """Part of the run in which the rate rises linearly."""
+    gradient_clip: float | None = Field(default=1.0, gt=0)
+    """Largest norm of the gradient; None does not clip."""
+
+
+class TrainingConfig(Config):
+    """How long and how a network is trained."""
+
+    steps: int = Field(default=50_000, ge=1)
+    """Optimisation steps; a budget replaces them."""
+    budget_minutes: float | None = Field(default=None, gt=0)
+    """Wall time of the whole command; the schedule fits itself to it."""
+    steps_per_epoch: int = Field(default=250, ge=1)
+    """Steps between journal entries and checkpoints."""
+    validate_every: int = Field(default=1, ge=1)
+    """Epochs between validations; under a budget validation takes a tenth of the time at most."""
+    validation_cases: int | None = Field(default=None, ge=1)
+    """Most cases validated during training; the final validation takes all of the fold."""
+    accumulate: int = Field(default=1, ge=1)
+    """Batches whose gradients are summed for one step."""
+    foreground_fraction: float = Field(default=0.5, ge=0, le=1)
+    """Part of the patches that is centred on foreground."""
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    """Decay per step of the moving average of the weights, which is what is validated and kept; 0 switches it off."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the forward pass; auto is bf16 on a GPU that has it."""
+    workers: int | None = Field(default=None, ge=0)
+    """Processes that prepare patches; None suits them to the cores, 0 works in the training process."""
+    seed: int = 0
+    """Seed of weights, sampling and augmentation."""
+
+
+class TrainConfig(Config):
+    """A whole training run."""
+
+    data: DataConfig = DataConfig()
+    network: NetworkConfig = NetworkConfig()
+    planning: PlanningConfig = PlanningConfig()
+    preprocessing: PreprocessingConfig = PreprocessingConfig()
+    augmentation: AugmentationConfig = Field(default_factory=AugmentationConfig)
+    loss: LossConfig = LossConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+    training: TrainingConfig = TrainingConfig()
+    overlap: float = Field(default=0.5, ge=0, lt=1)
+    """Overlap of inference windows, as a part of the patch."""

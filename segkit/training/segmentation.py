@@ -1,0 +1,112 @@
+"""The segmentation task: patches and labels in, masks scored by the product's own predictor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from segkit.checkpoint import ModelCard, save_model
+from segkit.data.dataset import PatchDataset
+from segkit.data.preprocessing import PreparedCase
+from segkit.data.store import StoredCases
+from segkit.inference.decode import decode_prepared
+from segkit.inference.predictor import Predictor
+from segkit.losses.compound import SegmentationLoss
+from segkit.metrics.overlap import dice_by_region
+from segkit.runtime import available_cores
+from segkit.training.task import Batch, Score
+
+ENDLESS = 2**40
+"""Length of the patch dataset: items are drawn as long as the run lasts."""
+
+
+@dataclass
+class SegmentationTask:
+    """A network, the cases it learns from, and the cases that choose its checkpoint."""
+
+    model: nn.Module
+    card: ModelCard
+    loss_function: SegmentationLoss
+    patches: PatchDataset
+    validation: StoredCases
+    batch_size: int
+    workers: int | None = None
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """Endless batches {"image": (B, C, *patch), "labels": (B, *patch)} from the `start`-th on."""
+        workers = _worker_count(self.workers)
+        loader: DataLoader[dict[str, Tensor]] = DataLoader(
+            self.patches,
+            batch_size=self.batch_size,
+            sampler=range(start * self.batch_size, ENDLESS),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+        yield from loader
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Loss of a batch on the model's device."""
+        self.loss_function.to(batch["image"].device)
+        loss: Tensor = self.loss_function(self.model(batch["image"]), batch["labels"])
+        return loss
+
+    def validate(self, weights: Mapping[str, Tensor]) -> Score:
+        """Mean Dice over outputs and validation cases, on the prepared grid, with these weights."""
+        with _borrowed(self.model, weights):
+            predictor = Predictor(self.model, self.card, next(self.model.parameters()).device)
+            per_case = [self._dice(predictor, case) for case in self.validation]
+        by_output = {
+            name: _mean([dice[name] for dice in per_case if not math.isnan(dice[name])]) for name in self._regions()
+        }
+        return Score(_mean([value for value in by_output.values() if not math.isnan(value)]), {"dice": by_output})
+
+    def save(self, run: Path, weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Write model.safetensors and model.json."""
+        training = self.card.training_data.model_copy(update=dict(facts))
+        save_model(run, weights, self.card.model_copy(update={"training_data": training}))
+
+    def _regions(self) -> dict[str, tuple[int, ...]]:
+        return {output.name: output.members for output in self.card.output_list() if output.label != 0}
+
+    def _dice(self, predictor: Predictor, case: PreparedCase) -> dict[str, float]:
+        if case.labels is None:
+            raise ValueError(f"validation case {case.id} has no reference")
+        values = [output.label for output in self.card.output_list()]
+        labels = decode_prepared(predictor.predict_prepared(case), predictor.activation, values)
+        return dice_by_region(labels, np.asarray(case.labels), self._regions())
+
+
+class _borrowed:  # noqa: N801  used as a context manager, reads as a phrase
+    """The model with other weights for a while."""
+
+    def __init__(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        self.model = model
+        self.weights = weights
+
+    def __enter__(self) -> None:
+        self.own = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        self.model.load_state_dict(self.weights)
+
+    def __exit__(self, *_: object) -> None:
+        self.model.load_state_dict(self.own)
+
+
+def _worker_count(requested: int | None) -> int:
+    """On one or two cores preparing patches in between steps is faster than competing with them."""
+    if requested is not None:
+        return requested
+    cores = available_cores()
+    return 0 if cores <= 2 else min(cores - 1, 8)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

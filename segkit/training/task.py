@@ -1,0 +1,38 @@
+"""What `fit()` asks of a task: batches, a loss, a validation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A validation: `value` chooses the best checkpoint (higher is better), `details` go to the journal."""
+
+    value: float
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Task(Protocol):
+    """Segmentation, pre-training and inpainting look like this to the training loop."""
+
+    model: nn.Module
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """Endless batches from the `start`-th on; the n-th batch is the same in every run with the same settings."""
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The loss of a batch on the model's device, a scalar."""
+
+    def validate(self, weights: Mapping[str, Tensor]) -> Score:
+        """The score of these weights on the cases kept for checkpoint choice."""
+
+    def save(self, run: Path, weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Write model.safetensors and model.json atomically; `facts` are the loop's (step, score)."""

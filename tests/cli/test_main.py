@@ -1,0 +1,80 @@
+"""The command line as a whole: exit codes, sentences instead of traces, the public face."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import segkit
+from segkit.cli import VERBS, main
+from segkit.cli.train import parse_gigabytes, parse_minutes
+from segkit.errors import RequestError
+
+
+def _exit_code(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as leave:
+        main(list(arguments))
+    return int(leave.value.code or 0)
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _exit_code(verb, "--help") == 0
+    assert len(capsys.readouterr().out) > 200
+
+
+def test_wrong_requests_exit_with_2_and_a_sentence(
+    tmp_path: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _exit_code("config", "show", "--preset", "huge") == 2
+    captured = capsys.readouterr()
+    assert captured.err == "Error: preset 'huge' is not known; expected one of cpu, default, large, tiny\n"
+    assert captured.out == ""
+
+
+def test_unknown_verb_exits_with_2() -> None:
+    assert _exit_code("trian") == 2
+
+
+def test_models_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _exit_code("models", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert {entry["name"] for entry in document} == {info.name for info in segkit.list_models()}
+    assert set(document[0]) == {"name", "size", "parameters", "divisor", "dims", "reference"}
+
+
+def test_config_show_and_validate(capsys: pytest.CaptureFixture[str], tmp_path: pytest.TempPathFactory) -> None:
+    assert _exit_code("config", "show", "--preset", "cpu", "--set", "optimiser.lr=0.5") == 0
+    shown = capsys.readouterr().out
+    assert "  # Peak learning rate.\n  lr: 0.5\n" in shown
+    path = tmp_path / "run.yaml"  # type: ignore[operator]
+    path.write_text(shown)
+    assert _exit_code("config", "validate", str(path)) == 0
+    path.write_text(shown.replace("lr: 0.5", "lr: -1\n  momentum: 3"))
+    assert _exit_code("config", "validate", str(path)) == 2
+    problems = capsys.readouterr().err
+    assert "optimiser.lr: Input should be greater than 0 (got -1)" in problems
+    assert "optimiser.momentum: no such key" in problems
+
+
+@pytest.mark.parametrize(("text", "minutes"), [("30m", 30), ("90s", 1.5), ("1h30m", 90), ("2h", 120), ("1.5h", 90)])
+def test_budgets(text: str, minutes: float) -> None:
+    assert parse_minutes(text) == minutes
+
+
+@pytest.mark.parametrize("text", ["30", "m", "30 minutes", "", "1h-3m"])
+def test_budgets_that_cannot_be_read(text: str) -> None:
+    with pytest.raises(RequestError, match="expected a duration such as 90s, 30m or 1h30m"):
+        parse_minutes(text)
+
+
+@pytest.mark.parametrize(("text", "gigabytes"), [("8G", 8), ("512M", 0.5), ("8GB", 8), ("8gib", 8), ("1T", 1024)])
+def test_sizes(text: str, gigabytes: float) -> None:
+    assert parse_gigabytes(text) == gigabytes
+
+
+def test_public_names_load_on_first_use() -> None:
+    assert all(getattr(segkit, name) is not None for name in segkit.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = segkit.nothing

@@ -1,0 +1,120 @@
+"""Logits back to masks on the grid of the input, with values worked out by hand."""
+
+from __future__ import annotations
+
+import itertools
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from segkit.data.geometry import Reorientation, reorientation_to
+from segkit.data.preprocessing import Preparation
+from segkit.data.volume import Grid
+from segkit.errors import CheckpointError
+from segkit.inference.decode import decode, mean_logits, probability_planes
+
+
+def preparation(
+    shape: tuple[int, ...], crop: tuple[tuple[int, ...], tuple[int, ...]], resampled: tuple[int, ...] | None = None
+) -> Preparation:
+    """A volume that is already RAS, with 1 mm voxels."""
+    turn = Reorientation(tuple(range(len(shape))), (False,) * len(shape), shape)
+    box = tuple(last - first for first, last in zip(*crop, strict=True))
+    return Preparation(Grid(shape, np.eye(4)), turn, crop, resampled or box, (1.0,) * len(shape))
+
+
+ROW = preparation((1, 6), ((0, 1), (1, 5)))
+"""A picture of one row and six columns, cropped to columns 1 to 4."""
+
+
+def test_regions_are_painted_later_over_earlier() -> None:
+    logits = torch.tensor([[[1.0, 1, 1, -1]], [[-1.0, 1, 1, -1]], [[-1.0, -1, 1, 1]]])
+    assert decode(logits, ROW, "sigmoid", (2, 1, 4)).tolist() == [[0, 2, 1, 4, 4, 0]]
+
+
+def test_a_logit_of_zero_paints_nothing() -> None:
+    logits = torch.tensor([[[0.0, 1e-6, -1e-6, torch.inf]]])
+    assert decode(logits, ROW, "sigmoid", (7,)).tolist() == [[0, 0, 7, 0, 7, 0]]
+
+
+def test_classes_are_painted_by_the_largest_logit_and_the_first_of_equals() -> None:
+    logits = torch.tensor([[[3.0, 0, 0, 1]], [[1.0, 2, 0, 1]], [[2.0, 1, 5, 1]]])
+    labels = decode(logits, ROW, "softmax", (0, 10, 20))
+    assert labels.tolist() == [[0, 0, 10, 20, 0, 0]]
+    assert labels.dtype == np.uint8
+
+
+def test_logits_are_left_as_they_were() -> None:
+    logits = torch.tensor([[[3.0, 0, 0, 1]], [[1.0, 2, 0, 1]]])
+    before = logits.clone()
+    decode(logits, ROW, "softmax", (0, 1))
+    list(probability_planes(logits, ROW, "softmax"))
+    assert torch.equal(logits, before)
+
+
+def test_not_a_number_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"gave NaN.*metrics\.jsonl"):
+        decode(torch.full((1, 1, 4), torch.nan), ROW, "sigmoid", (1,))
+
+
+def test_outputs_and_values_must_be_as_many() -> None:
+    with pytest.raises(CheckpointError, match="gave 2 outputs; expected the 3"):
+        decode(torch.zeros(2, 1, 4), ROW, "sigmoid", (1, 2, 3))
+
+
+def test_logits_are_resampled_linearly_with_faces_aligned() -> None:
+    # Two voxels of 2 mm with logits 3 and -1 lie at 1 and 3 mm; voxels of 1 mm at 0.5, 1.5, 2.5 and 3.5 mm
+    # get 3, 2, 0 and -1, of which the first two are above 0.
+    row = preparation((1, 6), ((0, 1), (1, 5)), resampled=(1, 2))
+    logits = torch.tensor([[[3.0, -1.0]]])
+    assert decode(logits, row, "sigmoid", (1,)).tolist() == [[0, 1, 1, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("axes", list(itertools.permutations(range(3))))
+@pytest.mark.parametrize("signs", list(itertools.product((1, -1), repeat=3)))
+def test_every_orientation_comes_back_to_its_own_voxels(axes: tuple[int, ...], signs: tuple[int, ...]) -> None:
+    shape = (3, 4, 5)
+    affine = np.zeros((4, 4))
+    affine[3, 3] = 1
+    for voxel_axis, (world_axis, sign) in enumerate(zip(axes, signs, strict=True)):
+        affine[world_axis, voxel_axis] = sign
+    grid = Grid(shape, affine)
+    turn = reorientation_to(grid, "RAS")
+    source = np.zeros(shape, np.uint8)
+    source[0, 1, 2] = source[2, 3, 1] = 1
+    turned = turn.apply(source)
+    inside = np.argwhere(turned)
+    start, stop = tuple(inside.min(0).tolist()), tuple((inside.max(0) + 1).tolist())
+    box = tuple(slice(first, last) for first, last in zip(start, stop, strict=True))
+    way = Preparation(grid, turn, (start, stop), turned[box].shape, (1.0, 1.0, 1.0))
+    logits = torch.from_numpy(turned[box].astype(np.float32))[None] - 0.5
+    assert np.array_equal(decode(logits, way, "sigmoid", (1,)), source)
+    assert nib.aff2axcodes(affine) == tuple(grid.orientation)
+
+
+def test_probabilities_lie_on_the_grid_of_the_input() -> None:
+    logits = torch.log(torch.tensor([[[1.0, 3, 1, 1]]]))
+    (plane,) = probability_planes(logits, ROW, "sigmoid")
+    np.testing.assert_allclose(plane, [[0, 0.5, 0.75, 0.5, 0.5, 0]], atol=1e-6)
+
+
+def test_outside_the_crop_the_background_of_a_softmax_is_certain() -> None:
+    logits = torch.log(torch.tensor([[[1.0, 3, 1, 1]], [[1.0, 1, 3, 1]]]))
+    background, tissue = probability_planes(logits, ROW, "softmax")
+    np.testing.assert_allclose(background, [[1, 0.5, 0.75, 0.25, 0.5, 1]], atol=1e-6)
+    np.testing.assert_allclose(background + tissue, 1, atol=1e-6)
+
+
+def test_mean_of_sigmoids_is_taken_of_probabilities_not_of_logits() -> None:
+    # 0.99 and 0.3 average to 0.645; their logits 4.6 and -0.85 would as well, but those of 0.6 and 0.001 would not.
+    first, second = torch.tensor([0.99, 0.6]).logit(), torch.tensor([0.3, 0.001]).logit()
+    mean = mean_logits(iter([first, second]), "sigmoid")
+    torch.testing.assert_close(mean.sigmoid(), torch.tensor([0.645, 0.3005]))
+
+
+def test_mean_of_softmaxes_has_the_probabilities_of_the_mean() -> None:
+    first, second = torch.tensor([[0.9], [0.1], [0.0]]).log(), torch.tensor([[0.2], [0.6], [0.2]]).log()
+    mean = mean_logits(iter([first, second]), "softmax")
+    torch.testing.assert_close(mean.softmax(0), torch.tensor([[0.55], [0.35], [0.1]]))

@@ -1,0 +1,135 @@
+"""What every network of the table promises, written once."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from segkit.config.loading import build_config, configs_folder, read_yaml
+from segkit.errors import RequestError
+from segkit.models.table import MODELS, build_model, list_models
+from segkit.training.config import TrainConfig
+
+_SMALLEST = {"revmbunet": {"size": "tiny", "widths": (8, 12, 16)}}
+ENTRIES = [(family, dims) for family, entry in MODELS.items() for dims in entry.dims]
+
+
+def _build(family: str, dims: int, **arguments: object) -> nn.Module:
+    return build_model(family, in_channels=2, out_channels=3, dims=dims, **{**_SMALLEST[family], **arguments})  # type: ignore[arg-type]
+
+
+def test_every_family_has_a_smallest_form() -> None:
+    assert set(_SMALLEST) == set(MODELS)
+
+
+@pytest.mark.parametrize(("family", "dims"), ENTRIES)
+def test_training_gives_levels_and_evaluation_one_tensor(family: str, dims: int) -> None:
+    model = _build(family, dims)
+    side = 2 * max(model.divisor)  # type: ignore[type-var]
+    x = torch.randn(1, 2, *(side,) * dims)
+    levels = model.train()(x)
+    assert isinstance(levels, list)
+    assert levels[0].shape == (1, 3, *(side,) * dims)
+    assert all(low.shape[2] < high.shape[2] for high, low in itertools.pairwise(levels))
+    with torch.no_grad():
+        logits = model.eval()(x)
+    assert logits.shape == (1, 3, *(side,) * dims)
+    torch.testing.assert_close(logits, levels[0].detach(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "dims"), ENTRIES)
+def test_sizes_of_one_divisor_and_uneven_multiples_work(family: str, dims: int) -> None:
+    model = _build(family, dims).eval()
+    shape = tuple(divisor * (1 + axis) for axis, divisor in enumerate(model.divisor))  # type: ignore[arg-type]
+    with torch.no_grad():
+        assert model(torch.randn(1, 2, *shape)).shape == (1, 3, *shape)
+
+
+@pytest.mark.parametrize(("family", "dims"), ENTRIES)
+def test_every_parameter_learns(family: str, dims: int) -> None:
+    model = _build(family, dims).train()
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(2, 2, *(2 * max(model.divisor),) * dims)  # type: ignore[type-var]
+    for _ in range(2):  # a zero-initialised scale lets the gradient through from the second step on
+        optimiser.zero_grad()
+        sum(level.square().mean() for level in model(x)).backward()
+        optimiser.step()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+@pytest.mark.parametrize(("family", "dims"), ENTRIES)
+def test_overfits_one_patch(family: str, dims: int) -> None:
+    model = _build(family, dims).train()
+    x = torch.randn(1, 2, *(2 * max(model.divisor),) * dims)  # type: ignore[type-var]
+    target = (x[:, :1] + x[:, 1:] > 0).float().expand(-1, 3, *(-1,) * dims)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(40):
+        loss = nn.functional.binary_cross_entropy_with_logits(model(x)[0], target)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.35 * losses[0]
+
+
+@pytest.mark.parametrize(("family", "dims"), ENTRIES)
+def test_same_seed_same_weights_same_output(family: str, dims: int) -> None:
+    outputs = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        model = _build(family, dims).eval()
+        with torch.no_grad():
+            outputs.append(model(torch.ones(1, 2, *model.divisor)))  # type: ignore[misc]
+    assert torch.equal(outputs[0], outputs[1])
+
+
+@pytest.mark.parametrize("mode", ["plain", "checkpoint", "reversible"])
+def test_reversible_family_shares_weights_between_modes(mode: str) -> None:
+    expected = _build("revmbunet", 3, mode="plain")
+    model = _build("revmbunet", 3, mode=mode)
+    model.load_state_dict(expected.state_dict(), strict=True)
+    x = torch.randn(1, 2, 8, 8, 8)
+    torch.testing.assert_close(model(x)[0], expected(x)[0])
+
+
+def test_anisotropic_strides_set_the_divisor() -> None:
+    model = _build("revmbunet", 3, strides=((1, 2, 2), (2, 2, 2)))
+    assert model.divisor == (2, 4, 4)
+    assert model.eval()(torch.randn(1, 2, 2, 8, 8)).shape == (1, 3, 2, 8, 8)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_shipped_configuration_trains_the_family(family: str) -> None:
+    files = sorted((configs_folder() / "presets").glob("*.yaml"))
+    assert {path.stem for path in files} == {"tiny", "cpu", "default", "large"}
+    families = {build_config(TrainConfig, [(str(path), read_yaml(path))]).network.family for path in _all(files)}
+    assert family in families
+
+
+def _all(presets: list[Path]) -> list[Path]:
+    return [*presets, *sorted(configs_folder().glob("*.yaml"))]
+
+
+def test_list_counts_without_allocating() -> None:
+    infos = list_models()
+    assert {info.name for info in infos} == set(MODELS)
+    tiny = next(info for info in infos if info.size == "tiny")
+    real = build_model("revmbunet", in_channels=4, out_channels=3, size="tiny")
+    assert tiny.parameters == sum(parameter.numel() for parameter in real.parameters())
+
+
+def test_wrong_requests_name_what_is_offered() -> None:
+    with pytest.raises(RequestError, match=r"network 'unet' is not known; expected one of revmbunet"):
+        build_model("unet", in_channels=1, out_channels=1)
+    with pytest.raises(RequestError, match=r"no size 'XXL'; expected one of tiny, small, base, large"):
+        build_model("revmbunet", in_channels=1, out_channels=1, size="XXL")
+    with pytest.raises(RequestError, match="widths must be even"):
+        build_model("revmbunet", in_channels=1, out_channels=1, widths=(5, 8))
+    with pytest.raises(RequestError, match=r"blocks names 2 levels, widths 3"):
+        build_model("revmbunet", in_channels=1, out_channels=1, widths=(4, 8, 8), blocks=(1, 1))

@@ -1,0 +1,46 @@
+"""Devices, memory and the errors of the ground floor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from segkit.errors import ConfigError, DataError, Problem, RequestError
+from segkit.runtime import available_memory_gb, current_rss_mb, environment, peak_rss_mb, pick_device, pick_precision
+
+
+def test_unknown_device_is_refused_with_the_choice() -> None:
+    with pytest.raises(RequestError, match=r"device 'gpu' is not known; expected cpu, cuda"):
+        pick_device("gpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_absent_device_is_refused_with_a_remedy() -> None:
+    with pytest.raises(RequestError, match=r"no usable cuda device\. Pass --device cpu"):
+        pick_device("cuda")
+
+
+def test_precision_on_a_cpu_is_full_unless_asked() -> None:
+    cpu = torch.device("cpu")
+    assert pick_precision("auto", cpu) == torch.float32
+    assert pick_precision("bf16", cpu) == torch.bfloat16
+
+
+def test_memory_figures_agree() -> None:
+    block = torch.ones(64, 1024, 1024)  # 256 MB
+    assert current_rss_mb() > 256
+    assert peak_rss_mb() >= 0.9 * current_rss_mb()
+    assert 0 < available_memory_gb() < 2**14
+    assert block.sum() == 64 * 1024**2
+
+
+def test_environment_names_versions() -> None:
+    assert environment()["torch"] == torch.__version__.split("+")[0] or "+" in environment()["torch"]
+
+
+def test_errors_say_where_what_expected_and_remedy() -> None:
+    error = DataError("has 3 axes", where="a.nii", expected="4", remedy="Convert it")
+    assert str(error) == "a.nii: has 3 axes; expected 4. Convert it"
+    assert error.exit_code == 1
+    assert ConfigError([Problem("x", "bad", "mend")]).exit_code == 2
+    assert str(Problem("x", "bad", "mend")) == "x: bad -> mend"

@@ -1,0 +1,143 @@
+"""The training loop on a task small enough to compute by hand."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from segkit.errors import RequestError
+from segkit.training.config import OptimiserConfig, TrainingConfig
+from segkit.training.loop import Clock, fit
+from segkit.training.task import Score
+
+
+class LineTask:
+    """Fit y = 3 x with one weight; batch n is the same in every run."""
+
+    def __init__(self, poison_at: int | None = None) -> None:
+        torch.manual_seed(1)
+        self.model: nn.Module = nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.1))
+        self.poison_at = poison_at
+        self.saved: list[dict[str, Any]] = []
+
+    def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
+        while True:
+            x = torch.randn(4, 1, generator=torch.Generator().manual_seed(start))
+            yield {"x": x * (float("nan") if start == self.poison_at else 1.0), "y": 3 * x}
+            start += 1
+
+    def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return (self.model(batch["x"]) - batch["y"]).square().mean()
+
+    def validate(self, weights: Mapping[str, Tensor]) -> Score:
+        return Score(-abs(float(weights["0.weight"]) - 3), {"weight": float(weights["0.weight"])})
+
+    def save(self, run: Path, weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        self.saved.append({**facts, "weight": float(weights["0.weight"])})
+
+
+def _fit(task: LineTask, run: Path, steps: int, **arguments: Any) -> None:
+    (run / "figures").mkdir(parents=True, exist_ok=True)
+    training = TrainingConfig(steps=steps, steps_per_epoch=5, ema_decay=0.5, **arguments.pop("training", {}))
+    fit(task, run, training, OptimiserConfig(lr=0.1), device=torch.device("cpu"), **arguments)
+
+
+def _rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_learns_and_keeps_the_best(tmp_path: Path) -> None:
+    task = LineTask()
+    _fit(task, tmp_path, 60)
+    assert abs(task.saved[-1]["weight"] - 3) < 0.4
+    scores = [saved["score"] for saved in task.saved]
+    assert scores == sorted(scores)
+    rows = _rows(tmp_path)
+    assert [row["step"] for row in rows] == list(range(5, 61, 5))
+    assert rows[0]["loss"] > rows[-1]["loss"]
+    assert rows[-1]["lr"] < 0.001 < rows[3]["lr"] <= 0.1
+    assert (tmp_path / "figures" / "curves.png").stat().st_size > 1000
+
+
+class CutError(Exception):
+    """Stands for a power cut."""
+
+
+def test_resumed_run_equals_one_that_was_never_cut(tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    torch.manual_seed(7)
+    _fit(LineTask(), whole, 30)
+    expected = _weights(whole)
+
+    class CutTask(LineTask):
+        def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
+            for number, batch in enumerate(super().batches(start)):
+                if number == 18:
+                    raise CutError
+                yield batch
+
+    torch.manual_seed(7)
+    with pytest.raises(CutError):
+        _fit(CutTask(), cut, 30)
+    torch.manual_seed(99)  # another process has other random numbers
+    _fit(LineTask(), cut, 30, resume=True)
+    assert all(torch.equal(expected[name], value) for name, value in _weights(cut).items())
+    assert [row["step"] for row in _rows(cut)] == [5, 10, 15, 20, 25, 30]
+    losses = [[row["loss"] for row in _rows(run)] for run in (whole, cut)]
+    assert losses[0] == losses[1]
+
+
+def _weights(run: Path) -> dict[str, Tensor]:
+    from segkit.checkpoint import load_state
+
+    state = load_state(run)
+    return {**state["model"], **{f"average.{name}": value for name, value in state["average"]["average"].items()}}
+
+
+def test_accumulation_equals_a_larger_batch(tmp_path: Path) -> None:
+    class Plain(LineTask):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Sequential(nn.Linear(1, 1))
+
+    class Doubled(Plain):
+        def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
+            single = super().batches(2 * start)
+            while True:
+                one, two = next(single), next(single)
+                yield {name: torch.cat((one[name], two[name])) for name in one}
+
+    accumulated, doubled = Plain(), Doubled()
+    _fit(accumulated, tmp_path / "a", 10, training={"accumulate": 2})
+    _fit(doubled, tmp_path / "b", 10)
+    for one, two in zip(accumulated.model.parameters(), doubled.model.parameters(), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_budget_ends_in_time_with_a_finished_schedule(tmp_path: Path) -> None:
+    began = time.monotonic()
+    _fit(LineTask(), tmp_path, 10**9, deadline_s=began + 7.0)
+    assert time.monotonic() - began < 9.0
+    assert _rows(tmp_path)[-1]["lr"] < 0.01
+
+
+def test_progress_by_steps_and_by_time() -> None:
+    assert Clock(steps=40).progress(10) == 0.25
+    now = time.monotonic()
+    timed = Clock(steps=1, deadline_s=now + 105, started_s=now - 100, validation_s=0)  # 5 s are kept for the end
+    assert timed.progress(0) == pytest.approx(0.5, abs=0.01)
+    kept_back = Clock(steps=1, deadline_s=now + 105, started_s=now - 100, validation_s=100 / 3)  # and 3 validations
+    assert kept_back.progress(0) == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_advice(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"loss became nan\. Lower optimiser\.lr"):
+        _fit(LineTask(poison_at=7), tmp_path, 20)
+    assert [row["step"] for row in _rows(tmp_path)] == [5]
