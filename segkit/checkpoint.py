@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import pickle
+import re
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -38,6 +39,7 @@ WEIGHTS_NAME = "model.safetensors"
 LAST_NAME = "last.ckpt"
 PREVIOUS_NAME = "previous.ckpt"
 
+_RUN_FOLDER = "a run folder of `segkit train`"
 _log = logging.getLogger(__name__)
 
 
@@ -185,23 +187,16 @@ def load_card(run_dir: Path) -> ModelCard:
     """
     path = run_dir / CARD_NAME
     if not path.is_file():
-        raise CheckpointError(
-            f"holds no {CARD_NAME}",
-            where=run_dir,
-            expected="a run folder of `segkit train`",
-            remedy="Let the training reach its first validation; resume it with --resume"
-            if (run_dir / LAST_NAME).exists()
-            else "Check the path",
-        )
+        is_begun = (run_dir / LAST_NAME).exists()
+        remedy = "Resume the training with --resume, up to its first validation" if is_begun else "Check the path"
+        raise CheckpointError(f"holds no {CARD_NAME}", where=run_dir, expected=_RUN_FOLDER, remedy=remedy)
     try:
-        return ModelCard.model_validate_json(path.read_bytes(), strict=False)
+        return ModelCard.model_validate_json(path.read_bytes())
     except ValidationError as error:
         details = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'document'}: {e['msg']}" for e in error.errors())
-        raise CheckpointError(
-            f"is not a model card this version can read ({details})",
-            where=path,
-            remedy="Use the version of segkit that wrote it, or train again",
-        ) from error
+        found = f"is not a model card this version can read ({details})"
+        remedy = "Use the version of segkit that wrote it, or train again"
+        raise CheckpointError(found, where=path, remedy=remedy) from error
 
 
 def model_folders(path: Path) -> list[Path]:
@@ -211,7 +206,7 @@ def model_folders(path: Path) -> list[Path]:
         CheckpointError: neither holds a model.
     """
     if not path.is_dir():
-        raise CheckpointError("is not a folder", where=path, expected="a run folder of `segkit train`")
+        raise CheckpointError("is not a folder", where=path, expected=_RUN_FOLDER)
     folds = sorted(fold for fold in path.glob("fold_*") if (fold / CARD_NAME).is_file())
     if (path / CARD_NAME).is_file() or not folds:
         load_card(path)
@@ -229,13 +224,10 @@ def load_model(run_dir: Path | str, device: torch.device | str = "cpu") -> nn.Mo
     card = load_card(run_dir)
     weights_path = run_dir / WEIGHTS_NAME
     if not weights_path.is_file():
-        raise CheckpointError(f"holds no {WEIGHTS_NAME}", where=run_dir, expected="a run folder of `segkit train`")
+        raise CheckpointError(f"holds no {WEIGHTS_NAME}", where=run_dir, expected=_RUN_FOLDER)
     if file_sha256(weights_path) != card.sha256:
-        raise CheckpointError(
-            f"does not match the sha256 in {CARD_NAME}: the file is damaged or was swapped",
-            where=weights_path,
-            remedy="Copy the run folder again, both files together",
-        )
+        found = f"does not match the sha256 in {CARD_NAME}: the file is damaged or was swapped"
+        raise CheckpointError(found, where=weights_path, remedy="Copy the run folder again, both files together")
     network = build_network(card)
     try:
         network.load_state_dict(load_weights_file(weights_path), strict=True)
@@ -263,7 +255,7 @@ def build_network(card: ModelCard) -> nn.Module:
 
 
 _INNER_KEYS = ("state_dict", "network_weights", "model_state_dict", "model")
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 
 
 def load_weights_file(path: Path) -> dict[str, Tensor]:
@@ -289,11 +281,10 @@ def load_weights_file(path: Path) -> dict[str, Tensor]:
             break
     if not isinstance(document, Mapping):
         document = {}
-    tensors = {_without_prefix(str(name)): value for name, value in document.items() if isinstance(value, Tensor)}
+    tensors = {_WRAPPERS.sub("", str(name)): value for name, value in document.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise CheckpointError(
-            "holds no tensors by name", where=path, expected=f"a state dict, or one under {_INNER_KEYS}"
-        )
+        expected = f"a state dict, or one under {', '.join(_INNER_KEYS)}"
+        raise CheckpointError("holds no tensors by name", where=path, expected=expected)
     return tensors
 
 
@@ -325,12 +316,14 @@ def load_state(folder: Path) -> dict[str, Any]:
         except CheckpointError as error:
             reasons.append(f"{name} {error.found}")
             continue
+        if not isinstance(state, dict):
+            reasons.append(f"{name} is no resume state")
+            continue
         if reasons:
             _log.warning("%s: %s; going on from %s", folder, reasons[0], name)
-        return dict(state)
-    raise CheckpointError(
-        f"no resume state can be used: {'; '.join(reasons)}", where=folder, remedy="Start the training afresh"
-    )
+        return state
+    found = f"no resume state can be used: {'; '.join(reasons)}"
+    raise CheckpointError(found, where=folder, remedy="Start the training afresh")
 
 
 def file_sha256(path: Path) -> str:
@@ -352,12 +345,6 @@ def _write_tensors(path: Path, weights: Mapping[str, Tensor]) -> None:
     safetensors.torch.save_file(tensors, path)
 
 
-def _without_prefix(name: str) -> str:
-    for prefix in _WRAPPER_PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
-
-
 def _harmless_numpy() -> list[Any]:
     """What numpy scalars in other trainers' checkpoints need to be read: makers of plain numbers, no code."""
     scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
@@ -370,15 +357,11 @@ def _read_torch(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError("is missing", where=path)
     try:
-        if zipfile.is_zipfile(path):
-            # torch does not verify the checksums it writes: a flipped bit would be loaded as a weight.
-            with zipfile.ZipFile(path) as archive:
-                broken = archive.testzip()
-            if broken is not None:
-                raise CheckpointError(f"is damaged (wrong checksum of {broken})", where=path)
-        with torch.serialization.safe_globals(_harmless_numpy()), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about pickle protocols, ahead of the refusal itself
-            return torch.load(path, map_location="cpu", weights_only=True)
+        broken = _broken_part(path)
+        if broken is None:
+            with torch.serialization.safe_globals(_harmless_numpy()), warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # about pickle protocols, ahead of the refusal itself
+                return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             "is damaged, or carries code and not only weights; nothing in it was run",
@@ -386,11 +369,20 @@ def _read_torch(path: Path) -> Any:
             expected="a file of tensors and plain values",
             remedy="Convert it to safetensors where it was made",
         ) from error
-    except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # reading damaged files, torch and zipfile raise whatever they stumble over
         raise CheckpointError(f"is damaged ({type(error).__name__}: {error})", where=path) from error
+    raise CheckpointError(f"is damaged (wrong checksum of {broken})", where=path)
 
 
-_PLAIN = (str, int, float, bool, type(None), Tensor)
+def _broken_part(path: Path) -> str | None:
+    """The first part whose checksum is wrong: torch does not look, and would load a flipped bit as a weight."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
+
+
+_PLAIN = (str, int, float, bool, type(None))
 
 
 def _check_plain(value: object, name: str) -> None:
@@ -401,7 +393,5 @@ def _check_plain(value: object, name: str) -> None:
     elif type(value) in (list, tuple):
         for position, item in enumerate(value):  # type: ignore[arg-type]
             _check_plain(item, f"{name}[{position}]")
-    elif type(value) not in _PLAIN and not isinstance(value, Tensor):
-        raise TypeError(
-            f"{name} is {type(value).__name__}: a resume state holds tensors, numbers, strings, lists, dicts"
-        )
+    elif not isinstance(value, Tensor) and type(value) not in _PLAIN:
+        raise TypeError(f"{name} is {type(value).__name__}: a state holds tensors, numbers, strings, lists and dicts")

@@ -12,8 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-
-from segkit.shapes import LabelMap, Masks
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -109,12 +108,12 @@ def outputs_of(scheme: LabelScheme) -> tuple[Output, ...]:
     return (Output("background", 0, (0,)), *(Output(name, value, (value,)) for name, value in classes))
 
 
-def encode(labels: LabelMap, outputs: Iterable[Output]) -> Masks:
+def encode(labels: NDArray[np.uint8], outputs: Iterable[Output]) -> NDArray[np.bool_]:
     """Label map (*spatial) to one boolean plane per output (K, *spatial)."""
     return np.stack([np.isin(labels, output.members) for output in outputs])
 
 
-def paint(masks: Masks, values: Iterable[int]) -> LabelMap:
+def paint(masks: NDArray[np.bool_], values: Iterable[int]) -> NDArray[np.uint8]:
     """Boolean planes (K, *spatial) to a label map (*spatial): plane k paints `values[k]`, later over earlier."""
     labels = np.zeros(masks.shape[1:], np.uint8)
     for mask, value in zip(masks, values, strict=True):
@@ -134,7 +133,7 @@ def translation(source: LabelScheme, target: LabelScheme) -> dict[int, int]:
     return table
 
 
-def translate(labels: LabelMap, source: LabelScheme, target: LabelScheme) -> LabelMap:
+def translate(labels: NDArray[np.uint8], source: LabelScheme, target: LabelScheme) -> NDArray[np.uint8]:
     """A label map of `source` in the values of `target`; values that `source` does not know become 0."""
     lookup = np.zeros(256, np.uint8)
     for old, new in translation(source, target).items():

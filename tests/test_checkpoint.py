@@ -39,7 +39,8 @@ class TiedNetwork(nn.Module):
         self.head = nn.Parameter(torch.randn(width, out_channels).T)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.encoder(x) + self.twin(x)) @ self.head.T
+        logits: Tensor = (self.encoder(x) + self.twin(x)) @ self.head.T
+        return logits
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +104,7 @@ def test_folder_without_card_names_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds no model\.json.*Check the path"):
         load_card(tmp_path)
     (tmp_path / "last.ckpt").touch()
-    with pytest.raises(CheckpointError, match="resume it with --resume"):
+    with pytest.raises(CheckpointError, match="Resume the training with --resume"):
         load_card(tmp_path)
 
 
@@ -257,6 +258,12 @@ def test_damaged_state_falls_back_to_the_previous_one(
 
 def test_no_usable_state_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"last\.ckpt is missing; previous\.ckpt is missing"):
+        load_state(tmp_path)
+
+
+def test_a_file_that_is_no_state_is_not_used(tmp_path: Path) -> None:
+    torch.save([1, 2], tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match=r"last\.ckpt is no resume state; previous\.ckpt is missing"):
         load_state(tmp_path)
 
 

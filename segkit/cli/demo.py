@@ -33,9 +33,7 @@ def demo(
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RequestError("there is something here already", where=output, remedy="Name a new or an empty folder")
-    data, run, masks, scores, held_out = (
-        output / name for name in ("data", "run", "masks", "scores", "held-out.txt")
-    )
+    data, run, masks, scores, held_out = (output / name for name in ("data", "run", "masks", "scores", "held-out.txt"))
     on_device = [] if device is None else ["--device", device]
     steps = {
         "phantom": [data, "--cases", _CASES, "--size", _SIZE, "--convention", "brats2021", "--seed", _SEED],
@@ -75,7 +73,8 @@ def _write_held_out(data: Path, path: Path) -> None:
     from segkit.data.layouts.table import find_cases
 
     case_ids = sorted(case.id for case in find_cases(data).cases)[-_HELD_OUT:]
-    path.write_text("# cases kept out of the training\n" + "".join(f"{case_id}\n" for case_id in case_ids))
+    lines = ["# cases kept out of the training", *case_ids]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     console().print(f"held out: {', '.join(case_ids)}", markup=False, soft_wrap=True)
 
 

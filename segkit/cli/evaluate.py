@@ -77,11 +77,11 @@ def evaluate(
             draw_worst_cases(evaluation, pairing, output / "figures", figures)
     if json:
         print_json(evaluation.to_json())
-    else:
+    elif evaluation.cases:
         _print_summary(evaluation)
     if not quiet:
         for note in evaluation.notes():
-            console().print(note, style="yellow", markup=False)
+            console().print(note, style="yellow", markup=False, soft_wrap=True)
     if evaluation.errors:
         raise typer.Exit(1)
 

@@ -90,14 +90,15 @@ def infer(
 
 
 def _load(models: list[Path], backend: str, device: str | None, *, uses_tta: bool) -> Predictor:
-    from segkit.errors import CheckpointError, RequestError
+    from segkit.errors import CheckpointError
+    from segkit.inference.folders import as_request
     from segkit.inference.predictor import Predictor
     from segkit.runtime import pick_device
 
     try:
         return Predictor.load(models, pick_device(device), backend, uses_tta=uses_tta)
-    except CheckpointError as error:  # no case was touched: the request is at fault, not a case
-        raise RequestError(error.found, where=error.where, expected=error.expected, remedy=error.remedy) from error
+    except CheckpointError as error:
+        raise as_request(error) from error
 
 
 def _tell_plan(tasks: list[CaseTask], decided: list[CaseRecord], *, as_json: bool) -> None:

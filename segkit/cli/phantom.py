@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -35,4 +36,5 @@ def phantom(
             typer.echo(f"Planted in {problem}")
     else:
         write_phantoms(output, numbers, convention=convention, size=size, seed=seed)
-    typer.echo(f"Wrote {cases} phantoms in the convention {convention} to {output}. Next: segkit check {output}")
+    folder = shlex.quote(str(output))
+    typer.echo(f"Wrote {cases} phantoms in the convention {convention}. Next: segkit check {folder}")

@@ -67,7 +67,8 @@ def train(
     from segkit.config.loading import annotated_yaml, build_config, preset_layers, read_yaml
     from segkit.runtime import pick_device
     from segkit.training.config import TrainConfig
-    from segkit.training.run import RunRequest, cross_validate, plan_run, train_run
+    from segkit.training.planned import RunRequest, plan_run
+    from segkit.training.run import cross_validate, train_run
 
     options: dict[str, object] = {"data": {}, "training": {}}
     of_data = {
@@ -80,7 +81,13 @@ def train(
     options["data"] = {key: value for key, value in of_data.items() if value is not None}
     if budget is not None:
         options["training"] = {"budget_minutes": parse_minutes(budget)}
-    layers = [*preset_layers(preset)]
+    if resume:  # a run goes on with its own settings; --set and the options still lie over them
+        own = next(
+            (path for path in (output / "config.yaml", output / "fold_0" / "config.yaml") if path.exists()), None
+        )
+        layers = [] if own is None else [(str(own), read_yaml(own))]
+    else:
+        layers = preset_layers(preset)
     if config is not None:
         layers.append((str(config), read_yaml(config)))
     layers += [("--set", parse_settings(settings)), ("options", options)]

@@ -23,7 +23,7 @@ Mask = NDArray[np.bool_]
 TissueMap = NDArray[np.uint8]
 
 _BRAIN_RADII = (0.72, 0.92, 0.88)
-"""Half axes of the brain as fractions of the volume's: the proportions of SRI24 where the height is 0.8 of the width."""
+"""Half axes of the brain as parts of the volume's: the proportions of SRI24 where the height is 0.8 of the width."""
 
 
 class Tissue(IntEnum):

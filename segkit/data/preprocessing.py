@@ -256,7 +256,7 @@ def prepare(loaded: LoadedCase, config: PreprocessingConfig) -> PreparedCase:
     if config.normalisation is None or config.crop is None:
         raise RequestError("normalisation or crop is not decided", remedy="Set both, or let planning choose them")
     turn = reorientation_to(loaded.grid, config.orientation)
-    start, stop = _crop_box(loaded.image, config.crop)
+    start, stop = crop_box(loaded.image, config.crop)
     box = tuple(slice(first, last) for first, last in zip(start, stop, strict=True))
     turn_box = replace(turn, source_shape=tuple(last - first for first, last in zip(start, stop, strict=True)))
     image = turn_box.apply(loaded.image[(slice(None), *box)])
@@ -293,7 +293,7 @@ def normalise(plane: NDArray[np.float32], config: PreprocessingConfig) -> None:
         plane /= max(config.ct_std, 1e-8)
 
 
-def _crop_box(image: Image, crop: Crop) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def crop_box(image: Image, crop: Crop) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Start and stop per axis of the box to keep of (C, *spatial); everything where all of it is 0."""
     whole = (0,) * (image.ndim - 1), image.shape[1:]
     if crop == "none":

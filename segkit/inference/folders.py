@@ -16,8 +16,17 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from segkit.data.case import Case, Cohort
-from segkit.data.files import read_labels, stem_of, write_image, write_labels
+from segkit.data.files import (
+    IMAGE_SUFFIXES,
+    read_grid,
+    read_labels,
+    stem_of,
+    suffix_of,
+    write_image,
+    write_labels,
+)
 from segkit.data.layouts.table import find_cases
+from segkit.data.pictures import PICTURE_SUFFIXES
 from segkit.data.preprocessing import load_case
 from segkit.errors import DataError, Problem, RequestError, SegkitError
 from segkit.inference.decode import probability_planes
@@ -89,11 +98,11 @@ def find_input(
     try:
         cohort = find_cases(root, layout=layout, modalities=modalities)
     except DataError as error:
-        if root.is_file():
-            unreadable = Problem(str(root), str(error))
-            case = Case(stem_of(root), stem_of(root), {}, problems=(unreadable,))
-            return Cohort(root, "file", None, (), (case,))
-        raise RequestError(error.found, where=error.where, expected=error.expected, remedy=error.remedy) from error
+        unreadable = _why_unreadable(root)
+        if unreadable is None:
+            raise as_request(error) from error
+        case = Case(stem_of(root), stem_of(root), {}, problems=(unreadable,))
+        return Cohort(root, "file", None, (), (case,), dims=2 if suffix_of(root) in PICTURE_SUFFIXES else 3)
     if not cohort.cases:
         raise RequestError("holds no case", where=root, expected="images", remedy="Look at it with `segkit check`")
     if case_ids is None:
@@ -104,6 +113,17 @@ def find_input(
         hints = [_nearest(case_id, list(known)) for case_id in unknown[:10]]
         raise RequestError(f"{len(unknown)} of the cases asked for are not there: {'; '.join(hints)}", where=root)
     return replace(cohort, cases=tuple(known[case_id] for case_id in dict.fromkeys(case_ids)))
+
+
+def _why_unreadable(path: Path) -> Problem | None:
+    """What is wrong with the one file that the user pointed to; None where that is not the matter."""
+    if not path.is_file() or suffix_of(path) not in IMAGE_SUFFIXES:
+        return None
+    try:
+        read_grid(path)
+    except DataError as error:
+        return Problem(str(path), error.found, error.remedy or "")
+    return None
 
 
 def infer_folder(
@@ -122,8 +142,7 @@ def infer_folder(
     `model` is the name of the model in the manifest.
 
     Raises:
-        RequestError: the label scheme asked for cannot be painted by this model.
-        DataError: the output folder cannot be written.
+        RequestError: this model cannot paint the label scheme asked for, or the output folder cannot be written.
     """
     settings = settings or InferenceSettings()
     executor = executor or LocalExecutor()
@@ -132,7 +151,10 @@ def infer_folder(
     for problem in cohort.problems:
         _log.info("%s", problem)
     manifest.replacing = {task.case.id for task in tasks if task.target.exists()}
-    manifest.add(*decided)
+    try:
+        manifest.add(*decided)
+    except DataError as error:
+        raise as_request(error) from error
     for record in decided:
         on_record(record)
     worker = CaseWorker(predictor, settings.saves_probabilities)
@@ -140,6 +162,11 @@ def infer_folder(
         manifest.add(record)
         on_record(record)
     return manifest.to_json()
+
+
+def as_request(error: SegkitError) -> RequestError:
+    """The same sentence as a wrong request: it was found before any case was touched."""
+    return RequestError(error.found, where=error.where, expected=error.expected, remedy=error.remedy)
 
 
 def open_manifest(predictor: Predictor, cohort: Cohort, output: Path, model: str = "") -> Manifest:
@@ -154,8 +181,16 @@ def plan_cases(
     """What is to be done, and the records of cases that need no work: done before, or impossible as they are.
 
     Raises:
-        RequestError: the label scheme asked for cannot be painted by this model.
+        RequestError: pictures for a model of volumes, or the reverse; a label scheme that this model cannot paint.
     """
+    if cohort.dims != predictor.card.dims:
+        kinds = {2: "pictures", 3: "volumes"}
+        raise RequestError(
+            f"holds {kinds[cohort.dims]}",
+            where=cohort.root,
+            expected=f"{kinds[predictor.card.dims]}, as this model was trained on",
+            remedy="Choose another model",
+        )
     asked = None if settings.label_scheme is None else _scheme_asked(settings.label_scheme, predictor)
     tasks: list[CaseTask] = []
     records: list[CaseRecord] = []
@@ -168,8 +203,8 @@ def plan_cases(
             records.append(CaseRecord(case.id, "failed", _sentence(error), label_scheme=scheme.name))
             continue
         if is_done:
-            written = manifest.label_scheme_of(case.id) or scheme.name
-            records.append(CaseRecord(case.id, "skipped", label_scheme=written, model=predictor.identity))
+            record = CaseRecord(case.id, "skipped", label_scheme=scheme.name, model=predictor.identity)
+            records.append(replace(record, missing_modalities=task.missing_modalities))
         else:
             tasks.append(task)
     return tasks, records
@@ -246,11 +281,12 @@ def _plan_case(
 
 def _is_done(task: CaseTask, manifest: Manifest, settings: InferenceSettings, predictor: Predictor) -> bool:
     """Whether the case was done before in the same way; refuses to replace a mask that was not made so."""
-    if settings.overwrites or not task.target.exists():
+    case_id = task.case.id
+    if settings.overwrites or not task.target.exists() or manifest.was_cut_short(case_id):
         return False
-    if not manifest.is_ours(task.case.id):
+    if not manifest.was_made(case_id, task.scheme.name, task.missing_modalities):
         raise DataError(
-            "a mask that this model did not make is already there",
+            "a mask that was not made by this model with these options is already there",
             where=task.target,
             remedy="Choose another output folder, or pass --overwrite to replace it",
         )

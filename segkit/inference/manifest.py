@@ -13,6 +13,7 @@ from typing import Any, Literal
 from segkit.data.files import written_atomically
 
 MANIFEST_NAME = "manifest.json"
+_LISTS = ("cases", "remaining", "replacing", "earlier")
 STAGES = ("read", "preprocess", "predict", "decode", "write")
 
 _log = logging.getLogger(__name__)
@@ -48,25 +49,25 @@ class Manifest:
         self.ids = list(ids)
         self.records: list[CaseRecord] = []
         self.replacing: set[str] = set()
-        known = [*before.get("earlier", []), *before.get("cases", [])]
+        known = [*before["cases"], *before["earlier"]]
         self._known = {str(entry["case"]): entry for entry in known if isinstance(entry, dict) and "case" in entry}
         self._cut_short: set[str] = set()
         if before.get("identity") == identity:
-            self._cut_short = set(before.get("remaining", [])) - set(before.get("replacing", []))
+            self._cut_short = set(before["remaining"]) - set(before["replacing"])
 
-    def is_ours(self, case_id: str) -> bool:
-        """Whether a mask that is there for this case was made in the same way as this run would make it.
-
-        A case that an interrupted run still had to do counts as well: its mask may be complete, its record lost.
-        """
+    def was_made(self, case_id: str, label_scheme: str, missing_modalities: tuple[str, ...]) -> bool:
+        """Whether an earlier run made the mask of this case just as this run would."""
         entry = self._known.get(case_id, {})
-        was_made = entry.get("status") in ("done", "skipped") and entry.get("model") == self.identity
-        return was_made or case_id in self._cut_short
+        return (
+            entry.get("status") in ("done", "skipped")
+            and entry.get("model") == self.identity
+            and entry.get("label_scheme") == label_scheme
+            and entry.get("missing_modalities") == list(missing_modalities)
+        )
 
-    def label_scheme_of(self, case_id: str) -> str | None:
-        """The label scheme of the mask that an earlier run wrote."""
-        scheme = self._known.get(case_id, {}).get("label_scheme")
-        return None if scheme is None else str(scheme)
+    def was_cut_short(self, case_id: str) -> bool:
+        """Whether a run of the same model was killed before it could note this case: a mask that is there is its."""
+        return case_id in self._cut_short
 
     def add(self, *records: CaseRecord) -> None:
         """Note what became of cases, on disk at once."""
@@ -75,7 +76,7 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """The document as it stands now."""
-        ended = {record.case for record in self.records}
+        ended = {record.case: record.status for record in self.records}
         remaining = [case_id for case_id in self.ids if case_id not in ended]
         counts = Counter(record.status for record in self.records)
         return {
@@ -89,7 +90,7 @@ class Manifest:
             "identity": self.identity,
             "remaining": remaining,
             "replacing": [case_id for case_id in remaining if case_id in self.replacing],
-            "earlier": [entry for case_id, entry in self._known.items() if case_id not in ended],
+            "earlier": [entry for entry in self._known.values() if _still_counts(entry, ended)],
         }
 
     def write(self) -> None:
@@ -102,12 +103,20 @@ class Manifest:
             temporary.write_text(json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _still_counts(entry: Mapping[str, Any], ended: Mapping[str, str]) -> bool:
+    """Whether an earlier record still tells of the mask on disk: a failure leaves the mask before it in place."""
+    now = ended.get(entry["case"])
+    return now is None or (now == "failed" and entry.get("status") != "failed")
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return {}
+        return {key: [] for key in _LISTS}
     except (OSError, ValueError):
-        _log.warning("%s cannot be read; it is written anew", path)
-        return {}
-    return document if isinstance(document, dict) else {}
+        document = None
+    if isinstance(document, dict) and all(isinstance(document.get(key), list) for key in _LISTS):
+        return document
+    _log.warning("%s is not a manifest that can be read; it is written anew", path)
+    return {key: [] for key in _LISTS}

@@ -269,7 +269,6 @@ def match_modalities(case: Case, wanted: Sequence[str], *, allow_missing: bool =
         raise DataError(
             f"modalit{'ies' if several else 'y'} {', '.join(missing)} {'are' if several else 'is'} missing"
             f" (found: {', '.join(case.images) or 'no image'})",
-            where=case.id,
             expected=f"{', '.join(wanted)}, as this model was trained on",
             remedy="Add the file" + ("s" if several else "") + ", say which file is which with --modality NAME=SUFFIX"
             + (", or pass --allow-missing to go on without" if images else ""),

@@ -46,10 +46,9 @@ def region_loss(logits: Tensor, targets: Tensor, config: LossConfig) -> Tensor:
         targets: (B, K, *spatial) float32 planes in [0, 1]; planes may overlap.
         config: The weights of the terms.
     """
-    with torch.autocast(logits.device.type, enabled=False):
-        logits = logits.float()
-        dice = soft_dice_loss(logits.sigmoid(), targets, batch_dice=config.batch_dice, smooth=config.smooth)
-        cross_entropy = F.binary_cross_entropy_with_logits(logits, targets)
+    logits = logits.float()
+    dice = soft_dice_loss(logits.sigmoid(), targets, batch_dice=config.batch_dice, smooth=config.smooth)
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets)
     return config.dice_weight * dice + config.cross_entropy_weight * cross_entropy
 
 
@@ -61,13 +60,12 @@ def class_loss(logits: Tensor, classes: Tensor, config: LossConfig) -> Tensor:
         classes: (B, *spatial) int64 channel indices, 0 to K - 1.
         config: The weights of the terms.
     """
-    with torch.autocast(logits.device.type, enabled=False):
-        logits = logits.float()
-        channels = torch.arange(1, logits.shape[1], device=logits.device, dtype=classes.dtype)
-        planes = classes.unsqueeze(1) == channels.view(1, -1, *(1,) * (classes.ndim - 1))  # (B, K - 1, *spatial)
-        foreground = logits.softmax(dim=1)[:, 1:]
-        dice = soft_dice_loss(foreground, planes.float(), batch_dice=config.batch_dice, smooth=config.smooth)
-        cross_entropy = F.cross_entropy(logits, classes)
+    logits = logits.float()
+    channels = torch.arange(1, logits.shape[1], device=logits.device, dtype=classes.dtype)
+    planes = classes.unsqueeze(1) == channels.view(1, -1, *(1,) * (classes.ndim - 1))  # (B, K - 1, *spatial)
+    foreground = logits.softmax(dim=1)[:, 1:]
+    dice = soft_dice_loss(foreground, planes.float(), batch_dice=config.batch_dice, smooth=config.smooth)
+    cross_entropy = F.cross_entropy(logits, classes)
     return config.dice_weight * dice + config.cross_entropy_weight * cross_entropy
 
 

@@ -15,6 +15,7 @@ and, in 3D, both volumes in millilitres are added to the official four. Its rule
 nothing, not even on regions that the reference lacks. *Worst* is 373.13 mm where WT, TC or ET is scored: the diagonal
 of the BraTS volume of 240 x 240 x 155 mm, which the organisers used whatever the grid; any other data get the diagonal
 of their own volume. Specificity is 1 where the reference fills the whole volume: nothing is left to be spared.
+On pictures, which have no spacing, a pixel counts as 1 mm.
 """
 
 from __future__ import annotations

@@ -36,8 +36,9 @@ _log = logging.getLogger(__name__)
 _PED_TISSUES = (("NETC", "NET"), ("ED", "ED"))
 """Regions that the paediatric challenge scores besides those a network has outputs for (BraTS-PED 2024 and later)."""
 
-_BACKGROUNDS = ("t2f", "t1c", "t2w", "t1n")
-"""Which image to draw masks over, first that exists: the whole tumour shows best on FLAIR."""
+_BACKGROUNDS = ("t2f", "t1c", "t2w", "t1n", "green")
+"""Which image to draw masks over, first that exists: the whole tumour shows best on FLAIR, and of colour pictures the
+green channel has the most contrast."""
 
 
 @dataclass(frozen=True)
@@ -163,23 +164,26 @@ def evaluate_pairs(pairing: Pairing, *, protocol: str = "legacy", missing: Missi
     unscored: list[str] = []
     for pair in pairing.pairs:
         case_id = pair.reference.id
+        complaint = pairing.ambiguous.get(case_id)
+        if pair.prediction is None and complaint is None and missing == "skip":
+            unscored.append(case_id)
+            continue
         try:
             reference, grid = read_reference(pair, pairing.scheme)
         except DataError as error:
             errors[case_id] = str(error)
             continue
-        try:
-            if pair.prediction is not None:
-                prediction = read_prediction(pair, grid)
-                cases.append(CaseScores(case_id, _scores(prediction, reference, pair, pairing.scheme, grid, protocol)))
-                _log.info("scored %s", case_id)
+        if pair.prediction is not None:
+            try:
+                scores = _score_pair(pair, reference, grid, pairing.scheme, protocol)
+            except DataError as error:
+                complaint = str(error)
+            else:
+                cases.append(CaseScores(case_id, scores))
+                _log.debug("scored %s", case_id)
                 continue
-            if case_id in pairing.ambiguous:
-                errors[case_id] = pairing.ambiguous[case_id]
-            elif missing == "skip":
-                unscored.append(case_id)
-        except DataError as error:
-            errors[case_id] = str(error)
+        if complaint is not None:
+            errors[case_id] = complaint
         if missing == "zero":
             absent = score_absent(grid.shape, grid.spacing_mm, regions_of(pairing.scheme), protocol=protocol)
             cases.append(CaseScores(case_id, absent, is_missing=True))
@@ -239,18 +243,19 @@ def draw_worst_cases(evaluation: Evaluation, pairing: Pairing, folder: Path, cou
             "figures need images, and the references are masks only", remedy="Give the dataset folder as reference"
         )
     drawable = [case for case in evaluation.cases if case.case in pairs and not case.is_missing]
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for case in sorted(drawable, key=_mean_dice)[:count]:
         path = folder / f"{case.case}.png"
-        _draw(path, pairs[case.case], pairing.scheme, case)
-        paths.append(path)
+        try:
+            _draw(path, pairs[case.case], pairing.scheme, case)
+        except DataError as error:  # the scores stand without the picture
+            _log.warning("no picture of %s: %s", case.case, error)
+        else:
+            paths.append(path)
     return paths
 
 
-def _scores(
-    prediction: LabelMap, reference: LabelMap, pair: Pair, scheme: LabelScheme, grid: Grid, protocol: str
-) -> dict[str, Scores]:
+def _score_pair(pair: Pair, reference: LabelMap, grid: Grid, scheme: LabelScheme, protocol: str) -> dict[str, Scores]:
     regions, predicted = regions_of(scheme), regions_of(pair.scheme)
     if not regions.keys() & predicted.keys():
         raise DataError(
@@ -259,6 +264,7 @@ def _scores(
             remedy="Name the right one with --prediction-scheme",
         )
     members = {name: predicted.get(name, ()) for name in regions}  # what a scheme lacks was not predicted
+    prediction = read_prediction(pair, grid)
     return score_case(prediction, reference, grid.spacing_mm, regions, protocol=protocol, prediction_regions=members)
 
 
@@ -279,6 +285,9 @@ def _draw(path: Path, pair: Pair, scheme: LabelScheme, scores: CaseScores) -> No
     images = pair.reference.images
     name = next((modality for modality in _BACKGROUNDS if modality in images), next(iter(images)))
     image = read_volume(images[name].path, images[name].channel)
+    difference = same_grid(image.grid, grid)
+    if difference is not None:
+        raise DataError(difference, where=images[name].path)
     dice = ", ".join(f"{region} {metrics['dice']:.3f}" for region, metrics in scores.regions.items())
     overlay_figure(
         path,

@@ -88,7 +88,7 @@ def pair_folders(
     cases, scheme = _references(references, label_scheme, challenge)
     cases = _chosen(cases, case_ids, references)
     _require_fitting(challenge, scheme)
-    paths = list_images(predictions).images
+    paths = _masks_like(cases[0], predictions)
     ambiguous: dict[str, str] = {}
     if predictions.is_file() and references.is_file():
         found = {cases[0].id: predictions}
@@ -101,8 +101,14 @@ def pair_folders(
     pairs = tuple(
         Pair(case, found.get(case.id), declared.get(case.id, default)) for case in sorted(cases, key=lambda c: c.id)
     )
-    surplus = () if case_ids is not None else tuple(sorted(set(paths) - set(found.values())))
-    return Pairing(pairs, scheme, challenge or challenge_of(case.id for case in cases), surplus, ambiguous)
+    surplus = [path for path in paths if not any(case.id in path.name for case in cases)]
+    return Pairing(
+        pairs,
+        scheme,
+        challenge or challenge_of(case.id for case in cases),
+        () if case_ids else tuple(surplus),
+        ambiguous,
+    )
 
 
 def challenge_of(case_ids: Iterable[str]) -> str | None:
@@ -243,6 +249,13 @@ def _require_fitting(challenge: str | None, scheme: LabelScheme) -> None:
         )
 
 
+def _masks_like(case: Case, root: Path) -> tuple[Path, ...]:
+    """The images below `root` that can be predictions: pictures where references are pictures, else volumes."""
+    listing = list_images(root)
+    is_picture = case.label is not None and suffix_of(case.label.path) in PICTURE_SUFFIXES
+    return listing.pictures if is_picture else listing.volumes
+
+
 def _match(cases: Sequence[Case], paths: Sequence[Path], root: Path) -> tuple[dict[str, Path], dict[str, str]]:
     """Case id -> prediction, and case id -> complaint where several files in one folder could be it."""
     by_name: dict[str, list[Path]] = defaultdict(list)
@@ -252,11 +265,9 @@ def _match(cases: Sequence[Case], paths: Sequence[Path], root: Path) -> tuple[di
     found: dict[str, Path] = {}
     ambiguous: dict[str, str] = {}
     for case in cases:
-        is_picture = case.label is not None and suffix_of(case.label.path) in PICTURE_SUFFIXES
         candidates = by_name.get(case.id) or [
             path for path in paths if re.search(rf"[-_. ]{re.escape(case.id)}$", stem_of(path))
         ]
-        candidates = [path for path in candidates if (suffix_of(path) in PICTURE_SUFFIXES) == is_picture]
         depth = min((len(path.parts) for path in candidates), default=0)
         nearest = [path for path in candidates if len(path.parts) == depth]
         if len(nearest) == 1:

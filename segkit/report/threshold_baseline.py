@@ -16,6 +16,7 @@ from segkit.errors import RequestError
 from segkit.shapes import Image, LabelMap
 
 _CANDIDATES = 512
+_MARGIN = 1e-3  # standard deviations
 
 
 @dataclass(frozen=True)
@@ -46,23 +47,23 @@ def best_single_thresholds(
     region and the choice are empty.
 
     Raises:
-        RequestError: no cases, or as many images as label maps are missing.
+        RequestError: no cases, or not as many images as label maps.
     """
     if not images or len(images) != len(labels):
         raise RequestError(
             f"{len(images)} images and {len(labels)} label maps cannot be compared",
             expected="as many of each, not none",
         )
-    names = list(regions)
     best: dict[str, ThresholdScore] = {}
     for channel, modality in enumerate(modalities):
         cases = [_standardised(image, reference, channel) for image, reference in zip(images, labels, strict=True)]
         pooled = np.concatenate([values for values, _ in cases])
-        thresholds = np.linspace(pooled.min(), pooled.max(), _CANDIDATES)
-        for name in names:
+        # From just below to just above, so that all and nothing are choices too.
+        thresholds = np.linspace(pooled.min() - _MARGIN, pooled.max() + _MARGIN, _CANDIDATES)
+        for name, members in regions.items():
             for direction in (">", "<"):
                 sign = 1 if direction == ">" else -1
-                dice = np.mean([_dice_curve(v, np.isin(r, regions[name]), thresholds, sign) for v, r in cases], axis=0)
+                dice = np.mean([_dice_curve(v, np.isin(r, members), thresholds, sign) for v, r in cases], axis=0)
                 position = int(dice.argmax())
                 score = ThresholdScore(name, modality, direction, float(thresholds[position]), float(dice[position]))
                 if name not in best or score.dice > best[name].dice:

@@ -1,16 +1,91 @@
-"""Run folders with a network whose masks can be told by eye."""
+"""Run folders with a network whose masks can be told by eye, and scans to give it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import nibabel as nib
+import numpy as np
 import pytest
-from stairs import MakeRun, Steps, StepsConfig
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
 
 from segkit.checkpoint import ModelCard, save_model
+from segkit.config.base import Config
 from segkit.labels import SCHEMES, LabelScheme, outputs_of
 from segkit.models.table import MODELS, ModelEntry
+
+MakeRun = Callable[..., Path]
+
+
+class StepsConfig(Config):
+    kind: Literal["above", "nearest"] = "above"
+
+
+class Steps(nn.Module):
+    """Logit k of the sum s of all channels: "above" 10 (s - k - 0.5); "nearest" -|s - k|. `bias` is added."""
+
+    def __init__(self, config: StepsConfig, in_channels: int, out_channels: int, dims: int) -> None:
+        super().__init__()
+        self.kind = config.kind
+        self.bias: Tensor
+        self.steps: Tensor
+        self.register_buffer("bias", torch.zeros(1))
+        self.register_buffer("steps", torch.arange(out_channels, dtype=torch.float32).view(-1, *(1,) * dims))
+
+    def forward(self, patches: Tensor) -> Tensor | list[Tensor]:
+        total = patches.sum(1, keepdim=True)
+        logits = 10 * (total - self.steps - 0.5) if self.kind == "above" else -(total - self.steps).abs()
+        return [logits + self.bias] if self.training else logits + self.bias
+
+
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+BRATS_SUFFIXES = {"t1n": "t1", "t1c": "t1ce", "t2w": "t2", "t2f": "flair"}
+
+
+class Scans:
+    """Scans like flights of stairs: intensity 1, 2, 3 on three slabs along the first axis and 0 around them."""
+
+    @staticmethod
+    def stairs(shape: tuple[int, ...] = (6, 5, 4)) -> NDArray[np.float32]:
+        values = np.zeros(shape, np.float32)
+        values[1:4] = np.arange(1, 4).reshape(3, *(1,) * (len(shape) - 1))
+        return values
+
+    @staticmethod
+    def labels(shape: tuple[int, ...] = (6, 5, 4), painted: tuple[int, int, int] = (2, 1, 4)) -> NDArray[np.uint8]:
+        """What the first, second and third step are painted as; default: BraTS 2017."""
+        labels = np.zeros(shape, np.uint8)
+        labels[1:4] = np.asarray(painted).reshape(3, *(1,) * (len(shape) - 1))
+        return labels
+
+    @staticmethod
+    def write(path: Path, values: ArrayLike, affine: ArrayLike = LPS) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = nib.Nifti1Image(np.asarray(values, np.float32), np.asarray(affine, np.float64))
+        image.set_sform(image.affine, code=4)
+        image.set_qform(image.affine, code=1)
+        nib.save(image, path)
+        return path
+
+    def write_case(self, folder: Path, case_id: str, images: Mapping[str, ArrayLike], affine: ArrayLike = LPS) -> Path:
+        """A case in the naming of BraTS 2021."""
+        for modality, values in images.items():
+            self.write(folder / case_id / f"{case_id}_{BRATS_SUFFIXES[modality]}.nii.gz", values, affine)
+        return folder / case_id
+
+    @staticmethod
+    def read(path: Path) -> tuple[nib.Nifti1Image, NDArray[Any]]:
+        image = nib.load(path)
+        return image, np.asarray(image.dataobj)
+
+
+@pytest.fixture
+def scans() -> Scans:
+    return Scans()
 
 
 @pytest.fixture(autouse=True)

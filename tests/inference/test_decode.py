@@ -13,7 +13,7 @@ from segkit.data.geometry import Reorientation, reorientation_to
 from segkit.data.preprocessing import Preparation
 from segkit.data.volume import Grid
 from segkit.errors import CheckpointError
-from segkit.inference.decode import decode, mean_logits, probability_planes
+from segkit.inference.decode import decode, decode_prepared, mean_logits, probability_planes
 
 
 def preparation(
@@ -44,6 +44,11 @@ def test_classes_are_painted_by_the_largest_logit_and_the_first_of_equals() -> N
     labels = decode(logits, ROW, "softmax", (0, 10, 20))
     assert labels.tolist() == [[0, 0, 10, 20, 0, 0]]
     assert labels.dtype == np.uint8
+
+
+def test_on_the_prepared_grid_there_is_no_way_back() -> None:
+    logits = torch.tensor([[[1.0, 1, 1, -1]], [[-1.0, 1, 1, -1]], [[-1.0, -1, 1, 1]]])
+    assert decode_prepared(logits, "sigmoid", (2, 1, 4)).tolist() == [[2, 1, 4, 4]]
 
 
 def test_logits_are_left_as_they_were() -> None:

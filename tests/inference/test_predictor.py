@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from stairs import LPS, MakeRun, stairs, stairs_labels, write_case, write_nifti
 
 from segkit.checkpoint import load_card, load_model, load_weights_file, save_model
 from segkit.data.case import Case, ImageFile
@@ -18,26 +19,29 @@ from segkit.errors import CheckpointError, DataError, RequestError
 from segkit.inference.predictor import Ensemble, Predictor, match_modalities
 from segkit.labels import SCHEMES, classes_scheme
 
+MakeRun = Callable[..., Path]
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
 
 @pytest.mark.parametrize("letters", ["RAS", "LPS", "SAR", "PIL"])
-def test_mask_lies_on_the_grid_of_the_volume(make_run: MakeRun, letters: str) -> None:
+def test_mask_lies_on_the_grid_of_the_volume(make_run: MakeRun, letters: str, scans: Any) -> None:
     predictor = Predictor.load(make_run())
     turn = nib.orientations.inv_ornt_aff(
         nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(letters)),
         (6, 5, 4),
     )
-    prediction = predictor(Volume(stairs(), Grid((6, 5, 4), turn)))
-    assert np.array_equal(prediction.labels, stairs_labels())
+    prediction = predictor(Volume(scans.stairs(), Grid((6, 5, 4), turn)))
+    assert np.array_equal(prediction.labels, scans.labels())
     assert prediction.labels.dtype == np.uint8
     assert np.array_equal(prediction.affine, turn)
     assert prediction.label_scheme is SCHEMES["brats2017"]
     assert prediction.probabilities is None
 
 
-def test_volume_larger_than_the_window(make_run: MakeRun) -> None:
+def test_volume_larger_than_the_window(make_run: MakeRun, scans: Any) -> None:
     shape = (20, 9, 11)
-    prediction = Predictor.load(make_run())(Volume(stairs(shape), Grid(shape, np.eye(4))))
-    assert np.array_equal(prediction.labels, stairs_labels(shape))
+    prediction = Predictor.load(make_run())(Volume(scans.stairs(shape), Grid(shape, np.eye(4))))
+    assert np.array_equal(prediction.labels, scans.labels(shape))
 
 
 def test_resampled_case_comes_back_to_its_own_shape(make_run: MakeRun) -> None:
@@ -50,37 +54,37 @@ def test_resampled_case_comes_back_to_its_own_shape(make_run: MakeRun) -> None:
     assert (prediction.labels[3:9, 3:5, 3:5] == 3).all()
 
 
-def test_classes_are_painted_with_their_own_values(make_run: MakeRun) -> None:
+def test_classes_are_painted_with_their_own_values(make_run: MakeRun, scans: Any) -> None:
     predictor = Predictor.load(make_run(scheme=classes_scheme("organs", {"spleen": 7, "liver": 3})))
-    prediction = predictor(Volume(np.clip(stairs(), 0, 2), Grid((6, 5, 4), np.eye(4))), with_probabilities=True)
-    assert np.array_equal(prediction.labels, stairs_labels(painted=(3, 7, 7)))
+    prediction = predictor(Volume(np.clip(scans.stairs(), 0, 2), Grid((6, 5, 4), np.eye(4))), with_probabilities=True)
+    assert np.array_equal(prediction.labels, scans.labels(painted=(3, 7, 7)))
     assert prediction.probabilities is not None
     assert prediction.probabilities.shape == (3, 6, 5, 4)
     np.testing.assert_allclose(prediction.probabilities.sum(0), 1, atol=1e-6)
 
 
-def test_paths_by_modality_under_any_of_their_names(make_run: MakeRun, tmp_path: Path) -> None:
+def test_paths_by_modality_under_any_of_their_names(make_run: MakeRun, tmp_path: Path, scans: Any) -> None:
     predictor = Predictor.load(make_run(modalities=("t1c", "t2f")))
-    half = stairs() / 2
-    paths = {name: write_nifti(tmp_path / f"{name}.nii.gz", half) for name in ("FLAIR", "t1ce")}
+    half = scans.stairs() / 2
+    paths = {name: scans.write(tmp_path / f"{name}.nii.gz", half) for name in ("FLAIR", "t1ce")}
     prediction = predictor(paths)
-    assert np.array_equal(prediction.labels, stairs_labels())
+    assert np.array_equal(prediction.labels, scans.labels())
     with pytest.raises(DataError, match=r"modality t1c is missing \(found: FLAIR\)"):
         predictor({"FLAIR": paths["FLAIR"]})
 
 
-def test_case_folder_and_single_file(make_run: MakeRun, tmp_path: Path) -> None:
+def test_case_folder_and_single_file(make_run: MakeRun, tmp_path: Path, scans: Any) -> None:
     predictor = Predictor.load(str(make_run()))
-    folder = write_case(tmp_path / "data", "BraTS2021_00001", {"t1c": stairs()})
-    assert np.array_equal(predictor(folder).labels, stairs_labels())
-    assert np.array_equal(predictor(write_nifti(tmp_path / "scan.nii", stairs())).labels, stairs_labels())
-    write_case(tmp_path / "data", "BraTS2021_00002", {"t1c": stairs()})
+    folder = scans.write_case(tmp_path / "data", "BraTS2021_00001", {"t1c": scans.stairs()})
+    assert np.array_equal(predictor(folder).labels, scans.labels())
+    assert np.array_equal(predictor(scans.write(tmp_path / "scan.nii", scans.stairs())).labels, scans.labels())
+    scans.write_case(tmp_path / "data", "BraTS2021_00002", {"t1c": scans.stairs()})
     with pytest.raises(DataError, match="holds 2 cases; expected one"):
         predictor(tmp_path / "data")
 
 
-def test_unusable_volumes_are_refused(make_run: MakeRun) -> None:
-    volume = Volume(stairs(), Grid((6, 5, 4), LPS))
+def test_unusable_volumes_are_refused(make_run: MakeRun, scans: Any) -> None:
+    volume = Volume(scans.stairs(), Grid((6, 5, 4), LPS))
     with pytest.raises(DataError, match="one volume was given; expected t1c, t2f"):
         Predictor.load(make_run("two", modalities=("t1c", "t2f")))(volume)
     predictor = Predictor.load(make_run())
@@ -104,30 +108,32 @@ def test_wrong_requests_are_refused(make_run: MakeRun, tmp_path: Path) -> None:
         Predictor.load(pretrained)
 
 
-def test_a_network_in_training_is_left_in_training(make_run: MakeRun) -> None:
+def test_a_network_in_training_is_left_in_training(make_run: MakeRun, scans: Any) -> None:
     run = make_run()
     network = load_model(run).train()
-    prediction = Predictor(network, load_card(run))(Volume(stairs(), Grid((6, 5, 4), LPS)))
-    assert np.array_equal(prediction.labels, stairs_labels())
+    prediction = Predictor(network, load_card(run))(Volume(scans.stairs(), Grid((6, 5, 4), LPS)))
+    assert np.array_equal(prediction.labels, scans.labels())
     assert network.training
 
 
-def test_mask_in_another_scheme(make_run: MakeRun) -> None:
+def test_mask_in_another_scheme(make_run: MakeRun, scans: Any) -> None:
     predictor = Predictor.load(make_run())
-    loaded = LoadedCase("a", stairs()[None], None, Grid((6, 5, 4), LPS), (True,))
+    loaded = LoadedCase("a", scans.stairs()[None], None, Grid((6, 5, 4), LPS), (True,))
     prediction = predictor.predict_loaded(loaded, SCHEMES["msd-brats"])
-    assert np.array_equal(prediction.labels, stairs_labels(painted=(1, 2, 3)))
+    assert np.array_equal(prediction.labels, scans.labels(painted=(1, 2, 3)))
     assert prediction.label_scheme.name == "msd-brats"
 
 
 @pytest.mark.parametrize(("axes", "calls"), [(None, 8), ((0, 1), 4), ((), 1)])
-def test_mirroring_uses_the_axes_of_the_training(make_run: MakeRun, axes: tuple[int, ...] | None, calls: int) -> None:
+def test_mirroring_uses_the_axes_of_the_training(
+    make_run: MakeRun, axes: tuple[int, ...] | None, calls: int, scans: Any
+) -> None:
     predictor = Predictor.load(make_run(mirror_axes=axes), uses_tta=True)
     seen = []
     predictor.network.register_forward_hook(lambda *_: seen.append(1))
-    prediction = predictor(Volume(stairs(), Grid((6, 5, 4), LPS)))
+    prediction = predictor(Volume(scans.stairs(), Grid((6, 5, 4), LPS)))
     assert len(seen) == calls
-    assert np.array_equal(prediction.labels, stairs_labels())
+    assert np.array_equal(prediction.labels, scans.labels())
 
 
 def test_ensemble_is_the_mean_of_probabilities(make_run: MakeRun, tmp_path: Path) -> None:

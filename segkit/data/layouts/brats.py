@@ -7,6 +7,7 @@ A file belongs to a case when its name starts with a case id, or when a folder a
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -75,7 +76,7 @@ def _read(convention: Convention, listing: Listing, options: FolderOptions) -> C
     cases, problems = build_cases(
         (file for file in files if file.kind != _ALGORITHM_MASK), patient_of=patient_of, order=_channel_order
     )
-    cases = _tell_algorithm_masks(cases, masks)
+    cases = _tell_algorithm_masks(cases, masks, listing.root)
     known = {file.image.path for file in files}
     if strays := [path for path in listing.volumes if path not in known]:
         problems.append(unused_files(strays, f"names that {convention.name} does not use"))
@@ -150,9 +151,7 @@ def _ped_values(convention: Convention, listing: Listing) -> set[int]:
     return values_of(cases, stop_at=4)
 
 
-def _choose_scheme(
-    convention: Convention, cases: Sequence[Case], options: FolderOptions, where: Path
-) -> SchemeChoice:
+def _choose_scheme(convention: Convention, cases: Sequence[Case], options: FolderOptions, where: Path) -> SchemeChoice:
     if options.label_scheme is not None:
         return SchemeChoice(options.label_scheme)
     scheme = SCHEMES[convention.scheme]
@@ -169,38 +168,43 @@ def _choose_scheme(
     return SchemeChoice(scheme)
 
 
-def _tell_algorithm_masks(cases: Sequence[Case], masks: Sequence[FoundFile]) -> list[Case]:
+def _tell_algorithm_masks(cases: Sequence[Case], masks: Sequence[FoundFile], root: Path) -> list[Case]:
     """Add to each case without a reference which algorithm masks lie beside it, and which of them lost its geometry."""
     by_case: dict[str, list[Path]] = {}
     for file in masks:
         by_case.setdefault(file.case_id, []).append(file.image.path)
     return [
-        replace(case, problems=(*case.problems, *_about_masks(case, by_case[case.id]))) if case.id in by_case else case
+        replace(case, problems=(*case.problems, *_about_masks(case, by_case[case.id], root)))
+        if case.id in by_case
+        else case
         for case in cases
     ]
 
 
-def _about_masks(case: Case, paths: Sequence[Path]) -> list[Problem]:
+def _about_masks(case: Case, paths: Sequence[Path], root: Path) -> list[Problem]:
+    repair = f"segkit convert headers {shlex.quote(str(root))} -o {shlex.quote(root.name + '-repaired')}"
     misfits = {path: reason for path in paths if (reason := _misfit(case, path))}
     good = [path.name for path in paths if path not in misfits]
     problems = [
         Problem(
             str(path),
             f"segmentation by an algorithm whose geometry is lost: {reason}",
-            "Repair it with `segkit convert headers DATA -o OUT`, or leave it out",
+            f"Repair a copy with `{repair}`, or leave it out",
             is_fatal=False,
         )
         for path, reason in misfits.items()
     ]
     if case.label is None and good:
-        target = f"{case.id}-seg.nii.gz"
+        source = next(path for path in paths if path not in misfits)
+        target = source.with_name(f"{case.id}-seg.nii.gz")
+        copy = f"cp {shlex.quote(str(source))} {shlex.quote(str(target))}"
         problems.insert(
             0,
             Problem(
                 str(paths[0].parent),
                 f"no expert reference (-seg); {len(good)} algorithm segmentation(s) found, which are not used: "
                 + ", ".join(good),
-                f"To train on one, copy it to {target}: cp {good[0]} {target}",
+                f"To train on one all the same, copy it to the name of a reference: `{copy}`",
                 is_fatal=False,
             ),
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.data.layouts.layout import FolderOptions, SchemeChoice
-from segkit.data.layouts.listing import Listing, bare_name, read_document
+from segkit.data.layouts.listing import Listing, bare_name
 from segkit.data.layouts.modality import canonical_modality
 from segkit.data.layouts.schemes import scheme_from_names, scheme_from_regions
 from segkit.errors import DataError, Problem

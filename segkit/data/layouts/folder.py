@@ -39,9 +39,7 @@ def _read(listing: Listing, options: FolderOptions) -> Cohort:
     return build_cohort(listing, "folder", cases, choice, problems=(*problems, *more))
 
 
-def _with_channels(
-    files: Iterable[FoundFile], named: Mapping[str, int]
-) -> tuple[list[FoundFile], list[Problem]]:
+def _with_channels(files: Iterable[FoundFile], named: Mapping[str, int]) -> tuple[list[FoundFile], list[Problem]]:
     """Files of unknown modality that are 4D become one entry a channel, named by the user or by their number."""
     result: list[FoundFile] = []
     nameless: list[Path] = []

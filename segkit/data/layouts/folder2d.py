@@ -63,6 +63,8 @@ def _read(listing: Listing, options: FolderOptions) -> Cohort:
     choice = scheme_by_values(cases, options, listing.root)
     if choice.scheme is not None and list(choice.scheme.values) == ["label_1"]:
         choice = SchemeChoice(classes_scheme("classes", {"foreground": choice.scheme.values["label_1"]}))
+    if choice.scheme is not None and len(choice.scheme.values) > 1 and (lossy := _lossy_mask(grouped)):
+        choice = SchemeChoice(None, (lossy,))
     modalities = _order(modality for case in cases for modality in case.images)
     return build_cohort(listing, "folder2d", cases, choice, modalities=modalities, problems=(*problems, *more), dims=2)
 
@@ -98,6 +100,15 @@ def _is_colour(path: Path) -> bool:
         return count_channels(path) == len(_PLANES)
     except DataError:
         return False  # the check reads the file itself and tells what is wrong with it
+
+
+def _lossy_mask(files: Iterable[FoundFile]) -> Problem | None:
+    """The problem of masks saved as JPEG, whose compression blurs 0 and 255 into many values."""
+    masks = [file.image.path for file in files if file.kind == LABEL]
+    jpeg = next((path for path in masks if suffix_of(path) in (".jpg", ".jpeg")), None)
+    if jpeg is None:
+        return None
+    return Problem(str(jpeg), "the masks are JPEG pictures, whose compression changes label values", "Save them as PNG")
 
 
 def _order(modalities: Iterable[str]) -> tuple[str, ...]:

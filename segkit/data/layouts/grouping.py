@@ -54,15 +54,21 @@ def group_files(
     """
     items = [_by_pattern(path, patterns) for path in paths] if patterns else [_by_name(path, root) for path in paths]
     folders: dict[Path, list[_Item]] = defaultdict(list)
+    left = {item.path: item.folder for item in items}
     for item in _tell_companions(items):
-        folders[item.folder].append(item)
-    repeated = {key for key, count in Counter(key for f in folders.values() for key in _keys(f)).items() if count > 1}
+        if item.kind != IGNORED:
+            folders[item.folder].append(item)
+    counts = Counter(key for members in folders.values() for key in _keys(members))
+    repeated = {key for key, count in counts.items() if count > 1}
     files: list[FoundFile] = []
     patients: dict[str, str] = {}
     for folder, members in folders.items():
         for case_id, patient, own in _cases_in(folder, members, root, repeated):
             patients[case_id] = patient
-            files += [FoundFile(case_id, folder, item.kind or IMAGE, ImageFile(item.path)) for item in own]
+            for item in own:
+                files.append(FoundFile(case_id, folder, item.kind or IMAGE, ImageFile(item.path)))
+                del left[item.path]
+    files += [FoundFile("", folder, IGNORED, ImageFile(path)) for path, folder in left.items()]
     return files, patients
 
 
@@ -126,7 +132,7 @@ def _shorter_stems(stem: str) -> list[str]:
 
 def _keys(items: Sequence[_Item]) -> set[str]:
     """The names that tell the cases of one folder apart, empty where it holds a single case."""
-    firm = {item.rest for item in items if item.kind != IGNORED and item.rest and not item.is_leading}
+    firm = {item.rest for item in items if item.rest and not item.is_leading}
     leading = Counter(item.kind for item in items if item.is_leading)
     if firm or any(count > 1 for count in leading.values()):
         firm |= {item.rest for item in items if item.is_leading and item.rest}
@@ -143,7 +149,7 @@ def _cases_in(
             case_id = f"{folder.name}_{key}" if key in repeated and folder != root else key
             yield case_id, case_id, [item for item in items if item.rest == key]
         return
-    rests = sorted({item.rest for item in items if item.kind != IGNORED and item.rest and not item.is_leading})
+    rests = sorted({item.rest for item in items if item.rest and not item.is_leading})
     has_own_folder = folder != root or any(item.kind for item in items if not item.rest or item.is_leading)
     name = folder.name if has_own_folder or not rests else rests[0]
     if _SESSION.match(name) and folder != root and folder.parent != root:

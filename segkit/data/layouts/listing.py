@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from segkit.data.dicom import DICOM_SUFFIXES, is_dicom_file
-from segkit.data.files import PICTURE_SUFFIXES, VOLUME_SUFFIXES, stem_of, suffix_of
+from segkit.data.files import VOLUME_SUFFIXES, stem_of, suffix_of
+from segkit.data.pictures import PICTURE_SUFFIXES
 from segkit.errors import DataError, Problem
 
 _JUNK_FOLDERS = frozenset({"__MACOSX", "__pycache__"})
@@ -32,6 +33,7 @@ class Listing:
 
     @property
     def images(self) -> tuple[Path, ...]:
+        """Volumes, then pictures."""
         return self.volumes + self.pictures
 
 
@@ -41,7 +43,7 @@ def list_images(root: Path) -> Listing:
     Raises:
         DataError: `root` does not exist or cannot be opened.
     """
-    root = Path(os.path.abspath(root))
+    root = Path(os.path.normpath(root.absolute()))
     if root.is_file():
         return _listing_of_file(root)
     if not root.is_dir():

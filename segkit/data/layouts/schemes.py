@@ -19,6 +19,9 @@ from segkit.labels import SCHEMES, LabelScheme, classes_scheme, outputs_of
 _SAMPLED_REFERENCES = 200
 """References read to learn values; `check` reads all of them and names the values this sample missed."""
 
+_MOST_VALUES = 128
+"""More different values than this are an image or a probability map and not labels."""
+
 _TISSUES = (
     ("RC", ("resection", "cavity", "rc")),
     ("CC", ("cyst", "cystic", "cc")),
@@ -26,6 +29,12 @@ _TISSUES = (
     ("NCR", ("non enhancing", "nonenhancing", "necrosis", "necrotic", "ncr", "net", "netc", "ncr net")),
     ("ET", ("enhancing", "et", "gd enhancing", "enhancement")),
     ("GTV", ("gtv",)),
+)
+_CHOICES = (("brats2023", "1 = NCR, 2 = ED"), ("msd-brats", "1 = ED, 2 = NCR"))
+_CHOICES_WITH_4 = (
+    ("brats2024", "4 = resection cavity"),
+    ("brats-ped", "1 = ET, 4 = ED"),
+    ("brats2015", "3 = non-enhancing tumour, 4 = ET"),
 )
 _NAMELESS = frozenset({"background", "ignore"})
 
@@ -44,7 +53,9 @@ def scheme_from_names(labels: Mapping[str, int], modalities: Iterable[str]) -> L
     return classes_scheme("classes", classes)
 
 
-def scheme_from_regions(regions: Mapping[str, Sequence[int]], order: Sequence[int], modalities: set[str]) -> LabelScheme:
+def scheme_from_regions(
+    regions: Mapping[str, Sequence[int]], order: Sequence[int], modalities: set[str]
+) -> LabelScheme:
     """The scheme of nnU-Net's region-based classes: each region is a union of label values and paints one of `order`.
 
     Tissues are named after the region that paints their value; values that no region paints are `label_<value>`.
@@ -78,6 +89,8 @@ def scheme_by_values(cases: Sequence[Case], options: FolderOptions, where: Path)
     values = values_of(labelled) - {0}
     if not values:
         return SchemeChoice(None)
+    if len(values) > _MOST_VALUES:
+        return SchemeChoice(None, (_not_labels(len(values), labelled[0], where),))
     modalities = {modality for case in cases for modality in case.images}
     tumour_like = modalities & set(BRATS_MODALITIES)
     if values == {1, 2, 4} and len(tumour_like) == 4:
@@ -93,19 +106,22 @@ def scheme_by_values(cases: Sequence[Case], options: FolderOptions, where: Path)
 def ambiguous(values: Iterable[int], where: Path) -> Problem:
     """The problem of label values that mean different tissues in different years, with the options to choose from."""
     present = set(values)
-    if 4 in present:
-        choices = ("brats2024", "ED, ET, NCR and resection cavity"), ("brats-ped", "ET, NET, CC, ED"), (
-            "brats2015",
-            "with 3 = non-enhancing tumour",
-        )
-    else:
-        choices = (("brats2023", "1 = NCR, 2 = ED"), ("msd-brats", "1 = ED, 2 = NCR"))
+    choices = _CHOICES_WITH_4 if 4 in present else _CHOICES
     options = " or ".join(f"--label-scheme {name} ({meaning})" for name, meaning in choices)
     listed = ", ".join(str(value) for value in sorted(present))
     return Problem(
         str(where),
         f"label values {listed} mean different tissues in different data sets, and no file or folder name tells which",
         f"Choose {options}, or --label-scheme classes to train on plain classes",
+    )
+
+
+def _not_labels(count: int, case: Case, where: Path) -> Problem:
+    name = "" if case.label is None else f" (such as {case.label.path.name})"
+    return Problem(
+        str(where),
+        f"what its name makes a reference mask{name} holds {count} different values and looks like an image",
+        "Name the reference masks with --modality label=SUFFIX and the images with --modality NAME=SUFFIX",
     )
 
 

@@ -36,6 +36,7 @@ PLAIN_CLASSES = "classes"
 """`label_scheme` that makes a class of every value, whatever it may mean."""
 
 _LOWEST_SCORE = 0.1
+_COMMON = ("brats2021", "msd", "folder")
 
 
 def find_cases(
@@ -73,9 +74,9 @@ def find_cases(
 
 
 def recognise(listing: Listing) -> list[tuple[float, Layout]]:
-    """Every layout with its score, best first; equal scores keep the order of the table."""
+    """Every layout with its score, best first; of equal scores those that people have most often."""
     scored = [(layout.recognise(listing), layout) for layout in LAYOUTS.values()]
-    return sorted(scored, key=lambda pair: -pair[0])
+    return sorted(scored, key=lambda pair: (-pair[0], pair[1].name not in _COMMON))
 
 
 def _choose_layout(listing: Listing, name: str | None, options: FolderOptions) -> Layout:

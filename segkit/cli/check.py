@@ -1,0 +1,247 @@
+"""`segkit check`: what a data folder holds, what is wrong with it, what training would need, what to type next."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from segkit.cli.options import (
+    DataArgument,
+    JsonOption,
+    LayoutOption,
+    ModalitiesOption,
+    SchemeOption,
+    console,
+    print_json,
+    print_table,
+    read_modalities,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from segkit.data.case import Cohort
+    from segkit.data.checks import CaseReport
+    from segkit.errors import Problem
+
+FastOption = Annotated[bool, typer.Option("--fast", help="Headers only: no voxels are read.")]
+EstimateOption = Annotated[bool, typer.Option("--estimate/--no-estimate", help="Memory and minutes of training.")]
+MemoryOption = Annotated[float | None, typer.Option("--memory-gb", help="Memory to plan for; default: what is free.")]
+
+_MOST_ROWS = 40
+_MOST_PROBLEMS = 60
+_MOST_LABELS = 8
+_USUAL_FOLDS = 5
+"""The default of `data.folds`: with fewer patients, training is to be told how many."""
+_FEWEST_PATIENTS = 2
+
+
+def check(
+    data: DataArgument,
+    layout: LayoutOption = None,
+    label_scheme: SchemeOption = None,
+    modality: ModalitiesOption = None,
+    fast: FastOption = False,
+    estimate: EstimateOption = True,
+    memory_gb: MemoryOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Check a data folder: layout, labels, every problem at once, and the command to type next.
+
+    Exit code 0: usable; 1: something cannot be used as it is; 2: nothing was recognised.
+    """
+    from segkit.data.checks import usable_cases
+    from segkit.data.layouts.table import find_cases
+    from segkit.errors import DataError, RequestError
+
+    try:
+        cohort = find_cases(data, layout=layout, modalities=read_modalities(modality), label_scheme=label_scheme)
+    except DataError as error:
+        raise RequestError(error.found, where=error.where, expected=error.expected, remedy=error.remedy) from error
+    reports = _look_at(cohort, read_voxels=not fast)
+    preset = _preset_of_this_machine()
+    usable = usable_cases(cohort, reports)
+    needs = _estimate(usable, preset, memory_gb) if estimate else None
+    problems = [*cohort.problems, *_too_few_patients(usable)]
+    options = _given_options(layout, label_scheme, modality)
+    command = next_command(cohort, reports, usable, data, preset, options)
+    if json:
+        print_json(
+            {
+                "layout": cohort.layout,
+                "label_scheme": None if cohort.scheme is None else cohort.scheme.to_json(),
+                "cases": [report.to_json() for report in reports],
+                "problems": [_problem_json(problem) for problem in problems],
+                "estimate": needs,
+                "next_command": command,
+            }
+        )
+    else:
+        _print_report(cohort, problems, reports, needs, command)
+    if not all(report.is_usable for report in reports) or any(problem.is_fatal for problem in cohort.problems):
+        raise typer.Exit(1)
+
+
+def next_command(
+    cohort: Cohort,
+    reports: Sequence[CaseReport],
+    usable: Cohort,
+    data: Path,
+    preset: str,
+    options: Sequence[str] = (),
+) -> str:
+    """The command line to type after a check, quoted for a POSIX shell."""
+    import shlex
+
+    from segkit.data.checks import REPAIR_COMMAND
+
+    fatal = [problem for report in reports for problem in report.problems if problem.is_fatal]
+    path = str(data)
+    if fatal and all(REPAIR_COMMAND in problem.remedy for problem in fatal):
+        return shlex.join(["segkit", "convert", "headers", path, "-o", f"{data.absolute().name}-repaired", *options])
+    labelled = [case for case in usable.cases if case.label is not None]
+    if labelled and cohort.scheme is None and (choice := _first_choice(cohort.problems)):
+        return shlex.join(["segkit", "check", path, "--label-scheme", choice, *options])
+    patients = len({case.patient for case in labelled})
+    if patients >= _FEWEST_PATIENTS and cohort.scheme is not None:
+        folds = ["--set", f"data.folds={patients}"] if patients < _USUAL_FOLDS else []
+        return shlex.join(["segkit", "train", path, "-o", "run", "--preset", preset, *folds, *options])
+    if usable.cases:
+        return shlex.join(["segkit", "infer", "-m", "run", "-i", path, "-o", "masks", *options])
+    return shlex.join(["segkit", "check", path, *options])
+
+
+def _look_at(cohort: Cohort, *, read_voxels: bool) -> list[CaseReport]:
+    """Check every case, with a progress bar on standard error."""
+    from rich.progress import Progress
+
+    from segkit.data.checks import check_cohort
+    from segkit.runtime import available_cores
+
+    with Progress(console=console(), transient=True) as progress:
+        task = progress.add_task("Reading cases", total=len(cohort.cases))
+        return check_cohort(
+            cohort,
+            read_voxels=read_voxels,
+            workers=min(4, available_cores()),
+            on_case=lambda: progress.advance(task),
+        )
+
+
+def _preset_of_this_machine() -> str:
+    """The preset for this machine's device; torch is asked only where there is an NVIDIA driver."""
+    import shutil
+
+    from segkit.runtime import pick_device
+
+    if shutil.which("nvidia-smi") is None:
+        return "cpu"
+    return "cpu" if pick_device().type == "cpu" else "default"
+
+
+def _estimate(cohort: Cohort, preset: str, memory_gb: float | None) -> dict[str, float] | None:
+    """Memory and minutes of training with a preset, by planning; None where nothing can be trained."""
+    from dataclasses import replace
+
+    labelled = replace(cohort, cases=tuple(case for case in cohort.cases if case.label is not None))
+    if labelled.scheme is None or not labelled.cases:
+        return None
+    from segkit.config.loading import build_config, preset_layers
+    from segkit.errors import SegkitError
+    from segkit.planning import estimate_training
+    from segkit.runtime import available_memory_gb, pick_device
+    from segkit.training.config import TrainConfig
+    from segkit.training.planned import planning_request
+
+    config = build_config(TrainConfig, preset_layers(preset))
+    request = planning_request(config, -(-len(labelled.cases) // config.data.folds))
+    device = pick_device()
+    try:
+        needs = estimate_training(labelled, labelled.scheme, request, memory_gb or available_memory_gb(device), device)
+    except SegkitError as error:
+        console().print(f"No estimate: {error}", style="yellow", markup=False)
+        return None
+    return {"memory_gb": round(needs.memory_gb, 2), "minutes": round(needs.minutes, 1)}
+
+
+def _too_few_patients(usable: Cohort) -> list[Problem]:
+    """A warning where a model could be trained but for the number of patients."""
+    from segkit.errors import Problem
+
+    labelled = [case for case in usable.cases if case.label is not None]
+    patients = len({case.patient for case in labelled})
+    if not labelled or patients >= _FEWEST_PATIENTS:
+        return []
+    found = "references of one patient only; training holds patients back to validate on"
+    remedy = f"Add cases of other patients to train, at least {_FEWEST_PATIENTS} in all"
+    return [Problem(str(usable.root), found, remedy, is_fatal=False)]
+
+
+def _given_options(layout: str | None, scheme: str | None, modality: Sequence[str] | None) -> list[str]:
+    options = [] if layout is None else ["--layout", layout]
+    options += [] if scheme is None else ["--label-scheme", scheme]
+    for pair in modality or ():
+        options += ["--modality", pair]
+    return options
+
+
+def _first_choice(problems: Sequence[Problem]) -> str | None:
+    """The first label scheme that a problem offers to choose."""
+    import re
+
+    matches = (re.search(r"--label-scheme ([a-z0-9-]+)", problem.remedy) for problem in problems)
+    return next((match.group(1) for match in matches if match), None)
+
+
+def _problem_json(problem: Problem) -> dict[str, object]:
+    from segkit.data.checks import problem_to_json
+
+    return problem_to_json(problem)
+
+
+def _print_report(
+    cohort: Cohort,
+    problems: Sequence[Problem],
+    reports: Sequence[CaseReport],
+    needs: Mapping[str, float] | None,
+    command: str,
+) -> None:
+    from segkit.data.layouts.table import LAYOUTS
+
+    typer.echo(f"Layout: {cohort.layout} - {LAYOUTS[cohort.layout].description}")
+    if cohort.scheme is None:
+        typer.echo("Label scheme: none")
+    else:
+        labels = ", ".join(f"{value} {tissue}" for tissue, value in cohort.scheme.values.items())
+        typer.echo(f"Label scheme: {cohort.scheme.name} ({labels})")
+    labelled = sum(case.label is not None for case in cohort.cases)
+    typer.echo(f"Cases: {len(reports)}, {labelled} with a reference; modalities: {', '.join(cohort.modalities)}")
+    shown = sorted(reports, key=lambda report: (report.is_usable, not report.problems))[:_MOST_ROWS]
+    print_table(
+        "Cases" if len(shown) == len(reports) else f"Cases (the {len(shown)} that need attention first)",
+        ("case", "modalities", "shape", "spacing mm", "axes", "labels", "problems"),
+        [_row(report) for report in sorted(shown, key=lambda report: report.case)],
+    )
+    problems = [*problems, *(problem for report in reports for problem in report.problems)]
+    for problem in sorted(problems, key=lambda problem: not problem.is_fatal)[:_MOST_PROBLEMS]:
+        typer.echo(f"{'ERROR' if problem.is_fatal else 'note '} {problem}")
+    if len(problems) > _MOST_PROBLEMS:
+        typer.echo(f"... and {len(problems) - _MOST_PROBLEMS} more; `--json` lists all of them")
+    if needs is not None:
+        typer.echo(f"Training needs about {needs['memory_gb']:g} GB and {needs['minutes']:g} minutes")
+    typer.echo(f"Next: {command}")
+
+
+def _row(report: CaseReport) -> tuple[str, ...]:
+    return (
+        report.case,
+        " ".join(report.modalities),
+        "x".join(str(length) for length in report.shape),
+        "x".join(f"{length:.3g}" for length in report.spacing_mm),
+        report.orientation,
+        " ".join(str(value) for value in report.labels[:_MOST_LABELS])
+        + (f" ... ({len(report.labels)})" if len(report.labels) > _MOST_LABELS else ""),
+        str(len(report.problems) or ""),
+    )

@@ -1,0 +1,171 @@
+"""What a run will do, decided before anything is computed: cohort, split, and every setting with its reason."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from segkit.data.case import Case, Cohort
+from segkit.data.layouts.table import find_cases
+from segkit.data.splits import train_and_validation
+from segkit.errors import RequestError
+from segkit.labels import LabelScheme
+from segkit.planning import PlanningRequest, plan_training
+from segkit.planning_fingerprint import take_fingerprint
+from segkit.runtime import available_memory_gb
+from segkit.training.config import TrainConfig
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What a user asks for: data, run folder, settings, and the machine to do it on."""
+
+    data: Path
+    run: Path
+    config: TrainConfig
+    device: torch.device
+    memory_gb: float | None = None
+    started_s: float = field(default_factory=time.monotonic)
+    is_resumed: bool = False
+    may_overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A request with everything decided: the cohort, who trains and who validates, the settings and their reasons."""
+
+    request: RunRequest
+    config: TrainConfig
+    cohort: Cohort
+    training_ids: tuple[str, ...]
+    validation_ids: tuple[str, ...]
+    reasons: Mapping[str, str]
+    estimate: Mapping[str, float]
+
+    @property
+    def scheme(self) -> LabelScheme:
+        """The label scheme of the cohort, which `_find` has made sure of."""
+        if self.cohort.scheme is None:
+            raise ValueError("a planned run has a label scheme")
+        return self.cohort.scheme
+
+    def cases(self, ids: Sequence[str]) -> list[Case]:
+        """The cases of these ids, in their order."""
+        by_id = {case.id: case for case in self.cohort.cases}
+        return [by_id[case_id] for case_id in ids]
+
+
+def plan_run(request: RunRequest) -> PlannedRun:
+    """Find the cases, split them by patient, and let planning decide what the settings leave open.
+
+    Raises:
+        RequestError: too few cases, or ids to exclude that do not exist.
+        DataError: the folder is not recognised, or its label values cannot be interpreted.
+    """
+    cohort = _find(request)
+    request, ids_train, ids_validation = _split(request, cohort)
+    # Every fold is planned from the whole cohort, so that the folds can be one ensemble.
+    config, reasons, estimate = _decide(request, cohort, len(ids_validation))
+    return PlannedRun(request, config, cohort, tuple(ids_train), tuple(ids_validation), reasons, estimate)
+
+
+def _split(request: RunRequest, cohort: Cohort) -> tuple[RunRequest, list[str], list[str]]:
+    """Who trains and who validates; fewer patients than folds make fewer folds, and one patient does both."""
+    data = request.config.data
+    patients = len({case.patient for case in cohort.cases})
+    if patients == 1:
+        _log.warning("one patient only: it trains and validates, so the scores say nothing about other patients")
+        ids = [case.id for case in cohort.cases]
+        return request, ids, ids
+    if patients < data.folds:
+        _log.warning("%d patients make %d folds, not %d", patients, patients, data.folds)
+        request = replace(request, config=with_values(request.config, "data", folds=patients))
+        data = request.config.data
+    training, validation = train_and_validation(cohort.cases, data.fold, data.folds, data.split_seed)
+    return request, training, validation
+
+
+def _find(request: RunRequest) -> Cohort:
+    data = request.config.data
+    cohort = find_cases(
+        request.data,
+        layout=data.layout,
+        modalities=data.modalities,
+        label_scheme=data.label_scheme,
+        require_labels=True,
+    )
+    if cohort.scheme is None:
+        problem = next((problem for problem in cohort.problems if problem.is_fatal), None)
+        raise RequestError(
+            problem.found if problem else "the label scheme cannot be told",
+            where=request.data,
+            remedy=problem.remedy if problem else "Name it with --label-scheme",
+        )
+    known = {case.id for case in cohort.cases}
+    if unknown := [case_id for case_id in data.exclude if case_id not in known]:
+        raise RequestError(f"cases to exclude do not exist: {', '.join(unknown[:5])}", where=request.data)
+    cases = tuple(case for case in cohort.cases if case.id not in set(data.exclude))
+    usable = tuple(case for case in cases if not any(problem.is_fatal for problem in case.problems))
+    for case in cases:
+        for problem in case.problems:
+            _log.warning("%s", problem)
+    if not usable:
+        raise RequestError("no case is left to train on", where=request.data, remedy="See `segkit check`")
+    return replace(cohort, cases=usable)
+
+
+def planning_request(config: TrainConfig, validation_cases: int) -> PlanningRequest:
+    """What planning needs of the settings; `validation_cases` is the size of the fold that validates."""
+    training = config.training
+    epochs = -(-training.steps // training.steps_per_epoch)
+    return PlanningRequest(
+        family=config.network.family,
+        size=config.network.size,
+        arguments=config.network.arguments,
+        patch_size=config.planning.patch_size,
+        patch_limit=config.planning.patch_limit,
+        batch_size=config.planning.batch_size,
+        batch_limit=config.planning.batch_limit,
+        preprocessing=config.preprocessing,
+        mirror_axes=config.augmentation.mirror_axes,
+        overlap=config.overlap,
+        has_average=training.ema_decay > 0,
+        steps=training.steps,
+        accumulate=training.accumulate,
+        budget_minutes=training.budget_minutes,
+        validations=-(-epochs // training.validate_every),
+        validation_cases=min(validation_cases, training.validation_cases or validation_cases),
+    )
+
+
+def _decide(
+    request: RunRequest, cohort: Cohort, validation_cases: int
+) -> tuple[TrainConfig, Mapping[str, str], Mapping[str, float]]:
+    """Settings with nothing left open, why each was chosen, and what the run is expected to take."""
+    config = request.config
+    if cohort.scheme is None:
+        raise ValueError("planning needs a label scheme")
+    memory_gb = request.memory_gb or available_memory_gb(request.device)
+    fingerprint = take_fingerprint(cohort)
+    plan = plan_training(
+        fingerprint, cohort.scheme, planning_request(config, validation_cases), memory_gb, request.device
+    )
+    config = with_values(config, "planning", patch_size=plan.patch_size, batch_size=plan.batch_size)
+    config = with_values(config, "network", arguments=plan.arguments)
+    config = with_values(config, "augmentation", mirror_axes=plan.mirror_axes)
+    config = config.model_copy(update={"preprocessing": plan.preprocessing})
+    return config, plan.reasons, {"memory_gb": plan.memory_gb}
+
+
+def with_values(config: TrainConfig, section: str, **values: Any) -> TrainConfig:
+    """The settings with some values of one section changed."""
+    changed = getattr(config, section).model_copy(update=values)
+    return config.model_copy(update={section: changed})

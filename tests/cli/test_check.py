@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from segkit.cli import main
+from segkit.cli.check import _USUAL_FOLDS
+from segkit.config.loading import build_config, preset_layers
+from segkit.data.case import Cohort
+from segkit.labels import LabelScheme
+from segkit.planning import PlanningRequest
+from segkit.training.config import TrainConfig
+
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+def _save(path: Path, affine: Any = LPS, values: tuple[int, ...] = (5, 6)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.zeros((4, 4, 4), np.uint8)
+    array[1, 1, : len(values)] = values
+    nib.Nifti1Image(array, affine).to_filename(path)
+
+
+def _brats(root: Path, number: int = 1) -> Path:
+    folder = root / f"BraTS2021_{number:05d}"
+    for suffix in ("t1", "t1ce", "t2", "flair"):
+        _save(folder / f"{folder.name}_{suffix}.nii.gz")
+    _save(folder / f"{folder.name}_seg.nii.gz", values=(1, 2, 4))
+    return folder
+
+
+def _check(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exit_:
+        main(["check", "--no-estimate", *arguments])
+    captured = capsys.readouterr()
+    return int(exit_.value.code or 0), captured.out, captured.err
+
+
+def test_json_is_the_contract_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "my data"
+    for number in range(1, 6):
+        _brats(root, number)
+    code, out, _ = _check(capsys, str(root), "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert list(document) == ["layout", "label_scheme", "cases", "problems", "estimate", "next_command"]
+    assert document["layout"] == "brats2021"
+    assert document["label_scheme"] == {"name": "brats2017", "labels": {"NCR": 1, "ED": 2, "ET": 4}}
+    assert document["cases"][0]["labels"] == [1, 2, 4]
+    assert document["problems"] == []
+    command = shlex.split(document["next_command"])
+    assert command[:6] == ["segkit", "train", str(root), "-o", "run", "--preset"]
+
+
+def test_estimate_comes_from_planning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, str, str, int, float]] = []
+
+    def estimate_training(
+        cohort: Cohort, scheme: LabelScheme, request: PlanningRequest, memory_gb: float, device: object
+    ) -> SimpleNamespace:
+        asked.append((len(cohort.cases), scheme.name, request.family, request.validation_cases, memory_gb))
+        return SimpleNamespace(memory_gb=3.14159, minutes=12.34)
+
+    monkeypatch.setattr("segkit.planning.estimate_training", estimate_training)
+    for number in range(1, 7):
+        _brats(tmp_path, number)
+    with pytest.raises(SystemExit):
+        main(["check", str(tmp_path), "--memory-gb", "8", "--json"])
+    assert json.loads(capsys.readouterr().out)["estimate"] == {"memory_gb": 3.14, "minutes": 12.3}
+    family = build_config(TrainConfig, preset_layers("cpu")).network.family
+    assert asked == [(6, "brats2017", family, 2, 8.0)]
+
+
+def test_few_patients_need_fewer_folds_and_one_cannot_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert TrainConfig().data.folds == _USUAL_FOLDS
+    _brats(tmp_path, 1)
+    document = json.loads(_check(capsys, str(tmp_path), "--json")[1])
+    assert document["next_command"].startswith("segkit infer")
+    assert "references of one patient only" in document["problems"][0]["found"]
+    _brats(tmp_path, 2)
+    document = json.loads(_check(capsys, str(tmp_path), "--json")[1])
+    assert document["next_command"].endswith("--set data.folds=2")
+    assert document["problems"] == []
+
+
+def test_text_report_ends_with_the_next_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _brats(tmp_path, 1)
+    _brats(tmp_path, 2)
+    code, out, _ = _check(capsys, str(tmp_path), "--fast")
+    assert code == 0
+    assert "Layout: brats2021" in out
+    assert "BraTS2021_00001" in out
+    assert out.splitlines()[-1].startswith(f"Next: segkit train {tmp_path} ")
+
+
+def test_a_wrong_header_leads_to_its_repair(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = _brats(tmp_path / "in")
+    _save(folder / "BraTS2021_00001_t2.nii.gz", np.eye(4))
+    code, out, _ = _check(capsys, str(tmp_path / "in"), "--json")
+    assert code == 1
+    assert json.loads(out)["next_command"] == f"segkit convert headers {tmp_path / 'in'} -o in-repaired"
+
+
+def test_an_ambiguous_scheme_leads_to_the_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("t1", "flair"):
+        _save(tmp_path / "p1" / f"{name}.nii.gz")
+    _save(tmp_path / "p1" / "seg.nii.gz", values=(1, 2, 3))
+    code, out, _ = _check(capsys, str(tmp_path), "--json")
+    document = json.loads(out)
+    assert (code, document["label_scheme"]) == (1, None)
+    assert document["next_command"] == f"segkit check {tmp_path} --label-scheme brats2023"
+    code, out, _ = _check(capsys, str(tmp_path), "--json", "--label-scheme", "msd-brats")
+    document = json.loads(out)
+    assert (code, document["label_scheme"]["name"]) == (0, "msd-brats")
+    assert document["next_command"].endswith("--label-scheme msd-brats")
+
+
+def test_scans_without_references_lead_to_inference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _save(tmp_path / "p1" / "t1.nii.gz")
+    code, out, _ = _check(capsys, str(tmp_path), "--json")
+    assert code == 0
+    assert json.loads(out)["next_command"] == f"segkit infer -m run -i {tmp_path} -o masks"
+
+
+def test_nothing_recognised_is_a_wrong_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = _check(capsys, str(tmp_path), "--json")
+    assert (code, out) == (2, "")
+    assert "no layout matches; the folder holds no files" in err
+    assert _check(capsys, str(tmp_path / "missing"))[0] == 2
+
+
+def test_a_hostile_disk_gives_problems_and_no_crash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = _brats(tmp_path / "HGG")
+    for suffix in ("t1", "seg"):
+        _save(tmp_path / "LGG" / folder.name / f"{folder.name}_{suffix}.nii.gz")
+    (tmp_path / "HGG" / "loop").symlink_to(tmp_path)
+    os.truncate(folder / f"{folder.name}_flair.nii.gz", 40)
+    code, out, _ = _check(capsys, str(tmp_path), "--json")
+    document = json.loads(out)
+    assert code == 1
+    assert "is a link to a folder that contains it" in document["problems"][0]["found"]
+    (case,) = document["cases"]
+    found = [problem["found"] for problem in case["problems"]]
+    assert any("also exists in" in line for line in found)
+    assert any("truncated" in line or "damaged" in line for line in found)

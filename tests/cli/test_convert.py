@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from segkit.cli import main
+from segkit.data.layouts.table import find_cases
+
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+def _save(path: Path, affine: Any = LPS, values: tuple[int, ...] = (5, 6)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.zeros((4, 4, 4), np.int16)
+    array[1, 1, : len(values)] = values
+    nib.Nifti1Image(array, affine).to_filename(path)
+
+
+def _brats2024(root: Path) -> Path:
+    folder = root / "BraTS-GLI-00001-100"
+    for suffix in ("t1n", "t1c", "t2w", "t2f"):
+        _save(folder / f"{folder.name}-{suffix}.nii.gz")
+    _save(folder / f"{folder.name}-seg.nii.gz", values=(1, 2, 3, 4))
+    return folder
+
+
+def _convert(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exit_:
+        main(["convert", *arguments])
+    captured = capsys.readouterr()
+    return int(exit_.value.code or 0), captured.out, captured.err
+
+
+def _first_values(path: Path, count: int = 4) -> list[int]:
+    return [int(value) for value in np.asarray(nib.load(path).dataobj)[1, 1, :count]]
+
+
+def test_labels_go_by_tissue_and_what_is_lost_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _brats2024(tmp_path / "in")
+    out = tmp_path / "out"
+    code, text, _ = _convert(capsys, "labels", str(tmp_path / "in"), "-o", str(out), "--to", "msd-brats", "--json")
+    assert code == 0
+    # 2024: NCR 1, ED 2, ET 3, RC 4; Decathlon: ED 1, NCR 2, ET 3.
+    assert _first_values(out / "BraTS-GLI-00001-100.nii.gz") == [2, 1, 3, 0]
+    assert json.loads(text)["cases"][0]["detail"] == "msd-brats has no RC: now background"
+    assert json.loads((out / "label_scheme.json").read_text())["name"] == "msd-brats"
+
+
+def test_existing_copies_are_kept_unless_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _brats2024(tmp_path / "in")
+    out = tmp_path / "out"
+    _save(out / "BraTS-GLI-00001-100.nii.gz", values=(9,))
+    arguments = ("labels", str(tmp_path / "in"), "-o", str(out), "--to", "brats2023")
+    assert "kept" in _convert(capsys, *arguments)[1]
+    assert _first_values(out / "BraTS-GLI-00001-100.nii.gz", 1) == [9]
+    _convert(capsys, *arguments, "--overwrite")
+    assert _first_values(out / "BraTS-GLI-00001-100.nii.gz") == [1, 2, 3, 0]
+
+
+def test_stray_values_fail_their_case_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = _brats2024(tmp_path / "in")
+    _save(folder / f"{folder.name}-seg.nii.gz", values=(1, 7))
+    for suffix in ("t1n", "seg"):
+        _save(tmp_path / "in" / "BraTS-GLI-00002-100" / f"BraTS-GLI-00002-100-{suffix}.nii.gz", values=(1,))
+    out = tmp_path / "out"
+    code, text, _ = _convert(capsys, "labels", str(tmp_path / "in"), "-o", str(out), "--to", "brats2023", "--json")
+    assert code == 1
+    assert [case["status"] for case in json.loads(text)["cases"]] == ["failed", "done"]
+    assert "holds label values 7" in json.loads(text)["cases"][0]["detail"]
+    assert not (out / "BraTS-GLI-00001-100.nii.gz").exists()
+
+
+def test_wrong_requests_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _brats2024(tmp_path / "in")
+    data = str(tmp_path / "in")
+    code, _, err = _convert(capsys, "labels", data, "-o", str(tmp_path / "out"), "--to", "brats1999")
+    assert (code, (tmp_path / "out").exists()) == (2, False)
+    assert "there is no label scheme 'brats1999'" in err
+    code, _, err = _convert(capsys, "headers", data, "-o", str(tmp_path / "in" / "out"))
+    assert code == 2
+    assert "inside the data folder" in err
+
+
+def test_headers_are_repaired_and_the_rest_is_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = _brats2024(tmp_path / "in")
+    _save(folder / f"{folder.name}-t2w.nii.gz", np.eye(4), (8, 9))
+    _save(folder / "seg-algorithm.nii.gz", np.eye(4), (1, 2))
+    out = tmp_path / "out"
+    code, text, _ = _convert(capsys, "headers", str(tmp_path / "in"), "-o", str(out), "--json")
+    assert code == 0
+    detail = json.loads(text)["cases"][0]["detail"]
+    assert detail == "repaired BraTS-GLI-00001-100-t2w.nii.gz, seg-algorithm.nii.gz"
+    copy = out / folder.name
+    assert sorted(path.name for path in copy.iterdir()) == sorted(path.name for path in folder.iterdir())
+    for path in copy.iterdir():
+        np.testing.assert_array_equal(nib.load(path).affine, LPS)
+    assert _first_values(copy / f"{folder.name}-t2w.nii.gz", 2) == [8, 9]
+    untouched = f"{folder.name}-t1c.nii.gz"
+    assert (copy / untouched).read_bytes() == (folder / untouched).read_bytes()
+    assert find_cases(out).cases[0].problems == ()
+
+
+def test_the_majority_of_modalities_is_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = _brats2024(tmp_path / "in")
+    _save(folder / f"{folder.name}-t1n.nii.gz", np.eye(4))
+    _convert(capsys, "headers", str(tmp_path / "in"), "-o", str(tmp_path / "out"))
+    repaired = nib.load(tmp_path / "out" / folder.name / f"{folder.name}-t1n.nii.gz")
+    np.testing.assert_array_equal(repaired.affine, LPS)
+
+
+def test_another_scan_is_not_forced_onto_the_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = _brats2024(tmp_path / "in")
+    _save(folder / f"{folder.name}-t2w.nii.gz", np.diag([-2.0, -2.0, 3.0, 1.0]))
+    code, text, _ = _convert(capsys, "headers", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--json")
+    assert code == 1
+    assert "more than its header differs" in json.loads(text)["cases"][0]["detail"]
+
+
+def test_references_beside_the_given_folder_are_copied_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _save(tmp_path / "set" / "imagesTr" / "a_0000.nii.gz")
+    _save(tmp_path / "set" / "labelsTr" / "a.nii.gz", values=(1,))
+    out = tmp_path / "out"
+    code, _, _ = _convert(capsys, "headers", str(tmp_path / "set" / "imagesTr"), "-o", str(out))
+    assert code == 0
+    assert (out / "a_0000.nii.gz").is_file()
+    assert (out / "labelsTr" / "a.nii.gz").is_file()

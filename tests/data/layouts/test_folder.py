@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from segkit.data.layouts.table import find_cases
+
+Write = Callable[..., Path]
+
+
+def test_a_folder_for_each_case(volume: Write, tmp_path: Path) -> None:
+    for case in ("patient 1", "Überweisung 患者"):
+        for name in ("T1", "T1POST", "T2", "FLAIR", "lesions"):
+            volume(f"{case}/{name}.nii.gz", (1,))
+    cohort = find_cases(tmp_path)
+    assert (cohort.layout, cohort.modalities) == ("folder", ("t1n", "t1c", "t2w", "t2f"))
+    assert [case.id for case in cohort.cases] == ["patient 1", "Überweisung 患者"]
+    assert cohort.scheme is not None
+    assert dict(cohort.scheme.values) == {"lesions": 1}
+
+
+def test_all_cases_in_one_folder(volume: Write, tmp_path: Path) -> None:
+    for case in ("p1", "p2"):
+        for suffix in ("t1", "flair", "seg"):
+            volume(f"{case}_{suffix}.nii.gz", (1, 2))
+    cohort = find_cases(tmp_path)
+    assert [(case.id, tuple(case.images), case.label is not None) for case in cohort.cases] == [
+        ("p1", ("t1n", "t2f"), True),
+        ("p2", ("t1n", "t2f"), True),
+    ]
+    assert cohort.scheme is not None
+    assert dict(cohort.scheme.values) == {"label_1": 1, "label_2": 2}
+
+
+@pytest.mark.parametrize("folders", [("images", "labels"), ("imagesTr", "labelsTr"), ("img", "masks")])
+def test_a_folder_for_images_and_one_for_references(volume: Write, tmp_path: Path, folders: tuple[str, str]) -> None:
+    for case in ("a", "b"):
+        volume(f"{folders[0]}/{case}.nii.gz")
+        volume(f"{folders[1]}/{case}.nii.gz", (1,))
+    cohort = find_cases(tmp_path)
+    assert [(case.id, tuple(case.images), case.label is not None) for case in cohort.cases] == [
+        ("a", ("image",), True),
+        ("b", ("image",), True),
+    ]
+
+
+def test_a_folder_for_each_modality(volume: Write, tmp_path: Path) -> None:
+    for case in ("a", "b"):
+        for modality in ("T1", "FLAIR"):
+            volume(f"{modality}/{case}.nii.gz")
+    cohort = find_cases(tmp_path)
+    assert [(case.id, tuple(case.images)) for case in cohort.cases] == [("a", ("t1n", "t2f")), ("b", ("t1n", "t2f"))]
+
+
+def test_sessions_of_one_patient(volume: Write, tmp_path: Path) -> None:
+    for session in ("tp1", "tp2"):
+        volume(f"anna/{session}/T1.nii.gz")
+        volume(f"anna/{session}/FLAIR.nii.gz")
+    cohort = find_cases(tmp_path)
+    assert [(case.id, case.patient) for case in cohort.cases] == [("anna_tp1", "anna"), ("anna_tp2", "anna")]
+
+
+def test_one_file_is_one_case(volume: Write) -> None:
+    path = volume("scan one.nii.gz")
+    volume("scan two.nii.gz")
+    cohort = find_cases(path)
+    assert [(case.id, case.images["image"].path) for case in cohort.cases] == [("scan one", path)]
+
+
+def test_names_given_by_the_user(volume: Write, tmp_path: Path) -> None:
+    for case in ("p1", "p2"):
+        volume(f"{case}_before.nii.gz")
+        volume(f"{case}_after.nii.gz")
+        volume(f"{case}_drawn.nii.gz", (1,))
+        volume(f"{case}_junk.nii.gz")
+    cohort = find_cases(tmp_path, modalities={"t1n": "_before", "t1c": "_after.nii.gz", "label": "_drawn"})
+    assert [(case.id, tuple(case.images)) for case in cohort.cases] == [("p1", ("t1n", "t1c")), ("p2", ("t1n", "t1c"))]
+    assert cohort.cases[0].label is not None
+    assert "p1_junk.nii.gz, p2_junk.nii.gz" in cohort.problems[0].found
+
+
+def test_unknown_companions_are_no_cases(volume: Write, tmp_path: Path) -> None:
+    volume("scan.nii.gz")
+    volume("scan_prediction.nii.gz")
+    cohort = find_cases(tmp_path)
+    assert [case.id for case in cohort.cases] == ["scan"]
+    assert "scan_prediction" in cohort.problems[0].found
+
+
+def test_channels_of_a_4d_file(volume: Write, tmp_path: Path) -> None:
+    volume("four.nii.gz", channels=4)
+    nameless = find_cases(tmp_path)
+    assert nameless.modalities == ("channel_0", "channel_1", "channel_2", "channel_3")
+    assert "--modality t2f=0" in nameless.problems[0].remedy
+    named = find_cases(tmp_path, modalities={"t2f": "0", "t1n": "1", "t1c": "2", "t2w": "3"})
+    assert {name: image.channel for name, image in named.cases[0].images.items()} == {
+        "t1n": 1,
+        "t1c": 2,
+        "t2w": 3,
+        "t2f": 0,
+    }
+
+
+def test_a_task01_file_on_its_own_tells_its_channels(volume: Write) -> None:
+    cohort = find_cases(volume("BRATS_001.nii.gz", channels=4))
+    assert {name: image.channel for name, image in cohort.cases[0].images.items()} == {
+        "t1n": 1,
+        "t1c": 2,
+        "t2w": 3,
+        "t2f": 0,
+    }
+
+
+def test_references_without_image_are_named(volume: Write, tmp_path: Path) -> None:
+    volume("a_t1.nii.gz")
+    volume("b_seg.nii.gz")
+    cohort = find_cases(tmp_path)
+    assert [(case.id, case.label) for case in cohort.cases] == [("a", None)]
+    assert "b_seg.nii.gz" in cohort.problems[0].found
+
+
+def test_real_multiple_sclerosis_case(shared_data: Path) -> None:
+    cohort = find_cases(shared_data / "open_ms" / "patient19")
+    assert cohort.scheme is not None
+    assert (cohort.layout, cohort.modalities) == ("folder", ("t1n", "t1c", "t2w", "t2f"))
+    (case,) = cohort.cases
+    assert (case.id, dict(cohort.scheme.values)) == ("patient19", {"lesions": 1})
+    assert case.images["t1c"].path.name == "T1POST.nii.gz"
+    assert case.problems == ()
+
+
+def test_real_ct_and_dicom_folders(shared_data: Path) -> None:
+    ct = find_cases(shared_data / "totalsegmentator_ct")
+    assert [(case.id, tuple(case.images)) for case in ct.cases] == [
+        ("example_ct_sm", ("image",)),
+        ("example_mr_sm", ("image",)),
+    ]
+    series = find_cases(shared_data / "dicom_headers" / "siemens" / "anatomical" / "001")
+    assert [image.path.name for image in series.cases[0].images.values()] == ["001"]

@@ -1,0 +1,91 @@
+"""The manifest on disk: complete after every case, and enough to go on from."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from segkit.errors import DataError
+from segkit.inference.manifest import STAGES, CaseRecord, Manifest
+
+FACTS = {"model": {"name": "run"}, "environment": {"python": "3"}}
+
+
+def open_manifest(folder: Path, ids: str = "abc", identity: str = "m1") -> Manifest:
+    return Manifest(folder, list(ids), FACTS, identity)
+
+
+def test_every_record_is_on_disk_at_once(tmp_path: Path) -> None:
+    manifest = open_manifest(tmp_path / "new" / "folder")
+    manifest.add(CaseRecord("b", "done", seconds=dict.fromkeys(STAGES, 0.5), peak_rss_mb=10.0, model="m1"))
+    manifest.add(CaseRecord("a", "failed", "why"), CaseRecord("c", "skipped"))
+    document = json.loads((tmp_path / "new" / "folder" / "manifest.json").read_text())
+    assert document == manifest.to_json() | {"cases": document["cases"]}
+    assert [(case["case"], case["status"], case["error"]) for case in document["cases"]] == [
+        ("b", "done", None),
+        ("a", "failed", "why"),
+        ("c", "skipped", None),
+    ]
+    assert set(document["cases"][0]["seconds"]) == {"read", "preprocess", "predict", "decode", "write"}
+    assert document["summary"] == {"done": 1, "failed": 1, "skipped": 1, "remaining": 0, "seconds": 2.5}
+    assert document["model"] == {"name": "run"}
+
+
+def test_what_was_done_is_known_to_the_next_run(tmp_path: Path) -> None:
+    done = CaseRecord("a", "done", model="m1", label_scheme="brats2017", missing_modalities=("t2f",))
+    open_manifest(tmp_path).add(done, CaseRecord("b", "failed", "why", label_scheme="brats2017", model="m1"))
+    again = open_manifest(tmp_path)
+    assert again.was_made("a", "brats2017", ("t2f",))
+    assert not again.was_made("a", "brats2023", ("t2f",))
+    assert not again.was_made("a", "brats2017", ())
+    assert not again.was_made("b", "brats2017", ())
+    assert not open_manifest(tmp_path, identity="m2").was_made("a", "brats2017", ("t2f",))
+
+
+def test_cases_that_a_killed_run_may_have_written_are_known(tmp_path: Path) -> None:
+    killed = open_manifest(tmp_path)
+    killed.replacing = {"b"}
+    killed.add(CaseRecord("a", "done", model="m1"))
+    again = open_manifest(tmp_path)
+    assert [case_id for case_id in "abc" if again.was_cut_short(case_id)] == ["c"]
+    assert not open_manifest(tmp_path, identity="m2").was_cut_short("c")
+
+
+def test_records_of_other_cases_are_kept(tmp_path: Path) -> None:
+    records = [CaseRecord(case_id, "done", model="m1", label_scheme="s") for case_id in "ab"]
+    open_manifest(tmp_path, "ab").add(*records)
+    subset = open_manifest(tmp_path, "bc", "m2")
+    subset.add(CaseRecord("b", "done", model="m2", label_scheme="s"))
+    document = subset.to_json()
+    assert [entry["case"] for entry in document["earlier"]] == ["a"]
+    assert document["remaining"] == ["c"]
+    assert open_manifest(tmp_path, "ab", "m1").was_made("a", "s", ())
+    assert not open_manifest(tmp_path, "ab", "m1").was_made("b", "s", ())
+
+
+def test_a_failure_does_not_forget_the_mask_before_it(tmp_path: Path) -> None:
+    open_manifest(tmp_path, "a").add(CaseRecord("a", "done", model="m1", label_scheme="s"))
+    open_manifest(tmp_path, "a", "m2").add(CaseRecord("a", "failed", "a mask of m1 is there"))
+    again = open_manifest(tmp_path, "a")
+    assert again.was_made("a", "s", ())
+    again.add(CaseRecord("a", "skipped", model="m1", label_scheme="s"))
+    assert again.to_json()["earlier"] == []
+
+
+@pytest.mark.parametrize("text", ['{"cases": [', '{"cases": 3}', "[]"])
+def test_a_damaged_manifest_is_written_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with caplog.at_level(logging.WARNING):
+        manifest = open_manifest(tmp_path)
+    assert "written anew" in caplog.text
+    manifest.write()
+    assert json.loads((tmp_path / "manifest.json").read_text())["remaining"] == ["a", "b", "c"]
+
+
+def test_unwritable_output_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(DataError, match="cannot be written"):
+        Manifest(tmp_path / "out", ["a"], FACTS, "m1").write()

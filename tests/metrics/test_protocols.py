@@ -1,0 +1,139 @@
+"""The rules of each protocol, one test per row of their table, and the numbers of the BraTS tools."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from segkit.metrics.protocols import PROTOCOLS, score_absent, score_case, worst_distance_mm
+
+MILLIMETRE = (1.0, 1.0, 1.0)
+BRATS = {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}
+NOTHING = np.zeros((4, 4, 4), np.uint8)
+PRESENT = NOTHING.copy()
+PRESENT[1, 1, 1:3] = 3
+SHARES = ("dice", "nsd", "sensitivity", "precision")
+
+
+def score(prediction, reference, regions=BRATS):
+    return score_case(prediction, reference, MILLIMETRE, regions)
+
+
+def test_legacy_both_empty():
+    scores = score(NOTHING, NOTHING)["ET"]
+    assert [scores[name] for name in SHARES] == [1, 1, 1, 1]
+    assert (scores["hd95_mm"], scores["specificity"]) == (0, 1)
+
+
+def test_legacy_reference_empty():
+    scores = score(PRESENT, NOTHING)["ET"]
+    assert [scores[name] for name in SHARES] == [0, 0, 0, 0]
+    assert scores["hd95_mm"] == 373.13
+    assert scores["specificity"] == pytest.approx(62 / 64)
+
+
+def test_legacy_prediction_empty():
+    scores = score(NOTHING, PRESENT)["ET"]
+    assert [scores[name] for name in SHARES] == [0, 0, 0, 0]
+    assert (scores["hd95_mm"], scores["specificity"]) == (373.13, 1)
+
+
+def test_legacy_prediction_absent():
+    scores = score_absent((4, 4, 4), MILLIMETRE, BRATS)
+    assert set(scores) == set(BRATS)
+    assert [scores["WT"][name] for name in (*SHARES, "specificity")] == [0, 0, 0, 0, 0]
+    assert scores["WT"]["hd95_mm"] == 373.13
+
+
+def test_legacy_both_present():
+    shifted = np.roll(PRESENT, 1, axis=2)  # voxels (1, 1, 1..2) against (1, 1, 2..3)
+    scores = score(shifted, PRESENT)["WT"]
+    assert [scores[name] for name in SHARES] == [0.5, 1.0, 0.5, 0.5]
+    assert scores["hd95_mm"] == pytest.approx(0.95)  # distances 0 and 1 each way, 95 % of the way
+    assert scores["specificity"] == pytest.approx(61 / 62)
+
+
+def test_legacy_reference_everywhere():
+    assert score(NOTHING, np.full_like(NOTHING, 3))["ET"]["specificity"] == 1
+
+
+def test_volumes_are_in_millilitres_and_only_of_volumes():
+    scores = score_case(NOTHING, PRESENT, (10.0, 10.0, 10.0), BRATS)["ET"]
+    assert (scores["prediction_ml"], scores["reference_ml"]) == (0, 2)
+    assert "reference_ml" not in score_case(NOTHING[0], PRESENT[1], (1.0, 1.0), BRATS)["ET"]
+
+
+def test_tolerance_of_surface_dice_is_the_smallest_spacing():
+    shifted = np.roll(PRESENT, 1, axis=0)
+    assert score_case(shifted, PRESENT, (2.0, 1.0, 1.0), BRATS)["ET"]["nsd"] == 0
+    assert score_case(shifted, PRESENT, (1.0, 2.0, 2.0), BRATS)["ET"]["nsd"] == 1
+
+
+def test_worst_distance_of_other_data_is_their_diagonal():
+    assert worst_distance_mm({"liver"}, (3, 2, 6), (1.0, 2.0, 2.0)) == pytest.approx(13)
+    scores = score(PRESENT, NOTHING, {"lesion": (3,)})
+    assert scores["lesion"]["hd95_mm"] == pytest.approx(math.sqrt(48))
+
+
+def test_brats_diagonal_is_the_one_of_its_volume():
+    assert worst_distance_mm({"ET"}, (9, 9, 9), MILLIMETRE) == 373.13
+    assert worst_distance_mm({"liver"}, (240, 240, 155), MILLIMETRE) == pytest.approx(373.13, abs=0.002)
+
+
+def test_prediction_in_another_scheme_is_read_by_its_own_values():
+    earlier = np.where(PRESENT == 3, 4, PRESENT).astype(np.uint8)
+    members = {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}
+    scores = score_case(earlier, PRESENT, MILLIMETRE, BRATS, prediction_regions=members)
+    assert [scores[region]["dice"] for region in BRATS] == [1, 1, 1]
+
+
+def test_every_protocol_gives_the_same_metrics_for_every_outcome():
+    for protocol in PROTOCOLS:
+        first, second = (
+            score_case(prediction, reference, MILLIMETRE, BRATS, protocol=protocol)
+            for prediction, reference in ((NOTHING, PRESENT), (PRESENT, PRESENT))
+        )
+        assert list(first["WT"]) == list(second["WT"])
+
+
+def read(path):
+    image = nib.load(path)
+    return np.asarray(image.dataobj).round().astype(np.uint8), tuple(float(zoom) for zoom in image.header.get_zooms())
+
+
+def official(folder, key):
+    document = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
+    return {row["Labels"]: row for row in document["brats2023"][key]}
+
+
+def test_numbers_of_the_brats_tool_on_a_glioma(shared_data):
+    folder = shared_data / "brats2023_inpainting" / "BraTS-GLI-00001-000"
+    prediction, spacing = read(folder / "seg-bratstoolkit_isen.nii.gz")
+    reference, _ = read(folder / "seg-BraTS23_1.nii.gz")
+    members = {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}
+    scores = score_case(prediction, reference, spacing, BRATS, prediction_regions=members)
+    for region, expected in official(
+        shared_data / "brats_metrics", "GLI GLI-00001-000_isen-vs-BraTS23_1.nii.gz"
+    ).items():
+        assert scores[region]["dice"] == pytest.approx(expected["Legacy_Dice"], abs=1e-9)
+        assert scores[region]["hd95_mm"] == pytest.approx(expected["Legacy_HD95"], abs=1e-9)
+        assert scores[region]["sensitivity"] == pytest.approx(expected["Sensitivity"], abs=1e-8)
+        assert scores[region]["reference_ml"] == pytest.approx(expected["GT_Complete_Volume"] / 1000)
+        assert scores[region]["specificity"] == pytest.approx(expected["Specificity"], abs=1e-9)
+
+
+def test_numbers_of_the_brats_tool_on_metastases(shared_data):
+    folder = shared_data / "brats_metrics"
+    prediction, spacing = read(folder / "pred" / "BraTS-MET-00132-000.nii.gz")
+    reference, _ = read(folder / "ref" / "BraTS-MET-00132-000-seg.nii.gz")
+    scores = score_case(prediction, reference, spacing, BRATS)
+    for region, expected in official(folder, "MET 00132-000").items():
+        assert scores[region]["dice"] == pytest.approx(expected["Legacy_Dice"], abs=1e-9)
+        assert scores[region]["sensitivity"] == pytest.approx(expected["Sensitivity"], abs=1e-8)
+        assert scores[region]["specificity"] == pytest.approx(expected["Specificity"], abs=1e-9)
+        # That tool weighs surface elements by area and lays them between voxels; far-away lesions show the difference.
+        assert scores[region]["hd95_mm"] == pytest.approx(expected["Legacy_HD95"], rel=0.02)

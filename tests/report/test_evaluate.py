@@ -1,0 +1,290 @@
+"""Folders of masks against references: pairing, schemes, bad cases, documents."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from segkit.errors import RequestError
+from segkit.labels import SCHEMES
+from segkit.report.evaluate import draw_worst_cases, evaluate_folders, evaluate_pairs, regions_of
+from segkit.report.pairing import challenge_of, pair_folders
+
+AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
+AFFINE[1, 3] = 239
+
+
+def tumour(et: int = 3) -> np.ndarray:
+    """Nested boxes in 10^3 voxels: ED around NCR around ET."""
+    labels = np.zeros((10, 10, 10), np.uint8)
+    labels[2:8, 2:8, 2:8] = 2
+    labels[3:7, 3:7, 3:7] = 1
+    labels[4:6, 4:6, 4:6] = et
+    return labels
+
+
+def save(path: Path, array: np.ndarray, affine: np.ndarray = AFFINE) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, affine), path)
+    return path
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Two BraTS 2023 cases: `-000` predicted exactly, `-001` shifted by a voxel."""
+    predictions, references = tmp_path / "pred", tmp_path / "ref"
+    for case, shift in (("BraTS-GLI-00001-000", 0), ("BraTS-GLI-00002-000", 1)):
+        save(references / f"{case}-seg.nii.gz", tumour())
+        save(predictions / f"{case}.nii.gz", np.roll(tumour(), shift, axis=0))
+    return predictions, references
+
+
+def test_document_follows_the_contract(folders):
+    document = evaluate_folders(*folders).to_json()
+    assert document["protocol"] == "legacy"
+    assert document["challenge"] == "gli"
+    assert [case["case"] for case in document["cases"]] == ["BraTS-GLI-00001-000", "BraTS-GLI-00002-000"]
+    assert list(document["cases"][0]["regions"]) == ["WT", "TC", "ET"]
+    assert document["cases"][0]["regions"]["WT"]["dice"] == 1.0
+    assert document["cases"][1]["regions"]["WT"]["dice"] == pytest.approx(5 / 6)
+    assert document["cases"][1]["regions"]["ET"]["dice"] == pytest.approx(1 / 2)
+    assert document["summary"]["ET"]["dice"] == {"mean": 0.75, "median": 0.75, "n": 2}
+    assert document["summary"]["WT"]["hd95_mm"]["mean"] == pytest.approx(0.5)
+    assert document["errors"] == []
+
+
+def test_masks_of_different_years_compare_by_tissue(folders):
+    predictions, references = folders
+    for path in predictions.iterdir():
+        path.unlink()
+    save(predictions / "BraTS-GLI-00001-000.nii.gz", tumour(et=4))
+    wrong = evaluate_folders(predictions, references)
+    assert "label values 4" in wrong.errors["BraTS-GLI-00001-000"]
+    assert "--prediction-scheme" in wrong.errors["BraTS-GLI-00001-000"]
+    right = evaluate_folders(predictions, references, prediction_scheme="brats2017")
+    assert [scores["dice"] for scores in right.cases[0].regions.values()] == [1, 1, 1]
+
+
+def test_manifest_tells_the_scheme_of_each_case(folders):
+    predictions, references = folders
+    save(predictions / "BraTS-GLI-00001-000.nii.gz", tumour(et=4))
+    entries = [{"case": "BraTS-GLI-00001-000", "status": "done", "label_scheme": "brats2017"}]
+    (predictions / "manifest.json").write_text(json.dumps({"cases": entries}), encoding="utf-8")
+    evaluation = evaluate_folders(predictions, references)
+    assert not evaluation.errors
+    assert evaluation.cases[0].regions["ET"]["dice"] == 1
+
+
+def test_tissue_that_the_prediction_cannot_hold_counts_as_not_predicted(tmp_path):
+    with_cavity = tumour()
+    with_cavity[0, 0, 0] = 4
+    save(tmp_path / "ref" / "BraTS-GLI-00001-100-seg.nii.gz", with_cavity)
+    save(tmp_path / "pred" / "BraTS-GLI-00001-100.nii.gz", tumour())
+    evaluation = evaluate_folders(tmp_path / "pred", tmp_path / "ref", prediction_scheme="brats2023")
+    assert {region: scores["dice"] for region, scores in evaluation.cases[0].regions.items()} == {
+        "WT": 1.0,
+        "TC": 1.0,
+        "ET": 1.0,
+        "RC": 0.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("array", "affine", "complaint"),
+    [
+        (tumour()[:9], AFFINE, "9 x 10 x 10 voxels"),
+        (tumour(), AFFINE @ np.diag([2.0, 1.0, 1.0, 1.0]), "measure 2 x 1 x 1 mm"),
+        (np.full((10, 10, 10), 2.5, np.float32), AFFINE, "values that are no labels"),
+    ],
+)
+def test_bad_case_is_named_and_the_others_go_on(folders, array, affine, complaint):
+    predictions, references = folders
+    save(predictions / "BraTS-GLI-00002-000.nii.gz", array, affine)
+    evaluation = evaluate_folders(predictions, references)
+    assert [case.case for case in evaluation.cases] == ["BraTS-GLI-00001-000"]
+    assert complaint in evaluation.errors["BraTS-GLI-00002-000"]
+    assert evaluation.to_json()["errors"][0]["case"] == "BraTS-GLI-00002-000"
+
+
+def test_truncated_files_on_either_side(folders):
+    predictions, references = folders
+    (predictions / "BraTS-GLI-00001-000.nii.gz").write_bytes(b"\x1f\x8b\x08")
+    (references / "BraTS-GLI-00002-000-seg.nii.gz").write_bytes(b"")
+    evaluation = evaluate_folders(predictions, references, missing="zero")
+    assert set(evaluation.errors) == {"BraTS-GLI-00001-000", "BraTS-GLI-00002-000"}
+    assert [case.case for case in evaluation.cases if case.is_missing] == ["BraTS-GLI-00001-000"]
+
+
+def test_missing_prediction_is_left_out_loudly(folders):
+    predictions, references = folders
+    (predictions / "BraTS-GLI-00002-000.nii.gz").unlink()
+    evaluation = evaluate_folders(predictions, references)
+    assert evaluation.summary()["WT"]["dice"] == {"mean": 1.0, "median": 1.0, "n": 1}
+    assert evaluation.unscored == ("BraTS-GLI-00002-000",)
+    assert not evaluation.errors
+    assert any("NOT in these scores" in note for note in evaluation.notes())
+
+
+def test_missing_prediction_scored_as_worst(folders):
+    predictions, references = folders
+    (predictions / "BraTS-GLI-00002-000.nii.gz").unlink()
+    document = evaluate_folders(predictions, references, missing="zero").to_json()
+    assert document["cases"][1]["missing"] is True
+    assert document["cases"][1]["regions"]["ET"]["hd95_mm"] == 373.13
+    assert document["summary"]["WT"]["dice"] == {"mean": 0.5, "median": 0.5, "n": 2}
+    assert document["unscored"] == []
+
+
+def test_chosen_cases_only(folders):
+    evaluation = evaluate_folders(*folders, case_ids=["BraTS-GLI-00002-000"])
+    assert [case.case for case in evaluation.cases] == ["BraTS-GLI-00002-000"]
+    with pytest.raises(RequestError, match="1 of 1 wanted cases have no reference: nobody"):
+        evaluate_folders(*folders, case_ids=["nobody"])
+
+
+@pytest.mark.parametrize(
+    "name", ["{}.nii.gz", "{}-seg.nii.gz", "{}_seg.nii.gz", "team7_{}.nii.gz", "{}/{}-seg.nii.gz", "{}.nii"]
+)
+def test_names_of_predictions(tmp_path, folders, name):
+    _, references = folders
+    case = "BraTS-GLI-00001-000"
+    path = save(tmp_path / "named" / name.format(case, case), tumour())
+    pairing = pair_folders(tmp_path / "named", references)
+    assert {pair.reference.id: pair.prediction for pair in pairing.pairs if pair.prediction} == {case: path}
+
+
+def test_two_files_for_one_case_are_refused(folders):
+    predictions, references = folders
+    save(predictions / "BraTS-GLI-00001-000-seg.nii.gz", tumour())
+    evaluation = evaluate_folders(predictions, references)
+    assert "2 files could be the prediction" in evaluation.errors["BraTS-GLI-00001-000"]
+
+
+def test_surplus_predictions_are_named(folders):
+    predictions, references = folders
+    save(predictions / "BraTS-GLI-00009-000.nii.gz", tumour())
+    assert evaluate_folders(predictions, references).to_json()["surplus"] == ["BraTS-GLI-00009-000.nii.gz"]
+
+
+def test_two_single_files_need_no_matching_names(tmp_path):
+    prediction, reference = save(tmp_path / "mine.nii.gz", tumour()), save(tmp_path / "yours.nii.gz", tumour())
+    evaluation = evaluate_folders(prediction, reference, label_scheme="brats2023")
+    assert [case.case for case in evaluation.cases] == ["yours"]
+    assert evaluation.summary()["TC"]["dice"]["mean"] == 1
+
+
+def test_folder_of_plain_masks_scores_each_value(tmp_path):
+    for folder in ("pred", "ref"):
+        save(tmp_path / folder / "organ_7.nii.gz", tumour(et=9))
+    evaluation = evaluate_folders(tmp_path / "pred", tmp_path / "ref")
+    assert list(evaluation.cases[0].regions) == ["label_1", "label_2", "label_9"]
+    assert evaluation.challenge is None
+
+
+def decathlon(root: Path) -> Path:
+    """A Decathlon folder with one case and named classes."""
+    save(root / "imagesTr" / "spleen_1.nii.gz", np.random.default_rng(0).normal(size=(10, 10, 10)).astype(np.float32))
+    save(root / "labelsTr" / "spleen_1.nii.gz", np.minimum(tumour(), 1))
+    document = {
+        "name": "spleen",
+        "modality": {"0": "CT"},
+        "labels": {"0": "background", "1": "spleen"},
+        "training": [{"image": "./imagesTr/spleen_1.nii.gz", "label": "./labelsTr/spleen_1.nii.gz"}],
+        "test": [],
+    }
+    (root / "dataset.json").write_text(json.dumps(document), encoding="utf-8")
+    return root
+
+
+@pytest.mark.parametrize("reference", ["", "labelsTr"])
+def test_dataset_json_names_the_classes(tmp_path, reference):
+    root = decathlon(tmp_path / "Task09")
+    save(tmp_path / "pred" / "spleen_1.nii.gz", np.minimum(tumour(), 1))
+    evaluation = evaluate_folders(tmp_path / "pred", root / reference)
+    assert list(evaluation.cases[0].regions) == ["spleen"]
+    assert evaluation.cases[0].regions["spleen"]["dice"] == 1
+
+
+def test_worst_cases_are_drawn_over_the_images(tmp_path):
+    root = decathlon(tmp_path / "Task09")
+    save(tmp_path / "pred" / "spleen_1.nii.gz", np.roll(np.minimum(tumour(), 1), 2, axis=1))
+    pairing = pair_folders(tmp_path / "pred", root)
+    paths = draw_worst_cases(evaluate_pairs(pairing), pairing, tmp_path / "figures", 3)
+    assert [path.name for path in paths] == ["spleen_1.png"]
+    assert paths[0].stat().st_size > 1000
+
+
+def test_figures_need_images(tmp_path, folders):
+    pairing = pair_folders(*folders)
+    with pytest.raises(RequestError, match="the references are masks only"):
+        draw_worst_cases(evaluate_pairs(pairing), pairing, tmp_path, 1)
+
+
+def test_written_files_agree(tmp_path, folders):
+    evaluation = evaluate_folders(*folders)
+    evaluation.write(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "scores.json").read_text(encoding="utf-8")) == evaluation.to_json()
+    assert len((tmp_path / "out" / "scores.csv").read_text(encoding="utf-8").splitlines()) == 1 + 2 * 3
+    assert "| WT | 0.917 (0.917)" in (tmp_path / "out" / "summary.md").read_text(encoding="utf-8")
+
+
+def test_wrong_requests(tmp_path, folders):
+    predictions, references = folders
+    with pytest.raises(RequestError, match=r"unknown protocol 'brats1999'; expected one of legacy"):
+        evaluate_folders(predictions, references, protocol="brats1999")
+    with pytest.raises(RequestError, match="unknown challenge 'moon'"):
+        evaluate_folders(predictions, references, challenge="moon")
+    with pytest.raises(RequestError, match="challenge 'men-rt' has no label scheme 'brats2023'"):
+        evaluate_folders(predictions, references, challenge="men-rt", label_scheme="brats2023")
+    with pytest.raises(RequestError, match="label scheme 'tissues'"):
+        evaluate_folders(predictions, references, label_scheme="tissues")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RequestError, match="no prediction belongs to any of the 2 references"):
+        evaluate_folders(tmp_path / "empty", references)
+    with pytest.raises(RequestError, match="holds no masks"):
+        evaluate_folders(predictions, tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("ids", "challenge"),
+    [
+        (["BraTS-MEN-RT-0000-1"], "men-rt"),
+        (["BraTS-MEN-00001-000"], "men"),
+        (["BraTS-GoAT-00001-000"], "goat"),
+        (["BraTS2021_00006", "BraTS20_Training_001"], "gli"),
+        (["BraTS-GLI-00001-000", "BraTS-MET-00001-000"], None),
+        (["hippocampus_001"], None),
+    ],
+)
+def test_challenge_is_told_by_the_names(ids, challenge):
+    assert challenge_of(ids) == challenge
+
+
+def test_paediatric_regions_are_all_scored():
+    assert regions_of(SCHEMES["brats-ped"]) == {
+        "WT": (1, 2, 3, 4),
+        "TC": (1, 2, 3),
+        "CC": (3,),
+        "ET": (1,),
+        "NETC": (2,),
+        "ED": (4,),
+    }
+
+
+def test_real_case_against_itself_in_another_scheme(tmp_path, shared_data):
+    root = shared_data / "brats2021"
+    image = nib.load(root / "BraTS2021_00006" / "BraTS2021_00006_seg.nii.gz")
+    labels = np.asarray(image.dataobj).astype(np.uint8)
+    save(tmp_path / "pred" / "BraTS2021_00006.nii.gz", np.where(labels == 4, 3, labels), image.affine)
+    evaluation = evaluate_folders(tmp_path / "pred", root, prediction_scheme="brats2023")
+    scores = evaluation.cases[0].regions
+    assert {region: (value["dice"], value["hd95_mm"]) for region, value in scores.items()} == {
+        "WT": (1.0, 0.0),
+        "TC": (1.0, 0.0),
+        "ET": (1.0, 0.0),
+    }
+    assert evaluation.challenge == "gli"
