@@ -29,9 +29,11 @@ class LabelScheme:
 
     @property
     def has_regions(self) -> bool:
+        """Whether outputs are nested regions (sigmoid) rather than exclusive classes (softmax)."""
         return bool(self.regions)
 
     def to_json(self) -> dict[str, object]:
+        """Name and values, as documents keep them; `scheme_from_json` is the way back."""
         return {"name": self.name, "labels": dict(self.values)}
 
 
@@ -90,7 +92,7 @@ def scheme_from_json(document: Mapping[str, object]) -> LabelScheme:
     if known is not None:
         return known
     if not isinstance(labels, Mapping):
-        raise ValueError(f"`labels` of label scheme {name!r} is {labels!r}, not a mapping of names to values")
+        raise TypeError(f"`labels` of label scheme {name!r} is {labels!r}, not a mapping of names to values")
     return classes_scheme(name, {str(tissue): int(value) for tissue, value in labels.items()})
 
 

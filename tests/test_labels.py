@@ -80,5 +80,5 @@ def test_schemes_survive_json() -> None:
     custom = classes_scheme("organs", {"liver": 1, "spleen": 7})
     assert scheme_from_json(custom.to_json()) == custom
     assert scheme_from_json(SCHEMES["brats2024"].to_json()) == SCHEMES["brats2024"]
-    with pytest.raises(ValueError, match="not a mapping"):
+    with pytest.raises(TypeError, match="not a mapping"):
         scheme_from_json({"name": "organs", "labels": 3})

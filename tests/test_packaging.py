@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -61,3 +62,10 @@ def test_help_needs_no_heavy_import(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "segkit" in done.stdout
+
+
+def test_nothing_inside_imports_the_public_face() -> None:
+    face = re.compile(r"^\s*(import segkit$|from segkit import )", re.MULTILINE)
+    sources = list((ROOT / "segkit").rglob("*.py"))
+    assert len(sources) > 50
+    assert [str(path) for path in sources if face.search(path.read_text(encoding="utf-8"))] == []

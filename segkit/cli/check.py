@@ -150,7 +150,7 @@ def _estimate(cohort: Cohort, preset: str, memory_gb: float | None) -> dict[str,
         return None
     from segkit.config.loading import build_config, preset_layers
     from segkit.errors import SegkitError
-    from segkit.planning import estimate_training
+    from segkit.planning.plan import estimate_training
     from segkit.runtime import available_memory_gb, pick_device
     from segkit.training.config import TrainConfig
     from segkit.training.planned import planning_request

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -81,6 +82,7 @@ def train(
     options["data"] = {key: value for key, value in of_data.items() if value is not None}
     if budget is not None:
         options["training"] = {"budget_minutes": parse_minutes(budget)}
+    layers: list[tuple[str, Mapping[str, object]]]
     if resume:  # a run goes on with its own settings; --set and the options still lie over them
         own = next(
             (path for path in (output / "config.yaml", output / "fold_0" / "config.yaml") if path.exists()), None

@@ -34,10 +34,12 @@ class Grid:
 
     @property
     def dims(self) -> int:
+        """3 for a volume, 2 for a picture."""
         return len(self.shape)
 
     @property
     def spacing_mm(self) -> tuple[float, ...]:
+        """Distance between neighbouring voxels along each axis."""
         lengths = np.sqrt((self.affine[:3, :3] ** 2).sum(axis=0))
         return tuple(float(length) for length in lengths[: self.dims])
 

@@ -16,8 +16,8 @@ from segkit.data.layouts.table import find_cases
 from segkit.data.splits import train_and_validation
 from segkit.errors import RequestError
 from segkit.labels import LabelScheme
-from segkit.planning import PlanningRequest, plan_training
-from segkit.planning_fingerprint import take_fingerprint
+from segkit.planning.fingerprint import take_fingerprint
+from segkit.planning.plan import PlanningRequest, plan_training
 from segkit.runtime import available_memory_gb
 from segkit.training.config import TrainConfig
 

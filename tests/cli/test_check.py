@@ -16,7 +16,7 @@ from segkit.cli.check import _USUAL_FOLDS
 from segkit.config.loading import build_config, preset_layers
 from segkit.data.case import Cohort
 from segkit.labels import LabelScheme
-from segkit.planning import PlanningRequest
+from segkit.planning.plan import PlanningRequest
 from segkit.training.config import TrainConfig
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -71,7 +71,7 @@ def test_estimate_comes_from_planning(
         asked.append((len(cohort.cases), scheme.name, request.family, request.validation_cases, memory_gb))
         return SimpleNamespace(memory_gb=3.14159, minutes=12.34)
 
-    monkeypatch.setattr("segkit.planning.estimate_training", estimate_training)
+    monkeypatch.setattr("segkit.planning.plan.estimate_training", estimate_training)
     for number in range(1, 7):
         _brats(tmp_path, number)
     with pytest.raises(SystemExit):

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from segkit.data.case import Cohort
-from segkit.data.files import suffix_of
+from segkit.data.files import stem_of, suffix_of
 from segkit.data.layouts.bids import BIDS
 from segkit.data.layouts.brats import BRATS_LAYOUTS
 from segkit.data.layouts.folder import FOLDER
@@ -68,6 +68,9 @@ def find_cases(
     cohort = chosen.read(listing, options)
     if not cohort.cases:
         raise _nothing_found(listing, f"no images that make a case of layout {chosen.name}")
+    if listing.only is not None and chosen is FOLDER and len(cohort.cases) == 1:
+        name = stem_of(listing.only)  # of one file the folder's name says nothing
+        cohort = replace(cohort, cases=(replace(cohort.cases[0], id=name, patient=name),))
     if label_scheme == PLAIN_CLASSES:
         cohort = _with_plain_classes(cohort)
     return _labelled_only(cohort) if require_labels else cohort

@@ -15,9 +15,8 @@ from segkit.data.case import Case, Cohort, ImageFile
 from segkit.data.preprocessing import PreprocessingConfig
 from segkit.errors import DataError, RequestError
 from segkit.labels import SCHEMES, classes_scheme
-from segkit.planning import Plan, PlanningRequest, estimate_minutes, estimate_training, plan_training
-from segkit.planning_fingerprint import Fingerprint, Foreground, take_fingerprint
-from segkit.planning_memory import (
+from segkit.planning.fingerprint import Fingerprint, Foreground, take_fingerprint
+from segkit.planning.memory import (
     StepCost,
     Volumes,
     activation_bytes,
@@ -26,8 +25,9 @@ from segkit.planning_memory import (
     step_bytes,
     window_bytes,
 )
-from segkit.planning_network import seconds_of
-from segkit.planning_rules import (
+from segkit.planning.network import seconds_of
+from segkit.planning.plan import Plan, PlanningRequest, estimate_minutes, estimate_training, plan_training
+from segkit.planning.rules import (
     choose_mirror_axes,
     choose_normalisation,
     choose_strides,

@@ -12,7 +12,7 @@ import numpy as np
 
 from segkit.data.preprocessing import Normalisation
 from segkit.labels import LabelScheme
-from segkit.planning_fingerprint import Fingerprint
+from segkit.planning.fingerprint import Fingerprint
 
 Shape = tuple[int, ...]
 Spacing = tuple[float, ...]

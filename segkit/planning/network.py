@@ -14,8 +14,8 @@ from torch import nn
 from segkit.labels import LabelScheme, outputs_of
 from segkit.losses.compound import SegmentationLoss
 from segkit.models.table import build_model, configure
-from segkit.planning_memory import StepCost, step_cost
-from segkit.planning_rules import Shape, choose_strides
+from segkit.planning.memory import StepCost, step_cost
+from segkit.planning.rules import Shape, choose_strides
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """From a data fingerprint and a memory budget to a plan: spacing, normalisation, patch, strides, batch, memory mode.
 
-Whatever the user has chosen stays; each choice made here carries a sentence that says why. `planning_rules` has the
-rules, `planning_memory` says what a choice costs.
+Whatever the user has chosen stays; each choice made here carries a sentence that says why. `rules` has the
+rules, `memory` says what a choice costs.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from segkit.data.preprocessing import PreprocessingConfig
 from segkit.data.resampling import resampled_shape
 from segkit.errors import RequestError
 from segkit.labels import LabelScheme, outputs_of
-from segkit.planning_fingerprint import Fingerprint, take_fingerprint
-from segkit.planning_memory import StepCost, Volumes, estimate_memory_gb
-from segkit.planning_network import PlannedNetwork, seconds_of, trial_step, trial_window
-from segkit.planning_rules import (
+from segkit.planning.fingerprint import Fingerprint, take_fingerprint
+from segkit.planning.memory import StepCost, Volumes, estimate_memory_gb
+from segkit.planning.network import PlannedNetwork, seconds_of, trial_step, trial_window
+from segkit.planning.rules import (
     Shape,
     choose_mirror_axes,
     choose_normalisation,
