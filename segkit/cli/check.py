@@ -10,9 +10,13 @@ from segkit.cli.options import (
     DataArgument,
     JsonOption,
     LayoutOption,
+    MemoryOption,
     ModalitiesOption,
     SchemeOption,
+    SetOption,
     console,
+    parse_gigabytes,
+    parse_settings,
     print_json,
     print_table,
     read_modalities,
@@ -28,13 +32,11 @@ if TYPE_CHECKING:
 
 FastOption = Annotated[bool, typer.Option("--fast", help="Headers only: no voxels are read.")]
 EstimateOption = Annotated[bool, typer.Option("--estimate/--no-estimate", help="Memory and minutes of training.")]
-MemoryOption = Annotated[float | None, typer.Option("--memory-gb", help="Memory to plan for; default: what is free.")]
+PresetToUseOption = Annotated[str | None, typer.Option("--preset", help="Preset to estimate for; default: by device.")]
 
 _MOST_ROWS = 40
 _MOST_PROBLEMS = 60
 _MOST_LABELS = 8
-_USUAL_FOLDS = 5
-"""The default of `data.folds`: with fewer patients, training is to be told how many."""
 _FEWEST_PATIENTS = 2
 
 
@@ -45,7 +47,9 @@ def check(
     modality: ModalitiesOption = None,
     fast: FastOption = False,
     estimate: EstimateOption = True,
-    memory_gb: MemoryOption = None,
+    preset: PresetToUseOption = None,
+    settings: SetOption = None,
+    memory: MemoryOption = None,
     json: JsonOption = False,
 ) -> None:
     """Check a data folder: layout, labels, every problem at once, and the command to type next.
@@ -61,11 +65,12 @@ def check(
     except DataError as error:
         raise RequestError(error.found, where=error.where, expected=error.expected, remedy=error.remedy) from error
     reports = _look_at(cohort, read_voxels=not fast)
-    preset = _preset_of_this_machine()
+    preset = preset or _preset_of_this_machine()
     usable = usable_cases(cohort, reports)
-    needs = _estimate(usable, preset, memory_gb) if estimate else None
+    needs = _estimate(usable, preset, settings, memory) if estimate else None
     problems = [*cohort.problems, *_too_few_patients(usable)]
     options = _given_options(layout, label_scheme, modality)
+    options += [word for setting in settings or () for word in ("--set", setting)]
     command = next_command(cohort, reports, usable, data, preset, options)
     if json:
         print_json(
@@ -106,8 +111,7 @@ def next_command(
         return shlex.join(["segkit", "check", path, "--label-scheme", choice, *options])
     patients = len({case.patient for case in labelled})
     if patients >= _FEWEST_PATIENTS and cohort.scheme is not None:
-        folds = ["--set", f"data.folds={patients}"] if patients < _USUAL_FOLDS else []
-        return shlex.join(["segkit", "train", path, "-o", "run", "--preset", preset, *folds, *options])
+        return shlex.join(["segkit", "train", path, "-o", "run", "--preset", preset, *options])
     if usable.cases:
         return shlex.join(["segkit", "infer", "-m", "run", "-i", path, "-o", "masks", *options])
     return shlex.join(["segkit", "check", path, *options])
@@ -141,7 +145,7 @@ def _preset_of_this_machine() -> str:
     return "cpu" if pick_device().type == "cpu" else "default"
 
 
-def _estimate(cohort: Cohort, preset: str, memory_gb: float | None) -> dict[str, float] | None:
+def _estimate(cohort: Cohort, preset: str, settings: list[str] | None, memory: str | None) -> dict[str, float] | None:
     """Memory and minutes of training with a preset, by planning; None where nothing can be trained."""
     from dataclasses import replace
 
@@ -155,11 +159,12 @@ def _estimate(cohort: Cohort, preset: str, memory_gb: float | None) -> dict[str,
     from segkit.training.config import TrainConfig
     from segkit.training.planned import planning_request
 
-    config = build_config(TrainConfig, preset_layers(preset))
+    config = build_config(TrainConfig, [*preset_layers(preset), ("--set", parse_settings(settings))])
     request = planning_request(config, -(-len(labelled.cases) // config.data.folds))
     device = pick_device()
+    memory_gb = available_memory_gb(device) if memory is None else parse_gigabytes(memory)
     try:
-        needs = estimate_training(labelled, labelled.scheme, request, memory_gb or available_memory_gb(device), device)
+        needs = estimate_training(labelled, labelled.scheme, request, memory_gb, device)
     except SegkitError as error:
         console().print(f"No estimate: {error}", style="yellow", markup=False)
         return None

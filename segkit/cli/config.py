@@ -7,16 +7,15 @@ from typing import Annotated
 
 import typer
 
-from segkit.cli.options import parse_settings
+from segkit.cli.options import SetOption, parse_settings
 
 app = typer.Typer(help="Show every setting, or check a configuration file.", no_args_is_help=True)
 
-PresetOption = Annotated[str | None, typer.Option("--preset", help="tiny, cpu, default or large.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value over the file, e.g. optimiser.lr=1e-3.")]
+AnyPresetOption = Annotated[str | None, typer.Option("--preset", help="tiny, cpu, default or large; none: bare.")]
 
 
 @app.command()
-def show(preset: PresetOption = None, settings: SetOption = None) -> None:
+def show(preset: AnyPresetOption = None, settings: SetOption = None) -> None:
     """Print the settings of a run as YAML, each with what it means; null is decided by planning."""
     from segkit.config.loading import annotated_yaml, build_config, preset_layers
     from segkit.training.config import TrainConfig

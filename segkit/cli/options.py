@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -33,6 +34,15 @@ ModalitiesOption = Annotated[
     list[str] | None,
     typer.Option("--modality", help="name=suffix of a modality's files, e.g. t1c=_T1_post; repeat for each."),
 ]
+PresetOption = Annotated[str, typer.Option("--preset", help="tiny, cpu, default or large.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="key=value over preset and file, e.g. optimiser.lr=1e-3; repeatable.")
+]
+MemoryOption = Annotated[
+    str | None, typer.Option("--memory", help="Memory to plan for, e.g. 8G; default: what is free.")
+]
+
+_UNITS_MINUTES = {"s": 1 / 60, "m": 1.0, "h": 60.0, "d": 1440.0}
 
 
 def console() -> Console:
@@ -112,3 +122,27 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
     from segkit.config.loading import parse_overrides
 
     return parse_overrides(settings or [])
+
+
+def parse_minutes(text: str) -> float:
+    """`"1h30m"`, `"30m"` or `"90s"` to minutes.
+
+    Raises:
+        RequestError: the text is no duration.
+    """
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        raise RequestError(f"--budget {text!r} cannot be read", expected="a duration such as 90s, 30m or 1h30m")
+    return sum(float(number) * _UNITS_MINUTES[unit] for number, unit in parts)
+
+
+def parse_gigabytes(text: str) -> float:
+    """`"8G"` or `"512M"` to GiB.
+
+    Raises:
+        RequestError: the text is no size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT])i?B?", text, flags=re.IGNORECASE)
+    if match is None:
+        raise RequestError(f"--memory {text!r} cannot be read", expected="a size such as 8G or 512M")
+    return float(match[1]) * {"M": 1 / 1024, "G": 1.0, "T": 1024.0}[match[2].upper()]

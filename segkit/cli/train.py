@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +14,15 @@ from segkit.cli.options import (
     DeviceOption,
     JsonOption,
     LayoutOption,
+    MemoryOption,
     ModalitiesOption,
+    PresetOption,
     QuietOption,
     SchemeOption,
+    SetOption,
     VerboseOption,
+    parse_gigabytes,
+    parse_minutes,
     parse_settings,
     print_json,
     print_table,
@@ -28,22 +32,18 @@ from segkit.cli.options import (
 )
 from segkit.errors import RequestError
 
-_UNITS_MINUTES = {"s": 1 / 60, "m": 1.0, "h": 60.0, "d": 1440.0}
-
 
 def train(
     data: DataArgument,
     output: Annotated[Path, typer.Option("-o", "--output", help="Run folder to write.")],
     config: Annotated[Path | None, typer.Option("--config", help="YAML file laid over the preset.")] = None,
-    preset: Annotated[str, typer.Option("--preset", help="tiny, cpu, default or large.")] = "default",
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value, e.g. training.steps=2000; repeatable.")
-    ] = None,
+    preset: PresetOption = "default",
+    settings: SetOption = None,
     fold: Annotated[str, typer.Option("-f", "--fold", help="Fold that validates, or all for cross-validation.")] = "0",
     budget: Annotated[
         str | None, typer.Option("--budget", help="Wall time of the whole command, e.g. 30m or 2h.")
     ] = None,
-    memory: Annotated[str | None, typer.Option("--memory", help="Memory to plan for, e.g. 8G; default: free.")] = None,
+    memory: MemoryOption = None,
     exclude: Annotated[
         Path | None, typer.Option("--exclude", help="Text file of case ids to keep out of the run altogether.")
     ] = None,
@@ -114,30 +114,6 @@ def train(
     if not quiet:
         print_table("Validation", ("output", "Dice"), [(k, f"{v:.4f}") for k, v in summary.dice.items()])
         typer.echo(f"Model: {output}  ->  segkit infer -m {output} -i SCANS -o MASKS")
-
-
-def parse_minutes(text: str) -> float:
-    """`"1h30m"`, `"30m"` or `"90s"` to minutes.
-
-    Raises:
-        RequestError: the text is no duration.
-    """
-    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text)
-    if not parts or "".join(number + unit for number, unit in parts) != text:
-        raise RequestError(f"--budget {text!r} cannot be read", expected="a duration such as 90s, 30m or 1h30m")
-    return sum(float(number) * _UNITS_MINUTES[unit] for number, unit in parts)
-
-
-def parse_gigabytes(text: str) -> float:
-    """`"8G"` or `"512M"` to GiB.
-
-    Raises:
-        RequestError: the text is no size.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT])i?B?", text, flags=re.IGNORECASE)
-    if match is None:
-        raise RequestError(f"--memory {text!r} cannot be read", expected="a size such as 8G or 512M")
-    return float(match[1]) * {"M": 1 / 1024, "G": 1.0, "T": 1024.0}[match[2].upper()]
 
 
 def _fold_number(text: str) -> int:

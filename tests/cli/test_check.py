@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from segkit.cli import main
-from segkit.cli.check import _USUAL_FOLDS
 from segkit.config.loading import build_config, preset_layers
 from segkit.data.case import Cohort
 from segkit.labels import LabelScheme
@@ -75,21 +74,40 @@ def test_estimate_comes_from_planning(
     for number in range(1, 7):
         _brats(tmp_path, number)
     with pytest.raises(SystemExit):
-        main(["check", str(tmp_path), "--memory-gb", "8", "--json"])
+        main(["check", str(tmp_path), "--memory", "8G", "--json"])
     assert json.loads(capsys.readouterr().out)["estimate"] == {"memory_gb": 3.14, "minutes": 12.3}
     family = build_config(TrainConfig, preset_layers("cpu")).network.family
     assert asked == [(6, "brats2017", family, 2, 8.0)]
 
 
-def test_few_patients_need_fewer_folds_and_one_cannot_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert TrainConfig().data.folds == _USUAL_FOLDS
+def test_estimate_is_for_the_preset_and_settings_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str | None, int]] = []
+
+    def estimate_training(*arguments: object) -> SimpleNamespace:
+        request = arguments[2]
+        assert isinstance(request, PlanningRequest)
+        asked.append((request.size, request.steps))
+        return SimpleNamespace(memory_gb=1, minutes=2)
+
+    monkeypatch.setattr("segkit.planning.plan.estimate_training", estimate_training)
+    _brats(tmp_path, 1)
+    _brats(tmp_path, 2)
+    with pytest.raises(SystemExit):
+        main(["check", str(tmp_path), "--preset", "tiny", "--set", "training.steps=7", "--json"])
+    assert asked == [("tiny", 7)]
+    assert json.loads(capsys.readouterr().out)["next_command"].endswith("--preset tiny --set training.steps=7")
+
+
+def test_two_patients_can_train_and_one_is_told_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _brats(tmp_path, 1)
     document = json.loads(_check(capsys, str(tmp_path), "--json")[1])
     assert document["next_command"].startswith("segkit infer")
     assert "references of one patient only" in document["problems"][0]["found"]
     _brats(tmp_path, 2)
     document = json.loads(_check(capsys, str(tmp_path), "--json")[1])
-    assert document["next_command"].endswith("--set data.folds=2")
+    assert document["next_command"].startswith("segkit train")
     assert document["problems"] == []
 
 

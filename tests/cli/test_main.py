@@ -8,7 +8,7 @@ import pytest
 
 import segkit
 from segkit.cli import VERBS, main
-from segkit.cli.train import parse_gigabytes, parse_minutes
+from segkit.cli.options import parse_gigabytes, parse_minutes
 from segkit.errors import RequestError
 
 

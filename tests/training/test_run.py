@@ -1,0 +1,175 @@
+"""From a data folder to a run folder, on phantoms small enough for seconds."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from segkit.checkpoint import load_card, load_model
+from segkit.config.loading import build_config
+from segkit.data.phantom_layouts import write_phantoms
+from segkit.errors import DataError, RequestError
+from segkit.inference.predictor import Predictor
+from segkit.training.config import TrainConfig
+from segkit.training.planned import RunRequest, plan_run
+from segkit.training.run import cross_validate, train_run
+
+_SETTINGS = {
+    "network": {"size": "tiny", "arguments": {"widths": [8, 12]}},
+    "planning": {"patch_limit": 16, "batch_limit": 1},
+    "training": {"steps": 4, "steps_per_epoch": 2},
+    "data": {"folds": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("phantoms") / "data"
+    write_phantoms(folder, range(1, 4), convention="brats2023", size=24)
+    return folder
+
+
+def _request(folder: Path, run: Path, /, **sections: dict[str, object]) -> RunRequest:
+    config = build_config(TrainConfig, [("test", {**_SETTINGS}), ("over", sections)])
+    return RunRequest(data=folder, run=run, config=config, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def finished(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("finished") / "run"
+    train_run(_request(phantoms, run))
+    return run
+
+
+def test_run_folder_holds_what_the_contract_says(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {
+        *("config.yaml", "model.safetensors", "model.json", "last.ckpt", "previous.ckpt"),
+        *("metrics.jsonl", "split.json", "validation.json", "figures"),
+    }
+    assert {path.name for path in (finished / "figures").iterdir()} == {"curves.png", "validation_0.png"}
+    split = json.loads((finished / "split.json").read_text())
+    assert len(split["training"]) == 2
+    assert len(split["validation"]) == 1
+    assert not set(split["training"]) & set(split["validation"])
+
+
+def test_card_says_what_inference_needs(finished: Path) -> None:
+    card = load_card(finished)
+    assert card.modalities == ("t1n", "t1c", "t2w", "t2f")
+    assert [(output.name, output.label) for output in card.outputs] == [("WT", 2), ("TC", 1), ("ET", 3)]
+    assert (card.activation, card.normalisation, card.crop) == ("sigmoid", "zscore-nonzero", "nonzero")
+    assert card.divisor == (2, 2, 2)
+    assert load_model(finished).divisor == (2, 2, 2)
+
+
+def test_settings_are_resolved_and_explained(finished: Path) -> None:
+    text = (finished / "config.yaml").read_text()
+    document = yaml.safe_load(text)
+    assert document["planning"]["patch_size"] == [16, 16, 16]
+    assert document["preprocessing"]["normalisation"] == "zscore-nonzero"
+    assert document["augmentation"]["mirror_axes"] == [0, 1, 2]
+    assert text.count("# chosen: ") >= 5
+    TrainConfig(**document)
+
+
+def test_validation_scores_are_those_of_the_predictor(finished: Path, phantoms: Path) -> None:
+    document = json.loads((finished / "validation.json").read_text())
+    (case_id,) = document["cases"]
+    files = {path.name.removesuffix(".nii.gz")[-3:]: path for path in (phantoms / case_id).iterdir()}
+    prediction = Predictor.load(finished)({name: files[name] for name in ("t1n", "t1c", "t2w", "t2f")})
+    import nibabel as nib
+
+    reference = np.asarray(nib.load(files["seg"]).dataobj)
+    whole, expected = prediction.labels > 0, reference > 0
+    dice = 2 * (whole & expected).sum() / (whole.sum() + expected.sum())
+    assert document["cases"][case_id]["WT"] == pytest.approx(dice)
+    assert document["estimated_memory_gb"] > 0.3
+
+
+def test_a_used_folder_is_not_overwritten_unasked(finished: Path, phantoms: Path) -> None:
+    with pytest.raises(RequestError, match=r"holds a run already.*--resume.*--overwrite"):
+        train_run(_request(phantoms, finished))
+
+
+def test_resume_goes_on_to_more_steps(finished: Path, phantoms: Path) -> None:
+    longer = _request(phantoms, finished, training={"steps": 6, "steps_per_epoch": 2})
+    summary = train_run(replace(longer, is_resumed=True))
+    assert summary.steps == 6
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6]
+
+
+def test_nothing_to_resume(phantoms: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="nothing to resume"):
+        train_run(replace(_request(phantoms, tmp_path / "new"), is_resumed=True))
+
+
+def test_cross_validation_scores_every_case_out_of_fold(phantoms: Path, tmp_path: Path) -> None:
+    summary = cross_validate(_request(phantoms, tmp_path, training={"steps": 2, "steps_per_epoch": 2}))
+    assert len(summary.cases) == 3
+    validated = [json.loads((tmp_path / f"fold_{k}" / "split.json").read_text())["validation"] for k in range(3)]
+    assert sorted(case_id for fold in validated for case_id in fold) == sorted(summary.cases)
+    assert json.loads((tmp_path / "validation.json").read_text())["dice"] == pytest.approx(dict(summary.dice))
+    ensemble = Predictor.load(tmp_path)
+    assert len(ensemble.digests) == 3
+
+
+def test_excluded_cases_touch_nothing(phantoms: Path, tmp_path: Path) -> None:
+    excluded = "BraTS-GLI-00002-000"
+    planned = plan_run(_request(phantoms, tmp_path, data={"exclude": [excluded], "folds": 2}))
+    assert excluded not in {*planned.training_ids, *planned.validation_ids}
+    assert len({*planned.training_ids, *planned.validation_ids}) == 2
+    with pytest.raises(RequestError, match="cases to exclude do not exist: nobody"):
+        plan_run(_request(phantoms, tmp_path, data={"exclude": ["nobody"]}))
+
+
+def test_a_bad_case_is_left_out_and_named(phantoms: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    write_phantoms(data, range(1, 6), convention="brats2023", size=24)
+    broken = data / "BraTS-GLI-00003-000" / "BraTS-GLI-00003-000-t1c.nii.gz"
+    broken.write_bytes(broken.read_bytes()[:500])
+    summary = train_run(_request(data, tmp_path / "run", training={"steps": 2, "steps_per_epoch": 2}))
+    assert list(summary.skipped) == ["BraTS-GLI-00003-000"]
+    assert "BraTS-GLI-00003-000-t1c.nii.gz" in summary.skipped["BraTS-GLI-00003-000"]
+
+
+def test_no_usable_case_is_an_error_that_names_the_first(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for written in write_phantoms(data, range(1, 3), convention="brats2023", size=24):
+        written.images["t2f"].write_bytes(gzip.compress(b"not an image"))
+    with pytest.raises(DataError, match="none of 2 cases can be read"):
+        train_run(_request(data, tmp_path / "run", data={"folds": 2}))
+
+
+def test_one_patient_trains_and_validates_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = tmp_path / "data"
+    write_phantoms(data, [1], convention="brats2021", size=24)
+    planned = plan_run(_request(data, tmp_path / "run"))
+    assert planned.training_ids == planned.validation_ids == ("BraTS2021_00001",)
+    assert "scores say nothing about other patients" in caplog.text
+
+
+def test_pictures_train_too(tmp_path: Path) -> None:
+    data, generator = tmp_path / "data", np.random.default_rng(0)
+    for folder in ("images", "masks"):
+        (data / folder).mkdir(parents=True)
+    for number in range(3):
+        mask = np.zeros((24, 32), np.uint8)
+        mask[5:15, 6 : 12 + number] = 1
+        picture = generator.integers(0, 60, (24, 32, 3)) + 120 * mask[..., None]
+        Image.fromarray(picture.astype(np.uint8)).save(data / "images" / f"p{number}.png")
+        Image.fromarray(mask).save(data / "masks" / f"p{number}.png")
+    run = tmp_path / "run"
+    summary = train_run(_request(data, run, training={"steps": 2, "steps_per_epoch": 2}))
+    assert load_card(run).dims == 2
+    assert load_card(run).modalities == ("red", "green", "blue")
+    assert len(summary.cases) == 1
