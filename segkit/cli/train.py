@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +22,7 @@ from segkit.cli.options import (
     SchemeOption,
     SetOption,
     VerboseOption,
+    console,
     parse_gigabytes,
     parse_minutes,
     parse_settings,
@@ -32,27 +34,37 @@ from segkit.cli.options import (
 )
 from segkit.errors import RequestError
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+RunOption = Annotated[Path, typer.Option("-o", "--output", help="Run folder to write.")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file laid over the preset.")]
+FoldOption = Annotated[str, typer.Option("-f", "--fold", help="Fold that validates, or all for cross-validation.")]
+BudgetOption = Annotated[str | None, typer.Option("--budget", help="Wall time of the whole command, e.g. 30m or 2h.")]
+ExcludeOption = Annotated[
+    Path | None, typer.Option("--exclude", help="Text file of case ids to keep out of the run altogether.")
+]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on where the run folder stopped.")]
+StartAgainOption = Annotated[bool, typer.Option("--overwrite", help="Start again in a used run folder.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Plan, print the settings, train nothing.")]
+
 
 def train(
     data: DataArgument,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Run folder to write.")],
-    config: Annotated[Path | None, typer.Option("--config", help="YAML file laid over the preset.")] = None,
+    output: RunOption,
+    config: ConfigOption = None,
     preset: PresetOption = "default",
     settings: SetOption = None,
-    fold: Annotated[str, typer.Option("-f", "--fold", help="Fold that validates, or all for cross-validation.")] = "0",
-    budget: Annotated[
-        str | None, typer.Option("--budget", help="Wall time of the whole command, e.g. 30m or 2h.")
-    ] = None,
+    fold: FoldOption = "0",
+    budget: BudgetOption = None,
     memory: MemoryOption = None,
-    exclude: Annotated[
-        Path | None, typer.Option("--exclude", help="Text file of case ids to keep out of the run altogether.")
-    ] = None,
+    exclude: ExcludeOption = None,
     layout: LayoutOption = None,
     label_scheme: SchemeOption = None,
     modality: ModalitiesOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run folder stopped.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again in a used run folder.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan, print the settings, train nothing.")] = False,
+    resume: ResumeOption = False,
+    overwrite: StartAgainOption = False,
+    dry_run: DryRunOption = False,
     device: DeviceOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -71,7 +83,6 @@ def train(
     from segkit.training.planned import RunRequest, plan_run
     from segkit.training.run import cross_validate, train_run
 
-    options: dict[str, object] = {"data": {}, "training": {}}
     of_data = {
         "layout": layout,
         "label_scheme": label_scheme,
@@ -79,20 +90,16 @@ def train(
         "exclude": read_case_ids(exclude),
         "fold": None if fold == "all" else _fold_number(fold),
     }
-    options["data"] = {key: value for key, value in of_data.items() if value is not None}
-    if budget is not None:
-        options["training"] = {"budget_minutes": parse_minutes(budget)}
-    layers: list[tuple[str, Mapping[str, object]]]
-    if resume:  # a run goes on with its own settings; --set and the options still lie over them
-        own = next(
-            (path for path in (output / "config.yaml", output / "fold_0" / "config.yaml") if path.exists()), None
-        )
-        layers = [] if own is None else [(str(own), read_yaml(own))]
-    else:
-        layers = preset_layers(preset)
+    of_training = {"budget_minutes": None if budget is None else parse_minutes(budget)}
+    options = {
+        section: {key: value for key, value in given.items() if value is not None}
+        for section, given in (("data", of_data), ("training", of_training))
+    }
+    layers = _resumed_layers(output) if resume else preset_layers(preset)
     if config is not None:
         layers.append((str(config), read_yaml(config)))
     layers += [("--set", parse_settings(settings)), ("options", options)]
+    bar = _progress_bar(is_quiet=quiet)
     request = RunRequest(
         data=data,
         run=output,
@@ -102,18 +109,54 @@ def train(
         started_s=started_s,
         is_resumed=resume,
         may_overwrite=overwrite,
+        tell=None if bar is None else bar.tell,
     )
     if dry_run:
         planned = plan_run(request)
         typer.echo(annotated_yaml(planned.config, planned.reasons, has_help=False), nl=False)
         return
-    summary = cross_validate(request) if fold == "all" else train_run(request)
+    with bar or nullcontext():
+        summary = cross_validate(request) if fold == "all" else train_run(request)
     if as_json:
         print_json(summary.to_json())
-        return
-    if not quiet:
+    elif not quiet:
         print_table("Validation", ("output", "Dice"), [(k, f"{v:.4f}") for k, v in summary.dice.items()])
         typer.echo(f"Model: {output}  ->  segkit infer -m {output} -i SCANS -o MASKS")
+
+
+def _resumed_layers(run: Path) -> list[tuple[str, Mapping[str, object]]]:
+    """A run goes on with its own settings; --set and the options still lie over them."""
+    from segkit.config.loading import read_yaml
+
+    own = next((path for path in (run / "config.yaml", run / "fold_0" / "config.yaml") if path.exists()), None)
+    return [] if own is None else [(str(own), read_yaml(own))]
+
+
+class _ProgressBar:
+    """A bar with the remaining time, for a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=console)
+        self.task = self.bar.add_task("planning", total=1.0)
+
+    def __enter__(self) -> _ProgressBar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def tell(self, done: float, message: str) -> None:
+        """Show how far the training is."""
+        self.bar.update(self.task, completed=done, description=message)
+
+
+def _progress_bar(*, is_quiet: bool) -> _ProgressBar | None:
+    found = console()
+    return _ProgressBar(found) if found.is_terminal and not is_quiet else None
 
 
 def _fold_number(text: str) -> int:

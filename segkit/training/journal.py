@@ -41,7 +41,7 @@ def _row(line: str) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and "step" in row else None
 
 
-class Progress:
+class ProgressLines:
     """Plain lines with the remaining time, at most one every `interval_s` seconds."""
 
     def __init__(self, interval_s: float = 10.0) -> None:

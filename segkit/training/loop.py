@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from segkit.errors import RequestError
 from segkit.report.figures import curves_figure
 from segkit.runtime import pick_precision
 from segkit.training.config import OptimiserConfig, TrainingConfig
-from segkit.training.journal import Journal, Progress
+from segkit.training.journal import Journal, ProgressLines
 from segkit.training.optim import MovingAverage, build_optimiser, rate_at, set_rate
 from segkit.training.task import Batch, Task
 
@@ -85,9 +85,11 @@ def fit(
     device: torch.device,
     deadline_s: float | None = None,
     resume: bool = False,
+    tell: Callable[[float, str], None] | None = None,
 ) -> State:
     """Train a task until its steps or its deadline (`time.monotonic` seconds) are spent.
 
+    `tell` is called after each step with the progress (0 to 1) and what there is to say; without it, log lines do.
     Writes metrics.jsonl, figures/curves.png, last.ckpt each epoch, and the best weights through `task.save`.
 
     Raises:
@@ -102,7 +104,7 @@ def fit(
     journal.restart_at(state.step)
     batches = task.batches(state.step * training.accumulate)
     began = time.monotonic() - state.elapsed_s
-    clock, progress = Clock(training.steps, deadline_s, began), Progress()
+    clock, tell = Clock(training.steps, deadline_s, began), tell or ProgressLines().tell
 
     while clock.progress(state.step) < 1:
         losses: list[float] = []
@@ -110,7 +112,7 @@ def fit(
             rate = rate_at(done, optimisation)
             losses.append(trainer.step(batches, rate))
             state.step += 1
-            progress.tell(done, f"step {state.step}  loss {losses[-1]:.3f}")
+            tell(done, f"step {state.step}  loss {losses[-1]:.3f}")
         state.epoch += 1
         row: dict[str, Any] = {"step": state.step, "epoch": state.epoch, "loss": _mean(losses), "lr": rate}
         is_last = clock.progress(state.step) >= 1

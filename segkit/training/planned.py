@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ class RunRequest:
     started_s: float = field(default_factory=time.monotonic)
     is_resumed: bool = False
     may_overwrite: bool = False
+    tell: Callable[[float, str], None] | None = None
+    """Shows the progress of the training, 0 to 1; None writes log lines."""
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,7 @@ def train_run(request: RunRequest) -> RunSummary:
         device=request.device,
         deadline_s=deadline_s,
         resume=request.is_resumed,
+        tell=request.tell,
     )
     per_case = _score(planned, [case_id for case_id in planned.validation_ids if case_id in folders])
     return _finish(planned, per_case, state.step, skipped)
