@@ -146,13 +146,14 @@ def test_no_usable_case_is_an_error_that_names_the_first(tmp_path: Path) -> None
     data = tmp_path / "data"
     for written in write_phantoms(data, range(1, 3), convention="brats2023", size=24):
         written.images["t2f"].write_bytes(gzip.compress(b"not an image"))
-    with pytest.raises(DataError, match="none of 2 cases can be read"):
+    with pytest.raises(DataError, match="none of the 2 cases looked at can be read"):
         train_run(_request(data, tmp_path / "run", data={"folds": 2}))
 
 
 def test_one_patient_trains_and_validates_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = tmp_path / "data"
     write_phantoms(data, [1], convention="brats2021", size=24)
+    caplog.set_level("WARNING", logger="segkit")
     planned = plan_run(_request(data, tmp_path / "run"))
     assert planned.training_ids == planned.validation_ids == ("BraTS2021_00001",)
     assert "scores say nothing about other patients" in caplog.text
