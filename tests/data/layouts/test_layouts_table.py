@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from segkit.data.layouts.listing import Listing
 from segkit.data.layouts.table import LAYOUTS, find_cases
 from segkit.errors import DataError, RequestError
+from segkit.labels import SCHEMES
 
 Write = Callable[..., Path]
 
@@ -62,3 +64,9 @@ def test_root_may_be_relative(volume: Write, tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path / "BraTS2021_00001")
     cohort = find_cases(Path())
     assert [(cohort.layout, case.id) for case in cohort.cases] == [("brats2021", "BraTS2021_00001")]
+
+
+def test_the_documentation_lists_every_layout_and_scheme() -> None:
+    text = (Path(__file__).resolve().parents[3] / "docs" / "layouts.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `([\w-]+)` \|", text, re.MULTILINE)
+    assert listed == [*LAYOUTS, *SCHEMES]
