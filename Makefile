@@ -13,7 +13,9 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
+# The demo refuses a folder with something in it; only its own default is cleared.
 demo: install
+	test "$(OUT)" != demo-output || rm -rf demo-output
 	$(BIN)/segkit demo $(OUT)
 
 # Cheap checks first: a misplaced import is known after seconds, not after the tests.

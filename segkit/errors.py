@@ -55,6 +55,10 @@ class CheckpointError(SegkitError):
     """A weight file, model card or resume state is missing, damaged, unsafe or does not fit."""
 
 
+class TrainingError(SegkitError):
+    """A training that had begun cannot go on; its last checkpoint is kept."""
+
+
 class RequestError(SegkitError):
     """What was asked for cannot be done as asked; nothing was run."""
 

@@ -12,11 +12,13 @@ from segkit.cli.options import (
     LayoutOption,
     MemoryOption,
     ModalitiesOption,
+    PresetOption,
     SchemeOption,
     SetOption,
     console,
     parse_gigabytes,
     parse_settings,
+    preset_for,
     print_json,
     print_table,
     read_modalities,
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
 
 FastOption = Annotated[bool, typer.Option("--fast", help="Headers only: no voxels are read.")]
 EstimateOption = Annotated[bool, typer.Option("--estimate/--no-estimate", help="Memory and minutes of training.")]
-PresetToUseOption = Annotated[str | None, typer.Option("--preset", help="Preset to estimate for; default: by device.")]
 
 _MOST_ROWS = 40
 _MOST_PROBLEMS = 60
@@ -47,7 +48,7 @@ def check(
     modality: ModalitiesOption = None,
     fast: FastOption = False,
     estimate: EstimateOption = True,
-    preset: PresetToUseOption = None,
+    preset: PresetOption = None,
     settings: SetOption = None,
     memory: MemoryOption = None,
     json: JsonOption = False,
@@ -141,8 +142,8 @@ def _preset_of_this_machine() -> str:
     from segkit.runtime import pick_device
 
     if shutil.which("nvidia-smi") is None:
-        return "cpu"
-    return "cpu" if pick_device().type == "cpu" else "default"
+        return preset_for("cpu")
+    return preset_for(pick_device().type)
 
 
 def _estimate(cohort: Cohort, preset: str, settings: list[str] | None, memory: str | None) -> dict[str, float] | None:

@@ -11,11 +11,13 @@ from segkit.cli.options import SetOption, parse_settings
 
 app = typer.Typer(help="Show every setting, or check a configuration file.", no_args_is_help=True)
 
-AnyPresetOption = Annotated[str | None, typer.Option("--preset", help="tiny, cpu, default or large; none: bare.")]
+BarePresetOption = Annotated[
+    str | None, typer.Option("--preset", help="tiny, cpu, default or large; without it the built-in values.")
+]
 
 
 @app.command()
-def show(preset: AnyPresetOption = None, settings: SetOption = None) -> None:
+def show(preset: BarePresetOption = None, settings: SetOption = None) -> None:
     """Print the settings of a run as YAML, each with what it means; null is decided by planning."""
     from segkit.config.loading import annotated_yaml, build_config, preset_layers
     from segkit.training.config import TrainConfig

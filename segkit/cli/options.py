@@ -34,7 +34,9 @@ ModalitiesOption = Annotated[
     list[str] | None,
     typer.Option("--modality", help="name=suffix of a modality's files, e.g. t1c=_T1_post; repeat for each."),
 ]
-PresetOption = Annotated[str, typer.Option("--preset", help="tiny, cpu, default or large.")]
+PresetOption = Annotated[
+    str | None, typer.Option("--preset", help="tiny, cpu, default or large; without it cpu on a CPU, default on a GPU.")
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="key=value over preset and file, e.g. optimiser.lr=1e-3; repeatable.")
 ]
@@ -115,6 +117,11 @@ def read_modalities(pairs: list[str] | None) -> dict[str, str] | None:
             raise RequestError(f"--modality {pair!r} cannot be read", expected="name=suffix, such as t1c=_T1_post")
         mapping[name] = suffix
     return mapping
+
+
+def preset_for(device_type: str) -> str:
+    """The preset that suits a device ("cpu", "cuda", "mps") where none was asked for."""
+    return "cpu" if device_type == "cpu" else "default"
 
 
 def parse_settings(settings: list[str] | None) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from segkit.cli.options import (
     parse_gigabytes,
     parse_minutes,
     parse_settings,
+    preset_for,
     print_json,
     print_table,
     read_case_ids,
@@ -53,7 +54,7 @@ def train(
     data: DataArgument,
     output: RunOption,
     config: ConfigOption = None,
-    preset: PresetOption = "default",
+    preset: PresetOption = None,
     settings: SetOption = None,
     fold: FoldOption = "0",
     budget: BudgetOption = None,
@@ -95,7 +96,8 @@ def train(
         section: {key: value for key, value in given.items() if value is not None}
         for section, given in (("data", of_data), ("training", of_training))
     }
-    layers = _resumed_layers(output) if resume else preset_layers(preset)
+    chosen_device = pick_device(device)
+    layers = _resumed_layers(output) if resume else preset_layers(preset or preset_for(chosen_device.type))
     if config is not None:
         layers.append((str(config), read_yaml(config)))
     layers += [("--set", parse_settings(settings)), ("options", options)]
@@ -104,7 +106,7 @@ def train(
         data=data,
         run=output,
         config=build_config(TrainConfig, layers),
-        device=pick_device(device),
+        device=chosen_device,
         memory_gb=None if memory is None else parse_gigabytes(memory),
         started_s=started_s,
         is_resumed=resume,

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from segkit.checkpoint import load_state, save_state
-from segkit.errors import RequestError
+from segkit.errors import TrainingError
 from segkit.report.figures import curves_figure
 from segkit.runtime import pick_precision
 from segkit.training.config import OptimiserConfig, TrainingConfig
@@ -33,6 +33,7 @@ _VALIDATION_SHARE = 0.1
 """Part of a budget that validations may take."""
 _LAST_VALIDATIONS = 3.0
 """Time kept at the end of a budget, in validations: the last one, and a full one over every case on its own grid."""
+_ALMOST_DONE = 0.999
 _FINISHING_S = 5.0
 """Time kept for the last checkpoint and the pictures."""
 
@@ -58,12 +59,16 @@ class Clock:
     validated_s: float = field(default_factory=time.monotonic)
 
     def progress(self, step: int) -> float:
-        """Part of the training that is done; the time for the last validations is not training."""
+        """Part of the training that is done; the time for the last validations is not training.
+
+        A budget that is spent before the first step still gets that one, so that there is a model.
+        """
         if self.deadline_s is None:
             return step / self.steps
         kept = _LAST_VALIDATIONS * self.validation_s + _FINISHING_S
         end = max(self.deadline_s - kept, self.started_s + 1e-6)
-        return (time.monotonic() - self.started_s) / (end - self.started_s)
+        spent = (time.monotonic() - self.started_s) / (end - self.started_s)
+        return min(spent, _ALMOST_DONE) if step == 0 else spent
 
     def may_validate(self) -> bool:
         """Whether another validation keeps within its part of a budget."""
@@ -93,7 +98,7 @@ def fit(
     Writes metrics.jsonl, figures/curves.png, last.ckpt each epoch, and the best weights through `task.save`.
 
     Raises:
-        RequestError: the loss is not finite any more.
+        TrainingError: the loss is not finite any more.
         CheckpointError: `resume` found no usable state.
     """
     trainer = _Trainer.build(task, training, optimisation, device)
@@ -180,7 +185,7 @@ class _Trainer:
             torch.autograd.backward(self.scaler.scale(loss))
             total += float(loss.detach())
         if not math.isfinite(total):
-            raise RequestError(
+            raise TrainingError(
                 f"the loss became {total}",
                 remedy="Lower optimiser.lr or set training.precision=fp32, then --resume from the last checkpoint",
             )

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from segkit.errors import RequestError
+from segkit.errors import TrainingError
 from segkit.training.config import OptimiserConfig, TrainingConfig
 from segkit.training.loop import Clock, fit
 from segkit.training.task import Score
@@ -128,16 +128,23 @@ def test_budget_ends_in_time_with_a_finished_schedule(tmp_path: Path) -> None:
     assert _rows(tmp_path)[-1]["lr"] < 0.01
 
 
+def test_a_budget_that_is_already_spent_still_gives_a_model(tmp_path: Path) -> None:
+    task = LineTask()
+    _fit(task, tmp_path, 10**9, deadline_s=time.monotonic() - 60)
+    assert [row["step"] for row in _rows(tmp_path)] == [1]
+    assert len(task.saved) == 1
+
+
 def test_progress_by_steps_and_by_time() -> None:
     assert Clock(steps=40).progress(10) == 0.25
     now = time.monotonic()
     timed = Clock(steps=1, deadline_s=now + 105, started_s=now - 100, validation_s=0)  # 5 s are kept for the end
-    assert timed.progress(0) == pytest.approx(0.5, abs=0.01)
+    assert timed.progress(1) == pytest.approx(0.5, abs=0.01)
     kept_back = Clock(steps=1, deadline_s=now + 105, started_s=now - 100, validation_s=100 / 3)  # and 3 validations
-    assert kept_back.progress(0) == pytest.approx(1.0, abs=0.01)
+    assert kept_back.progress(1) == pytest.approx(1.0, abs=0.01)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_advice(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"loss became nan\. Lower optimiser\.lr"):
+    with pytest.raises(TrainingError, match=r"loss became nan\. Lower optimiser\.lr"):
         _fit(LineTask(poison_at=7), tmp_path, 20)
     assert [row["step"] for row in _rows(tmp_path)] == [5]
