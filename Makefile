@@ -32,4 +32,4 @@ check-long: lint
 	$(BIN)/python -m pytest
 
 clean:
-	rm -rf $(VENV) $(OUT) dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv demo-output dist .mypy_cache .pytest_cache .ruff_cache

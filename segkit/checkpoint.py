@@ -342,7 +342,10 @@ def _write_tensors(path: Path, weights: Mapping[str, Tensor]) -> None:
             plain = plain.clone()
         storages.add(address)
         tensors[name] = plain
+    path.touch()
+    permissions = path.stat().st_mode  # those of ordinary files; safetensors takes all but the owner's away
     safetensors.torch.save_file(tensors, path)
+    path.chmod(permissions)
 
 
 def _harmless_numpy() -> list[Any]:

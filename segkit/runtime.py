@@ -37,11 +37,13 @@ def pick_device(name: str | None = None) -> torch.device:
         raise RequestError(
             f"device {name!r} is not known", expected="cpu, cuda, cuda:N or mps", remedy="Pass one of them to --device"
         ) from error
-    is_missing = (device.type == "cuda" and not torch.cuda.is_available()) or (
-        device.type == "mps" and not torch.backends.mps.is_available()
-    )
-    if is_missing:
-        raise RequestError(f"this machine has no usable {device.type} device", remedy="Pass --device cpu")
+    counts = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+    }
+    if (device.index or 0) >= counts.get(device.type, 0):
+        raise RequestError(f"this machine has no usable {name} device", remedy="Pass --device cpu")
     return device
 
 
@@ -83,8 +85,15 @@ def available_memory_gb(device: torch.device | None = None) -> float:
     if limit.exists() and used.exists():
         text = limit.read_text().strip()
         if text != "max":
-            free = min(free, int(text) - int(used.read_text()))
+            free = min(free, int(text) - int(used.read_text()) + _reclaimable_bytes(limit.parent))
     return free / _GIB
+
+
+def _reclaimable_bytes(group: Path) -> int:
+    """Files that the kernel keeps in memory only as long as nobody needs it."""
+    stat = group / "memory.stat"
+    lines = stat.read_text().splitlines() if stat.exists() else []
+    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
 
 
 def _free_ram_bytes() -> int:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pickle
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from segkit import checkpoint
-from segkit.checkpoint import ModelCard, load_card, load_model, load_state, load_weights_file, save_model, save_state
+from segkit.checkpoint import (
+    ModelCard,
+    load_card,
+    load_model,
+    load_state,
+    load_weights_file,
+    save_model,
+    save_state,
+    save_weights,
+)
 from segkit.config.base import Config
 from segkit.errors import CheckpointError, DataError
 from segkit.labels import SCHEMES, Output, outputs_of
@@ -280,3 +290,19 @@ def test_state_that_could_not_be_read_back_is_refused_at_once(tmp_path: Path) ->
     with pytest.raises(TypeError, match=r"state\['best'\] is float64"):
         save_state(tmp_path, {"best": np.float64(1.0)})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no permission bits")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
+def test_a_run_folder_can_be_read_by_whom_the_umask_allows(tmp_path: Path, umask: int, mode: int) -> None:
+    weights = {"layer": torch.ones(2)}
+    before = os.umask(umask)
+    try:
+        save_model(tmp_path, weights, make_card())
+        save_weights(tmp_path / "encoder.safetensors", weights)
+        save_state(tmp_path, weights)
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    names = ("model.safetensors", "model.json", "encoder.safetensors", "last.ckpt")
+    assert modes == dict.fromkeys(names, mode)

@@ -7,6 +7,7 @@ answers at once.
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import sys
 from collections.abc import Callable
@@ -28,6 +29,9 @@ VERBS: dict[str, str] = {
     "config": "segkit.cli.config:app",
 }
 """Verb -> the function (or the Typer application of sub-verbs) that does it, in the order of `segkit --help`."""
+
+_INTERRUPTED = 130
+"""Exit code that Typer gives when a verb is stopped with Ctrl-C."""
 
 
 def build_app() -> typer.Typer:
@@ -55,6 +59,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     arguments = sys.argv[1:] if arguments is None else arguments
     wants_trace = is_debug() or "--debug" in arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
     try:
         build_app()([argument for argument in arguments if argument != "--debug"])
@@ -63,9 +69,10 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         typer.echo(f"Error: {error}", err=True)
         raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        typer.echo("Interrupted; what was finished is kept.", err=True)
-        raise SystemExit(130) from None
+    except SystemExit as leave:
+        if leave.code == _INTERRUPTED:
+            typer.echo("Interrupted; what was finished is kept.", err=True)
+        raise
 
 
 def _load(target: str) -> Callable[..., Any] | typer.Typer:

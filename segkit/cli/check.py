@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from segkit.data.case import Cohort
     from segkit.data.checks import CaseReport
     from segkit.errors import Problem
+    from segkit.training.config import TrainConfig
 
 FastOption = Annotated[bool, typer.Option("--fast", help="Headers only: no voxels are read.")]
 EstimateOption = Annotated[bool, typer.Option("--estimate/--no-estimate", help="Memory and minutes of training.")]
@@ -61,18 +62,19 @@ def check(
     from segkit.data.layouts.table import find_cases
     from segkit.errors import DataError, RequestError
 
+    preset = preset or _preset_of_this_machine()
+    config = _settings(preset, settings) if estimate else None
     try:
         cohort = find_cases(data, layout=layout, modalities=read_modalities(modality), label_scheme=label_scheme)
     except DataError as error:
         raise RequestError(error.found, where=error.where, expected=error.expected, remedy=error.remedy) from error
     reports = _look_at(cohort, read_voxels=not fast)
-    preset = preset or _preset_of_this_machine()
     usable = usable_cases(cohort, reports)
-    needs = _estimate(usable, preset, settings, memory) if estimate else None
+    needs = _estimate(usable, config, memory) if estimate else None
     problems = [*cohort.problems, *_too_few_patients(usable)]
-    options = _given_options(layout, label_scheme, modality)
-    options += [word for setting in settings or () for word in ("--set", setting)]
-    command = next_command(cohort, reports, usable, data, preset, options)
+    training = ["--preset", preset, *(word for setting in settings or () for word in ("--set", setting))]
+    training += [] if memory is None else ["--memory", memory]
+    command = next_command(cohort, reports, usable, data, _given_options(layout, label_scheme, modality), training)
     if json:
         print_json(
             {
@@ -95,10 +97,13 @@ def next_command(
     reports: Sequence[CaseReport],
     usable: Cohort,
     data: Path,
-    preset: str,
-    options: Sequence[str] = (),
+    reading: Sequence[str] = (),
+    training: Sequence[str] = (),
 ) -> str:
-    """The command line to type after a check, quoted for a POSIX shell."""
+    """The command line to type after a check, quoted for a POSIX shell.
+
+    `reading` are the options that say how the folder is read, `training` those that only `train` takes.
+    """
     import shlex
 
     from segkit.data.checks import REPAIR_COMMAND
@@ -106,16 +111,15 @@ def next_command(
     fatal = [problem for report in reports for problem in report.problems if problem.is_fatal]
     path = str(data)
     if fatal and all(REPAIR_COMMAND in problem.remedy for problem in fatal):
-        return shlex.join(["segkit", "convert", "headers", path, "-o", f"{data.absolute().name}-repaired", *options])
+        return shlex.join(["segkit", "convert", "headers", path, "-o", f"{data.absolute().name}-repaired"])
     labelled = [case for case in usable.cases if case.label is not None]
     if labelled and cohort.scheme is None and (choice := _first_choice(cohort.problems)):
-        return shlex.join(["segkit", "check", path, "--label-scheme", choice, *options])
-    patients = len({case.patient for case in labelled})
-    if patients >= _FEWEST_PATIENTS and cohort.scheme is not None:
-        return shlex.join(["segkit", "train", path, "-o", "run", "--preset", preset, *options])
+        return shlex.join(["segkit", "check", path, "--label-scheme", choice, *reading])
+    if labelled and cohort.scheme is not None:
+        return shlex.join(["segkit", "train", path, "-o", "run", *training, *reading])
     if usable.cases:
-        return shlex.join(["segkit", "infer", "-m", "run", "-i", path, "-o", "masks", *options])
-    return shlex.join(["segkit", "check", path, *options])
+        return shlex.join(["segkit", "infer", "-m", "run", "-i", path, "-o", "masks", *reading])
+    return shlex.join(["segkit", "check", path, *reading])
 
 
 def _look_at(cohort: Cohort, *, read_voxels: bool) -> list[CaseReport]:
@@ -146,21 +150,26 @@ def _preset_of_this_machine() -> str:
     return preset_for(pick_device().type)
 
 
-def _estimate(cohort: Cohort, preset: str, settings: list[str] | None, memory: str | None) -> dict[str, float] | None:
-    """Memory and minutes of training with a preset, by planning; None where nothing can be trained."""
+def _settings(preset: str, settings: list[str] | None) -> TrainConfig:
+    """The settings to estimate for; mistakes in them are found before any data are read."""
+    from segkit.config.loading import build_config, preset_layers
+    from segkit.training.config import TrainConfig
+
+    return build_config(TrainConfig, [*preset_layers(preset), ("--set", parse_settings(settings))])
+
+
+def _estimate(cohort: Cohort, config: TrainConfig | None, memory: str | None) -> dict[str, float] | None:
+    """Memory and minutes of training, by planning; None where nothing can be trained."""
     from dataclasses import replace
 
     labelled = replace(cohort, cases=tuple(case for case in cohort.cases if case.label is not None))
-    if labelled.scheme is None or not labelled.cases:
+    if config is None or labelled.scheme is None or not labelled.cases:
         return None
-    from segkit.config.loading import build_config, preset_layers
     from segkit.errors import SegkitError
     from segkit.planning.plan import estimate_training
     from segkit.runtime import available_memory_gb, pick_device
-    from segkit.training.config import TrainConfig
     from segkit.training.planned import planning_request
 
-    config = build_config(TrainConfig, [*preset_layers(preset), ("--set", parse_settings(settings))])
     request = planning_request(config, -(-len(labelled.cases) // config.data.folds))
     device = pick_device()
     memory_gb = available_memory_gb(device) if memory is None else parse_gigabytes(memory)
@@ -180,8 +189,8 @@ def _too_few_patients(usable: Cohort) -> list[Problem]:
     patients = len({case.patient for case in labelled})
     if not labelled or patients >= _FEWEST_PATIENTS:
         return []
-    found = "references of one patient only; training holds patients back to validate on"
-    remedy = f"Add cases of other patients to train, at least {_FEWEST_PATIENTS} in all"
+    found = "references of one patient only: it would both train and validate, so scores would say nothing"
+    remedy = f"Add cases of other patients, at least {_FEWEST_PATIENTS} in all"
     return [Problem(str(usable.root), found, remedy, is_fatal=False)]
 
 

@@ -33,7 +33,7 @@ def validate(
 ) -> None:
     """Check configuration files; every problem is reported at once, with file, key and reason."""
     from segkit.config.loading import build_config, read_yaml
-    from segkit.errors import ConfigError, Problem
+    from segkit.errors import ConfigError, Problem, RequestError
     from segkit.models.table import configure
     from segkit.training.config import TrainConfig
 
@@ -41,10 +41,11 @@ def validate(
     for file in files:
         try:
             config = build_config(TrainConfig, [(str(file), read_yaml(file)), ("--set", parse_settings(settings))])
+            configure(config.network.family, config.network.size, config.network.arguments)
         except ConfigError as error:
             problems += error.problems
-        else:
-            configure(config.network.family, config.network.size, config.network.arguments)
+        except RequestError as error:
+            problems.append(Problem(f"{file}: network", error.found, error.expected or ""))
     if problems:
         raise ConfigError(problems)
     typer.echo(f"{len(files)} file{'s' if len(files) != 1 else ''} valid")

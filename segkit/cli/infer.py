@@ -72,7 +72,13 @@ def infer(
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
     from segkit.inference.folders import InferenceSettings, find_input, infer_folder, open_manifest, plan_cases
 
-    cohort = find_input(input, layout=layout, modalities=read_modalities(modality), case_ids=read_case_ids(cases))
+    cohort = find_input(
+        input,
+        layout=layout,
+        modalities=read_modalities(modality),
+        case_ids=read_case_ids(cases),
+        exclude=output.resolve(),
+    )
     predictor = _load(model, backend, device, uses_tta=tta)
     settings = InferenceSettings(overwrite, allow_missing, save_probabilities, label_scheme)
     name = ", ".join(str(path) for path in model)

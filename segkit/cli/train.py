@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 
 RunOption = Annotated[Path, typer.Option("-o", "--output", help="Run folder to write.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file laid over the preset.")]
-FoldOption = Annotated[str, typer.Option("-f", "--fold", help="Fold that validates, or all for cross-validation.")]
+FoldOption = Annotated[
+    str | None, typer.Option("-f", "--fold", help="Fold that validates, from 0; or all for cross-validation.")
+]
 BudgetOption = Annotated[str | None, typer.Option("--budget", help="Wall time of the whole command, e.g. 30m or 2h.")]
 ExcludeOption = Annotated[
     Path | None, typer.Option("--exclude", help="Text file of case ids to keep out of the run altogether.")
@@ -56,7 +58,7 @@ def train(
     config: ConfigOption = None,
     preset: PresetOption = None,
     settings: SetOption = None,
-    fold: FoldOption = "0",
+    fold: FoldOption = None,
     budget: BudgetOption = None,
     memory: MemoryOption = None,
     exclude: ExcludeOption = None,
@@ -89,7 +91,7 @@ def train(
         "label_scheme": label_scheme,
         "modalities": read_modalities(modality),
         "exclude": read_case_ids(exclude),
-        "fold": None if fold == "all" else _fold_number(fold),
+        "fold": None if fold in (None, "all") else _fold_number(fold),
     }
     of_training = {"budget_minutes": None if budget is None else parse_minutes(budget)}
     options = {
@@ -97,6 +99,8 @@ def train(
         for section, given in (("data", of_data), ("training", of_training))
     }
     chosen_device = pick_device(device)
+    if resume and preset is not None:
+        raise RequestError("--preset cannot be changed by --resume", remedy="Leave it out, or start a new run")
     layers = _resumed_layers(output) if resume else preset_layers(preset or preset_for(chosen_device.type))
     if config is not None:
         layers.append((str(config), read_yaml(config)))
@@ -115,7 +119,11 @@ def train(
     )
     if dry_run:
         planned = plan_run(request)
-        typer.echo(annotated_yaml(planned.config, planned.reasons, has_help=False), nl=False)
+        if as_json:
+            plan = {"config": planned.config.model_dump(mode="json"), "reasons": planned.reasons}
+            print_json({**plan, "estimate": planned.estimate})
+        else:
+            typer.echo(annotated_yaml(planned.config, planned.reasons, has_help=False), nl=False)
         return
     with bar or nullcontext():
         summary = cross_validate(request) if fold == "all" else train_run(request)
@@ -124,14 +132,20 @@ def train(
     elif not quiet:
         print_table("Validation", ("output", "Dice"), [(k, f"{v:.4f}") for k, v in summary.dice.items()])
         typer.echo(f"Model: {output}  ->  segkit infer -m {output} -i SCANS -o MASKS")
+    if summary.skipped:
+        for reason in summary.skipped.values():
+            typer.echo(f"left out: {reason}", err=True)
+        raise typer.Exit(1)
 
 
 def _resumed_layers(run: Path) -> list[tuple[str, Mapping[str, object]]]:
     """A run goes on with its own settings; --set and the options still lie over them."""
     from segkit.config.loading import read_yaml
 
-    own = next((path for path in (run / "config.yaml", run / "fold_0" / "config.yaml") if path.exists()), None)
-    return [] if own is None else [(str(own), read_yaml(own))]
+    path = run / "config.yaml"
+    if not path.exists():
+        raise RequestError("there is nothing to resume", where=run, remedy="Start it without --resume")
+    return [(str(path), read_yaml(path))]
 
 
 class _ProgressBar:

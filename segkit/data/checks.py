@@ -147,7 +147,7 @@ def _check_case(case: Case, cohort: Cohort, read_voxels: bool) -> _Findings:
         found = f"case {case.id} has no {', '.join(missing)}"
         findings.problems.append(Problem(where, found, "Add the file, or use --allow-missing where a verb has it"))
     for modality, image in case.images.items():
-        _check_image(modality, image, findings, read_voxels and cohort.dims == 3)
+        _check_image(modality, image, findings, read_voxels)
     if case.label is not None:
         _check_reference(case, case.label, findings, read_voxels)
     if cohort.dims == 3 and cohort.layout != "brats-men-rt":
@@ -155,14 +155,16 @@ def _check_case(case: Case, cohort: Cohort, read_voxels: bool) -> _Findings:
     return findings
 
 
-def _check_image(modality: str, image: ImageFile, findings: _Findings, judge_intensities: bool) -> None:
+def _check_image(modality: str, image: ImageFile, findings: _Findings, read_voxels: bool) -> None:
     try:
         grid = read_grid(image.path)
         _require_channel(modality, image, count_channels(image.path), grid)
         _compare_grid(grid, findings)
         findings.grids[modality] = grid
-        if judge_intensities:
+        if read_voxels and grid.dims == 3:
             _check_intensities(modality, image, read_volume(image.path, image.channel).array, findings)
+        elif read_voxels and not image.channel:
+            read_volume(image.path, image.channel)  # one plane tells whether the picture can be decoded
     except DataError as error:
         findings.problems.append(_as_problem(error))
 

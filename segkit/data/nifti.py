@@ -15,6 +15,7 @@ from typing import IO, Any, Protocol
 
 import nibabel as nib
 import numpy as np
+from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from segkit.data.headers import (
@@ -38,6 +39,8 @@ _logger = logging.getLogger(__name__)
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _CHUNK_BYTES = 1 << 24
+_LONGEST_QUATERNION = 1.001
+"""A unit quaternion that was rounded may be a little longer than 1; nibabel allows single precision and no more."""
 _MM_PER_UNIT = {1: 1000.0, 3: 0.001}
 """Spatial unit codes of NIfTI (nifti1.h): 1 metre, 2 millimetre, 3 micrometre; 0, unknown, is taken for mm."""
 
@@ -171,12 +174,21 @@ def _nifti_grid(path: Path, header: nib.Nifti1Header, spatial: tuple[int, ...]) 
     units = int(header["xyzt_units"])
     to_mm = np.diag([*(3 * [_mm_per_unit(units)]), 1.0])
     sform_code, qform_code = int(header["sform_code"]), int(header["qform_code"])
-    qform: Affine | None = to_mm @ header.get_qform() if qform_code > 0 else None
-    affine: Affine = to_mm @ (header.get_sform() if sform_code > 0 else header.get_best_affine())
-    if sform_code > 0 and not is_usable(affine) and qform is not None:
-        _logger.warning("%s: the sform of the header is unusable; the qform is taken instead", path)
-        affine, sform_code = qform, 0
-    if not is_usable(affine):
+    sform: Affine | None = to_mm @ header.get_sform() if sform_code > 0 else None
+    qform: Affine | None = to_mm @ _qform(header) if qform_code > 0 else None
+    if sform is not None and is_usable(sform):
+        affine = sform
+        if qform is not None and not is_usable(qform):
+            _logger.warning("%s: the qform of the header is unusable; the sform stands for both", path)
+            qform = None
+    elif qform is not None and is_usable(qform):
+        affine = qform
+        if sform is not None:
+            _logger.warning("%s: the sform of the header is unusable; the qform is taken instead", path)
+            sform_code = 0
+    elif sform is None and qform is None and is_usable(base := to_mm @ header.get_base_affine()):
+        affine = base
+    else:
         raise _lost_geometry(path)
     is_same = qform is None or np.allclose(qform, affine, atol=1e-4)
     return Grid(
@@ -188,6 +200,20 @@ def _nifti_grid(path: Path, header: nib.Nifti1Header, spatial: tuple[int, ...]) 
         xyzt_units=units,
         source=path,
     )
+
+
+def _qform(header: nib.Nifti1Header) -> Affine:
+    """The qform (4, 4) in the units of the file, NaN where quaternion or voxel sizes describe none."""
+    quaternion = np.array([header[f"quatern_{letter}"] for letter in "bcd"], np.float64)
+    length = float(np.linalg.norm(quaternion))
+    if 1 < length <= _LONGEST_QUATERNION:
+        header = header.copy()
+        for letter, value in zip("bcd", quaternion / length, strict=True):
+            header[f"quatern_{letter}"] = value
+    try:
+        return np.asarray(header.get_qform(), np.float64)
+    except (ValueError, HeaderDataError):
+        return np.full((4, 4), np.nan)
 
 
 def _lost_geometry(path: Path) -> DataError:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -143,8 +143,9 @@ def foreground_voxels(labels: LabelMap, seed: int) -> dict[int, NDArray[np.int64
 
 
 def _write_atomically(prepared: PreparedCase, folder: Path) -> None:
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+    partial = folder.parent / f".partial-{secrets.token_hex(6)}"
     try:
+        partial.mkdir()  # with the permissions of ordinary folders: `tempfile` would shut out the rest of a group
         _write(prepared, partial, seed=int(folder.name[:8], 16))
         partial.rename(folder)
     except OSError:

@@ -89,14 +89,17 @@ def find_input(
     layout: str | None = None,
     modalities: Mapping[str, str] | None = None,
     case_ids: Sequence[str] | None = None,
+    exclude: Path | None = None,
 ) -> Cohort:
     """The cases of a data folder, a case folder or one file, or those of them that `case_ids` names.
+
+    What lies below `exclude`, the folder for the masks, is not input.
 
     Raises:
         RequestError: nothing is there, or an id is unknown; the nearest ids are named.
     """
     try:
-        cohort = find_cases(root, layout=layout, modalities=modalities)
+        cohort = find_cases(root, layout=layout, modalities=modalities, exclude=exclude)
     except DataError as error:
         unreadable = _why_unreadable(root)
         if unreadable is None:
@@ -200,6 +203,7 @@ def plan_cases(
             task = _plan_case(case, cohort, output, scheme, predictor, settings)
             is_done = _is_done(task, manifest, settings, predictor)
         except DataError as error:
+            _log.debug("%s cannot be done", case.id, exc_info=True)
             records.append(CaseRecord(case.id, "failed", _sentence(error), label_scheme=scheme.name))
             continue
         if is_done:

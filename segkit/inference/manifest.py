@@ -100,7 +100,9 @@ class Manifest:
             DataError: the folder cannot be written.
         """
         with written_atomically(self.path) as temporary:
-            temporary.write_text(json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            text = json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
+            # File names that are not UTF-8 reach Python as lone surrogates; `\udce9` is JSON's own escape for them.
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _still_counts(entry: Mapping[str, Any], ended: Mapping[str, str]) -> bool:

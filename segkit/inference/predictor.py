@@ -33,6 +33,9 @@ from segkit.shapes import Affine, Image, LabelMap
 
 BACKENDS = ("auto", "torch")
 
+_UNSPECIFIC = ("image", "mr", "mri")
+"""Modalities of a model that say nothing of the sequence."""
+
 Scan: TypeAlias = Volume | str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]]
 """One case: a volume in memory, a path to it (file or case folder), or paths by modality name."""
 
@@ -253,8 +256,8 @@ def match_modalities(case: Case, wanted: Sequence[str], *, allow_missing: bool =
 
     Names are compared as they are, then by what they are called elsewhere (`t1ce` is `t1c`). A model of one modality
     takes the only image of a case whatever its name, unless that is known to be another sequence. Images numbered 0,
-    1, 2 ... (nnU-Net, Decathlon) are taken in order where the model's own modalities are not among the four of BraTS,
-    whose numbers differ from source to source.
+    1, 2 ... or channel_0, channel_1 ... (nnU-Net, Decathlon, 4D files) are taken in order where the model's own
+    modalities are not among the four of BraTS, whose numbers differ from source to source.
 
     Raises:
         DataError: a modality is missing (unless `allow_missing` and at least one is there).
@@ -285,9 +288,15 @@ def _may_take_in_order(case: Case, wanted: Sequence[str]) -> bool:
         return False
     if len(wanted) == 1:
         (found,) = case.images
-        return canonical_modality(found) is None or wanted[0] not in BRATS_MODALITIES
-    is_numbered = all(name.isdigit() for name in case.images)
+        says_nothing = wanted[0].casefold() in _UNSPECIFIC or _is_number(wanted[0])
+        return canonical_modality(found) is None or says_nothing
+    is_numbered = all(_is_number(name) for name in case.images)
     return is_numbered and not any(name in BRATS_MODALITIES for name in wanted)
+
+
+def _is_number(name: str) -> bool:
+    """Whether a layout found a channel without a name: "0" or "channel_0"."""
+    return name.removeprefix("channel_").isdigit()
 
 
 @contextlib.contextmanager

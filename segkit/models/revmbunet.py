@@ -56,14 +56,19 @@ class RevMBUNetConfig(Config):
             raise ValueError(f"blocks names {len(self.blocks)} levels, widths {steps + 1}")
         if isinstance(self.decoder_blocks, tuple) and len(self.decoder_blocks) != steps:
             raise ValueError(f"decoder_blocks names {len(self.decoder_blocks)} levels, but there are {steps}")
+        if min(self.widths) < 2:
+            raise ValueError("widths must be at least 2")
         if self.strides is not None and len(self.strides) != steps:
             raise ValueError(f"strides names {len(self.strides)} steps, but {steps + 1} widths need {steps}")
+        for stride in self.strides or ():
+            if len(stride) not in (2, 3) or min(stride) < 1:
+                raise ValueError(f"stride {stride} is not two or three whole numbers from 1 on")
         return self
 
 
 SIZES: dict[str, dict[str, object]] = {
     "tiny": {"widths": (16, 32, 64), "blocks": 1},
-    "small": {"widths": (32, 64, 128, 256), "blocks": (1, 2, 2, 2)},
+    "small": {"widths": (16, 32, 64, 128), "blocks": (1, 2, 2, 2)},
     "base": {"widths": (32, 64, 128, 256, 320)},
     "large": {"widths": (32, 64, 128, 256, 512), "blocks": 4, "decoder_blocks": 2, "expansion": 4},
 }
@@ -73,6 +78,8 @@ SIZES: dict[str, dict[str, object]] = {
 def build_revmbunet(config: RevMBUNetConfig, in_channels: int, out_channels: int, dims: int) -> RevMBUNet:
     """A RevMBUNet for (B, in_channels, *spatial) inputs of `dims` spatial axes."""
     strides = config.strides or ((2,) * dims,) * (len(config.widths) - 1)
+    if any(len(stride) != dims for stride in strides):
+        raise ValueError(f"strides {strides} do not have {dims} entries each")
     blocks = _per_level(config.blocks, len(config.widths))
     decoder_blocks = _per_level(config.decoder_blocks, len(config.widths) - 1)
 
@@ -115,8 +122,7 @@ class InvertedBottleneck(nn.Module):
         self.depthwise_norm = group_norm(hidden)
         self.project = pointwise(dims, hidden, channels, bias=False)
         self.project_norm = group_norm(channels)
-        # In place: the norm before it keeps its input, not its output, so half of the memory is saved.
-        self.activation = nn.ReLU(inplace=True)
+        self.activation = nn.SiLU()
         # Blocks start as the identity, so that depth does not hurt the first steps.
         nn.init.zeros_(self.project_norm.weight)
 

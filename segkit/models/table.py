@@ -92,7 +92,10 @@ def build_model(
     entry = MODELS[family]
     if dims not in entry.dims:
         raise RequestError(f"{family} has no {dims}-dimensional form", expected=f"dims in {entry.dims}")
-    return entry.build(config, in_channels, out_channels, dims)
+    try:
+        return entry.build(config, in_channels, out_channels, dims)
+    except ValueError as error:
+        raise RequestError(f"{family}: {error}", expected=f"arguments for {dims} spatial axes") from error
 
 
 def list_models() -> list[ModelInfo]:

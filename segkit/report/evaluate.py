@@ -58,7 +58,7 @@ class Evaluation:
     """What `evaluate_folders` found.
 
     `errors` maps a case id to a sentence; `unscored` are references without a prediction that were left out;
-    `surplus` are predictions that belong to no reference.
+    `surplus` are predictions that belong to no reference; `remarks` are the notes of the pairing.
     """
 
     protocol: str
@@ -68,6 +68,7 @@ class Evaluation:
     errors: dict[str, str]
     unscored: tuple[str, ...] = ()
     surplus: tuple[Path, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     def summary(self) -> Summary:
         """Region name -> metric name -> mean, median and n over the scored cases; undefined values are left out."""
@@ -84,6 +85,7 @@ class Evaluation:
             "errors": [{"case": case, "error": error} for case, error in self.errors.items()],
             "unscored": list(self.unscored),
             "surplus": [path.name for path in self.surplus],
+            "notes": list(self.remarks),
         }
 
     def notes(self) -> list[str]:
@@ -100,7 +102,7 @@ class Evaluation:
         if self.surplus:
             names = _some([path.name for path in self.surplus])
             notes.append(f"{len(self.surplus)} files belong to no reference and are not scored: {names}")
-        return notes
+        return [*notes, *self.remarks]
 
     def write(self, folder: Path) -> None:
         """Write scores.json, scores.csv (a row per case and region) and summary.md into `folder`.
@@ -119,7 +121,8 @@ class Evaluation:
         }
         for name, text in texts.items():
             with written_atomically(folder / name) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+                # File names that are not UTF-8 reach Python as lone surrogates, which JSON too escapes as `\udce9`.
+                temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def evaluate_folders(
@@ -188,7 +191,14 @@ def evaluate_pairs(pairing: Pairing, *, protocol: str = "legacy", missing: Missi
             absent = score_absent(grid.shape, grid.spacing_mm, regions_of(pairing.scheme), protocol=protocol)
             cases.append(CaseScores(case_id, absent, is_missing=True))
     return Evaluation(
-        protocol, pairing.challenge, pairing.scheme, tuple(cases), errors, tuple(unscored), pairing.surplus
+        protocol=protocol,
+        challenge=pairing.challenge,
+        label_scheme=pairing.scheme,
+        cases=tuple(cases),
+        errors=errors,
+        unscored=tuple(unscored),
+        surplus=pairing.surplus,
+        remarks=pairing.notes,
     )
 
 

@@ -103,7 +103,9 @@ def overlay_figure(
     for axes, view in zip(panels[0], views, strict=True):
         axes.set_title(view.title, color="white", fontsize=10)
     _legend(figure, colours, names or {}, has_reference=len(maps) > 1)
-    notes = [note for note in (title, _RADIOLOGICAL if grid.dims == 3 else "") if note]
+    # A title from a file name that is not UTF-8 holds lone surrogates, for which no font has a glyph.
+    drawable = title.encode("utf-8", "backslashreplace").decode("utf-8")
+    notes = [note for note in (drawable, _RADIOLOGICAL if grid.dims == 3 else "") if note]
     figure.suptitle("\n".join(notes), color="white", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, facecolor="black")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from segkit.data.case import Case, Cohort, ImageFile
-from segkit.data.files import stem_of, suffix_of
+from segkit.data.files import read_labels, stem_of, suffix_of
 from segkit.data.layouts.conventions import CONVENTIONS
 from segkit.data.layouts.listing import list_images, read_document
 from segkit.data.layouts.modality import LABEL, split_name
-from segkit.data.layouts.schemes import values_of
+from segkit.data.layouts.schemes import present_values, values_of
 from segkit.data.layouts.table import PLAIN_CLASSES, find_cases
 from segkit.data.pictures import PICTURE_SUFFIXES
 from segkit.errors import DataError, RequestError
@@ -35,6 +35,9 @@ _CHALLENGE_IDS = re.compile(r"BraTS-(MEN-RT|GLI|MET|PED|MEN|GoAT|SSA)-", re.IGNO
 _DECATHLON_IDS = re.compile(r"BRATS_\d{3}")
 _POST_TREATMENT_IDS = re.compile(r"BraTS-GLI-\d+-[1-9]\d\d", re.IGNORECASE)
 
+_MOST_CLASSES = 128
+"""A file with more different values than this is an image and no mask: its values make no classes."""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -50,7 +53,8 @@ class Pairing:
     """The pairs of two folders in the order of their case ids, and what stayed alone.
 
     `scheme` is that of the references. `surplus` are predictions that belong to no reference. `ambiguous` maps a case
-    id to a sentence where several files could be its prediction.
+    id to a sentence where several files could be its prediction, or where one could be that of several cases. `notes`
+    are sentences that a reader of the scores must know.
     """
 
     pairs: tuple[Pair, ...]
@@ -58,6 +62,7 @@ class Pairing:
     challenge: str | None
     surplus: tuple[Path, ...] = ()
     ambiguous: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def pair_folders(
@@ -70,6 +75,9 @@ def pair_folders(
     prediction_scheme: str | None = None,
 ) -> Pairing:
     """Pair the masks of two folders (or two files) by case id.
+
+    Where the references name no classes, every value that occurs in them or in the predictions is a class: a mask
+    that is empty on one side is what the rules of a protocol are for, and no error.
 
     Args:
         predictions: Folder of `<case>.nii.gz` (`<case>-seg.nii.gz`, `anything_<case>.nii.gz`), or one file. A
@@ -85,29 +93,33 @@ def pair_folders(
     """
     if challenge is not None and challenge not in CHALLENGES:
         raise RequestError(f"unknown challenge {challenge!r}", expected="one of " + ", ".join(CHALLENGES))
-    cases, scheme = _references(references, label_scheme, challenge)
+    cases, told, notes = _references(references, label_scheme, challenge)
     cases = _chosen(cases, case_ids, references)
-    _require_fitting(challenge, scheme)
+    _require_fitting(challenge, PLAIN_CLASSES if told is None else told.name)
     paths = _masks_like(cases[0], predictions)
     ambiguous: dict[str, str] = {}
     if predictions.is_file() and references.is_file():
         found = {cases[0].id: predictions}
     else:
         found, ambiguous = _match(cases, paths, predictions)
-    if not found:
+    if not found and not ambiguous:
         raise _nothing_paired(cases, paths, predictions, references)
     declared = _declared_schemes(predictions)
-    default = scheme if prediction_scheme is None else _named_scheme(prediction_scheme, cases)
-    pairs = tuple(
-        Pair(case, found.get(case.id), declared.get(case.id, default)) for case in sorted(cases, key=lambda c: c.id)
-    )
-    surplus = [path for path in paths if not any(case.id in path.name for case in cases)]
+    predicted = told if prediction_scheme is None else _named_scheme(prediction_scheme)
+    classes = LabelScheme(PLAIN_CLASSES, {})
+    if told is None or predicted is None:
+        nameless = [path for case_id, path in found.items() if predicted is None and case_id not in declared]
+        classes, more = _classes_by_value(cases, nameless)
+        notes += more
+    default = classes if predicted is None else predicted
+    pairs = [Pair(case, found.get(case.id), declared.get(case.id, default)) for case in cases]
     return Pairing(
-        pairs,
-        scheme,
+        tuple(sorted(pairs, key=lambda pair: pair.reference.id)),
+        classes if told is None else told,
         challenge or challenge_of(case.id for case in cases),
-        () if case_ids else tuple(surplus),
+        () if case_ids else _surplus(cases, set(paths) - set(found.values())),
         ambiguous,
+        notes,
     )
 
 
@@ -120,8 +132,10 @@ def challenge_of(case_ids: Iterable[str]) -> str | None:
     return challenges.pop() if len(challenges) == 1 else None
 
 
-def _references(root: Path, label_scheme: str | None, challenge: str | None) -> tuple[list[Case], LabelScheme]:
-    """The cases with a reference below `root`, and the scheme they share."""
+def _references(
+    root: Path, label_scheme: str | None, challenge: str | None
+) -> tuple[list[Case], LabelScheme | None, tuple[str, ...]]:
+    """The cases with a reference below `root`, the scheme they share (None: classes without names), and notes."""
     cohort = _labelled_cohort(root, label_scheme)
     if cohort is None and (root.parent / "dataset.json").is_file():  # `labelsTr`, say: the dataset knows its names
         cohort = _labelled_cohort(root.parent, label_scheme)
@@ -129,19 +143,24 @@ def _references(root: Path, label_scheme: str | None, challenge: str | None) -> 
             cases = [case for case in cohort.cases if case.label and root in case.label.path.absolute().parents]
             cohort = replace(cohort, cases=tuple(cases)) if cases else None
     if cohort is None:
-        cases = _bare_masks(root)
-        return cases, _scheme_of_bare_masks(cases, root, label_scheme, challenge)
+        cases, notes = _bare_masks(root)
+        return cases, _scheme_of_bare_masks(cases, root, label_scheme, challenge), notes
+    cases = list(cohort.cases)
     scheme = cohort.scheme
+    if label_scheme == PLAIN_CLASSES or (scheme is not None and _is_nameless(scheme)):
+        return cases, None, ()
     if scheme is None and challenge is not None and len(CHALLENGES[challenge]) == 1:
         scheme = SCHEMES[CHALLENGES[challenge][0]]
     if scheme is None:
+        if not _values_in(case.label for case in cases if case.label) - {0}:  # nothing there that needs a name
+            return cases, None, ()
         reasons = "; ".join(str(problem) for problem in cohort.problems if problem.is_fatal)
         raise RequestError(
             "the label scheme of the references cannot be told" + (f" ({reasons})" if reasons else ""),
             where=root,
             remedy=f"Name it with --label-scheme: {', '.join(SCHEMES)} or {PLAIN_CLASSES}",
         )
-    return list(cohort.cases), scheme
+    return cases, scheme, ()
 
 
 def _labelled_cohort(root: Path, label_scheme: str | None) -> Cohort | None:
@@ -154,8 +173,11 @@ def _labelled_cohort(root: Path, label_scheme: str | None) -> Cohort | None:
         return None
 
 
-def _bare_masks(root: Path) -> list[Case]:
-    """The masks below `root` as cases without images: those named as a segmentation where any is, else all."""
+def _bare_masks(root: Path) -> tuple[list[Case], tuple[str, ...]]:
+    """The masks below `root` as cases without images: those named as a segmentation where any is, else all.
+
+    In the first case a note names the others, which may be images and may be masks.
+    """
     paths = list_images(root).images
     named = [path for path in paths if _mask_id(path) != stem_of(path)]
     by_id: dict[str, list[Path]] = defaultdict(list)
@@ -167,20 +189,26 @@ def _bare_masks(root: Path) -> list[Case]:
         if len(found) > 1:
             names = ", ".join(str(path.relative_to(root)) for path in found)
             raise RequestError(f"several references for case {case_id}: {names}", where=root, remedy="Keep one of them")
-    return [Case(case_id, case_id, {}, ImageFile(path)) for case_id, (path,) in by_id.items()]
+    others = [path.name for path in paths if path not in set(named)] if named else []
+    note = (
+        f"{len(others)} files beside the references are not named as masks, as the others are, and are not taken for "
+        f"references: {_some(others)}"
+    )
+    cases = [Case(case_id, case_id, {}, ImageFile(path)) for case_id, (path,) in by_id.items()]
+    return cases, (note,) if others else ()
 
 
 def _scheme_of_bare_masks(
     cases: Sequence[Case], root: Path, label_scheme: str | None, challenge: str | None
-) -> LabelScheme:
+) -> LabelScheme | None:
     if label_scheme is not None:
-        return _named_scheme(label_scheme, cases)
+        return _named_scheme(label_scheme)
     declared = {scheme.name: scheme for scheme in _declared_schemes(root).values()}
     if len(declared) == 1:
         return next(iter(declared.values()))
     if challenge is not None and len(CHALLENGES[challenge]) == 1:
         return SCHEMES[CHALLENGES[challenge][0]]
-    return _scheme_of_ids(cases) or _classes_by_value(cases)
+    return _scheme_of_ids(cases)
 
 
 def _scheme_of_ids(cases: Sequence[Case]) -> LabelScheme | None:
@@ -201,16 +229,46 @@ def _scheme_of_ids(cases: Sequence[Case]) -> LabelScheme | None:
     return SCHEMES[names.pop()] if names else None
 
 
-def _named_scheme(name: str, cases: Sequence[Case]) -> LabelScheme:
+def _named_scheme(name: str) -> LabelScheme | None:
+    """A scheme of the table, None for plain classes."""
     if name == PLAIN_CLASSES:
-        return _classes_by_value(cases)
+        return None
     if name not in SCHEMES:
         raise RequestError(f"unknown label scheme {name!r}", expected=f"one of {', '.join(SCHEMES)}, {PLAIN_CLASSES}")
     return SCHEMES[name]
 
 
-def _classes_by_value(cases: Sequence[Case]) -> LabelScheme:
-    return classes_scheme(PLAIN_CLASSES, {f"label_{value}": value for value in sorted(values_of(cases) - {0})})
+def _is_nameless(scheme: LabelScheme) -> bool:
+    return scheme.name == PLAIN_CLASSES and dict(scheme.values) == _class_names(scheme.values.values())
+
+
+def _class_names(values: Iterable[int]) -> dict[str, int]:
+    return {f"label_{value}": value for value in sorted(values)}
+
+
+def _classes_by_value(cases: Sequence[Case], predictions: Sequence[Path]) -> tuple[LabelScheme, tuple[str, ...]]:
+    """A class of every value in references and predictions, value 1 where all are empty; a note on what is new."""
+    known = _values_in(case.label for case in cases if case.label) - {0}
+    new = _values_in(ImageFile(path) for path in predictions) - known - {0}
+    scheme = classes_scheme(PLAIN_CLASSES, _class_names(known | new or {1}))
+    if not new:
+        return scheme, ()
+    listed = ", ".join(map(str, sorted(new)))
+    return scheme, (f"label values {listed} occur in predictions only, and are scored against empty references",)
+
+
+def _values_in(masks: Iterable[ImageFile]) -> set[int]:
+    """The values of all masks; unusable files are left to the scoring, which names them."""
+    values: set[int] = set()
+    for mask in masks:
+        try:
+            labels, _ = read_labels(mask.path, mask.channel)
+        except DataError:
+            continue
+        present = present_values(labels)
+        if len(present) <= _MOST_CLASSES:
+            values |= present
+    return values
 
 
 def _declared_schemes(folder: Path) -> dict[str, LabelScheme]:
@@ -240,10 +298,10 @@ def _chosen(cases: list[Case], case_ids: Collection[str] | None, root: Path) -> 
     return [case for case in cases if case.id in set(case_ids)]
 
 
-def _require_fitting(challenge: str | None, scheme: LabelScheme) -> None:
-    if challenge is not None and scheme.name not in CHALLENGES[challenge]:
+def _require_fitting(challenge: str | None, scheme: str) -> None:
+    if challenge is not None and scheme not in CHALLENGES[challenge]:
         raise RequestError(
-            f"challenge {challenge!r} has no label scheme {scheme.name!r}, in which the references are written",
+            f"challenge {challenge!r} has no label scheme {scheme!r}, in which the references are written",
             expected=f"one of {', '.join(CHALLENGES[challenge])}",
             remedy="Leave --challenge out, or correct --label-scheme",
         )
@@ -257,25 +315,41 @@ def _masks_like(case: Case, root: Path) -> tuple[Path, ...]:
 
 
 def _match(cases: Sequence[Case], paths: Sequence[Path], root: Path) -> tuple[dict[str, Path], dict[str, str]]:
-    """Case id -> prediction, and case id -> complaint where several files in one folder could be it."""
+    """Case id -> prediction, and case id -> complaint where it is not one file, or not of one case.
+
+    A prediction has the name of its case, or ends with it; one with the name of a case is never that of another.
+    """
     by_name: dict[str, list[Path]] = defaultdict(list)
     for path in paths:
         for name in {stem_of(path), _mask_id(path)}:
             by_name[name].append(path)
+    taken = {path for case in cases for path in by_name.get(case.id, ())}
+    free = [(path, stem_of(path)) for path in paths if path not in taken]
+    candidates: dict[str, list[Path]] = {}
+    for case in cases:
+        ending = re.compile(rf"[-_. ]{re.escape(case.id)}$")
+        named = by_name.get(case.id) or [path for path, stem in free if ending.search(stem)]
+        depth = min((len(path.parts) for path in named), default=0)
+        candidates[case.id] = [path for path in named if len(path.parts) == depth]
+    uses = Counter(path for own in candidates.values() for path in own)
     found: dict[str, Path] = {}
     ambiguous: dict[str, str] = {}
-    for case in cases:
-        candidates = by_name.get(case.id) or [
-            path for path in paths if re.search(rf"[-_. ]{re.escape(case.id)}$", stem_of(path))
-        ]
-        depth = min((len(path.parts) for path in candidates), default=0)
-        nearest = [path for path in candidates if len(path.parts) == depth]
-        if len(nearest) == 1:
-            found[case.id] = nearest[0]
-        elif nearest:
-            names = _some([str(path) for path in nearest])
-            ambiguous[case.id] = f"{root}: {len(nearest)} files could be the prediction: {names}. Keep one of them"
+    for case_id, own in candidates.items():
+        if len(own) > 1:
+            names = _some([str(path) for path in own])
+            ambiguous[case_id] = f"{root}: {len(own)} files could be the prediction: {names}. Keep one of them"
+        elif own and uses[own[0]] > 1:
+            rivals = _some([rival for rival, theirs in candidates.items() if own[0] in theirs])
+            ambiguous[case_id] = f"{own[0]}: could be the prediction of several cases: {rivals}. Name it after one"
+        elif own:
+            found[case_id] = own[0]
     return found, ambiguous
+
+
+def _surplus(cases: Sequence[Case], paths: Collection[Path]) -> tuple[Path, ...]:
+    """The files whose names hold the id of no case; further files of a case, such as probabilities, are not meant."""
+    ids = [re.compile(rf"(?<![a-zA-Z0-9]){re.escape(case.id)}(?![a-zA-Z0-9])") for case in cases]
+    return tuple(path for path in sorted(paths) if not any(case_id.search(path.name) for case_id in ids))
 
 
 def _mask_id(path: Path) -> str:

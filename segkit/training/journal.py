@@ -30,7 +30,7 @@ class Journal:
         """Append one row; it holds `step` and numbers."""
         self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
 def _row(line: str) -> dict[str, Any] | None:
@@ -47,16 +47,19 @@ class ProgressLines:
     def __init__(self, interval_s: float = 10.0) -> None:
         self.interval_s = interval_s
         self.started = time.monotonic()
+        self.first: float | None = None
         self.last = 0.0
 
     def tell(self, done: float, message: str) -> None:
         """Say where the run is: `done` in 0 to 1."""
         now = time.monotonic()
+        if self.first is None:
+            self.first, self.started = done, now  # a resumed run begins in the middle
         if now - self.last < self.interval_s:
             return
         self.last = now
-        elapsed = now - self.started
-        left = elapsed / done * (1 - done) if done > 0.01 else float("nan")
+        gained = done - self.first
+        left = (now - self.started) / gained * (1 - done) if gained > 0.005 else float("nan")
         _log.info("%3.0f%%  %s  %s left", 100 * done, message, _minutes(left))
 
 

@@ -31,11 +31,11 @@ _log = logging.getLogger(__name__)
 
 _VALIDATION_SHARE = 0.1
 """Part of a budget that validations may take."""
-_LAST_VALIDATIONS = 3.0
-"""Time kept at the end of a budget, in validations: the last one, and a full one over every case on its own grid."""
-_ALMOST_DONE = 0.999
+_LARGEST_RESERVE = 0.3
+"""Largest part of a budget kept for what comes after the last step."""
 _FINISHING_S = 5.0
 """Time kept for the last checkpoint and the pictures."""
+_ALMOST_DONE = 0.999
 
 
 @dataclass
@@ -50,13 +50,17 @@ class State:
 
 @dataclass
 class Clock:
-    """Progress of a run, 0 to 1: by steps, or by time where there is a deadline (`time.monotonic` seconds)."""
+    """Progress of a run, 0 to 1: by steps, or by time where there is a deadline (`time.monotonic` seconds).
+
+    `final_validations` is how long the scoring after the last step takes, in validations of the loop.
+    """
 
     steps: int
     deadline_s: float | None = None
-    started_s: float = field(default_factory=time.monotonic)
+    started_s: float = field(default_factory=lambda: time.monotonic())
+    final_validations: float = 1.0
     validation_s: float = 0.0
-    validated_s: float = field(default_factory=time.monotonic)
+    validated_s: float = field(default_factory=lambda: time.monotonic())
 
     def progress(self, step: int) -> float:
         """Part of the training that is done; the time for the last validations is not training.
@@ -65,7 +69,8 @@ class Clock:
         """
         if self.deadline_s is None:
             return step / self.steps
-        kept = _LAST_VALIDATIONS * self.validation_s + _FINISHING_S
+        span = self.deadline_s - self.started_s
+        kept = min((1.5 + self.final_validations) * self.validation_s, _LARGEST_RESERVE * span) + _FINISHING_S
         end = max(self.deadline_s - kept, self.started_s + 1e-6)
         spent = (time.monotonic() - self.started_s) / (end - self.started_s)
         return min(spent, _ALMOST_DONE) if step == 0 else spent
@@ -89,12 +94,14 @@ def fit(
     *,
     device: torch.device,
     deadline_s: float | None = None,
+    final_validations: float = 1.0,
     resume: bool = False,
     tell: Callable[[float, str], None] | None = None,
 ) -> State:
     """Train a task until its steps or its deadline (`time.monotonic` seconds) are spent.
 
-    `tell` is called after each step with the progress (0 to 1) and what there is to say; without it, log lines do.
+    A resumed run has spent the time of its earlier sessions. `final_validations`: see `Clock`. `tell` is called after
+    each step with the progress (0 to 1) and what there is to say; without it, log lines do.
     Writes metrics.jsonl, figures/curves.png, last.ckpt each epoch, and the best weights through `task.save`.
 
     Raises:
@@ -109,19 +116,23 @@ def fit(
     journal.restart_at(state.step)
     batches = task.batches(state.step * training.accumulate)
     began = time.monotonic() - state.elapsed_s
-    clock, tell = Clock(training.steps, deadline_s, began), tell or ProgressLines().tell
+    deadline_s = None if deadline_s is None else deadline_s - state.elapsed_s
+    clock, tell = Clock(training.steps, deadline_s, began, final_validations), tell or ProgressLines().tell
 
-    while clock.progress(state.step) < 1:
+    is_validated = True
+    while (done := clock.progress(state.step)) < 1 or not is_validated:
         losses: list[float] = []
-        while len(losses) < training.steps_per_epoch and (done := clock.progress(state.step)) < 1:
-            rate = rate_at(done, optimisation)
-            losses.append(trainer.step(batches, rate))
+        row: dict[str, Any] = {}
+        while done < 1 and len(losses) < training.steps_per_epoch:
+            row["lr"] = rate_at(done, optimisation)
+            losses.append(trainer.step(batches, row["lr"]))
             state.step += 1
-            tell(done, f"step {state.step}  loss {losses[-1]:.3f}")
+            done = clock.progress(state.step)
+            tell(min(done, 1.0), f"step {state.step}  loss {losses[-1]:.3f}")
         state.epoch += 1
-        row: dict[str, Any] = {"step": state.step, "epoch": state.epoch, "loss": _mean(losses), "lr": rate}
-        is_last = clock.progress(state.step) >= 1
-        if is_last or (state.epoch % training.validate_every == 0 and clock.may_validate()):
+        row |= {"step": state.step, "epoch": state.epoch} | ({"loss": sum(losses) / len(losses)} if losses else {})
+        is_validated = done >= 1 or (state.epoch % training.validate_every == 0 and clock.may_validate())
+        if is_validated:
             row |= _validate(trainer, run, state, clock)
         state.elapsed_s = time.monotonic() - began
         journal.write({**row, "seconds": round(state.elapsed_s, 1)})
@@ -226,7 +237,3 @@ class _Trainer:
         if self.device.type == "cuda" and snapshot["random_cuda"]:
             torch.cuda.set_rng_state_all([state.cpu() for state in snapshot["random_cuda"]])
         return State(**snapshot["progress"])
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / max(len(values), 1)

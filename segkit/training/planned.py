@@ -14,14 +14,20 @@ import torch
 from segkit.data.case import Case, Cohort
 from segkit.data.layouts.table import find_cases
 from segkit.data.splits import train_and_validation
-from segkit.errors import RequestError
+from segkit.errors import DataError, RequestError
+from segkit.inference.folders import as_request
 from segkit.labels import LabelScheme
+from segkit.models.table import configure
 from segkit.planning.fingerprint import take_fingerprint
 from segkit.planning.plan import PlanningRequest, plan_training
 from segkit.runtime import available_memory_gb
 from segkit.training.config import TrainConfig
+from segkit.training.folder import read_plan, require_same_split
 
 _log = logging.getLogger(__name__)
+
+_SHARE_OF_FREE_MEMORY = 0.9
+"""Planning leaves some of what is free to other programs."""
 
 
 @dataclass(frozen=True)
@@ -68,21 +74,34 @@ class PlannedRun:
 def plan_run(request: RunRequest) -> PlannedRun:
     """Find the cases, split them by patient, and let planning decide what the settings leave open.
 
+    A resumed run keeps its plan: patch, batch and mode may not change with the memory that happens to be free.
+
     Raises:
-        RequestError: too few cases, or ids to exclude that do not exist.
-        DataError: the folder is not recognised, or its label values cannot be interpreted.
+        RequestError: the folder or its label values cannot be made out, an id to exclude does not exist, a setting
+            does not fit, or a resumed run would get other cases.
     """
-    cohort = _find(request)
+    network = request.config.network
+    configure(network.family, network.size, network.arguments)  # a mistyped argument is found before data are read
+    cohort = find_cohort(request)
     request, ids_train, ids_validation = _split(request, cohort)
-    # Every fold is planned from the whole cohort, so that the folds can be one ensemble.
-    config, reasons, estimate = _decide(request, cohort, len(ids_validation))
-    return PlannedRun(request, config, cohort, tuple(ids_train), tuple(ids_validation), reasons, estimate)
+    if request.is_resumed:
+        require_same_split(request.run, ids_train, ids_validation)
+        decided = request.config, *read_plan(request.run)
+    else:
+        # Every fold is planned from the whole cohort, so that the folds can be one ensemble.
+        decided = _decide(request, cohort, len(ids_validation))
+    return PlannedRun(request, decided[0], cohort, tuple(ids_train), tuple(ids_validation), decided[1], decided[2])
+
+
+def patients_of(cohort: Cohort) -> int:
+    """How many patients there are."""
+    return len({case.patient for case in cohort.cases})
 
 
 def _split(request: RunRequest, cohort: Cohort) -> tuple[RunRequest, list[str], list[str]]:
     """Who trains and who validates; fewer patients than folds make fewer folds, and one patient does both."""
     data = request.config.data
-    patients = len({case.patient for case in cohort.cases})
+    patients = patients_of(cohort)
     if patients == 1:
         _log.warning("one patient only: it trains and validates, so the scores say nothing about other patients")
         ids = [case.id for case in cohort.cases]
@@ -95,15 +114,23 @@ def _split(request: RunRequest, cohort: Cohort) -> tuple[RunRequest, list[str], 
     return request, training, validation
 
 
-def _find(request: RunRequest) -> Cohort:
+def find_cohort(request: RunRequest) -> Cohort:
+    """The cases with a reference that a run may use, without those that are excluded or cannot be used.
+
+    Raises:
+        RequestError: the folder or its label values cannot be made out, or no case is left.
+    """
     data = request.config.data
-    cohort = find_cases(
-        request.data,
-        layout=data.layout,
-        modalities=data.modalities,
-        label_scheme=data.label_scheme,
-        require_labels=True,
-    )
+    try:
+        cohort = find_cases(
+            request.data,
+            layout=data.layout,
+            modalities=data.modalities,
+            label_scheme=data.label_scheme,
+            require_labels=True,
+        )
+    except DataError as error:
+        raise as_request(error) from error
     if cohort.scheme is None:
         problem = next((problem for problem in cohort.problems if problem.is_fatal), None)
         raise RequestError(
@@ -155,8 +182,11 @@ def _decide(
     config = request.config
     if cohort.scheme is None:
         raise ValueError("planning needs a label scheme")
-    memory_gb = request.memory_gb or available_memory_gb(request.device)
-    fingerprint = take_fingerprint(cohort)
+    memory_gb = request.memory_gb or _SHARE_OF_FREE_MEMORY * available_memory_gb(request.device)
+    try:
+        fingerprint = take_fingerprint(cohort)
+    except DataError as error:
+        raise as_request(error) from error
     plan = plan_training(
         fingerprint, cohort.scheme, planning_request(config, validation_cases), memory_gb, request.device
     )

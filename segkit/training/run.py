@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,9 +27,9 @@ from segkit.checkpoint import (
     load_card,
     load_model,
 )
-from segkit.config.loading import annotated_yaml
 from segkit.data.case import Case
 from segkit.data.dataset import PatchDataset
+from segkit.data.files import read_grid
 from segkit.data.preprocessing import load_case
 from segkit.data.store import PreparedStore, StoredCases
 from segkit.errors import DataError, RequestError
@@ -38,13 +39,27 @@ from segkit.losses.compound import SegmentationLoss
 from segkit.metrics.overlap import dice_by_region
 from segkit.models.table import build_model
 from segkit.report.figures import overlay_figure
-from segkit.runtime import available_cores, environment, peak_rss_mb, seed_everything
+from segkit.runtime import available_cores, available_memory_gb, environment, peak_rss_mb, seed_everything
+from segkit.training.folder import (
+    SCORES_NAME,
+    open_folder,
+    read_config,
+    require_usable,
+    write_config,
+    write_json,
+    write_plan,
+    write_split,
+)
 from segkit.training.loop import fit
-from segkit.training.planned import PlannedRun, RunRequest, plan_run, with_values
+from segkit.training.planned import PlannedRun, RunRequest, find_cohort, patients_of, plan_run, with_values
 from segkit.training.segmentation import ENDLESS, SegmentationTask
 
 _log = logging.getLogger(__name__)
 
+_LONGEST_VALIDATION = 0.05
+"""Part of a budget that one validation may take."""
+_FINAL_VALIDATIONS = 2.0
+"""Cases scored at the end of a budget, as a multiple of those validated on the way."""
 _PICTURES = 3
 """Validation cases drawn at the end of a run."""
 
@@ -78,15 +93,18 @@ def train_run(request: RunRequest) -> RunSummary:
     """Train one fold and write its run folder.
 
     Raises:
-        RequestError: the folder is in use, or nothing can be trained on as asked.
-        DataError: the data cannot be read.
+        RequestError: the folder is in use, or nothing can be trained on as asked; nothing was changed.
+        DataError: no case can be prepared.
+        TrainingError: the training diverged.
     """
-    _claim(request)
+    require_usable(request.run, is_resumed=request.is_resumed, may_overwrite=request.may_overwrite)
     planned = plan_run(request)
+    open_folder(request.run, is_resumed=request.is_resumed)
     _write_plan(planned)
     store = PreparedStore(planned.config.data.cache or request.run / "cache")
     ids = (*planned.training_ids, *planned.validation_ids)
     folders, skipped = _prepare(planned, store, planned.cases(ids))
+    validation_ids = [case_id for case_id in planned.validation_ids if case_id in folders]
     task = _build_task(planned, folders)
     training = planned.config.training
     deadline_s = None if training.budget_minutes is None else request.started_s + 60 * training.budget_minutes
@@ -97,83 +115,76 @@ def train_run(request: RunRequest) -> RunSummary:
         planned.config.optimiser,
         device=request.device,
         deadline_s=deadline_s,
+        final_validations=_FINAL_VALIDATIONS,
         resume=request.is_resumed,
         tell=request.tell,
     )
-    per_case = _score(planned, [case_id for case_id in planned.validation_ids if case_id in folders])
-    return _finish(planned, per_case, state.step, skipped)
+    scored = validation_ids if deadline_s is None else validation_ids[: int(_FINAL_VALIDATIONS * len(task.validation))]
+    if len(scored) < len(validation_ids):
+        _log.warning("the budget is spent: %d of %d validation cases are scored", len(scored), len(validation_ids))
+    return _finish(planned, _score(planned, scored), state.step, skipped)
 
 
 def cross_validate(request: RunRequest) -> RunSummary:
     """Train every fold into `RUN/fold_K`; the out-of-fold scores are those of the whole cohort, `RUN` an ensemble.
 
-    A budget is shared equally between the folds. Folds that are finished are not trained again on `--resume`.
+    A budget is shared equally between the folds that are left. Folds that are finished are not trained again on
+    `--resume`.
+
+    Raises:
+        RequestError: there is one patient only, or as for `train_run`.
     """
-    folds = request.config.data.folds
+    patients = patients_of(find_cohort(request))
+    if patients == 1:
+        raise RequestError("one patient cannot be cross-validated", where=request.data, remedy="Train without -f all")
+    folds = min(request.config.data.folds, patients)
+    cache = request.config.data.cache or request.run / "cache"
+    request = replace(request, config=with_values(request.config, "data", folds=folds, cache=cache))
+    if not request.is_resumed:
+        write_config(request.run, request.config, {}, f"cross-validation of {request.data}")
     per_case: dict[str, Mapping[str, float]] = {}
     skipped: dict[str, str] = {}
-    steps, began = 0, time.monotonic()
-    budget = request.config.training.budget_minutes
+    steps = 0
     for fold in range(folds):
-        run = request.run / f"fold_{fold}"
-        finished = run / "validation.json"
-        if request.is_resumed and finished.exists():
-            document = json.loads(finished.read_text(encoding="utf-8"))
-            per_case |= document["cases"]
-            continue
         _log.info("fold %d of %d", fold + 1, folds)
-        config = with_values(
-            request.config, "data", fold=fold, cache=request.config.data.cache or request.run / "cache"
-        )
-        if budget is not None:
-            left = (budget - (time.monotonic() - request.started_s) / 60) / (folds - fold)
-            config = with_values(config, "training", budget_minutes=max(left, 0.1))
-        is_resumed = request.is_resumed and (run / LAST_NAME).exists()
-        summary = train_run(replace(request, run=run, config=config, is_resumed=is_resumed, started_s=time.monotonic()))
-        per_case |= summary.cases
-        skipped |= summary.skipped
-        steps += summary.steps
-    summary = RunSummary(
-        request.run,
-        _mean_by_output(per_case),
-        per_case,
-        steps,
-        (time.monotonic() - began) / 60,
-        peak_rss_mb(),
-        skipped,
-    )
-    _write_json(request.run / "validation.json", summary.to_json())
+        document = _finished_fold(request, fold) or train_run(_fold_request(request, fold, folds - fold)).to_json()
+        per_case |= document["cases"]
+        skipped |= document["skipped"]
+        steps += document["steps"]
+    minutes = (time.monotonic() - request.started_s) / 60
+    summary = RunSummary(request.run, _mean_by_output(per_case), per_case, steps, minutes, peak_rss_mb(), skipped)
+    write_json(request.run / SCORES_NAME, summary.to_json())
     return summary
 
 
-def _claim(request: RunRequest) -> None:
-    """Refuse to mix two runs in one folder, and to resume what never began."""
-    has_state = (request.run / LAST_NAME).exists()
-    if request.is_resumed and not has_state:
-        raise RequestError("there is nothing to resume", where=request.run, remedy="Start it without --resume")
-    if not request.is_resumed and has_state and not request.may_overwrite:
-        raise RequestError(
-            "holds a run already",
-            where=request.run,
-            remedy="Go on with --resume, start again with --overwrite, or name another folder",
-        )
-    if not request.is_resumed:
-        for name in (LAST_NAME, "previous.ckpt", "metrics.jsonl", "validation.json"):
-            (request.run / name).unlink(missing_ok=True)
-    try:
-        (request.run / "figures").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RequestError(f"cannot be written to ({error.strerror})", where=request.run) from error
+def _finished_fold(request: RunRequest, fold: int) -> dict[str, Any] | None:
+    path = request.run / f"fold_{fold}" / SCORES_NAME
+    if not request.is_resumed or not path.exists():
+        return None
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return document
+
+
+def _fold_request(request: RunRequest, fold: int, folds_left: int) -> RunRequest:
+    """One fold of a cross-validation: begun before, it goes on with its own settings; else with an equal share."""
+    run = request.run / f"fold_{fold}"
+    now = time.monotonic()
+    if request.is_resumed and (run / LAST_NAME).exists():
+        return replace(request, run=run, config=read_config(run), started_s=now)
+    config = with_values(request.config, "data", fold=fold)
+    if config.training.budget_minutes is not None:
+        left = config.training.budget_minutes - (now - request.started_s) / 60
+        config = with_values(config, "training", budget_minutes=max(left / folds_left, 0.1))
+    return replace(request, run=run, config=config, started_s=now, is_resumed=False)
 
 
 def _write_plan(planned: PlannedRun) -> None:
     run = planned.request.run
-    text = annotated_yaml(planned.config, planned.reasons)
-    (run / "config.yaml").write_text(f"# {planned.cohort.layout} data in {planned.cohort.root}\n{text}", "utf-8")
-    split = {"training": list(planned.training_ids), "validation": list(planned.validation_ids)}
-    _write_json(run / "split.json", {**split, "excluded": list(planned.config.data.exclude)})
-    for key, reason in planned.reasons.items():
-        _log.info("%s: %s", key, reason)
+    heading = f"{planned.cohort.layout} data in {planned.cohort.root}"
+    write_config(run, planned.config, planned.reasons, heading)
+    if not planned.request.is_resumed:
+        write_plan(run, planned.reasons, planned.estimate)
+        write_split(run, planned.training_ids, planned.validation_ids, planned.config.data.exclude)
 
 
 def _prepare(
@@ -191,7 +202,7 @@ def _prepare(
         except DataError as error:
             return error
 
-    with ThreadPoolExecutor(min(available_cores(), 8)) as pool:
+    with ThreadPoolExecutor(_cases_at_once(planned)) as pool:
         entries = dict(zip((case.id for case in cases), pool.map(entry, cases), strict=True))
     folders = {case_id: found for case_id, found in entries.items() if isinstance(found, Path)}
     skipped = {case_id: str(found) for case_id, found in entries.items() if isinstance(found, DataError)}
@@ -203,6 +214,18 @@ def _prepare(
             raise DataError(f"no {what} case can be used", where=planned.request.data, remedy=f"The first: {first}")
     _log.info("%d cases prepared in %s", len(folders), store.folder)
     return folders, skipped
+
+
+def _cases_at_once(planned: PlannedRun) -> int:
+    """As many as there are cores and memory for: a case is held as read, stacked and prepared, in float32."""
+    image = next(iter(planned.cohort.cases[0].images.values()))
+    try:
+        voxels = math.prod(read_grid(image.path).shape)
+    except DataError:
+        return 1
+    case_gb = 4 * voxels * (2 * len(planned.cohort.modalities) + 1) / 2**30
+    memory_gb = planned.request.memory_gb or available_memory_gb()
+    return max(1, min(available_cores(), 8, int(0.5 * memory_gb / case_gb)))
 
 
 def _build_task(planned: PlannedRun, folders: Mapping[str, Path]) -> SegmentationTask:
@@ -234,6 +257,9 @@ def _build_task(planned: PlannedRun, folders: Mapping[str, Path]) -> Segmentatio
         validation=StoredCases(validation[: config.training.validation_cases]),
         batch_size=config.planning.batch_size or 1,
         workers=config.training.workers,
+        validation_limit_s=None
+        if config.training.budget_minutes is None
+        else 60 * config.training.budget_minutes * _LONGEST_VALIDATION,
     )
 
 
@@ -295,7 +321,7 @@ def _finish(
     clean = {case_id: {k: v for k, v in dice.items() if v == v} for case_id, dice in per_case.items()}
     summary = RunSummary(request.run, _mean_by_output(clean), clean, steps, minutes, peak_rss_mb(), skipped)
     estimate = {f"estimated_{key}": value for key, value in planned.estimate.items()}
-    _write_json(request.run / "validation.json", {**summary.to_json(), **estimate})
+    write_json(request.run / SCORES_NAME, {**summary.to_json(), **estimate})
     _log.info(
         "%d steps in %.1f min, peak %.2f GB (estimated %.2f GB)",
         steps,
@@ -311,8 +337,3 @@ def _mean_by_output(per_case: Mapping[str, Mapping[str, float]]) -> dict[str, fl
     names = list(dict.fromkeys(name for dice in per_case.values() for name in dice))
     values = {name: [dice[name] for dice in per_case.values() if name in dice] for name in names}
     return {name: sum(found) / len(found) for name, found in values.items()}
-
-
-def _write_json(path: Path, document: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

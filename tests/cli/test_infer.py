@@ -224,3 +224,53 @@ def test_damaged_model_is_a_wrong_request(run: Path, data: Path, tmp_path: Path)
     weights = run / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert call("-m", run, "-i", data, "-o", tmp_path / "out", "-d", "cpu") == 2
+
+
+@pytest.mark.parametrize("is_relative", [False, True])
+def test_masks_inside_the_input_are_not_input(
+    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_relative: bool
+) -> None:
+    scans = tmp_path / "all in one folder"
+    scans.mkdir()
+    for number, path in enumerate(sorted(data.rglob("*.nii.gz"))):
+        path.rename(scans / f"p{number // 4}_{SUFFIXES[number % 4]}.nii.gz")
+    monkeypatch.chdir(scans)
+    out = Path("masks") if is_relative else scans / "masks"
+    command = ("-m", run, "-i", scans, "-o", out, "-d", "cpu", "-q", "--allow-missing", "--save-probabilities")
+    seen = []
+    for _ in range(2):
+        assert call(*command) == 0
+        entries = json.loads((scans / "masks" / "manifest.json").read_text())["cases"]
+        seen.append({entry["case"][-1]: entry["status"] for entry in entries})
+    assert seen == [dict.fromkeys("012", "done"), dict.fromkeys("012", "skipped")]
+
+
+def test_verbose_shows_tracebacks_of_failed_cases(run: Path, data: Path, tmp_path: Path) -> None:
+    scan = data / "BraTS2021_00002" / "BraTS2021_00002_t1.nii.gz"
+    scan.write_bytes(scan.read_bytes()[:-40])
+    environment = {**os.environ, "PYTHONPATH": str(Path(segkit.__file__).parents[1])}
+    traces = []
+    for options in ((), ("-v",)):
+        arguments = ("infer", "-m", run, "-i", data, "-o", tmp_path / "out", "-d", "cpu", "--json", *options)
+        command = [sys.executable, "-m", "segkit", *map(str, arguments)]
+        result = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+        assert result.returncode == 1
+        assert json.loads(result.stdout)["summary"]["failed"] == 2
+        traces.append(result.stderr)
+    assert "Traceback" not in traces[0]
+    assert traces[1].count("Traceback (most recent call last)") >= 2
+    assert "in load_case" in traces[1]  # the damaged file, found when it was read
+    assert "in match_modalities" in traces[1]  # the missing modality, found beforehand
+
+
+def test_one_name_that_is_not_utf8_does_not_stop_the_others(run: Path, data: Path, tmp_path: Path) -> None:
+    odd = data / "BraTS2021_00003"
+    try:
+        for path in odd.iterdir():
+            path.rename(path.with_name(path.name.replace("00003", os.fsdecode(b"Andr\xe9"))))
+        odd.rename(data / os.fsdecode(b"BraTS2021_Andr\xe9"))
+    except OSError:
+        pytest.skip("this file system takes only Unicode names")
+    assert call("-m", run, "-i", data, "-o", tmp_path / "out", "-d", "cpu", "--layout", "folder") == 1
+    document = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
+    assert (document["summary"]["done"], document["summary"]["failed"]) == (2, 1)

@@ -33,6 +33,15 @@ def test_wrong_requests_exit_with_2_and_a_sentence(
     assert captured.out == ""
 
 
+def test_interrupted_verbs_exit_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("segkit.models.table.list_models", stopped)
+    assert _exit_code("models") == 130
+    assert "what was finished is kept" in capsys.readouterr().err
+
+
 def test_unknown_verb_exits_with_2() -> None:
     assert _exit_code("trian") == 2
 

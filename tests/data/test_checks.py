@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import PIL.Image
 import pytest
 from numpy.typing import NDArray
 
@@ -176,6 +177,23 @@ def test_cases_are_compared(tmp_path: Path) -> None:
     assert "axes run RAS, but LPS in 10 of 11 cases" in orientation.found
     assert brightness.found == "t2f is about 10000 times brighter than in the other cases"
     assert not orientation.is_fatal
+
+
+def test_truncated_pictures_are_found_by_reading(tmp_path: Path) -> None:
+    array = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    for stem in ("a", "b"):
+        PIL.Image.fromarray(array).save(tmp_path / "images" / f"{stem}.png")
+        PIL.Image.fromarray(np.eye(32, dtype=np.uint8)).save(tmp_path / "masks" / f"{stem}.png")
+    spoilt = tmp_path / "images" / "b.png"
+    spoilt.write_bytes(spoilt.read_bytes()[:1500])
+    cohort = find_cases(tmp_path)
+    sound, cut = check_cohort(cohort)
+    assert sound.problems == ()
+    (line,) = _fatal(cut)
+    assert line.startswith("b.png: ")
+    assert all(report.is_usable for report in check_cohort(cohort, read_voxels=False))
 
 
 def test_progress_is_told_case_by_case(case: Path) -> None:

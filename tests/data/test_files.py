@@ -145,6 +145,50 @@ def test_an_unusable_sform_gives_way_to_the_qform(tmp_path: Path) -> None:
     assert (grid.sform_code, grid.qform_code) == (0, 1)
 
 
+def with_quaternion(path: Path, bcd: tuple[float, float, float], sform_code: int) -> Path:
+    """A file turned half round the body axis by its sform, with another quaternion; the sform may be unset."""
+    save(path, numbered(), np.diag([-1.0, -1.0, 1.0, 1.0]))
+    patched(path, 252, struct.pack("<2h", 1, sform_code))  # qform_code, sform_code
+    return patched(path, 256, struct.pack("<3f", *bcd))
+
+
+@pytest.mark.parametrize("length", [1 + 2.4e-7, 1.00001, 1.0009])
+@pytest.mark.parametrize("sform_code", [0, 2])
+def test_a_quaternion_a_little_longer_than_1_is_a_rotation(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, length: float, sform_code: int
+) -> None:
+    grid = read_grid(with_quaternion(tmp_path / "a.nii", (0.0, 0.0, length), sform_code))
+    np.testing.assert_allclose(grid.affine, np.diag([-1.0, -1.0, 1.0, 1.0]), atol=1e-6)
+    assert grid.qform is None  # the same as the affine
+    write_labels(tmp_path / "b.nii", numbered(np.uint8), grid)
+    written = nib.load(tmp_path / "b.nii").header
+    assert (written["sform_code"], written["qform_code"]) == (sform_code, 1)
+    np.testing.assert_allclose(written.get_qform(), grid.affine, atol=1e-6)
+    assert not caplog.records
+
+
+def test_a_long_quaternion_of_nifti_2_is_a_rotation(tmp_path: Path) -> None:
+    image = nib.Nifti2Image(numbered(), np.diag([-1.0, -1.0, 1.0, 1.0]))
+    image.header["qform_code"], image.header["quatern_d"] = 1, 1.00001
+    image.to_filename(tmp_path / "a.nii")
+    np.testing.assert_allclose(read_grid(tmp_path / "a.nii").affine, np.diag([-1.0, -1.0, 1.0, 1.0]))
+
+
+@pytest.mark.parametrize("bcd", [(0.9, 0.9, 1.0), (0.0, 0.0, 1.01), (np.nan, 0.0, 0.0), (np.inf, 0.0, 0.0)])
+def test_a_quaternion_that_is_no_rotation_matters_only_without_sform(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, bcd: tuple[float, float, float]
+) -> None:
+    grid = read_grid(with_quaternion(tmp_path / "a.nii", bcd, sform_code=1))
+    assert "the qform of the header is unusable" in caplog.text
+    np.testing.assert_array_equal(grid.affine, np.diag([-1.0, -1.0, 1.0, 1.0]))
+    write_labels(tmp_path / "b.nii", numbered(np.uint8), grid)
+    written = nib.load(tmp_path / "b.nii").header
+    assert (written["sform_code"], written["qform_code"]) == (1, 1)
+    np.testing.assert_allclose(written.get_qform(), grid.affine, atol=1e-6)
+    with pytest.raises(DataError, match="the header does not say where the voxels lie"):
+        read_grid(with_quaternion(tmp_path / "c.nii", bcd, sform_code=0))
+
+
 @pytest.mark.parametrize("row", [(0.0, 0.0, 0.0, 0.0), (np.nan, 0.0, 0.0, 0.0)])
 def test_a_header_without_a_place_is_refused(tmp_path: Path, row: tuple[float, ...]) -> None:
     path = save(tmp_path / "a.nii", numbered())

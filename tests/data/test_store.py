@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
+import stat
 from pathlib import Path
 
 import nibabel as nib
@@ -154,3 +156,17 @@ def test_pictures_are_stored_too(tmp_path: Path) -> None:
     assert prepared.image.shape == (2, 8, 9)
     assert prepared.preparation.source_grid.shape == (8, 9)
     assert len(prepared.foreground[1]) == 9
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no permission bits")
+@pytest.mark.parametrize(("umask", "folder_mode", "file_mode"), [(0o022, 0o755, 0o644), (0o007, 0o770, 0o660)])
+def test_entries_can_be_read_by_whom_the_umask_allows(
+    case: Case, tmp_path: Path, umask: int, folder_mode: int, file_mode: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        entry = PreparedStore(tmp_path / "cache").entry(case, ("t1c",), SCHEME, CONFIG)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(entry.stat().st_mode) == folder_mode
+    assert {stat.S_IMODE(path.stat().st_mode) for path in entry.iterdir()} == {file_mode}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,10 @@ def test_unwritable_output_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
     with pytest.raises(DataError, match="cannot be written"):
         Manifest(tmp_path / "out", ["a"], FACTS, "m1").write()
+
+
+def test_a_case_whose_name_is_not_utf8_is_recorded_and_known_again(tmp_path: Path) -> None:
+    name = os.fsdecode(b"Andr\xe9 n\xc3\xa4")
+    Manifest(tmp_path, [name], FACTS, "m1").add(CaseRecord(name, "done", model="m1", label_scheme="s"))
+    assert "Andr\\udce9 nä" in (tmp_path / "manifest.json").read_text(encoding="utf-8")
+    assert Manifest(tmp_path, [name], FACTS, "m1").was_made(name, "s", ())

@@ -183,6 +183,10 @@ def case_with(*names: str) -> Case:
         (("scan",), ("t1c",), ("scan",)),
         (("t1n",), ("MRI",), ("t1n",)),
         (("0", "1"), ("T2 map", "ADC"), ("0", "1")),
+        (("channel_0", "channel_1"), ("PET", "CT"), ("channel_0", "channel_1")),
+        (("t1n",), ("image",), ("t1n",)),
+        (("t1n",), ("channel_0",), ("t1n",)),
+        (("image",), ("CT",), ("image",)),
     ],
 )
 def test_modalities_are_matched_by_name(
@@ -199,6 +203,9 @@ def test_modalities_are_matched_by_name(
     [
         (("t2f",), ("t1c",)),
         (("0", "1", "2", "3"), ("t1n", "t1c", "t2w", "t2f")),
+        (("channel_0", "channel_1"), ("t1c", "t2f")),
+        (("channel_0", "channel_b"), ("PET", "CT")),
+        (("t1n",), ("CT",)),
         (("a", "b"), ("MRI",)),
         (("a", "b"), ("x", "y")),
     ],

@@ -131,5 +131,9 @@ def test_wrong_requests_name_what_is_offered() -> None:
         build_model("revmbunet", in_channels=1, out_channels=1, size="XXL")
     with pytest.raises(RequestError, match="widths must be even"):
         build_model("revmbunet", in_channels=1, out_channels=1, widths=(5, 8))
+    with pytest.raises(RequestError, match="do not have 3 entries each"):
+        build_model("revmbunet", in_channels=1, out_channels=1, widths=(4, 8), strides=((2, 2),))
+    with pytest.raises(RequestError, match="is not two or three whole numbers from 1 on"):
+        build_model("revmbunet", in_channels=1, out_channels=1, widths=(4, 8), strides=((0, 2, 2),))
     with pytest.raises(RequestError, match=r"blocks names 2 levels, widths 3"):
         build_model("revmbunet", in_channels=1, out_channels=1, widths=(4, 8, 8), blocks=(1, 1))

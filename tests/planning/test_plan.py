@@ -152,6 +152,7 @@ def test_normalisation(changes: dict[str, object], expected: str) -> None:
         (classes_scheme("x", {"liver": 1, "spleen": 2}), 3, (0,)),
         (classes_scheme("x", {"kidney_left": 1, "kidney_right": 2}), 3, ()),
         (classes_scheme("x", {"Kidney L": 1}), 3, ()),
+        (classes_scheme("x", {"left optic disc": 1}), 2, ()),
         (classes_scheme("x", {"bright spot": 1}), 2, (0, 1)),
     ],
 )

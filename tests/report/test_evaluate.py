@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 
+from segkit.data.files import stem_of
 from segkit.errors import RequestError
 from segkit.labels import SCHEMES
 from segkit.report.evaluate import draw_worst_cases, evaluate_folders, evaluate_pairs, regions_of
-from segkit.report.pairing import challenge_of, pair_folders
+from segkit.report.pairing import Pairing, challenge_of, pair_folders
 
 AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
 AFFINE[1, 3] = 239
@@ -173,6 +175,7 @@ def test_surplus_predictions_are_named(folders):
 def test_two_single_files_need_no_matching_names(tmp_path):
     prediction, reference = save(tmp_path / "mine.nii.gz", tumour()), save(tmp_path / "yours.nii.gz", tumour())
     evaluation = evaluate_folders(prediction, reference, label_scheme="brats2023")
+    assert evaluation.surplus == ()
     assert [case.case for case in evaluation.cases] == ["yours"]
     assert evaluation.summary()["TC"]["dice"]["mean"] == 1
 
@@ -183,6 +186,123 @@ def test_folder_of_plain_masks_scores_each_value(tmp_path):
     evaluation = evaluate_folders(tmp_path / "pred", tmp_path / "ref")
     assert list(evaluation.cases[0].regions) == ["label_1", "label_2", "label_9"]
     assert evaluation.challenge is None
+
+
+def block(*values: int) -> np.ndarray:
+    """One slab of 10^3 voxels per value."""
+    labels = np.zeros((10, 10, 10), np.uint8)
+    for position, value in enumerate(values):
+        labels[2 * position + 1, 3:6, 3:6] = value
+    return labels
+
+
+def dice_of(root: Path, **options: str) -> dict[str, float]:
+    evaluation = evaluate_folders(root / "pred", root / "ref", **options)
+    assert not evaluation.errors
+    return {region: scores["dice"] for region, scores in evaluation.cases[0].regions.items()}
+
+
+@pytest.mark.parametrize("with_images", [False, True])
+@pytest.mark.parametrize(
+    ("reference", "prediction", "expected"),
+    [
+        ((1,), (1, 2), {"label_1": 1.0, "label_2": 0.0}),
+        ((1, 2), (1,), {"label_1": 1.0, "label_2": 0.0}),
+        ((), (1,), {"label_1": 0.0}),
+        ((), (3,), {"label_3": 0.0}),
+        ((1,), (), {"label_1": 0.0}),
+        ((), (), {"label_1": 1.0}),
+    ],
+)
+def test_classes_without_names_are_the_values_of_both_sides(tmp_path, with_images, reference, prediction, expected):
+    save(tmp_path / "ref" / "p1_seg.nii.gz", block(*reference))
+    save(tmp_path / "pred" / "p1.nii.gz", block(*prediction))
+    if with_images:
+        save(tmp_path / "ref" / "p1.nii.gz", np.ones((10, 10, 10), np.float32))
+    assert dice_of(tmp_path) == expected
+    assert dice_of(tmp_path, label_scheme="classes", prediction_scheme="classes") == expected
+
+
+def test_values_of_predictions_only_are_told(tmp_path):
+    save(tmp_path / "ref" / "p1_seg.nii.gz", block(1))
+    save(tmp_path / "pred" / "p1.nii.gz", block(1, 5, 2))
+    document = evaluate_folders(tmp_path / "pred", tmp_path / "ref").to_json()
+    assert document["notes"] == ["label values 2, 5 occur in predictions only, and are scored against empty references"]
+
+
+def test_rare_values_of_many_references_are_classes(tmp_path):
+    for number in range(402):
+        save(tmp_path / "ref" / f"p{number:03d}.nii", block(2 if number == 1 else 1)[:2])
+    save(tmp_path / "pred" / "p000.nii", block(1)[:2])
+    assert list(dice_of(tmp_path)) == ["label_1", "label_2"]
+
+
+def test_an_image_among_the_predictions_makes_no_classes(tmp_path):
+    save(tmp_path / "ref" / "p1_seg.nii.gz", block(1))
+    save(tmp_path / "pred" / "p1.nii.gz", (np.arange(1000) % 200).astype(np.uint8).reshape(10, 10, 10))
+    evaluation = evaluate_folders(tmp_path / "pred", tmp_path / "ref")
+    assert "holds label values 2, 3" in evaluation.errors["p1"]
+
+
+def test_stray_values_beside_named_classes_stay_an_error(tmp_path):
+    root = decathlon(tmp_path / "Task09")
+    save(tmp_path / "pred" / "spleen_1.nii.gz", block(1, 2))
+    assert "holds label values 2" in evaluate_folders(tmp_path / "pred", root).errors["spleen_1"]
+
+
+def paired(root: Path, references: tuple[str, ...], predictions: tuple[str, ...]) -> Pairing:
+    for name in references:
+        save(root / "ref" / f"{name}.nii.gz", block(1))
+    for name in predictions:
+        save(root / "pred" / f"{name}.nii.gz", block(1))
+    return pair_folders(root / "pred", root / "ref")
+
+
+def names_of(pairing: Pairing) -> dict[str, str | None]:
+    return {pair.reference.id: pair.prediction and stem_of(pair.prediction) for pair in pairing.pairs}
+
+
+def test_a_prediction_named_as_one_case_is_not_that_of_another(tmp_path):
+    pairing = paired(tmp_path, ("1_seg", "p_1_seg"), ("p_1",))
+    assert names_of(pairing) == {"1": None, "p_1": "p_1"}
+    assert not pairing.ambiguous
+
+
+def test_a_prediction_that_fits_two_cases_is_neither(tmp_path):
+    pairing = paired(tmp_path, ("1_seg", "p_1_seg", "p_2_seg"), ("x_p_1", "p_2"))
+    assert names_of(pairing) == {"1": None, "p_1": None, "p_2": "p_2"}
+    assert set(pairing.ambiguous) == {"1", "p_1"}
+    assert "several cases: 1, p_1" in pairing.ambiguous["1"]
+    assert [case.case for case in evaluate_pairs(pairing).cases] == ["p_2"]
+
+
+def test_ids_within_other_ids_do_not_hide_surplus(tmp_path):
+    pairing = paired(tmp_path, ("1", "2"), ("case_1", "case_11", "1_probability"))
+    assert names_of(pairing) == {"1": "case_1", "2": None}
+    assert [path.name for path in pairing.surplus] == ["case_11.nii.gz"]
+
+
+def test_references_without_the_suffix_of_the_others_are_told(tmp_path):
+    pairing = paired(tmp_path, ("a_seg", "b"), ("a", "b"))
+    assert names_of(pairing) == {"a": "a"}
+    assert any("not taken for references: b.nii.gz" in note for note in evaluate_pairs(pairing).notes())
+
+
+def test_names_that_are_not_utf8_are_written(tmp_path):
+    name = os.fsdecode(b"Andr\xe9")
+    try:
+        for folder in ("ref", "pred"):
+            path = save(tmp_path / folder / "x.nii.gz", block(1))
+            path.rename(path.with_name(f"{name}.nii.gz"))
+    except OSError:
+        pytest.skip("this file system takes only Unicode names")
+    evaluation = evaluate_folders(tmp_path / "pred", tmp_path / "ref")
+    evaluation.errors["bad"] = f"{name} is unreadable"
+    evaluation.write(tmp_path / "out")
+    document = json.loads((tmp_path / "out" / "scores.json").read_text(encoding="utf-8"))
+    assert document["cases"][0]["case"] == name
+    assert "Andr\\udce9,label_1,1.0" in (tmp_path / "out" / "scores.csv").read_text(encoding="utf-8")
+    assert "Andr\\udce9 is unreadable" in (tmp_path / "out" / "summary.md").read_text(encoding="utf-8")
 
 
 def decathlon(root: Path) -> Path:

@@ -97,7 +97,8 @@ def test_overlay_of_a_picture(tmp_path):
     image = np.arange(48, dtype=np.uint8).reshape(6, 8)
     labels = np.zeros((6, 8), np.uint8)
     labels[2:4, 2:4] = 1
-    overlay_figure(tmp_path / "p.png", image, labels, Grid((6, 8), np.eye(4)), reference=labels, title="eye")
+    title = "eye of Andr\udce9"  # from a file name that is not UTF-8
+    overlay_figure(tmp_path / "p.png", image, labels, Grid((6, 8), np.eye(4)), reference=labels, title=title)
     with Image.open(tmp_path / "p.png") as picture:
         assert picture.width > 2 * picture.height  # image, prediction and reference side by side
 

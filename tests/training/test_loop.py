@@ -121,11 +121,56 @@ def test_accumulation_equals_a_larger_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(one, two)
 
 
-def test_budget_ends_in_time_with_a_finished_schedule(tmp_path: Path) -> None:
-    began = time.monotonic()
-    _fit(LineTask(), tmp_path, 10**9, deadline_s=began + 7.0)
-    assert time.monotonic() - began < 9.0
-    assert _rows(tmp_path)[-1]["lr"] < 0.01
+class FakeTime:
+    """A clock that moves on by a tenth of a second whenever it is read."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        self.now += 0.1
+        return self.now
+
+
+def test_budget_ends_in_time_with_a_finished_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeTime()
+    monkeypatch.setattr("segkit.training.loop.time", clock)
+    _fit(LineTask(), tmp_path, 10**9, deadline_s=60.0)
+    assert 50 < clock.now < 60
+    rows = _rows(tmp_path)
+    assert rows[-1]["score"] is not None
+    rates = [row["lr"] for row in rows if "lr" in row]
+    assert rates[-1] < 0.01 * max(rates)
+
+
+def test_a_resumed_budget_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut at about half of 60 s, the rest of the time is left, and the rate never rises again."""
+    clock = FakeTime()
+    monkeypatch.setattr("segkit.training.loop.time", clock)
+
+    class CutTask(LineTask):
+        def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
+            for batch in super().batches(start):
+                if clock.now > 30:
+                    raise CutError
+                yield batch
+
+    with pytest.raises(CutError):
+        _fit(CutTask(), tmp_path, 10**9, deadline_s=60.0)
+    before = _rows(tmp_path)
+    clock.now = 1000.0
+    _fit(LineTask(), tmp_path, 10**9, deadline_s=1060.0, resume=True)
+    assert 1020 < clock.now < 1045
+    after = _rows(tmp_path)[len(before) :]
+    rates = [row["lr"] for row in (*before[2:], *after) if "lr" in row]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_the_last_weights_are_validated_whatever_the_interval(tmp_path: Path) -> None:
+    task = LineTask()
+    _fit(task, tmp_path, 12, training={"validate_every": 4})
+    assert "score" in _rows(tmp_path)[-1]
+    assert len(task.saved) >= 1
 
 
 def test_a_budget_that_is_already_spent_still_gives_a_model(tmp_path: Path) -> None:
@@ -140,8 +185,10 @@ def test_progress_by_steps_and_by_time() -> None:
     now = time.monotonic()
     timed = Clock(steps=1, deadline_s=now + 105, started_s=now - 100, validation_s=0)  # 5 s are kept for the end
     assert timed.progress(1) == pytest.approx(0.5, abs=0.01)
-    kept_back = Clock(steps=1, deadline_s=now + 105, started_s=now - 100, validation_s=100 / 3)  # and 3 validations
-    assert kept_back.progress(1) == pytest.approx(1.0, abs=0.01)
+    kept_back = Clock(1, deadline_s=now + 105, started_s=now - 100, final_validations=2.5, validation_s=10)
+    assert kept_back.progress(1) == pytest.approx(100 / 160, abs=0.01)  # and 1.5 + 2.5 validations of 10 s
+    slow = Clock(1, deadline_s=now + 105, started_s=now - 100, validation_s=1000)  # but at most 0.3 of the budget
+    assert slow.progress(1) == pytest.approx(100 / (205 * 0.7 - 5), abs=0.01)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_advice(tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ from PIL import Image
 from segkit.checkpoint import load_card, load_model
 from segkit.config.loading import build_config
 from segkit.data.phantom_layouts import write_phantoms
-from segkit.errors import DataError, RequestError
+from segkit.errors import RequestError
 from segkit.inference.predictor import Predictor
 from segkit.training.config import TrainConfig
-from segkit.training.planned import RunRequest, plan_run
+from segkit.training.folder import read_config
+from segkit.training.planned import RunRequest, plan_run, with_values
 from segkit.training.run import cross_validate, train_run
 
 _SETTINGS = {
@@ -101,11 +102,39 @@ def test_a_used_folder_is_not_overwritten_unasked(finished: Path, phantoms: Path
 
 
 def test_resume_goes_on_to_more_steps(finished: Path, phantoms: Path) -> None:
-    longer = _request(phantoms, finished, training={"steps": 6, "steps_per_epoch": 2})
-    summary = train_run(replace(longer, is_resumed=True))
+    longer = _request(phantoms, finished)
+    longer = replace(longer, config=with_values(read_config(finished), "training", steps=6), is_resumed=True)
+    summary = train_run(longer)
     assert summary.steps == 6
+    assert (finished / "config.yaml").read_text().count("# chosen: ") >= 5
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6]
+
+
+def test_resuming_with_another_fold_is_refused(finished: Path, phantoms: Path) -> None:
+    """What validated would be trained on."""
+    request = replace(_request(phantoms, finished, data={"folds": 3, "fold": 1}), is_resumed=True)
+    with pytest.raises(RequestError, match="the training cases are not those that the run began with"):
+        train_run(request)
+
+
+def test_a_wrong_request_leaves_the_old_run_alone(phantoms: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train_run(_request(phantoms, run, training={"steps": 2, "steps_per_epoch": 2}))
+    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+    wrong = _request(phantoms, run, network={"size": "tiny", "arguments": {"widht": 4}})
+    with pytest.raises(RequestError, match="revmbunet: widht"):
+        train_run(replace(wrong, may_overwrite=True))
+    with pytest.raises(RequestError, match="no such file or folder"):
+        train_run(replace(_request(tmp_path / "nowhere", run), may_overwrite=True))
+    assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
+
+
+def test_a_file_is_no_run_folder(phantoms: Path, tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("x")
+    with pytest.raises(RequestError, match="is a file; expected a folder"):
+        train_run(_request(phantoms, path))
 
 
 def test_nothing_to_resume(phantoms: Path, tmp_path: Path) -> None:
@@ -121,6 +150,15 @@ def test_cross_validation_scores_every_case_out_of_fold(phantoms: Path, tmp_path
     assert json.loads((tmp_path / "validation.json").read_text())["dice"] == pytest.approx(dict(summary.dice))
     ensemble = Predictor.load(tmp_path)
     assert len(ensemble.digests) == 3
+
+
+def test_cross_validation_of_few_patients(phantoms: Path, tmp_path: Path) -> None:
+    """Three patients and five folds asked for: three folds; one patient: refused."""
+    few = _request(phantoms, tmp_path / "few", data={"folds": 5}, training={"steps": 2, "steps_per_epoch": 2})
+    assert len(cross_validate(few).cases) == 3
+    one = ["BraTS-GLI-00001-000", "BraTS-GLI-00002-000"]
+    with pytest.raises(RequestError, match="one patient cannot be cross-validated"):
+        cross_validate(_request(phantoms, tmp_path / "one", data={"exclude": one}))
 
 
 def test_excluded_cases_touch_nothing(phantoms: Path, tmp_path: Path) -> None:
@@ -146,7 +184,7 @@ def test_no_usable_case_is_an_error_that_names_the_first(tmp_path: Path) -> None
     data = tmp_path / "data"
     for written in write_phantoms(data, range(1, 3), convention="brats2023", size=24):
         written.images["t2f"].write_bytes(gzip.compress(b"not an image"))
-    with pytest.raises(DataError, match="none of the 2 cases looked at can be read"):
+    with pytest.raises(RequestError, match="none of the 2 cases looked at can be read"):
         train_run(_request(data, tmp_path / "run", data={"folds": 2}))
 
 

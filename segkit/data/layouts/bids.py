@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from segkit.data.case import Cohort, ImageFile
+from segkit.data.layouts.channels import common_modalities
 from segkit.data.layouts.layout import (
     FolderOptions,
     FoundFile,
@@ -51,12 +52,14 @@ def _read(listing: Listing, options: FolderOptions) -> Cohort:
     if ignored := [path for path, file in found.items() if file is not None and file.kind == IGNORED]:
         problems.append(unused_files(ignored, "masks of anatomy and not of lesions"))
     names = _segment_names(listing)
-    modalities = {modality for case in cases for modality in case.images}
+    modalities, rare = common_modalities(cases)
     if names and options.label_scheme is None and any(case.label for case in cases):
         choice = SchemeChoice(scheme_from_names(names, modalities))
     else:
         choice = scheme_by_values(cases, options, listing.root)
-    return build_cohort(listing, "bids", cases, choice, problems=problems, licence=_licence(listing))
+    return build_cohort(
+        listing, "bids", cases, choice, modalities=modalities, problems=[*problems, *rare], licence=_licence(listing)
+    )
 
 
 def _relative_parts(listing: Listing, path: Path) -> tuple[str, ...]:

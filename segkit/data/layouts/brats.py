@@ -39,6 +39,12 @@ _INPAINTING_KINDS = ("t1n-voided", "mask", "mask-healthy", "mask-unhealthy")
 _ALGORITHM_MASK = "algorithm mask"
 """The kind of a segmentation that is named after what made it (`seg-<algorithm>`), never an expert reference."""
 
+_REFERENCE_WORDS = frozenset({"seg", "segm", "segmentation", "gtv", "ot", "otmulticlass"})
+"""How BraTS names expert references; a `_mask` or `_label` beside them may be of the brain, or of anything."""
+
+_GRADES = frozenset({"hgg", "lgg"})
+"""Folders of 2012-2019 between which a case may be split."""
+
 _POST_TREATMENT = 100
 """BraTS-GLI time points from 100 on are scans after treatment (2024 and later)."""
 
@@ -61,10 +67,8 @@ def _recognise(convention: Convention, listing: Listing) -> float:
         case "brats2023":
             is_one_kind = len({file.case_id.split("-")[1].upper() for file in files}) == 1
             return share * (0.9 if not is_one_kind or is_post_treatment else 0.95)
-        case "brats-ped":
-            return share if _ped_values(convention, listing) & {4} or not _has_reference(files) else share * 0.8
         case "brats2023-ped":
-            return share * 0.9
+            return share * 0.9  # chosen with --layout only: names do not tell it from 2024
     return share
 
 
@@ -72,16 +76,24 @@ def _read(convention: Convention, listing: Listing, options: FolderOptions) -> C
     files = _find_files(convention, listing.volumes)
     if convention.name == "upenn" and not _has_reference(files):
         files += _find_files(convention, _upenn_references(listing.root))
+    foreign = () if convention.name == "upenn" else _foreign_references(files)
+    left_out = set(foreign)
     masks = [file for file in files if file.kind == _ALGORITHM_MASK]
     cases, problems = build_cases(
-        (file for file in files if file.kind != _ALGORITHM_MASK), patient_of=patient_of, order=_channel_order
+        (file for file in files if file.kind != _ALGORITHM_MASK and file.image.path not in left_out),
+        patient_of=patient_of,
+        order=_channel_order,
     )
     cases = _tell_algorithm_masks(cases, masks, listing.root)
     known = {file.image.path for file in files}
     if strays := [path for path in listing.volumes if path not in known]:
         problems.append(unused_files(strays, f"names that {convention.name} does not use"))
     if ignored := [file.image.path for file in files if file.kind == IGNORED]:
-        problems.append(unused_files(ignored, "neither an image nor a reference (brain masks)"))
+        remedy = "If they are expert references, name them like one (CASE-seg or CASE_seg)"
+        problems.append(unused_files(ignored, "neither an image nor a reference (brain masks?)", remedy))
+    if foreign:
+        remedy = "Move expert references into the folder of their case"
+        problems.append(unused_files(foreign, "masks outside the folder of their case (predictions?)", remedy))
     if convention.has_four_modalities:
         problems += absent_modalities(cases, listing.root)
     modalities = in_channel_order(kind for case in cases for kind in case.images)
@@ -107,7 +119,7 @@ def _find_file(pattern: re.Pattern[str], path: Path, is_inpainting: bool) -> Fou
     stem = bare_name(path)
     if match := re.match(rf"({pattern.pattern})[-_.]+(.+)$", stem, re.IGNORECASE):
         case_id, name = match.group(1), match.group(2).lower()
-        kind = name if is_inpainting and name in _INPAINTING_KINDS else kind_of(name)
+        kind = name if is_inpainting and name in _INPAINTING_KINDS else _kind_in_brats(kind_of(name), name)
         own_folder = folder if folder is not None and folder.name == case_id else path.parent
         if name == "t1n-voided":
             kind = name
@@ -115,10 +127,35 @@ def _find_file(pattern: re.Pattern[str], path: Path, is_inpainting: bool) -> Fou
     if folder is None:
         return None
     parts = split_name(stem)
-    if parts.kind is None:
+    kind = _kind_in_brats(parts.kind, parts.word)
+    if kind is None:
         return None
-    kind = _ALGORITHM_MASK if parts.kind == LABEL and parts.is_leading else parts.kind
+    kind = _ALGORITHM_MASK if kind == LABEL and parts.is_leading else kind
     return FoundFile(folder.name, folder, kind, ImageFile(path))
+
+
+def _kind_in_brats(kind: str | None, word: str) -> str | None:
+    return IGNORED if kind == LABEL and word not in _REFERENCE_WORDS else kind
+
+
+def _foreign_references(files: Sequence[FoundFile]) -> tuple[Path, ...]:
+    """References of cases whose images lie in another folder, where anybody's predictions may lie."""
+    folders: dict[str, set[Path]] = {}
+    for file in files:
+        if file.kind not in (LABEL, IGNORED, _ALGORITHM_MASK):
+            folders.setdefault(file.case_id, set()).add(file.folder)
+    return tuple(
+        file.image.path
+        for file in files
+        if file.kind == LABEL
+        and file.case_id in folders
+        and file.folder not in folders[file.case_id]
+        and not all(_is_graded(folder, file.case_id) for folder in (file.folder, *folders[file.case_id]))
+    )
+
+
+def _is_graded(folder: Path, case_id: str) -> bool:
+    return folder.name == case_id and folder.parent.name.lower() in _GRADES
 
 
 @lru_cache(maxsize=32)
@@ -146,11 +183,6 @@ def _upenn_references(root: Path) -> tuple[Path, ...]:
     return list_images(masks).volumes if root.name == "images_structural" and masks.is_dir() else ()
 
 
-def _ped_values(convention: Convention, listing: Listing) -> set[int]:
-    cases, _ = build_cases(_find_files(convention, listing.volumes))
-    return values_of(cases, stop_at=4)
-
-
 def _choose_scheme(convention: Convention, cases: Sequence[Case], options: FolderOptions, where: Path) -> SchemeChoice:
     if options.label_scheme is not None:
         return SchemeChoice(options.label_scheme)
@@ -158,14 +190,24 @@ def _choose_scheme(convention: Convention, cases: Sequence[Case], options: Folde
     is_labelled = any(case.label is not None for case in cases)
     if convention.name == "brats2023-met" and is_labelled and 4 in values_of(cases, stop_at=4):
         return SchemeChoice(SCHEMES["brats2024"])
+    if convention.name == "brats-ped" and options.layout != convention.name:
+        return _choose_paediatric_scheme(cases, where)
+    return SchemeChoice(scheme)
+
+
+def _choose_paediatric_scheme(cases: Sequence[Case], where: Path) -> SchemeChoice:
+    """Only value 4 tells the scheme of BraTS-PED 2024 and later from that of 2023."""
     both = "--label-scheme brats-ped (2024 and later) or --label-scheme brats2023"
-    if convention.name == "brats-ped" and not is_labelled:
+    if not any(case.label is not None for case in cases):
         note = "the names of BraTS-PED do not tell the label scheme of 2023 from that of 2024 and later"
         return SchemeChoice(None, (Problem(str(where), note, f"To fix the scheme pass {both}", is_fatal=False),))
-    if convention.name == "brats2023-ped":
-        note = "no reference holds value 4, so labels are read as BraTS-PED 2023 (1 NCR, 2 ED, 3 ET)"
-        return SchemeChoice(scheme, (Problem(str(where), note, f"Choose with {both}", is_fatal=False),))
-    return SchemeChoice(scheme)
+    if 4 not in values_of(cases, stop_at=4):
+        note = (
+            "no reference of BraTS-PED holds value 4, so that labels may be those of 2023 (1 NCR, 2 ED, 3 ET) or those "
+            "of 2024 and later (1 ET, 2 NET, 3 CC) without any edema"
+        )
+        return SchemeChoice(None, (Problem(str(where), note, f"Choose {both}"),))
+    return SchemeChoice(SCHEMES["brats-ped"])
 
 
 def _tell_algorithm_masks(cases: Sequence[Case], masks: Sequence[FoundFile], root: Path) -> list[Case]:

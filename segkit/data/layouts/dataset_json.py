@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.data.layouts.layout import FolderOptions, SchemeChoice
-from segkit.data.layouts.listing import Listing, bare_name
+from segkit.data.layouts.listing import Listing, bare_name, read_document
 from segkit.data.layouts.modality import canonical_modality
 from segkit.data.layouts.schemes import scheme_from_names, scheme_from_regions
 from segkit.errors import DataError, Problem
@@ -25,10 +25,31 @@ def find_document(listing: Listing) -> Path | None:
     return next((folder / "dataset.json" for folder in folders if (folder / "dataset.json").is_file()), None)
 
 
+def image_paths(listing: Listing) -> list[Path]:
+    """The images proper: those in folders named images... where there are any, else all outside labels... folders."""
+    inside = [path for path in listing.images if path.parent.name.lower().startswith("images")]
+    return inside or [path for path in listing.images if not path.parent.name.lower().startswith("labels")]
+
+
 def has_channel_names(listing: Listing) -> bool:
     """Whether the images are named CASE_0000 as nnU-Net wants them."""
-    images = [path for path in listing.images if not path.parent.name.lower().startswith("labels")]
+    images = image_paths(listing)
     return bool(images) and all(CHANNEL_NAME.match(bare_name(path)) for path in images)
+
+
+def lists_images_as_written(path: Path | None) -> bool:
+    """Whether `training` of `dataset.json` names images that are there under just these names, as the Decathlon's does.
+
+    nnU-Net's leaves out the channel numbers, or lists nothing; a four-digit number is then part of the case's name.
+    """
+    if path is None:
+        return False
+    try:
+        entries = read_document(path).get("training")
+    except DataError:
+        return False  # reading the layout tells what is wrong with it
+    images = [entry.get("image") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    return any(isinstance(image, str) and (path.parent / image).exists() for image in images)
 
 
 def channel_names(document: Mapping[str, Any], where: Path) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from segkit.data.case import Cohort, ImageFile
 from segkit.data.files import count_channels
+from segkit.data.layouts.channels import common_modalities, without_nameless
 from segkit.data.layouts.grouping import IMAGE, group_files
 from segkit.data.layouts.layout import FolderOptions, FoundFile, Layout, build_cases, build_cohort, unused_files
 from segkit.data.layouts.listing import Listing, bare_name
@@ -29,14 +30,17 @@ def _recognise(listing: Listing) -> float:
 def _read(listing: Listing, options: FolderOptions) -> Cohort:
     channels = {name: int(pattern) for name, pattern in options.modalities.items() if pattern.isdigit()}
     patterns = {name: pattern for name, pattern in options.modalities.items() if name not in channels}
-    grouped, patients = group_files(listing.volumes, listing.root, patterns)
-    files, problems = _with_channels(grouped, channels)
-    cases, more = build_cases(files, patient_of=lambda case_id: patients[case_id])
+    grouping = group_files(listing.volumes, listing.root, patterns)
+    found, problems = _with_channels(grouping.files, channels)
+    files, nameless = without_nameless(found)
+    cases, more = build_cases(files, patient_of=lambda case_id: grouping.patients[case_id])
+    modalities, rare = common_modalities(cases, named=options.modalities)
     if ignored := [file.image.path for file in files if file.kind == IGNORED]:
         why = "fitting no --modality" if patterns else "neither an image nor a reference by their names"
         problems.append(unused_files(ignored, why, "Name modalities and reference with --modality name=suffix"))
     choice = scheme_by_values(cases, options, listing.root)
-    return build_cohort(listing, "folder", cases, choice, problems=(*problems, *more))
+    problems += [*grouping.problems, *more, *nameless, *rare]
+    return build_cohort(listing, "folder", cases, choice, modalities=modalities, problems=problems)
 
 
 def _with_channels(files: Iterable[FoundFile], named: Mapping[str, int]) -> tuple[list[FoundFile], list[Problem]]:

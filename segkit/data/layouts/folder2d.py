@@ -44,16 +44,17 @@ def _recognise(listing: Listing) -> float:
 
 def _read(listing: Listing, options: FolderOptions) -> Cohort:
     pictures, doubles = _one_per_stem(listing.pictures)
-    grouped, patients = group_files(pictures, listing.root, options.modalities)
-    problems = []
+    grouping = group_files(pictures, listing.root, options.modalities)
+    grouped, problems = grouping.files, list(grouping.problems)
     if not options.modalities and not any(file.kind == LABEL for file in grouped):
         suffix = shared_suffix(pictures)
         if suffix is not None:
-            grouped, patients = group_files(pictures, listing.root, {LABEL: suffix, IMAGE: "*"})
+            grouping = group_files(pictures, listing.root, {LABEL: suffix, IMAGE: "*"})
+            grouped = grouping.files
             note = f"files that end in {suffix} are taken for the reference masks"
             remedy = "Name another suffix with --modality label=SUFFIX --modality image=SUFFIX"
             problems.append(Problem(str(listing.root), note, remedy, is_fatal=False))
-    patients = _join_both_eyes(patients)
+    patients = _join_both_eyes(grouping.patients)
     cases, more = build_cases(_with_planes(grouped), patient_of=lambda case_id: patients[case_id], order=_order)
     ignored = [file.image.path for file in grouped if file.kind == IGNORED]
     if doubles:

@@ -1,7 +1,8 @@
 """Which files of a folder without convention belong to one case.
 
 Three habits are understood: a folder for each case (`patient19/FLAIR.nii.gz`), all cases in one folder with suffixes
-(`p1_t1.nii.gz`, `p1_seg.nii.gz`), and a folder for each kind (`images/p1.png`, `masks/p1.png`, `T1/p1.nii.gz`).
+(`p1_t1.nii.gz`, `p1_seg.nii.gz`), and a folder for each kind (`images/p1.png`, `masks/p1.png`, `T1/p1.nii.gz`). The
+folder for a kind may hold more folders (`images/train/p1.png`, `masks/train/p1.png`): without it, both lie in `train`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from segkit.data.case import ImageFile
-from segkit.data.layouts.layout import FoundFile
+from segkit.data.layouts.layout import FoundFile, unused_files
 from segkit.data.layouts.listing import bare_name
 from segkit.data.layouts.modality import IGNORED, LABEL, canonical_modality, kind_of, split_name
+from segkit.data.layouts.naming import name_cases
+from segkit.errors import Problem
 
 IMAGE = "image"
 """The modality of a file whose name tells none."""
@@ -26,9 +29,21 @@ _LABEL_FOLDERS = frozenset(
     {"label", "labels", "labelstr", "mask", "masks", "segmentation", "segmentations", "seg", "segs", "gt"}
     | {"annotations", "ground_truth", "groundtruth", "references", "1st_manual", "manual", "targets"}
 )
-_SESSION = re.compile(
-    r"^(ses|session|visit|tp|timepoint|time|scan|baseline|followup|week|month|year)?[-_ ]?\d*$", re.IGNORECASE
-)
+_KIND_FOLDERS = _IMAGE_FOLDERS | _LABEL_FOLDERS
+_LAST_CHOICE = frozenset({"mask", "masks"})
+"""Of several folders for references these lose: beside one of them they hold fields of view or masks of organs."""
+
+_SUBSET = re.compile(r"[-_. ]+(training|train|validation|val|testing|test)$", re.IGNORECASE)
+"""What names of images say of the part of the data they are in, and references do not (`21_training`, `21_manual1`)."""
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Files told apart, the patient of each case id, and what is to be said about files left out."""
+
+    files: list[FoundFile]
+    patients: dict[str, str]
+    problems: list[Problem]
 
 
 @dataclass(frozen=True)
@@ -40,36 +55,39 @@ class _Item:
     kind: str | None
     rest: str
     is_leading: bool = False
-    is_sorted: bool = False
-    """Whether the folder's name gave the kind, so that the rest identifies the case."""
+    kind_folder: Path | None = None
+    """The folder for images or references that the file lies in; `folder` is then its path without that one."""
 
 
-def group_files(
-    paths: Sequence[Path], root: Path, patterns: Mapping[str, str]
-) -> tuple[list[FoundFile], dict[str, str]]:
+def group_files(paths: Sequence[Path], root: Path, patterns: Mapping[str, str]) -> Grouping:
     """Cases of files by their names and folders, and the patient of each case id.
 
     `patterns` (modality to suffix, or glob where it has `*`, `?` or `[`) replaces the synonyms where it is given;
     files that no pattern fits are IGNORED. The kind of a file whose name tells nothing is IMAGE.
     """
-    items = [_by_pattern(path, patterns) for path in paths] if patterns else [_by_name(path, root) for path in paths]
+    problems: list[Problem] = []
+    if patterns:
+        items = [_by_pattern(path, patterns) for path in paths]
+    else:
+        items, problems = _pair_kind_folders([_by_name(path, root) for path in paths])
     folders: dict[Path, list[_Item]] = defaultdict(list)
     left = {item.path: item.folder for item in items}
     for item in _tell_companions(items):
         if item.kind != IGNORED:
             folders[item.folder].append(item)
-    counts = Counter(key for members in folders.values() for key in _keys(members))
-    repeated = {key for key, count in counts.items() if count > 1}
+    groups = [
+        (folder, key, own) for folder, members in folders.items() for key, own in _cases_in(folder, members, root)
+    ]
     files: list[FoundFile] = []
     patients: dict[str, str] = {}
-    for folder, members in folders.items():
-        for case_id, patient, own in _cases_in(folder, members, root, repeated):
-            patients[case_id] = patient
-            for item in own:
-                files.append(FoundFile(case_id, folder, item.kind or IMAGE, ImageFile(item.path)))
-                del left[item.path]
+    names = name_cases([(folder, key) for folder, key, _ in groups], root)
+    for (case_id, patient), (folder, _, own) in zip(names, groups, strict=True):
+        patients[case_id] = patient
+        for item in own:
+            files.append(FoundFile(case_id, folder, item.kind or IMAGE, ImageFile(item.path)))
+            del left[item.path]
     files += [FoundFile("", folder, IGNORED, ImageFile(path)) for path, folder in left.items()]
-    return files, patients
+    return Grouping(files, patients, problems)
 
 
 def shared_suffix(paths: Sequence[Path]) -> str | None:
@@ -99,19 +117,84 @@ def _by_pattern(path: Path, patterns: Mapping[str, str]) -> _Item:
 
 
 def _by_name(path: Path, root: Path) -> _Item:
-    parts = split_name(bare_name(path))
-    folder, name = path.parent, path.parent.name.lower()
-    if folder == root:
-        return _Item(path, folder, parts.kind, parts.rest, parts.is_leading)
-    if name in _LABEL_FOLDERS:
-        rest = parts.rest if parts.kind in (LABEL, None) and parts.rest else bare_name(path)
-        return _Item(path, folder.parent, LABEL, rest, is_sorted=True)
-    if name in _IMAGE_FOLDERS:
-        rest = parts.rest or bare_name(path)
-        return _Item(path, folder.parent, parts.kind, rest, is_sorted=True)
-    if parts.kind is None and (modality := canonical_modality(name)):
-        return _Item(path, folder.parent, modality, parts.rest, is_sorted=True)
-    return _Item(path, folder, parts.kind, parts.rest, parts.is_leading)
+    name = bare_name(path)
+    parts = split_name(name)
+    above = path.relative_to(root).parts[:-1]
+    index = next((at for at in reversed(range(len(above))) if above[at].lower() in _KIND_FOLDERS), None)
+    if index is None:
+        if above and parts.kind is None and (modality := canonical_modality(above[-1])):
+            return _Item(path, path.parent.parent, modality, parts.rest)
+        return _Item(path, path.parent, parts.kind, parts.rest, parts.is_leading)
+    folder = root.joinpath(*above[:index], *above[index + 1 :])
+    kind_folder = root.joinpath(*above[: index + 1])
+    if above[index].lower() in _LABEL_FOLDERS:
+        rest = parts.rest if parts.kind in (LABEL, None) else name
+        return _Item(path, folder, LABEL, rest, kind_folder=kind_folder)
+    if index + 1 < len(above) and parts.kind is None and (modality := canonical_modality(above[-1])):
+        return _Item(path, folder.parent, modality, parts.rest, kind_folder=kind_folder)
+    return _Item(path, folder, parts.kind, parts.rest, kind_folder=kind_folder)
+
+
+def _pair_kind_folders(items: Sequence[_Item]) -> tuple[list[_Item], list[Problem]]:
+    """Give references and images that lie in folders for their kind the same rest of the name."""
+    sorted_in: dict[Path, list[_Item]] = defaultdict(list)
+    for item in items:
+        if item.kind_folder is not None:
+            sorted_in[item.folder].append(item)
+    beaten = {name for members in sorted_in.values() for name in _beaten_folders(members)}
+    paired = [item for item in items if item.kind_folder is None]
+    losers: list[Path] = []
+    lonely: list[Path] = []
+    for members in sorted_in.values():
+        lost = {item.path for item in members if _is_reference(item) and _kind_name(item) in beaten}
+        losers += sorted(lost)
+        images, references = _paired([item for item in members if item.path not in lost])
+        paired += [*images, *references]
+        if lost:
+            known = {item.rest for item in references}
+            lonely += sorted(item.path for item in images if item.rest not in known)
+    problems = []
+    if losers:
+        problems.append(unused_files(losers, "as another folder beside theirs holds the references"))
+    if lonely:
+        problems.append(unused_files(lonely, "in training: no reference in the folder of the references"))
+    return paired, problems
+
+
+def _paired(items: Sequence[_Item]) -> tuple[list[_Item], list[_Item]]:
+    """Images and references of one folder, references by the whole name of their image where there is one."""
+    references = [item for item in items if _is_reference(item)]
+    images = [item for item in items if not _is_reference(item)]
+    named = [item for item in images if item.kind == LABEL]
+    images = [item for item in images if item.kind != LABEL]
+    plain = set() if references else {(item.path.parent, item.rest) for item in images}
+    for item in named:  # a name alone makes no reference of a file among images; lying beside its image does
+        if (item.path.parent, item.rest) in plain:
+            references.append(item)
+        else:
+            images.append(replace(item, kind=None, rest=bare_name(item.path)))
+    rest_of = {bare_name(item.path): item.rest for item in images}
+    references = [replace(item, rest=rest_of.get(bare_name(item.path), item.rest)) for item in references]
+    known = {item.rest for item in references}
+    return [_without_subset(item, known) for item in images], references
+
+
+def _without_subset(item: _Item, known: set[str]) -> _Item:
+    shorter = _SUBSET.sub("", item.rest)
+    return replace(item, rest=shorter) if item.rest not in known and shorter in known else item
+
+
+def _beaten_folders(items: Iterable[_Item]) -> set[str]:
+    names = {_kind_name(item) for item in items if _is_reference(item)}
+    return names & _LAST_CHOICE if names - _LAST_CHOICE else set()
+
+
+def _is_reference(item: _Item) -> bool:
+    return _kind_name(item) in _LABEL_FOLDERS
+
+
+def _kind_name(item: _Item) -> str:
+    return "" if item.kind_folder is None else item.kind_folder.name.lower()
 
 
 def _tell_companions(items: Iterable[_Item]) -> list[_Item]:
@@ -132,27 +215,20 @@ def _shorter_stems(stem: str) -> list[str]:
 
 def _keys(items: Sequence[_Item]) -> set[str]:
     """The names that tell the cases of one folder apart, empty where it holds a single case."""
-    firm = {item.rest for item in items if item.rest and not item.is_leading}
+    is_case = any(not item.rest and item.kind not in (None, LABEL) for item in items)  # T1.nii.gz, and DWI beside it
+    telling = [item for item in items if item.kind is not None or not is_case]
+    firm = {item.rest for item in telling if item.rest and not item.is_leading}
     leading = Counter(item.kind for item in items if item.is_leading)
     if firm or any(count > 1 for count in leading.values()):
         firm |= {item.rest for item in items if item.is_leading and item.rest}
     return firm if len(firm) > 1 else set()
 
 
-def _cases_in(
-    folder: Path, items: Sequence[_Item], root: Path, repeated: set[str]
-) -> Iterable[tuple[str, str, list[_Item]]]:
-    """(case id, patient, files) for each case of one folder."""
-    keys = _keys(items)
-    if keys:
-        for key in sorted(keys):
-            case_id = f"{folder.name}_{key}" if key in repeated and folder != root else key
-            yield case_id, case_id, [item for item in items if item.rest == key]
+def _cases_in(folder: Path, items: Sequence[_Item], root: Path) -> Iterable[tuple[str, list[_Item]]]:
+    """(name in the folder, files) for each case of one folder; the name is empty where the folder is the case."""
+    if keys := _keys(items):
+        yield from ((key, [item for item in items if item.rest == key]) for key in sorted(keys))
         return
     rests = sorted({item.rest for item in items if item.rest and not item.is_leading})
     has_own_folder = folder != root or any(item.kind for item in items if not item.rest or item.is_leading)
-    name = folder.name if has_own_folder or not rests else rests[0]
-    if _SESSION.match(name) and folder != root and folder.parent != root:
-        yield f"{folder.parent.name}_{name}", folder.parent.name, list(items)
-    else:
-        yield name, name, list(items)
+    yield ("" if has_own_folder else (rests or [root.name])[0]), list(items)

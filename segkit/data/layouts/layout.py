@@ -16,10 +16,11 @@ from segkit.labels import LabelScheme
 
 @dataclass(frozen=True)
 class FolderOptions:
-    """What the user said about a folder: file name patterns by modality, and the label scheme."""
+    """What the user said about a folder: file name patterns by modality, the label scheme, and the layout's name."""
 
     modalities: Mapping[str, str] = field(default_factory=dict)
     label_scheme: LabelScheme | None = None
+    layout: str | None = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,12 @@ from segkit.errors import DataError, Problem
 
 _JUNK_FOLDERS = frozenset({"__MACOSX", "__pycache__"})
 
+_DICOM_INDEX = "DICOMDIR"
+"""The table of contents of a DICOM disc: it carries DICOM's mark, but no image."""
+
+_TRIED_FILES = 5
+"""Files without suffix to look into for a DICOM series: programs on a disc (AUTORUN) lie among the slices."""
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -37,8 +43,10 @@ class Listing:
         return self.volumes + self.pictures
 
 
-def list_images(root: Path) -> Listing:
+def list_images(root: Path, exclude: Path | None = None) -> Listing:
     """Walk `root` (a folder or one file): links are followed but never in a circle, hidden files are left out.
+
+    `exclude` is a folder below `root` of which nothing is read, such as one for results.
 
     Raises:
         DataError: `root` does not exist or cannot be opened.
@@ -53,7 +61,7 @@ def list_images(root: Path) -> Listing:
             expected="a data folder, a case folder or one image file",
             remedy="Check the path, and that the disk is mounted",
         )
-    found = _Found()
+    found = _Found(excluded=_identity(exclude))
     _walk(root, (), found)
     return Listing(
         root,
@@ -89,6 +97,7 @@ def read_document(path: Path) -> dict[str, Any]:
 
 @dataclass
 class _Found:
+    excluded: tuple[int, int] | None = None
     volumes: list[Path] = field(default_factory=list)
     pictures: list[Path] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -103,6 +112,15 @@ def _listing_of_file(path: Path) -> Listing:
     return Listing(path.parent, others=(path,), only=path)
 
 
+def _identity(folder: Path | None) -> tuple[int, int] | None:
+    """Device and inode, which are the same by whatever path or link a folder is reached; None where there is none."""
+    try:
+        status = None if folder is None else folder.stat()
+    except OSError:
+        return None
+    return None if status is None else (status.st_dev, status.st_ino)
+
+
 def _walk(folder: Path, above: tuple[tuple[int, int], ...], found: _Found) -> None:
     try:
         status = folder.stat()
@@ -112,6 +130,8 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...], found: _Found) -> No
         found.problems.append(Problem(str(folder), f"cannot be opened ({error.strerror})", remedy, is_fatal=False))
         return
     identity = (status.st_dev, status.st_ino)
+    if above and identity == found.excluded:
+        return
     if identity in above:
         remedy = "Remove the link; the folder itself is read once"
         found.problems.append(Problem(str(folder), "is a link to a folder that contains it", remedy, is_fatal=False))
@@ -146,11 +166,12 @@ def _sort_files(files: Iterable[Path], found: _Found) -> None:
 
 
 def _is_series(files: list[Path]) -> bool:
-    """Whether a folder holds a DICOM series: by suffix, else by the magic bytes of its first file without suffix."""
+    """Whether a folder holds a DICOM series: by suffix, else by the magic bytes of its first files without suffix."""
     if any(_is_dicom_name(path) for path in files):
         return True
-    bare = next((path for path in files if not path.suffix or path.suffix[1:].isdigit()), None)
-    return bare is not None and is_dicom_file(bare)
+    bare = (path for path in files if not path.suffix or path.suffix[1:].isdigit())
+    candidates = [path for path in bare if path.name.upper() != _DICOM_INDEX]
+    return any(is_dicom_file(path) for path in candidates[:_TRIED_FILES])
 
 
 def _is_dicom_name(path: Path) -> bool:

@@ -47,12 +47,14 @@ _LONGEST = max(len(sequence) for sequence in _KIND_OF)
 class NameParts:
     """A file name taken apart: `kind` (a modality, LABEL, IGNORED or None) and the `rest` of the name.
 
-    `is_leading` says that the kind stood at the beginning, so that the rest describes rather than identifies.
+    `is_leading` says that the kind stood at the beginning, so that the rest describes rather than identifies; `word` is
+    what told the kind, in small letters and with spaces for separators.
     """
 
     kind: str | None
     rest: str
     is_leading: bool = False
+    word: str = ""
 
 
 def canonical_modality(name: str) -> str | None:
@@ -76,7 +78,8 @@ def split_name(stem: str) -> NameParts:
             continue
         before = stem[: spans[first][0]].rstrip("-_. ")
         after = stem[spans[last - 1][1] :].lstrip("-_. ")
-        return NameParts(kind, "_".join(part for part in (before, after) if part), first == 0 and last < len(tokens))
+        rest = "_".join(part for part in (before, after) if part)
+        return NameParts(kind, rest, first == 0 and last < len(tokens), " ".join(tokens[first:last]))
     return NameParts(None, stem)
 
 

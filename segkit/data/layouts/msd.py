@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from segkit.data.case import Cohort, ImageFile
-from segkit.data.layouts.dataset_json import channel_names, document_scheme, find_document, has_channel_names
+from segkit.data.layouts.conventions import patient_of
+from segkit.data.layouts.dataset_json import (
+    channel_names,
+    document_scheme,
+    find_document,
+    has_channel_names,
+    lists_images_as_written,
+)
 from segkit.data.layouts.layout import FolderOptions, FoundFile, Layout, build_cases, build_cohort, unused_files
 from segkit.data.layouts.listing import Listing, bare_name, read_document
 from segkit.data.layouts.modality import LABEL, in_channel_order
@@ -23,7 +30,9 @@ def _recognise(listing: Listing) -> float:
     document = find_document(listing)
     if document is None:
         return 0.05 if (listing.root / "imagesTr").is_dir() else 0.0
-    return 0.05 if has_channel_names(listing) or not listing.volumes else 0.9
+    if not listing.volumes:
+        return 0.05
+    return 0.9 if lists_images_as_written(document) or not has_channel_names(listing) else 0.05
 
 
 def _read(listing: Listing, options: FolderOptions) -> Cohort:
@@ -39,7 +48,9 @@ def _read(listing: Listing, options: FolderOptions) -> Cohort:
         pairs += [(test, None) for test in _unlisted(listing, pairs, "imagests")]
         if left_out := _unlisted(listing, pairs, "imagestr"):
             problems.append(unused_files(left_out, "not listed in dataset.json", "List them under `training`"))
-    cases, more = build_cases(_found_files(pairs, names), order=lambda kinds: _order(kinds, names))
+    cases, more = build_cases(
+        _found_files(pairs, names), patient_of=patient_of, order=lambda kinds: _order(kinds, names)
+    )
     return build_cohort(
         listing,
         "msd",

@@ -13,14 +13,25 @@ from typing import Any
 
 from segkit.data.case import Cohort, ImageFile
 from segkit.data.files import count_channels
+from segkit.data.layouts.conventions import patient_of
 from segkit.data.layouts.dataset_json import (
     CHANNEL_NAME,
     channel_names,
     document_scheme,
     find_document,
     has_channel_names,
+    image_paths,
+    lists_images_as_written,
 )
-from segkit.data.layouts.layout import FolderOptions, FoundFile, Layout, SchemeChoice, build_cases, build_cohort
+from segkit.data.layouts.layout import (
+    FolderOptions,
+    FoundFile,
+    Layout,
+    SchemeChoice,
+    build_cases,
+    build_cohort,
+    unused_files,
+)
 from segkit.data.layouts.listing import Listing, bare_name, read_document
 from segkit.data.layouts.modality import LABEL, in_channel_order
 from segkit.data.layouts.schemes import scheme_by_values
@@ -33,8 +44,8 @@ _MOST_CHANNELS = 16
 def _recognise(listing: Listing) -> float:
     if not has_channel_names(listing):
         return 0.05 if find_document(listing) or (listing.root / "imagesTr").is_dir() else 0.0
-    if find_document(listing) is not None:
-        return 1.0
+    if (path := find_document(listing)) is not None:
+        return 0.05 if lists_images_as_written(path) else 1.0
     channels = _channels_by_case(listing)
     is_numbering_whole = all(
         0 in numbers and max(numbers) < min(len(numbers), _MOST_CHANNELS) for numbers in channels.values()
@@ -48,7 +59,8 @@ def _read(listing: Listing, options: FolderOptions) -> Cohort:
     document = {} if path is None else read_document(path)
     names = _names(listing, document, path, options)
     files = list(_listed_files(document, path, names) if "dataset" in document and path else _files(listing, names))
-    cases, problems = build_cases(files, order=lambda kinds: _order(kinds, names))
+    cases, problems = build_cases(files, patient_of=patient_of, order=lambda kinds: _order(kinds, names))
+    problems += _left_out(listing, files, names)
     if path is None:
         choice = scheme_by_values(cases, options, listing.root)
         if not set(names) <= set(options.modalities):
@@ -77,7 +89,7 @@ def _names(listing: Listing, document: Mapping[str, Any], path: Path | None, opt
 
 def _channels_by_case(listing: Listing) -> dict[tuple[Path, str], set[int]]:
     channels: dict[tuple[Path, str], set[int]] = defaultdict(set)
-    for path in listing.images:
+    for path in image_paths(listing):
         if match := CHANNEL_NAME.match(bare_name(path)):
             channels[path.parent, match["case"]].add(int(match["channel"]))
     return channels
@@ -88,10 +100,25 @@ def _files(listing: Listing, names: Sequence[str]) -> Iterable[FoundFile]:
     for path in listing.images:
         if path.parent.name.lower().startswith("labels"):
             yield FoundFile(bare_name(path), path.parent, LABEL, ImageFile(path))
-        elif match := CHANNEL_NAME.match(bare_name(path)):
+    for path in image_paths(listing):
+        if match := CHANNEL_NAME.match(bare_name(path)):
             yield from _channel_files(match["case"], path, int(match["channel"]), names)
     if listing.root.name.lower().startswith("images"):
         yield from _sibling_labels(listing)
+
+
+def _left_out(listing: Listing, files: Iterable[FoundFile], names: Sequence[str]) -> Iterable[Problem]:
+    """Notes on files that are no channel or reference of any case."""
+    used = {file.image.path for file in files}
+    left = [path for path in listing.images if path not in used]
+    numbers = {path: match["channel"] for path in left if (match := CHANNEL_NAME.match(bare_name(path)))}
+    images = set(image_paths(listing))
+    beyond = [path for path in left if path in images and path in numbers and int(numbers[path]) >= len(names)]
+    if beyond:
+        why = f"channel numbers beyond the {len(names)} that dataset.json names"
+        yield unused_files(beyond, why, "Name every channel in dataset.json, numbered from 0")
+    if others := sorted(set(left) - set(beyond)):
+        yield unused_files(others, "neither in an images... nor in a labels... folder, or not named CASE_0000")
 
 
 def _channel_files(case_id: str, path: Path, channel: int, names: Sequence[str]) -> Iterable[FoundFile]:

@@ -48,7 +48,7 @@ def scheme_from_names(labels: Mapping[str, int], modalities: Iterable[str]) -> L
     if len(set(modalities) & set(BRATS_MODALITIES)) >= 2:
         tissues = {_tissue_of(name): value for name, value in classes.items()}
         for scheme in SCHEMES.values():
-            if len(tissues) == len(classes) and tissues == dict(scheme.values):
+            if len(tissues) == len(classes) and _as_named_in(scheme, tissues) == dict(scheme.values):
                 return scheme
     return classes_scheme("classes", classes)
 
@@ -148,6 +148,12 @@ def present_values(labels: object) -> set[int]:
 
     counts = np.bincount(np.asarray(labels, np.uint8).ravel(), minlength=256)
     return {int(value) for value in np.flatnonzero(counts)}
+
+
+def _as_named_in(scheme: LabelScheme, tissues: Mapping[str, int]) -> dict[str, int]:
+    """Tissues with NCR called NET where the scheme knows but one core without enhancement, and calls it so."""
+    has_one_core = "NET" in scheme.values and "NCR" not in scheme.values
+    return {"NET" if name == "NCR" and has_one_core else name: value for name, value in tissues.items()}
 
 
 def _tissue_of(name: str) -> str:

@@ -46,6 +46,7 @@ def find_cases(
     modalities: Mapping[str, str] | None = None,
     label_scheme: str | None = None,
     require_labels: bool = False,
+    exclude: Path | None = None,
 ) -> Cohort:
     """The cases of a data folder, one case folder, or one image file.
 
@@ -57,13 +58,14 @@ def find_cases(
         label_scheme: a name of `labels.SCHEMES`, or "classes" for one class a value; None tells it by names, then by
             values.
         require_labels: leave out cases without a reference, and refuse a folder that has none.
+        exclude: a folder below `root` of which nothing is read, such as one for results.
 
     Raises:
         DataError: nothing there, nothing recognised, or no references where they are required.
         RequestError: unknown layout or label scheme.
     """
-    listing = list_images(Path(root))
-    options = FolderOptions(dict(modalities or {}), _scheme_named(label_scheme))
+    listing = list_images(Path(root), exclude)
+    options = FolderOptions(dict(modalities or {}), _scheme_named(label_scheme), layout)
     chosen = _choose_layout(listing, layout, options)
     cohort = chosen.read(listing, options)
     if not cohort.cases:

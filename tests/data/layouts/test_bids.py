@@ -53,6 +53,15 @@ def test_values_without_names_are_ambiguous_and_a_table_names_them(bids: Path) -
         find_cases(bids)
 
 
+def test_an_extra_of_one_subject_is_no_channel(volume: Write, tmp_path: Path) -> None:
+    for subject in (1, 2, 3):
+        volume(f"sub-{subject}/anat/sub-{subject}_T1w.nii.gz")
+    volume("sub-2/anat/sub-2_FLAIR.nii.gz")
+    cohort = find_cases(tmp_path)
+    assert (cohort.layout, cohort.modalities) == ("bids", ("t1n",))
+    assert "1 of 3 cases have t2f: sub-2_FLAIR.nii.gz" in cohort.problems[0].found
+
+
 def test_two_runs_are_two_files_for_one_modality(volume: Write, tmp_path: Path) -> None:
     volume("sub-1/anat/sub-1_run-1_T1w.nii.gz")
     volume("sub-1/anat/sub-1_run-2_T1w.nii.gz")

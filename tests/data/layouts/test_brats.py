@@ -7,6 +7,7 @@ import pytest
 
 from segkit.data.layouts.conventions import patient_of
 from segkit.data.layouts.table import find_cases
+from segkit.labels import SCHEMES
 
 Write = Callable[..., Path]
 FOUR = ("t1n", "t1c", "t2w", "t2f")
@@ -81,19 +82,35 @@ def test_time_points_from_100_on_make_the_whole_folder_2024(volume: Write, tmp_p
     assert [case.patient for case in cohort.cases] == ["BraTS-GLI-00001"] * 2
 
 
-@pytest.mark.parametrize(
-    ("values", "layout", "scheme"),
-    [((1, 2, 3), "brats2023-ped", "brats2023"), ((1, 2, 3, 4), "brats-ped", "brats-ped")],
-)
-def test_value_4_tells_the_paediatric_schemes_apart(
-    volume: Write, tmp_path: Path, values: tuple[int, ...], layout: str, scheme: str
-) -> None:
+def _paediatric(volume: Write, values: tuple[int, ...]) -> None:
     for suffix in FOUR:
         volume(f"BraTS-PED-00001-000/BraTS-PED-00001-000-{suffix}.nii.gz")
     volume("BraTS-PED-00001-000/BraTS-PED-00001-000-seg.nii.gz", values)
+
+
+def test_value_4_tells_the_later_paediatric_scheme(volume: Write, tmp_path: Path) -> None:
+    _paediatric(volume, (1, 2, 3, 4))
     cohort = find_cases(tmp_path)
-    assert cohort.scheme is not None
-    assert (cohort.layout, cohort.scheme.name) == (layout, scheme)
+    assert (cohort.layout, cohort.scheme, cohort.problems) == ("brats-ped", SCHEMES["brats-ped"], ())
+
+
+def test_paediatric_values_without_4_are_never_guessed(volume: Write, tmp_path: Path) -> None:
+    _paediatric(volume, (1, 2, 3))
+    cohort = find_cases(tmp_path)
+    assert cohort.scheme is None
+    (problem,) = cohort.problems
+    assert problem.is_fatal
+    for name in ("brats-ped", "brats2023"):
+        assert f"--label-scheme {name}" in problem.remedy
+        assert find_cases(tmp_path, label_scheme=name).scheme == SCHEMES[name]
+
+
+@pytest.mark.parametrize(("layout", "scheme"), [("brats2023-ped", "brats2023"), ("brats-ped", "brats-ped")])
+def test_a_chosen_paediatric_layout_is_a_choice_of_scheme(
+    volume: Write, tmp_path: Path, layout: str, scheme: str
+) -> None:
+    _paediatric(volume, (1, 2, 3))
+    assert find_cases(tmp_path, layout=layout).scheme == SCHEMES[scheme]
 
 
 def test_paediatric_scans_without_references_have_no_scheme(volume: Write, tmp_path: Path) -> None:
@@ -159,6 +176,54 @@ def test_the_same_id_in_two_folders_is_read_once_and_named(volume: Write, tmp_pa
     assert problem.is_fatal
     assert "also exists in" in problem.found
     assert "LGG" in problem.found
+
+
+@pytest.mark.parametrize("suffix", ["mask", "lesion_mask", "manual", "label"])
+def test_masks_that_no_year_of_brats_names_are_no_references(volume: Write, tmp_path: Path, suffix: str) -> None:
+    name = "BraTS2021_00001/BraTS2021_00001"
+    volume(f"{name}_t1.nii.gz")
+    volume(f"{name}_{suffix}.nii.gz", (1,))
+    volume(f"BraTS2021_00001/{suffix}.nii.gz", (1,))
+    cohort = find_cases(tmp_path)
+    assert cohort.cases[0].label is None
+    note = next(problem for problem in cohort.problems if "brain masks" in problem.found)
+    assert f"2 files left out, neither an image nor a reference (brain masks?): BraTS2021_00001_{suffix}" in note.found
+    assert not note.is_fatal
+    volume(f"{name}_seg.nii.gz", (1, 2, 4))
+    (case,) = find_cases(tmp_path).cases
+    assert case.label is not None
+    assert case.label.path.name == "BraTS2021_00001_seg.nii.gz"
+    assert case.problems == ()
+
+
+def test_the_healthy_mask_of_inpainting_is_no_reference(volume: Write, tmp_path: Path) -> None:
+    for suffix in (*FOUR, "mask"):
+        volume(f"BraTS-GLI-00001-000/BraTS-GLI-00001-000-{suffix}.nii.gz")
+    (case,) = find_cases(tmp_path).cases
+    assert (case.label, tuple(case.images)) == (None, FOUR)
+
+
+def test_predictions_in_another_tree_are_no_references(volume: Write, tmp_path: Path) -> None:
+    for case_id in ("BraTS-GLI-00001-000", "BraTS-GLI-00002-000"):
+        for suffix in FOUR:
+            volume(f"data/{case_id}/{case_id}-{suffix}.nii.gz")
+        volume(f"predictions/{case_id}-seg.nii.gz", (1,))
+        volume(f"ensemble/{case_id}/{case_id}-seg.nii.gz", (1,))
+    volume("data/BraTS-GLI-00001-000/BraTS-GLI-00001-000-seg.nii.gz", (1,))
+    cohort = find_cases(tmp_path)
+    labelled, unlabelled = cohort.cases
+    assert labelled.label is not None
+    assert labelled.label.path.parent == tmp_path / "data" / "BraTS-GLI-00001-000"
+    assert unlabelled.label is None
+    (note,) = cohort.problems
+    assert "4 files left out, masks outside the folder of their case (predictions?)" in note.found
+
+
+def test_a_case_split_between_grades_keeps_its_reference(volume: Write, tmp_path: Path) -> None:
+    volume("HGG/Brats18_CBICA_AAB_1/Brats18_CBICA_AAB_1_t1.nii.gz")
+    volume("LGG/Brats18_CBICA_AAB_1/Brats18_CBICA_AAB_1_seg.nii.gz", (1,))
+    (case,) = find_cases(tmp_path).cases
+    assert case.label is not None
 
 
 def test_two_files_for_one_modality(volume: Write, tmp_path: Path) -> None:

@@ -139,3 +139,110 @@ def test_real_ct_and_dicom_folders(shared_data: Path) -> None:
     ]
     series = find_cases(shared_data / "dicom_headers" / "siemens" / "anatomical" / "001")
     assert [image.path.name for image in series.cases[0].images.values()] == ["001"]
+
+
+def test_one_folder_name_below_every_patient(volume: Write, tmp_path: Path) -> None:
+    for patient in ("P1", "P2", "anna"):
+        for name in ("T1", "FLAIR"):
+            volume(f"{patient}/MR/{name}.nii.gz")
+    cohort = find_cases(tmp_path)
+    assert [(case.id, case.patient) for case in cohort.cases] == [
+        ("P1_MR", "P1"),
+        ("P2_MR", "P2"),
+        ("anna_MR", "anna"),
+    ]
+    assert all(case.problems == () for case in cohort.cases)
+
+
+def test_sessions_above_a_fixed_folder_name(volume: Write, tmp_path: Path) -> None:
+    for session in ("P1/ses-1", "P1/ses-2", "P2/ses-1"):
+        volume(f"{session}/MR/T1.nii.gz")
+    assert [(case.id, case.patient) for case in find_cases(tmp_path).cases] == [
+        ("P1_ses-1_MR", "P1"),
+        ("P1_ses-2_MR", "P1"),
+        ("P2_ses-1_MR", "P2"),
+    ]
+
+
+def test_numbered_case_folders_are_patients(volume: Write, tmp_path: Path) -> None:
+    for folder in ("HGG/000", "HGG/001", "LGG/000", "siteA/007"):
+        volume(f"{folder}/T1.nii.gz")
+    assert [(case.id, case.patient) for case in find_cases(tmp_path).cases] == [
+        ("001", "001"),
+        ("007", "007"),
+        ("HGG_000", "HGG_000"),
+        ("LGG_000", "LGG_000"),
+    ]
+
+
+def test_numbers_below_a_patient_are_sessions(volume: Write, tmp_path: Path) -> None:
+    for folder in ("P07/001", "P07/2019-05-03"):
+        volume(f"{folder}/T1.nii.gz")
+    assert [(case.id, case.patient) for case in find_cases(tmp_path).cases] == [
+        ("P07_001", "P07"),
+        ("P07_2019-05-03", "P07"),
+    ]
+
+
+def test_time_points_by_brats_ids_share_their_patient(volume: Write, tmp_path: Path) -> None:
+    for case_id in ("BraTS-GLI-00005-100", "BraTS-GLI-00005-101"):
+        volume(f"images/{case_id}.nii.gz")
+        volume(f"labels/{case_id}.nii.gz", (1,))
+    assert [case.patient for case in find_cases(tmp_path).cases] == ["BraTS-GLI-00005"] * 2
+
+
+def test_kind_folders_above_the_parts_of_the_data(volume: Write, tmp_path: Path) -> None:
+    for name in ("train/a", "train/b", "val/a"):
+        volume(f"images/{name}.nii.gz")
+        volume(f"masks/{name}.nii.gz", (1,))
+    volume("images/val/c.nii.gz")
+    cohort = find_cases(tmp_path)
+    assert [(case.id, case.label and case.label.path.relative_to(tmp_path).as_posix()) for case in cohort.cases] == [
+        ("b", "masks/train/b.nii.gz"),
+        ("c", None),
+        ("train_a", "masks/train/a.nii.gz"),
+        ("val_a", "masks/val/a.nii.gz"),
+    ]
+    assert all(case.problems == () for case in cohort.cases)
+
+
+def test_kind_folders_with_a_folder_for_each_patient(volume: Write, tmp_path: Path) -> None:
+    for patient in ("P1", "P2"):
+        volume(f"images/{patient}/T1.nii.gz")
+        volume(f"images/{patient}/FLAIR.nii.gz")
+        volume(f"masks/{patient}/seg.nii.gz", (1,))
+    cohort = find_cases(tmp_path)
+    assert [(case.id, tuple(case.images), case.label is not None) for case in cohort.cases] == [
+        ("P1", ("t1n", "t2f"), True),
+        ("P2", ("t1n", "t2f"), True),
+    ]
+
+
+def test_an_extra_of_one_patient_is_no_channel(volume: Write, tmp_path: Path) -> None:
+    for patient in ("P1", "P2", "P3"):
+        for name in ("T1", "T2"):
+            volume(f"{patient}/{name}.nii.gz")
+    volume("P1/FLAIR.nii.gz")
+    for name in ("DWI", "ADC"):
+        volume(f"P2/{name}.nii.gz")
+    cohort = find_cases(tmp_path)
+    assert cohort.modalities == ("t1n", "t2w")
+    assert all(case.problems == () for case in cohort.cases)
+    assert "t2f" in cohort.cases[0].images
+    assert tuple(cohort.cases[1].images) == ("t1n", "t2w")
+    notes = {problem.found: problem.remedy for problem in cohort.problems}
+    assert notes == {
+        "2 files left out, as nothing tells their modality: ADC.nii.gz, DWI.nii.gz": (
+            "Keep it with --modality NAME=SUFFIX"
+        ),
+        "1 file left out, in training: 1 of 3 cases have t2f: FLAIR.nii.gz": "Keep it with --modality t2f=SUFFIX",
+    }
+    kept = find_cases(tmp_path, modalities={"t1n": "T1", "t2f": "FLAIR", "dwi": "DWI"})
+    assert kept.modalities == ("t1n", "t2f", "dwi")
+
+
+def test_half_of_the_cases_make_a_channel(volume: Write, tmp_path: Path) -> None:
+    for patient in ("P1", "P2"):
+        volume(f"{patient}/T1.nii.gz")
+    volume("P1/FLAIR.nii.gz")
+    assert find_cases(tmp_path).modalities == ("t1n", "t2f")

@@ -75,3 +75,50 @@ def test_real_retina_pictures(shared_data: Path) -> None:
     assert all(case.label is not None and case.label.path.stem.endswith("_1stHO") for case in cohort.cases)
     assert cohort.scheme is not None
     assert dict(cohort.scheme.values) == {"foreground": 1}
+
+
+def test_drawings_go_before_fields_of_view(tmp_path: Path) -> None:
+    for number in (21, 22, 23):
+        _picture(tmp_path / "training" / "images" / f"{number}_training.tif", colour=True)
+        _picture(tmp_path / "training" / "mask" / f"{number}_training_mask.gif", values=(255, 255))
+    for number in (21, 22):
+        _picture(tmp_path / "training" / "1st_manual" / f"{number}_manual1.gif", values=(255,))
+    _picture(tmp_path / "test" / "images" / "01_test.tif", colour=True)
+    _picture(tmp_path / "test" / "mask" / "01_test_mask.gif", values=(255, 255))
+    cohort = find_cases(tmp_path)
+    assert [(case.id, case.label and case.label.path.name) for case in cohort.cases] == [
+        ("21", "21_manual1.gif"),
+        ("22", "22_manual1.gif"),
+        ("23_training", None),
+        ("test", None),
+    ]
+    losers, lonely = (problem.found for problem in cohort.problems)
+    assert losers.startswith("4 files left out, as another folder beside theirs holds the references")
+    assert lonely.endswith("01_test.tif, 23_training.tif")
+
+
+def test_a_mask_folder_alone_holds_the_references(tmp_path: Path) -> None:
+    for stem in ("a", "b"):
+        _picture(tmp_path / "images" / f"{stem}.png")
+        _picture(tmp_path / "mask" / f"{stem}.png", values=(1,))
+    assert all(case.label is not None for case in find_cases(tmp_path).cases)
+
+
+@pytest.mark.parametrize("mask", ["tumor_{}", "tumor_{}_mask"])
+def test_images_named_like_references(tmp_path: Path, mask: str) -> None:
+    for number in range(2):
+        _picture(tmp_path / "images" / f"tumor_{number}.png")
+        _picture(tmp_path / "masks" / f"{mask.format(number)}.png", values=(1,))
+    cohort = find_cases(tmp_path)
+    assert [(case.id, case.label is not None) for case in cohort.cases] == [("tumor_0", True), ("tumor_1", True)]
+
+
+def test_references_beside_their_images_in_the_images_folder(tmp_path: Path) -> None:
+    for stem in ("a", "b"):
+        _picture(tmp_path / "images" / f"{stem}.png")
+        _picture(tmp_path / "images" / f"{stem}_mask.png", values=(1,))
+    cohort = find_cases(tmp_path)
+    assert [(case.id, case.label and case.label.path.name) for case in cohort.cases] == [
+        ("a", "a_mask.png"),
+        ("b", "b_mask.png"),
+    ]

@@ -59,6 +59,13 @@ def test_required_labels(volume: Write, tmp_path: Path) -> None:
     assert "cases without a reference mask: a_t1.nii.gz" in cohort.problems[-1].found
 
 
+def test_results_inside_the_data_can_be_excluded(volume: Write, tmp_path: Path) -> None:
+    for name in ("data/a_t1", "data/b_t1", "results/c_t1", "results/d_t1"):
+        volume(f"{name}.nii.gz")
+    assert [case.id for case in find_cases(tmp_path).cases] == ["a", "b", "c", "d"]
+    assert [case.id for case in find_cases(tmp_path, exclude=tmp_path / "results").cases] == ["a", "b"]
+
+
 def test_root_may_be_relative(volume: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     volume("BraTS2021_00001/BraTS2021_00001_t1.nii.gz")
     monkeypatch.chdir(tmp_path / "BraTS2021_00001")

@@ -53,6 +53,28 @@ def test_a_dicom_series_is_one_volume(tmp_path: Path) -> None:
     assert bare_name(tmp_path / "series.one") == "series.one"
 
 
+def _slice(path: Path) -> None:
+    _touch(path).write_bytes(bytes(128) + b"DICM")
+
+
+def test_the_index_and_the_programs_of_a_dicom_disc_are_no_images(tmp_path: Path) -> None:
+    _slice(tmp_path / "DICOMDIR")
+    _touch(tmp_path / "pat7" / "T1" / "AUTORUN")
+    for number in range(3):
+        _slice(tmp_path / "pat7" / "T1" / f"IM{number:04d}")
+    assert list_images(tmp_path).volumes == (tmp_path / "pat7" / "T1",)
+
+
+def test_an_excluded_folder_is_not_read_by_whatever_path(tmp_path: Path) -> None:
+    kept = _touch(tmp_path / "x.nii.gz")
+    _touch(tmp_path / "out" / "deep" / "x.nii.gz")
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    for exclude in (tmp_path / "out", tmp_path / "link", tmp_path / "out" / "deep" / ".."):
+        assert list_images(tmp_path, exclude).volumes == (kept,)
+    assert len(list_images(tmp_path, tmp_path / "missing").volumes) == 3
+    assert len(list_images(tmp_path / "out", tmp_path / "out").volumes) == 1
+
+
 def test_a_single_file_and_nothing(tmp_path: Path) -> None:
     path = _touch(tmp_path / "x.nii.gz")
     _touch(tmp_path / "y.nii.gz")

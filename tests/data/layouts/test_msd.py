@@ -64,6 +64,32 @@ def test_named_classes_and_one_modality_stay_as_they_are(volume: Write, tmp_path
     assert ["not listed in dataset.json" in problem.found for problem in cohort.problems] == [True]
 
 
+def test_four_digit_numbers_of_listed_cases_are_no_channels(volume: Write, tmp_path: Path) -> None:
+    entries = []
+    for number in (0, 1):
+        volume(f"imagesTr/case_{number:04d}.nii.gz")
+        volume(f"labelsTr/case_{number:04d}.nii.gz", (1,))
+        entries.append({kind: f"./{kind}sTr/case_{number:04d}.nii.gz" for kind in ("image", "label")})
+    document = {"modality": {"0": "MRI"}, "labels": {"0": "background", "1": "a"}, "training": entries}
+    (tmp_path / "dataset.json").write_text(json.dumps(document))
+    for root in (tmp_path, tmp_path / "imagesTr"):
+        cohort = find_cases(root)
+        assert cohort.layout == "msd"
+        assert [(case.id, case.label is not None) for case in cohort.cases] == [
+            ("case_0000", True),
+            ("case_0001", True),
+        ]
+
+
+def test_time_points_share_their_patient(volume: Write, tmp_path: Path) -> None:
+    entries = [{"image": f"imagesTr/BraTS-GLI-00005-{time}.nii.gz"} for time in (100, 101)]
+    for entry in entries:
+        volume(entry["image"])
+    document = {"modality": {"0": "T1"}, "labels": {"0": "background", "1": "a"}, "training": entries}
+    (tmp_path / "dataset.json").write_text(json.dumps(document))
+    assert [case.patient for case in find_cases(tmp_path).cases] == ["BraTS-GLI-00005"] * 2
+
+
 def test_damaged_document_and_entries_that_lead_out(task01: Path) -> None:
     document = dict(TASK01, training=[{"image": "../../secret.nii.gz"}, *TASK01["training"]])
     (task01 / "dataset.json").write_text(json.dumps(document))

@@ -48,6 +48,29 @@ def test_channels_by_name_and_swapped_values_by_name(volume: Write, tmp_path: Pa
     assert case.label is not None
 
 
+def test_other_images_in_the_tree_change_nothing(volume: Write, tmp_path: Path) -> None:
+    labels = {"0": "background", "1": "a"}
+    listed = [{"image": "./imagesTr/A_1.nii.gz", "label": "./labelsTr/A_1.nii.gz"}]
+    document = {"modality": {"0": "T2"}, "labels": labels, "training": listed}
+    root = _raw(volume, tmp_path, document, 2)
+    volume("predictions/A_1.nii.gz")
+    volume("predictions/A_7_0000.nii.gz")
+    cohort = find_cases(root)
+    assert cohort.layout == "nnunet"
+    assert [(case.id, tuple(case.images), case.label is not None) for case in cohort.cases] == [("A_1", ("t2w",), True)]
+    beyond, others = (problem.found for problem in cohort.problems)
+    assert beyond == "1 file left out, channel numbers beyond the 1 that dataset.json names: A_1_0001.nii.gz"
+    assert others.endswith("A_1.nii.gz, A_7_0000.nii.gz")
+
+
+def test_time_points_share_their_patient(volume: Write, tmp_path: Path) -> None:
+    for time in (100, 101):
+        volume(f"imagesTr/BraTS-GLI-00005-{time}_0000.nii.gz")
+    document = {"channel_names": {"0": "T1"}, "labels": {"background": 0, "a": 1}}
+    (tmp_path / "dataset.json").write_text(json.dumps(document))
+    assert [case.patient for case in find_cases(tmp_path).cases] == ["BraTS-GLI-00005"] * 2
+
+
 def test_regions_of_brats_are_recognised(volume: Write, tmp_path: Path) -> None:
     labels = {"background": 0, "whole tumor": [1, 2, 3], "tumor core": [2, 3], "enhancing tumor": [3]}
     document = {"channel_names": BRATS, "labels": labels, "regions_class_order": [1, 2, 3]}

@@ -71,6 +71,8 @@ def test_plain_classes_on_demand(volume: Write, tmp_path: Path) -> None:
         ({"background": 0, "edema": 1, "non-enhancing tumor": 2, "enhancing tumour": 3}, "msd-brats"),
         ({"NCR": 1, "ED": 2, "ET": 4}, "brats2017"),
         ({"NETC": 1, "SNFH": 2, "ET": 3, "RC": 4}, "brats2024"),
+        ({"ET": 1, "NETC": 2, "CC": 3, "ED": 4}, "brats-ped"),
+        ({"ET": 1, "NET": 2, "CC": 3, "ED": 4}, "brats-ped"),
         ({"edema": 1, "liver": 2}, "classes"),
     ],
 )

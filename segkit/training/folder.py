@@ -1,0 +1,123 @@
+"""The run folder: who may use it, and the plan that is kept in it.
+
+`config.yaml` is for people (every setting, and why planning chose it); `plan.json` keeps the reasons and the estimate
+for a resumed run, which never plans again; `split.json` keeps who trains and who validates.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from segkit.checkpoint import CARD_NAME, LAST_NAME, PREVIOUS_NAME, WEIGHTS_NAME
+from segkit.config.loading import annotated_yaml, build_config, read_yaml
+from segkit.errors import RequestError
+from segkit.training.config import TrainConfig
+
+_log = logging.getLogger(__name__)
+
+CONFIG_NAME = "config.yaml"
+SCORES_NAME = "validation.json"
+_PLAN_NAME, _SPLIT_NAME = "plan.json", "split.json"
+_OF_ONE_RUN = (LAST_NAME, PREVIOUS_NAME, CARD_NAME, WEIGHTS_NAME, "metrics.jsonl", SCORES_NAME, _PLAN_NAME)
+
+
+def require_usable(run: Path, *, is_resumed: bool, may_overwrite: bool) -> None:
+    """Refuse to mix two runs in one folder, and to resume what never began; nothing is changed.
+
+    Raises:
+        RequestError: as said.
+    """
+    if run.exists() and not run.is_dir():
+        raise RequestError("is a file", where=run, expected="a folder, or a name that is free")
+    has_state = (run / LAST_NAME).exists()
+    if is_resumed and not has_state:
+        raise RequestError("there is nothing to resume", where=run, remedy="Start it without --resume")
+    if has_state and not is_resumed and not may_overwrite:
+        raise RequestError(
+            "holds a run already",
+            where=run,
+            remedy="Go on with --resume, start again with --overwrite, or name another folder",
+        )
+
+
+def open_folder(run: Path, *, is_resumed: bool) -> None:
+    """Make the folder; unless the run is resumed, remove what another run left in it.
+
+    Raises:
+        RequestError: it cannot be written to.
+    """
+    try:
+        (run / "figures").mkdir(parents=True, exist_ok=True)
+        for name in () if is_resumed else _OF_ONE_RUN:
+            (run / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise RequestError(f"cannot be written to ({error.strerror})", where=run) from error
+
+
+def write_config(run: Path, config: TrainConfig, reasons: Mapping[str, str], heading: str) -> None:
+    """Write `config.yaml`: every setting with its meaning and, where planning chose, its reason."""
+    run.mkdir(parents=True, exist_ok=True)
+    (run / CONFIG_NAME).write_text(f"# {heading}\n{annotated_yaml(config, reasons)}", encoding="utf-8")
+
+
+def read_config(run: Path) -> TrainConfig:
+    """The settings of a run.
+
+    Raises:
+        RequestError: the file is missing or was spoilt by editing.
+    """
+    path = run / CONFIG_NAME
+    return build_config(TrainConfig, [(str(path), read_yaml(path))])
+
+
+def write_plan(run: Path, reasons: Mapping[str, str], estimate: Mapping[str, float]) -> None:
+    """Keep why planning chose what it chose, and what it expects."""
+    write_json(run / _PLAN_NAME, {"reasons": dict(reasons), "estimate": dict(estimate)})
+    for key, reason in reasons.items():
+        _log.info("%s: %s", key, reason)
+
+
+def read_plan(run: Path) -> tuple[Mapping[str, str], Mapping[str, float]]:
+    """What `write_plan` kept: reasons by dotted key, and the estimate; empty where it was lost."""
+    try:
+        document = json.loads((run / _PLAN_NAME).read_text(encoding="utf-8"))
+        return dict(document["reasons"]), dict(document["estimate"])
+    except (OSError, ValueError, KeyError):
+        return {}, {}
+
+
+def write_split(run: Path, training: Sequence[str], validation: Sequence[str], excluded: Sequence[str]) -> None:
+    """Keep who trains and who validates."""
+    split = {"training": list(training), "validation": list(validation), "excluded": list(excluded)}
+    write_json(run / _SPLIT_NAME, split)
+
+
+def require_same_split(run: Path, training: Sequence[str], validation: Sequence[str]) -> None:
+    """Refuse to go on with other cases: what validated would be trained on.
+
+    Raises:
+        RequestError: the split differs from that of the run.
+    """
+    path = run / _SPLIT_NAME
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestError("cannot be read, so the run cannot be resumed", where=path) from error
+    for what, ids in (("training", training), ("validation", validation)):
+        changed = sorted(set(before[what]) ^ set(ids))
+        if changed:
+            raise RequestError(
+                f"the {what} cases are not those that the run began with: {', '.join(changed[:5])}",
+                where=path,
+                remedy="Resume with the data, the fold and the excluded cases that it was started with",
+            )
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write one strict JSON document."""
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
