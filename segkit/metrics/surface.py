@@ -71,7 +71,8 @@ def surface_dice(prediction: Mask, reference: Mask, spacing_mm: Sequence[float],
 
 def _surface(mask: Mask) -> Mask:
     faces = ndimage.generate_binary_structure(mask.ndim, 1)
-    return mask & ~ndimage.binary_erosion(mask, faces)
+    inner: Mask = ndimage.binary_erosion(mask, faces)
+    return mask & ~inner
 
 
 def _distances_to(target: Mask, source: Mask, spacing_mm: Sequence[float]) -> NDArray[np.float64]:
