@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = folder.glob("segkit-*.whl")
     return path
@@ -43,7 +43,7 @@ def test_installed_wheel_runs_outside_the_checkout(wheel: Path, tmp_path: Path) 
         "segkit.cli.main(['config', 'show', '--preset', 'cpu'])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8", check=False
     )
     assert str(site) in done.stdout.splitlines()[0], done.stdout + done.stderr
     assert done.stdout.splitlines()[1] == "['cpu', 'default', 'large', 'tiny']"
@@ -59,7 +59,7 @@ def test_help_needs_no_heavy_import(arguments: list[str]) -> None:
         "heavy = {'torch', 'monai', 'nibabel', 'numpy', 'scipy', 'SimpleITK', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
     assert "segkit" in done.stdout
 
