@@ -61,7 +61,7 @@ def test_help_needs_no_heavy_import(arguments: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
-    assert "segkit" in done.stdout
+    assert "Usage:" in done.stdout
 
 
 def test_nothing_inside_imports_the_public_face() -> None:
