@@ -10,6 +10,7 @@ import importlib
 import io
 import logging
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,7 @@ VERBS: dict[str, str] = {
 }
 """Verb -> the function (or the Typer application of sub-verbs) that does it, in the order of `segkit --help`."""
 
+_TRACE_OPTIONS = frozenset({"-v", "--verbose"})
 _INTERRUPTED = 130
 """Exit code that Typer gives when a verb is stopped with Ctrl-C."""
 
@@ -58,15 +60,15 @@ def main(arguments: list[str] | None = None) -> None:
     from segkit.runtime import is_debug
 
     arguments = sys.argv[1:] if arguments is None else arguments
-    wants_trace = is_debug() or "--debug" in arguments
+    wants_trace = is_debug() or not _TRACE_OPTIONS.isdisjoint(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
     try:
-        build_app()([argument for argument in arguments if argument != "--debug"])
+        build_app()(arguments)
     except SegkitError as error:
         if wants_trace:
-            raise
+            traceback.print_exc()
         typer.echo(f"Error: {error}", err=True)
         raise SystemExit(error.exit_code) from None
     except SystemExit as leave:

@@ -86,25 +86,16 @@ def train(
     from segkit.training.planned import RunRequest, plan_run
     from segkit.training.run import cross_validate, train_run
 
-    of_data = {
-        "layout": layout,
-        "label_scheme": label_scheme,
-        "modalities": read_modalities(modality),
-        "exclude": read_case_ids(exclude),
-        "fold": None if fold in (None, "all") else _fold_number(fold),
-    }
-    of_training = {"budget_minutes": None if budget is None else parse_minutes(budget)}
-    options = {
-        section: {key: value for key, value in given.items() if value is not None}
-        for section, given in (("data", of_data), ("training", of_training))
-    }
     chosen_device = pick_device(device)
     if resume and preset is not None:
         raise RequestError("--preset cannot be changed by --resume", remedy="Leave it out, or start a new run")
     layers = _resumed_layers(output) if resume else preset_layers(preset or preset_for(chosen_device.type))
     if config is not None:
         layers.append((str(config), read_yaml(config)))
-    layers += [("--set", parse_settings(settings)), ("options", options)]
+    layers += [
+        ("--set", parse_settings(settings)),
+        ("options", _options(layout, label_scheme, modality, exclude, fold, budget)),
+    ]
     bar = _progress_bar(is_quiet=quiet)
     request = RunRequest(
         data=data,
@@ -136,6 +127,29 @@ def train(
         for reason in summary.skipped.values():
             typer.echo(f"left out: {reason}", err=True)
         raise typer.Exit(1)
+
+
+def _options(
+    layout: str | None,
+    label_scheme: str | None,
+    modality: list[str] | None,
+    exclude: Path | None,
+    fold: str | None,
+    budget: str | None,
+) -> dict[str, dict[str, object]]:
+    """The options that are settings too, as a layer over the others; what was not given is left out."""
+    of_data = {
+        "layout": layout,
+        "label_scheme": label_scheme,
+        "modalities": read_modalities(modality),
+        "exclude": read_case_ids(exclude),
+        "fold": _fold_number(fold),
+    }
+    of_training = {"budget_minutes": None if budget is None else parse_minutes(budget)}
+    return {
+        section: {key: value for key, value in given.items() if value is not None}
+        for section, given in (("data", of_data), ("training", of_training))
+    }
 
 
 def _resumed_layers(run: Path) -> list[tuple[str, Mapping[str, object]]]:
@@ -175,7 +189,9 @@ def _progress_bar(*, is_quiet: bool) -> _ProgressBar | None:
     return _ProgressBar(found) if found.is_terminal and not is_quiet else None
 
 
-def _fold_number(text: str) -> int:
+def _fold_number(text: str | None) -> int | None:
+    if text is None or text == "all":
+        return None
     if not text.isdigit():
         raise RequestError(f"--fold {text!r} cannot be read", expected="a number from 0, or all")
     return int(text)

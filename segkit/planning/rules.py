@@ -68,8 +68,7 @@ def choose_normalisation(fingerprint: Fingerprint) -> tuple[Normalisation, str]:
 def choose_mirror_axes(scheme: LabelScheme, dims: int) -> tuple[Shape, str]:
     """All axes for tumour regions and pictures, left-right alone for organs, nothing where labels tell sides apart.
 
-    nnU-Net mirrors organs on every axis too; within minutes on a CPU that costs more than its variety brings
-    (`docs/benchmarks.md`).
+    nnU-Net mirrors organs on every axis too; in a short run on a CPU that learnt more slowly (`docs/benchmarks.md`).
     """
     words = {word for name in scheme.values for word in re.split(r"[^a-z]+", name.lower())}
     sides = sorted(words & _SIDES)

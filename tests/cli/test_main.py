@@ -33,6 +33,16 @@ def test_wrong_requests_exit_with_2_and_a_sentence(
     assert captured.out == ""
 
 
+def test_verbose_adds_the_trace_and_keeps_the_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", "nowhere", "-o", "run", "--budget", "soon"]
+    assert _exit_code(*arguments) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert _exit_code(*arguments, "-v") == 2
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert "Error: --budget 'soon' cannot be read" in said
+
+
 def test_interrupted_verbs_exit_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def stopped() -> None:
         raise KeyboardInterrupt
