@@ -65,6 +65,11 @@ class RequestError(SegkitError):
     exit_code = 2
 
 
+def as_request(error: SegkitError) -> RequestError:
+    """The same sentence as a wrong request: it was found before any case was touched."""
+    return RequestError(error.found, where=error.where, expected=error.expected, remedy=error.remedy)
+
+
 class ConfigError(RequestError):
     """A configuration with one or more problems, all of them reported at once."""
 

@@ -60,14 +60,14 @@ def check(
     """
     from segkit.data.checks import usable_cases
     from segkit.data.layouts.table import find_cases
-    from segkit.errors import DataError, RequestError
+    from segkit.errors import DataError, as_request
 
     preset = preset or _preset_of_this_machine()
     config = _settings(preset, settings) if estimate else None
     try:
         cohort = find_cases(data, layout=layout, modalities=read_modalities(modality), label_scheme=label_scheme)
     except DataError as error:
-        raise RequestError(error.found, where=error.where, expected=error.expected, remedy=error.remedy) from error
+        raise as_request(error) from error
     reports = _look_at(cohort, read_voxels=not fast)
     usable = usable_cases(cohort, reports)
     needs = _estimate(usable, config, memory) if estimate else None

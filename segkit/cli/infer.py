@@ -96,8 +96,7 @@ def infer(
 
 
 def _load(models: list[Path], backend: str, device: str | None, *, uses_tta: bool) -> Predictor:
-    from segkit.errors import CheckpointError
-    from segkit.inference.folders import as_request
+    from segkit.errors import CheckpointError, as_request
     from segkit.inference.predictor import Predictor
     from segkit.runtime import pick_device
 

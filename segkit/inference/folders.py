@@ -28,7 +28,7 @@ from segkit.data.files import (
 from segkit.data.layouts.table import find_cases
 from segkit.data.pictures import PICTURE_SUFFIXES
 from segkit.data.preprocessing import load_case
-from segkit.errors import DataError, Problem, RequestError, SegkitError
+from segkit.errors import DataError, Problem, RequestError, SegkitError, as_request
 from segkit.inference.decode import probability_planes
 from segkit.inference.manifest import STAGES, CaseRecord, Manifest
 from segkit.inference.predictor import Predictor, match_modalities
@@ -165,11 +165,6 @@ def infer_folder(
         manifest.add(record)
         on_record(record)
     return manifest.to_json()
-
-
-def as_request(error: SegkitError) -> RequestError:
-    """The same sentence as a wrong request: it was found before any case was touched."""
-    return RequestError(error.found, where=error.where, expected=error.expected, remedy=error.remedy)
 
 
 def open_manifest(predictor: Predictor, cohort: Cohort, output: Path, model: str = "") -> Manifest:

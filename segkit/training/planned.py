@@ -14,8 +14,7 @@ import torch
 from segkit.data.case import Case, Cohort
 from segkit.data.layouts.table import find_cases
 from segkit.data.splits import train_and_validation
-from segkit.errors import DataError, RequestError
-from segkit.inference.folders import as_request
+from segkit.errors import DataError, RequestError, as_request
 from segkit.labels import LabelScheme
 from segkit.models.table import configure
 from segkit.planning.fingerprint import take_fingerprint
@@ -60,7 +59,7 @@ class PlannedRun:
 
     @property
     def scheme(self) -> LabelScheme:
-        """The label scheme of the cohort, which `_find` has made sure of."""
+        """The label scheme of the cohort, which `find_cohort` has made sure of."""
         if self.cohort.scheme is None:
             raise ValueError("a planned run has a label scheme")
         return self.cohort.scheme
@@ -86,11 +85,11 @@ def plan_run(request: RunRequest) -> PlannedRun:
     request, ids_train, ids_validation = _split(request, cohort)
     if request.is_resumed:
         require_same_split(request.run, ids_train, ids_validation)
-        decided = request.config, *read_plan(request.run)
+        config, (reasons, estimate) = request.config, read_plan(request.run)
     else:
         # Every fold is planned from the whole cohort, so that the folds can be one ensemble.
-        decided = _decide(request, cohort, len(ids_validation))
-    return PlannedRun(request, decided[0], cohort, tuple(ids_train), tuple(ids_validation), decided[1], decided[2])
+        config, reasons, estimate = _decide(request, cohort, len(ids_validation))
+    return PlannedRun(request, config, cohort, tuple(ids_train), tuple(ids_validation), reasons, estimate)
 
 
 def patients_of(cohort: Cohort) -> int:
