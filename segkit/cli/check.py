@@ -167,12 +167,12 @@ def _estimate(cohort: Cohort, config: TrainConfig | None, memory: str | None) ->
         return None
     from segkit.errors import SegkitError
     from segkit.planning.plan import estimate_training
-    from segkit.runtime import available_memory_gb, pick_device
-    from segkit.training.planned import planning_request
+    from segkit.runtime import pick_device
+    from segkit.training.planned import memory_to_plan_for, planning_request
 
     request = planning_request(config, -(-len(labelled.cases) // config.data.folds))
     device = pick_device()
-    memory_gb = available_memory_gb(device) if memory is None else parse_gigabytes(memory)
+    memory_gb = memory_to_plan_for(None if memory is None else parse_gigabytes(memory), device)
     try:
         needs = estimate_training(labelled, labelled.scheme, request, memory_gb, device)
     except SegkitError as error:

@@ -174,6 +174,11 @@ def planning_request(config: TrainConfig, validation_cases: int) -> PlanningRequ
     )
 
 
+def memory_to_plan_for(asked_gb: float | None, device: torch.device) -> float:
+    """GiB that planning may fill: what was asked for, else most of what is free."""
+    return asked_gb or _SHARE_OF_FREE_MEMORY * available_memory_gb(device)
+
+
 def _decide(
     request: RunRequest, cohort: Cohort, validation_cases: int
 ) -> tuple[TrainConfig, Mapping[str, str], Mapping[str, float]]:
@@ -181,7 +186,7 @@ def _decide(
     config = request.config
     if cohort.scheme is None:
         raise ValueError("planning needs a label scheme")
-    memory_gb = request.memory_gb or _SHARE_OF_FREE_MEMORY * available_memory_gb(request.device)
+    memory_gb = memory_to_plan_for(request.memory_gb, request.device)
     try:
         fingerprint = take_fingerprint(cohort)
     except DataError as error:
