@@ -9,7 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from segkit.checkpoint import LoadReport as LoadReport
     from segkit.checkpoint import load_model as load_model
+    from segkit.checkpoint import load_weights as load_weights
     from segkit.inference.predictor import Prediction as Prediction
     from segkit.inference.predictor import Predictor as Predictor
     from segkit.models.table import ModelInfo as ModelInfo
@@ -21,11 +23,22 @@ _PUBLIC = {
     "list_models": "segkit.models.table",
     "ModelInfo": "segkit.models.table",
     "load_model": "segkit.checkpoint",
+    "load_weights": "segkit.checkpoint",
+    "LoadReport": "segkit.checkpoint",
     "Predictor": "segkit.inference.predictor",
     "Prediction": "segkit.inference.predictor",
 }
 
-__all__ = ["ModelInfo", "Prediction", "Predictor", "build_model", "list_models", "load_model"]
+__all__ = [
+    "LoadReport",
+    "ModelInfo",
+    "Prediction",
+    "Predictor",
+    "build_model",
+    "list_models",
+    "load_model",
+    "load_weights",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -27,6 +27,7 @@ VERBS: dict[str, str] = {
     "infer": "segkit.cli.infer:infer",
     "evaluate": "segkit.cli.evaluate:evaluate",
     "convert": "segkit.cli.convert:app",
+    "bench": "segkit.cli.bench:app",
     "config": "segkit.cli.config:app",
 }
 """Verb -> the function (or the Typer application of sub-verbs) that does it, in the order of `segkit --help`."""

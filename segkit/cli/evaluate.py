@@ -22,7 +22,7 @@ from segkit.cli.options import (
 if TYPE_CHECKING:
     from segkit.report.evaluate import Evaluation
 
-_SHOWN = ("dice", "hd95_mm", "nsd", "sensitivity", "precision", "specificity")
+_SHOWN = ("dice", "hd95_mm", "nsd", "sensitivity", "precision", "specificity", "auc")
 
 
 def evaluate(
@@ -46,17 +46,24 @@ def evaluate(
     prediction_scheme: Annotated[
         str | None, typer.Option(help="Label scheme of the predictions, where it differs and no manifest tells.")
     ] = None,
+    roi: Annotated[
+        str | None,
+        typer.Option(help="Score inside these only: a folder of masks, or how their names beside the references end."),
+    ] = None,
+    probabilities: Annotated[
+        Path | None, typer.Option(help="Folder of probabilities as `segkit infer` saves them: adds AUC.")
+    ] = None,
     figures: Annotated[int, typer.Option(min=0, help="Draw this many of the worst cases into OUTPUT/figures.")] = 0,
     json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Score masks against references: Dice, HD95, NSD, sensitivity, specificity per case and region.
+    """Score masks against references: Dice (F1), HD95, NSD, sensitivity, specificity per case and region.
 
     Exit code 1 where a case could not be scored, 2 where the request is wrong.
     """
     from segkit.errors import RequestError
-    from segkit.report.evaluate import draw_worst_cases, evaluate_pairs
+    from segkit.report.evaluate import companions_of, draw_worst_cases, evaluate_pairs
     from segkit.report.pairing import pair_folders
 
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
@@ -70,7 +77,8 @@ def evaluate(
         label_scheme=label_scheme,
         prediction_scheme=prediction_scheme,
     )
-    evaluation = evaluate_pairs(pairing, protocol=protocol, missing=missing)
+    companions = companions_of(pairing, references, roi=roi, probabilities=probabilities)
+    evaluation = evaluate_pairs(pairing, protocol=protocol, missing=missing, companions=companions)
     if output is not None:
         evaluation.write(output)
         if figures:
@@ -89,6 +97,8 @@ def evaluate(
 def _print_summary(evaluation: Evaluation) -> None:
     from segkit.report.tables import summary_rows
 
-    columns, rows = summary_rows(evaluation.summary(), _SHOWN)
-    title = f"{len(evaluation.cases)} cases, protocol {evaluation.protocol}; mean (median)"
+    summary = evaluation.summary()
+    present = {metric for scores in summary.values() for metric in scores}
+    columns, rows = summary_rows(summary, [metric for metric in _SHOWN if metric in present])
+    title = f"{len(evaluation.cases)} cases, protocol {evaluation.protocol}{evaluation.where()}; mean (median)"
     print_table(title, columns, rows)

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 DataArgument = Annotated[Path, typer.Argument(help="Folder with the data, in any layout; see `segkit check`.")]
 InputOption = Annotated[Path, typer.Option("-i", "--input", help="Volume, case folder or data folder.")]
 OutputOption = Annotated[Path, typer.Option("-o", "--output", help="Folder to write to.")]
-ModelOption = Annotated[list[Path], typer.Option("-m", "--model", help="Run folder; several make an ensemble.")]
+ModelOption = Annotated[
+    list[Path],
+    typer.Option("-m", "--model", help="Run folder, or nnU-Net's results with a STU-Net; several make an ensemble."),
+]
 DeviceOption = Annotated[str | None, typer.Option("-d", "--device", help="cpu, cuda, cuda:N or mps; default: best.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors.")]

@@ -44,6 +44,10 @@ FoldOption = Annotated[
     str | None, typer.Option("-f", "--fold", help="Fold that validates, from 0; or all for cross-validation.")
 ]
 BudgetOption = Annotated[str | None, typer.Option("--budget", help="Wall time of the whole command, e.g. 30m or 2h.")]
+WeightsOption = Annotated[
+    Path | None,
+    typer.Option("--weights", help="Weights to begin with: run folder, nnU-Net results, .safetensors, .pth, .model."),
+]
 ExcludeOption = Annotated[
     Path | None, typer.Option("--exclude", help="Text file of case ids to keep out of the run altogether.")
 ]
@@ -61,6 +65,7 @@ def train(
     fold: FoldOption = None,
     budget: BudgetOption = None,
     memory: MemoryOption = None,
+    weights: WeightsOption = None,
     exclude: ExcludeOption = None,
     layout: LayoutOption = None,
     label_scheme: SchemeOption = None,
@@ -84,17 +89,19 @@ def train(
     from segkit.runtime import pick_device
     from segkit.training.config import TrainConfig
     from segkit.training.planned import RunRequest, plan_run
-    from segkit.training.run import cross_validate, train_run
+    from segkit.training.run import begin, cross_validate, train_run
 
     chosen_device = pick_device(device)
     if resume and preset is not None:
         raise RequestError("--preset cannot be changed by --resume", remedy="Leave it out, or start a new run")
+    if resume and weights is not None:
+        raise RequestError("--resume goes on with the run's own weights", remedy="Leave out --weights")
     layers = _resumed_layers(output) if resume else preset_layers(preset or preset_for(chosen_device.type))
     if config is not None:
         layers.append((str(config), read_yaml(config)))
     layers += [
         ("--set", parse_settings(settings)),
-        ("options", _options(layout, label_scheme, modality, exclude, fold, budget)),
+        ("options", _options(layout, label_scheme, modality, exclude, fold, budget, weights)),
     ]
     bar = _progress_bar(is_quiet=quiet)
     request = RunRequest(
@@ -110,6 +117,8 @@ def train(
     )
     if dry_run:
         planned = plan_run(request)
+        if planned.config.network.weights is not None:
+            begin(planned)  # weights that do not fit are told now
         if as_json:
             plan = {"config": planned.config.model_dump(mode="json"), "reasons": planned.reasons}
             print_json({**plan, "estimate": planned.estimate})
@@ -136,6 +145,7 @@ def _options(
     exclude: Path | None,
     fold: str | None,
     budget: str | None,
+    weights: Path | None,
 ) -> dict[str, dict[str, object]]:
     """The options that are settings too, as a layer over the others; what was not given is left out."""
     of_data = {
@@ -145,10 +155,11 @@ def _options(
         "exclude": read_case_ids(exclude),
         "fold": _fold_number(fold),
     }
+    of_network = {"weights": None if weights is None else weights.absolute()}
     of_training = {"budget_minutes": None if budget is None else parse_minutes(budget)}
     return {
         section: {key: value for key, value in given.items() if value is not None}
-        for section, given in (("data", of_data), ("training", of_training))
+        for section, given in (("data", of_data), ("network", of_network), ("training", of_training))
     }
 
 

@@ -1,8 +1,10 @@
 """Turning arrays to a common orientation and back, exactly, and telling whether two grids are the same.
 
 An *orientation* names the direction in which each voxel axis grows: "RAS" to the Right, Anterior, Superior. There are
-48 of them (6 orders of the axes, 8 combinations of directions); an oblique grid has the closest one. Reorienting
-permutes and flips axes and never interpolates.
+48 of them (6 orders of the axes, 8 combinations of directions); an oblique grid has the closest one. The letters I, J
+and K stand for the first, second and third axis of the file, whatever their direction: "KJI" is the file's own
+orientation in reversed order, in which programs built on SimpleITK arrays work. Reorienting permutes and flips axes and
+never interpolates.
 """
 
 from __future__ import annotations
@@ -66,15 +68,17 @@ class Reorientation:
 def reorientation_to(grid: Grid, orientation: str = "RAS") -> Reorientation:
     """How to turn an array on `grid` to the orientation, by the closest axes of an oblique grid; pictures stay.
 
-    Raises RequestError where `orientation` is not three letters, one of each pair L/R, A/P and I/S.
+    Raises RequestError where `orientation` is not three letters: one of each pair L/R, A/P and I/S, or I, J and K.
     """
     if grid.dims == 2:
         return Reorientation((0, 1), (False, False), grid.shape)
     letters = orientation.upper()
+    if sorted(letters) == ["I", "J", "K"]:
+        return Reorientation(tuple("IJK".index(letter) for letter in letters), (False,) * 3, grid.shape)
     if sorted("".join(sorted(pair)) for pair in zip(letters, _opposite(letters), strict=True)) != ["AP", "IS", "LR"]:
         raise RequestError(
             f"{orientation!r} is no orientation",
-            expected="three letters, one of each pair L/R, A/P, I/S",
+            expected="three letters, one of each pair L/R, A/P, I/S (or I, J, K: the axes of each file)",
             remedy='The usual one is "RAS"',
         )
     to_target = nib.orientations.ornt_transform(

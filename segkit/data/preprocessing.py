@@ -42,7 +42,8 @@ class PreprocessingConfig(Config):
     """Voxel spacing to resample to, in mm, in the axis order after orientation; None keeps the spacing of each case."""
 
     orientation: str = "RAS"
-    """Direction in which the voxel axes grow after orientation; pictures are left as they are."""
+    """Direction in which the voxel axes grow after orientation, or an order of the file's own axes I, J and K, such as
+    KJI; pictures are left as they are."""
 
     normalisation: Normalisation | None = None
     """zscore-nonzero: mean 0 and deviation 1 over the voxels that are not 0, which stay 0 (skull-stripped MRI);

@@ -28,13 +28,20 @@ class DepthwiseConv3d(nn.Conv3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, D, H, W) to (B, C, D, H, W)."""
-        is_training = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
-        if is_training and input.device.type == "cpu" and not torch.compiler.is_compiling():
-            if torch.is_autocast_enabled("cpu"):
-                dtype = torch.get_autocast_dtype("cpu")
-                return _depthwise(input.to(dtype), self.weight.to(dtype))
-            return _depthwise(input, self.weight)
-        return super().forward(input)
+        return depthwise_convolve(input, self.weight)
+
+
+def depthwise_convolve(x: Tensor, weight: Tensor) -> Tensor:
+    """(B, C, *spatial) with kernels (C, 1, k, ...) of odd size k to (B, C, *spatial); no bias, stride 1."""
+    if weight.dim() == 4:
+        return functional.conv2d(x, weight, padding=weight.shape[-1] // 2, groups=x.shape[1])
+    is_training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if not is_training or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return _convolve(x, weight)
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        return _depthwise(x.to(dtype), weight.to(dtype))
+    return _depthwise(x, weight)
 
 
 def _depthwise(x: Tensor, weight: Tensor) -> Tensor:

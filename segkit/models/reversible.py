@@ -7,13 +7,16 @@ dx1 = dy1 + J_G(y1)^T dy2 and dx2 = dy2 + J_F(x2)^T dx1.
 One autograd Function serves a whole sequence and saves its output only. Parameters are passed to it explicitly, so
 frozen parameters, inputs without gradient, `torch.autograd.grad`, accumulation and DDP behave as with plain layers.
 Under autocast the stream between blocks stays in float32: adding in bfloat16 loses the bits that the inversion needs.
-Double backward and torch.func transforms are not supported; use mode "plain" for them.
+`torch.compile` compiles what lies around a sequence and each F and G by itself; give such a network no dropout inside
+F and G, because the two compiled passes need not draw the same numbers. Double backward and torch.func transforms are
+not supported; use mode "plain" for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,11 +24,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from segkit.models.blocks import without_statistics
+
 Mode = Literal["plain", "checkpoint", "reversible"]
 """How a sequence spends memory: keep every activation, keep one per block, keep one per sequence."""
 
 _STOCHASTIC = (nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.RReLU)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class ReversibleBlock(nn.Module):
@@ -66,16 +70,20 @@ class ReversibleSequence(nn.Module):
             x = x.float()
         parameters = [parameter for block in self.blocks for parameter in block.parameters()]
         needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
-        if needs_grad and self.mode == "reversible" and not torch.compiler.is_compiling():
+        if needs_grad and self.mode == "reversible":
             result: Tensor = _Reversible.apply(tuple(self.blocks), x, *parameters)
             return result
         x1, x2 = x.chunk(2, dim=1)
         for block in self.blocks:
             if needs_grad and self.mode == "checkpoint":
-                x1, x2 = checkpoint(block, x1, x2, use_reentrant=False)
+                x1, x2 = checkpoint(block, x1, x2, use_reentrant=False, context_fn=partial(_recomputing, block))
             else:
                 x1, x2 = block(x1, x2)
         return torch.cat((x1, x2), dim=1)
+
+
+def _recomputing(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), without_statistics(block)
 
 
 class _Reversible(torch.autograd.Function):
@@ -111,7 +119,7 @@ class _Reversible(torch.autograd.Function):
         with ExitStack() as stack:
             stack.enter_context(torch.autocast(**ctx.autocast))
             for block in reversed(ctx.blocks):
-                stack.enter_context(_without_statistics(block))
+                stack.enter_context(without_statistics(block))
                 g_state = states.pop() if states else None
                 f_state = states.pop() if states else None
                 y2, d1, g_gradients = _undo(block.g, y1, y2, d1, d2, g_state)
@@ -164,16 +172,3 @@ def _random_state_of(state: tuple[Tensor, Tensor | None] | None, device: torch.d
         if state[1] is not None:
             torch.cuda.set_rng_state(state[1], device)
         yield
-
-
-@contextmanager
-def _without_statistics(block: nn.Module) -> Iterator[None]:
-    """Keep batch norms from counting the recomputation as another batch."""
-    norms = [m for m in block.modules() if isinstance(m, _BATCH_NORMS) and m.training and m.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True

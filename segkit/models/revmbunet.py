@@ -14,14 +14,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from math import prod
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from segkit.config.base import Config
-from segkit.models.blocks import convolution, group_norm, pointwise, step_down, step_up
-from segkit.models.depthwise import depthwise_conv
+from segkit.models.blocks import convolution, pointwise, step_down, step_up
+from segkit.models.bottleneck import InvertedBottleneck
 from segkit.models.reversible import Mode, ReversibleBlock, ReversibleSequence
 
 REFERENCE = "Pendse et al. 2021, arXiv 2104.09648; our design"
@@ -42,6 +43,9 @@ class RevMBUNetConfig(Config):
     """Stride of each step down, voxels per axis; None is 2 everywhere."""
     mode: Mode = "plain"
     """Memory mode of the sequences; weights and results are the same in all three."""
+    chunks: Literal[1, 2, 4, 8] = 1
+    """Parts in which a bottleneck computes its hidden channels, one after another; more parts take less transient
+    memory and more time. Weights and results stay the same."""
     supervised_levels: int = Field(default=3, ge=1)
     """Decoder levels with a head of their own while training (deep supervision)."""
 
@@ -87,8 +91,8 @@ def build_revmbunet(config: RevMBUNetConfig, in_channels: int, out_channels: int
         return ReversibleSequence(
             [
                 ReversibleBlock(
-                    InvertedBottleneck(width // 2, config.expansion, dims),
-                    InvertedBottleneck(width // 2, config.expansion, dims),
+                    InvertedBottleneck(width // 2, config.expansion, dims, config.chunks),
+                    InvertedBottleneck(width // 2, config.expansion, dims, config.chunks),
                 )
                 for _ in range(count)
             ],
@@ -108,30 +112,6 @@ def build_revmbunet(config: RevMBUNetConfig, in_channels: int, out_channels: int
     supervised = config.widths[: min(config.supervised_levels, len(steps))]
     heads = [pointwise(dims, width, out_channels) for width in supervised]
     return RevMBUNet(encoder, decoder, heads, strides)
-
-
-class InvertedBottleneck(nn.Module):
-    """Expand 1 -> depthwise 3 -> project 1 (Sandler et al. 2018), each followed by group norm; linear at the end."""
-
-    def __init__(self, channels: int, expansion: int, dims: int) -> None:
-        super().__init__()
-        hidden = channels * expansion
-        self.expand = pointwise(dims, channels, hidden, bias=False)
-        self.expand_norm = group_norm(hidden)
-        self.depthwise = depthwise_conv(hidden, dims)
-        self.depthwise_norm = group_norm(hidden)
-        self.project = pointwise(dims, hidden, channels, bias=False)
-        self.project_norm = group_norm(channels)
-        self.activation = nn.SiLU()
-        # Blocks start as the identity, so that depth does not hurt the first steps.
-        nn.init.zeros_(self.project_norm.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, *spatial) to the same shape."""
-        x = self.activation(self.expand_norm(self.expand(x)))
-        x = self.activation(self.depthwise_norm(self.depthwise(x)))
-        result: Tensor = self.project_norm(self.project(x))
-        return result
 
 
 class Encoder(nn.Module):
@@ -180,6 +160,9 @@ class RevMBUNet(nn.Module):
         self.decoder = decoder
         self.heads = nn.ModuleList(heads)
         self.divisor = tuple(prod(axis) for axis in zip(*strides, strict=True))
+        self.input_weights = ("encoder.stem.weight",)
+        self.head_prefixes = ("heads.",)
+        self.encoder_prefix = "encoder."
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(B, in_channels, *spatial), each axis a multiple of `divisor`, to logits (B, out_channels, *spatial).

@@ -12,7 +12,7 @@ from torch import nn
 
 from segkit.config.base import Config
 from segkit.errors import RequestError
-from segkit.models import revmbunet
+from segkit.models import planar, r2unet, revmbunet, stunet, vit
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,55 @@ MODELS: dict[str, ModelEntry] = {
         dims=(2, 3),
         reference=revmbunet.REFERENCE,
     ),
+    "r2unet": ModelEntry(
+        config=r2unet.R2UNetConfig,
+        build=r2unet.build_r2unet,
+        sizes=r2unet.SIZES,
+        dims=(2, 3),
+        reference=r2unet.REFERENCE,
+        default_size="small",
+    ),
+    "runet": ModelEntry(
+        config=r2unet.R2UNetConfig,
+        build=r2unet.build_r2unet,
+        sizes=r2unet.RUNET_SIZES,
+        dims=(2, 3),
+        reference=r2unet.REFERENCE,
+        default_size="small",
+    ),
+    "stunet": ModelEntry(
+        config=stunet.StuNetConfig,
+        build=stunet.build_stunet,
+        sizes=stunet.SIZES,
+        dims=(2, 3),
+        reference=stunet.REFERENCE,
+        default_size="B",
+    ),
+    "smp": ModelEntry(
+        config=planar.PlanarConfig,
+        build=planar.build_planar,
+        sizes=planar.SIZES,
+        dims=(2, 3),
+        reference=planar.REFERENCE,
+        default_size="unet",
+    ),
+    "vit": ModelEntry(
+        config=vit.VitConfig,
+        build=vit.build_vit,
+        sizes=vit.SIZES,
+        dims=(2, 3),
+        reference=vit.REFERENCE,
+    ),
 }
 """Family name -> entry."""
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What `segkit models` tells of one size of one family, at 4 input and 3 output channels in 3D."""
+    """What `segkit models` tells of one size of one family, in 3D where the family has it.
+
+    `parameters` counts numbers, `tensors` the entries of the state dict, running statistics included.
+    """
 
     name: str
     size: str
@@ -49,6 +91,7 @@ class ModelInfo:
     divisor: tuple[int, ...]
     dims: tuple[int, ...]
     reference: str
+    tensors: int
 
 
 def configure(family: str, size: str | None = None, arguments: Mapping[str, object] | None = None) -> Config:
@@ -83,7 +126,7 @@ def build_model(
     """A network with fresh weights: (B, in_channels, *spatial) to logits (B, out_channels, *spatial).
 
     In training mode it returns a list of logits, full resolution first (deep supervision). `model.divisor` is what
-    each spatial axis must be a multiple of, in voxels.
+    each spatial axis must be a multiple of, in voxels; `segkit.models.protocol` lists all that a network promises.
 
     Raises:
         RequestError: the family, the size, an argument or `dims` is not offered.
@@ -98,14 +141,17 @@ def build_model(
         raise RequestError(f"{family}: {error}", expected=f"arguments for {dims} spatial axes") from error
 
 
-def list_models() -> list[ModelInfo]:
-    """Every size of every family, counted without allocating weights."""
+def list_models(in_channels: int = 4, out_channels: int = 3) -> list[ModelInfo]:
+    """Every size of every family at so many channels, counted without allocating weights."""
     found = []
     for family, entry in MODELS.items():
         for size in entry.sizes:
             with torch.device("meta"):
-                model = build_model(family, in_channels=4, out_channels=3, dims=entry.dims[-1], size=size)
+                model = build_model(
+                    family, in_channels=in_channels, out_channels=out_channels, dims=entry.dims[-1], size=size
+                )
             parameters = sum(parameter.numel() for parameter in model.parameters())
             divisor: tuple[int, ...] = model.divisor  # type: ignore[assignment]
-            found.append(ModelInfo(family, size, parameters, divisor, entry.dims, entry.reference))
+            tensors = len(model.state_dict())
+            found.append(ModelInfo(family, size, parameters, divisor, entry.dims, entry.reference, tensors))
     return found

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from segkit.errors import RequestError
 from segkit.labels import LabelScheme, outputs_of
 from segkit.losses.compound import SegmentationLoss
 from segkit.models.table import build_model, configure
 from segkit.planning.memory import StepCost, step_cost
-from segkit.planning.rules import Shape, choose_strides
+from segkit.planning.rules import Shape, choose_slice_axis, choose_strides
 
 
 @dataclass(frozen=True)
@@ -47,23 +48,37 @@ class PlannedNetwork:
             divisor: Shape = self.build().divisor  # type: ignore[assignment]
         return divisor
 
-    def can_choose(self, argument: str) -> bool:
-        """Whether the family has this argument and nobody has set it."""
-        known = type(configure(self.family, self.size, self.arguments)).model_fields
-        return argument in known and argument not in self.arguments
+    def can_take(self, arguments: Mapping[str, object]) -> bool:
+        """Whether the family has all these arguments with these values, and nobody has set one of them."""
+        if not all(self._is_open(name) for name in arguments):
+            return False
+        try:
+            configure(self.family, self.size, {**self.arguments, **arguments})
+        except RequestError:
+            return False
+        return True
 
-    def with_argument(self, name: str, value: object) -> PlannedNetwork:
-        """The same network with one more argument."""
-        return replace(self, arguments={**self.arguments, name: value})
+    def with_arguments(self, arguments: Mapping[str, object]) -> PlannedNetwork:
+        """The same network with more arguments."""
+        return replace(self, arguments={**self.arguments, **arguments})
 
-    def with_strides(self, shape: Shape, spacing_mm: tuple[float, ...]) -> PlannedNetwork:
-        """With the strides that suit patches of `shape`, where the family lets us choose and its own do not suit."""
-        if not self.can_choose("strides"):
+    def suited_to(self, shape: Shape, spacing_mm: tuple[float, ...]) -> PlannedNetwork:
+        """With the strides, or the axis of the slices, that suit patches of `shape`, where the family lets us choose.
+
+        Strides that are 2 everywhere stay unsaid: they are every family's own.
+        """
+        if self._is_open("slice_axis") and self.dims == 3:
+            return self.with_arguments({"slice_axis": choose_slice_axis(shape, spacing_mm)})
+        if not self._is_open("strides"):
             return self
         steps = round(math.log2(max(self.divisor)))
         strides = choose_strides(shape, spacing_mm, steps)
         is_usual = all(factor == 2 for stride in strides for factor in stride)
-        return self if is_usual else self.with_argument("strides", strides)
+        return self if is_usual else self.with_arguments({"strides": strides})
+
+    def _is_open(self, argument: str) -> bool:
+        known = type(configure(self.family, self.size, self.arguments)).model_fields
+        return argument in known and argument not in self.arguments
 
     def cost(self, patch: Shape) -> StepCost:
         """Cost of a step on one patch of a batch."""

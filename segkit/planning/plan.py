@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -28,14 +28,20 @@ from segkit.planning.rules import (
     Shape,
     choose_mirror_axes,
     choose_normalisation,
+    largest_batch,
     largest_patch,
     patch_limits,
     smaller_patches,
     target_spacing,
 )
 
-_MEMORY_MODES = ("plain", "checkpoint", "reversible")
-"""From fast and large to slow and small."""
+_MEMORY_MODES: tuple[dict[str, object], ...] = (
+    {"mode": "plain"},
+    {"mode": "checkpoint"},
+    {"mode": "reversible"},
+    {"mode": "reversible", "chunks": 4},
+)
+"""Network arguments from fast and large to slow and small; a family takes those it has."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,7 @@ def plan_training(
         RequestError: the network is unknown, the patch does not suit it, or nothing fits into the memory.
     """
     reasons: dict[str, str] = {}
+    request = replace(request, batch_limit=largest_batch(fingerprint.dims, request.batch_limit))
     preprocessing = _plan_preprocessing(fingerprint, request.preprocessing, reasons)
     mirror_axes = request.mirror_axes
     if mirror_axes is None:
@@ -113,7 +120,7 @@ def plan_training(
     spacing = preprocessing.spacing_mm or fingerprint.median_spacing_mm
     limits = patch_limits(spacing, request.patch_limit)
     network = _network(request, request.arguments, scheme, fingerprint)
-    network = network.with_strides(tuple(map(min, median, limits)), spacing)
+    network = network.suited_to(tuple(map(min, median, limits)), spacing)
     volumes = Volumes(
         channels=len(fingerprint.modalities),
         outputs=len(outputs_of(scheme)),
@@ -214,9 +221,7 @@ def _first_that_fits(
     largest = request.patch_size or largest_patch(median, limits, divisor)
     patches = [largest] if request.patch_size else list(smaller_patches(largest, median, divisor))
     batches = [request.batch_size] if request.batch_size else list(range(request.batch_limit, 0, -1))
-    networks = [network]
-    if network.can_choose("mode"):
-        networks = [network.with_argument("mode", mode) for mode in _MEMORY_MODES]
+    networks = [network.with_arguments(mode) for mode in _MEMORY_MODES if network.can_take(mode)] or [network]
 
     @cache
     def cost(which: int) -> StepCost:
@@ -304,8 +309,12 @@ def _explain(
     sentences = []
     if "strides" in added:
         sentences.append("strides spare axes that are coarse or short already")
+    if "slice_axis" in added:
+        sentences.append(f"slices lie across axis {added['slice_axis']}, the coarsest or shortest")
     if "mode" in added:
         sentences.append(f"mode {added['mode']} is the fastest that fits")
+    if "chunks" in added:
+        sentences.append(f"{added['chunks']} chunks spare transient memory")
     if sentences:
         reasons["network.arguments"] = "; ".join(sentences)
 

@@ -24,18 +24,21 @@ _COARSE_PERCENTILE = 10
 _BACKGROUND_SHARE = 0.25
 _SMALLEST_FEATURE_MAP = 4
 _STRIDE_RATIO = 2.0
-_PICTURE_FACTOR = 4
-"""A picture's patch may be that many times longer than a volume's: there is one axis less to pay for."""
+_PICTURE_FACTOR = 2
+"""A picture's patch may be that many times longer than a volume's, and that many times as many make a batch: there is
+one axis less to pay for. Longer patches instead of more learn more slowly (`docs/benchmarks.md`)."""
 _SIDES = {"left", "right", "l", "r", "lh", "rh"}
 
 
 def target_spacing(spacings_mm: Sequence[Spacing]) -> tuple[Spacing, str]:
     """The median spacing; on an axis more than 3 times coarser than the finest, the 10th percentile of that axis.
 
-    The exception keeps cases with thin slices from losing most of them.
+    The exception keeps cases with thin slices from losing most of them. Pictures have no spacing.
     """
     spacings = np.array(spacings_mm)
     median = np.median(spacings, axis=0)
+    if len(median) == 2:
+        return tuple(median.tolist()), "pictures have no spacing, and are not resampled"
     target = median.copy()
     coarse = int(median.argmax())
     if median[coarse] / median.min() > _ANISOTROPIC:
@@ -99,12 +102,22 @@ def choose_strides(shape: Shape, spacing_mm: Spacing, steps: int) -> tuple[Shape
     return tuple(strides)
 
 
+def choose_slice_axis(shape: Shape, spacing_mm: Spacing) -> int:
+    """The axis across which a network of slices sees a volume as a stack: the coarsest; of equal ones the shortest."""
+    return max(range(len(shape)), key=lambda axis: (round(spacing_mm[axis], 2), -shape[axis]))
+
+
 def patch_limits(spacing_mm: Spacing, limit: int) -> Shape:
-    """Longest patch per axis: `limit` voxels (4 times that in pictures), fewer on axes with much longer voxels."""
+    """Longest patch per axis: `limit` voxels (twice that in pictures), fewer on axes with much longer voxels."""
     if len(spacing_mm) == 2:
         limit *= _PICTURE_FACTOR
     finest = min(spacing_mm)
     return tuple(min(limit, round(limit * _STRIDE_RATIO * finest / mm)) for mm in spacing_mm)
+
+
+def largest_batch(dims: int, limit: int) -> int:
+    """Most patches of a step: `limit`, and twice that of pictures."""
+    return limit * _PICTURE_FACTOR if dims == 2 else limit
 
 
 def largest_patch(median: Shape, limits: Shape, divisor: Shape) -> Shape:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from segkit.checkpoint import InputAdapt
 from segkit.config.base import Config
 from segkit.data.augmentation import AugmentationConfig
 from segkit.data.preprocessing import PreprocessingConfig
@@ -43,10 +44,16 @@ class NetworkConfig(Config):
 
     family: str = "revmbunet"
     """Family name, see `segkit models`."""
-    size: str = "base"
-    """Named size of the family."""
+    size: str | None = None
+    """Named size of the family; None is the family's usual one."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the family laid over its size, such as widths or blocks."""
+    weights: Path | None = None
+    """Weights to begin with: a run folder, nnU-Net's results, a .safetensors, .pth or .model file; None is random."""
+    input_adapt: InputAdapt = "mean"
+    """How those weights are made for other image channels. mean: kernels of the same modality where both sides name
+    theirs, else in turn and scaled so that the answer keeps its size; repeat: in turn, unscaled (STU-Net's own way);
+    zero: further channels start at zero."""
 
 
 class PlanningConfig(Config):
@@ -55,11 +62,11 @@ class PlanningConfig(Config):
     patch_size: tuple[int, ...] | None = None
     """Patch in voxels; None is planned from sizes, spacing and memory."""
     patch_limit: int = Field(default=128, ge=16)
-    """Longest side that planning may give a patch, in voxels."""
+    """Longest side that planning may give a patch, in voxels; patches of pictures may be twice as long."""
     batch_size: int | None = Field(default=None, ge=1)
     """Patches per step; None is planned."""
     batch_limit: int = Field(default=2, ge=1)
-    """Largest batch that planning may choose."""
+    """Largest batch that planning may choose; of pictures twice as many."""
 
 
 class OptimiserConfig(Config):

@@ -1,7 +1,8 @@
 """The run folder: who may use it, and the plan that is kept in it.
 
 `config.yaml` is for people (every setting, and why planning chose it); `plan.json` keeps the reasons and the estimate
-for a resumed run, which never plans again; `split.json` keeps who trains and who validates.
+for a resumed run, which never plans again; `split.json` keeps who trains and who validates; `weights.json` keeps where
+the weights came from that the run began with, if it did not begin with random ones.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ _log = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.yaml"
 SCORES_NAME = "validation.json"
-_PLAN_NAME, _SPLIT_NAME = "plan.json", "split.json"
-_OF_ONE_RUN = (LAST_NAME, PREVIOUS_NAME, CARD_NAME, WEIGHTS_NAME, "metrics.jsonl", SCORES_NAME, _PLAN_NAME)
+_PLAN_NAME, _SPLIT_NAME, _ORIGIN_NAME = "plan.json", "split.json", "weights.json"
+_OF_ONE_RUN = (
+    *(LAST_NAME, PREVIOUS_NAME, CARD_NAME, WEIGHTS_NAME),
+    *("metrics.jsonl", SCORES_NAME, _PLAN_NAME, _ORIGIN_NAME),
+)
 
 
 def require_usable(run: Path, *, is_resumed: bool, may_overwrite: bool) -> None:
@@ -88,6 +92,20 @@ def read_plan(run: Path) -> tuple[Mapping[str, str], Mapping[str, float]]:
         return dict(document["reasons"]), dict(document["estimate"])
     except (OSError, ValueError, KeyError):
         return {}, {}
+
+
+def write_origin(run: Path, facts: Mapping[str, str], report: Mapping[str, Any]) -> None:
+    """Keep where the first weights came from, and what became of each of their tensors."""
+    write_json(run / _ORIGIN_NAME, {**facts, "report": dict(report)})
+
+
+def read_origin(run: Path) -> dict[str, str]:
+    """The facts that `write_origin` kept; empty where the run began with random weights."""
+    try:
+        document = json.loads((run / _ORIGIN_NAME).read_text(encoding="utf-8"))
+        return {name: value for name, value in document.items() if isinstance(value, str)}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def write_split(run: Path, training: Sequence[str], validation: Sequence[str], excluded: Sequence[str]) -> None:

@@ -141,6 +141,7 @@ def find_cohort(request: RunRequest) -> Cohort:
     if unknown := [case_id for case_id in data.exclude if case_id not in known]:
         raise RequestError(f"cases to exclude do not exist: {', '.join(unknown[:5])}", where=request.data)
     cases = tuple(case for case in cohort.cases if case.id not in set(data.exclude))
+    _warn_of_split_patients(cohort, cases)
     usable = tuple(case for case in cases if not any(problem.is_fatal for problem in case.problems))
     for case in cases:
         for problem in case.problems:
@@ -148,6 +149,18 @@ def find_cohort(request: RunRequest) -> Cohort:
     if not usable:
         raise RequestError("no case is left to train on", where=request.data, remedy="See `segkit check`")
     return replace(cohort, cases=usable)
+
+
+def _warn_of_split_patients(cohort: Cohort, kept: Sequence[Case]) -> None:
+    """Say which cases stay although another one of their patient is kept out, such as the other eye."""
+    ids = {case.id for case in kept}
+    patients = {case.patient for case in cohort.cases if case.id not in ids}
+    related = [case.id for case in kept if case.patient in patients]
+    if related:
+        names = ", ".join(related[:5]) + (", ..." if len(related) > 5 else "")
+        _log.warning(
+            "cases that are kept out have others of the same patient in training; exclude these too: %s", names
+        )
 
 
 def planning_request(config: TrainConfig, validation_cases: int) -> PlanningRequest:

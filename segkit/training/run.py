@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from segkit.checkpoint import (
     LAST_NAME,
     ModelCard,
@@ -37,9 +39,8 @@ from segkit.inference.predictor import Predictor
 from segkit.labels import outputs_of
 from segkit.losses.compound import SegmentationLoss
 from segkit.metrics.overlap import dice_by_region
-from segkit.models.table import build_model
 from segkit.report.figures import overlay_figure
-from segkit.runtime import available_cores, available_memory_gb, environment, peak_rss_mb, seed_everything
+from segkit.runtime import available_cores, available_memory_gb, environment, peak_rss_mb
 from segkit.training.folder import (
     SCORES_NAME,
     open_folder,
@@ -53,6 +54,7 @@ from segkit.training.folder import (
 from segkit.training.loop import fit
 from segkit.training.planned import PlannedRun, RunRequest, find_cohort, patients_of, plan_run, with_values
 from segkit.training.segmentation import ENDLESS, SegmentationTask
+from segkit.training.weights import FirstWeights, first_weights
 
 _log = logging.getLogger(__name__)
 
@@ -93,19 +95,22 @@ def train_run(request: RunRequest) -> RunSummary:
     """Train one fold and write its run folder.
 
     Raises:
-        RequestError: the folder is in use, or nothing can be trained on as asked; nothing was changed.
+        RequestError: the folder is in use, the weights to begin with do not fit, or nothing can be trained on as
+            asked; nothing was changed.
         DataError: no case can be prepared.
         TrainingError: the training diverged.
     """
     require_usable(request.run, is_resumed=request.is_resumed, may_overwrite=request.may_overwrite)
     planned = plan_run(request)
+    card, begun = begin(planned)
     open_folder(request.run, is_resumed=request.is_resumed)
     _write_plan(planned)
+    begun.keep(request.run)
     store = PreparedStore(planned.config.data.cache or request.run / "cache")
     ids = (*planned.training_ids, *planned.validation_ids)
     folders, skipped = _prepare(planned, store, planned.cases(ids))
     validation_ids = [case_id for case_id in planned.validation_ids if case_id in folders]
-    task = _build_task(planned, folders)
+    task = _build_task(planned, card, begun.network, folders)
     training = planned.config.training
     deadline_s = None if training.budget_minutes is None else request.started_s + 60 * training.budget_minutes
     state = fit(
@@ -178,6 +183,50 @@ def _fold_request(request: RunRequest, fold: int, folds_left: int) -> RunRequest
     return replace(request, run=run, config=config, started_s=now, is_resumed=False)
 
 
+def begin(planned: PlannedRun) -> tuple[ModelCard, FirstWeights]:
+    """The card of a run and its network before the first step; nothing is written.
+
+    Raises:
+        RequestError: the weights to begin with cannot be read or do not fit.
+    """
+    card, request = _card(planned), planned.request
+    begun = first_weights(card, planned.config, request.run, is_resumed=request.is_resumed)
+    divisor: tuple[int, ...] = tuple(begun.network.divisor)  # type: ignore[arg-type]
+    data = card.training_data
+    if begun.facts:
+        data = data.model_copy(update={"initial_weights": dict(begun.facts)})
+    return card.model_copy(update={"divisor": divisor, "training_data": data}), begun
+
+
+def _card(planned: PlannedRun) -> ModelCard:
+    config, cohort, scheme = planned.config, planned.cohort, planned.scheme
+    outputs = outputs_of(scheme)
+    return ModelCard(
+        task="segmentation",
+        network=NetworkCard(
+            family=config.network.family,
+            size=config.network.size,
+            in_channels=len(cohort.modalities),
+            out_channels=len(outputs),
+            arguments=config.network.arguments,
+        ),
+        dims=2 if cohort.dims == 2 else 3,
+        modalities=cohort.modalities,
+        patch_size=config.planning.patch_size or (),
+        overlap=config.overlap,
+        divisor=(),
+        activation="sigmoid" if scheme.has_regions else "softmax",
+        outputs=tuple(OutputCard(name=o.name, label=o.label, members=o.members) for o in outputs),
+        label_scheme=SchemeCard(name=scheme.name, labels=dict(scheme.values)),
+        mirror_axes=config.augmentation.mirror_axes,
+        versions=environment(),
+        training_data=TrainingData(
+            identity=f"{cohort.layout}: {cohort.root.name}", licence=cohort.licence, cases=len(planned.training_ids)
+        ),
+        **{name: value for name, value in config.preprocessing.model_dump().items() if name in ModelCard.model_fields},
+    )
+
+
 def _write_plan(planned: PlannedRun) -> None:
     run = planned.request.run
     heading = f"{planned.cohort.layout} data in {planned.cohort.root}"
@@ -228,23 +277,14 @@ def _cases_at_once(planned: PlannedRun) -> int:
     return max(1, min(available_cores(), 8, int(0.5 * memory_gb / case_gb)))
 
 
-def _build_task(planned: PlannedRun, folders: Mapping[str, Path]) -> SegmentationTask:
+def _build_task(
+    planned: PlannedRun, card: ModelCard, network: nn.Module, folders: Mapping[str, Path]
+) -> SegmentationTask:
     config = planned.config
-    card = _card(planned)
-    seed_everything(config.training.seed)
-    model = build_model(
-        card.network.family,
-        in_channels=card.network.in_channels,
-        out_channels=card.network.out_channels,
-        dims=card.dims,
-        size=card.network.size,
-        **card.network.arguments,
-    )
-    divisor: tuple[int, ...] = tuple(model.divisor)  # type: ignore[arg-type]
     validation = [folders[case_id] for case_id in planned.validation_ids if case_id in folders]
     return SegmentationTask(
-        model=model,
-        card=card.model_copy(update={"divisor": divisor}),
+        model=network,
+        card=card,
         loss_function=SegmentationLoss(card.activation or "sigmoid", outputs_of(planned.scheme), config.loss),
         patches=PatchDataset(
             StoredCases([folders[case_id] for case_id in planned.training_ids if case_id in folders]),
@@ -260,35 +300,6 @@ def _build_task(planned: PlannedRun, folders: Mapping[str, Path]) -> Segmentatio
         validation_limit_s=None
         if config.training.budget_minutes is None
         else 60 * config.training.budget_minutes * _LONGEST_VALIDATION,
-    )
-
-
-def _card(planned: PlannedRun) -> ModelCard:
-    config, cohort, scheme = planned.config, planned.cohort, planned.scheme
-    outputs = outputs_of(scheme)
-    return ModelCard(
-        task="segmentation",
-        network=NetworkCard(
-            family=config.network.family,
-            size=config.network.size,
-            in_channels=len(cohort.modalities),
-            out_channels=len(outputs),
-            arguments=config.network.arguments,
-        ),
-        dims=2 if cohort.dims == 2 else 3,
-        modalities=cohort.modalities,
-        patch_size=config.planning.patch_size or (),
-        overlap=config.overlap,
-        divisor=(),
-        activation="sigmoid" if scheme.has_regions else "softmax",
-        outputs=tuple(OutputCard(name=o.name, label=o.label, members=o.members) for o in outputs),
-        label_scheme=SchemeCard(name=scheme.name, labels=dict(scheme.values)),
-        mirror_axes=config.augmentation.mirror_axes,
-        versions=environment(),
-        training_data=TrainingData(
-            identity=f"{cohort.layout}: {cohort.root.name}", licence=cohort.licence, cases=len(planned.training_ids)
-        ),
-        **{name: value for name, value in config.preprocessing.model_dump().items() if name in ModelCard.model_fields},
     )
 
 

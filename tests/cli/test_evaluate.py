@@ -6,6 +6,7 @@ import json
 
 import nibabel as nib
 import numpy as np
+import PIL.Image
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -77,3 +78,39 @@ def test_wrong_requests_have_exit_code_2(folders):
         assert isinstance(error, RequestError)
         assert error.exit_code == 2
     assert run(folders, "--missing", "perhaps").exit_code == 2
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    reference, prediction, roi = (np.zeros((4, 6), np.uint8) for _ in range(3))
+    reference[0, :4], prediction[0, :2], roi[:, :3] = 1, 1, 255
+    for folder, name, array in (
+        ("ref", "a.png", np.arange(24, dtype=np.uint8).reshape(4, 6)),
+        ("ref", "a_mask.png", reference),
+        ("fov", "a_fov.png", roi),
+        ("pred", "a.png", prediction),
+        ("pred/probabilities", "a_foreground.tif", prediction.astype(np.float32)),
+    ):
+        (tmp_path / folder).mkdir(exist_ok=True, parents=True)
+        PIL.Image.fromarray(array).save(tmp_path / folder / name)
+    return tmp_path
+
+
+def test_inside_a_region_of_interest_with_probabilities(pictures):
+    options = ["--roi", str(pictures / "fov"), "--probabilities", str(pictures / "pred" / "probabilities")]
+    result = run(pictures, *options, "--json")
+    assert result.exit_code == 0
+    scores = json.loads(result.stdout)["summary"]["foreground"]
+    assert scores["dice"]["mean"] == 2 * 2 / (2 + 3)
+    assert scores["auc"]["mean"] == (2 + 1 / 2) / 3  # two of three vessels above all others, one beside them
+    table = run(pictures, *options).stdout
+    assert "inside the regions of interest" in " ".join(table.split())
+    assert "auc" in table
+    assert "auc" not in run(pictures).stdout
+
+
+def test_wrong_companions_have_exit_code_2(pictures):
+    for options in (["--roi", "_roi.png"], ["--probabilities", str(pictures / "ref")]):
+        error = run(pictures, *options).exception
+        assert isinstance(error, RequestError)
+        assert error.exit_code == 2

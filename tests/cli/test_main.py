@@ -44,7 +44,7 @@ def test_verbose_adds_the_trace_and_keeps_the_exit_code(capsys: pytest.CaptureFi
 
 
 def test_interrupted_verbs_exit_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def stopped() -> None:
+    def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("segkit.models.table.list_models", stopped)
@@ -60,7 +60,37 @@ def test_models_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None
     assert _exit_code("models", "--json") == 0
     document = json.loads(capsys.readouterr().out)
     assert {entry["name"] for entry in document} == {info.name for info in segkit.list_models()}
-    assert set(document[0]) == {"name", "size", "parameters", "divisor", "dims", "reference"}
+    assert set(document[0]) == {"name", "size", "parameters", "divisor", "dims", "reference", "tensors"}
+
+
+def test_models_json_counts_at_the_channels_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _exit_code("models", "--in-channels", "1", "--out-channels", "105", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert {e["size"]: (e["parameters"], e["tensors"]) for e in document if e["name"] == "stunet"} == {
+        "S": (14_596_941, 130),
+        "B": (58_262_669, 130),
+        "L": (440_302_605, 218),
+        "H": (1_457_326_221, 306),
+    }
+
+
+def test_models_table_says_what_it_counted_with(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def counted(in_channels: int, out_channels: int) -> list[segkit.ModelInfo]:
+        assert (in_channels, out_channels) == (4, 2)
+        return [segkit.ModelInfo("unet", "small", 1_234_567, (8, 16), (2,), "a paper", tensors=89)]
+
+    monkeypatch.setattr("segkit.models.table.list_models", counted)
+    assert _exit_code("models", "--out-channels", "2") == 0
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title.strip() == "Networks at 4 inputs and 2 outputs (3D where there is one)"
+    row = [cell.strip() for cell in lines[-2].strip("│").split("│")]
+    assert row == ["unet", "small", "1,234,567", "89", "8 x 16", "2D", "a paper"]
+
+
+def test_models_refuses_channels_below_one() -> None:
+    assert _exit_code("models", "--in-channels", "0") == 2
 
 
 def test_config_show_and_validate(capsys: pytest.CaptureFixture[str], tmp_path: pytest.TempPathFactory) -> None:

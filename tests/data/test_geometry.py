@@ -76,6 +76,20 @@ def test_every_orientation_can_be_the_target(target: str) -> None:
     np.testing.assert_array_equal(turn.undo(turn.apply(array)), array)
 
 
+@pytest.mark.parametrize("source", ["RAS", "LPI", "SPL"])
+def test_the_axes_of_the_file_in_another_order(source: str) -> None:
+    """As SimpleITK hands out arrays: reversed, and never flipped whatever the header says."""
+    turn = reorientation_to(grid_oriented(source), "KJI")
+    assert turn == Reorientation((2, 1, 0), (False, False, False), SHAPE)
+    values = np.arange(24).reshape(SHAPE)
+    assert np.array_equal(turn.apply(values), values.T)
+    assert np.array_equal(turn.undo(values.T), values)
+    turned = reoriented_grid(grid_oriented(source), turn)
+    assert turned.orientation == source[::-1]
+    assert turned.spacing_mm == (3.0, 2.0, 1.0)
+    assert reorientation_to(grid_oriented(source), "IKJ").axes == (0, 2, 1)
+
+
 def test_apply_agrees_with_nibabel() -> None:
     grid = grid_oriented("IPL")
     array = np.arange(24, dtype=np.int16).reshape(SHAPE)
@@ -122,7 +136,7 @@ def test_pictures_are_not_turned() -> None:
     assert reoriented_grid(grid, turn) is grid
 
 
-@pytest.mark.parametrize("orientation", ["XYZ", "RA", "RRS", "RASL"])
+@pytest.mark.parametrize("orientation", ["XYZ", "RA", "RRS", "RASL", "IJJ", "IJS"])
 def test_an_orientation_that_is_none_is_refused(orientation: str) -> None:
     with pytest.raises(RequestError, match="is no orientation; expected three letters"):
         reorientation_to(grid_oriented("RAS"), orientation)

@@ -8,18 +8,56 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from segkit.config.loading import build_config, configs_folder, read_yaml
 from segkit.errors import RequestError
+from segkit.models.protocol import SegmentationNetwork
 from segkit.models.table import MODELS, build_model, list_models
 from segkit.training.config import TrainConfig
 
-_SMALLEST = {"revmbunet": {"size": "tiny", "widths": (8, 12, 16)}}
+_SMALLEST = {
+    "revmbunet": {"size": "tiny", "widths": (8, 12, 16)},
+    "r2unet": {"size": "tiny", "widths": (8, 12, 16)},
+    "runet": {"size": "tiny", "widths": (8, 12, 16)},
+    "stunet": {"size": "S", "width": 8},
+    "smp": {"size": "unet-small", "encoder_depth": 3, "decoder_channels": (32, 16, 16)},
+    "vit": {
+        "size": "tiny",
+        "width": 24,
+        "depth": 2,
+        "heads": 2,
+        "window": 2,
+        "global_blocks": (1,),
+        "image_size": 64,
+        "neck": 16,
+        "decoder_widths": (16, 16, 16, 16),
+    },
+}
+_SMALL_DIVISOR: dict[tuple[str, int], dict[str, object]] = {
+    # Forty steps on patches of twice a divisor of 32 would take minutes.
+    ("stunet", 3): {"strides": ((2, 2, 2), (2, 2, 2), (1, 1, 1), (1, 1, 1), (1, 1, 1))},
+}
 ENTRIES = [(family, dims) for family, entry in MODELS.items() for dims in entry.dims]
 
 
 def _build(family: str, dims: int, **arguments: object) -> nn.Module:
     return build_model(family, in_channels=2, out_channels=3, dims=dims, **{**_SMALLEST[family], **arguments})  # type: ignore[arg-type]
+
+
+def _two_divisors(model: nn.Module) -> tuple[int, ...]:
+    """Spatial axes of two divisors each."""
+    return tuple(2 * divisor for divisor in model.divisor)  # type: ignore[arg-type, union-attr]
+
+
+def _without_randomness_and_batch_statistics(model: nn.Module) -> nn.Module:
+    """Training mode, but for dropout and batch norm, whose results differ from those of evaluation by intent."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, (_BatchNorm, _DropoutNd)):
+            module.eval()
+    return model
 
 
 def test_every_family_has_a_smallest_form() -> None:
@@ -29,15 +67,15 @@ def test_every_family_has_a_smallest_form() -> None:
 @pytest.mark.parametrize(("family", "dims"), ENTRIES)
 def test_training_gives_levels_and_evaluation_one_tensor(family: str, dims: int) -> None:
     model = _build(family, dims)
-    side = 2 * max(model.divisor)  # type: ignore[type-var]
-    x = torch.randn(1, 2, *(side,) * dims)
-    levels = model.train()(x)
+    shape = _two_divisors(model)
+    x = torch.randn(1, 2, *shape)
+    levels = _without_randomness_and_batch_statistics(model)(x)
     assert isinstance(levels, list)
-    assert levels[0].shape == (1, 3, *(side,) * dims)
+    assert levels[0].shape == (1, 3, *shape)
     assert all(low.shape[2] < high.shape[2] for high, low in itertools.pairwise(levels))
     with torch.no_grad():
         logits = model.eval()(x)
-    assert logits.shape == (1, 3, *(side,) * dims)
+    assert logits.shape == (1, 3, *shape)
     torch.testing.assert_close(logits, levels[0].detach(), atol=1e-4, rtol=1e-4)
 
 
@@ -53,7 +91,7 @@ def test_sizes_of_one_divisor_and_uneven_multiples_work(family: str, dims: int) 
 def test_every_parameter_learns(family: str, dims: int) -> None:
     model = _build(family, dims).train()
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
-    x = torch.randn(2, 2, *(2 * max(model.divisor),) * dims)  # type: ignore[type-var]
+    x = torch.randn(2, 2, *_two_divisors(model))
     for _ in range(2):  # a zero-initialised scale lets the gradient through from the second step on
         optimiser.zero_grad()
         sum(level.square().mean() for level in model(x)).backward()
@@ -64,8 +102,8 @@ def test_every_parameter_learns(family: str, dims: int) -> None:
 
 @pytest.mark.parametrize(("family", "dims"), ENTRIES)
 def test_overfits_one_patch(family: str, dims: int) -> None:
-    model = _build(family, dims).train()
-    x = torch.randn(1, 2, *(2 * max(model.divisor),) * dims)  # type: ignore[type-var]
+    model = _build(family, dims, **_SMALL_DIVISOR.get((family, dims), {})).train()
+    x = torch.randn(1, 2, *_two_divisors(model))
     target = (x[:, :1] + x[:, 1:] > 0).float().expand(-1, 3, *(-1,) * dims)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
@@ -87,6 +125,23 @@ def test_same_seed_same_weights_same_output(family: str, dims: int) -> None:
         with torch.no_grad():
             outputs.append(model(torch.ones(1, 2, *model.divisor)))  # type: ignore[misc]
     assert torch.equal(outputs[0], outputs[1])
+
+
+@pytest.mark.parametrize(("family", "dims"), ENTRIES)
+def test_the_tensors_that_weights_from_elsewhere_look_for_are_there(family: str, dims: int) -> None:
+    with torch.device("meta"):
+        model = _build(family, dims)
+    assert isinstance(model, SegmentationNetwork)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert model.input_weights
+    assert {shapes[name][1] for name in model.input_weights} == {2}
+    assert model.head_prefixes
+    for prefix in model.head_prefixes:
+        assert any(shape[0] == 3 for name, shape in shapes.items() if name.startswith(prefix)), prefix
+    assert model.encoder_prefix
+    encoder = {name for name in shapes if name.startswith(model.encoder_prefix)}
+    assert encoder < set(shapes)
+    assert encoder & set(model.input_weights)  # a decoder may look at the image as well
 
 
 @pytest.mark.parametrize("mode", ["plain", "checkpoint", "reversible"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -125,6 +127,68 @@ def test_residual_stream_is_float32_under_autocast() -> None:
         ours, expected = _gradients(reversible, x), _gradients(plain, x)
     for one, two in zip(ours, expected, strict=True):
         assert (one - two).norm() <= 1e-2 * two.norm()  # bfloat16 keeps 8 bits: its own noise is larger
+
+
+def test_float32_gradients_hold_through_32_blocks() -> None:
+    plain = _sequence(blocks=32)
+    x = torch.randn(1, 4, 4, 4, 4)
+    ours, expected = _gradients(_copy_in_mode(plain, "reversible"), x), _gradients(plain, x)
+    for one, two in zip(ours, expected, strict=True):
+        assert (one - two).norm() <= 1e-3 * two.norm()
+
+
+def test_error_under_autocast_is_below_the_noise_of_bfloat16_itself() -> None:
+    plain = _sequence(blocks=16)
+    reversible = _copy_in_mode(plain, "reversible")
+    x = torch.randn(1, 4, 6, 6, 6)
+    exact = _gradients(plain, x)
+    plain.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, ours = _gradients(plain, x), _gradients(reversible, x)
+
+    def error(found: list[Tensor], expected: list[Tensor]) -> float:
+        return float(torch.stack([(a - b).norm() / b.norm() for a, b in zip(found, expected, strict=True)]).median())
+
+    assert error(ours, rounded) < error(rounded, exact)
+
+
+def test_checkpoint_mode_counts_batch_statistics_once() -> None:
+    norms = [nn.BatchNorm3d(2), nn.BatchNorm3d(2)]
+    sequence = ReversibleSequence([ReversibleBlock(*norms)], "checkpoint")
+    sequence(torch.randn(2, 4, 3, 3, 3, requires_grad=True)).sum().backward()
+    assert [int(norm.num_batches_tracked) for norm in norms] == [1, 1]  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # the compiler looks
+def test_compiled_network_has_the_same_gradients_and_stays_reversible() -> None:
+    sequence, x = _sequence(blocks=8, mode="reversible"), torch.randn(1, 4, 4, 4, 4)
+    expected = _gradients(sequence, x)
+    sequence.zero_grad()
+    compiled = torch.compile(sequence, backend="aot_eager")
+    calls = []
+    sequence.blocks[0].f.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    for ours, one in zip(_gradients(compiled, x), expected, strict=True):  # type: ignore[arg-type]
+        torch.testing.assert_close(ours, one)
+    assert calls == [False, True]  # once without a graph, once to undo it
+
+
+def test_distributed_training_finds_every_gradient(tmp_path: Path) -> None:
+    sequence = _sequence(mode="reversible")
+    x = torch.randn(1, 4, 3, 3, 3)
+    expected = _gradients(sequence, x)[1:]
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        for options in ({}, {"static_graph": True}, {"find_unused_parameters": True}):
+            copy = _copy_in_mode(sequence, "reversible")
+            parallel = nn.parallel.DistributedDataParallel(copy, **options)  # type: ignore[arg-type]
+            parallel(x).square().sum().backward()
+            for parameter, one in zip(copy.parameters(), expected, strict=True):
+                torch.testing.assert_close(parameter.grad, one)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_odd_channels_are_refused() -> None:

@@ -31,6 +31,7 @@ from segkit.planning.rules import (
     choose_mirror_axes,
     choose_normalisation,
     choose_strides,
+    largest_batch,
     largest_patch,
     patch_limits,
     smaller_patches,
@@ -169,7 +170,8 @@ def test_strides_wait_for_coarse_axes_and_spare_short_ones() -> None:
 def test_patch_limits() -> None:
     assert patch_limits((1.0, 1.0, 1.0), 64) == (64, 64, 64)
     assert patch_limits((0.5, 0.5, 4.0), 128) == (128, 128, 32)
-    assert patch_limits((1.0, 1.0), 64) == (256, 256)
+    assert patch_limits((1.0, 1.0), 64) == (128, 128)
+    assert (largest_batch(3, 2), largest_batch(2, 2)) == (2, 4)
 
 
 def test_largest_patch_is_the_median_in_multiples() -> None:
@@ -324,18 +326,19 @@ def test_what_the_user_chose_stays() -> None:
 def test_less_memory_gives_a_smaller_mode_then_a_smaller_batch_then_a_smaller_patch() -> None:
     big = fingerprint((200, 200, 200), modalities=("t1n", "t1c", "t2w", "t2f"))
     request = PlanningRequest("revmbunet", "tiny", patch_limit=96)
-    modes = ("plain", "checkpoint", "reversible")
+    modes = [("plain", 1), ("checkpoint", 1), ("reversible", 1), ("reversible", 4)]
 
     memory_gb, ranks = 16.0, []
-    for _ in range(7):
+    for _ in range(9):
         plan = plan_training(big, BRATS, request, memory_gb)
         assert plan.memory_gb <= memory_gb
-        ranks.append((-int(np.prod(plan.patch_size)), -plan.batch_size, modes.index(plan.arguments["mode"])))
+        mode = modes.index((plan.arguments["mode"], plan.arguments.get("chunks", 1)))
+        ranks.append((-int(np.prod(plan.patch_size)), -plan.batch_size, mode))
         memory_gb = plan.memory_gb - 0.02
 
     assert ranks[0] == (-(96**3), -2, 0)
     assert ranks == sorted(ranks)
-    assert len(set(ranks)) == 7
+    assert len(set(ranks)) == 9
     assert {batch for _, batch, _ in ranks} == {-2, -1}
     assert ranks[-1][0] > -(96**3)
     assert "made smaller than 96 x 96 x 96 to fit" in plan.reasons["planning.patch_size"]
@@ -366,10 +369,12 @@ def test_short_axes_get_strides_of_their_own() -> None:
 
 
 def test_pictures_are_planned_in_two_axes() -> None:
-    plan = plan_training(fingerprint((300, 100)), classes_scheme("v", {"vessel": 1}), TINY, memory_gb=4.0)
+    plan = plan_training(fingerprint((300, 40)), classes_scheme("v", {"vessel": 1}), TINY, memory_gb=4.0)
 
-    assert plan.patch_size == (128, 100)
+    assert (plan.patch_size, plan.batch_size) == ((64, 40), 4)  # twice the limit for volumes, each
     assert plan.mirror_axes == (0, 1)
+    assert plan.reasons["planning.batch_size"].startswith("the limit")
+    assert plan.reasons["preprocessing.spacing_mm"] == "pictures have no spacing, and are not resampled"
 
 
 def test_minutes_by_hand() -> None:

@@ -197,6 +197,19 @@ def test_one_patient_trains_and_validates_with_a_warning(tmp_path: Path, caplog:
     assert "scores say nothing about other patients" in caplog.text
 
 
+def test_the_other_eye_of_an_excluded_one_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    picture = np.arange(24 * 24, dtype=np.uint8).reshape(24, 24)
+    for stem in ("1L", "1R", "2L", "2R", "3L", "3R"):
+        Image.fromarray(picture).save(tmp_path / f"{stem}.png")
+        Image.fromarray(picture > 99).save(tmp_path / f"{stem}_mask.png")
+    plan_run(_request(tmp_path, tmp_path / "run", data={"exclude": ["1L", "1R"]}))
+    assert "same patient" not in caplog.text
+    planned = plan_run(_request(tmp_path, tmp_path / "run", data={"exclude": ["1L", "3R"]}))
+    assert "others of the same patient in training; exclude these too: 1R, 3L" in caplog.text
+    sides = {case_id in planned.training_ids for case_id in ("2L", "2R")}
+    assert len(sides) == 1
+
+
 def test_pictures_train_too(tmp_path: Path) -> None:
     data, generator = tmp_path / "data", np.random.default_rng(0)
     for folder in ("images", "masks"):

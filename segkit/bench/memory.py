@@ -1,0 +1,156 @@
+"""How much memory a training step takes in each memory mode, and what one budget buys.
+
+Setting of every table: RevMBUNet, expansion 2, four modalities, batch 1, float32. A figure is the peak of a process
+(resident memory, or what it allocated on a GPU) minus what it held once network and optimiser stood and a small patch
+had warmed it up; so it holds activations, scratch space and gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from segkit.bench.probe import Measured, Step, measure
+from segkit.models.table import build_model
+from segkit.planning.memory import step_bytes
+
+Row = dict[str, Any]
+
+WIDTHS = (32, 64, 128, 256, 512)
+_MODES: dict[str, dict[str, Any]] = {
+    "plain": {"mode": "plain"},
+    "checkpoint": {"mode": "checkpoint"},
+    "reversible": {"mode": "reversible"},
+    "reversible, chunked": {"mode": "reversible", "chunks": 4},
+}
+_SMALLEST = _MODES["reversible, chunked"]
+WHOLE_VOLUME = (240, 240, 160)
+"""A BraTS volume, 240 x 240 x 155 voxels, padded to what the network divides."""
+
+
+def modes(side: int, depths: Sequence[int], device: str) -> Iterator[Row]:
+    """Every memory mode at every depth (blocks per level) on patches of `side` voxels."""
+    for blocks in depths:
+        plain = None
+        for name, chosen in _MODES.items():
+            measured = measure(_step(blocks, chosen, (side,) * 3, device))
+            plain = plain or measured.step_mb
+            yield _row(measured, table="modes", mode=name, blocks=blocks, patch=(side,) * 3) | {
+                "of_plain": round(measured.step_mb / plain, 3)
+            }
+
+
+def depth(side: int, depths: Sequence[int], device: str) -> Iterator[Row]:
+    """How a reversible step grows with depth, its parameters and their gradients left out."""
+    first = None
+    for blocks in depths:
+        measured = measure(_step(blocks, _MODES["reversible"], (side,) * 3, device))
+        activations_mb = measured.step_mb - _megabytes(measured.parameters)
+        first = first or activations_mb
+        yield _row(measured, table="depth", mode="reversible", blocks=blocks, patch=(side,) * 3) | {
+            "without_gradients_mb": round(activations_mb, 1),
+            "of_first": round(activations_mb / first, 3),
+        }
+
+
+def budget(side: int, depths: Sequence[int], device: str) -> Iterator[Row]:
+    """What fits reversibly into the memory that plain mode needs on patches of `side` voxels."""
+    for blocks in depths:
+        plain = measure(_step(blocks, _MODES["plain"], (side,) * 3, device))
+        limit_mb = plain.step_mb
+        yield _row(plain, table="budget", mode="plain", blocks=blocks, patch=(side,) * 3) | {"buys": "the budget"}
+        for what, candidate in (("volume", _larger), ("channels", _wider), ("depth", _deeper)):
+            found = _largest(partial(candidate, blocks=blocks, side=side, device=device), limit_mb)
+            if found is None:
+                continue
+            step, measured, factor = found
+            yield _row(
+                measured, table="budget", mode="reversible, chunked", blocks=step.arguments["blocks"], patch=step.patch
+            ) | {"buys": f"{factor:.1f} x {what}", "widths": "-".join(map(str, step.arguments["widths"]))}
+
+
+def volume(device: str) -> Iterator[Row]:
+    """A training step on a whole BraTS volume, uncropped, two blocks a level."""
+    measured = measure(_step(2, _SMALLEST, WHOLE_VOLUME, device))
+    yield _row(measured, table="volume", mode="reversible, chunked", blocks=2, patch=WHOLE_VOLUME) | {
+        "minutes": round(measured.seconds / 60, 2)
+    }
+
+
+def _step(
+    blocks: int, chosen: dict[str, Any], patch: tuple[int, ...], device: str, widths: Sequence[int] = WIDTHS
+) -> Step:
+    arguments = {"widths": tuple(widths), "blocks": blocks, "decoder_blocks": blocks, "expansion": 2, **chosen}
+    return Step(arguments=arguments, patch=patch, device=device)
+
+
+def _larger(size: int, blocks: int, side: int, device: str) -> tuple[Step, float]:
+    longer = side + 16 * size
+    return _step(blocks, _SMALLEST, (longer,) * 3, device), (longer / side) ** 3
+
+
+def _wider(size: int, blocks: int, side: int, device: str) -> tuple[Step, float]:
+    widths = [width * (2 + size) // 2 for width in WIDTHS]
+    return _step(blocks, _SMALLEST, (side,) * 3, device, widths), (2 + size) / 2
+
+
+def _deeper(size: int, blocks: int, side: int, device: str) -> tuple[Step, float]:
+    return _step(blocks * (1 + size), _SMALLEST, (side,) * 3, device), 1.0 + size
+
+
+def _largest(candidate: Callable[[int], tuple[Step, float]], limit_mb: float) -> tuple[Step, Measured, float] | None:
+    """The largest candidate that was measured within the limit; where to begin is estimated."""
+    size = 0
+    while _estimate_mb(candidate(size + 1)[0]) <= limit_mb and size < _MOST:
+        size += 1
+    while size > 0:
+        step, factor = candidate(size)
+        measured = measure(step)
+        if measured.step_mb <= limit_mb:
+            return step, measured, factor
+        size -= max(1, size // 8)
+    return None
+
+
+_MOST = 31
+"""Sizes beyond this one are not tried: 32 times the depth says enough."""
+
+
+def _estimate_mb(step: Step) -> float:
+    def build() -> torch.nn.Module:
+        return build_model(
+            step.family, in_channels=step.modalities, out_channels=3, dims=len(step.patch), **step.arguments
+        )
+
+    def loss(levels: list[Tensor], labels: Tensor) -> Tensor:
+        return torch.stack([functional.softplus(level).mean() for level in levels]).sum()
+
+    return step_bytes(build, (1, step.modalities, *step.patch), loss) / 1024**2
+
+
+def _megabytes(parameters: int) -> float:
+    return 4 * parameters / 1024**2
+
+
+def _row(measured: Measured, *, table: str, mode: str, blocks: int, patch: Sequence[int]) -> Row:
+    return {
+        "table": table,
+        "patch": "x".join(map(str, patch)),
+        "blocks": blocks,
+        "mode": mode,
+        "step_mb": round(measured.step_mb, 1),
+        "process_mb": round(measured.process_mb, 1),
+        "seconds": round(measured.seconds, 2),
+        "parameters": measured.parameters,
+        "megavoxels": round(math.prod(patch) / 1e6, 2),
+    }
+
+
+TABLES: dict[str, Callable[..., Iterator[Row]]] = {"modes": modes, "depth": depth, "budget": budget, "volume": volume}
+"""Table name -> the function that measures it row by row."""

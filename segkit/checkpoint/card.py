@@ -1,0 +1,118 @@
+"""The model card `model.json`: what a weight file is, and everything needed to use it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from segkit.config.base import Config
+from segkit.data.preprocessing import Crop, Normalisation, PreprocessingConfig
+from segkit.errors import CheckpointError
+from segkit.labels import LabelScheme, Output, scheme_from_json
+
+
+class NetworkCard(Config):
+    """The network to build: a family and size of `segkit models`, its channels and its other arguments."""
+
+    family: str
+    size: str | None = None
+    in_channels: int
+    out_channels: int
+    arguments: dict[str, Any] = Field(default_factory=dict)
+
+
+class OutputCard(Config):
+    """One output: its name, the label value it paints, the label values it covers (empty: only `label`)."""
+
+    name: str
+    label: int
+    members: tuple[int, ...] = ()
+
+
+class SchemeCard(Config):
+    """The label scheme of the training data: tissue names with their values, background left out."""
+
+    name: str
+    labels: dict[str, int]
+
+
+class TrainingData(Config):
+    """What the weights were trained on; further facts (fold, seed ...) may be added."""
+
+    model_config = ConfigDict(extra="allow")
+
+    identity: str
+    """Name or digest by which the data can be told again."""
+    licence: str | None = None
+    cases: int = 0
+
+
+class ModelCard(Config):
+    """The contents of `model.json`: everything needed to use the weights beside it.
+
+    Sizes and patches are in voxels, spacings in mm, both in the axis order of `segkit.shapes` after orientation.
+    `activation`, `outputs` and `label_scheme` belong to segmentation only.
+    """
+
+    task: Literal["segmentation", "pretraining", "inpainting"] = "segmentation"
+    network: NetworkCard
+    dims: Literal[2, 3] = 3
+    modalities: tuple[str, ...]
+    """Names of the input channels, in order."""
+    patch_size: tuple[int, ...]
+    overlap: float = 0.5
+    """Fraction of a window shared with its neighbour."""
+    divisor: tuple[int, ...]
+    """The network takes sizes that are multiples of this."""
+    spacing_mm: tuple[float, ...] | None = None
+    """Grid on which the network works; null keeps the spacing of the source."""
+    orientation: str = "RAS"
+    normalisation: Normalisation = "zscore-nonzero"
+    ct_window: tuple[float, float] | None = None
+    ct_mean: float | None = None
+    ct_std: float | None = None
+    crop: Crop = "nonzero"
+    mirror_axes: tuple[int, ...] | None = None
+    """Axes that training mirrored, which test-time mirroring may use; null means all of them."""
+    activation: Literal["sigmoid", "softmax"] | None = None
+    outputs: tuple[OutputCard, ...] = ()
+    label_scheme: SchemeCard | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+    sha256: str = ""
+    """Digest of `model.safetensors`."""
+    training_data: TrainingData
+
+    def preprocessing(self) -> PreprocessingConfig:
+        """How a case is prepared for this network."""
+        return PreprocessingConfig(
+            spacing_mm=self.spacing_mm,
+            orientation=self.orientation,
+            normalisation=self.normalisation,
+            ct_window=self.ct_window,
+            ct_mean=self.ct_mean,
+            ct_std=self.ct_std,
+            crop=self.crop,
+        )
+
+    def scheme(self) -> LabelScheme:
+        """The label scheme in which the outputs are defined.
+
+        Raises:
+            CheckpointError: the task is not segmentation.
+        """
+        if self.label_scheme is None:
+            raise CheckpointError(f"a {self.task} model has no label scheme", expected="a segmentation model")
+        return scheme_from_json(self.label_scheme.model_dump())
+
+    def output_list(self) -> tuple[Output, ...]:
+        """The outputs in painting order."""
+        return tuple(Output(output.name, output.label, output.members or (output.label,)) for output in self.outputs)
+
+    def to_json(self) -> dict[str, Any]:
+        """The document written as `model.json`."""
+        document = self.model_dump(mode="json")
+        if self.task != "segmentation":
+            for key in ("activation", "outputs", "label_scheme"):
+                del document[key]
+        return document

@@ -1,0 +1,210 @@
+"""Result folders of nnU-Net 1 and 2 whose network is STU-Net, used as if they were run folders.
+
+A result folder holds `fold_0`, `fold_1` ... (or `fold_all`), each with a checkpoint; version 2 keeps `plans.json` and
+`dataset.json` beside the folds, version 1 a pickle of plans beside each checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from segkit.checkpoint.card import ModelCard, NetworkCard, OutputCard, SchemeCard, TrainingData
+from segkit.checkpoint.nnunet_plans import ResultPlan, read_plan
+from segkit.checkpoint.tensors import file_sha256, named_tensors, read_torch
+from segkit.data.layouts.dataset_json import channel_names, document_scheme
+from segkit.data.layouts.layout import FolderOptions
+from segkit.errors import CheckpointError, DataError
+from segkit.labels import LabelScheme
+from segkit.models.stunet import SIZES
+
+_CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_best.pth", "model_final_checkpoint.model", "model_best.model")
+"""From the one to take first: version 2's, then version 1's."""
+
+_NORMALISATIONS = {
+    "ZScoreNormalization": "zscore",
+    "nonCT": "zscore",
+    "CTNormalization": "ct-window",
+    "CT": "ct-window",
+}
+"""Version 2's and version 1's names of what the house can do."""
+
+_MOST_LABELS = 256
+
+
+def is_result(folder: Path) -> bool:
+    """Whether a folder is a result of nnU-Net, or one fold of it."""
+    return bool(_folds(folder))
+
+
+def fold_folders(folder: Path) -> list[Path]:
+    """The folds to use: the folder itself, its numbered folds or, where there are none, `fold_all`.
+
+    Raises:
+        CheckpointError: there is no fold with a checkpoint.
+    """
+    folds = _folds(folder)
+    if not folds:
+        raise CheckpointError("holds no checkpoint", where=folder, expected=f"{_CHECKPOINTS[0]} in fold_0, fold_1 ...")
+    return folds
+
+
+def checkpoint_path(fold: Path) -> Path:
+    """The checkpoint of a fold: the final one, else the best one, else the only one of version 1.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = _checkpoint(fold)
+    if path is None:
+        raise CheckpointError("holds no checkpoint", where=fold, expected=f"one of {', '.join(_CHECKPOINTS)}")
+    return path
+
+
+def make_card(fold: Path) -> ModelCard:
+    """The model card of one fold, from its plans and the shapes of its tensors.
+
+    Raises:
+        CheckpointError: the network is not STU-Net, the plans are missing or unsafe to read, or the images are
+            normalised in a way that segkit has not.
+    """
+    path = checkpoint_path(fold)
+    document = read_torch(path, is_mapped=True)
+    plan = read_plan(path, document if isinstance(document, Mapping) else {})
+    if not plan.trainer.startswith("STUNetTrainer"):
+        raise CheckpointError(
+            f"the network of {plan.trainer} is not STU-Net",
+            where=path,
+            expected="a result of one of the STUNetTrainers",
+            remedy="Segment with nnU-Net itself, or train the data anew with `segkit train`",
+        )
+    try:
+        modalities = channel_names(plan.dataset, path.parent.parent / "dataset.json")
+        scheme = document_scheme(plan.dataset, modalities, FolderOptions(), path.parent.parent / "dataset.json").scheme
+    except DataError as error:
+        raise CheckpointError(error.found, where=error.where, expected=error.expected) from error
+    if scheme is None:
+        raise CheckpointError("its dataset.json names no labels", where=path)
+    outputs = _outputs(plan.dataset, scheme, path)
+    network = _network(named_tensors(document, path), plan, path)
+    _require_channels(network, len(modalities), len(outputs), path)
+    return ModelCard(
+        network=network,
+        modalities=modalities,
+        patch_size=plan.patch_size,
+        divisor=tuple(prod(axis) for axis in zip(*plan.strides, strict=True)),
+        spacing_mm=plan.spacing_mm,
+        orientation=plan.orientation,
+        crop="nonzero",
+        mirror_axes=plan.mirror_axes,
+        activation="softmax" if outputs[0].label == 0 else "sigmoid",
+        outputs=outputs,
+        label_scheme=SchemeCard(name=scheme.name, labels=dict(scheme.values)),
+        versions={"nnunet": str(plan.version), "trainer": plan.trainer},
+        sha256=file_sha256(path),
+        training_data=TrainingData(
+            identity=f"nnU-Net: {plan.name}",
+            licence=str(plan.dataset.get("licence") or plan.dataset.get("license") or "") or None,
+            cases=int(plan.dataset.get("numTraining") or 0),
+        ),
+        **_normalisation(plan, path),
+    )
+
+
+def _folds(folder: Path) -> list[Path]:
+    if _checkpoint(folder) is not None:
+        return [folder]
+    found = [fold for fold in folder.glob("fold_*") if _checkpoint(fold) is not None]
+    numbered = [fold for fold in found if fold.name.removeprefix("fold_").isdigit()]
+    return sorted(numbered, key=lambda fold: int(fold.name.removeprefix("fold_"))) or found
+
+
+def _checkpoint(fold: Path) -> Path | None:
+    for name in _CHECKPOINTS:
+        if (fold / name).is_file():
+            return fold / name
+    # The released weights have names of their own, such as base_ep4k.model.
+    beside = (".pkl", ".json")
+    others = [p for p in sorted(fold.glob("*.model")) if any(p.with_name(p.name + s).is_file() for s in beside)]
+    return others[0] if len(others) == 1 else None
+
+
+def _network(tensors: Mapping[str, Tensor], plan: ResultPlan, path: Path) -> NetworkCard:
+    """The STU-Net whose tensors these are: shapes tell more than the trainer's name, which anyone may choose."""
+    first, last = tensors.get("conv_blocks_context.0.0.conv1.weight"), tensors.get("seg_outputs.4.weight")
+    if first is None or last is None or first.dim() != 5 or last.dim() != 5:
+        raise CheckpointError("holds no STU-Net of volumes, whatever its trainer is called", where=path)
+    depth = sum(name.startswith("conv_blocks_context.0.") and name.endswith(".conv1.weight") for name in tensors)
+    shape = {"width": first.shape[0], "depth": depth}
+    size = next((name for name, values in SIZES.items() if values == shape), None)
+    return NetworkCard(
+        family="stunet",
+        size=size or "B",
+        in_channels=first.shape[1],
+        out_channels=last.shape[0],
+        arguments={"strides": plan.strides, **({} if size else shape)},
+    )
+
+
+def _outputs(dataset: Mapping[str, Any], scheme: LabelScheme, path: Path) -> tuple[OutputCard, ...]:
+    """Regions in the order in which they are painted, or background and classes by value."""
+    labels = {name: value for name, value in dataset["labels"].items() if str(name).lower() != "ignore"}
+    if any(isinstance(value, list) and len(value) > 1 for value in labels.values()):
+        regions = {name: value if isinstance(value, list) else [value] for name, value in labels.items()}
+        regions = {name: sorted(int(v) for v in value) for name, value in regions.items() if set(value) != {0}}
+        return tuple(
+            OutputCard(name=name, label=int(paints), members=tuple(members))
+            for (name, members), paints in zip(regions.items(), dataset["regions_class_order"], strict=True)
+        )
+    classes = {0: "background"} | {value: name for name, value in scheme.values.items()}
+    if sorted(classes) != list(range(len(classes))) or len(classes) > _MOST_LABELS:
+        raise CheckpointError("its label values have gaps, or are too many", where=path, expected="0, 1, 2 ... to 255")
+    return tuple(OutputCard(name=classes[value], label=value, members=(value,)) for value in sorted(classes))
+
+
+def _require_channels(network: NetworkCard, channels: int, outputs: int, path: Path) -> None:
+    for found, expected, what in (
+        (network.in_channels, channels, "image channels"),
+        (network.out_channels, outputs, "outputs"),
+    ):
+        if found != expected:
+            raise CheckpointError(
+                f"the network has {found} {what}, but its dataset.json names {expected}",
+                where=path,
+                remedy="Copy the result folder again: checkpoint and dataset.json do not belong together",
+            )
+
+
+def _normalisation(plan: ResultPlan, path: Path) -> dict[str, Any]:
+    """The card's way to normalise, the same for every channel.
+
+    Raises:
+        CheckpointError: it is none of the house's, or differs between channels.
+    """
+    used = {(name, is_masked) for name, is_masked in zip(plan.normalisations, plan.masks, strict=True)}
+    names = sorted({name for name, _ in used})
+    kinds = {_NORMALISATIONS.get(name) for name in names}
+    measured = set(plan.intensities) if kinds == {"ct-window"} else set()
+    is_uniform = len(used) == 1 and len(measured) <= 1
+    if None in kinds or not is_uniform or (kinds == {"ct-window"} and not measured):
+        how = "" if is_uniform else ", which differs from channel to channel"
+        raise CheckpointError(
+            f"images are normalised with {', '.join(names)}{how}",
+            where=path,
+            expected="z-score or a CT window, the same for every channel",
+            remedy="Segment with nnU-Net itself",
+        )
+    ((_, is_masked),) = used
+    if kinds == {"zscore"}:
+        return {"normalisation": "zscore-nonzero" if is_masked else "zscore"}
+    (foreground,) = measured
+    return {
+        "normalisation": "ct-window",
+        "ct_window": (foreground.low, foreground.high),
+        "ct_mean": foreground.mean,
+        "ct_std": foreground.std,
+    }

@@ -1,0 +1,186 @@
+"""What nnU-Net planned for a result, read from its version 1 or 2 into one form.
+
+nnU-Net works on arrays whose axes are those of the file reversed (z, y, x), then permuted by `transpose_forward`, and
+turns them to no orientation unless its reader says so. Spacings, patches and strides of a plan are in that order; here
+it becomes an orientation, so that the network sees the axes that it was trained on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from segkit.checkpoint.tensors import read_plain_pickle
+from segkit.errors import CheckpointError
+from segkit.models.stunet_labels import RELEASED_LABELS
+
+_STEPS = 5
+"""Steps down of a STU-Net, whatever the plan has."""
+
+
+@dataclass(frozen=True)
+class Intensities:
+    """Of the foreground voxels of the training data: mean, standard deviation, 0.5 and 99.5 percentile."""
+
+    mean: float
+    std: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class ResultPlan:
+    """A result's plan; sizes in voxels and spacings in mm, in the axis order of `orientation`.
+
+    `normalisations` and `masks` (are statistics taken inside the patient alone?) have one entry a channel;
+    `intensities` as well where they were kept. `dataset` is the `dataset.json`, or what stands in for it.
+    """
+
+    version: int
+    trainer: str
+    name: str
+    patch_size: tuple[int, ...]
+    spacing_mm: tuple[float, ...]
+    strides: tuple[tuple[int, ...], ...]
+    orientation: str
+    normalisations: tuple[str, ...]
+    masks: tuple[bool, ...]
+    intensities: tuple[Intensities, ...]
+    mirror_axes: tuple[int, ...]
+    dataset: Mapping[str, Any]
+
+
+def read_plan(checkpoint: Path, document: Mapping[str, Any]) -> ResultPlan:
+    """The plan of a fold from its checkpoint, whose contents are `document`, and the files around it.
+
+    Raises:
+        CheckpointError: plans are missing, unsafe to read, or not of a network of volumes that stands for itself.
+    """
+    try:
+        return _version_1(checkpoint) if checkpoint.suffix == ".model" else _version_2(checkpoint, document)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        found = f"its plans cannot be understood ({type(error).__name__}: {error})"
+        raise CheckpointError(found, where=checkpoint, expected="those of nnU-Net 1 or 2") from error
+
+
+def _version_2(checkpoint: Path, document: Mapping[str, Any]) -> ResultPlan:
+    arguments, result = document["init_args"], checkpoint.parent.parent
+    plans = _read_json(result / "plans.json") or arguments["plans"]
+    dataset = _read_json(result / "dataset.json") or arguments["dataset_json"]
+    chosen = _configuration(plans, arguments["configuration"])
+    if chosen.get("previous_stage"):
+        raise CheckpointError(
+            f"{arguments['configuration']} needs the masks of {chosen['previous_stage']} as input",
+            where=checkpoint,
+            expected="a network that needs the images only, such as 3d_fullres",
+        )
+    patch = _volume_sizes(chosen["patch_size"], checkpoint)
+    strides = chosen.get("pool_op_kernel_sizes") or chosen["architecture"]["arch_kwargs"]["strides"]
+    properties = plans.get("foreground_intensity_properties_per_channel") or plans.get(
+        "foreground_intensity_properties_by_modality", {}
+    )
+    return ResultPlan(
+        version=2,
+        trainer=str(document["trainer_name"]),
+        name=str(plans["dataset_name"]),
+        patch_size=patch,
+        spacing_mm=tuple(float(mm) for mm in chosen["spacing"]),
+        strides=_five(strides[1:]),
+        orientation=_orientation(str(plans["image_reader_writer"]), plans["transpose_forward"]),
+        normalisations=tuple(str(name) for name in chosen["normalization_schemes"]),
+        masks=tuple(bool(mask) for mask in chosen["use_mask_for_norm"]),
+        intensities=_intensities(properties, len(chosen["normalization_schemes"]), "std"),
+        mirror_axes=tuple(int(axis) for axis in document.get("inference_allowed_mirroring_axes") or ()),
+        dataset=dataset,
+    )
+
+
+def _configuration(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A configuration with what it inherits from others."""
+    own = dict(plans["configurations"][name])
+    parent = own.pop("inherits_from", None)
+    return own if parent is None else {**_configuration(plans, parent), **own}
+
+
+def _version_1(checkpoint: Path) -> ResultPlan:
+    """Version 1 keeps the trainer's name and the plans in a pickle beside each checkpoint."""
+    beside = checkpoint.with_name(checkpoint.name + ".json")
+    document = _read_json(beside) or read_plain_pickle(checkpoint.with_name(checkpoint.name + ".pkl"))
+    plans = document["plans"]
+    channels = range(int(plans["num_modalities"]))
+    stage = _numbered(plans["plans_per_stage"], int(document["init"][5]))
+    properties = plans["dataset_properties"].get("intensityproperties") or {}
+    result = checkpoint.parent.parent
+    own_names = {str(channel): str(_numbered(plans["modalities"], channel)) for channel in channels}
+    labels = {"background": 0, **_classes(checkpoint, str(document["name"]), plans["all_classes"])}
+    return ResultPlan(
+        version=1,
+        trainer=str(document["name"]),
+        name=result.parent.name,
+        patch_size=_volume_sizes(stage["patch_size"], checkpoint),
+        spacing_mm=tuple(float(mm) for mm in stage["current_spacing"]),
+        strides=_five(stage["pool_op_kernel_sizes"]),
+        orientation=_orientation("SimpleITKIO", plans["transpose_forward"]),
+        normalisations=tuple(str(_numbered(plans["normalization_schemes"], channel)) for channel in channels),
+        masks=tuple(bool(_numbered(plans["use_mask_for_norm"], channel)) for channel in channels),
+        intensities=_intensities(properties, len(channels), "sd"),
+        mirror_axes=(0, 1, 2),
+        dataset=_read_json(result / "dataset.json") or {"modality": own_names, "labels": labels},
+    )
+
+
+def _classes(checkpoint: Path, trainer: str, values: Sequence[Any]) -> Mapping[str, int]:
+    """Label names, which version 1 keeps nowhere: known for the released weights, numbers for others."""
+    if checkpoint.stem.endswith("_ep4k"):
+        released = RELEASED_LABELS["stunet-totalsegmentator"].values
+    elif trainer.endswith("_ep2k"):
+        released = RELEASED_LABELS["stunet-abdomenatlas"].values
+    else:
+        released = {}
+    is_released = sorted(released.values()) == [int(value) for value in values]
+    return released if is_released else {f"label_{int(value)}": int(value) for value in values}
+
+
+def _read_json(path: Path) -> Any:
+    """A JSON document; None where there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot be read ({error})", where=path) from error
+
+
+def _numbered(mapping: Mapping[Any, Any], number: int) -> Any:
+    """An entry by its number, which JSON writes as text."""
+    return mapping[number] if number in mapping else mapping[str(number)]
+
+
+def _volume_sizes(sizes: Sequence[Any], where: Path) -> tuple[int, ...]:
+    if len(sizes) != 3:
+        raise CheckpointError("is a network of slices", where=where, expected="one of volumes, such as 3d_fullres")
+    return tuple(int(size) for size in sizes)
+
+
+def _five(strides: Sequence[Sequence[Any]]) -> tuple[tuple[int, ...], ...]:
+    """Cut or filled up with ones to the steps of a STU-Net, as its trainers do."""
+    given = [tuple(int(step) for step in stride) for stride in strides][:_STEPS]
+    return (*given, *((1, 1, 1),) * (_STEPS - len(given)))
+
+
+def _orientation(reader: str, transpose: Sequence[Any]) -> str:
+    stored = "RAS" if "WithReorient" in reader else "IJK"
+    return "".join(stored[::-1][int(axis)] for axis in transpose)
+
+
+def _intensities(properties: Mapping[Any, Any], channels: int, std: str) -> tuple[Intensities, ...]:
+    if not properties:
+        return ()
+    found = [_numbered(properties, channel) for channel in range(channels)]
+    return tuple(
+        Intensities(float(p["mean"]), float(p[std]), float(p["percentile_00_5"]), float(p["percentile_99_5"]))
+        for p in found
+    )

@@ -1,0 +1,78 @@
+"""The exact state of a training: `last.ckpt` and the one before it, whole or refused.
+
+Written to a temporary file first and moved into place, so a killed process leaves the old file or the new one, never
+half of one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from segkit.checkpoint.tensors import read_torch
+from segkit.data.files import written_atomically
+from segkit.errors import CheckpointError
+
+LAST_NAME = "last.ckpt"
+PREVIOUS_NAME = "previous.ckpt"
+
+_log = logging.getLogger(__name__)
+
+
+def save_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write the resume state as `last.ckpt`; the one before becomes `previous.ckpt`.
+
+    Raises:
+        TypeError: the state holds something that could not be read back without running code.
+        DataError: the folder cannot be written.
+    """
+    _check_plain(state, "state")
+    last = folder / LAST_NAME
+    with written_atomically(last) as partial:
+        torch.save(dict(state), partial)
+        if last.exists():
+            last.replace(folder / PREVIOUS_NAME)
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """The resume state, tensors on the CPU: `last.ckpt`, or `previous.ckpt` where the last one is damaged.
+
+    Raises:
+        CheckpointError: neither is there and whole.
+    """
+    reasons = []
+    for name in (LAST_NAME, PREVIOUS_NAME):
+        try:
+            state = read_torch(folder / name)
+        except CheckpointError as error:
+            reasons.append(f"{name} {error.found}")
+            continue
+        if not isinstance(state, dict):
+            reasons.append(f"{name} is no resume state")
+            continue
+        if reasons:
+            _log.warning("%s: %s; going on from %s", folder, reasons[0], name)
+        return state
+    found = f"no resume state can be used: {'; '.join(reasons)}"
+    raise CheckpointError(found, where=folder, remedy="Start the training afresh")
+
+
+_PLAIN = (str, int, float, bool, type(None))
+
+
+def _check_plain(value: object, name: str) -> None:
+    if isinstance(value, Mapping) and type(value) in (dict, OrderedDict):
+        for key, item in value.items():
+            _check_plain(key, f"key {key!r} of {name}")
+            _check_plain(item, f"{name}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for position, item in enumerate(value):  # type: ignore[arg-type]
+            _check_plain(item, f"{name}[{position}]")
+    elif not isinstance(value, Tensor) and type(value) not in _PLAIN:
+        raise TypeError(f"{name} is {type(value).__name__}: a state holds tensors, numbers, strings, lists and dicts")

@@ -1,0 +1,195 @@
+"""Tensors in files: the one place that reads what others have pickled, and it never runs any of it.
+
+The only caller of `torch.load`, always with `weights_only=True`. Everything is written to a temporary file first and
+moved into place, so a killed process leaves the old file or the new one, never half of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from segkit.data.files import written_atomically
+from segkit.errors import CheckpointError
+
+_INNER_KEYS = ("state_dict", "network_weights", "model_state_dict", "model")
+_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
+
+_NUMBERS = tuple(np.dtype(code) for code in "?bBhHiIlLqQefd")
+_MAKERS: dict[str, Any] = {
+    "scalar": np._core.multiarray.scalar,  # type: ignore[attr-defined]
+    "_reconstruct": np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
+}
+_NUMPY_ROOMS = ("numpy.core.multiarray", "numpy._core.multiarray")
+"""Where a file says these makers live: numpy renamed the room in version 2."""
+
+
+def load_weights_file(path: Path) -> dict[str, Tensor]:
+    """Tensors of a weight file by name, on the CPU: safetensors, or a torch file read without running its code.
+
+    Of files that hold more than weights (nnU-Net's `state_dict` and `network_weights`, plain trainers' `model`) the
+    weights are taken; prefixes that wrappers add (`module.`, `_orig_mod.`) are dropped.
+
+    Raises:
+        CheckpointError: missing, damaged, holds no tensors, or could only be read by running code from it.
+    """
+    if not path.is_file():
+        raise CheckpointError("is not a file", where=path, expected="a .safetensors or torch weight file")
+    if path.suffix == ".safetensors":
+        try:
+            return dict(safetensors.torch.load_file(path))
+        except (safetensors.SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot be read as safetensors ({error})", where=path) from error
+    return named_tensors(read_torch(path), path)
+
+
+def named_tensors(document: object, where: Path) -> dict[str, Tensor]:
+    """The weights in what a torch file holds, by the names that they have without wrappers.
+
+    Raises:
+        CheckpointError: it holds no tensors by name.
+    """
+    for key in _INNER_KEYS:
+        if isinstance(document, Mapping) and isinstance(document.get(key), Mapping):
+            document = document[key]
+            break
+    if not isinstance(document, Mapping):
+        document = {}
+    tensors = {_WRAPPERS.sub("", str(name)): value for name, value in document.items() if isinstance(value, Tensor)}
+    if not tensors:
+        expected = f"a state dict, or one under {', '.join(_INNER_KEYS)}"
+        raise CheckpointError("holds no tensors by name", where=where, expected=expected)
+    return tensors
+
+
+def save_weights(path: Path, weights: Mapping[str, Tensor]) -> str:
+    """Write tensors as safetensors, atomically; gives back the file's SHA-256.
+
+    Tensors that share memory are written once each, so every name can be loaded on its own.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    with written_atomically(path) as partial:
+        write_tensors(partial, weights)
+        return file_sha256(partial)
+
+
+def write_tensors(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors to a file that nobody reads yet."""
+    tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in weights.items():
+        plain = tensor.detach().cpu().contiguous()
+        address = plain.untyped_storage().data_ptr()
+        if address in storages:  # safetensors refuses tensors that share memory, such as tied weights
+            plain = plain.clone()
+        storages.add(address)
+        tensors[name] = plain
+    path.touch()
+    permissions = path.stat().st_mode  # those of ordinary files; safetensors takes all but the owner's away
+    safetensors.torch.save_file(tensors, path)
+    path.chmod(permissions)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_torch(path: Path, *, is_mapped: bool = False) -> Any:
+    """What `torch.save` wrote, tensors on the CPU, after its checksums were verified; never runs its code.
+
+    `is_mapped` is for a look at what stands beside the tensors: they stay in the file, unread and unverified.
+
+    Raises:
+        CheckpointError: missing, damaged, or could only be read by running code from it.
+    """
+    if not path.is_file():
+        raise CheckpointError("is missing", where=path)
+    try:
+        broken = None if is_mapped else _broken_part(path)
+        if broken is None:
+            with torch.serialization.safe_globals(_harmless_numpy()), warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # about pickle protocols, ahead of the refusal itself
+                mapped = is_mapped and zipfile.is_zipfile(path)
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        raise _refused(path, "Convert it to safetensors where it was made") from error
+    except Exception as error:  # reading damaged files, torch and zipfile raise whatever they stumble over
+        raise CheckpointError(f"is damaged ({type(error).__name__}: {error})", where=path) from error
+    raise CheckpointError(f"is damaged (wrong checksum of {broken})", where=path)
+
+
+def read_plain_pickle(path: Path) -> Any:
+    """What a pickle holds, where that is nothing but numbers, text, lists, mappings and numpy arrays; runs no code.
+
+    nnU-Net 1 keeps its plans this way. Every other class or function that the file names is refused unseen.
+
+    Raises:
+        CheckpointError: missing, damaged, or holds something else.
+    """
+    if not path.is_file():
+        raise CheckpointError("is missing", where=path)
+    try:
+        with path.open("rb") as file:
+            return _PlainUnpickler(file).load()
+    except pickle.UnpicklingError as error:
+        raise _refused(path, "Ask for the plans as JSON") from error
+    except Exception as error:  # damaged pickles fail in every way there is
+        raise CheckpointError(f"is damaged ({type(error).__name__}: {error})", where=path) from error
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Knows the makers of plain numpy values and ordered dictionaries, and nothing else."""
+
+    _known = {  # noqa: RUF012  never changed
+        ("collections", "OrderedDict"): OrderedDict,
+        ("numpy", "dtype"): np.dtype,
+        ("numpy", "ndarray"): np.ndarray,
+        **{(room, name): maker for room in _NUMPY_ROOMS for name, maker in _MAKERS.items()},
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The maker of that name, where it is known to make plain values only."""
+        try:
+            return self._known[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"{module}.{name} is not a plain value") from None
+
+
+def _refused(path: Path, remedy: str) -> CheckpointError:
+    return CheckpointError(
+        "is damaged, or carries code and not only weights; nothing in it was run",
+        where=path,
+        expected="a file of tensors and plain values",
+        remedy=remedy,
+    )
+
+
+def _harmless_numpy() -> list[Any]:
+    """What numpy values in other trainers' checkpoints need to be read: makers of plain numbers, no code."""
+    makers = [(maker, f"{room}.{name}") for room in _NUMPY_ROOMS for name, maker in _MAKERS.items()]
+    return [np.dtype, np.ndarray, *dict.fromkeys(type(number) for number in _NUMBERS), *makers]
+
+
+def _broken_part(path: Path) -> str | None:
+    """The first part whose checksum is wrong: torch does not look, and would load a flipped bit as a weight."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()

@@ -1,0 +1,290 @@
+"""Weights from elsewhere into a network: all of them or none, and a report of what went where.
+
+Three things may differ between the network that was trained and the one at hand: its image channels, its outputs, and
+whether there is anything beyond an encoder. Everything else must agree by name and shape. What a network's tensors are
+for is said by its attributes, see `segkit.models.protocol`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from segkit.checkpoint.adapt import InputAdapt, adapt_by_modality, adapt_channels, plain_name
+from segkit.checkpoint.names import match_names, other_part, some
+from segkit.checkpoint.source import WeightSource, read_source
+from segkit.errors import CheckpointError
+
+HeadRule = Literal["fit", "skip"]
+"""What becomes of segmentation heads. fit: taken where shape and, where known, output names agree; skip: left out."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of every tensor, by name.
+
+    `loaded`, `adapted` (made for other image channels) and `missing` (kept as they were) are names of the network and
+    together all of them; `skipped` are the names of the file that were left out. `notes` give reasons.
+    """
+
+    loaded: tuple[str, ...]
+    adapted: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """The report in one line of plain words."""
+        parts = [f"{len(self.loaded)} tensors loaded"]
+        for names, what in (
+            (self.adapted, "made for other image channels"),
+            (self.skipped, "of the file left out"),
+            (self.missing, "of the network as they were"),
+        ):
+            if names:
+                parts.append(f"{len(names)} {what} ({some(names, 2)})")
+        return ", ".join(parts) + "".join(f"; {note}" for note in self.notes)
+
+    def __str__(self) -> str:
+        return self.describe()
+
+
+@dataclass(frozen=True)
+class TransferOptions:
+    """The choices of `load_weights`, which describes them."""
+
+    input_adapt: InputAdapt = "mean"
+    heads: HeadRule = "fit"
+    is_strict: bool = True
+    source_modalities: Sequence[str] | None = None
+    modalities: Sequence[str] | None = None
+    outputs: Sequence[str] | None = None
+
+
+def load_weights(
+    model: nn.Module,
+    path: Path | str,
+    *,
+    input_adapt: InputAdapt = "mean",
+    heads: HeadRule = "fit",
+    is_strict: bool = True,
+    source_modalities: Sequence[str] | None = None,
+    modalities: Sequence[str] | None = None,
+    outputs: Sequence[str] | None = None,
+) -> LoadReport:
+    """Load a run folder, a result folder of nnU-Net, a .safetensors file or a torch file into a network, in place.
+
+    The network is changed only when everything is found to fit. Its image channels and outputs may be others than
+    those of the file, and the file may hold an encoder alone; the rest then keeps its fresh weights.
+
+    Args:
+        model: A network of `build_model`, or any other, whose names and shapes must then agree exactly.
+        path: The folder or file.
+        input_adapt: How kernels are made for another number of image channels, see `InputAdapt`.
+        heads: Whether segmentation heads are taken where they fit, or never.
+        is_strict: Whether every tensor that is neither head nor input kernel must be there in the same shape; else
+            those that are not are left out and reported.
+        source_modalities: Names of the channels that the file was trained with, in order; known of folders.
+        modalities: Names of the channels of `model`, in order. Where both are known and `input_adapt` is "mean", a
+            channel takes the kernel of its own modality.
+        outputs: Names of the outputs of `model`, in order; heads of a folder with other outputs are left out.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or unsafe, or does not fit; `model` is as it was.
+    """
+    options = TransferOptions(input_adapt, heads, is_strict, source_modalities, modalities, outputs)
+    return transfer(model, read_source(Path(path)), options)
+
+
+def transfer(model: nn.Module, source: WeightSource, options: TransferOptions | None = None) -> LoadReport:
+    """Load weights that were read before into a network, in place; see `load_weights`."""
+    report, tensors = plan_transfer(model, source, options)
+    state = model.state_dict()
+    if any(state[name].is_meta for name in tensors):
+        raise ValueError("the network is on the meta device and holds no weights: build it on another")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            state[name].copy_(tensor)
+    return report
+
+
+def plan_transfer(
+    model: nn.Module, source: WeightSource, options: TransferOptions | None = None
+) -> tuple[LoadReport, dict[str, Tensor]]:
+    """What `transfer` would do: the report, and the tensors to copy by the names of the network, which is left alone.
+
+    Raises:
+        CheckpointError: the weights do not fit.
+    """
+    work = _Transfer(model, source, options or TransferOptions())
+    names = match_names(source.tensors, work.wanted, work.encoder_prefix)
+    found = {names[name]: tensor for name, tensor in source.tensors.items() if names[name] in work.wanted}
+    is_encoder = bool(work.encoder_prefix) and all(name.startswith(work.encoder_prefix) for name in found)
+    work.leave_out([name for name in source.tensors if names[name] not in work.wanted], is_encoder=is_encoder)
+    work.take_heads({name: tensor for name, tensor in found.items() if work.is_head(name)})
+    for name, tensor in found.items():
+        if not work.is_head(name):
+            work.take(name, tensor)
+    absent = [name for name in work.wanted if name not in found and work.must_be_there(name, is_encoder=is_encoder)]
+    work.require_fit(absent)
+    if is_encoder:
+        work.notes.insert(0, "the file holds an encoder")
+    in_file = {new: old for old, new in names.items()}
+    report = LoadReport(
+        loaded=tuple(name for name in work.taken if name not in work.adapted),
+        adapted=tuple(work.adapted),
+        skipped=(*work.skipped, *work.unknown, *(in_file[name] for name in (*work.headless, *work.misshapen))),
+        missing=tuple(name for name in work.wanted if name not in work.taken),
+        notes=tuple(dict.fromkeys(work.notes)),
+    )
+    return report, work.taken
+
+
+@dataclass
+class _Transfer:
+    """The tensors of a file, sorted by what becomes of them.
+
+    Names are those of the network, but in `skipped` (known not to belong here) and `unknown` those of the file.
+    """
+
+    model: nn.Module
+    source: WeightSource
+    options: TransferOptions
+    taken: dict[str, Tensor] = field(default_factory=dict)
+    adapted: list[str] = field(default_factory=list)
+    headless: list[str] = field(default_factory=list)
+    misshapen: dict[str, str] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.wanted: Mapping[str, Tensor] = self.model.state_dict()
+        # A network of somebody else's says nothing of its tensors: then all must agree.
+        self.input_weights: Sequence[str] = getattr(self.model, "input_weights", ())
+        self.head_prefixes: tuple[str, ...] = tuple(getattr(self.model, "head_prefixes", ()))
+        self.encoder_prefix: str = getattr(self.model, "encoder_prefix", "")
+
+    def is_head(self, name: str) -> bool:
+        return name.startswith(self.head_prefixes)
+
+    def must_be_there(self, name: str, *, is_encoder: bool) -> bool:
+        """A file may lack heads, what an encoder has around it, and the batch counts that old torch did not keep."""
+        is_counter = name.endswith(".num_batches_tracked")
+        is_beyond = is_encoder and not name.startswith(self.encoder_prefix)
+        return not (self.is_head(name) or is_counter or is_beyond)
+
+    def leave_out(self, names: Iterable[str], *, is_encoder: bool) -> None:
+        """Sort names of the file that the network does not have: those known to be beside the point, and others."""
+        for name in names:
+            part = other_part(name) if is_encoder else None
+            if part is not None:
+                self.notes.append(part)
+            (self.skipped if part is not None or self.is_head(name) else self.unknown).append(name)
+
+    def take_heads(self, heads: Mapping[str, Tensor]) -> None:
+        """Take heads that fit, each layer as a whole: a bias without its weight would be noise."""
+        reason = self._why_no_heads() if heads else None
+        layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for name, tensor in heads.items():
+            layers[name.rpartition(".")[0]][name] = tensor
+        for layer in layers.values():
+            if reason is None and all(tensor.shape == self.wanted[name].shape for name, tensor in layer.items()):
+                self.taken |= layer
+            else:
+                self.headless += layer
+        if self.headless:
+            self.notes.append(f"heads stay fresh: {reason or 'theirs have other shapes'}")
+
+    def _why_no_heads(self) -> str | None:
+        if self.options.heads == "skip":
+            return "as asked"
+        card, wanted = self.source.card, self.options.outputs
+        trained = None if card is None else [output.name for output in card.outputs]
+        if trained and wanted is not None and list(wanted) != trained:
+            return f"theirs paint {some(trained)}, not {some(wanted)}"
+        return None
+
+    def take(self, name: str, tensor: Tensor) -> None:
+        """Take a tensor, made for the image channels of the network where it looks at them."""
+        wanted = self.wanted[name]
+        if name in self.input_weights and _differ_in_channels_at_most(tensor, wanted):
+            made = self._for_channels(tensor, wanted.shape[1])
+            if made is not tensor:
+                self.adapted.append(name)
+            tensor = made
+        if tensor.shape == wanted.shape and tensor.is_floating_point() == wanted.is_floating_point():
+            self.taken[name] = tensor
+        else:
+            self.misshapen[name] = f"{name}: {_kind(tensor)} in the file, {_kind(wanted)} in the network"
+
+    def _for_channels(self, tensor: Tensor, channels: int) -> Tensor:
+        """The kernel itself where its channels are those of the network already."""
+        before, after = self.options.source_modalities, self.options.modalities
+        if before is None and self.source.card is not None:
+            before = self.source.card.modalities
+        if before is not None and after is not None and self.options.input_adapt == "mean":
+            by_name = _by_name(tensor, before, after, channels)
+            if by_name is not None:
+                self.notes.append(f"channels {some(after)} made of {some(before)} by name")
+                return by_name
+        return tensor if tensor.shape[1] == channels else adapt_channels(tensor, channels, self.options.input_adapt)
+
+    def require_fit(self, absent: Sequence[str]) -> None:
+        """Refuse weights of another network: all of it must be there if strict, and something in any case.
+
+        Raises:
+            CheckpointError: as said, with the first names of each kind.
+        """
+        complaints = []
+        if absent:
+            complaints.append(f"tensors missing from the file: {len(absent)} ({some(absent)})")
+        if self.unknown:
+            complaints.append(f"tensors unknown to the network: {len(self.unknown)} ({some(self.unknown)})")
+        if self.misshapen:
+            complaints.append(f"tensors of another shape: {len(self.misshapen)} ({some(self.misshapen.values(), 2)})")
+        if self.taken and not (self.options.is_strict and complaints):
+            self.notes += complaints
+            return
+        raise CheckpointError(
+            f"does not fit {type(self.model).__name__}: {'; '.join(complaints) or 'it holds heads only'}",
+            where=self.source.file,
+            remedy=self._remedy(),
+        )
+
+    def _remedy(self) -> str:
+        card = self.source.card
+        if card is None:
+            return (
+                "Choose the network.family and network.size that it was trained as, see `segkit models` "
+                "(in Python, is_strict=False takes what fits)"
+            )
+        network = card.network
+        size = [f"size {network.size}"] if network.size else []
+        arguments = [f"{name}={value}" for name, value in network.arguments.items()]
+        return f"Build the network that it was trained as: {', '.join([network.family, *size, *arguments])}"
+
+
+def _by_name(tensor: Tensor, before: Sequence[str], after: Sequence[str], channels: int) -> Tensor | None:
+    """Kernels by modality; None where the names are alike, have nothing in common or are not those of the channels."""
+    are_alike = [plain_name(name) for name in before] == [plain_name(name) for name in after]
+    are_of_channels = (len(before), len(after)) == (tensor.shape[1], channels)
+    return adapt_by_modality(tensor, before, after) if are_of_channels and not are_alike else None
+
+
+def _differ_in_channels_at_most(tensor: Tensor, wanted: Tensor) -> bool:
+    return (
+        tensor.dim() == wanted.dim() > 1 and tensor.shape[0] == wanted.shape[0] and tensor.shape[2:] == wanted.shape[2:]
+    )
+
+
+def _kind(tensor: Tensor) -> str:
+    """`16 x 4 x 3 x 3 x 3`, with the type where it is no floating-point number."""
+    shape = " x ".join(str(size) for size in tensor.shape) or "a single number"
+    return shape if tensor.is_floating_point() else f"{shape} of {str(tensor.dtype).removeprefix('torch.')}"

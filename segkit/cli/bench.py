@@ -1,0 +1,108 @@
+"""`segkit bench`: the measured tables of the documents, made anew on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import typer
+
+from segkit.cli.options import DeviceOption, JsonOption, console, print_json, print_table
+
+app = typer.Typer(no_args_is_help=True, help="Measure memory and speed on this machine.")
+
+TableOption = Annotated[list[str] | None, typer.Option("--table", help="Table to measure; repeatable; default: all.")]
+SideOption = Annotated[int, typer.Option("--side", min=16, help="Side of the cubic patch, in voxels.")]
+DepthsOption = Annotated[
+    str | None, typer.Option("--blocks", help="Blocks per level, e.g. 1,2,4; default: those of the table.")
+]
+SizeOption = Annotated[str, typer.Option("--size", help="Size of RevMBUNet.")]
+RoundsOption = Annotated[int, typer.Option("--rounds", min=1, help="Times that every variant runs, in turn.")]
+
+_DEPTHS = {"modes": (1, 2, 4, 8), "depth": (2, 4, 8, 16), "budget": (1, 2, 4)}
+_SIDES = {"depth": 96}
+_DEFAULT_SIDE = 64
+
+
+@app.command()
+def memory(
+    table: TableOption = None,
+    side: Annotated[
+        int | None, typer.Option("--side", min=32, help="Side of the cubic patch, in voxels; default: the table's.")
+    ] = None,
+    blocks: DepthsOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Memory of a training step: `modes`, `depth`, `budget` and `volume` (a whole BraTS volume).
+
+    Every figure is the peak of a process of its own; all tables together take most of an hour on two cores.
+    """
+    from segkit.bench.memory import TABLES
+    from segkit.runtime import pick_device
+
+    chosen = _chosen(table, TABLES)
+    where = str(pick_device(device))
+
+    def rows() -> Iterable[dict[str, Any]]:
+        for name in chosen:
+            if name == "volume":
+                yield from TABLES[name](where)
+            else:
+                depths = _numbers(blocks) or _DEPTHS[name]
+                yield from TABLES[name](side or _SIDES.get(name, _DEFAULT_SIDE), depths, where)
+
+    _show("Memory of one training step", rows(), as_json)
+
+
+@app.command()
+def speed(
+    table: TableOption = None,
+    side: SideOption = _DEFAULT_SIDE,
+    size: SizeOption = "base",
+    rounds: RoundsOption = 5,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Seconds of a training step and of an inference window, and their ratio to PyTorch's grouped convolution."""
+    from segkit.bench.speed import TABLES
+    from segkit.runtime import pick_device
+
+    where = str(pick_device(device))
+    rows = (row for name in _chosen(table, TABLES) for row in TABLES[name](size, side, rounds, where))
+    _show("Speed", rows, as_json)
+
+
+def _show(title: str, rows: Iterable[dict[str, Any]], as_json: bool) -> None:
+    from segkit.runtime import environment
+
+    found = []
+    for row in rows:
+        found.append(row)
+        if not as_json:
+            console().print(", ".join(f"{key} {value}" for key, value in row.items()))
+    if as_json:
+        print_json({"rows": found, "environment": environment()})
+        return
+    columns = list(dict.fromkeys(key for row in found for key in row))
+    print_table(title, columns, [[row.get(column, "") for column in columns] for row in found])
+
+
+def _chosen(asked: list[str] | None, known: Iterable[str]) -> list[str]:
+    from segkit.errors import RequestError
+
+    names = list(known)
+    if unknown := [name for name in asked or () if name not in names]:
+        raise RequestError(f"table {unknown[0]!r} is not known", expected=f"one of {', '.join(names)}")
+    return asked or names
+
+
+def _numbers(text: str | None) -> tuple[int, ...] | None:
+    from segkit.errors import RequestError
+
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise RequestError(f"--blocks {text!r} cannot be read", expected="whole numbers such as 1,2,4")
+    return tuple(int(part) for part in parts)

@@ -1,0 +1,80 @@
+"""The inverted bottleneck of MobileNetV2 (Sandler et al. 2018, section 3.3) in two and three dimensions."""
+
+from __future__ import annotations
+
+import functools
+from math import gcd
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from segkit.models.blocks import group_norm, pointwise
+from segkit.models.depthwise import depthwise_conv, depthwise_convolve
+
+
+class InvertedBottleneck(nn.Module):
+    """Expand 1 -> depthwise 3 -> project 1 (Sandler et al. 2018), each followed by group norm; linear at the end.
+
+    Every group of hidden channels is normalised by itself and meets the others in the projection only, as a sum. So
+    the groups can be computed one after another, exactly: nothing of a part is kept but what it adds to that sum.
+    """
+
+    def __init__(self, channels: int, expansion: int, dims: int, chunks: int = 1) -> None:
+        super().__init__()
+        self.hidden = hidden = channels * expansion
+        self.expand = pointwise(dims, channels, hidden, bias=False)
+        self.expand_norm = group_norm(hidden)
+        self.depthwise = depthwise_conv(hidden, dims)
+        self.depthwise_norm = group_norm(hidden)
+        self.project = pointwise(dims, hidden, channels, bias=False)
+        self.project_norm = group_norm(channels)
+        self.activation = nn.SiLU()
+        self.chunks = gcd(chunks, self.expand_norm.num_groups)
+        # Blocks start as the identity, so that depth does not hurt the first steps.
+        nn.init.zeros_(self.project_norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *spatial) to the same shape."""
+        total = self._projected(x) if self.chunks == 1 else self._projected_in_parts(x)
+        result: Tensor = self.project_norm(total)
+        return result
+
+    def _projected(self, x: Tensor) -> Tensor:
+        x = self.activation(self.expand_norm(self.expand(x)))
+        x = self.activation(self.depthwise_norm(self.depthwise(x)))
+        result: Tensor = self.project(x)
+        return result
+
+    def _projected_in_parts(self, x: Tensor) -> Tensor:
+        size = self.hidden // self.chunks
+        parts = [slice(start, start + size) for start in range(0, self.hidden, size)]
+        if not torch.is_grad_enabled():
+            total = self._part(x, parts[0])
+            for part in parts[1:]:
+                total += self._part(x, part)
+            return total
+        summands = (checkpoint(self._part, x, part, use_reentrant=False, preserve_rng_state=False) for part in parts)
+        return functools.reduce(torch.add, summands)
+
+    def _part(self, x: Tensor, part: slice) -> Tensor:
+        """What the hidden channels `part` add to the projection, (B, C, *spatial)."""
+        x = _convolve(x, _weight(self.expand)[part])
+        x = self.activation(_normalise(x, self.expand_norm, part, self.chunks))
+        x = depthwise_convolve(x, _weight(self.depthwise)[part])
+        x = self.activation(_normalise(x, self.depthwise_norm, part, self.chunks))
+        return _convolve(x, _weight(self.project)[:, part])
+
+
+def _convolve(x: Tensor, weight: Tensor) -> Tensor:
+    return functional.conv2d(x, weight) if weight.dim() == 4 else functional.conv3d(x, weight)
+
+
+def _normalise(x: Tensor, norm: nn.GroupNorm, part: slice, chunks: int) -> Tensor:
+    return functional.group_norm(x, norm.num_groups // chunks, norm.weight[part], norm.bias[part], norm.eps)
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    return cast(Tensor, layer.weight)

@@ -1,0 +1,220 @@
+"""R2U-Net and RU-Net: U-Nets of recurrent convolutions, with and without a residual around them.
+
+After Alom et al. 2018 (arXiv 1802.06955): recurrent layers with kernels of their own for input and recurrence, two in
+a unit, a residual around both. Norm, up-sampling and initialisation are segkit's own choice. Size "parity" rebuilds
+the most copied public implementation instead: one kernel and one batch norm for all steps, nearest-neighbour
+up-sampling, five levels.
+
+    unit -> [max pool -> unit] x steps down -> [up, skip concatenated -> unit] x steps up -> head
+
+A unit projects to its level's width with a 1 x 1 (x 1) convolution and runs two recurrent layers on the result.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from math import prod
+from typing import Any, Literal, cast
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from segkit.config.base import Config
+from segkit.models.blocks import convolution, pointwise, step_up
+from segkit.models.recurrent import Mode, Norm, RecurrentUnit, Share, build_norm, build_recurrent_convolution
+
+REFERENCE = "Alom et al. 2018, arXiv 1802.06955"
+
+_LAYERS_PER_UNIT = 2
+_MAX_POOLS: dict[int, Any] = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
+
+
+class R2UNetConfig(Config):
+    """Sizes of an R2U-Net or RU-Net; level 0 is full resolution."""
+
+    widths: tuple[int, ...] = (16, 32, 64, 128)
+    """Channels of each level."""
+    steps: int = Field(default=2, ge=0)
+    """Recurrent steps t of each layer, which makes t + 1 activations; 0 is a plain convolution."""
+    share: Share = "separate"
+    """Whether the recurrent kernel is one of its own or tied to the feed-forward one, as in popular code."""
+    norm: Norm = "instance"
+    """Norm before each ReLU, one per step; "batch_shared" shares one over the steps, which breaks evaluation."""
+    accumulate: bool = False
+    """Sum the activations of all steps instead of handing on the last."""
+    residual: bool = True
+    """Add the projected input of a unit to its output: R2U-Net; without it RU-Net."""
+    bias: bool | None = None
+    """Bias in the 3 x 3 (x 3) convolutions; None has one only where no norm follows to take it away."""
+    projection: Literal["when_needed", "always"] = "when_needed"
+    """Whether a unit whose width does not change has a 1 x 1 (x 1) convolution in front of it as well."""
+    up: Literal["transposed", "nearest"] = "transposed"
+    """Up-sampling: transposed convolution, or repeated voxels followed by 3 x 3 (x 3) convolution, norm and ReLU."""
+    strides: tuple[tuple[int, ...], ...] | None = None
+    """Stride of each step down, voxels per axis; None is 2 everywhere."""
+    mode: Mode = "plain"
+    """Memory mode of the recurrent layers; weights and results are the same in both."""
+    supervised_levels: int = Field(default=1, ge=1)
+    """Decoder levels with a head of their own while training (deep supervision). One, because vessels thinner than a
+    coarse voxel are not in the coarse targets."""
+
+    @model_validator(mode="after")
+    def _agrees(self) -> R2UNetConfig:
+        steps = len(self.widths) - 1
+        if steps < 1:
+            raise ValueError("widths must name at least two levels")
+        if min(self.widths) < 1:
+            raise ValueError("widths must be at least 1")
+        if self.supervised_levels > steps:
+            raise ValueError(f"supervised_levels is {self.supervised_levels}, but {steps + 1} widths give {steps}")
+        if self.strides is not None and len(self.strides) != steps:
+            raise ValueError(f"strides names {len(self.strides)} steps, but {steps + 1} widths need {steps}")
+        for stride in self.strides or ():
+            if len(stride) not in (2, 3) or min(stride) < 1:
+                raise ValueError(f"stride {stride} is not two or three whole numbers from 1 on")
+        return self
+
+
+SIZES: dict[str, dict[str, object]] = {
+    "tiny": {"widths": (8, 16, 32)},
+    "small": {"widths": (16, 32, 64, 128)},
+    "base": {"widths": (32, 64, 128, 256)},
+    "large": {"widths": (64, 128, 256, 512)},
+    "parity": {
+        "widths": (64, 128, 256, 512, 1024),
+        "share": "tied",
+        "norm": "batch_shared",
+        "bias": True,
+        "projection": "always",
+        "up": "nearest",
+    },
+}
+"""Size name -> the configuration it stands for.
+
+"parity" is the most copied public implementation, in 2D with 3 inputs and 1 output 39,091,393 parameters. Its shared
+batch norm makes evaluation differ from training; use it to compare, not to work with.
+"""
+
+RUNET_SIZES: dict[str, dict[str, object]] = {size: {**values, "residual": False} for size, values in SIZES.items()}
+"""The same without the residual."""
+
+
+def build_r2unet(config: R2UNetConfig, in_channels: int, out_channels: int, dims: int) -> R2UNet:
+    """An R2U-Net (RU-Net where `config.residual` is off) for (B, in_channels, *spatial) of `dims` spatial axes."""
+    strides = config.strides or ((2,) * dims,) * (len(config.widths) - 1)
+    if any(len(stride) != dims for stride in strides):
+        raise ValueError(f"strides {strides} do not have {dims} entries each")
+    entering = [in_channels, *config.widths]
+    steps = list(zip(itertools.pairwise(config.widths), strides, strict=True))
+    encoder = Encoder(
+        units=[_unit(config, dims, *pair) for pair in itertools.pairwise(entering)],
+        pools=[_MAX_POOLS[dims](stride) for stride in strides],
+    )
+    decoder = Decoder(
+        ups=[_up(config, dims, deep, shallow, stride) for (shallow, deep), stride in steps],
+        units=[_unit(config, dims, 2 * width, width) for width in config.widths[:-1]],
+    )
+    heads = [pointwise(dims, width, out_channels) for width in config.widths[: config.supervised_levels]]
+    return R2UNet(encoder, decoder, heads, strides)
+
+
+def _unit(config: R2UNetConfig, dims: int, in_channels: int, channels: int) -> RecurrentUnit:
+    projection: nn.Module = nn.Identity()
+    if in_channels != channels or config.projection == "always":
+        projection = pointwise(dims, in_channels, channels)
+        # The residual stream passes through; a linear map is to leave its size alone.
+        nn.init.kaiming_normal_(cast(Tensor, projection.weight), nonlinearity="linear")
+    layers = [
+        build_recurrent_convolution(
+            channels,
+            dims,
+            steps=config.steps,
+            share=config.share,
+            norm=config.norm,
+            bias=_has_bias(config),
+            accumulate=config.accumulate,
+            mode=config.mode,
+        )
+        for _ in range(_LAYERS_PER_UNIT)
+    ]
+    return RecurrentUnit(projection, layers, residual=config.residual)
+
+
+def _up(config: R2UNetConfig, dims: int, deep: int, shallow: int, stride: Sequence[int]) -> nn.Module:
+    if config.up == "transposed":
+        return step_up(dims, deep, shallow, stride)
+    return nn.Sequential(
+        nn.Upsample(scale_factor=tuple(float(factor) for factor in stride)),
+        convolution(dims, deep, shallow, bias=_has_bias(config)),
+        build_norm(config.norm, shallow, dims),
+        nn.ReLU(),
+    )
+
+
+def _has_bias(config: R2UNetConfig) -> bool:
+    return config.norm == "none" if config.bias is None else config.bias
+
+
+class Encoder(nn.Module):
+    """A recurrent unit per level, with max pooling between levels."""
+
+    def __init__(self, units: Sequence[nn.Module], pools: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.units = nn.ModuleList(units)
+        self.pools = nn.ModuleList(pools)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(B, in_channels, *spatial) to one feature map per level, full resolution first."""
+        features = [self.units[0](x)]
+        for pool, unit in zip(self.pools, self.units[1:], strict=True):
+            features.append(unit(pool(features[-1])))
+        return features
+
+
+class Decoder(nn.Module):
+    """Up-sampling, concatenation behind the skip, recurrent unit, from the deepest level up."""
+
+    def __init__(self, ups: Sequence[nn.Module], units: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.ups = nn.ModuleList(ups)
+        self.units = nn.ModuleList(units)
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """Encoder features, full resolution first, to decoder features in the same order without the deepest."""
+        x = features[-1]
+        decoded = []
+        for up, unit, skip in zip(reversed(self.ups), reversed(self.units), features[-2::-1], strict=True):
+            x = unit(torch.cat((skip, up(x)), dim=1))
+            decoded.append(x)
+        return decoded[::-1]
+
+
+class R2UNet(nn.Module):
+    """The network of this file's drawing, assembled from built parts."""
+
+    def __init__(
+        self, encoder: Encoder, decoder: Decoder, heads: Sequence[nn.Module], strides: Sequence[Sequence[int]]
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.heads = nn.ModuleList(heads)
+        self.divisor = tuple(prod(axis) for axis in zip(*strides, strict=True))
+        first = encoder.units[0]
+        sees_image = "layers.0.feed_forward" if isinstance(first.projection, nn.Identity) else "projection"
+        self.input_weights = (f"encoder.units.0.{sees_image}.weight",)
+        self.head_prefixes = ("heads.",)
+        self.encoder_prefix = "encoder."
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """(B, in_channels, *spatial), each axis a multiple of `divisor`, to logits (B, out_channels, *spatial).
+
+        While training: a list, full resolution first, one entry per supervised level.
+        """
+        features = self.decoder(self.encoder(x))
+        if self.training:
+            return [head(feature) for head, feature in zip(self.heads, features, strict=False)]
+        logits: Tensor = self.heads[0](features[0])
+        return logits

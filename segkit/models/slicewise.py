@@ -1,0 +1,99 @@
+"""Two-dimensional networks on volumes: every slice is an image, the segmented slices are stacked again.
+
+The wrapper has no weights. It keeps the parts of the two-dimensional network as its own children, so that state-dict
+names are the same in both forms and a checkpoint of one loads into the other.
+
+With `neighbours` = n a slice comes with the n slices on each side as further channels ("2.5D"): first all channels of
+slice z - n, then of z - n + 1, up to z + n. Beyond the border the outermost slice is repeated. One channel with one
+neighbour on each side makes three channels, which is what encoders pre-trained on colour pictures take.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from segkit.config.base import Config
+
+
+class SlicewiseConfig(Config):
+    """How a two-dimensional network meets volumes; without meaning for images."""
+
+    slice_axis: int | None = Field(default=None, ge=0, le=2)
+    """Spatial axis across which volumes are sliced, 0 is the first after the channels; None is 0 or planned."""
+    neighbours: int = Field(default=0, ge=0)
+    """Slices on each side that a slice sees as further channels."""
+    slices_at_once: int = Field(default=16, ge=1)
+    """Slices that are computed together in evaluation; training takes all of a patch together."""
+
+    def image_channels(self, in_channels: int, dims: int) -> int:
+        """Channels of the images that the two-dimensional network gets, for data of `in_channels` and `dims` axes.
+
+        Raises:
+            ValueError: slices are asked for, but the data have two axes.
+        """
+        if dims == 2 and (self.neighbours or self.slice_axis is not None):
+            raise ValueError("slice_axis and neighbours need data of three axes")
+        return in_channels * (2 * self.neighbours + 1)
+
+    def applied_to(self, planar: nn.Module, dims: int) -> nn.Module:
+        """`planar` itself for images, its slice-wise form for volumes."""
+        if dims == 2:
+            return planar
+        return Slicewise(planar, self.slice_axis or 0, self.neighbours, self.slices_at_once)
+
+
+class Slicewise(nn.Module):
+    """A built two-dimensional network, applied to each slice of (B, C, *spatial) across one axis.
+
+    `planar` takes (B, C * (2 * neighbours + 1), H, W) and has the attributes that every network of the table has.
+    """
+
+    def __init__(self, planar: nn.Module, axis: int = 0, neighbours: int = 0, slices_at_once: int = 16) -> None:
+        super().__init__()
+        for name, part in planar.named_children():
+            self.add_module(name, part)
+        # In a tuple, because a registered module would add its name to the names of the weights.
+        self._planar = (planar,)
+        self.axis = axis
+        self.neighbours = neighbours
+        self.slices_at_once = slices_at_once
+        height, width = planar.divisor  # type: ignore[misc]
+        self.divisor = (*(height, width)[:axis], 1, *(height, width)[axis:])
+        self.input_weights: tuple[str, ...] = planar.input_weights  # type: ignore[assignment]
+        self.head_prefixes: tuple[str, ...] = planar.head_prefixes  # type: ignore[assignment]
+        self.encoder_prefix: str = planar.encoder_prefix  # type: ignore[assignment]
+
+    def train(self, mode: bool = True) -> Slicewise:
+        """Training or evaluation mode, also of the network that the parts belong to."""
+        super().train(mode)
+        self._planar[0].train(mode)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """(B, C, *spatial) to logits of the same spatial size; a list of them in training mode."""
+        (planar,) = self._planar
+        slices = x.movedim(2 + self.axis, 1)  # (B, S, C, H, W)
+        if self.training:
+            levels: list[Tensor] = planar(self._images(slices, 0, slices.shape[1]))
+            return [self._volume(level, len(x)) for level in levels]
+        step = max(1, self.slices_at_once // len(x))
+        parts = [
+            self._volume(planar(self._images(slices, start, min(start + step, slices.shape[1]))), len(x))
+            for start in range(0, slices.shape[1], step)
+        ]
+        return torch.cat(parts, dim=2 + self.axis)
+
+    def _images(self, slices: Tensor, start: int, stop: int) -> Tensor:
+        """Slices start to stop of (B, S, C, H, W), each with its neighbours, as (B * (stop - start), C', H, W)."""
+        if self.neighbours == 0:
+            return slices[:, start:stop].flatten(0, 1)
+        positions = torch.arange(start, stop, device=slices.device)
+        offsets = torch.arange(-self.neighbours, self.neighbours + 1, device=slices.device)
+        index = (positions[:, None] + offsets).clamp(0, slices.shape[1] - 1)
+        return slices[:, index].flatten(2, 3).flatten(0, 1)  # (B, S', 2n + 1, C, H, W) before
+
+    def _volume(self, images: Tensor, batch: int) -> Tensor:
+        """(B * S', K, H, W) to (B, K, *spatial), S' long on the slice axis."""
+        return images.view(batch, -1, *images.shape[1:]).movedim(1, 2 + self.axis)

@@ -1,0 +1,218 @@
+"""STU-Net: nnU-Net's U-Net made scalable, from 14 million to 1.4 billion parameters.
+
+After Huang et al. 2023 (arXiv 2304.06716) and the released code of uni-medical/STU-Net. Always six resolutions, and
+`depth` residual blocks at each of them on the way down and on the way up:
+
+    stage 0 -> stage 1 -> ... -> stage 5 -> [upsample, skip, stage] x 5, with a head after each of the last five
+
+Down is the stride of a stage's first block, up is a pointwise convolution and nearest-neighbour upsampling: neither
+has weights that depend on the stride, so that one set of weights serves every spacing. Names and shapes of the weights
+are those of the released files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from segkit.config.base import Config
+from segkit.models.blocks import InstanceNorm, convolution, pointwise
+
+REFERENCE = "Huang et al. 2023, arXiv 2304.06716"
+
+_MULTIPLES = (1, 2, 4, 8, 16, 16)
+"""Channels of each stage over `width`."""
+
+_STEPS = len(_MULTIPLES) - 1
+_SLOPE = 0.01
+
+Mode = Literal["plain", "checkpoint"]
+"""How blocks spend memory: keep every activation, or keep a block's input and compute the block again."""
+
+
+class StuNetConfig(Config):
+    """Sizes of a STU-Net; stage 0 is full resolution."""
+
+    width: int = Field(default=32, ge=1)
+    """Channels of stage 0; the five stages below have 2, 4, 8, 16 and 16 times as many."""
+    depth: int = Field(default=1, ge=1)
+    """Residual blocks of each stage, on the way down and on the way up."""
+    strides: tuple[tuple[int, ...], ...] | None = None
+    """Stride of each of the five steps down, voxels per axis; None is 2 everywhere."""
+    mode: Mode = "plain"
+    """Memory mode; weights and results are the same in both."""
+    supervised_levels: int = Field(default=_STEPS, ge=1, le=_STEPS)
+    """Heads that give logits while training, full resolution first; those below are frozen but exist, as in the
+    released files. 5 trains every weight; 4 is nnU-Net's loss, which gives the coarsest head the weight 0."""
+
+    @model_validator(mode="after")
+    def _agrees(self) -> StuNetConfig:
+        if self.strides is not None and len(self.strides) != _STEPS:
+            raise ValueError(f"strides names {len(self.strides)} steps, but STU-Net has {_STEPS}")
+        for stride in self.strides or ():
+            if len(stride) not in (2, 3) or min(stride) < 1:
+                raise ValueError(f"stride {stride} is not two or three whole numbers from 1 on")
+        return self
+
+
+SIZES: dict[str, dict[str, object]] = {
+    "S": {"width": 16, "depth": 1},
+    "B": {"width": 32, "depth": 1},
+    "L": {"width": 64, "depth": 2},
+    "H": {"width": 96, "depth": 3},
+}
+"""Size name -> the configuration it stands for."""
+
+
+def build_stunet(config: StuNetConfig, in_channels: int, out_channels: int, dims: int) -> StuNet:
+    """A STU-Net for (B, in_channels, *spatial) inputs of `dims` spatial axes."""
+    strides = config.strides or ((2,) * dims,) * _STEPS
+    if any(len(stride) != dims for stride in strides):
+        raise ValueError(f"strides {strides} do not have {dims} entries each")
+    widths = [config.width * multiple for multiple in _MULTIPLES]
+
+    def stage(inputs: int, width: int, stride: Sequence[int]) -> nn.Sequential:
+        first = ResidualBlock(dims, inputs, width, stride)
+        return nn.Sequential(first, *(ResidualBlock(dims, width, width) for _ in range(config.depth - 1)))
+
+    here = (1,) * dims
+    # Way up, coarsest first, as the released names count: (channels from below, channels of the skip and the stage).
+    ups = list(zip(widths[:0:-1], widths[-2::-1], strict=True))
+    model = StuNet(
+        encoder=[
+            stage(inputs, width, stride)
+            for inputs, width, stride in zip((in_channels, *widths), widths, (here, *strides), strict=False)
+        ],
+        upsamplings=[Upsampling(pointwise(dims, below, width)) for below, width in ups],
+        decoder=[stage(2 * width, width, here) for _, width in ups],
+        heads=[pointwise(dims, width, out_channels) for _, width in ups],
+        divisor=tuple(prod(axis) for axis in zip(*strides, strict=True)),
+        mode=config.mode,
+        supervised_levels=config.supervised_levels,
+    )
+    return model.apply(_initialise)
+
+
+def _initialise(module: nn.Module) -> None:
+    """He-normal weights and zero biases for convolutions: the first release's; the second left PyTorch's default."""
+    if isinstance(module, nn.Conv2d | nn.Conv3d):
+        nn.init.kaiming_normal_(module.weight, a=_SLOPE)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3 x 3 (x 3) convolutions with instance norm beside a shortcut; the released BasicResBlock.
+
+    norm2(conv2(act(norm1(conv1(x))))) + shortcut(x), then act: leaky ReLU of slope 0.01. The shortcut is x itself or,
+    with a `stride`, a pointwise convolution without a norm.
+    """
+
+    def __init__(self, dims: int, inputs: int, width: int, stride: Sequence[int] | None = None) -> None:
+        """`stride` None makes a block that keeps its shape: `inputs` must be `width`."""
+        super().__init__()
+        self.conv1 = convolution(dims, inputs, width, stride=stride or 1)
+        self.norm1 = InstanceNorm(width)
+        self.conv2 = convolution(dims, width, width)
+        self.norm2 = InstanceNorm(width)
+        self.conv3 = convolution(dims, inputs, width, kernel=1, stride=stride) if stride else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, *spatial) to (B, width, *spatial / stride)."""
+        # In place where backward does not need what is overwritten: a norm keeps its input, a leaky ReLU its output.
+        y = functional.leaky_relu_(self.norm1(self.conv1(x)), _SLOPE)
+        y = self.norm2(self.conv2(y))
+        y += x if self.conv3 is None else self.conv3(x)
+        return functional.leaky_relu_(y, _SLOPE)
+
+
+class Upsampling(nn.Module):
+    """A pointwise convolution, then nearest-neighbour upsampling to the size of the skip.
+
+    The released code upsamples first. Upsampling only copies voxels, so the order does not change the result, but
+    convolving first costs an eighth.
+    """
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        """(B, C, *spatial) to (B, C', *size)."""
+        x = self.conv(x)
+        return x if x.shape[2:] == size else functional.interpolate(x, size=tuple(size), mode="nearest")
+
+
+class StuNet(nn.Module):
+    """The network of this file's drawing, assembled from built parts; its attributes carry the released names."""
+
+    def __init__(
+        self,
+        encoder: Sequence[nn.Sequential],
+        upsamplings: Sequence[nn.Module],
+        decoder: Sequence[nn.Sequential],
+        heads: Sequence[nn.Module],
+        divisor: tuple[int, ...],
+        mode: Mode,
+        supervised_levels: int,
+    ) -> None:
+        """`encoder` full resolution first; `upsamplings`, `decoder` and `heads` coarsest first."""
+        super().__init__()
+        self.conv_blocks_context = nn.ModuleList(encoder)
+        self.upsample_layers = nn.ModuleList(upsamplings)
+        self.conv_blocks_localization = nn.ModuleList(decoder)
+        self.seg_outputs = nn.ModuleList(heads)
+        self.divisor = divisor
+        self.mode: Mode = mode
+        self.first_supervised = len(heads) - supervised_levels
+        self.input_weights = ("conv_blocks_context.0.0.conv1.weight", "conv_blocks_context.0.0.conv3.weight")
+        self.head_prefixes = ("seg_outputs.",)
+        self.encoder_prefix = "conv_blocks_context."
+        for head in heads[: self.first_supervised]:
+            # No gradient ever reaches them, and data-parallel training refuses to wait for one in vain.
+            head.requires_grad_(False)
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """(B, in_channels, *spatial) to the feature map of each stage of the way down, full resolution first."""
+        features = []
+        for stage in self.conv_blocks_context:
+            for block in stage.children():
+                x = self._run(block, x)
+            features.append(x)
+        return features
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """(B, in_channels, *spatial), each axis a multiple of `divisor`, to logits (B, out_channels, *spatial).
+
+        While training: a list, full resolution first, one entry per supervised level, each at its own resolution.
+        """
+        *skips, x = self.encode(x)
+        levels = []
+        for step, (stage, head) in enumerate(zip(self.conv_blocks_localization, self.seg_outputs, strict=True)):
+            first, *others = stage.children()
+            # Joining belongs to the unit, so that checkpointing does not keep the joined map with its twofold width.
+            x = self._run(self._join, self.upsample_layers[step], first, x, skips.pop())
+            for block in others:
+                x = self._run(block, x)
+            if self.training and step >= self.first_supervised:
+                levels.append(head(x))
+        return levels[::-1] if self.training else self.seg_outputs[-1](x)
+
+    def _run(self, unit: Callable[..., Tensor], *inputs: object) -> Tensor:
+        if self.mode == "checkpoint" and torch.is_grad_enabled():
+            result: Tensor = checkpoint(unit, *inputs, use_reentrant=False, preserve_rng_state=False)
+            return result
+        return unit(*inputs)
+
+    @staticmethod
+    def _join(upsampling: nn.Module, block: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
+        """Upsampled map first, skip second: the other order has the same shapes and ruins released weights."""
+        result: Tensor = block(torch.cat((upsampling(x, skip.shape[2:]), skip), dim=1))
+        return result
