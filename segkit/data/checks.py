@@ -45,6 +45,8 @@ _MOST_OUTLIERS = 0.1
 class CaseReport:
     """What a check found in one case; shape, spacing and orientation are those of its first readable modality.
 
+    Pictures have neither spacing nor orientation.
+
     `labels` lists the values of the reference other than 0, or nothing where voxels were not read.
     """
 
@@ -131,7 +133,7 @@ def _report(case: Case, findings: _Findings) -> CaseReport:
         case=case.id,
         modalities=tuple(case.images),
         shape=() if grid is None else grid.shape,
-        spacing_mm=() if grid is None else grid.spacing_mm,
+        spacing_mm=() if grid is None or grid.dims == 2 else grid.spacing_mm,  # pictures have none
         orientation="" if grid is None else grid.orientation,
         labels=findings.labels,
         problems=tuple(findings.problems),

@@ -16,6 +16,9 @@ nothing, not even on regions that the reference lacks. *Worst* is 373.13 mm wher
 of the BraTS volume of 240 x 240 x 155 mm, which the organisers used whatever the grid; any other data get the diagonal
 of their own volume. Specificity is 1 where the reference fills the whole volume: nothing is left to be spared.
 On pictures, which have no spacing, a pixel counts as 1 mm.
+
+Inside a region of interest (the field of view of a retinal picture, the brain) both masks are cut to it, surfaces end
+at its edge, and specificity counts its voxels alone: those outside are nobody's merit.
 """
 
 from __future__ import annotations
@@ -41,13 +44,14 @@ Scores = dict[str, float]
 class Protocol:
     """How one region of one case is scored.
 
-    `score` takes prediction, reference, spacing in mm, and the worst distance in mm. `absent` gives the scores of a
-    missing prediction from the worst distance in mm.
+    `score` takes prediction, reference, spacing in mm, the worst distance in mm, and the region of interest that both
+    masks are cut to, None for the whole volume. `absent` gives the scores of a missing prediction from the worst
+    distance in mm.
     """
 
     name: str
     description: str
-    score: Callable[[Mask, Mask, Sequence[float], float], Scores]
+    score: Callable[[Mask, Mask, Sequence[float], float, Mask | None], Scores]
     absent: Callable[[float], Scores]
 
 
@@ -59,6 +63,7 @@ def score_case(
     *,
     protocol: str = "legacy",
     prediction_regions: Mapping[str, Collection[int]] | None = None,
+    roi: Mask | None = None,
 ) -> dict[str, Scores]:
     """Scores of each region of one case: region name -> metric name -> value.
 
@@ -69,14 +74,17 @@ def score_case(
         regions: Region name -> label values of the reference that make it up.
         protocol: A name of `PROTOCOLS`.
         prediction_regions: The same where the prediction is written in another label scheme.
+        roi: Region of interest on the same grid: only there is anything scored. None is the whole volume.
     """
     score = PROTOCOLS[protocol].score
     worst = worst_distance_mm(regions, reference.shape, spacing_mm)
     members = prediction_regions or regions
-    return {
-        name: score(region_mask(prediction, members[name]), region_mask(reference, values), spacing_mm, worst)
-        for name, values in regions.items()
-    }
+    scores = {}
+    for name, values in regions.items():
+        masks = region_mask(prediction, members[name]), region_mask(reference, values)
+        predicted, present = masks if roi is None else (mask & roi for mask in masks)
+        scores[name] = score(predicted, present, spacing_mm, worst, roi)
+    return scores
 
 
 def score_absent(
@@ -94,7 +102,9 @@ def worst_distance_mm(regions: Collection[str], shape: Sequence[int], spacing_mm
     return math.hypot(*(size * spacing for size, spacing in zip(shape, spacing_mm, strict=True)))
 
 
-def _legacy(prediction: Mask, reference: Mask, spacing_mm: Sequence[float], worst_mm: float) -> Scores:
+def _legacy(
+    prediction: Mask, reference: Mask, spacing_mm: Sequence[float], worst_mm: float, roi: Mask | None
+) -> Scores:
     is_predicted, is_present = bool(prediction.any()), bool(reference.any())
     if is_predicted and is_present:
         distances = surface_distances(prediction, reference, spacing_mm)
@@ -109,7 +119,8 @@ def _legacy(prediction: Mask, reference: Mask, spacing_mm: Sequence[float], wors
         scores = {"dice": 0.0, "hd95_mm": worst_mm, "nsd": 0.0, "sensitivity": 0.0, "precision": 0.0}
     else:
         scores = {"dice": 1.0, "hd95_mm": 0.0, "nsd": 1.0, "sensitivity": 1.0, "precision": 1.0}
-    scores["specificity"] = 1.0 if reference.all() else specificity(prediction, reference)
+    judged = (prediction, reference) if roi is None else (prediction[roi], reference[roi])
+    scores["specificity"] = 1.0 if judged[1].all() else specificity(*judged)
     if reference.ndim == 3:
         scores["prediction_ml"] = volume_ml(prediction, spacing_mm)
         scores["reference_ml"] = volume_ml(reference, spacing_mm)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 _CONVOLUTIONS: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED: dict[int, Any] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+_STOCHASTIC = (nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.RReLU)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -29,10 +30,17 @@ class PointwiseConv3d(nn.Conv3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C_in, D, H, W) to (B, C_out, D, H, W)."""
-        is_innermost = not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last_3d)
-        if not is_innermost or input.device.type != "cpu" or torch.compiler.is_compiling():
-            return super().forward(input)
-        return functional.linear(input.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
+        return pointwise_convolve(input, self.weight, self.bias)
+
+
+def pointwise_convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(B, C_in, *spatial) with weights (C_out, C_in, 1, ...) to (B, C_out, *spatial)."""
+    if weight.dim() == 4:
+        return functional.conv2d(x, weight, bias)
+    is_innermost = x.stride(1) == 1 and x.shape[1] > 1
+    if not is_innermost or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return functional.conv3d(x, weight, bias)
+    return functional.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
 
 
 def convolution(
@@ -110,13 +118,18 @@ def channels_innermost(x: Tensor) -> Tensor:
 def checkpointed(function: Callable[..., Any], *inputs: Tensor, within: nn.Module) -> Any:
     """`function(*inputs)`, of which only the inputs are kept: it is computed again in the backward pass.
 
-    `within` is the module that computes it; its batch norms count the batch once. The function draws no random numbers.
+    `within` is the module that computes it; its batch norms count the batch once, its dropout draws the same numbers.
     """
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {"preserve_rng_state": is_stochastic(within)}
     # A compiled pass computes again without running the module, so nothing counts twice there.
     if not torch.compiler.is_compiling():
         more["context_fn"] = lambda: (nullcontext(), without_statistics(within))
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **more)
+    return checkpoint(function, *inputs, use_reentrant=False, **more)
+
+
+def is_stochastic(module: nn.Module) -> bool:
+    """Whether a module draws random numbers as it is now."""
+    return any(isinstance(part, _STOCHASTIC) and part.training for part in module.modules())
 
 
 @contextmanager

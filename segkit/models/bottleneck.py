@@ -9,9 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
-from segkit.models.blocks import group_norm, pointwise
+from segkit.models.blocks import checkpointed, group_norm, pointwise, pointwise_convolve
 from segkit.models.depthwise import depthwise_conv, depthwise_convolve
 
 
@@ -52,24 +51,21 @@ class InvertedBottleneck(nn.Module):
         size = self.hidden // self.chunks
         parts = [slice(start, start + size) for start in range(0, self.hidden, size)]
         if not torch.is_grad_enabled():
-            total = self._part(x, parts[0])
+            total = self._part(parts[0], x)
             for part in parts[1:]:
-                total += self._part(x, part)
+                total += self._part(part, x)
             return total
-        summands = (checkpoint(self._part, x, part, use_reentrant=False, preserve_rng_state=False) for part in parts)
-        return functools.reduce(torch.add, summands)
+        summands = (checkpointed(functools.partial(self._part, part), x, within=self) for part in parts)
+        summed: Tensor = functools.reduce(torch.add, summands)
+        return summed
 
-    def _part(self, x: Tensor, part: slice) -> Tensor:
+    def _part(self, part: slice, x: Tensor) -> Tensor:
         """What the hidden channels `part` add to the projection, (B, C, *spatial)."""
-        x = _convolve(x, _weight(self.expand)[part])
+        x = pointwise_convolve(x, _weight(self.expand)[part])
         x = self.activation(_normalise(x, self.expand_norm, part, self.chunks))
         x = depthwise_convolve(x, _weight(self.depthwise)[part])
         x = self.activation(_normalise(x, self.depthwise_norm, part, self.chunks))
-        return _convolve(x, _weight(self.project)[:, part])
-
-
-def _convolve(x: Tensor, weight: Tensor) -> Tensor:
-    return functional.conv2d(x, weight) if weight.dim() == 4 else functional.conv3d(x, weight)
+        return pointwise_convolve(x, _weight(self.project)[:, part])
 
 
 def _normalise(x: Tensor, norm: nn.GroupNorm, part: slice, chunks: int) -> Tensor:

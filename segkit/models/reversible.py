@@ -15,21 +15,17 @@ not supported; use mode "plain" for them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
-from segkit.models.blocks import without_statistics
+from segkit.models.blocks import checkpointed, is_stochastic, without_statistics
 
 Mode = Literal["plain", "checkpoint", "reversible"]
 """How a sequence spends memory: keep every activation, keep one per block, keep one per sequence."""
-
-_STOCHASTIC = (nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.RReLU)
 
 
 class ReversibleBlock(nn.Module):
@@ -76,27 +72,23 @@ class ReversibleSequence(nn.Module):
         x1, x2 = x.chunk(2, dim=1)
         for block in self.blocks:
             if needs_grad and self.mode == "checkpoint":
-                x1, x2 = checkpoint(block, x1, x2, use_reentrant=False, context_fn=partial(_recomputing, block))
+                x1, x2 = checkpointed(block, x1, x2, within=block)
             else:
                 x1, x2 = block(x1, x2)
         return torch.cat((x1, x2), dim=1)
 
 
-def _recomputing(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), without_statistics(block)
-
-
 class _Reversible(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, blocks: tuple[ReversibleBlock, ...], x: Tensor, *parameters: Tensor) -> Tensor:
-        is_stochastic = any(isinstance(m, _STOCHASTIC) and m.training for block in blocks for m in block.modules())
+        draws = any(is_stochastic(block) for block in blocks)
         ctx.blocks = blocks
         ctx.autocast = _autocast_state(x.device.type)
         ctx.random_states = []
         x1, x2 = x.chunk(2, dim=1)
         for block in blocks:
             for name in ("f", "g"):
-                if is_stochastic:
+                if draws:
                     ctx.random_states.append(_random_state(x.device))
                 # A half is replaced, never edited: the skip connection may hold the tensor it is a view of.
                 if name == "f":

@@ -16,12 +16,11 @@ from collections.abc import Sequence
 from math import prod
 from typing import Literal
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from segkit.config.base import Config
-from segkit.models.blocks import convolution, pointwise, step_down, step_up
+from segkit.models.blocks import channels_innermost, convolution, pointwise, step_down, step_up
 from segkit.models.bottleneck import InvertedBottleneck
 from segkit.models.reversible import Mode, ReversibleBlock, ReversibleSequence
 
@@ -125,7 +124,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(B, in_channels, *spatial) to one feature map per level, full resolution first."""
-        features = [self.stages[0](self.stem(x))]
+        features = [self.stages[0](channels_innermost(self.stem(x)))]
         for down, stage in zip(self.downs, self.stages[1:], strict=True):
             features.append(stage(down(features[-1])))
         return features
@@ -169,9 +168,6 @@ class RevMBUNet(nn.Module):
 
         While training: a list, full resolution first, one entry per supervised level.
         """
-        if x.dim() == 5 and x.device.type == "cpu":
-            # Pointwise and depthwise kernels are fastest with channels innermost.
-            x = x.contiguous(memory_format=torch.channels_last_3d)
         features = self.decoder(self.encoder(x))
         if self.training:
             return [head(feature) for head, feature in zip(self.heads, features, strict=False)]

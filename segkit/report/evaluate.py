@@ -23,6 +23,7 @@ from segkit.data.volume import Grid
 from segkit.errors import DataError, RequestError
 from segkit.labels import LabelScheme, outputs_of, translate
 from segkit.metrics.protocols import PROTOCOLS, Scores, score_absent, score_case
+from segkit.report.companions import Companions, find_companions
 from segkit.report.figures import overlay_figure
 from segkit.report.pairing import Pair, Pairing, pair_folders
 from segkit.report.tables import Summary, markdown_table, scores_csv, summarise, summary_rows
@@ -58,7 +59,8 @@ class Evaluation:
     """What `evaluate_folders` found.
 
     `errors` maps a case id to a sentence; `unscored` are references without a prediction that were left out;
-    `surplus` are predictions that belong to no reference; `remarks` are the notes of the pairing.
+    `surplus` are predictions that belong to no reference; `remarks` are the notes of the pairing. `roi` names the
+    regions of interest outside which nothing was scored, None where all was.
     """
 
     protocol: str
@@ -69,6 +71,7 @@ class Evaluation:
     unscored: tuple[str, ...] = ()
     surplus: tuple[Path, ...] = ()
     remarks: tuple[str, ...] = ()
+    roi: str | None = None
 
     def summary(self) -> Summary:
         """Region name -> metric name -> mean, median and n over the scored cases; undefined values are left out."""
@@ -80,6 +83,7 @@ class Evaluation:
             "protocol": self.protocol,
             "challenge": self.challenge,
             "label_scheme": self.label_scheme.to_json(),
+            "roi": self.roi,
             "cases": [_case_to_json(case) for case in self.cases],
             "summary": self.summary(),
             "errors": [{"case": case, "error": error} for case, error in self.errors.items()],
@@ -87,6 +91,10 @@ class Evaluation:
             "surplus": [path.name for path in self.surplus],
             "notes": list(self.remarks),
         }
+
+    def where(self) -> str:
+        """Where was scored, for a heading: nothing where it was everywhere."""
+        return "" if self.roi is None else f", inside the regions of interest {self.roi}"
 
     def notes(self) -> list[str]:
         """What a reader of the scores must know: cases that are not in them, and why."""
@@ -115,7 +123,7 @@ class Evaluation:
         texts = {
             "scores.json": json.dumps(self.to_json(), indent=2, allow_nan=False, ensure_ascii=False) + "\n",
             "scores.csv": scores_csv({case.case: case.regions for case in self.cases}),
-            "summary.md": f"Protocol {self.protocol}; mean (median) over cases.\n\n"
+            "summary.md": f"Protocol {self.protocol}{self.where()}; mean (median) over cases.\n\n"
             + markdown_table(columns, rows)
             + (f"\n{notes}" if notes else ""),
         }
@@ -135,10 +143,13 @@ def evaluate_folders(
     missing: Missing = "skip",
     label_scheme: str | None = None,
     prediction_scheme: str | None = None,
+    roi: str | None = None,
+    probabilities: Path | None = None,
 ) -> Evaluation:
     """Score a folder (or file) of masks against the references of a dataset, a folder of masks or a file.
 
-    See `pair_folders` for how files are paired and `PROTOCOLS` for what is computed.
+    See `pair_folders` for how files are paired and `PROTOCOLS` for what is computed. `roi` (see `find_rois`) restricts
+    all scores to a region of interest; a folder of `probabilities` adds the area under the ROC curve ("auc").
 
     Raises:
         RequestError: the protocol or challenge is unknown, or nothing could be paired; nothing was scored.
@@ -151,17 +162,37 @@ def evaluate_folders(
         label_scheme=label_scheme,
         prediction_scheme=prediction_scheme,
     )
-    return evaluate_pairs(pairing, protocol=protocol, missing=missing)
+    companions = companions_of(pairing, references, roi=roi, probabilities=probabilities)
+    return evaluate_pairs(pairing, protocol=protocol, missing=missing, companions=companions)
 
 
-def evaluate_pairs(pairing: Pairing, *, protocol: str = "legacy", missing: Missing = "skip") -> Evaluation:
-    """Score the pairs of two folders.
+def companions_of(
+    pairing: Pairing, references: Path, *, roi: str | None = None, probabilities: Path | None = None
+) -> Companions:
+    """The regions of interest and probabilities of the cases of a pairing, so far as they are asked for.
+
+    Raises:
+        RequestError: there are none, or two for one case.
+    """
+    cases = [pair.reference for pair in pairing.pairs]
+    return find_companions(cases, references, regions_of(pairing.scheme), roi=roi, probabilities=probabilities)
+
+
+def evaluate_pairs(
+    pairing: Pairing,
+    *,
+    protocol: str = "legacy",
+    missing: Missing = "skip",
+    companions: Companions | None = None,
+) -> Evaluation:
+    """Score the pairs of two folders, inside the regions of interest of `companions` and with its probabilities.
 
     Raises:
         RequestError: the protocol is unknown.
     """
     if protocol not in PROTOCOLS:
         raise RequestError(f"unknown protocol {protocol!r}", expected=f"one of {', '.join(PROTOCOLS)}")
+    companions = companions or Companions()
     cases: list[CaseScores] = []
     errors: dict[str, str] = {}
     unscored: list[str] = []
@@ -178,7 +209,7 @@ def evaluate_pairs(pairing: Pairing, *, protocol: str = "legacy", missing: Missi
             continue
         if pair.prediction is not None:
             try:
-                scores = _score_pair(pair, reference, grid, pairing.scheme, protocol)
+                scores = _score_pair(pair, reference, grid, pairing.scheme, protocol, companions)
             except DataError as error:
                 complaint = str(error)
             else:
@@ -189,6 +220,8 @@ def evaluate_pairs(pairing: Pairing, *, protocol: str = "legacy", missing: Missi
             errors[case_id] = complaint
         if missing == "zero":
             absent = score_absent(grid.shape, grid.spacing_mm, regions_of(pairing.scheme), protocol=protocol)
+            for region in companions.ranked_regions:
+                absent[region]["auc"] = 0.0
             cases.append(CaseScores(case_id, absent, is_missing=True))
     return Evaluation(
         protocol=protocol,
@@ -199,6 +232,7 @@ def evaluate_pairs(pairing: Pairing, *, protocol: str = "legacy", missing: Missi
         unscored=tuple(unscored),
         surplus=pairing.surplus,
         remarks=pairing.notes,
+        roi=companions.roi,
     )
 
 
@@ -265,7 +299,9 @@ def draw_worst_cases(evaluation: Evaluation, pairing: Pairing, folder: Path, cou
     return paths
 
 
-def _score_pair(pair: Pair, reference: LabelMap, grid: Grid, scheme: LabelScheme, protocol: str) -> dict[str, Scores]:
+def _score_pair(
+    pair: Pair, reference: LabelMap, grid: Grid, scheme: LabelScheme, protocol: str, companions: Companions
+) -> dict[str, Scores]:
     regions, predicted = regions_of(scheme), regions_of(pair.scheme)
     if not regions.keys() & predicted.keys():
         raise DataError(
@@ -275,7 +311,13 @@ def _score_pair(pair: Pair, reference: LabelMap, grid: Grid, scheme: LabelScheme
         )
     members = {name: predicted.get(name, ()) for name in regions}  # what a scheme lacks was not predicted
     prediction = read_prediction(pair, grid)
-    return score_case(prediction, reference, grid.spacing_mm, regions, protocol=protocol, prediction_regions=members)
+    case_id = pair.reference.id
+    roi = companions.region_of_interest(case_id, reference, grid)
+    scores = score_case(
+        prediction, reference, grid.spacing_mm, regions, protocol=protocol, prediction_regions=members, roi=roi
+    )
+    areas = companions.areas_under_roc(case_id, reference, grid, regions, roi)
+    return {region: own | areas.get(region, {}) for region, own in scores.items()}
 
 
 def _require_known(labels: LabelMap, scheme: LabelScheme, path: Path, option: str) -> None:

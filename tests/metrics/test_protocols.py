@@ -137,3 +137,24 @@ def test_numbers_of_the_brats_tool_on_metastases(shared_data):
         assert scores[region]["specificity"] == pytest.approx(expected["Specificity"], abs=1e-9)
         # That tool weighs surface elements by area and lays them between voxels; far-away lesions show the difference.
         assert scores[region]["hd95_mm"] == pytest.approx(expected["Legacy_HD95"], rel=0.02)
+
+
+def test_inside_a_region_of_interest_by_hand():
+    reference, prediction = np.zeros((2, 4), np.uint8), np.zeros((2, 4), np.uint8)
+    reference[0] = (1, 1, 0, 1)
+    prediction[0] = (1, 0, 1, 0)
+    roi = np.array([[True, True, True, False], [True, False, False, False]])
+    scores = score_case(prediction, reference, (1.0, 1.0), {"vessel": (1,)}, roi=roi)["vessel"]
+    assert scores["dice"] == 2 * 1 / (2 + 2)  # the column left out holds a vessel that was missed
+    assert (scores["sensitivity"], scores["precision"]) == (1 / 2, 1 / 2)
+    assert scores["specificity"] == 1 / 2  # of two voxels inside that hold no vessel
+    everywhere = score_case(prediction, reference, (1.0, 1.0), {"vessel": (1,)})["vessel"]
+    assert (everywhere["dice"], everywhere["specificity"]) == (2 * 1 / (2 + 3), 4 / 5)
+
+
+def test_a_region_of_interest_decides_what_is_empty():
+    roi = np.zeros(NOTHING.shape, bool)
+    roi[3] = True
+    assert score_case(NOTHING, PRESENT, MILLIMETRE, BRATS, roi=roi)["ET"]["dice"] == 1
+    everywhere = np.ones(NOTHING.shape, bool)
+    assert score_case(PRESENT, NOTHING, MILLIMETRE, BRATS, roi=everywhere) == score(PRESENT, NOTHING)

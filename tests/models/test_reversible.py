@@ -60,8 +60,9 @@ def test_saved_bytes_do_not_grow_with_depth() -> None:
     assert saved(16, "plain") > 7 * saved(2, "plain")
 
 
-def test_dropout_draws_the_same_numbers_again() -> None:
-    reversible = _sequence(dropout=0.5, mode="reversible").double()
+@pytest.mark.parametrize("mode", ["checkpoint", "reversible"])
+def test_dropout_draws_the_same_numbers_again(mode: str) -> None:
+    reversible = _sequence(dropout=0.5, mode=mode).double()
     x = torch.randn(1, 4, 4, 4, 4, dtype=torch.float64)
     plain = _sequence(dropout=0.5).double()
     plain.load_state_dict(reversible.state_dict())

@@ -7,8 +7,9 @@ Colour pictures become three modalities, red, green and blue. Masks are PNG file
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+import shlex
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from segkit.data.case import Cohort, ImageFile
@@ -24,7 +25,7 @@ from segkit.data.layouts.layout import (
     unused_files,
 )
 from segkit.data.layouts.listing import Listing, bare_name
-from segkit.data.layouts.modality import IGNORED, LABEL
+from segkit.data.layouts.modality import IGNORED, LABEL, split_name
 from segkit.data.layouts.schemes import scheme_by_values
 from segkit.errors import DataError, Problem
 from segkit.labels import classes_scheme
@@ -33,7 +34,12 @@ _PLANES = ("red", "green", "blue")
 _PREFERENCE = (".tif", ".tiff", ".png", ".bmp", ".jpg", ".jpeg", ".gif")
 """Which of two pictures with one stem is the image: beside a photograph, a GIF is a field-of-view mask."""
 
-_BOTH_EYES = re.compile(r"^(?P<patient>.*\d)[-_]?(?P<side>[LR])$", re.IGNORECASE)
+_EYE = re.compile(r"^(?P<patient>.*\d)[-_. ]*(?P<side>L|R|OS|OD|left|right)$", re.IGNORECASE)
+_SIDES = {"l": "left", "os": "left", "left": "left", "r": "right", "od": "right", "right": "right"}
+"""What photographs of eyes are called; OS and OD are oculus sinister and dexter."""
+
+_SECOND_READER = frozenset({"2ndho", "manual2"})
+_FIELD_OF_VIEW = frozenset({"fov", "fov mask"})
 
 
 def _recognise(listing: Listing) -> float:
@@ -54,13 +60,9 @@ def _read(listing: Listing, options: FolderOptions) -> Cohort:
             note = f"files that end in {suffix} are taken for the reference masks"
             remedy = "Name another suffix with --modality label=SUFFIX --modality image=SUFFIX"
             problems.append(Problem(str(listing.root), note, remedy, is_fatal=False))
-    patients = _join_both_eyes(grouping.patients)
+    patients = join_both_eyes(grouping.patients)
     cases, more = build_cases(_with_planes(grouped), patient_of=lambda case_id: patients[case_id], order=_order)
-    ignored = [file.image.path for file in grouped if file.kind == IGNORED]
-    if doubles:
-        problems.append(unused_files(doubles, "with the stem of an image (field-of-view masks?)"))
-    if ignored:
-        problems.append(unused_files(ignored, "neither an image nor the reference by their names"))
+    problems += _left_out([file.image.path for file in grouped if file.kind == IGNORED], doubles)
     choice = scheme_by_values(cases, options, listing.root)
     if choice.scheme is not None and list(choice.scheme.values) == ["label_1"]:
         choice = SchemeChoice(classes_scheme("classes", {"foreground": choice.scheme.values["label_1"]}))
@@ -68,6 +70,34 @@ def _read(listing: Listing, options: FolderOptions) -> Cohort:
         choice = SchemeChoice(None, (lossy,))
     modalities = _order(modality for case in cases for modality in case.images)
     return build_cohort(listing, "folder2d", cases, choice, modalities=modalities, problems=(*problems, *more), dims=2)
+
+
+def _left_out(ignored: Sequence[Path], doubles: Sequence[Path]) -> list[Problem]:
+    """What is said of files that are neither images nor references: `doubles` have the stem of an image."""
+    words = {path: split_name(bare_name(path)).word for path in ignored}
+    readers = [path for path in ignored if words[path] in _SECOND_READER]
+    views = [path for path in ignored if words[path] in _FIELD_OF_VIEW]
+    views = sorted([*views, *(path for path in doubles if suffix_of(path) == ".gif")])
+    copies = [path for path in doubles if suffix_of(path) != ".gif"]
+    others = [path for path in ignored if path not in {*readers, *views}]
+    problems = []
+    if views:
+        ending = _common_ending(views)
+        remedy = f"`segkit evaluate --roi {shlex.quote(ending)}` scores inside them" if ending else ""
+        problems.append(unused_files(views, "fields of view by their names", remedy))
+    if readers:
+        problems.append(unused_files(readers, "drawn by a second reader; the first is the reference"))
+    if copies:
+        problems.append(unused_files(copies, "with the name of another image"))
+    if others:
+        problems.append(unused_files(others, "neither an image nor the reference by their names"))
+    return problems
+
+
+def _common_ending(paths: Sequence[Path]) -> str:
+    """How all names end from their last separator or suffix on (`.gif`, `_fov.png`), "" where they differ."""
+    endings = {path.name[len(split_name(bare_name(path)).rest) :] for path in paths}
+    return endings.pop() if len(endings) == 1 else ""
 
 
 def _one_per_stem(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
@@ -118,12 +148,17 @@ def _order(modalities: Iterable[str]) -> tuple[str, ...]:
     return (*planes, *(name for name in present if name not in _PLANES))
 
 
-def _join_both_eyes(patients: dict[str, str]) -> dict[str, str]:
-    """Give `Image_01L` and `Image_01R`, two eyes of one person, the same patient where both exist."""
-    matches = {case_id: match for case_id in patients if (match := _BOTH_EYES.match(case_id))}
-    counts = Counter(match["patient"] for match in matches.values())
+def join_both_eyes(patients: Mapping[str, str]) -> dict[str, str]:
+    """Case id -> patient, the same for both eyes of one person (`Image_01L` and `Image_01R`) where both are there.
+
+    A lone `scan_12L` keeps its own: a letter at the end says nothing as long as no case has the other.
+    """
+    eyes = {case_id: match for case_id in patients if (match := _EYE.match(case_id))}
+    sides: dict[str, set[str]] = defaultdict(set)
+    for match in eyes.values():
+        sides[match["patient"]].add(_SIDES[match["side"].lower()])
     return {
-        case_id: matches[case_id]["patient"] if case_id in matches and counts[matches[case_id]["patient"]] == 2 else own
+        case_id: eyes[case_id]["patient"] if case_id in eyes and len(sides[eyes[case_id]["patient"]]) == 2 else own
         for case_id, own in patients.items()
     }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ IMAGE = "image"
 _IMAGE_FOLDERS = frozenset({"image", "images", "img", "imgs", "imagestr", "imagests", "scans", "volumes", "input"})
 _LABEL_FOLDERS = frozenset(
     {"label", "labels", "labelstr", "mask", "masks", "segmentation", "segmentations", "seg", "segs", "gt"}
-    | {"annotations", "ground_truth", "groundtruth", "references", "1st_manual", "manual", "targets"}
+    | {"annotations", "ground_truth", "groundtruth", "references", "1st_manual", "manual1", "manual", "targets"}
 )
 _KIND_FOLDERS = _IMAGE_FOLDERS | _LABEL_FOLDERS
 _LAST_CHOICE = frozenset({"mask", "masks"})
@@ -155,7 +156,9 @@ def _pair_kind_folders(items: Sequence[_Item]) -> tuple[list[_Item], list[Proble
             lonely += sorted(item.path for item in images if item.rest not in known)
     problems = []
     if losers:
-        problems.append(unused_files(losers, "as another folder beside theirs holds the references"))
+        folder = shlex.quote(str(losers[0].parent))
+        remedy = f"Where they are fields of view, `segkit evaluate --roi {folder}` scores inside them"
+        problems.append(unused_files(losers, "as another folder beside theirs holds the references", remedy))
     if lonely:
         problems.append(unused_files(lonely, "in training: no reference in the folder of the references"))
     return paired, problems

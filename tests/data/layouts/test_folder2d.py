@@ -6,7 +6,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from segkit.data.layouts.folder2d import join_both_eyes
 from segkit.data.layouts.table import find_cases
+from segkit.data.splits import patient_folds
 
 
 def _picture(path: Path, *, colour: bool = False, values: tuple[int, ...] = (7,)) -> None:
@@ -56,7 +58,50 @@ def test_pairs_by_suffix(tmp_path: Path, suffix: str) -> None:
         f"Image_01R{suffix}.png",
         f"Image_02L{suffix}.png",
     ]
-    assert any("Image_01L.gif" in problem.found for problem in cohort.problems)
+    (about_views,) = (problem for problem in cohort.problems if "Image_01L.gif" in problem.found)
+    assert about_views.found.startswith("3 files left out, fields of view by their names")
+    assert about_views.remedy == "`segkit evaluate --roi .gif` scores inside them"
+
+
+def test_a_second_reader_and_fields_of_view_are_told_and_left_out(tmp_path: Path) -> None:
+    for stem in ("Image_01L", "Image_01R"):
+        _picture(tmp_path / f"{stem}.jpg", colour=True)
+        _picture(tmp_path / f"{stem}_1stHO.png", values=(1,))
+        _picture(tmp_path / f"{stem}_2ndHO.png", values=(0, 1))
+        _picture(tmp_path / f"{stem}_fov.png", values=(1, 1))
+        _picture(tmp_path / f"{stem}_prediction.png", values=(1, 1))
+    cohort = find_cases(tmp_path)
+    assert [case.label.path.stem for case in cohort.cases if case.label] == ["Image_01L_1stHO", "Image_01R_1stHO"]
+    views, readers, others = cohort.problems
+    assert views.found == "2 files left out, fields of view by their names: Image_01L_fov.png, Image_01R_fov.png"
+    assert views.remedy == "`segkit evaluate --roi _fov.png` scores inside them"
+    assert readers.found.startswith(
+        "2 files left out, drawn by a second reader; the first is the reference: Image_01L_"
+    )
+    assert others.found.endswith("by their names: Image_01L_prediction.png, Image_01R_prediction.png")
+
+
+def test_a_copy_in_another_format_is_no_field_of_view(tmp_path: Path) -> None:
+    for suffix in ("png", "jpg"):
+        _picture(tmp_path / f"a.{suffix}")
+    _picture(tmp_path / "a_mask.png", values=(1,))
+    (problem,) = find_cases(tmp_path).problems
+    assert problem.found == "1 file left out, with the name of another image: a.jpg"
+
+
+@pytest.mark.parametrize(
+    ("case_ids", "patients"),
+    [
+        (("Image_01L", "Image_01R", "Image_02L"), ("Image_01", "Image_01", "Image_02L")),
+        (("p7_OD", "p7_OS", "p8_OD"), ("p7", "p7", "p8_OD")),
+        (("10_left", "10_right", "11_right"), ("10", "10", "11_right")),
+        (("3L", "3-l"), ("3L", "3-l")),  # the same side twice
+        (("control", "colour"), ("control", "colour")),  # no number before the letter
+        (("4 OD", "4_os", "4R"), ("4", "4", "4")),
+    ],
+)
+def test_both_eyes_are_one_patient(case_ids: tuple[str, ...], patients: tuple[str, ...]) -> None:
+    assert tuple(join_both_eyes({case_id: case_id for case_id in case_ids}).values()) == patients
 
 
 def test_jpeg_masks_are_refused(tmp_path: Path) -> None:
@@ -72,7 +117,12 @@ def test_real_retina_pictures(shared_data: Path) -> None:
     assert (cohort.layout, cohort.dims, cohort.modalities) == ("folder2d", 2, ("red", "green", "blue"))
     assert len(cohort.cases) == 20
     assert len({case.patient for case in cohort.cases}) == 10
+    assert all(len(ids) % 2 == 0 for ids in patient_folds(cohort.cases, 5, 0))
     assert all(case.label is not None and case.label.path.stem.endswith("_1stHO") for case in cohort.cases)
+    assert sorted(problem.found.split(": ")[0] for problem in cohort.problems) == [
+        "20 files left out, drawn by a second reader; the first is the reference",
+        "20 files left out, fields of view by their names",
+    ]
     assert cohort.scheme is not None
     assert dict(cohort.scheme.values) == {"foreground": 1}
 
@@ -94,7 +144,20 @@ def test_drawings_go_before_fields_of_view(tmp_path: Path) -> None:
     ]
     losers, lonely = (problem.found for problem in cohort.problems)
     assert losers.startswith("4 files left out, as another folder beside theirs holds the references")
+    assert "test/mask" in cohort.problems[0].remedy.replace("\\", "/")
     assert lonely.endswith("01_test.tif, 23_training.tif")
+
+
+def test_manual1_goes_before_fields_of_view(tmp_path: Path) -> None:
+    for stem in ("01_dr", "01_h"):
+        _picture(tmp_path / "images" / f"{stem}.JPG", colour=True)
+        _picture(tmp_path / "manual1" / f"{stem}.tif", values=(1,))
+        _picture(tmp_path / "mask" / f"{stem}_mask.tif", values=(1, 1))
+    cohort = find_cases(tmp_path)
+    assert [(case.id, case.label and case.label.path.parent.name) for case in cohort.cases] == [
+        ("01_dr", "manual1"),
+        ("01_h", "manual1"),
+    ]
 
 
 def test_a_mask_folder_alone_holds_the_references(tmp_path: Path) -> None:
