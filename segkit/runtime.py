@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 _GIB = 1024**3
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+"""Parameters of glibc's mallopt, from its malloc.h."""
+
 
 def pick_device(name: str | None = None) -> torch.device:
     """The device to compute on: the one named, else CUDA where there is one, else the CPU.
@@ -123,6 +126,22 @@ def current_rss_mb() -> float:
     if statm.exists():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1024**2
     return peak_rss_mb()
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Let this process keep the memory that tensors on a CPU leave behind, for the next ones.
+
+    glibc gives every block above 32 MiB back to the system at once. A network asks for the same sizes at each step, and
+    the kernel has to clear the pages each time, which can take as long as the arithmetic (`segkit bench speed`). For
+    processes that do little else: the setting is the whole process's. Without glibc nothing changes.
+    """
+    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
+        return
+    import ctypes
+
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(_M_MMAP_MAX, 0)  # large blocks come from the heap
+    mallopt(_M_TRIM_THRESHOLD, -1)  # whose end is never given back
 
 
 def environment() -> dict[str, str]:

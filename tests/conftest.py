@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,9 @@ def shared_specs() -> Path:
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _log_level() -> None:
+    """Verbs called in this process set how much the log tells; every test starts as the first did."""
+    logging.getLogger("segkit").setLevel(logging.NOTSET)

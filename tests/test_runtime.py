@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -24,6 +28,26 @@ def test_precision_on_a_cpu_is_full_unless_asked() -> None:
     cpu = torch.device("cpu")
     assert pick_precision("auto", cpu) == torch.float32
     assert pick_precision("bf16", cpu) == torch.bfloat16
+
+
+_FREES_A_LARGE_BLOCK = """
+import sys, torch
+from segkit.runtime import current_rss_mb, keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory(torch.device("cpu"))
+before = current_rss_mb()
+torch.ones(128, 1024, 1024)  # 512 MB, freed at once
+print(current_rss_mb() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives large blocks back at once")
+def test_freed_memory_is_kept_where_asked() -> None:
+    kept, given_back = (
+        float(subprocess.check_output([sys.executable, "-c", _FREES_A_LARGE_BLOCK, how])) for how in ("keep", "not")
+    )
+    assert kept > 500
+    assert given_back < 100
 
 
 def test_memory_figures_agree() -> None:

@@ -1,99 +1,153 @@
-"""How fast a training step and an inference window are, against the same network with PyTorch's grouped convolution.
+"""How fast a training step and an inference window are, against the same network made of PyTorch's own layers.
 
-Machines are shared and their clocks change, so variants run in turn (A B C, A B C, ...) in one process, and the figure
-that counts is the ratio to the grouped convolution of the same round; the table gives its median.
+Machines are shared and their clocks change, so variants run in turn (A B C, A B C, ...), each in a process of its own
+that lives as long as the table: what a process does with freed memory is part of its speed. The figure that counts is
+the ratio to the reference of the same round; the table gives its median.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from segkit.models.depthwise import DepthwiseConv3d
-from segkit.models.table import build_model
+from segkit.bench.reference import build_network, with_library_layers
+from segkit.runtime import keep_freed_memory
 
 Row = dict[str, Any]
 Work = Callable[[], Tensor]
 """Something to time; gives the tensor by which variants are compared: gradients in a row, or logits."""
 
-_REFERENCE = "grouped Conv3d"
-_CHANNELS, _OUTPUTS = 4, 3
+_CHANNELS = 4
 
 
-def training(size: str, side: int, rounds: int, device: str) -> Iterator[Row]:
-    """A training step (forward, backward) of RevMBUNet on (1, 4, side, side, side), per memory mode."""
-    x = torch.randn(1, _CHANNELS, *(side,) * 3, device=device, generator=_generator(device))
-    variants = {_REFERENCE: _with_grouped_convolution(_network(size, "plain", device))}
-    variants |= {mode: _network(size, mode, device) for mode in ("plain", "checkpoint", "reversible")}
-    steps = {name: _training_step(network.train(), x) for name, network in variants.items()}
-    yield from _rows("training", steps, rounds, size, side)
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute: what is computed, in which memory mode, in which layers, in which runtime."""
+
+    name: str
+    task: str
+    mode: str = "plain"
+    layers: str = "segkit"
+    runtime: str = "torch"
 
 
-def inference(size: str, side: int, rounds: int, device: str) -> Iterator[Row]:
-    """One inference window of (1, 4, side, side, side), in every runtime that is installed."""
-    x = torch.randn(1, _CHANNELS, *(side,) * 3, device=device, generator=_generator(device))
-    network = _network(size, "plain", device).eval()
-    runs = {_REFERENCE: _window(_with_grouped_convolution(_network(size, "plain", device)).eval(), x)}
-    runs["torch"] = _window(network, x)
-    if device == "cpu":
-        runs |= {name: make(network, x) for name, make in RUNTIMES.items() if importlib.util.find_spec(name)}
-    yield from _rows("inference", runs, rounds, size, side)
+TABLES: dict[str, tuple[Variant, ...]] = {
+    "training": (
+        Variant("PyTorch layers", "training", layers="library"),
+        Variant("grouped Conv3d", "training", layers="grouped"),
+        Variant("plain", "training"),
+        Variant("checkpoint", "training", mode="checkpoint"),
+        Variant("reversible", "training", mode="reversible"),
+    ),
+    "inference": (
+        Variant("PyTorch layers", "inference", layers="library"),
+        Variant("grouped Conv3d", "inference", layers="grouped"),
+        Variant("torch", "inference"),
+        Variant("onnxruntime", "inference", runtime="onnxruntime"),
+        Variant("openvino", "inference", runtime="openvino"),
+    ),
+}
+"""Table name -> its variants; the first is the reference: every layer PyTorch's own, in a process as it comes. "grouped
+Conv3d" has PyTorch's depthwise layer alone and segkit's everything else."""
 
 
-def _network(size: str, mode: str, device: str) -> nn.Module:
-    torch.manual_seed(0)
-    network = build_model("revmbunet", in_channels=_CHANNELS, out_channels=_OUTPUTS, size=size, mode=mode)
-    # Blocks start as the identity: without a scale the depthwise kernels would get no gradient to compare.
-    for module in network.modules():
-        if isinstance(module, nn.GroupNorm):
-            nn.init.ones_(module.weight)
-    return network.to(device)
+def measure(table: str, size: str, side: int, rounds: int, device: str) -> Iterator[Row]:
+    """A table on (1, 4, side, side, side), RevMBUNet of a named size; runtimes that are not installed are left out."""
+    variants = [variant for variant in TABLES[table] if _can_run(variant, device)]
+    context = multiprocessing.get_context("spawn")
+    with ExitStack() as stack:
+        workers = []
+        for variant in variants:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, variant, size, side, device), daemon=True)
+            process.start()
+            stack.callback(process.terminate)
+            workers.append(ours)
+            # One at a time: the first computation of each is no part of the others' rounds.
+            ours.send("compare")
+        results = [torch.from_numpy(worker.recv()) for worker in workers]
+        seconds: list[list[float]] = [[] for _ in workers]
+        for _ in range(rounds):
+            for worker, times in zip(workers, seconds, strict=True):
+                worker.send("time")
+                times.append(worker.recv())
+    for variant, times, result in zip(variants, seconds, results, strict=True):
+        yield {
+            "table": table,
+            "network": f"revmbunet {size}",
+            "patch": "x".join([str(side)] * 3),
+            "variant": variant.name,
+            "seconds": round(statistics.median(times), 4),
+            "of_reference": _median_ratio(times, seconds[0]),
+            "difference": float(f"{float((result - results[0]).norm() / results[0].norm()):.1e}"),
+        }
 
 
-def _with_grouped_convolution(network: nn.Module) -> nn.Module:
-    """The same network with every depthwise layer turned into PyTorch's own, in memory as PyTorch lays it out."""
-    for parent in list(network.modules()):
-        for name, layer in parent.named_children():
-            if isinstance(layer, DepthwiseConv3d):
-                channels, kernel = layer.in_channels, layer.kernel_size[0]
-                plain = nn.Conv3d(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=False)
-                plain.weight = layer.weight
-                setattr(parent, name, plain)
-    return network
+def _median_ratio(times: Sequence[float], reference: Sequence[float]) -> float:
+    return round(statistics.median(one / other for one, other in zip(times, reference, strict=True)), 3)
 
 
-def _training_step(network: nn.Module, x: Tensor) -> Work:
-    def step() -> Tensor:
-        network.zero_grad()
-        levels = network(x)
-        torch.autograd.backward(torch.stack([level.square().mean() for level in levels]).sum())
-        _wait_for(x)
-        return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
-
-    return step
+def _can_run(variant: Variant, device: str) -> bool:
+    if variant.runtime == "torch":
+        return True
+    return device == "cpu" and all(importlib.util.find_spec(name) for name in (variant.runtime, "onnxscript"))
 
 
-def _window(network: nn.Module, x: Tensor) -> Work:
+def _serve(connection: Connection, variant: Variant, size: str, side: int, device: str) -> None:
+    """Compute once for comparison, then as often as asked, telling the seconds."""
+    if variant.layers == "segkit":
+        keep_freed_memory(torch.device(device))
+    work = _work(variant, size, side, device)
+    while True:
+        request = connection.recv()
+        began = time.perf_counter()
+        result = work()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+        connection.send(time.perf_counter() - began if request == "time" else result.detach().cpu().numpy())
+
+
+def _work(variant: Variant, size: str, side: int, device: str) -> Work:
+    network = with_library_layers(build_network(size, variant.mode), variant.layers).to(device)
+    x = torch.randn(1, _CHANNELS, *(side,) * 3, generator=torch.Generator().manual_seed(0)).to(device)
+    if variant.task == "training":
+        return _training_step(network.train(), x)
+    network.eval()
+    if variant.runtime != "torch":
+        return RUNTIMES[variant.runtime](network, x)
+
     def window() -> Tensor:
         with torch.inference_mode():
             logits: Tensor = network(x)
-        _wait_for(x)
         return logits
 
     return window
 
 
-def _onnxruntime(network: nn.Module, x: Tensor) -> Work:
+def _training_step(network: torch.nn.Module, x: Tensor) -> Work:
+    def step() -> Tensor:
+        network.zero_grad()
+        levels = network(x)
+        torch.autograd.backward(torch.stack([level.square().mean() for level in levels]).sum())
+        return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+
+    return step
+
+
+def _onnxruntime(network: torch.nn.Module, x: Tensor) -> Work:
     import onnxruntime
 
     with _exported(network, x) as path:
@@ -102,7 +156,7 @@ def _onnxruntime(network: nn.Module, x: Tensor) -> Work:
     return lambda: torch.from_numpy(session.run(None, feed)[0])
 
 
-def _openvino(network: nn.Module, x: Tensor) -> Work:
+def _openvino(network: torch.nn.Module, x: Tensor) -> Work:
     import openvino
 
     with _exported(network, x) as path:
@@ -111,54 +165,18 @@ def _openvino(network: nn.Module, x: Tensor) -> Work:
     return lambda: torch.from_numpy(model(array)[0])
 
 
+RUNTIMES: Mapping[str, Callable[[torch.nn.Module, Tensor], Work]] = {
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+}
+"""Module name -> what makes a network run in it."""
+
+
 @contextmanager
-def _exported(network: nn.Module, x: Tensor) -> Iterator[str]:
+def _exported(network: torch.nn.Module, x: Tensor) -> Iterator[str]:
     """Path of the network as an ONNX file, for as long as the block lasts."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about its own future
         path = str(Path(folder) / "network.onnx")
         torch.onnx.export(network, (x,), path, input_names=["image"], output_names=["logits"], verbose=False)
         yield path
-
-
-RUNTIMES: Mapping[str, Callable[[nn.Module, Tensor], Work]] = {"onnxruntime": _onnxruntime, "openvino": _openvino}
-"""Module name -> what makes a network run in it."""
-
-
-def _rows(table: str, work: Mapping[str, Work], rounds: int, size: str, side: int) -> Iterator[Row]:
-    expected = work[_REFERENCE]()
-    differences = {name: _relative_difference(run(), expected) for name, run in work.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(rounds):
-        for name, run in work.items():
-            began = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - began)
-    for name, times in seconds.items():
-        ratios = [one / reference for one, reference in zip(times, seconds[_REFERENCE], strict=True)]
-        yield {
-            "table": table,
-            "network": f"revmbunet {size}",
-            "patch": "x".join([str(side)] * 3),
-            "variant": name,
-            "seconds": round(statistics.median(times), 4),
-            "of_grouped": round(statistics.median(ratios), 3),
-            "difference": float(f"{differences[name]:.1e}"),
-        }
-
-
-def _relative_difference(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
-
-
-def _generator(device: str) -> torch.Generator:
-    return torch.Generator(device).manual_seed(0)
-
-
-def _wait_for(x: Tensor) -> None:
-    if x.device.type == "cuda":
-        torch.cuda.synchronize(x.device)
-
-
-TABLES: dict[str, Callable[[str, int, int, str], Iterator[Row]]] = {"training": training, "inference": inference}
-"""Table name -> the function that measures it."""

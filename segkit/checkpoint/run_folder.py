@@ -85,7 +85,7 @@ def load_model(run_dir: Path | str, device: torch.device | str = "cpu") -> nn.Mo
     run_dir = Path(run_dir)
     card = load_card(run_dir)
     weights, source = read_weights(run_dir, card)
-    network = build_network(card)
+    network = build_network(card, downloads=False)
     try:
         network.load_state_dict(weights, strict=True)
     except RuntimeError as error:
@@ -116,16 +116,20 @@ def read_weights(run_dir: Path, card: ModelCard) -> tuple[dict[str, Tensor], Pat
     return load_weights_file(path), path
 
 
-def build_network(card: ModelCard) -> nn.Module:
-    """The network a card describes, with fresh weights."""
+def build_network(card: ModelCard, *, downloads: bool = True) -> nn.Module:
+    """The network a card describes, with fresh weights; those of an encoder are fetched if the card asks for them.
+
+    Without `downloads` they are not: for a network that is given other weights at once.
+    """
     network = card.network
+    arguments = {k: v for k, v in network.arguments.items() if downloads or k != "encoder_weights"}
     return build_model(
         network.family,
         in_channels=network.in_channels,
         out_channels=network.out_channels,
         dims=card.dims,
         size=network.size,
-        **network.arguments,
+        **arguments,
     )
 
 

@@ -64,12 +64,12 @@ def speed(
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Seconds of a training step and of an inference window, and their ratio to PyTorch's grouped convolution."""
-    from segkit.bench.speed import TABLES
+    """Seconds of a training step and of an inference window, and their ratio to PyTorch's own layers."""
+    from segkit.bench.speed import TABLES, measure
     from segkit.runtime import pick_device
 
     where = str(pick_device(device))
-    rows = (row for name in _chosen(table, TABLES) for row in TABLES[name](size, side, rounds, where))
+    rows = (row for name in _chosen(table, TABLES) for row in measure(name, size, side, rounds, where))
     _show("Speed", rows, as_json)
 
 

@@ -98,10 +98,12 @@ def infer(
 def _load(models: list[Path], backend: str, device: str | None, *, uses_tta: bool) -> Predictor:
     from segkit.errors import CheckpointError, as_request
     from segkit.inference.predictor import Predictor
-    from segkit.runtime import pick_device
+    from segkit.runtime import keep_freed_memory, pick_device
 
+    chosen = pick_device(device)
+    keep_freed_memory(chosen)
     try:
-        return Predictor.load(models, pick_device(device), backend, uses_tta=uses_tta)
+        return Predictor.load(models, chosen, backend, uses_tta=uses_tta)
     except CheckpointError as error:
         raise as_request(error) from error
 

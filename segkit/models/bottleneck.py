@@ -8,10 +8,10 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from segkit.models.blocks import checkpointed, group_norm, pointwise, pointwise_convolve
 from segkit.models.depthwise import depthwise_conv, depthwise_convolve
+from segkit.models.normalisation import normalise, normalise_and_activate
 
 
 class InvertedBottleneck(nn.Module):
@@ -30,7 +30,6 @@ class InvertedBottleneck(nn.Module):
         self.depthwise_norm = group_norm(hidden)
         self.project = pointwise(dims, hidden, channels, bias=False)
         self.project_norm = group_norm(channels)
-        self.activation = nn.SiLU()
         self.chunks = gcd(chunks, self.expand_norm.num_groups)
         # Blocks start as the identity, so that depth does not hurt the first steps.
         nn.init.zeros_(self.project_norm.weight)
@@ -38,12 +37,11 @@ class InvertedBottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *spatial) to the same shape."""
         total = self._projected(x) if self.chunks == 1 else self._projected_in_parts(x)
-        result: Tensor = self.project_norm(total)
-        return result
+        return normalise(total, self.project_norm)
 
     def _projected(self, x: Tensor) -> Tensor:
-        x = self.activation(self.expand_norm(self.expand(x)))
-        x = self.activation(self.depthwise_norm(self.depthwise(x)))
+        x = normalise_and_activate(self.expand(x), self.expand_norm)
+        x = normalise_and_activate(self.depthwise(x), self.depthwise_norm)
         result: Tensor = self.project(x)
         return result
 
@@ -62,14 +60,10 @@ class InvertedBottleneck(nn.Module):
     def _part(self, part: slice, x: Tensor) -> Tensor:
         """What the hidden channels `part` add to the projection, (B, C, *spatial)."""
         x = pointwise_convolve(x, _weight(self.expand)[part])
-        x = self.activation(_normalise(x, self.expand_norm, part, self.chunks))
+        x = normalise_and_activate(x, self.expand_norm, part)
         x = depthwise_convolve(x, _weight(self.depthwise)[part])
-        x = self.activation(_normalise(x, self.depthwise_norm, part, self.chunks))
+        x = normalise_and_activate(x, self.depthwise_norm, part)
         return pointwise_convolve(x, _weight(self.project)[:, part])
-
-
-def _normalise(x: Tensor, norm: nn.GroupNorm, part: slice, chunks: int) -> Tensor:
-    return functional.group_norm(x, norm.num_groups // chunks, norm.weight[part], norm.bias[part], norm.eps)
 
 
 def _weight(layer: nn.Module) -> Tensor:

@@ -124,7 +124,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(B, in_channels, *spatial) to one feature map per level, full resolution first."""
-        features = [self.stages[0](channels_innermost(self.stem(x)))]
+        features = [self.stages[0](channels_innermost(self.stem(channels_innermost(x))))]
         for down, stage in zip(self.downs, self.stages[1:], strict=True):
             features.append(stage(down(features[-1])))
         return features
@@ -143,7 +143,7 @@ class Decoder(nn.Module):
         x = features[-1]
         decoded = []
         for up, stage, skip in zip(reversed(self.ups), reversed(self.stages), features[-2::-1], strict=True):
-            x = stage(up(x) + skip)
+            x = stage(skip + up(x))  # the sum lies in memory as its first summand does, channels innermost
             decoded.append(x)
         return decoded[::-1]
 

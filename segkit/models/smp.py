@@ -24,13 +24,13 @@ def require_known_encoder(name: str) -> None:
     """Do nothing if the library has an encoder `name`: one of its own, or "tu-" and the name of a timm network.
 
     Raises:
-        ValueError: it has not; the message holds close matches.
+        ValueError: it has not, and the message holds close matches; or the library cannot be imported.
     """
+    encoders = _library().encoders
     import timm
-    from segmentation_models_pytorch.encoders import get_encoder_names, is_equivalent_to_timm_universal
 
-    own: list[str] = get_encoder_names()
-    if name in own or is_equivalent_to_timm_universal(name):
+    own: list[str] = encoders.get_encoder_names()
+    if name in own or encoders.is_equivalent_to_timm_universal(name):
         return
     if name.startswith(_TIMM) and timm.is_model(name.removeprefix(_TIMM).partition(".")[0]):
         return
@@ -50,10 +50,10 @@ def build_library_network(
     Raises:
         ValueError: the library refuses the options, has no such weights or cannot fetch them.
     """
-    import segmentation_models_pytorch as library
+    kind = getattr(_library(), architecture)
 
     def make(weights: object) -> nn.Module:
-        network: nn.Module = getattr(library, architecture)(encoder_name=encoder, encoder_weights=weights, **options)
+        network: nn.Module = kind(encoder_name=encoder, encoder_weights=weights, **options)
         return network
 
     try:
@@ -121,6 +121,17 @@ def _leave_training_for_one_value(module: nn.Module, inputs: tuple[Tensor, ...])
 def _return_to_training(module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
     if getattr(module, "is_interrupted", False):
         module.training, module.is_interrupted = True, False  # type: ignore[assignment]
+
+
+def _library() -> Any:
+    try:
+        import segmentation_models_pytorch
+    except (ImportError, RuntimeError) as error:  # the latter where torch and torchvision are no matching pair
+        raise ValueError(
+            f"segmentation-models-pytorch cannot be imported ({error}); "
+            "install it, with a torchvision that was made for the torch at hand"
+        ) from error
+    return segmentation_models_pytorch
 
 
 def _has_contents() -> bool:

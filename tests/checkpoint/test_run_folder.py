@@ -14,10 +14,12 @@ from torch import nn
 
 from segkit.checkpoint import (
     ModelCard,
+    NetworkCard,
     load_card,
     load_model,
     load_weights_file,
     model_folders,
+    run_folder,
     save_model,
     save_state,
     save_weights,
@@ -120,3 +122,15 @@ def test_a_run_folder_can_be_read_by_whom_the_umask_allows(
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
     names = ("model.safetensors", "model.json", "encoder.safetensors", "last.ckpt")
     assert modes == dict.fromkeys(names, mode)
+
+
+def test_weights_of_an_encoder_are_not_fetched_for_a_network_that_has_its_own(
+    make_card: Callable[..., ModelCard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr(run_folder, "build_model", lambda family, **arguments: asked.append(arguments) or nn.Identity())
+    network = NetworkCard(family="smp", in_channels=1, out_channels=2, arguments={"encoder_weights": "imagenet"})
+    described = make_card(network=network)
+    run_folder.build_network(described)
+    run_folder.build_network(described, downloads=False)
+    assert [arguments.get("encoder_weights") for arguments in asked] == ["imagenet", None]

@@ -223,6 +223,12 @@ def test_options_reach_the_library() -> None:
     assert dilations == {1, 2, 3}
 
 
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", None)
+    with pytest.raises(RequestError, match=r"segmentation-models-pytorch cannot be imported .*; install it"):
+        _smp()
+
+
 def test_the_library_is_imported_only_for_its_networks() -> None:
     code = "import sys, segkit.models.table; print('segmentation_models_pytorch' in sys.modules, 'timm' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
