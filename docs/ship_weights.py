@@ -14,6 +14,8 @@ import torch
 from segkit.checkpoint import WEIGHTS_NAME, load_card, load_model, save_model
 from segkit.checkpoint.tensors import load_weights_file
 
+_OF_THE_MACHINE = ("platform", "cores")
+
 
 def main() -> None:
     """Write the folder and say how large it is."""
@@ -23,7 +25,9 @@ def main() -> None:
         for name, tensor in load_weights_file(run / WEIGHTS_NAME).items()
     }
     folder.mkdir(parents=True, exist_ok=True)
-    save_model(folder, tensors, load_card(run))
+    card = load_card(run)
+    versions = {name: version for name, version in card.versions.items() if name not in _OF_THE_MACHINE}
+    save_model(folder, tensors, card.model_copy(update={"versions": versions}))
     load_model(folder)
     size_mb = (folder / WEIGHTS_NAME).stat().st_size / 1e6
     print(f"{folder}: {len(tensors)} tensors, {size_mb:.2f} MB")
