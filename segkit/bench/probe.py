@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import math
 import subprocess
 import sys
 import time
@@ -110,11 +109,6 @@ def _memory_now(device: torch.device) -> float:
 
 def _memory_peak(device: torch.device) -> float:
     return torch.cuda.max_memory_allocated(device) / 1024**2 if device.type == "cuda" else peak_rss_mb()
-
-
-def voxels(patch: tuple[int, ...]) -> int:
-    """Voxels of a patch."""
-    return math.prod(patch)
 
 
 if __name__ == "__main__":

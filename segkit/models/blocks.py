@@ -72,6 +72,29 @@ def step_up(dims: int, in_channels: int, out_channels: int, stride: Sequence[int
     return layer
 
 
+def check_strides(strides: Sequence[Sequence[int]] | None) -> None:
+    """Refuse strides that no network of two or three axes can have.
+
+    Raises:
+        ValueError: one of them is not two or three whole numbers from 1 on.
+    """
+    for stride in strides or ():
+        if len(stride) not in (2, 3) or min(stride) < 1:
+            raise ValueError(f"stride {stride} is not two or three whole numbers from 1 on")
+
+
+def strides_for(strides: Sequence[tuple[int, ...]] | None, steps: int, dims: int) -> Sequence[tuple[int, ...]]:
+    """The strides of a configuration, 2 everywhere where it names none.
+
+    Raises:
+        ValueError: they are not for `dims` axes.
+    """
+    strides = strides or ((2,) * dims,) * steps
+    if any(len(stride) != dims for stride in strides):
+        raise ValueError(f"strides {strides} do not have {dims} entries each")
+    return strides
+
+
 def group_norm(channels: int) -> nn.GroupNorm:
     """Group norm with the most groups (8 at most) that leave at least two channels each."""
     for groups in (8, 4, 2):

@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from segkit.config.base import Config
-from segkit.models.blocks import convolution, pointwise, step_up
+from segkit.models.blocks import check_strides, convolution, pointwise, step_up, strides_for
 from segkit.models.recurrent import Mode, Norm, RecurrentUnit, Share, build_norm, build_recurrent_convolution
 
 REFERENCE = "Alom et al. 2018, arXiv 1802.06955"
@@ -71,9 +71,7 @@ class R2UNetConfig(Config):
             raise ValueError(f"supervised_levels is {self.supervised_levels}, but {steps + 1} widths give {steps}")
         if self.strides is not None and len(self.strides) != steps:
             raise ValueError(f"strides names {len(self.strides)} steps, but {steps + 1} widths need {steps}")
-        for stride in self.strides or ():
-            if len(stride) not in (2, 3) or min(stride) < 1:
-                raise ValueError(f"stride {stride} is not two or three whole numbers from 1 on")
+        check_strides(self.strides)
         return self
 
 
@@ -103,9 +101,7 @@ RUNET_SIZES: dict[str, dict[str, object]] = {size: {**values, "residual": False}
 
 def build_r2unet(config: R2UNetConfig, in_channels: int, out_channels: int, dims: int) -> R2UNet:
     """An R2U-Net (RU-Net where `config.residual` is off) for (B, in_channels, *spatial) of `dims` spatial axes."""
-    strides = config.strides or ((2,) * dims,) * (len(config.widths) - 1)
-    if any(len(stride) != dims for stride in strides):
-        raise ValueError(f"strides {strides} do not have {dims} entries each")
+    strides = strides_for(config.strides, len(config.widths) - 1, dims)
     entering = [in_channels, *config.widths]
     steps = list(zip(itertools.pairwise(config.widths), strides, strict=True))
     encoder = Encoder(

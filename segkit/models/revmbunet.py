@@ -20,7 +20,15 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from segkit.config.base import Config
-from segkit.models.blocks import channels_innermost, convolution, pointwise, step_down, step_up
+from segkit.models.blocks import (
+    channels_innermost,
+    check_strides,
+    convolution,
+    pointwise,
+    step_down,
+    step_up,
+    strides_for,
+)
 from segkit.models.bottleneck import InvertedBottleneck
 from segkit.models.reversible import Mode, ReversibleBlock, ReversibleSequence
 
@@ -63,9 +71,7 @@ class RevMBUNetConfig(Config):
             raise ValueError("widths must be at least 2")
         if self.strides is not None and len(self.strides) != steps:
             raise ValueError(f"strides names {len(self.strides)} steps, but {steps + 1} widths need {steps}")
-        for stride in self.strides or ():
-            if len(stride) not in (2, 3) or min(stride) < 1:
-                raise ValueError(f"stride {stride} is not two or three whole numbers from 1 on")
+        check_strides(self.strides)
         return self
 
 
@@ -80,9 +86,7 @@ SIZES: dict[str, dict[str, object]] = {
 
 def build_revmbunet(config: RevMBUNetConfig, in_channels: int, out_channels: int, dims: int) -> RevMBUNet:
     """A RevMBUNet for (B, in_channels, *spatial) inputs of `dims` spatial axes."""
-    strides = config.strides or ((2,) * dims,) * (len(config.widths) - 1)
-    if any(len(stride) != dims for stride in strides):
-        raise ValueError(f"strides {strides} do not have {dims} entries each")
+    strides = strides_for(config.strides, len(config.widths) - 1, dims)
     blocks = _per_level(config.blocks, len(config.widths))
     decoder_blocks = _per_level(config.decoder_blocks, len(config.widths) - 1)
 

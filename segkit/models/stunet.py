@@ -23,7 +23,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from segkit.config.base import Config
-from segkit.models.blocks import InstanceNorm, convolution, pointwise
+from segkit.models.blocks import InstanceNorm, check_strides, convolution, pointwise, strides_for
 
 REFERENCE = "Huang et al. 2023, arXiv 2304.06716"
 
@@ -56,9 +56,7 @@ class StuNetConfig(Config):
     def _agrees(self) -> StuNetConfig:
         if self.strides is not None and len(self.strides) != _STEPS:
             raise ValueError(f"strides names {len(self.strides)} steps, but STU-Net has {_STEPS}")
-        for stride in self.strides or ():
-            if len(stride) not in (2, 3) or min(stride) < 1:
-                raise ValueError(f"stride {stride} is not two or three whole numbers from 1 on")
+        check_strides(self.strides)
         return self
 
 
@@ -73,9 +71,7 @@ SIZES: dict[str, dict[str, object]] = {
 
 def build_stunet(config: StuNetConfig, in_channels: int, out_channels: int, dims: int) -> StuNet:
     """A STU-Net for (B, in_channels, *spatial) inputs of `dims` spatial axes."""
-    strides = config.strides or ((2,) * dims,) * _STEPS
-    if any(len(stride) != dims for stride in strides):
-        raise ValueError(f"strides {strides} do not have {dims} entries each")
+    strides = strides_for(config.strides, _STEPS, dims)
     widths = [config.width * multiple for multiple in _MULTIPLES]
 
     def stage(inputs: int, width: int, stride: Sequence[int]) -> nn.Sequential:
