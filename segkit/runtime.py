@@ -9,6 +9,7 @@ import os
 import platform
 import random
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 _GIB = 1024**3
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 """Parameters of glibc's mallopt, from its malloc.h."""
 
 
@@ -135,13 +136,26 @@ def keep_freed_memory(device: torch.device) -> None:
     the kernel has to clear the pages each time, which can take as long as the arithmetic (`segkit bench speed`). For
     processes that do little else: the setting is the whole process's. Without glibc nothing changes.
     """
+    _set_allocator(device, {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1})
+
+
+def return_freed_memory(device: torch.device) -> None:
+    """Let this process give the memory of every large tensor on a CPU back as soon as it is freed.
+
+    Slower, but the least memory: as it comes, glibc puts blocks of up to 32 MiB between others on its heap, and what
+    they leave is not always filled again (`segkit bench memory`). Without glibc nothing changes.
+    """
+    _set_allocator(device, {_M_MMAP_THRESHOLD: 4 * 1024**2})
+
+
+def _set_allocator(device: torch.device, parameters: Mapping[int, int]) -> None:
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return
     import ctypes
 
     mallopt = ctypes.CDLL(None).mallopt
-    mallopt(_M_MMAP_MAX, 0)  # large blocks come from the heap
-    mallopt(_M_TRIM_THRESHOLD, -1)  # whose end is never given back
+    for parameter, value in parameters.items():
+        mallopt(parameter, value)
 
 
 def environment() -> dict[str, str]:

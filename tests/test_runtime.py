@@ -50,6 +50,29 @@ def test_freed_memory_is_kept_where_asked() -> None:
     assert given_back < 100
 
 
+_FREES_BLOCKS_BETWEEN_OTHERS = """
+import sys, torch
+from segkit import runtime
+if sys.argv[1] == "return":
+    runtime.return_freed_memory(torch.device("cpu"))
+torch.ones(7, 1024, 1024)  # 28 MB, freed: from now on glibc takes blocks of this size from its heap
+before = runtime.current_rss_mb()
+blocks = [torch.ones(4, 1024, 1024) for _ in range(32)]  # 512 MB
+del blocks[::2]  # 256 MB, each block below one that stays
+print(runtime.current_rss_mb() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps blocks on its heap")
+def test_freed_memory_is_returned_where_asked() -> None:
+    returned, held = (
+        float(subprocess.check_output([sys.executable, "-c", _FREES_BLOCKS_BETWEEN_OTHERS, how]))
+        for how in ("return", "not")
+    )
+    assert 250 < returned < 300
+    assert held > 400
+
+
 def test_memory_figures_agree() -> None:
     block = torch.ones(64, 1024, 1024)  # 256 MB
     assert current_rss_mb() > 256

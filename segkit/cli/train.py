@@ -86,13 +86,12 @@ def train(
     started_s = time.monotonic()
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
     from segkit.config.loading import annotated_yaml, build_config, preset_layers, read_yaml
-    from segkit.runtime import keep_freed_memory, pick_device
+    from segkit.runtime import pick_device
     from segkit.training.config import TrainConfig
     from segkit.training.planned import RunRequest, plan_run
     from segkit.training.run import begin, cross_validate, train_run
 
     chosen_device = pick_device(device)
-    keep_freed_memory(chosen_device)
     if resume and preset is not None:
         raise RequestError("--preset cannot be changed by --resume", remedy="Leave it out, or start a new run")
     if resume and weights is not None:

@@ -39,6 +39,7 @@ from segkit.inference.predictor import Predictor
 from segkit.labels import outputs_of
 from segkit.losses.compound import SegmentationLoss
 from segkit.metrics.overlap import dice_by_region
+from segkit.planning.memory import settle_freed_memory
 from segkit.report.figures import overlay_figure
 from segkit.runtime import available_cores, available_memory_gb, environment, peak_rss_mb
 from segkit.training.folder import (
@@ -103,6 +104,7 @@ def train_run(request: RunRequest) -> RunSummary:
     require_usable(request.run, is_resumed=request.is_resumed, may_overwrite=request.may_overwrite)
     planned = plan_run(request)
     card, begun = begin(planned)
+    settle_freed_memory(planned.config.network.arguments, request.device)
     open_folder(request.run, is_resumed=request.is_resumed)
     _write_plan(planned)
     begun.keep(request.run)
