@@ -127,8 +127,9 @@ def step_cost(build: Callable[[], nn.Module], input_shape: Sequence[int], loss: 
 def settle_freed_memory(arguments: Mapping[str, object], device: torch.device) -> None:
     """Choose what this process does with freed memory while it trains a network with these arguments.
 
-    Plain and reversible training fill the same memory again and again, and gain time by keeping it. Checkpointing frees
-    between blocks that stay, and chunks are for when memory is shortest: with kept memory they took about twice as much.
+    Plain and reversible training fill the same memory again and again, and gain time by keeping it. Checkpointing
+    frees between blocks that stay, and chunks are for when memory is shortest: kept memory made both take about twice
+    as much.
     """
     is_short = arguments.get("mode") == "checkpoint" or arguments.get("chunks", 1) != 1
     (return_freed_memory if is_short else keep_freed_memory)(device)
