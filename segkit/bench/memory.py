@@ -8,6 +8,7 @@ had warmed it up; so it holds activations, scratch space and gradients.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -106,9 +107,7 @@ def _deeper(size: int, blocks: int, side: int, device: str) -> tuple[Step, float
 
 def _largest(candidate: Callable[[int], tuple[Step, float]], limit_mb: float) -> tuple[Step, Measured, float] | None:
     """The largest candidate that was measured within the limit; where to begin is estimated."""
-    size = 0
-    while _estimate_mb(candidate(size + 1)[0]) <= limit_mb and size < _MOST:
-        size += 1
+    size = bisect_right(range(1, _MOST + 1), limit_mb, key=lambda size: _estimate_mb(candidate(size)[0]))
     while size > 0:
         step, factor = candidate(size)
         measured = measure(step)
