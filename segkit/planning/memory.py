@@ -26,8 +26,8 @@ GIB = 1024**3
 
 _FLOAT_BYTES = 4
 
-_PROCESS_BYTES = int(0.82 * GIB)
-"""The interpreter and the libraries that training loads, measured with torch 2.15."""
+_PROCESS_BYTES = int(0.92 * GIB)
+"""The interpreter and the libraries that training loads, those that draw its pictures last; with torch 2.15."""
 
 _GPU_CONTEXT_BYTES = int(0.6 * GIB)
 

@@ -256,8 +256,8 @@ def test_memory_takes_the_largest_phase() -> None:
     small = Volumes(channels=1, outputs=1, prepared_voxels=0, source_voxels=0)
     large = Volumes(channels=1, outputs=1, prepared_voxels=2**29, source_voxels=0)
 
-    assert estimate_memory_gb(cost, small) == pytest.approx(0.82 + 0.18 + 1, abs=0.01)
-    assert estimate_memory_gb(cost, large) == pytest.approx(0.82 + 0.18 + 4 * 4 * 0.5, abs=0.01)
+    assert estimate_memory_gb(cost, small) == pytest.approx(0.92 + 0.18 + 1, abs=0.01)
+    assert estimate_memory_gb(cost, large) == pytest.approx(0.92 + 0.18 + 4 * 4 * 0.5, abs=0.01)
     assert estimate_memory_gb(cost, small, device=torch.device("cuda")) == pytest.approx(1.6, abs=0.01)
 
 
