@@ -67,7 +67,9 @@ def budget(side: int, depths: Sequence[int], device: str) -> Iterator[Row]:
         limit_mb = plain.step_mb
         yield _row(plain, table="budget", mode="plain", blocks=blocks, patch=(side,) * 3) | {"buys": "the budget"}
         for what, candidate in (("volume", _larger), ("channels", _wider), ("depth", _deeper)):
-            found = _largest(partial(candidate, blocks=blocks, side=side, device=device), limit_mb)
+            steps = partial(candidate, blocks=blocks, side=side, device=device)
+            # Playing a deep network through takes longer than measuring it.
+            found = _largest(steps, limit_mb, len(_DEPTH_FACTORS) if what == "depth" else _estimated(steps, limit_mb))
             if found is None:
                 continue
             step, measured, factor = found
@@ -102,14 +104,22 @@ def _wider(size: int, blocks: int, side: int, device: str) -> tuple[Step, float]
 
 
 def _deeper(size: int, blocks: int, side: int, device: str) -> tuple[Step, float]:
-    return _step(blocks * (1 + size), _SMALLEST, (side,) * 3, device), 1.0 + size
+    factor = _DEPTH_FACTORS[size - 1]
+    return _step(blocks * factor, _SMALLEST, (side,) * 3, device), float(factor)
 
 
-def _largest(candidate: Callable[[int], tuple[Step, float]], limit_mb: float) -> tuple[Step, Measured, float] | None:
-    """The largest candidate that was measured within the limit; where to begin is estimated."""
-    size = bisect_right(range(1, _MOST + 1), limit_mb, key=lambda size: _estimate_mb(candidate(size)[0]))
+_DEPTH_FACTORS = (2, 3, 4, 6, 8, 12, 16)
+_MOST = 31
+"""Larger volumes and wider networks than of this size are not tried."""
+
+_Steps = Callable[[int], tuple[Step, float]]
+"""Size, from 1 on, to a step and what it is a multiple of."""
+
+
+def _largest(steps: _Steps, limit_mb: float, size: int) -> tuple[Step, Measured, float] | None:
+    """The largest step that was measured within the limit, from `size` downwards."""
     while size > 0:
-        step, factor = candidate(size)
+        step, factor = steps(size)
         measured = measure(step)
         if measured.step_mb <= limit_mb:
             return step, measured, factor
@@ -117,8 +127,9 @@ def _largest(candidate: Callable[[int], tuple[Step, float]], limit_mb: float) ->
     return None
 
 
-_MOST = 31
-"""Sizes beyond this one are not tried: 32 times the depth says enough."""
+def _estimated(steps: _Steps, limit_mb: float) -> int:
+    """The largest size whose step fits, as far as can be told without taking it."""
+    return bisect_right(range(1, _MOST + 1), limit_mb, key=lambda size: _estimate_mb(steps(size)[0]))
 
 
 def _estimate_mb(step: Step) -> float:

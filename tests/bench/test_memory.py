@@ -29,6 +29,10 @@ def test_a_step_that_fails_says_what_was_tried() -> None:
         measure(Step(arguments=_TINY, patch=(7, 8, 8)))
 
 
+def _cube(size: int) -> tuple[Step, float]:
+    return Step(patch=(32 + 16 * size,) * 3), 1.0 + size
+
+
 def test_the_budget_goes_to_the_largest_step_that_was_measured_within_it(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 
@@ -38,13 +42,18 @@ def test_the_budget_goes_to_the_largest_step_that_was_measured_within_it(monkeyp
         return memory.Measured(side**3 / 1000, 0.0, 1.0, 1)
 
     monkeypatch.setattr(memory, "measure", pretend)
-    monkeypatch.setattr(memory, "_estimate_mb", lambda step: 0.8 * step.patch[0] ** 3 / 1000)
-    found = memory._largest(lambda size: (Step(patch=(32 + 16 * size,) * 3), 1.0 + size), limit_mb=1000.0)
+    found = memory._largest(_cube, 1000.0, 6)
     assert found is not None
-    assert found[0].patch == (96, 96, 96)  # 112 was expected to take 1124 MB
-    assert tried == [96]
+    assert found[0].patch == (96, 96, 96)
+    assert found[2] == 5.0
+    assert tried == [128, 112, 96]  # 2097, 1405 and 885 MB
 
 
-def test_a_budget_that_buys_nothing_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_estimate_mb", lambda step: 2000.0)
-    assert memory._largest(lambda size: (Step(), float(size)), limit_mb=1000.0) is None
+@pytest.mark.parametrize(("share", "size"), [(0.8, 4), (0.7, 5), (5.0, 1), (50.0, 0)])
+def test_an_estimate_tells_where_to_begin(monkeypatch: pytest.MonkeyPatch, share: float, size: int) -> None:
+    monkeypatch.setattr(memory, "_estimate_mb", lambda step: share * step.patch[0] ** 3 / 1000)
+    assert memory._estimated(_cube, 1000.0) == size
+
+
+def test_a_budget_that_buys_nothing_is_left_out() -> None:
+    assert memory._largest(_cube, 1000.0, 0) is None
