@@ -2,7 +2,8 @@
 
 Setting of every table: RevMBUNet, expansion 2, four modalities, batch 1, float32. A figure is the peak of a process
 (resident memory, or what it allocated on a GPU) minus what it held once network and optimiser stood and a small patch
-had warmed it up; so it holds activations, scratch space and gradients.
+had warmed it up; so it holds activations, scratch space and gradients. On a CPU freed memory goes back to the system at
+once, as in training where memory is short.
 """
 
 from __future__ import annotations

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from segkit.errors import SegkitError
 from segkit.models.table import build_model
-from segkit.planning.memory import settle_freed_memory
-from segkit.runtime import current_rss_mb, peak_rss_mb
+from segkit.runtime import current_rss_mb, peak_rss_mb, return_freed_memory
 
 _OUTPUTS = 3
 _WARM_UP_SIDE = 32
@@ -66,7 +65,7 @@ def measure(step: Step) -> Measured:
 def take(step: Step) -> Measured:
     """Take the step in this process: a small one first, then the one that counts."""
     device = torch.device(step.device)
-    settle_freed_memory(step.arguments, device)  # as training does
+    return_freed_memory(device)  # as training does where memory is short
     torch.manual_seed(0)
     network = build_model(
         step.family, in_channels=step.modalities, out_channels=_OUTPUTS, dims=len(step.patch), **step.arguments

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from segkit.bench.reference import build_network, with_library_layers
-from segkit.planning.memory import settle_freed_memory
+from segkit.runtime import keep_freed_memory
 
 Row = dict[str, Any]
 Work = Callable[[], Tensor]
@@ -109,7 +109,7 @@ def _can_run(variant: Variant, device: str) -> bool:
 def _serve(connection: Connection, variant: Variant, size: str, side: int, device: str) -> None:
     """Compute once for comparison, then as often as asked, telling the seconds."""
     if variant.layers == "segkit":
-        settle_freed_memory({"mode": variant.mode}, torch.device(device))
+        keep_freed_memory(torch.device(device))
     work = _work(variant, size, side, device)
     while True:
         request = connection.recv()

@@ -64,12 +64,12 @@ class _Normalise(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, mean, rate)
         ctx.groups, ctx.activates = groups, activates
         scale, shift = _affine(mean, rate, weight, bias)
-        result = torch.empty_like(voxels)
-        for part, z in _parts(voxels, result):
+        result = torch.empty_like(x)
+        for part, z in _parts(voxels, _voxels(result)):
             torch.addcmul(shift, part, scale, out=z)
             if activates:
                 functional.silu(z, inplace=True)
-        return _volume(result, x)
+        return result
 
     @staticmethod
     @once_differentiable
@@ -77,7 +77,8 @@ class _Normalise(torch.autograd.Function):
         x, weight, bias, mean, rate = ctx.saved_tensors
         voxels, gradient = _voxels(x), _voxels(grad)
         scale, shift = _affine(mean, rate, weight, bias)
-        dz = torch.empty_like(voxels) if ctx.activates else gradient
+        dx = torch.empty_like(x)
+        dz = _voxels(dx) if ctx.activates else gradient
         sums, products = [], []
         for part, dy, to in _parts(voxels, gradient, dz):
             if ctx.activates:
@@ -92,11 +93,10 @@ class _Normalise(torch.autograd.Function):
         slope = _over_groups(sum_dz_normalised * weight, ctx.groups) / count * rate
         # dx = rate (dz weight - constant - slope (x - mean))
         of_x, offset = ((value * rate).to(x.dtype)[:, None] for value in (-slope, slope * mean - constant))
-        dx = dz if ctx.activates else torch.empty_like(voxels)
-        for part, from_, to in _parts(voxels, dz, dx):
+        for part, from_, to in _parts(voxels, dz, _voxels(dx)):
             torch.addcmul(torch.addcmul(offset, part, of_x), from_, scale, out=to)
         parameters = (value.sum(0).to(weight.dtype) for value in (sum_dz_normalised, sum_dz))
-        return _volume(dx, x), *parameters, None, None, None
+        return dx, *parameters, None, None, None
 
 
 def _moments(voxels: Tensor, groups: int, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -129,11 +129,6 @@ def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def _voxels(x: Tensor) -> Tensor:
     """(B, C, *spatial) to (B, voxels, C), the same memory where channels lie innermost."""
     return x.movedim(1, -1).reshape(x.shape[0], -1, x.shape[1])
-
-
-def _volume(voxels: Tensor, like: Tensor) -> Tensor:
-    """(B, voxels, C) to (B, C, *spatial) of `like`."""
-    return voxels.view(like.shape[0], *like.shape[2:], like.shape[1]).movedim(-1, 1)
 
 
 def _over_groups(per_channel: Tensor, groups: int) -> Tensor:

@@ -39,9 +39,16 @@ from segkit.inference.predictor import Predictor
 from segkit.labels import outputs_of
 from segkit.losses.compound import SegmentationLoss
 from segkit.metrics.overlap import dice_by_region
-from segkit.planning.memory import settle_freed_memory
+from segkit.planning.memory import has_room_to_keep
 from segkit.report.figures import overlay_figure
-from segkit.runtime import available_cores, available_memory_gb, environment, peak_rss_mb
+from segkit.runtime import (
+    available_cores,
+    available_memory_gb,
+    environment,
+    keep_freed_memory,
+    peak_rss_mb,
+    return_freed_memory,
+)
 from segkit.training.folder import (
     SCORES_NAME,
     open_folder,
@@ -104,7 +111,7 @@ def train_run(request: RunRequest) -> RunSummary:
     require_usable(request.run, is_resumed=request.is_resumed, may_overwrite=request.may_overwrite)
     planned = plan_run(request)
     card, begun = begin(planned)
-    settle_freed_memory(planned.config.network.arguments, request.device)
+    _settle_freed_memory(planned)
     open_folder(request.run, is_resumed=request.is_resumed)
     _write_plan(planned)
     begun.keep(request.run)
@@ -277,6 +284,15 @@ def _cases_at_once(planned: PlannedRun) -> int:
     case_gb = 4 * voxels * (2 * len(planned.cohort.modalities) + 1) / 2**30
     memory_gb = planned.request.memory_gb or available_memory_gb()
     return max(1, min(available_cores(), 8, int(0.5 * memory_gb / case_gb)))
+
+
+def _settle_freed_memory(planned: PlannedRun) -> None:
+    device, needed_gb = planned.request.device, planned.estimate.get("memory_gb", 0.0)
+    memory_gb = planned.request.memory_gb or available_memory_gb()
+    if has_room_to_keep(planned.config.network.arguments, needed_gb, memory_gb):
+        keep_freed_memory(device)
+    else:
+        return_freed_memory(device)
 
 
 def _build_task(
