@@ -21,6 +21,7 @@ from segkit.planning.memory import (
     Volumes,
     activation_bytes,
     estimate_memory_gb,
+    has_room_to_keep,
     parameter_bytes,
     step_bytes,
     window_bytes,
@@ -409,3 +410,20 @@ def test_estimate_of_a_cohort(tmp_path: Path) -> None:
     assert estimate.plan.patch_size == (4, 3, 4)  # what is not 0; too short for any stride
     assert estimate.memory_gb == estimate.plan.memory_gb
     assert 0 < estimate.minutes < 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "memory_gb", "expected"),
+    [
+        ({}, 2.7, True),
+        ({}, 2.5, False),
+        ({"mode": "reversible"}, 2.7, True),
+        ({"mode": "checkpoint"}, 4.9, False),
+        ({"mode": "checkpoint"}, 5.1, True),
+        ({"mode": "reversible", "chunks": 4}, 4.9, False),
+    ],
+)
+def test_freed_memory_is_kept_where_there_is_room_for_gaps(
+    arguments: dict[str, object], memory_gb: float, expected: bool
+) -> None:
+    assert has_room_to_keep(arguments, 2.0, memory_gb) is expected

@@ -18,6 +18,7 @@ from segkit.config.loading import build_config
 from segkit.data.phantom_layouts import write_phantoms
 from segkit.errors import RequestError
 from segkit.inference.predictor import Predictor
+from segkit.training import run as run_module
 from segkit.training.config import TrainConfig
 from segkit.training.folder import read_config
 from segkit.training.planned import RunRequest, plan_run, with_values
@@ -99,6 +100,17 @@ def test_validation_scores_are_those_of_the_predictor(finished: Path, phantoms: 
 def test_a_used_folder_is_not_overwritten_unasked(finished: Path, phantoms: Path) -> None:
     with pytest.raises(RequestError, match=r"holds a run already.*--resume.*--overwrite"):
         train_run(_request(phantoms, finished))
+
+
+@pytest.mark.parametrize(("memory_gb", "expected"), [(8.0, "kept"), (1.1, "returned")])
+def test_freed_memory_is_returned_where_the_plan_fills_the_memory(
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory_gb: float, expected: str
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(run_module, "keep_freed_memory", lambda device: told.append("kept"))
+    monkeypatch.setattr(run_module, "return_freed_memory", lambda device: told.append("returned"))
+    train_run(replace(_request(phantoms, tmp_path / "run"), memory_gb=memory_gb))
+    assert told == [expected]
 
 
 def test_resume_goes_on_to_more_steps(finished: Path, phantoms: Path) -> None:
