@@ -12,7 +12,6 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 _CONVOLUTIONS: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
-_TRANSPOSED: dict[int, Any] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 _STOCHASTIC = (nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.RReLU)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -57,18 +56,6 @@ def convolution(
     layer: nn.Module = _CONVOLUTIONS[dims](
         in_channels, out_channels, kernel, stride=stride, padding=kernel // 2, bias=bias
     )
-    return layer
-
-
-def step_down(dims: int, in_channels: int, out_channels: int, stride: Sequence[int]) -> nn.Module:
-    """A convolution whose kernel is its stride: each axis of *spatial is divided by its entry of `stride`."""
-    layer: nn.Module = _CONVOLUTIONS[dims](in_channels, out_channels, tuple(stride), stride=tuple(stride))
-    return layer
-
-
-def step_up(dims: int, in_channels: int, out_channels: int, stride: Sequence[int]) -> nn.Module:
-    """The transposed convolution that undoes `step_down`: each axis is multiplied by its entry of `stride`."""
-    layer: nn.Module = _TRANSPOSED[dims](in_channels, out_channels, tuple(stride), stride=tuple(stride))
     return layer
 
 

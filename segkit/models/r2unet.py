@@ -22,8 +22,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from segkit.config.base import Config
-from segkit.models.blocks import check_strides, convolution, pointwise, step_up, strides_for
+from segkit.models.blocks import check_strides, convolution, pointwise, strides_for
 from segkit.models.recurrent import Mode, Norm, RecurrentUnit, Share, build_norm, build_recurrent_convolution
+from segkit.models.steps import step_up
 
 REFERENCE = "Alom et al. 2018, arXiv 1802.06955"
 

@@ -25,12 +25,11 @@ from segkit.models.blocks import (
     check_strides,
     convolution,
     pointwise,
-    step_down,
-    step_up,
     strides_for,
 )
 from segkit.models.bottleneck import InvertedBottleneck
 from segkit.models.reversible import Mode, ReversibleBlock, ReversibleSequence
+from segkit.models.steps import step_down, step_up
 
 REFERENCE = "Pendse et al. 2021, arXiv 2104.09648; our design"
 
