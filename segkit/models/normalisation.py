@@ -1,7 +1,7 @@
 """Group norm, with or without SiLU behind it, in one step, for CPUs and channels that lie innermost in memory.
 
 PyTorch's backward of group norm copies such tensors to channels outermost and back, and its forward adds up so many
-squares one after the other that float32 keeps four digits of a gradient (`segkit bench speed`, grouped Conv3d). Per
+squares one after the other that float32 keeps four digits of a gradient where channels lie innermost. Per
 channel, group norm is z = scale x + shift, with scale and shift made of the group's moments (Wu and He 2018, "Group
 Normalization", eqs. 1 to 6), and its backward is again one multiple of the gradient plus one of x plus a constant.
 Written so, each is two passes over memory, in parts that stay in the processor's cache from one operation to the next;

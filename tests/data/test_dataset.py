@@ -57,6 +57,7 @@ def test_every_pass_visits_every_case_once_in_another_order() -> None:
     assert len({tuple(visited) for visited in passes}) == 3
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on a machine of one core
 @pytest.mark.parametrize("shape", [(12, 13, 14), (15, 16)])
 def test_items_do_not_depend_on_workers_or_on_what_came_before(shape: tuple[int, ...]) -> None:
     cases = [prepared_case(number, shape) for number in (1, 2, 3)]
