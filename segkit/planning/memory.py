@@ -126,7 +126,8 @@ def has_room_to_keep(arguments: Mapping[str, object], needed_gb: float, memory_g
     """Whether training with these network arguments may keep the memory it frees, which is faster but takes more.
 
     What is freed between blocks that stay is not always filled again. Plain and reversible training, which ask for the
-    same sizes at every step, took 1.05 to 1.3 times the memory so; checkpointing and chunks 1.4 to 2.5 times.
+    same sizes at every step, took up to 1.3 times the memory of the whole process so; checkpointing and chunks up to
+    2.5 times.
     """
     has_gaps = arguments.get("mode") == "checkpoint" or arguments.get("chunks", 1) != 1
     return needed_gb * (_GAPS if has_gaps else _FEW_GAPS) <= memory_gb
