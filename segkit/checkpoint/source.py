@@ -9,8 +9,9 @@ from pathlib import Path
 from torch import Tensor
 
 from segkit.checkpoint.card import ModelCard
-from segkit.checkpoint.run_folder import CARD_NAME, WEIGHTS_NAME, load_card, model_folders, read_weights
-from segkit.checkpoint.tensors import file_sha256, load_weights_file
+from segkit.checkpoint.model import read_weights
+from segkit.checkpoint.run_folder import CARD_NAME, WEIGHTS_NAME, file_sha256, load_card, model_folders
+from segkit.checkpoint.tensors import load_weights_file
 from segkit.errors import CheckpointError
 
 

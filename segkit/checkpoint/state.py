@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from segkit.checkpoint.run_folder import LAST_NAME, PREVIOUS_NAME
 from segkit.checkpoint.tensors import read_torch
 from segkit.data.files import written_atomically
 from segkit.errors import CheckpointError
-
-LAST_NAME = "last.ckpt"
-PREVIOUS_NAME = "previous.ckpt"
 
 _log = logging.getLogger(__name__)
 

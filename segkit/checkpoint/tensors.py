@@ -6,7 +6,6 @@ moved into place, so a killed process leaves the old file or the new one, never 
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import re
 import warnings
@@ -22,6 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from segkit.checkpoint.run_folder import file_sha256
 from segkit.data.files import written_atomically
 from segkit.errors import CheckpointError
 
@@ -103,12 +103,6 @@ def write_tensors(path: Path, weights: Mapping[str, Tensor]) -> None:
     permissions = path.stat().st_mode  # those of ordinary files; safetensors takes all but the owner's away
     safetensors.torch.save_file(tensors, path)
     path.chmod(permissions)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file as 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_torch(path: Path, *, is_mapped: bool = False) -> Any:

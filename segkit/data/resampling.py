@@ -1,20 +1,20 @@
 """Resampling to another spacing: linear for intensities, linear per label value for label maps.
 
-Both use `torch.nn.functional.interpolate` with `align_corners=False`, which aligns the outer faces of the volume (not
-the centres of its corner voxels), so that going there and back covers the same part of the patient.
+The outer faces of the volume are aligned (not the centres of its corner voxels), so that going there and back covers
+the same part of the patient; beyond the centres of the outermost voxels their value holds. That is what
+`torch.nn.functional.interpolate` does with `align_corners=False`, computed here axis by axis, without torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch.nn import functional
+from numpy.typing import NDArray
 
 from segkit.shapes import Image, LabelMap
 
-_LINEAR = {2: "bilinear", 3: "trilinear"}
 _SAME_SPACING = 0.01
 """Spacings that differ by less than this fraction are taken as equal: headers are rounded."""
 
@@ -31,13 +31,41 @@ def resampled_shape(
     )
 
 
+@dataclass(frozen=True)
+class Neighbours:
+    """Where the voxels of a resampled axis lie on the axis before: between `lower` and `upper`, `weight` towards upper.
+
+    All (new,): lower and upper are voxel indices, upper at most one higher; weight is float32 in 0..1.
+    """
+
+    lower: NDArray[np.intp]
+    upper: NDArray[np.intp]
+    weight: NDArray[np.float32]
+
+
+def neighbours(old: int, new: int) -> Neighbours:
+    """The neighbours of each of `new` voxels among `old` voxels of the same length in mm."""
+    place = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, old - 1)
+    lower = place.astype(np.intp)
+    return Neighbours(lower, np.minimum(lower + 1, old - 1), (place - lower).astype(np.float32))
+
+
+def resample_plane(plane: NDArray[np.float32], shape: Sequence[int]) -> NDArray[np.float32]:
+    """Linear resampling of (*spatial) float32 to `shape`, one axis after the other, those that shrink most first."""
+    factors = [new / old for old, new in zip(plane.shape, shape, strict=True)]
+    for axis in sorted(range(plane.ndim), key=factors.__getitem__):
+        if plane.shape[axis] != shape[axis]:
+            plane = _resample_axis(plane, axis, shape[axis])
+    return plane
+
+
 def resample_image(image: Image, shape: Sequence[int]) -> Image:
     """Linear resampling of (C, *spatial) to (C, *shape); the image itself where the shape is already right."""
     if image.shape[1:] == tuple(shape):
         return image
     resampled = np.empty((len(image), *shape), np.float32)
     for source, target in zip(image, resampled, strict=True):
-        target[...] = _interpolate(torch.from_numpy(source), shape)
+        target[...] = resample_plane(source, shape)
     return resampled
 
 
@@ -49,16 +77,30 @@ def resample_labels(labels: LabelMap, shape: Sequence[int]) -> LabelMap:
     """
     if labels.shape == tuple(shape):
         return labels
-    best = torch.full(tuple(shape), -1.0)
-    resampled = torch.zeros(tuple(shape), dtype=torch.uint8)
+    best = np.full(tuple(shape), -1, np.float32)
+    resampled = np.zeros(tuple(shape), np.uint8)
     for value in np.flatnonzero(np.bincount(labels.ravel(), minlength=256)):
-        share = _interpolate(torch.from_numpy((labels == value).astype(np.float32)), shape)
+        share = resample_plane((labels == value).astype(np.float32), shape)
         is_better = share > best
         best[is_better] = share[is_better]
-        resampled[is_better] = int(value)
-    return resampled.numpy()
+        resampled[is_better] = value
+    return resampled
 
 
-def _interpolate(plane: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    mode = _LINEAR[plane.ndim]
-    return functional.interpolate(plane[None, None], size=tuple(shape), mode=mode, align_corners=False)[0, 0]
+def _resample_axis(plane: NDArray[np.float32], axis: int, size: int) -> NDArray[np.float32]:
+    """(*spatial) with `axis` resampled, slab by slab, so that what is in between stays small."""
+    near = neighbours(plane.shape[axis], size)
+    result = np.empty((*plane.shape[:axis], size, *plane.shape[axis + 1 :]), np.float32)
+    weight = near.weight.reshape(-1, *(1,) * (plane.ndim - axis - 1))
+    if axis == 0:
+        for index in range(size):
+            lower, upper = plane[near.lower[index]], plane[near.upper[index]]
+            result[index] = lower + (upper - lower) * near.weight[index]
+        return result
+    for source, target in zip(plane, result, strict=True):
+        lower = source.take(near.lower, axis - 1)
+        step = source.take(near.upper, axis - 1)
+        step -= lower
+        step *= weight
+        np.add(lower, step, out=target)
+    return result

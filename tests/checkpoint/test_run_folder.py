@@ -18,8 +18,8 @@ from segkit.checkpoint import (
     load_card,
     load_model,
     load_weights_file,
+    model,
     model_folders,
-    run_folder,
     save_model,
     save_state,
     save_weights,
@@ -128,9 +128,9 @@ def test_weights_of_an_encoder_are_not_fetched_for_a_network_that_has_its_own(
     make_card: Callable[..., ModelCard], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[dict[str, object]] = []
-    monkeypatch.setattr(run_folder, "build_model", lambda family, **arguments: asked.append(arguments) or nn.Identity())
+    monkeypatch.setattr(model, "build_model", lambda family, **arguments: asked.append(arguments) or nn.Identity())
     network = NetworkCard(family="smp", in_channels=1, out_channels=2, arguments={"encoder_weights": "imagenet"})
     described = make_card(network=network)
-    run_folder.build_network(described)
-    run_folder.build_network(described, downloads=False)
+    model.build_network(described)
+    model.build_network(described, downloads=False)
     assert [arguments.get("encoder_weights") for arguments in asked] == ["imagenet", None]

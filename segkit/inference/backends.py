@@ -1,0 +1,129 @@
+"""What computes a network: torch, ONNX Runtime or OpenVINO, behind one call from windows to logits.
+
+Arrays are numpy's on both sides, so that everything around the network is the same whatever computes it, and torch,
+which takes seconds and half a gigabyte to load, is loaded only by the backend that needs it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from segkit.errors import RequestError
+from segkit.runtime import available_cores
+
+if TYPE_CHECKING:
+    import torch
+
+BACKENDS = ("auto", "torch", "onnxruntime", "openvino")
+_FASTEST_FIRST = ("openvino", "onnxruntime")
+"""On a CPU; `segkit bench speed` measures them."""
+
+Array = NDArray[np.float32]
+
+
+class Backend(Protocol):
+    """A network ready to compute."""
+
+    name: str
+    """torch, onnxruntime or openvino."""
+
+    def __call__(self, windows: Array) -> Array:
+        """Logits (B, K, *window) float32 of windows (B, C, *window) float32."""
+        ...
+
+
+class TorchBackend:
+    """A torch module, on a CPU or a GPU; its training mode is left as it was found."""
+
+    name = "torch"
+
+    def __init__(self, network: torch.nn.Module, device: torch.device | str = "cpu") -> None:
+        import torch
+
+        self.network = network
+        self.device = torch.device(device)
+
+    def __call__(self, windows: Array) -> Array:
+        """Logits (B, K, *window) of windows (B, C, *window); of a network that gives a list, the first."""
+        import torch
+
+        was_training = self.network.training
+        self.network.eval()
+        try:
+            with torch.inference_mode():
+                logits = self.network(torch.from_numpy(windows).to(self.device))
+                logits = logits if isinstance(logits, torch.Tensor) else logits[0]
+                result: Array = logits.float().cpu().numpy()
+        finally:
+            self.network.train(was_training)
+        return result
+
+
+class OnnxRuntimeBackend:
+    """An ONNX file in ONNX Runtime on the CPU; input `image`, output `logits`."""
+
+    name = "onnxruntime"
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or available_cores()
+        options.log_severity_level = 3
+        self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def __call__(self, windows: Array) -> Array:
+        """Logits (B, K, *window) of windows (B, C, *window)."""
+        result: Array = self._session.run(["logits"], {"image": windows})[0]
+        return result
+
+
+class OpenvinoBackend:
+    """An ONNX file in OpenVINO on the CPU; `cache` is a folder for the compiled network, which loads faster."""
+
+    name = "openvino"
+
+    def __init__(self, path: Path, threads: int | None = None, cache: Path | None = None) -> None:
+        import openvino
+
+        core = openvino.Core()
+        settings: dict[str, Any] = {
+            "INFERENCE_NUM_THREADS": threads or available_cores(),
+            "INFERENCE_PRECISION_HINT": "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        if cache is not None:
+            settings["CACHE_DIR"] = str(cache)
+        self._network: Any = core.compile_model(str(path), "CPU", settings)
+
+    def __call__(self, windows: Array) -> Array:
+        """Logits (B, K, *window) of windows (B, C, *window)."""
+        result: Array = self._network({"image": windows})["logits"]
+        return result
+
+
+def installed_backends() -> tuple[str, ...]:
+    """Backends for ONNX files that this Python has, the fastest first."""
+    return tuple(name for name in _FASTEST_FIRST if importlib.util.find_spec(name) is not None)
+
+
+def open_graph(path: Path, name: str, cache: Path | None = None) -> Backend:
+    """The backend `name` with the network of an ONNX file; auto is the fastest that is installed.
+
+    Raises:
+        RequestError: that backend, or any, is not installed.
+    """
+    installed = installed_backends()
+    chosen = (installed[0] if installed else "onnxruntime") if name == "auto" else name
+    if chosen not in installed:
+        raise RequestError(
+            f"backend {chosen} is not installed" if chosen in _FASTEST_FIRST else f"{chosen} does not read ONNX files",
+            expected=f"one of {', '.join(_FASTEST_FIRST)}",
+            remedy="Install it: pip install 'segkit[onnx]' or 'segkit[openvino]'",
+        )
+    return OpenvinoBackend(path, cache=cache) if chosen == "openvino" else OnnxRuntimeBackend(path)
