@@ -48,6 +48,32 @@ class TrainingData(Config):
     cases: int = 0
 
 
+class GraphCard(Config):
+    """One ONNX file of an export: one window in, logits out."""
+
+    file: str
+    """Name of the ONNX file in the folder of the card."""
+    precision: Literal["fp32", "fp16", "int8"]
+    sha256: dict[str, str]
+    """Digest of the file, and of each file with its external data, by name."""
+    dice_change: float | None = None
+    """Mean Dice against the reference minus that of fp32, on the cases it was measured on; null where none was."""
+    seconds: dict[str, float] = Field(default_factory=dict)
+    """Seconds of one window by backend, measured at export."""
+    is_approved: bool = True
+    """Whether `--backend auto` may take it: fast enough and true enough. The fp32 graph always is."""
+
+
+class ExportCard(Config):
+    """What `segkit export` wrote beside the card, and how it was checked."""
+
+    opset: int
+    graphs: tuple[GraphCard, ...]
+    """fp32 first."""
+    parity: dict[str, Any] = Field(default_factory=dict)
+    """Largest logit difference to the trained network and Dice of the decoded masks, by backend."""
+
+
 class ModelCard(Config):
     """The contents of `model.json`: everything needed to use the weights beside it.
 
@@ -81,6 +107,8 @@ class ModelCard(Config):
     versions: dict[str, str] = Field(default_factory=dict)
     sha256: str = ""
     """Digest of `model.safetensors`."""
+    export: ExportCard | None = None
+    """The ONNX files beside the card, where `segkit export` wrote it."""
     training_data: TrainingData
 
     def preprocessing(self) -> PreprocessingConfig:
@@ -112,6 +140,8 @@ class ModelCard(Config):
     def to_json(self) -> dict[str, Any]:
         """The document written as `model.json`."""
         document = self.model_dump(mode="json")
+        if self.export is None:
+            del document["export"]
         if self.task != "segmentation":
             for key in ("activation", "outputs", "label_scheme"):
                 del document[key]
