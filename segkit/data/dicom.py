@@ -55,6 +55,14 @@ class _Slice:
         return np.cross(self.axes[0], self.axes[1])
 
 
+@dataclass(frozen=True)
+class Frame:
+    """Where one slice of a volume is stored: its file, and its number there, counted from 0."""
+
+    path: Path
+    number: int = 0
+
+
 def is_dicom_file(path: Path) -> bool:
     """Does the file carry DICOM's mark (the letters DICM after 128 bytes)? Any other failure to read is a no."""
     try:
@@ -64,8 +72,42 @@ def is_dicom_file(path: Path) -> bool:
         return False
 
 
+def holds_frames(path: Path) -> bool:
+    """Does a DICOM file hold several slices, as enhanced files do? Any failure to read is a no."""
+    import SimpleITK
+
+    reader = SimpleITK.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:
+        return False
+    size = reader.GetSize()
+    return len(size) > 2 and size[2] > 1
+
+
 def open_series(folder: Path) -> ImageHeader:
     """The header of the one DICOM series in a folder; DataError where there are none, several, or gaps in it."""
+    paths = _files_of_series(folder)
+    return open_frames(paths[0]) if len(paths) == 1 else _open_slices(folder, paths)
+
+
+def frames_of(source: Path) -> list[Frame]:
+    """The stored frame of each slice, in the order of the last axis of the array that is read.
+
+    Columns of a frame are the first axis of that array, rows the second. `source` is the folder of a series or an
+    enhanced multi-frame file. Raises DataError where it would not be read either.
+    """
+    paths = _files_of_series(source) if source.is_dir() else [source]
+    if len(paths) == 1:
+        order, _ = _regular_grid(paths[0], _slices_of_frames(paths[0]))
+        return [Frame(paths[0], number) for number in order]
+    order, _ = _regular_grid(source, [_slice_of_file(path) for path in paths])
+    return [Frame(paths[index]) for index in order]
+
+
+def _files_of_series(folder: Path) -> list[Path]:
+    """The files of the one series in a folder; DataError where there are none or several."""
     import SimpleITK
 
     with explained(folder):
@@ -83,8 +125,7 @@ def open_series(folder: Path) -> ImageHeader:
                 expected="one series",
                 remedy="Put each series into a folder of its own",
             )
-    paths = [Path(name) for name in files[0]]
-    return open_frames(paths[0]) if len(paths) == 1 else _open_slices(folder, paths)
+    return [Path(name) for name in files[0]]
 
 
 def open_frames(path: Path) -> ImageHeader:
