@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from segkit.data.dicom import DICOM_SUFFIXES, is_dicom_file
+from segkit.data.dicom import DICOM_SUFFIXES, holds_frames, is_dicom_file
 from segkit.data.files import VOLUME_SUFFIXES, stem_of, suffix_of
 from segkit.data.pictures import PICTURE_SUFFIXES
 from segkit.errors import DataError, Problem
@@ -21,6 +21,9 @@ _DICOM_INDEX = "DICOMDIR"
 
 _TRIED_FILES = 5
 """Files without suffix to look into for a DICOM series: programs on a disc (AUTORUN) lie among the slices."""
+
+_MOST_MULTI_FRAME_FILES = 32
+"""Of folders with more DICOM files none is opened to see whether it holds a whole volume: they are slices."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +108,10 @@ class _Found:
 
 
 def _listing_of_file(path: Path) -> Listing:
-    if _is_dicom_name(path) or suffix_of(path) in VOLUME_SUFFIXES:
-        return Listing(path.parent, volumes=(path,), only=path)
     if suffix_of(path) in PICTURE_SUFFIXES:
         return Listing(path.parent, pictures=(path,), only=path)
+    if _is_dicom_name(path) or suffix_of(path) in VOLUME_SUFFIXES or is_dicom_file(path):
+        return Listing(path.parent, volumes=(path,), only=path)
     return Listing(path.parent, others=(path,), only=path)
 
 
@@ -140,8 +143,9 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...], found: _Found) -> No
     folders = [Path(entry.path) for entry in visible if _is_folder(entry)]
     files = [Path(entry.path) for entry in visible if not _is_folder(entry)]
     if _is_series(files):
-        found.volumes.append(folder)
-        files = [path for path in files if not _is_dicom_name(path)]
+        several = _multi_frame_files(files)
+        found.volumes += several or [folder]
+        files = [path for path in files if not (_is_dicom_name(path) or path in several)]
     _sort_files(files, found)
     for child in folders:
         _walk(child, (*above, identity), found)
@@ -172,6 +176,15 @@ def _is_series(files: list[Path]) -> bool:
     bare = (path for path in files if not path.suffix or path.suffix[1:].isdigit())
     candidates = [path for path in bare if path.name.upper() != _DICOM_INDEX]
     return any(is_dicom_file(path) for path in candidates[:_TRIED_FILES])
+
+
+def _multi_frame_files(files: list[Path]) -> list[Path]:
+    """The DICOM files of a folder where each of several is a volume of its own, else none; the first one tells."""
+    slices = [path for path in files if path.name.upper() != _DICOM_INDEX and (_is_dicom_name(path) or not path.suffix)]
+    if not 2 <= len(slices) <= _MOST_MULTI_FRAME_FILES:
+        return []
+    slices = [path for path in slices if is_dicom_file(path)]
+    return slices if len(slices) > 1 and holds_frames(slices[0]) else []
 
 
 def _is_dicom_name(path: Path) -> bool:

@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from segkit.data.case import Cohort
-from segkit.data.files import stem_of, suffix_of
+from segkit.data.files import suffix_of
 from segkit.data.layouts.bids import BIDS
 from segkit.data.layouts.brats import BRATS_LAYOUTS
 from segkit.data.layouts.folder import FOLDER
 from segkit.data.layouts.folder2d import FOLDER2D
 from segkit.data.layouts.layout import FolderOptions, Layout, unused_files
-from segkit.data.layouts.listing import Listing, list_images
+from segkit.data.layouts.listing import Listing, bare_name, list_images
 from segkit.data.layouts.msd import MSD
 from segkit.data.layouts.nnunet import NNUNET
 from segkit.data.layouts.schemes import values_of
@@ -70,8 +70,9 @@ def find_cases(
     cohort = chosen.read(listing, options)
     if not cohort.cases:
         raise _nothing_found(listing, f"no images that make a case of layout {chosen.name}")
-    if listing.only is not None and chosen is FOLDER and len(cohort.cases) == 1:
-        name = stem_of(listing.only)  # of one file the folder's name says nothing
+    one = listing.root if listing.volumes == (listing.root,) else listing.only
+    if one is not None and chosen is FOLDER and len(cohort.cases) == 1:
+        name = bare_name(one)  # of one file, or of one DICOM series, the name of the folder above says nothing
         cohort = replace(cohort, cases=(replace(cohort.cases[0], id=name, patient=name),))
     if label_scheme == PLAIN_CLASSES:
         cohort = _with_plain_classes(cohort)

@@ -139,6 +139,27 @@ def test_real_ct_and_dicom_folders(shared_data: Path) -> None:
     ]
     series = find_cases(shared_data / "dicom_headers" / "siemens" / "anatomical" / "001")
     assert [image.path.name for image in series.cases[0].images.values()] == ["001"]
+    assert [case.id for case in series.cases] == ["001"]  # as a file of that name, not as the folder above it
+
+
+def test_dicom_series_of_patients(tmp_path: Path) -> None:
+    """Folders of slices: of one sequence a patient, of four, or named by a scanner."""
+    names = ("one/p1", "one/p2", *(f"four/{p}/{kind}" for p in ("p1", "p2") for kind in ("T1", "T1c", "T2", "FLAIR")))
+    for name in (*names, "clinic/P7/3_t1_mprage_sag", "clinic/P7/5_t1_mprage_sag_gd"):
+        (tmp_path / name).mkdir(parents=True)
+        for number in range(2):
+            (tmp_path / name / f"IM{number}").write_bytes(bytes(128) + b"DICM")
+    one = find_cases(tmp_path / "one")
+    assert [(case.id, tuple(case.images)) for case in one.cases] == [("p1", ("image",)), ("p2", ("image",))]
+    assert [case.id for case in find_cases(tmp_path / "one" / "p1").cases] == ["p1"]
+    four = find_cases(tmp_path / "four")
+    assert (four.modalities, [case.id for case in four.cases]) == (("t1n", "t1c", "t2w", "t2f"), ["p1", "p2"])
+    assert four.cases[0].images["t2f"].path == tmp_path / "four" / "p1" / "FLAIR"
+    (clinic,) = find_cases(tmp_path / "clinic", modalities={"t1n": "*mprage_sag", "t1c": "*_gd"}).cases
+    assert {name: image.path.name for name, image in clinic.images.items()} == {
+        "t1n": "3_t1_mprage_sag",
+        "t1c": "5_t1_mprage_sag_gd",
+    }
 
 
 def test_one_folder_name_below_every_patient(volume: Write, tmp_path: Path) -> None:

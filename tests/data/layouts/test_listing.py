@@ -65,6 +65,21 @@ def test_the_index_and_the_programs_of_a_dicom_disc_are_no_images(tmp_path: Path
     assert list_images(tmp_path).volumes == (tmp_path / "pat7" / "T1",)
 
 
+def test_multi_frame_files_are_volumes_of_their_own(tmp_path: Path) -> None:
+    import numpy as np
+    import SimpleITK
+
+    for name, frames in (("p1/T1.dcm", 6), ("p1/FLAIR.dcm", 6), ("p2/one.dcm", 6), ("p3/1.dcm", 1), ("p3/2.dcm", 1)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        image = SimpleITK.GetImageFromArray(np.zeros((frames, 3, 4), np.uint8))
+        SimpleITK.WriteImage(image, str(tmp_path / name))
+    volumes = [path.relative_to(tmp_path).as_posix() for path in list_images(tmp_path).volumes]
+    assert volumes == ["p1/FLAIR.dcm", "p1/T1.dcm", "p2", "p3"]
+    bare = (tmp_path / "p2" / "one.dcm").rename(tmp_path / "p2" / "IM0001")
+    assert list_images(tmp_path / "p2").volumes == (tmp_path / "p2",)
+    assert (list_images(bare).volumes, list_images(bare).only) == ((bare,), bare)
+
+
 def test_an_excluded_folder_is_not_read_by_whatever_path(tmp_path: Path) -> None:
     kept = _touch(tmp_path / "x.nii.gz")
     _touch(tmp_path / "out" / "deep" / "x.nii.gz")
