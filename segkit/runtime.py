@@ -51,6 +51,13 @@ def pick_device(name: str | None = None) -> torch.device:
     return device
 
 
+def may_have_gpu() -> bool:
+    """Whether it is worth loading torch to ask for a GPU; on Linux the device files tell that there is none."""
+    if sys.platform != "linux":
+        return True
+    return any(Path("/dev").glob("nvidia[0-9]*")) or any(Path("/dev", name).exists() for name in ("kfd", "dxg"))
+
+
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """The dtype of the forward pass: "auto" is bfloat16 on a GPU that has it and float32 elsewhere."""
     import torch
@@ -156,6 +163,15 @@ def _set_allocator(device: torch.device, parameters: Mapping[int, int]) -> None:
     mallopt = ctypes.CDLL(None).mallopt
     for parameter, value in parameters.items():
         mallopt(parameter, value)
+
+
+def cache_folder() -> Path:
+    """Where segkit keeps what it can make again: SEGKIT_CACHE, else `segkit` in the cache folder of the user."""
+    chosen = os.environ.get("SEGKIT_CACHE")
+    if chosen:
+        return Path(chosen)
+    default = Path.home() / (".cache" if sys.platform != "win32" else "AppData/Local")
+    return Path(os.environ.get("XDG_CACHE_HOME") or default) / "segkit"
 
 
 def environment() -> dict[str, str]:

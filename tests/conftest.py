@@ -28,6 +28,12 @@ def shared_specs() -> Path:
 
 
 @pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs that tests prepare stay out of the user's cache."""
+    monkeypatch.setenv("SEGKIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     torch.manual_seed(0)
 

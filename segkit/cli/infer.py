@@ -30,11 +30,14 @@ from segkit.cli.options import (
 
 if TYPE_CHECKING:
     from segkit.data.case import Cohort
-    from segkit.inference.folders import CaseTask
     from segkit.inference.manifest import CaseRecord
     from segkit.inference.predictor import Predictor
+    from segkit.inference.worker import CaseTask
 
-BackendOption = Annotated[Literal["auto", "torch"], typer.Option("--backend", help="What computes the network.")]
+BackendOption = Annotated[
+    Literal["auto", "torch", "onnxruntime", "openvino"],
+    typer.Option("--backend", help="What computes the network; auto: the fastest that is installed."),
+]
 TtaOption = Annotated[bool, typer.Option("--tta", help="Average over mirrored inputs: better, up to 8 times slower.")]
 MissingOption = Annotated[
     bool, typer.Option("--allow-missing", help="Go on without modalities that a case lacks; recorded.")
@@ -42,6 +45,19 @@ MissingOption = Annotated[
 ProbabilitiesOption = Annotated[
     bool, typer.Option("--save-probabilities", help="Also write OUT/probabilities/<case>_<output>.")
 ]
+UncertaintyOption = Annotated[
+    bool, typer.Option("--uncertainty", help="Also write OUT/uncertainty/<case>_entropy and <case>_disagreement.")
+]
+PostprocessingOption = Annotated[
+    bool,
+    typer.Option("--postprocessing/--no-postprocessing", help="Clean masks by the rules that training chose, if any."),
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option("--workers", min=0, help="Threads that read ahead; 0: no threads at all. Default: 1, 0 on one core."),
+]
+NumPartsOption = Annotated[int, typer.Option("--num-parts", min=1, help="Split the cases into N parts ...")]
+PartIdOption = Annotated[int, typer.Option("--part-id", min=0, help="... and do the K-th of them, counted from 0.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done with each case; write nothing.")]
 
 
@@ -58,6 +74,11 @@ def infer(
     tta: TtaOption = False,
     allow_missing: MissingOption = False,
     save_probabilities: ProbabilitiesOption = False,
+    uncertainty: UncertaintyOption = False,
+    postprocessing: PostprocessingOption = True,
+    workers: WorkersOption = None,
+    num_parts: NumPartsOption = 1,
+    part_id: PartIdOption = 0,
     overwrite: OverwriteOption = False,
     dry_run: DryRunOption = False,
     json: JsonOption = False,
@@ -70,7 +91,10 @@ def infer(
     it was interrupted.
     """
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
-    from segkit.inference.folders import InferenceSettings, find_input, infer_folder, open_manifest, plan_cases
+    from segkit.inference.cases import InferenceSettings, find_input, plan_cases, take_part
+    from segkit.inference.folders import infer_folder, open_manifest
+    from segkit.inference.pipeline import LocalExecutor
+    from segkit.runtime import available_cores
 
     cohort = find_input(
         input,
@@ -79,16 +103,27 @@ def infer(
         case_ids=read_case_ids(cases),
         exclude=output.resolve(),
     )
+    cohort, part = take_part(cohort, num_parts, part_id)
     predictor = _load(model, backend, device, uses_tta=tta)
-    settings = InferenceSettings(overwrite, allow_missing, save_probabilities, label_scheme)
+    settings = InferenceSettings(
+        overwrites=overwrite,
+        allows_missing=allow_missing,
+        saves_probabilities=save_probabilities,
+        saves_uncertainty=uncertainty,
+        postprocesses=postprocessing,
+        label_scheme=label_scheme,
+    )
     name = ", ".join(str(path) for path in model)
     if dry_run:
-        manifest = open_manifest(predictor, cohort, output, name)
+        manifest = open_manifest(predictor, cohort, output, name, part)
         tasks, decided = plan_cases(predictor, cohort, output, settings, manifest)
         _tell_plan(tasks, decided, as_json=json)
         return
+    executor = LocalExecutor(min(1, available_cores() - 1) if workers is None else workers)
     with _Progress(cohort, is_quiet=quiet) as progress:
-        document = infer_folder(predictor, cohort, output, settings, on_record=progress.show, model=name)
+        document = infer_folder(
+            predictor, cohort, output, settings, executor=executor, on_record=progress.show, model=name, part=part
+        )
     if json:
         print_json(document)
     if document["summary"]["failed"]:
@@ -98,12 +133,9 @@ def infer(
 def _load(models: list[Path], backend: str, device: str | None, *, uses_tta: bool) -> Predictor:
     from segkit.errors import CheckpointError, as_request
     from segkit.inference.predictor import Predictor
-    from segkit.runtime import keep_freed_memory, pick_device
 
-    chosen = pick_device(device)
-    keep_freed_memory(chosen)
     try:
-        return Predictor.load(models, chosen, backend, uses_tta=uses_tta)
+        return Predictor.load(models, device or "auto", backend, uses_tta=uses_tta)
     except CheckpointError as error:
         raise as_request(error) from error
 

@@ -111,10 +111,10 @@ def write_labels(path: Path, labels: LabelMap, grid: Grid) -> None:
     write_image(path, labels.astype(np.uint8, copy=False), grid)
 
 
-def write_image(path: Path, array: AnyArray, grid: Grid) -> None:
+def write_image(path: Path, array: AnyArray, grid: Grid, *, slope: float = 1.0) -> None:
     """Writes (*grid.shape), or (*grid.shape, C) as NIfTI or colour picture, atomically; the suffix chooses the format.
 
-    Integers keep their type, floats become float32. Raises DataError where the disk is full, the folder is read-only
+    Integers keep their type, floats become float32. `slope` is what readers multiply by, NIfTI only. Raises DataError where the disk is full, the folder is read-only
     or the format cannot hold the array.
     """
     if array.shape[: grid.dims] != grid.shape or array.ndim > grid.dims + 1:
@@ -130,7 +130,7 @@ def write_image(path: Path, array: AnyArray, grid: Grid) -> None:
         if suffix in PICTURE_SUFFIXES:
             save_picture(temporary, plain)
         elif suffix in NIFTI_SUFFIXES:
-            save_nifti(temporary, plain, grid)
+            save_nifti(temporary, plain, grid, slope)
         elif suffix in MGH_SUFFIXES:
             save_mgh(temporary, plain, grid)
         else:

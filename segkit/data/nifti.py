@@ -110,8 +110,11 @@ def open_mgh(path: Path) -> ImageHeader:
         return ImageHeader(Grid(storage.spatial, affine, source=path), storage.channels, storage.read)
 
 
-def save_nifti(path: Path, array: AnyArray, grid: Grid) -> None:
-    """Writes (D, H, W) or (D, H, W, C) in the array's own type, with the codes, units and both forms of `grid`."""
+def save_nifti(path: Path, array: AnyArray, grid: Grid, slope: float = 1.0) -> None:
+    """Writes (D, H, W) or (D, H, W, C) in the array's own type, with the codes, units and both forms of `grid`.
+
+    Readers multiply the values by `slope`; they are written as they are.
+    """
     header = nib.Nifti1Header()
     header.set_data_dtype(array.dtype)
     header.set_data_shape(array.shape)
@@ -121,7 +124,10 @@ def save_nifti(path: Path, array: AnyArray, grid: Grid) -> None:
     header.set_qform(affine if grid.qform is None else to_file_units @ grid.qform, code=grid.qform_code)
     if grid.sform_code > 0:
         header.set_sform(affine, code=grid.sform_code)
-    nib.Nifti1Image(array, None, header).to_filename(path)
+    image = nib.Nifti1Image(array, None, header)
+    if slope != 1.0:
+        image.header.set_slope_inter(slope, 0.0)
+    image.to_filename(path)
 
 
 def save_mgh(path: Path, array: AnyArray, grid: Grid) -> None:

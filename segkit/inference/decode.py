@@ -1,135 +1,250 @@
 """From logits on the prepared grid to a label map, or probabilities, on the grid of the input file.
 
-The recorded preparation is walked back: logits are resampled linearly to the cropped box where the case was
-resampled, the box is put into the whole volume, and the orientation is undone. Channels are decoded one after the
-other, so beside the logits there are never more than two float planes of the volume, whatever the number of labels.
+The recorded preparation is walked back: logits are resampled linearly to the cropped box where the case was resampled,
+the box is put into the whole volume, and the orientation is undone. Logits come slab by slab and are painted as they
+come, so the only array as large as the input is the label map itself, one byte a voxel, whatever the number of labels.
+
+Most voxels need no resampling: where the eight prepared voxels around a voxel are painted alike, so is everything
+between them, for a linear interpolation of logits that all have one sign, or all one largest output, has it too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional
 
 from segkit.data.preprocessing import Preparation
+from segkit.data.resampling import Neighbours, neighbours
 from segkit.errors import CheckpointError
+from segkit.inference.windows import Logits, Slab
 from segkit.shapes import AnyArray, LabelMap
 
 Activation = Literal["sigmoid", "softmax"]
 
 
-def decode(logits: Tensor, preparation: Preparation, activation: Activation, values: Sequence[int]) -> LabelMap:
-    """Label map (*source) uint8 on the input's grid, from logits (K, *prepared) on the CPU.
+def decode(slabs: Iterable[Slab], preparation: Preparation, activation: Activation, values: Sequence[int]) -> LabelMap:
+    """Label map (*source) uint8 on the input's grid, from slabs of logits (K, *prepared) in order.
 
     Output k paints `values[k]`. Sigmoid outputs are painted where the logit is above 0 (probability above one half),
     later over earlier; softmax outputs where their logit is the largest, the first of equals. Outside the crop is 0.
 
     Raises:
-        CheckpointError: the logits hold NaN.
+        CheckpointError: the logits hold NaN, or are not as many as the values.
     """
-    return _to_source(_painted(logits, preparation.cropped_shape, activation, values), preparation)
+    whole = np.zeros(preparation.reoriented_shape, np.uint8)
+    _paint(slabs, whole[preparation.crop_slices], preparation.resampled_shape, activation, values)
+    return to_source(whole, preparation)
 
 
-def decode_prepared(logits: Tensor, activation: Activation, values: Sequence[int]) -> LabelMap:
-    """Label map (*prepared) uint8 on the grid of the logits (K, *prepared), painted as `decode` paints.
+def decode_prepared(
+    slabs: Iterable[Slab], shape: tuple[int, ...], activation: Activation, values: Sequence[int]
+) -> LabelMap:
+    """Label map (*prepared) uint8 on the grid of the logits, of that shape, painted as `decode` paints.
 
     Raises:
-        CheckpointError: the logits hold NaN.
+        CheckpointError: the logits hold NaN, or are not as many as the values.
     """
-    return _painted(logits, tuple(logits.shape[1:]), activation, values)
-
-
-def _painted(logits: Tensor, shape: tuple[int, ...], activation: Activation, values: Sequence[int]) -> LabelMap:
-    _check(logits, values)
-    paint = _paint_regions if activation == "sigmoid" else _paint_classes
-    return paint(_planes(logits, shape), shape, values)
-
-
-def probability_planes(
-    logits: Tensor, preparation: Preparation, activation: Activation
-) -> Iterator[NDArray[np.float32]]:
-    """Probability of each output in turn, (*source) float32 in 0..1, on the input's grid.
-
-    Outside the crop, where the network did not look, every output is 0 but the background of a softmax, which is 1.
-    """
-    if activation == "sigmoid":
-        for plane in _planes(logits, preparation.cropped_shape):
-            yield _to_source(plane.sigmoid().numpy(), preparation)
-        return
-    shares = logits.softmax(0)
-    for position, plane in enumerate(_planes(shares, preparation.cropped_shape)):
-        yield _to_source(plane.numpy(), preparation, fill=float(position == 0))
-
-
-def mean_logits(members: Iterator[Tensor], activation: Activation) -> Tensor:
-    """Logits (K, *prepared) whose probabilities are the mean of those of several models, added up one at a time.
-
-    For softmax they are log-probabilities, which have the same argmax and the same softmax.
-    """
-    total, count = next(members), 1
-    total = _probabilities(total, activation)
-    for logits in members:
-        total += _probabilities(logits, activation)
-        count += 1
-    total /= count
-    tiny = torch.finfo(total.dtype).tiny
-    if activation == "softmax":
-        return total.clamp_(min=tiny).log_()
-    return total.logit_(eps=1e-7)
-
-
-def _probabilities(logits: Tensor, activation: Activation) -> Tensor:
-    return logits.sigmoid() if activation == "sigmoid" else logits.softmax(0)
-
-
-def _check(logits: Tensor, values: Sequence[int]) -> None:
-    if len(logits) != len(values):
-        raise CheckpointError(
-            f"the network gave {len(logits)} outputs", expected=f"the {len(values)} of its model card"
-        )
-    for plane in logits:
-        if bool(plane.isnan().any()):
-            raise CheckpointError(
-                "the network gave NaN",
-                expected="finite logits",
-                remedy="The training probably diverged: look at metrics.jsonl, and train with a smaller learning rate",
-            )
-
-
-def _planes(logits: Tensor, shape: tuple[int, ...]) -> Iterator[Tensor]:
-    """Each channel (*shape), resampled linearly where the prepared grid is another; faces aligned, as on the way in."""
-    mode = "trilinear" if len(shape) == 3 else "bilinear"
-    for plane in logits:
-        if tuple(plane.shape) == shape:
-            yield plane
-        else:
-            yield functional.interpolate(plane[None, None], size=shape, mode=mode, align_corners=False)[0, 0]
-
-
-def _paint_regions(planes: Iterator[Tensor], shape: tuple[int, ...], values: Sequence[int]) -> LabelMap:
     labels = np.zeros(shape, np.uint8)
-    for plane, value in zip(planes, values, strict=True):
-        labels[(plane > 0).numpy()] = value
+    _paint(slabs, labels, shape, activation, values)
     return labels
 
 
-def _paint_classes(planes: Iterator[Tensor], shape: tuple[int, ...], values: Sequence[int]) -> LabelMap:
-    best = next(planes).clone()
-    labels = np.full(shape, values[0], np.uint8)
-    for plane, value in zip(planes, values[1:], strict=True):
-        is_better = plane > best
-        labels[is_better.numpy()] = value
-        torch.maximum(best, plane, out=best)
-    return labels
-
-
-def _to_source(box: AnyArray, preparation: Preparation, fill: float = 0) -> AnyArray:
-    """An array of the cropped box (*cropped) in the whole volume, in the orientation of the input (*source)."""
-    whole = np.full(preparation.reoriented_shape, fill, box.dtype)
-    whole[preparation.crop_slices] = box
+def to_source(whole: AnyArray, preparation: Preparation) -> AnyArray:
+    """An array of the reoriented volume in the orientation of the input, (*source)."""
     return np.ascontiguousarray(preparation.reorientation.undo(whole))
+
+
+def probabilities(logits: Logits, activation: Activation) -> Logits:
+    """Probabilities of logits (K, ...), float32 in 0..1; those of a softmax add up to 1."""
+    if activation == "sigmoid":
+        shares: Logits = 0.5 * (1 + np.tanh(0.5 * logits))
+        return shares
+    shares = np.exp(logits - logits.max(0))
+    shares /= shares.sum(0)
+    return shares
+
+
+def checked(slab: Slab, values: Sequence[int]) -> Slab:
+    """The slab, if its logits can be painted.
+
+    Raises:
+        CheckpointError: they hold NaN, or are not as many as the values.
+    """
+    if len(slab.logits) != len(values):
+        raise CheckpointError(
+            f"the network gave {len(slab.logits)} outputs", expected=f"the {len(values)} of its model card"
+        )
+    if np.isnan(slab.logits.min()):
+        raise CheckpointError(
+            "the network gave NaN",
+            expected="finite logits",
+            remedy="The training probably diverged: look at metrics.jsonl, and train with a smaller learning rate",
+        )
+    return slab
+
+
+def _paint(
+    slabs: Iterable[Slab], box: LabelMap, shape: tuple[int, ...], activation: Activation, values: Sequence[int]
+) -> None:
+    """Paint slabs of a prepared grid of that shape into `box` (*cropped), in place."""
+    rule, painter = _Rule(activation, values), None
+    for slab in slabs:
+        checked(slab, values)
+        if shape == box.shape:
+            index = (*(slice(None),) * slab.axis, slice(slab.start, slab.stop))
+            box[index] = rule.paint(rule.decide(slab.logits))
+            continue
+        painter = painter or _ResamplingPainter(rule, box, shape, slab.axis)
+        painter.add(slab)
+
+
+class _Rule:
+    """How logits become labels, in two steps: a decision, which neighbours are compared by, and its label."""
+
+    def __init__(self, activation: Activation, values: Sequence[int]) -> None:
+        self.activation = activation
+        self.values = np.asarray(values, np.uint8)
+        self.bits = np.min_scalar_type((1 << len(values)) - 1)
+
+    def decide(self, logits: Logits) -> AnyArray:
+        """(K, ...) to (...): position of the largest output, or one bit for each output above 0."""
+        if self.activation == "softmax":
+            largest: AnyArray = logits.argmax(0).astype(np.uint8)
+            return largest
+        decided = np.zeros(logits.shape[1:], self.bits)
+        for position, plane in enumerate(logits):
+            decided |= (plane > 0).astype(self.bits) << self.bits.type(position)
+        return decided
+
+    def paint(self, decided: AnyArray) -> LabelMap:
+        """Labels (...) uint8 of decisions (...)."""
+        if self.activation == "softmax":
+            return self.values[decided]
+        labels = np.zeros(decided.shape, np.uint8)
+        for position, value in enumerate(self.values):
+            labels[(decided >> self.bits.type(position)) & self.bits.type(1) != 0] = value
+        return labels
+
+
+class SlabResampling:
+    """Linear resampling of slabs that come one after the other, as far as their voxels are there.
+
+    The axis of the slabs is taken to the front, so planes (*across) lie behind it.
+    """
+
+    def __init__(self, old: tuple[int, ...], new: tuple[int, ...], axis: int) -> None:
+        self.axis = axis
+        self.along = neighbours(old[axis], new[axis])
+        self.across = [neighbours(old[other], new[other]) for other in range(len(old)) if other != axis]
+        self._ready = 0
+        self._kept: Logits | None = None
+        self._first = 0
+
+    def add(self, planes: Logits, stop: int) -> Logits:
+        """Planes (K, *spatial) that end before `stop`, with the last one of before: (K, n, *across)."""
+        planes = np.moveaxis(planes, self.axis + 1, 1)
+        if self._kept is not None:
+            planes = np.concatenate([self._kept, planes], 1)
+        self._kept = planes[:, -1:].copy()
+        self._first = stop - planes.shape[1]
+        return planes
+
+    def ready(self, stop: int) -> Iterator[tuple[int, int, int, np.float32]]:
+        """New planes that lie between those added: index, positions of the two around it, weight of the second."""
+        while self._ready < len(self.along.upper) and self.along.upper[self._ready] < stop:
+            index, self._ready = self._ready, self._ready + 1
+            lower, upper = int(self.along.lower[index]), int(self.along.upper[index])
+            yield index, lower - self._first, upper - self._first, self.along.weight[index]
+
+
+class _ResamplingPainter:
+    """Paints a box (*cropped) on a finer or coarser grid than that of the logits."""
+
+    def __init__(self, rule: _Rule, box: LabelMap, shape: tuple[int, ...], axis: int) -> None:
+        self.rule = rule
+        self.target = np.moveaxis(box, axis, 0)
+        self.resampling = SlabResampling(shape, box.shape, axis)
+
+    def add(self, slab: Slab) -> None:
+        """Paint what lies between the voxels of this slab, and between them and those before."""
+        logits, across = self.resampling.add(slab.logits, slab.stop), self.resampling.across
+        decided = self.rule.decide(logits)
+        labels = self.rule.paint(decided)
+        last, alike = -1, np.empty(0, np.bool_)
+        for index, lower, upper, weight in self.resampling.ready(slab.stop):
+            if lower != last:
+                last, alike = lower, _alike(decided[lower], decided[upper])
+            self.target[index] = _spread(labels[lower], across)
+            places = np.nonzero(~_spread(alike, across))
+            if len(places[0]):
+                between = logits[:, lower] + (logits[:, upper] - logits[:, lower]) * weight
+                self.target[index][places] = self.rule.paint(self.rule.decide(_at(between, places, across)))
+
+
+def _alike(lower: AnyArray, upper: AnyArray) -> NDArray[np.bool_]:
+    """Whether the planes (*across) on both sides agree at each voxel and at its next neighbours along every axis."""
+    alike: NDArray[np.bool_] = lower == upper
+    for axis in range(lower.ndim):
+        here, there = ((slice(None),) * axis + (part,) for part in (slice(0, -1), slice(1, None)))
+        next_alike = alike[there].copy()
+        alike[here] &= next_alike
+        alike[here] &= lower[here] == lower[there]
+    return alike
+
+
+def _spread(plane: AnyArray, across: Sequence[Neighbours]) -> AnyArray:
+    """The lower neighbour of every voxel of a resampled plane, (*across) to (*target)."""
+    for axis, near in enumerate(across):
+        plane = plane.take(near.lower, axis)
+    return plane
+
+
+def _at(plane: Logits, places: tuple[NDArray[np.intp], ...], across: Sequence[Neighbours]) -> Logits:
+    """Linear interpolation of (K, *across) at N places of the resampled plane, (K, N)."""
+    corners: list[tuple[tuple[Any, ...], NDArray[np.float32]]] = [((slice(None),), np.ones(1, np.float32))]
+    for place, near in zip(places, across, strict=True):
+        weight = near.weight[place]
+        corners = [
+            ((*index, side[place]), share * part)
+            for index, share in corners
+            for side, part in ((near.lower, 1 - weight), (near.upper, weight))
+        ]
+    total = sum(plane[index] * share for index, share in corners)
+    return np.asarray(total, np.float32)
+
+
+def merged(streams: Sequence[Iterator[Slab]], activation: Activation) -> Iterator[Slab]:
+    """Slabs of the mean probability of several models, as logits, with how far the models disagree.
+
+    For softmax they are log-probabilities, which have the same argmax and the same softmax. `spread` is the standard
+    deviation of the members' probabilities, the largest over the outputs, times 2: 0 where all agree, 1 where half of
+    them are sure of the opposite of the other half.
+    """
+    for parts in _aligned(streams):
+        members = [probabilities(part.logits, activation) for part in parts]
+        mean = sum(members[1:], members[0]) / len(members)
+        variance = sum((member - mean) ** 2 for member in members) / len(members)
+        spread = 2 * np.sqrt(np.asarray(variance)).max(0)
+        tiny = np.finfo(np.float32).tiny
+        if activation == "softmax":
+            logits = np.log(np.maximum(mean, tiny))
+        else:
+            mean = np.clip(mean, 1e-7, 1 - 1e-7)
+            logits = np.log(mean / (1 - mean))
+        yield Slab(parts[0].axis, parts[0].start, parts[0].stop, logits.astype(np.float32), spread)
+
+
+def _aligned(streams: Sequence[Iterator[Slab]]) -> Iterator[list[Slab]]:
+    """Parts of the slabs of several streams that have the same bounds."""
+    current: list[Slab | None] = [next(stream, None) for stream in streams]
+    while all(slab is not None for slab in current):
+        slabs = [slab for slab in current if slab is not None]
+        start, stop = slabs[0].start, min(slab.stop for slab in slabs)
+        yield [slab.part(start, stop) for slab in slabs]
+        current = [
+            slab.part(stop, slab.stop) if slab.stop > stop else next(stream, None)
+            for slab, stream in zip(slabs, streams, strict=True)
+        ]

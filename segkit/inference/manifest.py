@@ -37,23 +37,29 @@ class CaseRecord:
 class Manifest:
     """The records of one run over an output folder, and those that earlier runs left there.
 
-    On disk: `cases` of this run in the order in which they ended, `remaining` ids that have not (`replacing`: those of
-    them whose mask was there before), `earlier` records of other runs, `summary`, `model` and `environment`.
+    `part` names one of several runs that share the folder. On disk: `cases` of this run in the order in which they
+    ended, `remaining` ids that have not (`replacing`: those of them whose mask was there before), `earlier` records of
+    other runs, `summary`, `model` and `environment`.
     """
 
-    def __init__(self, folder: Path, ids: Iterable[str], facts: Mapping[str, Any], identity: str) -> None:
-        before = _read(folder / MANIFEST_NAME)
-        self.path = folder / MANIFEST_NAME
+    def __init__(
+        self, folder: Path, ids: Iterable[str], facts: Mapping[str, Any], identity: str, part: str | None = None
+    ) -> None:
+        self.path = folder / (MANIFEST_NAME if part is None else f"manifest_{part}.json")
+        before = _read(self.path)
         self.facts = dict(facts)
         self.identity = identity
         self.ids = list(ids)
         self.records: list[CaseRecord] = []
         self.replacing: set[str] = set()
-        known = [*before["cases"], *before["earlier"]]
+        # Parts of a run keep manifests of their own, for they may run at the same time; they count as earlier runs.
+        others = [_read(path) for path in sorted(folder.glob("manifest*.json")) if path != self.path]
+        known = [entry for one in (*others, before) for key in ("cases", "earlier") for entry in one[key]]
         self._known = {str(entry["case"]): entry for entry in known if isinstance(entry, dict) and "case" in entry}
         self._cut_short: set[str] = set()
-        if before.get("identity") == identity:
-            self._cut_short = set(before["remaining"]) - set(before["replacing"])
+        for one in (*others, before):
+            if one.get("identity") == identity:
+                self._cut_short |= set(one["remaining"]) - set(one["replacing"])
 
     def was_made(self, case_id: str, label_scheme: str, missing_modalities: tuple[str, ...]) -> bool:
         """Whether an earlier run made the mask of this case just as this run would."""

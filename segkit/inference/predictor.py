@@ -1,40 +1,40 @@
 """The predictor: a network, its card, and the whole way from files to a mask on the grid of those files.
 
 The network only computes; geometry there and back is the predictor's. Validation during training, the folder runner
-and notebooks all go through the same three steps: prepare, `predict_prepared`, `decode`.
+and notebooks all go through the same three steps: `prepare`, `slabs`, `decode`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from segkit.checkpoint import ModelCard, load_card, load_model, model_folders
-from segkit.data.case import BRATS_MODALITIES, Case, ImageFile
-from segkit.data.layouts.modality import canonical_modality
+from segkit.checkpoint.card import ModelCard
+from segkit.checkpoint.run_folder import load_card, model_folders
+from segkit.data.case import Case, ImageFile
+from segkit.data.geometry import reorientation_to, reoriented_grid
 from segkit.data.layouts.table import find_cases
 from segkit.data.preprocessing import LoadedCase, Preparation, PreparedCase, load_case, prepare
+from segkit.data.resampling import resampled_shape
 from segkit.data.volume import Grid, Volume
 from segkit.errors import DataError, RequestError
-from segkit.inference.decode import Activation, decode, mean_logits, probability_planes
-from segkit.inference.windows import predict_logits
+from segkit.inference.backends import BACKENDS, Backend
+from segkit.inference.decode import Activation, decode, decode_prepared, merged, probabilities
+from segkit.inference.maps import Maps, outside_probabilities
+from segkit.inference.matching import match_modalities
+from segkit.inference.opening import open_backend
+from segkit.inference.windows import Slab, WindowPlan, plan_windows, predict_slabs
 from segkit.labels import LabelScheme, painted_values, translation
-from segkit.runtime import pick_device
 from segkit.shapes import Affine, Image, LabelMap
 
-BACKENDS = ("auto", "torch")
-
-_UNSPECIFIC = ("image", "mr", "mri")
-"""Modalities of a model that say nothing of the sequence."""
+if TYPE_CHECKING:
+    import torch
 
 Scan: TypeAlias = Volume | str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]]
 """One case: a volume in memory, a path to it (file or case folder), or paths by modality name."""
@@ -59,11 +59,9 @@ class Prediction:
 
 
 class Predictor:
-    """One network with its card, on one device."""
+    """One network with its card."""
 
-    def __init__(
-        self, network: nn.Module, card: ModelCard, device: torch.device | str = "cpu", *, uses_tta: bool = False
-    ) -> None:
+    def __init__(self, backend: Backend, card: ModelCard, *, uses_tta: bool = False) -> None:
         if card.activation is None or card.label_scheme is None:
             raise RequestError(
                 f"this is a {card.task} model, which paints no masks",
@@ -72,12 +70,12 @@ class Predictor:
                 if card.task != "segmentation"
                 else "Its model.json lacks `activation` or `label_scheme`: train again",
             )
-        self.network = network
+        self.backend = backend
         self.card = card
-        self.device = torch.device(device)
         self.uses_tta = uses_tta
         self.scheme = card.scheme()
         self.activation: Activation = card.activation
+        self.window = card.patch_size
 
     @classmethod
     def load(
@@ -88,7 +86,7 @@ class Predictor:
         *,
         uses_tta: bool = False,
     ) -> Predictor:
-        """The predictor of a run folder; of several, or of a cross-validation, their ensemble.
+        """The predictor of a run folder or an export; of several, or of a cross-validation, their ensemble.
 
         Raises:
             CheckpointError: a model is missing or damaged.
@@ -96,13 +94,12 @@ class Predictor:
         """
         if backend not in BACKENDS:
             raise RequestError(f"backend {backend!r} is not known", expected=f"one of {', '.join(BACKENDS)}")
-        torch_device = pick_device(str(device))
         paths = [Path(run_dir)] if isinstance(run_dir, (str, os.PathLike)) else list(run_dir)
         folders = [folder for path in paths for folder in model_folders(path)]
         cards = [load_card(folder) for folder in folders]
         check_agreement(cards, folders)
         members = [
-            Predictor(load_model(folder, torch_device), card, torch_device, uses_tta=uses_tta)
+            Predictor(open_backend(folder, card, str(device), backend), card, uses_tta=uses_tta)
             for folder, card in zip(folders, cards, strict=True)
         ]
         return members[0] if len(members) == 1 else Ensemble(members)
@@ -130,13 +127,14 @@ class Predictor:
     ) -> Prediction:
         """Segment one case already in memory, in the values of `scheme` (default: that of the training data)."""
         prepared = self.prepare(loaded)
-        logits = self.predict_prepared(prepared)
-        labels = self.decode(logits, prepared.preparation, scheme)
-        probabilities = None
+        slabs, planes = self.slabs(prepared), None
         if with_probabilities:
-            planes = probability_planes(logits, prepared.preparation, self.activation)
-            probabilities = np.stack(list(planes))
-        return Prediction(labels, loaded.grid, scheme or self.scheme, probabilities)
+            maps = Maps(prepared.preparation, len(self.card.outputs))
+            slabs = self._noted(slabs, maps)
+        labels = self.decode(slabs, prepared.preparation, scheme)
+        if with_probabilities:
+            planes = np.stack(list(maps.arrays(outside_probabilities(len(self.card.outputs), self.activation))))
+        return Prediction(labels, loaded.grid, scheme or self.scheme, planes)
 
     def prepare(self, loaded: LoadedCase) -> PreparedCase:
         """Orient, crop, normalise and resample one case as the training did.
@@ -154,29 +152,43 @@ class Predictor:
             )
         return prepare(loaded, self.card.preprocessing())
 
-    def predict_prepared(self, prepared: PreparedCase) -> Tensor:
-        """Logits (K, *prepared) float32 on the CPU; the network's training mode is left as it was found."""
-        image = torch.from_numpy(np.require(prepared.image, np.float32, ["C", "W"]))
-        with _evaluating(self.network):
-            return predict_logits(
-                self.network,
-                image,
-                self.card.patch_size,
-                overlap=self.card.overlap,
-                batch_size=1 if self.device.type == "cpu" else 2,
-                device=self.device,
-                mirror_axes=self._mirror_axes(),
-            )
+    def prepared_voxels(self, grid: Grid) -> int:
+        """Voxels of a case of this grid once it is prepared, if nothing is cropped."""
+        turned = reoriented_grid(grid, reorientation_to(grid, self.card.orientation))
+        return prod(resampled_shape(turned.shape, turned.spacing_mm, self.card.spacing_mm))
 
-    def decode(self, logits: Tensor, preparation: Preparation, scheme: LabelScheme | None = None) -> LabelMap:
+    def plan(self, shape: Sequence[int], axis: int | None = None) -> WindowPlan:
+        """The windows over a prepared volume (*spatial)."""
+        return plan_windows(shape, self.window, self.card.overlap, axis)
+
+    def slabs(self, prepared: PreparedCase, axis: int | None = None) -> Iterator[Slab]:
+        """Logits (K, *prepared) float32, slab by slab along `axis` (None: where slabs are smallest)."""
+        image = np.asarray(prepared.image, np.float32)
+        plan = self.plan(image.shape[1:], axis)
+        return predict_slabs(self.backend, image, plan, mirror_axes=self._mirror_axes())
+
+    def decode(self, slabs: Iterable[Slab], preparation: Preparation, scheme: LabelScheme | None = None) -> LabelMap:
         """Label map (*source) uint8 on the grid of the input, in the values of `scheme` (default: training)."""
-        values = painted_values(self.card.output_list(), self.scheme, scheme or self.scheme)
-        return decode(logits, preparation, self.activation, values)
+        return decode(slabs, preparation, self.activation, self.values(scheme or self.scheme))
+
+    def label_prepared(self, prepared: PreparedCase) -> LabelMap:
+        """Label map (*prepared) uint8 on the grid that the network works on, in the values of the training data."""
+        shape = prepared.image.shape[1:]
+        return decode_prepared(self.slabs(prepared), shape, self.activation, self.values(self.scheme))
+
+    def values(self, scheme: LabelScheme) -> tuple[int, ...]:
+        """What each output paints in the values of `scheme`."""
+        return tuple(painted_values(self.card.output_list(), self.scheme, scheme))
 
     def can_paint(self, scheme: LabelScheme) -> bool:
         """Whether `scheme` has a value for every tissue that this model paints."""
         table = translation(self.scheme, scheme)
         return all(table[output.label] for output in self.card.output_list() if output.label)
+
+    def _noted(self, slabs: Iterator[Slab], maps: Maps) -> Iterator[Slab]:
+        for slab in slabs:
+            maps.add(probabilities(slab.logits, self.activation), slab)
+            yield slab
 
     def _mirror_axes(self) -> tuple[int, ...]:
         if not self.uses_tta:
@@ -211,11 +223,11 @@ class Predictor:
 
 
 class Ensemble(Predictor):
-    """Several networks for one task: the mean of their probabilities, added up one network at a time."""
+    """Several networks for one task: the mean of their probabilities, slab by slab."""
 
     def __init__(self, members: Sequence[Predictor]) -> None:
         first = members[0]
-        super().__init__(first.network, first.card, first.device, uses_tta=first.uses_tta)
+        super().__init__(first.backend, first.card, uses_tta=first.uses_tta)
         self.members = tuple(members)
 
     @property
@@ -223,9 +235,11 @@ class Ensemble(Predictor):
         """SHA-256 of each member's weight file."""
         return [member.card.sha256 for member in self.members]
 
-    def predict_prepared(self, prepared: PreparedCase) -> Tensor:
-        """Logits (K, *prepared) of the mean probability of all members."""
-        return mean_logits((member.predict_prepared(prepared) for member in self.members), self.activation)
+    def slabs(self, prepared: PreparedCase, axis: int | None = None) -> Iterator[Slab]:
+        """Logits (K, *prepared) of the mean probability of all members, with their disagreement."""
+        if axis is None:
+            axis = self.plan(prepared.image.shape[1:]).axis
+        return merged([member.slabs(prepared, axis) for member in self.members], self.activation)
 
 
 _SHARED_BY_MEMBERS = (
@@ -249,61 +263,3 @@ def check_agreement(cards: Sequence[ModelCard], names: Sequence[object]) -> None
                 expected="models of one ensemble that prepare and paint alike, such as the folds of one training",
                 remedy="Run the models one by one, each with its own output folder",
             )
-
-
-def match_modalities(case: Case, wanted: Sequence[str], *, allow_missing: bool = False) -> Case:
-    """The case with its images under the names of the model's input channels, reference left out.
-
-    Names are compared as they are, then by what they are called elsewhere (`t1ce` is `t1c`). A model of one modality
-    takes the only image of a case whatever its name, unless that is known to be another sequence. Images numbered 0,
-    1, 2 ... or channel_0, channel_1 ... (nnU-Net, Decathlon, 4D files) are taken in order where the model's own
-    modalities are not among the four of BraTS, whose numbers differ from source to source.
-
-    Raises:
-        DataError: a modality is missing (unless `allow_missing` and at least one is there).
-    """
-    by_name = {_plain_name(name): file for name, file in case.images.items()}
-    images = {name: by_name[_plain_name(name)] for name in wanted if _plain_name(name) in by_name}
-    if not images and _may_take_in_order(case, wanted):
-        images = dict(zip(wanted, case.images.values(), strict=True))
-    missing = [name for name in wanted if name not in images]
-    if missing and not (allow_missing and images):
-        several = len(missing) > 1
-        raise DataError(
-            f"modalit{'ies' if several else 'y'} {', '.join(missing)} {'are' if several else 'is'} missing"
-            f" (found: {', '.join(case.images) or 'no image'})",
-            expected=f"{', '.join(wanted)}, as this model was trained on",
-            remedy="Add the file" + ("s" if several else "") + ", say which file is which with --modality NAME=SUFFIX"
-            + (", or pass --allow-missing to go on without" if images else ""),
-        )  # fmt: skip
-    return dataclasses.replace(case, images=images, label=None)
-
-
-def _plain_name(name: str) -> str:
-    return canonical_modality(name) or name.casefold()
-
-
-def _may_take_in_order(case: Case, wanted: Sequence[str]) -> bool:
-    if len(case.images) != len(wanted):
-        return False
-    if len(wanted) == 1:
-        (found,) = case.images
-        says_nothing = wanted[0].casefold() in _UNSPECIFIC or _is_number(wanted[0])
-        return canonical_modality(found) is None or says_nothing
-    is_numbered = all(_is_number(name) for name in case.images)
-    return is_numbered and not any(name in BRATS_MODALITIES for name in wanted)
-
-
-def _is_number(name: str) -> bool:
-    """Whether a layout found a channel without a name: "0" or "channel_0"."""
-    return name.removeprefix("channel_").isdigit()
-
-
-@contextlib.contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    was_training = network.training
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train(was_training)

@@ -1,93 +1,229 @@
-"""Sliding windows: a volume of any size through a network that takes one patch size.
+"""Sliding windows: a volume of any size through a network that takes one patch size, slab by slab.
 
 Windows overlap and are blended with a Gaussian weight, so a voxel is decided mostly by the windows that see it near
 their centre (Isensee et al., nnU-Net, Nature Methods 2021, supplement 4). A volume smaller than the window is padded
 with zeros, half on each side.
+
+Windows are computed row by row along one axis. What no later row touches is finished and handed on as a slab, so only
+one window's depth of logits is held at a time, however many outputs and voxels there are. A window without contrast,
+all of each channel one value, gives the same logits wherever it lies and is computed once.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from math import prod
 from typing import TypeAlias
 
-import torch
-from monai.inferers import sliding_window_inference
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-Network: TypeAlias = Callable[[Tensor], Tensor | Sequence[Tensor]]
-"""Patches (B, C, *patch) to logits (B, K, *patch), or to a list of logits with full resolution first."""
+from segkit.shapes import Image
 
-_log = logging.getLogger(__name__)
+Logits: TypeAlias = NDArray[np.float32]
+Network: TypeAlias = Callable[[Logits], Logits]
+"""Windows (B, C, *window) float32 to logits (B, K, *window) float32."""
+
+_SIGMA = 0.125
+"""Of the Gaussian, as a fraction of the window; as in nnU-Net and MONAI."""
+_LOWEST_WEIGHT = 1e-3
+_SAMPLE_STEP = 16
+"""Every how many voxels a window is looked at first, before all of it is."""
 
 
-def predict_logits(
+@dataclass(frozen=True)
+class Slab:
+    """Finished logits (K, *spatial): all voxels whose index along `axis` is from `start` to before `stop`."""
+
+    axis: int
+    start: int
+    stop: int
+    logits: Logits = field(repr=False)
+    spread: NDArray[np.float32] | None = field(default=None, repr=False)
+    """Disagreement of the members of an ensemble, (*spatial) in 0..1."""
+
+    def part(self, start: int, stop: int) -> Slab:
+        """The voxels from `start` to before `stop`, a view."""
+        index = (*(slice(None),) * self.axis, slice(start - self.start, stop - self.start))
+        spread = None if self.spread is None else self.spread[index]
+        return Slab(self.axis, start, stop, self.logits[(slice(None), *index)], spread)
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """Where the windows of one volume lie: `starts` per axis, in voxels of the volume padded to `shape`."""
+
+    shape: tuple[int, ...]
+    window: tuple[int, ...]
+    starts: tuple[tuple[int, ...], ...]
+    axis: int
+    """Along which slabs follow one another: where a slab of one window's depth is the smallest."""
+
+    @property
+    def count(self) -> int:
+        """Number of windows."""
+        return prod(map(len, self.starts))
+
+    @property
+    def slab_voxels(self) -> int:
+        """Voxels held at a time, for each output."""
+        return prod(self.shape) // self.shape[self.axis] * self.window[self.axis]
+
+
+def plan_windows(shape: Sequence[int], window: Sequence[int], overlap: float, axis: int | None = None) -> WindowPlan:
+    """Windows over (*spatial) voxels, each sharing the fraction `overlap` with the next; the last ends at the edge."""
+    padded = tuple(max(size, length) for size, length in zip(shape, window, strict=True))
+    starts = []
+    for size, length in zip(padded, window, strict=True):
+        step = max(1, int(length * (1 - overlap)))
+        starts.append(tuple(dict.fromkeys(min(start, size - length) for start in range(0, size - length + step, step))))
+    if axis is None:
+        axis = min(range(len(padded)), key=lambda one: window[one] / padded[one])
+    return WindowPlan(padded, tuple(window), tuple(starts), axis)
+
+
+def predict_slabs(
     network: Network,
-    image: Tensor,
-    patch_size: Sequence[int],
+    image: Image,
+    plan: WindowPlan,
     *,
-    overlap: float = 0.5,
     batch_size: int = 1,
-    device: torch.device | str = "cpu",
     mirror_axes: Sequence[int] = (),
-) -> Tensor:
-    """Logits (K, *spatial) float32 of an image (C, *spatial), on the CPU; axes are counted over *spatial.
+) -> Iterator[Slab]:
+    """Logits of an image (C, *spatial) float32, slab by slab in the order of their voxels; axes count over *spatial.
 
     `mirror_axes` is test-time augmentation: logits are averaged over every combination of flips along these axes, so
-    each axis doubles the work. On a GPU the blended volume is kept there, and on the CPU where it does not fit.
+    each axis doubles the work.
     """
-    device = torch.device(device)
-    window_network = _Mirrored(network, mirror_axes) if mirror_axes else _FirstOutput(network)
+    spatial = image.shape[1:]
+    before = [(size - old) // 2 for size, old in zip(plan.shape, spatial, strict=True)]
+    if plan.shape != spatial:
+        after = [size - old - pad for size, old, pad in zip(plan.shape, spatial, before, strict=True)]
+        image = np.pad(image, [(0, 0), *zip(before, after, strict=True)])
+    inside = tuple(slice(pad, pad + old) for pad, old in zip(before, spatial, strict=True))
+    logits_of = _Remembering(_Mirrored(network, mirror_axes) if mirror_axes else network)
+    axis, rows = plan.axis, _Rows(plan)
+    for start, following in itertools.pairwise((*plan.starts[axis], plan.shape[axis])):
+        places = [
+            (*other[:axis], start, *other[axis:])
+            for other in itertools.product(*plan.starts[:axis], *plan.starts[axis + 1 :])
+        ]
+        for first in range(0, len(places), batch_size):
+            chosen = places[first : first + batch_size]
+            windows = [image[(slice(None), *_box(place, plan.window))] for place in chosen]
+            for place, logits in zip(chosen, logits_of(windows), strict=True):
+                rows.add(place, logits)
+        logits = rows.finish(following - start)
+        first, last = max(start, inside[axis].start), min(following, inside[axis].stop)
+        if last > first:
+            cut = list(inside)
+            cut[axis] = slice(first - start, last - start)
+            offset = inside[axis].start
+            yield Slab(axis, first - offset, last - offset, logits[(slice(None), *cut)])
 
-    def blend_on(stitching_device: torch.device, windows_at_once: int) -> Tensor:
-        logits: Tensor = sliding_window_inference(
-            image[None],
-            tuple(patch_size),
-            windows_at_once,
-            window_network,
-            overlap=overlap,
-            mode="gaussian",
-            sw_device=device,
-            device=stitching_device,
-        )
-        return logits[0].cpu()
 
-    with torch.inference_mode():
-        try:
-            return blend_on(device, batch_size)
-        except torch.OutOfMemoryError:
-            if device.type == "cpu":
-                raise
-            _log.warning("%s is out of memory; going on window by window, blending in main memory", device)
-        torch.cuda.empty_cache()
-        return blend_on(torch.device("cpu"), 1)
+class _Rows:
+    """Weighted sums of the logits of one row of windows, as deep as a window; moves on as rows are finished."""
+
+    def __init__(self, plan: WindowPlan) -> None:
+        self.plan = plan
+        self.shape = [*plan.shape[: plan.axis], plan.window[plan.axis], *plan.shape[plan.axis + 1 :]]
+        self.weight = _gaussian(plan.window)
+        self.weights = np.zeros(self.shape, np.float32)
+        self.sums: Logits | None = None
+        self.scratch: Logits | None = None
+
+    def add(self, place: tuple[int, ...], logits: Logits) -> None:
+        """Add the logits (K, *window) of the window that begins at `place`."""
+        if self.sums is None or self.scratch is None:
+            self.sums = np.zeros((len(logits), *self.shape), np.float32)
+            self.scratch = np.empty(self.plan.window, np.float32)
+        place = (*place[: self.plan.axis], 0, *place[self.plan.axis + 1 :])
+        box = _box(place, self.plan.window)
+        for total, plane in zip(self.sums, logits, strict=True):
+            np.multiply(plane, self.weight, out=self.scratch)
+            total[box] += self.scratch
+        self.weights[box] += self.weight
+
+    def finish(self, count: int) -> Logits:
+        """Blended logits (K, *spatial) of the first `count` voxels along the axis, which are then let go."""
+        if self.sums is None:
+            raise ValueError("no window was added")
+        finished = (*(slice(None),) * self.plan.axis, slice(0, count))
+        done: Logits = self.sums[(slice(None), *finished)] / self.weights[finished]
+        sums, weights = np.moveaxis(self.sums, self.plan.axis + 1, 0), np.moveaxis(self.weights, self.plan.axis, 0)
+        length = len(weights)
+        for begin in range(0, length - count, count):  # parts no longer than the way they go do not overlap
+            end = min(begin + count, length - count)
+            sums[begin:end] = sums[begin + count : end + count]
+            weights[begin:end] = weights[begin + count : end + count]
+        sums[length - count :] = 0
+        weights[length - count :] = 0
+        return done
 
 
-class _FirstOutput:
-    """A network's full-resolution logits, whether it gives one tensor or a list."""
+class _Remembering:
+    """A network on a list of windows (C, *window), which remembers its logits for windows without contrast."""
 
     def __init__(self, network: Network) -> None:
         self.network = network
+        self.known: dict[tuple[float, ...], Logits] = {}
 
-    def __call__(self, patches: Tensor) -> Tensor:
-        logits = self.network(patches)
-        return (logits if isinstance(logits, Tensor) else logits[0]).float()
+    def __call__(self, windows: Sequence[Image]) -> list[Logits]:
+        """Logits (K, *window) of each."""
+        values = [_constant(window) for window in windows]
+        results = [None if value is None else self.known.get(value) for value in values]
+        wanted = [index for index, result in enumerate(results) if result is None]
+        if wanted:
+            batch = np.stack([windows[index] for index in wanted])
+            for index, logits in zip(wanted, self.network(batch), strict=True):
+                results[index] = logits
+                value = values[index]
+                if value is not None:
+                    self.known[value] = logits.copy()
+        return [result for result in results if result is not None]
 
 
-class _Mirrored(_FirstOutput):
+class _Mirrored:
     """The mean of a network's logits over all flips of its input along some spatial axes."""
 
     def __init__(self, network: Network, axes: Sequence[int]) -> None:
-        super().__init__(network)
+        self.network = network
         self.flips = [
             tuple(axis + 2 for axis in chosen)
             for count in range(1, len(axes) + 1)
             for chosen in itertools.combinations(axes, count)
         ]
 
-    def __call__(self, patches: Tensor) -> Tensor:
-        total = super().__call__(patches).clone()
+    def __call__(self, windows: Logits) -> Logits:
+        """Logits (B, K, *window) of windows (B, C, *window)."""
+        total = np.array(self.network(windows))
         for flip in self.flips:
-            total += super().__call__(patches.flip(flip)).flip(flip)
-        return total / (len(self.flips) + 1)
+            flipped = self.network(np.ascontiguousarray(np.flip(windows, flip)))
+            total += np.flip(flipped, flip)
+        total /= len(self.flips) + 1
+        return total
+
+
+def _constant(window: Image) -> tuple[float, ...] | None:
+    """The value of each channel of (C, *window) where each has one only; None elsewhere."""
+    first = window[(slice(None), *(slice(0, 1),) * (window.ndim - 1))]
+    sample = window[(slice(None), *(slice(None, None, _SAMPLE_STEP),) * (window.ndim - 1))]
+    if (sample != first).any() or (window != first).any():
+        return None
+    return tuple(first.ravel().tolist())
+
+
+def _box(place: Sequence[int], window: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(start, start + length) for start, length in zip(place, window, strict=True))
+
+
+def _gaussian(window: Sequence[int]) -> NDArray[np.float32]:
+    """Weight of each voxel of a window, (*window), 1 in the middle."""
+    weight = np.ones((), np.float64)
+    for length in window:
+        place = np.arange(length) - (length - 1) / 2
+        weight = weight[..., None] * np.exp(-(place**2) / (2 * (_SIGMA * length) ** 2))
+    return np.maximum(weight, _LOWEST_WEIGHT).astype(np.float32)

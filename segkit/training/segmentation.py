@@ -18,7 +18,7 @@ from segkit.checkpoint import ModelCard, save_model
 from segkit.data.dataset import PatchDataset
 from segkit.data.preprocessing import PreparedCase
 from segkit.data.store import StoredCases
-from segkit.inference.decode import decode_prepared
+from segkit.inference.backends import TorchBackend
 from segkit.inference.predictor import Predictor
 from segkit.losses.compound import SegmentationLoss
 from segkit.metrics.overlap import dice_by_region
@@ -69,7 +69,7 @@ class SegmentationTask:
         An output that is in no case and was predicted in none has nothing to say; if none has, all is right: 1.
         """
         with _borrowed(self.model, weights):
-            predictor = Predictor(self.model, self.card, next(self.model.parameters()).device)
+            predictor = Predictor(TorchBackend(self.model, next(self.model.parameters()).device), self.card)
             began = time.monotonic()
             per_case = [self._dice(predictor, self.validation[0])]
             if self.validation_limit_s is not None:
@@ -91,8 +91,7 @@ class SegmentationTask:
     def _dice(self, predictor: Predictor, case: PreparedCase) -> dict[str, float]:
         if case.labels is None:
             raise ValueError(f"validation case {case.id} has no reference")
-        values = [output.label for output in self.card.output_list()]
-        labels = decode_prepared(predictor.predict_prepared(case), predictor.activation, values)
+        labels = predictor.label_prepared(case)
         return dice_by_region(labels, np.asarray(case.labels), self._regions())
 
 

@@ -70,6 +70,9 @@ def data(tmp_path: Path) -> Path:
 
 
 def call(*arguments: object, verb: str = "infer") -> int:
+    """The exit code; torch computes unless another backend is named, for it needs no preparation."""
+    if verb == "infer" and "--backend" not in arguments:
+        arguments = (*arguments, "--backend", "torch")
     with pytest.raises(SystemExit) as leave:
         segkit.cli.main([verb, *(str(argument) for argument in arguments)])
     return int(leave.value.code or 0)
@@ -177,15 +180,15 @@ def test_several_models_are_an_ensemble(data: Path, tmp_path: Path) -> None:
 def test_interruption_keeps_the_manifest(
     run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, calls = Predictor.predict_prepared, []
+    whole, calls = Predictor.slabs, []
 
-    def interrupted(self: Predictor, prepared: Any) -> torch.Tensor:
+    def interrupted(self: Predictor, prepared: Any, axis: int | None = None) -> Any:
         calls.append(prepared.id)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return whole(self, prepared)
+        return whole(self, prepared, axis)
 
-    monkeypatch.setattr(Predictor, "predict_prepared", interrupted)
+    monkeypatch.setattr(Predictor, "slabs", interrupted)
     assert call("-m", run, "-i", data, "-o", tmp_path / "out", "-d", "cpu", "-q") == 130
     document = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert document["summary"]["done"] == 1
@@ -251,7 +254,7 @@ def test_verbose_shows_tracebacks_of_failed_cases(run: Path, data: Path, tmp_pat
     environment = {**os.environ, "PYTHONPATH": str(Path(segkit.__file__).parents[1])}
     traces = []
     for options in ((), ("-v",)):
-        arguments = ("infer", "-m", run, "-i", data, "-o", tmp_path / "out", "-d", "cpu", "--json", *options)
+        arguments = ("infer", "-m", run, "-i", data, "-o", tmp_path / "out", "--backend", "torch", "--json", *options)
         command = [sys.executable, "-m", "segkit", *map(str, arguments)]
         result = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
         assert result.returncode == 1

@@ -1,0 +1,141 @@
+"""From the folder of a model to what computes it.
+
+An export is read as it is. The network of a run folder is computed by torch, or, on a CPU where a faster runtime is
+installed, turned into an ONNX file once, checked against torch, and kept in the user's cache with what the runtime
+compiles from it; from then on torch is not even loaded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import secrets
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from segkit.checkpoint.card import GraphCard, ModelCard
+from segkit.checkpoint.run_folder import file_sha256
+from segkit.errors import CheckpointError, RequestError
+from segkit.inference.backends import Backend, TorchBackend, installed_backends, open_graph
+from segkit.runtime import cache_folder, keep_freed_memory, may_have_gpu, pick_device
+
+GRAPH_NAME = "model.onnx"
+
+_EXPORTERS = ("onnx", "onnxscript")
+_LARGEST_DIFFERENCE = 1e-3
+"""Of logits between torch and a runtime, relative to the largest logit where that is above 1."""
+_LAYOUT = 1
+"""Part of the name in the cache: raise it when graphs are written in another way."""
+
+_log = logging.getLogger(__name__)
+
+
+def open_backend(
+    folder: Path, card: ModelCard, device: str, name: str = "auto", window: Sequence[int] | None = None
+) -> Backend:
+    """What computes the model of `folder` on windows of the card's size, or of `window` voxels.
+
+    The device is cpu, cuda, cuda:N, mps or auto. Backend auto is torch on a GPU, and on a CPU the
+    fastest of what is installed.
+
+    Raises:
+        CheckpointError: the model is missing or damaged.
+        RequestError: the backend is not installed, or cannot compute this model on this device.
+    """
+    window = tuple(window or card.patch_size)
+    on_cpu = device == "cpu" or (device == "auto" and (not may_have_gpu() or pick_device().type == "cpu"))
+    if card.export is not None:
+        return _open_export(folder, card, name, window)
+    if name == "torch" or not on_cpu:
+        return _open_torch(folder, device, name)
+    missing = [module for module in _EXPORTERS if importlib.util.find_spec(module) is None]
+    if name == "auto" and (not installed_backends() or missing):
+        return _open_torch(folder, device, name)
+    if missing:
+        raise RequestError(
+            f"{', '.join(missing)} not installed", remedy="pip install 'segkit[onnx]', or --backend torch"
+        )
+    cache = _cache_of(folder, card, window)
+    if not (cache / GRAPH_NAME).is_file():
+        checked = _fill(cache, folder, card, name, window)
+        if checked is not None:
+            return checked
+    return open_graph(cache / GRAPH_NAME, name, cache)
+
+
+def _open_export(folder: Path, card: ModelCard, name: str, window: tuple[int, ...]) -> Backend:
+    if card.export is None or window != card.patch_size:
+        raise RequestError(
+            f"an export computes windows of {card.patch_size} voxels only, not {window}",
+            where=folder,
+            remedy="Use the run folder, or train with a smaller patch",
+        )
+    approved = [graph for graph in card.export.graphs if graph.is_approved]
+    timed = [graph for graph in approved if graph.seconds]
+    graph = min(timed, key=lambda one: min(one.seconds.values())) if timed else approved[0]
+    _require_whole(folder, graph)
+    if name == "auto" and graph.seconds:
+        installed = [backend for backend in graph.seconds if backend in installed_backends()]
+        name = min(installed, key=graph.seconds.__getitem__, default=name)
+    return open_graph(folder / graph.file, name)
+
+
+def _require_whole(folder: Path, graph: GraphCard) -> None:
+    for file, digest in graph.sha256.items():
+        path = folder / file
+        if not path.is_file() or file_sha256(path) != digest:
+            found = "is damaged or was swapped" if path.is_file() else "is missing"
+            raise CheckpointError(found, where=path, remedy="Copy the whole folder again, or export again")
+
+
+def _open_torch(folder: Path, device: str, name: str) -> Backend:
+    from segkit.checkpoint.model import load_model
+
+    chosen = pick_device(None if device == "auto" else device)
+    if name not in ("auto", "torch"):
+        raise RequestError(f"backend {name} computes on a CPU", remedy="Pass --device cpu, or --backend torch")
+    keep_freed_memory(chosen)
+    return TorchBackend(load_model(folder, chosen), chosen)
+
+
+def _cache_of(folder: Path, card: ModelCard, window: tuple[int, ...]) -> Path:
+    size = "x".join(map(str, window))
+    if not card.sha256:
+        raise RequestError("the weights of this model have no digest", where=folder, remedy="Pass --backend torch")
+    return cache_folder() / "graphs" / f"{card.sha256[:32]}-{size}-{_LAYOUT}"
+
+
+def _fill(cache: Path, folder: Path, card: ModelCard, name: str, window: tuple[int, ...]) -> Backend | None:
+    """Write the network of a run folder into the cache; gives torch instead where that fails or differs from it."""
+    from segkit.checkpoint.model import load_model
+    from segkit.inference.graph import write_graph
+
+    _log.info("preparing the network of %s for a faster runtime, once", folder)
+    network = load_model(folder)
+    torch_backend = TorchBackend(network)
+    temporary = cache.with_name(f".{cache.name}-{secrets.token_hex(4)}")
+    try:
+        temporary.mkdir(parents=True)
+        write_graph(network, temporary / GRAPH_NAME, len(card.modalities), window)
+        difference = _difference(open_graph(temporary / GRAPH_NAME, name), torch_backend, len(card.modalities), window)
+        if difference > _LARGEST_DIFFERENCE:
+            _log.warning("the network differs by %.1e in another runtime; torch computes it", difference)
+            return torch_backend
+        if cache.exists():  # another process was faster
+            return None
+        temporary.rename(cache)
+    except (OSError, RuntimeError, MemoryError) as error:
+        _log.warning("the network cannot be prepared for another runtime (%s); torch computes it", error)
+        return torch_backend
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return None
+
+
+def _difference(backend: Backend, reference: Backend, channels: int, window: tuple[int, ...]) -> float:
+    noise = np.random.default_rng(0).normal(size=(1, channels, *window)).astype(np.float32)
+    expected = reference(noise)
+    return float(np.abs(backend(noise) - expected).max() / max(1.0, float(np.abs(expected).max())))

@@ -1,0 +1,215 @@
+"""One case from its files to its mask, in three stages that a pipeline may overlap with those of other cases."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from segkit.data.case import Case
+from segkit.data.files import read_grid, stem_of, write_labels
+from segkit.data.preprocessing import PreparedCase, load_case
+from segkit.errors import DataError, SegkitError
+from segkit.inference.decode import probabilities
+from segkit.inference.manifest import STAGES, CaseRecord
+from segkit.inference.maps import Maps, outside_probabilities, uncertainty
+from segkit.inference.predictor import Predictor
+from segkit.inference.windows import Slab
+from segkit.labels import LabelScheme
+from segkit.runtime import peak_rss_mb
+
+PROBABILITIES, UNCERTAINTY = "probabilities", "uncertainty"
+"""Sub-folders of the output for `<case>_<output>` and for `<case>_entropy`, `<case>_disagreement`."""
+_UNCERTAINTIES = ("entropy", "disagreement")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CaseTask:
+    """One case to segment: its images under the model's modality names, and where its mask goes, in which values."""
+
+    case: Case
+    target: Path
+    scheme: LabelScheme
+    missing_modalities: tuple[str, ...] = ()
+    saves_probabilities: bool = False
+    saves_uncertainty: bool = False
+    postprocesses: bool = True
+
+
+@dataclass(frozen=True)
+class CaseWorker:
+    """Segments cases with one predictor."""
+
+    predictor: Predictor
+
+    def begin(self, task: CaseTask) -> CaseJob:
+        """The work on one case, not yet started."""
+        return CaseJob(self.predictor, task)
+
+    def __call__(self, task: CaseTask) -> CaseRecord:
+        """All of the work on one case, without threads; never raises but for what ends the whole program."""
+        job = self.begin(task)
+        try:
+            job.read()
+            return job.finish(job.compute())
+        except Exception as error:
+            return job.failed(error)
+
+
+class CaseJob:
+    """The stages of one case: `read`, then `compute` whose slabs go to `finish`, which may run at the same time."""
+
+    def __init__(self, predictor: Predictor, task: CaseTask) -> None:
+        self.predictor = predictor
+        self.task = task
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self._prepared: PreparedCase | None = None
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What the prepared image takes at most, as the header of its first file tells; 0 where it cannot be read."""
+        try:
+            grid = read_grid(next(iter(self.task.case.images.values())).path)
+        except DataError:
+            return 0
+        return 4 * len(self.predictor.card.modalities) * self.predictor.prepared_voxels(grid)
+
+    def read(self) -> None:
+        """Load and prepare the case.
+
+        Raises:
+            DataError: the files cannot be read or do not fit together.
+        """
+        task, predictor = self.task, self.predictor
+        with self._timed("read"):
+            loaded = load_case(task.case, predictor.card.modalities, None, allow_missing=bool(task.missing_modalities))
+        self.grid = loaded.grid
+        with self._timed("preprocess"):
+            self._prepared = predictor.prepare(loaded)
+        self.preparation = self._prepared.preparation
+
+    def compute(self) -> Iterator[Slab]:
+        """Logits of the case, slab by slab; the prepared image is let go with the last."""
+        if self._prepared is None:
+            raise ValueError("nothing was read")
+        slabs = self.predictor.slabs(self._prepared)
+        self._prepared = None
+        while True:
+            with self._timed("predict"):
+                slab = next(slabs, None)
+            if slab is None:
+                return
+            yield slab
+
+    def finish(self, slabs: Iterator[Slab]) -> CaseRecord:
+        """Paint the mask from the slabs and write it, with the maps that were asked for.
+
+        Raises:
+            DataError: a file cannot be written.
+        """
+        task, predictor = self.task, self.predictor
+        count = len(predictor.card.outputs)
+        shares = Maps(self.preparation, count) if task.saves_probabilities else None
+        doubts = Maps(self.preparation, len(_UNCERTAINTIES)) if task.saves_uncertainty else None
+
+        def noted() -> Iterator[Slab]:
+            while True:
+                began = time.perf_counter()
+                slab = next(slabs, None)
+                self.seconds["decode"] -= time.perf_counter() - began  # waiting, or computing, is not decoding
+                if slab is None:
+                    return
+                if shares is not None:
+                    shares.add(probabilities(slab.logits, predictor.activation), slab)
+                if doubts is not None:
+                    doubts.add(uncertainty(slab, predictor.activation), slab)
+                yield slab
+
+        with self._timed("decode"):
+            labels = predictor.decode(noted(), self.preparation, task.scheme)
+        with self._timed("write"):
+            if shares is not None:
+                shares.write(_probability_paths(task, predictor), self.grid, _outside(predictor))
+            if doubts is not None:
+                doubts.write(_uncertainty_paths(task, predictor), self.grid, (0, 0))
+            write_labels(task.target, labels, self.grid)
+        return self._record("done", None)
+
+    def failed(self, error: BaseException) -> CaseRecord:
+        """The record of the case when a stage raised `error`; with -v the trace is told too."""
+        _log.debug("%s failed", self.task.case.id, exc_info=error)
+        return self._record("failed", sentence(error))
+
+    def _record(self, status: str, error: str | None) -> CaseRecord:
+        return CaseRecord(
+            self.task.case.id,
+            "done" if status == "done" else "failed",
+            error,
+            {stage: round(value, 4) for stage, value in self.seconds.items()},
+            round(peak_rss_mb(), 1),
+            self.predictor.backend.name,
+            label_scheme=self.task.scheme.name,
+            missing_modalities=self.task.missing_modalities,
+            model=self.predictor.identity,
+        )
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - start
+
+
+def map_paths(task: CaseTask, predictor: Predictor) -> list[Path]:
+    """The files with maps that a task writes beside its mask."""
+    shares = _probability_paths(task, predictor) if task.saves_probabilities else []
+    return shares + (_uncertainty_paths(task, predictor) if task.saves_uncertainty else [])
+
+
+def _probability_paths(task: CaseTask, predictor: Predictor) -> list[Path]:
+    return _paths(task, predictor, PROBABILITIES, [output.name for output in predictor.card.outputs])
+
+
+def _uncertainty_paths(task: CaseTask, predictor: Predictor) -> list[Path]:
+    return _paths(task, predictor, UNCERTAINTY, _UNCERTAINTIES)
+
+
+def _paths(task: CaseTask, predictor: Predictor, folder: str, names: list[str] | tuple[str, ...]) -> list[Path]:
+    suffix = ".tif" if predictor.card.dims == 2 else ".nii.gz"
+    return [task.target.parent / folder / f"{stem_of(task.target)}_{name}{suffix}" for name in names]
+
+
+def _outside(predictor: Predictor) -> list[float]:
+    return outside_probabilities(len(predictor.card.outputs), predictor.activation)
+
+
+_MEMORY_SIGNS = ("out of memory", "allocate memory", "not enough memory", "bad allocation", "bad_alloc")
+
+
+def is_memory_error(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, whichever library raises it."""
+    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in _MEMORY_SIGNS)
+
+
+def sentence(error: BaseException) -> str:
+    """One line that a user without knowledge of Python understands."""
+    text = " ".join(str(error).split())
+    if isinstance(error, SegkitError):
+        return text
+    if is_memory_error(error):
+        return (
+            f"out of memory after {peak_rss_mb():.0f} MB. Close other programs, use a machine with more memory, "
+            "or a model with a smaller patch or fewer outputs"
+        )
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'a file'}: {error.strerror}"
+    return (
+        f"unexpected {type(error).__name__}: {text[:300]}. This is a fault of segkit: run again with -v for the trace"
+    )
