@@ -2,7 +2,9 @@
 
 The recipe is nnU-Net's (Isensee et al. 2021, supplementary note 2) with two choices of our own. A voxel that is exactly
 0 stays 0: that is the background of skull-stripped images, the padding and a missing modality, all of which are exactly
-0 at inference too. And whole modalities are dropped now and then, so that the network copes when one is missing.
+0 at inference too. And whole modalities are set to 0 now and then, so that the network copes with whichever is
+missing: modality dropout (Neverova et al., "ModDrop", IEEE PAMI 38(8), 2016, arXiv 1501.00102), here with every
+incomplete set of modalities equally likely.
 
 Every draw comes from a generator seeded by the caller, never from a global or a worker's state.
 """
@@ -93,8 +95,9 @@ class AugmentationConfig(Config):
     gamma_range: Range = (0.7, 1.5)
     """Exponent of the gamma curve."""
 
-    modality_dropout: float = Field(default=0.05, ge=0, lt=1)
-    """Probability with which each modality is set to 0; one is always left."""
+    modality_dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Probability that a patch lacks at least one modality, set to 0 as a missing one is at inference; one is always
+    left, and every incomplete set is equally likely. None lets planning decide: on where scans may lack a sequence."""
 
 
 class Augmentation:
@@ -142,6 +145,7 @@ class Augmentation:
                 generator = np.random.default_rng((seed, 1))
                 patch = self._mirror(patch, generator)
                 patch["image"] = self._change_intensities(patch["image"], generator)
+                _drop_modalities(patch["image"], self.config.modality_dropout or 0.0, generator)
         return patch
 
     def _spatial_matrix(self, seed: int) -> NDArray[np.float64] | None:
@@ -190,9 +194,6 @@ class Augmentation:
             changed = _change_plane(plane[None], self.config, generator)
             if changed is not None:
                 plane.copy_(changed[0].masked_fill_(plane == 0, 0))
-        is_dropped = generator.random(len(image)) < self.config.modality_dropout
-        if is_dropped.any() and any(bool(image[channel].any()) for channel in np.flatnonzero(~is_dropped)):
-            image[torch.from_numpy(is_dropped)] = 0
         return image
 
 
@@ -263,6 +264,22 @@ def _change_plane(
         is_inverted = bool(generator.random() < _INVERTED_GAMMA)
         plane = AdjustContrast(gamma, invert_image=is_inverted, retain_stats=True)(plane)
     return None if plane is original else plane
+
+
+def _drop_modalities(image: torch.Tensor, probability: float, generator: np.random.Generator) -> None:
+    """Set a random part of the modalities of (C, *spatial) to 0, in place; some of those that hold anything are left.
+
+    It comes after the intensity changes, which are computed with each modality as it was.
+    """
+    if generator.random() >= probability:
+        return
+    present = np.flatnonzero(image.flatten(1).any(dim=1).numpy())
+    if len(present) < 2:
+        return
+    is_kept = np.zeros(len(present), np.bool_)
+    while is_kept.all() or not is_kept.any():
+        is_kept = generator.random(len(present)) < 0.5
+    image[torch.from_numpy(present[~is_kept])] = 0
 
 
 def _lower_resolution(plane: torch.Tensor, fraction: float) -> torch.Tensor:

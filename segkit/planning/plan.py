@@ -27,6 +27,7 @@ from segkit.planning.network import PlannedNetwork, seconds_of, trial_step, tria
 from segkit.planning.rules import (
     Shape,
     choose_mirror_axes,
+    choose_modality_dropout,
     choose_normalisation,
     largest_batch,
     largest_patch,
@@ -61,6 +62,7 @@ class PlanningRequest:
     batch_limit: int = 2
     preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
     mirror_axes: tuple[int, ...] | None = None
+    modality_dropout: float | None = None
     overlap: float = 0.5
     has_average: bool = True
     steps: int = 1000
@@ -80,6 +82,7 @@ class Plan(Config):
     """Network arguments, with the strides and the memory mode where the family has them."""
     preprocessing: PreprocessingConfig
     mirror_axes: tuple[int, ...]
+    modality_dropout: float
     memory_gb: float
     """Expected peak in GiB."""
     reasons: dict[str, str]
@@ -115,6 +118,10 @@ def plan_training(
     mirror_axes = request.mirror_axes
     if mirror_axes is None:
         mirror_axes, reasons["augmentation.mirror_axes"] = choose_mirror_axes(scheme, fingerprint.dims)
+    modality_dropout = request.modality_dropout
+    if modality_dropout is None:
+        modality_dropout, why = choose_modality_dropout(fingerprint.modalities)
+        reasons["augmentation.modality_dropout"] = why
     sizes = prepared_shapes(fingerprint, preprocessing)
     median: Shape = tuple(np.ceil(np.median(np.array(sizes), axis=0)).astype(int).tolist())
     spacing = preprocessing.spacing_mm or fingerprint.median_spacing_mm
@@ -137,6 +144,7 @@ def plan_training(
         arguments=choice.network.arguments,
         preprocessing=preprocessing,
         mirror_axes=mirror_axes,
+        modality_dropout=modality_dropout,
         memory_gb=round(choice.memory_gb, 2),
         reasons=reasons,
     )

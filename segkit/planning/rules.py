@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from segkit.data.case import BRATS_MODALITIES
 from segkit.data.preprocessing import Normalisation
 from segkit.labels import LabelScheme
 from segkit.planning.fingerprint import Fingerprint
@@ -27,6 +28,8 @@ _STRIDE_RATIO = 2.0
 _PICTURE_FACTOR = 2
 """A picture's patch may be that many times longer than a volume's, and that many times as many make a batch: there is
 one axis less to pay for. Longer patches instead of more learn more slowly (`docs/benchmarks.md`)."""
+_MODALITY_DROPOUT = 0.3
+"""Part of the patches that lack a modality: most still show all of them, which is what most scans have."""
 _SIDES = {"left", "right", "l", "r", "lh", "rh"}
 
 
@@ -82,6 +85,18 @@ def choose_mirror_axes(scheme: LabelScheme, dims: int) -> tuple[Shape, str]:
     if dims == 2:
         return (0, 1), "the labels of these pictures name no side"
     return (0,), "left and right are alike, but top and bottom, front and back of the body are not"
+
+
+def choose_modality_dropout(modalities: Sequence[str]) -> tuple[float, str]:
+    """Three patches in ten lack a modality where all are MRI sequences of BraTS; elsewhere none does.
+
+    Of other channels, such as the colours of a picture, nobody knows whether one can be missing.
+    """
+    if len(modalities) < 2:
+        return 0.0, "there is one modality"
+    if all(modality in BRATS_MODALITIES for modality in modalities):
+        return _MODALITY_DROPOUT, "scans may lack a sequence: `segkit infer --allow-missing`"
+    return 0.0, "these channels are not known to be missing at times"
 
 
 def choose_strides(shape: Shape, spacing_mm: Spacing, steps: int) -> tuple[Shape, ...]:

@@ -177,6 +177,7 @@ def planning_request(config: TrainConfig, validation_cases: int) -> PlanningRequ
         batch_limit=config.planning.batch_limit,
         preprocessing=config.preprocessing,
         mirror_axes=config.augmentation.mirror_axes,
+        modality_dropout=config.augmentation.modality_dropout,
         overlap=config.overlap,
         has_average=training.ema_decay > 0,
         steps=training.steps,
@@ -209,7 +210,7 @@ def _decide(
     )
     config = with_values(config, "planning", patch_size=plan.patch_size, batch_size=plan.batch_size)
     config = with_values(config, "network", arguments=plan.arguments)
-    config = with_values(config, "augmentation", mirror_axes=plan.mirror_axes)
+    config = with_values(config, "augmentation", mirror_axes=plan.mirror_axes, modality_dropout=plan.modality_dropout)
     config = config.model_copy(update={"preprocessing": plan.preprocessing})
     return config, plan.reasons, {"memory_gb": plan.memory_gb}
 

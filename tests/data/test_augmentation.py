@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -170,20 +172,62 @@ def test_labels_keep_whole_values_under_rotation() -> None:
     assert set(patch["labels"].unique().tolist()) <= {0, 1, 2, 3}
 
 
-def test_modality_dropout_never_drops_all() -> None:
+def kept_modalities(config: AugmentationConfig, whole: dict[str, np.ndarray], seeds: int) -> Counter[tuple[int, ...]]:
+    """How often each set of modalities is left."""
+    augment = Augmentation(config, (2, 2, 2))
+    found = [augment(whole, seed)["image"].flatten(1).any(dim=1).nonzero().flatten().tolist() for seed in range(seeds)]
+    return Counter(map(tuple, found))
+
+
+def test_modality_dropout_leaves_each_incomplete_set_as_often_as_any_other() -> None:
+    """700 of 1000 patches complete (deviation 14.5), the 300 others in 14 sets, so 21.4 each (deviation 4.6)."""
+    kept = kept_modalities(always(modality_dropout=0.3), sample((4, 4, 4), channels=4), 1000)
+
+    assert () not in kept
+    complete = kept.pop((0, 1, 2, 3))
+    assert abs(complete - 700) < 3 * 14.5
+    assert len(kept) == 14
+    assert all(abs(count - 300 / 14) < 4 * 4.6 for count in kept.values())
+
+
+def test_modality_dropout_leaves_what_it_keeps_as_it_was() -> None:
+    whole = sample(channels=4)
+    before = whole["image"].copy()
     augment = Augmentation(always(modality_dropout=0.9), (6, 7, 8))
 
-    kept = [int((augment(sample(), seed)["image"].flatten(1) != 0).any(dim=1).sum()) for seed in range(40)]
+    for seed in range(10):
+        patch = augment(whole, seed)
+        for plane, original in zip(patch["image"].numpy(), whole["image"], strict=True):
+            assert not plane.any() or np.array_equal(plane, original)
+        assert np.array_equal(patch["labels"], whole["labels"])
+    assert np.array_equal(whole["image"], before)
 
-    assert min(kept) == 1
+
+def test_modality_dropout_is_the_same_for_the_same_seed_and_comes_after_all_other_changes() -> None:
+    config = AugmentationConfig(mirror_axes=(0,), noise_probability=1.0, gamma_probability=1.0)
+    with_dropout = Augmentation(config.model_copy(update={"modality_dropout": 0.9}), (6, 7, 8))
+    without = Augmentation(config.model_copy(update={"modality_dropout": 0.0}), (6, 7, 8))
+
+    for seed in range(5):
+        first, again = (with_dropout(sample(channels=4), seed)["image"] for _ in range(2))
+        complete = without(sample(channels=4), seed)["image"]
+        is_kept = first.flatten(1).any(dim=1)
+        assert torch.equal(first, again)
+        assert torch.equal(first[is_kept], complete[is_kept])
 
 
 def test_modality_dropout_never_drops_the_only_modality_a_case_has() -> None:
     whole = sample()
     whole["image"][0] = 0  # missing already
-    augment = Augmentation(always(modality_dropout=0.5), (6, 7, 8))
+    kept = kept_modalities(always(modality_dropout=0.9), whole, 20)
 
-    assert all(augment(whole, seed)["image"].any() for seed in range(20))
+    assert kept == {(1,): 20}
+
+
+def test_nothing_is_dropped_where_planning_was_not_asked() -> None:
+    kept = kept_modalities(always(modality_dropout=None), sample(channels=4), 20)
+
+    assert kept == {(0, 1, 2, 3): 20}
 
 
 def test_monai_tracks_metadata_again_afterwards() -> None:

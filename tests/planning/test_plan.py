@@ -30,6 +30,7 @@ from segkit.planning.network import seconds_of
 from segkit.planning.plan import Plan, PlanningRequest, estimate_minutes, estimate_training, plan_training
 from segkit.planning.rules import (
     choose_mirror_axes,
+    choose_modality_dropout,
     choose_normalisation,
     choose_strides,
     largest_batch,
@@ -162,6 +163,22 @@ def test_mirror_axes(scheme: object, dims: int, expected: tuple[int, ...]) -> No
     assert choose_mirror_axes(scheme, dims)[0] == expected  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("modalities", "expected", "reason"),
+    [
+        (("t1n", "t1c", "t2w", "t2f"), 0.3, "may lack a sequence"),
+        (("t1c", "t2f"), 0.3, "may lack a sequence"),
+        (("t1c",), 0, "one modality"),
+        (("red", "green", "blue"), 0, "not known to be missing"),
+        (("t2w", "adc"), 0, "not known to be missing"),
+    ],
+)
+def test_modality_dropout(modalities: tuple[str, ...], expected: float, reason: str) -> None:
+    chosen, why = choose_modality_dropout(modalities)
+    assert chosen == expected
+    assert reason in why
+
+
 def test_strides_wait_for_coarse_axes_and_spare_short_ones() -> None:
     assert choose_strides((64, 64, 64), (1.0, 1.0, 1.0), 2) == ((2, 2, 2), (2, 2, 2))
     assert choose_strides((64, 64, 20), (0.5, 0.5, 2.0), 3) == ((2, 2, 1), (2, 2, 1), (2, 2, 2))
@@ -287,6 +304,7 @@ def test_plan_for_brats_like_data() -> None:
         "preprocessing.normalisation",
         "preprocessing.crop",
         "augmentation.mirror_axes",
+        "augmentation.modality_dropout",
         "planning.patch_size",
         "planning.batch_size",
         "network.arguments",
@@ -314,11 +332,13 @@ def test_what_the_user_chose_stays() -> None:
         batch_size=3,
         preprocessing=chosen,
         mirror_axes=(1,),
+        modality_dropout=0.1,
     )
     plan = plan_training(fingerprint(), BRATS, request, memory_gb=4.0)
 
     assert plan.preprocessing == chosen
     assert (plan.patch_size, plan.batch_size, plan.mirror_axes) == ((16, 16, 8), 3, (1,))
+    assert plan.modality_dropout == 0.1
     assert plan.arguments == {"mode": "reversible", "strides": ((2, 2, 2), (2, 2, 1))}
     assert plan.divisor == (4, 4, 2)
     assert plan.reasons == {}
