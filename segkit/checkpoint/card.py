@@ -74,6 +74,31 @@ class ExportCard(Config):
     """Largest logit difference to the trained network and Dice of the decoded masks, by backend."""
 
 
+Part = Literal["component", "total"]
+"""Each connected component by itself (voxels that touch at a corner are connected), or a region as a whole."""
+
+
+class SizeRule(Config):
+    """What of one output is too small to be believed, and what not believing it did on the validation cases."""
+
+    output: str
+    """Name of the output whose region is measured."""
+    part: Part
+    smallest_mm3: float = Field(gt=0)
+    """Volumes below this are removed, in mm³; on pictures, which have no spacing, in pixels."""
+    dice: tuple[float, float] | None = None
+    """Mean Dice of the output, and of those inside it, before and after."""
+
+
+class PostprocessingCard(Config):
+    """Rules applied to a label map one after the other; `segkit.inference.postprocessing` applies them."""
+
+    rules: tuple[SizeRule, ...]
+    """Outer regions before those inside them."""
+    cases: int = 0
+    """Validation cases that the rules were chosen on."""
+
+
 class ModelCard(Config):
     """The contents of `model.json`: everything needed to use the weights beside it.
 
@@ -104,6 +129,10 @@ class ModelCard(Config):
     activation: Literal["sigmoid", "softmax"] | None = None
     outputs: tuple[OutputCard, ...] = ()
     label_scheme: SchemeCard | None = None
+    postprocessing: PostprocessingCard | None = None
+    """What is removed from a label map, chosen on the validation cases; null removes nothing."""
+    modality_dropout: float = 0.0
+    """Part of the training patches that lacked a modality; where it is 0, the network never was without one."""
     versions: dict[str, str] = Field(default_factory=dict)
     sha256: str = ""
     """Digest of `model.safetensors`."""
@@ -143,6 +172,6 @@ class ModelCard(Config):
         if self.export is None:
             del document["export"]
         if self.task != "segmentation":
-            for key in ("activation", "outputs", "label_scheme"):
+            for key in ("activation", "outputs", "label_scheme", "postprocessing"):
                 del document[key]
         return document

@@ -124,3 +124,6 @@ class TrainConfig(Config):
     training: TrainingConfig = TrainingConfig()
     overlap: float = Field(default=0.5, ge=0, lt=1)
     """Overlap of inference windows, as a part of the patch."""
+    postprocessing: Literal["auto", "none"] = "auto"
+    """auto: sizes below which a component or a whole region is removed are tried on the validation cases after the
+    training, and kept where they help; none: masks are left as they are painted."""

@@ -1,0 +1,131 @@
+"""What is too small to be believed is removed from a label map: components of a region, or a whole region.
+
+A network that is trained on voxels paints specks that no reader would draw, and a trace of enhancing tumour where there
+is none costs a case its whole score. Replacing an enhancing tumour below some size by necrosis is common practice in
+BraTS (Isensee et al., "nnU-Net for Brain Tumor Segmentation", arXiv 2011.00848); the sizes are chosen on validation
+cases by `segkit.training.postprocessing` and travel in the model card.
+
+The label map is in the values of the label scheme that the outputs are defined in. Voxels removed from a nested region
+become what the region around it paints (ET becomes NCR, TC with all inside it becomes ED), those of the outermost
+region, and of exclusive classes, background.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from statistics import median_low
+
+import numpy as np
+from scipy import ndimage
+
+from segkit.checkpoint.card import Part, PostprocessingCard, SizeRule
+from segkit.errors import CheckpointError
+from segkit.labels import Output
+from segkit.metrics.overlap import Mask, region_mask
+from segkit.shapes import LabelMap
+
+Box = tuple[slice, ...]
+"""An index of (D, H, W) or (H, W)."""
+PARTS: tuple[Part, ...] = ("component", "total")
+"""In the order in which they are removed."""
+_ROUNDING = 1e-3
+"""Voxels of 0.9999 mm count as those of 1 mm: a volume this share below the limit is not below it."""
+
+
+def postprocess(
+    labels: LabelMap, spacing_mm: Sequence[float], outputs: Sequence[Output], config: PostprocessingCard | None
+) -> LabelMap:
+    """The label map with the rules of `config` applied in their order; the map itself where there is none.
+
+    Args:
+        labels: (D, H, W) or (H, W) uint8 in the values of the training scheme; not changed.
+        spacing_mm: Voxel spacing of each axis in mm; 1 on pictures.
+        outputs: The outputs of the network in painting order.
+        config: The rules of the model card.
+
+    Raises:
+        CheckpointError: a rule names an output that the network does not have.
+    """
+    if config is None or not config.rules:
+        return labels
+    cleaned = labels.copy()
+    for rule in config.rules:
+        output = _output_named(rule.output, outputs)
+        box = region_box(label_boxes(cleaned), output.members)
+        if box is not None:
+            view = cleaned[box]
+            view[_too_small(region_mask(view, output.members), rule, spacing_mm)] = label_beneath(output, outputs)
+    return cleaned
+
+
+def agreed_rules(configs: Sequence[PostprocessingCard | None], outputs: Sequence[Output]) -> PostprocessingCard | None:
+    """What the members of an ensemble agree on: each limit is the (lower) median of theirs, 0 where one has none.
+
+    So a rule needs more than half of the members, and two members take the milder one. The measured Dice is left out.
+    """
+    rules = []
+    for output in outputs:
+        for part in PARTS:
+            limit = median_low([_limit_of(output, part, config) for config in configs])
+            if limit:
+                rules.append(SizeRule(output=output.name, part=part, smallest_mm3=limit))
+    return PostprocessingCard(rules=tuple(rules), cases=sum(c.cases for c in configs if c)) if rules else None
+
+
+def label_beneath(output: Output, outputs: Sequence[Output]) -> int:
+    """The label that voxels removed from an output get: that of the smallest output around it, else 0."""
+    around = [o for o in outputs if set(output.members) < set(o.members) and o.label not in output.members]
+    return min(around, key=lambda o: len(o.members)).label if around else 0
+
+
+def smallest_voxels(smallest_mm3: float, spacing_mm: Sequence[float]) -> int:
+    """The least number of voxels whose volume is not below a limit."""
+    return math.ceil(smallest_mm3 * (1 - _ROUNDING) / math.prod(spacing_mm))
+
+
+def label_boxes(labels: LabelMap) -> list[Box | None]:
+    """The smallest box that holds label value 1, 2 ... 255; None for those that are not in the map."""
+    boxes: list[Box | None] = ndimage.find_objects(labels, max_label=255)
+    return boxes
+
+
+def region_box(boxes: Sequence[Box | None], members: Iterable[int]) -> Box | None:
+    """The smallest box around the `label_boxes` of these values; None where there are none."""
+    found = [box for value in members if (box := boxes[value - 1]) is not None]
+    if not found:
+        return None
+    return tuple(
+        slice(min(side.start for side in sides), max(side.stop for side in sides)) for sides in zip(*found, strict=True)
+    )
+
+
+def connectivity(dims: int) -> int:
+    """Voxels that touch at a corner are connected: 26 neighbours in a volume, 8 in a picture."""
+    return 26 if dims == 3 else 8
+
+
+def _too_small(mask: Mask, rule: SizeRule, spacing_mm: Sequence[float]) -> Mask:
+    smallest = smallest_voxels(rule.smallest_mm3, spacing_mm)
+    if rule.part == "total":
+        return mask if np.count_nonzero(mask) < smallest else np.zeros_like(mask)
+    import cc3d  # most models have no rule and need not load it
+
+    kept: Mask = cc3d.dust(mask, threshold=smallest, connectivity=connectivity(mask.ndim), binary_image=True)
+    return mask & ~kept
+
+
+def _limit_of(output: Output, part: Part, config: PostprocessingCard | None) -> float:
+    rules = config.rules if config else ()
+    return next((rule.smallest_mm3 for rule in rules if (rule.output, rule.part) == (output.name, part)), 0.0)
+
+
+def _output_named(name: str, outputs: Sequence[Output]) -> Output:
+    for output in outputs:
+        if output.name == name and output.label != 0:
+            return output
+    raise CheckpointError(
+        f"post-processing speaks of output {name!r}",
+        expected=f"one of {', '.join(output.name for output in outputs if output.label != 0)}",
+        remedy="The model card was edited: correct `postprocessing` in model.json, or set it to null",
+    )
