@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from segkit.data.files import read_grid
 from segkit.data.preprocessing import load_case
 from segkit.data.store import PreparedStore, StoredCases
 from segkit.errors import DataError, RequestError
+from segkit.inference.backends import TorchBackend
 from segkit.inference.predictor import Predictor
 from segkit.labels import outputs_of
 from segkit.losses.compound import SegmentationLoss
@@ -61,7 +62,9 @@ from segkit.training.folder import (
 )
 from segkit.training.loop import fit
 from segkit.training.planned import PlannedRun, RunRequest, find_cohort, patients_of, plan_run, with_values
+from segkit.training.postprocessing import ScoredCases, settle_postprocessing
 from segkit.training.segmentation import ENDLESS, SegmentationTask
+from segkit.training.summary import CaseDice, RunSummary, summarise_folds, without_undefined
 from segkit.training.weights import FirstWeights, first_weights
 
 _log = logging.getLogger(__name__)
@@ -72,31 +75,6 @@ _FINAL_VALIDATIONS = 2.0
 """Cases scored at the end of a budget, as a multiple of those validated on the way."""
 _PICTURES = 3
 """Validation cases drawn at the end of a run."""
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """How a run ended: mean validation Dice per output, per case, and what it cost."""
-
-    run: Path
-    dice: Mapping[str, float]
-    cases: Mapping[str, Mapping[str, float]]
-    steps: int
-    minutes: float
-    peak_rss_mb: float
-    skipped: Mapping[str, str]
-
-    def to_json(self) -> dict[str, Any]:
-        """The document printed by `segkit train --json` and kept as validation.json."""
-        return {
-            "run": str(self.run),
-            "dice": dict(self.dice),
-            "cases": {case_id: dict(dice) for case_id, dice in self.cases.items()},
-            "steps": self.steps,
-            "minutes": round(self.minutes, 2),
-            "peak_rss_mb": round(self.peak_rss_mb),
-            "skipped": dict(self.skipped),
-        }
 
 
 def train_run(request: RunRequest) -> RunSummary:
@@ -136,7 +114,7 @@ def train_run(request: RunRequest) -> RunSummary:
     scored = validation_ids if deadline_s is None else validation_ids[: int(_FINAL_VALIDATIONS * len(task.validation))]
     if len(scored) < len(validation_ids):
         _log.warning("the budget is spent: %d of %d validation cases are scored", len(scored), len(validation_ids))
-    return _finish(planned, _score(planned, scored), state.step, skipped)
+    return _finish(planned, *_score(planned, scored), state.step, skipped)
 
 
 def cross_validate(request: RunRequest) -> RunSummary:
@@ -156,17 +134,12 @@ def cross_validate(request: RunRequest) -> RunSummary:
     request = replace(request, config=with_values(request.config, "data", folds=folds, cache=cache))
     if not request.is_resumed:
         write_config(request.run, request.config, {}, f"cross-validation of {request.data}")
-    per_case: dict[str, Mapping[str, float]] = {}
-    skipped: dict[str, str] = {}
-    steps = 0
+    documents = []
     for fold in range(folds):
         _log.info("fold %d of %d", fold + 1, folds)
         document = _finished_fold(request, fold) or train_run(_fold_request(request, fold, folds - fold)).to_json()
-        per_case |= document["cases"]
-        skipped |= document["skipped"]
-        steps += document["steps"]
-    minutes = (time.monotonic() - request.started_s) / 60
-    summary = RunSummary(request.run, _mean_by_output(per_case), per_case, steps, minutes, peak_rss_mb(), skipped)
+        documents.append(document)
+    summary = summarise_folds(request.run, documents, (time.monotonic() - request.started_s) / 60)
     write_json(request.run / SCORES_NAME, summary.to_json())
     return summary
 
@@ -228,6 +201,7 @@ def _card(planned: PlannedRun) -> ModelCard:
         outputs=tuple(OutputCard(name=o.name, label=o.label, members=o.members) for o in outputs),
         label_scheme=SchemeCard(name=scheme.name, labels=dict(scheme.values)),
         mirror_axes=config.augmentation.mirror_axes,
+        modality_dropout=(config.augmentation.modality_dropout or 0.0) if config.augmentation.enabled else 0.0,
         versions=environment(),
         training_data=TrainingData(
             identity=f"{cohort.layout}: {cohort.root.name}", licence=cohort.licence, cases=len(planned.training_ids)
@@ -321,34 +295,40 @@ def _build_task(
     )
 
 
-def _score(planned: PlannedRun, case_ids: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Dice of the best weights on the validation cases, each on its own grid, with pictures of three of them."""
+def _score(planned: PlannedRun, case_ids: Sequence[str]) -> tuple[CaseDice, CaseDice | None]:
+    """Dice of the best weights on the validation cases, each on its own grid, with pictures of three of them.
+
+    The second is that with the post-processing which is then chosen on them and written in the card, None without any.
+    """
     run = planned.request.run
-    card = load_card(run)
-    predictor = Predictor(load_model(run, planned.request.device), card, planned.request.device)
+    card = load_card(run).model_copy(update={"postprocessing": None})  # a resumed run has chosen one already
+    predictor = Predictor(TorchBackend(load_model(run, planned.request.device), planned.request.device), card)
     regions = {output.name: output.members for output in card.output_list() if output.label != 0}
     names = {value: tissue for tissue, value in planned.scheme.values.items()}
     per_case: dict[str, dict[str, float]] = {}
+    kept = ScoredCases()
     for number, case in enumerate(planned.cases(case_ids)):
         loaded = load_case(case, planned.cohort.modalities, planned.scheme)
         if loaded.labels is None:
             continue
         labels = predictor.predict_loaded(loaded).labels
         per_case[case.id] = dice_by_region(labels, loaded.labels, regions)
+        kept.add(case.id, labels, loaded.labels, loaded.grid.spacing_mm)
         if number < _PICTURES:
             path = run / "figures" / f"validation_{number}.png"
             image, title = loaded.image[-1], case.id
             overlay_figure(path, image, labels, loaded.grid, reference=loaded.labels, names=names, title=title)
-    return per_case
+    return per_case, settle_postprocessing(run, kept, names, is_wanted=planned.config.postprocessing == "auto")
 
 
 def _finish(
-    planned: PlannedRun, per_case: Mapping[str, Mapping[str, float]], steps: int, skipped: Mapping[str, str]
+    planned: PlannedRun, dice: CaseDice, postprocessed: CaseDice | None, steps: int, skipped: Mapping[str, str]
 ) -> RunSummary:
     request = planned.request
     minutes = (time.monotonic() - request.started_s) / 60
-    clean = {case_id: {k: v for k, v in dice.items() if v == v} for case_id, dice in per_case.items()}
-    summary = RunSummary(request.run, _mean_by_output(clean), clean, steps, minutes, peak_rss_mb(), skipped)
+    clean = without_undefined(dice)
+    cleaned = None if postprocessed is None else without_undefined(postprocessed)
+    summary = RunSummary(request.run, clean, steps, minutes, peak_rss_mb(), skipped, cleaned)
     estimate = {f"estimated_{key}": value for key, value in planned.estimate.items()}
     write_json(request.run / SCORES_NAME, {**summary.to_json(), **estimate})
     _log.info(
@@ -359,10 +339,3 @@ def _finish(
         planned.estimate.get("memory_gb", float("nan")),
     )
     return summary
-
-
-def _mean_by_output(per_case: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Mean Dice per output over the cases where it is defined (present in prediction or reference)."""
-    names = list(dict.fromkeys(name for dice in per_case.values() for name in dice))
-    values = {name: [dice[name] for dice in per_case.values() if name in dice] for name in names}
-    return {name: sum(found) / len(found) for name, found in values.items()}

@@ -14,10 +14,12 @@ import yaml
 from PIL import Image
 
 from segkit.checkpoint import load_card, load_model
+from segkit.checkpoint.card import PostprocessingCard, SizeRule
 from segkit.config.loading import build_config
 from segkit.data.phantom_layouts import write_phantoms
 from segkit.errors import RequestError
 from segkit.inference.predictor import Predictor
+from segkit.training import postprocessing
 from segkit.training import run as run_module
 from segkit.training.config import TrainConfig
 from segkit.training.folder import read_config
@@ -69,6 +71,7 @@ def test_card_says_what_inference_needs(finished: Path) -> None:
     assert card.modalities == ("t1n", "t1c", "t2w", "t2f")
     assert [(output.name, output.label) for output in card.outputs] == [("WT", 2), ("TC", 1), ("ET", 3)]
     assert (card.activation, card.normalisation, card.crop) == ("sigmoid", "zscore-nonzero", "nonzero")
+    assert (card.modality_dropout, card.postprocessing) == (0.3, None)  # one case is too few to choose on
     assert card.divisor == (2, 2, 2)
     assert load_model(finished).divisor == (2, 2, 2)
 
@@ -79,6 +82,8 @@ def test_settings_are_resolved_and_explained(finished: Path) -> None:
     assert document["planning"]["patch_size"] == [16, 16, 16]
     assert document["preprocessing"]["normalisation"] == "zscore-nonzero"
     assert document["augmentation"]["mirror_axes"] == [0, 1, 2]
+    assert document["augmentation"]["modality_dropout"] == 0.3
+    assert "may lack a sequence" in text
     assert text.count("# chosen: ") >= 5
     TrainConfig(**document)
 
@@ -95,6 +100,7 @@ def test_validation_scores_are_those_of_the_predictor(finished: Path, phantoms: 
     dice = 2 * (whole & expected).sum() / (whole.sum() + expected.sum())
     assert document["cases"][case_id]["WT"] == pytest.approx(dice)
     assert document["estimated_memory_gb"] > 0.3
+    assert document["postprocessed"] is None
 
 
 def test_a_used_folder_is_not_overwritten_unasked(finished: Path, phantoms: Path) -> None:
@@ -154,8 +160,18 @@ def test_nothing_to_resume(phantoms: Path, tmp_path: Path) -> None:
         train_run(replace(_request(phantoms, tmp_path / "new"), is_resumed=True))
 
 
-def test_cross_validation_scores_every_case_out_of_fold(phantoms: Path, tmp_path: Path) -> None:
+def test_cross_validation_scores_every_case_out_of_fold(
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One case a fold is too few to choose post-processing on, so the choice, to remove everything, is given."""
+    rules = PostprocessingCard(rules=(SizeRule(output="WT", part="total", smallest_mm3=1e9),), cases=1)
+    monkeypatch.setattr(postprocessing, "choose_postprocessing", lambda scored, outputs: rules)
     summary = cross_validate(_request(phantoms, tmp_path, training={"steps": 2, "steps_per_epoch": 2}))
+    assert summary.dice["WT"] > 0.01
+    document = json.loads((tmp_path / "validation.json").read_text())
+    assert set(document["postprocessed"]["cases"]) == set(document["cases"]) == set(summary.cases)
+    assert document["postprocessed"]["dice"] == {"WT": 0, "TC": 0, "ET": 0}
+    assert [load_card(tmp_path / f"fold_{k}").postprocessing for k in range(3)] == [rules] * 3
     assert len(summary.cases) == 3
     validated = [json.loads((tmp_path / f"fold_{k}" / "split.json").read_text())["validation"] for k in range(3)]
     assert sorted(case_id for fold in validated for case_id in fold) == sorted(summary.cases)
