@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -13,6 +14,7 @@ from segkit.cli.options import (
     InputOption,
     JsonOption,
     LayoutOption,
+    MemoryOption,
     ModalitiesOption,
     ModelOption,
     OutputOption,
@@ -21,6 +23,7 @@ from segkit.cli.options import (
     SchemeOption,
     VerboseOption,
     console,
+    parse_gigabytes,
     print_json,
     print_table,
     read_case_ids,
@@ -30,9 +33,9 @@ from segkit.cli.options import (
 
 if TYPE_CHECKING:
     from segkit.data.case import Cohort
+    from segkit.inference.cases import InferenceSettings
     from segkit.inference.manifest import CaseRecord
     from segkit.inference.predictor import Predictor
-    from segkit.inference.worker import CaseTask
 
 BackendOption = Annotated[
     Literal["auto", "torch", "onnxruntime", "openvino"],
@@ -77,6 +80,7 @@ def infer(
     uncertainty: UncertaintyOption = False,
     postprocessing: PostprocessingOption = True,
     workers: WorkersOption = None,
+    memory: MemoryOption = None,
     num_parts: NumPartsOption = 1,
     part_id: PartIdOption = 0,
     overwrite: OverwriteOption = False,
@@ -91,58 +95,125 @@ def infer(
     it was interrupted.
     """
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
-    from segkit.inference.cases import InferenceSettings, find_input, plan_cases, take_part
-    from segkit.inference.folders import infer_folder, open_manifest
-    from segkit.inference.pipeline import LocalExecutor
-    from segkit.runtime import available_cores
+    from segkit.data.archives import opened
+    from segkit.errors import DataError, as_request
+    from segkit.inference.cases import InferenceSettings
 
-    cohort = find_input(
-        input,
-        layout=layout,
-        modalities=read_modalities(modality),
-        case_ids=read_case_ids(cases),
-        exclude=output.resolve(),
-    )
-    cohort, part = take_part(cohort, num_parts, part_id)
-    predictor = _load(model, backend, device, uses_tta=tta)
     settings = InferenceSettings(
         overwrites=overwrite,
         allows_missing=allow_missing,
         saves_probabilities=save_probabilities,
         saves_uncertainty=uncertainty,
-        postprocesses=postprocessing,
         label_scheme=label_scheme,
     )
-    name = ", ".join(str(path) for path in model)
-    if dry_run:
-        manifest = open_manifest(predictor, cohort, output, name, part)
-        tasks, decided = plan_cases(predictor, cohort, output, settings, manifest)
-        _tell_plan(tasks, decided, as_json=json)
-        return
-    executor = LocalExecutor(min(1, available_cores() - 1) if workers is None else workers)
-    with _Progress(cohort, is_quiet=quiet) as progress:
-        document = infer_folder(
-            predictor, cohort, output, settings, executor=executor, on_record=progress.show, model=name, part=part
-        )
+    limits = Limits(workers, None if memory is None else 1024 * parse_gigabytes(memory))
+    with contextlib.ExitStack() as stack:
+        try:
+            source = stack.enter_context(opened(input))
+        except DataError as error:
+            raise as_request(error) from error
+        cohort, part = _find(source, output, layout, modality, cases, (num_parts, part_id))
+        predictor = _load(model, backend, device, uses_tta=tta, uses_postprocessing=postprocessing)
+        request = Request(predictor, cohort, output, settings, ", ".join(str(path) for path in model), part)
+        if dry_run:
+            _tell_plan(request, limits, as_json=json)
+            return
+        document = _run(request, limits, is_quiet=quiet)
     if json:
         print_json(document)
     if document["summary"]["failed"]:
         raise typer.Exit(1)
 
 
-def _load(models: list[Path], backend: str, device: str | None, *, uses_tta: bool) -> Predictor:
+class Limits(NamedTuple):
+    """What a run may take: reading threads (None: as many as help) and MB of memory (None: what is free)."""
+
+    workers: int | None
+    memory_mb: float | None
+
+
+class Request(NamedTuple):
+    """What is asked for, found and loaded."""
+
+    predictor: Predictor
+    cohort: Cohort
+    output: Path
+    settings: InferenceSettings
+    model: str
+    part: str | None
+
+
+def _find(
+    source: Path,
+    output: Path,
+    layout: str | None,
+    modality: list[str] | None,
+    cases: Path | None,
+    part: tuple[int, int],
+) -> tuple[Cohort, str | None]:
+    from segkit.inference.cases import find_input, take_part
+
+    cohort = find_input(
+        source,
+        layout=layout,
+        modalities=read_modalities(modality),
+        case_ids=read_case_ids(cases),
+        exclude=output.resolve(),
+    )
+    return take_part(cohort, *part)
+
+
+def _run(request: Request, limits: Limits, *, is_quiet: bool) -> dict[str, Any]:
+    from segkit.inference.folders import infer_folder
+    from segkit.inference.pipeline import LocalExecutor
+    from segkit.runtime import available_cores
+
+    predictor = request.predictor
+    if not is_quiet:
+        size = " x ".join(map(str, predictor.window))
+        console().print(f"{predictor.backend.name} computes windows of {size} voxels", soft_wrap=True)
+    workers = min(1, available_cores() - 1) if limits.workers is None else limits.workers
+    with _Progress(request.cohort, is_quiet=is_quiet) as progress:
+        return infer_folder(
+            predictor,
+            request.cohort,
+            request.output,
+            request.settings,
+            executor=LocalExecutor(workers),
+            memory_mb=limits.memory_mb,
+            on_record=progress.show,
+            model=request.model,
+            part=request.part,
+        )
+
+
+def _load(models: list[Path], backend: str, device: str | None, **choices: bool) -> Predictor:
     from segkit.errors import CheckpointError, as_request
     from segkit.inference.predictor import Predictor
 
     try:
-        return Predictor.load(models, device or "auto", backend, uses_tta=uses_tta)
+        return Predictor.load(models, device or "auto", backend, **choices)
     except CheckpointError as error:
         raise as_request(error) from error
 
 
-def _tell_plan(tasks: list[CaseTask], decided: list[CaseRecord], *, as_json: bool) -> None:
+def _tell_plan(request: Request, limits: Limits, *, as_json: bool) -> None:
+    from segkit.inference.cases import plan_cases
+    from segkit.inference.folders import open_manifest
+    from segkit.inference.forecast import fit_memory
+
+    predictor = request.predictor
+    manifest = open_manifest(predictor, request.cohort, request.output, request.model, request.part)
+    tasks, decided = plan_cases(predictor, request.cohort, request.output, request.settings, manifest)
+    tasks, _ = fit_memory(predictor, tasks, limits.memory_mb)
     planned = [
-        {"case": task.case.id, "status": "planned", "mask": str(task.target), "label_scheme": task.scheme.name}
+        {
+            "case": task.case.id,
+            "status": "planned",
+            "mask": str(task.target),
+            "label_scheme": task.scheme.name,
+            "predicted": dict(task.predicted),
+        }
         for task in tasks
     ]
     others = [{"case": record.case, "status": record.status, "error": record.error} for record in decided]

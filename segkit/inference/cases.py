@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from segkit.data.case import Case, Cohort
+from segkit.data.dicom_seg import is_dicom_source
 from segkit.data.files import IMAGE_SUFFIXES, read_grid, read_labels, stem_of, suffix_of
 from segkit.data.layouts.table import find_cases
 from segkit.data.pictures import PICTURE_SUFFIXES
@@ -16,7 +18,7 @@ from segkit.errors import DataError, Problem, RequestError, as_request
 from segkit.inference.manifest import CaseRecord, Manifest
 from segkit.inference.matching import match_modalities
 from segkit.inference.predictor import Predictor
-from segkit.inference.worker import CaseTask, map_paths, sentence
+from segkit.inference.worker import CaseTask, further_paths, sentence
 from segkit.labels import SCHEMES, LabelScheme
 
 _log = logging.getLogger(__name__)
@@ -34,8 +36,6 @@ class InferenceSettings:
     """Also write the probability of each output, as `probabilities/<case>_<output>`."""
     saves_uncertainty: bool = False
     """Also write entropy and disagreement, as `uncertainty/<case>_entropy` and `uncertainty/<case>_disagreement`."""
-    postprocesses: bool = True
-    """Clean masks by the rules that training chose on its validation cases, where it chose any."""
     label_scheme: str | None = None
     """Values to paint; None: those the input's layout names, else those of the training data."""
 
@@ -153,8 +153,10 @@ def _plan_case(
             remedy="Choose another output folder",
         )
     missing = tuple(name for name in wanted if name not in matched.images)
-    kept = (settings.saves_probabilities, settings.saves_uncertainty, settings.postprocesses)
-    return CaseTask(matched, target, scheme, missing, *kept)
+    dicom_target = target.with_name(f"{case.id}.dcm") if _is_dicom(matched) else None
+    return CaseTask(
+        matched, target, scheme, missing, settings.saves_probabilities, settings.saves_uncertainty, dicom_target
+    )
 
 
 def _is_done(task: CaseTask, manifest: Manifest, settings: InferenceSettings, predictor: Predictor) -> bool:
@@ -172,7 +174,17 @@ def _is_done(task: CaseTask, manifest: Manifest, settings: InferenceSettings, pr
         read_labels(task.target)
     except DataError:
         return False
-    return all(path.exists() for path in map_paths(task, predictor))
+    return all(path.exists() for path in further_paths(task, predictor))
+
+
+def _is_dicom(case: Case) -> bool:
+    """Whether a DICOM SEG can be written for a case."""
+    if not is_dicom_source(case):
+        return False
+    if importlib.util.find_spec("highdicom") is None:
+        _log.info("%s: install segkit[dicom] for a DICOM SEG beside the mask", case.id)
+        return False
+    return True
 
 
 def _scheme_of(case: Case, cohort: Cohort, predictor: Predictor) -> LabelScheme:

@@ -14,6 +14,7 @@ from typing import Any
 from segkit.data.case import Cohort
 from segkit.errors import DataError, as_request
 from segkit.inference.cases import InferenceSettings, plan_cases
+from segkit.inference.forecast import fit_memory
 from segkit.inference.manifest import CaseRecord, Manifest
 from segkit.inference.pipeline import Executor, LocalExecutor
 from segkit.inference.predictor import Predictor
@@ -30,6 +31,7 @@ def infer_folder(
     settings: InferenceSettings | None = None,
     *,
     executor: Executor | None = None,
+    memory_mb: float | None = None,
     on_record: Callable[[CaseRecord], None] = lambda record: None,
     model: str = "",
     part: str | None = None,
@@ -37,13 +39,14 @@ def infer_folder(
     """Segment every case of a cohort into `output`; gives back the manifest, which is also `output/manifest.json`.
 
     A case that fails is recorded with a sentence and the next one goes on. `on_record` is called after each case;
-    `model` is the name of the model in the manifest, `part` that of this run where several share a folder.
+    `memory_mb` is what the process may take, by default nearly all that is free: cases are done one after the other and
+    windows are made smaller where that does not suffice. `model` is the name of the model in the manifest, `part` that
+    of this run where several share a folder.
 
     Raises:
         RequestError: this model cannot paint the label scheme asked for, or the output folder cannot be written.
     """
     settings = settings or InferenceSettings()
-    executor = executor or LocalExecutor()
     manifest = open_manifest(predictor, cohort, output, model, part)
     tasks, decided = plan_cases(predictor, cohort, output, settings, manifest)
     for problem in cohort.problems:
@@ -55,6 +58,10 @@ def infer_folder(
         raise as_request(error) from error
     for record in decided:
         on_record(record)
+    executor = executor or LocalExecutor()
+    if isinstance(executor, LocalExecutor):
+        tasks, has_room = fit_memory(predictor, tasks, memory_mb)
+        executor = executor if has_room else LocalExecutor(workers=0)
     for record in executor.map(CaseWorker(predictor), tasks):
         manifest.add(record)
         on_record(record)

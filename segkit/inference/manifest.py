@@ -32,6 +32,10 @@ class CaseRecord:
     label_scheme: str | None = None
     missing_modalities: tuple[str, ...] = ()
     model: str = ""
+    window: tuple[int, ...] = ()
+    """Voxels of the windows that were computed; smaller than the model's patch where memory was short."""
+    predicted: Mapping[str, float] = field(default_factory=dict)
+    """What the case was expected to take: `peak_rss_mb` of the process and `seconds`."""
 
 
 class Manifest:

@@ -33,10 +33,8 @@ _LAYOUT = 1
 _log = logging.getLogger(__name__)
 
 
-def open_backend(
-    folder: Path, card: ModelCard, device: str, name: str = "auto", window: Sequence[int] | None = None
-) -> Backend:
-    """What computes the model of `folder` on windows of the card's size, or of `window` voxels.
+def open_backend(folder: Path, card: ModelCard, device: str, name: str, window: Sequence[int]) -> Backend:
+    """What computes the model of `folder` on windows of `window` voxels.
 
     The device is cpu, cuda, cuda:N, mps or auto. Backend auto is torch on a GPU, and on a CPU the
     fastest of what is installed.
@@ -45,7 +43,7 @@ def open_backend(
         CheckpointError: the model is missing or damaged.
         RequestError: the backend is not installed, or cannot compute this model on this device.
     """
-    window = tuple(window or card.patch_size)
+    window = tuple(window)
     on_cpu = device == "cpu" or (device == "auto" and (not may_have_gpu() or pick_device().type == "cpu"))
     if card.export is not None:
         return _open_export(folder, card, name, window)

@@ -40,6 +40,10 @@ class Job(Protocol[_R]):
         """Put the parts together as they come."""
         ...
 
+    def again(self, error: BaseException) -> Job[_R] | None:
+        """Another job to be tried, whole, in place of this one after `error`; None where that is no use."""
+        ...
+
     def failed(self, error: BaseException) -> _R:
         """The result where a stage raised `error`."""
         ...
@@ -105,7 +109,7 @@ class LocalExecutor:
                 else:
                     yield from (_result(*one) for one in finishing)
                     finishing.clear()
-                    yield job.failed(error)
+                    yield _ended(job, error)
             yield from (_result(*one) for one in finishing)
 
     def _has_room(self, job: Job[Any], waiting: deque[tuple[Job[_S], Future[None]]]) -> bool:
@@ -146,9 +150,23 @@ def _compute(job: Job[_S], finisher: ThreadPoolExecutor) -> Future[_S]:
     return future
 
 
+def run_whole(job: Job[_S]) -> _S:
+    """The result of a job whose stages are done one after the other in this thread."""
+    try:
+        job.read()
+        return job.finish(job.compute())
+    except Exception as error:
+        return _ended(job, error)
+
+
+def _ended(job: Job[_S], error: BaseException) -> _S:
+    other = job.again(error)
+    return job.failed(error) if other is None else run_whole(other)
+
+
 def _result(job: Job[_S], future: Future[_S]) -> _S:
     error = future.exception()
-    return future.result() if error is None else job.failed(error)
+    return future.result() if error is None else _ended(job, error)
 
 
 class _Channel:

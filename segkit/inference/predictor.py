@@ -6,10 +6,10 @@ and notebooks all go through the same three steps: `prepare`, `slabs`, `decode`.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -29,12 +29,16 @@ from segkit.inference.decode import Activation, decode, decode_prepared, merged,
 from segkit.inference.maps import Maps, outside_probabilities
 from segkit.inference.matching import match_modalities
 from segkit.inference.opening import open_backend
+from segkit.inference.postprocessing import agreed_rules, postprocess
 from segkit.inference.windows import Slab, WindowPlan, plan_windows, predict_slabs
-from segkit.labels import LabelScheme, painted_values, translation
+from segkit.labels import LabelScheme, painted_values, translate, translation
 from segkit.shapes import Affine, Image, LabelMap
 
 if TYPE_CHECKING:
     import torch
+
+_SMALLEST_WINDOW = 16
+"""Voxels along an axis below which a window sees too little to be worth a try."""
 
 Scan: TypeAlias = Volume | str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]]
 """One case: a volume in memory, a path to it (file or case folder), or paths by modality name."""
@@ -61,7 +65,9 @@ class Prediction:
 class Predictor:
     """One network with its card."""
 
-    def __init__(self, backend: Backend, card: ModelCard, *, uses_tta: bool = False) -> None:
+    def __init__(
+        self, backend: Backend, card: ModelCard, *, uses_tta: bool = False, uses_postprocessing: bool = True
+    ) -> None:
         if card.activation is None or card.label_scheme is None:
             raise RequestError(
                 f"this is a {card.task} model, which paints no masks",
@@ -73,9 +79,11 @@ class Predictor:
         self.backend = backend
         self.card = card
         self.uses_tta = uses_tta
+        self.rules = card.postprocessing if uses_postprocessing else None
         self.scheme = card.scheme()
         self.activation: Activation = card.activation
         self.window = card.patch_size
+        self._reopen: Callable[[tuple[int, ...]], Backend] | None = None
 
     @classmethod
     def load(
@@ -85,8 +93,11 @@ class Predictor:
         backend: str = "torch",
         *,
         uses_tta: bool = False,
+        uses_postprocessing: bool = True,
     ) -> Predictor:
         """The predictor of a run folder or an export; of several, or of a cross-validation, their ensemble.
+
+        Without `uses_postprocessing`, masks stay as the network gives them, whatever rules training chose.
 
         Raises:
             CheckpointError: a model is missing or damaged.
@@ -98,10 +109,14 @@ class Predictor:
         folders = [folder for path in paths for folder in model_folders(path)]
         cards = [load_card(folder) for folder in folders]
         check_agreement(cards, folders)
-        members = [
-            Predictor(open_backend(folder, card, str(device), backend), card, uses_tta=uses_tta)
-            for folder, card in zip(folders, cards, strict=True)
-        ]
+        members = []
+        for folder, card in zip(folders, cards, strict=True):
+            reopen = functools.partial(open_backend, folder, card, str(device), backend)
+            member = Predictor(
+                reopen(card.patch_size), card, uses_tta=uses_tta, uses_postprocessing=uses_postprocessing
+            )
+            member._reopen = reopen
+            members.append(member)
         return members[0] if len(members) == 1 else Ensemble(members)
 
     @property
@@ -111,8 +126,11 @@ class Predictor:
 
     @property
     def identity(self) -> str:
-        """Tells one way of predicting from another: short digests of the weights, and whether mirroring is on."""
-        return "+".join(sorted(digest[:16] for digest in self.digests)) + ("+tta" if self.uses_tta else "")
+        """Tells one way of predicting from another: short digests of the weights, mirroring, rules left out."""
+        parts = sorted(digest[:16] for digest in self.digests)
+        parts += ["tta"] * self.uses_tta
+        parts += ["unprocessed"] * (self.rules is None and self.card.postprocessing is not None)
+        return "+".join(parts)
 
     def __call__(self, scan: Scan, *, with_probabilities: bool = False) -> Prediction:
         """Segment one case, in the label scheme of the training data.
@@ -152,10 +170,28 @@ class Predictor:
             )
         return prepare(loaded, self.card.preprocessing())
 
-    def prepared_voxels(self, grid: Grid) -> int:
-        """Voxels of a case of this grid once it is prepared, if nothing is cropped."""
+    def shrink(self) -> bool:
+        """Go on with windows of half the size along their longest axis, which take less memory; False at the end.
+
+        Networks that normalise over a window give slightly other logits so.
+        """
+        axis = max(range(len(self.window)), key=self.window.__getitem__)
+        unit = self.card.divisor[axis]
+        length = self.window[axis] // 2 // unit * unit
+        if self._reopen is None or length < max(unit, _SMALLEST_WINDOW):
+            return False
+        window = (*self.window[:axis], length, *self.window[axis + 1 :])
+        try:
+            self.backend = self._reopen(window)
+        except RequestError:  # an export has one size
+            return False
+        self.window = window
+        return True
+
+    def prepared_shape(self, grid: Grid) -> tuple[int, ...]:
+        """Voxels per axis of a case of this grid once it is prepared, if nothing is cropped."""
         turned = reoriented_grid(grid, reorientation_to(grid, self.card.orientation))
-        return prod(resampled_shape(turned.shape, turned.spacing_mm, self.card.spacing_mm))
+        return resampled_shape(turned.shape, turned.spacing_mm, self.card.spacing_mm)
 
     def plan(self, shape: Sequence[int], axis: int | None = None) -> WindowPlan:
         """The windows over a prepared volume (*spatial)."""
@@ -165,11 +201,17 @@ class Predictor:
         """Logits (K, *prepared) float32, slab by slab along `axis` (None: where slabs are smallest)."""
         image = np.asarray(prepared.image, np.float32)
         plan = self.plan(image.shape[1:], axis)
-        return predict_slabs(self.backend, image, plan, mirror_axes=self._mirror_axes())
+        return predict_slabs(self.backend, image, plan, mirror_axes=self.mirror_axes())
 
     def decode(self, slabs: Iterable[Slab], preparation: Preparation, scheme: LabelScheme | None = None) -> LabelMap:
         """Label map (*source) uint8 on the grid of the input, in the values of `scheme` (default: training)."""
-        return decode(slabs, preparation, self.activation, self.values(scheme or self.scheme))
+        scheme = scheme or self.scheme
+        if self.rules is None:
+            return decode(slabs, preparation, self.activation, self.values(scheme))
+        labels = decode(slabs, preparation, self.activation, self.values(self.scheme))
+        spacing_mm = preparation.source_grid.spacing_mm
+        labels = postprocess(labels, spacing_mm, self.card.output_list(), self.rules)
+        return labels if scheme == self.scheme else translate(labels, self.scheme, scheme)
 
     def label_prepared(self, prepared: PreparedCase) -> LabelMap:
         """Label map (*prepared) uint8 on the grid that the network works on, in the values of the training data."""
@@ -190,7 +232,8 @@ class Predictor:
             maps.add(probabilities(slab.logits, self.activation), slab)
             yield slab
 
-    def _mirror_axes(self) -> tuple[int, ...]:
+    def mirror_axes(self) -> tuple[int, ...]:
+        """The axes of *spatial along which inputs are mirrored and logits averaged; none without `uses_tta`."""
         if not self.uses_tta:
             return ()
         return tuple(range(self.card.dims)) if self.card.mirror_axes is None else self.card.mirror_axes
@@ -229,11 +272,17 @@ class Ensemble(Predictor):
         first = members[0]
         super().__init__(first.backend, first.card, uses_tta=first.uses_tta)
         self.members = tuple(members)
+        self.rules = agreed_rules([member.rules for member in members], self.card.output_list())
 
     @property
     def digests(self) -> list[str]:
         """SHA-256 of each member's weight file."""
         return [member.card.sha256 for member in self.members]
+
+    def shrink(self) -> bool:
+        """Shrink the windows of every member; False where one of them cannot."""
+        shrunk = [member.shrink() for member in self.members]  # all of them, whatever the first says
+        return all(shrunk)
 
     def slabs(self, prepared: PreparedCase, axis: int | None = None) -> Iterator[Slab]:
         """Logits (K, *prepared) of the mean probability of all members, with their disagreement."""

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 
 from segkit.data.case import Case
+from segkit.data.dicom_seg import write_dicom_seg
 from segkit.data.files import read_grid, stem_of, write_labels
 from segkit.data.preprocessing import PreparedCase, load_case
 from segkit.errors import DataError, SegkitError
 from segkit.inference.decode import probabilities
 from segkit.inference.manifest import STAGES, CaseRecord
 from segkit.inference.maps import Maps, outside_probabilities, uncertainty
+from segkit.inference.pipeline import run_whole
 from segkit.inference.predictor import Predictor
 from segkit.inference.windows import Slab
 from segkit.labels import LabelScheme
@@ -38,7 +41,10 @@ class CaseTask:
     missing_modalities: tuple[str, ...] = ()
     saves_probabilities: bool = False
     saves_uncertainty: bool = False
-    postprocesses: bool = True
+    dicom_target: Path | None = None
+    """Where the mask also goes as a DICOM SEG, for images that are DICOM."""
+    predicted: Mapping[str, float] = field(default_factory=dict)
+    """What the case was expected to take, `peak_rss_mb` and `seconds`."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +59,7 @@ class CaseWorker:
 
     def __call__(self, task: CaseTask) -> CaseRecord:
         """All of the work on one case, without threads; never raises but for what ends the whole program."""
-        job = self.begin(task)
-        try:
-            job.read()
-            return job.finish(job.compute())
-        except Exception as error:
-            return job.failed(error)
+        return run_whole(self.begin(task))
 
 
 class CaseJob:
@@ -77,7 +78,7 @@ class CaseJob:
             grid = read_grid(next(iter(self.task.case.images.values())).path)
         except DataError:
             return 0
-        return 4 * len(self.predictor.card.modalities) * self.predictor.prepared_voxels(grid)
+        return 4 * len(self.predictor.card.modalities) * prod(self.predictor.prepared_shape(grid))
 
     def read(self) -> None:
         """Load and prepare the case.
@@ -137,8 +138,20 @@ class CaseJob:
                 shares.write(_probability_paths(task, predictor), self.grid, _outside(predictor))
             if doubts is not None:
                 doubts.write(_uncertainty_paths(task, predictor), self.grid, (0, 0))
+            if task.dicom_target is not None:
+                series = next(iter(task.case.images.values())).path
+                segments = task.scheme.values
+                write_dicom_seg(task.dicom_target, labels, series, segments, model=predictor.identity)
             write_labels(task.target, labels, self.grid)
         return self._record("done", None)
+
+    def again(self, error: BaseException) -> CaseJob | None:
+        """The work anew with smaller windows, where memory ran out and there are smaller ones."""
+        if not is_memory_error(error) or not self.predictor.shrink():
+            return None
+        size = " x ".join(map(str, self.predictor.window))
+        _log.warning("%s: out of memory; once more, with windows of %s voxels", self.task.case.id, size)
+        return CaseJob(self.predictor, self.task)
 
     def failed(self, error: BaseException) -> CaseRecord:
         """The record of the case when a stage raised `error`; with -v the trace is told too."""
@@ -156,6 +169,8 @@ class CaseJob:
             label_scheme=self.task.scheme.name,
             missing_modalities=self.task.missing_modalities,
             model=self.predictor.identity,
+            window=self.predictor.window,
+            predicted=self.task.predicted,
         )
 
     @contextmanager
@@ -167,10 +182,11 @@ class CaseJob:
             self.seconds[stage] += time.perf_counter() - start
 
 
-def map_paths(task: CaseTask, predictor: Predictor) -> list[Path]:
-    """The files with maps that a task writes beside its mask."""
+def further_paths(task: CaseTask, predictor: Predictor) -> list[Path]:
+    """The files that a task writes beside its mask."""
     shares = _probability_paths(task, predictor) if task.saves_probabilities else []
-    return shares + (_uncertainty_paths(task, predictor) if task.saves_uncertainty else [])
+    doubts = _uncertainty_paths(task, predictor) if task.saves_uncertainty else []
+    return shares + doubts + ([] if task.dicom_target is None else [task.dicom_target])
 
 
 def _probability_paths(task: CaseTask, predictor: Predictor) -> list[Path]:
