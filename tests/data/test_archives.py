@@ -308,3 +308,10 @@ def test_one_volume_of_four_channels(tmp_path: Path) -> None:
         assert cohort.modalities == ("t1n", "t1c", "t2w", "t2f")
         flair, t2w = (read_volume(path, case.images[name].channel).array for name in ("t2f", "t2w"))
         assert [int(flair[0, 0, 0]), int(t2w[0, 0, 0])] == [0, 3]
+
+
+def test_archives_that_nobody_unpacked(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "p1.zip", {"case7.nii": scan()})
+    for place in (path, tmp_path):
+        with pytest.raises(DataError, match=r"the folder holds 1 \.zip; .*Unpack the archives and point to the folder"):
+            find_cases(place)

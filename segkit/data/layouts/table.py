@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from segkit.data.archives import is_archive
 from segkit.data.case import Cohort
 from segkit.data.files import suffix_of
 from segkit.data.layouts.bids import BIDS
@@ -141,7 +142,9 @@ def _nothing_found(listing: Listing, found: str, nearest: list[Layout] | None = 
         where=listing.only or listing.root,
         expected="one of these layouts, the nearest ones: "
         + "; ".join(f"{layout.name} ({layout.example})" for layout in layouts),
-        remedy="Point to the folder that holds the cases, or describe its files with --modality name=suffix",
+        remedy="Unpack the archives and point to the folder"
+        if any(is_archive(path) for path in listing.others)
+        else "Point to the folder that holds the cases, or describe its files with --modality name=suffix",
     )
 
 
