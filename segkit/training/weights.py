@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from segkit.checkpoint import ModelCard, TransferOptions, build_network, read_source, transfer
+from segkit.checkpoint import ModelCard, build_network, read_source
+from segkit.checkpoint.transfer import TransferOptions, transfer
 from segkit.errors import CheckpointError, as_request
 from segkit.runtime import seed_everything
 from segkit.training.config import TrainConfig
