@@ -28,7 +28,7 @@ _STRIDE_RATIO = 2.0
 _PICTURE_FACTOR = 2
 """A picture's patch may be that many times longer than a volume's, and that many times as many make a batch: there is
 one axis less to pay for. Longer patches instead of more learn more slowly (`docs/benchmarks.md`)."""
-_MODALITY_DROPOUT = 0.3
+_MODALITY_DROPOUT = 0.2
 """Part of the patches that lack a modality: most still show all of them, which is what most scans have."""
 _SIDES = {"left", "right", "l", "r", "lh", "rh"}
 
@@ -88,7 +88,7 @@ def choose_mirror_axes(scheme: LabelScheme, dims: int) -> tuple[Shape, str]:
 
 
 def choose_modality_dropout(modalities: Sequence[str]) -> tuple[float, str]:
-    """Three patches in ten lack a modality where all are MRI sequences of BraTS; elsewhere none does.
+    """One patch in five lacks a modality where all are MRI sequences of BraTS; elsewhere none does.
 
     Of other channels, such as the colours of a picture, nobody knows whether one can be missing.
     """

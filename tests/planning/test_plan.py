@@ -166,8 +166,8 @@ def test_mirror_axes(scheme: object, dims: int, expected: tuple[int, ...]) -> No
 @pytest.mark.parametrize(
     ("modalities", "expected", "reason"),
     [
-        (("t1n", "t1c", "t2w", "t2f"), 0.3, "may lack a sequence"),
-        (("t1c", "t2f"), 0.3, "may lack a sequence"),
+        (("t1n", "t1c", "t2w", "t2f"), 0.2, "may lack a sequence"),
+        (("t1c", "t2f"), 0.2, "may lack a sequence"),
         (("t1c",), 0, "one modality"),
         (("red", "green", "blue"), 0, "not known to be missing"),
         (("t2w", "adc"), 0, "not known to be missing"),

@@ -71,7 +71,7 @@ def test_card_says_what_inference_needs(finished: Path) -> None:
     assert card.modalities == ("t1n", "t1c", "t2w", "t2f")
     assert [(output.name, output.label) for output in card.outputs] == [("WT", 2), ("TC", 1), ("ET", 3)]
     assert (card.activation, card.normalisation, card.crop) == ("sigmoid", "zscore-nonzero", "nonzero")
-    assert (card.modality_dropout, card.postprocessing) == (0.3, None)  # one case is too few to choose on
+    assert (card.modality_dropout, card.postprocessing) == (0.2, None)  # one case is too few to choose on
     assert card.divisor == (2, 2, 2)
     assert load_model(finished).divisor == (2, 2, 2)
 
@@ -82,7 +82,7 @@ def test_settings_are_resolved_and_explained(finished: Path) -> None:
     assert document["planning"]["patch_size"] == [16, 16, 16]
     assert document["preprocessing"]["normalisation"] == "zscore-nonzero"
     assert document["augmentation"]["mirror_axes"] == [0, 1, 2]
-    assert document["augmentation"]["modality_dropout"] == 0.3
+    assert document["augmentation"]["modality_dropout"] == 0.2
     assert "may lack a sequence" in text
     assert text.count("# chosen: ") >= 5
     TrainConfig(**document)
