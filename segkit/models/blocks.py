@@ -37,7 +37,8 @@ def pointwise_convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     if weight.dim() == 4:
         return functional.conv2d(x, weight, bias)
     is_innermost = x.stride(1) == 1 and x.shape[1] > 1
-    if not is_innermost or x.device.type != "cpu" or torch.compiler.is_compiling():
+    is_recorded = torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
+    if not is_innermost or x.device.type != "cpu" or is_recorded:
         return functional.conv3d(x, weight, bias)
     return functional.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
 

@@ -78,6 +78,8 @@ class Slicewise(nn.Module):
         if self.training:
             levels: list[Tensor] = planar(self._images(slices, 0, slices.shape[1]))
             return [self._volume(level, len(x)) for level in levels]
+        if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():  # of which the batch is not known
+            return self._volume(planar(self._images(slices, 0, slices.shape[1])), x.shape[0])
         step = max(1, self.slices_at_once // len(x))
         parts = [
             self._volume(planar(self._images(slices, start, min(start + step, slices.shape[1]))), len(x))

@@ -1,0 +1,253 @@
+"""A network as an ONNX file: one window in, logits out; everything around the network stays outside.
+
+Torch's exporter writes group norm as instance norm between two changes of shape, for which OpenVINO turns the whole
+map from channels innermost to channels outermost and back: half of the time of a network of such norms. Here it is
+written as sums over a window and arithmetic on numbers per channel, which leave the map as it lies.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from segkit.data.files import written_atomically
+from segkit.errors import CheckpointError, RequestError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+INPUT, OUTPUT = "image", "logits"
+"""Names of the graph's input (B, C, *window) and output (B, K, *window), both float32, B free."""
+
+LARGEST_FILE_BYTES = 1_900_000_000
+"""Weights beyond this go into a file of their own: the format ends at 2 GiB."""
+
+_OPSET = 20
+_NOISY = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")
+
+_log = logging.getLogger(__name__)
+
+
+def write_graph(
+    network: nn.Module, path: Path, channels: int, window: Sequence[int], *, external_data: bool | None = None
+) -> None:
+    """Write a network as it is in evaluation, for windows (B, channels, *window); of a list of logits, the first.
+
+    The file appears when it is complete. With `external_data` the weights are in `<name>.data` beside it; None decides
+    by their size. The network's training mode is left as it was found.
+
+    Raises:
+        RequestError: onnx or onnxscript is not installed.
+        CheckpointError: the network cannot be written as a graph.
+        DataError: the folder cannot be written to.
+    """
+    require_onnx()
+    size = sum(tensor.nbytes for tensor in network.state_dict().values())
+    is_split = size > LARGEST_FILE_BYTES if external_data is None else external_data
+    with written_atomically(path) as temporary:
+        folder = temporary.with_suffix(".parts")
+        folder.mkdir()
+        try:
+            draft = folder / path.name
+            _export(network, draft, channels, window, is_split=is_split)
+            for part in sorted(set(folder.iterdir()) - {draft}):
+                part.replace(path.with_name(part.name))
+            draft.replace(temporary)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def graph_files(path: Path) -> list[Path]:
+    """The files of a graph: the ONNX file and, where its weights are outside, the file that has them."""
+    data = path.with_name(path.name + ".data")
+    return [path, data] if data.is_file() else [path]
+
+
+def require_onnx() -> None:
+    """Do nothing if graphs can be written.
+
+    Raises:
+        RequestError: onnx or onnxscript is not installed.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise RequestError(
+            f"{error.name} is not installed", expected="what ONNX files need", remedy="pip install 'segkit[onnx]'"
+        ) from error
+
+
+def _export(network: nn.Module, path: Path, channels: int, window: Sequence[int], *, is_split: bool) -> None:
+    """Write the graph, at the second try with the older exporter; quietly.
+
+    Raises:
+        CheckpointError: neither can.
+    """
+    import torch
+
+    # A batch of one would be taken for a fixed size.
+    device = next(itertools.chain(network.parameters(), network.buffers())).device
+    image = torch.zeros(2, channels, *window, device=device)
+    with _quiet(), torch.no_grad(), _evaluating(network), _without_layouts():
+        try:
+            _by_capture(network, image, path, is_split=is_split)
+        except Exception as error:
+            reason = _first_line(error)
+        else:
+            return
+        _log.info("the exporter failed (%s); trying the older one, which traces", reason)
+        for part in path.parent.iterdir():
+            part.unlink()
+        try:
+            _by_tracing(network, image, path, is_split=is_split)
+        except Exception as error:
+            raise CheckpointError(
+                f"the network cannot be written as a graph: {reason}; with the older exporter: {_first_line(error)}",
+                expected="one of the networks of `segkit models`",
+            ) from error
+
+
+def _by_capture(network: nn.Module, image: Tensor, path: Path, *, is_split: bool) -> None:
+    import torch
+    from onnxscript import optimizer
+
+    program: Any = torch.onnx.export(
+        network,
+        (image,),
+        input_names=[INPUT],
+        output_names=[OUTPUT],
+        opset_version=_OPSET,
+        dynamic_shapes=({0: "batch"},),
+        custom_translation_table={torch.ops.aten.group_norm.default: _group_norm},
+        # Looking for patterns to rewrite takes half of the time, and the runtimes look for them again.
+        optimize=False,
+        verbose=False,
+    )
+    optimizer.fold_constants(program.model)
+    for node in program.model.graph:
+        # Convolutions without a bias are given one of zeros, in 3D of a shape that OpenVINO refuses.
+        if node.op_type == "Conv" and not (node.inputs[2] is None or node.inputs[2].const_value.numpy().any()):
+            node.resize_inputs(2)
+    optimizer.remove_unused_nodes(program.model)
+    program.save(path, external_data=is_split)
+
+
+def _by_tracing(network: nn.Module, image: Tensor, path: Path, *, is_split: bool) -> None:
+    import onnx
+    import torch
+
+    folder = path.parent / "traced"  # weights beyond 2 GiB come as one file each
+    folder.mkdir()
+    torch.onnx.export(
+        network,
+        (image,),
+        folder / path.name,
+        input_names=[INPUT],
+        output_names=[OUTPUT],
+        opset_version=_OPSET,
+        dynamo=False,
+        dynamic_axes={INPUT: {0: "batch"}, OUTPUT: {0: "batch"}},
+        verbose=False,
+    )
+    model = onnx.load(folder / path.name)
+    shutil.rmtree(folder)
+    onnx.save_model(model, path, save_as_external_data=is_split, location=f"{path.name}.data", size_threshold=0)
+
+
+def _group_norm(x: Any, num_groups: int, weight: Any, bias: Any, eps: float = 1e-5, cudnn_enabled: bool = True) -> Any:
+    """Group norm of (B, C, *window) in ONNX operators, with scale and shift (C,).
+
+    Moments are sums over rows, then over the first axis of a volume: a single sum over a window in float32 keeps four
+    digits in OpenVINO. The variance is the mean square less the square of the mean, which saves a pass over the map
+    and keeps a relative 1e-7 (mean / deviation)^2 of it: six digits where a group's mean is three deviations from 0,
+    three where it is a hundred.
+    """
+    from onnxscript import opset20 as op
+
+    channels, *window = (int(size) for size in x.shape[1:])
+    if num_groups == channels:
+        return op.InstanceNormalization(x, weight, bias, epsilon=eps)
+    rows = op.Constant(value_ints=[len(window), len(window) + 1])
+    grouped = op.Constant(value_ints=[0, num_groups, channels // num_groups])
+    last = op.Constant(value_ints=[2])
+
+    def over_group(per_row: Any) -> Any:
+        per_channel = op.ReduceMean(per_row, last) if len(window) == 3 else per_row
+        return op.ReduceMean(op.Reshape(per_channel, grouped), last)  # (B, groups, 1)
+
+    mean = over_group(op.ReduceMean(x, rows))
+    length = op.ReduceL2(x, rows)
+    square = over_group(op.Mul(length, length))
+    square = op.Mul(square, op.Constant(value_float=1 / (window[-1] * window[-2])))
+    variance = op.Max(op.Sub(square, op.Mul(mean, mean)), op.Constant(value_float=0.0))
+    rate = op.Reciprocal(op.Sqrt(op.Add(variance, op.Constant(value_float=eps))))
+    per_group = op.Constant(value_ints=[1, num_groups, channels // num_groups])
+    scale = op.Mul(rate, op.Reshape(weight, per_group))
+    shift = op.Sub(op.Reshape(bias, per_group), op.Mul(mean, scale))
+    like_map = op.Constant(value_ints=[0, channels, *(1 for _ in window)])
+    return op.Add(op.Mul(x, op.Reshape(scale, like_map)), op.Reshape(shift, like_map))
+
+
+@contextmanager
+def _without_layouts() -> Iterator[None]:
+    """Leave out what only moves a map in memory, and give numbers of groups as numbers, which tracing needs."""
+    import torch
+    from torch import Tensor
+    from torch.nn import functional
+    from torch.overrides import TorchFunctionMode
+
+    class WithoutLayouts(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            kwargs = kwargs or {}
+            if func is Tensor.contiguous and kwargs:
+                return args[0]
+            if func in (functional.group_norm, torch.group_norm):
+                args = (args[0], int(args[1]), *args[2:])
+            return func(*args, **kwargs)
+
+    with WithoutLayouts():
+        yield
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode and one tensor of logits, as long as the block lasts."""
+    was_training = network.training
+    hook = network.register_forward_hook(lambda _, __, out: out[0] if isinstance(out, list | tuple) else out)
+    network.eval()
+    try:
+        yield
+    finally:
+        hook.remove()
+        network.train(was_training)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings and no log of the exporters, which talk about themselves."""
+    loggers = [logging.getLogger(name) for name in _NOISY]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _first_line(error: Exception) -> str:
+    root = error.__cause__ or error
+    return f"{type(root).__name__}: {str(root).strip().splitlines()[0] if str(root).strip() else ''}"[:200]
