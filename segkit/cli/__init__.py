@@ -26,6 +26,7 @@ VERBS: dict[str, str] = {
     "train": "segkit.cli.train:train",
     "infer": "segkit.cli.infer:infer",
     "evaluate": "segkit.cli.evaluate:evaluate",
+    "export": "segkit.cli.export:export",
     "convert": "segkit.cli.convert:app",
     "bench": "segkit.cli.bench:app",
     "config": "segkit.cli.config:app",

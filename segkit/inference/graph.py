@@ -29,7 +29,7 @@ INPUT, OUTPUT = "image", "logits"
 LARGEST_FILE_BYTES = 1_900_000_000
 """Weights beyond this go into a file of their own: the format ends at 2 GiB."""
 
-_OPSET = 20
+OPSET = 20
 _NOISY = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")
 
 _log = logging.getLogger(__name__)
@@ -117,6 +117,7 @@ def _export(network: nn.Module, path: Path, channels: int, window: Sequence[int]
 
 def _by_capture(network: nn.Module, image: Tensor, path: Path, *, is_split: bool) -> None:
     import torch
+    from onnx_ir.passes.common import LiftConstantsToInitializersPass
     from onnxscript import optimizer
 
     program: Any = torch.onnx.export(
@@ -124,7 +125,7 @@ def _by_capture(network: nn.Module, image: Tensor, path: Path, *, is_split: bool
         (image,),
         input_names=[INPUT],
         output_names=[OUTPUT],
-        opset_version=_OPSET,
+        opset_version=OPSET,
         dynamic_shapes=({0: "batch"},),
         custom_translation_table={torch.ops.aten.group_norm.default: _group_norm},
         # Looking for patterns to rewrite takes half of the time, and the runtimes look for them again.
@@ -132,7 +133,9 @@ def _by_capture(network: nn.Module, image: Tensor, path: Path, *, is_split: bool
         verbose=False,
     )
     optimizer.fold_constants(program.model)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(program.model)
     for node in program.model.graph:
+        node.metadata_props.clear()  # the lines of code, with paths, that each came from
         # Convolutions without a bias are given one of zeros, in 3D of a shape that OpenVINO refuses.
         if node.op_type == "Conv" and not (node.inputs[2] is None or node.inputs[2].const_value.numpy().any()):
             node.resize_inputs(2)
@@ -152,7 +155,7 @@ def _by_tracing(network: nn.Module, image: Tensor, path: Path, *, is_split: bool
         folder / path.name,
         input_names=[INPUT],
         output_names=[OUTPUT],
-        opset_version=_OPSET,
+        opset_version=OPSET,
         dynamo=False,
         dynamic_axes={INPUT: {0: "batch"}, OUTPUT: {0: "batch"}},
         verbose=False,

@@ -1,0 +1,88 @@
+"""`segkit export`: a trained network as ONNX files that need no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from segkit.cli.options import (
+    CasesOption,
+    JsonOption,
+    OutputOption,
+    QuietOption,
+    VerboseOption,
+    print_json,
+    print_table,
+    read_case_ids,
+    set_verbosity,
+)
+
+RunOption = Annotated[Path, typer.Option("-m", "--model", help="Run folder, cross-validation or nnU-Net's results.")]
+PrecisionOption = Annotated[
+    Literal["fp32", "fp16", "int8"],
+    typer.Option("--precision", help="Write this one too, with its measured change of Dice; fp32 is always written."),
+]
+MeasuringOption = Annotated[
+    Path | None,
+    typer.Option(
+        "-i",
+        "--input",
+        help="Cases to compare, calibrate and score with; default: the validation cases of the run.",
+        show_default=False,
+    ),
+]
+ReplaceOption = Annotated[bool, typer.Option("--overwrite", help="Replace the export that is in the folder.")]
+
+
+def export(
+    model: RunOption,
+    output: OutputOption,
+    precision: PrecisionOption = "fp32",
+    input: MeasuringOption = None,
+    cases: CasesOption = None,
+    overwrite: ReplaceOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Write model.onnx and model.json, checked against the trained network, or nothing.
+
+    `segkit infer -m OUTPUT` runs it with ONNX Runtime or OpenVINO, without torch.
+    """
+    from segkit.errors import RequestError
+    from segkit.export.cases import named_cases
+    from segkit.export.onnx import ExportSettings, export_models
+
+    set_verbosity(is_quiet=quiet, is_verbose=verbose)
+    if cases is not None and input is None:
+        raise RequestError("--cases names cases of a data folder", remedy="Add the folder: -i DATA")
+    measuring = None if input is None else named_cases(input, read_case_ids(cases))
+    document = export_models(model, output, ExportSettings(precision, measuring, overwrite))
+    if json:
+        print_json(document)
+    elif not quiet:
+        for written in document["models"]:
+            _print(written)
+
+
+def _print(written: dict[str, Any]) -> None:
+    export, rows = written["export"], []
+    for graph in export["graphs"]:
+        for backend, seconds in graph["seconds"].items():
+            of_fp32 = export["parity"][backend] if graph["precision"] == "fp32" else {}
+            change = graph["dice_change"]
+            rows.append(
+                (
+                    graph["file"],
+                    backend,
+                    f"{seconds:.4f}",
+                    of_fp32.get("largest_difference", ""),
+                    "" if change is None else f"{change:+.4f}",
+                    "yes" if graph["is_approved"] else "no",
+                )
+            )
+    rows.append(("torch, to compare", "torch", f"{export['parity']['torch']['seconds']:.4f}", "", "", ""))
+    columns = ("graph", "backend", "s a window", "largest logit difference", "Dice change", "approved")
+    print_table(f"{written['folder']} (real cases: {written['cases']})", columns, rows)

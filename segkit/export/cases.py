@@ -1,0 +1,143 @@
+"""Real cases for an export: windows to compare and to calibrate on, references to score masks by."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from segkit.data.case import Case, Cohort
+from segkit.data.layouts.table import find_cases
+from segkit.data.preprocessing import LoadedCase, load_case
+from segkit.errors import DataError, RequestError, SegkitError, as_request
+from segkit.inference.backends import Array
+from segkit.inference.matching import match_modalities
+from segkit.inference.predictor import Predictor
+from segkit.metrics.overlap import dice_by_region
+from segkit.shapes import Image
+
+MOST_OF_A_RUN = 20
+"""Validation cases of a run that are taken where nobody names cases."""
+
+_FROM_A_CASE = 4
+"""Windows taken from one case."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MeasuringCases:
+    """Cases to measure with; `source` says in words where they come from."""
+
+    cohort: Cohort
+    source: str
+
+    def loaded(self, predictor: Predictor) -> Iterator[LoadedCase]:
+        """Each case with its reference in the values of the model; those that cannot be read are named and left out."""
+        card = predictor.card
+        for case in self.cohort.cases:
+            try:
+                images = match_modalities(case, card.modalities)
+                # Matching drops the reference, which inference has no business with.
+                case = replace(images, label=case.label, scheme=case.scheme or self.cohort.scheme)
+                yield load_case(case, card.modalities, predictor.scheme)
+            except DataError as error:
+                _log.warning("left out: %s", error)
+
+    def windows(self, predictor: Predictor, count: int, seed: int = 0) -> list[Array]:
+        """At most `count` windows (1, C, *window) of prepared cases, the first of each case from its middle."""
+        rng = np.random.default_rng(seed)
+        found: list[Array] = []
+        for loaded in self.loaded(predictor):
+            image = predictor.prepare(loaded).image
+            wanted = min(_FROM_A_CASE, count - len(found))
+            found += [_window(image, predictor.card.patch_size, rng if index else None) for index in range(wanted)]
+            if len(found) == count:
+                break
+        return found
+
+    def mean_dice(self, predictors: Sequence[Predictor]) -> list[float]:
+        """Mean Dice of each predictor over cases and outputs; NaN where no case has a reference."""
+        card = predictors[0].card
+        regions = {output.name: output.members for output in card.output_list() if output.label}
+        scores: list[list[float]] = [[] for _ in predictors]
+        for loaded in self.loaded(predictors[0]):
+            if loaded.labels is None:
+                continue
+            for predictor, so_far in zip(predictors, scores, strict=True):
+                labels = predictor.predict_loaded(loaded).labels
+                so_far += [value for value in dice_by_region(labels, loaded.labels, regions).values() if value == value]
+        return [float(np.mean(so_far)) if so_far else float("nan") for so_far in scores]
+
+
+def named_cases(root: Path, case_ids: Sequence[str] | None = None) -> MeasuringCases:
+    """The cases of a data folder, or those of them that `case_ids` names.
+
+    Raises:
+        RequestError: nothing is there, or an id is unknown.
+    """
+    try:
+        cohort = find_cases(root)
+    except DataError as error:
+        raise as_request(error) from error
+    if case_ids is not None:
+        known = {case.id: case for case in cohort.cases}
+        if unknown := [case_id for case_id in case_ids if case_id not in known]:
+            raise RequestError(f"cases asked for are not there: {', '.join(unknown[:5])}", where=root)
+        cohort = replace(cohort, cases=tuple(known[case_id] for case_id in case_ids))
+    return MeasuringCases(cohort, str(root))
+
+
+def validation_cases(run: Path) -> MeasuringCases | None:
+    """The cases that a run validated on, at most twenty of them, where its data are still where they were."""
+    try:
+        cohort, ids = _data_of(run)
+    except (SegkitError, OSError, ValueError, KeyError) as error:
+        _log.debug("no validation cases of %s: %s", run, error)
+        return None
+    chosen = [case for case in cohort.cases if case.id in ids]
+    if not chosen:
+        return None
+    return MeasuringCases(replace(cohort, cases=_evenly(chosen, MOST_OF_A_RUN)), f"validation cases of {run}")
+
+
+def _data_of(run: Path) -> tuple[Cohort, set[str]]:
+    from segkit.training.folder import CONFIG_NAME, read_config
+
+    ids = json.loads((run / "split.json").read_text(encoding="utf-8"))["validation"]
+    heading = (run / CONFIG_NAME).read_text(encoding="utf-8").partition("\n")[0]
+    match = re.fullmatch(r"# .+? data in (.+)", heading)
+    if match is None:
+        raise ValueError(f"{CONFIG_NAME} names no data folder")
+    data = read_config(run).data
+    cohort = find_cases(
+        Path(match[1]),
+        layout=data.layout,
+        modalities=data.modalities,
+        label_scheme=data.label_scheme,
+        require_labels=True,
+    )
+    return cohort, set(ids)
+
+
+def _evenly(cases: Sequence[Case], most: int) -> tuple[Case, ...]:
+    if len(cases) <= most:
+        return tuple(cases)
+    return tuple(cases[index] for index in np.linspace(0, len(cases) - 1, most).round().astype(int))
+
+
+def _window(image: Image, window: Sequence[int], rng: np.random.Generator | None) -> Array:
+    """A window (1, C, *window) of (C, *spatial): at random, or the middle one; zeros around what is smaller."""
+    pads, box = [(0, 0)], [slice(None)]
+    for size, length in zip(image.shape[1:], window, strict=True):
+        missing = max(length - size, 0)
+        pads.append((missing // 2, missing - missing // 2))
+        spare = max(size - length, 0)
+        start = spare // 2 if rng is None else int(rng.integers(spare + 1))
+        box.append(slice(start, start + length))
+    return np.ascontiguousarray(np.pad(image, pads)[tuple(box)][None], np.float32)

@@ -1,0 +1,243 @@
+"""From a run folder to an export folder: write the graph, compare it with the network, measure, keep or leave nothing.
+
+Functions appear in the order in which they run. Everything is made in a hidden folder beside the target, which takes
+its name only when all of it was checked.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import secrets
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from segkit.checkpoint import CARD_NAME, ModelCard, file_sha256, load_card, load_model, model_folders
+from segkit.checkpoint.card import ExportCard, GraphCard
+from segkit.errors import CheckpointError, RequestError, as_request
+from segkit.export.cases import MeasuringCases, validation_cases
+from segkit.export.parity import check_parity, random_windows, seconds_per_window
+from segkit.export.precision import write_fp16, write_int8
+from segkit.inference.backends import Array, Backend, TorchBackend, installed_backends, open_graph
+from segkit.inference.graph import OPSET, graph_files, require_onnx, write_graph
+from segkit.inference.predictor import Predictor
+
+Precision = Literal["fp32", "fp16", "int8"]
+
+GRAPH_NAMES: dict[Precision, str] = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
+
+LARGEST_DICE_LOSS = 0.005
+"""Of an approved graph against float32."""
+SMALLEST_SPEED_UP = 1.5
+"""Of an approved int8 graph, in the fastest backend of each."""
+
+_RANDOM_WINDOWS = 2
+_REAL_WINDOWS = 4
+_CALIBRATION_WINDOWS = 16
+_VERSIONS = ("onnx", "onnxscript", "onnxruntime", "openvino")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What may be chosen about an export, apart from model and folder."""
+
+    precision: Precision = "fp32"
+    """fp32, or a shorter precision to write beside it."""
+    cases: MeasuringCases | None = None
+    """Cases to compare, calibrate and measure with; None takes the validation cases of the run, where they are."""
+    may_overwrite: bool = False
+    """Put the export in the place of another one."""
+
+
+def export_models(model: Path, output: Path, settings: ExportSettings | None = None) -> dict[str, Any]:
+    """Write the export of a run folder; of a cross-validation one in each `fold_K` of `output`.
+
+    Gives what was written, for `--json`: `{"output", "models": [{"folder", "export", "cases"}]}`.
+
+    Raises:
+        RequestError: something to export with is not installed, the model cannot be exported, or `output` is in use.
+        CheckpointError: a graph computes something else than its network; `output` is as it was before.
+        DataError: the folder cannot be written to.
+    """
+    settings = settings or ExportSettings()
+    require_onnx()
+    if not installed_backends():
+        raise RequestError(
+            "there is no runtime to check a graph with", remedy="pip install 'segkit[onnx]' or 'segkit[openvino]'"
+        )
+    try:
+        folders = model_folders(model)
+        cards = [load_card(folder) for folder in folders]
+    except CheckpointError as error:
+        raise as_request(error) from error
+    for card, folder in zip(cards, folders, strict=True):
+        _require_exportable(card, folder)
+    _require_free(output, model, may_overwrite=settings.may_overwrite)
+    staging = output.with_name(f".{output.name}-{secrets.token_hex(4)}")
+    try:
+        _make(staging)
+        written = []
+        for folder, card in zip(folders, cards, strict=True):
+            place = Path() if len(folders) == 1 else Path(folder.name)
+            _log.info("exporting %s", folder)
+            export, source = _export(folder, card, staging / place, settings)
+            written.append({"folder": str(output / place), "export": export.model_dump(mode="json"), "cases": source})
+        _put_in_place(staging, output)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return {"output": str(output), "models": written}
+
+
+def _require_exportable(card: ModelCard, folder: Path) -> None:
+    if card.export is not None:
+        raise RequestError("is an export already", where=folder, expected="a run folder of `segkit train`")
+    if card.task != "segmentation":
+        raise RequestError(
+            f"holds a {card.task} model", where=folder, expected="a segmentation model of `segkit train`"
+        )
+
+
+def _require_free(output: Path, model: Path, *, may_overwrite: bool) -> None:
+    """Refuse a folder that is in use; with `may_overwrite` only one that is no export.
+
+    Raises:
+        RequestError: as said.
+    """
+    if output.resolve() in (model.resolve(), *model.resolve().parents):
+        raise RequestError("is the model's own folder", where=output, remedy="Name another folder with -o")
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise RequestError("is a file", where=output, expected="a folder, or a name that is free")
+    if not any(output.iterdir()):
+        return
+    if not may_overwrite:
+        raise RequestError("is not empty", where=output, remedy="Name another folder, or replace it with --overwrite")
+    try:
+        is_export = all(load_card(folder).export is not None for folder in model_folders(output))
+    except CheckpointError:
+        is_export = False
+    if not is_export:
+        raise RequestError("holds something else than an export", where=output, remedy="Name another folder")
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise RequestError(f"cannot be written to ({error.strerror})", where=folder.parent) from error
+
+
+def _export(folder: Path, card: ModelCard, target: Path, settings: ExportSettings) -> tuple[ExportCard, str]:
+    """One model into `target`; gives its export card and where the real cases came from."""
+    network = load_model(folder)
+    reference = TorchBackend(network)
+    cases = settings.cases or validation_cases(folder)
+    if cases is None and settings.precision != "fp32":
+        raise RequestError(
+            f"there are no cases to measure {settings.precision} with: the data of the run are not where they were",
+            where=folder,
+            remedy="Name cases with references: -i DATA",
+        )
+    target.mkdir(parents=True, exist_ok=True)
+    path = target / GRAPH_NAMES["fp32"]
+    write_graph(network, path, len(card.modalities), card.patch_size)
+    windows = random_windows(len(card.modalities), card.patch_size, _RANDOM_WINDOWS)
+    real = [] if cases is None else cases.windows(Predictor(reference, card), _CALIBRATION_WINDOWS)
+    windows = [*real[:_REAL_WINDOWS], *windows]
+    expected = [reference(window) for window in windows]
+    backends = [open_graph(path, name) for name in installed_backends()]
+    activation = card.activation or "sigmoid"
+    parity = {
+        backend.name: check_parity(network, backend, windows, expected, activation).to_json() for backend in backends
+    }
+    seconds = seconds_per_window([reference, *backends], windows[0])
+    graphs = [_graph_card(path, "fp32", dict(zip(parity, seconds[1:], strict=True)))]
+    if settings.precision != "fp32" and cases is not None:
+        graphs.append(_shorter(card, path, settings.precision, backends, cases, real))
+    checked = {"torch": {"seconds": round(seconds[0], 5)}, **parity}
+    export = ExportCard(opset=OPSET, graphs=tuple(graphs), parity=checked)
+    _write_card(target, card, export)
+    return export, "none" if cases is None else cases.source
+
+
+def _shorter(
+    card: ModelCard,
+    path: Path,
+    precision: Precision,
+    backends: Sequence[Backend],
+    cases: MeasuringCases,
+    real: Sequence[Array],
+) -> GraphCard:
+    """Write a graph of shorter numbers beside `path`; measure and judge it.
+
+    Raises:
+        RequestError: no case can be used, or none has a reference.
+    """
+    if not real:
+        raise RequestError(f"none of the cases can be used to measure {precision} with", where=cases.source)
+    target = path.with_name(GRAPH_NAMES[precision])
+    if precision == "fp16":
+        write_fp16(path, target)
+    else:
+        write_int8(path, target, real)
+    shorter = [open_graph(target, backend.name) for backend in backends]
+    seconds = seconds_per_window([*backends, *shorter], real[0])
+    before, after = seconds[: len(backends)], seconds[len(backends) :]
+    fastest = backends[before.index(min(before))]
+    dice, *others = cases.mean_dice([Predictor(backend, card) for backend in (fastest, *shorter)])
+    if math.isnan(dice):
+        raise RequestError(
+            f"no case has a reference to measure {precision} by", where=cases.source, remedy="Name others: -i DATA"
+        )
+    change = min(others) - dice  # the backend that suffers most
+    speed_up = min(before) / min(after)
+    is_approved = change >= -LARGEST_DICE_LOSS and (precision == "fp16" or speed_up >= SMALLEST_SPEED_UP)
+    if not is_approved:
+        wanted = f" and {SMALLEST_SPEED_UP} times as fast" if precision == "int8" else ""
+        _log.warning(
+            "%s changes Dice by %+.4f and is %.2f times as fast as fp32; wanted are at least -%g%s. It is kept, but "
+            "--backend auto will not take it",
+            *(precision, change, speed_up, LARGEST_DICE_LOSS, wanted),
+        )
+    names = [backend.name for backend in backends]
+    graph = _graph_card(target, precision, dict(zip(names, after, strict=True)))
+    return graph.model_copy(update={"dice_change": round(change, 6), "is_approved": is_approved})
+
+
+def _graph_card(path: Path, precision: Precision, seconds: dict[str, float]) -> GraphCard:
+    return GraphCard(
+        file=path.name,
+        precision=precision,
+        sha256={file.name: file_sha256(file) for file in graph_files(path)},
+        seconds={name: round(value, 5) for name, value in seconds.items()},
+    )
+
+
+def _write_card(target: Path, card: ModelCard, export: ExportCard) -> None:
+    installed = {distribution.metadata["Name"].lower() for distribution in metadata.distributions()}
+    versions = {name: metadata.version(name) for name in _VERSIONS if name in installed}
+    card = card.model_copy(update={"export": export, "versions": {**card.versions, **versions}})
+    text = json.dumps(card.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+    (target / CARD_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def _put_in_place(staging: Path, output: Path) -> None:
+    """Give the finished folder its name; one that was there before goes only now."""
+    old = output.with_name(f".{output.name}-{secrets.token_hex(4)}")
+    try:
+        if output.exists():
+            output.rename(old)
+        staging.rename(output)
+    except OSError as error:
+        if old.exists() and not output.exists():
+            old.rename(output)
+        raise RequestError(f"cannot be replaced ({error.strerror})", where=output) from error
+    shutil.rmtree(old, ignore_errors=True)
