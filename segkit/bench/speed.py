@@ -12,9 +12,8 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,6 +23,8 @@ import torch
 from torch import Tensor
 
 from segkit.bench.reference import build_network, with_library_layers
+from segkit.inference.backends import OnnxRuntimeBackend, OpenvinoBackend
+from segkit.inference.graph import write_graph
 from segkit.runtime import keep_freed_memory
 
 Row = dict[str, Any]
@@ -127,7 +128,7 @@ def _work(variant: Variant, size: str, side: int, device: str) -> Work:
         return _training_step(network.train(), x)
     network.eval()
     if variant.runtime != "torch":
-        return RUNTIMES[variant.runtime](network, x)
+        return _in_runtime(RUNTIMES[variant.runtime], network, x)
 
     def window() -> Tensor:
         with torch.inference_mode():
@@ -147,36 +148,17 @@ def _training_step(network: torch.nn.Module, x: Tensor) -> Work:
     return step
 
 
-def _onnxruntime(network: torch.nn.Module, x: Tensor) -> Work:
-    import onnxruntime
-
-    with _exported(network, x) as path:
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    feed = {"image": x.numpy()}
-    return lambda: torch.from_numpy(session.run(None, feed)[0])
-
-
-def _openvino(network: torch.nn.Module, x: Tensor) -> Work:
-    import openvino
-
-    with _exported(network, x) as path:
-        model = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+def _in_runtime(kind: type[OnnxRuntimeBackend] | type[OpenvinoBackend], network: torch.nn.Module, x: Tensor) -> Work:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.onnx"
+        write_graph(network, path, _CHANNELS, x.shape[2:])
+        backend = kind(path)
     array = x.numpy()
-    return lambda: torch.from_numpy(model(array)[0])
+    return lambda: torch.from_numpy(backend(array))
 
 
-RUNTIMES: Mapping[str, Callable[[torch.nn.Module, Tensor], Work]] = {
-    "onnxruntime": _onnxruntime,
-    "openvino": _openvino,
+RUNTIMES: Mapping[str, type[OnnxRuntimeBackend] | type[OpenvinoBackend]] = {
+    "onnxruntime": OnnxRuntimeBackend,
+    "openvino": OpenvinoBackend,
 }
-"""Module name -> what makes a network run in it."""
-
-
-@contextmanager
-def _exported(network: torch.nn.Module, x: Tensor) -> Iterator[str]:
-    """Path of the network as an ONNX file, for as long as the block lasts."""
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter, about its own future
-        path = str(Path(folder) / "network.onnx")
-        torch.onnx.export(network, (x,), path, input_names=["image"], output_names=["logits"], verbose=False)
-        yield path
+"""Module name -> what computes a graph in it."""

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from segkit.checkpoint.transfer import TransferOptions as TransferOptions
     from segkit.checkpoint.transfer import load_weights as load_weights
     from segkit.checkpoint.transfer import plan_transfer as plan_transfer
-    from segkit.checkpoint.transfer import transfer as transfer
 
 _PUBLIC = {
     "adapt": ("InputAdapt",),
@@ -51,7 +50,7 @@ _PUBLIC = {
     "source": ("WeightSource", "read_source"),
     "state": ("load_state", "save_state"),
     "tensors": ("load_weights_file", "save_weights"),
-    "transfer": ("HeadRule", "LoadReport", "TransferOptions", "load_weights", "plan_transfer", "transfer"),
+    "transfer": ("HeadRule", "LoadReport", "TransferOptions", "load_weights", "plan_transfer"),
 }
 _FILE_OF = {name: file for file, names in _PUBLIC.items() for name in names}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -61,13 +62,35 @@ def speed(
     side: SideOption = _DEFAULT_SIDE,
     size: SizeOption = "base",
     rounds: RoundsOption = 5,
+    model: Annotated[
+        Path | None, typer.Option("-m", "--model", help="Run folder: time whole commands instead, on --input.")
+    ] = None,
+    input: Annotated[Path | None, typer.Option("-i", "--input", help="Case folder for --model.")] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option("--backend", help="Backend for --model; repeatable; default: auto.")
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option("--reference", help="Script to run by hand: SCRIPT RUN CASE_DIR OUT.nii.gz.")
+    ] = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Seconds of a training step and of an inference window, and their ratio to PyTorch's own layers."""
+    """Seconds of a training step and of an inference window, and their ratio to PyTorch's own layers.
+
+    With --model and --input: seconds and memory of `segkit infer` on a CPU, cold and warm, and their ratio to the same
+    network run by hand with nibabel and MONAI's sliding windows.
+    """
     from segkit.bench.speed import TABLES, measure
+    from segkit.bench.whole import measure_whole
+    from segkit.errors import RequestError
     from segkit.runtime import pick_device
 
+    if (model is None) != (input is None):
+        raise RequestError("one of --model and --input is missing", expected="both, or neither")
+    if model is not None and input is not None:
+        rows = measure_whole(model, input, rounds, backends=backend or ("auto",), reference=reference)
+        _show("Whole commands", rows, as_json)
+        return
     where = str(pick_device(device))
     rows = (row for name in _chosen(table, TABLES) for row in measure(name, size, side, rounds, where))
     _show("Speed", rows, as_json)

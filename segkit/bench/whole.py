@@ -1,0 +1,116 @@
+"""Whole commands: `segkit infer` on one case against the same network run by hand, files to mask.
+
+Commands run in turn (A B, A B, ...), each in a process of its own, and the figure that counts is the median of the
+ratios of the rounds. `segkit infer` runs once more before the rounds with an empty cache: that is the row "cold", which
+includes writing the network for the runtime.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from segkit.checkpoint.run_folder import load_card
+from segkit.data.files import read_labels
+from segkit.errors import RequestError
+from segkit.metrics.overlap import dice_by_region
+from segkit.shapes import LabelMap
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run of a command: wall seconds, peak resident memory in MB, seconds by stage, its mask."""
+
+    wall: float
+    peak_rss_mb: float
+    stages: Mapping[str, float]
+    mask: LabelMap
+
+
+def measure_whole(
+    run: Path, case: Path, rounds: int, *, backends: Sequence[str] = ("auto",), reference: Path | None = None
+) -> Iterator[Row]:
+    """Rows "by hand", "cold" and one for each backend; Dice is that to the mask made by hand, for each output.
+
+    `reference` is a script with the arguments of `segkit.bench.by_hand` to be used in its place.
+
+    Raises:
+        RequestError: a command fails; what it said is told.
+    """
+    by_hand = [str(reference)] if reference else ["-m", "segkit.bench.by_hand"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        cold = _infer(run, case, folder, backends[0])
+        runs: dict[str, list[Outcome]] = {"by hand": [], **{backend: [] for backend in backends}}
+        for _ in range(rounds):
+            runs["by hand"].append(_by_hand(by_hand, run, case, folder))
+            for backend in backends:
+                runs[backend].append(_infer(run, case, folder, backend))
+    outputs = {output.name: output.members for output in load_card(run).output_list() if output.label}
+    yield _row("by hand", runs["by hand"], runs["by hand"], outputs)
+    yield _row(f"{backends[0]}, cold", [cold], runs["by hand"][:1], outputs)
+    for backend in backends:
+        yield _row(backend, runs[backend], runs["by hand"], outputs)
+
+
+def _row(
+    name: str, runs: Sequence[Outcome], reference: Sequence[Outcome], outputs: Mapping[str, tuple[int, ...]]
+) -> Row:
+    dice = dice_by_region(runs[0].mask, reference[0].mask, outputs)
+    pairs = list(zip(runs, reference, strict=True))
+    return {
+        "command": name,
+        "seconds": round(statistics.median(run.wall for run in runs), 2),
+        "of_by_hand": round(statistics.median(run.wall / other.wall for run, other in pairs), 3),
+        "peak_rss_mb": round(statistics.median(run.peak_rss_mb for run in runs)),
+        "memory_of_by_hand": round(statistics.median(run.peak_rss_mb / other.peak_rss_mb for run, other in pairs), 3),
+        **{stage: round(statistics.median(run.stages[stage] for run in runs), 2) for stage in runs[0].stages},
+        "dice": {region: round(float(value), 5) for region, value in dice.items()},
+    }
+
+
+def _infer(run: Path, case: Path, folder: Path, backend: str) -> Outcome:
+    out = folder / "masks"
+    command = ["-m", "segkit", "infer", "-m", str(run), "-i", str(case), "-o", str(out)]
+    options = ["-d", "cpu", "--backend", backend, "--no-postprocessing", "--overwrite", "-q", "--json"]
+    text, wall, peak = _timed([*command, *options], folder)
+    record = json.loads(text)["cases"][0]
+    if record["status"] != "done":
+        raise RequestError(f"the case failed: {record['error']}", where=case)
+    return Outcome(wall, peak, record["seconds"], read_labels(out / f"{record['case']}.nii.gz")[0])
+
+
+def _by_hand(script: Sequence[str], run: Path, case: Path, folder: Path) -> Outcome:
+    mask = folder / "by_hand.nii.gz"
+    text, wall, peak = _timed([*script, str(run), str(case), str(mask)], folder)
+    return Outcome(wall, peak, json.loads(text.splitlines()[-1])["seconds"], np.asarray(read_labels(mask)[0]))
+
+
+def _timed(arguments: Sequence[str], folder: Path) -> tuple[str, float, float]:
+    """Standard output of a Python command, its wall seconds and peak resident memory in MB."""
+    environment = {**os.environ, "SEGKIT_CACHE": str(folder / "cache")}
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said, tempfile.TemporaryFile("w+") as complaints:
+        began = time.perf_counter()
+        process = subprocess.Popen([sys.executable, *arguments], stdout=said, stderr=complaints, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        said.seek(0)
+        complaints.seek(0)
+        if process.returncode:
+            raise RequestError(f"{' '.join(arguments)} ended with {process.returncode}: {complaints.read()[-500:]}")
+        scale = 1024**2 if sys.platform == "darwin" else 1024
+        return said.read(), wall, usage.ru_maxrss / scale
