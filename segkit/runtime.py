@@ -174,6 +174,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or default) / "segkit"
 
 
+def variables_with(**changes: str) -> dict[str, str]:
+    """The environment variables of this process with some changed, for a process to be started."""
+    return {**os.environ, **changes}
+
+
 def environment() -> dict[str, str]:
     """Versions and platform, as recorded in run folders, manifests and benchmark tables."""
     packages = ("segkit", "torch", "monai", "nibabel", "numpy")

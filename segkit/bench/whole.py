@@ -25,6 +25,7 @@ from segkit.checkpoint.run_folder import load_card
 from segkit.data.files import read_labels
 from segkit.errors import RequestError
 from segkit.metrics.overlap import dice_by_region
+from segkit.runtime import variables_with
 from segkit.shapes import LabelMap
 
 Row = dict[str, Any]
@@ -101,7 +102,7 @@ def _by_hand(script: Sequence[str], run: Path, case: Path, folder: Path) -> Outc
 
 def _timed(arguments: Sequence[str], folder: Path) -> tuple[str, float, float]:
     """Standard output of a Python command, its wall seconds and peak resident memory in MB."""
-    environment = {**os.environ, "SEGKIT_CACHE": str(folder / "cache")}
+    environment = variables_with(SEGKIT_CACHE=str(folder / "cache"))
     with tempfile.TemporaryFile("w+", encoding="utf-8") as said, tempfile.TemporaryFile("w+") as complaints:
         began = time.perf_counter()
         process = subprocess.Popen([sys.executable, *arguments], stdout=said, stderr=complaints, env=environment)
