@@ -49,7 +49,7 @@ def _is_ours(x: Tensor, norm: nn.GroupNorm) -> bool:
     innermost = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
     if x.device.type != "cpu" or x.dtype != norm.weight.dtype or x.shape[1] == 1:
         return False
-    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
         return False
     return x.stride(1) == 1 and x.is_contiguous(memory_format=innermost)
 
