@@ -70,6 +70,7 @@ class CaseJob:
         self.task = task
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self._prepared: PreparedCase | None = None
+        self._window = predictor.window
 
     @property
     def waiting_bytes(self) -> int:
@@ -98,6 +99,7 @@ class CaseJob:
         """Logits of the case, slab by slab; the prepared image is let go with the last."""
         if self._prepared is None:
             raise ValueError("nothing was read")
+        self._window = self.predictor.window
         slabs = self.predictor.slabs(self._prepared)
         self._prepared = None
         while True:
@@ -147,7 +149,8 @@ class CaseJob:
 
     def again(self, error: BaseException) -> CaseJob | None:
         """The work anew with smaller windows, where memory ran out and there are smaller ones."""
-        if not is_memory_error(error) or not self.predictor.shrink():
+        # The case before may have made them smaller while this one was computed.
+        if not is_memory_error(error) or (self._window == self.predictor.window and not self.predictor.shrink()):
             return None
         size = " x ".join(map(str, self.predictor.window))
         _log.warning("%s: out of memory; once more, with windows of %s voxels", self.task.case.id, size)
@@ -169,7 +172,7 @@ class CaseJob:
             label_scheme=self.task.scheme.name,
             missing_modalities=self.task.missing_modalities,
             model=self.predictor.identity,
-            window=self.predictor.window,
+            window=self._window,
             predicted=self.task.predicted,
         )
 
