@@ -1,0 +1,43 @@
+"""A run folder of seconds, and the exporter that takes a fraction of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from segkit.config.loading import build_config
+from segkit.data.phantom_layouts import write_phantoms
+from segkit.inference import graph
+from segkit.training.config import TrainConfig
+from segkit.training.planned import RunRequest
+from segkit.training.run import train_run
+
+_SETTINGS = {
+    "network": {"size": "tiny", "arguments": {"widths": [8, 12]}},
+    "planning": {"patch_limit": 16, "batch_limit": 1},
+    "training": {"steps": 4, "steps_per_epoch": 4},
+    "data": {"folds": 3},
+}
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("phantoms") / "data"
+    write_phantoms(folder, range(1, 4), convention="brats2023", size=24)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps on three phantoms, one of which validates."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    config = build_config(TrainConfig, [("test", {**_SETTINGS})])
+    train_run(RunRequest(data=phantoms, run=folder, config=config, device=torch.device("cpu")))
+    return folder
+
+
+@pytest.fixture
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "_by_capture", graph._by_tracing)

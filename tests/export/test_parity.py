@@ -1,0 +1,95 @@
+"""When a graph counts as the network that it was made from."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from segkit.errors import CheckpointError
+from segkit.export.parity import check_parity, random_windows, seconds_per_window
+from segkit.inference.backends import Array
+
+
+class _Same(nn.Module):
+    """Logits are the window."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class _Rounding(nn.Module):
+    """Logits are the window, with the rounding of numbers near 100,000."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + 1e5) - 1e5
+
+
+class _Changed:
+    """The window with `change` added to its first voxel."""
+
+    name = "changed"
+
+    def __init__(self, change: float) -> None:
+        self.change = change
+
+    def __call__(self, windows: Array) -> Array:
+        logits = windows.copy()
+        logits.flat[0] += self.change
+        return logits
+
+
+def _plus_minus(size: float) -> Array:
+    """(1, 2, 2, 2): the first output on everywhere, the second nowhere."""
+    return np.array([[[[size, size], [size, size]], [[-size, -size], [-size, -size]]]], np.float32)
+
+
+def test_small_differences_pass_and_are_told() -> None:
+    window = _plus_minus(1.0)
+    parity = check_parity(_Same(), _Changed(5e-4), [window, window], [window, window], "sigmoid")
+    assert parity.to_json() == {"largest_difference": 5e-4, "largest_logit": 1.0, "dice": 1.0, "windows": 2}
+
+
+def test_larger_logits_may_differ_by_more() -> None:
+    window = _plus_minus(100.0)
+    assert check_parity(_Same(), _Changed(5e-3), [window], [window], "sigmoid").largest_logit == 100
+    with pytest.raises(CheckpointError, match=r"up to 1\.5e-02 from the exact logits, the network itself 0"):
+        check_parity(_Same(), _Changed(1.5e-2), [window], [window], "sigmoid")
+
+
+def test_a_graph_as_exact_as_the_network_passes() -> None:
+    network = _Rounding()
+    window = _plus_minus(1.003)
+    expected = network(torch.from_numpy(window)).numpy()
+    assert np.abs(expected - window).max() > 1e-3
+    assert check_parity(network, _Changed(0.0), [window], [expected], "sigmoid").dice == 1
+    with pytest.raises(CheckpointError, match="from the exact logits"):
+        check_parity(network, _Changed(0.02), [window], [expected], "sigmoid")
+
+
+def test_nan_never_passes() -> None:
+    window = _plus_minus(1.0)
+    with pytest.raises(CheckpointError, match="from the exact logits"):
+        check_parity(_Same(), _Changed(float("nan")), [window], [window], "sigmoid")
+
+
+def test_masks_must_agree() -> None:
+    window = _plus_minus(1e-4)  # the first voxel of four falls out of the mask: Dice 2 * 3 / (4 + 3)
+    with pytest.raises(CheckpointError, match=r"Dice 0\.85714 only"):
+        check_parity(_Same(), _Changed(-5e-4), [window], [window], "sigmoid")
+
+
+def test_background_of_a_softmax_is_no_mask() -> None:
+    window = _plus_minus(1e-4)  # everything background; the change makes it more so
+    assert check_parity(_Same(), _Changed(5e-4), [window], [window], "softmax").dice == 1
+    with pytest.raises(CheckpointError, match=r"Dice 0\.00000 only"):
+        check_parity(_Same(), _Changed(-5e-4), [window], [window], "softmax")
+
+
+def test_windows_and_times() -> None:
+    one, two = random_windows(2, (3, 4), 2)
+    assert one.shape == (1, 2, 3, 4)
+    assert one.dtype == np.float32
+    assert not np.array_equal(one, two)
+    assert all(seconds > 0 for seconds in seconds_per_window([_Changed(0.0), _Changed(1.0)], one, rounds=2))
