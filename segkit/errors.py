@@ -78,3 +78,14 @@ class ConfigError(RequestError):
         lines = "\n".join(f"  - {problem}" for problem in problems)
         count = f"{len(problems)} problem" + ("s" if len(problems) != 1 else "")
         super().__init__(f"the configuration has {count}:\n{lines}")
+
+
+_MEMORY_SIGNS = (
+    *("out of memory", "allocate memory", "not enough memory", "bad allocation", "bad_alloc"),
+    *("failed to allocate", "could not create a primitive"),  # OpenVINO, oneDNN
+)
+
+
+def is_memory_error(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, whichever library raises it."""
+    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in _MEMORY_SIGNS)

@@ -141,8 +141,11 @@ def keep_freed_memory(device: torch.device) -> None:
 
     glibc gives every block above 32 MiB back to the system at once. A network asks for the same sizes at each step, and
     the kernel has to clear the pages each time, which can take as long as the arithmetic (`segkit bench speed`). For
-    processes that do little else: the setting is the whole process's. Without glibc nothing changes.
+    processes that do little else: the setting is the whole process's. Without glibc, or under a limit of memory,
+    nothing changes.
     """
+    if _has_limit():
+        return
     _set_allocator(device, {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1})
 
 
@@ -172,6 +175,40 @@ def cache_folder() -> Path:
         return Path(chosen)
     default = Path.home() / (".cache" if sys.platform != "win32" else "AppData/Local")
     return Path(os.environ.get("XDG_CACHE_HOME") or default) / "segkit"
+
+
+def limit_memory(megabytes: float) -> None:
+    """Let this process ask the system for no more memory than this, so that too much fails where it can be dealt with.
+
+    Where the system has no such limit (Windows, macOS) nothing changes.
+    """
+    if sys.platform != "linux":
+        return
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = int(megabytes * 1024**2)
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+
+
+def room_mb() -> float:
+    """Memory this process may still ask for, in MB: what is free, or what `limit_memory` leaves of it."""
+    free = 1024 * available_memory_gb()
+    if not _has_limit():
+        return free
+    import resource
+
+    status = Path("/proc/self/status").read_text()
+    used_kb = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmData:"))
+    return min(free, resource.getrlimit(resource.RLIMIT_DATA)[0] / 1024**2 - used_kb / 1024)
+
+
+def _has_limit() -> bool:
+    if sys.platform != "linux":
+        return False
+    import resource
+
+    return resource.getrlimit(resource.RLIMIT_DATA)[0] != resource.RLIM_INFINITY
 
 
 def variables_with(**changes: str) -> dict[str, str]:

@@ -98,6 +98,7 @@ def infer(
     from segkit.data.archives import opened
     from segkit.errors import DataError, as_request
     from segkit.inference.cases import InferenceSettings
+    from segkit.runtime import limit_memory
 
     settings = InferenceSettings(
         overwrites=overwrite,
@@ -107,6 +108,8 @@ def infer(
         label_scheme=label_scheme,
     )
     limits = Limits(workers, None if memory is None else 1024 * parse_gigabytes(memory))
+    if limits.memory_mb is not None:
+        limit_memory(limits.memory_mb)
     with contextlib.ExitStack() as stack:
         try:
             source = stack.enter_context(opened(input))

@@ -20,9 +20,9 @@ import numpy as np
 from segkit.data.case import Case
 from segkit.data.files import read_grid, written_atomically
 from segkit.data.volume import Grid
-from segkit.errors import DataError
+from segkit.errors import DataError, is_memory_error
 from segkit.inference.predictor import Ensemble, Predictor
-from segkit.inference.worker import CaseTask, is_memory_error
+from segkit.inference.worker import CaseTask
 from segkit.runtime import available_cores, available_memory_gb, cache_folder, current_rss_mb, peak_rss_mb
 
 _MB = 1024**2

@@ -168,23 +168,25 @@ def _by_tracing(network: nn.Module, image: Tensor, path: Path, *, is_split: bool
 def _group_norm(x: Any, num_groups: int, weight: Any, bias: Any, eps: float = 1e-5, cudnn_enabled: bool = True) -> Any:
     """Group norm of (B, C, *window) in ONNX operators, with scale and shift (C,).
 
-    Moments are sums over rows, then over the first axis of a volume: a single sum over a window in float32 keeps four
-    digits in OpenVINO. The variance is the mean square less the square of the mean, which saves a pass over the map
-    and keeps a relative 1e-7 (mean / deviation)^2 of it: six digits where a group's mean is three deviations from 0,
-    three where it is a hundred.
+    Moments are sums over rows, then over the first axis of a volume: a single sum over a window in float32, and
+    OpenVINO's own instance norm, keep four digits. The variance is the mean square less the square of the mean, which
+    saves a pass over the map and keeps a relative 1e-7 (mean / deviation)^2 of it: six digits where a group's mean is
+    three deviations from 0, three where it is a hundred.
     """
     from onnxscript import opset20 as op
 
     channels, *window = (int(size) for size in x.shape[1:])
-    if num_groups == channels:
-        return op.InstanceNormalization(x, weight, bias, epsilon=eps)
+    ones = [1] * len(window)
+    is_grouped = num_groups < channels
+    grouped = [num_groups, channels // num_groups] if is_grouped else [channels, *ones]
     rows = op.Constant(value_ints=[len(window), len(window) + 1])
-    grouped = op.Constant(value_ints=[0, num_groups, channels // num_groups])
-    last = op.Constant(value_ints=[2])
+    first = op.Constant(value_ints=[2])
 
     def over_group(per_row: Any) -> Any:
-        per_channel = op.ReduceMean(per_row, last) if len(window) == 3 else per_row
-        return op.ReduceMean(op.Reshape(per_channel, grouped), last)  # (B, groups, 1)
+        per_channel = op.ReduceMean(per_row, first) if len(window) == 3 else per_row
+        if not is_grouped:
+            return per_channel  # (B, C, 1 ...)
+        return op.ReduceMean(op.Reshape(per_channel, op.Constant(value_ints=[0, *grouped])), first)  # (B, groups, 1)
 
     mean = over_group(op.ReduceMean(x, rows))
     length = op.ReduceL2(x, rows)
@@ -192,11 +194,13 @@ def _group_norm(x: Any, num_groups: int, weight: Any, bias: Any, eps: float = 1e
     square = op.Mul(square, op.Constant(value_float=1 / (window[-1] * window[-2])))
     variance = op.Max(op.Sub(square, op.Mul(mean, mean)), op.Constant(value_float=0.0))
     rate = op.Reciprocal(op.Sqrt(op.Add(variance, op.Constant(value_float=eps))))
-    per_group = op.Constant(value_ints=[1, num_groups, channels // num_groups])
-    scale = op.Mul(rate, op.Reshape(weight, per_group))
-    shift = op.Sub(op.Reshape(bias, per_group), op.Mul(mean, scale))
-    like_map = op.Constant(value_ints=[0, channels, *(1 for _ in window)])
-    return op.Add(op.Mul(x, op.Reshape(scale, like_map)), op.Reshape(shift, like_map))
+    per_channel = op.Constant(value_ints=[1, *grouped])
+    scale = op.Mul(rate, op.Reshape(weight, per_channel))
+    shift = op.Sub(op.Reshape(bias, per_channel), op.Mul(mean, scale))
+    if is_grouped:
+        like_map = op.Constant(value_ints=[0, channels, *ones])
+        scale, shift = op.Reshape(scale, like_map), op.Reshape(shift, like_map)
+    return op.Add(op.Mul(x, scale), shift)
 
 
 @contextmanager

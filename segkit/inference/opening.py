@@ -18,9 +18,9 @@ import numpy as np
 
 from segkit.checkpoint.card import GraphCard, ModelCard
 from segkit.checkpoint.run_folder import file_sha256
-from segkit.errors import CheckpointError, RequestError
+from segkit.errors import CheckpointError, RequestError, is_memory_error
 from segkit.inference.backends import Backend, TorchBackend, installed_backends, open_graph
-from segkit.runtime import cache_folder, keep_freed_memory, may_have_gpu, pick_device
+from segkit.runtime import cache_folder, keep_freed_memory, may_have_gpu, pick_device, room_mb
 
 GRAPH_NAME = "model.onnx"
 
@@ -48,10 +48,10 @@ def open_backend(folder: Path, card: ModelCard, device: str, name: str, window: 
     if card.export is not None:
         return _open_export(folder, card, name, window)
     if name == "torch" or not on_cpu:
-        return _open_torch(folder, device, name)
+        return _open_torch(folder, card, device, name, window)
     missing = [module for module in _EXPORTERS if importlib.util.find_spec(module) is None]
     if name == "auto" and (not installed_backends() or missing):
-        return _open_torch(folder, device, name)
+        return _open_torch(folder, card, device, name, window)
     if missing:
         raise RequestError(
             f"{', '.join(missing)} not installed", remedy="pip install 'segkit[onnx]', or --backend torch"
@@ -89,14 +89,30 @@ def _require_whole(folder: Path, graph: GraphCard) -> None:
             raise CheckpointError(found, where=path, remedy="Copy the whole folder again, or export again")
 
 
-def _open_torch(folder: Path, device: str, name: str) -> Backend:
+def _open_torch(folder: Path, card: ModelCard, device: str, name: str, window: tuple[int, ...]) -> Backend:
     from segkit.checkpoint.model import load_model
 
     chosen = pick_device(None if device == "auto" else device)
     if name not in ("auto", "torch"):
         raise RequestError(f"backend {name} computes on a CPU", remedy="Pass --device cpu, or --backend torch")
+    if chosen.type == "cpu":
+        _require_room(card, window)
     keep_freed_memory(chosen)
     return TorchBackend(load_model(folder, chosen), chosen)
+
+
+def _require_room(card: ModelCard, window: tuple[int, ...]) -> None:
+    """Refuse windows that torch has no room to compute, before it tries.
+
+    Raises:
+        MemoryError: as said.
+    """
+    from segkit.checkpoint.model import build_network
+    from segkit.planning.memory import window_bytes
+
+    needed_mb = window_bytes(lambda: build_network(card, downloads=False), (1, len(card.modalities), *window)) / 1024**2
+    if needed_mb > room_mb():
+        raise MemoryError(f"a window takes {needed_mb:.0f} MB, and {room_mb():.0f} MB are left")
 
 
 def _cache_of(folder: Path, card: ModelCard, window: tuple[int, ...]) -> Path:
@@ -111,6 +127,7 @@ def _fill(cache: Path, folder: Path, card: ModelCard, name: str, window: tuple[i
     from segkit.checkpoint.model import load_model
     from segkit.inference.graph import write_graph
 
+    _require_room(card, window)
     _log.info("preparing the network of %s for a faster runtime, once", folder)
     network = load_model(folder)
     torch_backend = TorchBackend(network)
@@ -125,7 +142,9 @@ def _fill(cache: Path, folder: Path, card: ModelCard, name: str, window: tuple[i
         if cache.exists():  # another process was faster
             return None
         temporary.rename(cache)
-    except (OSError, RuntimeError, MemoryError) as error:
+    except Exception as error:
+        if is_memory_error(error):
+            raise  # a smaller window may do
         _log.warning("the network cannot be prepared for another runtime (%s); torch computes it", error)
         return torch_backend
     finally:

@@ -23,7 +23,7 @@ from segkit.data.layouts.table import find_cases
 from segkit.data.preprocessing import LoadedCase, Preparation, PreparedCase, load_case, prepare
 from segkit.data.resampling import resampled_shape
 from segkit.data.volume import Grid, Volume
-from segkit.errors import DataError, RequestError
+from segkit.errors import DataError, RequestError, is_memory_error
 from segkit.inference.backends import BACKENDS, Backend
 from segkit.inference.decode import Activation, decode, decode_prepared, merged, probabilities
 from segkit.inference.maps import Maps, outside_probabilities
@@ -112,10 +112,9 @@ class Predictor:
         members = []
         for folder, card in zip(folders, cards, strict=True):
             reopen = functools.partial(open_backend, folder, card, str(device), backend)
-            member = Predictor(
-                reopen(card.patch_size), card, uses_tta=uses_tta, uses_postprocessing=uses_postprocessing
-            )
-            member._reopen = reopen
+            window, opened = _opened(reopen, card, card.patch_size)
+            member = Predictor(opened, card, uses_tta=uses_tta, uses_postprocessing=uses_postprocessing)
+            member.window, member._reopen = window, None if card.export is not None else reopen
             members.append(member)
         return members[0] if len(members) == 1 else Ensemble(members)
 
@@ -175,17 +174,11 @@ class Predictor:
 
         Networks that normalise over a window give slightly other logits so.
         """
-        axis = max(range(len(self.window)), key=self.window.__getitem__)
-        unit = self.card.divisor[axis]
-        length = self.window[axis] // 2 // unit * unit
-        if self._reopen is None or length < max(unit, _SMALLEST_WINDOW):
+        window = _smaller(self.window, self.card)
+        if self._reopen is None or window is None:
             return False
-        window = (*self.window[:axis], length, *self.window[axis + 1 :])
-        try:
-            self.backend = self._reopen(window)
-        except RequestError:  # an export has one size
-            return False
-        self.window = window
+        del self.backend  # its memory is wanted now
+        self.window, self.backend = _opened(self._reopen, self.card, window)
         return True
 
     def prepared_shape(self, grid: Grid) -> tuple[int, ...]:
@@ -289,6 +282,30 @@ class Ensemble(Predictor):
         if axis is None:
             axis = self.plan(prepared.image.shape[1:]).axis
         return merged([member.slabs(prepared, axis) for member in self.members], self.activation)
+
+
+def _opened(
+    reopen: Callable[[tuple[int, ...]], Backend], card: ModelCard, window: tuple[int, ...]
+) -> tuple[tuple[int, ...], Backend]:
+    """The backend of a model with windows of this size, or with smaller ones where memory is too short for it."""
+    while True:
+        try:
+            return window, reopen(window)
+        except Exception as error:
+            smaller = _smaller(window, card)
+            if not is_memory_error(error) or smaller is None:
+                raise
+            window = smaller
+
+
+def _smaller(window: tuple[int, ...], card: ModelCard) -> tuple[int, ...] | None:
+    """A window of half the size along its longest axis, of which a network may still make sense."""
+    axis = max(range(len(window)), key=window.__getitem__)
+    unit = card.divisor[axis]
+    length = window[axis] // 2 // unit * unit
+    if length < max(unit, _SMALLEST_WINDOW):
+        return None
+    return (*window[:axis], length, *window[axis + 1 :])
 
 
 _SHARED_BY_MEMBERS = (

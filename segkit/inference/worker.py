@@ -14,7 +14,7 @@ from segkit.data.case import Case
 from segkit.data.dicom_seg import write_dicom_seg
 from segkit.data.files import read_grid, stem_of, write_labels
 from segkit.data.preprocessing import PreparedCase, load_case
-from segkit.errors import DataError, SegkitError
+from segkit.errors import DataError, SegkitError, is_memory_error
 from segkit.inference.decode import probabilities
 from segkit.inference.manifest import STAGES, CaseRecord
 from segkit.inference.maps import Maps, outside_probabilities, uncertainty
@@ -207,14 +207,6 @@ def _paths(task: CaseTask, predictor: Predictor, folder: str, names: list[str] |
 
 def _outside(predictor: Predictor) -> list[float]:
     return outside_probabilities(len(predictor.card.outputs), predictor.activation)
-
-
-_MEMORY_SIGNS = ("out of memory", "allocate memory", "not enough memory", "bad allocation", "bad_alloc")
-
-
-def is_memory_error(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, whichever library raises it."""
-    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in _MEMORY_SIGNS)
 
 
 def sentence(error: BaseException) -> str:
