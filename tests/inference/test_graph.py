@@ -54,10 +54,15 @@ def test_group_norm_of_one_value_is_its_shift(tmp_path: Path) -> None:
         np.testing.assert_allclose(backend(windows), 0.5, atol=1e-3)
 
 
-def test_instance_norm_is_one_operator(tmp_path: Path) -> None:
+def test_instance_norm_changes_no_shapes(tmp_path: Path) -> None:
     path = tmp_path / "norm.onnx"
-    write_graph(_Norms(InstanceNorm(3)), path, 3, (4, 4, 4))
-    assert [node.op_type for node in onnx.load(path).graph.node] == ["InstanceNormalization"]
+    norm = InstanceNorm(3)
+    nn.init.normal_(norm.weight)
+    write_graph(_Norms(norm), path, 3, (4, 5, 4))
+    assert {"Reshape", "InstanceNormalization"}.isdisjoint(node.op_type for node in onnx.load(path).graph.node)
+    windows = np.random.default_rng(0).normal(1.0, 1.0, (2, 3, 4, 5, 4)).astype(np.float32)
+    for backend in (OnnxRuntimeBackend(path), OpenvinoBackend(path)):
+        np.testing.assert_allclose(backend(windows), TorchBackend(_Norms(norm))(windows), atol=1e-5)
 
 
 def _tiny() -> nn.Module:
