@@ -30,17 +30,23 @@ def demo(
     Takes minutes on two cores and no network. Every step is an ordinary command, printed before it runs.
     """
     from segkit.errors import RequestError
+    from segkit.inference.opening import can_write_graphs
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RequestError("there is something here already", where=output, remedy="Name a new or an empty folder")
-    data, run, masks, scores, held_out = (output / name for name in ("data", "run", "masks", "scores", "held-out.txt"))
+    names = ("data", "run", "masks", "scores", "export", "held-out.txt")
+    data, run, masks, scores, exported, held_out = (output / name for name in names)
     on_device = [] if device is None else ["--device", device]
     steps = {
         "phantom": [data, "--cases", _CASES, "--size", _SIZE, "--convention", "brats2021", "--seed", _SEED],
         "train": [data, "-o", run, "--preset", "tiny", "--budget", budget, "--exclude", held_out, *on_device],
         "infer": ["-m", run, "-i", data, "-o", masks, "--cases", held_out, *on_device],
         "evaluate": ["-p", masks, "-r", data, "-o", scores, "--cases", held_out, "--figures", _HELD_OUT],
+        "export": ["-m", run, "-o", exported],
     }
+    if not can_write_graphs():
+        del steps["export"]
+        console().print("without export, for ONNX is not installed: pip install 'segkit[onnx]'", markup=False)
     seconds: dict[str, float] = {}
     for verb, arguments in steps.items():
         seconds[verb] = _run([verb, *(str(argument) for argument in arguments)])
@@ -121,6 +127,9 @@ def _tell_result(output: Path, seconds: dict[str, float]) -> None:
         "run": "the trained model, its settings, and figures of the training",
         "masks": "the segmentations, and manifest.json with the time each took",
         "scores": "scores.json, scores.csv, summary.md, and figures of every held-out case",
+        "export": "the model as model.onnx with model.json: `segkit infer -m` takes it, and needs no torch for it",
     }
     for name, meaning in files.items():
+        if not (output / name).exists():
+            continue
         typer.echo(f"  {output / name}: {meaning}")

@@ -114,8 +114,8 @@ def write_labels(path: Path, labels: LabelMap, grid: Grid) -> None:
 def write_image(path: Path, array: AnyArray, grid: Grid, *, slope: float = 1.0) -> None:
     """Writes (*grid.shape), or (*grid.shape, C) as NIfTI or colour picture, atomically; the suffix chooses the format.
 
-    Integers keep their type, floats become float32. `slope` is what readers multiply by, NIfTI only. Raises DataError where the disk is full, the folder is read-only
-    or the format cannot hold the array.
+    Integers keep their type, floats become float32. `slope` is what readers multiply by, NIfTI only. Raises DataError
+    where the disk is full, the folder is read-only or the format cannot hold the array.
     """
     if array.shape[: grid.dims] != grid.shape or array.ndim > grid.dims + 1:
         raise ValueError(f"an array of shape {array.shape} does not fit a grid of shape {grid.shape}")

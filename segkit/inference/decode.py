@@ -204,16 +204,22 @@ def _spread(plane: AnyArray, across: Sequence[Neighbours]) -> AnyArray:
 
 def _at(plane: Logits, places: tuple[NDArray[np.intp], ...], across: Sequence[Neighbours]) -> Logits:
     """Linear interpolation of (K, *across) at N places of the resampled plane, (K, N)."""
-    corners: list[tuple[tuple[Any, ...], NDArray[np.float32]]] = [((slice(None),), np.ones(1, np.float32))]
-    for place, near in zip(places, across, strict=True):
+    outputs, *sizes = plane.shape
+    rows = np.ascontiguousarray(plane.reshape(outputs, -1).T)  # all outputs of a voxel side by side: fetched as one
+    corners = [(np.zeros(1, np.intp), np.ones(1, np.float32))]
+    for place, near, size in zip(places, across, sizes, strict=True):
         weight = near.weight[place]
         corners = [
-            ((*index, side[place]), share * part)
+            (index * size + side[place], share * part)
             for index, share in corners
             for side, part in ((near.lower, 1 - weight), (near.upper, weight))
         ]
-    total = sum(plane[index] * share for index, share in corners)
-    return np.asarray(total, np.float32)
+    total = np.zeros((len(places[0]), outputs), np.float32)
+    for index, share in corners:
+        part = rows.take(index, 0)
+        part *= share[:, None]
+        total += part
+    return total.T
 
 
 def merged(streams: Sequence[Iterator[Slab]], activation: Activation) -> Iterator[Slab]:

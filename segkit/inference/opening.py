@@ -64,6 +64,15 @@ def open_backend(folder: Path, card: ModelCard, device: str, name: str, window: 
     return open_graph(cache / GRAPH_NAME, name, cache)
 
 
+def can_write_graphs() -> bool:
+    """Whether networks can be turned into ONNX files here, and a runtime for them is installed."""
+    return bool(installed_backends()) and not _missing_exporters()
+
+
+def _missing_exporters() -> list[str]:
+    return [module for module in _EXPORTERS if importlib.util.find_spec(module) is None]
+
+
 def _open_export(folder: Path, card: ModelCard, name: str, window: tuple[int, ...]) -> Backend:
     if card.export is None or window != card.patch_size:
         raise RequestError(
