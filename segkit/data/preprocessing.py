@@ -9,8 +9,9 @@ to the grid of the input exactly.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from segkit.data.case import Case, ImageFile
 from segkit.data.files import read_labels, read_volume
 from segkit.data.geometry import Reorientation, reorientation_to, reoriented_grid, same_grid
 from segkit.data.resampling import resample_image, resample_labels, resampled_shape
-from segkit.data.volume import Grid
+from segkit.data.volume import Grid, Volume
 from segkit.errors import DataError, RequestError
 from segkit.labels import LabelScheme, translate
 from segkit.runtime import available_cores
@@ -78,9 +79,16 @@ class LoadedCase:
 
 
 def load_case(
-    case: Case, modalities: tuple[str, ...], scheme: LabelScheme | None, *, allow_missing: bool = False
+    case: Case,
+    modalities: tuple[str, ...],
+    scheme: LabelScheme | None,
+    *,
+    allow_missing: bool = False,
+    uses_threads: bool = True,
 ) -> LoadedCase:
     """Read the files of one case; the reference only when a `scheme` is given, in whose values it is returned.
+
+    With `uses_threads` the files are read side by side, which holds one of them for each core besides the image.
 
     Raises:
         DataError: a file cannot be read or holds NaN or infinity, a modality is missing (unless `allow_missing`),
@@ -95,18 +103,21 @@ def load_case(
             expected=f"one image for each of {', '.join(modalities)}",
             remedy="Add the files" + (", or pass --allow-missing to go on without them" if present else ""),
         )
-    image, grid = _read_image(case, modalities)
+    image, grid = _read_image(case, modalities, uses_threads=uses_threads)
     labels = None
     if scheme is not None and case.label is not None:
         labels = _read_reference(case, case.label, grid, scheme)
     return LoadedCase(case.id, image, labels, grid, tuple(modality in case.images for modality in modalities))
 
 
-def _read_image(case: Case, modalities: tuple[str, ...]) -> tuple[Image, Grid]:
-    """All modalities as one array; the files are read side by side, for most of the time goes into unpacking them."""
+def _read_image(case: Case, modalities: tuple[str, ...], *, uses_threads: bool) -> tuple[Image, Grid]:
+    """All modalities as one array; most of the time of reading goes into unpacking."""
     files = [(channel, case.images[name]) for channel, name in enumerate(modalities) if name in case.images]
-    with ThreadPoolExecutor(min(available_cores(), len(files))) as pool:
-        volumes = pool.map(lambda file: read_volume(file[1].path, file[1].channel), files)
+    with ExitStack() as stack:
+        read_all: Callable[..., Iterable[Volume]] = map
+        if uses_threads and len(files) > 1:
+            read_all = stack.enter_context(ThreadPoolExecutor(min(available_cores(), len(files)))).map
+        volumes = read_all(lambda file: read_volume(file[1].path, file[1].channel), files)
         image = np.empty((0,), np.float32)
         for (channel, file), volume in zip(files, volumes, strict=True):
             if not image.size:

@@ -11,7 +11,7 @@ between them, for a linear interpolation of logits that all have one sign, or al
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray

@@ -62,7 +62,8 @@ def infer_folder(
     if isinstance(executor, LocalExecutor):
         tasks, has_room = fit_memory(predictor, tasks, memory_mb)
         executor = executor if has_room else LocalExecutor(workers=0)
-    for record in executor.map(CaseWorker(predictor), tasks):
+    is_plain = isinstance(executor, LocalExecutor) and executor.workers == 0
+    for record in executor.map(CaseWorker(predictor, uses_threads=not is_plain), tasks):
         manifest.add(record)
         on_record(record)
     return manifest.to_json()

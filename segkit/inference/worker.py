@@ -52,10 +52,12 @@ class CaseWorker:
     """Segments cases with one predictor."""
 
     predictor: Predictor
+    uses_threads: bool = True
+    """Read the files of a case side by side."""
 
     def begin(self, task: CaseTask) -> CaseJob:
         """The work on one case, not yet started."""
-        return CaseJob(self.predictor, task)
+        return CaseJob(self.predictor, task, uses_threads=self.uses_threads)
 
     def __call__(self, task: CaseTask) -> CaseRecord:
         """All of the work on one case, without threads; never raises but for what ends the whole program."""
@@ -65,8 +67,9 @@ class CaseWorker:
 class CaseJob:
     """The stages of one case: `read`, then `compute` whose slabs go to `finish`, which may run at the same time."""
 
-    def __init__(self, predictor: Predictor, task: CaseTask) -> None:
+    def __init__(self, predictor: Predictor, task: CaseTask, *, uses_threads: bool = True) -> None:
         self.predictor = predictor
+        self.uses_threads = uses_threads
         self.task = task
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self._prepared: PreparedCase | None = None
@@ -89,7 +92,13 @@ class CaseJob:
         """
         task, predictor = self.task, self.predictor
         with self._timed("read"):
-            loaded = load_case(task.case, predictor.card.modalities, None, allow_missing=bool(task.missing_modalities))
+            loaded = load_case(
+                task.case,
+                predictor.card.modalities,
+                None,
+                allow_missing=bool(task.missing_modalities),
+                uses_threads=self.uses_threads,
+            )
         self.grid = loaded.grid
         with self._timed("preprocess"):
             self._prepared = predictor.prepare(loaded)
@@ -154,7 +163,7 @@ class CaseJob:
             return None
         size = " x ".join(map(str, self.predictor.window))
         _log.warning("%s: out of memory; once more, with windows of %s voxels", self.task.case.id, size)
-        return CaseJob(self.predictor, self.task)
+        return CaseJob(self.predictor, self.task, uses_threads=False)
 
     def failed(self, error: BaseException) -> CaseRecord:
         """The record of the case when a stage raised `error`; with -v the trace is told too."""

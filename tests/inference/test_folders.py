@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -313,3 +314,16 @@ def test_unwritable_output_is_told_before_any_work(make_run: MakeRun, data: Path
     (tmp_path / "out").write_text("a file where the folder should be")
     with pytest.raises(RequestError, match="cannot be written"):
         infer_folder(stumbling(make_run(), AssertionError()), find_input(data), tmp_path / "out")
+
+
+def test_without_workers_no_thread_is_started(
+    make_run: MakeRun, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = Predictor.load(make_run())
+    started: list[str] = []
+    whole = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda self: (started.append(self.name), whole(self))[1])
+    infer_folder(predictor, find_input(data), tmp_path / "none", executor=LocalExecutor(0))
+    assert started == []
+    infer_folder(predictor, find_input(data), tmp_path / "some", executor=LocalExecutor(1))
+    assert len(started) >= 2

@@ -54,6 +54,17 @@ def test_group_norm_of_one_value_is_its_shift(tmp_path: Path) -> None:
         np.testing.assert_allclose(backend(windows), 0.5, atol=1e-3)
 
 
+def test_moments_keep_their_digits_beside_the_patient(tmp_path: Path) -> None:
+    norm = nn.GroupNorm(2, 4)
+    path = tmp_path / "norm.onnx"
+    write_graph(_Norms(norm), path, 4, (64, 64, 64))
+    windows = np.full((1, 4, 64, 64, 64), -0.7, np.float32)
+    windows[:, :, :20, :20, :20] = np.random.default_rng(0).normal(3.0, 1.0, (1, 4, 20, 20, 20))
+    expected = norm.double()(torch.from_numpy(windows).double()).detach().numpy()
+    for backend in (OnnxRuntimeBackend(path), OpenvinoBackend(path)):
+        np.testing.assert_allclose(backend(windows), expected, atol=2e-5)
+
+
 def test_instance_norm_changes_no_shapes(tmp_path: Path) -> None:
     path = tmp_path / "norm.onnx"
     norm = InstanceNorm(3)
