@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import secrets
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -144,7 +146,7 @@ def written_atomically(path: Path) -> Iterator[Path]:
     Missing folders are made. Whatever goes wrong, the hidden file is removed, the file that was there before stays,
     and a failure of the disk becomes a DataError.
     """
-    temporary = path.with_name(f".{secrets.token_hex(6)}{suffix_of(path)}")
+    temporary = path.with_name(f".{_host()}-{os.getpid()}-{secrets.token_hex(6)}{suffix_of(path)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -161,6 +163,31 @@ def written_atomically(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes of this machine that were killed in the midst of `written_atomically` left in a folder."""
+    if os.name != "posix":  # elsewhere there is no harmless way to ask whether a process lives
+        return
+    for path in folder.glob(f".{_host()}-*-*"):
+        number = path.name.split("-")[1]
+        if number.isdigit() and not _is_alive(int(number)):
+            with suppress(OSError):
+                path.unlink()
+
+
+def _host() -> str:
+    return f"{zlib.crc32(platform.node().encode()):08x}"
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _open(path: Path) -> ImageHeader:

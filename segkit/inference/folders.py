@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from segkit.data.case import Cohort
+from segkit.data.files import remove_leftovers
 from segkit.errors import DataError, as_request
 from segkit.inference.cases import InferenceSettings, plan_cases
 from segkit.inference.forecast import fit_memory
 from segkit.inference.manifest import CaseRecord, Manifest
 from segkit.inference.pipeline import Executor, LocalExecutor
 from segkit.inference.predictor import Predictor
-from segkit.inference.worker import CaseWorker
+from segkit.inference.worker import PROBABILITIES, UNCERTAINTY, CaseWorker
 from segkit.runtime import environment
 
 _log = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ def infer_folder(
         RequestError: this model cannot paint the label scheme asked for, or the output folder cannot be written.
     """
     settings = settings or InferenceSettings()
+    for folder in (output, output / PROBABILITIES, output / UNCERTAINTY):
+        remove_leftovers(folder)
     manifest = open_manifest(predictor, cohort, output, model, part)
     tasks, decided = plan_cases(predictor, cohort, output, settings, manifest)
     for problem in cohort.problems:
