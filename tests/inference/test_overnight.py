@@ -124,7 +124,7 @@ def test_a_killed_run_leaves_whole_masks_and_goes_on(tmp_path: Path, scans: Any)
     environment = variables_with(PYTHONPATH=str(Path(segkit.__file__).parents[1]))
     process = subprocess.Popen(command, env=environment)
     until = time.monotonic() + 120
-    while len(list(out.glob("*.nii.gz"))) < 3:
+    while len(list(out.glob("[!.]*.nii.gz"))) < 3:
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < until
         time.sleep(0.005)
