@@ -144,7 +144,7 @@ def keep_freed_memory(device: torch.device) -> None:
     processes that do little else: the setting is the whole process's. Without glibc, or under a limit of memory,
     nothing changes.
     """
-    if _has_limit():
+    if has_memory_limit():
         return
     _set_allocator(device, {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1})
 
@@ -194,7 +194,7 @@ def limit_memory(megabytes: float) -> None:
 def room_mb() -> float:
     """Memory this process may still ask for, in MB: what is free, or what `limit_memory` leaves of it."""
     free = 1024 * available_memory_gb()
-    if not _has_limit():
+    if not has_memory_limit():
         return free
     import resource
 
@@ -203,7 +203,8 @@ def room_mb() -> float:
     return min(free, resource.getrlimit(resource.RLIMIT_DATA)[0] / 1024**2 - used_kb / 1024)
 
 
-def _has_limit() -> bool:
+def has_memory_limit() -> bool:
+    """Whether `limit_memory`, or whoever started this process, has set a limit."""
     if sys.platform != "linux":
         return False
     import resource

@@ -20,7 +20,7 @@ from segkit.checkpoint.card import GraphCard, ModelCard
 from segkit.checkpoint.run_folder import file_sha256
 from segkit.errors import CheckpointError, RequestError, is_memory_error
 from segkit.inference.backends import Backend, TorchBackend, installed_backends, open_graph
-from segkit.runtime import cache_folder, keep_freed_memory, may_have_gpu, pick_device, room_mb
+from segkit.runtime import cache_folder, has_memory_limit, keep_freed_memory, may_have_gpu, pick_device, room_mb
 
 GRAPH_NAME = "model.onnx"
 
@@ -36,8 +36,8 @@ _log = logging.getLogger(__name__)
 def open_backend(folder: Path, card: ModelCard, device: str, name: str, window: Sequence[int]) -> Backend:
     """What computes the model of `folder` on windows of `window` voxels.
 
-    The device is cpu, cuda, cuda:N, mps or auto. Backend auto is torch on a GPU, and on a CPU the
-    fastest of what is installed.
+    The device is cpu, cuda, cuda:N, mps or auto. Backend auto is torch on a GPU, and on a CPU the fastest of what is
+    installed.
 
     Raises:
         CheckpointError: the model is missing or damaged.
@@ -49,12 +49,12 @@ def open_backend(folder: Path, card: ModelCard, device: str, name: str, window: 
         return _open_export(folder, card, name, window)
     if name == "torch" or not on_cpu:
         return _open_torch(folder, card, device, name, window)
-    missing = [module for module in _EXPORTERS if importlib.util.find_spec(module) is None]
-    if name == "auto" and (not installed_backends() or missing):
+    if name == "auto" and not can_write_graphs():
         return _open_torch(folder, card, device, name, window)
-    if missing:
+    if missing := _missing_exporters():
         raise RequestError(
-            f"{', '.join(missing)} not installed", remedy="pip install 'segkit[onnx]', or --backend torch"
+            f"{' and '.join(missing)} not installed, which turn a network into an ONNX file",
+            remedy="pip install 'segkit[onnx]', or pass --backend torch",
         )
     cache = _cache_of(folder, card, window)
     if not (cache / GRAPH_NAME).is_file():
@@ -111,11 +111,13 @@ def _open_torch(folder: Path, card: ModelCard, device: str, name: str, window: t
 
 
 def _require_room(card: ModelCard, window: tuple[int, ...]) -> None:
-    """Refuse windows that torch has no room to compute, before it tries.
+    """Refuse windows that torch has no room to compute, before it tries; without a limit, let it try.
 
     Raises:
         MemoryError: as said.
     """
+    if not has_memory_limit():
+        return
     from segkit.checkpoint.model import build_network
     from segkit.planning.memory import window_bytes
 

@@ -66,7 +66,7 @@ def test_without_exporter_auto_is_torch_and_others_say_what_to_install(
     monkeypatch.setattr(opening, "_EXPORTERS", ("no_such_module",))
     run = make_run(bias=0.75)
     assert isinstance(Predictor.load(run, backend="auto").backend, TorchBackend)
-    with pytest.raises(RequestError, match=r"no_such_module not installed.*segkit\[onnx\]"):
+    with pytest.raises(RequestError, match=r"no_such_module not installed, which turn.*segkit\[onnx\]"):
         Predictor.load(run, backend="onnxruntime")
 
 
