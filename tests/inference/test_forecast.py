@@ -51,10 +51,10 @@ def test_a_window_is_measured_once_for_each_model_and_size(make_run: MakeRun) ->
     predictor.backend = Counted()
     first = window_cost(predictor)
     assert window_cost(predictor) == first
-    assert calls == [(1, 1, 8, 8, 8)]
+    assert calls == [(1, 1, 8, 8, 8)] * 2  # once to warm up
     predictor.window = (4, 8, 8)
     window_cost(predictor)
-    assert calls == [(1, 1, 8, 8, 8), (1, 1, 4, 8, 8)]
+    assert calls[2:] == [(1, 1, 4, 8, 8)] * 2
     assert len(list((cache_folder() / "costs").iterdir())) >= 2
 
 
@@ -119,7 +119,7 @@ def test_out_of_memory_goes_on_with_smaller_windows(
 
         def __call__(self, windows: NDArray[np.float32]) -> NDArray[np.float32]:
             Full.calls += 1
-            if Full.calls > 1 and max(self.window) > 16:
+            if Full.calls > 2 and max(self.window) > 16:
                 raise MemoryError
             return self.whole(windows)
 
