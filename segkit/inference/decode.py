@@ -67,8 +67,8 @@ def probabilities(logits: Logits, activation: Activation) -> Logits:
     return shares
 
 
-def checked(slab: Slab, values: Sequence[int]) -> Slab:
-    """The slab, if its logits can be painted.
+def _check(slab: Slab, values: Sequence[int]) -> None:
+    """Refuse logits that cannot be painted.
 
     Raises:
         CheckpointError: they hold NaN, or are not as many as the values.
@@ -83,7 +83,6 @@ def checked(slab: Slab, values: Sequence[int]) -> Slab:
             expected="finite logits",
             remedy="The training probably diverged: look at metrics.jsonl, and train with a smaller learning rate",
         )
-    return slab
 
 
 def _paint(
@@ -92,7 +91,7 @@ def _paint(
     """Paint slabs of a prepared grid of that shape into `box` (*cropped), in place."""
     rule, painter = _Rule(activation, values), None
     for slab in slabs:
-        checked(slab, values)
+        _check(slab, values)
         if shape == box.shape:
             index = (*(slice(None),) * slab.axis, slice(slab.start, slab.stop))
             box[index] = rule.paint(rule.decide(slab.logits))

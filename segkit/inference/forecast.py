@@ -108,9 +108,9 @@ class Forecaster:
 def fit_memory(
     predictor: Predictor, tasks: Sequence[CaseTask], limit_mb: float | None = None
 ) -> tuple[list[CaseTask], bool]:
-    """The tasks with what each is expected to take, and whether several cases may overlap within `limit_mb`.
+    """The tasks with what each is expected to take, and whether there is room for several at a time.
 
-    The limit is that of the process; None is nearly all that is free. Where a case alone would take more, the windows
+    `limit_mb` is that of the process; None is nearly all that is free. Where a case alone would take more, the windows
     of the predictor are made smaller, if they can be.
     """
     if not tasks:
@@ -135,9 +135,10 @@ def fit_memory(
     elif predictor.window != predictor.card.patch_size:
         size = " x ".join(map(str, predictor.window))
         _log.warning("windows of %s voxels, for memory is short: logits may differ slightly", size)
-    overlaps = len(tasks) > 1 and all(one.peak_mb(held, is_overlapped=True) <= limit_mb for one in known)
+    has_room = all(one.peak_mb(held, is_overlapped=True) <= limit_mb for one in known)
+    overlaps = has_room and len(tasks) > 1
     peaks = [None if one is None else one.peak_mb(held, is_overlapped=overlaps) for one in forecasts]
-    return [_with_forecast(*one) for one in zip(tasks, forecasts, peaks, strict=True)], overlaps
+    return [_with_forecast(*one) for one in zip(tasks, forecasts, peaks, strict=True)], has_room
 
 
 def _forecast_or_none(forecaster: Forecaster, task: CaseTask) -> Forecast | None:

@@ -154,7 +154,7 @@ class CaseJob:
                 segments = task.scheme.values
                 write_dicom_seg(task.dicom_target, labels, series, segments, model=predictor.identity)
             write_labels(task.target, labels, self.grid)
-        return self._record("done", None)
+        return self._record(None)
 
     def again(self, error: BaseException) -> CaseJob | None:
         """The work anew with smaller windows, where memory ran out and there are smaller ones."""
@@ -168,12 +168,12 @@ class CaseJob:
     def failed(self, error: BaseException) -> CaseRecord:
         """The record of the case when a stage raised `error`; with -v the trace is told too."""
         _log.debug("%s failed", self.task.case.id, exc_info=error)
-        return self._record("failed", sentence(error))
+        return self._record(sentence(error))
 
-    def _record(self, status: str, error: str | None) -> CaseRecord:
+    def _record(self, error: str | None) -> CaseRecord:
         return CaseRecord(
             self.task.case.id,
-            "done" if status == "done" else "failed",
+            "done" if error is None else "failed",
             error,
             {stage: round(value, 4) for stage, value in self.seconds.items()},
             round(peak_rss_mb(), 1),
