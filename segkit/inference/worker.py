@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -75,7 +76,7 @@ class CaseJob:
         self._prepared: PreparedCase | None = None
         self._window = predictor.window
 
-    @property
+    @functools.cached_property
     def waiting_bytes(self) -> int:
         """What the prepared image takes at most, as the header of its first file tells; 0 where it cannot be read."""
         try:
