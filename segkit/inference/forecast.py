@@ -1,7 +1,8 @@
 """What a case will take, before it starts: memory and seconds, from its headers and from one window.
 
 What the network takes is measured, not modelled, for each runtime has its own habits: one window is computed once for
-each model, runtime and machine, and the figures are kept in the user's cache. What the volumes take is arithmetic.
+each model, runtime and machine, and the figures are kept in the user's cache. What the volumes take is arithmetic. How
+much of them the crop to the voxels that are not 0 leaves is taken from the first case: scans of one folder are alike.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 
 import numpy as np
 
 from segkit.data.case import Case
-from segkit.data.files import read_grid, written_atomically
+from segkit.data.files import read_grid, read_volume, written_atomically
+from segkit.data.geometry import reorientation_to
+from segkit.data.preprocessing import crop_box
 from segkit.data.volume import Grid
 from segkit.errors import DataError, is_memory_error
 from segkit.inference.predictor import Ensemble, Predictor
@@ -61,8 +64,10 @@ class Forecast:
 class Forecaster:
     """Forecasts for the cases of one predictor."""
 
-    def __init__(self, predictor: Predictor) -> None:
+    def __init__(self, predictor: Predictor, kept: Sequence[float] | None = None) -> None:
+        """`kept`: the part of each axis that the crop leaves, see `kept_by_crop`; None is all of it."""
         self.predictor = predictor
+        self.kept = tuple(kept or (1.0,) * predictor.card.dims)
         members = predictor.members if isinstance(predictor, Ensemble) else (predictor,)
         held = current_rss_mb()  # before a window is computed, for its memory is added
         self.costs = [window_cost(member) for member in members]
@@ -71,7 +76,7 @@ class Forecaster:
         """What the process will hold while it works on no case, in MB: with what the runtimes keep of a window."""
 
     def forecast(self, case: Case) -> Forecast:
-        """What a case will take if nothing of it is cropped.
+        """What a case will take, if it is cropped as the first one is.
 
         Raises:
             DataError: the header of its first image cannot be read.
@@ -83,7 +88,7 @@ class Forecaster:
         voxels, channels = prod(grid.shape), len(self.predictor.card.modalities)
         flips = 2 ** len(self.predictor.mirror_axes())
         windows: float = sum(
-            member.plan(member.prepared_shape(grid)).count * cost.seconds * flips
+            member.plan(self._prepared_shape(grid)).count * cost.seconds * flips
             for member, cost in zip(self.members, self.costs, strict=True)
         )
         around = voxels * (channels * (_READ_SECONDS + _PREPARE_SECONDS) + _FINISH_SECONDS)
@@ -94,15 +99,34 @@ class Forecaster:
         voxels, channels = prod(grid.shape), len(self.predictor.card.modalities)
         loaded = _FLOAT * voxels * channels
         unpacking = _FLOAT * voxels * min(available_cores(), channels)
-        prepared = _FLOAT * channels * prod(self.predictor.prepared_shape(grid))
+        prepared = _FLOAT * channels * prod(self._prepared_shape(grid))
         return loaded + max(unpacking, prepared + (1 + 2 * _FLOAT) * voxels)
 
     def _compute_bytes(self, grid: Grid) -> int:
         """The prepared image, one row of windows of logits with the slab that leaves it, the mask and its copies."""
-        shape = self.predictor.prepared_shape(grid)
+        shape = self._prepared_shape(grid)
         outputs = len(self.predictor.card.outputs)
         rows = sum(_FLOAT * (outputs + 1) * member.plan(shape).slab_voxels * 3 // 2 for member in self.members)
         return _FLOAT * len(self.predictor.card.modalities) * prod(shape) + rows + 3 * prod(grid.shape)
+
+    def _prepared_shape(self, grid: Grid) -> tuple[int, ...]:
+        whole = self.predictor.prepared_shape(grid)
+        return tuple(ceil(size * share) for size, share in zip(whole, self.kept, strict=True))
+
+
+def kept_by_crop(predictor: Predictor, case: Case) -> tuple[float, ...]:
+    """Part of each axis, after orientation, that the crop leaves of a case, as far as its first image tells.
+
+    Raises:
+        DataError: that image cannot be read.
+    """
+    card, first = predictor.card, next(iter(case.images.values()))
+    if card.crop != "nonzero":
+        return (1.0,) * card.dims
+    volume = read_volume(first.path, first.channel)
+    start, stop = crop_box(np.asarray(volume.array)[None], card.crop)
+    axes = reorientation_to(volume.grid, card.orientation).axes
+    return tuple((stop[axis] - start[axis]) / volume.grid.shape[axis] for axis in axes)
 
 
 def fit_memory(
@@ -116,9 +140,10 @@ def fit_memory(
     if not tasks:
         return [], True
     limit_mb = limit_mb or current_rss_mb() + _SHARE_OF_FREE * 1024 * available_memory_gb()
+    kept = _kept_by_first(predictor, tasks)
     while True:
         try:
-            forecaster = Forecaster(predictor)
+            forecaster = Forecaster(predictor, kept)
         except Exception as error:
             if is_memory_error(error) and predictor.shrink():
                 continue
@@ -139,6 +164,15 @@ def fit_memory(
     overlaps = has_room and len(tasks) > 1
     peaks = [None if one is None else one.peak_mb(held, is_overlapped=overlaps) for one in forecasts]
     return [_with_forecast(*one) for one in zip(tasks, forecasts, peaks, strict=True)], has_room
+
+
+def _kept_by_first(predictor: Predictor, tasks: Sequence[CaseTask]) -> tuple[float, ...] | None:
+    for task in tasks:
+        try:
+            return kept_by_crop(predictor, task.case)
+        except DataError:
+            continue  # it will be told when its turn comes
+    return None
 
 
 def _forecast_or_none(forecaster: Forecaster, task: CaseTask) -> Forecast | None:

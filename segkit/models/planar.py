@@ -201,6 +201,11 @@ class PlanarNetwork(nn.Module):
         self.encoder_prefix = "encoder."
         make_single_values_safe(self)
 
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """(B, in_channels, H, W) to one feature map per halving of the resolution, the deepest last."""
+        _image, *features = self.encoder(x)
+        return [level for level in features if level.shape[1]]  # SegFormer's encoders have nothing at half resolution
+
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(B, in_channels, H, W), H and W multiples of `divisor`, to logits (B, out_channels, H, W).
 

@@ -27,3 +27,7 @@ class SegmentationNetwork(Protocol):
     def __call__(self, x: Tensor) -> Tensor | list[Tensor]:
         """Logits of a batch of patches."""
         ...
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """Feature maps of the encoder alone, (B, width, *spatial / stride) each, finest first, deepest last."""
+        ...

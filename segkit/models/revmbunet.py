@@ -166,12 +166,17 @@ class RevMBUNet(nn.Module):
         self.head_prefixes = ("heads.",)
         self.encoder_prefix = "encoder."
 
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """(B, in_channels, *spatial) to one feature map per level, full resolution first."""
+        features: list[Tensor] = self.encoder(x)
+        return features
+
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(B, in_channels, *spatial), each axis a multiple of `divisor`, to logits (B, out_channels, *spatial).
 
         While training: a list, full resolution first, one entry per supervised level.
         """
-        features = self.decoder(self.encoder(x))
+        features = self.decoder(self.encode(x))
         if self.training:
             return [head(feature) for head, feature in zip(self.heads, features, strict=False)]
         logits: Tensor = self.heads[0](features[0])

@@ -87,6 +87,13 @@ class Slicewise(nn.Module):
         ]
         return torch.cat(parts, dim=2 + self.axis)
 
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """(B, C, *spatial) to the feature maps of its slices, stacked again: the slice axis keeps its length."""
+        (planar,) = self._planar
+        slices = x.movedim(2 + self.axis, 1)  # (B, S, C, H, W)
+        levels: list[Tensor] = planar.encode(self._images(slices, 0, slices.shape[1]))
+        return [self._volume(level, len(x)) for level in levels]
+
     def _images(self, slices: Tensor, start: int, stop: int) -> Tensor:
         """Slices start to stop of (B, S, C, H, W), each with its neighbours, as (B * (stop - start), C', H, W)."""
         if self.neighbours == 0:

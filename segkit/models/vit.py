@@ -279,6 +279,10 @@ class VitNetwork(nn.Module):
         self.head_prefixes = ("heads.",)
         self.encoder_prefix = "encoder."
 
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """(B, in_channels, H, W) to the one feature map that a transformer has, (B, neck, H / 16, W / 16)."""
+        return [self.encoder(x)]
+
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(B, in_channels, H, W), H and W multiples of 16, to logits (B, out_channels, H, W).
 

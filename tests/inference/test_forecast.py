@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from segkit.inference.cases import InferenceSettings, find_input, plan_cases
 from segkit.inference.folders import infer_folder, open_manifest
-from segkit.inference.forecast import Forecaster, fit_memory, window_cost
+from segkit.inference.forecast import Forecaster, fit_memory, kept_by_crop, window_cost
 from segkit.inference.pipeline import LocalExecutor
 from segkit.inference.predictor import Predictor
 from segkit.inference.worker import CaseTask
@@ -69,6 +69,25 @@ def test_bytes_of_the_stages_are_those_of_their_arrays(make_run: MakeRun, data: 
     assert forecast.compute_mb == pytest.approx((4 * voxels + 1.5 * 4 * 4 * 8 * 24 * 16 + 3 * voxels) / MB)
     assert forecast.peak_mb(100, is_overlapped=True) == 100 + forecast.read_mb + forecast.compute_mb
     assert forecast.peak_mb(100, is_overlapped=False) == 100 + max(forecast.read_mb, forecast.compute_mb)
+
+
+def test_what_the_crop_leaves_of_the_first_case_is_what_is_forecast(
+    make_run: MakeRun, tmp_path: Path, scans: Any
+) -> None:
+    image = np.zeros((40, 24, 16), np.float32)
+    image[10:30, 6:12] = 1.0
+    scans.write_case(tmp_path / "data", "BraTS2021_00001", {"t1c": image})
+    predictor = Predictor.load(make_run())
+    (task,) = tasks_of(predictor, tmp_path / "data", tmp_path / "out")
+    assert kept_by_crop(predictor, task.case) == (0.5, 0.25, 1.0)
+    whole = Forecaster(predictor).forecast(task.case)
+    cropped = Forecaster(predictor, (0.5, 0.25, 1.0)).forecast(task.case)
+    assert whole.read_mb - cropped.read_mb == pytest.approx(4 * (40 * 24 - 20 * 6) * 16 / MB)
+    fitted, _ = fit_memory(predictor, [task])
+    assert fitted[0].predicted is not None
+    assert fitted[0].predicted["seconds"] == pytest.approx(cropped.seconds, abs=0.01)
+    predictor.card = predictor.card.model_copy(update={"crop": "none"})
+    assert kept_by_crop(predictor, task.case) == (1.0, 1.0, 1.0)
 
 
 def test_the_forecast_stands_beside_what_came_true(make_run: MakeRun, data: Path, tmp_path: Path) -> None:

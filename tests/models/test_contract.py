@@ -144,6 +144,21 @@ def test_the_tensors_that_weights_from_elsewhere_look_for_are_there(family: str,
     assert encoder & set(model.input_weights)  # a decoder may look at the image as well
 
 
+@pytest.mark.parametrize(("family", "dims"), ENTRIES)
+def test_the_encoder_alone_gives_its_features_finest_first(family: str, dims: int) -> None:
+    model = _build(family, dims).eval()
+    size = _two_divisors(model)
+    features = model.encode(torch.randn(2, 2, *size))  # type: ignore[operator]
+    assert all(level.shape[0] == 2 and level.dim() == 2 + dims for level in features)
+    cells = [level.shape[2:].numel() for level in features]
+    assert cells == sorted(cells, reverse=True)
+    assert cells[-1] >= 2
+    features[-1].square().mean().backward()
+    learning = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert learning
+    assert all(name.startswith(model.encoder_prefix) for name in learning)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("mode", ["plain", "checkpoint", "reversible"])
 def test_reversible_family_shares_weights_between_modes(mode: str) -> None:
     expected = _build("revmbunet", 3, mode="plain")
