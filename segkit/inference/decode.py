@@ -24,6 +24,9 @@ from segkit.shapes import AnyArray, LabelMap
 
 Activation = Literal["sigmoid", "softmax"]
 
+_AT_ONCE = 4096
+"""Voxels interpolated together: their outputs stay in the cache of a core."""
+
 
 def decode(slabs: Iterable[Slab], preparation: Preparation, activation: Activation, values: Sequence[int]) -> LabelMap:
     """Label map (*source) uint8 on the input's grid, from slabs of logits (K, *prepared) in order.
@@ -172,6 +175,7 @@ class _ResamplingPainter:
         logits, across = self.resampling.add(slab.logits, slab.stop), self.resampling.across
         decided = self.rule.decide(logits)
         labels = self.rule.paint(decided)
+        side_by_side = np.ascontiguousarray(np.moveaxis(logits, 0, -1))  # the outputs of a voxel are fetched as one
         last, alike = -1, np.empty(0, np.bool_)
         for index, lower, upper, weight in self.resampling.ready(slab.stop):
             if lower != last:
@@ -179,8 +183,10 @@ class _ResamplingPainter:
             self.target[index] = _spread(labels[lower], across)
             places = np.nonzero(~_spread(alike, across))
             if len(places[0]):
-                between = logits[:, lower] + (logits[:, upper] - logits[:, lower]) * weight
-                self.target[index][places] = self.rule.paint(self.rule.decide(_at(between, places, across)))
+                between = side_by_side[lower] + (side_by_side[upper] - side_by_side[lower]) * weight
+                for start in range(0, len(places[0]), _AT_ONCE):
+                    some = tuple(place[start : start + _AT_ONCE] for place in places)
+                    self.target[index][some] = self.rule.paint(self.rule.decide(_at(between, some, across).T))
 
 
 def _alike(lower: AnyArray, upper: AnyArray) -> NDArray[np.bool_]:
@@ -202,23 +208,36 @@ def _spread(plane: AnyArray, across: Sequence[Neighbours]) -> AnyArray:
 
 
 def _at(plane: Logits, places: tuple[NDArray[np.intp], ...], across: Sequence[Neighbours]) -> Logits:
-    """Linear interpolation of (K, *across) at N places of the resampled plane, (K, N)."""
-    outputs, *sizes = plane.shape
-    rows = np.ascontiguousarray(plane.reshape(outputs, -1).T)  # all outputs of a voxel side by side: fetched as one
-    corners = [(np.zeros(1, np.intp), np.ones(1, np.float32))]
-    for place, near, size in zip(places, across, sizes, strict=True):
-        weight = near.weight[place]
-        corners = [
-            (index * size + side[place], share * part)
-            for index, share in corners
-            for side, part in ((near.lower, 1 - weight), (near.upper, weight))
-        ]
-    total = np.zeros((len(places[0]), outputs), np.float32)
-    for index, share in corners:
-        part = rows.take(index, 0)
-        part *= share[:, None]
-        total += part
-    return total.T
+    """Linear interpolation of (*across, K) at N places of the resampled plane, (N, K).
+
+    Whole lines along all axes but the last, as far as they hold a place, then the places on them.
+    """
+    line = np.zeros(1, np.intp)
+    for axis, (place, near) in enumerate(zip(places[:-1], across[:-1], strict=True)):
+        used = np.flatnonzero(np.bincount(place))
+        row = np.zeros(len(near.lower), np.intp)
+        row[used] = np.arange(len(used))
+        plane = _lines(plane, near, used, axis)
+        line = line * len(used) + row[place]
+    place, near = places[-1], across[-1]
+    voxels = plane.reshape(-1, plane.shape[-1])
+    start = line * plane.shape[-2]
+    result = voxels.take(start + near.lower[place], 0)
+    step = voxels.take(start + near.upper[place], 0)
+    step -= result
+    step *= near.weight[place][:, None]
+    result += step
+    return result
+
+
+def _lines(plane: Logits, near: Neighbours, used: NDArray[np.intp], axis: int) -> Logits:
+    """A plane resampled along one axis, only at the positions that are used."""
+    result = plane.take(near.lower[used], axis)
+    step = plane.take(near.upper[used], axis)
+    step -= result
+    step *= near.weight[used].reshape(-1, *(1,) * (plane.ndim - axis - 1))
+    result += step
+    return result
 
 
 def merged(streams: Sequence[Iterator[Slab]], activation: Activation) -> Iterator[Slab]:
