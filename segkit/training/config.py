@@ -54,6 +54,9 @@ class NetworkConfig(Config):
     """How those weights are made for other image channels. mean: kernels of the same modality where both sides name
     theirs, else in turn and scaled so that the answer keeps its size; repeat: in turn, unscaled (STU-Net's own way);
     zero: further channels start at zero."""
+    weights_share: float = Field(default=1.0, ge=0, le=1)
+    """Least share of the encoder, by number of parameters, that those weights must hold. 1: everything must fit, of the
+    decoder too where the file has one; below 1 what does not fit is left out and reported."""
 
 
 class PlanningConfig(Config):
@@ -74,6 +77,9 @@ class OptimiserConfig(Config):
 
     lr: float = Field(default=2e-3, gt=0)
     """Peak learning rate."""
+    encoder_lr: float = Field(default=1.0, ge=0)
+    """Learning rate of the encoder as a share of lr: below 1 it keeps more of the weights it began with; 0 freezes it,
+    the running statistics of its norms included."""
     weight_decay: float = Field(default=1e-2, ge=0)
     """Decoupled weight decay, on weights with more than one axis."""
     schedule: Literal["cosine", "poly"] = "cosine"

@@ -24,7 +24,7 @@ from segkit.report.figures import curves_figure
 from segkit.runtime import pick_precision
 from segkit.training.config import OptimiserConfig, TrainingConfig
 from segkit.training.journal import Journal, ProgressLines
-from segkit.training.optim import MovingAverage, build_optimiser, rate_at, set_rate
+from segkit.training.optim import MovingAverage, build_optimiser, rate_at, restore_optimiser, set_rate
 from segkit.training.task import Batch, Task
 
 _log = logging.getLogger(__name__)
@@ -107,6 +107,7 @@ def fit(
     Raises:
         TrainingError: the loss is not finite any more.
         CheckpointError: `resume` found no usable state.
+        RequestError: `optimisation` gives the encoder a rate that the task, or the resumed run, has no place for.
     """
     trainer = _Trainer.build(task, training, optimisation, device)
     journal, state = Journal(run), State()
@@ -231,7 +232,7 @@ class _Trainer:
         self.task.model.load_state_dict(snapshot["model"])
         if self.average and snapshot["average"] is not None:
             self.average.load_state_dict(snapshot["average"])
-        self.optimiser.load_state_dict(snapshot["optimiser"])
+        restore_optimiser(self.optimiser, snapshot["optimiser"])
         self.scaler.load_state_dict(snapshot["scaler"])
         torch.set_rng_state(snapshot["random"].cpu())
         if self.device.type == "cuda" and snapshot["random_cuda"]:

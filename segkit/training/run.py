@@ -61,6 +61,7 @@ from segkit.training.folder import (
     write_split,
 )
 from segkit.training.loop import fit
+from segkit.training.optim import encoder_of
 from segkit.training.planned import PlannedRun, RunRequest, find_cohort, patients_of, plan_run, with_values
 from segkit.training.postprocessing import ScoredCases, settle_postprocessing
 from segkit.training.segmentation import ENDLESS, SegmentationTask
@@ -289,6 +290,7 @@ def _build_task(
         validation=StoredCases(validation[: config.training.validation_cases]),
         batch_size=config.planning.batch_size or 1,
         workers=config.training.workers,
+        frozen=encoder_of(network) if config.optimiser.encoder_lr == 0 else None,
         validation_limit_s=None
         if config.training.budget_minutes is None
         else 60 * config.training.budget_minutes * _LONGEST_VALIDATION,

@@ -42,6 +42,12 @@ class SegmentationTask:
     workers: int | None = None
     validation_limit_s: float | None = None
     """Longest time that a validation may take; fixes the number of cases at the first one."""
+    frozen: nn.Module | None = None
+    """Part of the model that does not learn: no gradient reaches it, and its norms keep their running statistics."""
+
+    def __post_init__(self) -> None:
+        if self.frozen is not None:
+            self.frozen.requires_grad_(False)
 
     def batches(self, start: int) -> Iterator[Batch]:
         """Endless batches {"image": (B, C, *patch), "labels": (B, *patch)} from the `start`-th on."""
@@ -59,6 +65,8 @@ class SegmentationTask:
 
     def loss(self, batch: Batch) -> Tensor:
         """Loss of a batch on the model's device."""
+        if self.frozen is not None:
+            self.frozen.eval()  # the loop puts the whole model into training mode before each step
         self.loss_function.to(batch["image"].device)
         loss: Tensor = self.loss_function(self.model(batch["image"]), batch["labels"])
         return loss

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from segkit.checkpoint import ModelCard, build_network, read_source
-from segkit.checkpoint.transfer import TransferOptions, transfer
-from segkit.errors import CheckpointError, as_request
+from segkit.checkpoint import LoadReport, ModelCard, TransferOptions, WeightSource, build_network, read_source
+from segkit.checkpoint.names import some
+from segkit.checkpoint.transfer import transfer
+from segkit.errors import CheckpointError, RequestError, as_request
 from segkit.runtime import seed_everything
 from segkit.training.config import TrainConfig
 from segkit.training.folder import read_origin, write_origin
@@ -26,7 +28,7 @@ class FirstWeights:
     """A network before its first step.
 
     `facts` tell where its weights came from (empty: random ones); `report` has the names of all tensors by what became
-    of them, and is empty for a resumed run, whose own weights replace these.
+    of them, with the share of the encoder that was found; it is empty for a resumed run, whose own weights come.
     """
 
     network: nn.Module = field(repr=False)
@@ -43,15 +45,18 @@ def first_weights(card: ModelCard, config: TrainConfig, run: Path, *, is_resumed
     """Build the network of a card and, for a run that is not resumed, load the weights that its settings name.
 
     Raises:
-        RequestError: the weights cannot be read or do not fit the network.
+        RequestError: the weights cannot be read or do not fit the network, or too little of the encoder is in them.
     """
     seed_everything(config.training.seed)
     network = build_network(card)
     path = config.network.weights
     if is_resumed or path is None:
+        if not is_resumed and config.optimiser.encoder_lr == 0 and not config.network.arguments.get("encoder_weights"):
+            _log.warning("optimiser.encoder_lr=0 freezes an encoder of random weights: name others with --weights")
         return FirstWeights(network, read_origin(run) if is_resumed else {})
     options = TransferOptions(
         input_adapt=config.network.input_adapt,
+        is_strict=config.network.weights_share == 1,
         modalities=card.modalities,
         outputs=[output.name for output in card.outputs],
     )
@@ -60,5 +65,34 @@ def first_weights(card: ModelCard, config: TrainConfig, run: Path, *, is_resumed
         report = transfer(network, source, options)
     except CheckpointError as error:
         raise as_request(error) from error
-    _log.info("weights of %s: %s", path, report)
-    return FirstWeights(network, source.facts(), dataclasses.asdict(report))
+    share = encoder_share(network, {*report.loaded, *report.adapted})
+    if share < config.network.weights_share:
+        raise _too_little(network, source, report, share, config.network.weights_share)
+    _log.info("weights of %s: %s of the encoder; %s", path, percent(share), report)
+    return FirstWeights(network, source.facts(), {**dataclasses.asdict(report), "encoder_share": share})
+
+
+def encoder_share(network: nn.Module, names: Collection[str]) -> float:
+    """Share of the encoder's parameters, by their number, that are among `names` of the state dict; 0 to 1."""
+    prefix: str = network.encoder_prefix  # type: ignore[assignment]
+    sizes = {name: p.numel() for name, p in network.named_parameters() if name.startswith(prefix)}
+    return sum(size for name, size in sizes.items() if name in names) / sum(sizes.values())
+
+
+def percent(share: float) -> str:
+    """`99.9 %`, rounded down, so that what is short of a limit never looks as if it reached it."""
+    return f"{math.floor(1000 * share + 1e-9) / 10:g} %"
+
+
+def _too_little(
+    network: nn.Module, source: WeightSource, report: LoadReport, share: float, least: float
+) -> RequestError:
+    prefix: str = network.encoder_prefix  # type: ignore[assignment]
+    lacking = some(name for name in report.missing if name.startswith(prefix))
+    reasons = "".join(f"; {note}" for note in report.notes)
+    return RequestError(
+        f"holds {percent(share)} of the encoder's parameters; without {lacking}{reasons}",
+        where=source.file,
+        expected=f"at least {percent(least)} (network.weights_share)",
+        remedy="Choose the network.family and network.size that it was trained as, or lower network.weights_share",
+    )
