@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from monai.data import get_track_meta
+from monai.transforms import GaussianSmooth
 from pydantic import ValidationError
 
-from segkit.data.augmentation import Augmentation, AugmentationConfig
+from segkit.data.augmentation import Augmentation, AugmentationConfig, change_intensities
 
 NOTHING = AugmentationConfig(
     mirror_axes=(),
@@ -92,6 +93,16 @@ def test_brightness_multiplies() -> None:
     patch = Augmentation(always(brightness_probability=1.0, brightness_range=(2.0, 2.0)), (6, 7, 8))(whole, 0)
 
     assert np.allclose(patch["image"], 2 * whole["image"])
+
+
+@pytest.mark.parametrize("shape", [(1, 9, 8, 7), (1, 30, 20)])
+def test_blurring_is_that_of_monai(shape: tuple[int, ...]) -> None:
+    image = torch.from_numpy(np.random.default_rng(0).uniform(1, 2, shape).astype(np.float32))
+    config = always(blur_probability=1.0, blur_sigma_range=(0.7, 0.7))
+
+    changed = change_intensities(image.clone(), config, np.random.default_rng(0))
+
+    assert torch.equal(changed, torch.as_tensor(GaussianSmooth(0.7)(image)))
 
 
 def test_gamma_keeps_mean_and_deviation() -> None:

@@ -1,0 +1,227 @@
+"""Random views of one image, each with its *frame*: the way from the voxels of the view back to the image.
+
+A view is a random box of the image, brought to a fixed size, mirrored, possibly turned, with changed intensities: the
+random resized crop that contrastive methods share. Its frame is the affine from voxel indices of the view (0-based, at
+voxel centres) to mm in the image it was cut from, whose first voxel has its centre at 0 mm. With the frames of two
+views a method knows which of their feature cells show the same place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, field_validator
+from torch.nn import functional
+
+from segkit.config.base import Config
+from segkit.data.augmentation import IntensityConfig, Range, change_intensities, rotation_planes
+from segkit.data.preprocessing import crop_box
+from segkit.shapes import AnyArray
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""First voxel and the one after the last, per axis."""
+
+_POOL = {2: functional.avg_pool2d, 3: functional.avg_pool3d}
+
+
+class ViewIntensityConfig(IntensityConfig):
+    """Changes of intensities for views: stronger than in training, so that grey values alone give no match away."""
+
+    noise_probability: float = Field(default=0.3, ge=0, le=1)
+    """Probability of Gaussian noise."""
+
+    blur_probability: float = Field(default=0.5, ge=0, le=1)
+    """Probability of Gaussian blurring."""
+
+    brightness_probability: float = Field(default=0.8, ge=0, le=1)
+    """Probability of multiplying by a factor; with the contrast it is what colour jitter is to photographs."""
+
+    brightness_range: Range = (0.6, 1.4)
+    """The factor of the brightness change."""
+
+    contrast_probability: float = Field(default=0.8, ge=0, le=1)
+    """Probability of stretching intensities about their mean, within the range they had."""
+
+    contrast_range: Range = (0.6, 1.4)
+    """The factor of the contrast change."""
+
+
+class ViewsConfig(Config):
+    """How views are cut from an image and changed."""
+
+    size: int | tuple[int, ...] | None = None
+    """Voxels of a view per axis, or one number for all axes; None is decided by the run."""
+
+    scale_range: Range = (0.4, 1.0)
+    """Share of the area or volume of the image's content (the box of voxels that are not 0) that a view shows; a view
+    that would leave the content shows less, in the same shape."""
+
+    aspect_range: Range = (0.75, 4 / 3)
+    """Stretch of each axis relative to the last one."""
+
+    mirror_axes: tuple[int, ...] | None = None
+    """Axes of the view that are mirrored, each with probability 0.5; None means all of them."""
+
+    rotation_degrees: float = Field(default=0.0, ge=0, le=180)
+    """Largest angle of a rotation, either way, in degrees (only in the slice plane where a view is thin); what it
+    brings in from outside the image is 0."""
+
+    intensities: ViewIntensityConfig = Field(default_factory=ViewIntensityConfig)
+    """Changes of intensities, drawn for each view and modality."""
+
+    @field_validator("scale_range", "aspect_range")
+    @classmethod
+    def _is_a_range(cls, value: Range) -> Range:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("two positive numbers are needed, the smaller one first")
+        return value
+
+    @field_validator("scale_range")
+    @classmethod
+    def _is_a_share(cls, value: Range) -> Range:
+        if value[1] > 1:
+            raise ValueError("a view cannot show more than all of the content, which is 1")
+        return value
+
+
+@dataclass(frozen=True)
+class View:
+    """image: (C, *size) float32; frame: (dims, dims + 1) float32, voxel indices of the view to mm in its image."""
+
+    image: torch.Tensor = field(repr=False)
+    frame: torch.Tensor
+
+
+def draw_view(
+    image: AnyArray,
+    spacing_mm: Sequence[float],
+    size: Sequence[int],
+    config: ViewsConfig,
+    generator: np.random.Generator,
+    *,
+    content: Box | None = None,
+) -> View:
+    """One random view of an image, resampled once, linearly.
+
+    Where a view shows the image at less than half its resolution, whole blocks of voxels are averaged before, so that
+    fine structure does not turn into false patterns.
+
+    Args:
+        image: (C, *spatial) float32, possibly memory-mapped; only the part that is shown is read.
+        spacing_mm: spacing of its voxels per axis, in mm.
+        size: voxels of the view per axis.
+        config: what to draw from; its own size is not looked at.
+        generator: every draw comes from it.
+        content: the box of voxels that are not 0, where it is known already.
+    """
+    matrix, offset, is_turned = _draw_placement(
+        content or crop_box(image, "nonzero"), spacing_mm, size, config, generator
+    )
+    view = change_intensities(_resample(image, matrix, offset, size, is_turned), config.intensities, generator)
+    spacing = np.asarray(spacing_mm, np.float64)[:, None]
+    frame = np.concatenate([matrix, offset[:, None]], axis=1) * spacing
+    return View(view, torch.from_numpy(frame).float())
+
+
+def cell_positions(frame: torch.Tensor, view_shape: Sequence[int], map_shape: Sequence[int]) -> torch.Tensor:
+    """Where the cells of a feature map lie in the image that its view was cut from.
+
+    A cell covers `view_shape / map_shape` voxels of the view along each axis, and its position is that of its centre.
+
+    Args:
+        frame: (B, dims, dims + 1) frames of the views.
+        view_shape: voxels of the view per axis.
+        map_shape: cells of the feature map per axis.
+
+    Returns:
+        (B, cells, dims) mm, cells in C order of the map.
+    """
+    along = [
+        (torch.arange(cells, dtype=frame.dtype, device=frame.device) + 0.5) * (voxels / cells) - 0.5
+        for voxels, cells in zip(view_shape, map_shape, strict=True)
+    ]
+    voxel = torch.stack(torch.meshgrid(*along, indexing="ij"), dim=-1).flatten(0, -2)  # (cells, dims)
+    return voxel @ frame[:, :, :-1].mT + frame[:, None, :, -1]
+
+
+def _draw_placement(
+    content: Box, spacing_mm: Sequence[float], size: Sequence[int], config: ViewsConfig, generator: np.random.Generator
+) -> tuple[NDArray[np.float64], NDArray[np.float64], bool]:
+    """Matrix (dims, dims) and offset (dims,) from voxel indices of the view to those of the image; is it turned?"""
+    dims = len(size)
+    start, stop = (np.array(corner, np.float64) for corner in content)
+    voxels = np.array(size, np.float64)
+    least, most = config.aspect_range
+    stretch = np.exp([*generator.uniform(math.log(least), math.log(most), dims - 1), 0.0])
+    extent = voxels * stretch  # in voxels of the image, up to a factor: a view keeps the proportions of its voxels
+    share = generator.uniform(*config.scale_range)
+    extent *= (share * (stop - start).prod() / extent.prod()) ** (1 / dims)
+    extent *= min(1.0, ((stop - start) / extent).min())
+    middle = start + extent / 2 + generator.random(dims) * (stop - start - extent) - 0.5
+    is_mirrored = generator.random(dims) < 0.5
+    allowed = range(dims) if config.mirror_axes is None else config.mirror_axes
+    sign = [-1.0 if axis in allowed and is_mirrored[axis] else 1.0 for axis in range(dims)]
+    matrix = np.diag(sign * extent / voxels)
+    if config.rotation_degrees:
+        spacing = np.array(spacing_mm, np.float64)
+        turn = _draw_rotation(size, config.rotation_degrees, generator)
+        matrix = (turn * spacing / spacing[:, None]) @ matrix  # a rotation is rigid in mm, not in voxels
+    return matrix, middle - matrix @ ((voxels - 1) / 2), config.rotation_degrees > 0
+
+
+def _draw_rotation(size: Sequence[int], most_degrees: float, generator: np.random.Generator) -> NDArray[np.float64]:
+    turn = np.eye(len(size))
+    for first, second in rotation_planes(size):
+        angle = math.radians(generator.uniform(-most_degrees, most_degrees))
+        plane = np.eye(len(size))
+        plane[[first, second], [first, second]] = math.cos(angle)
+        plane[first, second], plane[second, first] = -math.sin(angle), math.sin(angle)
+        turn = plane @ turn
+    return turn
+
+
+def _resample(
+    image: AnyArray, matrix: NDArray[np.float64], offset: NDArray[np.float64], size: Sequence[int], is_turned: bool
+) -> torch.Tensor:
+    """The values of (C, *spatial) at `matrix @ voxel + offset`, (C, *size); the outermost reach to the image's edge."""
+    voxels = np.array(size, np.float64)
+    shape = np.array(image.shape[1:])
+    block = np.maximum(1, np.floor(np.linalg.norm(matrix, axis=1))).astype(int)
+    middle = offset + matrix @ ((voxels - 1) / 2)
+    reach = np.abs(matrix) @ (voxels / 2) + block + 1
+    start = np.clip(np.floor(middle - reach), 0, shape - 1).astype(int)
+    stop = np.clip(np.ceil(middle + reach) + 1, start + 1, shape).astype(int)
+    block = np.minimum(block, stop - start)
+    stop = start + (stop - start) // block * block
+    region = tuple(slice(first, last) for first, last in zip(start, stop, strict=True))
+    part = torch.from_numpy(np.array(image[(slice(None), *region)], np.float32, order="C"))[None]
+    if (block > 1).any():
+        part = _POOL[len(size)](part, block.tolist())
+    # From indices of the image to those of the averaged part, whose voxel 0 has its centre amid the first block.
+    matrix = matrix / block[:, None]
+    offset = (offset - start - (block - 1) / 2) / block
+    return _sample(part, matrix, offset, size, is_turned)[0]
+
+
+def _sample(
+    part: torch.Tensor, matrix: NDArray[np.float64], offset: NDArray[np.float64], size: Sequence[int], is_turned: bool
+) -> torch.Tensor:
+    """By torch's `grid_sample`, which counts from -1 to 1 between the outer edges and takes the last axis first."""
+    voxels, shape = np.array(size, np.float64), np.array(part.shape[2:], np.float64)
+    theta = np.empty((len(size), len(size) + 1))
+    theta[:, :-1] = matrix * voxels / shape[:, None]
+    theta[:, -1] = (2 * (matrix @ ((voxels - 1) / 2) + offset) + 1) / shape - 1
+    theta[:, :-1] = theta[::-1, -2::-1].copy()
+    theta[:, -1] = theta[::-1, -1].copy()
+    grid = functional.affine_grid(
+        torch.from_numpy(theta[None]).float(), [1, part.shape[1], *size], align_corners=False
+    )  # (1, *size, dims)
+    view = functional.grid_sample(part, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    if is_turned:
+        view *= (grid.abs() <= 1).all(dim=-1)
+    return view
