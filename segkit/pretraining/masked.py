@@ -1,0 +1,187 @@
+"""Pre-training by masked reconstruction: blocks of an image are hidden, and the network fills them from the rest.
+
+After He et al. 2022 (arXiv 2111.06377), on convolutional networks as in Wald et al. 2025 (arXiv 2410.23132): hidden
+voxels are set to 0 and the whole network, decoder included, is trained by the squared error on them alone. Where the
+network has heads on coarser levels, each is compared with the image averaged to its resolution.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Annotated, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from segkit.config.base import Config
+from segkit.errors import RequestError
+from segkit.losses.compound import deep_supervision_weights
+from segkit.models.protocol import SegmentationNetwork
+from segkit.training.task import Batch
+
+_FEWEST_BLOCKS = 4
+"""Blocks that fit along an axis at least, where the block is not asked for."""
+_SMALLEST_BLOCK = 4
+"""Side of a block in voxels below which no divisor takes it: single voxels are guessed from their neighbours."""
+_MEASURED_AT_ONCE = 8
+"""Held-out images that go through the network side by side, so that memory does not grow with their number."""
+
+
+class MaskedConfig(Config):
+    """What is hidden."""
+
+    share: float = Field(default=0.6, gt=0, lt=1)
+    """Part of the blocks of an image that is hidden."""
+    block: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    """Sides of a block in voxels, one for each axis; None is what the network divides sizes by, 4 or more, halved until
+    four blocks fit along the axis."""
+
+
+class MaskedReconstruction(nn.Module):
+    """The whole network, whose outputs are as many as its image channels, and the error of what it fills in."""
+
+    views = 1
+    score = "explained"
+
+    def __init__(self, network: nn.Module, config: MaskedConfig | None = None) -> None:
+        super().__init__()
+        self.network = network
+        self.config = config or MaskedConfig()
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Squared error of the hidden voxels of "first" (B, C, *patch), mean over voxels, channels and images."""
+        image = batch["first"]
+        sides = self._sides(image.shape[2:])
+        numbers = torch.rand(len(image), *block_grid(image.shape[2:], sides))
+        hidden = hidden_voxels(numbers, image.shape[2:], sides, self.config.share).to(image.device)
+        found: Tensor | list[Tensor] = self.network(image.masked_fill(hidden, 0))
+        return reconstruction_loss(found, image, hidden)
+
+    @torch.no_grad()
+    def measures(self, batch: Batch) -> dict[str, float]:
+        """`error`: mean squared error of the hidden voxels; `explained`: 1 minus its part in their variance.
+
+        1 is perfect, 0 as good as the mean of each channel. Channels whose hidden voxels are all alike explain nothing
+        and are left out; without any other it is 0. What is hidden of an image depends on the image alone ("stack" and
+        "place"), not on the batch that it comes in.
+        """
+        parts = [self._moments(image, hidden) for image, hidden in self._hidden_parts(batch)]
+        count, error, total, squares = (torch.stack(each).sum(0) for each in zip(*parts, strict=True))
+        error, mean, squares = error / count, total / count, squares / count
+        variance = squares - mean**2
+        varies = variance > 1e-9 * squares
+        explained = 1 - error[varies] / variance[varies]
+        return {
+            "explained": float(explained.mean()) if len(explained) else 0.0,
+            "error": float(error.mean()),
+        }
+
+    def _sides(self, patch: Sequence[int]) -> tuple[int, ...]:
+        if self.config.block is None:
+            return block_sides(patch, cast(SegmentationNetwork, self.network).divisor)
+        if len(self.config.block) != len(patch):
+            raise RequestError(
+                f"masked.block has {len(self.config.block)} sides",
+                expected=f"{len(patch)}, one for each axis of the images",
+            )
+        return self.config.block
+
+    def _hidden_parts(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        """A few images (B', C, *patch) at a time, and which of their voxels are hidden."""
+        images = batch["first"]
+        patch = images.shape[2:]
+        sides = self._sides(patch)
+        grid = block_grid(patch, sides)
+        which = zip(batch["stack"].tolist(), batch["place"].tolist(), strict=True)
+        seeds = [1_000_003 * int(stack) + round(1000 * place) for stack, place in which]
+        numbers = torch.stack([torch.rand(grid, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        hidden = hidden_voxels(numbers, patch, sides, self.config.share).to(images.device)
+        at_once = _MEASURED_AT_ONCE
+        yield from zip(torch.split(images, at_once), torch.split(hidden, at_once), strict=True)
+
+    def _moments(self, image: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of hidden voxels, float64: their number, and by channel sums of squared errors, values, squared values."""
+        found = self.network(image.masked_fill(hidden, 0))
+        output = (found if isinstance(found, Tensor) else found[0]).double()
+        _require_like(output, image)
+        axes = (0, *range(2, image.dim()))
+        squared = (output - image).square()
+        sums = ((values * hidden).sum(axes) for values in (squared, image.double(), image.double().square()))
+        error, total, squares = sums
+        return hidden.sum().double(), error, total, squares
+
+
+def block_sides(patch: Sequence[int], divisor: Sequence[int]) -> tuple[int, ...]:
+    """Sides of a block in voxels: of the divisor or 4, whichever is more, halved until four fit along the axis."""
+    sides = []
+    for length, step in zip(patch, divisor, strict=True):
+        side = max(step, _SMALLEST_BLOCK)
+        while side > 1 and length < _FEWEST_BLOCKS * side:
+            side //= 2
+        sides.append(side)
+    return tuple(sides)
+
+
+def block_grid(patch: Sequence[int], sides: Sequence[int]) -> tuple[int, ...]:
+    """Blocks along each axis; the last may reach over the end of the patch."""
+    return tuple(math.ceil(length / side) for length, side in zip(patch, sides, strict=True))
+
+
+def hidden_voxels(numbers: Tensor, patch: Sequence[int], sides: Sequence[int], share: float) -> Tensor:
+    """Which voxels are hidden, boolean (B, 1, *patch): in each image as many blocks, those of the lowest numbers.
+
+    Args:
+        numbers: (B, *grid), a random number for each block of `block_grid`.
+        patch: Size of the images in voxels.
+        sides: Sides of a block in voxels.
+        share: Part of the blocks to hide; one is hidden and one is left in any case.
+
+    Raises:
+        ValueError: the patch is a single block.
+    """
+    blocks = math.prod(numbers.shape[1:])
+    if blocks < 2:
+        raise ValueError(f"a block of {tuple(sides)} voxels covers the whole patch of {tuple(patch)}")
+    count = min(max(round(share * blocks), 1), blocks - 1)
+    ranks = numbers.flatten(1).argsort(dim=1).argsort(dim=1)
+    hidden = (ranks < count).view(numbers.shape)
+    for axis, (length, side) in enumerate(zip(patch, sides, strict=True), start=1):
+        hidden = hidden.repeat_interleave(side, dim=axis).narrow(axis, 0, length)
+    return hidden.unsqueeze(1)  # (B, 1, *patch)
+
+
+def reconstruction_loss(found: Tensor | Sequence[Tensor], image: Tensor, hidden: Tensor) -> Tensor:
+    """Mean squared error of hidden voxels, a float32 scalar; weights of the levels as in `SegmentationLoss`.
+
+    A coarse voxel is compared with the mean of the image in it, and counts by the part of it that is hidden.
+
+    Args:
+        found: (B, C, *patch), or one such tensor per level of deep supervision, full resolution first.
+        image: (B, C, *patch).
+        hidden: (B, 1, *patch), boolean.
+
+    Raises:
+        ValueError: the outputs are not as many as the channels of the image.
+    """
+    levels = [found] if isinstance(found, Tensor) else list(found)
+    terms = []
+    for weight, level in zip(deep_supervision_weights(len(levels)), levels, strict=True):
+        target, part = (_averaged(plane.float(), level.shape[2:]) for plane in (image, hidden))
+        _require_like(level, target)
+        error = ((level.float() - target).square() * part).sum() / (part.sum() * image.shape[1])
+        terms.append(weight * error)
+    return torch.stack(terms).sum()
+
+
+def _averaged(image: Tensor, size: Sequence[int]) -> Tensor:
+    if image.shape[2:] == torch.Size(size):
+        return image
+    return functional.interpolate(image, size=list(size), mode="area")  # means, in two and in three dimensions
+
+
+def _require_like(output: Tensor, image: Tensor) -> None:
+    if output.shape != image.shape:
+        raise ValueError(f"images {tuple(image.shape)} are reconstructed as {tuple(output.shape)}")
