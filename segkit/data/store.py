@@ -12,6 +12,7 @@ import json
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, overload
 
@@ -65,6 +66,28 @@ class PreparedStore:
                 remedy="Free some space, or choose another folder for the run",
             ) from error
         return folder
+
+    def entries(
+        self,
+        cases: Sequence[Case],
+        modalities: tuple[str, ...],
+        scheme: LabelScheme | None,
+        config: PreprocessingConfig,
+        *,
+        at_once: int = 1,
+    ) -> tuple[dict[str, Path], dict[str, str]]:
+        """The folders of the cases by id, `at_once` prepared at a time, and why others could not be, by id."""
+
+        def entry(case: Case) -> Path | DataError:
+            try:
+                return self.entry(case, modalities, scheme, config)
+            except DataError as error:
+                return error
+
+        with ThreadPoolExecutor(at_once) as pool:
+            found = dict(zip((case.id for case in cases), pool.map(entry, cases), strict=True))
+        folders = {case_id: folder for case_id, folder in found.items() if isinstance(folder, Path)}
+        return folders, {case_id: str(error) for case_id, error in found.items() if isinstance(error, DataError)}
 
     def get_or_prepare(
         self,

@@ -222,7 +222,7 @@ def _at(plane: Logits, places: tuple[NDArray[np.intp], ...], across: Sequence[Ne
     place, near = places[-1], across[-1]
     voxels = plane.reshape(-1, plane.shape[-1])
     start = line * plane.shape[-2]
-    result = voxels.take(start + near.lower[place], 0)
+    result: Logits = voxels.take(start + near.lower[place], 0)
     step = voxels.take(start + near.upper[place], 0)
     step -= result
     step *= near.weight[place][:, None]
@@ -232,7 +232,7 @@ def _at(plane: Logits, places: tuple[NDArray[np.intp], ...], across: Sequence[Ne
 
 def _lines(plane: Logits, near: Neighbours, used: NDArray[np.intp], axis: int) -> Logits:
     """A plane resampled along one axis, only at the positions that are used."""
-    result = plane.take(near.lower[used], axis)
+    result: Logits = plane.take(near.lower[used], axis)
     step = plane.take(near.upper[used], axis)
     step -= result
     step *= near.weight[used].reshape(-1, *(1,) * (plane.ndim - axis - 1))

@@ -91,7 +91,7 @@ class Slicewise(nn.Module):
         """(B, C, *spatial) to the feature maps of its slices, stacked again: the slice axis keeps its length."""
         (planar,) = self._planar
         slices = x.movedim(2 + self.axis, 1)  # (B, S, C, H, W)
-        levels: list[Tensor] = planar.encode(self._images(slices, 0, slices.shape[1]))
+        levels: list[Tensor] = planar.encode(self._images(slices, 0, slices.shape[1]))  # type: ignore[operator]
         return [self._volume(level, len(x)) for level in levels]
 
     def _images(self, slices: Tensor, start: int, stop: int) -> Tensor:

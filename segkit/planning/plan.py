@@ -114,7 +114,7 @@ def plan_training(
     """
     reasons: dict[str, str] = {}
     request = replace(request, batch_limit=largest_batch(fingerprint.dims, request.batch_limit))
-    preprocessing = _plan_preprocessing(fingerprint, request.preprocessing, reasons)
+    preprocessing = plan_preprocessing(fingerprint, request.preprocessing, reasons)
     mirror_axes = request.mirror_axes
     if mirror_axes is None:
         mirror_axes, reasons["augmentation.mirror_axes"] = choose_mirror_axes(scheme, fingerprint.dims)
@@ -263,9 +263,10 @@ def _refuse_unsuitable(patch: Shape | None, divisor: Shape) -> None:
         )
 
 
-def _plan_preprocessing(
+def plan_preprocessing(
     fingerprint: Fingerprint, asked: PreprocessingConfig, reasons: dict[str, str]
 ) -> PreprocessingConfig:
+    """Settings with nothing left open; why each was chosen is added to `reasons`."""
     chosen: dict[str, Any] = {}
     if asked.spacing_mm is None:
         chosen["spacing_mm"], reasons["preprocessing.spacing_mm"] = target_spacing(fingerprint.spacings_mm)

@@ -37,8 +37,8 @@ _LETTER_PLACES = (
 )
 """Where the letters left, right, top and bottom stand in a panel, and how they are aligned."""
 _FEW_POINTS = 30
-_LOSS, _VALIDATION, _RATE = "loss", "validation Dice", "learning rate"
-_PANEL_OF = {"dice": _VALIDATION, "score": _VALIDATION, "lr": _RATE}
+_LOSS, _VALIDATION, _RATE = "loss", "validation", "learning rate"
+_PANEL_OF = {"dice": _VALIDATION, "measures": _VALIDATION, "score": _VALIDATION, "lr": _RATE}
 _RADIOLOGICAL = "radiological view: the patient's right is on the left of axial and coronal planes"
 
 
@@ -112,12 +112,13 @@ def overlay_figure(
 
 
 def curves_figure(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Draw the course of a run: losses, validation Dice per output, and learning rate, against its steps.
+    """Draw the course of a run: losses, validation scores, and learning rate, against its steps.
 
     Args:
         path: The picture to write.
         rows: What `metrics.jsonl` holds, one mapping a line: `step`, and any of: keys with `loss` in their name,
-            `dice` (output name -> value, or one value), `score` and `lr`. Missing and undefined entries are left out.
+            `dice` and `measures` (name -> value, or one value), `score` and `lr`. Missing and undefined entries are
+            left out.
     """
     from matplotlib.figure import Figure
 

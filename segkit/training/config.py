@@ -82,16 +82,16 @@ class OptimiserConfig(Config):
     the running statistics of its norms included."""
     weight_decay: float = Field(default=1e-2, ge=0)
     """Decoupled weight decay, on weights with more than one axis."""
-    schedule: Literal["cosine", "poly"] = "cosine"
-    """Decay to zero after warm-up: half a cosine, or (1 - progress) ** 0.9."""
+    schedule: Literal["cosine", "poly", "halving"] = "cosine"
+    """Decay after warm-up: to zero by half a cosine or by (1 - progress) ** 0.9, or halved after each fifth."""
     warmup: float = Field(default=0.02, ge=0, lt=1)
     """Part of the run in which the rate rises linearly."""
     gradient_clip: float | None = Field(default=1.0, gt=0)
     """Largest norm of the gradient; None does not clip."""
 
 
-class TrainingConfig(Config):
-    """How long and how a network is trained."""
+class LoopConfig(Config):
+    """How long the training loop goes on, and what it keeps; the same for every task."""
 
     steps: int = Field(default=50_000, ge=1)
     """Optimisation steps; a budget replaces them."""
@@ -101,12 +101,8 @@ class TrainingConfig(Config):
     """Steps between journal entries and checkpoints."""
     validate_every: int = Field(default=1, ge=1)
     """Epochs between validations; under a budget validation takes a tenth of the time at most."""
-    validation_cases: int | None = Field(default=None, ge=1)
-    """Most cases validated during training; the final validation takes all of the fold."""
     accumulate: int = Field(default=1, ge=1)
     """Batches whose gradients are summed for one step."""
-    foreground_fraction: float = Field(default=0.5, ge=0, le=1)
-    """Part of the patches that is centred on foreground."""
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
     """Decay per step of the moving average of the weights, which is what is validated and kept; 0 switches it off."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -117,17 +113,32 @@ class TrainingConfig(Config):
     """Seed of weights, sampling and augmentation."""
 
 
-class TrainConfig(Config):
-    """A whole training run."""
+class TrainingConfig(LoopConfig):
+    """How long and how a segmentation network is trained."""
+
+    validation_cases: int | None = Field(default=None, ge=1)
+    """Most cases validated during training; the final validation takes all of the fold."""
+    foreground_fraction: float = Field(default=0.5, ge=0, le=1)
+    """Part of the patches that is centred on foreground."""
+
+
+class RunConfig(Config):
+    """What every task of the training loop can be told."""
 
     data: DataConfig = DataConfig()
     network: NetworkConfig = NetworkConfig()
-    planning: PlanningConfig = PlanningConfig()
     preprocessing: PreprocessingConfig = PreprocessingConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+    training: LoopConfig = LoopConfig()
+
+
+class TrainConfig(RunConfig):
+    """A whole training run."""
+
+    training: TrainingConfig = TrainingConfig()
+    planning: PlanningConfig = PlanningConfig()
     augmentation: AugmentationConfig = Field(default_factory=AugmentationConfig)
     loss: LossConfig = LossConfig()
-    optimiser: OptimiserConfig = OptimiserConfig()
-    training: TrainingConfig = TrainingConfig()
     overlap: float = Field(default=0.5, ge=0, lt=1)
     """Overlap of inference windows, as a part of the patch."""
     postprocessing: Literal["auto", "none"] = "auto"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.checkpoint import CARD_NAME, LAST_NAME, PREVIOUS_NAME, WEIGHTS_NAME
+from segkit.config.base import Config
 from segkit.config.loading import annotated_yaml, build_config, read_yaml
 from segkit.errors import RequestError
 from segkit.training.config import TrainConfig
@@ -62,14 +63,14 @@ def open_folder(run: Path, *, is_resumed: bool) -> None:
         raise RequestError(f"cannot be written to ({error.strerror})", where=run) from error
 
 
-def write_config(run: Path, config: TrainConfig, reasons: Mapping[str, str], heading: str) -> None:
+def write_config(run: Path, config: Config, reasons: Mapping[str, str], heading: str) -> None:
     """Write `config.yaml`: every setting with its meaning and, where planning chose, its reason."""
     run.mkdir(parents=True, exist_ok=True)
     (run / CONFIG_NAME).write_text(f"# {heading}\n{annotated_yaml(config, reasons)}", encoding="utf-8")
 
 
 def read_config(run: Path) -> TrainConfig:
-    """The settings of a run.
+    """The settings of a segmentation run.
 
     Raises:
         RequestError: the file is missing or was spoilt by editing.

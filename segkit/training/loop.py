@@ -22,7 +22,7 @@ from segkit.checkpoint import load_state, save_state
 from segkit.errors import TrainingError
 from segkit.report.figures import curves_figure
 from segkit.runtime import pick_precision
-from segkit.training.config import OptimiserConfig, TrainingConfig
+from segkit.training.config import LoopConfig, OptimiserConfig
 from segkit.training.journal import Journal, ProgressLines
 from segkit.training.optim import MovingAverage, build_optimiser, rate_at, restore_optimiser, set_rate
 from segkit.training.task import Batch, Task
@@ -89,7 +89,7 @@ class Clock:
 def fit(
     task: Task,
     run: Path,
-    training: TrainingConfig,
+    training: LoopConfig,
     optimisation: OptimiserConfig,
     *,
     device: torch.device,
@@ -159,7 +159,7 @@ class _Trainer:
     """Model, optimiser and average, and the one step that they take together."""
 
     task: Task
-    training: TrainingConfig
+    training: LoopConfig
     optimisation: OptimiserConfig
     device: torch.device
     optimiser: torch.optim.Optimizer
@@ -168,9 +168,7 @@ class _Trainer:
     scaler: torch.amp.GradScaler
 
     @classmethod
-    def build(
-        cls, task: Task, training: TrainingConfig, optimisation: OptimiserConfig, device: torch.device
-    ) -> _Trainer:
+    def build(cls, task: Task, training: LoopConfig, optimisation: OptimiserConfig, device: torch.device) -> _Trainer:
         task.model.to(device)
         precision = pick_precision(training.precision, device)
         return cls(

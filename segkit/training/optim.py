@@ -15,6 +15,9 @@ from segkit.training.config import OptimiserConfig
 _SHARE = "share"
 """Key of a parameter group: its learning rate as a share of the optimiser's."""
 
+_PARTS = 5
+"""Parts of a run at whose borders the schedule "halving" halves the rate, four times in all."""
+
 
 def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
     """AdamW over what learns; biases and norms (tensors of one axis) are not decayed.
@@ -62,13 +65,15 @@ def _by_decay(parameters: Iterable[nn.Parameter], config: OptimiserConfig, *, sh
 
 
 def rate_at(progress: float, config: OptimiserConfig) -> float:
-    """Learning rate at a progress of 0 (start) to 1 (end): linear warm-up, then decay to zero."""
+    """Learning rate at a progress of 0 (start) to 1 (end): linear warm-up, then the decay of the schedule."""
     progress = min(max(progress, 0.0), 1.0)
     if progress < config.warmup:
         return config.lr * max(progress / config.warmup, 0.01)
     rest = (progress - config.warmup) / (1 - config.warmup)
     if config.schedule == "poly":
         return config.lr * math.pow(1 - rest, 0.9)
+    if config.schedule == "halving":
+        return config.lr * 0.5 ** min(int(_PARTS * rest), _PARTS - 1)
     return config.lr * 0.5 * (1 + math.cos(math.pi * rest))
 
 

@@ -12,7 +12,6 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from segkit.checkpoint import (
     load_card,
     load_model,
 )
-from segkit.data.case import Case
+from segkit.data.case import Case, Cohort
 from segkit.data.dataset import PatchDataset
 from segkit.data.files import read_grid
 from segkit.data.preprocessing import load_case
@@ -50,6 +49,7 @@ from segkit.runtime import (
     peak_rss_mb,
     return_freed_memory,
 )
+from segkit.training.batches import ENDLESS
 from segkit.training.folder import (
     SCORES_NAME,
     open_folder,
@@ -64,7 +64,7 @@ from segkit.training.loop import fit
 from segkit.training.optim import encoder_of
 from segkit.training.planned import PlannedRun, RunRequest, find_cohort, patients_of, plan_run, with_values
 from segkit.training.postprocessing import ScoredCases, settle_postprocessing
-from segkit.training.segmentation import ENDLESS, SegmentationTask
+from segkit.training.segmentation import SegmentationTask
 from segkit.training.summary import CaseDice, RunSummary, summarise_folds, without_undefined
 from segkit.training.weights import FirstWeights, first_weights
 
@@ -228,17 +228,9 @@ def _prepare(
     Raises:
         DataError: no training case, or no validation case, can be used.
     """
-
-    def entry(case: Case) -> Path | DataError:
-        try:
-            return store.entry(case, planned.cohort.modalities, planned.scheme, planned.config.preprocessing)
-        except DataError as error:
-            return error
-
-    with ThreadPoolExecutor(_cases_at_once(planned)) as pool:
-        entries = dict(zip((case.id for case in cases), pool.map(entry, cases), strict=True))
-    folders = {case_id: found for case_id, found in entries.items() if isinstance(found, Path)}
-    skipped = {case_id: str(found) for case_id, found in entries.items() if isinstance(found, DataError)}
+    config, cohort = planned.config.preprocessing, planned.cohort
+    at_once = cases_at_once(cohort, planned.request.memory_gb)
+    folders, skipped = store.entries(cases, cohort.modalities, planned.scheme, config, at_once=at_once)
     for reason in skipped.values():
         _log.warning("left out: %s", reason)
     for what, ids in (("training", planned.training_ids), ("validation", planned.validation_ids)):
@@ -249,16 +241,15 @@ def _prepare(
     return folders, skipped
 
 
-def _cases_at_once(planned: PlannedRun) -> int:
+def cases_at_once(cohort: Cohort, memory_gb: float | None) -> int:
     """As many as there are cores and memory for: a case is held as read, stacked and prepared, in float32."""
-    image = next(iter(planned.cohort.cases[0].images.values()))
+    image = next(iter(cohort.cases[0].images.values()))
     try:
         voxels = math.prod(read_grid(image.path).shape)
     except DataError:
         return 1
-    case_gb = 4 * voxels * (2 * len(planned.cohort.modalities) + 1) / 2**30
-    memory_gb = planned.request.memory_gb or available_memory_gb()
-    return max(1, min(available_cores(), 8, int(0.5 * memory_gb / case_gb)))
+    case_gb = 4 * voxels * (2 * len(cohort.modalities) + 1) / 2**30
+    return max(1, min(available_cores(), 8, int(0.5 * (memory_gb or available_memory_gb()) / case_gb)))
 
 
 def _settle_freed_memory(planned: PlannedRun) -> None:

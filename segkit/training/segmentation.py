@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from segkit.checkpoint import ModelCard, save_model
 from segkit.data.dataset import PatchDataset
@@ -22,11 +20,8 @@ from segkit.inference.backends import TorchBackend
 from segkit.inference.predictor import Predictor
 from segkit.losses.compound import SegmentationLoss
 from segkit.metrics.overlap import dice_by_region
-from segkit.runtime import available_cores
-from segkit.training.task import Batch, Score
-
-ENDLESS = 2**40
-"""Length of the patch dataset: items are drawn as long as the run lasts."""
+from segkit.training.batches import endless_batches
+from segkit.training.task import Batch, Score, borrowed
 
 
 @dataclass
@@ -51,17 +46,7 @@ class SegmentationTask:
 
     def batches(self, start: int) -> Iterator[Batch]:
         """Endless batches {"image": (B, C, *patch), "labels": (B, *patch)} from the `start`-th on."""
-        workers = _worker_count(self.workers)
-        loader: DataLoader[dict[str, Tensor]] = DataLoader(
-            self.patches,
-            batch_size=self.batch_size,
-            sampler=range(start * self.batch_size, ENDLESS),
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # its own: a loader would draw its seed from the stream that dropout uses
-        )
-        yield from loader
+        return endless_batches(self.patches, self.batch_size, start, self.workers)
 
     def loss(self, batch: Batch) -> Tensor:
         """Loss of a batch on the model's device."""
@@ -76,7 +61,7 @@ class SegmentationTask:
 
         An output that is in no case and was predicted in none has nothing to say; if none has, all is right: 1.
         """
-        with _borrowed(self.model, weights):
+        with borrowed(self.model, weights):
             predictor = Predictor(TorchBackend(self.model, next(self.model.parameters()).device), self.card)
             began = time.monotonic()
             per_case = [self._dice(predictor, self.validation[0])]
@@ -101,26 +86,3 @@ class SegmentationTask:
             raise ValueError(f"validation case {case.id} has no reference")
         labels = predictor.label_prepared(case)
         return dice_by_region(labels, np.asarray(case.labels), self._regions())
-
-
-class _borrowed:  # noqa: N801  used as a context manager, reads as a phrase
-    """The model with other weights for a while."""
-
-    def __init__(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        self.model = model
-        self.weights = weights
-
-    def __enter__(self) -> None:
-        self.own = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-        self.model.load_state_dict(self.weights)
-
-    def __exit__(self, *_: object) -> None:
-        self.model.load_state_dict(self.own)
-
-
-def _worker_count(requested: int | None) -> int:
-    """On one or two cores preparing patches in between steps is faster than competing with them."""
-    if requested is not None:
-        return requested
-    cores = available_cores()
-    return 0 if cores <= 2 else min(cores - 1, 8)

@@ -17,7 +17,7 @@ from segkit.checkpoint.names import some
 from segkit.checkpoint.transfer import transfer
 from segkit.errors import CheckpointError, RequestError, as_request
 from segkit.runtime import seed_everything
-from segkit.training.config import TrainConfig
+from segkit.training.config import RunConfig
 from segkit.training.folder import read_origin, write_origin
 
 _log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class FirstWeights:
             write_origin(run, self.facts, self.report)
 
 
-def first_weights(card: ModelCard, config: TrainConfig, run: Path, *, is_resumed: bool) -> FirstWeights:
+def first_weights(card: ModelCard, config: RunConfig, run: Path, *, is_resumed: bool) -> FirstWeights:
     """Build the network of a card and, for a run that is not resumed, load the weights that its settings name.
 
     Raises:

@@ -116,7 +116,7 @@ def test_curves_are_sorted_into_panels():
     ]
     assert figures._curves(rows) == {
         "loss": {"loss": [(10, 1.0)]},
-        "validation Dice": {"score": [(20, 0.5)], "WT": [(20, 0.8)]},
+        "validation": {"score": [(20, 0.5)], "WT": [(20, 0.8)]},
         "learning rate": {"lr": [(10, 0.1), (20, 0.05)]},
     }
 
