@@ -1,0 +1,300 @@
+"""Unlabelled images for pre-training: where they come from, and how they are put into groups.
+
+A *source* is a set of prepared cases that belong together: one data folder. An *image* is what a network for images
+sees of a case: a slice of a volume, a crop of a volume (networks for volumes), or a picture. A *stack* is all images of
+one case and one modality that lie side by side. A *group* is some images of one source, many of them neighbours of one
+subject: they look alike, which makes them the hard ones to tell apart.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch.utils.data import Dataset
+
+from segkit.config.base import Config
+from segkit.data.preprocessing import PreparedCase, crop_box
+from segkit.errors import DataError, RequestError
+from segkit.pretraining.stacks import Stack, coarsest_axis, crops_of, slices_of, where_filled
+from segkit.pretraining.views import View, ViewsConfig, draw_view
+
+
+class ImagesConfig(Config):
+    """Which images are taken from the cases, and which of them come together."""
+
+    channels: Literal["auto", "each", "all"] = "auto"
+    """each: every modality gives images of its own, of one channel; all: an image has all modalities as channels;
+    auto: all for pictures (red, green and blue belong together), each for volumes."""
+
+    slice_axis: int | None = Field(default=None, ge=0, le=2)
+    """Axis across which volumes are cut into slices; None is the axis with the largest spacing of each case, and the
+    last (axial) of equal ones."""
+
+    empty_below: float = Field(default=0.2, ge=0, lt=1)
+    """Slices and crops with fewer voxels that are not 0 than this share of the fullest one of their stack are left
+    out; where the normalisation leaves no voxel 0, none are."""
+
+    slice_step_mm: float = Field(default=0.0, ge=0)
+    """Least distance between neighbouring slices of a group; 0 takes slices as they follow each other."""
+
+    neighbours: int = Field(default=8, ge=1)
+    """How many images of a group are side by side in one subject."""
+
+    balance: float = Field(default=0.5, ge=0, le=1)
+    """Power of its number of images with which a source is drawn: 1 draws all images equally often, 0 all sources; in
+    between images of small sources come more often."""
+
+    crop_size: int | tuple[int, int, int] | None = None
+    """Voxels of the crops of volumes that networks for volumes learn from; None is the size of the views."""
+
+    crop_overlap: float = Field(default=0.75, ge=0, lt=1)
+    """Share of its length that a crop has in common with the next one along an axis."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Prepared cases of one data folder; `patients` names the patient of each, `name` is for messages."""
+
+    name: str
+    cases: Sequence[PreparedCase] = field(repr=False)
+    patients: Sequence[str] = field(repr=False)
+
+
+class GroupDataset(Dataset[dict[str, torch.Tensor]]):
+    """Groups of `nodes` images, all of one source, each image in one or two random views.
+
+    Item i depends on (seed, i) and on nothing else, so any number of workers gives the same items, and another seed
+    gives other groups of the same images, as held-out measures want them.
+
+    The first `neighbours` images of a group are neighbours in one subject. The others come from other patients of the
+    source; where it has none, from other stacks of the patient (another modality or time point), else from elsewhere
+    in the stack. No image comes twice. Pictures have no neighbours: theirs are the pictures of the same patient
+    (the other eye), as far as there are any, and all others come from other patients.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        size: Sequence[int],
+        images: ImagesConfig,
+        views: ViewsConfig,
+        *,
+        nodes: int = 16,
+        view_count: int = 2,
+        seed: int,
+        length: int,
+    ) -> None:
+        """Find the images, for which every case is read once.
+
+        Args:
+            sources: at least one, each with at least one case.
+            size: voxels of a view per axis; two axes make slices of volumes, three make crops.
+            images: which images there are.
+            views: how views are drawn.
+            nodes: images of a group.
+            view_count: 1 or 2 views of each image.
+            seed: not negative; decides everything random.
+            length: number of groups.
+
+        Raises:
+            RequestError: a group has fewer images than neighbours.
+            DataError: a source is too small for a group, or its images differ in axes or channels.
+        """
+        if not images.neighbours <= nodes:
+            raise RequestError(
+                f"a group of {nodes} images cannot hold {images.neighbours} neighbours",
+                remedy="Lower images.neighbours, or take larger groups",
+            )
+        self.sources = tuple(sources)
+        self.size = tuple(size)
+        self.images = images
+        self.views = views
+        self.nodes = nodes
+        self.view_count = view_count
+        self.seed = seed
+        self.length = length
+        self.stacks: list[Stack] = []
+        self._shelves: list[_Shelf] = []
+        for number, source in enumerate(self.sources):
+            stacks = list(itertools.chain(*_stacks_of(number, source, self.size, images)))
+            self._shelves.append(_Shelf.of(source, stacks, len(self.stacks), images, nodes))
+            self.stacks += stacks
+        self.channels = _common_channels(self.sources, self.stacks)
+        weights = np.array([shelf.counts.sum() for shelf in self._shelves], np.float64) ** images.balance
+        self._chances = weights / weights.sum()
+
+    @property
+    def image_counts(self) -> dict[str, int]:
+        """How many images each source has."""
+        return {source.name: int(shelf.counts.sum()) for source, shelf in zip(self.sources, self._shelves, strict=True)}
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Group `index`, every tensor with a leading axis of N images.
+
+        "first" (N, C, *size) float32 and "first_frame" (N, dims, dims + 1) float32, the same as "second" where there
+        are two views; "stack" (N,) int64 and "source" (N,) int64, numbers; "place" (N,) float32, mm (see `Stack`).
+        """
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        members = self.members(index)
+        generator = np.random.default_rng((self.seed, 1, index))
+        cases: dict[tuple[int, int], PreparedCase] = {}
+        views: list[list[View]] = []
+        for stack_number, image_number in members:
+            stack = self.stacks[stack_number]
+            key = stack.source, stack.case
+            if key not in cases:
+                cases[key] = self.sources[stack.source].cases[stack.case]
+            image = stack.read(cases[key], image_number)
+            content = crop_box(image, "nonzero")
+            views.append(
+                [
+                    draw_view(image, stack.image_spacing_mm, self.size, self.views, generator, content=content)
+                    for _ in range(self.view_count)
+                ]
+            )
+        item = {
+            "stack": torch.tensor([stack for stack, _ in members]),
+            "source": torch.tensor([self.stacks[stack].source for stack, _ in members]),
+            "place": torch.tensor([self.stacks[stack].place_mm(image) for stack, image in members]),
+        }
+        for name, of_each in zip(("first", "second"), zip(*views, strict=True), strict=False):
+            item[name] = torch.stack([view.image for view in of_each])
+            item[f"{name}_frame"] = torch.stack([view.frame for view in of_each])
+        return item
+
+    def members(self, index: int) -> list[tuple[int, int]]:
+        """The images of group `index`: number of the stack, and of the image in it; the neighbours come first."""
+        generator = np.random.default_rng((self.seed, 0, index))
+        shelf = self._shelves[generator.choice(len(self._shelves), p=self._chances)]
+        anchor = int(generator.choice(shelf.anchors))
+        stack = self.stacks[shelf.first + anchor]
+        step = stack.slices_per_step(self.images.slice_step_mm)
+        run = stack.neighbours(self.images.neighbours, step, generator)
+        chosen = [(anchor, int(image)) for image in run]
+        is_same_patient = shelf.patients == shelf.patients[anchor]
+        is_other_stack = np.arange(len(shelf.counts)) != anchor
+        if len(stack.spacing_mm) == 2:  # pictures
+            theirs = shelf.draw(is_same_patient & is_other_stack, self.images.neighbours - 1, generator)
+            chosen += theirs
+            is_other_stack[[picture for picture, _ in theirs]] = False
+        for is_allowed in (~is_same_patient, is_same_patient & is_other_stack):
+            chosen += shelf.draw(is_allowed, self.nodes - len(chosen), generator)
+        # What is still missing comes from the stack itself: first from where slices keep their distance.
+        left = np.setdiff1d(np.arange(len(stack)), run)
+        keeps_distance = (left - run[0]) % step == 0
+        for numbers in (left[keeps_distance], left[~keeps_distance]):
+            count = min(self.nodes - len(chosen), len(numbers))
+            chosen += [(anchor, int(image)) for image in generator.choice(numbers, count, replace=False)]
+        return [(shelf.first + stack_number, image) for stack_number, image in chosen]
+
+
+@dataclass(frozen=True)
+class _Shelf:
+    """The stacks of one source: number of the first, then per stack its patient, its images; those with a full run."""
+
+    first: int
+    patients: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    anchors: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, source: Source, stacks: Sequence[Stack], first: int, images: ImagesConfig, nodes: int) -> _Shelf:
+        counts = np.array([len(stack) for stack in stacks], np.int64)
+        if counts.sum() < nodes:
+            raise DataError(
+                f"it gives {counts.sum()} images",
+                where=source.name,
+                expected=f"at least the {nodes} of one group",
+                remedy="Add cases, leave it out, lower images.empty_below or images.crop_size, or make groups smaller",
+            )
+        _, patients = np.unique(np.array(source.patients), return_inverse=True)
+        lengths = np.array(
+            [(images.neighbours - 1) * stack.slices_per_step(images.slice_step_mm) + 1 for stack in stacks]
+        )
+        is_picture = np.array([len(stack.spacing_mm) == 2 for stack in stacks])
+        anchors = np.flatnonzero((counts >= lengths) | is_picture)
+        if not anchors.size:
+            raise DataError(
+                f"no case has {images.neighbours} neighbouring images; the most in one stack is {counts.max()}",
+                where=source.name,
+                remedy="Lower images.neighbours, images.slice_step_mm or images.empty_below, or leave it out",
+            )
+        return cls(first, patients[[stack.case for stack in stacks]], counts, anchors)
+
+    def draw(self, is_allowed: NDArray[np.bool_], count: int, generator: np.random.Generator) -> list[tuple[int, int]]:
+        """Up to `count` different images of the stacks allowed: number of the stack here, and of the image in it."""
+        stacks = np.flatnonzero(is_allowed)
+        ends = np.cumsum(self.counts[stacks])
+        if not len(stacks):
+            return []
+        total = int(ends[-1])
+        drawn: NDArray[np.int64] = generator.choice(total, min(count, total), replace=False)
+        which = np.searchsorted(ends, drawn, side="right")
+        return [
+            (int(stacks[place]), int(number - ends[place] + self.counts[stacks[place]]))
+            for number, place in zip(drawn, which, strict=True)
+        ]
+
+
+def _stacks_of(number: int, source: Source, size: tuple[int, ...], images: ImagesConfig) -> list[list[Stack]]:
+    if len(source.patients) != len(source.cases):
+        raise DataError(f"{len(source.patients)} patients for {len(source.cases)} cases", where=source.name)
+    return [_stacks(number, place, case, size, images) for place, case in enumerate(source.cases)]
+
+
+def _stacks(source: int, place: int, case: PreparedCase, size: tuple[int, ...], images: ImagesConfig) -> list[Stack]:
+    """The stacks of one case: one for each modality, or one for all; those that show nothing are left out."""
+    shape, spacing_mm = case.image.shape[1:], case.preparation.spacing_mm
+    if len(shape) < len(size):
+        raise DataError(
+            "is a picture",
+            where=case.id,
+            expected="a volume",
+            remedy="Choose a network for images, which learn from both",
+        )
+    is_picture = len(shape) == 2
+    is_joint = images.channels == "all" or (images.channels == "auto" and is_picture)
+    count = len(case.image)
+    blocks = [(0, count)] if is_joint else [(channel, channel + 1) for channel in range(count)]
+    stacks = []
+    for channels in blocks:
+        axis = None
+        if is_picture:
+            extent, starts = shape, np.zeros((1, 2), np.int32)
+        else:
+            is_filled = where_filled(case.image, channels)
+            if len(size) == 2:
+                axis = coarsest_axis(spacing_mm) if images.slice_axis is None else images.slice_axis
+                extent, starts = slices_of(is_filled, axis, images.empty_below)
+            else:
+                extent, starts = crops_of(is_filled, images.crop_size or size, images.crop_overlap, images.empty_below)
+        if len(starts):
+            stacks.append(Stack(source, place, channels, axis, starts, extent, spacing_mm))
+    return stacks
+
+
+def _common_channels(sources: Sequence[Source], stacks: Sequence[Stack]) -> int:
+    """The number of channels that all images have."""
+    found: dict[int, Stack] = {}
+    for stack in stacks:
+        found.setdefault(stack.channels[1] - stack.channels[0], stack)
+    if len(found) > 1:
+        names = [f"{count} in {sources[stack.source].name}" for count, stack in sorted(found.items())]
+        raise DataError(
+            f"images have different numbers of channels: {', '.join(names)}",
+            remedy="Set images.channels to each, which makes every channel an image of its own, or leave a source out",
+        )
+    if not found:
+        raise RequestError("there is no source of images", remedy="Name at least one data folder")
+    return next(iter(found))

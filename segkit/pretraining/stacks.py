@@ -1,0 +1,118 @@
+"""Stacks: the images of one case that lie side by side, and where in the case each of them is."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from segkit.data.preprocessing import PreparedCase
+from segkit.shapes import AnyArray, Image
+
+_EQUAL = 0.99
+"""Spacings are equal within this factor: headers round."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The images of one case and one modality (or all modalities).
+
+    source, case: their numbers; channels: first one and the one after the last; axis: across which the slices lie,
+    None for crops and pictures; starts: (images, axes of the case) first voxel of each image; extent: voxels of an
+    image along each axis of the case, 1 across slices; spacing_mm: of the case.
+    """
+
+    source: int
+    case: int
+    channels: tuple[int, int]
+    axis: int | None
+    starts: NDArray[np.int32] = field(repr=False)
+    extent: tuple[int, ...]
+    spacing_mm: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def image_spacing_mm(self) -> tuple[float, ...]:
+        """Spacing of the axes that the images have."""
+        return tuple(mm for axis, mm in enumerate(self.spacing_mm) if axis != self.axis)
+
+    def read(self, case: PreparedCase, number: int) -> Image:
+        """A copy of image `number`, (C, *spatial)."""
+        ends = self.starts[number] + self.extent
+        region = tuple(slice(first, last) for first, last in zip(self.starts[number], ends, strict=True))
+        image = np.array(case.image[(slice(*self.channels), *region)], np.float32, order="C")
+        return image if self.axis is None else image.squeeze(self.axis + 1)
+
+    def place_mm(self, number: int) -> float:
+        """Where the image lies along the axis of the slices, for crops where its middle lies along axis 0."""
+        if len(self.spacing_mm) == 2:
+            return 0.0
+        axis = self.axis or 0
+        return float((self.starts[number][axis] + (self.extent[axis] - 1) / 2) * self.spacing_mm[axis])
+
+    def slices_per_step(self, step_mm: float) -> int:
+        """How many slices on the next one of a group lies; 1 for crops and pictures."""
+        return 1 if self.axis is None else max(1, math.ceil(step_mm / self.spacing_mm[self.axis] - 1e-6))
+
+    def neighbours(self, count: int, step: int, generator: np.random.Generator) -> NDArray[np.int64]:
+        """Numbers of `count` images side by side: slices `step` apart, or the crops that are nearest to one of them."""
+        if self.axis is not None:
+            start = int(generator.integers(len(self) - step * (count - 1)))
+            return np.arange(start, start + step * count, step)
+        middle = self.starts[generator.integers(len(self))]
+        distance = np.linalg.norm((self.starts - middle) * self.spacing_mm, axis=1)
+        return np.argsort(distance, kind="stable")[:count]
+
+
+def coarsest_axis(spacing_mm: Sequence[float]) -> int:
+    """The axis with the largest spacing, the last of equal ones."""
+    return max(axis for axis, mm in enumerate(spacing_mm) if mm >= _EQUAL * max(spacing_mm))
+
+
+def where_filled(image: Image, channels: tuple[int, int]) -> NDArray[np.bool_]:
+    """Where (C, *spatial) is not 0 in any of these channels, (*spatial)."""
+    is_filled: NDArray[np.bool_] = image[channels[0]] != 0
+    for channel in range(channels[0] + 1, channels[1]):
+        is_filled |= image[channel] != 0
+    return is_filled
+
+
+def slices_of(is_filled: NDArray[np.bool_], axis: int, empty_below: float) -> tuple[tuple[int, ...], NDArray[np.int32]]:
+    """Extent of a slice, and the starts of those that are full enough."""
+    others = tuple(other for other in range(3) if other != axis)
+    numbers = _full_enough(np.count_nonzero(is_filled, axis=others), empty_below)
+    starts = np.zeros((len(numbers), 3), np.int32)
+    starts[:, axis] = numbers
+    return tuple(1 if at == axis else length for at, length in enumerate(is_filled.shape)), starts
+
+
+def crops_of(
+    is_filled: NDArray[np.bool_], size: int | Sequence[int], overlap: float, empty_below: float
+) -> tuple[tuple[int, ...], NDArray[np.int32]]:
+    """Extent of a crop, and the starts of those that are full enough; a crop takes all of an axis that is shorter."""
+    wanted = [size] * 3 if isinstance(size, int) else size
+    extent = tuple(min(length, voxels) for length, voxels in zip(is_filled.shape, wanted, strict=True))
+    along = []
+    for length, voxels in zip(is_filled.shape, extent, strict=True):
+        steps = math.ceil((length - voxels) / max(1, round(voxels * (1 - overlap))))
+        along.append(np.unique(np.linspace(0, length - voxels, steps + 1).round().astype(np.int32)))
+    starts = np.stack(np.meshgrid(*along, indexing="ij"), axis=-1).reshape(-1, 3)
+    # Sums over boxes from sums from the corner on.
+    sums = np.pad(is_filled, ((1, 0), (1, 0), (1, 0))).astype(np.int32)
+    for axis in range(3):
+        np.cumsum(sums, axis=axis, out=sums)
+    counts = np.zeros(len(starts), np.int64)
+    for corner in itertools.product((0, 1), repeat=3):
+        places = (starts + np.array(corner) * extent).T
+        counts += (-1) ** (3 - sum(corner)) * sums[tuple(places)].astype(np.int64)
+    return extent, starts[_full_enough(counts, empty_below)]
+
+
+def _full_enough(counts: AnyArray, empty_below: float) -> NDArray[np.int64]:
+    return np.flatnonzero((counts > 0) & (counts >= empty_below * counts.max()))
