@@ -263,7 +263,7 @@ class _Transfer:
         if card is None:
             return (
                 "Choose the network.family and network.size that it was trained as, see `segkit models` "
-                "(in Python, is_strict=False takes what fits)"
+                "(network.weights_share below 1, in Python is_strict=False, takes what fits)"
             )
         network = card.network
         size = [f"size {network.size}"] if network.size else []

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import segkit
 import segkit.cli
-from segkit.checkpoint import file_sha256
+from segkit.checkpoint import file_sha256, load_state
 from segkit.data.phantom_layouts import write_phantoms
 from segkit.training.folder import read_config
 from segkit.training.planned import RunRequest, plan_run
@@ -105,6 +105,45 @@ def test_every_fold_begins_with_the_weights(first: Path, phantoms: Path, tmp_pat
     assert train(phantoms, run, "-f", "all", "--weights", first) == 0
     assert {facts_of(run / f"fold_{fold}")["sha256"] for fold in (0, 1)} == {facts_of(run / "fold_0")["sha256"]}
     assert len(segkit.Predictor.load(run).digests) == 2
+
+
+def test_a_frozen_encoder_stays_also_when_resumed(first: Path, phantoms: Path, tmp_path: Path) -> None:
+    run, theirs = tmp_path / "run", load_file(first / "model.safetensors")
+    frozen = ("--set", "optimiser.encoder_lr=0", "--set", "training.ema_decay=0.5")
+    assert train(phantoms, run, "--weights", first, *frozen) == 0
+    for steps in (2, 3):
+        if steps == 3:
+            more = ("--set", "training.steps=3", "-d", "cpu", "-q")
+            assert train(phantoms, run, "--resume", *more) == 0
+        for weights in (load_file(run / "model.safetensors"), load_state(run)["model"]):
+            moved = {name for name, tensor in theirs.items() if not torch.equal(weights[name], tensor)}
+            assert moved
+            assert not [name for name in moved if name.startswith("encoder.")]
+
+
+def test_a_resumed_run_cannot_thaw_its_encoder(
+    first: Path, phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert train(phantoms, run, "--weights", first, "--set", "optimiser.encoder_lr=0") == 0
+    thawed = ("--set", "optimiser.encoder_lr=1", "--set", "training.steps=3")
+    assert train(phantoms, run, "--resume", *thawed, "-d", "cpu", "-q") == 2
+    assert "Resume with the optimiser.encoder_lr that the run began with" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_least_share_of_the_encoder(
+    first: Path, phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second level is wider than that of the file, so only the first level is found."""
+    wider = ("--weights", first, "--set", "network.arguments.widths=[8, 16]")
+    assert train(phantoms, tmp_path / "a", *wider, "--set", "network.weights_share=0.5") == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "of the encoder's parameters; without encoder." in error
+    assert "expected at least 50 % (network.weights_share)" in error
+    assert train(phantoms, tmp_path / "b", *wider, "--set", "network.weights_share=0.01") == 0
+    report = json.loads((tmp_path / "b" / "weights.json").read_text())["report"]
+    assert 0.01 <= report["encoder_share"] < 0.5
+    assert {name.split(".")[0] for name in report["loaded"]} >= {"encoder"}
 
 
 def _stunet_file(folder: Path, **arguments: object) -> Path:
