@@ -24,6 +24,7 @@ VERBS: dict[str, str] = {
     "check": "segkit.cli.check:check",
     "models": "segkit.cli.models:models",
     "train": "segkit.cli.train:train",
+    "pretrain": "segkit.cli.pretrain:pretrain",
     "infer": "segkit.cli.infer:infer",
     "evaluate": "segkit.cli.evaluate:evaluate",
     "export": "segkit.cli.export:export",

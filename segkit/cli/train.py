@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,7 +22,6 @@ from segkit.cli.options import (
     SchemeOption,
     SetOption,
     VerboseOption,
-    console,
     parse_gigabytes,
     parse_minutes,
     parse_settings,
@@ -33,10 +32,8 @@ from segkit.cli.options import (
     read_modalities,
     set_verbosity,
 )
+from segkit.cli.progress import progress_bar, resumed_layers
 from segkit.errors import RequestError
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 RunOption = Annotated[Path, typer.Option("-o", "--output", help="Run folder to write.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file laid over the preset.")]
@@ -54,6 +51,10 @@ ExcludeOption = Annotated[
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on where the run folder stopped.")]
 StartAgainOption = Annotated[bool, typer.Option("--overwrite", help="Start again in a used run folder.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Plan, print the settings, train nothing.")]
+
+
+_OF_MEMORY = ("mode", "chunks", "encoder_weights")
+"""Arguments of a network that another training need not share."""
 
 
 def train(
@@ -96,14 +97,15 @@ def train(
         raise RequestError("--preset cannot be changed by --resume", remedy="Leave it out, or start a new run")
     if resume and weights is not None:
         raise RequestError("--resume goes on with the run's own weights", remedy="Leave out --weights")
-    layers = _resumed_layers(output) if resume else preset_layers(preset or preset_for(chosen_device.type))
+    layers = resumed_layers(output) if resume else preset_layers(preset or preset_for(chosen_device.type))
+    layers += _network_of(weights)
     if config is not None:
         layers.append((str(config), read_yaml(config)))
     layers += [
         ("--set", parse_settings(settings)),
         ("options", _options(layout, label_scheme, modality, exclude, fold, budget, weights)),
     ]
-    bar = _progress_bar(is_quiet=quiet)
+    bar = progress_bar(is_quiet=quiet)
     request = RunRequest(
         data=data,
         run=output,
@@ -138,6 +140,21 @@ def train(
         raise typer.Exit(1)
 
 
+def _network_of(weights: Path | None) -> list[tuple[str, Mapping[str, Any]]]:
+    """The network that a run folder was trained as, as a layer over the preset; none for files without a card.
+
+    What suited that training's memory (mode, chunks) is planned anew.
+    """
+    if weights is None or not weights.is_dir():
+        return []
+    from segkit.checkpoint import model_folders
+    from segkit.checkpoint.run_folder import load_card
+
+    network = load_card(model_folders(weights)[0]).network
+    arguments = {name: value for name, value in network.arguments.items() if name not in _OF_MEMORY}
+    return [(str(weights), {"network": {"family": network.family, "size": network.size, "arguments": arguments}})]
+
+
 def _options(
     layout: str | None,
     label_scheme: str | None,
@@ -161,43 +178,6 @@ def _options(
         section: {key: value for key, value in given.items() if value is not None}
         for section, given in (("data", of_data), ("network", of_network), ("training", of_training))
     }
-
-
-def _resumed_layers(run: Path) -> list[tuple[str, Mapping[str, object]]]:
-    """A run goes on with its own settings; --set and the options still lie over them."""
-    from segkit.config.loading import read_yaml
-
-    path = run / "config.yaml"
-    if not path.exists():
-        raise RequestError("there is nothing to resume", where=run, remedy="Start it without --resume")
-    return [(str(path), read_yaml(path))]
-
-
-class _ProgressBar:
-    """A bar with the remaining time, for a terminal."""
-
-    def __init__(self, console: Console) -> None:
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=console)
-        self.task = self.bar.add_task("planning", total=1.0)
-
-    def __enter__(self) -> _ProgressBar:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def tell(self, done: float, message: str) -> None:
-        """Show how far the training is."""
-        self.bar.update(self.task, completed=done, description=message)
-
-
-def _progress_bar(*, is_quiet: bool) -> _ProgressBar | None:
-    found = console()
-    return _ProgressBar(found) if found.is_terminal and not is_quiet else None
 
 
 def _fold_number(text: str | None) -> int | None:

@@ -18,6 +18,9 @@ from segkit.errors import ConfigError, Problem, RequestError
 
 ConfigType = TypeVar("ConfigType", bound=Config)
 
+PRESETS, PRETRAINING_PRESETS = "presets", "pretraining"
+"""Folders with the presets of `segkit train` and of `segkit pretrain`."""
+
 _END_OF_DOCUMENT = "...\n"
 
 
@@ -28,20 +31,20 @@ def configs_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "configs"
 
 
-def list_presets() -> list[str]:
+def list_presets(kind: str = PRESETS) -> list[str]:
     """Names that `--preset` takes."""
-    return sorted(path.stem for path in (configs_folder() / "presets").glob("*.yaml"))
+    return sorted(path.stem for path in (configs_folder() / kind).glob("*.yaml"))
 
 
-def preset_path(name: str) -> Path:
-    """The YAML file of a preset.
+def preset_path(name: str, kind: str = PRESETS) -> Path:
+    """The YAML file of a preset; `kind` is the folder of those of one verb.
 
     Raises:
         RequestError: there is no such preset.
     """
-    path = configs_folder() / "presets" / f"{name}.yaml"
+    path = configs_folder() / kind / f"{name}.yaml"
     if not path.is_file():
-        raise RequestError(f"preset {name!r} is not known", expected=f"one of {', '.join(list_presets())}")
+        raise RequestError(f"preset {name!r} is not known", expected=f"one of {', '.join(list_presets(kind))}")
     return path
 
 
@@ -164,9 +167,9 @@ def _number_or_same(value: Any) -> Any:
     return value
 
 
-def preset_layers(preset: str | None) -> list[tuple[str, Mapping[str, Any]]]:
+def preset_layers(preset: str | None, kind: str = PRESETS) -> list[tuple[str, Mapping[str, Any]]]:
     """The layer of a preset, for `build_config`; none for None."""
-    return [] if preset is None else [(f"preset {preset}", read_yaml(preset_path(preset)))]
+    return [] if preset is None else [(f"preset {preset}", read_yaml(preset_path(preset, kind)))]
 
 
 def annotated_yaml(config: BaseModel, reasons: Mapping[str, str] | None = None, *, has_help: bool = True) -> str:

@@ -131,7 +131,7 @@ def local_affinity(
         both_ways: See above.
     """
     graphs, nodes, cells, width = first.shape
-    one, other = first.view(graphs, nodes * cells, width), second.view(graphs, nodes * cells, width)
+    one, other = first.reshape(graphs, nodes * cells, width), second.reshape(graphs, nodes * cells, width)
     cosines = functional.normalize(one, dim=-1) @ functional.normalize(other, dim=-1).transpose(1, 2)
     pairs = cosines.view(graphs, nodes, cells, nodes, cells).transpose(2, 3)  # [g, i, a, p, q]
     with torch.no_grad():

@@ -146,7 +146,7 @@ def _validate(trainer: _Trainer, run: Path, state: State, clock: Clock) -> dict[
     began = time.monotonic()
     weights = trainer.weights()
     score = trainer.task.validate(weights)
-    if score.value > state.best:
+    if score.value >= state.best:  # of equals the later one, which has seen more
         state.best = score.value
         trainer.task.save(run, weights, {"step": state.step, "score": score.value})
     clock.note_validation(began)

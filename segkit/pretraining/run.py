@@ -1,0 +1,315 @@
+"""From folders of unlabelled images to a run folder with an encoder: find, split, prepare, fit, measure, draw.
+
+Functions appear in the order in which they run. The run folder is that of `segkit train`, with what the method
+measured before and after on held-out patients in `validation.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from segkit.checkpoint import ModelCard, NetworkCard, TrainingData, load_card
+from segkit.data.store import PreparedStore
+from segkit.errors import DataError, RequestError
+from segkit.models.slicewise import SlicewiseConfig
+from segkit.models.table import MODELS, configure
+from segkit.pretraining.cohorts import UnlabelledCohort, find_unlabelled, prepare_cohort
+from segkit.pretraining.config import PretrainConfig
+from segkit.pretraining.figures import draw_matching
+from segkit.pretraining.methods import METHODS, build_method
+from segkit.pretraining.sources import GroupDataset, Source
+from segkit.pretraining.task import PretrainingTask
+from segkit.runtime import environment, peak_rss_mb
+from segkit.training.batches import ENDLESS
+from segkit.training.folder import (
+    SCORES_NAME,
+    open_folder,
+    require_same_split,
+    require_usable,
+    write_config,
+    write_json,
+    write_split,
+)
+from segkit.training.loop import fit
+from segkit.training.weights import FirstWeights, first_weights
+
+_log = logging.getLogger(__name__)
+
+_VIEW_SIZE = {2: 224, 3: 64}
+"""Voxels of a view along each axis, where nobody says."""
+_HELD_OUT_SEED = 2**31
+"""Groups of held-out images are drawn by another seed than any training group."""
+
+
+@dataclass(frozen=True)
+class PretrainRequest:
+    """What a user asks for: data folders, run folder, settings, and the machine to do it on."""
+
+    data: tuple[Path, ...]
+    run: Path
+    config: PretrainConfig
+    device: torch.device
+    memory_gb: float | None = None
+    started_s: float = field(default_factory=time.monotonic)
+    is_resumed: bool = False
+    may_overwrite: bool = False
+    tell: Callable[[float, str], None] | None = None
+    """Shows the progress of the training, 0 to 1; None writes log lines."""
+
+
+@dataclass(frozen=True)
+class PretrainSummary:
+    """How a run ended: the method's measures on held-out images before and after, and what it cost."""
+
+    run: Path
+    method: str
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    steps: int
+    minutes: float
+    peak_rss_mb: float
+    images: Mapping[str, int]
+    skipped: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The document written as `validation.json`."""
+        return {**{name: value for name, value in vars(self).items() if name != "run"}, "run": str(self.run)}
+
+
+def pretrain_run(request: PretrainRequest) -> PretrainSummary:
+    """Train an encoder without labels and write its run folder.
+
+    Raises:
+        RequestError: the folder is in use, the settings do not fit each other or the data; nothing was changed.
+        DataError: no case can be prepared, or a source has too few images.
+        TrainingError: the training diverged.
+    """
+    require_usable(request.run, is_resumed=request.is_resumed, may_overwrite=request.may_overwrite)
+    cohorts = [find_unlabelled(folder, request.config.data, request.config.preprocessing) for folder in request.data]
+    request = replace(request, config=_settled(request.config, cohorts))
+    card = _card(request.config, cohorts)
+    begun = first_weights(card, request.config, request.run, is_resumed=request.is_resumed)
+    card = _with_network_facts(card, begun, request.config)
+    _open(request, cohorts)
+    begun.keep(request.run)
+    task, skipped = _build_task(request, cohorts, card, begun.network)
+    before = _measured_before(request, task)
+    budget = request.config.training.budget_minutes
+    state = fit(
+        task,
+        request.run,
+        request.config.training,
+        request.config.optimiser,
+        device=request.device,
+        deadline_s=None if budget is None else request.started_s + 60 * budget,
+        resume=request.is_resumed,
+        tell=request.tell,
+    )
+    after = _measured_after(request.run, task)
+    if request.config.method == "graph-matching":
+        draw_matching(request.run / "figures", task)
+    summary = PretrainSummary(
+        run=request.run,
+        method=request.config.method,
+        before=before,
+        after=after,
+        steps=state.step,
+        minutes=(time.monotonic() - request.started_s) / 60,
+        peak_rss_mb=peak_rss_mb(),
+        images=task.groups.image_counts,
+        skipped=skipped,
+    )
+    write_json(request.run / SCORES_NAME, summary.to_json())
+    return summary
+
+
+def _settled(config: PretrainConfig, cohorts: Sequence[UnlabelledCohort]) -> PretrainConfig:
+    """The settings with axes and size of the views decided.
+
+    Raises:
+        RequestError: a batch is no whole number of groups, or sources do not go together.
+    """
+    nodes = config.graph_matching.nodes
+    if config.batch_size % nodes:
+        raise RequestError(
+            f"batch_size {config.batch_size} is no multiple of the {nodes} images of a group",
+            remedy="Change batch_size or graph_matching.nodes; training.accumulate makes larger batches of small ones",
+        )
+    are_volumes = [found.cohort.dims == 3 for found in cohorts]
+    configure(config.network.family, config.network.size, config.network.arguments)
+    is_planar = issubclass(MODELS[config.network.family].config, SlicewiseConfig)
+    dims = config.dims or (3 if all(are_volumes) and not is_planar else 2)
+    if dims == 3 and not all(are_volumes):
+        raise RequestError("pictures have no crops in three dimensions", remedy="Set dims=2, or name volumes only")
+    views = config.views if config.views.size else config.views.model_copy(update={"size": _VIEW_SIZE[dims]})
+    return config.model_copy(update={"dims": dims, "views": views})
+
+
+def _card(config: PretrainConfig, cohorts: Sequence[UnlabelledCohort]) -> ModelCard:
+    modalities = _modalities(config, cohorts)
+    preprocessing = cohorts[0].preprocessing
+    return ModelCard(
+        task="pretraining",
+        network=NetworkCard(
+            family=config.network.family,
+            size=config.network.size,
+            in_channels=len(modalities),
+            out_channels=len(modalities),
+            arguments=config.network.arguments,
+        ),
+        dims=config.dims or 3,
+        modalities=modalities,
+        patch_size=(),
+        divisor=(),
+        versions=environment(),
+        training_data=TrainingData(
+            identity=f"{config.method}: " + ", ".join(found.name for found in cohorts),
+            licence="; ".join(sorted({found.cohort.licence for found in cohorts if found.cohort.licence})) or None,
+            cases=sum(len(found.training_ids) for found in cohorts),
+        ),
+        **{name: value for name, value in preprocessing.model_dump().items() if name in ModelCard.model_fields},
+    )
+
+
+def _modalities(config: PretrainConfig, cohorts: Sequence[UnlabelledCohort]) -> tuple[str, ...]:
+    """Names of the image channels: those of the data where they go together, else one name for whatever it is."""
+    are_pictures = all(found.cohort.dims == 2 for found in cohorts)
+    names = {found.cohort.modalities for found in cohorts}
+    if config.images.channels == "all" or (config.images.channels == "auto" and are_pictures):
+        if len(names) > 1:
+            shown = " and ".join(", ".join(modalities) for modalities in sorted(names))
+            raise RequestError(
+                f"the folders have different modalities: {shown}",
+                remedy="Set images.channels=each, which makes every modality an image of its own",
+            )
+        return cohorts[0].cohort.modalities
+    return cohorts[0].cohort.modalities if names == {cohorts[0].cohort.modalities[:1]} else ("image",)
+
+
+def _with_network_facts(card: ModelCard, begun: FirstWeights, config: PretrainConfig) -> ModelCard:
+    """The card with divisor and view size.
+
+    Raises:
+        RequestError: the views do not suit the network.
+    """
+    divisor: tuple[int, ...] = tuple(begun.network.divisor)  # type: ignore[arg-type]
+    size = config.views.size or 0
+    patch = (size,) * card.dims if isinstance(size, int) else size
+    if len(patch) != card.dims or any(length % step for length, step in zip(patch, divisor, strict=False)):
+        shown, steps = (" x ".join(map(str, numbers)) for numbers in (patch, divisor))
+        raise RequestError(f"views.size {shown} does not suit the network", expected=f"multiples of {steps}")
+    data = card.training_data
+    if begun.facts:
+        data = data.model_copy(update={"initial_weights": dict(begun.facts)})
+    return card.model_copy(update={"divisor": divisor, "patch_size": patch, "training_data": data})
+
+
+def _open(request: PretrainRequest, cohorts: Sequence[UnlabelledCohort]) -> None:
+    training, held_out = (
+        [f"{found.name}/{case_id}" for found in cohorts for case_id in getattr(found, ids)]
+        for ids in ("training_ids", "held_out_ids")
+    )
+    if request.is_resumed:
+        require_same_split(request.run, training, held_out)
+    open_folder(request.run, is_resumed=request.is_resumed)
+    heading = "unlabelled images in " + ", ".join(str(folder) for folder in request.data)
+    write_config(request.run, request.config, {}, heading)
+    if not request.is_resumed:
+        write_split(request.run, training, held_out, request.config.data.exclude)
+
+
+def _build_task(
+    request: PretrainRequest, cohorts: Sequence[UnlabelledCohort], card: ModelCard, network: nn.Module
+) -> tuple[PretrainingTask, dict[str, str]]:
+    config = request.config
+    store = PreparedStore(config.data.cache or request.run / "cache")
+    sources: list[Source] = []
+    held_out: list[Source] = []
+    skipped: dict[str, str] = {}
+    for found in cohorts:
+        folders, reasons = prepare_cohort(found, store, request.memory_gb)
+        skipped |= reasons
+        sources.append(found.source(found.training_ids, folders))
+        if any(case_id in folders for case_id in found.held_out_ids):
+            held_out.append(found.source(found.held_out_ids, folders))
+    entry, nodes = METHODS[config.method], config.graph_matching.nodes
+    groups = _groups(config, card, sources, entry.views, seed=config.training.seed, length=ENDLESS)
+    _log.info("images: %s", ", ".join(f"{count} of {name}" for name, count in groups.image_counts.items()))
+    return PretrainingTask(
+        model=build_method(config, network, card),
+        card=card,
+        groups=groups,
+        held_out=_held_out_groups(config, card, held_out, sources),
+        groups_per_batch=config.batch_size // nodes,
+        keeps_decoder=entry.keeps_decoder,
+        workers=config.training.workers,
+    ), skipped
+
+
+def _groups(
+    config: PretrainConfig, card: ModelCard, sources: Sequence[Source], views: int, *, seed: int, length: int
+) -> GroupDataset:
+    return GroupDataset(
+        sources,
+        card.patch_size,
+        config.images,
+        config.views,
+        nodes=config.graph_matching.nodes,
+        view_count=views,
+        seed=seed,
+        length=length,
+    )
+
+
+def _held_out_groups(
+    config: PretrainConfig, card: ModelCard, held_out: Sequence[Source], training: Sequence[Source]
+) -> GroupDataset:
+    """Groups of held-out patients, of the sources that have enough of them; of the training images if none has."""
+    views, usable = METHODS[config.method].views, []
+    for source in held_out:
+        try:
+            _groups(config, card, [source], views, seed=0, length=1)
+            usable.append(source)
+        except DataError as error:
+            _log.warning("not measured on held-out images of %s: %s", source.name, error)
+    if not usable:
+        _log.warning("no patient can be held out: what is measured says nothing about other patients")
+        usable = list(training)
+    return _groups(config, card, usable, views, seed=_HELD_OUT_SEED, length=config.validation_groups)
+
+
+def _measured_before(request: PretrainRequest, task: PretrainingTask) -> dict[str, float]:
+    """Measures of the weights that a run begins with; a resumed run keeps those of its beginning."""
+    path = request.run / SCORES_NAME
+    if request.is_resumed:
+        try:
+            kept: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))["before"]
+        except (OSError, ValueError, KeyError):
+            return {}
+        return kept
+    task.model.to(request.device)
+    before = task.measure(task.model.state_dict())
+    _log.info("before: %s", _shown(before))
+    write_json(path, {"before": before})
+    return before
+
+
+def _measured_after(run: Path, task: PretrainingTask) -> dict[str, float]:
+    """Measures of the best weights, which the model then has."""
+    task.take_best(run)
+    after = task.measure(task.model.state_dict())
+    _log.info("best at step %s: %s", load_card(run).training_data.model_dump().get("step"), _shown(after))
+    return after
+
+
+def _shown(measures: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.3f}" for name, value in measures.items())

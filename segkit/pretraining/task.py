@@ -1,0 +1,107 @@
+"""The pre-training task: groups of unlabelled images in, an encoder out, scored on images of held-out patients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from segkit.checkpoint import WEIGHTS_NAME, ModelCard, save_model
+from segkit.checkpoint.tensors import load_weights_file, save_weights
+from segkit.metrics.retrieval import retrieval_accuracy
+from segkit.models.protocol import SegmentationNetwork
+from segkit.pretraining.method import Method, encode, to_device
+from segkit.pretraining.sources import GroupDataset
+from segkit.training.batches import endless_batches
+from segkit.training.task import Batch, Score, borrowed
+
+METHOD_WEIGHTS = "method.safetensors"
+"""The best weights of what a method adds to the encoder, for its measures and pictures; nothing else needs them."""
+
+_NETWORK = "network."
+"""Beginning of the names of the network's tensors among those of a method."""
+
+
+@dataclass
+class PretrainingTask:
+    """A method with its network, the groups of images it learns from, and those that choose its checkpoint."""
+
+    model: nn.Module
+    """A `Method`."""
+    card: ModelCard
+    groups: GroupDataset
+    held_out: GroupDataset
+    groups_per_batch: int
+    keeps_decoder: bool
+    """Whether what lies behind the encoder was trained, too, and is worth keeping; heads never are."""
+    workers: int | None = None
+
+    @property
+    def method(self) -> Method:
+        """The model as what it is."""
+        return cast(Method, self.model)
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """Endless batches of (B, ...) tensors from the `start`-th on, groups one after the other."""
+        for batch in endless_batches(self.groups, self.groups_per_batch, start, self.workers):
+            yield {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Loss of a batch on the model's device."""
+        return self.method.loss(batch)
+
+    def validate(self, weights: Mapping[str, Tensor]) -> Score:
+        """The method's measures on the held-out groups with these weights; its own score among them."""
+        measures = self.measure(weights)
+        return Score(measures[self.method.score], {"measures": measures})
+
+    @torch.no_grad()
+    def measure(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        """The method's measures, and `encoder_retrieval`, which is the same for every method that has two views.
+
+        That is the share of held-out images whose nearest view, by the mean over the deepest feature map, is their own.
+        """
+        with borrowed(self.model, weights):
+            self.model.eval()
+            batch = to_device(self.held_out_batch(), next(self.model.parameters()).device)
+            measures = self.method.measures(batch)
+            if self.method.views == 2:
+                pooled = (encode(self.method.network, batch[view])[-1].flatten(2).mean(2) for view in _VIEWS)
+                first, second = (features.float().cpu().numpy() for features in pooled)
+                measures["encoder_retrieval"] = retrieval_accuracy(first, second)
+        return measures
+
+    def held_out_batch(self) -> Batch:
+        """All held-out groups as one batch, always the same."""
+        collated = default_collate([self.held_out[index] for index in range(len(self.held_out))])
+        return {name: tensor.flatten(0, 1) for name, tensor in collated.items()}
+
+    def save(self, run: Path, weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Write model.safetensors, which holds what is worth transferring, method.safetensors and model.json."""
+        kept = {name.removeprefix(_NETWORK): value for name, value in weights.items() if self._is_kept(name)}
+        others = {name: value for name, value in weights.items() if not self._is_kept(name)}
+        save_weights(run / METHOD_WEIGHTS, others)
+        training = self.card.training_data.model_copy(update=dict(facts))
+        save_model(run, kept, self.card.model_copy(update={"training_data": training}))
+
+    def take_best(self, run: Path) -> None:
+        """Take over the weights that `save` wrote last."""
+        weights = load_weights_file(run / METHOD_WEIGHTS)
+        weights |= {f"{_NETWORK}{name}": value for name, value in load_weights_file(run / WEIGHTS_NAME).items()}
+        self.model.load_state_dict(weights)
+
+    def _is_kept(self, name: str) -> bool:
+        """Whether a tensor of the method is one of the encoder, or of the decoder where that was trained, too."""
+        network = cast(SegmentationNetwork, self.method.network)
+        own = name.removeprefix(_NETWORK)
+        if own == name or own.startswith(network.head_prefixes):
+            return False
+        return self.keeps_decoder or own.startswith(network.encoder_prefix)
+
+
+_VIEWS = ("first", "second")
