@@ -212,16 +212,15 @@ def _sample(
     part: torch.Tensor, matrix: NDArray[np.float64], offset: NDArray[np.float64], size: Sequence[int], is_turned: bool
 ) -> torch.Tensor:
     """By torch's `grid_sample`, which counts from -1 to 1 between the outer edges and takes the last axis first."""
-    voxels, shape = np.array(size, np.float64), np.array(part.shape[2:], np.float64)
-    theta = np.empty((len(size), len(size) + 1))
-    theta[:, :-1] = matrix * voxels / shape[:, None]
-    theta[:, -1] = (2 * (matrix @ ((voxels - 1) / 2) + offset) + 1) / shape - 1
-    theta[:, :-1] = theta[::-1, -2::-1].copy()
-    theta[:, -1] = theta[::-1, -1].copy()
-    grid = functional.affine_grid(
-        torch.from_numpy(theta[None]).float(), [1, part.shape[1], *size], align_corners=False
-    )  # (1, *size, dims)
-    view = functional.grid_sample(part, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    voxels = np.meshgrid(*(np.arange(length, dtype=np.float32) for length in size), indexing="ij", sparse=True)
+    grid = np.empty((1, *size, len(size)), np.float32)
+    for axis, length in enumerate(part.shape[2:]):
+        place = sum(
+            (float(step) * voxel for step, voxel in zip(matrix[axis], voxels, strict=True)), float(offset[axis])
+        )
+        grid[..., -1 - axis] = (2 * place + 1) / length - 1
+    torch_grid = torch.from_numpy(grid)
+    view = functional.grid_sample(part, torch_grid, mode="bilinear", padding_mode="border", align_corners=False)
     if is_turned:
-        view *= (grid.abs() <= 1).all(dim=-1)
+        view *= (torch_grid.abs() <= 1).all(dim=-1)
     return view
