@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 _RIGHT, _WRONG, _EDGE = "#009E73", "#D55E00", "#56B4E9"
 """Of Okabe & Ito's palette; right and wrong pairs also differ in their lines."""
-_THUMBNAIL = 0.5
-"""Side of a picture in the plane of a graph, as a part of the distance that there would be on a square lattice."""
+_THUMBNAIL = 36.0
+"""Side of a picture in the plane of a graph, in points."""
 
 Points = NDArray[np.floating[Any]]
 
@@ -63,8 +63,8 @@ def graph_figure(
 ) -> None:
     """Draw the graphs of both views side by side: images where their features lie, joined with their neighbours.
 
-    Places are the first two principal components of both views' features together, so alike places mean alike images
-    in both panels.
+    Places are the first two principal components of both views' features together, at unit length as cosines see
+    them, so alike places mean alike images in both panels.
 
     Args:
         path: The picture to write.
@@ -75,7 +75,8 @@ def graph_figure(
     from matplotlib.figure import Figure
 
     count = len(features[0])
-    places = _principal_plane(np.concatenate(features))
+    together = np.concatenate(features)
+    places = _principal_plane(together / np.maximum(np.linalg.norm(together, axis=1, keepdims=True), 1e-12))
     figure = Figure(figsize=(11.0, 5.5), layout="constrained")
     panels = figure.subplots(1, 2, squeeze=False, sharex=True, sharey=True)[0]
     for axes, view, nodes, heads, name in zip(
@@ -88,17 +89,15 @@ def graph_figure(
 
 
 def _draw_graph(axes: Axes, pictures: Sequence[AnyArray], nodes: Points, heads: AnyArray) -> None:
-    span = np.ptp(nodes, axis=0) + 1e-6
-    half = 0.5 * _THUMBNAIL * span / np.sqrt(len(nodes))
+    from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+
     for tail, neighbours in enumerate(heads):
         for head in neighbours:
             axes.plot(*nodes[[tail, head]].T, color=_EDGE, linewidth=0.7, alpha=0.7, zorder=1)
-    for (x, y), picture in zip(nodes, pictures, strict=True):
-        extent = (x - half[0], x + half[0], y - half[1], y + half[1])
-        axes.imshow(picture, cmap="gray", extent=extent, zorder=2, aspect="auto")
-    low, high = nodes.min(0) - 2 * half, nodes.max(0) + 2 * half
-    axes.set_xlim(low[0], high[0])
-    axes.set_ylim(low[1], high[1])
+    for place, picture in zip(nodes, pictures, strict=True):
+        thumbnail = OffsetImage(picture, zoom=_THUMBNAIL / max(picture.shape), cmap="gray")
+        axes.add_artist(AnnotationBbox(thumbnail, place, frameon=False, zorder=2))
+    axes.margins(0.1)
     axes.set_xticks([])
     axes.set_yticks([])
 
