@@ -92,9 +92,8 @@ def compare(level: Level, graphs: int) -> None:
         values[name] = objective(vertex, edge, matching)
     best, linear = np.max(list(values.values()), axis=0), values["linear (order=1)"]
     theirs = max(values[name].mean() for name in THEIRS)
-    print(
-        f"| {'solver':27} | mean objective | to best of pygmtools | best known | below linear | ms a graph | RRWM takes |"
-    )
+    columns = "mean objective | to best of pygmtools | best known | below linear | ms a graph | RRWM takes"
+    print(f"| {'solver':27} | {columns} |")
     print("|---|---|---|---|---|---|---|")
     for name, value in values.items():
         is_best, is_worse = value > best - 1e-6, value < linear - 1e-6

@@ -33,7 +33,7 @@ Array = NDArray[np.floating[Any]]
 Matching = NDArray[np.int64]
 """(G, n): the partner in the second graph of each node of the first."""
 
-_AT_ONCE = 16
+_AT_ONCE = 32
 """Graphs side by side; of more, what is read again and again no longer stays in the cache."""
 
 
