@@ -43,8 +43,8 @@ class SolverConfig(Config):
     order: Literal[1, 2] = 2
     """2: vertices and edges; 1: vertices alone, which a linear assignment solves exactly."""
     starts: int = Field(default=1, ge=1, le=3)
-    """Where Frank-Wolfe starts: 1, all matchings alike; 2, also the linear solution; 3, also the matching that the
-    edges alone suggest."""
+    """Where Frank-Wolfe starts: 1, the matching that the edges suggest; 2, also all matchings alike; 3, also the
+    linear solution. Among nodes that resemble each other, as neighbouring slices do, the second is worth its time."""
     iterations: int = Field(default=30, ge=1)
     """The most steps of Frank-Wolfe; it mostly ends after eight."""
     swaps: int = Field(default=40, ge=0)
@@ -162,15 +162,16 @@ def _value(problem: _Problem, matching: Matching) -> Array:
 
 
 def _starts(problem: _Problem, linear: Matching, count: int) -> list[tuple[Array, Array]]:
-    """Pairs of v and couplings . v, both (M, n * n)."""
+    """Pairs of v and couplings . v, both (M, n * n); `linear` (M, n) is the solution without edges."""
     graphs, n = linear.shape
     pull = problem.couplings.sum(axis=1) / n
-    starts = [(np.full_like(pull, 1 / n), pull)]
-    for matching in (linear, _assign(pull.reshape(graphs, n, n)))[: count - 1]:
+    starts = []
+    for matching in (_assign(pull.reshape(graphs, n, n)), linear):
         v = np.zeros_like(pull)
         np.put_along_axis(v, np.arange(n) * n + matching, 1, axis=1)
         starts.append((v, _pull(problem.couplings, np.arange(graphs), matching)))
-    return starts
+    starts.insert(1, (np.full_like(pull, 1 / n), pull))
+    return starts[:count]
 
 
 def _frank_wolfe(problem: _Problem, v: Array, pull: Array, iterations: int) -> tuple[Matching, Array]:
