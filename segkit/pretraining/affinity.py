@@ -68,11 +68,15 @@ class MessagePassing(nn.Module):
     """Graph convolutions (Kipf & Welling, arXiv 1609.02907, equation 2; LVM-Med, equation 1), of one width.
 
     Edges are taken both ways and the degree counts the self-loop; ReLU between layers, none after the last (ours).
+    So is that a node keeps its own features and adds what it hears: the convolution alone is an average over most of
+    so small a graph, in which the nodes that must be told apart become one, and nothing is learnt
+    (`docs/benchmarks.md`).
     """
 
-    def __init__(self, width: int, layers: int) -> None:
-        """No layers pass features on as they are."""
+    def __init__(self, width: int, layers: int, *, residual: bool = True) -> None:
+        """No layers pass features on as they are; `residual` off is the equation to the letter."""
         super().__init__()
+        self.residual = residual
         self.layers = nn.ModuleList([nn.Linear(width, width, bias=False) for _ in range(layers)])
 
     def forward(self, features: Tensor, neighbours: Tensor) -> Tensor:
@@ -85,11 +89,12 @@ class MessagePassing(nn.Module):
         adjacency = torch.maximum(adjacency, adjacency.transpose(1, 2))
         scale = adjacency.sum(2).rsqrt()
         adjacency = scale[:, :, None] * adjacency * scale[:, None, :]
+        heard = features
         for number, layer in enumerate(self.layers):
-            features = adjacency @ layer(features)
+            heard = adjacency @ layer(heard)
             if number < len(self.layers) - 1:
-                features = functional.relu(features)
-        return features
+                heard = functional.relu(heard)
+        return features + heard if self.residual else heard
 
 
 def global_affinity(first: Tensor, second: Tensor) -> Tensor:

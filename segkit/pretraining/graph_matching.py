@@ -42,6 +42,8 @@ class GraphMatchingConfig(Config):
     """Features of a node."""
     layers: int = Field(default=2, ge=0)
     """Graph convolutions; 0 passes no messages."""
+    residual: bool = True
+    """Whether a node adds what its neighbours tell to its own features; off is the paper's equation to the letter."""
     global_share: float = Field(default=0.8, ge=0, le=1)
     """Alpha: the part of the global affinity in that of two nodes; the rest is the local one, and 1 switches it off."""
     best_matches: int = Field(default=20, ge=1)
@@ -68,7 +70,7 @@ class GraphMatching(nn.Module):
         self.config = config
         train_encoder_only(network)
         self.projector = nn.Linear(encoder_width(network, in_channels, dims), config.width)
-        self.passing = MessagePassing(config.width, config.layers)
+        self.passing = MessagePassing(config.width, config.layers, residual=config.residual)
 
     def loss(self, batch: Batch) -> Tensor:
         """Hamming loss of the perturbed matching, with the gradient of `matching_loss`."""

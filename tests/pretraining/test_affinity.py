@@ -26,15 +26,19 @@ def test_neighbours_are_the_nearest_by_cosine_and_never_the_node_itself() -> Non
 
 def test_a_message_is_the_mean_with_both_degrees() -> None:
     # Node 0 - node 1 - node 2, named from one side only: degrees with the self-loop are 2, 3, 2.
-    passing = MessagePassing(1, 1)
+    passing = MessagePassing(1, 1, residual=False)
     torch.nn.init.ones_(passing.layers[0].weight)  # type: ignore[arg-type]
     out = passing(torch.tensor([[[1.0], [2.0], [4.0]]]), torch.tensor([[[1], [2], [1]]]))
     root = math.sqrt(6)
-    assert out.flatten().tolist() == pytest.approx([1 / 2 + 2 / root, 1 / root + 2 / 3 + 4 / root, 2 / root + 4 / 2])
+    heard = [1 / 2 + 2 / root, 1 / root + 2 / 3 + 4 / root, 2 / root + 4 / 2]
+    assert out.flatten().tolist() == pytest.approx(heard)
+    passing.residual = True
+    out = passing(torch.tensor([[[1.0], [2.0], [4.0]]]), torch.tensor([[[1], [2], [1]]]))
+    assert out.flatten().tolist() == pytest.approx([1 + heard[0], 2 + heard[1], 4 + heard[2]])
 
 
 def test_two_layers_bend_between_them_only() -> None:
-    passing = MessagePassing(1, 2)
+    passing = MessagePassing(1, 2, residual=False)
     torch.nn.init.constant_(passing.layers[0].weight, -1.0)  # type: ignore[arg-type]
     torch.nn.init.constant_(passing.layers[1].weight, -1.0)  # type: ignore[arg-type]
     alone = torch.zeros(1, 2, 0, dtype=torch.int64)  # no edges: each node keeps its own
