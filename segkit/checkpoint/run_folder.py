@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from segkit.checkpoint.card import ModelCard
-from segkit.errors import CheckpointError
+from segkit.errors import CheckpointError, RequestError
 
 CARD_NAME = "model.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -37,6 +37,21 @@ def load_card(run_dir: Path) -> ModelCard:
     is_begun = (run_dir / LAST_NAME).exists()
     remedy = "Resume the training with --resume, up to its first validation" if is_begun else "Check the path"
     raise CheckpointError(f"holds no {CARD_NAME}", where=run_dir, expected=RUN_FOLDER, remedy=remedy)
+
+
+def require_segmentation(card: ModelCard, where: Path) -> None:
+    """Refuse a model that paints no masks.
+
+    Raises:
+        RequestError: it was made by another task.
+    """
+    if card.task != "segmentation":
+        raise RequestError(
+            f"holds a {card.task} model",
+            where=where,
+            expected="a segmentation model of `segkit train`",
+            remedy="Begin a training with it: segkit train DATA -o RUN --weights",
+        )
 
 
 def model_folders(path: Path) -> list[Path]:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from segkit.checkpoint import CARD_NAME, ModelCard, file_sha256, load_card, load_model, model_folders
 from segkit.checkpoint.card import ExportCard, GraphCard
+from segkit.checkpoint.run_folder import require_segmentation
 from segkit.errors import CheckpointError, RequestError, as_request
 from segkit.export.cases import MeasuringCases, validation_cases
 from segkit.export.parity import check_parity, random_windows, seconds_per_window
@@ -98,10 +99,7 @@ def export_models(model: Path, output: Path, settings: ExportSettings | None = N
 def _require_exportable(card: ModelCard, folder: Path) -> None:
     if card.export is not None:
         raise RequestError("is an export already", where=folder, expected="a run folder of `segkit train`")
-    if card.task != "segmentation":
-        raise RequestError(
-            f"holds a {card.task} model", where=folder, expected="a segmentation model of `segkit train`"
-        )
+    require_segmentation(card, folder)
 
 
 def _require_free(output: Path, model: Path, *, may_overwrite: bool) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from segkit.checkpoint.card import ModelCard
-from segkit.checkpoint.run_folder import load_card, model_folders
+from segkit.checkpoint.run_folder import load_card, model_folders, require_segmentation
 from segkit.data.case import Case, ImageFile
 from segkit.data.geometry import reorientation_to, reoriented_grid
 from segkit.data.layouts.table import find_cases
@@ -101,13 +101,15 @@ class Predictor:
 
         Raises:
             CheckpointError: a model is missing or damaged.
-            RequestError: unknown backend or device, or models that do not belong together.
+            RequestError: unknown backend or device, models that paint no masks or do not belong together.
         """
         if backend not in BACKENDS:
             raise RequestError(f"backend {backend!r} is not known", expected=f"one of {', '.join(BACKENDS)}")
         paths = [Path(run_dir)] if isinstance(run_dir, (str, os.PathLike)) else list(run_dir)
         folders = [folder for path in paths for folder in model_folders(path)]
         cards = [load_card(folder) for folder in folders]
+        for card, folder in zip(cards, folders, strict=True):
+            require_segmentation(card, folder)
         check_agreement(cards, folders)
         members = []
         for folder, card in zip(folders, cards, strict=True):

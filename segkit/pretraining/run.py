@@ -144,6 +144,7 @@ def _settled(config: PretrainConfig, cohorts: Sequence[UnlabelledCohort]) -> Pre
             f"batch_size {config.batch_size} is no multiple of the {nodes} images of a group",
             remedy="Change batch_size or graph_matching.nodes; training.accumulate makes larger batches of small ones",
         )
+    config.images.require_room_in(nodes)
     are_volumes = [found.cohort.dims == 3 for found in cohorts]
     configure(config.network.family, config.network.size, config.network.arguments)
     is_planar = issubclass(MODELS[config.network.family].config, SlicewiseConfig)

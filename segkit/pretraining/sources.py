@@ -57,6 +57,18 @@ class ImagesConfig(Config):
     crop_overlap: float = Field(default=0.75, ge=0, lt=1)
     """Share of its length that a crop has in common with the next one along an axis."""
 
+    def require_room_in(self, nodes: int) -> None:
+        """Refuse more neighbours than a group of so many images holds.
+
+        Raises:
+            RequestError: as said.
+        """
+        if self.neighbours > nodes:
+            raise RequestError(
+                f"a group of {nodes} images cannot hold {self.neighbours} neighbours",
+                remedy="Lower images.neighbours, or take larger groups",
+            )
+
 
 @dataclass(frozen=True)
 class Source:
@@ -107,11 +119,7 @@ class GroupDataset(Dataset[dict[str, torch.Tensor]]):
             RequestError: a group has fewer images than neighbours.
             DataError: a source is too small for a group, or its images differ in axes or channels.
         """
-        if not images.neighbours <= nodes:
-            raise RequestError(
-                f"a group of {nodes} images cannot hold {images.neighbours} neighbours",
-                remedy="Lower images.neighbours, or take larger groups",
-            )
+        images.require_room_in(nodes)
         self.sources = tuple(sources)
         self.size = tuple(size)
         self.images = images

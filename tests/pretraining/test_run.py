@@ -1,0 +1,190 @@
+"""`segkit pretrain` from unlabelled volumes to an encoder that `segkit train` begins with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import segkit.cli
+from segkit.checkpoint import load_card, load_state
+from segkit.config.loading import build_config
+from segkit.data.phantom_layouts import write_phantoms
+from segkit.errors import RequestError
+from segkit.pretraining.config import PretrainConfig
+from segkit.pretraining.run import PretrainRequest, PretrainSummary, pretrain_run
+
+SETTINGS = {
+    "network": {"family": "revmbunet", "size": "tiny", "arguments": {"widths": [8, 12]}},
+    "views": {"size": 8},
+    "images": {"neighbours": 2},
+    "graph_matching": {"nodes": 4, "edges": 2},
+    "batch_size": 8,
+    "validation_groups": 2,
+    "training": {"steps": 4, "steps_per_epoch": 2, "ema_decay": 0.9, "workers": 0},
+    "data": {"folds": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("phantoms") / "data"
+    write_phantoms(folder, range(1, 5), convention="brats2023", size=24)
+    return folder
+
+
+def request(folder: Path, run: Path, **settings: object) -> PretrainRequest:
+    config = build_config(PretrainConfig, [("test", SETTINGS), ("changes", settings)])
+    return PretrainRequest((folder,), run, config, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def matched(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PretrainSummary]:
+    """A finished run of graph matching on slices."""
+    run = tmp_path_factory.mktemp("matched") / "run"
+    return run, pretrain_run(request(phantoms, run, dims=2))
+
+
+def test_a_run_folder_holds_the_encoder_and_what_it_learnt(matched: tuple[Path, PretrainSummary]) -> None:
+    run, summary = matched
+    card = load_card(run)
+    assert (card.task, card.dims, card.modalities, card.patch_size) == ("pretraining", 2, ("image",), (8, 8))
+    names = set(load_file(run / "model.safetensors"))
+    assert names
+    assert all(name.startswith("encoder.") for name in names)
+    assert summary.steps == 4
+    assert set(summary.before) == set(summary.after) == {"matching", "noisy", "retrieval", "encoder_retrieval"}
+    assert all(0 <= value <= 1 for value in summary.after.values())
+    kept = json.loads((run / "validation.json").read_text())
+    assert kept["before"] == summary.before
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4]
+    best = max(row["score"] for row in rows)
+    assert summary.after["matching"] == pytest.approx(best)  # the best weights, measured as they were then
+    assert {path.name for path in (run / "figures").iterdir()} == {"curves.png", "graph.png", "pairs.png"}
+
+
+def test_nobody_held_out_is_learnt_from(matched: tuple[Path, PretrainSummary]) -> None:
+    split = json.loads((matched[0] / "split.json").read_text())
+    assert len(split["training"]) == len(split["validation"]) == 2
+    assert not set(split["training"]) & set(split["validation"])
+
+
+class CutOffError(Exception):
+    """The machine goes down."""
+
+
+@pytest.mark.parametrize("method", ["graph-matching", "masked", "contrastive"])
+def test_a_run_that_was_cut_off_ends_with_the_same_weights(method: str, phantoms: Path, tmp_path: Path) -> None:
+    whole, cut = (
+        request(phantoms, tmp_path / "whole", method=method),
+        request(phantoms, tmp_path / "cut", method=method),
+    )
+    pretrain_run(whole)
+
+    def fall(done: float, message: str) -> None:
+        if done > 0.7:
+            raise CutOffError
+
+    with pytest.raises(CutOffError):
+        pretrain_run(PretrainRequest(cut.data, cut.run, cut.config, cut.device, tell=fall))
+    resumed = pretrain_run(PretrainRequest(cut.data, cut.run, cut.config, cut.device, is_resumed=True))
+    assert resumed.before  # measured when the run began
+    for name, tensor in load_state(tmp_path / "whole")["model"].items():
+        assert torch.equal(tensor, load_state(tmp_path / "cut")["model"][name]), name
+    rows = [(tmp_path / run / "metrics.jsonl").read_text().count("\n") for run in ("whole", "cut")]
+    assert rows == [2, 2]
+
+
+def test_masked_learning_keeps_the_decoder_but_no_head(phantoms: Path, tmp_path: Path) -> None:
+    summary = pretrain_run(request(phantoms, tmp_path / "run", method="masked", images={"channels": "all"}))
+    assert set(summary.after) == {"explained", "error"}
+    card = load_card(tmp_path / "run")
+    assert card.modalities == ("t1n", "t1c", "t2w", "t2f")
+    assert card.dims == 3
+    names = load_file(tmp_path / "run" / "model.safetensors")
+    assert {name.partition(".")[0] for name in names} == {"encoder", "decoder"}
+
+
+def command(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as leave:
+        segkit.cli.main([str(argument) for argument in arguments])
+    return int(leave.value.code or 0)
+
+
+def test_training_begins_with_the_encoder_and_its_network(phantoms: Path, tmp_path: Path) -> None:
+    pretrain_run(request(phantoms, tmp_path / "encoder"))
+    options = ("--preset", "tiny", "-d", "cpu", "-q", "--set", "training.steps=1", "--set", "optimiser.lr=1e-12")
+    few = ("--set", "training.ema_decay=0", "--set", "planning.patch_limit=16", "--set", "data.folds=2")
+    run = tmp_path / "run"
+    assert command("train", phantoms, "-o", run, "--weights", tmp_path / "encoder", *options, *few) == 0
+    assert load_card(run).network.arguments["widths"] == [8, 12]  # not those of the preset
+    encoder, trained = load_file(tmp_path / "encoder" / "model.safetensors"), load_file(run / "model.safetensors")
+    for name, tensor in encoder.items():
+        if name != "encoder.stem.weight":  # of one channel there, of four here
+            assert torch.allclose(tensor, trained[name], atol=1e-6), name
+    report = json.loads((run / "weights.json").read_text())["report"]
+    assert report["encoder_share"] == 1.0
+    assert report["adapted"] == ["encoder.stem.weight"]
+
+
+def test_an_encoder_paints_no_masks(
+    matched: tuple[Path, PretrainSummary], phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("infer", "-m", matched[0], "-i", phantoms, "-o", tmp_path / "out", "-q") == 2
+    assert "a pretraining model" in capsys.readouterr().err
+
+
+def test_the_command_line_tells_what_was_learnt(
+    phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shapes = ("--set", "views.size=8", "--set", "network.arguments.widths=[8, 12]", "--set", "images.neighbours=2")
+    groups = ("--set", "graph_matching.nodes=4", "--set", "graph_matching.edges=2", "--set", "batch_size=4")
+    length = ("--set", "training.steps=1", "--set", "validation_groups=1", "--set", "data.folds=2")
+    arguments = (
+        "pretrain",
+        phantoms,
+        "-o",
+        tmp_path / "run",
+        "--preset",
+        "tiny",
+        "--encoder",
+        "revmbunet",
+        "-d",
+        "cpu",
+    )
+    assert command(*arguments, *shapes, *groups, *length, "--method", "contrastive", "--json", "-q") == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["method"], summary["steps"]) == ("contrastive", 1)
+    assert command(*arguments) == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 6}, r"batch_size 6 is no multiple of the 4 images of a group"),
+        ({"views": {"size": 9}}, r"views.size 9 x 9 x 9 does not suit the network.*multiples of 2 x 2 x 2"),
+        ({"images": {"neighbours": 9}}, "a group of 4 images cannot hold 9 neighbours"),
+        ({"data": {"folds": 2, "exclude": ["nobody"]}, "network": {"family": "none"}}, "'none' is not known"),
+    ],
+)
+def test_wrong_requests_are_refused_before_anything_is_written(
+    settings: dict[str, object], message: str, phantoms: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        pretrain_run(request(phantoms, tmp_path / "run", **settings))
+    assert not (tmp_path / "run").exists()
+
+
+def test_folders_with_different_modalities_are_images_of_one_channel_or_refused(phantoms: Path, tmp_path: Path) -> None:
+    write_phantoms(tmp_path / "other", range(1, 5), convention="msd", size=24)
+    both = request(phantoms, tmp_path / "run", images={"channels": "all"})
+    with pytest.raises(RequestError, match=r"different modalities.*images.channels=each"):
+        pretrain_run(PretrainRequest((phantoms, tmp_path / "other"), both.run, both.config, both.device))
+    each = request(phantoms, tmp_path / "run")
+    summary = pretrain_run(PretrainRequest((phantoms, tmp_path / "other"), each.run, each.config, each.device))
+    assert set(summary.images) == {"data", "other"}
