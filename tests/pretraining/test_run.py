@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -180,8 +182,18 @@ def test_wrong_requests_are_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def write_single_modality(folder: Path) -> None:
+    """An nnU-Net folder of four volumes of one modality, without references."""
+    (folder / "imagesTr").mkdir(parents=True)
+    for number in range(4):
+        volume = np.random.default_rng(number).normal(100, 20, (16, 16, 12)).astype(np.float32)
+        nib.save(nib.Nifti1Image(volume, np.eye(4)), folder / "imagesTr" / f"case_{number:03}_0000.nii.gz")
+    document = {"channel_names": {"0": "PD"}, "labels": {"background": 0}, "numTraining": 4, "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps(document))
+
+
 def test_folders_with_different_modalities_are_images_of_one_channel_or_refused(phantoms: Path, tmp_path: Path) -> None:
-    write_phantoms(tmp_path / "other", range(1, 5), convention="msd", size=24)
+    write_single_modality(tmp_path / "other")
     both = request(phantoms, tmp_path / "run", images={"channels": "all"})
     with pytest.raises(RequestError, match=r"different modalities.*images.channels=each"):
         pretrain_run(PretrainRequest((phantoms, tmp_path / "other"), both.run, both.config, both.device))
