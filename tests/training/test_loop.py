@@ -45,7 +45,8 @@ class LineTask:
 
 def _fit(task: LineTask, run: Path, steps: int, **arguments: Any) -> None:
     (run / "figures").mkdir(parents=True, exist_ok=True)
-    training = TrainingConfig(steps=steps, steps_per_epoch=5, ema_decay=0.5, **arguments.pop("training", {}))
+    asked = arguments.pop("training", {})
+    training = TrainingConfig(**{"steps": steps, "steps_per_epoch": 5, "ema_decay": 0.5, **asked})
     fit(task, run, training, OptimiserConfig(lr=0.1), device=torch.device("cpu"), **arguments)
 
 
@@ -121,6 +122,10 @@ def test_accumulation_equals_a_larger_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(one, two)
 
 
+LONG_EPOCHS = {"steps_per_epoch": 40}
+"""Every epoch draws its curves, which takes longer than the steps of these tests."""
+
+
 class FakeTime:
     """A clock that moves on by a tenth of a second whenever it is read."""
 
@@ -135,7 +140,7 @@ class FakeTime:
 def test_budget_ends_in_time_with_a_finished_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = FakeTime()
     monkeypatch.setattr("segkit.training.loop.time", clock)
-    _fit(LineTask(), tmp_path, 10**9, deadline_s=60.0)
+    _fit(LineTask(), tmp_path, 10**9, deadline_s=60.0, training=LONG_EPOCHS)
     assert 50 < clock.now < 60
     rows = _rows(tmp_path)
     assert rows[-1]["score"] is not None
@@ -156,10 +161,10 @@ def test_a_resumed_budget_goes_on_where_it_was(tmp_path: Path, monkeypatch: pyte
                 yield batch
 
     with pytest.raises(CutError):
-        _fit(CutTask(), tmp_path, 10**9, deadline_s=60.0)
+        _fit(CutTask(), tmp_path, 10**9, deadline_s=60.0, training=LONG_EPOCHS)
     before = _rows(tmp_path)
     clock.now = 1000.0
-    _fit(LineTask(), tmp_path, 10**9, deadline_s=1060.0, resume=True)
+    _fit(LineTask(), tmp_path, 10**9, deadline_s=1060.0, resume=True, training=LONG_EPOCHS)
     assert 1020 < clock.now < 1045
     after = _rows(tmp_path)[len(before) :]
     rates = [row["lr"] for row in (*before[2:], *after) if "lr" in row]
