@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from segkit.cli.options import SetOption, parse_settings
+
+if TYPE_CHECKING:
+    from segkit.training.config import RunConfig
 
 app = typer.Typer(help="Show every setting, or check a configuration file.", no_args_is_help=True)
 
@@ -16,13 +20,23 @@ BarePresetOption = Annotated[
 ]
 
 
-@app.command()
-def show(preset: BarePresetOption = None, settings: SetOption = None) -> None:
-    """Print the settings of a run as YAML, each with what it means; null is decided by planning."""
-    from segkit.config.loading import annotated_yaml, build_config, preset_layers
-    from segkit.training.config import TrainConfig
+class Verb(StrEnum):
+    """Verbs that take a configuration."""
 
-    config = build_config(TrainConfig, [*preset_layers(preset), ("--set", parse_settings(settings))])
+    TRAIN = "train"
+    PRETRAIN = "pretrain"
+
+
+VerbOption = Annotated[Verb, typer.Option("--for", help="The verb whose settings they are.")]
+
+
+@app.command()
+def show(preset: BarePresetOption = None, settings: SetOption = None, verb: VerbOption = Verb.TRAIN) -> None:
+    """Print the settings of a run as YAML, each with what it means; null is decided by planning."""
+    from segkit.config.loading import PRESETS, PRETRAINING_PRESETS, annotated_yaml, build_config, preset_layers
+
+    layers = preset_layers(preset, PRESETS if verb is Verb.TRAIN else PRETRAINING_PRESETS)
+    config = build_config(_config_of(verb), [*layers, ("--set", parse_settings(settings))])
     typer.echo(annotated_yaml(config), nl=False)
 
 
@@ -30,17 +44,17 @@ def show(preset: BarePresetOption = None, settings: SetOption = None) -> None:
 def validate(
     files: Annotated[list[Path], typer.Argument(help="Configuration files.")],
     settings: SetOption = None,
+    verb: VerbOption = Verb.TRAIN,
 ) -> None:
     """Check configuration files; every problem is reported at once, with file, key and reason."""
     from segkit.config.loading import build_config, read_yaml
     from segkit.errors import ConfigError, Problem, RequestError
     from segkit.models.table import configure
-    from segkit.training.config import TrainConfig
 
     problems: list[Problem] = []
     for file in files:
         try:
-            config = build_config(TrainConfig, [(str(file), read_yaml(file)), ("--set", parse_settings(settings))])
+            config = build_config(_config_of(verb), [(str(file), read_yaml(file)), ("--set", parse_settings(settings))])
             configure(config.network.family, config.network.size, config.network.arguments)
         except ConfigError as error:
             problems += error.problems
@@ -49,3 +63,13 @@ def validate(
     if problems:
         raise ConfigError(problems)
     typer.echo(f"{len(files)} file{'s' if len(files) != 1 else ''} valid")
+
+
+def _config_of(verb: Verb) -> type[RunConfig]:
+    if verb is Verb.PRETRAIN:
+        from segkit.pretraining.config import PretrainConfig
+
+        return PretrainConfig
+    from segkit.training.config import TrainConfig
+
+    return TrainConfig

@@ -9,6 +9,7 @@ import pytest
 import segkit
 from segkit.cli import VERBS, main
 from segkit.cli.options import parse_gigabytes, parse_minutes
+from segkit.config.loading import PRETRAINING_PRESETS, list_presets, preset_path
 from segkit.errors import RequestError
 
 
@@ -91,6 +92,16 @@ def test_models_table_says_what_it_counted_with(
 
 def test_models_refuses_channels_below_one() -> None:
     assert _exit_code("models", "--in-channels", "0") == 2
+
+
+@pytest.mark.parametrize("preset", list_presets(PRETRAINING_PRESETS))
+def test_presets_of_pretraining_are_valid_for_their_verb_alone(preset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(preset_path(preset, PRETRAINING_PRESETS))
+    assert _exit_code("config", "validate", "--for", "pretrain", path) == 0
+    assert _exit_code("config", "validate", path) == 2
+    assert "batch_size: no such key" in capsys.readouterr().err
+    assert _exit_code("config", "show", "--for", "pretrain", "--preset", preset) == 0
+    assert "graph_matching:" in capsys.readouterr().out
 
 
 def test_config_show_and_validate(capsys: pytest.CaptureFixture[str], tmp_path: pytest.TempPathFactory) -> None:
