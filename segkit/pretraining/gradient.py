@@ -20,6 +20,7 @@ from torch import Tensor
 
 from segkit.config.base import Config
 from segkit.pretraining.affinity import Affinities
+from segkit.pretraining.pygm import solve_with
 from segkit.pretraining.solver import SolverConfig, solve
 
 Noise = Literal["gumbel", "margin", "none"]
@@ -79,7 +80,11 @@ def matching_of(affinities: Affinities, solver: SolverConfig) -> Tensor:
     edge = None
     if affinities.edge is not None and solver.order == 2:
         edge = affinities.dense_edges(affinities.edge.detach()).cpu().numpy()
-    return torch.from_numpy(solve(vertex.cpu().numpy(), edge, solver)).to(vertex.device)
+    if edge is None or solver.method == "segkit":
+        found = solve(vertex.cpu().numpy(), edge, solver)
+    else:
+        found = solve_with(solver.method, vertex.cpu().numpy(), edge)
+    return torch.from_numpy(found).to(vertex.device)
 
 
 def matching_accuracy(affinities: Affinities, solver: SolverConfig, temperature: float = 0.0) -> float:

@@ -40,6 +40,9 @@ _AT_ONCE = 32
 class SolverConfig(Config):
     """How hard a matching is sought."""
 
+    method: Literal["segkit", "rrwm", "ipfp", "sm"] = "segkit"
+    """segkit: the search of this file, which the other settings are for; the others are those of pygmtools, to compare
+    (`pip install 'segkit[matching]'`)."""
     order: Literal[1, 2] = 2
     """2: vertices and edges; 1: vertices alone, which a linear assignment solves exactly."""
     starts: int = Field(default=1, ge=1, le=3)
