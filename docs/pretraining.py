@@ -19,7 +19,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 HELD_OUT = ROOT / "docs/hippocampus_held_out.txt"
-BUDGET = "4m"
 FINE_TUNING = ("training.steps=150", "training.steps_per_epoch=50", "planning.patch_size=[32,32,32]")
 EVERY = 16
 """One case in so many of those not held out has a label: ten."""
@@ -34,6 +33,7 @@ class Part:
     settings: tuple[str, ...]
     arms: dict[str, tuple[str, ...] | None]
     seeds: tuple[int, ...]
+    budget: str = "4m"
 
 
 IN_3D = ("network.size=tiny", "views.size=32", "batch_size=16", "validation_groups=2")
@@ -54,6 +54,7 @@ PARTS = {
             "no local": ("graph_matching.global_share=1.0",),
         },
         seeds=(0,),
+        budget="3m",
     ),
 }
 
@@ -96,7 +97,7 @@ def write_lists(data: Path, out: Path) -> tuple[Path, Path]:
 
 def pretrain(data: Path, run: Path, part: Part, settings: tuple[str, ...]) -> None:
     """Train an encoder on the images that are not held out."""
-    options = ["--preset", "cpu", "--encoder", part.encoder, "--exclude", str(HELD_OUT), "--budget", BUDGET]
+    options = ["--preset", "cpu", "--encoder", part.encoder, "--exclude", str(HELD_OUT), "--budget", part.budget]
     segkit("pretrain", str(data), "-o", str(run), *options, "--overwrite", *sets((*part.settings, *settings)))
 
 
