@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,22 +106,18 @@ def validation_cases(run: Path) -> MeasuringCases | None:
 
 
 def _data_of(run: Path) -> tuple[Cohort, set[str]]:
-    from segkit.training.folder import CONFIG_NAME, read_config
+    from segkit.training.folder import read_config
 
-    ids = json.loads((run / "split.json").read_text(encoding="utf-8"))["validation"]
-    heading = (run / CONFIG_NAME).read_text(encoding="utf-8").partition("\n")[0]
-    match = re.fullmatch(r"# .+? data in (.+)", heading)
-    if match is None:
-        raise ValueError(f"{CONFIG_NAME} names no data folder")
+    split = json.loads((run / "split.json").read_text(encoding="utf-8"))
     data = read_config(run).data
     cohort = find_cases(
-        Path(match[1]),
+        Path(split["data"][0]),
         layout=data.layout,
         modalities=data.modalities,
         label_scheme=data.label_scheme,
         require_labels=True,
     )
-    return cohort, set(ids)
+    return cohort, set(split["validation"])
 
 
 def _evenly(cases: Sequence[Case], most: int) -> tuple[Case, ...]:

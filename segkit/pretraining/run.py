@@ -225,7 +225,7 @@ def _open(request: PretrainRequest, cohorts: Sequence[UnlabelledCohort]) -> None
     heading = "unlabelled images in " + ", ".join(str(folder) for folder in request.data)
     write_config(request.run, request.config, {}, heading)
     if not request.is_resumed:
-        write_split(request.run, training, held_out, request.config.data.exclude)
+        write_split(request.run, request.data, training, held_out, request.config.data.exclude)
 
 
 def _build_task(

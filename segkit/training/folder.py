@@ -109,9 +109,16 @@ def read_origin(run: Path) -> dict[str, str]:
         return {}
 
 
-def write_split(run: Path, training: Sequence[str], validation: Sequence[str], excluded: Sequence[str]) -> None:
-    """Keep who trains and who validates."""
-    split = {"training": list(training), "validation": list(validation), "excluded": list(excluded)}
+def write_split(
+    run: Path, data: Sequence[Path], training: Sequence[str], validation: Sequence[str], excluded: Sequence[str]
+) -> None:
+    """Keep who trains and who validates, and in which folders they are."""
+    split = {
+        "data": [str(folder.absolute()) for folder in data],
+        "training": list(training),
+        "validation": list(validation),
+        "excluded": list(excluded),
+    }
     write_json(run / _SPLIT_NAME, split)
 
 

@@ -217,7 +217,8 @@ def _write_plan(planned: PlannedRun) -> None:
     write_config(run, planned.config, planned.reasons, heading)
     if not planned.request.is_resumed:
         write_plan(run, planned.reasons, planned.estimate)
-        write_split(run, planned.training_ids, planned.validation_ids, planned.config.data.exclude)
+        excluded = planned.config.data.exclude
+        write_split(run, [planned.request.data], planned.training_ids, planned.validation_ids, excluded)
 
 
 def _prepare(

@@ -42,8 +42,8 @@ def test_none_where_the_data_cannot_be_found(run: Path, tmp_path: Path) -> None:
     for name in ("split.json", "config.yaml"):
         shutil.copy(run / name, tmp_path / name)
     assert validation_cases(tmp_path) is not None
-    text = (tmp_path / "config.yaml").read_text()
-    (tmp_path / "config.yaml").write_text("# brats2023 data in /nowhere\n" + text.partition("\n")[2])
+    split = json.loads((tmp_path / "split.json").read_text())
+    (tmp_path / "split.json").write_text(json.dumps({**split, "data": ["/nowhere"]}))
     assert validation_cases(tmp_path) is None
 
 

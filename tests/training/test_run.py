@@ -53,7 +53,7 @@ def finished(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_run_folder_holds_what_the_contract_says(finished: Path) -> None:
+def test_run_folder_holds_what_the_contract_says(finished: Path, phantoms: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert names >= {
         *("config.yaml", "model.safetensors", "model.json", "last.ckpt", "previous.ckpt"),
@@ -63,6 +63,7 @@ def test_run_folder_holds_what_the_contract_says(finished: Path) -> None:
     split = json.loads((finished / "split.json").read_text())
     assert len(split["training"]) == 2
     assert len(split["validation"]) == 1
+    assert [Path(folder) for folder in split["data"]] == [phantoms]
     assert not set(split["training"]) & set(split["validation"])
 
 
