@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from segkit.checkpoint.card import OutputCard as OutputCard
     from segkit.checkpoint.card import SchemeCard as SchemeCard
     from segkit.checkpoint.card import TrainingData as TrainingData
+    from segkit.checkpoint.digest import file_sha256 as file_sha256
     from segkit.checkpoint.model import build_network as build_network
     from segkit.checkpoint.model import load_model as load_model
     from segkit.checkpoint.model import save_model as save_model
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from segkit.checkpoint.run_folder import LAST_NAME as LAST_NAME
     from segkit.checkpoint.run_folder import PREVIOUS_NAME as PREVIOUS_NAME
     from segkit.checkpoint.run_folder import WEIGHTS_NAME as WEIGHTS_NAME
-    from segkit.checkpoint.run_folder import file_sha256 as file_sha256
     from segkit.checkpoint.run_folder import load_card as load_card
     from segkit.checkpoint.run_folder import model_folders as model_folders
     from segkit.checkpoint.source import WeightSource as WeightSource
@@ -43,9 +43,10 @@ _PUBLIC = {
     "adapt": ("InputAdapt",),
     "card": ("ModelCard", "NetworkCard", "OutputCard", "SchemeCard", "TrainingData"),
     "model": ("build_network", "load_model", "save_model"),
+    "digest": ("file_sha256",),
     "run_folder": (
         *("CARD_NAME", "LAST_NAME", "PREVIOUS_NAME", "WEIGHTS_NAME"),
-        *("file_sha256", "load_card", "model_folders"),
+        *("load_card", "model_folders"),
     ),
     "source": ("WeightSource", "read_source"),
     "state": ("load_state", "save_state"),

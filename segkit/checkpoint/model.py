@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from segkit.checkpoint import nnunet
 from segkit.checkpoint.card import ModelCard
-from segkit.checkpoint.run_folder import CARD_NAME, RUN_FOLDER, WEIGHTS_NAME, file_sha256, load_card, only_fold
+from segkit.checkpoint.digest import file_sha256
+from segkit.checkpoint.run_folder import CARD_NAME, RUN_FOLDER, WEIGHTS_NAME, load_card, only_fold
 from segkit.checkpoint.tensors import load_weights_file, write_tensors
 from segkit.data.files import written_atomically
 from segkit.errors import CheckpointError

@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from segkit.checkpoint.card import ModelCard, NetworkCard, OutputCard, SchemeCard, TrainingData
+from segkit.checkpoint.digest import file_sha256
 from segkit.checkpoint.nnunet_plans import ResultPlan, read_plan
-from segkit.checkpoint.run_folder import file_sha256
 from segkit.checkpoint.tensors import named_tensors, read_torch
 from segkit.data.layouts.dataset_json import channel_names, document_scheme
 from segkit.data.layouts.layout import FolderOptions

@@ -5,7 +5,6 @@ What is read here is read without torch, which `segkit infer` needs only where i
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -73,12 +72,6 @@ def model_folders(path: Path) -> list[Path]:
         load_card(path)
         return [path]
     return folds
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file as 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def only_fold(result: Path) -> Path:

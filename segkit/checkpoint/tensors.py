@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from segkit.checkpoint.run_folder import file_sha256
+from segkit.checkpoint.digest import file_sha256
 from segkit.data.files import written_atomically
 from segkit.errors import CheckpointError
 

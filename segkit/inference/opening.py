@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from segkit.checkpoint.card import GraphCard, ModelCard
-from segkit.checkpoint.run_folder import file_sha256
+from segkit.checkpoint.digest import file_sha256
 from segkit.errors import CheckpointError, RequestError, is_memory_error
 from segkit.inference.backends import Backend, TorchBackend, installed_backends, open_graph
 from segkit.runtime import cache_folder, has_memory_limit, keep_freed_memory, may_have_gpu, pick_device, room_mb
