@@ -38,19 +38,21 @@ def load_card(run_dir: Path) -> ModelCard:
     raise CheckpointError(f"holds no {CARD_NAME}", where=run_dir, expected=RUN_FOLDER, remedy=remedy)
 
 
-def require_segmentation(card: ModelCard, where: Path) -> None:
+def require_segmentation(card: ModelCard, where: Path | None = None) -> None:
     """Refuse a model that paints no masks.
 
     Raises:
-        RequestError: it was made by another task.
+        RequestError: it was made by another task, or its card does not say how it paints.
     """
     if card.task != "segmentation":
         raise RequestError(
-            f"holds a {card.task} model",
+            f"this is a {card.task} model, which paints no masks",
             where=where,
             expected="a segmentation model of `segkit train`",
-            remedy="Begin a training with it: segkit train DATA -o RUN --weights",
+            remedy="Give its encoder to `segkit train --weights`",
         )
+    if card.activation is None or card.label_scheme is None:
+        raise RequestError(f"{CARD_NAME} lacks `activation` or `label_scheme`", where=where, remedy="Train again")
 
 
 def model_folders(path: Path) -> list[Path]:

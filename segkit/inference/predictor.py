@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
 
@@ -68,20 +68,13 @@ class Predictor:
     def __init__(
         self, backend: Backend, card: ModelCard, *, uses_tta: bool = False, uses_postprocessing: bool = True
     ) -> None:
-        if card.activation is None or card.label_scheme is None:
-            raise RequestError(
-                f"this is a {card.task} model, which paints no masks",
-                expected="a model of `segkit train`",
-                remedy="Give its encoder to `segkit train --weights`, or fill holes with `segkit inpaint`"
-                if card.task != "segmentation"
-                else "Its model.json lacks `activation` or `label_scheme`: train again",
-            )
+        require_segmentation(card)
         self.backend = backend
         self.card = card
         self.uses_tta = uses_tta
         self.rules = card.postprocessing if uses_postprocessing else None
         self.scheme = card.scheme()
-        self.activation: Activation = card.activation
+        self.activation = cast(Activation, card.activation)
         self.window = card.patch_size
         self._reopen: Callable[[tuple[int, ...]], Backend] | None = None
 
