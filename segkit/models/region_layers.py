@@ -1,0 +1,150 @@
+"""The two layers of region normalisation (Yu et al. 2020, arXiv 1911.10375), in 2D and 3D.
+
+RN-B, for the encoder, is told the regions: those of the picture, brought to the size of its map. RN-L, for the decoder,
+finds a region itself, because behind some layers the border of the hole is no longer where it was: the mean and the
+largest of the channels of a voxel are convolved to a response from 0 to 1, and what responds at least `threshold` is
+one region, everything else the other. Numbers of regions: 0 and 1 are valid and hole; with a background it is 0, then
+valid, then hole, so that of two regions that fall on one voxel of a small map the larger number can win.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from segkit.models.blocks import convolution
+from segkit.models.region_norm import Rule, masks_of, normalise_regions
+
+Learning = Literal["affine", "straight-through", "supervised"]
+"""What teaches RN-L where its region is.
+
+"affine": the pixel-wise affine, which is made of the same response, as in the released code; nothing tells the response
+which split normalises well. "straight-through": also the split, as though the region were the response itself.
+"supervised": a loss of its own against the true hole (`RegionNormLearnable.supervise`).
+"""
+
+
+class RegionNormBasic(nn.Module):
+    """RN-B: region norm with a scale 1 + gamma and a shift beta per region and channel, all of them 0 at first.
+
+    `paper_affine` gives each region its own shift; without it every shift is added everywhere, as the released code
+    does. `keeps_thin` resizes regions so that a thin hole stays a hole; nearest neighbours can miss it altogether.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        regions: int = 2,
+        *,
+        rule: Rule | None = None,
+        paper_affine: bool = True,
+        keeps_thin: bool = False,
+    ) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(regions, channels))
+        self.beta = nn.Parameter(torch.zeros(regions, channels))
+        self.rule = rule or Rule()
+        self.paper_affine = paper_affine
+        self.keeps_thin = keeps_thin
+
+    def forward(self, x: Tensor, regions: Tensor) -> Tensor:
+        """(B, C, *spatial) to the same shape.
+
+        Args:
+            x: The feature map.
+            regions: (B, 1, *) of any size, booleans or whole numbers as in `region_norm`.
+
+        Raises:
+            ValueError: the regions do not go with x.
+        """
+        masks = masks_of(x, resize_regions(regions, x.shape[2:], keeps_thin=self.keeps_thin), len(self.gamma))
+        beta = self.beta if self.paper_affine else self.beta.sum(0, keepdim=True).expand_as(self.beta)
+        return normalise_regions(x, masks, masks, 1 + self.gamma.mT, beta.mT, self.rule)
+
+
+class RegionNormLearnable(nn.Module):
+    """RN-L: region norm of a region that the layer detects, with scale 1 + gamma and shift beta per voxel.
+
+    Gamma and beta are convolutions of the response, one map for all channels. As long as no voxel reaches the
+    threshold, which at first is so, the layer is instance (or batch) norm. `detected_share` is the share of voxels in
+    the region in the last training pass, for the journal.
+    """
+
+    detected_share: Tensor
+
+    def __init__(
+        self,
+        dims: int,
+        *,
+        kernel: int | None = None,
+        threshold: float = 0.8,
+        learning: Learning = "affine",
+        rule: Rule | None = None,
+    ) -> None:
+        super().__init__()
+        if learning not in get_args(Learning):
+            raise ValueError(f"learning {learning!r} is not one of {', '.join(get_args(Learning))}")
+        kernel = kernel or {2: 7, 3: 3}[dims]
+        self.detector = convolution(dims, 2, 1, kernel, bias=False)
+        self.gamma = convolution(dims, 1, 1, kernel)
+        self.beta = convolution(dims, 1, 1, kernel)
+        for layer in (self.gamma, self.beta):
+            nn.init.zeros_(layer.get_parameter("bias"))
+        self.threshold = threshold
+        self.learning: Learning = learning
+        self.rule = rule or Rule()
+        self.register_buffer("detected_share", torch.zeros(()), persistent=False)
+        self._logits: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *spatial) to the same shape."""
+        logits = self.detector(torch.cat((x.mean(1, keepdim=True), x.amax(1, keepdim=True)), 1))
+        response = logits.sigmoid()
+        sum_type = torch.promote_types(x.dtype, torch.float32)
+        hole = (response >= self.threshold).flatten(2).to(sum_type)
+        if self.training:
+            self.detected_share = hole.mean()
+            self._logits = logits if self.learning == "supervised" else None
+        if self.learning == "straight-through":
+            soft = response.flatten(2).to(sum_type)
+            hole = hole + soft - soft.detach()
+        masks = torch.cat((1 - hole, hole), 1)
+        gamma, beta = (layer(response).flatten(2).to(sum_type) for layer in (self.gamma, self.beta))
+        weights = torch.cat((masks * (1 + gamma), beta), 1)
+        channels = (x.shape[1], 2)
+        return normalise_regions(x, masks, weights, masks.new_ones(channels), masks.new_zeros(channels), self.rule)
+
+    def supervise(self, hole: Tensor) -> Tensor:
+        """Mean binary cross-entropy of the last training pass's response, to be added to the loss; once per pass.
+
+        Args:
+            hole: (B, 1, *) of any size, 1 where the picture has its hole, else 0.
+
+        Raises:
+            ValueError: the layer does not learn so, or has made no training pass since.
+        """
+        if self._logits is None:
+            raise ValueError(
+                f"no response of a training pass to supervise, with learning {self.learning!r}; "
+                "expected learning 'supervised' and a pass before each call"
+            )
+        logits, self._logits = self._logits, None
+        target = resize_regions(hole, logits.shape[2:]).to(torch.float32)
+        return functional.binary_cross_entropy_with_logits(logits.float(), target)
+
+
+def resize_regions(regions: Tensor, size: torch.Size, *, keeps_thin: bool = False) -> Tensor:
+    """Regions (B, 1, *) on a grid of another size, (B, 1, *size), of the same type.
+
+    Each voxel takes the number at its nearest neighbour or, with `keeps_thin`, the largest number that falls on it.
+    """
+    if regions.shape[2:] == size:
+        return regions
+    numbers = regions.float()
+    if keeps_thin:
+        pool = functional.adaptive_max_pool2d if len(size) == 2 else functional.adaptive_max_pool3d
+        return pool(numbers, list(size)).to(regions.dtype)
+    return functional.interpolate(numbers, list(size), mode="nearest").to(regions.dtype)

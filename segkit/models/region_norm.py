@@ -1,0 +1,279 @@
+"""Region normalisation: each region of a feature map by its own mean and deviation (Yu et al. 2020, arXiv 1911.10375).
+
+Of a picture with a hole, one mean over everything mixes what is known with what is made up. So the voxels of each
+region k, S of the N of a map, are normalised among themselves:
+
+    y = (x - mean_k) / sqrt(variance_k + epsilon N / S)
+
+The released code fills the other regions with the mean, applies batch norm and multiplies by sqrt(S / N); that is this
+formula, and where the factor N / S comes from: it damps what few voxels say. Here the moments are masked sums, that is
+products of the map with one row of numbers per region, in parts that stay in the processor's cache; scale and shift of
+a voxel are products again. Whatever the number of regions, no second map is made, and y is computed again where the
+backward needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
+
+Statistics = Literal["instance", "batch"]
+"""Whether mean and deviation are those of a region in one picture, or in all pictures of the batch together."""
+
+_PART_BYTES = {"cpu": 256 * 1024, "cuda": 16 * 1024**2}
+"""What is worked on at a time: on a CPU well within the second-level cache, on a GPU little beside the map."""
+
+
+class Rule(NamedTuple):
+    """How moments become a norm."""
+
+    stats: Statistics = "instance"
+    epsilon: float = 1e-5
+    min_voxels: int = 8
+    """A region of fewer voxels takes the moments of all regions together; its own would say nothing of its texture."""
+
+
+def region_norm(x: Tensor, regions: Tensor, count: int = 2, *, rule: Rule | None = None) -> Tensor:
+    """Normalise each region of (B, C, *spatial), 2D or 3D, by its own mean and deviation.
+
+    Args:
+        x: The feature map, of any floating type; sums are taken in float32 at least.
+        regions: Which region a voxel is in, (B, 1, *spatial), booleans or whole numbers from 0 to `count` - 1. Regions
+            cannot overlap so, and take a byte a voxel. A voxel with any other number is in no region and comes out 0.
+        count: How many regions there are; any of them may be empty.
+        rule: Whose statistics, which epsilon, from how many voxels on.
+
+    Returns:
+        (B, C, *spatial) like x.
+
+    Raises:
+        ValueError: the regions are not numbers, or not on the grid of x, or x is not a map.
+    """
+    masks = masks_of(x, regions, count)
+    channels = (x.shape[1], count)
+    return normalise_regions(x, masks, masks, masks.new_ones(channels), masks.new_zeros(channels), rule or Rule())
+
+
+def masks_of(x: Tensor, regions: Tensor, count: int) -> Tensor:
+    """Regions (B, 1, *spatial) as one row of zeros and ones each, (B, count, voxels), in the type x is summed in.
+
+    Raises:
+        ValueError: the regions are not numbers, or not on the grid of x, or x is not a map.
+    """
+    expected = (x.shape[0], 1, *x.shape[2:])
+    if x.dim() not in (4, 5) or regions.shape != expected:
+        raise ValueError(
+            f"regions of shape {tuple(regions.shape)} for a map of shape {tuple(x.shape)}; expected (B, 1, *spatial) "
+            "for (B, C, *spatial) in 2D or 3D"
+        )
+    if regions.is_floating_point():
+        raise ValueError(f"regions of type {regions.dtype}; expected booleans or whole numbers")
+    numbers = torch.arange(count, device=x.device)[None, :, None]
+    return (regions.flatten(2) == numbers).to(_sum_type(x))
+
+
+def normalise_regions(x: Tensor, masks: Tensor, weights: Tensor, gain: Tensor, bias: Tensor, rule: Rule) -> Tensor:
+    """Region norm in its general form: sum over k of weights_k (gain_k (x - mean_k) / deviation_k + bias_k).
+
+    Args:
+        x: (B, C, *spatial).
+        masks: Of whose voxels the moments are, (B, R, voxels), one-hot over R; a gradient reaches them.
+        weights: What is taken of each region's result, (B, R, voxels), most often the masks. With a row more, that row
+            is added to every channel.
+        gain: (C, R).
+        bias: (C, R).
+        rule: Whose statistics, which epsilon, from how many voxels on.
+
+    Returns:
+        (B, C, *spatial) like x.
+
+    Raises:
+        ValueError: the statistics of the rule are not known.
+    """
+    if rule.stats not in get_args(Statistics):
+        raise ValueError(f"statistics {rule.stats!r} are not one of {', '.join(get_args(Statistics))}")
+    if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
+        return _by_formula(x, masks, weights, gain, bias, rule)
+    result: Tensor = _RegionNorm.apply(_dense(x), masks, weights, gain, bias, rule)
+    return result
+
+
+def _by_formula(x: Tensor, masks: Tensor, weights: Tensor, gain: Tensor, bias: Tensor, rule: Rule) -> Tensor:
+    """The same in operations that compilers fuse and ONNX has."""
+    with _full_precision(x):
+        voxels = x.flatten(2).to(masks.dtype)
+        sizes = masks.sum(2)[:, None]
+        means = voxels @ masks.mT / sizes.clamp(min=1)
+        squares = [((voxels - means[:, :, k, None]).square() * masks[:, None, k]).sum(2) for k in range(masks.shape[1])]
+        moments = _Moments(means, torch.stack(squares, 2), sizes)
+        scale, shift = _scale_and_shift(moments, gain, bias, rule, voxels.shape[2], weights.shape[1])
+        return (voxels * (scale @ weights) + shift @ weights).to(x.dtype).view(x.shape)
+
+
+class _Moments(NamedTuple):
+    """Of each picture, channel and region: mean, sum of squared differences from it, number of voxels."""
+
+    means: Tensor  # (B, C, R)
+    squares: Tensor  # (B, C, R)
+    sizes: Tensor  # (B, 1, R)
+
+    def pooled(self, axis: int) -> _Moments:
+        """Those of all pictures (axis 0) or regions (axis 2) together; that axis stays, with one entry."""
+        total = self.sizes.sum(axis, keepdim=True)
+        mean = (self.means * self.sizes).sum(axis, keepdim=True) / total.clamp(min=1)
+        squares = self.squares + self.sizes * (self.means - mean).square()
+        return _Moments(mean, squares.sum(axis, keepdim=True), total)
+
+
+def _scale_and_shift(
+    moments: _Moments, gain: Tensor, bias: Tensor, rule: Rule, voxels: int, rows: int
+) -> tuple[Tensor, Tensor]:
+    """Scale and shift, (B, C, rows), by which region k becomes scale_k x + shift_k; a row more is the shift 1."""
+    batch = moments.means.shape[0]
+    if rule.stats == "batch":
+        moments, voxels = moments.pooled(0), voxels * batch
+    together, is_small = moments.pooled(2), moments.sizes < rule.min_voxels
+    means, squares, sizes = (torch.where(is_small, *pair) for pair in zip(together, moments, strict=True))
+    sizes = sizes.clamp(min=1)
+    scale = ((squares + rule.epsilon * voxels) / sizes).rsqrt() * gain.to(means.dtype)
+    shift = bias.to(means.dtype) - means * scale
+    scale, shift = scale.expand(batch, -1, -1), shift.expand(batch, -1, -1)
+    if rows > scale.shape[2]:
+        one = torch.ones_like(scale[:, :, :1])
+        scale, shift = torch.cat((scale, 0 * one), 2), torch.cat((shift, one), 2)
+    return scale, shift
+
+
+class _RegionNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, masks: Tensor, weights: Tensor, gain: Tensor, bias: Tensor, rule: Rule) -> Tensor:
+        with _full_precision(x):
+            moments = _sum_moments(x, masks)
+            scale, shift = _scale_and_shift(moments, gain, bias, rule, masks.shape[2], weights.shape[1])
+            scale, shift = scale.to(masks.dtype), shift.to(masks.dtype)
+            result = torch.empty_like(x)
+            for image, part, weight, to in _parts(x, weights, result):
+                _multiply_add(shift[image] @ weight, part, scale[image] @ weight, to)
+        ctx.save_for_backward(x, masks, weights, gain, bias, *moments)
+        ctx.rule = rule
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, masks, weights, gain, bias, *moments = ctx.saved_tensors
+        with _full_precision(x):
+            small = [value.detach().requires_grad_() for value in (*moments, gain, bias)]
+            with torch.enable_grad():
+                of_small = _scale_and_shift(
+                    _Moments(*small[:3]), small[3], small[4], ctx.rule, masks.shape[2], weights.shape[1]
+                )
+            scale, shift = (value.detach().to(masks.dtype) for value in of_small)
+            d_weights = torch.empty_like(weights) if ctx.needs_input_grad[2] else None
+            sums = _sum_gradients(x, grad, weights, scale, shift, d_weights)
+            d_mean, d_squares, d_sizes, d_gain, d_bias = torch.autograd.grad(of_small, small, sums)
+            # A voxel moves its region's mean by m / S and, as differences from a mean add up to 0, the sum of squares
+            # by 2 m (x - mean): together a multiple of x and a constant.
+            means, sizes = moments[0], moments[2].clamp(min=1)
+            slope, constant = 2 * d_squares, d_mean / sizes - 2 * d_squares * means
+            slope, constant = slope.to(masks.dtype), constant.to(masks.dtype)
+            d_x = torch.empty_like(x)
+            for image, part, dy, weight, mask, to in _parts(x, grad, weights, masks, d_x):
+                z = torch.addcmul(constant[image] @ mask, part.to(mask.dtype), slope[image] @ mask)
+                _multiply_add(z, dy, scale[image] @ weight, to)
+            d_masks = None
+            if ctx.needs_input_grad[1]:
+                offset = (d_squares * means.square() - d_mean * means / sizes).sum(1, keepdim=True) + d_sizes
+                d_masks = _mask_gradient(x, masks, slope / 2, constant, offset.to(masks.dtype))
+        return d_x, d_masks, d_weights, d_gain, d_bias, None
+
+
+def _sum_moments(x: Tensor, masks: Tensor) -> _Moments:
+    """Moments in float64; each part is summed in the type of the masks."""
+    sums = x.new_zeros((x.shape[0], x.shape[1], masks.shape[1]), dtype=torch.float64)
+    squares = torch.zeros_like(sums)
+    sizes = masks.sum(2, dtype=torch.float64)[:, None]
+    for image, part, mask in _parts(x, masks):
+        sums[image] += _sum_over(part.to(mask.dtype), mask)
+    means = sums / sizes.clamp(min=1)
+    centres = means.to(masks.dtype)
+    # The difference of sums, which saves this second pass, keeps no digit where the mean is a thousand deviations.
+    for image, part, mask in _parts(x, masks):
+        centred = torch.addmm(part.to(mask.dtype), centres[image], mask, alpha=-1)
+        squares[image] += _sum_over(centred.square_(), mask)
+    return _Moments(means, squares, sizes)
+
+
+def _sum_gradients(
+    x: Tensor, grad: Tensor, weights: Tensor, scale: Tensor, shift: Tensor, d_weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of scale and shift, (B, C, rows) in float64; that of the weights is written to `d_weights`."""
+    d_scale = torch.zeros_like(scale, dtype=torch.float64)
+    d_shift = torch.zeros_like(d_scale)
+    for image, part, dy, weight, *to in _parts(x, grad, weights, *([] if d_weights is None else [d_weights])):
+        dy = dy.to(weight.dtype)
+        product = dy * part.to(weight.dtype)
+        d_scale[image] += _sum_over(product, weight)
+        d_shift[image] += _sum_over(dy, weight)
+        if to:
+            to[0].copy_(torch.addmm(shift[image].mT @ dy, scale[image].mT, product))
+    return d_scale, d_shift
+
+
+def _mask_gradient(x: Tensor, masks: Tensor, square: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+    """The gradient (B, R, voxels) that reaches the masks by the moments: a polynomial in x, summed over channels."""
+    result = torch.empty_like(masks)
+    for image, part, to in _parts(x, result):
+        values = part.to(masks.dtype)
+        linear = torch.addmm(offset[image].mT, slope[image].mT, values)
+        to.copy_(linear.addmm_(square[image].mT, values.square()))
+    return result
+
+
+def _sum_over(values: Tensor, rows: Tensor) -> Tensor:
+    """Sums of (C, voxels) in each of (R, voxels), as (C, R); in the order that is faster by half on a CPU."""
+    return (rows @ values.mT).mT
+
+
+def _multiply_add(offset: Tensor, values: Tensor, factor: Tensor, to: Tensor) -> None:
+    """Write offset + values x factor, without another copy where nothing is rounded to half precision."""
+    if to.dtype == offset.dtype:
+        torch.addcmul(offset, values, factor, out=to)
+    else:
+        to.copy_(offset.addcmul_(values.to(offset.dtype), factor))
+
+
+def _parts(x: Tensor, *others: Tensor) -> Iterator[tuple[Any, ...]]:
+    """The number of a picture, and the same voxels of each map, (rows, part): what the caches of the cores hold."""
+    maps = [value if value.dim() == 3 else value.flatten(2) for value in (x, *others)]
+    batch, channels, voxels = maps[0].shape
+    cores = torch.get_num_threads() if x.device.type == "cpu" else 1
+    bytes_at_a_time = _PART_BYTES.get(x.device.type, _PART_BYTES["cuda"]) * cores
+    size = max(bytes_at_a_time // (channels * others[0].element_size()), 1)
+    if isinstance(x, FakeTensor):
+        batch, voxels = min(batch, 1), min(size, voxels)  # without contents one part tells everything
+    for image in range(batch):
+        for start in range(0, voxels, size):
+            yield image, *(value[image, :, start : start + size] for value in maps)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """The map in an order of memory in which its voxels are one axis, channels outermost or innermost."""
+    innermost = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return x if x.is_contiguous(memory_format=innermost) else x.contiguous()
+
+
+def _sum_type(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """Autocast would take the products that are sums in half precision."""
+    is_autocast = torch.is_autocast_enabled(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if is_autocast else nullcontext()
