@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from segkit.models.blocks import convolution
-from segkit.models.region_norm import Rule, masks_of, normalise_regions
+from segkit.models.region_norm import Rule, masks_of, normalise_regions, pool_channels
 
 Learning = Literal["affine", "straight-through", "supervised"]
 """What teaches RN-L where its region is.
@@ -89,10 +89,8 @@ class RegionNormLearnable(nn.Module):
             raise ValueError(f"learning {learning!r} is not one of {', '.join(get_args(Learning))}")
         kernel = kernel or {2: 7, 3: 3}[dims]
         self.detector = convolution(dims, 2, 1, kernel, bias=False)
-        self.gamma = convolution(dims, 1, 1, kernel)
-        self.beta = convolution(dims, 1, 1, kernel)
-        for layer in (self.gamma, self.beta):
-            nn.init.zeros_(layer.get_parameter("bias"))
+        self.affine = convolution(dims, 1, 2, kernel)  # gamma, beta
+        nn.init.zeros_(self.affine.get_parameter("bias"))
         self.threshold = threshold
         self.learning: Learning = learning
         self.rule = rule or Rule()
@@ -101,7 +99,8 @@ class RegionNormLearnable(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *spatial) to the same shape."""
-        logits = self.detector(torch.cat((x.mean(1, keepdim=True), x.amax(1, keepdim=True)), 1))
+        x, pooled = pool_channels(x)
+        logits = self.detector(pooled)
         response = logits.sigmoid()
         sum_type = torch.promote_types(x.dtype, torch.float32)
         hole = (response >= self.threshold).flatten(2).to(sum_type)
@@ -112,7 +111,7 @@ class RegionNormLearnable(nn.Module):
             soft = response.flatten(2).to(sum_type)
             hole = hole + soft - soft.detach()
         masks = torch.cat((1 - hole, hole), 1)
-        gamma, beta = (layer(response).flatten(2).to(sum_type) for layer in (self.gamma, self.beta))
+        gamma, beta = self.affine(response).flatten(2).to(sum_type).chunk(2, 1)
         weights = torch.cat((masks * (1 + gamma), beta), 1)
         channels = (x.shape[1], 2)
         return normalise_regions(x, masks, weights, masks.new_ones(channels), masks.new_zeros(channels), self.rule)

@@ -26,8 +26,9 @@ from torch.autograd.function import once_differentiable
 Statistics = Literal["instance", "batch"]
 """Whether mean and deviation are those of a region in one picture, or in all pictures of the batch together."""
 
-_PART_BYTES = {"cpu": 256 * 1024, "cuda": 16 * 1024**2}
-"""What is worked on at a time: on a CPU well within the second-level cache, on a GPU little beside the map."""
+_PART_BYTES = {"cpu": 1024**2, "cuda": 16 * 1024**2}
+"""What is worked on at a time: on a CPU about a second-level cache (`docs/region_norm.py` takes a third longer with a
+quarter of it), on a GPU little beside the map."""
 
 
 class Rule(NamedTuple):
@@ -102,6 +103,18 @@ def normalise_regions(x: Tensor, masks: Tensor, weights: Tensor, gain: Tensor, b
         return _by_formula(x, masks, weights, gain, bias, rule)
     result: Tensor = _RegionNorm.apply(_dense(x), masks, weights, gain, bias, rule)
     return result
+
+
+def pool_channels(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and largest of the channels of each voxel, (B, 2, *spatial), and x itself, for a region norm behind them.
+
+    Taken from the x that is returned, the norm hands its gradient on to this function, which adds that of the pooled
+    maps in place: one map fewer in the backward.
+    """
+    if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
+        return x, torch.cat((x.mean(1, keepdim=True), x.amax(1, keepdim=True)), 1)
+    same, pooled = _Pool.apply(_dense(x))
+    return same, pooled
 
 
 def _by_formula(x: Tensor, masks: Tensor, weights: Tensor, gain: Tensor, bias: Tensor, rule: Rule) -> Tensor:
@@ -192,6 +205,27 @@ class _RegionNorm(torch.autograd.Function):
                 offset = (d_squares * means.square() - d_mean * means / sizes).sum(1, keepdim=True) + d_sizes
                 d_masks = _mask_gradient(x, masks, slope / 2, constant, offset.to(masks.dtype))
         return d_x, d_masks, d_weights, d_gain, d_bias, None
+
+
+class _Pool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        pooled = x.new_empty((x.shape[0], 2, *x.shape[2:]))
+        for _, part, to in _parts(x, pooled):
+            to[0] = part.mean(0)
+            torch.amax(part, 0, out=to[1])
+        ctx.save_for_backward(x, pooled)
+        return x.view_as(x), pooled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_x: Tensor, d_pooled: Tensor) -> Tensor:
+        x, pooled = ctx.saved_tensors
+        for _, part, largest, to, dy in _parts(x, pooled, d_x, d_pooled):
+            is_largest = (part == largest[1]).to(x.dtype)
+            # Equal voxels share the gradient, as PyTorch's amax has it.
+            to.addcmul_(is_largest, dy[1] / is_largest.sum(0)).add_(dy[0], alpha=1 / len(part))
+        return d_x.detach()  # another view: a leaf keeps it as its gradient instead of a copy
 
 
 def _sum_moments(x: Tensor, masks: Tensor) -> _Moments:

@@ -11,10 +11,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from segkit.models import region_norm as region_norm_module
 from segkit.models.region_layers import RegionNormBasic, RegionNormLearnable, resize_regions
-from segkit.models.region_norm import Rule, Statistics, _by_formula, masks_of, normalise_regions, region_norm
+from segkit.models.region_norm import (
+    Rule,
+    Statistics,
+    _by_formula,
+    masks_of,
+    normalise_regions,
+    pool_channels,
+    region_norm,
+)
 
 _EPSILON = 1e-5
+
+
+@pytest.fixture
+def in_many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """About a dozen voxels at a time, so that small maps are put together of parts as large ones are."""
+    monkeypatch.setitem(region_norm_module._PART_BYTES, "cpu", 512)
 
 
 def _case(dims: int = 3, *, count: int = 3, innermost: bool = False) -> tuple[Tensor, Tensor]:
@@ -43,6 +58,7 @@ def _per_region(x: Tensor, regions: Tensor, stats: Statistics, count: int = 3) -
     return y
 
 
+@pytest.mark.usefixtures("in_many_parts")
 @pytest.mark.parametrize("innermost", [False, True])
 @pytest.mark.parametrize("stats", ["instance", "batch"])
 @pytest.mark.parametrize("dims", [2, 3])
@@ -60,7 +76,7 @@ def test_each_region_by_itself(dims: int, stats: Statistics, innermost: bool) ->
 
 def test_float32_far_from_zero_in_many_parts() -> None:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 4, 40, 40, 40, generator=generator)  # 64000 voxels of 16 bytes: four parts on one core
+    x = torch.randn(1, 8, 40, 40, 40, generator=generator)  # 64000 voxels of 32 bytes: two parts on one core
     regions = (torch.arange(40) > 30).view(1, 1, 1, 1, 40).expand(1, 1, 40, 40, 40)
     torch.testing.assert_close(
         region_norm(x + regions * 100, regions).double(),
@@ -151,6 +167,7 @@ def test_gradients_of_everything(dims: int, stats: Statistics) -> None:
     assert torch.autograd.gradcheck(function, (x, weights, gain, bias))
 
 
+@pytest.mark.usefixtures("in_many_parts")
 @pytest.mark.parametrize("stats", ["instance", "batch"])
 def test_masks_get_the_gradient_of_the_formula(stats: Statistics) -> None:
     x, regions = _case(3)
@@ -223,6 +240,23 @@ def test_regions_are_resized_to_the_map() -> None:
     torch.testing.assert_close(RegionNormBasic(2, keeps_thin=True)(x, volume), RegionNormBasic(2)(x, volume))
 
 
+@pytest.mark.usefixtures("in_many_parts")
+@pytest.mark.parametrize("innermost", [False, True])
+def test_pooled_channels_and_their_gradient(innermost: bool) -> None:
+    x, regions = _case(3, innermost=innermost)
+    x = torch.cat((x.detach(), x.detach()[:, :2]), 1).requires_grad_()  # some voxels are largest twice
+    weight = torch.randn(2, 2, 5, 6, 8, dtype=torch.float64)
+
+    def gradient(same: Tensor, pooled: Tensor) -> Tensor:
+        (found,) = torch.autograd.grad((region_norm(same, regions, 3) ** 3).sum() + (pooled * weight).sum(), x)
+        return found
+
+    same, pooled = pool_channels(x)
+    expected = torch.cat((x.mean(1, keepdim=True), x.amax(1, keepdim=True)), 1)
+    torch.testing.assert_close(pooled, expected)
+    torch.testing.assert_close(gradient(same, pooled), gradient(x, expected))
+
+
 def _bright_corner(dims: int) -> Tensor:
     x = torch.rand(1, 4, *(8,) * dims)
     x[0, :, :4, :4] += 9
@@ -268,8 +302,7 @@ def test_only_a_straight_through_split_is_taught_by_the_norm() -> None:
     gradients = {}
     for learning in ("affine", "straight-through"):
         layer = RegionNormLearnable(3, kernel=1, learning=learning)  # type: ignore[arg-type]
-        nn.init.zeros_(layer.gamma.weight)
-        nn.init.zeros_(layer.beta.weight)
+        nn.init.zeros_(layer.affine.weight)
         nn.init.constant_(layer.detector.weight, 0.1)
         (layer(_bright_corner(3)) ** 3).sum().backward()
         gradients[learning] = layer.detector.weight.grad.abs().max()
@@ -316,10 +349,12 @@ def test_released_numbers(shared_specs: Path) -> None:
     _agrees(basic(x, hole), golden["rn_b"]["output"])
 
     learnable = RegionNormLearnable(2, threshold=0.5, rule=Rule("batch")).double()
-    for k, name in enumerate(("beta.bias", "beta.weight", "detector.weight", "gamma.bias", "gamma.weight")):
-        shape = tuple(learnable.get_parameter(name).shape)
-        factor = 0.1 if len(shape) == 1 else math.sqrt(2 / math.prod(shape[1:]))
-        learnable.get_parameter(name).data.copy_(factor * _wave(shape, k))
+    affine, detector = learnable.affine, learnable.detector
+    for k, parameter in enumerate(
+        (affine.bias[1:], affine.weight[1:], detector.weight, affine.bias[:1], affine.weight[:1])
+    ):
+        factor = 0.1 if parameter.dim() == 1 else math.sqrt(2 / parameter[0].numel())
+        parameter.data.copy_(factor * _wave(tuple(parameter.shape), k))
     _agrees(learnable(x), golden["rn_l"]["output"])
     assert 0 < learnable.detected_share < 1
 
