@@ -185,7 +185,7 @@ def _forecast_or_none(forecaster: Forecaster, task: CaseTask) -> Forecast | None
 def _with_forecast(task: CaseTask, forecast: Forecast | None, peak_mb: float | None) -> CaseTask:
     if forecast is None or peak_mb is None:
         return task
-    return replace(task, predicted={"peak_rss_mb": round(peak_mb, 1), "seconds": round(forecast.seconds, 2)})
+    return replace(task, predicted={"peak_rss_mb": round(peak_mb, 1), "seconds": round(forecast.seconds, 4)})
 
 
 def window_cost(predictor: Predictor) -> WindowCost:
