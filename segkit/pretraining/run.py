@@ -40,7 +40,7 @@ from segkit.training.folder import (
     write_split,
 )
 from segkit.training.loop import fit
-from segkit.training.weights import FirstWeights, first_weights
+from segkit.training.weights import first_weights
 
 _log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def pretrain_run(request: PretrainRequest) -> PretrainSummary:
     request = replace(request, config=_settled(request.config, cohorts))
     card = _card(request.config, cohorts)
     begun = first_weights(card, request.config, request.run, is_resumed=request.is_resumed)
-    card = _with_network_facts(card, begun, request.config)
+    card = _with_views(begun.completed(card), request.config)
     _open(request, cohorts)
     begun.keep(request.run)
     task, skipped = _build_task(request, cohorts, card, begun.network)
@@ -196,22 +196,18 @@ def _modalities(config: PretrainConfig, cohorts: Sequence[UnlabelledCohort]) -> 
     return cohorts[0].cohort.modalities if names == {cohorts[0].cohort.modalities[:1]} else ("image",)
 
 
-def _with_network_facts(card: ModelCard, begun: FirstWeights, config: PretrainConfig) -> ModelCard:
-    """The card with divisor and view size.
+def _with_views(card: ModelCard, config: PretrainConfig) -> ModelCard:
+    """The card with the size of the views.
 
     Raises:
         RequestError: the views do not suit the network.
     """
-    divisor: tuple[int, ...] = tuple(begun.network.divisor)  # type: ignore[arg-type]
     size = config.views.size or 0
     patch = (size,) * card.dims if isinstance(size, int) else size
-    if len(patch) != card.dims or any(length % step for length, step in zip(patch, divisor, strict=False)):
-        shown, steps = (" x ".join(map(str, numbers)) for numbers in (patch, divisor))
+    if len(patch) != card.dims or any(length % step for length, step in zip(patch, card.divisor, strict=False)):
+        shown, steps = (" x ".join(map(str, numbers)) for numbers in (patch, card.divisor))
         raise RequestError(f"views.size {shown} does not suit the network", expected=f"multiples of {steps}")
-    data = card.training_data
-    if begun.facts:
-        data = data.model_copy(update={"initial_weights": dict(begun.facts)})
-    return card.model_copy(update={"divisor": divisor, "patch_size": patch, "training_data": data})
+    return card.model_copy(update={"patch_size": patch})
 
 
 def _open(request: PretrainRequest, cohorts: Sequence[UnlabelledCohort]) -> None:

@@ -174,11 +174,7 @@ def begin(planned: PlannedRun) -> tuple[ModelCard, FirstWeights]:
     """
     card, request = _card(planned), planned.request
     begun = first_weights(card, planned.config, request.run, is_resumed=request.is_resumed)
-    divisor: tuple[int, ...] = tuple(begun.network.divisor)  # type: ignore[arg-type]
-    data = card.training_data
-    if begun.facts:
-        data = data.model_copy(update={"initial_weights": dict(begun.facts)})
-    return card.model_copy(update={"divisor": divisor, "training_data": data}), begun
+    return begun.completed(card), begun
 
 
 def _card(planned: PlannedRun) -> ModelCard:

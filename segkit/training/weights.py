@@ -35,6 +35,14 @@ class FirstWeights:
     facts: Mapping[str, str] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
 
+    def completed(self, card: ModelCard) -> ModelCard:
+        """The card with what is known once its network is built: the divisor, and where the weights came from."""
+        divisor: tuple[int, ...] = tuple(self.network.divisor)  # type: ignore[arg-type]
+        data = card.training_data
+        if self.facts:
+            data = data.model_copy(update={"initial_weights": dict(self.facts)})
+        return card.model_copy(update={"divisor": divisor, "training_data": data})
+
     def keep(self, run: Path) -> None:
         """Write `weights.json`, where there is something to tell."""
         if self.report:
