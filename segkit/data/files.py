@@ -14,13 +14,15 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from segkit.data.dicom import DICOM_SUFFIXES, is_dicom_file, open_frames, open_series
-from segkit.data.headers import ImageHeader, explained, require_file
+from segkit.data.headers import ImageHeader, explained, in_type, require_file
 from segkit.data.itk import ITK_SUFFIXES, open_itk, save_itk
-from segkit.data.nifti import MGH_SUFFIXES, NIFTI_SUFFIXES, open_mgh, open_nifti, save_mgh, save_nifti
+from segkit.data.nifti import MGH_SUFFIXES, NIFTI_SUFFIXES, open_mgh, open_nifti, rewrite_nifti, save_mgh, save_nifti
 from segkit.data.pictures import PICTURE_SUFFIXES, open_mask, open_picture, save_picture
 from segkit.data.volume import Grid, Volume
 from segkit.errors import DataError, SegkitError
@@ -137,6 +139,34 @@ def write_image(path: Path, array: AnyArray, grid: Grid, *, slope: float = 1.0) 
             save_mgh(temporary, plain, grid)
         else:
             save_itk(temporary, plain, grid)
+
+
+def rewrite_image(
+    path: Path, source: Path, where: NDArray[np.bool_], values: NDArray[np.floating[Any]], channel: int | None = None
+) -> None:
+    """Writes the image `source` with other values at some voxels and every other voxel as it was; atomically.
+
+    From NIfTI to NIfTI type, scale factors and header are those of the source. Otherwise the type is that in which
+    `read_volume` gives it, so that only float64 is shortened, to float32.
+
+    Args:
+        path: The file to write; its suffix chooses the format.
+        source: The image; it is not changed.
+        where: The n voxels to change, (*grid.shape).
+        values: What they become, (n,) in the order of `array[where]`; rounded and clipped in a type of integers.
+        channel: Which one of several, as for `read_volume`; it is written alone.
+
+    Raises:
+        DataError: the source cannot be read, or the file cannot be written.
+    """
+    if suffix_of(source) in NIFTI_SUFFIXES and suffix_of(path) in NIFTI_SUFFIXES:
+        with written_atomically(path) as temporary:
+            rewrite_nifti(temporary, source, where, values, channel)
+        return
+    volume = read_volume(source, channel)
+    array = volume.array.copy()
+    array[where] = in_type(values, array.dtype)
+    write_image(path, array, volume.grid)
 
 
 @contextmanager

@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from segkit.data.volume import Grid
 from segkit.errors import DataError, SegkitError
@@ -143,3 +145,11 @@ def plain_numbers(array: AnyArray, path: Path) -> AnyArray:
     raise DataError(
         f"voxels are of the type {array.dtype}", where=path, expected="one integer or real number per voxel"
     )
+
+
+def in_type(values: NDArray[np.floating[Any]], dtype: np.dtype[Any]) -> AnyArray:
+    """Values in another type: rounded for integers, and those beyond the type's range become its ends."""
+    if dtype.kind not in "iu":
+        return values.astype(dtype)
+    range_of = np.iinfo(dtype)
+    return np.clip(np.rint(values), range_of.min, range_of.max).astype(dtype)

@@ -22,6 +22,7 @@ from segkit.data.headers import (
     COPY_AGAIN,
     ImageHeader,
     explained,
+    in_type,
     is_usable,
     pick_channel,
     plain_numbers,
@@ -72,6 +73,13 @@ class _Storage:
 
     def read(self, channel: int | None) -> AnyArray:
         """One channel, (D, H, W)."""
+        array = plain_numbers(self.stored(channel), self.path)
+        if (self.slope, self.intercept) == (1.0, 0.0):
+            return array
+        return array.astype(np.float32, copy=False) * np.float32(self.slope) + np.float32(self.intercept)
+
+    def stored(self, channel: int | None) -> AnyArray:
+        """One channel, (D, H, W), as it is in the file: in its type and byte order, before the scale factors."""
         picked = pick_channel(self.path, self.channels, channel)
         voxels = np.empty(math.prod(self.spatial), self.dtype)
         with explained(self.path), _opened(self.path, self.is_compressed) as stream:
@@ -79,10 +87,7 @@ class _Storage:
             _fill(stream, voxels.view(np.uint8), self.path)
             while stream.read(_CHUNK_BYTES):
                 pass  # only at its end does gzip compare the checksum
-        array = plain_numbers(voxels.reshape(self.spatial, order="F"), self.path)
-        if (self.slope, self.intercept) == (1.0, 0.0):
-            return array
-        return array.astype(np.float32, copy=False) * np.float32(self.slope) + np.float32(self.intercept)
+        return voxels.reshape(self.spatial, order="F")
 
 
 def open_nifti(path: Path) -> ImageHeader:
@@ -127,6 +132,30 @@ def save_nifti(path: Path, array: AnyArray, grid: Grid, slope: float = 1.0) -> N
     image = nib.Nifti1Image(array, None, header)
     if slope != 1.0:
         image.header.set_slope_inter(slope, 0.0)
+    image.to_filename(path)
+
+
+def rewrite_nifti(
+    path: Path, source: Path, where: NDArray[np.bool_], values: NDArray[np.floating[Any]], channel: int | None = None
+) -> None:
+    """Writes one channel of a NIfTI file with `values` (n,) at its n voxels `where` (D, H, W), taken in C order.
+
+    Header, type and scale factors are those of the source; what is not in `where` is stored as it was, bit for bit. In
+    a type of integers the values are rounded, and those beyond its range become its ends.
+    """
+    size = require_file(source)
+    with explained(source):
+        header, is_compressed = _nifti_header(source)
+        storage = _storage(source, header, size, is_compressed)
+    voxels = storage.stored(channel)
+    voxels[where] = in_type((values.astype(np.float64) - storage.intercept) / storage.slope, voxels.dtype)
+    if storage.channels == 1:
+        voxels = voxels.reshape(header.get_data_shape(), order="F")  # with its axes of length 1
+    header.set_data_offset(0)  # of what nibabel writes
+    kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    image = kind(voxels, None, header)
+    if (storage.slope, storage.intercept) != (1.0, 0.0):
+        image.header.set_slope_inter(storage.slope, storage.intercept)
     image.to_filename(path)
 
 
