@@ -1,0 +1,121 @@
+"""The loss of made-up voxels: absolute and squared difference from the truth, and structural similarity.
+
+Every term looks at the hole alone. What a network gives elsewhere is thrown away, since known voxels are kept as they
+are, so nothing is asked of it there and no gradient reaches it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+from torch.nn import functional
+
+from segkit.config.base import Config
+
+
+class RestorationConfig(Config):
+    """How the terms are combined, and the scale of the intensities that structural similarity needs to know."""
+
+    l1: float = Field(default=1.0, ge=0)
+    """Weight of the mean absolute difference."""
+
+    ssim: float = Field(default=0.5, ge=0)
+    """Weight of 1 - SSIM; 0 does not compute it."""
+
+    mse: float = Field(default=0.1, ge=0)
+    """Weight of the mean squared difference."""
+
+    ssim_window: int = Field(default=7, ge=3)
+    """Edge of the window in which SSIM compares, voxels, odd."""
+
+    darkest: float = -3.0
+    """Intensity that SSIM takes for black. It compares means by their ratio, so it needs intensities from 0 on, which
+    those with mean 0 are not: a truth of 0.1 for a -0.1 would cost as much as black for white."""
+
+    data_range: float = Field(default=6.0, gt=0)
+    """Intensities from black to white; of a brain with mean 0 and deviation 1 about 6."""
+
+    @field_validator("ssim_window")
+    @classmethod
+    def _has_a_centre(cls, window: int) -> int:
+        if window % 2 == 0:
+            raise ValueError(f"a window of {window} voxels has no voxel in its centre; use an odd number")
+        return window
+
+
+def restoration_loss(
+    found: Tensor | Sequence[Tensor], image: Tensor, hole: Tensor, config: RestorationConfig
+) -> Tensor:
+    """Weighted L1 + (1 - SSIM) + MSE of what was made up in a hole.
+
+    Each term is a mean over the channels of all hole voxels of the batch, so that a small hole counts as little as it
+    is. SSIM is that of the truth and the truth with the hole filled: its windows see known voxels around a hole.
+
+    Args:
+        found: (B, C, *spatial), any floating type, as the network gives it; of a list the first entry counts. The loss
+            is computed in float32 also under autocast.
+        image: The truth, (B, C, *spatial).
+        hole: (B, 1, *spatial) booleans, True where the image is to be made up.
+        config: The weights of the terms.
+
+    Returns:
+        A float32 scalar; without any hole voxel it is 0, with a gradient of 0.
+
+    Raises:
+        ValueError: the three do not go together.
+    """
+    found = found if isinstance(found, Tensor) else found[0]
+    expected = (image.shape[0], 1, *image.shape[2:])
+    if found.shape != image.shape or hole.shape != expected or hole.dtype != torch.bool:
+        raise ValueError(
+            f"found {tuple(found.shape)}, image {tuple(image.shape)}, hole {tuple(hole.shape)} of {hole.dtype}; "
+            f"expected the shape of the image twice and {expected} of torch.bool"
+        )
+    found, image = found.float(), image.float()
+    values = hole.sum().clamp(min=1) * image.shape[1]
+    difference = torch.where(hole, found - image, 0.0)
+    loss = config.l1 * difference.abs().sum() / values + config.mse * difference.square().sum() / values
+    if config.ssim > 0:
+        filled = torch.where(hole, found, image) - config.darkest
+        similarity = ssim_map(filled, image - config.darkest, window=config.ssim_window, data_range=config.data_range)
+        loss = loss + config.ssim * torch.where(hole, 1 - similarity, 0.0).sum() / values
+    return loss
+
+
+def ssim_map(x: Tensor, y: Tensor, *, window: int, data_range: float) -> Tensor:
+    """Structural similarity of two images around each voxel (Wang et al. 2004), in 2D and 3D, with a gradient for both.
+
+        (2 mean_x mean_y + c1) (2 covariance + c2) / ((mean_x^2 + mean_y^2 + c1) (variance_x + variance_y + c2))
+
+    with c1 = (0.01 range)^2 and c2 = (0.03 range)^2. All voxels of a window count the same; at a border the window is
+    what of it lies in the image. MONAI convolves with the whole window, which on a CPU takes many times as long as a
+    mean along one axis after the other, and leaves no room for a border.
+
+    Args:
+        x: (B, C, *spatial) float32, intensities from 0 on.
+        y: Likewise.
+        window: Edge of the window, voxels, odd.
+        data_range: Intensities from black to white.
+
+    Returns:
+        (B, C, *spatial), in (-1, 1].
+    """
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    mean_x, mean_y, square_x, square_y, product = (_local_mean(v, window) for v in (x, y, x * x, y * y, x * y))
+    of_means = mean_x * mean_y
+    squares = mean_x.square() + mean_y.square()
+    spread = square_x + square_y - squares
+    return (2 * of_means + c1) * (2 * (product - of_means) + c2) / ((squares + c1) * (spread + c2))
+
+
+def _local_mean(x: Tensor, window: int) -> Tensor:
+    """Mean of the part of the window that lies in the image, one axis after the other."""
+    dims = x.dim() - 2
+    pool = functional.avg_pool2d if dims == 2 else functional.avg_pool3d
+    for axis in range(dims):
+        kernel = [window if other == axis else 1 for other in range(dims)]
+        x = pool(x, kernel, stride=1, padding=[size // 2 for size in kernel], count_include_pad=False)
+    return x
