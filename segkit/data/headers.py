@@ -152,4 +152,5 @@ def in_type(values: NDArray[np.floating[Any]], dtype: np.dtype[Any]) -> AnyArray
     if dtype.kind not in "iu":
         return values.astype(dtype)
     range_of = np.iinfo(dtype)
-    return np.clip(np.rint(values), range_of.min, range_of.max).astype(dtype)
+    fitting: AnyArray = np.clip(np.rint(values), range_of.min, range_of.max).astype(dtype)
+    return fitting

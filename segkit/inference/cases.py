@@ -65,13 +65,21 @@ def find_input(
         return Cohort(root, "file", None, (), (case,), dims=2 if suffix_of(root) in PICTURE_SUFFIXES else 3)
     if not cohort.cases:
         raise RequestError("holds no case", where=root, expected="images", remedy="Look at it with `segkit check`")
-    if case_ids is None:
-        return cohort
+    return cohort if case_ids is None else choose_cases(cohort, case_ids)
+
+
+def choose_cases(cohort: Cohort, case_ids: Sequence[str]) -> Cohort:
+    """The cohort with these cases only, in this order.
+
+    Raises:
+        RequestError: an id is unknown; the nearest ids are named.
+    """
     known = {case.id: case for case in cohort.cases}
     unknown = [case_id for case_id in case_ids if case_id not in known]
     if unknown:
         hints = [_nearest(case_id, list(known)) for case_id in unknown[:10]]
-        raise RequestError(f"{len(unknown)} of the cases asked for are not there: {'; '.join(hints)}", where=root)
+        found = f"{len(unknown)} of the cases asked for are not there: {'; '.join(hints)}"
+        raise RequestError(found, where=cohort.root)
     return replace(cohort, cases=tuple(known[case_id] for case_id in dict.fromkeys(case_ids)))
 
 
@@ -107,14 +115,7 @@ def plan_cases(
     Raises:
         RequestError: pictures for a model of volumes, or the reverse; a label scheme that this model cannot paint.
     """
-    if cohort.dims != predictor.card.dims:
-        kinds = {2: "pictures", 3: "volumes"}
-        raise RequestError(
-            f"holds {kinds[cohort.dims]}",
-            where=cohort.root,
-            expected=f"{kinds[predictor.card.dims]}, as this model was trained on",
-            remedy="Choose another model",
-        )
+    refuse_other_dims(cohort, predictor.card.dims)
     asked = None if settings.label_scheme is None else _scheme_asked(settings.label_scheme, predictor)
     tasks: list[CaseTask] = []
     records: list[CaseRecord] = []
@@ -135,18 +136,43 @@ def plan_cases(
     return tasks, records
 
 
-def _plan_case(
-    case: Case, cohort: Cohort, output: Path, scheme: LabelScheme, predictor: Predictor, settings: InferenceSettings
-) -> CaseTask:
-    _refuse_odd_id(case.id)
+def refuse_other_dims(cohort: Cohort, dims: int) -> None:
+    """Refuse pictures for a model of volumes (`dims` 3), and the reverse.
+
+    Raises:
+        RequestError: as said.
+    """
+    if cohort.dims != dims:
+        kinds = {2: "pictures", 3: "volumes"}
+        raise RequestError(
+            f"holds {kinds[cohort.dims]}",
+            where=cohort.root,
+            expected=f"{kinds[dims]}, as this model was trained on",
+            remedy="Choose another model",
+        )
+
+
+def refuse_unusable(case: Case) -> None:
+    """Refuse a case whose images cannot be used; what is wrong with its reference does not matter here.
+
+    Raises:
+        DataError: as said.
+    """
     blocking = [problem for problem in case.problems if problem.is_fatal and not _is_about_reference(problem)]
     if blocking:
         raise DataError("; ".join(str(problem) for problem in blocking))
+
+
+def _plan_case(
+    case: Case, cohort: Cohort, output: Path, scheme: LabelScheme, predictor: Predictor, settings: InferenceSettings
+) -> CaseTask:
+    refuse_odd_id(case.id)
+    refuse_unusable(case)
     wanted = predictor.card.modalities
     matched = match_modalities(case, wanted, allow_missing=settings.allows_missing)
     target = output / f"{case.id}{'.png' if cohort.dims == 2 else '.nii.gz'}"
     files = [*case.images.values(), *([case.label] if case.label else [])]
-    if any(_is_same_file(target, file.path) for file in files):
+    if any(is_same_file(target, file.path) for file in files):
         raise DataError(
             "the mask would take the place of a file of the case itself",
             where=target,
@@ -213,7 +239,12 @@ def _is_about_reference(problem: Problem) -> bool:
     return "reference" in problem.found
 
 
-def _refuse_odd_id(case_id: str) -> None:
+def refuse_odd_id(case_id: str) -> None:
+    """Refuse a case id that is no file name.
+
+    Raises:
+        DataError: as said.
+    """
     is_plain = case_id not in ("", ".", "..") and not any(letter in "/\\:\0" for letter in case_id)
     if not is_plain or not case_id.isprintable():
         raise DataError(
@@ -221,7 +252,8 @@ def _refuse_odd_id(case_id: str) -> None:
         )
 
 
-def _is_same_file(target: Path, path: Path) -> bool:
+def is_same_file(target: Path, path: Path) -> bool:
+    """Whether both are there and are one file, by whatever names or links."""
     return target.exists() and path.exists() and target.samefile(path)
 
 

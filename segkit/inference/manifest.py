@@ -65,7 +65,7 @@ class Manifest:
             if one.get("identity") == identity:
                 self._cut_short |= set(one["remaining"]) - set(one["replacing"])
 
-    def was_made(self, case_id: str, label_scheme: str, missing_modalities: tuple[str, ...]) -> bool:
+    def was_made(self, case_id: str, label_scheme: str | None, missing_modalities: tuple[str, ...]) -> bool:
         """Whether an earlier run made the mask of this case just as this run would."""
         entry = self._known.get(case_id, {})
         return (

@@ -101,7 +101,7 @@ def pair_folders(
     if predictions.is_file() and references.is_file():
         found = {cases[0].id: predictions}
     else:
-        found, ambiguous = _match(cases, paths, predictions)
+        found, ambiguous = match_files(cases, paths, predictions)
     if not found and not ambiguous:
         raise _nothing_paired(cases, paths, predictions, references)
     declared = _declared_schemes(predictions)
@@ -314,10 +314,13 @@ def _masks_like(case: Case, root: Path) -> tuple[Path, ...]:
     return listing.pictures if is_picture else listing.volumes
 
 
-def _match(cases: Sequence[Case], paths: Sequence[Path], root: Path) -> tuple[dict[str, Path], dict[str, str]]:
-    """Case id -> prediction, and case id -> complaint where it is not one file, or not of one case.
+def match_files(
+    cases: Sequence[Case], paths: Sequence[Path], root: Path, role: str = "prediction"
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """Case id -> file, and case id -> complaint where it is not one file, or not of one case.
 
-    A prediction has the name of its case, or ends with it; one with the name of a case is never that of another.
+    A file has the name of its case, with or without `-seg`, `-mask` and the like, or ends with it; one with the name of
+    a case is never that of another. Complaints call it by its `role`.
     """
     by_name: dict[str, list[Path]] = defaultdict(list)
     for path in paths:
@@ -337,10 +340,10 @@ def _match(cases: Sequence[Case], paths: Sequence[Path], root: Path) -> tuple[di
     for case_id, own in candidates.items():
         if len(own) > 1:
             names = _some([str(path) for path in own])
-            ambiguous[case_id] = f"{root}: {len(own)} files could be the prediction: {names}. Keep one of them"
+            ambiguous[case_id] = f"{root}: {len(own)} files could be the {role}: {names}. Keep one of them"
         elif own and uses[own[0]] > 1:
             rivals = _some([rival for rival, theirs in candidates.items() if own[0] in theirs])
-            ambiguous[case_id] = f"{own[0]}: could be the prediction of several cases: {rivals}. Name it after one"
+            ambiguous[case_id] = f"{own[0]}: could be the {role} of several cases: {rivals}. Name it after one"
         elif own:
             found[case_id] = own[0]
     return found, ambiguous
