@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from segkit.cli.options import (
+    BackendOption,
     CasesOption,
     DeviceOption,
+    DryRunOption,
     InputOption,
     JsonOption,
     LayoutOption,
@@ -30,17 +32,13 @@ from segkit.cli.options import (
     read_modalities,
     set_verbosity,
 )
+from segkit.cli.progress import CaseProgress
 
 if TYPE_CHECKING:
     from segkit.data.case import Cohort
     from segkit.inference.cases import InferenceSettings
-    from segkit.inference.manifest import CaseRecord
     from segkit.inference.predictor import Predictor
 
-BackendOption = Annotated[
-    Literal["auto", "torch", "onnxruntime", "openvino"],
-    typer.Option("--backend", help="What computes the network; auto: the fastest that is installed."),
-]
 TtaOption = Annotated[bool, typer.Option("--tta", help="Average over mirrored inputs: better, up to 8 times slower.")]
 MissingOption = Annotated[
     bool, typer.Option("--allow-missing", help="Go on without modalities that a case lacks; recorded.")
@@ -61,7 +59,6 @@ WorkersOption = Annotated[
 ]
 NumPartsOption = Annotated[int, typer.Option("--num-parts", min=1, help="Split the cases into N parts ...")]
 PartIdOption = Annotated[int, typer.Option("--part-id", min=0, help="... and do the K-th of them, counted from 0.")]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done with each case; write nothing.")]
 
 
 def infer(
@@ -176,7 +173,7 @@ def _run(request: Request, limits: Limits, *, is_quiet: bool) -> dict[str, Any]:
         size = " x ".join(map(str, predictor.window))
         console().print(f"{predictor.backend.name} computes windows of {size} voxels", soft_wrap=True)
     workers = min(1, available_cores() - 1) if limits.workers is None else limits.workers
-    with _Progress(request.cohort, is_quiet=is_quiet) as progress:
+    with CaseProgress("segmenting", len(request.cohort.cases), is_quiet=is_quiet) as progress:
         return infer_folder(
             predictor,
             request.cohort,
@@ -231,44 +228,3 @@ def _tell_plan(request: Request, limits: Limits, *, as_json: bool) -> None:
             for row in planned + others
         ],
     )
-
-
-class _Progress:
-    """How far a run is: a bar on a terminal, one line a case elsewhere; failures are named in both."""
-
-    def __init__(self, cohort: Cohort, *, is_quiet: bool) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.total = len(cohort.cases)
-        self.counts = {"done": 0, "skipped": 0, "failed": 0}
-        self.is_quiet = is_quiet
-        self.console = console()
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=is_quiet or not self.console.is_terminal,
-        )
-
-    def __enter__(self) -> _Progress:
-        self.bar.start()
-        self.task = self.bar.add_task("segmenting", total=self.total)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-        if not self.is_quiet:
-            self.console.print(", ".join(f"{count} {status}" for status, count in self.counts.items()))
-
-    def show(self, record: CaseRecord) -> None:
-        self.counts[record.status] += 1
-        self.bar.advance(self.task)
-        if record.error is not None:
-            self.console.print(f"{record.case}: failed: {record.error}", markup=False, soft_wrap=True)
-        elif not self.is_quiet and not self.console.is_terminal:
-            done = sum(self.counts.values())
-            stages = ", ".join(f"{stage} {value:.1f} s" for stage, value in record.seconds.items() if value)
-            line = f"[{done}/{self.total}] {record.case}: {record.status}" + (f" ({stages})" if stages else "")
-            self.console.print(line, markup=False, soft_wrap=True)

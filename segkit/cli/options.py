@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -24,6 +24,11 @@ ModelOption = Annotated[
     typer.Option("-m", "--model", help="Run folder, or nnU-Net's results with a STU-Net; several make an ensemble."),
 ]
 DeviceOption = Annotated[str | None, typer.Option("-d", "--device", help="cpu, cuda, cuda:N or mps; default: best.")]
+BackendOption = Annotated[
+    Literal["auto", "torch", "onnxruntime", "openvino"],
+    typer.Option("--backend", help="What computes the network; auto: the fastest that is installed."),
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done with each case; write nothing.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors.")]
 VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Also what is done and why; tracebacks.")]
