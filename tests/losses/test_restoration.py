@@ -103,11 +103,12 @@ def test_ssim_of_two_constant_patches(dims: int) -> None:
     x, y = torch.full(size, 0.25), torch.full(size, 0.75)
     # Nothing varies: c2 / c2. Of the means, with c1 = 1e-4: (2 * 3/16 + c1) / (1/16 + 9/16 + c1), at borders as well.
     expected = (0.375 + 1e-4) / (0.625 + 1e-4)
-    torch.testing.assert_close(ssim_map(x, y, window=7, data_range=1), torch.full(size, expected))
+    # Rounding of the variances, 1e-7, is seen against c2.
+    torch.testing.assert_close(ssim_map(x, y, window=7, data_range=1), torch.full(size, expected), atol=5e-4, rtol=0)
     # z-scored: black is -3 and white is 3, so the same patches are at -1.5 and 1.5.
     everywhere = torch.ones(size, dtype=torch.bool)
     loss = restoration_loss(6 * x - 3, 6 * y - 3, everywhere, ONLY_SSIM)
-    assert loss.item() == pytest.approx(1 - expected, rel=1e-5)
+    assert loss.item() == pytest.approx(1 - expected, abs=5e-4)
 
 
 def test_ssim_of_a_window_by_hand() -> None:
