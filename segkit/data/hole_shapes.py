@@ -141,14 +141,17 @@ def largest_component(mask: Mask) -> Mask:
     return found
 
 
-def components(mask: Mask, smallest: int = 1) -> list[Mask]:
-    """The parts of a mask (*spatial) that touch each other, if only at a corner, cropped; largest first.
+def without_specks(mask: Mask, smallest: int) -> Mask:
+    """A mask (*spatial) without its connected parts of fewer than `smallest` voxels, and then with its cavities."""
+    kept = cc3d.dust(mask, threshold=smallest, connectivity=_EVERY_NEIGHBOUR[mask.ndim], binary_image=True)
+    return without_cavities(np.asarray(kept, np.bool_))
 
-    Parts of fewer than `smallest` voxels are left out.
-    """
+
+def components(mask: Mask) -> list[Mask]:
+    """The parts of a mask (*spatial) that touch each other, if only at a corner, each cropped; largest first."""
     labels = cc3d.connected_components(mask, connectivity=_EVERY_NEIGHBOUR[mask.ndim])
     parts = [labels[box] == number for number, box in enumerate(ndimage.find_objects(labels), start=1)]
-    return sorted((part for part in parts if part.sum() >= smallest), key=lambda part: -int(part.sum()))
+    return sorted(parts, key=lambda part: -int(part.sum()))
 
 
 def without_cavities(mask: Mask) -> Mask:
