@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from monai.data import get_track_meta, set_track_meta
 from monai.networks.layers import AffineTransform, gaussian_1d, separable_filtering
 from monai.transforms import AdjustContrast, Flip, ScaleIntensity, ScaleIntensityFixedMean
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch.nn import functional
 
 from segkit.config.base import Config
@@ -102,6 +103,22 @@ class AugmentationConfig(IntensityConfig):
     modality_dropout: float | None = Field(default=None, ge=0, lt=1)
     """Probability that a patch lacks at least one modality, set to 0 as a missing one is at inference; one is always
     left, and every incomplete set is equally likely. None lets planning decide: on where scans may lack a sequence."""
+
+    lesion_bank: Path | None = None
+    """Folder of lesion-free copies of the training cases, written by `segkit inpaint --bank`, into which lesions of
+    other training cases are moved; None does without."""
+
+    lesion_share: float = Field(default=0.3, ge=0, le=1)
+    """With a bank, the share of the patches that show a lesion of their case in the copy of another case."""
+
+    lesion_free_share: float = Field(default=0.1, ge=0, le=1)
+    """With a bank, the share of the patches that show a copy as it is, with nothing to be found in it."""
+
+    @model_validator(mode="after")
+    def _leave_no_more_than_all(self) -> AugmentationConfig:
+        if self.lesion_share + self.lesion_free_share > 1:
+            raise ValueError("lesion_share and lesion_free_share are more than 1 together")
+        return self
 
 
 class Augmentation:

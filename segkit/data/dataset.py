@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from segkit.data.augmentation import Augmentation, AugmentationConfig
+from segkit.data.lesion_bank import LesionBank
 from segkit.data.preprocessing import PreparedCase
 from segkit.shapes import AnyArray
 
@@ -26,6 +27,8 @@ class PatchDataset(Dataset[dict[str, torch.Tensor]]):
     With probability `foreground_fraction` a patch is centred, within a jitter, on a voxel of a label value picked
     with equal chance among those present in the case; else it lies anywhere inside the volume. A volume smaller than
     the patch is padded with zeros on both sides.
+
+    With a `bank` some patches show a lesion of their case in another brain, or no lesion at all.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class PatchDataset(Dataset[dict[str, torch.Tensor]]):
         foreground_fraction: float,
         seed: int,
         length: int,
+        bank: LesionBank | None = None,
     ) -> None:
         self.prepared = prepared
         self.patch_size = tuple(patch_size)
@@ -44,6 +48,7 @@ class PatchDataset(Dataset[dict[str, torch.Tensor]]):
         self.foreground_fraction = foreground_fraction
         self.seed = seed
         self.length = length
+        self.bank = bank
 
     def __len__(self) -> int:
         return self.length
@@ -53,6 +58,9 @@ class PatchDataset(Dataset[dict[str, torch.Tensor]]):
         if not 0 <= index < self.length:
             raise IndexError(index)
         case = self.prepared[self._case_number(index)]
+        lesion = None
+        if self.bank is not None:
+            case, lesion = self.bank.exchange(case, np.random.default_rng((self.seed, 2, index)))
         generator = np.random.default_rng((self.seed, 1, index))
         centre = self._centre(case, generator)
         seed = int(generator.integers(2**63))
@@ -63,6 +71,8 @@ class PatchDataset(Dataset[dict[str, torch.Tensor]]):
         sample: dict[str, AnyArray] = {"image": case.image[(slice(None), *region)]}
         if case.labels is not None:
             sample["labels"] = case.labels[region][None]
+        if lesion is not None:
+            sample = lesion.laid_over(sample, start)
         patch = self.augmentation(sample, seed, [middle - first for middle, first in zip(centre, start, strict=True)])
         if "labels" in patch:
             patch["labels"] = patch["labels"][0]

@@ -13,6 +13,7 @@ import torch
 
 from segkit.data.case import Case, Cohort
 from segkit.data.layouts.table import find_cases
+from segkit.data.lesion_bank import find_copies
 from segkit.data.splits import train_and_validation
 from segkit.errors import DataError, RequestError, as_request
 from segkit.labels import LabelScheme
@@ -47,7 +48,10 @@ class RunRequest:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A request with everything decided: the cohort, who trains and who validates, the settings and their reasons."""
+    """A request with everything decided: the cohort, who trains and who validates, the settings and their reasons.
+
+    `copies` are lesion-free copies of training cases, where the settings name a bank.
+    """
 
     request: RunRequest
     config: TrainConfig
@@ -56,6 +60,7 @@ class PlannedRun:
     validation_ids: tuple[str, ...]
     reasons: Mapping[str, str]
     estimate: Mapping[str, float]
+    copies: tuple[Case, ...] = ()
 
     @property
     def scheme(self) -> LabelScheme:
@@ -77,19 +82,20 @@ def plan_run(request: RunRequest) -> PlannedRun:
 
     Raises:
         RequestError: the folder or its label values cannot be made out, an id to exclude does not exist, a setting
-            does not fit, or a resumed run would get other cases.
+            or the lesion bank does not fit, or a resumed run would get other cases.
     """
     network = request.config.network
     configure(network.family, network.size, network.arguments)  # a mistyped argument is found before data are read
     cohort = find_cohort(request)
     request, ids_train, ids_validation = _split(request, cohort)
+    copies = _lesion_free_copies(request, cohort, ids_train)
     if request.is_resumed:
         require_same_split(request.run, ids_train, ids_validation)
         config, (reasons, estimate) = request.config, read_plan(request.run)
     else:
         # Every fold is planned from the whole cohort, so that the folds can be one ensemble.
         config, reasons, estimate = _decide(request, cohort, len(ids_validation))
-    return PlannedRun(request, config, cohort, tuple(ids_train), tuple(ids_validation), reasons, estimate)
+    return PlannedRun(request, config, cohort, tuple(ids_train), tuple(ids_validation), reasons, estimate, copies)
 
 
 def patients_of(cohort: Cohort) -> int:
@@ -111,6 +117,14 @@ def _split(request: RunRequest, cohort: Cohort) -> tuple[RunRequest, list[str], 
         data = request.config.data
     training, validation = train_and_validation(cohort.cases, data.fold, data.folds, data.split_seed)
     return request, training, validation
+
+
+def _lesion_free_copies(request: RunRequest, cohort: Cohort, ids: Sequence[str]) -> tuple[Case, ...]:
+    augmentation = request.config.augmentation
+    if augmentation.lesion_bank is None or not augmentation.enabled:
+        return ()
+    training = [case for case in cohort.cases if case.id in set(ids)]
+    return tuple(find_copies(augmentation.lesion_bank, training, cohort.modalities))
 
 
 def find_cohort(request: RunRequest) -> Cohort:

@@ -31,6 +31,7 @@ from segkit.checkpoint import (
 from segkit.data.case import Case, Cohort
 from segkit.data.dataset import PatchDataset
 from segkit.data.files import read_grid
+from segkit.data.lesion_bank import LesionBank, prepare_copies
 from segkit.data.preprocessing import load_case
 from segkit.data.store import PreparedStore, StoredCases
 from segkit.errors import DataError, RequestError
@@ -98,7 +99,7 @@ def train_run(request: RunRequest) -> RunSummary:
     ids = (*planned.training_ids, *planned.validation_ids)
     folders, skipped = _prepare(planned, store, planned.cases(ids))
     validation_ids = [case_id for case_id in planned.validation_ids if case_id in folders]
-    task = _build_task(planned, card, begun.network, folders)
+    task = _build_task(planned, card, begun.network, folders, _lesion_bank(planned, store))
     training = planned.config.training
     deadline_s = None if training.budget_minutes is None else request.started_s + 60 * training.budget_minutes
     state = fit(
@@ -238,6 +239,28 @@ def _prepare(
     return folders, skipped
 
 
+def _lesion_bank(planned: PlannedRun, store: PreparedStore) -> LesionBank | None:
+    """The bank that the settings name, its copies prepared as the cases are.
+
+    Raises:
+        DataError: none of its copies can be used.
+    """
+    if not planned.copies:
+        return None
+    config, cohort = planned.config, planned.cohort
+    copies = prepare_copies(
+        planned.copies,
+        {case.id: case for case in cohort.cases},
+        store,
+        cohort.modalities,
+        config.preprocessing,
+        at_once=cases_at_once(cohort, planned.request.memory_gb),
+    )
+    _log.info("%d lesion-free copies take part in the training", len(copies))
+    shares = config.augmentation
+    return LesionBank(copies, lesion_share=shares.lesion_share, lesion_free_share=shares.lesion_free_share)
+
+
 def cases_at_once(cohort: Cohort, memory_gb: float | None) -> int:
     """As many as there are cores and memory for: a case is held as read, stacked and prepared, in float32."""
     image = next(iter(cohort.cases[0].images.values()))
@@ -259,7 +282,7 @@ def _settle_freed_memory(planned: PlannedRun) -> None:
 
 
 def _build_task(
-    planned: PlannedRun, card: ModelCard, network: nn.Module, folders: Mapping[str, Path]
+    planned: PlannedRun, card: ModelCard, network: nn.Module, folders: Mapping[str, Path], bank: LesionBank | None
 ) -> SegmentationTask:
     config = planned.config
     validation = [folders[case_id] for case_id in planned.validation_ids if case_id in folders]
@@ -274,6 +297,7 @@ def _build_task(
             foreground_fraction=config.training.foreground_fraction,
             seed=config.training.seed,
             length=ENDLESS,
+            bank=bank,
         ),
         validation=StoredCases(validation[: config.training.validation_cases]),
         batch_size=config.planning.batch_size or 1,
