@@ -26,6 +26,7 @@ VERBS: dict[str, str] = {
     "train": "segkit.cli.train:train",
     "pretrain": "segkit.cli.pretrain:pretrain",
     "infer": "segkit.cli.infer:infer",
+    "inpaint": "segkit.cli.inpaint:inpaint",
     "evaluate": "segkit.cli.evaluate:evaluate",
     "export": "segkit.cli.export:export",
     "convert": "segkit.cli.convert:app",

@@ -1,0 +1,241 @@
+"""`segkit inpaint`: scans with holes, or with lesions, in; the same scans without them out."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from segkit.cli.options import (
+    BackendOption,
+    CasesOption,
+    DeviceOption,
+    DryRunOption,
+    InputOption,
+    JsonOption,
+    LayoutOption,
+    ModalitiesOption,
+    OutputOption,
+    OverwriteOption,
+    QuietOption,
+    VerboseOption,
+    console,
+    print_json,
+    print_table,
+    read_case_ids,
+    read_modalities,
+    set_verbosity,
+)
+from segkit.cli.progress import CaseProgress
+
+if TYPE_CHECKING:
+    from segkit.data.case import Cohort
+    from segkit.inpainting.cases import InpaintingSettings
+    from segkit.inpainting.masks import HoleSource
+    from segkit.inpainting.predictor import InpaintingPredictor
+
+RunOption = Annotated[
+    Path, typer.Option("-m", "--model", help="Run folder of `segkit pretrain --method inpainting`, or its export.")
+]
+MaskOption = Annotated[
+    Path | None,
+    typer.Option("--mask", help="What is missing: a mask, or a folder with one for each case.", show_default=False),
+]
+LesionsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--lesions",
+        help="Lesions to fill: a mask, a folder of masks or of labelled data, or a segmentation model to find them.",
+        show_default=False,
+    ),
+]
+MarginOption = Annotated[
+    float, typer.Option("--margin", min=0.0, help="Millimetres of tissue around lesions that are filled as well.")
+]
+AnomalyOption = Annotated[
+    bool, typer.Option("--anomaly", help="Also write OUT/<case>_anomaly: how far the scan is from the filled one.")
+]
+BankOption = Annotated[
+    Path | None,
+    typer.Option("--bank", help="Also write lesion-free copies here, for `segkit train`.", show_default=False),
+]
+
+_THREE_WAYS = (
+    "--mask FILE_OR_FOLDER for what is missing, --lesions MASKS_OR_MODEL for lesions to fill, or a folder of the BraTS "
+    "inpainting task (-t1n-voided and -mask)"
+)
+
+
+def inpaint(
+    model: RunOption,
+    input: InputOption,
+    output: OutputOption,
+    mask: MaskOption = None,
+    lesions: LesionsOption = None,
+    margin: MarginOption = 5.0,
+    anomaly: AnomalyOption = False,
+    bank: BankOption = None,
+    cases: CasesOption = None,
+    backend: BackendOption = "auto",
+    device: DeviceOption = None,
+    layout: LayoutOption = None,
+    modality: ModalitiesOption = None,
+    overwrite: OverwriteOption = False,
+    dry_run: DryRunOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Fill what is missing of scans, or their lesions; all other voxels come back as they were, bit for bit.
+
+    What is missing is told by --mask, by --lesions, or by the folder itself where it is one of the BraTS inpainting
+    task. One image a modality and a manifest go to OUT; cases that fail do not stop the others, and the same command
+    goes on where it was interrupted.
+    """
+    set_verbosity(is_quiet=quiet, is_verbose=verbose)
+    from segkit.data.archives import opened
+    from segkit.errors import DataError, RequestError, as_request
+    from segkit.inpainting.cases import InpaintingSettings
+
+    if mask is not None and lesions is not None:
+        raise RequestError("--mask and --lesions both say what is filled", remedy="Give one of them")
+    _refuse_bank_in_input(bank, input)
+    settings = InpaintingSettings(
+        overwrites=overwrite, writes_holes=lesions is not None, writes_anomaly=anomaly, bank=bank
+    )
+    with contextlib.ExitStack() as stack:
+        try:
+            source = stack.enter_context(opened(input))
+        except DataError as error:
+            raise as_request(error) from error
+        if mask is None and lesions is None:
+            cohort = _find_voided(source, layout, cases)
+        else:
+            cohort = _find(source, output, layout, modality, cases)
+        predictor = _load(model, device or "auto", backend)
+        holes = _find_holes(cohort, mask, lesions, margin, device or "auto", backend)
+        request = Request(predictor, cohort, output, holes, settings, str(model))
+        if dry_run:
+            _tell_plan(request, as_json=json)
+            return
+        document = _run(request, is_quiet=quiet)
+    if json:
+        print_json(document)
+    if document["summary"]["failed"]:
+        raise typer.Exit(1)
+
+
+class Request(NamedTuple):
+    """What is asked for, found and loaded."""
+
+    predictor: InpaintingPredictor
+    cohort: Cohort
+    output: Path
+    holes: HoleSource
+    settings: InpaintingSettings
+    model: str
+
+
+def _refuse_bank_in_input(bank: Path | None, input: Path) -> None:
+    from segkit.errors import RequestError
+
+    if bank is not None and input.is_dir() and bank.resolve().is_relative_to(input.resolve()):
+        raise RequestError(
+            "lies in the input folder, where its copies would be taken for scans",
+            where=bank,
+            remedy="Choose another folder for --bank",
+        )
+
+
+def _find(source: Path, output: Path, layout: str | None, modality: list[str] | None, cases: Path | None) -> Cohort:
+    from segkit.inference.cases import find_input
+
+    return find_input(
+        source,
+        layout=layout,
+        modalities=read_modalities(modality),
+        case_ids=read_case_ids(cases),
+        exclude=output.resolve(),
+    )
+
+
+def _find_voided(source: Path, layout: str | None, cases: Path | None) -> Cohort:
+    """The cases of a folder of the inpainting task."""
+    from segkit.data.layouts.synthesis import find_voided
+    from segkit.errors import DataError, RequestError
+    from segkit.inference.cases import choose_cases
+    from segkit.inpainting.cases import CHALLENGE
+
+    if layout not in (None, CHALLENGE):
+        raise RequestError(f"nothing says what is missing of scans in layout {layout}", expected=_THREE_WAYS)
+    try:
+        cohort = find_voided(source)
+    except DataError as error:
+        raise RequestError(
+            f"nothing says what is missing: {error.found}", where=source, expected=_THREE_WAYS
+        ) from error
+    ids = read_case_ids(cases)
+    return cohort if ids is None else choose_cases(cohort, ids)
+
+
+def _find_holes(
+    cohort: Cohort, mask: Path | None, lesions: Path | None, margin_mm: float, device: str, backend: str
+) -> HoleSource:
+    from segkit.inpainting.masks import find_lesions, find_masks, masks_of_cohort
+
+    if mask is not None:
+        return find_masks(cohort, mask)
+    if lesions is not None:
+        return find_lesions(cohort, lesions, margin_mm, device, backend)
+    return masks_of_cohort(cohort)
+
+
+def _load(model: Path, device: str, backend: str) -> InpaintingPredictor:
+    from segkit.errors import CheckpointError, as_request
+    from segkit.inpainting.predictor import InpaintingPredictor
+
+    try:
+        return InpaintingPredictor.load(model, device, backend)
+    except CheckpointError as error:
+        raise as_request(error) from error
+
+
+def _run(request: Request, *, is_quiet: bool) -> dict[str, Any]:
+    from segkit.inference.pipeline import LocalExecutor
+    from segkit.inpainting.folders import inpaint_folder
+    from segkit.runtime import available_cores
+
+    if not is_quiet:
+        console().print(f"{request.predictor.backend.name} fills holes from {request.holes.origin}", soft_wrap=True)
+    with CaseProgress("filling", len(request.cohort.cases), is_quiet=is_quiet) as progress:
+        return inpaint_folder(
+            request.predictor,
+            request.cohort,
+            request.output,
+            request.holes,
+            request.settings,
+            executor=LocalExecutor(min(1, available_cores() - 1)),
+            on_record=progress.show,
+            model=request.model,
+        )
+
+
+def _tell_plan(request: Request, *, as_json: bool) -> None:
+    from segkit.inpainting.cases import plan_cases
+    from segkit.inpainting.folders import open_manifest
+
+    predictor, cohort, output, holes, settings, model = request
+    manifest = open_manifest(predictor, cohort, output, holes, model)
+    tasks, decided = plan_cases(predictor, cohort, output, holes, settings, manifest)
+    planned = [
+        {"case": task.case.id, "status": "planned", "files": [str(path) for path in task.paths()]} for task in tasks
+    ]
+    others = [{"case": record.case, "status": record.status, "error": record.error} for record in decided]
+    if as_json:
+        print_json({"cases": [*planned, *others]})
+        return
+    rows = [(str(row["case"]), "planned", ", ".join(row["files"])) for row in planned]
+    rows += [(record.case, record.status, record.error or "done before") for record in decided]
+    print_table("What would be done", ("case", "status", "files or reason"), rows)
