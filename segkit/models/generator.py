@@ -1,0 +1,220 @@
+"""The generator of Yu et al. 2020 (arXiv 1911.10375): EdgeConnect's network with region normalisation.
+
+    what                 kernel          channels     norm  then
+    encoder.0            7               C -> 64      RN-B  ReLU
+    encoder.1            4, stride 2     64 -> 128    RN-B  ReLU
+    encoder.2            4, stride 2     128 -> 256   RN-B  ReLU
+    middle, 8 blocks of  3, dilation 2   256 -> 256   RN-L  ReLU
+                         3               256 -> 256   RN-L  + what the block began with
+    decoder.0            3               256 -> 512         pixel shuffle to 128, RN-L, ReLU
+    decoder.1            3               128 -> 256         pixel shuffle to 64, RN-L, ReLU
+    head                 7               64 -> C            (tanh + 1) / 2
+
+At 3 channels these are 11.60 million parameters. Kernels of 7 and those of the blocks see the image mirrored at its
+border, the others zeros. In the encoder, which is told the hole (RN-B), the released code scales hole and image apart;
+from there on each layer finds its region itself (RN-L). The hole is no channel of the input: the network sees it as
+voxels of one value.
+
+The released code has images from 0 to 1, holes filled with 1: `output="unit"`. Images with mean 0 and deviation 1 have
+no brightest value to stand for a hole and no bounds: by default holes are 0, which is their mean, and there is no tanh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional
+
+from segkit.models.region_layers import RegionNormBasic, RegionNormLearnable
+from segkit.models.region_norm import Rule, Statistics
+from segkit.models.slicewise import SlicewiseConfig
+
+REFERENCE = "Yu et al. 2020, arXiv 1911.10375"
+
+Output = Literal["linear", "unit"]
+
+
+class GeneratorConfig(SlicewiseConfig):
+    """Sizes of the generator and what it takes from the paper."""
+
+    width: int = Field(default=64, ge=1)
+    """Channels at full resolution; half of it has twice, a quarter four times as many."""
+    blocks: int = Field(default=8, ge=0)
+    """Residual blocks at a quarter of the resolution."""
+    output: Output = "linear"
+    """linear: any intensity, holes come in as 0; unit: intensities from 0 to 1, holes come in as 1, as released."""
+    statistics: Statistics = "instance"
+    """Whether regions are normalised in each image by itself or over the batch, as in the released code."""
+    paper_affine: bool = True
+    """Each region has its own shift; without it RN-B adds the shifts of both everywhere, as the released code does."""
+    threshold: float = Field(default=0.8, gt=0, lt=1)
+    """Response from which on a pixel belongs to RN-L's region."""
+
+    @model_validator(mode="after")
+    def _sees_one_slice(self) -> GeneratorConfig:
+        if self.neighbours:
+            raise ValueError("neighbours must be 0: a slice comes with its own hole, not with those of others")
+        return self
+
+
+SIZES: dict[str, dict[str, object]] = {
+    "paper": {},
+    "tiny": {"width": 16, "blocks": 2},
+}
+"""Size name -> the configuration it stands for."""
+
+
+def build_generator(config: GeneratorConfig, in_channels: int, out_channels: int, dims: int) -> nn.Module:
+    """A generator for images (B, in_channels, H, W) or, slice by slice, volumes (B, in_channels, D, H, W)."""
+    rule = Rule(stats=config.statistics)
+    full, half, quarter = (config.width * multiple for multiple in (1, 2, 4))
+
+    def down(conv: nn.Conv2d) -> Down:
+        norm = RegionNormBasic(conv.out_channels, rule=rule, paper_affine=config.paper_affine)
+        return Down(_started(conv), norm)
+
+    def learnable() -> RegionNormLearnable:
+        return RegionNormLearnable(2, threshold=config.threshold, rule=rule)
+
+    def block() -> ResidualBlock:
+        conv1, conv2 = (_started(MirroredConv2d(quarter, quarter, 3, dilation)) for dilation in (2, 1))
+        return ResidualBlock(conv1, learnable(), conv2, learnable())
+
+    generator = Generator(
+        encoder=[
+            down(MirroredConv2d(in_channels, full, 7)),
+            down(nn.Conv2d(full, half, 4, stride=2, padding=1)),
+            down(nn.Conv2d(half, quarter, 4, stride=2, padding=1)),
+        ],
+        middle=[block() for _ in range(config.blocks)],
+        decoder=[
+            Up(_started(nn.Conv2d(below, 4 * width, 3, padding=1)), learnable())
+            for below, width in ((quarter, half), (half, full))
+        ],
+        head=_started(MirroredConv2d(full, out_channels, 7)),
+        output=config.output,
+    )
+    return config.applied_to(generator, dims)
+
+
+class MirroredConv2d(nn.Conv2d):
+    """A convolution of odd kernel that keeps the size of (B, C, H, W), the image mirrored at its border.
+
+    Of a map too small for that the outermost pixels are repeated.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, dilation: int = 1) -> None:
+        super().__init__(inputs, outputs, kernel, dilation=dilation)
+        self.margin = dilation * (kernel // 2)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, inputs, H, W) to (B, outputs, H, W)."""
+        mode = "reflect" if min(input.shape[2:]) > self.margin else "replicate"
+        return super().forward(functional.pad(input, (self.margin,) * 4, mode=mode))
+
+
+def _started(conv: nn.Conv2d) -> nn.Conv2d:
+    """He-normal weights and zero biases; the released code's biases have deviation 1, by an argument left out."""
+    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+    nn.init.zeros_(conv.get_parameter("bias"))
+    return conv
+
+
+class Down(nn.Module):
+    """A convolution, RN-B and ReLU."""
+
+    def __init__(self, conv: nn.Conv2d, norm: RegionNormBasic) -> None:
+        super().__init__()
+        self.conv = conv
+        self.norm = norm
+
+    def forward(self, x: Tensor, hole: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C', H / stride, W / stride); `hole` (B, 1, *) on any grid."""
+        return functional.relu_(self.norm(self.conv(x), hole))
+
+
+class ResidualBlock(nn.Module):
+    """norm2(conv2(ReLU(norm1(conv1(x))))) + x."""
+
+    def __init__(self, conv1: nn.Module, norm1: nn.Module, conv2: nn.Module, norm2: nn.Module) -> None:
+        super().__init__()
+        self.conv1 = conv1
+        self.norm1 = norm1
+        self.conv2 = conv2
+        self.norm2 = norm2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same shape."""
+        y = functional.relu_(self.norm1(self.conv1(x)))
+        result: Tensor = x + self.norm2(self.conv2(y))
+        return result
+
+
+class Up(nn.Module):
+    """A convolution to four times the channels, which become four pixels, then RN-L and ReLU."""
+
+    def __init__(self, conv: nn.Module, norm: RegionNormLearnable) -> None:
+        super().__init__()
+        self.conv = conv
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C', 2 H, 2 W)."""
+        return functional.relu_(self.norm(functional.pixel_shuffle(self.conv(x), 2)))
+
+
+class Generator(nn.Module):
+    """The network of this file's table, assembled from built parts."""
+
+    def __init__(
+        self,
+        encoder: Sequence[Down],
+        middle: Sequence[nn.Module],
+        decoder: Sequence[nn.Module],
+        head: nn.Conv2d,
+        output: Output,
+    ) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleList(encoder)
+        self.middle = nn.Sequential(*middle)
+        self.decoder = nn.Sequential(*decoder)
+        self.head = head
+        self.output: Output = output
+        self.channels = encoder[0].conv.in_channels
+        self.divisor = (4, 4)
+        self.input_weights = ("encoder.0.conv.weight",)
+        self.head_prefixes = ("head.",)
+        self.encoder_prefix = "encoder."
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """Feature maps of the encoder, full resolution first; x as in `forward`."""
+        image, hole = x[:, : self.channels], x[:, self.channels : self.channels + 1] > 0.5
+        if hole.shape[1] == 0:
+            hole = torch.zeros_like(image[:, :1], dtype=torch.bool)
+        y = torch.where(hole, 1.0 if self.output == "unit" else 0.0, image)
+        features = []
+        for down in self.encoder:
+            y = down(y, hole)
+            features.append(y)
+        return features
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """An image, alone or with its hole, to (B, out_channels, H, W).
+
+        Args:
+            x: (B, channels, H, W), each axis a multiple of 4. With as many channels as the image has, nothing is
+                missing. The next channel is the hole, 1 in it, else 0; what the image holds there does not matter.
+                Further channels are not looked at.
+
+        Returns:
+            The restored image, made up everywhere: known pixels are to be put back. While training a list that holds
+            it.
+        """
+        y = self.head(self.decoder(self.middle(self.encode(x)[-1])))
+        if self.output == "unit":
+            y = (y.tanh() + 1) / 2
+        return [y] if self.training else y
