@@ -111,7 +111,7 @@ def inpaint(
         except DataError as error:
             raise as_request(error) from error
         if mask is None and lesions is None:
-            cohort = _find_voided(source, layout, cases)
+            cohort = _find_voided(source, output, layout, cases)
         else:
             cohort = _find(source, output, layout, modality, cases)
         predictor = _load(model, device or "auto", backend)
@@ -161,17 +161,16 @@ def _find(source: Path, output: Path, layout: str | None, modality: list[str] | 
     )
 
 
-def _find_voided(source: Path, layout: str | None, cases: Path | None) -> Cohort:
+def _find_voided(source: Path, output: Path, layout: str | None, cases: Path | None) -> Cohort:
     """The cases of a folder of the inpainting task."""
-    from segkit.data.layouts.synthesis import find_voided
+    from segkit.data.layouts.synthesis import SYNTHESIS_LAYOUT, find_voided
     from segkit.errors import DataError, RequestError
     from segkit.inference.cases import choose_cases
-    from segkit.inpainting.cases import CHALLENGE
 
-    if layout not in (None, CHALLENGE):
+    if layout not in (None, SYNTHESIS_LAYOUT):
         raise RequestError(f"nothing says what is missing of scans in layout {layout}", expected=_THREE_WAYS)
     try:
-        cohort = find_voided(source)
+        cohort = find_voided(source, exclude=output.resolve())
     except DataError as error:
         raise RequestError(
             f"nothing says what is missing: {error.found}", where=source, expected=_THREE_WAYS
@@ -236,6 +235,6 @@ def _tell_plan(request: Request, *, as_json: bool) -> None:
     if as_json:
         print_json({"cases": [*planned, *others]})
         return
-    rows = [(str(row["case"]), "planned", ", ".join(row["files"])) for row in planned]
+    rows = [(task.case.id, "planned", ", ".join(path.name for path in task.paths())) for task in tasks]
     rows += [(record.case, record.status, record.error or "done before") for record in decided]
     print_table("What would be done", ("case", "status", "files or reason"), rows)

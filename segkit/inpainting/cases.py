@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from segkit.data.case import Case, Cohort
 from segkit.data.files import read_volume, suffix_of
+from segkit.data.layouts.synthesis import SYNTHESIS_LAYOUT
 from segkit.errors import DataError, RequestError
 from segkit.inference.cases import is_same_file, refuse_odd_id, refuse_other_dims, refuse_unusable
 from segkit.inference.manifest import CaseRecord, Manifest
 from segkit.inference.matching import match_modalities
 from segkit.inference.worker import sentence
 from segkit.inpainting.masks import HoleSource
-from segkit.inpainting.worker import Filler, InpaintingRecord, InpaintingTask
+from segkit.inpainting.worker import Filler, FillingRecord, FillingTask
 
-CHALLENGE = "brats-inpainting"
-"""Layout of the BraTS local-synthesis task, whose results are named as it asks for them."""
-
-_VOIDED, _WHOLE = "-t1n-voided", "-t1n"
+_VOIDED = re.compile("(?<=t1n)-voided", re.IGNORECASE)
+"""What tells the name of a voided scan of BraTS local synthesis from that of the whole one beside it."""
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class InpaintingSettings:
 
 def plan_cases(
     filler: Filler, cohort: Cohort, output: Path, holes: HoleSource, settings: InpaintingSettings, manifest: Manifest
-) -> tuple[list[InpaintingTask], list[CaseRecord]]:
+) -> tuple[list[FillingTask], list[CaseRecord]]:
     """What is to be done, and the records of cases that need no work: done before, or impossible as they are.
 
     Raises:
@@ -50,7 +50,7 @@ def plan_cases(
         refuse_other_dims(cohort, filler.card.dims)
     if settings.bank is not None and cohort.dims == 2:
         raise RequestError("holds pictures", where=cohort.root, expected="volumes, for a bank", remedy="Omit --bank")
-    tasks: list[InpaintingTask] = []
+    tasks: list[FillingTask] = []
     records: list[CaseRecord] = []
     for case in cohort.cases:
         try:
@@ -58,10 +58,10 @@ def plan_cases(
             is_done = not settings.overwrites and _is_done(task, manifest)
         except DataError as error:
             _log.debug("%s cannot be done", case.id, exc_info=True)
-            records.append(InpaintingRecord(case.id, "failed", sentence(error)))
+            records.append(FillingRecord(case.id, "failed", sentence(error)))
             continue
         if is_done:
-            records.append(InpaintingRecord(case.id, "skipped", model=manifest.identity))
+            records.append(FillingRecord(case.id, "skipped", model=manifest.identity))
         else:
             tasks.append(task)
     return tasks, records
@@ -74,14 +74,14 @@ def _plan_case(
     holes: HoleSource,
     modalities: tuple[str, ...],
     settings: InpaintingSettings,
-) -> InpaintingTask:
+) -> FillingTask:
     refuse_odd_id(case.id)
     refuse_unusable(case)
     segmented = None if holes.segmenter is None else match_modalities(case, holes.segmenter.card.modalities)
     matched = match_modalities(case, modalities)
     suffix = ".nii.gz" if cohort.dims == 3 else ".png"
-    task = InpaintingTask(
-        _with_truth(matched) if settings.writes_anomaly and cohort.layout == CHALLENGE else matched,
+    task = FillingTask(
+        _with_truth(matched) if settings.writes_anomaly and cohort.layout == SYNTHESIS_LAYOUT else matched,
         _targets(matched, output, cohort),
         None if holes.segmenter else holes.mask_of(case),
         segmented,
@@ -103,7 +103,7 @@ def _plan_case(
 def _targets(case: Case, output: Path, cohort: Cohort) -> dict[str, Path]:
     """Modality -> the file it goes to; the colours of a picture go to one file."""
     if cohort.dims == 3:
-        mark = "-" if cohort.layout == CHALLENGE else "_"
+        mark = "-" if cohort.layout == SYNTHESIS_LAYOUT else "_"
         return {name: output / f"{case.id}{mark}{name}-inference.nii.gz" for name in case.images}
     files = list(case.images.values())
     # Other formats lose something of a picture, or cannot hold numbers of 32 bits.
@@ -121,10 +121,7 @@ def _with_truth(case: Case) -> Case:
     """
     images = {}
     for name, file in case.images.items():
-        if _VOIDED not in file.path.name:
-            images[name] = file
-            continue
-        whole = file.path.with_name(file.path.name.replace(_VOIDED, _WHOLE))
+        whole = file.path.with_name(_VOIDED.sub("", file.path.name))
         if not whole.exists():
             raise DataError(
                 "there is no image to compare with: in the voided one the hole is empty",
@@ -136,7 +133,7 @@ def _with_truth(case: Case) -> Case:
     return replace(case, images=images)
 
 
-def _is_done(task: InpaintingTask, manifest: Manifest) -> bool:
+def _is_done(task: FillingTask, manifest: Manifest) -> bool:
     """Whether the case was done before in the same way; refuses to replace an image that was not made so."""
     case_id = task.case.id
     targets = set(task.targets.values())

@@ -15,7 +15,7 @@ from segkit.inference.pipeline import Executor, LocalExecutor
 from segkit.inpainting.bank import BankWriter
 from segkit.inpainting.cases import InpaintingSettings, plan_cases
 from segkit.inpainting.masks import HoleSource
-from segkit.inpainting.worker import Filler, InpaintingRecord, InpaintingWorker
+from segkit.inpainting.worker import Filler, FillingRecord, FillingWorker
 from segkit.runtime import environment
 
 _log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def inpaint_folder(
     def note(record: CaseRecord) -> None:
         if bank is not None and record.status != "failed":
             bank.add(cases[record.case])
-        if isinstance(record, InpaintingRecord) and record.note is not None:
+        if isinstance(record, FillingRecord) and record.note is not None:
             _log.warning("%s: %s", record.case, record.note)
         manifest.add(record)
         on_record(record)
@@ -68,7 +68,7 @@ def inpaint_folder(
         note(record)
     executor = executor or LocalExecutor()
     is_plain = isinstance(executor, LocalExecutor) and executor.workers == 0
-    worker = InpaintingWorker(filler, holes.segmenter, holes.margin_mm, manifest.identity, uses_threads=not is_plain)
+    worker = FillingWorker(filler, holes.segmenter, holes.margin_mm, manifest.identity, uses_threads=not is_plain)
     for record in executor.map(worker, tasks):
         note(record)
     return manifest.to_json()

@@ -58,7 +58,7 @@ class Filler(Protocol):
 
 
 @dataclass(frozen=True)
-class InpaintingTask:
+class FillingTask:
     """One case to fill: its images under the model's modality names, and a file for each of them to write.
 
     What is missing is marked by `mask` or, where that is None, found by the segmenter in `segmented`. Modalities that
@@ -84,7 +84,7 @@ class InpaintingTask:
 
 
 @dataclass(frozen=True)
-class InpaintingRecord(CaseRecord):
+class FillingRecord(CaseRecord):
     """What became of one case, with the number of voxels that were made up; `note` is what a user should know."""
 
     made_up_voxels: int = 0
@@ -92,7 +92,7 @@ class InpaintingRecord(CaseRecord):
 
 
 @dataclass(frozen=True)
-class InpaintingWorker:
+class FillingWorker:
     """Fills cases with one model; `segmenter` finds what is missing of cases without a mask, enlarged by `margin_mm`.
 
     `identity` tells in the records how the cases were filled.
@@ -105,19 +105,19 @@ class InpaintingWorker:
     uses_threads: bool = True
     """Read the files of a case side by side."""
 
-    def begin(self, task: InpaintingTask) -> InpaintingJob:
+    def begin(self, task: FillingTask) -> FillingJob:
         """The work on one case, not yet started."""
-        return InpaintingJob(self, task)
+        return FillingJob(self, task)
 
-    def __call__(self, task: InpaintingTask) -> CaseRecord:
+    def __call__(self, task: FillingTask) -> CaseRecord:
         """All of the work on one case, without threads; never raises but for what ends the whole program."""
         return run_whole(self.begin(task))
 
 
-class InpaintingJob:
+class FillingJob:
     """The stages of one case: `read`, then `compute`, whose one part, the filled image, goes to `finish`."""
 
-    def __init__(self, worker: InpaintingWorker, task: InpaintingTask) -> None:
+    def __init__(self, worker: FillingWorker, task: FillingTask) -> None:
         self.worker = worker
         self.task = task
         self.modalities = tuple(task.targets)
@@ -165,7 +165,7 @@ class InpaintingJob:
             raise DataError("the model made up NaN or infinity", where=self.task.case.id, remedy="Train it again")
         yield filled
 
-    def finish(self, parts: Iterator[Image]) -> InpaintingRecord:
+    def finish(self, parts: Iterator[Image]) -> FillingRecord:
         """Write the image, with what else was asked for.
 
         Raises:
@@ -194,7 +194,7 @@ class InpaintingJob:
         """Nothing: the windows are as small as they can be."""
         return
 
-    def failed(self, error: BaseException) -> InpaintingRecord:
+    def failed(self, error: BaseException) -> FillingRecord:
         """The record of the case when a stage raised `error`; with -v the trace is told too."""
         _log.debug("%s failed", self.task.case.id, exc_info=error)
         return self._record(sentence(error))
@@ -223,8 +223,8 @@ class InpaintingJob:
                 plane[self.hole] = in_type(filled[index, self.hole], plane.dtype)
             write_image(target, np.stack(planes, -1), self.grid)  # (H, W, C)
 
-    def _record(self, error: str | None, note: str | None = None) -> InpaintingRecord:
-        return InpaintingRecord(
+    def _record(self, error: str | None, note: str | None = None) -> FillingRecord:
+        return FillingRecord(
             self.task.case.id,
             "done" if error is None else "failed",
             error,

@@ -1,0 +1,277 @@
+"""`segkit inpaint` as a user types it, with a network of the table whose weights are random."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+import segkit
+import segkit.cli
+from segkit.checkpoint import ModelCard, save_model
+from segkit.data.phantom import make_phantom
+from segkit.inference import graph
+from segkit.labels import SCHEMES, outputs_of
+
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+SIZE = 24
+
+
+@pytest.fixture(autouse=True)
+def _only_these_verbs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segkit.cli, "VERBS", {verb: segkit.cli.VERBS[verb] for verb in ("inpaint", "export")})
+    monkeypatch.setattr(graph, "_by_capture", graph._by_tracing)
+
+
+def call(*arguments: object, verb: str = "inpaint") -> int:
+    if verb == "inpaint" and "-d" not in arguments:
+        arguments = (*arguments, "-d", "cpu")
+    with pytest.raises(SystemExit) as leave:
+        segkit.cli.main([verb, *(str(argument) for argument in arguments)])
+    return int(leave.value.code or 0)
+
+
+def write_run(
+    folder: Path, modalities: tuple[str, ...] = ("t1n",), context: str = "mirror", family: str = "inpainter"
+) -> Path:
+    """A run folder with a small network whose weights are random."""
+    torch.manual_seed(0)
+    count = len(modalities)
+    chosen: dict[str, Any] = {"widths": (4, 8), "context": context} if family == "inpainter" else {}
+    network = segkit.build_model(family, in_channels=count, out_channels=count, **chosen)
+    for parameter in network.parameters():
+        if not parameter.any():  # scales, shifts and the head, which begin at 0
+            torch.nn.init.normal_(parameter, std=0.2)
+    document: dict[str, Any] = {
+        "task": "inpainting",
+        "network": {"family": family, "in_channels": count, "out_channels": count, "arguments": chosen},
+        "modalities": modalities,
+        "patch_size": (16, 16, 16),
+        "divisor": network.divisor,
+        "context": context,
+        "training_data": {"identity": "none", "cases": 0},
+    }
+    save_model(folder, network.state_dict(), ModelCard.model_validate(document))
+    return folder
+
+
+def write_segmenter(folder: Path) -> Path:
+    """A run folder of a network of FLAIR whose weights are random but for a bias, so that it marks a few voxels."""
+    torch.manual_seed(0)
+    scheme = SCHEMES["brats2023"]
+    network = segkit.build_model("revmbunet", size="tiny", widths=(4, 8), in_channels=1, out_channels=3).eval()
+    with torch.no_grad():
+        noise = torch.randn(1, 1, 16, 16, 16)
+        bias = network.get_parameter("heads.0.bias")
+        bias -= network(noise).flatten(2).quantile(0.97, 2)[0]
+    document: dict[str, Any] = {
+        "network": {
+            "family": "revmbunet",
+            "size": "tiny",
+            "in_channels": 1,
+            "out_channels": 3,
+            "arguments": {"widths": (4, 8)},
+        },
+        "modalities": ("t2f",),
+        "patch_size": (16, 16, 16),
+        "divisor": network.divisor,
+        "activation": "sigmoid",
+        "outputs": [{"name": o.name, "label": o.label, "members": o.members} for o in outputs_of(scheme)],
+        "label_scheme": scheme.to_json(),
+        "training_data": {"identity": "none"},
+    }
+    save_model(folder, network.state_dict(), ModelCard.model_validate(document))
+    return folder
+
+
+def save(path: Path, values: NDArray[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(values, LPS), path)
+    return path
+
+
+def voxels(path: Path) -> NDArray[Any]:
+    return np.asarray(nib.load(path).dataobj)
+
+
+def hole() -> NDArray[np.uint8]:
+    mask = np.zeros(make_phantom(1, size=SIZE).shape, np.uint8)
+    mask[8:13, 10:14, 7:11] = 1
+    return mask
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("model") / "run")
+
+
+@pytest.fixture
+def challenge(tmp_path: Path) -> Path:
+    """A training case of the challenge, with the whole image, and a test case without."""
+    for number in (1, 2):
+        name = f"BraTS-GLI-0000{number}-000"
+        image = make_phantom(number, size=SIZE).images["t1n"]
+        save(tmp_path / "challenge" / name / f"{name}-t1n-voided.nii.gz", np.where(hole(), 0, image).astype(np.int16))
+        save(tmp_path / "challenge" / name / f"{name}-mask.nii.gz", hole())
+        if number == 1:
+            save(tmp_path / "challenge" / name / f"{name}-t1n.nii.gz", image)
+    return tmp_path / "challenge"
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Path:
+    """Two cases of BraTS 2023 with T1 and FLAIR, without references."""
+    for number in (1, 2):
+        name = f"BraTS-GLI-0000{number}-000"
+        images = make_phantom(number, size=SIZE).images
+        for modality in ("t1n", "t2f"):
+            save(tmp_path / "scans" / name / f"{name}-{modality}.nii.gz", images[modality])
+    return tmp_path / "scans"
+
+
+def test_the_challenge(run: Path, challenge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert call("-m", run, "-i", challenge, "-o", out, "--json") == 0
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
+    assert document == json.loads((out / "manifest.json").read_text())
+    assert [(entry["status"], entry["made_up_voxels"]) for entry in document["cases"]] == [("done", 80)] * 2
+    assert "[2/2] BraTS-GLI-00002-000: done (read" in captured.err
+    name = "BraTS-GLI-00002-000"
+    before, after = (
+        voxels(challenge / name / f"{name}-t1n-voided.nii.gz"),
+        voxels(out / f"{name}-t1n-inference.nii.gz"),
+    )
+    assert after.dtype == before.dtype
+    assert np.array_equal(after[hole() == 0], before[hole() == 0])
+    assert len(np.unique(after[hole() == 1])) > 20
+    assert call("-m", run, "-i", challenge, "-o", out, "-q") == 0
+    assert [entry["status"] for entry in json.loads((out / "manifest.json").read_text())["cases"]] == ["skipped"] * 2
+
+
+def test_anomaly_of_the_challenge_needs_the_whole_image(
+    run: Path, challenge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert call("-m", run, "-i", challenge, "-o", out, "--anomaly") == 1
+    assert (
+        "BraTS-GLI-00002-000: failed: BraTS-GLI-00002-000: there is no image to compare with" in capsys.readouterr().err
+    )
+    anomaly = voxels(out / "BraTS-GLI-00001-000_anomaly.nii.gz")
+    assert anomaly[hole() == 1].max() > 0
+    assert not (out / "BraTS-GLI-00002-000-t1n-inference.nii.gz").exists()
+
+
+def test_one_scan_with_one_mask(run: Path, scans: Path, tmp_path: Path) -> None:
+    scan = scans / "BraTS-GLI-00001-000" / "BraTS-GLI-00001-000-t1n.nii.gz"
+    mask = save(tmp_path / "drawn.nii.gz", hole())
+    assert call("-m", run, "-i", scan, "-o", tmp_path / "out", "--mask", mask, "-q") == 0
+    (found,) = (tmp_path / "out").glob("*.nii.gz")
+    assert found.name == "BraTS-GLI-00001-000_t1n-inference.nii.gz"
+    changed = voxels(found) != voxels(scan)
+    assert changed.any()
+    assert not changed[hole() == 0].any()
+
+
+def test_lesions_that_a_model_finds(scans: Path, tmp_path: Path) -> None:
+    """The model of lesions sees FLAIR, the other one T1."""
+    run, segmenter, bank = write_run(tmp_path / "run"), write_segmenter(tmp_path / "segmenter"), tmp_path / "bank"
+    options = ("--lesions", segmenter, "--margin", 2, "--anomaly", "--bank", bank, "--backend", "torch", "-q")
+    assert call("-m", run, "-i", scans, "-o", tmp_path / "out", *options) == 0
+    document = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert document["holes"]["margin_mm"] == 2
+    assert len(document["holes"]["sha256"][0]) == 64
+    name = "BraTS-GLI-00002-000"
+    made_up = voxels(tmp_path / "out" / f"{name}_hole.nii.gz")
+    scan, filled = (
+        voxels(scans / name / f"{name}-t1n.nii.gz"),
+        voxels(tmp_path / "out" / f"{name}_t1n-inference.nii.gz"),
+    )
+    marked = segkit.Predictor.load(segmenter)(scans / name).labels != 0
+    assert 0 < marked.sum() < made_up.sum()
+    assert made_up[marked].all()
+    assert np.array_equal(scan[made_up == 0], filled[made_up == 0])
+    assert np.array_equal(voxels(bank / name / f"{name}_t1n.nii.gz"), filled)
+    assert np.array_equal(voxels(bank / name / f"{name}_lesion.nii.gz"), made_up)
+    banked = json.loads((bank / "bank.json").read_text())
+    assert [case["patient"] for case in banked["cases"]] == ["BraTS-GLI-00001", "BraTS-GLI-00002"]
+
+
+def test_dry_run_writes_nothing(run: Path, challenge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (challenge / "BraTS-GLI-00002-000" / "BraTS-GLI-00002-000-mask.nii.gz").unlink()
+    options = ("-m", run, "-i", challenge, "-o", tmp_path / "out", "--bank", tmp_path / "bank", "--dry-run")
+    assert call(*options, "--json") == 0
+    cases = json.loads(capsys.readouterr().out)["cases"]
+    assert [case["status"] for case in cases] == ["planned", "failed"]
+    assert cases[0]["files"][0] == str(tmp_path / "out" / "BraTS-GLI-00001-000-t1n-inference.nii.gz")
+    assert len(cases[0]["files"]) == 3
+    assert "has no mask" in cases[1]["error"]
+    assert call(*options) == 0
+    table = capsys.readouterr().out
+    assert "BraTS-GLI-00001-000-t1n-inference.nii.gz" in table
+    assert "failed" in table
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "bank").exists()
+
+
+def test_wrong_requests_run_nothing(
+    run: Path, scans: Path, challenge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mask, out = save(tmp_path / "drawn.nii.gz", hole()), tmp_path / "out"
+    segmenter = write_segmenter(tmp_path / "segmenter")
+    (tmp_path / "list.txt").write_text("BraTS-GLI-00009-000\n")
+    requests: list[tuple[tuple[object, ...], str]] = [
+        ((run, scans), "nothing says what is missing: no voided scan is there"),
+        ((run, scans), "--mask FILE_OR_FOLDER for what is missing, --lesions MASKS_OR_MODEL for lesions to fill"),
+        ((run, scans, "--layout", "brats2023"), "nothing says what is missing of scans in layout brats2023"),
+        ((run, scans, "--mask", mask, "--lesions", mask), "--mask and --lesions both say what is filled"),
+        ((run, scans, "--mask", mask), "is one mask, and there are 2 cases"),
+        ((run, scans, "--lesions", tmp_path / "nowhere"), "no such file or folder"),
+        ((segmenter, challenge), "this is a segmentation model, which fills no holes"),
+        ((tmp_path / "nowhere", challenge), "holds no model.json"),
+        ((run, challenge, "--bank", challenge / "bank"), "lies in the input folder"),
+        ((run, challenge, "--cases", tmp_path / "list.txt"), "1 of the cases asked for are not there"),
+    ]
+    for (model, data, *options), sentence in requests:
+        assert call("-m", model, "-i", data, "-o", out, *options) == 2
+        assert sentence in " ".join(capsys.readouterr().err.split())
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("modalities", "context"), [(("t1n",), "mirror"), (("t1n", "t2f"), "hole"), (("t1n", "t2f"), "mirror")]
+)
+def test_an_export_fills_as_the_network_does(
+    scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], modalities: tuple[str, ...], context: str
+) -> None:
+    run, exported = write_run(tmp_path / "run", modalities, context), tmp_path / "export"
+    assert call("-m", run, "-o", exported, "--json", verb="export") == 0
+    (written,) = json.loads(capsys.readouterr().out)["models"]
+    assert set(written["export"]["parity"]) == {"torch", "onnxruntime", "openvino"}
+    assert written["export"]["parity"]["onnxruntime"]["dice"] is None
+    mask = save(tmp_path / "masks" / "BraTS-GLI-00001-000.nii.gz", hole())
+    scan = scans / "BraTS-GLI-00001-000"
+    images = {}
+    for backend, model in (("torch", run), ("onnxruntime", exported), ("openvino", exported)):
+        options = ("--mask", mask.parent, "--backend", backend, "-q")
+        assert call("-m", model, "-i", scan, "-o", tmp_path / backend, *options) == 0
+        document = json.loads((tmp_path / backend / "manifest.json").read_text())
+        assert document["cases"][0]["backend"] == backend
+        images[backend] = voxels(tmp_path / backend / f"BraTS-GLI-00001-000_{modalities[-1]}-inference.nii.gz")
+    assert np.abs(images["onnxruntime"].astype(int) - images["openvino"])[hole() == 1].max() <= 1
+    # The windows of a graph have one size, those of torch have more room around a hole.
+    assert np.abs(images["onnxruntime"].astype(int) - images["torch"])[hole() == 1].mean() < images["torch"].std()
+
+
+def test_an_export_of_inpainting_has_no_other_precision(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("-m", run, "-o", tmp_path / "export", "--precision", "fp16", verb="export") == 2
+    assert "fp16 is judged by masks" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "export").exists()
