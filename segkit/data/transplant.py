@@ -86,10 +86,12 @@ class Lesion:
         shape = np.array(volume.shape[1:])
         own = np.array(self.middle) * shape - np.array(self.labels.shape) / 2
         shifts = [generator.uniform(-_SHIFT, _SHIFT, len(shape)) for _ in range(_TRIES)]
+        voxels = np.argwhere((self.labels > 0) & (self.weight > 0))
+        voxels = voxels[:: 1 + len(voxels) // _MOST_VOXELS_TRIED]
         best, best_share = None, _LEAST_TISSUE
         for shift in [*shifts, np.zeros(len(shape))]:
             corner = tuple(np.rint(own + shift * shape).astype(int).tolist())
-            share = self._share_in_tissue(volume, corner)
+            share = _share_in_tissue(volume, voxels + corner)
             if share >= best_share:
                 best, best_share = corner, share
             if share >= _ENOUGH_TISSUE:
@@ -109,16 +111,6 @@ class Lesion:
             offset = there[:, shell].mean(axis=1) - image[:, shell].mean(axis=1)
             image = image + offset.reshape(-1, *(1,) * labels.ndim)
         return Transplant(tuple(max(first, 0) for first in corner), image, np.where(weight > 0, labels, 0), weight)
-
-    def _share_in_tissue(self, volume: Image, corner: Sequence[int]) -> float:
-        """Share of the lesion's voxels, or of a thousand of them, that would lie in tissue."""
-        voxels = np.argwhere((self.labels > 0) & (self.weight > 0))
-        voxels = voxels[:: 1 + len(voxels) // _MOST_VOXELS_TRIED] + np.array(corner)
-        is_inside = ((voxels >= 0) & (voxels < volume.shape[1:])).all(axis=1)
-        if not is_inside.any():
-            return 0.0
-        is_tissue = volume[(slice(None), *voxels[is_inside].T)].any(axis=0)
-        return float(is_tissue.sum()) / len(voxels)
 
 
 def cut_lesion(case: PreparedCase, voxel: Sequence[int]) -> Lesion:
@@ -140,6 +132,15 @@ def cut_lesion(case: PreparedCase, voxel: Sequence[int]) -> Lesion:
     shape = case.labels.shape
     middle = tuple((side.start + size / 2) / whole for side, size, whole in zip(box, labels.shape, shape, strict=True))
     return Lesion(image, np.where(is_lesion, labels, 0), weight, middle)
+
+
+def _share_in_tissue(volume: Image, voxels: NDArray[np.intp]) -> float:
+    """Share of the voxels (N, axes) that lie in tissue of `volume` (C, *spatial); those outside do not."""
+    is_inside = ((voxels >= 0) & (voxels < volume.shape[1:])).all(axis=1)
+    if not is_inside.any():
+        return 0.0
+    is_tissue = volume[(slice(None), *voxels[is_inside].T)].any(axis=0)
+    return float(is_tissue.sum()) / len(voxels)
 
 
 def _overlap(
