@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 _CONVENTIONS = "brats2018, brats2020, brats2021, brats2023, brats2024, msd, nnunet or bids"
+_DEFAULT = "brats2021"
 
 
 def phantom(
@@ -17,7 +18,9 @@ def phantom(
     size: Annotated[
         int, typer.Option("--size", min=24, help="Voxels along an axis, 1 mm each; the height is 0.8 of it.")
     ] = 64,
-    convention: Annotated[str, typer.Option("--convention", help=f"{_CONVENTIONS}.")] = "brats2021",
+    convention: Annotated[
+        str | None, typer.Option("--convention", help=f"{_CONVENTIONS}. [default: brats2021]", show_default=False)
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Another seed, other patients.")] = 0,
     with_problems: Annotated[
         bool,
@@ -25,16 +28,38 @@ def phantom(
             "--with-problems", help="Spoil four cases: missing modality, flipped affine, truncated file, stray label."
         ),
     ] = False,
+    inpainting: Annotated[
+        bool,
+        typer.Option(
+            "--inpainting",
+            help="Folders of BraTS local synthesis instead: T1 whole and voided, masks of healthy hole and tumour.",
+        ),
+    ] = False,
 ) -> None:
     """Write seeded BraTS-like phantoms, with references, in the layout of any year."""
+    from segkit.data.phantom_inpainting import write_inpainting_phantoms
     from segkit.data.phantom_layouts import write_phantoms, write_phantoms_with_problems
 
     numbers = range(1, cases + 1)
-    if with_problems:
+    if inpainting:
+        _refuse_conflicts(convention, with_problems)
+        convention = "brats-inpainting"
+        write_inpainting_phantoms(output, numbers, size=size, seed=seed)
+    elif with_problems:
+        convention = convention or _DEFAULT
         _, problems = write_phantoms_with_problems(output, numbers, convention=convention, size=size, seed=seed)
         for problem in problems:
             typer.echo(f"Planted in {problem}")
     else:
+        convention = convention or _DEFAULT
         write_phantoms(output, numbers, convention=convention, size=size, seed=seed)
     folder = shlex.quote(str(output))
     typer.echo(f"Wrote {cases} phantoms in the convention {convention}. Next: segkit check {folder}")
+
+
+def _refuse_conflicts(convention: str | None, with_problems: bool) -> None:
+    from segkit.errors import RequestError
+
+    other = "--with-problems" if with_problems else "--convention" if convention is not None else None
+    if other is not None:
+        raise RequestError(f"--inpainting and {other} do not go together", remedy="Leave one of them out")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from segkit.data.files import write_image, write_labels
-from segkit.data.geometry import reorientation_to, reoriented_grid
+from segkit.data.geometry import Reorientation, reorientation_to, reoriented_grid
 from segkit.data.phantom import PHANTOM_SCHEME, Phantom, make_phantom
 from segkit.data.volume import Grid
 from segkit.errors import DataError, Problem, RequestError
@@ -55,6 +55,14 @@ class PhantomLayout:
     def is_stacked(self) -> bool:
         """Whether all sequences lie in one 4D file."""
         return "{suffix}" not in self.image
+
+    def place(self, shape: tuple[int, ...]) -> tuple[Reorientation, Grid]:
+        """How arrays of a shape in RAS order are turned for the files, and where their voxels then lie."""
+        affine = np.eye(4)
+        affine[:3, 3] = self.origin_mm(shape)
+        upright = Grid(shape, affine)
+        turn = reorientation_to(upright, self.orientation)
+        return turn, reoriented_grid(upright, turn)
 
 
 def _atlas_origin(shape: tuple[int, ...]) -> tuple[float, ...]:
@@ -269,9 +277,14 @@ def _choose(convention: str, root: Path) -> PhantomLayout:
     layout = PHANTOM_LAYOUTS.get(convention)
     if layout is None:
         raise RequestError(f"convention {convention!r} is not known", expected="one of " + ", ".join(PHANTOM_LAYOUTS))
+    require_empty(root)
+    return layout
+
+
+def require_empty(root: Path) -> None:
+    """Refuse a folder that holds something; RequestError."""
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise RequestError("there is something here already", where=root, remedy="Name a new or an empty folder")
-    return layout
 
 
 def _write_all(
@@ -295,11 +308,7 @@ def _write_all(
 
 
 def _as_session(layout: PhantomLayout, phantom: Phantom) -> _Session:
-    affine = np.eye(4)
-    affine[:3, 3] = layout.origin_mm(phantom.shape)
-    upright = Grid(phantom.shape, affine)
-    turn = reorientation_to(upright, layout.orientation)
-    grid = reoriented_grid(upright, turn)
+    turn, grid = layout.place(phantom.shape)
     return _Session(
         images={modality: turn.apply(phantom.images[modality]) for modality in layout.suffixes},
         labels=turn.apply(translate(phantom.labels, PHANTOM_SCHEME, SCHEMES[layout.scheme])),

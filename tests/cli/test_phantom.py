@@ -44,3 +44,20 @@ def test_an_unknown_convention_is_a_wrong_request(app: typer.Typer, tmp_path: Pa
     with pytest.raises(RequestError, match="convention 'brats1999' is not known") as caught:
         CliRunner().invoke(app, [str(tmp_path / "x"), "--convention", "brats1999"], catch_exceptions=False)
     assert caught.value.exit_code == 2
+
+
+def test_writes_the_folders_of_local_synthesis(app: typer.Typer, tmp_path: Path) -> None:
+    arguments = [str(tmp_path), "--cases", "1", "--size", "32", "--inpainting"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "in the convention brats-inpainting" in result.stdout
+    assert sorted(path.name.removeprefix("BraTS-GLI-00001-000-") for path in tmp_path.rglob("*.nii.gz")) == [
+        f"{ending}.nii.gz" for ending in ("mask-healthy", "mask-unhealthy", "mask", "t1n-voided", "t1n")
+    ]
+
+
+@pytest.mark.parametrize("other", [["--with-problems"], ["--convention", "msd"]])
+def test_inpainting_has_a_convention_of_its_own(other: list[str], app: typer.Typer, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=f"--inpainting and {other[0]} do not go together"):
+        CliRunner().invoke(app, [str(tmp_path / "x"), "--inpainting", *other], catch_exceptions=False)
+    assert not (tmp_path / "x").exists()
