@@ -62,7 +62,7 @@ class RegionNormBasic(nn.Module):
         """
         masks = masks_of(x, resize_regions(regions, x.shape[2:], keeps_thin=self.keeps_thin), len(self.gamma))
         beta = self.beta if self.paper_affine else self.beta.sum(0, keepdim=True).expand_as(self.beta)
-        return normalise_regions(x, masks, masks, 1 + self.gamma.mT, beta.mT, self.rule)
+        return normalise_regions(x, masks, masks, 1 + self.gamma.transpose(0, 1), beta.transpose(0, 1), self.rule)
 
 
 class RegionNormLearnable(nn.Module):

@@ -122,7 +122,7 @@ def _by_formula(x: Tensor, masks: Tensor, weights: Tensor, gain: Tensor, bias: T
     with _full_precision(x):
         voxels = x.flatten(2).to(masks.dtype)
         sizes = masks.sum(2)[:, None]
-        means = voxels @ masks.mT / sizes.clamp(min=1)
+        means = voxels @ masks.transpose(1, 2) / sizes.clamp(min=1)
         squares = [((voxels - means[:, :, k, None]).square() * masks[:, None, k]).sum(2) for k in range(masks.shape[1])]
         moments = _Moments(means, torch.stack(squares, 2), sizes)
         scale, shift = _scale_and_shift(moments, gain, bias, rule, voxels.shape[2], weights.shape[1])
