@@ -12,7 +12,7 @@ from torch import nn
 
 from segkit.config.base import Config
 from segkit.errors import RequestError
-from segkit.models import planar, r2unet, revmbunet, stunet, vit
+from segkit.models import generator, planar, r2unet, revmbunet, stunet, vit
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,14 @@ MODELS: dict[str, ModelEntry] = {
         sizes=vit.SIZES,
         dims=(2, 3),
         reference=vit.REFERENCE,
+    ),
+    "generator": ModelEntry(
+        config=generator.GeneratorConfig,
+        build=generator.build_generator,
+        sizes=generator.SIZES,
+        dims=(2, 3),
+        reference=generator.REFERENCE,
+        default_size="paper",
     ),
 }
 """Family name -> entry."""
