@@ -67,13 +67,13 @@ def test_mean_is_that_of_known_tissue():
 
 
 def test_mirror_is_shifted_to_the_shell_and_the_mean_serves_elsewhere():
-    image = np.array([[[5, 5, 0, 0, 0, 0, 7, 7]]], np.float32)
+    image = np.array([[[2, 6, 0, 0, 0, 0, 7, 9]]], np.float32)
     mirrored = np.array([[[2, 2, 3, 0, 4, 9, 4, 4]]], np.float32)
     hole = np.array([[False, False, True, True, True, True, False, False]])
     is_known = np.array([[True, True, True, True, True, False, True, True]])
-    # Shell: the image's mean is (5 + 5 + 7 + 7) / 4 = 6, the mirrored one's 3. Tissue moves up by 3, background stays,
+    # Shell: the image's mean is (2 + 6 + 7 + 9) / 4 = 6, the mirrored one's 3. Tissue moves up by 3, background stays,
     # what is not known gets the mean.
-    assert mirror_fill(image, hole, mirrored, is_known).tolist() == [[[5, 5, 6, 0, 7, 6, 7, 7]]]
+    assert mirror_fill(image, hole, mirrored, is_known).tolist() == [[[2, 6, 6, 0, 7, 6, 7, 9]]]
 
 
 def test_mirror_without_a_shell_is_not_shifted():
