@@ -103,7 +103,7 @@ class ModelCard(Config):
     """The contents of `model.json`: everything needed to use the weights beside it.
 
     Sizes and patches are in voxels, spacings in mm, both in the axis order of `segkit.shapes` after orientation.
-    `activation`, `outputs` and `label_scheme` belong to segmentation only.
+    `activation`, `outputs` and `label_scheme` belong to segmentation only, `context` to inpainting.
     """
 
     task: Literal["segmentation", "pretraining", "inpainting"] = "segmentation"
@@ -126,6 +126,8 @@ class ModelCard(Config):
     crop: Crop = "nonzero"
     mirror_axes: tuple[int, ...] | None = None
     """Axes that training mirrored, which test-time mirroring may use; null means all of them."""
+    context: Literal["none", "hole", "mirror"] = "none"
+    """What an inpainting network is given besides the image, see `input_channels`."""
     activation: Literal["sigmoid", "softmax"] | None = None
     outputs: tuple[OutputCard, ...] = ()
     label_scheme: SchemeCard | None = None
@@ -139,6 +141,14 @@ class ModelCard(Config):
     export: ExportCard | None = None
     """The ONNX files beside the card, where `segkit export` wrote it."""
     training_data: TrainingData
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of the one tensor that the network is called with.
+
+        Those of the image; for an inpainting network then the hole, and the mirrored image with where it is known.
+        """
+        return self.network.in_channels + {"none": 0, "hole": 1, "mirror": 2 + self.network.in_channels}[self.context]
 
     def preprocessing(self) -> PreprocessingConfig:
         """How a case is prepared for this network."""
@@ -171,6 +181,8 @@ class ModelCard(Config):
         document = self.model_dump(mode="json")
         if self.export is None:
             del document["export"]
+        if self.task != "inpainting":
+            del document["context"]
         if self.task != "segmentation":
             for key in ("activation", "outputs", "label_scheme", "postprocessing"):
                 del document[key]

@@ -25,17 +25,29 @@ class Verb(StrEnum):
 
     TRAIN = "train"
     PRETRAIN = "pretrain"
+    INPAINTING = "inpainting"
 
 
-VerbOption = Annotated[Verb, typer.Option("--for", help="The verb whose settings they are.")]
+VerbOption = Annotated[
+    Verb,
+    typer.Option("--for", help="The verb whose settings they are; inpainting: `segkit pretrain --method inpainting`."),
+]
 
 
 @app.command()
 def show(preset: BarePresetOption = None, settings: SetOption = None, verb: VerbOption = Verb.TRAIN) -> None:
     """Print the settings of a run as YAML, each with what it means; null is decided by planning."""
-    from segkit.config.loading import PRESETS, PRETRAINING_PRESETS, annotated_yaml, build_config, preset_layers
+    from segkit.config.loading import (
+        INPAINTING_PRESETS,
+        PRESETS,
+        PRETRAINING_PRESETS,
+        annotated_yaml,
+        build_config,
+        preset_layers,
+    )
 
-    layers = preset_layers(preset, PRESETS if verb is Verb.TRAIN else PRETRAINING_PRESETS)
+    presets = {Verb.TRAIN: PRESETS, Verb.PRETRAIN: PRETRAINING_PRESETS, Verb.INPAINTING: INPAINTING_PRESETS}
+    layers = preset_layers(preset, presets[verb])
     config = build_config(_config_of(verb), [*layers, ("--set", parse_settings(settings))])
     typer.echo(annotated_yaml(config), nl=False)
 
@@ -70,6 +82,10 @@ def _config_of(verb: Verb) -> type[RunConfig]:
         from segkit.pretraining.config import PretrainConfig
 
         return PretrainConfig
+    if verb is Verb.INPAINTING:
+        from segkit.inpainting.config import InpaintingConfig
+
+        return InpaintingConfig
     from segkit.training.config import TrainConfig
 
     return TrainConfig

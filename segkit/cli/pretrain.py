@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -35,17 +35,21 @@ from segkit.cli.train import BudgetOption, ConfigOption, ExcludeOption, ResumeOp
 from segkit.errors import RequestError
 
 if TYPE_CHECKING:
-    from segkit.pretraining.run import PretrainSummary
+    from segkit.config.base import Config
+    from segkit.training.unlabelled import UnlabelledRequest, UnlabelledSummary
 
 FoldersArgument = Annotated[
     list[Path], typer.Argument(help="Folders with images, in any layout; references are not looked at.")
 ]
 MethodOption = Annotated[
-    str | None, typer.Option("--method", help="graph-matching (default), masked or contrastive.", show_default=False)
+    str | None,
+    typer.Option("--method", help="graph-matching (default), masked, contrastive or inpainting.", show_default=False),
 ]
 EncoderOption = Annotated[
     str | None,
-    typer.Option("--encoder", help="Network: a family (revmbunet, stunet, r2unet, vit) or an smp encoder (resnet50)."),
+    typer.Option(
+        "--encoder", help="Network: a family (revmbunet, stunet, inpainter ...) or an smp encoder (resnet50)."
+    ),
 ]
 BeginOption = Annotated[
     Path | None, typer.Option("--weights", help="Weights to begin with: run folder, .safetensors, .pth, .torch.")
@@ -76,26 +80,28 @@ def pretrain(
     """Train an encoder on images without labels; `segkit train --weights RUN` begins with it.
 
     Networks for images (smp, vit) learn from slices of volumes or from pictures, the others from crops of volumes. One
-    patient in five is held out to measure what was learnt.
+    patient in five is held out to measure what was learnt. With --method inpainting the network learns to fill holes,
+    and `segkit inpaint -m RUN` does so.
     """
     started_s = time.monotonic()
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
-    from segkit.config.loading import PRETRAINING_PRESETS, build_config, preset_layers, read_yaml
-    from segkit.pretraining.config import PretrainConfig
-    from segkit.pretraining.run import PretrainRequest, pretrain_run
+    from segkit.config.loading import build_config, preset_layers, read_yaml
     from segkit.runtime import pick_device
 
     chosen_device = pick_device(device)
     if resume and (preset, weights) != (None, None):
         raise RequestError("--resume goes on as the run was begun", remedy="Leave out --preset and --weights")
-    if resume:
-        layers = resumed_layers(output)
-    else:
-        layers = preset_layers(preset or preset_for(chosen_device.type), PRETRAINING_PRESETS)
-        if encoder is not None:
-            layers = [(name, {**layer, "network": _network(encoder)}) for name, layer in layers]
+    layers = resumed_layers(output) if resume else []
     if config is not None:
         layers.append((str(config), read_yaml(config)))
+    for _, layer in layers:
+        method = method or str(layer.get("method") or "") or None
+    kind = _kind_of(method)
+    if not resume:
+        begun = preset_layers(preset or preset_for(chosen_device.type), kind.presets)
+        if encoder is not None:
+            begun = [(name, {**layer, "network": _network(encoder)}) for name, layer in begun]
+        layers = [*begun, *layers]
     options: dict[str, dict[str, Any]] = {
         "data": {"layout": layout, "modalities": read_modalities(modality), "exclude": read_case_ids(exclude)},
         "network": {"weights": None if weights is None else weights.absolute()},
@@ -106,10 +112,10 @@ def pretrain(
     }
     layers += [("--set", parse_settings(settings)), ("options", given | ({"method": method} if method else {}))]
     bar = progress_bar(is_quiet=quiet)
-    request = PretrainRequest(
+    request: UnlabelledRequest[Any] = kind.request(
         data=tuple(data),
         run=output,
-        config=build_config(PretrainConfig, layers),
+        config=build_config(kind.config, layers),
         device=chosen_device,
         memory_gb=None if memory is None else parse_gigabytes(memory),
         started_s=started_s,
@@ -118,8 +124,31 @@ def pretrain(
         tell=None if bar is None else bar.tell,
     )
     with bar or nullcontext():
-        summary = pretrain_run(request)
+        summary = kind.run(request)
     _tell(summary, as_json=as_json, quiet=quiet)
+
+
+class _Kind(NamedTuple):
+    """What a group of methods has of its own."""
+
+    presets: str
+    config: type[Config]
+    request: Callable[..., UnlabelledRequest[Any]]
+    run: Callable[[Any], UnlabelledSummary]
+
+
+def _kind_of(method: str | None) -> _Kind:
+    from segkit.config.loading import INPAINTING_PRESETS, PRETRAINING_PRESETS
+
+    if method == "inpainting":
+        from segkit.inpainting.config import InpaintingConfig
+        from segkit.inpainting.run import InpaintingRequest, inpainting_run
+
+        return _Kind(INPAINTING_PRESETS, InpaintingConfig, InpaintingRequest, inpainting_run)
+    from segkit.pretraining.config import PretrainConfig
+    from segkit.pretraining.run import PretrainRequest, pretrain_run
+
+    return _Kind(PRETRAINING_PRESETS, PretrainConfig, PretrainRequest, pretrain_run)
 
 
 def _network(encoder: str) -> Mapping[str, Any]:
@@ -131,7 +160,7 @@ def _network(encoder: str) -> Mapping[str, Any]:
     return {"family": "smp", "size": "unet", "arguments": {"encoder": encoder}}
 
 
-def _tell(summary: PretrainSummary, *, as_json: bool, quiet: bool) -> None:
+def _tell(summary: UnlabelledSummary, *, as_json: bool, quiet: bool) -> None:
     if as_json:
         print_json(summary.to_json())
     elif not quiet:
@@ -139,6 +168,8 @@ def _tell(summary: PretrainSummary, *, as_json: bool, quiet: bool) -> None:
             (name, f"{summary.before.get(name, float('nan')):.3f}", f"{v:.3f}") for name, v in summary.after.items()
         ]
         print_table("Held-out images", ("measure", "before", "after"), rows)
+        if summary.method == "inpainting":
+            typer.echo(f"Network: {summary.run}  ->  segkit inpaint -m {summary.run} -i SCANS -o OUT")
         typer.echo(f"Encoder: {summary.run}  ->  segkit train DATA -o RUN --weights {summary.run}")
     if summary.skipped:
         for reason in summary.skipped.values():

@@ -18,8 +18,8 @@ from segkit.errors import ConfigError, Problem, RequestError
 
 ConfigType = TypeVar("ConfigType", bound=Config)
 
-PRESETS, PRETRAINING_PRESETS = "presets", "pretraining"
-"""Folders with the presets of `segkit train` and of `segkit pretrain`."""
+PRESETS, PRETRAINING_PRESETS, INPAINTING_PRESETS = "presets", "pretraining", "inpainting"
+"""Folders with the presets of `segkit train`, of `segkit pretrain`, and of `segkit pretrain --method inpainting`."""
 
 _END_OF_DOCUMENT = "...\n"
 

@@ -62,6 +62,8 @@ class HolesConfig(Config):
     62,000 voxels in a volume. Real tumours keep their size."""
     largest_share: float = Field(default=0.35, gt=0, le=0.9)
     """Largest hole as a share of the voxels of the patch; larger ones are drawn, or made, smaller."""
+    count_range: tuple[int, int] = (1, 1)
+    """Fewest and most holes of a patch; several of them may touch each other."""
     margin_voxels: int = Field(default=5, ge=0)
     """Distance from lesions within which nothing is made up, in voxels."""
     min_voxels: int = Field(default=64, ge=1)
@@ -73,6 +75,8 @@ class HolesConfig(Config):
             raise ValueError("boxes, strokes, blobs and tumours are all 0; one of them must be above")
         if not 1 <= self.diameter_range[0] <= self.diameter_range[1]:
             raise ValueError(f"diameter_range is {self.diameter_range}; expected two diameters from 1 up, in order")
+        if not 1 <= self.count_range[0] <= self.count_range[1]:
+            raise ValueError(f"count_range is {self.count_range}; expected two whole numbers from 1 up, in order")
         return self
 
 
@@ -93,7 +97,7 @@ class HoleMaker:
         self._chances = chances / chances.sum()
 
     def draw(self, brain: Mask, allowed: Mask, generator: np.random.Generator) -> Mask:
-        """One hole for a patch or a volume.
+        """The hole of a patch or a volume: one, or `count_range` of them together.
 
         Args:
             brain: (*spatial), where the image shows tissue.
@@ -106,6 +110,13 @@ class HoleMaker:
             `min_voxels` of what is left of it, after a number of attempts with ever smaller shapes; then it is a small
             box about an allowed voxel. Empty only where nothing is allowed.
         """
+        fewest, most = self.config.count_range
+        hole = self._one(brain, allowed, generator)
+        for _ in range(int(generator.integers(fewest, most + 1)) - 1 if most > 1 else 0):
+            hole |= self._one(brain, allowed & ~hole, generator)
+        return hole
+
+    def _one(self, brain: Mask, allowed: Mask, generator: np.random.Generator) -> Mask:
         candidates = np.flatnonzero(brain & allowed)
         if not candidates.size:
             return self._small_box(allowed, np.flatnonzero(allowed), generator)

@@ -12,7 +12,7 @@ from torch import nn
 
 from segkit.config.base import Config
 from segkit.errors import RequestError
-from segkit.models import generator, planar, r2unet, revmbunet, stunet, vit
+from segkit.models import generator, inpainter, planar, r2unet, revmbunet, stunet, vit
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,13 @@ MODELS: dict[str, ModelEntry] = {
         sizes=vit.SIZES,
         dims=(2, 3),
         reference=vit.REFERENCE,
+    ),
+    "inpainter": ModelEntry(
+        config=inpainter.InpainterConfig,
+        build=inpainter.build_inpainter,
+        sizes=inpainter.SIZES,
+        dims=(2, 3),
+        reference=inpainter.REFERENCE,
     ),
     "generator": ModelEntry(
         config=generator.GeneratorConfig,

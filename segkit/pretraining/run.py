@@ -9,12 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import nn
 
 from segkit.checkpoint import ModelCard, NetworkCard, TrainingData, load_card
@@ -22,7 +20,6 @@ from segkit.data.store import PreparedStore
 from segkit.errors import DataError, RequestError
 from segkit.models.slicewise import SlicewiseConfig
 from segkit.models.table import MODELS, configure
-from segkit.pretraining.cohorts import UnlabelledCohort, find_unlabelled, prepare_cohort
 from segkit.pretraining.config import PretrainConfig
 from segkit.pretraining.figures import draw_matching
 from segkit.pretraining.methods import METHODS, build_method
@@ -30,16 +27,10 @@ from segkit.pretraining.sources import GroupDataset, Source
 from segkit.pretraining.task import PretrainingTask
 from segkit.runtime import environment, peak_rss_mb
 from segkit.training.batches import ENDLESS
-from segkit.training.folder import (
-    SCORES_NAME,
-    open_folder,
-    require_same_split,
-    require_usable,
-    write_config,
-    write_json,
-    write_split,
-)
+from segkit.training.cohorts import SplitCohort, find_split, prepare_cohort
+from segkit.training.folder import SCORES_NAME, require_usable, write_json
 from segkit.training.loop import fit
+from segkit.training.unlabelled import UnlabelledRequest, UnlabelledSummary, open_run, with_patch
 from segkit.training.weights import first_weights
 
 _log = logging.getLogger(__name__)
@@ -50,42 +41,11 @@ _HELD_OUT_SEED = 2**31
 """Groups of held-out images are drawn by another seed than any training group."""
 
 
-@dataclass(frozen=True)
-class PretrainRequest:
-    """What a user asks for: data folders, run folder, settings, and the machine to do it on."""
-
-    data: tuple[Path, ...]
-    run: Path
-    config: PretrainConfig
-    device: torch.device
-    memory_gb: float | None = None
-    started_s: float = field(default_factory=time.monotonic)
-    is_resumed: bool = False
-    may_overwrite: bool = False
-    tell: Callable[[float, str], None] | None = None
-    """Shows the progress of the training, 0 to 1; None writes log lines."""
+PretrainRequest = UnlabelledRequest[PretrainConfig]
+"""What a user asks for."""
 
 
-@dataclass(frozen=True)
-class PretrainSummary:
-    """How a run ended: the method's measures on held-out images before and after, and what it cost."""
-
-    run: Path
-    method: str
-    before: Mapping[str, float]
-    after: Mapping[str, float]
-    steps: int
-    minutes: float
-    peak_rss_mb: float
-    images: Mapping[str, int]
-    skipped: Mapping[str, str]
-
-    def to_json(self) -> dict[str, Any]:
-        """The document written as `validation.json`."""
-        return {**{name: value for name, value in vars(self).items() if name != "run"}, "run": str(self.run)}
-
-
-def pretrain_run(request: PretrainRequest) -> PretrainSummary:
+def pretrain_run(request: PretrainRequest) -> UnlabelledSummary:
     """Train an encoder without labels and write its run folder.
 
     Raises:
@@ -94,30 +54,29 @@ def pretrain_run(request: PretrainRequest) -> PretrainSummary:
         TrainingError: the training diverged.
     """
     require_usable(request.run, is_resumed=request.is_resumed, may_overwrite=request.may_overwrite)
-    cohorts = [find_unlabelled(folder, request.config.data, request.config.preprocessing) for folder in request.data]
+    cohorts = [find_split(folder, request.config.data, request.config.preprocessing) for folder in request.data]
     request = replace(request, config=_settled(request.config, cohorts))
     card = _card(request.config, cohorts)
     begun = first_weights(card, request.config, request.run, is_resumed=request.is_resumed)
-    card = _with_views(begun.completed(card), request.config)
-    _open(request, cohorts)
+    card = with_patch(begun.completed(card), request.config.views.size or 0, "views.size")
+    open_run(request, cohorts, "unlabelled images in")
     begun.keep(request.run)
     task, skipped = _build_task(request, cohorts, card, begun.network)
     before = _measured_before(request, task)
-    budget = request.config.training.budget_minutes
     state = fit(
         task,
         request.run,
         request.config.training,
         request.config.optimiser,
         device=request.device,
-        deadline_s=None if budget is None else request.started_s + 60 * budget,
+        deadline_s=request.deadline_s,
         resume=request.is_resumed,
         tell=request.tell,
     )
     after = _measured_after(request.run, task)
     if request.config.method == "graph-matching":
         draw_matching(request.run / "figures", task)
-    summary = PretrainSummary(
+    summary = UnlabelledSummary(
         run=request.run,
         method=request.config.method,
         before=before,
@@ -132,7 +91,7 @@ def pretrain_run(request: PretrainRequest) -> PretrainSummary:
     return summary
 
 
-def _settled(config: PretrainConfig, cohorts: Sequence[UnlabelledCohort]) -> PretrainConfig:
+def _settled(config: PretrainConfig, cohorts: Sequence[SplitCohort]) -> PretrainConfig:
     """The settings with axes and size of the views decided.
 
     Raises:
@@ -155,7 +114,7 @@ def _settled(config: PretrainConfig, cohorts: Sequence[UnlabelledCohort]) -> Pre
     return config.model_copy(update={"dims": dims, "views": views})
 
 
-def _card(config: PretrainConfig, cohorts: Sequence[UnlabelledCohort]) -> ModelCard:
+def _card(config: PretrainConfig, cohorts: Sequence[SplitCohort]) -> ModelCard:
     modalities = _modalities(config, cohorts)
     preprocessing = cohorts[0].preprocessing
     return ModelCard(
@@ -181,7 +140,7 @@ def _card(config: PretrainConfig, cohorts: Sequence[UnlabelledCohort]) -> ModelC
     )
 
 
-def _modalities(config: PretrainConfig, cohorts: Sequence[UnlabelledCohort]) -> tuple[str, ...]:
+def _modalities(config: PretrainConfig, cohorts: Sequence[SplitCohort]) -> tuple[str, ...]:
     """Names of the image channels: those of the data where they go together, else one name for whatever it is."""
     are_pictures = all(found.cohort.dims == 2 for found in cohorts)
     names = {found.cohort.modalities for found in cohorts}
@@ -196,36 +155,8 @@ def _modalities(config: PretrainConfig, cohorts: Sequence[UnlabelledCohort]) -> 
     return cohorts[0].cohort.modalities if names == {cohorts[0].cohort.modalities[:1]} else ("image",)
 
 
-def _with_views(card: ModelCard, config: PretrainConfig) -> ModelCard:
-    """The card with the size of the views.
-
-    Raises:
-        RequestError: the views do not suit the network.
-    """
-    size = config.views.size or 0
-    patch = (size,) * card.dims if isinstance(size, int) else size
-    if len(patch) != card.dims or any(length % step for length, step in zip(patch, card.divisor, strict=False)):
-        shown, steps = (" x ".join(map(str, numbers)) for numbers in (patch, card.divisor))
-        raise RequestError(f"views.size {shown} does not suit the network", expected=f"multiples of {steps}")
-    return card.model_copy(update={"patch_size": patch})
-
-
-def _open(request: PretrainRequest, cohorts: Sequence[UnlabelledCohort]) -> None:
-    training, held_out = (
-        [f"{found.name}/{case_id}" for found in cohorts for case_id in getattr(found, ids)]
-        for ids in ("training_ids", "held_out_ids")
-    )
-    if request.is_resumed:
-        require_same_split(request.run, training, held_out)
-    open_folder(request.run, is_resumed=request.is_resumed)
-    heading = "unlabelled images in " + ", ".join(str(folder) for folder in request.data)
-    write_config(request.run, request.config, {}, heading)
-    if not request.is_resumed:
-        write_split(request.run, request.data, training, held_out, request.config.data.exclude)
-
-
 def _build_task(
-    request: PretrainRequest, cohorts: Sequence[UnlabelledCohort], card: ModelCard, network: nn.Module
+    request: PretrainRequest, cohorts: Sequence[SplitCohort], card: ModelCard, network: nn.Module
 ) -> tuple[PretrainingTask, dict[str, str]]:
     config = request.config
     store = PreparedStore(config.data.cache or request.run / "cache")
@@ -235,9 +166,9 @@ def _build_task(
     for found in cohorts:
         folders, reasons = prepare_cohort(found, store, request.memory_gb)
         skipped |= reasons
-        sources.append(found.source(found.training_ids, folders))
+        sources.append(Source(found.name, *found.usable(found.training_ids, folders)))
         if any(case_id in folders for case_id in found.held_out_ids):
-            held_out.append(found.source(found.held_out_ids, folders))
+            held_out.append(Source(found.name, *found.usable(found.held_out_ids, folders)))
     entry, nodes = METHODS[config.method], config.graph_matching.nodes
     groups = _groups(config, card, sources, entry.views, seed=config.training.seed, length=ENDLESS)
     _log.info("images: %s", ", ".join(f"{count} of {name}" for name, count in groups.image_counts.items()))

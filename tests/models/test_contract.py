@@ -23,6 +23,7 @@ _SMALLEST = {
     "runet": {"size": "tiny", "widths": (8, 12, 16)},
     "stunet": {"size": "S", "width": 8},
     "smp": {"size": "unet-small", "encoder_depth": 3, "decoder_channels": (32, 16, 16)},
+    "inpainter": {"size": "tiny", "widths": (8, 12, 16)},
     "generator": {"size": "tiny", "width": 8},
     "vit": {
         "size": "tiny",

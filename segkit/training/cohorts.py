@@ -1,9 +1,9 @@
-"""Data folders of a pre-training run: their cases without references, who is held out, and how they are prepared."""
+"""Data folders that are learnt from without their label maps: who is held out, and how cases are prepared."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,6 @@ from segkit.data.store import PreparedStore, StoredCases
 from segkit.errors import DataError, RequestError, as_request
 from segkit.planning.fingerprint import take_fingerprint
 from segkit.planning.plan import plan_preprocessing
-from segkit.pretraining.sources import Source
 from segkit.training.config import DataConfig
 from segkit.training.run import cases_at_once
 
@@ -23,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class UnlabelledCohort:
+class SplitCohort:
     """One data folder: its cases, how they are prepared, and the ids of those that learn and those held out."""
 
     cohort: Cohort
@@ -36,28 +35,36 @@ class UnlabelledCohort:
         """The name of the folder."""
         return self.cohort.root.resolve().name
 
-    def source(self, ids: Sequence[str], folders: dict[str, Path]) -> Source:
-        """The cases of these ids that could be prepared, with their patients."""
+    def usable(self, ids: Sequence[str], folders: Mapping[str, Path]) -> tuple[StoredCases, tuple[str, ...]]:
+        """The cases of these ids that could be prepared, and the patient of each."""
         patients = {case.id: case.patient for case in self.cohort.cases}
         kept = [case_id for case_id in ids if case_id in folders]
-        stored = StoredCases([folders[case_id] for case_id in kept])
-        return Source(self.name, stored, tuple(patients[case_id] for case_id in kept))
+        return StoredCases([folders[case_id] for case_id in kept]), tuple(patients[case_id] for case_id in kept)
 
 
-def find_unlabelled(folder: Path, data: DataConfig, asked: PreprocessingConfig) -> UnlabelledCohort:
-    """The cases of a data folder, split by patient; references, where there are any, are not looked at.
+def find_split(
+    folder: Path,
+    data: DataConfig,
+    asked: PreprocessingConfig,
+    *,
+    find: Callable[[Path, DataConfig], Cohort] | None = None,
+    keeps_references: bool = False,
+) -> SplitCohort:
+    """The cases of a data folder, split by patient; `find` finds them, by default as any layout has them.
 
-    A folder of one patient learns and holds nobody out.
+    Unless they are kept, references are not looked at. A folder of one patient learns and holds nobody out.
 
     Raises:
         RequestError: the folder cannot be made out, or no case is left.
     """
     try:
-        cohort = find_cases(folder, layout=data.layout, modalities=data.modalities)
-        cases = tuple(_without_reference(case) for case in cohort.cases if _is_usable(case, data.exclude))
+        cohort = (find or _find)(folder, data)
+        cases = tuple(case for case in cohort.cases if _is_usable(case, data.exclude))
         if not cases:
             raise RequestError("no case is left to learn from", where=folder, remedy="See `segkit check`")
-        cohort = replace(cohort, cases=cases, scheme=None)
+        cohort = replace(cohort, cases=cases)
+        if not keeps_references:
+            cohort = replace(cohort, cases=tuple(map(_without_reference, cases)), scheme=None)
         reasons: dict[str, str] = {}
         preprocessing = plan_preprocessing(take_fingerprint(cohort), asked, reasons)
     except DataError as error:
@@ -65,11 +72,11 @@ def find_unlabelled(folder: Path, data: DataConfig, asked: PreprocessingConfig) 
     for key, reason in reasons.items():
         _log.info("%s: %s: %s", folder.name, key, reason)
     ids, held_out = _split(cases, data)
-    return UnlabelledCohort(cohort, preprocessing, tuple(ids), tuple(held_out))
+    return SplitCohort(cohort, preprocessing, tuple(ids), tuple(held_out))
 
 
 def prepare_cohort(
-    cohort: UnlabelledCohort, store: PreparedStore, memory_gb: float | None
+    cohort: SplitCohort, store: PreparedStore, memory_gb: float | None
 ) -> tuple[dict[str, Path], dict[str, str]]:
     """Prepare every case: the folders by id, and why others are left out.
 
@@ -78,13 +85,17 @@ def prepare_cohort(
     """
     found = cohort.cohort
     at_once = cases_at_once(found, memory_gb)
-    folders, skipped = store.entries(found.cases, found.modalities, None, cohort.preprocessing, at_once=at_once)
+    folders, skipped = store.entries(found.cases, found.modalities, found.scheme, cohort.preprocessing, at_once=at_once)
     for reason in skipped.values():
         _log.warning("left out: %s", reason)
     if not any(case_id in folders for case_id in cohort.training_ids):
         first = next(iter(skipped.values()), "there is none")
         raise DataError("no case to learn from can be used", where=found.root, remedy=f"The first: {first}")
     return folders, skipped
+
+
+def _find(folder: Path, data: DataConfig) -> Cohort:
+    return find_cases(folder, layout=data.layout, modalities=data.modalities, label_scheme=data.label_scheme)
 
 
 def _split(cases: Sequence[Case], data: DataConfig) -> tuple[list[str], list[str]]:

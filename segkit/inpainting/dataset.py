@@ -1,0 +1,156 @@
+"""Training patches with holes: which case, which place, which hole, all decided by (seed, index)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from segkit.data.holes import HoleMaker, grow
+from segkit.data.preprocessing import PreparedCase
+from segkit.data.symmetry import Midline, find_midline
+from segkit.inpainting.boxes import Box
+from segkit.inpainting.inputs import Context, mirror_of, stack_inputs
+from segkit.shapes import AnyArray, Image
+
+_JITTER = 0.125
+"""How far, as a share of the patch, the chosen voxel may lie from the middle of its patch."""
+_TRIES = 100
+_SLICE_AXIS = 2
+"""Of a volume in RAS the axis across which it is cut into slices: axial ones."""
+
+
+@dataclass(frozen=True)
+class HoleRules:
+    """What a patch may hide, and how it is changed; see `InpaintingConfig`."""
+
+    maker: HoleMaker = field(repr=False)
+    margin_voxels: int
+    hidden_lesions: float
+    mirror_axes: tuple[int, ...] = ()
+    gain: float = 0.0
+    shift: float = 0.0
+
+
+class HoleDataset(Dataset[dict[str, torch.Tensor]]):
+    """Patches of prepared cases with a hole in healthy tissue.
+
+    Item i depends on (seed, i) and on nothing else. The labels of a case, where it has any, mark what is not healthy or
+    not known: no hole reaches it. Cases of volumes give slices where the patch has two axes.
+    """
+
+    def __init__(
+        self,
+        prepared: Sequence[PreparedCase],
+        patch_size: Sequence[int],
+        context: Context,
+        rules: HoleRules,
+        *,
+        seed: int,
+        length: int,
+    ) -> None:
+        self.prepared = prepared
+        self.patch_size = tuple(patch_size)
+        self.context: Context = context
+        self.rules = rules
+        self.seed = seed
+        self.length = length
+        self._midlines: dict[int, Midline] = {}
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Item `index`: "x" (K, *patch) float32, "image" (C, *patch) float32, "hole" (1, *patch) bool.
+
+        x is what the network sees (`stack_inputs`), image the truth, hole where it is compared.
+        """
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        generator = np.random.default_rng((self.seed, index))
+        number = int(generator.integers(len(self.prepared)))
+        case = self.prepared[number]
+        box = self._place(case, generator)
+        image, lesion, size = box.cut(case.image), self._lesion(case, box), box.size
+        is_brain = (image != 0).any(0) | lesion
+        squeeze = tuple(axis for axis, length in enumerate(size) if len(size) > len(self.patch_size) and length == 1)
+        hole = self.rules.maker.draw(is_brain.squeeze(squeeze), ~lesion.squeeze(squeeze), generator).reshape(size)
+        hides_lesion = generator.random() < self.rules.hidden_lesions or _is_voided(image, lesion)
+        missing = hole | lesion if hides_lesion else hole
+        mirrored = self._mirrored(number, box, missing) if self.context == "mirror" else None
+        gain = np.float32(max(0.5, 1 + self.rules.gain * generator.standard_normal()))
+        shift = np.float32(self.rules.shift * generator.standard_normal())
+        image = np.where(image != 0, gain * image + shift, image)
+        if mirrored is not None:
+            mirrored = np.where(mirrored[1], gain * mirrored[0] + shift, mirrored[0]), mirrored[1]
+        flips = tuple(axis - len(self.patch_size) for axis in self.rules.mirror_axes if generator.random() < 0.5)
+        arrays: dict[str, AnyArray] = {
+            "x": stack_inputs(image, missing, self.context, mirrored),
+            "image": image,
+            "hole": hole[None],
+        }
+        outer = tuple(1 + axis for axis in squeeze)
+        return {
+            name: torch.from_numpy(np.ascontiguousarray(np.flip(array.squeeze(outer), flips)))
+            for name, array in arrays.items()
+        }
+
+    def _place(self, case: PreparedCase, generator: np.random.Generator) -> Box:
+        """A patch whose middle lies near a healthy voxel."""
+        shape = case.image.shape[1:]
+        size = self.patch_size
+        if len(shape) > len(size):
+            size = (*size[:_SLICE_AXIS], 1, *size[_SLICE_AXIS:])
+        voxel = tuple(length // 2 for length in shape)
+        for _ in range(_TRIES):
+            drawn = tuple(int(generator.integers(length)) for length in shape)
+            here: tuple[Any, ...] = (slice(None), *drawn)
+            if case.image[here].any() and not (case.labels is not None and case.labels[drawn]):
+                voxel = drawn
+                break
+        reach = [int(length * _JITTER) for length in size]
+        start = (
+            place - length // 2 + int(generator.integers(-most, most + 1))
+            for place, length, most in zip(voxel, size, reach, strict=True)
+        )
+        return Box(tuple(start), size)
+
+    def _lesion(self, case: PreparedCase, box: Box) -> NDArray[np.bool_]:
+        """What no hole may touch in a box, (*size): what is marked, and the margin around it."""
+        if case.labels is None:
+            return np.zeros(box.size, bool)
+        is_slice = len(box.size) > len(self.patch_size)
+        halo = [0 if is_slice and length == 1 else self.rules.margin_voxels for length in box.size]
+        start = tuple(first - more for first, more in zip(box.start, halo, strict=True))
+        wide = Box(start, tuple(length + 2 * more for length, more in zip(box.size, halo, strict=True))).cut(
+            case.labels
+        )
+        marked = grow(wide > 0, self.rules.margin_voxels)
+        inner = tuple(slice(more, more + length) for more, length in zip(halo, box.size, strict=True))
+        return np.ascontiguousarray(marked[inner])
+
+    def _mirrored(self, number: int, box: Box, missing: NDArray[np.bool_]) -> tuple[Image, NDArray[np.bool_]]:
+        """The box of the mirrored volume; what is missing in the box is not known on the other side of it."""
+        image = self.prepared[number].image
+        if number not in self._midlines:
+            self._midlines[number] = find_midline(image)
+        midline, (first, *start), (length, *size) = self._midlines[number], box.start, box.size
+        # The box and its opposite: the slab from one to the other is all that is read.
+        opposite = midline.total - first - length + 1
+        low = min(first, opposite)
+        slab = Box((low, *start), (max(first, opposite) + length - low, *size)).cut(image)
+        mine = slice(first - low, first - low + length)
+        missing_there = np.zeros(slab.shape[1:], bool)
+        missing_there[mine] = missing
+        turned, is_known = mirror_of(slab, missing_there, Midline(midline.total - 2 * low))
+        return turned[:, mine], is_known[mine]
+
+
+def _is_voided(image: Image, lesion: NDArray[np.bool_]) -> bool:
+    """Whether the image has nothing where it is marked: most of it is exactly 0."""
+    return bool(lesion.any()) and float((image[:, lesion] != 0).mean()) < 0.5

@@ -1,0 +1,209 @@
+"""From an image with a hole to the image without: the way of a scan through a trained network and back.
+
+A hole is filled in windows around it: of a network that torch computes each separate hole is one window with some of
+its surroundings, as far as there is room; a graph has one size of window only. What does not fit is filled from the
+border inwards, and what is filled counts as known to the next window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil, prod
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from segkit.checkpoint.card import ModelCard
+from segkit.checkpoint.run_folder import load_card
+from segkit.data.geometry import reorientation_to, reoriented_grid
+from segkit.data.preprocessing import crop_box
+from segkit.data.resampling import resample_image, resampled_shape
+from segkit.data.symmetry import Midline, find_midline
+from segkit.data.volume import Grid
+from segkit.errors import DataError, RequestError
+from segkit.inference.backends import Backend
+from segkit.inference.opening import open_backend
+from segkit.inpainting.boxes import Box, boxes_of
+from segkit.inpainting.inputs import mirror_of, stack_inputs
+from segkit.shapes import Image
+
+_SURROUNDINGS = 16
+"""Voxels around a hole that a window shows at least, where it may be as large as it must."""
+_LARGEST_WINDOW = 160**3
+"""Voxels of the largest window; a network of usual width takes about a gigabyte for it."""
+_SLICE_AXIS = 2
+
+Hole = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class InpaintingPredictor:
+    """A network ready to fill holes."""
+
+    backend: Backend
+    card: ModelCard
+
+    @classmethod
+    def load(cls, run: Path, device: str = "auto", backend: str = "auto") -> InpaintingPredictor:
+        """The network of a run folder of `segkit pretrain --method inpainting`, or of its export.
+
+        Raises:
+            CheckpointError: the model is missing or damaged.
+            RequestError: it does not fill holes, or the backend cannot compute it.
+        """
+        card = load_card(run)
+        if card.task != "inpainting":
+            raise RequestError(
+                f"this is a {card.task} model, which fills no holes",
+                where=run,
+                expected="a model of `segkit pretrain --method inpainting`",
+            )
+        if card.export is None and backend == "auto":
+            backend = "torch"  # which takes windows of any size
+        return cls(open_backend(run, card, device, backend, card.patch_size), card)
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        """Voxels of the smallest window."""
+        return self.card.patch_size
+
+    def fill(self, image: Image, hole: Hole, grid: Grid) -> Image:
+        """Fill the hole of an image; all other voxels come back bit for bit.
+
+        Args:
+            image: (C, *spatial) float32, the modalities of the card in the orientation of their file; what it holds in
+                the hole does not matter.
+            hole: (*spatial), what is missing.
+            grid: Of the file.
+
+        Returns:
+            (C, *spatial) float32, a new array.
+
+        Raises:
+            DataError: nothing but the hole is known of a modality.
+        """
+        if image.shape != (len(self.card.modalities), *hole.shape) or hole.shape != grid.shape:
+            raise DataError(
+                f"an image of {image.shape} with a hole of {hole.shape} on a grid of {grid.shape}",
+                expected=f"({len(self.card.modalities)}, *grid) and the grid's own shape",
+            )
+        if not hole.any():
+            return image.copy()
+        turn = reorientation_to(grid, self.card.orientation)
+        missing = turn.apply(hole)
+        known = np.where(missing, np.float32(0), turn.apply(image))
+        start, stop = crop_box(np.concatenate((known, missing[None])), "nonzero")
+        box = tuple(slice(first, last) for first, last in zip(start, stop, strict=True))
+        scale = [_Scale.of(plane) for plane in known[(slice(None), *box)]]
+        normalised = np.stack([one.apply(plane) for one, plane in zip(scale, known[(slice(None), *box)], strict=True)])
+        found = self._fill_at_spacing(normalised, missing[box], reoriented_grid(grid, turn).spacing_mm)
+        for plane, one, made_up in zip(known, scale, found, strict=True):
+            inside = plane[box]
+            inside[missing[box]] = one.undo(made_up[missing[box]])
+        return np.where(hole, turn.undo(known), image)
+
+    def _fill_at_spacing(self, image: Image, missing: Hole, spacing_mm: Sequence[float]) -> Image:
+        """The same on the grid that the network learnt on."""
+        shape = image.shape[1:]
+        target = resampled_shape(shape, spacing_mm, self.card.spacing_mm)
+        if target == shape:
+            return self._fill_prepared(image, missing)
+        share = resample_image(missing[None].astype(np.float32), target)[0]
+        found = self._fill_prepared(resample_image(image, target) * (share == 0), share > 0)
+        return resample_image(found, shape)
+
+    def _fill_prepared(self, image: Image, missing: Hole) -> Image:
+        midline = find_midline(image) if self.card.context == "mirror" else None
+        if self.card.dims == image.ndim - 1:
+            return self._fill_windows(image, missing, midline)
+        filled = image.copy()
+        for place in np.flatnonzero(missing.any((0, 1))):
+            one = slice(int(place), int(place) + 1)
+            filled[..., one] = self._fill_windows(image[..., one], missing[..., one], midline)
+        return filled
+
+    def _fill_windows(self, image: Image, missing: Hole, midline: Midline | None) -> Image:
+        filled, left = image.copy(), missing.copy()
+        for window in self._windows(missing):
+            left_here = window.cut(left)
+            decided = left_here & window.inner()
+            if not decided.any():
+                continue
+            mirrored = None
+            if midline is not None:
+                whole, is_known = mirror_of(filled, left, midline)
+                mirrored = window.cut(whole), window.cut(is_known)
+            stacked = stack_inputs(window.cut(filled), left_here, self.card.context, mirrored)
+            is_slice = stacked.ndim - 1 > self.card.dims
+            found = self.backend((stacked[..., 0] if is_slice else stacked)[None])[0]
+            window.paste(found[..., None] if is_slice else found, filled, decided)
+            window.paste(np.zeros_like(left_here), left, decided)
+        return filled
+
+    def _windows(self, missing: Hole) -> Iterator[_Window]:
+        """Windows that together decide all of the hole; they may reach outside."""
+        patch, divisor = self.window, self.card.divisor
+        if missing.ndim > len(patch):
+            patch, divisor = ((*of_plane[:_SLICE_AXIS], 1, *of_plane[_SLICE_AXIS:]) for of_plane in (patch, divisor))
+        for box in boxes_of(missing):
+            sides = tuple(
+                least if least == 1 else max(least, ceil((length + 2 * _SURROUNDINGS) / step) * step)
+                for length, least, step in zip(box.size, patch, divisor, strict=True)
+            )
+            if prod(sides) <= _LARGEST_WINDOW and self.backend.name == "torch":
+                starts = zip(box.start, box.size, sides, strict=True)
+                yield _Window(tuple(s + (length - side) // 2 for s, length, side in starts), sides, (0,) * len(sides))
+            else:
+                yield from _inwards(box, patch)
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Mean and deviation of the voxels of a modality that are known and not 0."""
+
+    mean: float
+    deviation: float
+
+    @classmethod
+    def of(cls, plane: NDArray[np.float32]) -> _Scale:
+        values = plane[plane != 0]
+        if not values.size:
+            raise DataError("nothing is known of the image but its hole", remedy="Check that the mask is not inverted")
+        return cls(float(values.mean(dtype=np.float64)), max(float(values.std(dtype=np.float64)), 1e-8))
+
+    def apply(self, plane: NDArray[np.float32]) -> NDArray[np.float32]:
+        scaled: NDArray[np.float32] = np.where(plane != 0, (plane - self.mean) / self.deviation, 0).astype(np.float32)
+        return scaled
+
+    def undo(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        scaled: NDArray[np.float32] = (values * self.deviation + self.mean).astype(np.float32)
+        return scaled
+
+
+@dataclass(frozen=True)
+class _Window(Box):
+    """A window, and how far from its border what it fills is not kept, voxels per axis."""
+
+    margin: tuple[int, ...]
+
+    def inner(self) -> Hole:
+        """Where the window decides, (*size)."""
+        is_inner = np.zeros(self.size, bool)
+        is_inner[tuple(slice(less, length - less) for less, length in zip(self.margin, self.size, strict=True))] = True
+        return is_inner
+
+
+def _inwards(box: Box, size: Sequence[int]) -> Iterator[_Window]:
+    """Windows of one size over a box, those at its border first; the middle halves of several of them tile it."""
+    starts, margins = [], []
+    for first, extent, length in zip(box.start, box.size, size, strict=True):
+        count = 1 if extent <= length - 2 * min(_SURROUNDINGS, length // 4) else ceil(2 * extent / length)
+        low, high = first - length // 4, first + extent + length // 4 - length
+        starts.append(np.linspace(low, high, count) if count > 1 else np.array([first + (extent - length) / 2]))
+        margins.append(length // 4 if count > 1 else 0)
+    grid = np.stack(np.meshgrid(*starts, indexing="ij"), -1).reshape(-1, len(size))
+    order = np.argsort(-np.abs(grid - grid.mean(0)).max(1), kind="stable")
+    for place in grid[order]:
+        yield _Window(tuple(int(np.floor(one)) for one in place), tuple(size), tuple(margins))

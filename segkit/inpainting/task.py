@@ -1,0 +1,133 @@
+"""The inpainting task: images with holes in, the network that fills them out, scored on holes of held-out patients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from segkit.checkpoint import ModelCard, save_model
+from segkit.inpainting.dataset import HoleDataset
+from segkit.losses.adversarial import adversarial_terms
+from segkit.losses.restoration import RestorationConfig, restoration_loss, ssim_map
+from segkit.models.inpainter import fill_smoothly
+from segkit.models.region_layers import RegionNormLearnable
+from segkit.training.batches import endless_batches
+from segkit.training.task import Batch, Score, borrowed
+
+_NETWORK = "network."
+"""Beginning of the names of the network's tensors among those of a restoration."""
+
+
+class Restoration(nn.Module):
+    """A network and, where it is to be convincing, too, the discriminator that learns beside it."""
+
+    def __init__(self, network: nn.Module, discriminator: nn.Module | None = None) -> None:
+        super().__init__()
+        self.network = network
+        self.discriminator = discriminator
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The restored image (B, C, *spatial) of what `stack_inputs` gives; in training mode at full resolution."""
+        found = self.network(x)
+        return found if isinstance(found, Tensor) else cast(Tensor, found[0])
+
+
+@dataclass
+class InpaintingTask:
+    """A network, the patches it learns from, and the holes that choose its best weights."""
+
+    model: nn.Module
+    """A `Restoration`."""
+    card: ModelCard
+    patches: HoleDataset
+    held_out: HoleDataset
+    restoration: RestorationConfig
+    batch_size: int
+    adversarial_weight: float = 0.0
+    workers: int | None = None
+    _held_out: list[Batch] = field(default_factory=list, repr=False)
+
+    @property
+    def as_restoration(self) -> Restoration:
+        """The model as what it is."""
+        return cast(Restoration, self.model)
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """Endless batches from the `start`-th on, see `HoleDataset`."""
+        return endless_batches(self.patches, self.batch_size, start, self.workers)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Loss of a batch on the model's device."""
+        found = self.model(batch["x"])
+        loss = restoration_loss(found, batch["image"], batch["hole"], self.restoration)
+        discriminator = self.as_restoration.discriminator
+        if discriminator is not None:
+            # One backward pass serves both: neither term's gradient reaches the other's network.
+            convinced, told_apart = adversarial_terms(discriminator, found, batch["image"])
+            loss = loss + self.adversarial_weight * convinced + told_apart
+        return loss
+
+    def validate(self, weights: Mapping[str, Tensor]) -> Score:
+        """SSIM in the holes of held-out patients with these weights; with squared errors, and RN-L's regions."""
+        measures = self.measure(weights)
+        return Score(measures["ssim"], {"measures": measures | self.detected_shares()})
+
+    def detected_shares(self) -> dict[str, float]:
+        """Share of voxels in the region that RN-L found in the last training pass, mean over its layers."""
+        layers = [layer for layer in self.model.modules() if isinstance(layer, RegionNormLearnable)]
+        shares = [float(layer.detected_share) for layer in layers]
+        return {"detected_share": sum(shares) / len(shares)} if shares else {}
+
+    @torch.no_grad()
+    def measure(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        """Means over the voxels of all held-out holes, in units of the normalised image.
+
+        "ssim", "mae" and "mse" of the network, and "mse_smooth" of the smooth fill alone.
+        """
+        device = next(self.model.parameters()).device
+        sums: dict[str, float] = {}
+        voxels = 0.0
+        with borrowed(self.model, weights):
+            self.model.eval()
+            for batch in self._held_out_batches():
+                x, image, hole = (batch[name].to(device) for name in ("x", "image", "hole"))
+                channels = image.shape[1]
+                found = torch.where(hole, self.model(x).float(), image)
+                missing = x[:, channels : channels + 1] > 0.5 if x.shape[1] > channels else hole
+                smooth = torch.where(hole, fill_smoothly(x[:, :channels], missing), image)
+                inside = hole.float()
+                error = (found - image).abs()
+                maps = {
+                    "ssim": self._similarity(found, image),
+                    "mae": error,
+                    "mse": error.square(),
+                    "mse_smooth": (smooth - image).square(),
+                }
+                for name, values in maps.items():
+                    sums[name] = sums.get(name, 0.0) + float((values.mean(1, keepdim=True) * inside).sum())
+                voxels += float(inside.sum())
+        return {name: total / max(voxels, 1.0) for name, total in sums.items()}
+
+    def _similarity(self, found: Tensor, image: Tensor) -> Tensor:
+        """SSIM around each voxel, (B, C, *spatial), as the loss has it."""
+        settings = self.restoration
+        first, second = found - settings.darkest, image - settings.darkest
+        return ssim_map(first, second, window=settings.ssim_window, data_range=settings.data_range)
+
+    def save(self, run: Path, weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Write model.safetensors and model.json; a discriminator is of no use behind the training."""
+        kept = {name.removeprefix(_NETWORK): value for name, value in weights.items() if name.startswith(_NETWORK)}
+        training = self.card.training_data.model_copy(update=dict(facts))
+        save_model(run, kept, self.card.model_copy(update={"training_data": training}))
+
+    def _held_out_batches(self) -> list[Batch]:
+        """The held-out patches, one a batch, drawn once."""
+        if not self._held_out:
+            items = (self.held_out[index] for index in range(len(self.held_out)))
+            self._held_out = [{name: value[None] for name, value in item.items()} for item in items]
+        return self._held_out

@@ -1,0 +1,286 @@
+"""A U-Net that restores what is missing of an image: region normalisation in place of instance norm.
+
+Region normalisation is that of Yu et al. 2020 (arXiv 1911.10375); the U-Net around it is ours, for 2D and 3D:
+
+    stem -> stage 0 -> stage 1 -> ... -> [upsample, skip, stage] x (stages - 1) -> head -> + smooth fill
+
+On the way down the hole is known (RN-B: background, tissue and hole by themselves), on the way up each layer finds out
+which of its voxels still look like a hole (RN-L). The network adds to a smooth fill of the hole, so it begins with an
+answer that continues the surroundings and learns what is missing of it. Called with an image alone it is an encoder and
+decoder like any other: with no hole, RN-B normalises background and tissue by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import ceil, log2
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from segkit.config.base import Config
+from segkit.models.blocks import InstanceNorm, channels_innermost, convolution, pointwise
+from segkit.models.region_layers import RegionNormBasic, RegionNormLearnable
+from segkit.models.region_norm import Rule, Statistics
+
+REFERENCE = "Yu et al. 2020, arXiv 1911.10375 (region normalisation)"
+
+_SLOPE = 0.01
+_BACKGROUND, _TISSUE, _HOLE = 0, 1, 2
+"""Regions of RN-B; of two that fall on one voxel of a small map the larger number wins."""
+
+_KNOWN_FROM = 0.5
+"""Part of a coarse voxel that must be known for its mean to be taken as known."""
+_STEPS = 12
+"""Of conjugate gradients on each grid."""
+_LEAST = 1e-20
+
+Context = Literal["none", "hole", "mirror"]
+DecoderNorm = Literal["learnable", "region", "instance"]
+
+
+class InpainterConfig(Config):
+    """Sizes and norms of an inpainting U-Net."""
+
+    widths: tuple[int, ...] = Field(default=(32, 64, 128, 256), min_length=2)
+    """Channels of each stage, full resolution first; each further one halves the resolution."""
+    context: Context = "none"
+    """What the first layer sees besides the image. hole: which voxels are missing; mirror: that, and the image mirrored
+    at the midline with the voxels where it is known; none: nothing, for networks that only segment."""
+    encoder_norm: Literal["region", "instance"] = "region"
+    """region: RN-B, told the hole; instance: instance norm, as a baseline."""
+    decoder_norm: DecoderNorm = "learnable"
+    """learnable: RN-L, which detects its region; region: RN-B; instance: instance norm."""
+    statistics: Statistics = "instance"
+    """Whether regions are normalised in each image by itself or over the batch, as in the released code."""
+    threshold: float = Field(default=0.8, gt=0, lt=1)
+    """Response from which on a voxel belongs to RN-L's region."""
+
+
+SIZES: dict[str, dict[str, object]] = {
+    "tiny": {"widths": (8, 16, 32)},
+    "small": {"widths": (16, 32, 64, 128)},
+    "base": {"widths": (32, 64, 128, 256)},
+    "large": {"widths": (32, 64, 128, 256, 512)},
+}
+"""Size name -> the configuration it stands for."""
+
+
+def build_inpainter(config: InpainterConfig, in_channels: int, out_channels: int, dims: int) -> Inpainter:
+    """An inpainting U-Net for images (B, in_channels, *spatial) of `dims` spatial axes."""
+    rule = Rule(stats=config.statistics)
+
+    def region(width: int) -> nn.Module:
+        return RegionNormBasic(width, 3, rule=rule, keeps_thin=True)
+
+    encoder_norm: Callable[[int], nn.Module] = region if config.encoder_norm == "region" else InstanceNorm
+    decoder_norms: dict[DecoderNorm, Callable[[int], nn.Module]] = {
+        "learnable": lambda _: RegionNormLearnable(dims, threshold=config.threshold, rule=rule),
+        "region": region,
+        "instance": InstanceNorm,
+    }
+    decoder_norm = decoder_norms[config.decoder_norm]
+    first, *further = config.widths
+    context_channels = {"none": 0, "hole": 1, "mirror": 2 + in_channels}[config.context]
+    stages = [[Unit(dims, first, first, encoder_norm(first))]]
+    for above, width in zip(config.widths, further, strict=False):
+        stages.append(
+            [Unit(dims, above, width, encoder_norm(width), stride=2), Unit(dims, width, width, encoder_norm(width))]
+        )
+    ups = list(zip(config.widths[:0:-1], config.widths[-2::-1], strict=True))  # (from below, this stage)
+    return Inpainter(
+        encoder=Encoder(
+            stem=convolution(dims, in_channels, first),
+            context=convolution(dims, context_channels, first, bias=False) if context_channels else None,
+            norm=encoder_norm(first),
+            stages=stages,
+        ),
+        upsamplings=[pointwise(dims, below, width) for below, width in ups],
+        decoder=[
+            [Unit(dims, 2 * width, width, decoder_norm(width)), Unit(dims, width, width, decoder_norm(width))]
+            for _, width in ups
+        ],
+        head=pointwise(dims, first, out_channels),
+        divisor=(2 ** len(further),) * dims,
+    )
+
+
+class Unit(nn.Module):
+    """A 3 x 3 (x 3) convolution, a norm and a leaky ReLU of slope 0.01."""
+
+    def __init__(self, dims: int, inputs: int, width: int, norm: nn.Module, stride: int = 1) -> None:
+        super().__init__()
+        self.conv = convolution(dims, inputs, width, stride=stride)
+        self.norm = norm
+
+    def forward(self, x: Tensor, regions: Tensor) -> Tensor:
+        """(B, inputs, *spatial) to (B, width, *spatial / stride); `regions` (B, 1, *) on any grid."""
+        return _normed(self.norm, self.conv(x), regions)
+
+
+def _normed(norm: nn.Module, x: Tensor, regions: Tensor) -> Tensor:
+    x = norm(x, regions) if isinstance(norm, RegionNormBasic) else norm(x)
+    return functional.leaky_relu_(x, _SLOPE)
+
+
+class Encoder(nn.Module):
+    """The way down: what is seen, then one feature map for each stage."""
+
+    def __init__(
+        self, stem: nn.Module, context: nn.Module | None, norm: nn.Module, stages: Sequence[Sequence[nn.Module]]
+    ) -> None:
+        super().__init__()
+        self.stem = stem
+        self.context = context
+        self.norm = norm
+        self.stages = nn.ModuleList(nn.ModuleList(stage) for stage in stages)
+
+    def forward(self, image: Tensor, context: Tensor | None, regions: Tensor) -> list[Tensor]:
+        """Feature maps, full resolution first; `context` is left out where nothing is missing."""
+        x = self.stem(image)
+        if self.context is not None:
+            seen = self.context.get_parameter("weight").shape[1]
+            if context is None:
+                context = image.new_zeros((len(image), seen, *image.shape[2:]))
+            x = x + self.context(context[:, :seen])
+        x = channels_innermost(_normed(self.norm, x, regions))
+        features = []
+        for stage in self.stages:
+            for unit in stage:  # type: ignore[attr-defined]
+                x = unit(x, regions)
+            features.append(x)
+        return features
+
+
+class Inpainter(nn.Module):
+    """The network of this file's drawing, assembled from built parts."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        upsamplings: Sequence[nn.Module],
+        decoder: Sequence[Sequence[nn.Module]],
+        head: nn.Module,
+        divisor: tuple[int, ...],
+    ) -> None:
+        """`upsamplings` and `decoder` coarsest first."""
+        super().__init__()
+        self.encoder = encoder
+        self.upsamplings = nn.ModuleList(upsamplings)
+        self.decoder = nn.ModuleList(nn.ModuleList(stage) for stage in decoder)
+        self.head = head
+        self.divisor = divisor
+        self.input_weights = ("encoder.stem.weight",)
+        self.head_prefixes = ("head.",)
+        self.encoder_prefix = "encoder."
+        nn.init.zeros_(head.get_parameter("weight"))  # the first answer is the smooth fill itself
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """Feature maps of the encoder, full resolution first; x as in `forward`."""
+        return self._encoded(x)[0]
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """An image, alone or with what is missing of it, to (B, out_channels, *spatial).
+
+        Args:
+            x: (B, channels, *spatial), each axis a multiple of `divisor`. With as many channels as the image has,
+                nothing is missing, and the output is that of a network for segmentation. The next channel is the hole,
+                1 in it, else 0; then the output is the restored image, whatever the image holds in the hole. Then may
+                follow the mirrored image and, as one channel more, where it is known.
+
+        Returns:
+            The output; while training a list that holds it.
+        """
+        features, regions, smooth = self._encoded(x)
+        y = features.pop()
+        for upsampling, stage in zip(self.upsamplings, self.decoder, strict=True):
+            skip = features.pop()
+            y = functional.interpolate(upsampling(y), size=skip.shape[2:], mode="nearest")
+            y = torch.cat((y, skip), 1)
+            for unit in stage:  # type: ignore[attr-defined]
+                y = unit(y, regions)
+        y = self.head(y)
+        if smooth is not None:
+            y = y + smooth
+        return [y] if self.training else y
+
+    def _encoded(self, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor | None]:
+        """Feature maps, regions (B, 1, *spatial) and, where something is missing, the image with a smooth fill."""
+        channels = self.encoder.stem.get_parameter("weight").shape[1]
+        image, context, smooth = x[:, :channels], None, None
+        regions = (image != 0).any(1, keepdim=True).to(torch.uint8)  # _BACKGROUND and _TISSUE
+        if x.shape[1] > channels:
+            context = x[:, channels:]
+            hole = context[:, :1] > 0.5
+            image = smooth = fill_smoothly(image, hole)
+            regions = torch.where(hole, torch.full_like(regions, _HOLE), regions)
+        return self.encoder(image, context, regions), regions, smooth
+
+
+def fill_smoothly(image: Tensor, hole: Tensor) -> Tensor:
+    """The image with its hole filled by the surface that bends least: nearly the least sum of squared Laplacians.
+
+    Known voxels are averaged to ever coarser grids. From the coarsest on, what is missing is interpolated from the grid
+    before and improved by a few steps of conjugate gradients. What the hole holds does not matter.
+
+    Args:
+        image: (B, C, *spatial), 2D or 3D.
+        hole: (B, 1, *spatial), boolean.
+
+    Returns:
+        (B, C, *spatial); known voxels as they were, 0 where nothing is known at all.
+    """
+    pool, mode = (functional.avg_pool2d, "bilinear") if image.dim() == 4 else (functional.avg_pool3d, "trilinear")
+    levels = [(image.masked_fill(hole, 0), (~hole).to(image.dtype))]
+    for _ in range(ceil(log2(max(image.shape[2:])))):
+        values, part = levels[-1]
+        kernel = [min(2, length) for length in values.shape[2:]]
+        levels.append((pool(values, kernel, ceil_mode=True), pool(part, kernel, ceil_mode=True)))
+    values, part = levels.pop()
+    filled = values / part.clamp(min=1e-6)
+    for values, part in reversed(levels):
+        coarse = functional.interpolate(filled, size=values.shape[2:], mode=mode, align_corners=False)
+        is_open = part < _KNOWN_FROM
+        filled = _bend_least(torch.where(is_open, coarse, values / part.clamp(min=_KNOWN_FROM)), is_open)
+    return filled
+
+
+def _bend_least(image: Tensor, is_open: Tensor) -> Tensor:
+    """Open voxels (B, 1, *spatial) of an image (B, C, *spatial) nearer to the least sum of squared Laplacians."""
+    axes = tuple(range(2, image.dim()))
+    is_open = is_open.to(image.dtype)
+    residual = -is_open * _laplacian(_laplacian(image))
+    direction = residual
+    length = residual.square().sum(axes, keepdim=True)
+    for _ in range(_STEPS):
+        bent = is_open * _laplacian(_laplacian(direction))
+        step = length / (direction * bent).sum(axes, keepdim=True).clamp(min=_LEAST)
+        image = image + step * direction
+        residual = residual - step * bent
+        following = residual.square().sum(axes, keepdim=True)
+        direction = residual + following / length.clamp(min=_LEAST) * direction
+        length = following
+    return image
+
+
+def _laplacian(x: Tensor) -> Tensor:
+    """Sum of second differences of (B, C, *spatial) along each axis; beyond the border lies the border again."""
+    total = torch.zeros_like(x)
+    for axis in range(2, x.dim()):
+        slope = x.diff(dim=axis)
+        total = (
+            total
+            + functional.pad(slope, _along(axis, x.dim(), 0, 1))
+            - functional.pad(slope, _along(axis, x.dim(), 1, 0))
+        )
+    return total
+
+
+def _along(axis: int, dims: int, before: int, after: int) -> list[int]:
+    """What `pad` is told to add to one axis."""
+    sides = [0, 0] * dims
+    sides[2 * (dims - 1 - axis) : 2 * (dims - axis)] = [before, after]
+    return sides

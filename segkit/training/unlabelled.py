@@ -1,0 +1,92 @@
+"""What runs have in common that learn without label maps: the request, how it ended, and the opening of its folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from segkit.checkpoint import ModelCard
+from segkit.errors import RequestError
+from segkit.training.cohorts import SplitCohort
+from segkit.training.config import RunConfig
+from segkit.training.folder import open_folder, require_same_split, write_config, write_split
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
+
+@dataclass(frozen=True)
+class UnlabelledRequest(Generic[ConfigT]):
+    """What a user asks for: data folders, run folder, settings, and the machine to do it on."""
+
+    data: tuple[Path, ...]
+    run: Path
+    config: ConfigT
+    device: torch.device
+    memory_gb: float | None = None
+    started_s: float = field(default_factory=time.monotonic)
+    is_resumed: bool = False
+    may_overwrite: bool = False
+    tell: Callable[[float, str], None] | None = None
+    """Shows the progress of the training, 0 to 1; None writes log lines."""
+
+    @property
+    def deadline_s(self) -> float | None:
+        """When the time asked for is over, as `time.monotonic` has it; None without a budget."""
+        budget = self.config.training.budget_minutes
+        return None if budget is None else self.started_s + 60 * budget
+
+
+@dataclass(frozen=True)
+class UnlabelledSummary:
+    """How a run ended: what was measured on held-out patients before and after, and what it cost."""
+
+    run: Path
+    method: str
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    steps: int
+    minutes: float
+    peak_rss_mb: float
+    images: Mapping[str, int]
+    """What was learnt from, by data folder."""
+    skipped: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The document written as `validation.json`."""
+        return {**{name: value for name, value in vars(self).items() if name != "run"}, "run": str(self.run)}
+
+
+def open_run(request: UnlabelledRequest[Any], cohorts: Sequence[SplitCohort], heading: str) -> None:
+    """Make the run folder with its settings and its split.
+
+    Raises:
+        RequestError: it cannot be written to, or a resumed run has other cases than before.
+    """
+    training, held_out = (
+        [f"{found.name}/{case_id}" for found in cohorts for case_id in getattr(found, ids)]
+        for ids in ("training_ids", "held_out_ids")
+    )
+    if request.is_resumed:
+        require_same_split(request.run, training, held_out)
+    open_folder(request.run, is_resumed=request.is_resumed)
+    write_config(request.run, request.config, {}, f"{heading} " + ", ".join(str(folder) for folder in request.data))
+    if not request.is_resumed:
+        write_split(request.run, request.data, training, held_out, request.config.data.exclude)
+
+
+def with_patch(card: ModelCard, size: int | tuple[int, ...], key: str) -> ModelCard:
+    """The card with the size of what is cut from the images, in voxels; `key` is the setting that says so.
+
+    Raises:
+        RequestError: it does not suit the network.
+    """
+    patch = (size,) * card.dims if isinstance(size, int) else size
+    if len(patch) != card.dims or any(length % step for length, step in zip(patch, card.divisor, strict=False)):
+        shown, steps = (" x ".join(map(str, numbers)) for numbers in (patch, card.divisor))
+        raise RequestError(f"{key} {shown} does not suit the network", expected=f"multiples of {steps}")
+    return card.model_copy(update={"patch_size": patch})
