@@ -49,7 +49,7 @@ def export(
 ) -> None:
     """Write model.onnx and model.json, checked against the trained network, or nothing.
 
-    `segkit infer -m OUTPUT` runs it with ONNX Runtime or OpenVINO, without torch.
+    `segkit infer -m OUTPUT`, or of an inpainting model `segkit inpaint`, runs it with ONNX Runtime or OpenVINO.
     """
     from segkit.errors import RequestError
     from segkit.export.cases import named_cases

@@ -22,7 +22,13 @@ from segkit.checkpoint.card import ExportCard, GraphCard
 from segkit.checkpoint.run_folder import require_segmentation
 from segkit.errors import CheckpointError, RequestError, as_request
 from segkit.export.cases import MeasuringCases, validation_cases
-from segkit.export.parity import check_parity, random_windows, seconds_per_window
+from segkit.export.parity import (
+    check_parity,
+    check_restored,
+    random_windows,
+    seconds_per_window,
+    windows_with_holes,
+)
 from segkit.export.precision import write_fp16, write_int8
 from segkit.inference.backends import Array, Backend, TorchBackend, installed_backends, open_graph
 from segkit.inference.graph import OPSET, graph_files, require_onnx, write_graph
@@ -38,6 +44,7 @@ SMALLEST_SPEED_UP = 1.5
 """Of an approved int8 graph, in the fastest backend of each."""
 
 _RANDOM_WINDOWS = 2
+_HOLED_WINDOWS = 4
 _REAL_WINDOWS = 4
 _CALIBRATION_WINDOWS = 16
 _VERSIONS = ("onnx", "onnxscript", "onnxruntime", "openvino")
@@ -79,7 +86,7 @@ def export_models(model: Path, output: Path, settings: ExportSettings | None = N
     except CheckpointError as error:
         raise as_request(error) from error
     for card, folder in zip(cards, folders, strict=True):
-        _require_exportable(card, folder)
+        _require_exportable(card, folder, settings)
     _require_free(output, model, may_overwrite=settings.may_overwrite)
     staging = output.with_name(f".{output.name}-{secrets.token_hex(4)}")
     try:
@@ -96,10 +103,17 @@ def export_models(model: Path, output: Path, settings: ExportSettings | None = N
     return {"output": str(output), "models": written}
 
 
-def _require_exportable(card: ModelCard, folder: Path) -> None:
+def _require_exportable(card: ModelCard, folder: Path, settings: ExportSettings) -> None:
     if card.export is not None:
         raise RequestError("is an export already", where=folder, expected="a run folder of `segkit train`")
-    require_segmentation(card, folder)
+    if card.task != "inpainting":
+        require_segmentation(card, folder)
+    elif settings.precision != "fp32" or settings.cases is not None:
+        raise RequestError(
+            f"{settings.precision} and cases are judged by masks, of which an inpainting model makes none",
+            where=folder,
+            remedy="Leave out --precision and -i: its graph is compared with the network on windows with holes",
+        )
 
 
 def _require_free(output: Path, model: Path, *, may_overwrite: bool) -> None:
@@ -137,7 +151,7 @@ def _export(folder: Path, card: ModelCard, target: Path, settings: ExportSetting
     """One model into `target`; gives its export card and where the real cases came from."""
     network = load_model(folder)
     reference = TorchBackend(network)
-    cases = settings.cases or validation_cases(folder)
+    cases = None if card.task == "inpainting" else settings.cases or validation_cases(folder)
     if cases is None and settings.precision != "fp32":
         raise RequestError(
             f"there are no cases to measure {settings.precision} with: the data of the run are not where they were",
@@ -146,16 +160,20 @@ def _export(folder: Path, card: ModelCard, target: Path, settings: ExportSetting
         )
     target.mkdir(parents=True, exist_ok=True)
     path = target / GRAPH_NAMES["fp32"]
-    write_graph(network, path, len(card.modalities), card.patch_size)
-    windows = random_windows(len(card.modalities), card.patch_size, _RANDOM_WINDOWS)
-    real = [] if cases is None else cases.windows(Predictor(reference, card), _CALIBRATION_WINDOWS)
-    windows = [*real[:_REAL_WINDOWS], *windows]
-    expected = [reference(window) for window in windows]
+    write_graph(network, path, card.input_channels, card.patch_size)
     backends = [open_graph(path, name) for name in installed_backends()]
-    activation = card.activation or "sigmoid"
-    parity = {
-        backend.name: check_parity(network, backend, windows, expected, activation).to_json() for backend in backends
-    }
+    real = [] if cases is None else cases.windows(Predictor(reference, card), _CALIBRATION_WINDOWS)
+    if card.activation is None:
+        holed = windows_with_holes(card.network.in_channels, card.context, card.patch_size, _HOLED_WINDOWS)
+        windows = [window.stacked for window in holed]
+        expected = [reference(window) for window in windows]
+        compared = [check_restored(backend, holed, expected) for backend in backends]
+    else:
+        noise = random_windows(len(card.modalities), card.patch_size, _RANDOM_WINDOWS)
+        windows = [*real[:_REAL_WINDOWS], *noise]
+        expected = [reference(window) for window in windows]
+        compared = [check_parity(network, backend, windows, expected, card.activation) for backend in backends]
+    parity = {backend.name: result.to_json() for backend, result in zip(backends, compared, strict=True)}
     seconds = seconds_per_window([reference, *backends], windows[0])
     graphs = [_graph_card(path, "fp32", dict(zip(parity, seconds[1:], strict=True)))]
     if settings.precision != "fp32" and cases is not None:
