@@ -121,7 +121,7 @@ def _require_room(card: ModelCard, window: tuple[int, ...]) -> None:
     from segkit.checkpoint.model import build_network
     from segkit.planning.memory import window_bytes
 
-    needed_mb = window_bytes(lambda: build_network(card, downloads=False), (1, len(card.modalities), *window)) / 1024**2
+    needed_mb = window_bytes(lambda: build_network(card, downloads=False), (1, card.input_channels, *window)) / 1024**2
     if needed_mb > room_mb():
         raise MemoryError(f"a window takes {needed_mb:.0f} MB, and {room_mb():.0f} MB are left")
 
@@ -145,8 +145,8 @@ def _fill(cache: Path, folder: Path, card: ModelCard, name: str, window: tuple[i
     temporary = cache.with_name(f".{cache.name}-{secrets.token_hex(4)}")
     try:
         temporary.mkdir(parents=True)
-        write_graph(network, temporary / GRAPH_NAME, len(card.modalities), window)
-        difference = _difference(open_graph(temporary / GRAPH_NAME, name), torch_backend, len(card.modalities), window)
+        write_graph(network, temporary / GRAPH_NAME, card.input_channels, window)
+        difference = _difference(open_graph(temporary / GRAPH_NAME, name), torch_backend, card.input_channels, window)
         if difference > _LARGEST_DIFFERENCE:
             _log.warning("the network differs by %.1e in another runtime; torch computes it", difference)
             return torch_backend

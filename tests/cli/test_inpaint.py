@@ -300,9 +300,9 @@ def _compare_with_export(
     grid = read_grid(scan / f"{scan.name}-{names[0]}.nii.gz")
     predictor = replace(predictor, backend=SameWindows(predictor.backend))
     expected = np.rint(predictor.fill(image, mask > 0, grid))
-    for backend in ("onnxruntime", "openvino"):
-        options = ("--mask", tmp_path / "masks", "--backend", backend, "-q")
-        assert call("-m", exported, "-i", scan, "-o", tmp_path / backend, *options) == 0
+    for model, backend in ((exported, "onnxruntime"), (exported, "openvino"), (run, "onnxruntime")):
+        options = ("--mask", tmp_path / "masks", "--backend", backend, "--overwrite", "-q")
+        assert call("-m", model, "-i", scan, "-o", tmp_path / backend, *options) == 0
         document = json.loads((tmp_path / backend / "manifest.json").read_text())
         assert document["cases"][0]["backend"] == backend
         for name, plane in zip(names, expected, strict=True):

@@ -200,6 +200,29 @@ def test_again_and_again(data: Path, masks: Path, tmp_path: Path) -> None:
     assert statuses(run(filler, data, out, masks, InpaintingSettings(overwrites=True))) == {"p1": "done", "p2": "done"}
 
 
+def test_what_was_finished_before_an_interruption_is_kept(data: Path, masks: Path, tmp_path: Path) -> None:
+    class Interrupted(Constant):
+        def fill(self, image: Image, hole: NDArray[np.bool_], grid: Grid) -> Image:
+            if self.filled:
+                raise KeyboardInterrupt
+            return super().fill(image, hole, grid)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Interrupted(), data, tmp_path / "out", masks, workers=1)
+    document = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert statuses(document) == {"p1": "done"}
+    assert document["remaining"] == ["p2"]
+    assert statuses(run(Constant(), data, tmp_path / "out", masks)) == {"p1": "skipped", "p2": "done"}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_no_image_is_not_written(data: Path, masks: Path, tmp_path: Path, value: float) -> None:
+    document = run(Constant(value=value), data, tmp_path / "out", masks)
+    assert statuses(document) == {"p1": "failed", "p2": "failed"}
+    assert "the model made up NaN or infinity" in document["cases"][0]["error"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.json"]
+
+
 def test_images_of_another_model_or_other_masks_are_not_replaced(data: Path, masks: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(Constant(), data, out, masks)
