@@ -91,8 +91,8 @@ def inpaint(
     """Fill what is missing of scans, or their lesions; all other voxels come back as they were, bit for bit.
 
     What is missing is told by --mask, by --lesions, or by the folder itself where it is one of the BraTS inpainting
-    task. One image a modality and a manifest go to OUT; cases that fail do not stop the others, and the same command
-    goes on where it was interrupted.
+    task. One image a modality and a manifest go to OUT; a case of which nothing is missing is written as it is, with a
+    note. Cases that fail do not stop the others, and the same command goes on where it was interrupted.
     """
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
     from segkit.data.archives import opened
@@ -111,7 +111,7 @@ def inpaint(
         except DataError as error:
             raise as_request(error) from error
         if mask is None and lesions is None:
-            cohort = _find_voided(source, output, layout, cases)
+            cohort = _find_voided(source, output, layout, modality, cases)
         else:
             cohort = _find(source, output, layout, modality, cases)
         predictor = _load(model, device or "auto", backend)
@@ -161,14 +161,16 @@ def _find(source: Path, output: Path, layout: str | None, modality: list[str] | 
     )
 
 
-def _find_voided(source: Path, output: Path, layout: str | None, cases: Path | None) -> Cohort:
+def _find_voided(
+    source: Path, output: Path, layout: str | None, modality: list[str] | None, cases: Path | None
+) -> Cohort:
     """The cases of a folder of the inpainting task."""
     from segkit.data.layouts.synthesis import SYNTHESIS_LAYOUT, find_voided
     from segkit.errors import DataError, RequestError
     from segkit.inference.cases import choose_cases
 
-    if layout not in (None, SYNTHESIS_LAYOUT):
-        raise RequestError(f"nothing says what is missing of scans in layout {layout}", expected=_THREE_WAYS)
+    if layout not in (None, SYNTHESIS_LAYOUT) or modality:
+        raise RequestError("nothing says what is missing of scans in another layout", expected=_THREE_WAYS)
     try:
         cohort = find_voided(source, exclude=output.resolve())
     except DataError as error:

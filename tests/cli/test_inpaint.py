@@ -248,7 +248,8 @@ def test_wrong_requests_run_nothing(
     requests: list[tuple[tuple[object, ...], str]] = [
         ((run, scans), "nothing says what is missing: no voided scan is there"),
         ((run, scans), "--mask FILE_OR_FOLDER for what is missing, --lesions MASKS_OR_MODEL for lesions to fill"),
-        ((run, scans, "--layout", "brats2023"), "nothing says what is missing of scans in layout brats2023"),
+        ((run, scans, "--layout", "brats2023"), "nothing says what is missing of scans in another layout"),
+        ((run, challenge, "--modality", "t1n=_T1"), "nothing says what is missing of scans in another layout"),
         ((run, scans, "--mask", mask, "--lesions", mask), "--mask and --lesions both say what is filled"),
         ((run, scans, "--mask", mask), "is one mask, and there are 2 cases"),
         ((run, scans, "--lesions", tmp_path / "nowhere"), "no such file or folder"),

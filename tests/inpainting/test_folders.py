@@ -339,6 +339,10 @@ def test_results_never_take_the_place_of_input(data: Path, masks: Path, tmp_path
     assert "would take the place of a file of the case itself" in document["cases"][0]["error"]
 
 
+def test_a_model_of_slices_fills_volumes(data: Path, masks: Path, tmp_path: Path) -> None:
+    assert statuses(run(Constant(dims=2), data, tmp_path / "out", masks)) == {"p1": "done", "p2": "done"}
+
+
 def test_pictures(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     colours = rng.integers(1, 255, (8, 10, 3)).astype(np.uint8)
