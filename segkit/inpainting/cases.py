@@ -77,8 +77,8 @@ def _plan_case(
 ) -> FillingTask:
     refuse_odd_id(case.id)
     refuse_unusable(case)
-    segmented = None if holes.segmenter is None else match_modalities(case, holes.segmenter.card.modalities)
-    matched = match_modalities(case, modalities)
+    segmented = None if holes.segmenter is None else _matched(case, holes.segmenter.card.modalities)
+    matched = _matched(case, modalities)
     suffix = ".nii.gz" if cohort.dims == 3 else ".png"
     task = FillingTask(
         _with_truth(matched) if settings.writes_anomaly and cohort.layout == SYNTHESIS_LAYOUT else matched,
@@ -98,6 +98,19 @@ def _plan_case(
                 remedy="Choose another output folder",
             )
     return task
+
+
+def _matched(case: Case, wanted: tuple[str, ...]) -> Case:
+    """The case with its images under a model's modality names; none of them may be missing here.
+
+    Raises:
+        DataError: one is.
+    """
+    try:
+        return match_modalities(case, wanted)
+    except DataError as error:
+        remedy = "Add the files, or say which file is which with --modality NAME=SUFFIX"
+        raise DataError(error.found, expected=error.expected, remedy=remedy) from error
 
 
 def _targets(case: Case, output: Path, cohort: Cohort) -> dict[str, Path]:

@@ -171,6 +171,7 @@ def test_one_bad_case_does_not_stop_the_others(data: Path, masks: Path, tmp_path
     assert "does not lie on the grid of the image" in errors["p4"]
     assert "truncated or damaged" in errors["p5"]
     assert "modality t1n is missing" in errors["p6"]
+    assert "--allow-missing" not in errors["p6"]
     assert "there is no mask of case p7" in errors["p7"]
     assert not list((tmp_path / "out").glob("p[3-7]*"))
 
