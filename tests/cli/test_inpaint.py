@@ -67,6 +67,8 @@ def write_run(
     for parameter in network.parameters():
         if not parameter.any():  # scales, shifts and the head, which begin at 0
             torch.nn.init.normal_(parameter, std=0.2)
+    if family == "generator":  # which begins from nothing: its answer is somewhere near tissue
+        torch.nn.init.constant_(dict(network.named_parameters())[f"{network.head_prefixes[0]}bias"], 4.0)
     document: dict[str, Any] = {
         "task": "inpainting",
         "network": {"family": family, "in_channels": count, "out_channels": count, "arguments": chosen},
