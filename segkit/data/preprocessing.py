@@ -30,7 +30,7 @@ from segkit.labels import LabelScheme, translate
 from segkit.runtime import available_cores
 from segkit.shapes import AnyArray, Image, LabelMap
 
-Normalisation = Literal["zscore-nonzero", "zscore", "ct-window"]
+Normalisation = Literal["zscore-nonzero", "zscore", "ct-window", "scale-nonzero"]
 Crop = Literal["nonzero", "none"]
 
 _MOST_VOXELS = 2**31
@@ -48,7 +48,9 @@ class PreprocessingConfig(Config):
 
     normalisation: Normalisation | None = None
     """zscore-nonzero: mean 0 and deviation 1 over the voxels that are not 0, which stay 0 (skull-stripped MRI);
-    zscore: over all voxels; ct-window: Hounsfield units clipped to `ct_window`, then `ct_mean` and `ct_std`."""
+    zscore: over all voxels; ct-window: Hounsfield units clipped to `ct_window`, then `ct_mean` and `ct_std`;
+    scale-nonzero: divided by the deviation over the voxels that are not 0, so that background keeps its distance from
+    tissue, as inpainting needs it."""
 
     crop: Crop | None = None
     """nonzero: crop to the box of voxels that are not 0 in any modality; none: keep the whole volume."""
@@ -294,6 +296,8 @@ def normalise(plane: NDArray[np.float32], config: PreprocessingConfig) -> None:
         values = plane[inside]
         if values.size:
             plane[inside] = (values - values.mean()) / (values.std() + 1e-8)
+    elif config.normalisation == "scale-nonzero":
+        plane /= deviation_of_tissue(plane)
     elif config.normalisation == "zscore":
         plane -= plane.mean()
         plane /= plane.std() + 1e-8
@@ -303,6 +307,12 @@ def normalise(plane: NDArray[np.float32], config: PreprocessingConfig) -> None:
         np.clip(plane, *config.ct_window, out=plane)
         plane -= config.ct_mean
         plane /= max(config.ct_std, 1e-8)
+
+
+def deviation_of_tissue(plane: NDArray[np.float32]) -> float:
+    """Standard deviation over the voxels that are not 0; 1 where they are all alike."""
+    values = plane[plane != 0]
+    return (float(values.std(dtype=np.float64)) if values.size else 0.0) or 1.0
 
 
 def crop_box(image: Image, crop: Crop) -> tuple[tuple[int, ...], tuple[int, ...]]:

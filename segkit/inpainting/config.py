@@ -42,7 +42,7 @@ class InpaintingConfig(RunConfig):
     method: Literal["inpainting"] = "inpainting"
     """What distinguishes this file from those of the other methods of `segkit pretrain`."""
     network: NetworkConfig = NetworkConfig(family="inpainter", size="small", arguments={"context": "mirror"})
-    preprocessing: PreprocessingConfig = PreprocessingConfig(normalisation="zscore-nonzero", crop="nonzero")
+    preprocessing: PreprocessingConfig = PreprocessingConfig(normalisation="scale-nonzero", crop="nonzero")
     optimiser: OptimiserConfig = OptimiserConfig()
     training: LoopConfig = LoopConfig(steps=20_000)
     modalities: tuple[str, ...] | None = None

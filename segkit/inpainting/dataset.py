@@ -76,12 +76,14 @@ class HoleDataset(Dataset[dict[str, torch.Tensor]]):
         number = int(generator.integers(len(self.prepared)))
         case = self.prepared[number]
         box = self._place(case, generator)
-        image, lesion, size = box.cut(case.image), self._lesion(case, box), box.size
+        image, size = box.cut(case.image), box.size
+        marked, lesion = self._lesion(case, box)
         is_brain = (image != 0).any(0) | lesion
         squeeze = tuple(axis for axis, length in enumerate(size) if len(size) > len(self.patch_size) and length == 1)
         hole = self.rules.maker.draw(is_brain.squeeze(squeeze), ~lesion.squeeze(squeeze), generator).reshape(size)
-        hides_lesion = generator.random() < self.rules.hidden_lesions or _is_voided(image, lesion)
-        missing = hole | lesion if hides_lesion else hole
+        missing = hole | lesion if generator.random() < self.rules.hidden_lesions else hole
+        if _is_voided(image, marked):
+            missing = missing | marked
         mirrored = self._mirrored(number, box, missing) if self.context == "mirror" else None
         gain = np.float32(max(0.5, 1 + self.rules.gain * generator.standard_normal()))
         shift = np.float32(self.rules.shift * generator.standard_normal())
@@ -120,19 +122,18 @@ class HoleDataset(Dataset[dict[str, torch.Tensor]]):
         )
         return Box(tuple(start), size)
 
-    def _lesion(self, case: PreparedCase, box: Box) -> NDArray[np.bool_]:
-        """What no hole may touch in a box, (*size): what is marked, and the margin around it."""
+    def _lesion(self, case: PreparedCase, box: Box) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """What is marked in a box, (*size), and that with the margin around it, which no hole may touch."""
         if case.labels is None:
-            return np.zeros(box.size, bool)
+            return np.zeros(box.size, bool), np.zeros(box.size, bool)
         is_slice = len(box.size) > len(self.patch_size)
         halo = [0 if is_slice and length == 1 else self.rules.margin_voxels for length in box.size]
         start = tuple(first - more for first, more in zip(box.start, halo, strict=True))
         wide = Box(start, tuple(length + 2 * more for length, more in zip(box.size, halo, strict=True))).cut(
             case.labels
         )
-        marked = grow(wide > 0, self.rules.margin_voxels)
         inner = tuple(slice(more, more + length) for more, length in zip(halo, box.size, strict=True))
-        return np.ascontiguousarray(marked[inner])
+        return wide[inner] > 0, np.ascontiguousarray(grow(wide > 0, self.rules.margin_voxels)[inner])
 
     def _mirrored(self, number: int, box: Box, missing: NDArray[np.bool_]) -> tuple[Image, NDArray[np.bool_]]:
         """The box of the mirrored volume; what is missing in the box is not known on the other side of it."""
@@ -151,6 +152,6 @@ class HoleDataset(Dataset[dict[str, torch.Tensor]]):
         return turned[:, mine], is_known[mine]
 
 
-def _is_voided(image: Image, lesion: NDArray[np.bool_]) -> bool:
+def _is_voided(image: Image, marked: NDArray[np.bool_]) -> bool:
     """Whether the image has nothing where it is marked: most of it is exactly 0."""
-    return bool(lesion.any()) and float((image[:, lesion] != 0).mean()) < 0.5
+    return bool(marked.any()) and float((image[:, marked] != 0).mean()) < 0.5

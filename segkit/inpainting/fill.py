@@ -28,6 +28,8 @@ _REACH_VOXELS = 2
 """How far from a hole's voxel its equation looks: twice the Laplacian's reach."""
 _RESIDUAL = 1e-8
 """Residual, relative to the known voxels' share, at which the solution counts as found."""
+_ROUGH_RESIDUAL = 1e-3
+"""The same for a fill that a network goes on from."""
 
 Box = tuple[slice, ...]
 
@@ -90,7 +92,7 @@ def harmonic_fill(image: Image, hole: Mask) -> Image:
     Raises:
         DataError: If the shapes differ, nothing is known, or a known voxel is not finite.
     """
-    return _fill_smoothly(image, hole, power=1)
+    return _fill_smoothly(image, hole, 1, _RESIDUAL)
 
 
 def biharmonic_fill(image: Image, hole: Mask) -> Image:
@@ -103,7 +105,7 @@ def biharmonic_fill(image: Image, hole: Mask) -> Image:
     Raises:
         DataError: If the shapes differ, nothing is known, or a known voxel is not finite.
     """
-    return _fill_smoothly(image, hole, power=2)
+    return _fill_smoothly(image, hole, 2, _RESIDUAL)
 
 
 FILLS: dict[str, Callable[[Image, Mask], Image]] = {
@@ -114,14 +116,32 @@ FILLS: dict[str, Callable[[Image, Mask], Image]] = {
 """Fills that need nothing but an image and its hole."""
 
 
-def _fill_smoothly(image: Image, hole: Mask, power: int) -> Image:
+def rough_fill(image: Image, hole: Mask) -> Image:
+    """Nearly the biharmonic fill, in a fraction of its time, within the range of the known voxels of each channel.
+
+    What a network is shown in a hole and goes on from; 0 where nothing is known.
+
+    Args:
+        image: Intensities (C, *spatial), float32.
+        hole: Where to fill, (*spatial).
+    """
+    if hole.all():
+        return np.zeros_like(image)
+    filled = _fill_smoothly(image, hole, 2, _ROUGH_RESIDUAL)
+    for channel in filled:
+        known = channel[~hole]
+        channel[hole] = np.clip(channel[hole], known.min(), known.max())
+    return filled
+
+
+def _fill_smoothly(image: Image, hole: Mask, power: int, residual: float) -> Image:
     filled = _to_fill(image, hole)
     for box, part in _independent_parts(hole):
         matrix, from_known = _equations(part, power)
         roughly = _box_inverse(part, power)
         for channel in filled:
             known = np.where(hole[box], 0, channel[box]).astype(np.float64)
-            channel[box][part] = _solve(matrix, from_known @ known.ravel(), roughly)
+            channel[box][part] = _solve(matrix, from_known @ known.ravel(), roughly, residual)
     return filled
 
 
@@ -144,8 +164,10 @@ def _equations(part: Mask, power: int) -> tuple[sparse.csr_array, sparse.csr_arr
     return rows[:, part.ravel()], -rows
 
 
-def _solve(matrix: sparse.csr_array, right: NDArray[np.float64], inverse: LinearOperator) -> NDArray[np.float64]:
-    solution, _ = cg(matrix, right, rtol=_RESIDUAL, M=inverse)
+def _solve(
+    matrix: sparse.csr_array, right: NDArray[np.float64], inverse: LinearOperator, residual: float
+) -> NDArray[np.float64]:
+    solution, _ = cg(matrix, right, rtol=residual, M=inverse)
     return np.asarray(solution)
 
 

@@ -1,4 +1,4 @@
-"""What an inpainting network is shown: the image without what is missing, and what else it was built to see."""
+"""What an inpainting network is shown: the image with its hole filled roughly, and what else it was built to see."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segkit.data.symmetry import Midline
+from segkit.inpainting.fill import rough_fill
 from segkit.shapes import AnyArray, Image
 
 Context = Literal["none", "hole", "mirror"]
@@ -16,7 +17,7 @@ Context = Literal["none", "hole", "mirror"]
 def stack_inputs(
     image: Image, missing: NDArray[np.bool_], context: Context, mirrored: tuple[Image, NDArray[np.bool_]] | None = None
 ) -> Image:
-    """The channels in their order: the image, what is missing, the mirrored image, where that is known.
+    """The channels in their order: the image, filled roughly, what is missing, the mirrored image, where that is known.
 
     Args:
         image: (C, *spatial), normalised; what it holds where it is missing is not shown.
@@ -27,7 +28,7 @@ def stack_inputs(
     Returns:
         (C, ...), (C + 1, ...) or (2 C + 2, *spatial) float32.
     """
-    channels: list[AnyArray] = [np.where(missing, np.float32(0), image)]
+    channels: list[AnyArray] = [rough_fill(image, missing)]
     if context != "none":
         channels.append(missing[None])
     if context == "mirror":

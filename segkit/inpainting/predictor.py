@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from segkit.checkpoint.card import ModelCard
 from segkit.checkpoint.run_folder import load_card
 from segkit.data.geometry import reorientation_to, reoriented_grid
-from segkit.data.preprocessing import crop_box
+from segkit.data.preprocessing import crop_box, deviation_of_tissue
 from segkit.data.resampling import resample_image, resampled_shape
 from segkit.data.symmetry import Midline, find_midline
 from segkit.data.volume import Grid
@@ -95,13 +95,17 @@ class InpaintingPredictor:
         missing = turn.apply(hole)
         known = np.where(missing, np.float32(0), turn.apply(image))
         start, stop = crop_box(np.concatenate((known, missing[None])), "nonzero")
-        box = tuple(slice(first, last) for first, last in zip(start, stop, strict=True))
-        scale = [_Scale.of(plane) for plane in known[(slice(None), *box)]]
-        normalised = np.stack([one.apply(plane) for one, plane in zip(scale, known[(slice(None), *box)], strict=True)])
-        found = self._fill_at_spacing(normalised, missing[box], reoriented_grid(grid, turn).spacing_mm)
-        for plane, one, made_up in zip(known, scale, found, strict=True):
-            inside = plane[box]
-            inside[missing[box]] = one.undo(made_up[missing[box]])
+        box = (slice(None), *(slice(first, last) for first, last in zip(start, stop, strict=True)))
+        if not known.any(tuple(range(1, known.ndim))).all():
+            raise DataError("nothing is known of the image but its hole", remedy="Check that the mask is not inverted")
+        normalised: Image = np.empty((len(known), *missing[box[1:]].shape), np.float32)
+        for plane, scaled in zip(known, normalised, strict=True):
+            np.divide(plane[box[1:]], deviation_of_tissue(plane), out=scaled)
+        found = self._fill_at_spacing(normalised, missing[box[1:]], reoriented_grid(grid, turn).spacing_mm)
+        for plane, made_up in zip(known, found, strict=True):
+            # Nothing is made up that is darker or brighter than all that is known.
+            values = np.clip(made_up * deviation_of_tissue(plane), plane.min(), plane.max())
+            np.copyto(plane[box[1:]], values, where=missing[box[1:]])
         return np.where(hole, turn.undo(known), image)
 
     def _fill_at_spacing(self, image: Image, missing: Hole, spacing_mm: Sequence[float]) -> Image:
@@ -157,29 +161,6 @@ class InpaintingPredictor:
                 yield _Window(tuple(s + (length - side) // 2 for s, length, side in starts), sides, (0,) * len(sides))
             else:
                 yield from _inwards(box, patch)
-
-
-@dataclass(frozen=True)
-class _Scale:
-    """Mean and deviation of the voxels of a modality that are known and not 0."""
-
-    mean: float
-    deviation: float
-
-    @classmethod
-    def of(cls, plane: NDArray[np.float32]) -> _Scale:
-        values = plane[plane != 0]
-        if not values.size:
-            raise DataError("nothing is known of the image but its hole", remedy="Check that the mask is not inverted")
-        return cls(float(values.mean(dtype=np.float64)), max(float(values.std(dtype=np.float64)), 1e-8))
-
-    def apply(self, plane: NDArray[np.float32]) -> NDArray[np.float32]:
-        scaled: NDArray[np.float32] = np.where(plane != 0, (plane - self.mean) / self.deviation, 0).astype(np.float32)
-        return scaled
-
-    def undo(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        scaled: NDArray[np.float32] = (values * self.deviation + self.mean).astype(np.float32)
-        return scaled
 
 
 @dataclass(frozen=True)

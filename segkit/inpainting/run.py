@@ -39,7 +39,7 @@ from segkit.training.cohorts import SplitCohort, find_split, prepare_cohort
 from segkit.training.config import DataConfig
 from segkit.training.folder import SCORES_NAME, require_usable, write_json
 from segkit.training.loop import fit
-from segkit.training.unlabelled import UnlabelledRequest, UnlabelledSummary, open_run, with_patch
+from segkit.training.unlabelled import UnlabelledRequest, UnlabelledSummary, measured_before, open_run, with_patch
 from segkit.training.weights import first_weights
 
 _log = logging.getLogger(__name__)
@@ -73,8 +73,7 @@ def inpainting_run(request: InpaintingRequest) -> UnlabelledSummary:
     open_run(request, cohorts, "inpainting of scans in")
     begun.keep(request.run)
     task, cases, skipped = _build_task(request, cohorts, card, begun.network)
-    task.model.to(request.device)
-    before = {} if request.is_resumed else task.measure(task.model.state_dict())
+    before = measured_before(request, task)
     state = fit(
         task,
         request.run,
@@ -144,6 +143,11 @@ def _settled(config: InpaintingConfig, cohorts: Sequence[SplitCohort]) -> Inpain
     if len(names) > 1:
         shown = " and ".join(", ".join(modalities) for modalities in sorted(names))
         raise RequestError(f"the folders have different modalities: {shown}", remedy="Choose with modalities=[...]")
+    if config.preprocessing.normalisation != "scale-nonzero":
+        raise RequestError(
+            f"preprocessing.normalisation {config.preprocessing.normalisation} puts background amid tissue",
+            expected="scale-nonzero: what is filled in is one or the other by its intensity alone",
+        )
     are_volumes = all(found.cohort.dims == 3 for found in cohorts)
     network = config.network
     configure(network.family, network.size, network.arguments)

@@ -31,12 +31,12 @@ class RestorationConfig(Config):
     ssim_window: int = Field(default=7, ge=3)
     """Edge of the window in which SSIM compares, voxels, odd."""
 
-    darkest: float = -3.0
-    """Intensity that SSIM takes for black. It compares means by their ratio, so it needs intensities from 0 on, which
-    those with mean 0 are not: a truth of 0.1 for a -0.1 would cost as much as black for white."""
+    darkest: float = 0.0
+    """Intensity that SSIM takes for black. It compares means by their ratio, so it needs intensities from 0 on: of
+    intensities around 0, such as z-scores, a 0.1 for a -0.1 would cost as much as black for white."""
 
     data_range: float = Field(default=6.0, gt=0)
-    """Intensities from black to white; of a brain with mean 0 and deviation 1 about 6."""
+    """Intensities from black to white; of a brain with deviation 1 about 6."""
 
     @field_validator("ssim_window")
     @classmethod

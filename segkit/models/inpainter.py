@@ -2,18 +2,17 @@
 
 Region normalisation is that of Yu et al. 2020 (arXiv 1911.10375); the U-Net around it is ours, for 2D and 3D:
 
-    stem -> stage 0 -> stage 1 -> ... -> [upsample, skip, stage] x (stages - 1) -> head -> + smooth fill
+    stem -> stage 0 -> stage 1 -> ... -> [upsample, skip, stage] x (stages - 1) -> head -> + image
 
 On the way down the hole is known (RN-B: background, tissue and hole by themselves), on the way up each layer finds out
-which of its voxels still look like a hole (RN-L). The network adds to a smooth fill of the hole, so it begins with an
-answer that continues the surroundings and learns what is missing of it. Called with an image alone it is an encoder and
-decoder like any other: with no hole, RN-B normalises background and tissue by themselves.
+which of its voxels still look like a hole (RN-L). The image comes with its hole filled roughly, and the network adds to
+it: its first answer continues the surroundings, and it learns what that lacks. Called with an image alone it is an
+encoder and decoder like any other: with no hole, RN-B normalises background and tissue by themselves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import ceil, log2
 from typing import Literal
 
 import torch
@@ -31,12 +30,6 @@ REFERENCE = "Yu et al. 2020, arXiv 1911.10375 (region normalisation)"
 _SLOPE = 0.01
 _BACKGROUND, _TISSUE, _HOLE = 0, 1, 2
 """Regions of RN-B; of two that fall on one voxel of a small map the larger number wins."""
-
-_KNOWN_FROM = 0.5
-"""Part of a coarse voxel that must be known for its mean to be taken as known."""
-_STEPS = 12
-"""Of conjugate gradients on each grid."""
-_LEAST = 1e-20
 
 Context = Literal["none", "hole", "mirror"]
 DecoderNorm = Literal["learnable", "region", "instance"]
@@ -133,6 +126,7 @@ class Encoder(nn.Module):
         self, stem: nn.Module, context: nn.Module | None, norm: nn.Module, stages: Sequence[Sequence[nn.Module]]
     ) -> None:
         super().__init__()
+        self.image_channels: int = stem.get_parameter("weight").shape[1]
         self.stem = stem
         self.context = context
         self.norm = norm
@@ -176,7 +170,9 @@ class Inpainter(nn.Module):
         self.input_weights = ("encoder.stem.weight",)
         self.head_prefixes = ("head.",)
         self.encoder_prefix = "encoder."
-        nn.init.zeros_(head.get_parameter("weight"))  # the first answer is the smooth fill itself
+        # The first answer is the image as it came.
+        nn.init.zeros_(head.get_parameter("weight"))
+        nn.init.zeros_(head.get_parameter("bias"))
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """Feature maps of the encoder, full resolution first; x as in `forward`."""
@@ -188,13 +184,13 @@ class Inpainter(nn.Module):
         Args:
             x: (B, channels, *spatial), each axis a multiple of `divisor`. With as many channels as the image has,
                 nothing is missing, and the output is that of a network for segmentation. The next channel is the hole,
-                1 in it, else 0; then the output is the restored image, whatever the image holds in the hole. Then may
-                follow the mirrored image and, as one channel more, where it is known.
+                1 in it, else 0; then the image comes with a rough fill of it and the output is the restored image. Then
+                may follow the mirrored image and, as one channel more, where it is known.
 
         Returns:
             The output; while training a list that holds it.
         """
-        features, regions, smooth = self._encoded(x)
+        features, regions = self._encoded(x)
         y = features.pop()
         for upsampling, stage in zip(self.upsamplings, self.decoder, strict=True):
             skip = features.pop()
@@ -203,84 +199,17 @@ class Inpainter(nn.Module):
             for unit in stage:  # type: ignore[attr-defined]
                 y = unit(y, regions)
         y = self.head(y)
-        if smooth is not None:
-            y = y + smooth
+        channels = self.encoder.image_channels
+        if x.shape[1] > channels:
+            y = y + x[:, :channels]
         return [y] if self.training else y
 
-    def _encoded(self, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor | None]:
-        """Feature maps, regions (B, 1, *spatial) and, where something is missing, the image with a smooth fill."""
-        channels = self.encoder.stem.get_parameter("weight").shape[1]
-        image, context, smooth = x[:, :channels], None, None
+    def _encoded(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Feature maps, and regions (B, 1, *spatial)."""
+        channels = self.encoder.image_channels
+        image, context = x[:, :channels], x[:, channels:]
         regions = (image != 0).any(1, keepdim=True).to(torch.uint8)  # _BACKGROUND and _TISSUE
-        if x.shape[1] > channels:
-            context = x[:, channels:]
-            hole = context[:, :1] > 0.5
-            image = smooth = fill_smoothly(image, hole)
-            regions = torch.where(hole, torch.full_like(regions, _HOLE), regions)
-        return self.encoder(image, context, regions), regions, smooth
-
-
-def fill_smoothly(image: Tensor, hole: Tensor) -> Tensor:
-    """The image with its hole filled by the surface that bends least: nearly the least sum of squared Laplacians.
-
-    Known voxels are averaged to ever coarser grids. From the coarsest on, what is missing is interpolated from the grid
-    before and improved by a few steps of conjugate gradients. What the hole holds does not matter.
-
-    Args:
-        image: (B, C, *spatial), 2D or 3D.
-        hole: (B, 1, *spatial), boolean.
-
-    Returns:
-        (B, C, *spatial); known voxels as they were, 0 where nothing is known at all.
-    """
-    pool, mode = (functional.avg_pool2d, "bilinear") if image.dim() == 4 else (functional.avg_pool3d, "trilinear")
-    levels = [(image.masked_fill(hole, 0), (~hole).to(image.dtype))]
-    for _ in range(ceil(log2(max(image.shape[2:])))):
-        values, part = levels[-1]
-        kernel = [min(2, length) for length in values.shape[2:]]
-        levels.append((pool(values, kernel, ceil_mode=True), pool(part, kernel, ceil_mode=True)))
-    values, part = levels.pop()
-    filled = values / part.clamp(min=1e-6)
-    for values, part in reversed(levels):
-        coarse = functional.interpolate(filled, size=values.shape[2:], mode=mode, align_corners=False)
-        is_open = part < _KNOWN_FROM
-        filled = _bend_least(torch.where(is_open, coarse, values / part.clamp(min=_KNOWN_FROM)), is_open)
-    return filled
-
-
-def _bend_least(image: Tensor, is_open: Tensor) -> Tensor:
-    """Open voxels (B, 1, *spatial) of an image (B, C, *spatial) nearer to the least sum of squared Laplacians."""
-    axes = tuple(range(2, image.dim()))
-    is_open = is_open.to(image.dtype)
-    residual = -is_open * _laplacian(_laplacian(image))
-    direction = residual
-    length = residual.square().sum(axes, keepdim=True)
-    for _ in range(_STEPS):
-        bent = is_open * _laplacian(_laplacian(direction))
-        step = length / (direction * bent).sum(axes, keepdim=True).clamp(min=_LEAST)
-        image = image + step * direction
-        residual = residual - step * bent
-        following = residual.square().sum(axes, keepdim=True)
-        direction = residual + following / length.clamp(min=_LEAST) * direction
-        length = following
-    return image
-
-
-def _laplacian(x: Tensor) -> Tensor:
-    """Sum of second differences of (B, C, *spatial) along each axis; beyond the border lies the border again."""
-    total = torch.zeros_like(x)
-    for axis in range(2, x.dim()):
-        slope = x.diff(dim=axis)
-        total = (
-            total
-            + functional.pad(slope, _along(axis, x.dim(), 0, 1))
-            - functional.pad(slope, _along(axis, x.dim(), 1, 0))
-        )
-    return total
-
-
-def _along(axis: int, dims: int, before: int, after: int) -> list[int]:
-    """What `pad` is told to add to one axis."""
-    sides = [0, 0] * dims
-    sides[2 * (dims - 1 - axis) : 2 * (dims - axis)] = [before, after]
-    return sides
+        if context.shape[1] == 0:
+            return self.encoder(image, None, regions), regions
+        regions = torch.where(context[:, :1] > 0.5, torch.full_like(regions, _HOLE), regions)
+        return self.encoder(image, context, regions), regions

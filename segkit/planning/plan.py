@@ -275,7 +275,7 @@ def plan_preprocessing(
         normalisation, reasons["preprocessing.normalisation"] = choose_normalisation(fingerprint)
         chosen["normalisation"] = normalisation
     if asked.crop is None:
-        has_background = normalisation == "zscore-nonzero"
+        has_background = normalisation in ("zscore-nonzero", "scale-nonzero")
         chosen["crop"] = "nonzero" if has_background else "none"
         reasons["preprocessing.crop"] = (
             "the background holds nothing" if has_background else "0 is an intensity here like any other"

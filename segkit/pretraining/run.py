@@ -6,10 +6,9 @@ measured before and after on held-out patients in `validation.json`.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +29,14 @@ from segkit.training.batches import ENDLESS
 from segkit.training.cohorts import SplitCohort, find_split, prepare_cohort
 from segkit.training.folder import SCORES_NAME, require_usable, write_json
 from segkit.training.loop import fit
-from segkit.training.unlabelled import UnlabelledRequest, UnlabelledSummary, open_run, with_patch
+from segkit.training.unlabelled import (
+    UnlabelledRequest,
+    UnlabelledSummary,
+    measured_before,
+    open_run,
+    shown,
+    with_patch,
+)
 from segkit.training.weights import first_weights
 
 _log = logging.getLogger(__name__)
@@ -62,7 +68,7 @@ def pretrain_run(request: PretrainRequest) -> UnlabelledSummary:
     open_run(request, cohorts, "unlabelled images in")
     begun.keep(request.run)
     task, skipped = _build_task(request, cohorts, card, begun.network)
-    before = _measured_before(request, task)
+    before = measured_before(request, task)
     state = fit(
         task,
         request.run,
@@ -215,29 +221,9 @@ def _held_out_groups(
     return _groups(config, card, usable, views, seed=_HELD_OUT_SEED, length=config.validation_groups)
 
 
-def _measured_before(request: PretrainRequest, task: PretrainingTask) -> dict[str, float]:
-    """Measures of the weights that a run begins with; a resumed run keeps those of its beginning."""
-    path = request.run / SCORES_NAME
-    if request.is_resumed:
-        try:
-            kept: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))["before"]
-        except (OSError, ValueError, KeyError):
-            return {}
-        return kept
-    task.model.to(request.device)
-    before = task.measure(task.model.state_dict())
-    _log.info("before: %s", _shown(before))
-    write_json(path, {"before": before})
-    return before
-
-
 def _measured_after(run: Path, task: PretrainingTask) -> dict[str, float]:
     """Measures of the best weights, which the model then has."""
     task.take_best(run)
     after = task.measure(task.model.state_dict())
-    _log.info("best at step %s: %s", load_card(run).training_data.model_dump().get("step"), _shown(after))
+    _log.info("best at step %s: %s", load_card(run).training_data.model_dump().get("step"), shown(after))
     return after
-
-
-def _shown(measures: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.3f}" for name, value in measures.items())

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+from torch import Tensor, nn
 
 from segkit.checkpoint import ModelCard
 from segkit.errors import RequestError
 from segkit.training.cohorts import SplitCohort
 from segkit.training.config import RunConfig
-from segkit.training.folder import open_folder, require_same_split, write_config, write_split
+from segkit.training.folder import (
+    SCORES_NAME,
+    open_folder,
+    require_same_split,
+    write_config,
+    write_json,
+    write_split,
+)
+
+_log = logging.getLogger(__name__)
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
@@ -90,3 +102,34 @@ def with_patch(card: ModelCard, size: int | tuple[int, ...], key: str) -> ModelC
         shown, steps = (" x ".join(map(str, numbers)) for numbers in (patch, card.divisor))
         raise RequestError(f"{key} {shown} does not suit the network", expected=f"multiples of {steps}")
     return card.model_copy(update={"patch_size": patch})
+
+
+class MeasuredTask(Protocol):
+    """A task whose weights can be measured, not only scored."""
+
+    model: nn.Module
+
+    def measure(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        """What held-out images show of these weights."""
+        ...
+
+
+def measured_before(request: UnlabelledRequest[Any], task: MeasuredTask) -> dict[str, float]:
+    """Measures of the weights that a run begins with; a resumed run keeps those of its beginning."""
+    path = request.run / SCORES_NAME
+    if request.is_resumed:
+        try:
+            kept: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))["before"]
+        except (OSError, ValueError, KeyError):
+            return {}
+        return kept
+    task.model.to(request.device)
+    before = task.measure(task.model.state_dict())
+    _log.info("before: %s", shown(before))
+    write_json(path, {"before": before})
+    return before
+
+
+def shown(measures: Mapping[str, float]) -> str:
+    """Measures on one line."""
+    return "  ".join(f"{name} {value:.3f}" for name, value in measures.items())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from segkit.errors import DataError
-from segkit.inpainting.fill import FILLS, biharmonic_fill, harmonic_fill, mean_fill, mirror_fill
+from segkit.inpainting.fill import FILLS, biharmonic_fill, harmonic_fill, mean_fill, mirror_fill, rough_fill
 
 SHAPES = [(12, 14), (9, 11, 10)]
 
@@ -152,3 +152,25 @@ def test_a_mirrored_image_of_another_shape_is_refused():
     image, hole = np.ones((1, 4, 5), np.float32), box_hole((4, 5), 1, 2)
     with pytest.raises(DataError, match=r"mirrored image has the shape \(1, 5, 4\)"):
         mirror_fill(image, hole, np.ones((1, 5, 4), np.float32), ~hole)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["2d", "3d"])
+def test_a_rough_fill_is_nearly_the_biharmonic_one_and_keeps_the_range(shape):
+    first, *_, last = coordinates(shape)
+    image = (np.sin(first / 2) + 0.05 * last**2)[None].astype(np.float32)
+    hole = box_hole(shape)
+    image[0, hole] = 1e6
+    rough, exact = rough_fill(image, hole), biharmonic_fill(image, hole)
+    assert np.array_equal(rough[:, ~hole], image[:, ~hole])
+    low, high = image[:, ~hole].min(), image[:, ~hole].max()
+    assert np.abs(rough - np.clip(exact, low, high)).max() < 0.01 * (high - low)
+    assert rough.max() <= high
+
+
+def test_a_rough_fill_does_not_overshoot_and_of_nothing_makes_0():
+    ramp = np.clip(np.arange(12, dtype=np.float32) - 2, 0, 3)[None, :, None].repeat(12, 2)  # the plate would go on
+    hole = np.zeros((12, 12), bool)
+    hole[4:, 3:9] = True
+    assert biharmonic_fill(ramp, hole).max() > 3.05
+    assert rough_fill(ramp, hole).max() == 3
+    assert not rough_fill(np.ones((2, 3, 3), np.float32), np.ones((3, 3), bool)).any()
