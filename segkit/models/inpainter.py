@@ -208,7 +208,7 @@ class Inpainter(nn.Module):
         """Feature maps, and regions (B, 1, *spatial)."""
         channels = self.encoder.image_channels
         image, context = x[:, :channels], x[:, channels:]
-        regions = (image != 0).any(1, keepdim=True).to(torch.uint8)  # _BACKGROUND and _TISSUE
+        regions = (image.abs().amax(1, keepdim=True) > 0).to(torch.uint8)  # _BACKGROUND and _TISSUE
         if context.shape[1] == 0:
             return self.encoder(image, None, regions), regions
         regions = torch.where(context[:, :1] > 0.5, torch.full_like(regions, _HOLE), regions)

@@ -144,6 +144,12 @@ def resize_regions(regions: Tensor, size: torch.Size, *, keeps_thin: bool = Fals
         return regions
     numbers = regions.float()
     if keeps_thin:
-        pool = functional.adaptive_max_pool2d if len(size) == 2 else functional.adaptive_max_pool3d
-        return pool(numbers, list(size)).to(regions.dtype)
+        adaptive, pool = {
+            2: (functional.adaptive_max_pool2d, functional.max_pool2d),
+            3: (functional.adaptive_max_pool3d, functional.max_pool3d),
+        }[len(size)]
+        steps = [int(old) // int(new) for old, new in zip(regions.shape[2:], size, strict=True)]
+        if [int(new) * step for new, step in zip(size, steps, strict=True)] == list(regions.shape[2:]):
+            return pool(numbers, steps).to(regions.dtype)  # the same, and what ONNX has
+        return adaptive(numbers, list(size)).to(regions.dtype)
     return functional.interpolate(numbers, list(size), mode="nearest").to(regions.dtype)
