@@ -2,7 +2,8 @@
 
     python docs/inpainting.py train DATA OUT [--part K/N] [--steps 400] [--seeds 3] [--variants basic ...]
     python docs/inpainting.py score DATA OUT [--part K/N] [--holes 12]
-    python docs/inpainting.py table OUT [--pictures docs/images]
+    python docs/inpainting.py table OUT
+    python docs/inpainting.py draw DATA OUT SUBJECT PICTURE
 
 DATA has one folder for each subject, with a T1 scan and a mask of what is not healthy, as any layout of segkit has
 them. `train` calls `segkit pretrain --method inpainting` with all folders but one; `score` fills holes in the one left
@@ -41,6 +42,7 @@ VARIANTS = {
     "rn-b rn-l": {"encoder_norm": "region", "decoder_norm": "learnable"},
 }
 """Norms of encoder and decoder; everything else is the same."""
+SHOWN = ("ssim", "ssim_3d", "psnr", "mse")
 DIAMETERS = (11.5, 30.0)
 """Voxels: 800 to 14,000 voxels of 1 mm."""
 
@@ -48,24 +50,23 @@ DIAMETERS = (11.5, 30.0)
 def main() -> None:
     """Read the command line and do one of the three."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "score", "table"))
-    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("what", choices=("train", "score", "table", "draw"))
+    parser.add_argument("paths", nargs="+", type=Path)
     parser.add_argument("--part", default="0/1")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--holes", type=int, default=12)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
     parser.add_argument("--set", nargs="*", default=[], dest="settings")
-    parser.add_argument("--pictures", type=Path)
     arguments = parser.parse_args()
     if arguments.what == "train":
-        train(*arguments.folders, arguments)
+        train(*arguments.paths, arguments)
     elif arguments.what == "score":
-        score(*arguments.folders, arguments)
+        score(*arguments.paths, arguments)
+    elif arguments.what == "table":
+        table(*arguments.paths)
     else:
-        table(arguments.folders[0])
-        if arguments.pictures:
-            draw(arguments.folders[0], arguments.pictures)
+        draw(*arguments.paths)
 
 
 def subjects(data: Path) -> list[Path]:
@@ -139,37 +140,84 @@ def holes_of(data: Path, subject: Path, count: int) -> list[np.ndarray]:
 
 
 def score(data: Path, out: Path, arguments: argparse.Namespace) -> None:
-    """Fill the holes of the subjects left out by every method, and write the scores."""
+    """Fill the holes of the subjects left out by every method of this part, and write the scores."""
     models = defaultdict(dict)
     for subject, variant, seed, run in runs(data, out, arguments):
-        if (run / "validation.json").exists():
+        if (run / "model.safetensors").exists():
             models[subject][f"{variant} #{seed}"] = run
-    part = int(arguments.part.split("/")[0])
+    simple = (*FILLS, "mirror") if arguments.part.startswith("0/") else ()
     for subject in subjects(data):
         image, lesion, grid = scan(subject)
         holes = holes_of(data, subject, arguments.holes)
-        methods = {name: (lambda i, h, fill=fill: fill(i, h)) for name, fill in FILLS.items()} if part == 0 else {}
-        if part == 0:
-            methods["mirror"] = lambda i, h: mirror_fill(i, h, *mirror_of(i, h | lesion, find_midline(i * ~h)))
-        for name, run in models[subject].items():
-            predictor = InpaintingPredictor.load(run, "cpu", "torch")
-            methods[name] = lambda i, h, predictor=predictor: predictor.fill(i, h, grid)
-        for name, fill in methods.items():
+        for name in (*simple, *models[subject]):
             path = out / "scores" / f"{subject.name}_{name.replace(' ', '_')}.json"
             if path.exists():
                 continue
-            rows = []
-            for hole in holes:
-                voided = np.where(hole, np.float32(0), image)
-                filled = fill(voided, hole)
-                assert np.array_equal(filled[:, ~hole], image[:, ~hole])
-                row = synthesis_scores(filled[0], image[0], hole, voided[0])
-                row["ssim_3d"] = ssim_3d(filled[0], image[0], hole, voided[0])
-                rows.append({"voxels": int(hole.sum()), **{key: float(value) for key, value in row.items()}})
+            predictor = InpaintingPredictor.load(models[subject][name], "cpu", "torch") if name not in simple else None
+            rows = [scores(image, hole, fill(name, image, hole, lesion, grid, predictor)) for hole in holes]
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({"subject": subject.name, "method": name, "rows": rows}))
-            means = {key: round(float(np.mean([row[key] for row in rows])), 4) for key in rows[0]}
+            means = {key: round(float(np.mean([row[key] for row in rows])), 4) for key in (*SHOWN, "voxels")}
             print(subject.name, name, means, flush=True)
+
+
+def fill(
+    name: str,
+    image: np.ndarray,
+    hole: np.ndarray,
+    lesion: np.ndarray,
+    grid: Grid,
+    predictor: InpaintingPredictor | None = None,
+) -> np.ndarray:
+    """The scan with the hole filled by a method, given nothing of what is in it."""
+    voided = np.where(hole, np.float32(0), image)
+    if predictor is not None:
+        return predictor.fill(voided, hole, grid)
+    if name == "mirror":
+        return mirror_fill(voided, hole, *mirror_of(voided, hole | lesion, find_midline(voided)))
+    return FILLS[name](voided, hole)
+
+
+def scores(image: np.ndarray, hole: np.ndarray, filled: np.ndarray) -> dict[str, float]:
+    """The scores of one filled hole, and its voxels."""
+    if not np.array_equal(filled[:, ~hole], image[:, ~hole]):
+        raise AssertionError("a known voxel was changed")
+    voided = np.where(hole, np.float32(0), image)
+    row = synthesis_scores(filled[0], image[0], hole, voided[0])
+    row["ssim_3d"] = ssim_3d(filled[0], image[0], hole, voided[0])
+    return {"voxels": int(hole.sum()), **{key: float(value) for key, value in row.items()}}
+
+
+def draw(data: Path, out: Path, subject: Path, picture: Path) -> None:
+    """Slices of three holes of a subject (a name in DATA): truth, hole, simple fills, networks of the first seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    subject = data / subject.name
+    image, lesion, grid = scan(subject)
+    holes = sorted(holes_of(data, subject, 12), key=lambda hole: int(hole.sum()))[-3:]
+    names = ["truth", "hole", "mirror", "biharmonic", *VARIANTS]
+    figure, axes = pyplot.subplots(len(holes), len(names), figsize=(1.7 * len(names), 1.75 * len(holes)))
+    for row, hole in zip(axes, holes, strict=True):
+        middle = [int(place.mean()) for place in np.nonzero(hole)]
+        near = tuple(slice(max(0, place - 32), place + 32) for place in middle[:2])
+        for axis, name in zip(row, names, strict=True):
+            if name == "truth":
+                shown = image
+            elif name == "hole":
+                shown = np.where(hole, np.float32(0), image)
+            else:
+                run = out / f"{subject.name}_{name.replace(' ', '_')}_0"
+                predictor = InpaintingPredictor.load(run, "cpu", "torch") if name in VARIANTS else None
+                shown = fill(name, image, hole, lesion, grid, predictor)
+            axis.imshow(shown[0][(*near, middle[2])].T, origin="lower", cmap="gray", vmin=0, vmax=image.max() * 0.8)
+            axis.axis("off")
+            if row is axes[0]:
+                axis.set_title(name, fontsize=9)
+    figure.tight_layout(pad=0.3)
+    figure.savefig(picture, dpi=110)
 
 
 def table(out: Path) -> None:
@@ -178,7 +226,7 @@ def table(out: Path) -> None:
     for path in sorted((out / "scores").glob("*.json")):
         document = json.loads(path.read_text())
         method = document["method"].split(" #")[0]
-        means = {key: np.mean([row[key] for row in document["rows"]]) for key in ("ssim", "ssim_3d", "psnr", "mse")}
+        means = {key: np.mean([row[key] for row in document["rows"]]) for key in SHOWN}
         found[method][document["subject"]].append(means)
     names = sorted({subject for by_subject in found.values() for subject in by_subject})
     print(
@@ -189,9 +237,7 @@ def table(out: Path) -> None:
         cells, overall = [], defaultdict(list)
         for name in names:
             seeds = by_subject[name]
-            cells.append(
-                ", ".join(_spread([seed[key] for seed in seeds], key) for key in ("ssim", "ssim_3d", "psnr", "mse"))
-            )
+            cells.append(", ".join(_spread([seed[key] for seed in seeds], key) for key in SHOWN))
         for seed in range(min(len(by_subject[name]) for name in names)):
             for key in ("ssim", "mse"):
                 overall[key].append(np.mean([by_subject[name][seed][key] for name in names]))

@@ -22,29 +22,37 @@ HELD_OUT = ROOT / "docs/hippocampus_held_out.txt"
 FINE_TUNING = ("training.steps=150", "training.steps_per_epoch=50", "planning.patch_size=[32,32,32]")
 EVERY = 16
 """One case in so many of those not held out has a label: ten."""
-METHODS = ("graph-matching", "masked", "contrastive")
+METHODS = ("graph-matching", "masked", "contrastive", "inpainting")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One comparison: the encoder, its settings, and what is compared by name, each with settings of its own."""
+    """One comparison: the encoder, its settings, and what is compared by name, each with settings of its own.
+
+    Inpainting, which has no views, has settings in place of those of the other methods.
+    """
 
     encoder: str
     settings: tuple[str, ...]
+    inpainting: tuple[str, ...]
     arms: dict[str, tuple[str, ...] | None]
     seeds: tuple[int, ...]
     budget: str = "4m"
 
 
 IN_3D = ("network.size=tiny", "views.size=32", "batch_size=16", "validation_groups=2")
+HOLES = ("spares_marked=false", "holes.diameter_range=[5,14]", "validation_holes=16", "training.ema_decay=0")
+HOLES_IN_3D = ("network.size=tiny", "patches.size=32", "batch_size=4", *HOLES)
+HOLES_IN_2D = ("patches.size=64", "batch_size=32", *HOLES)
 IN_2D = ("views.size=64", "batch_size=32", "validation_groups=4")
 EACH_METHOD: dict[str, tuple[str, ...] | None] = {"random": None, **{name: (f"method={name}",) for name in METHODS}}
 PARTS = {
-    "3d": Part("revmbunet", IN_3D, EACH_METHOD, seeds=(0, 1, 2)),
-    "2d": Part("resnet18", IN_2D, EACH_METHOD, seeds=(0, 1, 2)),
+    "3d": Part("revmbunet", IN_3D, HOLES_IN_3D, EACH_METHOD, seeds=(0, 1, 2)),
+    "2d": Part("resnet18", IN_2D, HOLES_IN_2D, EACH_METHOD, seeds=(0, 1, 2)),
     "ablation": Part(
         "resnet18",
         IN_2D,
+        (),
         {
             "full": (),
             "first order": ("graph_matching.solver.order=1",),
@@ -98,7 +106,10 @@ def write_lists(data: Path, out: Path) -> tuple[Path, Path]:
 def pretrain(data: Path, run: Path, part: Part, settings: tuple[str, ...]) -> None:
     """Train an encoder on the images that are not held out."""
     options = ["--preset", "cpu", "--encoder", part.encoder, "--exclude", str(HELD_OUT), "--budget", part.budget]
-    segkit("pretrain", str(data), "-o", str(run), *options, "--overwrite", *sets((*part.settings, *settings)))
+    common = part.settings
+    if "method=inpainting" in settings:
+        options, common = [*options, "--method", "inpainting"], part.inpainting
+    segkit("pretrain", str(data), "-o", str(run), *options, "--overwrite", *sets((*common, *settings)))
 
 
 def fine_tune(data: Path, run: Path, part: Part, encoder: Path | None, seed: int, unlabelled: Path) -> None:
@@ -161,7 +172,7 @@ def measured(folder: Path, arm: str) -> str:
     if not path.exists():
         return ""
     summary = json.loads(path.read_text(encoding="utf-8"))
-    names = [name for name in ("matching", "explained", "encoder_retrieval") if name in summary["after"]]
+    names = [name for name in ("matching", "explained", "encoder_retrieval", "ssim") if name in summary["after"]]
     shown = [f"{name} {summary['before'][name]:.2f} → {summary['after'][name]:.2f}" for name in names]
     return f"{', '.join(shown)}; {summary['steps']} steps"
 

@@ -107,6 +107,7 @@ def next_command(
     import shlex
 
     from segkit.data.checks import REPAIR_COMMAND
+    from segkit.data.layouts.synthesis import SYNTHESIS_LAYOUT
 
     fatal = [problem for report in reports for problem in report.problems if problem.is_fatal]
     path = str(data)
@@ -117,6 +118,8 @@ def next_command(
         return shlex.join(["segkit", "check", path, "--label-scheme", choice, *reading])
     if labelled and cohort.scheme is not None:
         return shlex.join(["segkit", "train", path, "-o", "run", *training, *reading])
+    if usable.cases and cohort.layout == SYNTHESIS_LAYOUT:
+        return shlex.join(["segkit", "inpaint", "-m", "run", "-i", path, "-o", "filled"])
     if usable.cases:
         return shlex.join(["segkit", "infer", "-m", "run", "-i", path, "-o", "masks", *reading])
     return shlex.join(["segkit", "check", path, *reading])

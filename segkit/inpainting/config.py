@@ -54,6 +54,9 @@ class InpaintingConfig(RunConfig):
     batch_size: int = Field(default=2, ge=1)
     """Patches of a step."""
     holes: HolesConfig = HolesConfig()
+    spares_marked: bool = True
+    """What references mark is not healthy: no hole touches it. False does not look at references, which mark healthy
+    tissue, too, in data such as organs or parts of the brain."""
     hidden_lesions: float = Field(default=0.5, ge=0, le=1)
     """Part of the patches in which what the reference marks, with its margin, is missing too, as it is in scans whose
     lesions are to be filled; it never counts in the loss. Where the image has nothing there it always is."""

@@ -110,7 +110,7 @@ def _find(folder: Path, config: InpaintingConfig) -> SplitCohort:
             cohort = find_known(root)
         return cohort if config.modalities is None else _only(cohort, config.modalities)
 
-    return find_split(folder, config.data, config.preprocessing, find=find, keeps_references=True)
+    return find_split(folder, config.data, config.preprocessing, find=find, keeps_references=config.spares_marked)
 
 
 def _only(cohort: Cohort, modalities: tuple[str, ...]) -> Cohort:

@@ -150,6 +150,13 @@ def test_scans_without_references_lead_to_inference(tmp_path: Path, capsys: pyte
     assert json.loads(out)["next_command"] == f"segkit infer -m run -i {tmp_path} -o masks"
 
 
+def test_scans_with_holes_lead_to_inpainting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for ending in ("t1n-voided", "mask"):
+        _save(tmp_path / "BraTS-GLI-00001-000" / f"BraTS-GLI-00001-000-{ending}.nii.gz")
+    _, out, _ = _check(capsys, str(tmp_path), "--json")
+    assert json.loads(out)["next_command"] == f"segkit inpaint -m run -i {tmp_path} -o filled"
+
+
 def test_nothing_recognised_is_a_wrong_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = _check(capsys, str(tmp_path), "--json")
     assert (code, out) == (2, "")

@@ -9,7 +9,7 @@ import pytest
 import segkit
 from segkit.cli import VERBS, main
 from segkit.cli.options import parse_gigabytes, parse_minutes
-from segkit.config.loading import PRETRAINING_PRESETS, list_presets, preset_path
+from segkit.config.loading import INPAINTING_PRESETS, PRETRAINING_PRESETS, list_presets, preset_path
 from segkit.errors import RequestError
 
 
@@ -102,6 +102,18 @@ def test_presets_of_pretraining_are_valid_for_their_verb_alone(preset: str, caps
     assert "batch_size: no such key" in capsys.readouterr().err
     assert _exit_code("config", "show", "--for", "pretrain", "--preset", preset) == 0
     assert "graph_matching:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("preset", list_presets(INPAINTING_PRESETS))
+def test_presets_of_inpainting_are_valid_for_their_method_alone(
+    preset: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(preset_path(preset, INPAINTING_PRESETS))
+    assert _exit_code("config", "validate", "--for", "inpainting", path) == 0
+    assert _exit_code("config", "validate", "--for", "pretrain", path) == 2
+    assert "patches: no such key" in capsys.readouterr().err
+    assert _exit_code("config", "show", "--for", "inpainting", "--preset", preset) == 0
+    assert "hidden_lesions:" in capsys.readouterr().out
 
 
 def test_config_show_and_validate(capsys: pytest.CaptureFixture[str], tmp_path: pytest.TempPathFactory) -> None:

@@ -177,6 +177,25 @@ def test_segmentation_begins_with_it(trained: tuple[Path, UnlabelledSummary], ph
     assert not [name for name in report["missing"] if not name.startswith("head.")]
 
 
+def test_the_verb_trains_resumes_and_tells(phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def command(*arguments: object) -> int:
+        with pytest.raises(SystemExit) as ended:
+            segkit.cli.main([str(argument) for argument in arguments])
+        return int(ended.value.code or 0)
+
+    base = ("pretrain", phantoms, "-o", tmp_path / "run", "-d", "cpu")
+    small = ("network.arguments={widths: [4, 8]}", "patches.size=16", "validation_holes=2", "training.steps=1")
+    sets = [part for setting in small for part in ("--set", setting)]
+    assert command(*base, "--method", "inpainting", "--preset", "tiny", *sets, "--json", "-q") == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["method"], summary["steps"], summary["images"]) == ("inpainting", 1, {"data": 3})
+    assert command(*base, "--resume", "--set", "training.steps=2") == 0  # the run folder tells the method
+    shown = capsys.readouterr().out
+    assert "mse_rough" in shown
+    assert f"segkit inpaint -m {tmp_path / 'run'}" in "".join(shown.splitlines())
+    assert command(*base, "--method", "nonsense") == 2
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
