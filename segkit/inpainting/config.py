@@ -61,6 +61,8 @@ class InpaintingConfig(RunConfig):
     """Part of the patches in which what the reference marks, with its margin, is missing too, as it is in scans whose
     lesions are to be filled; it never counts in the loss. Where the image has nothing there it always is."""
     loss: RestorationConfig = RestorationConfig()
+    supervision: float = Field(default=0.1, ge=0)
+    """Weight of the loss that tells RN-L where the hole is, with network.arguments.learning=supervised."""
     adversarial: AdversarialConfig = AdversarialConfig()
     validation_holes: int = Field(default=24, ge=1)
     """Holes in images of held-out patients that are filled to choose the best weights."""

@@ -155,6 +155,11 @@ def _settled(config: InpaintingConfig, cohorts: Sequence[SplitCohort]) -> Inpain
     dims = config.dims or (3 if are_volumes and not is_planar else 2)
     if dims == 3 and not are_volumes:
         raise RequestError("pictures have no patches in three dimensions", remedy="Set dims=2, or name volumes only")
+    if network.arguments.get("learning") == "supervised" and network.arguments.get("context", "none") == "none":
+        raise RequestError(
+            "network.arguments.learning=supervised tells RN-L a hole that the network is not shown",
+            remedy="Set network.arguments.context to hole or mirror",
+        )
     if not are_volumes and network.arguments.get("context") == "mirror":
         # Only heads are known to have two like halves.
         network = network.model_copy(update={"arguments": {**network.arguments, "context": "hole"}})
@@ -240,6 +245,7 @@ def _build_task(
         ),
         restoration=config.loss,
         batch_size=config.batch_size,
+        supervision=config.supervision,
         adversarial_weight=config.adversarial.weight,
         workers=config.training.workers,
     )

@@ -47,6 +47,7 @@ class InpaintingTask:
     held_out: HoleDataset
     restoration: RestorationConfig
     batch_size: int
+    supervision: float = 0.0
     adversarial_weight: float = 0.0
     workers: int | None = None
     _held_out: list[Batch] = field(default_factory=list, repr=False)
@@ -64,6 +65,11 @@ class InpaintingTask:
         """Loss of a batch on the model's device."""
         found = self.model(batch["x"])
         loss = restoration_loss(found, batch["image"], batch["hole"], self.restoration)
+        told = [layer for layer in self._detectors() if layer.learning == "supervised"]
+        for layer in told:
+            # Also what is missing without a known truth looks like a hole to the layer.
+            missing = batch["x"][:, batch["image"].shape[1] :][:, :1]
+            loss = loss + self.supervision / len(told) * layer.supervise(missing)
         discriminator = self.as_restoration.discriminator
         if discriminator is not None:
             # One backward pass serves both: neither term's gradient reaches the other's network.
@@ -78,8 +84,7 @@ class InpaintingTask:
 
     def detected_shares(self) -> dict[str, float]:
         """Share of voxels in the region that RN-L found in the last training pass, mean over its layers."""
-        layers = [layer for layer in self.model.modules() if isinstance(layer, RegionNormLearnable)]
-        shares = [float(layer.detected_share) for layer in layers]
+        shares = [float(layer.detected_share) for layer in self._detectors()]
         return {"detected_share": sum(shares) / len(shares)} if shares else {}
 
     @torch.no_grad()
@@ -109,6 +114,9 @@ class InpaintingTask:
                     sums[name] = sums.get(name, 0.0) + float((values.mean(1, keepdim=True) * inside).sum())
                 voxels += float(inside.sum())
         return {name: total / max(voxels, 1.0) for name, total in sums.items()}
+
+    def _detectors(self) -> list[RegionNormLearnable]:
+        return [layer for layer in self.model.modules() if isinstance(layer, RegionNormLearnable)]
 
     def _similarity(self, found: Tensor, image: Tensor) -> Tensor:
         """SSIM around each voxel, (B, C, *spatial), as the loss has it."""

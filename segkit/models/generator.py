@@ -15,8 +15,8 @@ border, the others zeros. In the encoder, which is told the hole (RN-B), the rel
 from there on each layer finds its region itself (RN-L). The hole is no channel of the input: the network sees it as
 voxels of one value.
 
-The released code has images from 0 to 1, holes filled with 1: `output="unit"`. Images with mean 0 and deviation 1 have
-no brightest value to stand for a hole and no bounds: by default holes are 0, which is their mean, and there is no tanh.
+The released code has images from 0 to 1, holes filled with 1: `output="unit"`. Scans have no brightest value to stand
+for a hole and no bounds: by default holes are 0, as background is, and there is no tanh.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from segkit.config.base import Config
 from segkit.models.blocks import InstanceNorm, channels_innermost, convolution, pointwise
-from segkit.models.region_layers import RegionNormBasic, RegionNormLearnable
+from segkit.models.region_layers import Learning, RegionNormBasic, RegionNormLearnable
 from segkit.models.region_norm import Rule, Statistics
 
 REFERENCE = "Yu et al. 2020, arXiv 1911.10375 (region normalisation)"
@@ -49,6 +49,9 @@ class InpainterConfig(Config):
     """learnable: RN-L, which detects its region; region: RN-B; instance: instance norm."""
     statistics: Statistics = "instance"
     """Whether regions are normalised in each image by itself or over the batch, as in the released code."""
+    learning: Learning = "affine"
+    """What teaches RN-L its region: its affine alone, as in the released code; straight-through: also what the region
+    does to the norm; supervised: the hole itself, by a loss of its own (inpainting only)."""
     threshold: float = Field(default=0.8, gt=0, lt=1)
     """Response from which on a voxel belongs to RN-L's region."""
 
@@ -71,7 +74,9 @@ def build_inpainter(config: InpainterConfig, in_channels: int, out_channels: int
 
     encoder_norm: Callable[[int], nn.Module] = region if config.encoder_norm == "region" else InstanceNorm
     decoder_norms: dict[DecoderNorm, Callable[[int], nn.Module]] = {
-        "learnable": lambda _: RegionNormLearnable(dims, threshold=config.threshold, rule=rule),
+        "learnable": lambda _: RegionNormLearnable(
+            dims, threshold=config.threshold, learning=config.learning, rule=rule
+        ),
         "region": region,
         "instance": InstanceNorm,
     }

@@ -139,6 +139,19 @@ def test_other_networks_learn_it_too(
     assert summary.after["mae"] > 0
 
 
+@pytest.mark.parametrize("learning", ["straight-through", "supervised"])
+def test_rn_l_may_be_told_its_region(learning: str, phantoms: Path, tmp_path: Path) -> None:
+    """Another way of teaching leaves other weights of the detectors behind, from the same first ones."""
+    weights = []
+    for kind in ("affine", learning):
+        arguments = {"widths": [4, 8], "context": "hole", "learning": kind, "threshold": 0.5}
+        changes: dict[str, object] = {"network": {"arguments": arguments}, "modalities": ["t1n"], "supervision": 10.0}
+        inpainting_run(request(phantoms, tmp_path / kind, **changes))
+        weights.append(load_file(tmp_path / kind / "model.safetensors"))
+    name = "decoder.0.0.norm.detector.weight"
+    assert not torch.equal(weights[0][name], weights[1][name])
+
+
 def test_pictures_are_learnt_from_without_a_mirror(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     for number in range(3):
@@ -201,6 +214,7 @@ def test_the_verb_trains_resumes_and_tells(phantoms: Path, tmp_path: Path, capsy
     [
         ({"modalities": ["t9"]}, "has no modality t9"),
         ({"patches": {"size": 17}}, r"patches.size 17 x 17 x 17 does not suit"),
+        ({"network": {"arguments": {"learning": "supervised", "context": "none"}}}, "is not shown"),
         ({"preprocessing": {"normalisation": "zscore-nonzero"}}, "puts background amid tissue"),
     ],
 )
