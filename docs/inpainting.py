@@ -90,7 +90,7 @@ def runs(data: Path, out: Path, arguments: argparse.Namespace) -> Iterator[tuple
 def train(data: Path, out: Path, arguments: argparse.Namespace) -> None:
     """Train every network of this part."""
     for subject, variant, seed, run in runs(data, out, arguments):
-        if (run / "validation.json").exists():
+        if "after" in _summary(run):
             continue
         others = [str(folder) for folder in subjects(data) if folder != subject]
         network = {"context": "mirror", "widths": [16, 32, 64, 128], **VARIANTS[variant]}
@@ -114,6 +114,12 @@ def train(data: Path, out: Path, arguments: argparse.Namespace) -> None:
         command = [sys.executable, "-m", "segkit", "pretrain", *others, "-o", str(run), "--method", "inpainting"]
         command += ["--preset", "cpu", "--overwrite", "--quiet", *(f"--set={setting}" for setting in settings)]
         subprocess.run(command, check=True)
+
+
+def _summary(run: Path) -> dict[str, object]:
+    """How a run ended; nothing of it where it is not done."""
+    path = run / "validation.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def scan(subject: Path) -> tuple[np.ndarray, np.ndarray, Grid]:
@@ -143,7 +149,7 @@ def score(data: Path, out: Path, arguments: argparse.Namespace) -> None:
     """Fill the holes of the subjects left out by every method of this part, and write the scores."""
     models = defaultdict(dict)
     for subject, variant, seed, run in runs(data, out, arguments):
-        if (run / "model.safetensors").exists():
+        if "after" in _summary(run):
             models[subject][f"{variant} #{seed}"] = run
     simple = (*FILLS, "mirror") if arguments.part.startswith("0/") else ()
     for subject in subjects(data):
