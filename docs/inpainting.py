@@ -220,7 +220,7 @@ def draw(data: Path, out: Path, subject: Path, picture: Path) -> None:
                 shown = fill(name, image, hole, lesion, grid, predictor)
             axis.imshow(shown[0][(*near, middle[2])].T, origin="lower", cmap="gray", vmin=0, vmax=image.max() * 0.8)
             axis.axis("off")
-            if row is axes[0]:
+            if hole is holes[0]:
                 axis.set_title(name, fontsize=9)
     figure.tight_layout(pad=0.3)
     figure.savefig(picture, dpi=110)

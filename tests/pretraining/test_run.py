@@ -17,7 +17,8 @@ from segkit.config.loading import build_config
 from segkit.data.phantom_layouts import write_phantoms
 from segkit.errors import RequestError
 from segkit.pretraining.config import PretrainConfig
-from segkit.pretraining.run import PretrainRequest, PretrainSummary, pretrain_run
+from segkit.pretraining.run import PretrainRequest, pretrain_run
+from segkit.training.unlabelled import UnlabelledSummary
 
 SETTINGS = {
     "network": {"family": "revmbunet", "size": "tiny", "arguments": {"widths": [8, 12]}},
@@ -44,13 +45,13 @@ def request(folder: Path, run: Path, **settings: object) -> PretrainRequest:
 
 
 @pytest.fixture(scope="module")
-def matched(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PretrainSummary]:
+def matched(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, UnlabelledSummary]:
     """A finished run of graph matching on slices."""
     run = tmp_path_factory.mktemp("matched") / "run"
     return run, pretrain_run(request(phantoms, run, dims=2))
 
 
-def test_a_run_folder_holds_the_encoder_and_what_it_learnt(matched: tuple[Path, PretrainSummary]) -> None:
+def test_a_run_folder_holds_the_encoder_and_what_it_learnt(matched: tuple[Path, UnlabelledSummary]) -> None:
     run, summary = matched
     card = load_card(run)
     assert (card.task, card.dims, card.modalities, card.patch_size) == ("pretraining", 2, ("image",), (8, 8))
@@ -69,7 +70,7 @@ def test_a_run_folder_holds_the_encoder_and_what_it_learnt(matched: tuple[Path, 
     assert {path.name for path in (run / "figures").iterdir()} == {"curves.png", "graph.png", "pairs.png"}
 
 
-def test_nobody_held_out_is_learnt_from(matched: tuple[Path, PretrainSummary]) -> None:
+def test_nobody_held_out_is_learnt_from(matched: tuple[Path, UnlabelledSummary]) -> None:
     split = json.loads((matched[0] / "split.json").read_text())
     assert len(split["training"]) == len(split["validation"]) == 2
     assert not set(split["training"]) & set(split["validation"])
@@ -134,7 +135,7 @@ def test_training_begins_with_the_encoder_and_its_network(phantoms: Path, tmp_pa
 
 
 def test_an_encoder_paints_no_masks(
-    matched: tuple[Path, PretrainSummary], phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    matched: tuple[Path, UnlabelledSummary], phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command("infer", "-m", matched[0], "-i", phantoms, "-o", tmp_path / "out", "-q") == 2
     assert "a pretraining model" in capsys.readouterr().err
