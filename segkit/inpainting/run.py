@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from segkit.checkpoint import WEIGHTS_NAME, ModelCard, NetworkCard, TrainingData
+from segkit.checkpoint import WEIGHTS_NAME, ModelCard
 from segkit.checkpoint.tensors import load_weights_file
 from segkit.data.case import Cohort
 from segkit.data.holes import HoleMaker
@@ -33,13 +33,20 @@ from segkit.inpainting.task import InpaintingTask, Restoration
 from segkit.models.discriminator import build_discriminator
 from segkit.models.slicewise import SlicewiseConfig
 from segkit.models.table import MODELS, configure
-from segkit.runtime import environment, peak_rss_mb
+from segkit.runtime import peak_rss_mb
 from segkit.training.batches import ENDLESS
 from segkit.training.cohorts import SplitCohort, find_split, prepare_cohort
 from segkit.training.config import DataConfig
 from segkit.training.folder import SCORES_NAME, require_usable, write_json
 from segkit.training.loop import fit
-from segkit.training.unlabelled import UnlabelledRequest, UnlabelledSummary, measured_before, open_run, with_patch
+from segkit.training.unlabelled import (
+    UnlabelledRequest,
+    UnlabelledSummary,
+    first_card,
+    measured_before,
+    open_run,
+    with_patch,
+)
 from segkit.training.weights import first_weights
 
 _log = logging.getLogger(__name__)
@@ -173,30 +180,10 @@ def _settled(config: InpaintingConfig, cohorts: Sequence[SplitCohort]) -> Inpain
 
 
 def _card(config: InpaintingConfig, cohorts: Sequence[SplitCohort]) -> ModelCard:
-    modalities = cohorts[0].cohort.modalities
-    settings = cohorts[0].preprocessing
-    return ModelCard(
-        task="inpainting",
-        network=NetworkCard(
-            family=config.network.family,
-            size=config.network.size,
-            in_channels=len(modalities),
-            out_channels=len(modalities),
-            arguments=config.network.arguments,
-        ),
-        dims=config.dims or 3,
-        modalities=modalities,
-        patch_size=(),
-        divisor=(),
-        context=config.network.arguments.get("context", "hole" if config.network.family == "generator" else "none"),
-        versions=environment(),
-        training_data=TrainingData(
-            identity="inpainting: " + ", ".join(found.name for found in cohorts),
-            licence="; ".join(sorted({found.cohort.licence for found in cohorts if found.cohort.licence})) or None,
-            cases=sum(len(found.training_ids) for found in cohorts),
-        ),
-        **{name: value for name, value in settings.model_dump().items() if name in ModelCard.model_fields},
-    )
+    network, names = config.network, cohorts[0].cohort.modalities
+    card = first_card("inpainting", network, cohorts, names, config.dims or 3, config.method)
+    usual = "hole" if network.family == "generator" else "none"
+    return card.model_copy(update={"context": network.arguments.get("context", usual)})
 
 
 def _build_task(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import nn
 
-from segkit.checkpoint import ModelCard, NetworkCard, TrainingData, load_card
+from segkit.checkpoint import ModelCard, load_card
 from segkit.data.store import PreparedStore
 from segkit.errors import DataError, RequestError
 from segkit.models.slicewise import SlicewiseConfig
@@ -24,7 +24,7 @@ from segkit.pretraining.figures import draw_matching
 from segkit.pretraining.methods import METHODS, build_method
 from segkit.pretraining.sources import GroupDataset, Source
 from segkit.pretraining.task import PretrainingTask
-from segkit.runtime import environment, peak_rss_mb
+from segkit.runtime import peak_rss_mb
 from segkit.training.batches import ENDLESS
 from segkit.training.cohorts import SplitCohort, find_split, prepare_cohort
 from segkit.training.folder import SCORES_NAME, require_usable, write_json
@@ -32,6 +32,7 @@ from segkit.training.loop import fit
 from segkit.training.unlabelled import (
     UnlabelledRequest,
     UnlabelledSummary,
+    first_card,
     measured_before,
     open_run,
     shown,
@@ -62,7 +63,9 @@ def pretrain_run(request: PretrainRequest) -> UnlabelledSummary:
     require_usable(request.run, is_resumed=request.is_resumed, may_overwrite=request.may_overwrite)
     cohorts = [find_split(folder, request.config.data, request.config.preprocessing) for folder in request.data]
     request = replace(request, config=_settled(request.config, cohorts))
-    card = _card(request.config, cohorts)
+    config = request.config
+    names = _modalities(config, cohorts)
+    card = first_card("pretraining", config.network, cohorts, names, config.dims or 3, config.method)
     begun = first_weights(card, request.config, request.run, is_resumed=request.is_resumed)
     card = with_patch(begun.completed(card), request.config.views.size or 0, "views.size")
     open_run(request, cohorts, "unlabelled images in")
@@ -118,32 +121,6 @@ def _settled(config: PretrainConfig, cohorts: Sequence[SplitCohort]) -> Pretrain
         raise RequestError("pictures have no crops in three dimensions", remedy="Set dims=2, or name volumes only")
     views = config.views if config.views.size else config.views.model_copy(update={"size": _VIEW_SIZE[dims]})
     return config.model_copy(update={"dims": dims, "views": views})
-
-
-def _card(config: PretrainConfig, cohorts: Sequence[SplitCohort]) -> ModelCard:
-    modalities = _modalities(config, cohorts)
-    preprocessing = cohorts[0].preprocessing
-    return ModelCard(
-        task="pretraining",
-        network=NetworkCard(
-            family=config.network.family,
-            size=config.network.size,
-            in_channels=len(modalities),
-            out_channels=len(modalities),
-            arguments=config.network.arguments,
-        ),
-        dims=config.dims or 3,
-        modalities=modalities,
-        patch_size=(),
-        divisor=(),
-        versions=environment(),
-        training_data=TrainingData(
-            identity=f"{config.method}: " + ", ".join(found.name for found in cohorts),
-            licence="; ".join(sorted({found.cohort.licence for found in cohorts if found.cohort.licence})) or None,
-            cases=sum(len(found.training_ids) for found in cohorts),
-        ),
-        **{name: value for name, value in preprocessing.model_dump().items() if name in ModelCard.model_fields},
-    )
 
 
 def _modalities(config: PretrainConfig, cohorts: Sequence[SplitCohort]) -> tuple[str, ...]:

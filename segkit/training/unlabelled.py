@@ -8,15 +8,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from segkit.checkpoint import ModelCard
+from segkit.checkpoint import ModelCard, NetworkCard, TrainingData
 from segkit.errors import RequestError
+from segkit.runtime import environment
 from segkit.training.cohorts import SplitCohort
-from segkit.training.config import RunConfig
+from segkit.training.config import NetworkConfig, RunConfig
 from segkit.training.folder import (
     SCORES_NAME,
     open_folder,
@@ -89,6 +90,39 @@ def open_run(request: UnlabelledRequest[Any], cohorts: Sequence[SplitCohort], he
     write_config(request.run, request.config, {}, f"{heading} " + ", ".join(str(folder) for folder in request.data))
     if not request.is_resumed:
         write_split(request.run, request.data, training, held_out, request.config.data.exclude)
+
+
+def first_card(
+    task: Literal["pretraining", "inpainting"],
+    network: NetworkConfig,
+    cohorts: Sequence[SplitCohort],
+    modalities: tuple[str, ...],
+    dims: Literal[2, 3],
+    method: str,
+) -> ModelCard:
+    """The card of a network that gives as many channels as it is given; patch and divisor are still to come."""
+    preprocessing = cohorts[0].preprocessing
+    return ModelCard(
+        task=task,
+        network=NetworkCard(
+            family=network.family,
+            size=network.size,
+            in_channels=len(modalities),
+            out_channels=len(modalities),
+            arguments=network.arguments,
+        ),
+        dims=dims,
+        modalities=modalities,
+        patch_size=(),
+        divisor=(),
+        versions=environment(),
+        training_data=TrainingData(
+            identity=f"{method}: " + ", ".join(found.name for found in cohorts),
+            licence="; ".join(sorted({found.cohort.licence for found in cohorts if found.cohort.licence})) or None,
+            cases=sum(len(found.training_ids) for found in cohorts),
+        ),
+        **{name: value for name, value in preprocessing.model_dump().items() if name in ModelCard.model_fields},
+    )
 
 
 def with_patch(card: ModelCard, size: int | tuple[int, ...], key: str) -> ModelCard:

@@ -61,7 +61,7 @@ def test_a_run_folder_holds_the_network_and_what_it_does(trained: tuple[Path, Un
     assert card.input_channels == 10
     assert "outputs" not in json.loads((run / "model.json").read_text())
     assert set(summary.before) == set(summary.after) == {"ssim", "mae", "mse", "mse_rough"}
-    assert summary.before["mse"] == pytest.approx(summary.before["mse_rough"])  # before the first step it is the fill
+    assert summary.before["mse"] == pytest.approx(summary.before["mse_rough"], rel=0.05)  # at first it is the fill
     assert summary.after["mse"] != summary.before["mse"]
     assert summary.after["mse_rough"] == summary.before["mse_rough"]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

