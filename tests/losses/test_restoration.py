@@ -105,10 +105,12 @@ def test_ssim_of_two_constant_patches(dims: int) -> None:
     expected = (0.375 + 1e-4) / (0.625 + 1e-4)
     # Rounding of the variances, 1e-7, is seen against c2.
     torch.testing.assert_close(ssim_map(x, y, window=7, data_range=1), torch.full(size, expected), atol=5e-4, rtol=0)
-    # z-scored: black is -3 and white is 3, so the same patches are at -1.5 and 1.5.
+    # Of 6 intensities, with black at 0 or, as in z-scores, at -3.
     everywhere = torch.ones(size, dtype=torch.bool)
-    loss = restoration_loss(6 * x - 3, 6 * y - 3, everywhere, ONLY_SSIM)
-    assert loss.item() == pytest.approx(1 - expected, abs=5e-4)
+    for darkest in (0.0, -3.0):
+        config = ONLY_SSIM.model_copy(update={"darkest": darkest})
+        loss = restoration_loss(6 * x + darkest, 6 * y + darkest, everywhere, config)
+        assert loss.item() == pytest.approx(1 - expected, abs=5e-4)
 
 
 def test_ssim_of_a_window_by_hand() -> None:

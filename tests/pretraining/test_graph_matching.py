@@ -19,6 +19,8 @@ from segkit.pretraining.graph_matching import GraphMatching, GraphMatchingConfig
 from segkit.pretraining.solver import SolverConfig
 
 SMALLEST: dict[str, dict[str, object]] = {
+    "inpainter": {"size": "tiny", "widths": (4, 8)},
+    "generator": {"size": "tiny", "width": 4, "blocks": 1},
     "revmbunet": {"size": "tiny", "widths": (8, 12, 16)},
     "r2unet": {"size": "tiny", "widths": (8, 12, 16)},
     "runet": {"size": "tiny", "widths": (8, 12, 16)},
@@ -46,7 +48,7 @@ def method(family: str = "revmbunet", dims: int = 2, config: GraphMatchingConfig
 
 @pytest.mark.parametrize("family", MODELS)
 def test_the_encoder_of_every_family_learns_and_nothing_behind_it(family: str) -> None:
-    dims = 2 if family in ("smp", "vit") else 3
+    dims = 2 if family in ("smp", "vit", "generator") else 3
     found = method(family, dims)
     size = 32 if family in ("stunet", "smp", "vit") else 8
     found.loss(batch(dims, size)).backward()
