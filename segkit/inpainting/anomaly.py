@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from segkit.data.holes import brain_mask
+from segkit.data.preprocessing import deviation_of_tissue
 from segkit.shapes import Image
 
 SMOOTHING_MM = 1.0
@@ -50,15 +51,8 @@ def anomaly_map(
     part = np.zeros(result[near].shape, np.float32)
     for scan, made_up in zip(image, healthy, strict=True):
         difference = np.where(hole[near], np.abs(scan[near] - made_up[near]), np.float32(0))
-        part += ndimage.gaussian_filter(difference, sigma, mode="constant", truncate=_TRUNCATED) / _deviation(
-            scan, hole
-        )
+        smooth = ndimage.gaussian_filter(difference, sigma, mode="constant", truncate=_TRUNCATED)
+        part += smooth / deviation_of_tissue(np.where(hole, np.float32(0), scan))
     result[near] = part / len(image)
     result[~brain_mask((image != 0).any(0))] = 0
     return result
-
-
-def _deviation(scan: NDArray[np.float32], hole: NDArray[np.bool_]) -> float:
-    values = scan[(scan != 0) & ~hole]
-    deviation = float(values.std(dtype=np.float64)) if values.size else 0.0
-    return deviation or 1.0

@@ -7,7 +7,6 @@ holes in scans of held-out patients in `validation.json`.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from segkit.checkpoint import WEIGHTS_NAME, ModelCard
-from segkit.checkpoint.tensors import load_weights_file
+from segkit.checkpoint import ModelCard
 from segkit.data.case import Cohort
 from segkit.data.holes import HoleMaker
 from segkit.data.holes_tumour import tumour_components
@@ -33,17 +31,15 @@ from segkit.inpainting.task import InpaintingTask, Restoration
 from segkit.models.discriminator import build_discriminator
 from segkit.models.slicewise import SlicewiseConfig
 from segkit.models.table import MODELS, configure
-from segkit.runtime import peak_rss_mb
 from segkit.training.batches import ENDLESS
 from segkit.training.cohorts import SplitCohort, find_split, prepare_cohort
 from segkit.training.config import DataConfig
-from segkit.training.folder import SCORES_NAME, require_usable, write_json
-from segkit.training.loop import fit
+from segkit.training.folder import require_usable
 from segkit.training.unlabelled import (
     UnlabelledRequest,
     UnlabelledSummary,
     first_card,
-    measured_before,
+    learn,
     open_run,
     with_patch,
 )
@@ -80,31 +76,7 @@ def inpainting_run(request: InpaintingRequest) -> UnlabelledSummary:
     open_run(request, cohorts, "inpainting of scans in")
     begun.keep(request.run)
     task, cases, skipped = _build_task(request, cohorts, card, begun.network)
-    before = measured_before(request, task)
-    state = fit(
-        task,
-        request.run,
-        request.config.training,
-        request.config.optimiser,
-        device=request.device,
-        deadline_s=request.deadline_s,
-        resume=request.is_resumed,
-        tell=request.tell,
-    )
-    task.as_restoration.network.load_state_dict(load_weights_file(request.run / WEIGHTS_NAME))
-    summary = UnlabelledSummary(
-        run=request.run,
-        method=request.config.method,
-        before=before,
-        after=task.measure(task.model.state_dict()),
-        steps=state.step,
-        minutes=(time.monotonic() - request.started_s) / 60,
-        peak_rss_mb=peak_rss_mb(),
-        images=cases,
-        skipped=skipped,
-    )
-    write_json(request.run / SCORES_NAME, summary.to_json())
-    return summary
+    return learn(request, task, cases, skipped)
 
 
 def _find(folder: Path, config: InpaintingConfig) -> SplitCohort:
@@ -158,7 +130,7 @@ def _settled(config: InpaintingConfig, cohorts: Sequence[SplitCohort]) -> Inpain
     are_volumes = all(found.cohort.dims == 3 for found in cohorts)
     network = config.network
     configure(network.family, network.size, network.arguments)
-    is_planar = issubclass(MODELS[network.family].config, SlicewiseConfig) or MODELS[network.family].dims == (2,)
+    is_planar = issubclass(MODELS[network.family].config, SlicewiseConfig)
     dims = config.dims or (3 if are_volumes and not is_planar else 2)
     if dims == 3 and not are_volumes:
         raise RequestError("pictures have no patches in three dimensions", remedy="Set dims=2, or name volumes only")

@@ -10,7 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from segkit.checkpoint import ModelCard, save_model
+from segkit.checkpoint import WEIGHTS_NAME, ModelCard, save_model
+from segkit.checkpoint.tensors import load_weights_file
 from segkit.inpainting.dataset import HoleDataset
 from segkit.losses.adversarial import adversarial_terms
 from segkit.losses.restoration import RestorationConfig, restoration_loss, ssim_map
@@ -129,6 +130,10 @@ class InpaintingTask:
         kept = {name.removeprefix(_NETWORK): value for name, value in weights.items() if name.startswith(_NETWORK)}
         training = self.card.training_data.model_copy(update=dict(facts))
         save_model(run, kept, self.card.model_copy(update={"training_data": training}))
+
+    def take_best(self, run: Path) -> None:
+        """Take over the network's weights that `save` wrote last."""
+        self.as_restoration.network.load_state_dict(load_weights_file(run / WEIGHTS_NAME))
 
     def _held_out_batches(self) -> list[Batch]:
         """The held-out patches, one a batch, drawn once."""

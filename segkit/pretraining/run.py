@@ -7,14 +7,12 @@ measured before and after on held-out patients in `validation.json`.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from torch import nn
 
-from segkit.checkpoint import ModelCard, load_card
+from segkit.checkpoint import ModelCard
 from segkit.data.store import PreparedStore
 from segkit.errors import DataError, RequestError
 from segkit.models.slicewise import SlicewiseConfig
@@ -24,18 +22,15 @@ from segkit.pretraining.figures import draw_matching
 from segkit.pretraining.methods import METHODS, build_method
 from segkit.pretraining.sources import GroupDataset, Source
 from segkit.pretraining.task import PretrainingTask
-from segkit.runtime import peak_rss_mb
 from segkit.training.batches import ENDLESS
 from segkit.training.cohorts import SplitCohort, find_split, prepare_cohort
-from segkit.training.folder import SCORES_NAME, require_usable, write_json
-from segkit.training.loop import fit
+from segkit.training.folder import require_usable
 from segkit.training.unlabelled import (
     UnlabelledRequest,
     UnlabelledSummary,
     first_card,
-    measured_before,
+    learn,
     open_run,
-    shown,
     with_patch,
 )
 from segkit.training.weights import first_weights
@@ -71,33 +66,12 @@ def pretrain_run(request: PretrainRequest) -> UnlabelledSummary:
     open_run(request, cohorts, "unlabelled images in")
     begun.keep(request.run)
     task, skipped = _build_task(request, cohorts, card, begun.network)
-    before = measured_before(request, task)
-    state = fit(
-        task,
-        request.run,
-        request.config.training,
-        request.config.optimiser,
-        device=request.device,
-        deadline_s=request.deadline_s,
-        resume=request.is_resumed,
-        tell=request.tell,
-    )
-    after = _measured_after(request.run, task)
-    if request.config.method == "graph-matching":
-        draw_matching(request.run / "figures", task)
-    summary = UnlabelledSummary(
-        run=request.run,
-        method=request.config.method,
-        before=before,
-        after=after,
-        steps=state.step,
-        minutes=(time.monotonic() - request.started_s) / 60,
-        peak_rss_mb=peak_rss_mb(),
-        images=task.groups.image_counts,
-        skipped=skipped,
-    )
-    write_json(request.run / SCORES_NAME, summary.to_json())
-    return summary
+
+    def draw() -> None:
+        if request.config.method == "graph-matching":
+            draw_matching(request.run / "figures", task)
+
+    return learn(request, task, task.groups.image_counts, skipped, draw)
 
 
 def _settled(config: PretrainConfig, cohorts: Sequence[SplitCohort]) -> PretrainConfig:
@@ -196,11 +170,3 @@ def _held_out_groups(
         _log.warning("no patient can be held out: what is measured says nothing about other patients")
         usable = list(training)
     return _groups(config, card, usable, views, seed=_HELD_OUT_SEED, length=config.validation_groups)
-
-
-def _measured_after(run: Path, task: PretrainingTask) -> dict[str, float]:
-    """Measures of the best weights, which the model then has."""
-    task.take_best(run)
-    after = task.measure(task.model.state_dict())
-    _log.info("best at step %s: %s", load_card(run).training_data.model_dump().get("step"), shown(after))
-    return after

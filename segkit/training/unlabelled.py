@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from segkit.checkpoint import ModelCard, NetworkCard, TrainingData
+from segkit.checkpoint import ModelCard, NetworkCard, TrainingData, load_card
 from segkit.errors import RequestError
-from segkit.runtime import environment
+from segkit.runtime import environment, peak_rss_mb
 from segkit.training.cohorts import SplitCohort
 from segkit.training.config import NetworkConfig, RunConfig
 from segkit.training.folder import (
@@ -26,6 +26,8 @@ from segkit.training.folder import (
     write_json,
     write_split,
 )
+from segkit.training.loop import fit
+from segkit.training.task import Task
 
 _log = logging.getLogger(__name__)
 
@@ -138,17 +140,57 @@ def with_patch(card: ModelCard, size: int | tuple[int, ...], key: str) -> ModelC
     return card.model_copy(update={"patch_size": patch})
 
 
-class MeasuredTask(Protocol):
+class MeasuredTask(Task, Protocol):
     """A task whose weights can be measured, not only scored."""
-
-    model: nn.Module
 
     def measure(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
         """What held-out images show of these weights."""
         ...
 
+    def take_best(self, run: Path) -> None:
+        """Take over the weights that `save` wrote last."""
+        ...
 
-def measured_before(request: UnlabelledRequest[Any], task: MeasuredTask) -> dict[str, float]:
+
+def learn(
+    request: UnlabelledRequest[Any],
+    task: MeasuredTask,
+    images: Mapping[str, int],
+    skipped: Mapping[str, str],
+    draw: Callable[[], None] = lambda: None,
+) -> UnlabelledSummary:
+    """Measure, train, measure the best weights, which the model then has, draw, and write how it ended."""
+    before = _measured_before(request, task)
+    state = fit(
+        task,
+        request.run,
+        request.config.training,
+        request.config.optimiser,
+        device=request.device,
+        deadline_s=request.deadline_s,
+        resume=request.is_resumed,
+        tell=request.tell,
+    )
+    task.take_best(request.run)
+    after = task.measure(task.model.state_dict())
+    _log.info("best at step %s: %s", load_card(request.run).training_data.model_dump().get("step"), _shown(after))
+    draw()
+    summary = UnlabelledSummary(
+        run=request.run,
+        method=request.config.method,
+        before=before,
+        after=after,
+        steps=state.step,
+        minutes=(time.monotonic() - request.started_s) / 60,
+        peak_rss_mb=peak_rss_mb(),
+        images=images,
+        skipped=skipped,
+    )
+    write_json(request.run / SCORES_NAME, summary.to_json())
+    return summary
+
+
+def _measured_before(request: UnlabelledRequest[Any], task: MeasuredTask) -> dict[str, float]:
     """Measures of the weights that a run begins with; a resumed run keeps those of its beginning."""
     path = request.run / SCORES_NAME
     if request.is_resumed:
@@ -159,11 +201,11 @@ def measured_before(request: UnlabelledRequest[Any], task: MeasuredTask) -> dict
         return kept
     task.model.to(request.device)
     before = task.measure(task.model.state_dict())
-    _log.info("before: %s", shown(before))
+    _log.info("before: %s", _shown(before))
     write_json(path, {"before": before})
     return before
 
 
-def shown(measures: Mapping[str, float]) -> str:
+def _shown(measures: Mapping[str, float]) -> str:
     """Measures on one line."""
     return "  ".join(f"{name} {value:.3f}" for name, value in measures.items())
