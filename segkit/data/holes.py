@@ -169,15 +169,18 @@ class HoleMaker:
         return hole
 
 
-def grow(mask: Mask, voxels: float) -> Mask:
-    """A mask (*spatial) with everything within a distance of `voxels` of it, between voxel centres."""
-    if voxels <= 0 or not mask.any():
+def grow(mask: Mask, distance: float, spacing_mm: Sequence[float] | None = None) -> Mask:
+    """A mask (*spatial) with everything within a distance of it, between voxel centres.
+
+    The distance is in voxels or, where `spacing_mm` tells their sides, in mm.
+    """
+    if distance <= 0 or not mask.any():
         return mask.copy()
     (box,) = ndimage.find_objects(mask.view(np.uint8))
-    reach = int(np.ceil(voxels))
-    near = tuple(slice(max(0, extent.start - reach), extent.stop + reach) for extent in box)
+    reach = [int(np.ceil(distance / side)) for side in spacing_mm or (1.0,) * mask.ndim]
+    near = tuple(slice(max(0, one.start - more), one.stop + more) for one, more in zip(box, reach, strict=True))
     grown = np.zeros_like(mask)
-    grown[near] = ndimage.distance_transform_edt(~mask[near]) <= voxels
+    grown[near] = ndimage.distance_transform_edt(~mask[near], sampling=spacing_mm) <= distance
     return grown
 
 

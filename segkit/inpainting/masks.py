@@ -5,17 +5,16 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import ceil
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from segkit.checkpoint.run_folder import model_folders
 from segkit.data.case import Case, Cohort, ImageFile
 from segkit.data.files import read_labels
 from segkit.data.geometry import same_grid
+from segkit.data.holes import grow
 from segkit.data.layouts.listing import list_images
 from segkit.data.layouts.table import find_cases
 from segkit.data.volume import Grid
@@ -156,13 +155,8 @@ def enlarged(
     """
     if margin_mm <= 0 or not marked.any():
         return marked
-    (box,) = ndimage.find_objects(marked.astype(np.uint8))
-    reach = [ceil(_ROUNDING * margin_mm / spacing) for spacing in spacing_mm]
-    near = tuple(slice(max(0, one.start - more), one.stop + more) for one, more in zip(box, reach, strict=True))
-    distance_mm = ndimage.distance_transform_edt(~marked[near], sampling=spacing_mm)
-    result = marked.copy()
-    result[near] |= (distance_mm <= _ROUNDING * margin_mm) & (image[(slice(None), *near)] != 0).any(0)
-    return result
+    tissue: NDArray[np.bool_] = (image != 0).any(0)
+    return marked | (grow(marked, _ROUNDING * margin_mm, spacing_mm) & tissue)
 
 
 def _references(cohort: Cohort, path: Path) -> dict[str, ImageFile]:

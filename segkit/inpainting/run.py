@@ -29,8 +29,6 @@ from segkit.inpainting.config import InpaintingConfig
 from segkit.inpainting.dataset import HoleDataset, HoleRules
 from segkit.inpainting.task import InpaintingTask, Restoration
 from segkit.models.discriminator import build_discriminator
-from segkit.models.slicewise import SlicewiseConfig
-from segkit.models.table import MODELS, configure
 from segkit.training.batches import ENDLESS
 from segkit.training.cohorts import SplitCohort, find_split, prepare_cohort
 from segkit.training.config import DataConfig
@@ -38,6 +36,7 @@ from segkit.training.folder import require_usable
 from segkit.training.unlabelled import (
     UnlabelledRequest,
     UnlabelledSummary,
+    axes_for,
     first_card,
     learn,
     open_run,
@@ -129,11 +128,7 @@ def _settled(config: InpaintingConfig, cohorts: Sequence[SplitCohort]) -> Inpain
         )
     are_volumes = all(found.cohort.dims == 3 for found in cohorts)
     network = config.network
-    configure(network.family, network.size, network.arguments)
-    is_planar = issubclass(MODELS[network.family].config, SlicewiseConfig)
-    dims = config.dims or (3 if are_volumes and not is_planar else 2)
-    if dims == 3 and not are_volumes:
-        raise RequestError("pictures have no patches in three dimensions", remedy="Set dims=2, or name volumes only")
+    dims = axes_for(network, config.dims, cohorts, "patches")
     if network.arguments.get("learning") == "supervised" and network.arguments.get("context", "none") == "none":
         raise RequestError(
             "network.arguments.learning=supervised tells RN-L a hole that the network is not shown",

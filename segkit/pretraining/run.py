@@ -15,8 +15,6 @@ from torch import nn
 from segkit.checkpoint import ModelCard
 from segkit.data.store import PreparedStore
 from segkit.errors import DataError, RequestError
-from segkit.models.slicewise import SlicewiseConfig
-from segkit.models.table import MODELS, configure
 from segkit.pretraining.config import PretrainConfig
 from segkit.pretraining.figures import draw_matching
 from segkit.pretraining.methods import METHODS, build_method
@@ -28,6 +26,7 @@ from segkit.training.folder import require_usable
 from segkit.training.unlabelled import (
     UnlabelledRequest,
     UnlabelledSummary,
+    axes_for,
     first_card,
     learn,
     open_run,
@@ -87,12 +86,7 @@ def _settled(config: PretrainConfig, cohorts: Sequence[SplitCohort]) -> Pretrain
             remedy="Change batch_size or graph_matching.nodes; training.accumulate makes larger batches of small ones",
         )
     config.images.require_room_in(nodes)
-    are_volumes = [found.cohort.dims == 3 for found in cohorts]
-    configure(config.network.family, config.network.size, config.network.arguments)
-    is_planar = issubclass(MODELS[config.network.family].config, SlicewiseConfig)
-    dims = config.dims or (3 if all(are_volumes) and not is_planar else 2)
-    if dims == 3 and not all(are_volumes):
-        raise RequestError("pictures have no crops in three dimensions", remedy="Set dims=2, or name volumes only")
+    dims = axes_for(config.network, config.dims, cohorts, "crops")
     views = config.views if config.views.size else config.views.model_copy(update={"size": _VIEW_SIZE[dims]})
     return config.model_copy(update={"dims": dims, "views": views})
 

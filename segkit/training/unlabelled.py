@@ -15,6 +15,8 @@ from torch import Tensor
 
 from segkit.checkpoint import ModelCard, NetworkCard, TrainingData, load_card
 from segkit.errors import RequestError
+from segkit.models.slicewise import SlicewiseConfig
+from segkit.models.table import MODELS, configure
 from segkit.runtime import environment, peak_rss_mb
 from segkit.training.cohorts import SplitCohort
 from segkit.training.config import NetworkConfig, RunConfig
@@ -92,6 +94,23 @@ def open_run(request: UnlabelledRequest[Any], cohorts: Sequence[SplitCohort], he
     write_config(request.run, request.config, {}, f"{heading} " + ", ".join(str(folder) for folder in request.data))
     if not request.is_resumed:
         write_split(request.run, request.data, training, held_out, request.config.data.exclude)
+
+
+def axes_for(
+    network: NetworkConfig, asked: Literal[2, 3] | None, cohorts: Sequence[SplitCohort], what: str
+) -> Literal[2, 3]:
+    """Axes of what is cut from the images: those of the data, but 2 for networks for images, unless others are asked.
+
+    Raises:
+        RequestError: the network is not known, or pictures are to give volumes; `what` names what is cut.
+    """
+    configure(network.family, network.size, network.arguments)
+    are_volumes = all(found.cohort.dims == 3 for found in cohorts)
+    is_planar = issubclass(MODELS[network.family].config, SlicewiseConfig)
+    dims: Literal[2, 3] = asked or (3 if are_volumes and not is_planar else 2)
+    if dims == 3 and not are_volumes:
+        raise RequestError(f"pictures have no {what} in three dimensions", remedy="Set dims=2, or name volumes only")
+    return dims
 
 
 def first_card(
