@@ -1,0 +1,1 @@
+"""Work on cases spread over the machines of a cluster."""
