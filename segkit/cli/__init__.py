@@ -28,6 +28,7 @@ VERBS: dict[str, str] = {
     "infer": "segkit.cli.infer:infer",
     "inpaint": "segkit.cli.inpaint:inpaint",
     "evaluate": "segkit.cli.evaluate:evaluate",
+    "report": "segkit.cli.report:report",
     "export": "segkit.cli.export:export",
     "convert": "segkit.cli.convert:app",
     "bench": "segkit.cli.bench:app",

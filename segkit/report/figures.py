@@ -43,7 +43,7 @@ _RADIOLOGICAL = "radiological view: the patient's right is on the left of axial 
 
 
 @dataclass(frozen=True)
-class _View:
+class View:
     """One plane ready to be shown: rows from top to bottom, columns from left to right."""
 
     title: str
@@ -52,6 +52,8 @@ class _View:
     aspect: float
     letters: tuple[str, str, str, str]
     """What lies left, right, top and bottom of the picture; empty for pictures without anatomy."""
+    maps: tuple[AnyArray, ...] = ()
+    """Other arrays of the same plane, such as the uncertainty."""
 
 
 def overlay_figure(
@@ -82,8 +84,8 @@ def overlay_figure(
     from matplotlib.figure import Figure
 
     maps = (labels,) if reference is None else (labels, reference)
-    views = _planes(image, maps, grid) if grid.dims == 3 else [_picture(image, maps, grid)]
-    window = _intensity_window(image)
+    views = views_of(image, maps, grid)
+    window = intensity_window(image)
     colours = _colours(maps)
     rows = ("image", "prediction", "reference")[: 1 + len(maps)]
     if len(views) > 1:
@@ -122,7 +124,7 @@ def curves_figure(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """
     from matplotlib.figure import Figure
 
-    curves = {panel: lines for panel, lines in _curves(rows).items() if lines}
+    curves = {panel: lines for panel, lines in curves_of(rows).items() if lines}
     figure = Figure(figsize=(8.0, 2.6 * max(len(curves), 1)), layout="constrained")
     if not curves:
         figure.text(0.5, 0.5, "nothing recorded yet", ha="center")
@@ -135,17 +137,29 @@ def curves_figure(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _picture(image: AnyArray, masks: Sequence[LabelMap], grid: Grid) -> _View:
-    rows_mm, columns_mm = grid.spacing_mm
-    return _View("", image, tuple(masks), rows_mm / columns_mm, ("", "", "", ""))
+def views_of(image: AnyArray, masks: Sequence[LabelMap], grid: Grid, maps: Sequence[AnyArray] = ()) -> list[View]:
+    """The planes in which a case is shown: axial, coronal and sagittal of a volume, or the whole of a picture.
+
+    Each plane is the one that shows most of all structures of the masks, cropped to what the image shows, in
+    radiological orientation.
+
+    Args:
+        image: (D, H, W) or (H, W) intensities on `grid`.
+        masks: Label maps on the same grid.
+        grid: Where the voxels lie.
+        maps: Other arrays on the same grid, which have no say in which plane is shown.
+    """
+    if grid.dims == 2:
+        rows_mm, columns_mm = grid.spacing_mm
+        return [View("", image, tuple(masks), rows_mm / columns_mm, ("", "", "", ""), tuple(maps))]
+    return _planes(image, masks, grid, maps)
 
 
-def _planes(image: AnyArray, masks: Sequence[LabelMap], grid: Grid) -> list[_View]:
-    """The three planes of a volume, cropped to what the image shows."""
+def _planes(image: AnyArray, masks: Sequence[LabelMap], grid: Grid, maps: Sequence[AnyArray]) -> list[View]:
     way = reorientation_to(grid, "RAS")
     spacing = reoriented_grid(grid, way).spacing_mm
-    upright = [way.apply(array) for array in (image, *masks)]
-    box = _content_box(upright[0])
+    upright = [way.apply(array) for array in (image, *masks, *maps)]
+    box = content_box(upright[0])
     upright = [array[box] for array in upright]
     views = []
     for title, axis, letters in (
@@ -153,23 +167,28 @@ def _planes(image: AnyArray, masks: Sequence[LabelMap], grid: Grid) -> list[_Vie
         ("coronal", 1, ("R", "L", "S", "I")),
         ("sagittal", 0, ("A", "P", "S", "I")),
     ):
-        index = _richest_slice(upright[1:], axis)
+        index = _richest_slice(upright[1 : 1 + len(masks)], axis)
         # The remaining two axes grow to the right or front, then to the front or top: the second becomes the rows,
         # top first, and the first becomes the columns, right or front first.
         shown = [array.take(index, axis).T[::-1, ::-1] for array in upright]
         columns_mm, rows_mm = (spacing[other] for other in range(3) if other != axis)
-        views.append(_View(title, shown[0], tuple(shown[1:]), rows_mm / columns_mm, letters))
+        own, others = tuple(shown[1 : 1 + len(masks)]), tuple(shown[1 + len(masks) :])
+        views.append(View(title, shown[0], own, rows_mm / columns_mm, letters, others))
     return views
 
 
-def _content_box(image: AnyArray) -> tuple[slice, ...]:
+def content_box(image: AnyArray) -> tuple[slice, ...]:
     """The box of what differs from the corner voxel, or the whole volume where nothing does."""
-    content = image != image.flat[0]
+    return extent(image != image.flat[0])
+
+
+def extent(mask: NDArray[np.bool_]) -> tuple[slice, ...]:
+    """The box of what is True, or the whole array where nothing is."""
     box = []
-    for axis in range(image.ndim):
-        others = tuple(other for other in range(image.ndim) if other != axis)
-        (hits,) = np.nonzero(content.any(axis=others))
-        box.append(slice(int(hits[0]), int(hits[-1]) + 1) if len(hits) else slice(None))
+    for axis, length in enumerate(mask.shape):
+        others = tuple(other for other in range(mask.ndim) if other != axis)
+        (hits,) = np.nonzero(mask.any(axis=others))
+        box.append(slice(int(hits[0]), int(hits[-1]) + 1) if len(hits) else slice(0, length))
     return tuple(box)
 
 
@@ -188,7 +207,7 @@ def _present(mask: LabelMap) -> list[int]:
     return [int(value) for value in np.unique(mask) if value]
 
 
-def _intensity_window(image: AnyArray) -> tuple[float, float]:
+def intensity_window(image: AnyArray) -> tuple[float, float]:
     """Black and white level: the 1st and 99.5th percentile of what is not background."""
     content = image[image != image.flat[0]]
     if not content.size:
@@ -212,7 +231,7 @@ def _tint(mask: LabelMap, colours: Mapping[int, str]) -> NDArray[np.float64]:
     return table[mask]
 
 
-def _show(axes: Axes, view: _View, window: tuple[float, float]) -> None:
+def _show(axes: Axes, view: View, window: tuple[float, float]) -> None:
     from matplotlib.patheffects import withStroke
 
     low, high = window
@@ -258,7 +277,7 @@ def _draw_curves(axes: Axes, panel: str, lines: Mapping[str, list[tuple[float, f
         axes.legend(loc="best", fontsize=8)
 
 
-def _curves(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+def curves_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """Panel -> curve name -> points (step, value)."""
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {_LOSS: {}, _VALIDATION: {}, _RATE: {}}
     for position, row in enumerate(rows):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from segkit.data.volume import Grid
 from segkit.report import figures
-from segkit.report.figures import COLOURS, curves_figure, overlay_figure
+from segkit.report.figures import COLOURS, curves_figure, overlay_figure, views_of
 
 RAS = np.eye(4)
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -25,7 +25,7 @@ def volume() -> np.ndarray:
 
 def planes(affine, labels, spacing=(1.0, 1.0, 1.0)):
     grid = Grid((4, 5, 6), affine @ np.diag([*spacing, 1.0]))
-    return {view.title: view for view in figures._planes(volume(), (labels,), grid)}
+    return {view.title: view for view in views_of(volume(), (labels,), grid)}
 
 
 def one_voxel() -> np.ndarray:
@@ -70,8 +70,8 @@ def test_slice_that_shows_every_structure_wins_over_the_largest_one():
 def test_view_is_cropped_to_the_content():
     image = np.zeros((8, 9, 7), np.float32)
     image[2:5, 3:4, 1:7] = 5
-    assert figures._content_box(image) == (slice(2, 5), slice(3, 4), slice(1, 7))
-    assert figures._content_box(np.zeros((3, 3, 3))) == (slice(None), slice(None), slice(None))
+    assert figures.content_box(image) == (slice(2, 5), slice(3, 4), slice(1, 7))
+    assert figures.content_box(np.zeros((3, 4, 5))) == (slice(0, 3), slice(0, 4), slice(0, 5))
 
 
 def is_near(pixels: np.ndarray, colour: str) -> np.ndarray:
@@ -114,7 +114,7 @@ def test_curves_are_sorted_into_panels():
         {"step": 10, "epoch": 1, "loss": 1.0, "lr": 0.1, "seconds": 3.0},
         {"step": 20, "loss": float("nan"), "lr": 0.05, "score": 0.5, "dice": {"WT": 0.8, "ET": None}},
     ]
-    assert figures._curves(rows) == {
+    assert figures.curves_of(rows) == {
         "loss": {"loss": [(10, 1.0)]},
         "validation": {"score": [(20, 0.5)], "WT": [(20, 0.8)]},
         "learning rate": {"lr": [(10, 0.1), (20, 0.05)]},

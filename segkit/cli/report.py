@@ -1,0 +1,48 @@
+"""`segkit report`: one HTML page about runs, masks and scores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from segkit.cli.options import JsonOption, QuietOption, VerboseOption, console, print_json, set_verbosity
+
+
+def report(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of `train`, `infer` and `evaluate -o`; several are told of together."),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The page to write, such as page.html.")],
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Folder with the scans, where the documents do not lead to them.")
+    ] = None,
+    title: Annotated[str | None, typer.Option("--title", help="Heading; default: the names of the folders.")] = None,
+    viewer: Annotated[
+        bool, typer.Option("--viewer/--no-viewer", help="The worst cases in three dimensions (extra `viewer`).")
+    ] = True,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Write one self-contained HTML page: scores, curves, pictures, times and settings; nothing is loaded from a network.
+
+    Names of folders are told, the paths to them are not.
+    """
+    from segkit.errors import RequestError
+    from segkit.report.page import write_page
+
+    set_verbosity(is_quiet=quiet, is_verbose=verbose)
+    if output.is_dir():
+        raise RequestError("is a folder", where=output, expected="the name of the page, such as page.html")
+    facts = write_page(sources, output, data=data, title=title, with_viewer=viewer)
+    if json:
+        document = {"page": str(facts.path), "bytes": facts.size_bytes, "cases": facts.cases}
+        print_json({**document, "stills": facts.stills, "volumes": facts.volumes, "notes": list(facts.notes)})
+    elif not quiet:
+        counted = f"{facts.cases} cases, {facts.stills} with pictures, {facts.volumes} in the viewer"
+        typer.echo(f"{facts.path}: {facts.size_bytes / 1e6:.1f} MB, {counted}")
+        for note in facts.notes:
+            console().print(note, style="yellow", markup=False, soft_wrap=True)

@@ -1,0 +1,295 @@
+"""`segkit report`: one HTML page that needs nothing but itself.
+
+A page carries its pictures, charts, scripts and volumes inside. Its content security policy forbids every address, and
+every script but those that were written with it; names and notes are escaped by construction (`page_html`).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata, resources
+from pathlib import Path
+
+from segkit.data.files import written_atomically
+from segkit.errors import DataError, RequestError
+from segkit.report import page_sections as sections
+from segkit.report.page_cases import MOST_CASES, cases_section, pictures_section
+from segkit.report.page_html import Markup, element, joined, json_for_script
+from segkit.report.page_images import Gallery, find_gallery, load_arrays
+from segkit.report.page_pictures import case_picture, embedded_figure
+from segkit.report.page_sources import CaseFacts, Discretion, Findings, read_sources
+from segkit.report.page_viewer import CaseVolumes, case_volumes, viewer_script
+
+MOST_BYTES = 15_000_000
+"""A page is not larger than this, so that it can be sent by mail."""
+
+_STILLS_BYTES = 6_000_000
+_STILL_BYTES = 120_000
+_FIGURES = 6
+_VIEWED_CASES = 10
+_REFRESH_S = 30
+_SPARE_BYTES = 20_000
+_WITHOUT_VIEWER = "The interactive viewer is left out: pip install 'segkit[viewer]' and write the page again."
+
+
+@dataclass(frozen=True)
+class PageFacts:
+    """What was written: the file, its size, and how many cases it has with scores, stills and volumes."""
+
+    path: Path
+    size_bytes: int
+    cases: int
+    stills: int
+    volumes: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class _Media:
+    """Stills and volumes by case id, gathered worst first until the page is full; and what to say of the rest."""
+
+    stills: dict[str, Markup] = field(default_factory=dict)
+    volumes: dict[str, CaseVolumes] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def write_page(
+    sources: Sequence[Path],
+    target: Path,
+    *,
+    data: Path | None = None,
+    title: str | None = None,
+    with_viewer: bool = True,
+) -> PageFacts:
+    """Write one self-contained page about training runs, inference outputs and evaluations together.
+
+    Args:
+        sources: Folders of `segkit train -o`, `segkit infer -o` and `segkit evaluate -o`, in any number and order.
+        target: The file to write, atomically.
+        data: Where the scans and references are; None looks where the documents say.
+        title: The heading; None makes one of the names of the folders.
+        with_viewer: Whether the worst cases can be opened in three dimensions, where `ipyniivue` is installed.
+
+    Raises:
+        RequestError: a source is none of the three kinds or cannot be read, or `data` holds no images.
+        DataError: the page cannot be written.
+    """
+    if not sources:
+        raise RequestError("no folder to report on", remedy="Name a run, an output or an evaluation folder")
+    findings = read_sources(sources)
+    tell = Discretion([*sources, target, *([] if data is None else [data])])
+    cases = findings.cases()
+    gallery = find_gallery(findings, data)
+    script = viewer_script() if with_viewer and gallery.files else None
+    media = _gather(cases, gallery, with_volumes=script is not None)
+    notes = [*sections.evaluation_notes(findings, cases), *gallery.notes, *media.notes]
+    if with_viewer and gallery.files and script is None:
+        notes.append(_WITHOUT_VIEWER)
+    if len(cases) > MOST_CASES:
+        notes.append(f"The table has the worst {MOST_CASES} of {len(cases)} cases.")
+    heading = title or _heading(findings)
+    while True:
+        body = _body(findings, cases, gallery, media, notes, heading, tell)
+        page = _document(body, heading, media.volumes, gallery, script, is_running=findings.is_running)
+        size = len(page.encode("utf-8"))
+        if size <= MOST_BYTES or not (media.volumes or media.stills):
+            break
+        _drop(media, size - MOST_BYTES + _SPARE_BYTES, notes)
+    with written_atomically(target) as temporary:
+        temporary.write_bytes(page.encode("utf-8"))
+    return PageFacts(target, size, len(cases), len(media.stills), len(media.volumes), tuple(map(tell, notes)))
+
+
+def _gather(cases: Sequence[CaseFacts], gallery: Gallery, *, with_volumes: bool) -> _Media:
+    """Stills of all cases with files and volumes of the worst ones; one case is in memory at a time."""
+    media = _Media()
+    with_files = [case.id for case in cases if case.id in gallery.files]
+    share = min(_STILL_BYTES, _STILLS_BYTES // max(len(with_files), 1))
+    for position, case_id in enumerate(with_files):
+        try:
+            arrays = load_arrays(gallery.files[case_id], gallery.scheme)
+        except DataError as error:
+            media.notes.append(f"No picture of {case_id}: {error}")
+            continue
+        still = case_picture(case_id, arrays, gallery.colours(), f"p{position}", share)
+        if still is not None:
+            media.stills[case_id] = still
+        if with_volumes and len(media.volumes) < _VIEWED_CASES:
+            volumes = case_volumes(arrays)
+            media.volumes |= {} if volumes is None else {case_id: volumes}
+    left_out = len(with_files) - len(media.stills)
+    if left_out > len(media.notes):
+        media.notes.append(f"{left_out} cases have no picture: there are too many for a page of this size.")
+    return media
+
+
+def _drop(media: _Media, surplus: int, notes: list[str]) -> None:
+    """Leave out volumes, best case first, then stills, until `surplus` bytes are gone; and say so."""
+    for name, store in (("volumes for the viewer", media.volumes), ("pictures", media.stills)):
+        dropped = 0
+        while surplus > 0 and store:
+            _, lost = store.popitem()
+            surplus -= lost.size if isinstance(lost, CaseVolumes) else len(lost)
+            dropped += 1
+        if dropped:
+            notes.append(f"To keep the page below {MOST_BYTES // 10**6} MB, {dropped} cases have no {name}.")
+
+
+def _body(
+    findings: Findings,
+    cases: Sequence[CaseFacts],
+    gallery: Gallery,
+    media: _Media,
+    notes: Sequence[str],
+    heading: str,
+    tell: Discretion,
+) -> Markup:
+    anchors = {case_id: f"case-{position}" for position, case_id in enumerate(media.stills)}
+    viewable = {case_id: f"v{position}" for position, case_id in enumerate(media.volumes)}
+    key = _colour_key(gallery)
+    parts = [
+        sections.summary_section(findings, cases, tell),
+        sections.failures_section(cases, tell),
+        sections.curves_section(findings.runs),
+        sections.spread_section(cases),
+        cases_section(cases, anchors),
+        _viewer_section(viewable, key),
+        pictures_section(cases, media.stills, anchors, key, viewable),
+        _figures_section(findings),
+        sections.timing_section(findings),
+        sections.reliability_section(findings),
+        sections.settings_section(findings, tell),
+        sections.notes_section(notes, tell),
+    ]
+    present = [part for part in parts if part is not None]
+    links = (element("a", part.title, href=f"#{part.key}") for part in present)
+    written = time.strftime("%Y-%m-%d %H:%M")
+    header = element(
+        "header",
+        element("h1", heading),
+        element("p", f"Written by segkit {metadata.version('segkit')} on {written}.", class_="muted"),
+        element("nav", *links, aria_label="Sections"),
+    )
+    footer = element("footer", element("p", "segkit is no medical device; no finding may rest on this page alone."))
+    return joined([header, element("main", *(part.to_html() for part in present)), footer])
+
+
+def _viewer_section(viewable: Mapping[str, str], key: Markup) -> sections.Section | None:
+    if not viewable:
+        return None
+    choices = (element("option", case_id, value=name) for case_id, name in viewable.items())
+    picker = element("label", "Case ", element("select", *choices, id="viewer-case"))
+    told = f"The {len(viewable)} worst cases" if len(viewable) > 1 else "The case"
+    about = element("p", f"{told}, cropped to what matters, with the intensities of the scan.")
+    controls = Markup(_asset("viewer.html"))
+    return sections.section("Viewer", "viewer", about, element("div", picker, class_="filters"), controls, key)
+
+
+def _figures_section(findings: Findings) -> sections.Section | None:
+    """The pictures that a training left in its folder."""
+    figures = []
+    for run in findings.runs:
+        paths = [path for path in sorted((run.folder / "figures").glob("*.png")) if path.stem != "curves"]
+        for path in paths[:_FIGURES]:
+            try:
+                picture = embedded_figure(path, f"{run.name}: {path.stem}")
+            except (OSError, ValueError):  # it may be written at this moment
+                continue
+            figures.append(element("figure", element("figcaption", path.stem.replace("_", " ")), picture))
+    if not figures:
+        return None
+    return sections.section("Figures", "figures", element("div", *figures, class_="figures"))
+
+
+def _colour_key(gallery: Gallery) -> Markup:
+    items = (
+        element("li", sections.swatch(position), f"{name} ({value})")
+        for position, (value, (name, _)) in enumerate(gallery.colours().items())
+    )
+    return element("ul", *items, class_="legend")
+
+
+def _heading(findings: Findings) -> str:
+    named = (*findings.runs, *findings.outputs, *findings.evaluations)
+    return " \u00b7 ".join(dict.fromkeys(source.name for source in named))
+
+
+def _document(
+    body: Markup,
+    heading: str,
+    volumes: Mapping[str, CaseVolumes],
+    gallery: Gallery,
+    script: str | None,
+    *,
+    is_running: bool,
+) -> str:
+    scripts = [_asset("page.js")]
+    stores: list[Markup] = []
+    if volumes:
+        scripts.append(_asset("viewer.js"))
+        stores = _stores(volumes, gallery, script or "")
+    style = _asset("page.css")
+    policy = _policy(scripts, style)
+    head = [
+        element("meta", charset="utf-8"),
+        element("meta", http_equiv="Content-Security-Policy", content=policy),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("meta", name="referrer", content="no-referrer"),
+        element("meta", http_equiv="refresh", content=str(_REFRESH_S)) if is_running else None,
+        element("title", heading),
+        element("style", Markup(style)),
+    ]
+    running = (element("script", Markup(text)) for text in scripts)
+    page = element("html", element("head", *head), element("body", body, *stores, *running), lang="en")
+    return f"<!DOCTYPE html>\n{page}\n"
+
+
+def _stores(volumes: Mapping[str, CaseVolumes], gallery: Gallery, script: str) -> list[Markup]:
+    """What the viewer needs, as data that no browser runs: NiiVue, the volumes, and how to show them."""
+    colours = {str(value): {"name": name, "colour": colour} for value, (name, colour) in gallery.colours().items()}
+    cases = [
+        {"id": case_id, "key": f"v{position}", **dict(case.facts)}
+        for position, (case_id, case) in enumerate(volumes.items())
+    ]
+    stores = [
+        element("script", Markup(script), type="application/octet-stream", id="viewer-module"),
+        element(
+            "script",
+            json_for_script({"labels": colours, "cases": cases}),
+            type="application/json",
+            id="viewer-facts",
+        ),
+    ]
+    for position, case in enumerate(volumes.values()):
+        for layer, text in case.layers.items():
+            key = f"v{position}-{layer}"
+            stores.append(element("script", Markup(text), type="application/octet-stream", id=key))
+    return stores
+
+
+def _policy(scripts: Sequence[str], style: str) -> str:
+    """Nothing from anywhere: only these scripts and this style, pictures in the page, and what NiiVue makes of blobs."""
+    allowed = " ".join(_digest(script) for script in scripts)
+    rules = {
+        "default-src": "'none'",
+        "script-src": f"{allowed} blob:",
+        "style-src": _digest(style),
+        "img-src": "data: blob:",
+        "connect-src": "blob:",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+    return "; ".join(f"{name} {value}" for name, value in rules.items())
+
+
+def _digest(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode('ascii')}'"
+
+
+def _asset(name: str) -> str:
+    return resources.files("segkit.report").joinpath("assets", name).read_text(encoding="utf-8")

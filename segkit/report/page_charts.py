@@ -1,0 +1,217 @@
+"""Charts as inline SVG: curves of a training, spread of scores over cases, reliability, seconds by stage.
+
+They take their colours from the style sheet (classes `c0` to `c6` are the palette of the regions), so that they follow
+light, dark and print.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from segkit.report.figures import COLOURS
+from segkit.report.page_html import Markup, element
+
+Points = Sequence[tuple[float, float]]
+
+_WIDTH, _HEIGHT = 420.0, 220.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 10.0, 12.0, 30.0
+_MOST_BUCKETS = 200
+_FEW_POINTS = 30
+_ROW = 44.0
+_BAR = 15.0
+
+
+def line_chart(title: str, curves: Mapping[str, Points], x_label: str = "step") -> Markup:
+    """Curves (name -> points) over one axis, with a legend where there are several."""
+    xs = [x for points in curves.values() for x, _ in points]
+    ys = [y for points in curves.values() for _, y in points]
+    across, up = _scale(xs, _LEFT, _WIDTH - _RIGHT, is_snug=True), _scale(ys, _HEIGHT - _BOTTOM, _TOP)
+    parts = [*_y_axis(up), *_x_axis(across, _HEIGHT - _BOTTOM, x_label)]
+    for position, points in enumerate(curves.values()):
+        thin = thinned(points)
+        path = "M" + "L".join(f"{across.place(x):.1f} {up.place(y):.1f}" for x, y in thin)
+        parts += [element("path", d=path, class_=f"{kind} {colour_class(position)}") for kind in ("casing", "line")]
+        if len(points) < _FEW_POINTS:
+            dots = (element("circle", cx=_r(across.place(x)), cy=_r(up.place(y)), r="2.4") for x, y in points)
+            parts.append(element("g", *dots, class_=f"dot {colour_class(position)}"))
+    told = "; ".join(f"{name} ends at {points[-1][1]:.4g}" for name, points in curves.items())
+    return _figure(title, f"{title} by {x_label}: {told}", parts, _HEIGHT, list(curves))
+
+
+def thinned(points: Points) -> list[tuple[float, float]]:
+    """At most some hundred points of a curve: the first, the least and the greatest of each stretch, in their order."""
+    if len(points) <= 3 * _MOST_BUCKETS:
+        return list(points)
+    kept: list[tuple[float, float]] = []
+    for stretch in np.array_split(np.arange(len(points)), _MOST_BUCKETS):
+        values = [points[index][1] for index in stretch]
+        chosen = {0, int(np.argmin(values)), int(np.argmax(values))}
+        kept += [points[int(stretch[offset])] for offset in sorted(chosen)]
+    return [*kept, points[-1]] if kept[-1] != points[-1] else kept
+
+
+def strip_chart(title: str, values: Mapping[str, Mapping[str, float]]) -> Markup:
+    """One row for each region: every case as a dot, the middle half as a box, the median as a line.
+
+    Args:
+        title: What is measured.
+        values: Region -> case id -> value.
+    """
+    found = [value for cases in values.values() for value in cases.values()]
+    height = _TOP + _ROW * len(values) + _BOTTOM
+    across = _scale(found, 96.0, _WIDTH - 14.0)
+    parts = _x_axis(across, height - _BOTTOM, title)
+    for row, (region, cases) in enumerate(values.items()):
+        middle = _TOP + _ROW * (row + 0.5)
+        parts.append(element("text", region, x="88", y=_r(middle + 4), class_="end"))
+        quartiles = [across.place(float(value)) for value in np.percentile(list(cases.values()), (25, 50, 75))]
+        lower, median, upper = quartiles
+        box = {"x": _r(lower), "y": _r(middle - 13), "width": _r(max(upper - lower, 0.5)), "height": "26", "rx": "3"}
+        dots = [
+            element(
+                "circle",
+                element("title", f"{case_id}: {value:.3f}"),
+                cx=_r(across.place(value)),
+                cy=_r(middle + (index * 0.618 % 1 - 0.5) * 18),
+                r="2.6",
+            )
+            for index, (case_id, value) in enumerate(cases.items())
+        ]
+        parts += [
+            element("rect", **box, class_=f"box {colour_class(row)}"),
+            element("g", *dots, class_=f"dot {colour_class(row)}"),
+            element("path", d=f"M{median:.1f} {middle - 15:.1f}v30", class_="median"),
+        ]
+    told = "; ".join(
+        f"{region} median {np.median(list(cases.values())):.3g} of {len(cases)}" for region, cases in values.items()
+    )
+    return _figure(title, f"{title} of every case: {told}", parts, height, [])
+
+
+def reliability_chart(curves: Mapping[str, Points]) -> Markup:
+    """How often a voxel belongs to a region against how probable the model called it; the diagonal is honest."""
+    side = 260.0
+    across, up = _Scale(0.0, 1.0, _LEFT, _LEFT + side, 0.2), _Scale(0.0, 1.0, _TOP + side, _TOP, 0.2)
+    parts = [*_y_axis(up, _LEFT + side), *_x_axis(across, _TOP + side, "predicted probability")]
+    parts.append(element("path", d=f"M{_LEFT} {_TOP + side}L{_LEFT + side} {_TOP}", class_="diagonal"))
+    for position, points in enumerate(curves.values()):
+        path = "M" + "L".join(f"{across.place(x):.1f} {up.place(y):.1f}" for x, y in points)
+        parts += [element("path", d=path, class_=f"{kind} {colour_class(position)}") for kind in ("casing", "line")]
+        dots = (element("circle", cx=_r(across.place(x)), cy=_r(up.place(y)), r="3") for x, y in points)
+        parts.append(element("g", *dots, class_=f"dot {colour_class(position)}"))
+    told = "observed frequency against predicted probability"
+    return _figure("Reliability", told, parts, _TOP + side + _BOTTOM, list(curves), width=_LEFT + side + 16)
+
+
+def bars_chart(title: str, stages: Sequence[str], rows: Mapping[str, Sequence[float]]) -> Markup:
+    """Stacked horizontal bars: seconds of each stage, one bar a case."""
+    height = _TOP + (_BAR + 5) * len(rows) + _BOTTOM
+    across = _scale([0.0, *(sum(values) for values in rows.values())], 150.0, _WIDTH - 14.0)
+    parts = _x_axis(across, height - _BOTTOM, "seconds")
+    for row, (case_id, values) in enumerate(rows.items()):
+        top = _TOP + (_BAR + 5) * row
+        parts.append(element("text", _shortened(case_id), x="142", y=_r(top + 11), class_="end small"))
+        begin = 0.0
+        for stage, value in enumerate(values):
+            left, right = across.place(begin), across.place(begin + value)
+            told = element("title", f"{case_id}: {stages[stage]} {value:.3g} s")
+            bar = {"x": _r(left), "y": _r(top), "width": _r(max(right - left, 0.0)), "height": str(_BAR)}
+            parts.append(element("rect", told, **bar, class_=f"s{stage}"))
+            begin += value
+    longest = max(rows.items(), key=lambda item: sum(item[1]))
+    told = f"seconds of each stage by case; the longest is {longest[0]} with {sum(longest[1]):.3g} s"
+    return _figure(title, told, parts, height, list(stages), kind="s")
+
+
+def colour_class(position: int) -> str:
+    """The class of the region that comes at this position."""
+    return f"c{position % len(COLOURS)}"
+
+
+def legend(names: Sequence[str], kind: str = "c") -> Markup:
+    """Names with a sample of their colour."""
+    items = (
+        element("li", element("span", class_=f"swatch {kind}{position % len(COLOURS)}", aria_hidden="true"), name)
+        for position, name in enumerate(names)
+    )
+    return element("ul", *items, class_="legend")
+
+
+class _Scale:
+    """Values to places along an axis, with ticks at round values."""
+
+    def __init__(self, low: float, high: float, begin: float, end: float, tick: float) -> None:
+        self.low, self.high, self.begin, self.end, self.tick = low, high, begin, end, tick
+
+    def place(self, value: float) -> float:
+        return self.begin + (value - self.low) / (self.high - self.low) * (self.end - self.begin)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Values with how they are written."""
+        first, last = math.ceil(self.low / self.tick - 1e-6), math.floor(self.high / self.tick + 1e-6)
+        digits = max(0, -math.floor(math.log10(self.tick) + 1e-9))
+        form = ".3g" if digits > 3 or self.high >= 1e5 else f".{digits}f"
+        return [(index * self.tick, f"{index * self.tick:{form}}") for index in range(first, last + 1)]
+
+
+def _scale(values: Sequence[float], begin: float, end: float, *, is_snug: bool = False) -> _Scale:
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    if high - low <= 1e-12 * max(abs(low), abs(high), 1e-300):
+        low, high = (low - abs(low) * 0.5, high + abs(high) * 0.5) if high else (0.0, 1.0)
+    tick = _round_step((high - low) / 4)
+    if not is_snug:
+        low, high = math.floor(low / tick + 1e-9) * tick, math.ceil(high / tick - 1e-9) * tick
+    return _Scale(low, high, begin, end, tick)
+
+
+def _round_step(rough: float) -> float:
+    """1, 2 or 5 times a power of ten, not below `rough`."""
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(factor * power for factor in (1.0, 2.0, 5.0, 10.0) if factor * power >= rough * 0.999)
+
+
+def _y_axis(scale: _Scale, right: float = _WIDTH - _RIGHT) -> list[Markup]:
+    parts = []
+    for value, written in scale.ticks():
+        y = scale.place(value)
+        parts.append(element("path", d=f"M{_LEFT} {y:.1f}H{right}", class_="grid"))
+        parts.append(element("text", written, x=_r(_LEFT - 6), y=_r(y + 3.5), class_="end"))
+    return parts
+
+
+def _x_axis(scale: _Scale, y: float, label: str) -> list[Markup]:
+    parts = [element("path", d=f"M{scale.begin} {y}H{scale.end}", class_="axis")]
+    for value, written in scale.ticks():
+        x = scale.place(value)
+        parts.append(element("path", d=f"M{x:.1f} {y}v4", class_="axis"))
+        parts.append(element("text", written, x=_r(x), y=_r(y + 15), class_="middle"))
+    parts.append(element("text", label, x=_r(scale.end), y=_r(y + 27), class_="end label"))
+    return parts
+
+
+def _figure(
+    title: str,
+    told: str,
+    parts: Sequence[Markup],
+    height: float,
+    names: Sequence[str],
+    *,
+    width: float = _WIDTH,
+    kind: str = "c",
+) -> Markup:
+    picture = element(
+        "svg", *parts, viewBox=f"0 0 {width:g} {height + 4:g}", role="img", aria_label=told, class_="chart"
+    )
+    key = legend(names, kind) if len(names) > 1 or kind == "s" else None
+    return element("figure", element("figcaption", title), picture, key)
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= 20 else f"\u2026{name[-19:]}"
+
+
+def _r(value: float) -> str:
+    return f"{value:.1f}"

@@ -1,0 +1,327 @@
+"""The sections of a page, from what was found; each gives its HTML, or None where there is nothing to tell."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from segkit.report.figures import COLOURS, curves_of
+from segkit.report.page_charts import bars_chart, line_chart, reliability_chart, strip_chart
+from segkit.report.page_html import Child, Markup, definitions, element, joined, plain_table
+from segkit.report.page_sources import CaseFacts, Discretion, Document, Findings, Run, mapping, number, records_of
+
+_METRICS = {
+    "dice": "Dice",
+    "hd95_mm": "HD95 (mm)",
+    "nsd": "NSD",
+    "sensitivity": "Sensitivity",
+    "precision": "Precision",
+    "specificity": "Specificity",
+    "auc": "AUC",
+    "prediction_ml": "Predicted (ml)",
+    "reference_ml": "Reference (ml)",
+}
+_SPREAD = ("dice", "hd95_mm")
+_HEADLINES = ("dice", "hd95_mm", "nsd", "sensitivity", "precision")
+_MOST_BARS = 30
+_ENVIRONMENT = ("python", "platform", "cores")
+
+
+class Section(NamedTuple):
+    """One part of a page: its heading, the id that the navigation leads to, and what it holds."""
+
+    title: str
+    key: str
+    content: Markup
+
+    def to_html(self) -> Markup:
+        """The part with its heading."""
+        heading = element("h2", self.title, id=f"{self.key}-heading")
+        return element("section", heading, self.content, id=self.key, aria_labelledby=f"{self.key}-heading")
+
+
+def section(title: str, key: str, *children: Child) -> Section:
+    """A part of the page that holds these children."""
+    return Section(title, key, joined(children))
+
+
+def summary_section(findings: Findings, cases: Sequence[CaseFacts], tell: Discretion) -> Section:
+    """What was done with which model and data, and the scores in one table."""
+    facts: dict[str, Child] = {}
+    for run in findings.runs:
+        facts |= _run_facts(run, tell)
+    for output in findings.outputs:
+        facts |= _model_facts(mapping(output.manifest, "model"))
+    for scored in findings.evaluations:
+        document = scored.document
+        facts["Protocol"] = " \u00b7 ".join(
+            str(value) for value in (document.get("protocol"), document.get("challenge")) if value
+        )
+        facts["Label scheme"] = mapping(document, "label_scheme").get("name")
+        facts["Region of interest"] = document.get("roi")
+    failed = sum(case.reason is not None for case in cases)
+    if cases:
+        facts["Cases"] = f"{len(cases)}" + (f", of which {failed} failed" if failed else "")
+    if findings.is_running:
+        facts["State"] = "training; this page is written anew after every validation"
+    return section("Summary", "summary", definitions(facts), _headlines(findings.summary()))
+
+
+def failures_section(cases: Sequence[CaseFacts], tell: Discretion) -> Section | None:
+    """The cases that failed, each with its reason."""
+    failed = [case for case in cases if case.reason is not None]
+    rows = (element("li", element("strong", case.id), " ", tell(str(case.reason))) for case in failed)
+    return section("Failed cases", "failed", element("ul", *rows, class_="failures")) if failed else None
+
+
+def spread_section(cases: Sequence[CaseFacts]) -> Section | None:
+    """How the scores lie, case by case and region by region."""
+    charts = []
+    for metric in _SPREAD:
+        values: dict[str, dict[str, float]] = {}
+        for case in cases:
+            for region, scores in case.regions.items():
+                if metric in scores:
+                    values.setdefault(region, {})[case.id] = scores[metric]
+        if values:
+            charts.append(strip_chart(metric_name(metric), values))
+    if not charts:
+        return None
+    told = "Every dot is a case; the box holds the middle half of them, the line is the median."
+    return section("Spread over cases", "spread", element("p", told), element("div", *charts, class_="charts"))
+
+
+def curves_section(runs: Sequence[Run]) -> Section | None:
+    """The course of each training: loss, validation, learning rate."""
+    parts: list[Markup] = []
+    for run in runs:
+        panels = {title: curves for title, curves in curves_of(run.rows).items() if curves}
+        charts = [line_chart(title.capitalize(), curves) for title, curves in panels.items()]
+        if charts:
+            parts += [element("h3", run.name)] if len(runs) > 1 else []
+            parts.append(element("div", *charts, class_="charts"))
+    return section("Training", "training", *parts) if parts else None
+
+
+def timing_section(findings: Findings) -> Section | None:
+    """Seconds by stage and memory of each case, as expected and as measured."""
+    records = [record for output in findings.outputs for record in records_of(output.manifest)]
+    timed = [record for record in records if sum(_seconds(record).values()) > 0]
+    if not timed:
+        return None
+    stages = list(dict.fromkeys(stage for record in timed for stage in _seconds(record)))
+    longest = sorted(timed, key=lambda record: -sum(_seconds(record).values()))[:_MOST_BARS]
+    rows = {str(record["case"]): [_seconds(record).get(stage, 0.0) for stage in stages] for record in longest}
+    title = "Seconds by stage" + (f", the {_MOST_BARS} longest cases" if len(timed) > _MOST_BARS else "")
+    table = plain_table(
+        "Seconds and memory of each case",
+        ["case", *stages, "total s", "expected s", "peak MB", "expected MB"],
+        (_timing_row(record, stages) for record in timed),
+    )
+    details = element("details", element("summary", f"All {len(timed)} cases"), table)
+    return section("Time and memory", "time", _forecasts(timed), bars_chart(title, stages, rows), details)
+
+
+def reliability_section(findings: Findings) -> Section | None:
+    """How far probabilities can be believed, where the evaluation measured it.
+
+    Read from `reliability` of scores.json: region -> `bins`, a list of `confidence` (mean probability), `frequency`
+    (part of the voxels that belong to the region) and `n` (voxels), and other numbers such as `ece`.
+    """
+    regions: dict[str, Document] = {}
+    for scored in findings.evaluations:
+        regions |= {name: found for name, found in mapping(scored.document, "reliability").items()}
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for name, found in regions.items():
+        listed = found.get("bins") if isinstance(found, dict) else None
+        for entry in listed if isinstance(listed, list) else []:
+            pair = (number(entry.get("confidence")), number(entry.get("frequency"))) if isinstance(entry, dict) else ()
+            if len(pair) == 2 and pair[0] is not None and pair[1] is not None:
+                curves.setdefault(name, []).append((pair[0], pair[1]))
+    if not curves:
+        return None
+    measures = list(dict.fromkeys(key for name in curves for key in regions[name] if number(regions[name][key])))
+    rows = ([name, *(written(number(regions[name].get(key))) for key in measures)] for name in curves)
+    table = plain_table("Calibration", ["region", *(metric_name(key) for key in measures)], rows) if measures else None
+    told = "Of the voxels that the model calls likely by so much, this part belongs to the region; on the diagonal the two agree."
+    return section("Reliability", "reliability", element("p", told), reliability_chart(curves), table)
+
+
+def settings_section(findings: Findings, tell: Discretion) -> Section | None:
+    """The resolved configuration of each run with its comments, and the environments."""
+    parts = []
+    for run in findings.runs:
+        if run.config:
+            parts.append(
+                element("details", element("summary", f"Configuration of {run.name}"), _yaml(tell(run.config)))
+            )
+    for name, versions in _environments(findings):
+        rows = {key: str(versions[key]) for key in sorted(versions, key=lambda key: (key not in _ENVIRONMENT, key))}
+        parts.append(element("details", element("summary", f"Environment of {name}"), definitions(rows)))
+    return section("Configuration and environment", "settings", *parts) if parts else None
+
+
+def notes_section(notes: Iterable[str], tell: Discretion) -> Section | None:
+    """What a reader must know besides."""
+    items = [element("li", tell(note)) for note in notes]
+    return section("Notes", "notes", element("ul", *items)) if items else None
+
+
+def evaluation_notes(findings: Findings, cases: Sequence[CaseFacts]) -> list[str]:
+    """What the evaluation says of cases that are not in the scores, or in them with the worst ones."""
+    notes = []
+    missing = [case.id for case in cases if case.is_missing]
+    if missing:
+        notes.append(f"Without a usable prediction and given the worst scores: {', '.join(missing)}.")
+    for scored in findings.evaluations:
+        for key, told in (
+            ("unscored", "References without a prediction, which are not in these scores"),
+            ("surplus", "Files that belong to no reference"),
+        ):
+            listed = scored.document.get(key)
+            if isinstance(listed, list) and listed:
+                notes.append(f"{told}: {', '.join(str(name) for name in listed)}.")
+        listed = scored.document.get("notes")
+        notes += [str(note) for note in listed] if isinstance(listed, list) else []
+    return notes
+
+
+def metric_name(metric: str) -> str:
+    """How a metric is called in a heading."""
+    return _METRICS.get(metric, metric.replace("_", " "))
+
+
+def written(value: float | None, digits: int = 3) -> str:
+    """A score as it stands in a table."""
+    return "\u2013" if value is None else f"{value:.{digits}f}"
+
+
+def swatch(position: int) -> Markup:
+    """A sample of the colour of the region at this position."""
+    return element("span", class_=f"swatch c{position % len(COLOURS)}", aria_hidden="true")
+
+
+def _run_facts(run: Run, tell: Discretion) -> dict[str, Child]:
+    card, trained = run.card, mapping(run.card, "training_data")
+    network = mapping(card, "network")
+    facts: dict[str, Child] = {
+        "Run": run.name,
+        "Task": card.get("task"),
+        "Network": _words(network.get("family"), network.get("size")),
+        "Input": _words(*(card.get("modalities") or ()), joint=", "),
+        "Trained on": tell(_words(trained.get("identity"), _count(trained.get("cases"), "cases"), joint=", ")),
+        "Licence of the data": trained.get("licence"),
+        "Patch": _words(*(card.get("patch_size") or ()), joint=" \u00d7 "),
+        "Spacing (mm)": _words(*(card.get("spacing_mm") or ()), joint=" \u00d7 "),
+        "Weights (SHA-256)": str(card.get("sha256") or "")[:16],
+    }
+    if run.rows:
+        facts["Steps"] = f"{max(int(number(row.get('step')) or 0) for row in run.rows):,}"
+    minutes, memory = number(run.validation.get("minutes")), number(run.validation.get("peak_rss_mb"))
+    facts["Training took"] = None if minutes is None else f"{minutes:.1f} minutes"
+    facts["Peak memory of the training"] = None if memory is None else f"{memory:,.0f} MB"
+    return facts
+
+
+def _model_facts(model: Document) -> dict[str, Child]:
+    name = str(model.get("name") or "")
+    digests = model.get("sha256")
+    return {
+        "Model": ", ".join(part.replace("\\", "/").rstrip("/").split("/")[-1] for part in name.split(", ")),
+        "Network": _words(model.get("family"), model.get("size")),
+        "Input": _words(*(model.get("modalities") or ()), joint=", "),
+        "Computed by": _words(model.get("backend"), "with mirrored inputs" if model.get("tta") else None, joint=", "),
+        "Weights (SHA-256)": _words(*(str(digest)[:16] for digest in digests or ()), joint=", "),
+    }
+
+
+def _headlines(summary: Document) -> Markup | None:
+    """Region by region the mean (with its confidence interval) and median of the metrics that people compare."""
+    found = {region: scores for region, scores in summary.items() if isinstance(scores, dict)}
+    shown = [metric for metric in _HEADLINES if any(metric in scores for scores in found.values())]
+    if not shown:
+        return None
+    rows = [
+        [joined([swatch(position), region]), *(_headline(mapping(scores, metric)) for metric in shown), _most(scores)]
+        for position, (region, scores) in enumerate(found.items())
+    ]
+    return plain_table(
+        "Mean over cases, median below it", ["region", *(metric_name(metric) for metric in shown), "n"], rows
+    )
+
+
+def _headline(entry: Document) -> Markup:
+    mean, median = number(entry.get("mean")), number(entry.get("median"))
+    interval = entry.get("ci95")
+    if isinstance(interval, list | tuple) and len(interval) == 2 and all(number(end) is not None for end in interval):
+        between = element("small", f"95 % {written(interval[0])} \u2013 {written(interval[1])}")
+    else:
+        between = None
+    return joined([element("b", written(mean)), between, element("small", f"median {written(median)}")])
+
+
+def _most(scores: Document) -> str:
+    return str(max((int(number(mapping(scores, metric).get("n")) or 0) for metric in scores), default=0))
+
+
+def _forecasts(records: Sequence[Document]) -> Markup | None:
+    """How what was expected compares with what was measured, over all cases."""
+    told = []
+    for what, measured in (("seconds", _total), ("peak_rss_mb", lambda record: number(record.get("peak_rss_mb")))):
+        ratios = []
+        for record in records:
+            expected, took = number(mapping(record, "predicted").get(what)), measured(record)
+            if expected and took:
+                ratios.append(took / expected)
+        if ratios:
+            name = "time" if what == "seconds" else "memory"
+            told.append(
+                f"{name} {statistics.median(ratios):.2f} of what was expected (from {min(ratios):.2f} to {max(ratios):.2f})"
+            )
+    return element("p", f"Measured, in the median over cases: {'; '.join(told)}.") if told else None
+
+
+def _timing_row(record: Document, stages: Sequence[str]) -> list[Child]:
+    seconds, predicted = _seconds(record), mapping(record, "predicted")
+    times = [seconds.get(stage, 0.0) for stage in stages] + [_total(record)]
+    memory = [number(record.get("peak_rss_mb")), number(predicted.get("peak_rss_mb"))]
+    return [
+        str(record["case"]),
+        *(written(value, 2) for value in [*times, number(predicted.get("seconds"))]),
+        *(written(value or None, 0) for value in memory),
+    ]
+
+
+def _seconds(record: Document) -> dict[str, float]:
+    found = {str(stage): number(value) for stage, value in mapping(record, "seconds").items()}
+    return {stage: max(value, 0.0) for stage, value in found.items() if value is not None}
+
+
+def _total(record: Document) -> float:
+    return sum(_seconds(record).values())
+
+
+def _environments(findings: Findings) -> list[tuple[str, Mapping[str, Any]]]:
+    named = [(run.name, mapping(run.card, "versions")) for run in findings.runs]
+    named += [(output.name, mapping(output.manifest, "environment")) for output in findings.outputs]
+    named += [(scored.name, mapping(scored.document, "environment")) for scored in findings.evaluations]
+    return [(name, versions) for name, versions in named if versions]
+
+
+def _yaml(text: str) -> Markup:
+    """Settings as they stand in the file, comments set apart."""
+    lines = []
+    for line in text.splitlines():
+        setting, sign, comment = line.partition("# ")
+        lines += [setting, element("span", f"# {comment}", class_="comment") if sign else None, "\n"]
+    return element("pre", element("code", *lines), tabindex="0")
+
+
+def _words(*words: object, joint: str = " ") -> str:
+    return joint.join(str(word) for word in words if word not in (None, ""))
+
+
+def _count(value: object, what: str) -> str | None:
+    found = number(value)
+    return f"{found:.0f} {what}" if found else None

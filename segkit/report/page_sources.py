@@ -1,0 +1,264 @@
+"""What a page tells of: training runs, inference outputs and evaluations, read from their folders.
+
+The documents may have been edited by hand or written by another version, so that every field may be missing. Absolute
+paths stay behind: a page is sent to others, and the folders of one's machine are nobody's business.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from segkit.errors import RequestError
+from segkit.report.tables import summarise
+
+_EXPECTED = "a run folder, an output folder of `segkit infer`, or one of `segkit evaluate -o`"
+_ABSOLUTE = re.compile(r"(?<![\w.)\]}<>/~])(?:~|[A-Za-z]:)?[\\/](?:[^\s\\/'\"<>|:;,]+[\\/])+(?=[^\s\\/'\"<>|:;,]*)")
+
+Document = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run: its settings as text, its journal, the card of its model, and what validation found."""
+
+    name: str
+    folder: Path
+    config: str = ""
+    rows: tuple[Document, ...] = ()
+    card: Document = field(default_factory=dict)
+    validation: Document = field(default_factory=dict)
+    split: Document = field(default_factory=dict)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether steps were taken and the final validation is still to come."""
+        return bool(self.rows) and not self.validation
+
+
+@dataclass(frozen=True)
+class Output:
+    """A folder of masks with the manifest of whoever made them."""
+
+    name: str
+    folder: Path
+    manifest: Document
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An evaluation: its scores.json."""
+
+    name: str
+    folder: Path
+    document: Document
+
+
+@dataclass(frozen=True)
+class CaseFacts:
+    """What is known of one case.
+
+    `regions` are its scores by region and metric, undefined ones left out; `record` is its entry in a manifest;
+    `reason` says why it failed or could not be scored.
+    """
+
+    id: str
+    regions: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    record: Document = field(default_factory=dict)
+    reason: str | None = None
+    is_missing: bool = False
+
+    @property
+    def worth(self) -> float:
+        """The mean Dice over regions by which cases are ordered, of cases without any that of a perfect one."""
+        values = [scores["dice"] for scores in self.regions.values() if "dice" in scores]
+        return sum(values) / len(values) if values else 1.0
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything that the folders of a page hold."""
+
+    runs: tuple[Run, ...] = ()
+    outputs: tuple[Output, ...] = ()
+    evaluations: tuple[Scored, ...] = ()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the page is about a training that still goes on."""
+        return any(run.is_running for run in self.runs)
+
+    def cases(self) -> list[CaseFacts]:
+        """All cases, worst first: those that failed, then by mean Dice, then by id."""
+        found = {case_id: CaseFacts(case_id, regions) for case_id, regions in self._scores().items()}
+        for output in self.outputs:
+            for record in records_of(output.manifest):
+                case = found.get(str(record["case"]), CaseFacts(str(record["case"])))
+                failed = record.get("error") if record.get("status") == "failed" else None
+                found[case.id] = replace(case, record=record, reason=None if failed is None else str(failed))
+        for scored in self.evaluations:
+            for entry in entries(scored.document, "errors"):
+                case = found.get(str(entry["case"]), CaseFacts(str(entry["case"])))
+                found[case.id] = replace(case, reason=case.reason or str(entry.get("error", "could not be scored")))
+            for entry in entries(scored.document, "cases"):
+                if entry.get("missing"):
+                    found[str(entry["case"])] = replace(found[str(entry["case"])], is_missing=True)
+        for run in self.runs:
+            for case_id, reason in mapping(run.validation, "skipped").items():
+                found.setdefault(case_id, CaseFacts(case_id, reason=str(reason)))
+        return sorted(found.values(), key=lambda case: (case.reason is None, case.worth, case.id))
+
+    def summary(self) -> Document:
+        """Region -> metric -> mean, median, n (and `ci95` where the evaluation has it)."""
+        for scored in self.evaluations:
+            if mapping(scored.document, "summary"):
+                return mapping(scored.document, "summary")
+        return summarise(self._scores().values())
+
+    def _scores(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Case id -> region -> metric -> value, of the evaluations, or else of the validation of the runs."""
+        found: dict[str, dict[str, dict[str, float]]] = {}
+        for scored in self.evaluations:
+            for entry in entries(scored.document, "cases"):
+                if str(entry["case"]) in found:
+                    raise RequestError(
+                        f"two evaluations score case {entry['case']}",
+                        where=scored.folder,
+                        remedy="Write one page for each of them",
+                    )
+                regions = mapping(entry, "regions")
+                found[str(entry["case"])] = {name: _numbers(scores) for name, scores in regions.items()}
+        if not self.evaluations:
+            for run in self.runs:
+                for case_id, dice in mapping(run.validation, "cases").items():
+                    found[case_id] = {name: {"dice": value} for name, value in _numbers(dice).items()}
+        return found
+
+
+def read_sources(paths: Sequence[Path]) -> Findings:
+    """What the folders hold; a file such as scores.json stands for its folder.
+
+    Raises:
+        RequestError: a folder is none of the three kinds, or a document in it cannot be read.
+    """
+    runs: list[Run] = []
+    outputs: list[Output] = []
+    evaluations: list[Scored] = []
+    for path in paths:
+        folder = path.parent if path.is_file() else path
+        if not folder.is_dir():
+            raise RequestError("there is no such folder", where=path, expected=_EXPECTED)
+        folds = [fold for fold in sorted(folder.glob("fold_*")) if _is_run(fold)]
+        found_runs = [read_run(one) for one in ([folder] if _is_run(folder) else [])] + [
+            read_run(fold, f"{folder.resolve().name}/{fold.name}") for fold in folds
+        ]
+        manifests = sorted(folder.glob("manifest*.json"))
+        scores = folder / "scores.json"
+        name = folder.resolve().name
+        runs += found_runs
+        outputs += [Output(name, folder, _read_json(manifest)) for manifest in manifests]
+        evaluations += [Scored(name, folder, _read_json(scores))] if scores.is_file() else []
+        if not found_runs and not manifests and not scores.is_file():
+            raise RequestError("holds nothing to report", where=path, expected=_EXPECTED)
+    return Findings(tuple(runs), tuple(outputs), tuple(evaluations))
+
+
+def read_run(folder: Path, name: str | None = None) -> Run:
+    """A run folder, finished or not; whatever is not there yet is left empty."""
+    config = folder / "config.yaml"
+    return Run(
+        name or folder.resolve().name,
+        folder,
+        config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+        tuple(_journal(folder / "metrics.jsonl")),
+        _read_json(folder / "model.json", may_lack=True),
+        _read_json(folder / "validation.json", may_lack=True),
+        _read_json(folder / "split.json", may_lack=True),
+    )
+
+
+def records_of(manifest: Document) -> list[Document]:
+    """The entries of a manifest, each case once; what this run noted comes before what earlier ones did."""
+    found: dict[str, Document] = {}
+    for key in ("cases", "earlier"):
+        for entry in entries(manifest, key):
+            found.setdefault(str(entry["case"]), entry)
+    return list(found.values())
+
+
+def entries(document: Document, key: str) -> list[Document]:
+    """The list of cases under `key`, without whatever in it is no case."""
+    listed = document.get(key)
+    found = listed if isinstance(listed, list) else []
+    return [entry for entry in found if isinstance(entry, dict) and "case" in entry]
+
+
+def mapping(document: Document, key: str) -> Document:
+    """The mapping under `key`, empty where there is none."""
+    value = document.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def number(value: object) -> float | None:
+    """A finite number, None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+class Discretion:
+    """Takes the folders of this machine out of texts: of an absolute path only the last name stays."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        folders = {str(form.parent) for path in paths for form in (path.absolute(), path.resolve())} | {
+            str(Path.home())
+        }
+        self._known = sorted((folder for folder in folders if len(folder) > 1), key=len, reverse=True)
+
+    def __call__(self, text: str) -> str:
+        """The text without folders; names with blanks are known only where the page was given them."""
+        for folder in self._known:
+            text = re.sub(re.escape(folder) + r"[\\/]?", "\u2026/", text)
+        return _ABSOLUTE.sub("\u2026/", text)
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("model.json", "metrics.jsonl", "config.yaml"))
+
+
+def _journal(path: Path) -> list[Document]:
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # a line that is being written, or was cut off by a kill
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def _read_json(path: Path, *, may_lack: bool = False) -> Document:
+    if may_lack and not path.is_file():
+        return {}
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RequestError(f"cannot be read ({error})", where=path) from error
+    if not isinstance(document, dict):
+        raise RequestError("is no JSON object", where=path, expected="the document that segkit wrote")
+    return document
+
+
+def _numbers(scores: object) -> dict[str, float]:
+    if not isinstance(scores, dict):
+        return {}
+    found = {name: number(value) for name, value in scores.items()}
+    return {name: value for name, value in found.items() if value is not None}
