@@ -22,7 +22,7 @@ from segkit.report.page_html import Markup, element, joined, json_for_script
 from segkit.report.page_images import Gallery, find_gallery, load_arrays
 from segkit.report.page_pictures import case_picture, embedded_figure
 from segkit.report.page_sources import CaseFacts, Discretion, Findings, read_sources
-from segkit.report.page_viewer import CaseVolumes, case_volumes, viewer_script
+from segkit.report.page_viewer import DIFFERENCES, CaseVolumes, case_volumes, viewer_script
 
 MOST_BYTES = 15_000_000
 """A page is not larger than this, so that it can be sent by mail."""
@@ -214,8 +214,12 @@ def _colour_key(gallery: Gallery) -> Markup:
 
 
 def _heading(findings: Findings) -> str:
-    named = (*findings.runs, *findings.outputs, *findings.evaluations)
-    return " \u00b7 ".join(dict.fromkeys(source.name for source in named))
+    """The names of the trained models where there are any, else of the folders."""
+    models = [run.name for run in findings.runs] or [
+        sections.model_name(output.manifest) for output in findings.outputs
+    ]
+    named = [name for name in models if name] or [scored.name for scored in findings.evaluations]
+    return " \u00b7 ".join(dict.fromkeys(named))
 
 
 def _document(
@@ -251,16 +255,16 @@ def _document(
 
 def _stores(volumes: Mapping[str, CaseVolumes], gallery: Gallery, script: str) -> list[Markup]:
     """What the viewer needs, as data that no browser runs: NiiVue, the volumes, and how to show them."""
-    colours = {str(value): {"name": name, "colour": colour} for value, (name, colour) in gallery.colours().items()}
     cases = [
         {"id": case_id, "key": f"v{position}", **dict(case.facts)}
         for position, (case_id, case) in enumerate(volumes.items())
     ]
+    facts = {"labels": _colours(gallery.colours()), "differences": _colours(DIFFERENCES), "cases": cases}
     stores = [
         element("script", Markup(script), type="application/octet-stream", id="viewer-module"),
         element(
             "script",
-            json_for_script({"labels": colours, "cases": cases}),
+            json_for_script(facts),
             type="application/json",
             id="viewer-facts",
         ),
@@ -270,6 +274,10 @@ def _stores(volumes: Mapping[str, CaseVolumes], gallery: Gallery, script: str) -
             key = f"v{position}-{layer}"
             stores.append(element("script", Markup(text), type="application/octet-stream", id=key))
     return stores
+
+
+def _colours(labels: Mapping[int, tuple[str, str]]) -> dict[str, dict[str, str]]:
+    return {str(value): {"name": name, "colour": colour} for value, (name, colour) in labels.items()}
 
 
 def _policy(scripts: Sequence[str], style: str) -> str:

@@ -10,7 +10,7 @@ from segkit.report.page_sections import Section, metric_name, section, written
 from segkit.report.page_sources import CaseFacts, mapping, number
 
 MOST_CASES = 1000
-MEAN_OF_REGIONS = "mean of regions"
+MEAN_OF_REGIONS = "mean"
 _OPEN = 3
 """Cases whose pictures are open when the page is."""
 

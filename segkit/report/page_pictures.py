@@ -1,6 +1,6 @@
-"""Still pictures of a case as one inline SVG: its planes side by side, as image, prediction, reference, uncertainty.
+"""Still pictures of a case as one inline SVG: a row for each plane, with image, prediction, reference, uncertainty.
 
-The image of a plane is stored once and used in every row; masks lie over it as small palette pictures, and the outline
+The image of a plane is stored once and used in every column; masks lie over it as small palette pictures, and the outline
 of the reference is a path, crisp at every size.
 """
 
@@ -23,10 +23,10 @@ from segkit.shapes import AnyArray, LabelMap
 _SIZES = ((256, 72), (160, 60), (96, 50))
 """Longest side in pixels and quality of the image, tried until the pictures of a case fit its share of the page."""
 
-_WIDTH = 600.0
-_GAP, _GUTTER, _HEAD = 6.0, 20.0, 20.0
+_WIDTH, _WIDEST = 1000.0, 320.0
+_GAP, _GUTTER, _HEAD = 8.0, 28.0, 28.0
 _OPACITY = 0.55
-_ROWS = ("image", "prediction", "reference", "uncertainty")
+_LAYERS = ("image", "prediction", "reference", "uncertainty")
 _UNCERTAIN = (0xE6, 0x9F, 0x00)
 _MOST_OUTLINE = 12_000
 """Characters of an outline; vessels and the like go without."""
@@ -73,46 +73,43 @@ def _draw(
     quality: int,
     key: str,
 ) -> Markup:
-    rows = [row for row in _ROWS if row in ("image", *masks) or (row == "uncertainty" and views[0].maps)]
-    widths = [view.image.shape[1] for view in views]
-    heights = [view.image.shape[0] * view.aspect for view in views]
-    scale = (_WIDTH - _GUTTER - _GAP * (len(views) - 1)) / sum(widths)
-    step = max(heights) * scale + _GAP
-    parts: list[Markup] = []
-    left = _GUTTER
-    for column, view in enumerate(views):
-        width, height = widths[column] * scale, heights[column] * scale
-        down = (step - _GAP - height) / 2
-        if view.title:
-            parts.append(element("text", view.title, x=f"{left + width / 2:.1f}", y="13", class_="middle"))
-        for row, what in enumerate(rows):
-            place = {"x": f"{left:.1f}", "y": f"{_HEAD + row * step + down:.1f}"}
-            box = {**place, "width": f"{width:.1f}", "height": f"{height:.1f}", "preserveAspectRatio": "none"}
-            name = f"{key}-{column}"
-            if row == 0:
-                base = {"width": f"{width:.1f}", "height": f"{height:.1f}", "preserveAspectRatio": "none"}
-                pixels = Image.fromarray(_grey(view.image, window))
-                image = element("image", href=_photo(pixels, quality), id=name, **base)
-                parts += [element("defs", image), element("use", href=f"#{name}", **place)]
-                parts += _letters(view, left, _HEAD + down, width, height)
-                continue
+    layers = [layer for layer in _LAYERS if layer in ("image", *masks) or (layer == "uncertainty" and views[0].maps)]
+    widest = max(view.image.shape[1] for view in views)
+    scale = min((_WIDTH - _GUTTER + _GAP) / len(layers) - _GAP, _WIDEST) / widest
+    step = widest * scale + _GAP
+    parts = [
+        element("text", layer, x=f"{_GUTTER + (column + 0.5) * step - _GAP / 2:.1f}", y="18", class_="middle")
+        for column, layer in enumerate(layers)
+    ]
+    top = _HEAD
+    for row, view in enumerate(views):
+        name, width, height = f"{key}-{row}", view.image.shape[1] * scale, view.image.shape[0] * view.aspect * scale
+        pixels = Image.fromarray(_grey(view.image, window))
+        size = {"width": f"{width:.1f}", "height": f"{height:.1f}", "preserveAspectRatio": "none"}
+        parts.append(element("defs", element("image", href=_photo(pixels, quality), id=name, **size)))
+        parts.append(
+            element("text", view.title, class_="middle", transform=f"translate(14 {top + height / 2:.1f}) rotate(-90)")
+        )
+        for column, layer in enumerate(layers):
+            left = _GUTTER + column * step + (step - _GAP - width) / 2
+            place = {"x": f"{left:.1f}", "y": f"{top:.1f}"}
             parts.append(element("use", href=f"#{name}", **place))
-            if what in masks:
-                parts.append(element("image", href=_tint(view.masks[masks.index(what)], colours), class_="mask", **box))
+            if layer == "image":
+                parts += _letters(view, left, top, width, height)
+            elif layer == "uncertainty":
+                parts.append(element("image", href=_heat(view.maps[0]), **place, **size))
             else:
-                parts.append(element("image", href=_heat(view.maps[0]), **box))
-            if what == "prediction" and "reference" in masks:
-                factor = (width / view.image.shape[1], height / view.image.shape[0])
-                path = outline(view.masks[masks.index("reference")] > 0, left, float(place["y"]), factor)
-                parts.append(element("path", d=path, class_="outline") if len(path) <= _MOST_OUTLINE else Markup())
-        left += width + _GAP
-    for row, what in enumerate(rows):
-        middle = _HEAD + row * step + (step - _GAP) / 2
-        parts.append(element("text", what, class_="middle", transform=f"translate(12 {middle:.1f}) rotate(-90)"))
+                tint = _tint(view.masks[masks.index(layer)], colours)
+                parts.append(element("image", href=tint, class_="mask", **place, **size))
+            if layer == "prediction" and "reference" in masks:
+                pixel = (width / view.image.shape[1], height / view.image.shape[0])
+                path = outline(view.masks[masks.index("reference")] > 0, left, top, pixel)
+                parts += [element("path", d=path, class_="outline")] if len(path) <= _MOST_OUTLINE else []
+        top += height + _GAP
     planes = ", ".join(view.title for view in views if view.title)
-    told = f"{case_id}: {' / '.join(rows)}" + (f" in the {planes} plane" if planes else "")
-    height = _HEAD + step * len(rows)
-    return element("svg", *parts, viewBox=f"0 0 {_WIDTH:g} {height:.0f}", role="img", aria_label=told, class_="planes")
+    told = f"{case_id}: {', '.join(layers)}" + (f" in the {planes} plane" if planes else "")
+    whole = _GUTTER + step * len(layers)
+    return element("svg", *parts, viewBox=f"0 0 {whole:.0f} {top:.0f}", role="img", aria_label=told, class_="planes")
 
 
 def outline(mask: NDArray[np.bool_], left: float, top: float, factor: tuple[float, float]) -> str:
@@ -159,8 +156,12 @@ def _grey(image: AnyArray, window: tuple[float, float]) -> NDArray[np.uint8]:
 
 
 def _letters(view: View, left: float, top: float, width: float, height: float) -> list[Markup]:
-    places = ((4, height / 2 + 4, ""), (width - 4, height / 2 + 4, "end"), (width / 2, 12, "middle"))
-    places = (*places, (width / 2, height - 4, "middle"))
+    places = (
+        (5, height / 2 + 5, ""),
+        (width - 5, height / 2 + 5, "end"),
+        (width / 2, 17, "middle"),
+        (width / 2, height - 6, "middle"),
+    )
     return [
         element("text", letter, x=f"{left + x:.1f}", y=f"{top + y:.1f}", class_=f"letter {kind}".strip())
         for letter, (x, y, kind) in zip(view.letters, places, strict=True)

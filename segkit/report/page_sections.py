@@ -52,6 +52,7 @@ def summary_section(findings: Findings, cases: Sequence[CaseFacts], tell: Discre
     for run in findings.runs:
         facts |= _run_facts(run, tell)
     for output in findings.outputs:
+        facts["Model"] = model_name(output.manifest)
         facts |= _model_facts(mapping(output.manifest, "model"))
     for scored in findings.evaluations:
         document = scored.document
@@ -131,7 +132,7 @@ def reliability_section(findings: Findings) -> Section | None:
     """
     regions: dict[str, Document] = {}
     for scored in findings.evaluations:
-        regions |= {name: found for name, found in mapping(scored.document, "reliability").items()}
+        regions |= mapping(scored.document, "reliability")
     curves: dict[str, list[tuple[float, float]]] = {}
     for name, found in regions.items():
         listed = found.get("bins") if isinstance(found, dict) else None
@@ -144,7 +145,7 @@ def reliability_section(findings: Findings) -> Section | None:
     measures = list(dict.fromkeys(key for name in curves for key in regions[name] if number(regions[name][key])))
     rows = ([name, *(written(number(regions[name].get(key))) for key in measures)] for name in curves)
     table = plain_table("Calibration", ["region", *(metric_name(key) for key in measures)], rows) if measures else None
-    told = "Of the voxels that the model calls likely by so much, this part belongs to the region; on the diagonal the two agree."
+    told = "How many of the voxels that are given a probability belong to the region; on the diagonal the two agree."
     return section("Reliability", "reliability", element("p", told), reliability_chart(curves), table)
 
 
@@ -192,6 +193,12 @@ def metric_name(metric: str) -> str:
     return _METRICS.get(metric, metric.replace("_", " "))
 
 
+def model_name(manifest: Document) -> str:
+    """The folders of the models that made the masks, without the way to them."""
+    name = str(mapping(manifest, "model").get("name") or "")
+    return ", ".join(part.replace("\\", "/").rstrip("/").split("/")[-1] for part in name.split(", "))
+
+
 def written(value: float | None, digits: int = 3) -> str:
     """A score as it stands in a table."""
     return "\u2013" if value is None else f"{value:.{digits}f}"
@@ -225,10 +232,8 @@ def _run_facts(run: Run, tell: Discretion) -> dict[str, Child]:
 
 
 def _model_facts(model: Document) -> dict[str, Child]:
-    name = str(model.get("name") or "")
     digests = model.get("sha256")
     return {
-        "Model": ", ".join(part.replace("\\", "/").rstrip("/").split("/")[-1] for part in name.split(", ")),
         "Network": _words(model.get("family"), model.get("size")),
         "Input": _words(*(model.get("modalities") or ()), joint=", "),
         "Computed by": _words(model.get("backend"), "with mirrored inputs" if model.get("tta") else None, joint=", "),
@@ -268,18 +273,17 @@ def _most(scores: Document) -> str:
 def _forecasts(records: Sequence[Document]) -> Markup | None:
     """How what was expected compares with what was measured, over all cases."""
     told = []
-    for what, measured in (("seconds", _total), ("peak_rss_mb", lambda record: number(record.get("peak_rss_mb")))):
-        ratios = []
-        for record in records:
-            expected, took = number(mapping(record, "predicted").get(what)), measured(record)
-            if expected and took:
-                ratios.append(took / expected)
+    for what, name in (("seconds", "time"), ("peak_rss_mb", "memory")):
+        pairs = [(number(mapping(record, "predicted").get(what)), _measured(record, what)) for record in records]
+        ratios = [measured / expected for expected, measured in pairs if expected and measured]
         if ratios:
-            name = "time" if what == "seconds" else "memory"
-            told.append(
-                f"{name} {statistics.median(ratios):.2f} of what was expected (from {min(ratios):.2f} to {max(ratios):.2f})"
-            )
+            range_ = f"(from {min(ratios):.2f} to {max(ratios):.2f})"
+            told.append(f"{name} {statistics.median(ratios):.2f} of what was expected {range_}")
     return element("p", f"Measured, in the median over cases: {'; '.join(told)}.") if told else None
+
+
+def _measured(record: Document, what: str) -> float | None:
+    return _total(record) if what == "seconds" else number(record.get(what))
 
 
 def _timing_row(record: Document, stages: Sequence[str]) -> list[Child]:

@@ -22,13 +22,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segkit.data.geometry import reorientation_to, reoriented_grid
-from segkit.report.figures import content_box, extent, intensity_window
+from segkit.report.figures import COLOURS, content_box, extent, intensity_window
 from segkit.report.page_images import CaseArrays
-from segkit.shapes import Affine, AnyArray
+from segkit.shapes import Affine, AnyArray, LabelMap
 
 _CLASS = re.compile(r'"Creating new Niivue instance"\).{0,300}?=\s*new ([\w$]+)\(', re.DOTALL)
 """Where the bundle makes its NiiVue; the name of the class differs from version to version."""
 _EXPORT = re.compile(r"export\s*\{[^{}]*\}\s*;?\s*$")
+
+DIFFERENCES = {1: ("missed", COLOURS[2]), 2: ("surplus", COLOURS[3]), 3: ("other label", COLOURS[4])}
+"""Values of the layer that compares the prediction with the reference: what they are called, and their colours."""
 
 _MOST_VOXELS = 1_500_000
 _MARGIN_MM = 15.0
@@ -90,6 +93,8 @@ def case_volumes(arrays: CaseArrays) -> CaseVolumes | None:
     bytes_ = np.clip((image[cut].astype(np.float32) - low) / slope, 0, 255).round().astype(np.uint8)
     layers = {"image": _nifti(bytes_, affine, slope, low)}
     layers |= {name: _nifti(mask[cut], affine) for name, mask in masks.items()}
+    if len(masks) > 1:
+        layers["difference"] = _nifti(_difference(masks["prediction"][cut], masks["reference"][cut]), affine)
     if arrays.uncertainty is not None:
         uncertainty = way.apply(arrays.uncertainty)[cut]
         layers["uncertainty"] = _nifti((np.clip(uncertainty, 0, 1) * 255).round().astype(np.uint8), affine, 1 / 255)
@@ -102,6 +107,12 @@ def case_volumes(arrays: CaseArrays) -> CaseVolumes | None:
         "layers": list(layers),
     }
     return CaseVolumes(layers, facts)
+
+
+def _difference(prediction: LabelMap, reference: LabelMap) -> LabelMap:
+    """The values of `DIFFERENCES`, 0 where both masks say the same."""
+    kinds = [(prediction == 0) & (reference > 0), (prediction > 0) & (reference == 0), prediction != reference]
+    return np.select(kinds, [1, 2, 3], 0).astype(np.uint8)
 
 
 def _box(image: AnyArray, masks: list[AnyArray], spacing_mm: tuple[float, ...]) -> tuple[slice, ...]:

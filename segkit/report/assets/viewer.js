@@ -8,7 +8,7 @@
   const picker = by("viewer-case");
   const facts = JSON.parse(by("viewer-facts").textContent);
   const layersBox = by("viewer-layers");
-  const shown = { prediction: true, reference: true, uncertainty: false };
+  const shown = { prediction: true, reference: false, difference: false, uncertainty: false };
   let viewer = null;
   let current = null;
   let masksHidden = false;
@@ -25,14 +25,19 @@
       isRadiologicalConvention: true,
       sagittalNoseLeft: true,
       backColor: [0, 0, 0, 1],
-      crosshairColor: [1, 1, 1, 0.45],
-      crosshairWidth: 0.6,
+      crosshairColor: [0.9, 0.9, 0.9, 1],
+      crosshairWidthUnit: "percent",
+      crosshairWidth: 0.3,
+      crosshairGap: 5,
+      fontColor: [1, 1, 1, 1],
       show3Dcrosshair: true,
       multiplanarShowRender: 1,
       multiplanarForceRender: true,
       multiplanarPadPixels: 6,
       dragAndDropEnabled: false,
+      scrollRequiresFocus: true,
       loadingText: "",
+      logLevel: "error",
       isColorbar: false,
     });
     made.onLocationChange = tell;
@@ -40,9 +45,11 @@
     return made;
   }
 
-  function palette() {
+  const labelsOf = (layer) => (layer === "difference" ? facts.differences : facts.labels);
+
+  function palette(layer) {
     const map = { R: [0], G: [0], B: [0], A: [0], I: [0], labels: [""] };
-    for (const [value, { name, colour }] of Object.entries(facts.labels)) {
+    for (const [value, { name, colour }] of Object.entries(labelsOf(layer))) {
       map.R.push(parseInt(colour.slice(1, 3), 16));
       map.G.push(parseInt(colour.slice(3, 5), 16));
       map.B.push(parseInt(colour.slice(5, 7), 16));
@@ -71,7 +78,7 @@
     await viewer.loadVolumes(list);
     for (const address of addresses) URL.revokeObjectURL(address);
     entry.layers.forEach((layer, index) => {
-      if (layer in shown && layer !== "uncertainty") viewer.volumes[index].setColormapLabel(palette());
+      if (layer in shown && layer !== "uncertainty") viewer.volumes[index].setColormapLabel(palette(layer));
     });
     viewer.updateGLVolume();
     listLayers();
@@ -129,7 +136,7 @@
       const layer = current.layers[index];
       if (layer === "image") return `${current.modality} ${Number(value.value.toPrecision(4))}`;
       if (layer === "uncertainty") return `uncertainty ${value.value.toFixed(2)}`;
-      const known = facts.labels[String(Math.round(value.value))];
+      const known = labelsOf(layer)[String(Math.round(value.value))];
       return `${layer} ${known ? known.name : Math.round(value.value) || "–"}`;
     });
     const millimetres = [...place.mm].slice(0, 3).map((value) => value.toFixed(1));
@@ -138,8 +145,6 @@
 
   function reset() {
     by("viewer-opacity").value = 0.5;
-    by("viewer-outline").checked = false;
-    viewer.setAtlasOutline(0);
     viewer.setPan2Dxyzmm([0, 0, 0, 1]);
     masksHidden = false;
     [by("viewer-low").value, by("viewer-high").value] = current.window;
@@ -160,7 +165,8 @@
     else if (event.key === "+" || event.key === "-") {
       opacity.value = Number(opacity.value) + (event.key === "+" ? 0.1 : -0.1);
       applyOpacity();
-    } else if (event.key.toLowerCase() === "m") {
+    } else if (/^[1-4]$/.test(event.key)) layersBox.querySelectorAll("input")[event.key - 1]?.click();
+    else if (event.key.toLowerCase() === "m") {
       masksHidden = !masksHidden;
       applyOpacity();
     } else if (event.key.toLowerCase() === "r") reset();
@@ -193,7 +199,6 @@
   for (const end of ["viewer-low", "viewer-high"]) {
     by(end).addEventListener("input", () => viewer && setWindow(Number(by("viewer-low").value), Number(by("viewer-high").value)));
   }
-  by("viewer-outline").addEventListener("change", (event) => viewer && viewer.setAtlasOutline(event.target.checked ? 1 : 0));
   by("viewer-reset").addEventListener("click", () => viewer && reset());
   by("viewer-views").addEventListener("change", (event) => viewer && viewer.setSliceType(Number(event.target.value)));
   for (const button of document.querySelectorAll(".needs-viewer")) {
