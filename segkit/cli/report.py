@@ -27,9 +27,9 @@ def report(
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Write one self-contained HTML page: scores, curves, pictures, times and settings; nothing is loaded from a network.
+    """Write one self-contained HTML page: scores, curves, pictures, times and settings.
 
-    Names of folders are told, the paths to them are not.
+    It loads nothing from a network, and tells the names of folders but not the paths to them.
     """
     from segkit.errors import RequestError
     from segkit.report.page import write_page

@@ -150,7 +150,7 @@ def _body(
 ) -> Markup:
     anchors = {case_id: f"case-{position}" for position, case_id in enumerate(media.stills)}
     viewable = {case_id: f"v{position}" for position, case_id in enumerate(media.volumes)}
-    key = _colour_key(gallery)
+    key = sections.colour_key(gallery.colours())
     parts = [
         sections.summary_section(findings, cases, tell),
         sections.failures_section(cases, tell),
@@ -186,7 +186,8 @@ def _viewer_section(viewable: Mapping[str, str], key: Markup) -> sections.Sectio
     told = f"The {len(viewable)} worst cases" if len(viewable) > 1 else "The case"
     about = element("p", f"{told}, cropped to what matters, with the intensities of the scan.")
     controls = Markup(_asset("viewer.html"))
-    return sections.section("Viewer", "viewer", about, element("div", picker, class_="filters"), controls, key)
+    keys = [key, element("p", "Difference:", class_="muted"), sections.colour_key(DIFFERENCES)]
+    return sections.section("Viewer", "viewer", about, element("div", picker, class_="filters"), controls, *keys)
 
 
 def _figures_section(findings: Findings) -> sections.Section | None:
@@ -203,14 +204,6 @@ def _figures_section(findings: Findings) -> sections.Section | None:
     if not figures:
         return None
     return sections.section("Figures", "figures", element("div", *figures, class_="figures"))
-
-
-def _colour_key(gallery: Gallery) -> Markup:
-    items = (
-        element("li", sections.swatch(position), f"{name} ({value})")
-        for position, (value, (name, _)) in enumerate(gallery.colours().items())
-    )
-    return element("ul", *items, class_="legend")
 
 
 def _heading(findings: Findings) -> str:
@@ -281,7 +274,7 @@ def _colours(labels: Mapping[int, tuple[str, str]]) -> dict[str, dict[str, str]]
 
 
 def _policy(scripts: Sequence[str], style: str) -> str:
-    """Nothing from anywhere: only these scripts and this style, pictures in the page, and what NiiVue makes of blobs."""
+    """Nothing from anywhere: only these scripts and this style, pictures in the page, and the viewer's own blobs."""
     allowed = " ".join(_digest(script) for script in scripts)
     rules = {
         "default-src": "'none'",

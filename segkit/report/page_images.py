@@ -139,7 +139,8 @@ def _with_masks(cases: list[Case], findings: Findings) -> Iterable[tuple[Case, C
     schemes: dict[str, LabelScheme] = {}
     folders = [output.folder for output in findings.outputs] or _told(findings, "predictions")
     for folder in dict.fromkeys(folders):
-        listed = [path for path in list_images(folder).images if path.relative_to(folder).parts[0] not in _COMPANIONS]
+        listing = list_images(folder)
+        listed = [path for path in listing.images if path.relative_to(listing.root).parts[0] not in _COMPANIONS]
         masks |= match_files(cases, listed, folder)[0]
         for case in cases:
             found = sorted((folder / "uncertainty").glob(f"{_literal(case.id)}_entropy.*"))

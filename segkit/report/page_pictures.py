@@ -1,7 +1,7 @@
 """Still pictures of a case as one inline SVG: a row for each plane, with image, prediction, reference, uncertainty.
 
-The image of a plane is stored once and used in every column; masks lie over it as small palette pictures, and the outline
-of the reference is a path, crisp at every size.
+The image of a plane is stored once and used in every column; masks lie over it as small palette pictures, and the
+outline of the reference is a path, crisp at every size.
 """
 
 from __future__ import annotations

@@ -52,7 +52,8 @@ def summary_section(findings: Findings, cases: Sequence[CaseFacts], tell: Discre
     for run in findings.runs:
         facts |= _run_facts(run, tell)
     for output in findings.outputs:
-        facts["Model"] = model_name(output.manifest)
+        name = model_name(output.manifest)
+        facts |= {} if name in {run.name for run in findings.runs} else {"Model": name}
         facts |= _model_facts(mapping(output.manifest, "model"))
     for scored in findings.evaluations:
         document = scored.document
@@ -204,6 +205,14 @@ def written(value: float | None, digits: int = 3) -> str:
     return "\u2013" if value is None else f"{value:.{digits}f}"
 
 
+def colour_key(labels: Mapping[int, tuple[str, str]]) -> Markup:
+    """The names of labels (value -> name and colour) beside their colours."""
+    items = (
+        element("li", swatch(COLOURS.index(colour)), f"{name} ({value})") for value, (name, colour) in labels.items()
+    )
+    return element("ul", *items, class_="legend")
+
+
 def swatch(position: int) -> Markup:
     """A sample of the colour of the region at this position."""
     return element("span", class_=f"swatch c{position % len(COLOURS)}", aria_hidden="true")
@@ -220,7 +229,7 @@ def _run_facts(run: Run, tell: Discretion) -> dict[str, Child]:
         "Trained on": tell(_words(trained.get("identity"), _count(trained.get("cases"), "cases"), joint=", ")),
         "Licence of the data": trained.get("licence"),
         "Patch": _words(*(card.get("patch_size") or ()), joint=" \u00d7 "),
-        "Spacing (mm)": _words(*(card.get("spacing_mm") or ()), joint=" \u00d7 "),
+        "Spacing (mm)": _words(*(f"{side:g}" for side in card.get("spacing_mm") or ()), joint=" \u00d7 "),
         "Weights (SHA-256)": str(card.get("sha256") or "")[:16],
     }
     if run.rows:

@@ -27,7 +27,7 @@
       backColor: [0, 0, 0, 1],
       crosshairColor: [0.9, 0.9, 0.9, 1],
       crosshairWidthUnit: "percent",
-      crosshairWidth: 0.3,
+      crosshairWidth: 0.6,
       crosshairGap: 5,
       fontColor: [1, 1, 1, 1],
       show3Dcrosshair: true,
