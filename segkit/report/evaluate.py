@@ -24,7 +24,7 @@ from segkit.errors import DataError, RequestError
 from segkit.labels import LabelScheme, outputs_of, translate
 from segkit.metrics.protocols import PROTOCOLS, Scores, score_absent, score_case
 from segkit.report.companions import Companions, find_companions
-from segkit.report.figures import overlay_figure
+from segkit.report.figures import BACKGROUNDS, overlay_figure
 from segkit.report.pairing import Pair, Pairing, pair_folders
 from segkit.report.tables import Summary, markdown_table, scores_csv, summarise, summary_rows
 from segkit.shapes import LabelMap
@@ -36,10 +36,6 @@ _log = logging.getLogger(__name__)
 
 _PED_TISSUES = (("NETC", "NET"), ("ED", "ED"))
 """Regions that the paediatric challenge scores besides those a network has outputs for (BraTS-PED 2024 and later)."""
-
-_BACKGROUNDS = ("t2f", "t1c", "t2w", "t1n", "green")
-"""Which image to draw masks over, first that exists: the whole tumour shows best on FLAIR, and of colour pictures the
-green channel has the most contrast."""
 
 
 @dataclass(frozen=True)
@@ -335,7 +331,7 @@ def _require_known(labels: LabelMap, scheme: LabelScheme, path: Path, option: st
 def _draw(path: Path, pair: Pair, scheme: LabelScheme, scores: CaseScores) -> None:
     reference, grid = read_reference(pair, scheme)
     images = pair.reference.images
-    name = next((modality for modality in _BACKGROUNDS if modality in images), next(iter(images)))
+    name = next((modality for modality in BACKGROUNDS if modality in images), next(iter(images)))
     image = read_volume(images[name].path, images[name].channel)
     difference = same_grid(image.grid, grid)
     if difference is not None:

@@ -28,6 +28,10 @@ COLOURS = ("#56B4E9", "#D55E00", "#F0E442", "#CC79A7", "#009E73", "#E69F00", "#0
 _LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """The same palette in an order that reads on white."""
 
+BACKGROUNDS = ("t2f", "t1c", "t2w", "t1n", "green")
+"""Which image to draw masks over, first that exists: the whole tumour shows best on FLAIR, and of colour pictures the
+green channel has the most contrast."""
+
 _OPACITY = 0.55
 _LETTER_PLACES = (
     (0.01, 0.5, "left", "center"),
@@ -167,7 +171,7 @@ def _planes(image: AnyArray, masks: Sequence[LabelMap], grid: Grid, maps: Sequen
         ("coronal", 1, ("R", "L", "S", "I")),
         ("sagittal", 0, ("A", "P", "S", "I")),
     ):
-        index = _richest_slice(upright[1 : 1 + len(masks)], axis)
+        index = _richest_slice(upright[1 : 1 + len(masks)], axis) if masks else upright[0].shape[axis] // 2
         # The remaining two axes grow to the right or front, then to the front or top: the second becomes the rows,
         # top first, and the first becomes the columns, right or front first.
         shown = [array.take(index, axis).T[::-1, ::-1] for array in upright]

@@ -81,7 +81,8 @@ def write_page(
     if not sources:
         raise RequestError("no folder to report on", remedy="Name a run, an output or an evaluation folder")
     findings = read_sources(sources)
-    tell = Discretion([*sources, target, *([] if data is None else [data])])
+    learnt_from = [folder for run in findings.runs for folder in run.data]
+    tell = Discretion([*sources, target, *learnt_from, *([] if data is None else [data])])
     cases = findings.cases()
     gallery = find_gallery(findings, data)
     script = viewer_script() if with_viewer and gallery.files else None
@@ -150,7 +151,7 @@ def _body(
 ) -> Markup:
     anchors = {case_id: f"case-{position}" for position, case_id in enumerate(media.stills)}
     viewable = {case_id: f"v{position}" for position, case_id in enumerate(media.volumes)}
-    key = sections.colour_key(gallery.colours())
+    key = sections.colour_key([] if gallery.scheme is None else gallery.colours().values())
     parts = [
         sections.summary_section(findings, cases, tell),
         sections.failures_section(cases, tell),
@@ -186,7 +187,7 @@ def _viewer_section(viewable: Mapping[str, str], key: Markup) -> sections.Sectio
     told = f"The {len(viewable)} worst cases" if len(viewable) > 1 else "The case"
     about = element("p", f"{told}, cropped to what matters, with the intensities of the scan.")
     controls = Markup(_asset("viewer.html"))
-    keys = [key, element("p", "Difference:", class_="muted"), sections.colour_key(DIFFERENCES)]
+    keys = [key, sections.colour_key(DIFFERENCES.values(), "difference:")]
     return sections.section("Viewer", "viewer", about, element("div", picker, class_="filters"), controls, *keys)
 
 

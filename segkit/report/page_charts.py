@@ -22,23 +22,34 @@ _MOST_BUCKETS = 200
 _FEW_POINTS = 30
 _ROW = 44.0
 _BAR = 15.0
+_GOLDEN = 0.618
+"""Spreads dots across their row so that neighbours in order do not lie on each other."""
+_FAR = 3.0
+"""Lengths of the box beyond its end from which on a case is an outlier."""
 
 
-def line_chart(title: str, curves: Mapping[str, Points], x_label: str = "step") -> Markup:
-    """Curves (name -> points) over one axis, with a legend where there are several."""
+def line_chart(
+    title: str, curves: Mapping[str, Points], x_label: str = "step", *, overall: str | None = None
+) -> Markup:
+    """Curves (name -> points) over one axis, with a legend where there are several.
+
+    The curve called `overall` is of no region and has the colour of text; the others have those of the regions.
+    """
+    curves = dict(sorted(curves.items(), key=lambda curve: curve[0] == overall))
+    classes = ["ink" if name == overall else colour_class(position) for position, name in enumerate(curves)]
     xs = [x for points in curves.values() for x, _ in points]
     ys = [y for points in curves.values() for _, y in points]
     across, up = _scale(xs, _LEFT, _WIDTH - _RIGHT, is_snug=True), _scale(ys, _HEIGHT - _BOTTOM, _TOP)
     parts = [*_y_axis(up), *_x_axis(across, _HEIGHT - _BOTTOM, x_label)]
-    for position, points in enumerate(curves.values()):
-        thin = thinned(points)
-        path = "M" + "L".join(f"{across.place(x):.1f} {up.place(y):.1f}" for x, y in thin)
-        parts += [element("path", d=path, class_=f"{kind} {colour_class(position)}") for kind in ("casing", "line")]
+    for class_, points in zip(classes, curves.values(), strict=True):
+        path = "M" + "L".join(f"{across.place(x):.1f} {up.place(y):.1f}" for x, y in thinned(points))
+        parts += [element("path", d=path, class_=f"{kind} {class_}") for kind in ("casing", "line")]
         if len(points) < _FEW_POINTS:
             dots = (element("circle", cx=_r(across.place(x)), cy=_r(up.place(y)), r="2.4") for x, y in points)
-            parts.append(element("g", *dots, class_=f"dot {colour_class(position)}"))
+            parts.append(element("g", *dots, class_=f"dot {class_}"))
     told = "; ".join(f"{name} ends at {points[-1][1]:.4g}" for name, points in curves.items())
-    return _figure(title, f"{title} by {x_label}: {told}", parts, _HEIGHT, list(curves))
+    key = legend(dict(zip(curves, classes, strict=True))) if len(curves) > 1 else None
+    return _figure(title, f"{title} by {x_label}: {told}", parts, _HEIGHT, key)
 
 
 def thinned(points: Points) -> list[tuple[float, float]]:
@@ -60,23 +71,26 @@ def strip_chart(title: str, values: Mapping[str, Mapping[str, float]]) -> Markup
         title: What is measured.
         values: Region -> case id -> value.
     """
-    found = [value for cases in values.values() for value in cases.values()]
+    limit = _without_outliers(values)
+    shown = [min(value, limit) for cases in values.values() for value in cases.values()]
+    beyond = sum(value > limit for cases in values.values() for value in cases.values())
     height = _TOP + _ROW * len(values) + _BOTTOM
-    across = _scale(found, 96.0, _WIDTH - 14.0)
+    across = _scale(shown, 96.0, _WIDTH - 14.0)
     parts = _x_axis(across, height - _BOTTOM, title)
     for row, (region, cases) in enumerate(values.items()):
         middle = _TOP + _ROW * (row + 0.5)
         parts.append(element("text", region, x="88", y=_r(middle + 4), class_="end"))
-        quartiles = [across.place(float(value)) for value in np.percentile(list(cases.values()), (25, 50, 75))]
-        lower, median, upper = quartiles
+        quartiles = np.percentile(list(cases.values()), (25, 50, 75))
+        lower, median, upper = (across.place(min(float(value), across.high)) for value in quartiles)
         box = {"x": _r(lower), "y": _r(middle - 13), "width": _r(max(upper - lower, 0.5)), "height": "26", "rx": "3"}
         dots = [
             element(
                 "circle",
                 element("title", f"{case_id}: {value:.3f}"),
-                cx=_r(across.place(value)),
-                cy=_r(middle + (index * 0.618 % 1 - 0.5) * 18),
+                cx=_r(across.place(min(value, across.high))),
+                cy=_r(middle + (index * _GOLDEN % 1 - 0.5) * 18),
                 r="2.6",
+                class_="beyond" if value > across.high else None,
             )
             for index, (case_id, value) in enumerate(cases.items())
         ]
@@ -85,10 +99,20 @@ def strip_chart(title: str, values: Mapping[str, Mapping[str, float]]) -> Markup
             element("g", *dots, class_=f"dot {colour_class(row)}"),
             element("path", d=f"M{median:.1f} {middle - 15:.1f}v30", class_="median"),
         ]
-    told = "; ".join(
-        f"{region} median {np.median(list(cases.values())):.3g} of {len(cases)}" for region, cases in values.items()
-    )
-    return _figure(title, f"{title} of every case: {told}", parts, height, [])
+    medians = (f"{name} median {np.median(list(cases.values())):.3g} of {len(cases)}" for name, cases in values.items())
+    told = f"{title} of every case: {'; '.join(medians)}"
+    heading = f"{title}, {beyond} hollow dots lie further right" if beyond else title
+    return _figure(heading, told, parts, height)
+
+
+def _without_outliers(values: Mapping[str, Mapping[str, float]]) -> float:
+    """The largest value, or a smaller limit where a few cases lie so far out that the others would be one heap."""
+    largest, limit = -math.inf, -math.inf
+    for cases in values.values():
+        lower, upper = np.percentile(list(cases.values()), (25, 75))
+        largest = max(largest, *cases.values())
+        limit = max(limit, float(upper + _FAR * (upper - lower)))
+    return limit if 0 < 2 * limit < largest else largest
 
 
 def reliability_chart(curves: Mapping[str, Points]) -> Markup:
@@ -103,7 +127,8 @@ def reliability_chart(curves: Mapping[str, Points]) -> Markup:
         dots = (element("circle", cx=_r(across.place(x)), cy=_r(up.place(y)), r="3") for x, y in points)
         parts.append(element("g", *dots, class_=f"dot {colour_class(position)}"))
     told = "observed frequency against predicted probability"
-    return _figure("Reliability", told, parts, _TOP + side + _BOTTOM, list(curves), width=_LEFT + side + 16)
+    key = legend({name: colour_class(position) for position, name in enumerate(curves)})
+    return _figure("Reliability", told, parts, _TOP + side + _BOTTOM, key, width=_LEFT + side + 16)
 
 
 def bars_chart(title: str, stages: Sequence[str], rows: Mapping[str, Sequence[float]]) -> Markup:
@@ -117,13 +142,14 @@ def bars_chart(title: str, stages: Sequence[str], rows: Mapping[str, Sequence[fl
         begin = 0.0
         for stage, value in enumerate(values):
             left, right = across.place(begin), across.place(begin + value)
-            told = element("title", f"{case_id}: {stages[stage]} {value:.3g} s")
+            tip = element("title", f"{case_id}: {stages[stage]} {value:.3g} s")
             bar = {"x": _r(left), "y": _r(top), "width": _r(max(right - left, 0.0)), "height": str(_BAR)}
-            parts.append(element("rect", told, **bar, class_=f"s{stage}"))
+            parts.append(element("rect", tip, **bar, class_=f"s{stage}"))
             begin += value
     longest = max(rows.items(), key=lambda item: sum(item[1]))
     told = f"seconds of each stage by case; the longest is {longest[0]} with {sum(longest[1]):.3g} s"
-    return _figure(title, told, parts, height, list(stages), kind="s")
+    key = legend({stage: f"s{position}" for position, stage in enumerate(stages)})
+    return _figure(title, told, parts, height, key)
 
 
 def colour_class(position: int) -> str:
@@ -131,11 +157,11 @@ def colour_class(position: int) -> str:
     return f"c{position % len(COLOURS)}"
 
 
-def legend(names: Sequence[str], kind: str = "c") -> Markup:
-    """Names with a sample of their colour."""
+def legend(classes: Mapping[str, str]) -> Markup:
+    """Names (with the class of their colour) beside a sample of it."""
     items = (
-        element("li", element("span", class_=f"swatch {kind}{position % len(COLOURS)}", aria_hidden="true"), name)
-        for position, name in enumerate(names)
+        element("li", element("span", class_=f"swatch {class_}", aria_hidden="true"), name)
+        for name, class_ in classes.items()
     )
     return element("ul", *items, class_="legend")
 
@@ -193,19 +219,10 @@ def _x_axis(scale: _Scale, y: float, label: str) -> list[Markup]:
 
 
 def _figure(
-    title: str,
-    told: str,
-    parts: Sequence[Markup],
-    height: float,
-    names: Sequence[str],
-    *,
-    width: float = _WIDTH,
-    kind: str = "c",
+    title: str, told: str, parts: Sequence[Markup], height: float, key: Markup | None = None, width: float = _WIDTH
 ) -> Markup:
-    picture = element(
-        "svg", *parts, viewBox=f"0 0 {width:g} {height + 4:g}", role="img", aria_label=told, class_="chart"
-    )
-    key = legend(names, kind) if len(names) > 1 or kind == "s" else None
+    box = f"0 0 {width:g} {height + 4:g}"
+    picture = element("svg", *parts, viewBox=box, role="img", aria_label=told, class_="chart")
     return element("figure", element("figcaption", title), picture, key)
 
 

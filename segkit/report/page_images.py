@@ -20,14 +20,10 @@ from segkit.data.layouts.table import find_cases
 from segkit.data.volume import Grid
 from segkit.errors import DataError, as_request
 from segkit.labels import SCHEMES, LabelScheme, outputs_of, scheme_from_json, translate
-from segkit.report.figures import COLOURS
+from segkit.report.figures import BACKGROUNDS, COLOURS
 from segkit.report.page_sources import Findings, mapping, records_of
 from segkit.report.pairing import match_files
 from segkit.shapes import AnyArray, LabelMap
-
-BACKGROUNDS = ("t2f", "t1c", "t2w", "t1n", "green")
-"""Which image to show masks on, first that exists: the whole tumour shows best on FLAIR, and of colour pictures the
-green channel has the most contrast."""
 
 _COMPANIONS = ("uncertainty", "probabilities", "figures")
 """Folders of an output folder that hold no masks."""
@@ -73,7 +69,9 @@ class Gallery:
 
     def colours(self) -> dict[int, tuple[str, str]]:
         """Label value -> name and colour; a region and the tissue that it paints share a colour."""
-        return {} if self.scheme is None else label_colours(self.scheme)
+        if self.scheme is None:
+            return {value: (f"label {value}", COLOURS[(value - 1) % len(COLOURS)]) for value in range(1, 256)}
+        return label_colours(self.scheme)
 
 
 def find_gallery(findings: Findings, data: Path | None) -> Gallery:
@@ -102,7 +100,10 @@ def find_gallery(findings: Findings, data: Path | None) -> Gallery:
         return Gallery(
             scheme=scheme, notes=("The images of these cases were not found; name their folder with --data.",)
         )
-    return Gallery({case.id: files for case, files in _with_masks(cases, findings)}, scheme)
+    files = dict(_with_masks(cases, findings))
+    if any(found.prediction for found in files.values()):
+        return Gallery(files, scheme)
+    return Gallery(files, scheme, ("The masks were not found; name their folder beside that of the evaluation.",))
 
 
 def load_arrays(files: CaseFiles, scheme: LabelScheme | None) -> CaseArrays:
@@ -133,7 +134,7 @@ def label_colours(scheme: LabelScheme) -> dict[int, tuple[str, str]]:
     return {value: (names[value], COLOURS[position % len(COLOURS)]) for position, value in enumerate(values)}
 
 
-def _with_masks(cases: list[Case], findings: Findings) -> Iterable[tuple[Case, CaseFiles]]:
+def _with_masks(cases: list[Case], findings: Findings) -> Iterable[tuple[str, CaseFiles]]:
     masks: dict[str, Path] = {}
     uncertain: dict[str, Path] = {}
     schemes: dict[str, LabelScheme] = {}
@@ -151,17 +152,8 @@ def _with_masks(cases: list[Case], findings: Findings) -> Iterable[tuple[Case, C
                 schemes[str(record["case"])] = SCHEMES[record["label_scheme"]]
     for case in cases:
         modality = next((name for name in BACKGROUNDS if name in case.images), next(iter(case.images)))
-        yield (
-            case,
-            CaseFiles(
-                modality,
-                case.images[modality],
-                case.label,
-                masks.get(case.id),
-                uncertain.get(case.id),
-                schemes.get(case.id),
-            ),
-        )
+        own = (case.label, masks.get(case.id), uncertain.get(case.id), schemes.get(case.id))
+        yield case.id, CaseFiles(modality, case.images[modality], *own)
 
 
 def _literal(name: str) -> str:
@@ -194,7 +186,7 @@ def _told_scheme(findings: Findings) -> LabelScheme | None:
 
 
 def _told_folders(findings: Findings) -> list[Path]:
-    runs = [Path(folder) for run in findings.runs for folder in run.split.get("data") or [] if Path(folder).is_dir()]
+    runs = [folder for run in findings.runs for folder in run.data if folder.is_dir()]
     return list(dict.fromkeys([*_told(findings, "data"), *_told(findings, "references"), *runs]))
 
 

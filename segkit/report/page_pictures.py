@@ -152,7 +152,8 @@ def _resized(array: AnyArray, shape: tuple[int, int], how: Image.Resampling) -> 
 
 def _grey(image: AnyArray, window: tuple[float, float]) -> NDArray[np.uint8]:
     low, high = window
-    return np.clip((image.astype(np.float32) - low) / (high - low) * 255, 0, 255).astype(np.uint8)
+    grey: NDArray[np.uint8] = np.clip((image.astype(np.float32) - low) / (high - low) * 255, 0, 255).astype(np.uint8)
+    return grey
 
 
 def _letters(view: View, left: float, top: float, width: float, height: float) -> list[Markup]:

@@ -61,7 +61,7 @@ def summary_section(findings: Findings, cases: Sequence[CaseFacts], tell: Discre
             str(value) for value in (document.get("protocol"), document.get("challenge")) if value
         )
         facts["Label scheme"] = mapping(document, "label_scheme").get("name")
-        facts["Region of interest"] = document.get("roi")
+        facts["Region of interest"] = tell(str(document.get("roi") or ""))
     failed = sum(case.reason is not None for case in cases)
     if cases:
         facts["Cases"] = f"{len(cases)}" + (f", of which {failed} failed" if failed else "")
@@ -99,7 +99,7 @@ def curves_section(runs: Sequence[Run]) -> Section | None:
     parts: list[Markup] = []
     for run in runs:
         panels = {title: curves for title, curves in curves_of(run.rows).items() if curves}
-        charts = [line_chart(title.capitalize(), curves) for title, curves in panels.items()]
+        charts = [line_chart(title.capitalize(), curves, overall="score") for title, curves in panels.items()]
         if charts:
             parts += [element("h3", run.name)] if len(runs) > 1 else []
             parts.append(element("div", *charts, class_="charts"))
@@ -205,12 +205,10 @@ def written(value: float | None, digits: int = 3) -> str:
     return "\u2013" if value is None else f"{value:.{digits}f}"
 
 
-def colour_key(labels: Mapping[int, tuple[str, str]]) -> Markup:
-    """The names of labels (value -> name and colour) beside their colours."""
-    items = (
-        element("li", swatch(COLOURS.index(colour)), f"{name} ({value})") for value, (name, colour) in labels.items()
-    )
-    return element("ul", *items, class_="legend")
+def colour_key(labels: Iterable[tuple[str, str]], lead: str = "") -> Markup:
+    """The names of labels beside their colours; pairs of name and colour, `lead` says what they are."""
+    items = (element("li", swatch(COLOURS.index(colour)), name) for name, colour in labels)
+    return element("ul", element("li", lead) if lead else None, *items, class_="legend")
 
 
 def swatch(position: int) -> Markup:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,9 @@ from segkit.report.tables import summarise
 
 _EXPECTED = "a run folder, an output folder of `segkit infer`, or one of `segkit evaluate -o`"
 _ABSOLUTE = re.compile(r"(?<![\w.)\]}<>/~])(?:~|[A-Za-z]:)?[\\/](?:[^\s\\/'\"<>|:;,]+[\\/])+(?=[^\s\\/'\"<>|:;,]*)")
+
+_STALE_S = 3600
+"""A run whose journal has not grown for so long is not going on."""
 
 Document = Mapping[str, Any]
 
@@ -34,16 +38,19 @@ class Run:
     card: Document = field(default_factory=dict)
     validation: Document = field(default_factory=dict)
     split: Document = field(default_factory=dict)
+    is_running: bool = False
+    """Whether steps were taken not long ago and the final validation is still to come."""
 
     @property
-    def is_running(self) -> bool:
-        """Whether steps were taken and the final validation is still to come."""
-        return bool(self.rows) and not self.validation
+    def data(self) -> list[Path]:
+        """The folders that it learns from, as it was told them."""
+        told = self.split.get("data")
+        return [Path(str(folder)) for folder in told] if isinstance(told, list) else []
 
 
 @dataclass(frozen=True)
 class Output:
-    """A folder of masks with the manifest of whoever made them."""
+    """A folder of masks with the manifest of `segkit infer`, which is empty where others made them."""
 
     name: str
     folder: Path
@@ -143,12 +150,15 @@ class Findings:
 def read_sources(paths: Sequence[Path]) -> Findings:
     """What the folders hold; a file such as scores.json stands for its folder.
 
+    Beside an evaluation a folder without documents is taken for the masks that were evaluated.
+
     Raises:
         RequestError: a folder is none of the three kinds, or a document in it cannot be read.
     """
     runs: list[Run] = []
     outputs: list[Output] = []
     evaluations: list[Scored] = []
+    bare: list[Path] = []
     for path in paths:
         folder = path.parent if path.is_file() else path
         if not folder.is_dir():
@@ -164,21 +174,27 @@ def read_sources(paths: Sequence[Path]) -> Findings:
         outputs += [Output(name, folder, _read_json(manifest)) for manifest in manifests]
         evaluations += [Scored(name, folder, _read_json(scores))] if scores.is_file() else []
         if not found_runs and not manifests and not scores.is_file():
-            raise RequestError("holds nothing to report", where=path, expected=_EXPECTED)
+            bare.append(folder)
+    if bare and not evaluations:
+        raise RequestError("holds nothing to report", where=bare[0], expected=_EXPECTED)
+    outputs += [Output(folder.resolve().name, folder, {}) for folder in bare]
     return Findings(tuple(runs), tuple(outputs), tuple(evaluations))
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:
     """A run folder, finished or not; whatever is not there yet is left empty."""
-    config = folder / "config.yaml"
+    config, journal = folder / "config.yaml", folder / "metrics.jsonl"
+    rows = tuple(_journal(journal))
+    validation = _read_json(folder / "validation.json", may_lack=True)
     return Run(
         name or folder.resolve().name,
         folder,
         config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
-        tuple(_journal(folder / "metrics.jsonl")),
+        rows,
         _read_json(folder / "model.json", may_lack=True),
-        _read_json(folder / "validation.json", may_lack=True),
+        validation,
         _read_json(folder / "split.json", may_lack=True),
+        bool(rows) and not validation and time.time() - journal.stat().st_mtime < _STALE_S,
     )
 
 
@@ -234,7 +250,7 @@ def _is_run(folder: Path) -> bool:
 def _journal(path: Path) -> list[Document]:
     if not path.is_file():
         return []
-    rows = []
+    rows: list[Document] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)

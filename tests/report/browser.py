@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import select
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -30,45 +32,67 @@ def find_browser() -> str | None:
     return next((path for path in map(shutil.which, _NAMES) if path), None)
 
 
+_WITH_PIPES = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]]
+for place, end in zip((3, 4), ends):
+    os.dup2(end, place)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""Chromium reads its commands from descriptor 3 and answers on 4."""
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a browser with all the processes that it has started."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 class Browser:
     """One page of a browser; `complaints` are the errors and warnings that its console and its loader told of."""
 
     def __init__(self, executable: str, *, flags: tuple[str, ...] = ()) -> None:
         self.complaints: list[str] = []
+        self._command = (executable, *_FLAGS, *flags, "--remote-debugging-pipe")
         self._numbers = itertools.count(1)
         self._rest = b""
         self._events: list[Mapping[str, Any]] = []
-        self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        to_browser, self._out = os.pipe()
-        self._in, from_browser = os.pipe()
-        redirected = f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}'
-        arguments = [*_FLAGS, *flags, "--remote-debugging-pipe", f"--user-data-dir={self._profile.name}", "about:blank"]
-        self._process = subprocess.Popen(
-            ["/bin/sh", "-c", redirected, executable, *arguments],
-            pass_fds=(to_browser, from_browser),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        os.close(to_browser)
-        os.close(from_browser)
-        targets = self._ask("Target.getTargets")["targetInfos"]
-        page = next(target["targetId"] for target in targets if target["type"] == "page")
-        self._session = self._ask("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{domain}.enable")
+        self._stack = contextlib.ExitStack()
+        self._session = ""
 
     def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            self._start(stack)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        os.close(self._in)
-        os.close(self._out)
-        self._profile.cleanup()
+        self._stack.close()
+
+    def _start(self, stack: contextlib.ExitStack) -> None:
+        profile = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        to_browser, self._out = os.pipe()
+        self._in, from_browser = os.pipe()
+        for end in (self._in, self._out):
+            stack.callback(os.close, end)
+        arguments = [*self._command, f"--user-data-dir={profile}", "about:blank"]
+        process = subprocess.Popen(
+            [sys.executable, "-c", _WITH_PIPES, str(to_browser), str(from_browser), *arguments],
+            pass_fds=(to_browser, from_browser),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        stack.callback(_end, process)
+        os.close(to_browser)
+        os.close(from_browser)
+        targets = self._ask("Target.getTargets")["targetInfos"]
+        page = next(target["targetId"] for target in targets if target["type"] == "page")
+        self._session = self._ask("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
 
     def open(self, path: Path, *, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
         """Load a file and wait until it is there."""

@@ -17,7 +17,8 @@
       all += fits;
       shown += fits && named;
     }
-    count.textContent = shown === all ? `${all} cases` : `${shown} of ${all} cases`;
+    const cases = all === 1 ? "case" : "cases";
+    count.textContent = shown === all ? `${all} ${cases}` : `${shown} of ${all} ${cases}`;
   }
 
   function sort(heading) {
