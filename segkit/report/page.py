@@ -17,7 +17,7 @@ from pathlib import Path
 from segkit.data.files import written_atomically
 from segkit.errors import DataError, RequestError
 from segkit.report import page_sections as sections
-from segkit.report.page_cases import MOST_CASES, cases_section, pictures_section
+from segkit.report.page_cases import MOST_CASES, MOST_METRICS, cases_section, pictures_section
 from segkit.report.page_html import Markup, element, joined, json_for_script
 from segkit.report.page_images import Gallery, find_gallery, load_arrays
 from segkit.report.page_pictures import case_picture, embedded_figure
@@ -55,6 +55,7 @@ class _Media:
     stills: dict[str, Markup] = field(default_factory=dict)
     volumes: dict[str, CaseVolumes] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    has_planes: bool = False
 
 
 def write_page(
@@ -92,6 +93,9 @@ def write_page(
         notes.append(_WITHOUT_VIEWER)
     if len(cases) > MOST_CASES:
         notes.append(f"The table has the worst {MOST_CASES} of {len(cases)} cases.")
+    more = sections.shown_metrics(cases)[MOST_METRICS:]
+    if more:
+        notes.append(f"The table leaves out, as scores.csv does not: {', '.join(map(sections.metric_name, more))}.")
     heading = title or _heading(findings)
     while True:
         body = _body(findings, cases, gallery, media, notes, heading, tell)
@@ -116,6 +120,7 @@ def _gather(cases: Sequence[CaseFacts], gallery: Gallery, *, with_volumes: bool)
         except DataError as error:
             media.notes.append(f"No picture of {case_id}: {error}")
             continue
+        media.has_planes |= arrays.grid.dims == 3
         still = case_picture(case_id, arrays, gallery.colours(), f"p{position}", share)
         if still is not None:
             media.stills[case_id] = still
@@ -159,7 +164,7 @@ def _body(
         sections.spread_section(cases),
         cases_section(cases, anchors),
         _viewer_section(viewable, key),
-        pictures_section(cases, media.stills, anchors, key, viewable),
+        pictures_section(cases, media.stills, anchors, key, viewable, has_planes=media.has_planes),
         _figures_section(findings),
         sections.timing_section(findings),
         sections.reliability_section(findings),

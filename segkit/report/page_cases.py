@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 
 from segkit.report.page_html import Child, Markup, element
-from segkit.report.page_sections import Section, metric_name, section, written
+from segkit.report.page_sections import Section, metric_name, section, shown_metrics, written
 from segkit.report.page_sources import CaseFacts, mapping, number
 
 MOST_CASES = 1000
 MEAN_OF_REGIONS = "mean"
+MOST_METRICS = 12
+_ABOUT_PLANES = "Planes are those that show most of all structures, with the patient\u2019s right on the left."
 _OPEN = 3
 """Cases whose pictures are open when the page is."""
 
@@ -20,7 +23,7 @@ def cases_section(cases: Sequence[CaseFacts], anchors: Mapping[str, str]) -> Sec
     if not cases:
         return None
     regions = list(dict.fromkeys(region for case in cases for region in case.regions))
-    metrics = list(dict.fromkeys(name for case in cases for scores in case.regions.values() for name in scores))
+    metrics = shown_metrics(cases)[:MOST_METRICS]
     has_times = any(number(mapping(case.record, "seconds").get("predict")) is not None for case in cases)
     views = [MEAN_OF_REGIONS, *regions] if len(regions) > 1 else regions or [MEAN_OF_REGIONS]
     columns = [("case", False), ("region", False), *((metric_name(metric), True) for metric in metrics)]
@@ -49,6 +52,8 @@ def pictures_section(
     anchors: Mapping[str, str],
     key: Markup,
     viewable: Mapping[str, str],
+    *,
+    has_planes: bool,
 ) -> Section | None:
     """The stills of each case, worst first, and a button for those that the viewer has (case id -> key)."""
     shown = [case for case in cases if case.id in pictures]
@@ -68,8 +73,9 @@ def pictures_section(
         )
         for position, case in enumerate(shown)
     ]
-    about = "Each plane is the one that shows most of all structures; the patient\u2019s right is on the left. "
-    about += "A white line over the prediction is the border of the reference."
+    about = "A white line over the prediction is the border of the reference."
+    if has_planes:
+        about = f"{_ABOUT_PLANES} {about}"
     return section("Pictures", "pictures", element("p", about), key, element("div", *cards, class_="cards"))
 
 
@@ -113,7 +119,9 @@ def _row(
 
 
 def _number_cell(value: float | None, digits: int) -> Markup:
-    return element("td", written(value, digits), data_value=None if value is None else f"{value:.6g}")
+    """A cell with the value by which it is sorted, as JavaScript reads it."""
+    sorted_by = None if value is None else f"{value:.6g}" if math.isfinite(value) else "Infinity"
+    return element("td", written(value, digits), data_value=sorted_by)
 
 
 def _short_scores(case: CaseFacts) -> str:

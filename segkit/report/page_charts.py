@@ -115,20 +115,22 @@ def _without_outliers(values: Mapping[str, Mapping[str, float]]) -> float:
     return limit if 0 < 2 * limit < largest else largest
 
 
-def reliability_chart(curves: Mapping[str, Points]) -> Markup:
+def reliability_chart(title: str, curves: Mapping[str, Points]) -> Markup:
     """How often a voxel belongs to a region against how probable the model called it; the diagonal is honest."""
     side = 260.0
     across, up = _Scale(0.0, 1.0, _LEFT, _LEFT + side, 0.2), _Scale(0.0, 1.0, _TOP + side, _TOP, 0.2)
     parts = [*_y_axis(up, _LEFT + side), *_x_axis(across, _TOP + side, "predicted probability")]
     parts.append(element("path", d=f"M{_LEFT} {_TOP + side}L{_LEFT + side} {_TOP}", class_="diagonal"))
     for position, points in enumerate(curves.values()):
+        if not points:
+            continue
         path = "M" + "L".join(f"{across.place(x):.1f} {up.place(y):.1f}" for x, y in points)
         parts += [element("path", d=path, class_=f"{kind} {colour_class(position)}") for kind in ("casing", "line")]
         dots = (element("circle", cx=_r(across.place(x)), cy=_r(up.place(y)), r="3") for x, y in points)
         parts.append(element("g", *dots, class_=f"dot {colour_class(position)}"))
-    told = "observed frequency against predicted probability"
+    told = f"{title}: observed share against predicted probability"
     key = legend({name: colour_class(position) for position, name in enumerate(curves)})
-    return _figure("Reliability", told, parts, _TOP + side + _BOTTOM, key, width=_LEFT + side + 16)
+    return _figure(title, told, parts, _TOP + side + _BOTTOM, key, width=_LEFT + side + 16)
 
 
 def bars_chart(title: str, stages: Sequence[str], rows: Mapping[str, Sequence[float]]) -> Markup:

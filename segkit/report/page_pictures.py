@@ -22,6 +22,8 @@ from segkit.shapes import AnyArray, LabelMap
 
 _SIZES = ((256, 72), (160, 60), (96, 50))
 """Longest side in pixels and quality of the image, tried until the pictures of a case fit its share of the page."""
+_SIZES_OF_ONE = ((640, 72), (400, 60), (256, 50))
+"""The same for pictures, which have one plane only."""
 
 _WIDTH, _WIDEST = 1000.0, 320.0
 _GAP, _GUTTER, _HEAD = 8.0, 28.0, 28.0
@@ -48,7 +50,7 @@ def case_picture(
     masks = arrays.masks
     views = views_of(arrays.image, tuple(masks.values()), arrays.grid, maps)
     window = intensity_window(arrays.image)
-    for side, quality in _SIZES:
+    for side, quality in _SIZES if arrays.grid.dims == 3 else _SIZES_OF_ONE:
         picture = _draw(case_id, [_shrunk(view, side) for view in views], list(masks), colours, window, quality, key)
         if len(picture) <= most_bytes:
             return picture
@@ -61,7 +63,7 @@ def embedded_figure(path: Path, alternative: str, most_side: int = 1100) -> Mark
         picture.thumbnail((most_side, most_side))
         address = _photo(picture.convert("RGB"), 72)
         width, height = picture.size
-    return element("img", src=address, alt=alternative, width=width, height=height, loading="lazy")
+    return element("img", src=address, alt=alternative, width=width, height=height)
 
 
 def _draw(

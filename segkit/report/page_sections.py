@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,8 +14,12 @@ from segkit.report.page_sources import CaseFacts, Discretion, Document, Findings
 
 _METRICS = {
     "dice": "Dice",
+    "lesionwise_dice": "Lesion-wise Dice",
     "hd95_mm": "HD95 (mm)",
+    "lesionwise_hd95_mm": "Lesion-wise HD95 (mm)",
     "nsd": "NSD",
+    "lesionwise_nsd": "Lesion-wise NSD",
+    "lesion_f1": "Lesion F1",
     "sensitivity": "Sensitivity",
     "precision": "Precision",
     "specificity": "Specificity",
@@ -22,8 +27,12 @@ _METRICS = {
     "prediction_ml": "Predicted (ml)",
     "reference_ml": "Reference (ml)",
 }
+"""What metrics are called in a heading, in the order in which tables show them."""
+
 _SPREAD = ("dice", "hd95_mm")
-_HEADLINES = ("dice", "hd95_mm", "nsd", "sensitivity", "precision")
+_HEADLINES = ("dice", "lesionwise_dice", "hd95_mm", "lesionwise_hd95_mm", "nsd", "sensitivity", "precision", "auc")
+_MOST_HEADLINES = 6
+_RELIABILITY = {"whole": "All voxels", "box": "Around the reference"}
 _MOST_BARS = 30
 _ENVIRONMENT = ("python", "platform", "cores")
 
@@ -67,7 +76,9 @@ def summary_section(findings: Findings, cases: Sequence[CaseFacts], tell: Discre
         facts["Cases"] = f"{len(cases)}" + (f", of which {failed} failed" if failed else "")
     if findings.is_running:
         facts["State"] = "training; this page is written anew after every validation"
-    return section("Summary", "summary", definitions(facts), _headlines(findings.summary()))
+    told = [str(scored.document["intervals"]) for scored in findings.evaluations if scored.document.get("intervals")]
+    caption = ". ".join(["Mean over cases, median below it", *told])
+    return section("Summary", "summary", definitions(facts), _headlines(findings.summary(), caption))
 
 
 def failures_section(cases: Sequence[CaseFacts], tell: Discretion) -> Section | None:
@@ -84,7 +95,7 @@ def spread_section(cases: Sequence[CaseFacts]) -> Section | None:
         values: dict[str, dict[str, float]] = {}
         for case in cases:
             for region, scores in case.regions.items():
-                if metric in scores:
+                if math.isfinite(scores.get(metric, math.nan)):
                     values.setdefault(region, {})[case.id] = scores[metric]
         if values:
             charts.append(strip_chart(metric_name(metric), values))
@@ -128,26 +139,28 @@ def timing_section(findings: Findings) -> Section | None:
 def reliability_section(findings: Findings) -> Section | None:
     """How far probabilities can be believed, where the evaluation measured it.
 
-    Read from `reliability` of scores.json: region -> `bins`, a list of `confidence` (mean probability), `frequency`
-    (part of the voxels that belong to the region) and `n` (voxels), and other numbers such as `ece`.
+    `reliability` of scores.json holds for each region "whole" and, of volumes with something to find, "box": the mean
+    probability (`confidence`) and the share of voxels in the region (`frequency`) by bin, and `ece`, `ace`, `brier`.
     """
-    regions: dict[str, Document] = {}
-    for scored in findings.evaluations:
-        regions |= mapping(scored.document, "reliability")
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for name, found in regions.items():
-        listed = found.get("bins") if isinstance(found, dict) else None
-        for entry in listed if isinstance(listed, list) else []:
-            pair = (number(entry.get("confidence")), number(entry.get("frequency"))) if isinstance(entry, dict) else ()
-            if len(pair) == 2 and pair[0] is not None and pair[1] is not None:
-                curves.setdefault(name, []).append((pair[0], pair[1]))
-    if not curves:
+    tables = {
+        (where, region): table
+        for scored in findings.evaluations
+        for region, parts in mapping(scored.document, "reliability").items()
+        for where, table in (parts if isinstance(parts, dict) else {}).items()
+        if isinstance(table, dict)
+    }
+    charts, rows = [], []
+    for where, title in _RELIABILITY.items():
+        curves = {region: _reliability_points(table) for (part, region), table in tables.items() if part == where}
+        charts += [reliability_chart(title, curves)] if any(curves.values()) else []
+        for region in curves:
+            measures = (number(tables[where, region].get(name)) for name in ("ece", "ace", "brier"))
+            rows.append([f"{region}, {title.lower()}", *map(written, measures)])
+    if not charts:
         return None
-    measures = list(dict.fromkeys(key for name in curves for key in regions[name] if number(regions[name][key])))
-    rows = ([name, *(written(number(regions[name].get(key))) for key in measures)] for name in curves)
-    table = plain_table("Calibration", ["region", *(metric_name(key) for key in measures)], rows) if measures else None
     told = "How many of the voxels that are given a probability belong to the region; on the diagonal the two agree."
-    return section("Reliability", "reliability", element("p", told), reliability_chart(curves), table)
+    table = plain_table("Calibration errors", ["", "ECE", "ACE", "Brier score"], rows)
+    return section("Reliability", "reliability", element("p", told), element("div", *charts, class_="charts"), table)
 
 
 def settings_section(findings: Findings, tell: Discretion) -> Section | None:
@@ -189,6 +202,13 @@ def evaluation_notes(findings: Findings, cases: Sequence[CaseFacts]) -> list[str
     return notes
 
 
+def shown_metrics(cases: Sequence[CaseFacts]) -> list[str]:
+    """The metrics of the cases in the order of tables: those with a name of their own, then others."""
+    present = dict.fromkeys(name for case in cases for scores in case.regions.values() for name in scores)
+    known = [metric for metric in _METRICS if metric in present]
+    return [*known, *(metric for metric in present if metric not in _METRICS)]
+
+
 def metric_name(metric: str) -> str:
     """How a metric is called in a heading."""
     return _METRICS.get(metric, metric.replace("_", " "))
@@ -202,7 +222,9 @@ def model_name(manifest: Document) -> str:
 
 def written(value: float | None, digits: int = 3) -> str:
     """A score as it stands in a table."""
-    return "\u2013" if value is None else f"{value:.{digits}f}"
+    if value is None:
+        return "\u2013"
+    return f"{value:.{digits}f}" if math.isfinite(value) else "\u221e"
 
 
 def colour_key(labels: Iterable[tuple[str, str]], lead: str = "") -> Markup:
@@ -248,19 +270,17 @@ def _model_facts(model: Document) -> dict[str, Child]:
     }
 
 
-def _headlines(summary: Document) -> Markup | None:
+def _headlines(summary: Document, caption: str) -> Markup | None:
     """Region by region the mean (with its confidence interval) and median of the metrics that people compare."""
     found = {region: scores for region, scores in summary.items() if isinstance(scores, dict)}
-    shown = [metric for metric in _HEADLINES if any(metric in scores for scores in found.values())]
+    shown = [metric for metric in _HEADLINES if any(metric in scores for scores in found.values())][:_MOST_HEADLINES]
     if not shown:
         return None
     rows = [
         [joined([swatch(position), region]), *(_headline(mapping(scores, metric)) for metric in shown), _most(scores)]
         for position, (region, scores) in enumerate(found.items())
     ]
-    return plain_table(
-        "Mean over cases, median below it", ["region", *(metric_name(metric) for metric in shown), "n"], rows
-    )
+    return plain_table(caption, ["region", *(metric_name(metric) for metric in shown), "n"], rows)
 
 
 def _headline(entry: Document) -> Markup:
@@ -311,6 +331,14 @@ def _seconds(record: Document) -> dict[str, float]:
 
 def _total(record: Document) -> float:
     return sum(_seconds(record).values())
+
+
+def _reliability_points(table: Document) -> list[tuple[float, float]]:
+    """(mean probability, observed share) of the bins that hold any voxels."""
+    listed = [table.get(key) for key in ("confidence", "frequency")]
+    pairs = zip(*(values if isinstance(values, list) else [] for values in listed), strict=False)
+    points = [(number(confidence), number(frequency)) for confidence, frequency in pairs]
+    return [(x, y) for x, y in points if x is not None and y is not None]
 
 
 def _environments(findings: Findings) -> list[tuple[str, Mapping[str, Any]]]:

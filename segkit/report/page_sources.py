@@ -70,8 +70,8 @@ class Scored:
 class CaseFacts:
     """What is known of one case.
 
-    `regions` are its scores by region and metric, undefined ones left out; `record` is its entry in a manifest;
-    `reason` says why it failed or could not be scored.
+    `regions` are its scores by region and metric, undefined ones left out and some of them infinite; `record` is its
+    entry in a manifest; `reason` says why it failed or could not be scored.
     """
 
     id: str
@@ -138,8 +138,11 @@ class Findings:
                         where=scored.folder,
                         remedy="Write one page for each of them",
                     )
-                regions = mapping(entry, "regions")
-                found[str(entry["case"])] = {name: _numbers(scores) for name, scores in regions.items()}
+                infinite = mapping(entry, "infinite")
+                found[str(entry["case"])] = {
+                    name: _numbers(scores) | dict.fromkeys(infinite.get(name) or (), math.inf)
+                    for name, scores in mapping(entry, "regions").items()
+                }
         if not self.evaluations:
             for run in self.runs:
                 for case_id, dice in mapping(run.validation, "cases").items():

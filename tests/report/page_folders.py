@@ -94,14 +94,14 @@ def write_scores(folder: Path, dice: dict[str, float]) -> None:
     mean = sum(dice.values()) / len(dice)
     entry = {"mean": mean, "median": mean, "n": len(dice), "ci95": [mean - 0.05, mean + 0.05]}
     summary = {region: {"dice": entry} for region in REGIONS}
-    bins = [{"confidence": 0.25, "frequency": 0.2, "n": 10}, {"confidence": 0.75, "frequency": 0.9, "n": 10}]
+    bins = {"confidence": [0.25, None, 0.75], "frequency": [0.2, None, 0.9], "ece": 0.125, "ace": 0.1, "brier": 0.0625}
     document = {
         "protocol": "legacy",
         "challenge": "gli",
         "label_scheme": {"name": "brats2017", "labels": {"NCR": 1, "ED": 2, "ET": 4}},
         "cases": cases,
         "summary": summary,
-        "reliability": {"WT": {"bins": bins, "ece": 0.1}},
+        "reliability": {"WT": {"whole": bins}},
         "errors": [],
     }
     write_json(folder / "scores.json", document)

@@ -65,7 +65,7 @@ def test_everything_that_was_found_is_told(folders):
         "CC BY 4.0",
         "legacy \u00b7 gli",
         "95 % 0.650 \u2013 0.750",
-        "0.100",
+        "0.062",
         "first rate",
     ):
         assert told in text
@@ -122,7 +122,7 @@ def test_names_and_notes_cannot_become_markup(tmp_path):
     document |= {"protocol": HOSTILE[1], "notes": HOSTILE, "errors": [{"case": HOSTILE[0], "error": HOSTILE[1]}]}
     document["cases"][0]["regions"][HOSTILE[2]] = {HOSTILE[0]: 1.0, "dice": 0.25}
     document["summary"][HOSTILE[2]] = {"dice": {"mean": 0.5, "median": 0.5, "n": 1}}
-    document["reliability"][HOSTILE[0]] = {"bins": [{"confidence": 0.5, "frequency": 0.5}]}
+    document["reliability"][HOSTILE[0]] = {"whole": {"confidence": [0.5], "frequency": [0.5]}}
     write_json(tmp_path / "scores" / "scores.json", document)
     write_masks(tmp_path / "masks", [], failed={name: name for name in HOSTILE})
     write_run(tmp_path / "run")
@@ -213,6 +213,27 @@ def test_a_page_that_would_be_too_large_leaves_out_volumes_then_pictures(folders
     assert least.size_bytes <= 40_000
     assert least.stills < 3
     assert "cases have no pictures" in text
+
+
+def test_infinite_scores_are_shown_and_undefined_ones_are_not(tmp_path):
+    write_scores(tmp_path / "scores", {"case 1": 0.0})
+    document = json.loads((tmp_path / "scores" / "scores.json").read_text())
+    document["cases"][0] |= {"infinite": {"WT": ["hd95_mm"]}}
+    document["cases"][0]["regions"]["WT"]["hd95_mm"] = None
+    write_json(tmp_path / "scores" / "scores.json", document)
+    _, text, _ = written(tmp_path / "page.html", tmp_path / "scores")
+    assert '<td data-value="Infinity">\u221e</td>' in text
+    assert "NSD" not in text
+
+
+def test_many_metrics_are_cut_and_named(tmp_path):
+    write_scores(tmp_path / "scores", {"case 1": 0.5})
+    document = json.loads((tmp_path / "scores" / "scores.json").read_text())
+    document["cases"][0]["regions"]["WT"] |= {f"metric_{number}": 0.5 for number in range(12)}
+    write_json(tmp_path / "scores" / "scores.json", document)
+    facts, _, page = written(tmp_path / "page.html", tmp_path / "scores")
+    assert len([attributes for attributes in page.all("th") if "aria-sort" in attributes]) == 2 + 12
+    assert "The table leaves out, as scores.csv does not: metric 10, metric 11." in facts.notes
 
 
 def test_a_run_in_progress_refreshes_itself(tmp_path):

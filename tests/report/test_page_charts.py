@@ -82,7 +82,7 @@ def test_bars_are_as_long_as_their_stages():
 
 
 def test_reliability_is_drawn_on_equal_axes():
-    svg = reliability_chart({"WT": [(0.0, 0.0), (1.0, 1.0)]})
+    svg = reliability_chart("All voxels", {"WT": [(0.0, 0.0), (1.0, 1.0)]})
     path = re.search(r'd="M([-\d. L]+)" class="line c0"', svg)[1]
     (left, bottom), (right, top) = (tuple(map(float, point.split())) for point in path.split("L"))
     assert right - left == bottom - top == 260.0
