@@ -17,10 +17,11 @@ from pathlib import Path
 from segkit.data.files import written_atomically
 from segkit.errors import DataError, RequestError
 from segkit.report import page_sections as sections
-from segkit.report.page_cases import MOST_CASES, MOST_METRICS, cases_section, pictures_section
+from segkit.report.page_cases import MOST_METRICS, cases_section, pictures_section
 from segkit.report.page_html import Markup, element, joined, json_for_script
 from segkit.report.page_images import Gallery, find_gallery, load_arrays
 from segkit.report.page_pictures import case_picture, embedded_figure
+from segkit.report.page_sections import MOST_ROWS
 from segkit.report.page_sources import CaseFacts, Discretion, Findings, read_sources
 from segkit.report.page_viewer import DIFFERENCES, CaseVolumes, case_volumes, viewer_script
 
@@ -29,6 +30,7 @@ MOST_BYTES = 15_000_000
 
 _STILLS_BYTES = 6_000_000
 _STILL_BYTES = 120_000
+_MOST_STILLS = 200
 _FIGURES = 6
 _VIEWED_CASES = 10
 _REFRESH_S = 30
@@ -50,12 +52,32 @@ class PageFacts:
 
 @dataclass
 class _Media:
-    """Stills and volumes by case id, gathered worst first until the page is full; and what to say of the rest."""
+    """Stills and volumes by case id, worst first; what could not be had; and what was left out to save room."""
 
     stills: dict[str, Markup] = field(default_factory=dict)
     volumes: dict[str, CaseVolumes] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    without_still: int = 0
+    without_volume: int = 0
     has_planes: bool = False
+
+    def drop(self, surplus: int) -> None:
+        """Leave out volumes, best case first, then stills, until `surplus` bytes are gone."""
+        while surplus > 0 and self.volumes:
+            surplus -= self.volumes.popitem()[1].size
+            self.without_volume += 1
+        while surplus > 0 and self.stills:
+            surplus -= len(self.stills.popitem()[1])
+            self.without_still += 1
+
+    def notes(self) -> list[str]:
+        """What a reader should know of pictures and volumes that are missing."""
+        room = f"so that the page stays below {MOST_BYTES // 10**6} MB"
+        left_out = (
+            (self.without_volume, "of the worst cases are not in the viewer"),
+            (self.without_still, "cases have no picture"),
+        )
+        return [*self.problems, *(f"{count} {what}, {room}." for count, what in left_out if count)]
 
 
 def write_page(
@@ -85,64 +107,61 @@ def write_page(
     learnt_from = [folder for run in findings.runs for folder in run.data]
     tell = Discretion([*sources, target, *learnt_from, *([] if data is None else [data])])
     cases = findings.cases()
-    gallery = find_gallery(findings, data)
+    gallery = find_gallery(findings, {case.id for case in cases}, data)
     script = viewer_script() if with_viewer and gallery.files else None
     media = _gather(cases, gallery, with_volumes=script is not None)
-    notes = [*sections.evaluation_notes(findings, cases), *gallery.notes, *media.notes]
+    notes = [*sections.evaluation_notes(findings, cases), *gallery.notes, *_omissions(cases)]
     if with_viewer and gallery.files and script is None:
         notes.append(_WITHOUT_VIEWER)
-    if len(cases) > MOST_CASES:
-        notes.append(f"The table has the worst {MOST_CASES} of {len(cases)} cases.")
-    more = sections.shown_metrics(cases)[MOST_METRICS:]
-    if more:
-        notes.append(f"The table leaves out, as scores.csv does not: {', '.join(map(sections.metric_name, more))}.")
     heading = title or _heading(findings)
     while True:
-        body = _body(findings, cases, gallery, media, notes, heading, tell)
+        told = [*notes, *media.notes()]
+        body = _body(findings, cases, gallery, media, told, heading, tell)
         page = _document(body, heading, media.volumes, gallery, script, is_running=findings.is_running)
         size = len(page.encode("utf-8"))
         if size <= MOST_BYTES or not (media.volumes or media.stills):
             break
-        _drop(media, size - MOST_BYTES + _SPARE_BYTES, notes)
+        media.drop(size - MOST_BYTES + _SPARE_BYTES)
     with written_atomically(target) as temporary:
         temporary.write_bytes(page.encode("utf-8"))
-    return PageFacts(target, size, len(cases), len(media.stills), len(media.volumes), tuple(map(tell, notes)))
+    return PageFacts(target, size, len(cases), len(media.stills), len(media.volumes), tuple(map(tell, told)))
 
 
 def _gather(cases: Sequence[CaseFacts], gallery: Gallery, *, with_volumes: bool) -> _Media:
-    """Stills of all cases with files and volumes of the worst ones; one case is in memory at a time."""
+    """Stills of the cases with files and volumes of the worst ones; one case is in memory at a time."""
     media = _Media()
     with_files = [case.id for case in cases if case.id in gallery.files]
-    share = min(_STILL_BYTES, _STILLS_BYTES // max(len(with_files), 1))
-    for position, case_id in enumerate(with_files):
+    shown = with_files[:_MOST_STILLS]
+    media.without_still = len(with_files) - len(shown)
+    share = min(_STILL_BYTES, _STILLS_BYTES // max(len(shown), 1))
+    for position, case_id in enumerate(shown):
         try:
             arrays = load_arrays(gallery.files[case_id], gallery.scheme)
         except DataError as error:
-            media.notes.append(f"No picture of {case_id}: {error}")
+            media.problems.append(f"No picture of {case_id}: {error}")
             continue
         media.has_planes |= arrays.grid.dims == 3
         still = case_picture(case_id, arrays, gallery.colours(), f"p{position}", share)
-        if still is not None:
+        if still is None:
+            media.without_still += 1
+        else:
             media.stills[case_id] = still
         if with_volumes and len(media.volumes) < _VIEWED_CASES:
             volumes = case_volumes(arrays)
             media.volumes |= {} if volumes is None else {case_id: volumes}
-    left_out = len(with_files) - len(media.stills)
-    if left_out > len(media.notes):
-        media.notes.append(f"{left_out} cases have no picture: there are too many for a page of this size.")
     return media
 
 
-def _drop(media: _Media, surplus: int, notes: list[str]) -> None:
-    """Leave out volumes, best case first, then stills, until `surplus` bytes are gone; and say so."""
-    for name, store in (("volumes for the viewer", media.volumes), ("pictures", media.stills)):
-        dropped = 0
-        while surplus > 0 and store:
-            _, lost = store.popitem()
-            surplus -= lost.size if isinstance(lost, CaseVolumes) else len(lost)
-            dropped += 1
-        if dropped:
-            notes.append(f"To keep the page below {MOST_BYTES // 10**6} MB, {dropped} cases have no {name}.")
+def _omissions(cases: Sequence[CaseFacts]) -> list[str]:
+    """What of the scores the table does not show."""
+    notes = []
+    if len(cases) > MOST_ROWS:
+        notes.append(f"Tables have the first {MOST_ROWS} of {len(cases)} cases, the worst of them.")
+    more = sections.shown_metrics(cases)[MOST_METRICS:]
+    if more:
+        names = ", ".join(map(sections.metric_name, more))
+        notes.append(f"Metrics that are in scores.csv and not in the table: {names}.")
+    return notes
 
 
 def _body(
@@ -163,7 +182,7 @@ def _body(
         sections.curves_section(findings.runs),
         sections.spread_section(cases),
         cases_section(cases, anchors),
-        _viewer_section(viewable, key),
+        _viewer_section(viewable, key, are_scored=any(case.regions for case in cases)),
         pictures_section(cases, media.stills, anchors, key, viewable, has_planes=media.has_planes),
         _figures_section(findings),
         sections.timing_section(findings),
@@ -184,12 +203,13 @@ def _body(
     return joined([header, element("main", *(part.to_html() for part in present)), footer])
 
 
-def _viewer_section(viewable: Mapping[str, str], key: Markup) -> sections.Section | None:
+def _viewer_section(viewable: Mapping[str, str], key: Markup, *, are_scored: bool) -> sections.Section | None:
     if not viewable:
         return None
     choices = (element("option", case_id, value=name) for case_id, name in viewable.items())
     picker = element("label", "Case ", element("select", *choices, id="viewer-case"))
-    told = f"The {len(viewable)} worst cases" if len(viewable) > 1 else "The case"
+    which = "worst" if are_scored else "first"
+    told = f"The {len(viewable)} {which} cases" if len(viewable) > 1 else "The case"
     about = element("p", f"{told}, cropped to what matters, with the intensities of the scan.")
     controls = Markup(_asset("viewer.html"))
     keys = [key, sections.colour_key(DIFFERENCES.values(), "difference:")]
@@ -261,12 +281,7 @@ def _stores(volumes: Mapping[str, CaseVolumes], gallery: Gallery, script: str) -
     facts = {"labels": _colours(gallery.colours()), "differences": _colours(DIFFERENCES), "cases": cases}
     stores = [
         element("script", Markup(script), type="application/octet-stream", id="viewer-module"),
-        element(
-            "script",
-            json_for_script(facts),
-            type="application/json",
-            id="viewer-facts",
-        ),
+        element("script", json_for_script(facts), type="application/json", id="viewer-facts"),
     ]
     for position, case in enumerate(volumes.values()):
         for layer, text in case.layers.items():

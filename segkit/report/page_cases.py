@@ -7,10 +7,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from segkit.report.page_html import Child, Markup, element
-from segkit.report.page_sections import Section, metric_name, section, shown_metrics, written
+from segkit.report.page_sections import MOST_ROWS, Section, metric_name, section, shown_metrics, written
 from segkit.report.page_sources import CaseFacts, mapping, number
 
-MOST_CASES = 1000
 MEAN_OF_REGIONS = "mean"
 MOST_METRICS = 12
 _ABOUT_PLANES = "Planes are those that show most of all structures, with the patient\u2019s right on the left."
@@ -28,10 +27,10 @@ def cases_section(cases: Sequence[CaseFacts], anchors: Mapping[str, str]) -> Sec
     views = [MEAN_OF_REGIONS, *regions] if len(regions) > 1 else regions or [MEAN_OF_REGIONS]
     columns = [("case", False), ("region", False), *((metric_name(metric), True) for metric in metrics)]
     columns += [("seconds", True), ("peak MB", True)] if has_times else []
-    head = element("tr", *(_heading(name, is_number, metrics) for name, is_number in columns))
+    head = element("tr", *(_heading(name, is_number) for name, is_number in columns))
     rows = [
         _row(case, view, metrics, anchors.get(case.id), has_times=has_times, is_hidden=view != views[0])
-        for case in cases[:MOST_CASES]
+        for case in cases[:MOST_ROWS]
         for view in views
     ]
     table = element(
@@ -79,11 +78,11 @@ def pictures_section(
     return section("Pictures", "pictures", element("p", about), key, element("div", *cards, class_="cards"))
 
 
-def _heading(name: str, is_number: bool, metrics: Sequence[str]) -> Markup:
-    is_first = bool(metrics) and name == metric_name("dice")
-    button = element("button", name, type="button")
-    order = "ascending" if is_first else "none"
-    return element("th", button, scope="col", aria_sort=order, data_kind="number" if is_number else "text")
+def _heading(name: str, is_number: bool) -> Markup:
+    """A heading that sorts; the rows come ordered by Dice."""
+    order = "ascending" if name == metric_name("dice") else "none"
+    kind = "number" if is_number else "text"
+    return element("th", element("button", name, type="button"), scope="col", aria_sort=order, data_kind=kind)
 
 
 def _filters(views: Sequence[str]) -> Markup:

@@ -6,7 +6,7 @@ Scans are looked for in the folder that the user names, else in the one that the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,13 +74,12 @@ class Gallery:
         return label_colours(self.scheme)
 
 
-def find_gallery(findings: Findings, data: Path | None) -> Gallery:
-    """The images of the cases of a page.
+def find_gallery(findings: Findings, ids: Collection[str], data: Path | None) -> Gallery:
+    """The images of the cases with these ids, in `data` or where the findings tell.
 
     Raises:
         RequestError: `data` was named and holds no images.
     """
-    ids = {case.id for case in findings.cases()}
     scheme = _told_scheme(findings)
     if not ids or not (findings.outputs or findings.evaluations):
         return Gallery(scheme=scheme)
@@ -148,8 +147,8 @@ def _with_masks(cases: list[Case], findings: Findings) -> Iterable[tuple[str, Ca
             uncertain |= {case.id: found[0]} if found else {}
     for output in findings.outputs:
         for record in records_of(output.manifest):
-            if record.get("label_scheme") in SCHEMES:
-                schemes[str(record["case"])] = SCHEMES[record["label_scheme"]]
+            scheme = SCHEMES.get(str(record.get("label_scheme")))
+            schemes |= {} if scheme is None else {str(record["case"]): scheme}
     for case in cases:
         modality = next((name for name in BACKGROUNDS if name in case.images), next(iter(case.images)))
         own = (case.label, masks.get(case.id), uncertain.get(case.id), schemes.get(case.id))
@@ -181,7 +180,7 @@ def _told_scheme(findings: Findings) -> LabelScheme | None:
             return scheme_from_json(document)
         except (KeyError, TypeError, ValueError):
             continue
-    names = [mapping(output.manifest, "model").get("label_scheme") for output in findings.outputs]
+    names = [str(mapping(output.manifest, "model").get("label_scheme")) for output in findings.outputs]
     return next((SCHEMES[name] for name in names if name in SCHEMES), None)
 
 

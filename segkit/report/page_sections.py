@@ -33,6 +33,8 @@ _SPREAD = ("dice", "hd95_mm")
 _HEADLINES = ("dice", "lesionwise_dice", "hd95_mm", "lesionwise_hd95_mm", "nsd", "sensitivity", "precision", "auc")
 _MOST_HEADLINES = 6
 _RELIABILITY = {"whole": "All voxels", "box": "Around the reference"}
+MOST_ROWS = 1000
+"""Cases that a table has at most."""
 _MOST_BARS = 30
 _ENVIRONMENT = ("python", "platform", "cores")
 
@@ -58,8 +60,8 @@ def section(title: str, key: str, *children: Child) -> Section:
 def summary_section(findings: Findings, cases: Sequence[CaseFacts], tell: Discretion) -> Section:
     """What was done with which model and data, and the scores in one table."""
     facts: dict[str, Child] = {}
-    for run in findings.runs:
-        facts |= _run_facts(run, tell)
+    if findings.runs:  # the folds of a cross-validation have all else in common
+        facts |= {"Run": ", ".join(run.name for run in findings.runs)} | _run_facts(findings.runs[0], tell)
     for output in findings.outputs:
         name = model_name(output.manifest)
         facts |= {} if name in {run.name for run in findings.runs} else {"Model": name}
@@ -83,7 +85,7 @@ def summary_section(findings: Findings, cases: Sequence[CaseFacts], tell: Discre
 
 def failures_section(cases: Sequence[CaseFacts], tell: Discretion) -> Section | None:
     """The cases that failed, each with its reason."""
-    failed = [case for case in cases if case.reason is not None]
+    failed = [case for case in cases if case.reason is not None][:MOST_ROWS]
     rows = (element("li", element("strong", case.id), " ", tell(str(case.reason))) for case in failed)
     return section("Failed cases", "failed", element("ul", *rows, class_="failures")) if failed else None
 
@@ -130,7 +132,7 @@ def timing_section(findings: Findings) -> Section | None:
     table = plain_table(
         "Seconds and memory of each case",
         ["case", *stages, "total s", "expected s", "peak MB", "expected MB"],
-        (_timing_row(record, stages) for record in timed),
+        (_timing_row(record, stages) for record in timed[:MOST_ROWS]),
     )
     details = element("details", element("summary", f"All {len(timed)} cases"), table)
     return section("Time and memory", "time", _forecasts(timed), bars_chart(title, stages, rows), details)
@@ -242,7 +244,6 @@ def _run_facts(run: Run, tell: Discretion) -> dict[str, Child]:
     card, trained = run.card, mapping(run.card, "training_data")
     network = mapping(card, "network")
     facts: dict[str, Child] = {
-        "Run": run.name,
         "Task": card.get("task"),
         "Network": _words(network.get("family"), network.get("size")),
         "Input": _words(*(card.get("modalities") or ()), joint=", "),

@@ -1,7 +1,7 @@
 """What a page tells of: training runs, inference outputs and evaluations, read from their folders.
 
-The documents may have been edited by hand or written by another version, so that every field may be missing. Absolute
-paths stay behind: a page is sent to others, and the folders of one's machine are nobody's business.
+The documents may have been written by another version, so that any field may be missing. Absolute paths stay behind: a
+page is sent to others, and the folders of one's machine are nobody's business.
 """
 
 from __future__ import annotations
@@ -234,15 +234,14 @@ class Discretion:
     """Takes the folders of this machine out of texts: of an absolute path only the last name stays."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        folders = {str(form.parent) for path in paths for form in (path.absolute(), path.resolve())} | {
-            str(Path.home())
-        }
-        self._known = sorted((folder for folder in folders if len(folder) > 1), key=len, reverse=True)
+        folders = {form.parent for path in paths for form in (path.absolute(), path.resolve())} | {Path.home()}
+        known = (str(folder) for folder in folders if folder != Path(folder.anchor))
+        self._known = sorted(known, key=len, reverse=True)
 
     def __call__(self, text: str) -> str:
         """The text without folders; names with blanks are known only where the page was given them."""
         for folder in self._known:
-            text = re.sub(re.escape(folder) + r"[\\/]?", "\u2026/", text)
+            text = re.sub(re.escape(folder) + r"(?:[\\/]|(?![\w.-]))", "\u2026/", text)
         return _ABSOLUTE.sub("\u2026/", text)
 
 

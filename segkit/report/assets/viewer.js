@@ -193,8 +193,15 @@
     return starting;
   }
 
+  let queue = Promise.resolve();
+  function show(key) {
+    queue = queue.then(start).then(() => open(key));
+    queue.catch((error) => fail(error.message));
+    return queue;
+  }
+
   canvas.addEventListener("keydown", press, true);
-  picker.addEventListener("change", () => start().then(() => open(picker.value)));
+  picker.addEventListener("change", () => show(picker.value));
   by("viewer-opacity").addEventListener("input", () => viewer && applyOpacity());
   for (const end of ["viewer-low", "viewer-high"]) {
     by(end).addEventListener("input", () => viewer && setWindow(Number(by("viewer-low").value), Number(by("viewer-high").value)));
@@ -204,7 +211,7 @@
   for (const button of document.querySelectorAll(".needs-viewer")) {
     button.addEventListener("click", () => {
       by("viewer").scrollIntoView();
-      start().then(() => open(button.dataset.view)).then(() => canvas.focus({ preventScroll: true }));
+      show(button.dataset.view).then(() => canvas.focus({ preventScroll: true }));
     });
   }
   new IntersectionObserver((entries, observer) => {
