@@ -19,7 +19,9 @@ from segkit.errors import RequestError
 from segkit.report.tables import summarise
 
 _EXPECTED = "a run folder, an output folder of `segkit infer`, or one of `segkit evaluate -o`"
-_ABSOLUTE = re.compile(r"(?<![\w.)\]}<>/~])(?:~|[A-Za-z]:)?[\\/](?:[^\s\\/'\"<>|:;,]+[\\/])+(?=[^\s\\/'\"<>|:;,]*)")
+_ABSOLUTE = re.compile(
+    r"(?<![\w.)\]}<>/~\u2026])(?:~|[A-Za-z]:)?[\\/](?:[^\s\\/'\"<>|:;,]+[\\/])+(?=[^\s\\/'\"<>|:;,]*)"
+)
 
 _STALE_S = 3600
 """A run whose journal has not grown for so long is not going on."""
@@ -231,7 +233,11 @@ def number(value: object) -> float | None:
 
 
 class Discretion:
-    """Takes the folders of this machine out of texts: of an absolute path only the last name stays."""
+    """Takes the folders of this machine out of texts.
+
+    Of an absolute path the last name stays, and of one below a folder that the page was given, or the user's home, what
+    comes after that. Other folders with blanks in their names are not seen as a whole.
+    """
 
     def __init__(self, paths: Iterable[Path]) -> None:
         folders = {form.parent for path in paths for form in (path.absolute(), path.resolve())} | {Path.home()}
@@ -239,7 +245,7 @@ class Discretion:
         self._known = sorted(known, key=len, reverse=True)
 
     def __call__(self, text: str) -> str:
-        """The text without folders; names with blanks are known only where the page was given them."""
+        """The text without folders."""
         for folder in self._known:
             text = re.sub(re.escape(folder) + r"(?:[\\/]|(?![\w.-]))", "\u2026/", text)
         return _ABSOLUTE.sub("\u2026/", text)

@@ -1,0 +1,89 @@
+"""What is read from folders, and what of it stays on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from segkit.report.page_sources import Discretion, read_sources
+from tests.report.page_folders import write_json, write_masks, write_run, write_scores
+
+
+@pytest.fixture
+def tell():
+    return Discretion([Path("/data of jane/study/masks"), Path("/srv/run")])
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("/data of jane/study/x y.nii.gz: is truncated", "\u2026/x y.nii.gz: is truncated"),
+        ("/srv/run and /srvice", "\u2026/run and /srvice"),
+        ("cannot read /mnt/disk/p1/t1.nii.gz; expected a volume", "cannot read \u2026/t1.nii.gz; expected a volume"),
+        (r"C:\\Users\\jane\\t1.nii.gz is empty".replace("\\\\", "\\"), "\u2026/t1.nii.gz is empty"),
+        ("'/home/jane/a.txt'", "'\u2026/a.txt'"),
+        (f"{Path.home()}/models/best", "\u2026/models/best"),
+        ("fp16/int8 and and/or, 1/2", "fp16/int8 and and/or, 1/2"),
+        ("see https://arxiv.org/abs/2104.09648", "see https://arxiv.org/abs/2104.09648"),
+        ("lr: 0.01  # 1/x per step", "lr: 0.01  # 1/x per step"),
+    ],
+)
+def test_of_a_path_the_last_name_stays(tell, text, told):
+    assert tell(text) == told
+
+
+def test_a_run_that_has_not_grown_for_hours_is_not_running(tmp_path):
+    write_run(tmp_path / "run", is_finished=False)
+    assert read_sources([tmp_path / "run"]).is_running
+    long_ago = time.time() - 7200
+    os.utime(tmp_path / "run" / "metrics.jsonl", (long_ago, long_ago))
+    assert not read_sources([tmp_path / "run"]).is_running
+
+
+def test_a_row_that_is_being_written_is_left_out(tmp_path):
+    write_run(tmp_path / "run", rows=40)
+    (run,) = read_sources([tmp_path / "run"]).runs
+    assert [row["step"] for row in run.rows] == list(range(1, 41))
+
+
+def test_folds_are_runs_of_their_own(tmp_path):
+    for fold in ("fold_0", "fold_1"):
+        write_run(tmp_path / "cv" / fold)
+    write_json(tmp_path / "cv" / "validation.json", {"cases": {}})
+    assert [run.name for run in read_sources([tmp_path / "cv"]).runs] == ["cv/fold_0", "cv/fold_1"]
+
+
+def test_records_of_earlier_runs_count_where_this_one_has_none(tmp_path):
+    write_masks(tmp_path / "masks", ["a"])
+    path = tmp_path / "masks" / "manifest.json"
+    document = json.loads(path.read_text())
+    document["earlier"] = [{"case": "a", "status": "failed", "error": "old"}, {"case": "b", "status": "done"}]
+    path.write_text(json.dumps(document))
+    cases = read_sources([tmp_path / "masks"]).cases()
+    assert [(case.id, case.reason) for case in cases] == [("a", None), ("b", None)]
+
+
+def test_references_without_a_prediction_are_told_apart(tmp_path):
+    write_scores(tmp_path / "scores", {"a": 0.0, "b": 0.5})
+    path = tmp_path / "scores" / "scores.json"
+    document = json.loads(path.read_text())
+    document["cases"][0]["missing"] = True
+    document["errors"] = [{"case": "c", "error": "is truncated"}]
+    path.write_text(json.dumps(document))
+    cases = read_sources([path]).cases()
+    assert [(case.id, case.is_missing, case.reason) for case in cases] == [
+        ("c", False, "is truncated"),
+        ("a", True, None),
+        ("b", False, None),
+    ]
+
+
+def test_a_folder_without_documents_is_the_masks_of_an_evaluation(tmp_path):
+    (tmp_path / "masks").mkdir()
+    write_scores(tmp_path / "scores", {"a": 0.5})
+    findings = read_sources([tmp_path / "masks", tmp_path / "scores"])
+    assert [(output.name, dict(output.manifest)) for output in findings.outputs] == [("masks", {})]
