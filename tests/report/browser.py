@@ -49,10 +49,15 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 class Browser:
-    """One page of a browser; `complaints` are the errors and warnings that its console and its loader told of."""
+    """One page of a browser.
+
+    `complaints` are the errors and warnings that its console and its loader told of, `requests` the addresses that it
+    asked for.
+    """
 
     def __init__(self, executable: str, *, flags: tuple[str, ...] = ()) -> None:
         self.complaints: list[str] = []
+        self.requests: list[str] = []
         self._command = (executable, *_FLAGS, *flags, "--remote-debugging-pipe")
         self._numbers = itertools.count(1)
         self._rest = b""
@@ -91,7 +96,7 @@ class Browser:
         targets = self._ask("Target.getTargets")["targetInfos"]
         page = next(target["targetId"] for target in targets if target["type"] == "page")
         self._session = self._ask("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log"):
+        for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
     def open(self, path: Path, *, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
@@ -184,5 +189,7 @@ class Browser:
         elif method == "Runtime.exceptionThrown":
             details = parameters["exceptionDetails"]
             self.complaints.append(details.get("exception", {}).get("description", details["text"]))
+        elif method == "Network.requestWillBeSent":
+            self.requests.append(parameters["request"]["url"])
         elif method == "Log.entryAdded" and parameters["entry"]["level"] in ("error", "warning"):
             self.complaints.append(parameters["entry"]["text"])

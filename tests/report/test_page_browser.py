@@ -42,8 +42,11 @@ def browser(folder):
 
 @pytest.fixture
 def page(browser, folder):
+    browser.requests.clear()
     browser.open(folder / "page.html")
     yield browser
+    addresses = {address for address in browser.requests if not address.startswith(("data:", "blob:"))}
+    assert addresses == {(folder / "page.html").as_uri()}
     own = [complaint for complaint in browser.complaints if "GL Driver Message" not in complaint]
     browser.complaints.clear()
     assert own == []
