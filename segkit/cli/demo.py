@@ -34,8 +34,8 @@ def demo(
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RequestError("there is something here already", where=output, remedy="Name a new or an empty folder")
-    names = ("data", "run", "masks", "scores", "export", "held-out.txt")
-    data, run, masks, scores, exported, held_out = (output / name for name in names)
+    names = ("data", "run", "masks", "scores", "export", "report.html", "held-out.txt")
+    data, run, masks, scores, exported, page, held_out = (output / name for name in names)
     on_device = [] if device is None else ["--device", device]
     steps = {
         "phantom": [data, "--cases", _CASES, "--size", _SIZE, "--convention", "brats2021", "--seed", _SEED],
@@ -43,6 +43,7 @@ def demo(
         "infer": ["-m", run, "-i", data, "-o", masks, "--cases", held_out, *on_device],
         "evaluate": ["-p", masks, "-r", data, "-o", scores, "--cases", held_out, "--figures", _HELD_OUT],
         "export": ["-m", run, "-o", exported],
+        "report": [run, masks, scores, "--data", data, "-o", page],
     }
     if not can_write_graphs():
         del steps["export"]
@@ -127,6 +128,7 @@ def _tell_result(output: Path, seconds: dict[str, float]) -> None:
         "run": "the trained model, its settings, and figures of the training",
         "masks": "the segmentations, and manifest.json with the time each took",
         "scores": "scores.json, scores.csv, summary.md, and figures of every held-out case",
+        "report.html": "all of this on one page, for a browser",
         "export": "the model as model.onnx with model.json: `segkit infer -m` takes it, and needs no torch for it",
     }
     for name, meaning in files.items():

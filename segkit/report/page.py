@@ -182,7 +182,7 @@ def _body(
         sections.curves_section(findings.runs),
         sections.spread_section(cases),
         cases_section(cases, anchors),
-        _viewer_section(viewable, key, are_scored=any(case.regions for case in cases)),
+        _viewer_section(viewable, key, len(media.stills), are_scored=any(case.regions for case in cases)),
         pictures_section(cases, media.stills, anchors, key, viewable, has_planes=media.has_planes),
         _figures_section(findings),
         sections.timing_section(findings),
@@ -203,13 +203,16 @@ def _body(
     return joined([header, element("main", *(part.to_html() for part in present)), footer])
 
 
-def _viewer_section(viewable: Mapping[str, str], key: Markup, *, are_scored: bool) -> sections.Section | None:
+def _viewer_section(
+    viewable: Mapping[str, str], key: Markup, drawn: int, *, are_scored: bool
+) -> sections.Section | None:
+    """The viewer of the cases with volumes (case id -> key), which are `drawn` in all."""
     if not viewable:
         return None
     choices = (element("option", case_id, value=name) for case_id, name in viewable.items())
     picker = element("label", "Case ", element("select", *choices, id="viewer-case"))
-    which = "worst" if are_scored else "first"
-    told = f"The {len(viewable)} {which} cases" if len(viewable) > 1 else "The case"
+    which = "all" if len(viewable) >= drawn else "the worst" if are_scored else "the first"
+    told = f"Here are {which} {len(viewable)} cases" if len(viewable) > 1 else "The case"
     about = element("p", f"{told}, cropped to what matters, with the intensities of the scan.")
     controls = Markup(_asset("viewer.html"))
     keys = [key, sections.colour_key(DIFFERENCES.values(), "difference:")]

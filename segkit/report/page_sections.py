@@ -60,8 +60,9 @@ def section(title: str, key: str, *children: Child) -> Section:
 def summary_section(findings: Findings, cases: Sequence[CaseFacts], tell: Discretion) -> Section:
     """What was done with which model and data, and the scores in one table."""
     facts: dict[str, Child] = {}
-    if findings.runs:  # the folds of a cross-validation have all else in common
-        facts |= {"Run": ", ".join(run.name for run in findings.runs)} | _run_facts(findings.runs[0], tell)
+    if findings.runs:  # the folds of a cross-validation have all but their names in common
+        run = next((run for run in findings.runs if run.card), findings.runs[0])
+        facts |= {"Run": ", ".join(run.name for run in findings.runs)} | _run_facts(run, tell)
     for output in findings.outputs:
         name = model_name(output.manifest)
         facts |= {} if name in {run.name for run in findings.runs} else {"Model": name}

@@ -252,10 +252,12 @@ class Discretion:
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("model.json", "metrics.jsonl", "config.yaml"))
+    names = ("model.json", "metrics.jsonl", "config.yaml", "validation.json")
+    return any((folder / name).is_file() for name in names)
 
 
 def _journal(path: Path) -> list[Document]:
+    """The rows with a step, and of each its numbers; without a line that is being written or was cut off by a kill."""
     if not path.is_file():
         return []
     rows: list[Document] = []
@@ -263,9 +265,10 @@ def _journal(path: Path) -> list[Document]:
         try:
             row = json.loads(line)
         except ValueError:
-            continue  # a line that is being written, or was cut off by a kill
-        if isinstance(row, dict):
-            rows.append(row)
+            continue
+        own = _numbers(row)
+        if "step" in own:
+            rows.append(own | {name: _numbers(value) for name, value in row.items() if isinstance(value, dict)})
     return rows
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from segkit.report.page import write_page
 from segkit.report.page_sources import Discretion, read_sources
 from tests.report.page_folders import write_json, write_masks, write_run, write_scores
 
@@ -50,11 +51,53 @@ def test_a_row_that_is_being_written_is_left_out(tmp_path):
     assert [row["step"] for row in run.rows] == list(range(1, 41))
 
 
+def test_of_a_row_the_numbers_are_kept(tmp_path):
+    write_run(tmp_path / "run")
+    lines = [
+        "[1]",
+        '{"loss": 1}',
+        '{"step": "x", "loss": 1}',
+        '{"step": 1, "loss": "x", "dice": {"WT": 0.5, "ET": []}}',
+    ]
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(lines))
+    (run,) = read_sources([tmp_path / "run"]).runs
+    assert run.rows == ({"step": 1.0, "dice": {"WT": 0.5}},)
+
+
+@pytest.mark.parametrize("name", ["masks/manifest.json", "scores/scores.json", "run/model.json", "run/validation.json"])
+@pytest.mark.parametrize("worse", [None, ["a list"]])
+def test_any_field_may_hold_something_else(tmp_path, name, worse):
+    write_masks(tmp_path / "masks", ["a"], failed={"b": "truncated"})
+    write_scores(tmp_path / "scores", {"a": 0.5})
+    write_run(tmp_path / "run")
+    path = tmp_path / name
+    document = json.loads(path.read_text())
+    for place in places(document):
+        changed = json.loads(path.read_text())
+        parent = changed
+        for key in place[:-1]:
+            parent = parent[key]
+        parent[place[-1]] = worse
+        write_json(tmp_path / "changed" / path.name, changed)
+        write_page([tmp_path / "changed"], tmp_path / "page.html", with_viewer=False)
+    assert "</html>" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def places(document, above=()):
+    """The keys that lead to every field of a document."""
+    pairs = (
+        document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    )
+    for key, value in pairs:
+        yield (*above, key)
+        yield from places(value, (*above, key))
+
+
 def test_folds_are_runs_of_their_own(tmp_path):
     for fold in ("fold_0", "fold_1"):
         write_run(tmp_path / "cv" / fold)
     write_json(tmp_path / "cv" / "validation.json", {"cases": {}})
-    assert [run.name for run in read_sources([tmp_path / "cv"]).runs] == ["cv/fold_0", "cv/fold_1"]
+    assert [run.name for run in read_sources([tmp_path / "cv"]).runs] == ["cv", "cv/fold_0", "cv/fold_1"]
 
 
 def test_records_of_earlier_runs_count_where_this_one_has_none(tmp_path):
