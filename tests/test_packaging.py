@@ -24,12 +24,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_configurations_travel_in_the_wheel(wheel: Path) -> None:
+def test_configurations_and_assets_travel_in_the_wheel(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     shipped = {f"segkit/configs/{path.relative_to(ROOT / 'configs')}" for path in (ROOT / "configs").rglob("*.yaml")}
     assert len(shipped) >= 4
     assert shipped <= names
     assert "segkit/py.typed" in names
+    assert {f"segkit/report/assets/{name}" for name in ("page.css", "page.js", "viewer.html", "viewer.js")} <= names
     assert not any(name.startswith(("tests/", "docs/")) for name in names)
 
 

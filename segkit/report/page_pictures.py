@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -145,7 +146,7 @@ def _shrunk(view: View, side: int) -> View:
     smooth = [_resized(array.astype(np.float32), shape, Image.Resampling.BOX) for array in (view.image, *view.maps)]
     masks = tuple(_resized(mask, shape, Image.Resampling.NEAREST) for mask in view.masks)
     aspect = view.aspect * (rows / columns) / (shape[1] / shape[0])
-    return View(view.title, smooth[0], masks, aspect, view.letters, tuple(smooth[1:]))
+    return replace(view, image=smooth[0], masks=masks, aspect=aspect, maps=tuple(smooth[1:]))
 
 
 def _resized(array: AnyArray, shape: tuple[int, int], how: Image.Resampling) -> AnyArray:

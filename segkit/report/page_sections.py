@@ -62,10 +62,12 @@ def summary_section(findings: Findings, cases: Sequence[CaseFacts], tell: Discre
     facts: dict[str, Child] = {}
     if findings.runs:  # the folds of a cross-validation have all but their names in common
         run = next((run for run in findings.runs if run.card), findings.runs[0])
-        facts |= {"Run": ", ".join(run.name for run in findings.runs)} | _run_facts(run, tell)
+        facts |= {"Run": ", ".join(run.name for run in findings.runs)} | _card_facts(run.card, tell) | _run_facts(run)
     for output in findings.outputs:
         name = model_name(output.manifest)
         facts |= {} if name in {run.name for run in findings.runs} else {"Model": name}
+        if output.card:
+            facts |= _card_facts(output.card, tell)
         facts |= _model_facts(mapping(output.manifest, "model"))
     for scored in findings.evaluations:
         document = scored.document
@@ -241,35 +243,43 @@ def swatch(position: int) -> Markup:
     return element("span", class_=f"swatch c{position % len(COLOURS)}", aria_hidden="true")
 
 
-def _run_facts(run: Run, tell: Discretion) -> dict[str, Child]:
-    card, trained = run.card, mapping(run.card, "training_data")
-    network = mapping(card, "network")
-    facts: dict[str, Child] = {
+def _card_facts(card: Document, tell: Discretion) -> dict[str, Child]:
+    """What a model card says of the network and of what it has learnt from."""
+    network, trained = mapping(card, "network"), mapping(card, "training_data")
+    return {
         "Task": card.get("task"),
         "Network": _words(network.get("family"), network.get("size")),
-        "Input": _words(*(card.get("modalities") or ()), joint=", "),
+        "Input": _words(*_listed(card.get("modalities")), joint=", "),
         "Trained on": tell(_words(trained.get("identity"), _count(trained.get("cases"), "cases"), joint=", ")),
         "Licence of the data": trained.get("licence"),
-        "Patch": _words(*(card.get("patch_size") or ()), joint=" \u00d7 "),
-        "Spacing (mm)": _words(*(f"{side:g}" for side in card.get("spacing_mm") or ()), joint=" \u00d7 "),
+        "Patch": _words(*_listed(card.get("patch_size")), joint=" \u00d7 "),
+        "Spacing (mm)": _words(
+            *(f"{number(side) or 0:g}" for side in _listed(card.get("spacing_mm"))), joint=" \u00d7 "
+        ),
         "Weights (SHA-256)": str(card.get("sha256") or "")[:16],
     }
-    if run.rows:
-        facts["Steps"] = f"{max(int(number(row.get('step')) or 0) for row in run.rows):,}"
+
+
+def _run_facts(run: Run) -> dict[str, Child]:
     minutes, memory = number(run.validation.get("minutes")), number(run.validation.get("peak_rss_mb"))
-    facts["Training took"] = None if minutes is None else f"{minutes:.1f} minutes"
-    facts["Peak memory of the training"] = None if memory is None else f"{memory:,.0f} MB"
-    return facts
+    return {
+        "Steps": f"{max(int(row['step']) for row in run.rows):,}" if run.rows else None,
+        "Training took": None if minutes is None else f"{minutes:.1f} minutes",
+        "Peak memory of the training": None if memory is None else f"{memory:,.0f} MB",
+    }
 
 
 def _model_facts(model: Document) -> dict[str, Child]:
-    digests = model.get("sha256")
     return {
         "Network": _words(model.get("family"), model.get("size")),
-        "Input": _words(*(model.get("modalities") or ()), joint=", "),
+        "Input": _words(*_listed(model.get("modalities")), joint=", "),
         "Computed by": _words(model.get("backend"), "with mirrored inputs" if model.get("tta") else None, joint=", "),
-        "Weights (SHA-256)": _words(*(str(digest)[:16] for digest in digests or ()), joint=", "),
+        "Weights (SHA-256)": _words(*(str(digest)[:16] for digest in _listed(model.get("sha256"))), joint=", "),
     }
+
+
+def _listed(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _headlines(summary: Document, caption: str) -> Markup | None:

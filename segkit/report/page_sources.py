@@ -52,11 +52,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Output:
-    """A folder of masks with the manifest of `segkit infer`, which is empty where others made them."""
+    """A folder of masks with the manifest of `segkit infer`, which is empty where others made them.
+
+    `card` is that of the model, or of the first of an ensemble, empty where it is not on this machine any more.
+    """
 
     name: str
     folder: Path
     manifest: Document
+    card: Document = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,7 @@ def read_sources(paths: Sequence[Path]) -> Findings:
         scores = folder / "scores.json"
         name = folder.resolve().name
         runs += found_runs
-        outputs += [Output(name, folder, _read_json(manifest)) for manifest in manifests]
+        outputs += [Output(name, folder, manifest, _card_of(manifest)) for manifest in map(_read_json, manifests)]
         evaluations += [Scored(name, folder, _read_json(scores))] if scores.is_file() else []
         if not found_runs and not manifests and not scores.is_file():
             bare.append(folder)
@@ -254,6 +258,18 @@ class Discretion:
 def _is_run(folder: Path) -> bool:
     names = ("model.json", "metrics.jsonl", "config.yaml", "validation.json")
     return any((folder / name).is_file() for name in names)
+
+
+def _card_of(manifest: Document) -> Document:
+    """The model card that a manifest leads to, if its weights are those that made the masks."""
+    model = mapping(manifest, "model")
+    path = Path(str(model.get("name") or "").split(", ")[0]) / "model.json"
+    try:
+        card = _read_json(path, may_lack=True)
+    except (RequestError, OSError, ValueError):
+        return {}
+    digests = model.get("sha256")
+    return card if isinstance(digests, list) and card.get("sha256") in digests else {}
 
 
 def _journal(path: Path) -> list[Document]:

@@ -103,6 +103,7 @@ def case_volumes(arrays: CaseArrays) -> CaseVolumes | None:
         "modality": arrays.modality,
         "window": intensity_window(arrays.image),
         "range": (low, low + 255 * slope),
+        "step": step,
         "centre_mm": _centre_mm(marked, grid.affine),
         "layers": list(layers),
     }

@@ -253,6 +253,20 @@ def test_validation_of_a_run_is_scored_where_no_evaluation_is_given(tmp_path):
     assert 'data-value="0.625"' in text  # the mean of 0.75 and 0.5
 
 
+@pytest.mark.parametrize("digest", ["ab12", "other"])
+def test_the_card_of_the_model_is_told_if_it_made_the_masks(tmp_path, digest):
+    write_masks(tmp_path / "masks", IDS[:1])
+    path = tmp_path / "masks" / "manifest.json"
+    document = json.loads(path.read_text())
+    document["model"] |= {"name": str(tmp_path / "model"), "sha256": ["ab12"]}
+    write_json(path, document)
+    trained = {"identity": "gliomas of 2021", "licence": "CC BY 4.0"}
+    write_json(tmp_path / "model" / "model.json", {"sha256": digest, "training_data": trained})
+    _, text, _ = written(tmp_path / "page.html", tmp_path / "masks")
+    assert ("gliomas of 2021" in text) == (digest == "ab12")
+    assert ("CC BY 4.0" in text) == (digest == "ab12")
+
+
 def test_images_are_found_where_the_documents_tell(folders):
     document = json.loads((folders / "scores" / "scores.json").read_text())
     write_json(folders / "scores" / "scores.json", document | {"references": "../data", "predictions": "../masks"})

@@ -63,7 +63,7 @@
   async function open(key) {
     const entry = facts.cases.find((one) => one.key === key);
     picker.value = key;
-    current = entry;
+    current = null;
     message.textContent = `Opening ${entry.id} …`;
     message.hidden = false;
     for (const volume of [...viewer.volumes]) viewer.removeVolume(volume);
@@ -81,6 +81,7 @@
       if (layer in shown && layer !== "uncertainty") viewer.volumes[index].setColormapLabel(palette(layer));
     });
     viewer.updateGLVolume();
+    current = entry;
     listLayers();
     setWindow(entry.window[0], entry.window[1]);
     for (const end of ["viewer-low", "viewer-high"]) {
@@ -117,6 +118,7 @@
   }
 
   function applyOpacity() {
+    if (!current) return;
     const opacity = Number(by("viewer-opacity").value);
     current.layers.forEach((layer, index) => {
       if (index > 0) viewer.setOpacity(index, shown[layer] && !masksHidden ? opacity : 0);
@@ -140,7 +142,8 @@
       return `${layer} ${known ? known.name : Math.round(value.value) || "–"}`;
     });
     const millimetres = [...place.mm].slice(0, 3).map((value) => value.toFixed(1));
-    by("viewer-readout").textContent = `${written.join(" · ")} · at ${millimetres.join(", ")} mm`;
+    const thinned = current.step > 1 ? ` · one in ${current.step} voxels along each axis` : "";
+    by("viewer-readout").textContent = `${written.join(" · ")} · at ${millimetres.join(", ")} mm${thinned}`;
   }
 
   function reset() {
@@ -202,11 +205,11 @@
 
   canvas.addEventListener("keydown", press, true);
   picker.addEventListener("change", () => show(picker.value));
-  by("viewer-opacity").addEventListener("input", () => viewer && applyOpacity());
+  by("viewer-opacity").addEventListener("input", applyOpacity);
   for (const end of ["viewer-low", "viewer-high"]) {
-    by(end).addEventListener("input", () => viewer && setWindow(Number(by("viewer-low").value), Number(by("viewer-high").value)));
+    by(end).addEventListener("input", () => current && setWindow(Number(by("viewer-low").value), Number(by("viewer-high").value)));
   }
-  by("viewer-reset").addEventListener("click", () => viewer && reset());
+  by("viewer-reset").addEventListener("click", () => current && reset());
   by("viewer-views").addEventListener("change", (event) => viewer && viewer.setSliceType(Number(event.target.value)));
   for (const button of document.querySelectorAll(".needs-viewer")) {
     button.addEventListener("click", () => {
