@@ -130,7 +130,7 @@ def reliability_chart(title: str, curves: Mapping[str, Points]) -> Markup:
         parts.append(element("g", *dots, class_=f"dot {colour_class(position)}"))
     told = f"{title}: observed share against predicted probability"
     key = legend({name: colour_class(position) for position, name in enumerate(curves)})
-    return _figure(title, told, parts, _TOP + side + _BOTTOM, key, width=_LEFT + side + 16)
+    return _figure(title, told, parts, _TOP + side + _BOTTOM, key)
 
 
 def bars_chart(title: str, stages: Sequence[str], rows: Mapping[str, Sequence[float]]) -> Markup:
@@ -220,10 +220,8 @@ def _x_axis(scale: _Scale, y: float, label: str) -> list[Markup]:
     return parts
 
 
-def _figure(
-    title: str, told: str, parts: Sequence[Markup], height: float, key: Markup | None = None, width: float = _WIDTH
-) -> Markup:
-    box = f"0 0 {width:g} {height + 4:g}"
+def _figure(title: str, told: str, parts: Sequence[Markup], height: float, key: Markup | None = None) -> Markup:
+    box = f"0 0 {_WIDTH:g} {height + 4:g}"
     picture = element("svg", *parts, viewBox=box, role="img", aria_label=told, class_="chart")
     return element("figure", element("figcaption", title), picture, key)
 
