@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from segkit.report.page import write_page
 from segkit.report.page_viewer import viewer_script
@@ -90,16 +92,31 @@ def test_nothing_sticks_out_of_the_window(browser, folder, width):
     assert browser.value("document.documentElement.scrollWidth") == width
 
 
+def coloured_pixels(page, path):
+    """How many pixels of the canvas are neither grey nor nearly so."""
+    place = "document.getElementById('viewer-canvas').getBoundingClientRect()"
+    left, top, right, bottom = (page.value(f"{place}.{side}") for side in ("left", "top", "right", "bottom"))
+    page.screenshot(path)
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB").crop((int(left) + 4, int(top) + 4, int(right) - 4, int(bottom) - 4)))
+    return int((np.ptp(pixels.astype(int), axis=-1) > 60).sum())
+
+
 @pytest.mark.skipif(viewer_script() is None, reason="ipyniivue is not installed, so the page has no viewer")
-def test_the_viewer_draws_and_follows_the_keys(page):
+def test_the_viewer_draws_and_follows_the_keys(page, folder, tmp_path):
+    page.open(folder / "page.html", width=480, height=480)  # without a GPU every pixel counts
     page.value("document.getElementById('viewer').scrollIntoView({ behavior: 'instant' })")
     page.wait_for("document.getElementById('viewer-message').hidden")
     readout = "document.getElementById('viewer-readout').textContent"
     page.wait_for(f"{readout}.includes('reference')", 10)
     before = page.value(readout)
     assert "prediction ET" in before
+    page.value("document.querySelector('[name=viewer-view][value=\"0\"]').click()")
+    assert coloured_pixels(page, tmp_path / "masks.png") > 500
+    page.value("document.querySelector('#viewer-layers input').click()")
+    assert coloured_pixels(page, tmp_path / "plain.png") == 0
     page.value("document.getElementById('viewer-canvas').focus()")
-    for _ in range(20):
+    for _ in range(8):
         page.press("ArrowUp")
     after = page.value(readout)
     assert after != before
