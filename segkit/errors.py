@@ -59,6 +59,10 @@ class TrainingError(SegkitError):
     """A training that had begun cannot go on; its last checkpoint is kept."""
 
 
+class ClusterError(SegkitError):
+    """Machines of a cluster were lost. What was finished is kept."""
+
+
 class RequestError(SegkitError):
     """What was asked for cannot be done as asked; nothing was run."""
 

@@ -217,6 +217,11 @@ def variables_with(**changes: str) -> dict[str, str]:
     return {**os.environ, **changes}
 
 
+def refuse_usage_statistics() -> None:
+    """Keep Ray processes that this one starts from reporting to Ray's authors."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+
 def environment() -> dict[str, str]:
     """Versions and platform, as recorded in run folders, manifests and benchmark tables."""
     packages = ("segkit", "torch", "monai", "nibabel", "numpy")

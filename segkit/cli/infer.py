@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -37,6 +37,7 @@ from segkit.cli.progress import CaseProgress
 if TYPE_CHECKING:
     from segkit.data.case import Cohort
     from segkit.inference.cases import InferenceSettings
+    from segkit.inference.pipeline import Executor
     from segkit.inference.predictor import Predictor
 
 TtaOption = Annotated[bool, typer.Option("--tta", help="Average over mirrored inputs: better, up to 8 times slower.")]
@@ -55,7 +56,36 @@ PostprocessingOption = Annotated[
 ]
 WorkersOption = Annotated[
     int | None,
-    typer.Option("--workers", min=0, help="Threads that read ahead; 0: no threads at all. Default: 1, 0 on one core."),
+    typer.Option(
+        "--workers",
+        min=0,
+        help="Threads that read ahead; 0: no threads at all. Default: 1, 0 on one core. With ray: cases at a time, by "
+        "default as many as the nodes have room for.",
+    ),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", min=1, help="CPU cores that compute a case, here or on a node. Default: all of this one."
+    ),
+]
+EngineOption = Annotated[
+    Literal["local", "ray"], typer.Option("--engine", help="This machine, or the nodes of a Ray cluster.")
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray-address",
+        help="ray://HOST:10001, HOST:6379, auto or local. Default: RAY_ADDRESS, a cluster started here, else local.",
+        show_default=False,
+    ),
+]
+ResultsOption = Annotated[
+    Literal["auto", "files", "store"],
+    typer.Option(
+        "--results",
+        help="With ray: nodes write to OUT (files), send masks back (store), or each does what it can (auto).",
+    ),
 ]
 NumPartsOption = Annotated[int, typer.Option("--num-parts", min=1, help="Split the cases into N parts ...")]
 PartIdOption = Annotated[int, typer.Option("--part-id", min=0, help="... and do the K-th of them, counted from 0.")]
@@ -77,7 +107,11 @@ def infer(
     uncertainty: UncertaintyOption = False,
     postprocessing: PostprocessingOption = True,
     workers: WorkersOption = None,
+    threads: ThreadsOption = None,
     memory: MemoryOption = None,
+    engine: EngineOption = "local",
+    ray_address: AddressOption = None,
+    results: ResultsOption = "auto",
     num_parts: NumPartsOption = 1,
     part_id: PartIdOption = 0,
     overwrite: OverwriteOption = False,
@@ -104,8 +138,11 @@ def infer(
         saves_uncertainty=uncertainty,
         label_scheme=label_scheme,
     )
-    limits = Limits(workers, None if memory is None else 1024 * parse_gigabytes(memory))
-    if limits.memory_mb is not None:
+    limits = Limits(workers, threads, None if memory is None else 1024 * parse_gigabytes(memory))
+    cluster = Cluster(ray_address, results) if engine == "ray" else None
+    if cluster is not None:
+        input, output = input.absolute(), output.absolute()
+    elif limits.memory_mb is not None:
         limit_memory(limits.memory_mb)
     with contextlib.ExitStack() as stack:
         try:
@@ -113,12 +150,16 @@ def infer(
         except DataError as error:
             raise as_request(error) from error
         cohort, part = _find(source, output, layout, modality, cases, (num_parts, part_id))
-        predictor = _load(model, backend, device, uses_tta=tta, uses_postprocessing=postprocessing)
+        choices = {"threads": threads, "uses_tta": tta, "uses_postprocessing": postprocessing}
+        if cluster is not None and device is not None and device.startswith("cuda"):
+            predictor = _load_for_gpus(model, backend, choices)
+        else:
+            predictor = _load(model, backend, device, choices)
         request = Request(predictor, cohort, output, settings, ", ".join(str(path) for path in model), part)
         if dry_run:
             _tell_plan(request, limits, as_json=json)
             return
-        document = _run(request, limits, is_quiet=quiet)
+        document = _run(request, limits, cluster, is_quiet=quiet)
     if json:
         print_json(document)
     if document["summary"]["failed"]:
@@ -126,10 +167,18 @@ def infer(
 
 
 class Limits(NamedTuple):
-    """What a run may take: reading threads (None: as many as help) and MB of memory (None: what is free)."""
+    """What a run may take: workers (None: as many as help), cores (None: all), MB of memory (None: what is free)."""
 
     workers: int | None
+    threads: int | None
     memory_mb: float | None
+
+
+class Cluster(NamedTuple):
+    """Where a Ray cluster is, and how results come back from it."""
+
+    address: str | None
+    results: Literal["auto", "files", "store"]
 
 
 class Request(NamedTuple):
@@ -163,23 +212,21 @@ def _find(
     return take_part(cohort, *part)
 
 
-def _run(request: Request, limits: Limits, *, is_quiet: bool) -> dict[str, Any]:
+def _run(request: Request, limits: Limits, cluster: Cluster | None, *, is_quiet: bool) -> dict[str, Any]:
     from segkit.inference.folders import infer_folder
-    from segkit.inference.pipeline import LocalExecutor
-    from segkit.runtime import available_cores
 
     predictor = request.predictor
     if not is_quiet:
         size = " x ".join(map(str, predictor.window))
         console().print(f"{predictor.backend.name} computes windows of {size} voxels", soft_wrap=True)
-    workers = min(1, available_cores() - 1) if limits.workers is None else limits.workers
+    executor = _local(limits) if cluster is None else _on_cluster(request, limits, cluster)
     with CaseProgress("segmenting", len(request.cohort.cases), is_quiet=is_quiet) as progress:
         return infer_folder(
             predictor,
             request.cohort,
             request.output,
             request.settings,
-            executor=LocalExecutor(workers),
+            executor=executor,
             memory_mb=limits.memory_mb,
             on_record=progress.show,
             model=request.model,
@@ -187,7 +234,42 @@ def _run(request: Request, limits: Limits, *, is_quiet: bool) -> dict[str, Any]:
         )
 
 
-def _load(models: list[Path], backend: str, device: str | None, **choices: bool) -> Predictor:
+def _local(limits: Limits) -> Executor:
+    from segkit.inference.pipeline import LocalExecutor
+    from segkit.runtime import available_cores
+
+    return LocalExecutor(min(1, available_cores() - 1) if limits.workers is None else limits.workers)
+
+
+def _on_cluster(request: Request, limits: Limits, cluster: Cluster) -> Executor:
+    from segkit.cluster.executor import RayExecutor
+    from segkit.cluster.share import Share
+    from segkit.inference.backends import TorchBackend
+    from segkit.inference.predictor import members_of
+
+    backends = [member.backend for member in members_of(request.predictor)]
+    on_gpu = any(isinstance(backend, TorchBackend) and backend.device.type == "cuda" for backend in backends)
+    threads = limits.threads or (1 if on_gpu else max(backend.threads for backend in backends))
+    share = Share(threads, int(on_gpu), limits.memory_mb)
+    return RayExecutor(request.output, share, cluster.address, workers=limits.workers or None, results=cluster.results)
+
+
+def _load_for_gpus(models: list[Path], backend: str, choices: dict[str, Any]) -> Predictor:
+    """A predictor for GPUs of other machines: this one need not have any."""
+    from segkit.errors import RequestError
+    from segkit.inference.backends import TorchBackend
+    from segkit.inference.predictor import members_of
+
+    if backend not in ("auto", "torch"):
+        raise RequestError(f"backend {backend} computes on a CPU", remedy="Pass --device cpu, or --backend torch")
+    predictor = _load(models, "torch", "cpu", choices)
+    for member in members_of(predictor):
+        if isinstance(member.backend, TorchBackend):
+            member.backend = TorchBackend(member.backend.network, "cuda")
+    return predictor
+
+
+def _load(models: list[Path], backend: str, device: str | None, choices: dict[str, Any]) -> Predictor:
     from segkit.errors import CheckpointError, as_request
     from segkit.inference.predictor import Predictor
 

@@ -2,11 +2,17 @@
 
 Arrays are numpy's on both sides, so that everything around the network is the same whatever computes it, and torch,
 which takes seconds and half a gigabyte to load, is loaded only by the backend that needs it.
+
+Backends survive pickling, network and all: what comes out elsewhere computes with as many threads, for sums may round
+differently with another number of them.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segkit.errors import RequestError
-from segkit.runtime import available_cores
+from segkit.runtime import available_cores, keep_freed_memory, pick_device
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +37,8 @@ class Backend(Protocol):
 
     name: str
     """torch, onnxruntime or openvino."""
+    threads: int
+    """Cores that it computes with on a CPU."""
 
     def __call__(self, windows: Array) -> Array:
         """Logits (B, K, *window) float32 of windows (B, C, *window) float32."""
@@ -38,15 +46,28 @@ class Backend(Protocol):
 
 
 class TorchBackend:
-    """A torch module, on a CPU or a GPU; its training mode is left as it was found."""
+    """A torch module, on a CPU or a GPU; its training mode is left as it was found.
+
+    `threads` on a CPU are those of the whole process, as torch has it; None leaves them as they are.
+    """
 
     name = "torch"
 
-    def __init__(self, network: torch.nn.Module, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, network: torch.nn.Module, device: torch.device | str = "cpu", threads: int | None = None
+    ) -> None:
         import torch
 
         self.network = network
         self.device = torch.device(device)
+        self.threads = threads or torch.get_num_threads()
+        if threads is not None:
+            torch.set_num_threads(threads)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy on the CPU, to be moved to the device where it is opened."""
+        network = self.network if self.device.type == "cpu" else copy.deepcopy(self.network).cpu()
+        return _reopen_torch, (network, str(self.device), self.threads)
 
     def __call__(self, windows: Array) -> Array:
         """Logits (B, K, *window) of windows (B, C, *window); of a network that gives a list, the first."""
@@ -72,8 +93,9 @@ class OnnxRuntimeBackend:
     def __init__(self, path: Path, threads: int | None = None) -> None:
         import onnxruntime
 
+        self.path, self.threads = path, threads or available_cores()
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or available_cores()
+        options.intra_op_num_threads = self.threads
         options.log_severity_level = 3
         self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
@@ -81,6 +103,10 @@ class OnnxRuntimeBackend:
         """Logits (B, K, *window) of windows (B, C, *window)."""
         result: Array = self._session.run(["logits"], {"image": windows})[0]
         return result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The file goes along."""
+        return _reopen_graph, (self.name, _files_of(self.path), self.threads)
 
 
 class OpenvinoBackend:
@@ -91,9 +117,10 @@ class OpenvinoBackend:
     def __init__(self, path: Path, threads: int | None = None, cache: Path | None = None) -> None:
         import openvino
 
+        self.path, self.threads = path, threads or available_cores()
         core = openvino.Core()
         settings: dict[str, Any] = {
-            "INFERENCE_NUM_THREADS": threads or available_cores(),
+            "INFERENCE_NUM_THREADS": self.threads,
             "INFERENCE_PRECISION_HINT": "f32",
             "PERFORMANCE_HINT": "LATENCY",
         }
@@ -109,14 +136,20 @@ class OpenvinoBackend:
         """Logits (B, K, *window) of windows (B, C, *window), one after the other."""
         return np.concatenate([self._network({"image": window[None]})["logits"] for window in windows])
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The file goes along."""
+        return _reopen_graph, (self.name, _files_of(self.path), self.threads)
+
 
 def installed_backends() -> tuple[str, ...]:
     """Backends for ONNX files that this Python has, the fastest first."""
     return tuple(name for name in _FASTEST_FIRST if importlib.util.find_spec(name) is not None)
 
 
-def open_graph(path: Path, name: str, cache: Path | None = None) -> Backend:
+def open_graph(path: Path, name: str, cache: Path | None = None, threads: int | None = None) -> Backend:
     """The backend `name` with the network of an ONNX file; auto is the fastest that is installed.
+
+    It computes with `threads`, by default with as many as there are cores.
 
     Raises:
         RequestError: that backend, or any, is not installed.
@@ -129,4 +162,24 @@ def open_graph(path: Path, name: str, cache: Path | None = None) -> Backend:
             expected=f"one of {', '.join(_FASTEST_FIRST)}",
             remedy="Install it: pip install 'segkit[onnx]' or 'segkit[openvino]'",
         )
-    return OpenvinoBackend(path, cache=cache) if chosen == "openvino" else OnnxRuntimeBackend(path)
+    return OpenvinoBackend(path, threads, cache) if chosen == "openvino" else OnnxRuntimeBackend(path, threads)
+
+
+def _reopen_torch(network: torch.nn.Module, device: str, threads: int) -> TorchBackend:
+    chosen = pick_device(device)
+    keep_freed_memory(chosen)
+    return TorchBackend(network.to(chosen), chosen, threads)
+
+
+def _reopen_graph(name: str, files: Mapping[str, bytes], threads: int) -> Backend:
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, file) for file in files]
+        for path, content in zip(paths, files.values(), strict=True):
+            path.write_bytes(content)
+        return open_graph(paths[0], name, threads=threads)
+
+
+def _files_of(graph: Path) -> dict[str, bytes]:
+    """An ONNX file and, after it, the one beside it with its weights, where they are apart."""
+    weights = graph.with_name(f"{graph.name}.data")
+    return {path.name: path.read_bytes() for path in (graph, weights) if path is graph or path.exists()}

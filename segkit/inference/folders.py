@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,9 @@ def infer_folder(
     """Segment every case of a cohort into `output`; gives back the manifest, which is also `output/manifest.json`.
 
     A case that fails is recorded with a sentence and the next one goes on. `on_record` is called after each case;
-    `memory_mb` is what the process may take, by default nearly all that is free: cases are done one after the other and
-    windows are made smaller where that does not suffice. `model` is the name of the model in the manifest, `part` that
-    of this run where several share a folder.
+    `memory_mb` is what a process may take, by default nearly all that is free: cases are done one after the other and
+    windows are made smaller where that does not suffice. On other machines they stay as they are unless it is given.
+    `model` is the name of the model in the manifest, `part` that of this run where several share a folder.
 
     Raises:
         RequestError: this model cannot paint the label scheme asked for, or the output folder cannot be written.
@@ -62,13 +63,14 @@ def infer_folder(
     for record in decided:
         on_record(record)
     executor = executor or LocalExecutor()
-    if isinstance(executor, LocalExecutor):
+    if isinstance(executor, LocalExecutor) or memory_mb is not None:
         tasks, has_room = fit_memory(predictor, tasks, memory_mb)
-        executor = executor if has_room else LocalExecutor(workers=0)
+        executor = executor if has_room or not isinstance(executor, LocalExecutor) else LocalExecutor(workers=0)
     is_plain = isinstance(executor, LocalExecutor) and executor.workers == 0
-    for record in executor.map(CaseWorker(predictor, uses_threads=not is_plain), tasks):
-        manifest.add(record)
-        on_record(record)
+    with closing(manifest):
+        for record in executor.map(CaseWorker(predictor, uses_threads=not is_plain), tasks):
+            manifest.add(record)
+            on_record(record)
     return manifest.to_json()
 
 

@@ -24,7 +24,7 @@ from segkit.data.geometry import reorientation_to
 from segkit.data.preprocessing import crop_box
 from segkit.data.volume import Grid
 from segkit.errors import DataError, is_memory_error
-from segkit.inference.predictor import Ensemble, Predictor
+from segkit.inference.predictor import Predictor, members_of
 from segkit.inference.worker import CaseTask
 from segkit.runtime import available_cores, available_memory_gb, cache_folder, current_rss_mb, peak_rss_mb
 
@@ -68,7 +68,7 @@ class Forecaster:
         """`kept`: the part of each axis that the crop leaves, see `kept_by_crop`; None is all of it."""
         self.predictor = predictor
         self.kept = tuple(kept or (1.0,) * predictor.card.dims)
-        members = predictor.members if isinstance(predictor, Ensemble) else (predictor,)
+        members = members_of(predictor)
         held = current_rss_mb()  # before a window is computed, for its memory is added
         self.costs = [window_cost(member) for member in members]
         self.members = members

@@ -1,11 +1,17 @@
-"""The manifest of an output folder: what became of every case, rewritten after each one so that nothing is lost."""
+"""The manifest of an output folder: what became of every case, on disk after each one so that nothing is lost.
+
+A manifest of many cases takes long to write. Beyond some hundreds it is written anew only when a twentieth of them has
+ended, so that what a case costs does not grow with their number; what came since is in a journal beside it, one line a
+case, which whoever goes on with the folder reads as well. At the end of a run there is no journal.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +20,8 @@ from segkit.data.files import written_atomically
 
 MANIFEST_NAME = "manifest.json"
 _LISTS = ("cases", "remaining", "replacing", "earlier")
+_AT_ONCE, _SHARE = 400, 20
+"""Cases up to which the manifest is written anew after each; beyond, when a `_SHARE`-th of them has ended."""
 STAGES = ("read", "preprocess", "predict", "decode", "write")
 
 _log = logging.getLogger(__name__)
@@ -55,6 +63,8 @@ class Manifest:
         self.identity = identity
         self.ids = list(ids)
         self.records: list[CaseRecord] = []
+        self._journal = _journal_of(self.path)
+        self._unwritten = 0
         self.replacing: set[str] = set()
         # Parts of a run keep manifests of their own, for they may run at the same time; they count as earlier runs.
         others = [_read(path) for path in sorted(folder.glob("manifest*.json")) if path != self.path]
@@ -80,9 +90,31 @@ class Manifest:
         return case_id in self._cut_short
 
     def add(self, *records: CaseRecord) -> None:
-        """Note what became of cases, on disk at once."""
+        """Note what became of cases, on disk at once.
+
+        Raises:
+            DataError: the folder cannot be written.
+        """
         self.records.extend(records)
-        self.write()
+        self._unwritten += len(records)
+        size = len(self.ids) + len(self._known)
+        if not self._unwritten or self._unwritten >= (size - _AT_ONCE) // _SHARE:
+            self.write()
+            return
+        try:
+            with self._journal.open("a", encoding="utf-8", errors="backslashreplace") as stream:
+                stream.writelines(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
+        except OSError:
+            self.write()  # it tells what is wrong with the folder
+
+    def close(self) -> None:
+        """Put what is in the journal into the file.
+
+        Raises:
+            DataError: the folder cannot be written.
+        """
+        if self._unwritten:
+            self.write()
 
     def to_json(self) -> dict[str, Any]:
         """The document as it stands now."""
@@ -104,7 +136,7 @@ class Manifest:
         }
 
     def write(self) -> None:
-        """Rewrite the file, atomically.
+        """Write all of it anew, atomically, and remove the journal.
 
         Raises:
             DataError: the folder cannot be written.
@@ -113,6 +145,9 @@ class Manifest:
             text = json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
             # File names that are not UTF-8 reach Python as lone surrogates; `\udce9` is JSON's own escape for them.
             temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        with suppress(OSError):  # what it holds is known twice then, which does no harm
+            self._journal.unlink()
+        self._unwritten = 0
 
 
 def _still_counts(entry: Mapping[str, Any], ended: Mapping[str, str]) -> bool:
@@ -122,13 +157,38 @@ def _still_counts(entry: Mapping[str, Any], ended: Mapping[str, str]) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """The manifest of a run with what its journal adds to it; an empty one where there is none."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {key: [] for key in _LISTS}
     except (OSError, ValueError):
         document = None
-    if isinstance(document, dict) and all(isinstance(document.get(key), list) for key in _LISTS):
-        return document
-    _log.warning("%s is not a manifest that can be read; it is written anew", path)
-    return {key: [] for key in _LISTS}
+    if not isinstance(document, dict) or not all(isinstance(document.get(key), list) for key in _LISTS):
+        _log.warning("%s is not a manifest that can be read; it is written anew", path)
+        return {key: [] for key in _LISTS}
+    remaining = set(document["remaining"])
+    added = {entry["case"]: entry for entry in _read_journal(_journal_of(path)) if entry["case"] in remaining}
+    return {
+        **document,
+        "cases": [*document["cases"], *added.values()],
+        "remaining": [case_id for case_id in document["remaining"] if case_id not in added],
+    }
+
+
+def _journal_of(manifest: Path) -> Path:
+    return manifest.with_suffix(".journal")
+
+
+def _read_journal(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError):
+        return
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            return  # the run was killed in the midst of this line
+        if isinstance(entry, dict) and "case" in entry:
+            yield entry

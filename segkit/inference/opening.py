@@ -33,11 +33,13 @@ _LAYOUT = 1
 _log = logging.getLogger(__name__)
 
 
-def open_backend(folder: Path, card: ModelCard, device: str, name: str, window: Sequence[int]) -> Backend:
+def open_backend(
+    folder: Path, card: ModelCard, device: str, name: str, window: Sequence[int], *, threads: int | None = None
+) -> Backend:
     """What computes the model of `folder` on windows of `window` voxels.
 
     The device is cpu, cuda, cuda:N, mps or auto. Backend auto is torch on a GPU, and on a CPU the fastest of what is
-    installed.
+    installed. On a CPU it computes with `threads`; None is as many as there are cores.
 
     Raises:
         CheckpointError: the model is missing or damaged.
@@ -46,11 +48,11 @@ def open_backend(folder: Path, card: ModelCard, device: str, name: str, window: 
     window = tuple(window)
     on_cpu = device == "cpu" or (device == "auto" and (not may_have_gpu() or pick_device().type == "cpu"))
     if card.export is not None:
-        return _open_export(folder, card, name, window)
+        return _open_export(folder, card, name, window, threads)
     if name == "torch" or not on_cpu:
-        return _open_torch(folder, card, device, name, window)
+        return _open_torch(folder, card, device, name, window, threads)
     if name == "auto" and not can_write_graphs():
-        return _open_torch(folder, card, device, name, window)
+        return _open_torch(folder, card, device, name, window, threads)
     if missing := _missing_exporters():
         raise RequestError(
             f"{' and '.join(missing)} not installed, which turn a network into an ONNX file",
@@ -58,10 +60,10 @@ def open_backend(folder: Path, card: ModelCard, device: str, name: str, window: 
         )
     cache = _cache_of(folder, card, window)
     if not (cache / GRAPH_NAME).is_file():
-        checked = _fill(cache, folder, card, name, window)
+        checked = _fill(cache, folder, card, name, window, threads)
         if checked is not None:
             return checked
-    return open_graph(cache / GRAPH_NAME, name, cache)
+    return open_graph(cache / GRAPH_NAME, name, cache, threads)
 
 
 def can_write_graphs() -> bool:
@@ -73,7 +75,7 @@ def _missing_exporters() -> list[str]:
     return [module for module in _EXPORTERS if importlib.util.find_spec(module) is None]
 
 
-def _open_export(folder: Path, card: ModelCard, name: str, window: tuple[int, ...]) -> Backend:
+def _open_export(folder: Path, card: ModelCard, name: str, window: tuple[int, ...], threads: int | None) -> Backend:
     if card.export is None or window != card.patch_size:
         raise RequestError(
             f"an export computes windows of {card.patch_size} voxels only, not {window}",
@@ -87,7 +89,7 @@ def _open_export(folder: Path, card: ModelCard, name: str, window: tuple[int, ..
     if name == "auto" and graph.seconds:
         installed = [backend for backend in graph.seconds if backend in installed_backends()]
         name = min(installed, key=graph.seconds.__getitem__, default=name)
-    return open_graph(folder / graph.file, name)
+    return open_graph(folder / graph.file, name, threads=threads)
 
 
 def _require_whole(folder: Path, graph: GraphCard) -> None:
@@ -98,7 +100,9 @@ def _require_whole(folder: Path, graph: GraphCard) -> None:
             raise CheckpointError(found, where=path, remedy="Copy the whole folder again, or export again")
 
 
-def _open_torch(folder: Path, card: ModelCard, device: str, name: str, window: tuple[int, ...]) -> Backend:
+def _open_torch(
+    folder: Path, card: ModelCard, device: str, name: str, window: tuple[int, ...], threads: int | None
+) -> Backend:
     from segkit.checkpoint.model import load_model
 
     chosen = pick_device(None if device == "auto" else device)
@@ -107,7 +111,7 @@ def _open_torch(folder: Path, card: ModelCard, device: str, name: str, window: t
     if chosen.type == "cpu":
         _require_room(card, window)
     keep_freed_memory(chosen)
-    return TorchBackend(load_model(folder, chosen), chosen)
+    return TorchBackend(load_model(folder, chosen), chosen, threads)
 
 
 def _require_room(card: ModelCard, window: tuple[int, ...]) -> None:
@@ -133,7 +137,9 @@ def _cache_of(folder: Path, card: ModelCard, window: tuple[int, ...]) -> Path:
     return cache_folder() / "graphs" / f"{card.sha256[:32]}-{size}-{_LAYOUT}"
 
 
-def _fill(cache: Path, folder: Path, card: ModelCard, name: str, window: tuple[int, ...]) -> Backend | None:
+def _fill(
+    cache: Path, folder: Path, card: ModelCard, name: str, window: tuple[int, ...], threads: int | None
+) -> Backend | None:
     """Write the network of a run folder into the cache; gives torch instead where that fails or differs from it."""
     from segkit.checkpoint.model import load_model
     from segkit.inference.graph import write_graph
@@ -141,7 +147,7 @@ def _fill(cache: Path, folder: Path, card: ModelCard, name: str, window: tuple[i
     _require_room(card, window)
     _log.info("preparing the network of %s for a faster runtime, once", folder)
     network = load_model(folder)
-    torch_backend = TorchBackend(network)
+    torch_backend = TorchBackend(network, threads=threads)
     temporary = cache.with_name(f".{cache.name}-{secrets.token_hex(4)}")
     try:
         temporary.mkdir(parents=True)

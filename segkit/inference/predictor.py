@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 
@@ -85,12 +85,14 @@ class Predictor:
         device: torch.device | str = "cpu",
         backend: str = "torch",
         *,
+        threads: int | None = None,
         uses_tta: bool = False,
         uses_postprocessing: bool = True,
     ) -> Predictor:
         """The predictor of a run folder or an export; of several, or of a cross-validation, their ensemble.
 
-        Without `uses_postprocessing`, masks stay as the network gives them, whatever rules training chose.
+        Without `uses_postprocessing`, masks stay as the network gives them, whatever rules training chose. On a CPU
+        the network is computed with `threads`; None is as many as there are cores.
 
         Raises:
             CheckpointError: a model is missing or damaged.
@@ -106,12 +108,16 @@ class Predictor:
         check_agreement(cards, folders)
         members = []
         for folder, card in zip(folders, cards, strict=True):
-            reopen = functools.partial(open_backend, folder, card, str(device), backend)
+            reopen = functools.partial(open_backend, folder, card, str(device), backend, threads=threads)
             window, opened = _opened(reopen, card, card.patch_size)
             member = Predictor(opened, card, uses_tta=uses_tta, uses_postprocessing=uses_postprocessing)
             member.window, member._reopen = window, None if card.export is not None else reopen
             members.append(member)
         return members[0] if len(members) == 1 else Ensemble(members)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the way to smaller windows: they are decided here, that masks are the same wherever they are made."""
+        return {**self.__dict__, "_reopen": None}
 
     @property
     def digests(self) -> list[str]:
@@ -277,6 +283,11 @@ class Ensemble(Predictor):
         if axis is None:
             axis = self.plan(prepared.image.shape[1:]).axis
         return merged([member.slabs(prepared, axis) for member in self.members], self.activation)
+
+
+def members_of(predictor: Predictor) -> tuple[Predictor, ...]:
+    """The predictors of single networks that a predictor consists of."""
+    return predictor.members if isinstance(predictor, Ensemble) else (predictor,)
 
 
 def _opened(

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
@@ -46,6 +46,11 @@ class CaseTask:
     """Where the mask also goes as a DICOM SEG, for images that are DICOM."""
     predicted: Mapping[str, float] = field(default_factory=dict)
     """What the case was expected to take, `peak_rss_mb` and `seconds`."""
+
+    def moved_to(self, folder: Path) -> CaseTask:
+        """The same with everything that is written in another folder, under the same names."""
+        dicom_target = None if self.dicom_target is None else folder / self.dicom_target.name
+        return replace(self, target=folder / self.target.name, dicom_target=dicom_target)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,9 @@ def inpaint_folder(
     executor = executor or LocalExecutor()
     is_plain = isinstance(executor, LocalExecutor) and executor.workers == 0
     worker = FillingWorker(filler, holes.segmenter, holes.margin_mm, manifest.identity, uses_threads=not is_plain)
-    for record in executor.map(worker, tasks):
-        note(record)
+    with closing(manifest):
+        for record in executor.map(worker, tasks):
+            note(record)
     return manifest.to_json()
 
 
