@@ -217,9 +217,13 @@ def variables_with(**changes: str) -> dict[str, str]:
     return {**os.environ, **changes}
 
 
-def refuse_usage_statistics() -> None:
-    """Keep Ray processes that this one starts from reporting to Ray's authors."""
+def set_ray_variables() -> None:
+    """What Ray, and the processes that it starts, take from the environment as they are loaded.
+
+    No reports to Ray's authors, and one try of 40 seconds for a cluster that does not answer, where Ray makes twenty.
+    """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")
 
 
 def environment() -> dict[str, str]:

@@ -227,7 +227,7 @@ def _why_lost(error: RayError) -> str:
     _log.debug("%s", text)
     if "No module named 'segkit'" in text:
         return "segkit is not installed there"
-    if "low on memory" in text or "OOM" in text:
+    if "running low on memory" in text:
         return "the worker was ended because the memory of the node was used up"
     if "node" in text and ("has died" in text or "was terminated" in text):
         return "the node is gone"

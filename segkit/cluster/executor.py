@@ -9,9 +9,10 @@ from __future__ import annotations
 import importlib.util
 import logging
 import pickle
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -20,7 +21,7 @@ from segkit.cluster.distribution import distribute
 from segkit.cluster.share import Share
 from segkit.errors import ClusterError, RequestError
 from segkit.inference.pipeline import Work
-from segkit.runtime import refuse_usage_statistics
+from segkit.runtime import set_ray_variables
 
 _R = TypeVar("_R")
 
@@ -76,6 +77,7 @@ class RayExecutor:
             return work.begin(task).failed(ClusterError(found, remedy=remedy))
 
         with ExitStack() as stack:
+            stack.enter_context(redirect_stdout(sys.stderr))  # where Ray tells of workers that died
             stack.enter_context(connected(self.address))
             from segkit.cluster.crew import RayCrew
 
@@ -93,7 +95,7 @@ def connected(address: str | None) -> Iterator[None]:
     Raises:
         RequestError: nothing answers there, or other versions of Python or Ray do.
     """
-    refuse_usage_statistics()
+    set_ray_variables()
     import ray
 
     if ray.is_initialized():
@@ -105,12 +107,13 @@ def connected(address: str | None) -> Iterator[None]:
             warnings.simplefilter("ignore")  # on what later versions of Ray will do
             ray.init(address, include_dashboard=False, log_to_driver=False, logging_level="error")
     except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:500]
+        needs_token = "AuthToken" in f"{error} {error.__cause__}"
+        start = "Start one with `ray start --head`, or pass --ray-address local"
         raise RequestError(
-            f"no connection to a Ray cluster: {reason}",
+            f"no connection to a Ray cluster: {' '.join(str(error).split())[:500]}",
             where=address,
             expected="ray://HOST:10001, HOST:6379, auto or local",
-            remedy="Start one with `ray start --head`, or pass --ray-address local",
+            remedy="It asks for Ray's token: set RAY_AUTH_MODE=token, with its token here" if needs_token else start,
         ) from error
     try:
         yield

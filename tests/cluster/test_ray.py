@@ -1,0 +1,125 @@
+"""Cases on a real Ray cluster of one node, two cores of it: the same masks, whatever becomes of a worker."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+import segkit.cli
+from segkit.cluster.executor import RayExecutor
+from segkit.cluster.share import Share
+from segkit.errors import RequestError
+from segkit.inference.cases import InferenceSettings, find_input, plan_cases
+from segkit.inference.folders import infer_folder, open_manifest
+from segkit.inference.predictor import Predictor
+from segkit.inference.worker import CaseTask, CaseWorker
+from segkit.runtime import set_ray_variables
+
+ONE_CORE = Share(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cluster() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # it would write a token into the home folder
+        patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        set_ray_variables()
+        ray = importlib.import_module("ray")
+        ray.init(
+            "local",
+            num_cpus=2,
+            object_store_memory=80 * 2**20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+        )
+        yield
+        ray.shutdown()
+
+
+def voxels_and_headers(folder: Path) -> dict[str, tuple[bytes, bytes]]:
+    images = {path.name: nib.load(path) for path in sorted(folder.rglob("[!.]*.nii.gz"))}
+    return {name: (np.asarray(one.dataobj).tobytes(), one.header.binaryblock) for name, one in images.items()}
+
+
+@pytest.mark.parametrize("results", ["auto", "store"])
+def test_the_same_masks_as_here(export: Path, data: Path, tmp_path: Path, results: Any) -> None:
+    predictor, cohort = Predictor.load(export, backend="onnxruntime", threads=1), find_input(data)
+    settings = InferenceSettings(saves_probabilities=True)
+    infer_folder(predictor, cohort, tmp_path / "local", settings)
+    told: list[str] = []
+    manifest = infer_folder(
+        predictor,
+        cohort,
+        tmp_path / "ray",
+        settings,
+        executor=RayExecutor(tmp_path / "ray", ONE_CORE, results=results),
+        on_record=lambda record: told.append(record.case),
+    )
+    expected = voxels_and_headers(tmp_path / "local")
+    assert len(expected) == 3 * (1 + 3)
+    assert voxels_and_headers(tmp_path / "ray") == expected
+    assert json.loads((tmp_path / "ray" / "manifest.json").read_text()) == json.loads(json.dumps(manifest))
+    by_case = {entry["case"]: entry for entry in manifest["cases"]}
+    assert sorted(told) == sorted(by_case) == [f"BraTS2021_0000{number}" for number in (1, 2, 3, 4)]
+    assert [by_case[case]["status"] for case in sorted(by_case)] == ["done", "done", "done", "failed"]
+    assert "BraTS2021_00004_t1ce.nii.gz" in by_case["BraTS2021_00004"]["error"]
+    left = [path.name for path in (tmp_path / "ray").iterdir() if path.name.startswith(".")]
+    assert left == []
+
+
+@dataclass(frozen=True)
+class DeadlyTask(CaseTask):
+    """Ends the process that receives it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (1,)
+
+
+def test_a_case_that_kills_its_workers_fails_and_the_others_are_done(
+    export: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    predictor, cohort = Predictor.load(export, backend="onnxruntime", threads=1), find_input(data)
+    manifest = open_manifest(predictor, cohort, tmp_path / "out")
+    tasks, _ = plan_cases(predictor, cohort, tmp_path / "out", InferenceSettings(), manifest)
+    deadly = DeadlyTask(**{field.name: getattr(tasks[1], field.name) for field in fields(CaseTask)})
+    executor = RayExecutor(tmp_path / "out", ONE_CORE)
+    records = {record.case[-1]: record for record in executor.map(CaseWorker(predictor), [tasks[0], deadly, tasks[2]])}
+    assert {case: record.status for case, record in records.items()} == {"1": "done", "2": "failed", "3": "done"}
+    error = records["2"].error
+    assert error is not None
+    assert error.startswith("begun 3 times without an answer (")
+    assert error.count("the worker process died") == 3
+    assert capfd.readouterr().out == ""
+
+
+def test_a_node_too_small_is_named(export: Path, data: Path, tmp_path: Path) -> None:
+    executor = RayExecutor(tmp_path / "out", Share(64))
+    with pytest.raises(RequestError, match=r"no node .* has room .* has 2 CPUs, 0 GPUs; expected 64 CPUs on one node"):
+        infer_folder(
+            Predictor.load(export, backend="onnxruntime"), find_input(data), tmp_path / "out", executor=executor
+        )
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["summary"]["remaining"] == 4
+
+
+def test_as_a_user_types_it(export: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["infer", "-m", export, "-i", data, "-o", tmp_path / "out", "-d", "cpu", "--json"]
+    options = ["--engine", "ray", "--threads", "1", "--workers", "1"]
+    with pytest.raises(SystemExit) as leave:
+        segkit.cli.main([*map(str, command), *options])
+    assert leave.value.code == 1  # for the case that is no image
+    captured = capfd.readouterr()
+    assert json.loads(captured.out)["summary"]["done"] == 3
+    assert "3 done, 0 skipped, 1 failed" in captured.err
+    with pytest.raises(SystemExit):
+        segkit.cli.main([*map(str, command), *options])
+    assert json.loads(capfd.readouterr().out)["summary"]["skipped"] == 3
