@@ -229,6 +229,6 @@ def _why_lost(error: RayError) -> str:
         return "segkit is not installed there"
     if "running low on memory" in text:
         return "the worker was ended because the memory of the node was used up"
-    if "node" in text and ("has died" in text or "was terminated" in text):
+    if "its node has died" in text:
         return "the node is gone"
     return "the worker process died" if isinstance(error, RayActorError) else text[-300:]

@@ -76,6 +76,45 @@ def test_a_failure_does_not_forget_the_mask_before_it(tmp_path: Path) -> None:
     assert again.to_json()["earlier"] == []
 
 
+def test_of_many_cases_the_last_are_in_a_journal_that_the_next_run_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("segkit.inference.manifest._AT_ONCE", 0)
+    ids = [f"{number:02d}\u2028{os.fsdecode(bytes([0xE9]))}" for number in range(60)]  # written anew with every third
+    killed = Manifest(tmp_path, ids, FACTS, "m1")
+    killed.add()
+    sizes = []
+    for case_id in ids[:8]:
+        killed.add(CaseRecord(case_id, "done", model="m1", label_scheme="s"))
+        sizes.append(len(json.loads((tmp_path / "manifest.json").read_text())["cases"]))
+    assert sizes == [0, 0, 3, 3, 3, 6, 6, 6]
+    journal = tmp_path / "manifest.journal"
+    assert journal.read_text().count("\n") == 2
+    journal.write_text(journal.read_text() + '{"case": "08')  # killed in the midst of a line
+    again = Manifest(tmp_path, ids, FACTS, "m1")
+    assert [again.was_made(case_id, "s", ()) for case_id in ids] == [True] * 8 + [False] * 52
+    assert [again.was_cut_short(case_id) for case_id in ids] == [False] * 8 + [True] * 52
+    again.add()
+    assert not journal.exists()
+    assert [entry["case"] for entry in again.to_json()["earlier"]] == ids[:8]
+    again.add(CaseRecord(ids[0], "skipped", model="m1"))
+    assert journal.exists()
+    again.close()
+    assert not journal.exists()
+    assert json.loads((tmp_path / "manifest.json").read_text()) == json.loads(json.dumps(again.to_json()))
+
+
+def test_the_journal_of_one_part_is_not_that_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("segkit.inference.manifest._AT_ONCE", 0)
+    ids = [str(number) for number in range(100)]
+    first, second = (Manifest(tmp_path, ids, FACTS, "m1", f"part_{number}_of_2") for number in (0, 1))
+    for manifest, case_id in ((first, "0"), (second, "1")):
+        manifest.add()
+        manifest.add(CaseRecord(case_id, "done", model="m1", label_scheme="s"))
+    whole = Manifest(tmp_path, ids, FACTS, "m1")
+    assert [case_id for case_id in ids if whole.was_made(case_id, "s", ())] == ["0", "1"]
+
+
 @pytest.mark.parametrize("text", ['{"cases": [', '{"cases": 3}', "[]"])
 def test_a_damaged_manifest_is_written_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
