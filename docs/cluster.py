@@ -54,7 +54,7 @@ def main() -> None:
 def kill_a_node(source: Path, out: Path) -> None:
     """Part 1."""
     cases = list_of_cases(source, out, KILLED_CASES)
-    infer(source, out / "local", cases, "--threads", "1").check()
+    infer(source, out / "expected", cases, "--threads", "1").check()
     variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     with two_nodes(variables) as (address, second):
         options = ("--threads", "1", "--engine", "ray", "--ray-address", address)
@@ -68,7 +68,7 @@ def kill_a_node(source: Path, out: Path) -> None:
         seconds = time.monotonic() - began
     manifests = list((out / "killed").glob("*manifest*"))
     records = json.loads((out / "killed/manifest.json").read_text())["cases"]
-    equal = sum(is_same_mask(path, out / "killed" / path.name) for path in (out / "local").glob("[!.]*.nii.gz"))
+    equal = sum(is_same_mask(path, out / "killed" / path.name) for path in (out / "expected").glob("[!.]*.nii.gz"))
     print(f"{killed} processes of one of two nodes killed after {done} masks; {seconds:.0f} s later: exit code {code},")
     print(f"{[record['status'] for record in records].count('done')} cases done, {equal} masks equal to the local")
     print(f"engine's, manifests: {', '.join(path.name for path in manifests)}\n")
@@ -135,9 +135,9 @@ def manifest_cost(count: int) -> tuple[float, float]:
 
 
 def driver_cost(in_flight: int, tasks: int = 2_000) -> float:
-    """Milliseconds of the driver's own CPU for a task while so many are under way, with actors that do nothing.
+    """Milliseconds of the driver's own CPU for a task while so many are under way, with an actor that does nothing.
 
-    Threads of a few actors stand for as many actors: what the driver waits for is the same.
+    Its threads stand for as many actors: the driver sends, waits and receives in the same way.
     """
     import ray
 

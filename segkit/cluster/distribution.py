@@ -79,7 +79,7 @@ def distribute(
     running: dict[Any, _Attempt[_T]] = {}
     while ahead is not None or again or running:
         for worker in crew.idle():
-            attempt = _for_worker(worker, again, crew.nodes())
+            attempt = _take(again, worker, crew)
             if attempt is None and ahead is not None:
                 attempt, ahead = ahead, next(fresh, None)
             if attempt is not None:
@@ -98,7 +98,9 @@ def distribute(
                 yield give_up(attempt.task, attempt.reasons)
 
 
-def _for_worker(worker: Worker, again: deque[_Attempt[_T]], nodes: set[str]) -> _Attempt[_T] | None:
+def _take(again: deque[_Attempt[_T]], worker: Worker, crew: Crew) -> _Attempt[_T] | None:
+    """The first of the tasks to be tried again that this worker may have."""
+    nodes = crew.nodes() if again else set()
     for attempt in again:
         if worker.node not in attempt.nodes or nodes <= attempt.nodes:
             again.remove(attempt)

@@ -102,6 +102,29 @@ def test_a_case_that_kills_its_workers_fails_and_the_others_are_done(
     assert capfd.readouterr().out == ""
 
 
+def test_an_image_that_is_gone_fails_its_case_and_names_the_node(export: Path, data: Path, tmp_path: Path) -> None:
+    predictor, cohort = Predictor.load(export, backend="onnxruntime", threads=1), find_input(data)
+    path = data / "BraTS2021_00002" / "BraTS2021_00002_t1ce.nii.gz"
+    path.unlink()
+    executor = RayExecutor(tmp_path / "out", ONE_CORE)
+    manifest = infer_folder(predictor, cohort, tmp_path / "out", executor=executor)
+    errors = {entry["case"][-1]: entry["error"] for entry in manifest["cases"]}
+    assert (errors["1"], errors["3"]) == (None, None)
+    assert "node" in errors["2"]
+    assert f"has no file {path}" in errors["2"]
+
+
+def test_a_node_with_other_versions_is_named(
+    export: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("segkit.cluster.actor.decisive_versions", lambda: {"numpy": "1.0"})
+    executor = RayExecutor(tmp_path / "out", ONE_CORE)
+    with pytest.raises(RequestError, match=r"no node .* can do this: .*, node \w+\) has numpy .* instead of 1\.0"):
+        infer_folder(
+            Predictor.load(export, backend="onnxruntime"), find_input(data), tmp_path / "out", executor=executor
+        )
+
+
 def test_a_node_too_small_is_named(export: Path, data: Path, tmp_path: Path) -> None:
     executor = RayExecutor(tmp_path / "out", Share(64))
     with pytest.raises(RequestError, match=r"no node .* has room .* has 2 CPUs, 0 GPUs; expected 64 CPUs on one node"):
