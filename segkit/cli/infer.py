@@ -139,7 +139,7 @@ def infer(
         label_scheme=label_scheme,
     )
     limits = Limits(workers, threads, None if memory is None else 1024 * parse_gigabytes(memory))
-    cluster = Cluster(ray_address, results) if engine == "ray" else None
+    cluster = _cluster_of(engine, ray_address, results)
     if cluster is not None:
         input, output = input.absolute(), output.absolute()
     elif limits.memory_mb is not None:
@@ -179,6 +179,16 @@ class Cluster(NamedTuple):
 
     address: str | None
     results: Literal["auto", "files", "store"]
+
+
+def _cluster_of(engine: str, address: str | None, results: Literal["auto", "files", "store"]) -> Cluster | None:
+    from segkit.errors import RequestError
+
+    if engine == "ray":
+        return Cluster(address, results)
+    if address is not None or results != "auto":
+        raise RequestError("--ray-address and --results are for a Ray cluster", remedy="Add --engine ray")
+    return None
 
 
 class Request(NamedTuple):

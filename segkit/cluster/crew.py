@@ -97,7 +97,7 @@ class RayCrew:
         if ready:
             ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
         outcomes = [outcome for reference in ready if (outcome := self._outcome(reference)) is not None]
-        if not ready or any(isinstance(outcome, Lost) for _, outcome in outcomes):
+        if time.monotonic() > self._look_again or any(isinstance(outcome, Lost) for _, outcome in outcomes):
             self._hire()
         if not self._has_begun and time.monotonic() > self._until:
             self._until = float("inf")
@@ -165,6 +165,7 @@ class RayCrew:
 
     def _hire(self) -> None:
         """Start actors wherever there is room, evenly; let go those that wait on nodes that are gone."""
+        self._look_again = time.monotonic() + _LOOK_SECONDS
         nodes = {node.id: node for node in nodes_with_room(self.share) if node.id not in self._refused}
         for worker in [one for one in self._workers if one.place.id not in nodes and one.is_open and one.task is None]:
             self._dismiss(worker)

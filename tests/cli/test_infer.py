@@ -277,3 +277,11 @@ def test_one_name_that_is_not_utf8_does_not_stop_the_others(run: Path, data: Pat
     assert call("-m", run, "-i", data, "-o", tmp_path / "out", "-d", "cpu", "--layout", "folder") == 1
     document = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
     assert (document["summary"]["done"], document["summary"]["failed"]) == (2, 1)
+
+
+def test_an_address_without_the_engine_is_refused(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("-m", run, "-i", data, "-o", tmp_path / "out", "--ray-address", "auto") == 2
+    assert "Add --engine ray" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
