@@ -65,6 +65,7 @@ class Manifest:
         self.records: list[CaseRecord] = []
         self._journal = _journal_of(self.path)
         self._unwritten = 0
+        self._has_file = False
         self.replacing: set[str] = set()
         # Parts of a run keep manifests of their own, for they may run at the same time; they count as earlier runs.
         others = [_read(path) for path in sorted(folder.glob("manifest*.json")) if path != self.path]
@@ -98,7 +99,7 @@ class Manifest:
         self.records.extend(records)
         self._unwritten += len(records)
         size = len(self.ids) + len(self._known)
-        if not self._unwritten or self._unwritten >= (size - _AT_ONCE) // _SHARE:
+        if not self._has_file or self._unwritten >= (size - _AT_ONCE) // _SHARE:
             self.write()
             return
         try:
@@ -148,6 +149,7 @@ class Manifest:
         with suppress(OSError):  # what it holds is known twice then, which does no harm
             self._journal.unlink()
         self._unwritten = 0
+        self._has_file = True
 
 
 def _still_counts(entry: Mapping[str, Any], ended: Mapping[str, str]) -> bool:
