@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from segkit.checkpoint.model import load_model as load_model
     from segkit.checkpoint.model import save_model as save_model
     from segkit.checkpoint.run_folder import CARD_NAME as CARD_NAME
+    from segkit.checkpoint.run_folder import DAMAGED_NAME as DAMAGED_NAME
     from segkit.checkpoint.run_folder import LAST_NAME as LAST_NAME
     from segkit.checkpoint.run_folder import PREVIOUS_NAME as PREVIOUS_NAME
     from segkit.checkpoint.run_folder import WEIGHTS_NAME as WEIGHTS_NAME
@@ -45,7 +46,7 @@ _PUBLIC = {
     "model": ("build_network", "load_model", "save_model"),
     "digest": ("file_sha256",),
     "run_folder": (
-        *("CARD_NAME", "LAST_NAME", "PREVIOUS_NAME", "WEIGHTS_NAME"),
+        *("CARD_NAME", "DAMAGED_NAME", "LAST_NAME", "PREVIOUS_NAME", "WEIGHTS_NAME"),
         *("load_card", "model_folders"),
     ),
     "source": ("WeightSource", "read_source"),

@@ -16,6 +16,7 @@ CARD_NAME = "model.json"
 WEIGHTS_NAME = "model.safetensors"
 LAST_NAME = "last.ckpt"
 PREVIOUS_NAME = "previous.ckpt"
+DAMAGED_NAME = "damaged.ckpt"
 
 RUN_FOLDER = "a run folder of `segkit train`"
 

@@ -1,21 +1,23 @@
 """The exact state of a training: `last.ckpt` and the one before it, whole or refused.
 
-Written to a temporary file first and moved into place, so a killed process leaves the old file or the new one, never
-half of one.
+Written to a temporary file first, brought to the disk and moved into place, so a killed process or a power cut leaves
+the old file or the new one, never half of one. Every tensor has a checksum, which is verified before it is used.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from segkit.checkpoint.run_folder import LAST_NAME, PREVIOUS_NAME
+from segkit.checkpoint.run_folder import DAMAGED_NAME, LAST_NAME, PREVIOUS_NAME
 from segkit.checkpoint.tensors import read_torch
 from segkit.data.files import written_atomically
 from segkit.errors import CheckpointError
@@ -36,10 +38,13 @@ def save_state(folder: Path, state: Mapping[str, Any]) -> None:
         torch.save(dict(state), partial)
         if last.exists():
             last.replace(folder / PREVIOUS_NAME)
+    _sync_folder(folder)
 
 
 def load_state(folder: Path) -> dict[str, Any]:
     """The resume state, tensors on the CPU: `last.ckpt`, or `previous.ckpt` where the last one is damaged.
+
+    A damaged one is put aside as `damaged.ckpt`: it must not take the place of the whole one when the next is written.
 
     Raises:
         CheckpointError: neither is there and whole.
@@ -56,9 +61,21 @@ def load_state(folder: Path) -> dict[str, Any]:
             continue
         if reasons:
             _log.warning("%s: %s; going on from %s", folder, reasons[0], name)
+            with suppress(OSError):
+                (folder / LAST_NAME).replace(folder / DAMAGED_NAME)
         return state
     found = f"no resume state can be used: {'; '.join(reasons)}"
     raise CheckpointError(found, where=folder, remedy="Start the training afresh")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring the new names to the disk too; where a folder cannot be opened (Windows), the system sees to it."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 _PLAIN = (str, int, float, bool, type(None))

@@ -98,7 +98,9 @@ class LoopConfig(Config):
     budget_minutes: float | None = Field(default=None, gt=0)
     """Wall time of the whole command; the schedule fits itself to it."""
     steps_per_epoch: int = Field(default=250, ge=1)
-    """Steps between journal entries and checkpoints."""
+    """Steps of an epoch, which ends with a checkpoint."""
+    checkpoint_minutes: float = Field(default=10.0, gt=0)
+    """Longest time between two checkpoints within an epoch."""
     validate_every: int = Field(default=1, ge=1)
     """Epochs between validations; under a budget validation takes a tenth of the time at most."""
     accumulate: int = Field(default=1, ge=1)

@@ -13,11 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from segkit.checkpoint import CARD_NAME, LAST_NAME, PREVIOUS_NAME, WEIGHTS_NAME
+from segkit.checkpoint import CARD_NAME, DAMAGED_NAME, LAST_NAME, PREVIOUS_NAME, WEIGHTS_NAME
 from segkit.config.base import Config
 from segkit.config.loading import annotated_yaml, build_config, read_yaml
+from segkit.data.files import remove_leftovers
 from segkit.errors import RequestError
 from segkit.training.config import TrainConfig
+from segkit.training.journal import METRICS_NAME
 
 _log = logging.getLogger(__name__)
 
@@ -25,8 +27,8 @@ CONFIG_NAME = "config.yaml"
 SCORES_NAME = "validation.json"
 _PLAN_NAME, _SPLIT_NAME, _ORIGIN_NAME = "plan.json", "split.json", "weights.json"
 _OF_ONE_RUN = (
-    *(LAST_NAME, PREVIOUS_NAME, CARD_NAME, WEIGHTS_NAME),
-    *("metrics.jsonl", SCORES_NAME, _PLAN_NAME, _ORIGIN_NAME),
+    *(LAST_NAME, PREVIOUS_NAME, DAMAGED_NAME, CARD_NAME, WEIGHTS_NAME),
+    *(METRICS_NAME, SCORES_NAME, _PLAN_NAME, _ORIGIN_NAME),
 )
 
 
@@ -38,15 +40,19 @@ def require_usable(run: Path, *, is_resumed: bool, may_overwrite: bool) -> None:
     """
     if run.exists() and not run.is_dir():
         raise RequestError("is a file", where=run, expected="a folder, or a name that is free")
-    has_state = (run / LAST_NAME).exists()
-    if is_resumed and not has_state:
+    if is_resumed and not has_state(run):
         raise RequestError("there is nothing to resume", where=run, remedy="Start it without --resume")
-    if has_state and not is_resumed and not may_overwrite:
+    if has_state(run) and not is_resumed and not may_overwrite:
         raise RequestError(
             "holds a run already",
             where=run,
             remedy="Go on with --resume, start again with --overwrite, or name another folder",
         )
+
+
+def has_state(run: Path) -> bool:
+    """Whether a training began in the folder, so that it can be resumed."""
+    return (run / LAST_NAME).exists() or (run / PREVIOUS_NAME).exists()
 
 
 def open_folder(run: Path, *, is_resumed: bool) -> None:
@@ -57,6 +63,7 @@ def open_folder(run: Path, *, is_resumed: bool) -> None:
     """
     try:
         (run / "figures").mkdir(parents=True, exist_ok=True)
+        remove_leftovers(run)
         for name in () if is_resumed else _OF_ONE_RUN:
             (run / name).unlink(missing_ok=True)
     except OSError as error:

@@ -1,44 +1,121 @@
-"""What a run writes as it goes: `metrics.jsonl`, curves, and progress on a terminal or in a log."""
+"""What a run writes as it goes: `metrics.jsonl`, the points of its curves, and progress on a terminal or in a log."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
+
+from segkit.data.files import written_atomically
 
 _log = logging.getLogger("segkit.training")
 
+METRICS_NAME = "metrics.jsonl"
+_FLUSH_S = 3.0
+"""Rows are on their way to the disk for so long at most, for those who watch the file."""
+_MOST_POINTS = 1000
+"""Points of a curve: as many as a picture can show."""
+
 
 class Journal:
-    """Rows of `metrics.jsonl`, one JSON object a line, each epoch once even after a resume."""
+    """Rows of `metrics.jsonl`, one JSON object a line, each step once even after a resume.
 
-    def __init__(self, run: Path) -> None:
-        self.path = run / "metrics.jsonl"
-        self.rows: list[dict[str, Any]] = []
+    `curves` has what there is to draw. Closed, it has written everything.
+    """
 
-    def restart_at(self, step: int) -> None:
-        """Keep the rows up to `step`; what a cut-off run wrote beyond its last checkpoint is done again."""
-        if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            rows = (_row(line) for line in lines)
-            self.rows = [row for row in rows if row is not None and row["step"] <= step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+    def __init__(self, run: Path, step: int) -> None:
+        """Keep the rows up to `step`; what a cut-off run wrote beyond its state is done again.
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Append one row; it holds `step` and numbers."""
-        self.rows.append(row)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        Raises:
+            DataError: the file cannot be written.
+        """
+        self.path = run / METRICS_NAME
+        self.curves = Curves()
+        rows = [row for row in read_rows(self.path) if row["step"] <= step]
+        with written_atomically(self.path) as partial:
+            partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        for row in rows:
+            self.curves.add(row)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._flushed_s = time.monotonic()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append the row of a step; it holds `step` and numbers."""
+        self.curves.add(row)
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        if time.monotonic() - self._flushed_s > _FLUSH_S:
+            self._flush()
+
+    def keep(self) -> None:
+        """Bring every row to the disk, so that none is missing below a state that is written next."""
+        self._flush()
+        os.fsync(self._file.fileno())
+
+    def _flush(self) -> None:
+        self._file.flush()
+        self._flushed_s = time.monotonic()
 
 
-def _row(line: str) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return None  # a line cut off by a kill
-    return row if isinstance(row, dict) and "step" in row else None
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`, without a line that a kill cut off; none where there is no file."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(row, dict) and "step" in row:
+                yield row
+
+
+class Curves:
+    """What there is to draw of a run, however long it is: means of the loss over equal numbers of steps, and scores."""
+
+    def __init__(self) -> None:
+        self._width = 1
+        self._means: list[dict[str, Any]] = []
+        self._open: list[Mapping[str, Any]] = []
+        self._scores: list[Mapping[str, Any]] = []
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Take in the row of one step."""
+        if "score" in row:
+            self._scores.append({name: value for name, value in row.items() if name not in ("loss", "lr")})
+        if "loss" not in row:
+            return
+        self._open.append(row)
+        if len(self._open) == self._width:
+            self._means.append(_mean(self._open))
+            self._open = []
+        if len(self._means) == 2 * _MOST_POINTS:
+            self._means = [_mean(self._means[place : place + 2]) for place in range(0, len(self._means), 2)]
+            self._width *= 2
+
+    def rows(self) -> list[Mapping[str, Any]]:
+        """Rows as `curves_figure` takes them, by step."""
+        points = [*self._means, *([_mean(self._open)] if self._open else []), *self._scores]
+        return sorted(points, key=lambda row: row["step"])
+
+
+def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several steps as one: their mean loss, at the step and the rate of the last of them."""
+    last = {name: rows[-1][name] for name in ("step", "lr") if name in rows[-1]}
+    return {**last, "loss": sum(row["loss"] for row in rows) / len(rows)}
 
 
 class ProgressLines:

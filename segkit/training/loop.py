@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ import torch
 from torch import nn
 
 from segkit.checkpoint import load_state, save_state
-from segkit.errors import TrainingError
-from segkit.report.figures import curves_figure
-from segkit.runtime import pick_precision
+from segkit.errors import CheckpointError, RequestError, TrainingError
+from segkit.runtime import pick_precision, random_states, set_random_states
+from segkit.training.batches import lost_workers_named
 from segkit.training.config import LoopConfig, OptimiserConfig
+from segkit.training.interruption import Interruption, listening
 from segkit.training.journal import Journal, ProgressLines
+from segkit.training.live import LiveView
 from segkit.training.optim import MovingAverage, build_optimiser, rate_at, restore_optimiser, set_rate
 from segkit.training.task import Batch, Task
 
@@ -36,16 +38,22 @@ _LARGEST_RESERVE = 0.3
 _FINISHING_S = 5.0
 """Time kept for the last checkpoint and the pictures."""
 _ALMOST_DONE = 0.999
+_FORMAT = 2
+"""Of the state; 1 had epochs instead of steps in its journal."""
 
 
 @dataclass
 class State:
-    """What a resumed run needs besides the tensors of model, average and optimiser."""
+    """What a resumed run needs besides the tensors of model, average and optimiser, and the random numbers.
+
+    `row` is the journal's row of the last step, where the validation that belongs to it is still to come.
+    """
 
     step: int = 0
-    epoch: int = 0
     best: float = -math.inf
     elapsed_s: float = 0.0
+    validation_s: float = 0.0
+    row: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -102,56 +110,108 @@ def fit(
 
     A resumed run has spent the time of its earlier sessions. `final_validations`: see `Clock`. `tell` is called after
     each step with the progress (0 to 1) and what there is to say; without it, log lines do.
-    Writes metrics.jsonl, figures/curves.png, last.ckpt each epoch, and the best weights through `task.save`.
+    Writes metrics.jsonl, figures/curves.png, the best weights through `task.save`, and the state: at the end of each
+    epoch, every `checkpoint_minutes`, and when a signal asks for it (see `interruption`). A resumed run equals one
+    that was never cut off, bit for bit on a CPU and without a deadline.
 
     Raises:
-        TrainingError: the loss is not finite any more.
-        CheckpointError: `resume` found no usable state.
-        RequestError: `optimisation` gives the encoder a rate that the task, or the resumed run, has no place for.
+        InterruptedTrainingError: a signal asked the training to end; its state is kept.
+        TrainingError: the loss is not finite any more, or a process that prepared batches was killed.
+        CheckpointError: `resume` found no state that can be used.
+        RequestError: the state does not fit the network or the optimiser of the settings.
     """
-    trainer = _Trainer.build(task, training, optimisation, device)
-    journal, state = Journal(run), State()
+    trainer, state = _Trainer.build(task, training, optimisation, device), State()
     if resume:
         state = trainer.restore(load_state(run))
         _log.info("resumed at step %d", state.step)
-    journal.restart_at(state.step)
     batches = task.batches(state.step * training.accumulate)
     began = time.monotonic() - state.elapsed_s
     deadline_s = None if deadline_s is None else deadline_s - state.elapsed_s
-    clock, tell = Clock(training.steps, deadline_s, began, final_validations), tell or ProgressLines().tell
+    clock = Clock(training.steps, deadline_s, began, final_validations, state.validation_s)
+    tell = tell or ProgressLines().tell
 
-    is_validated = True
-    while (done := clock.progress(state.step)) < 1 or not is_validated:
-        losses: list[float] = []
-        row: dict[str, Any] = {}
-        while done < 1 and len(losses) < training.steps_per_epoch:
-            row["lr"] = rate_at(done, optimisation)
-            losses.append(trainer.step(batches, row["lr"]))
-            state.step += 1
-            done = clock.progress(state.step)
-            tell(min(done, 1.0), f"step {state.step}  loss {losses[-1]:.3f}")
-        state.epoch += 1
-        row |= {"step": state.step, "epoch": state.epoch} | ({"loss": sum(losses) / len(losses)} if losses else {})
-        is_validated = done >= 1 or (state.epoch % training.validate_every == 0 and clock.may_validate())
-        if is_validated:
-            row |= _validate(trainer, run, state, clock)
-        state.elapsed_s = time.monotonic() - began
-        journal.write({**row, "seconds": round(state.elapsed_s, 1)})
-        save_state(run, trainer.snapshot(state))
-        curves_figure(run / "figures" / "curves.png", journal.rows)
+    with listening() as asked, lost_workers_named(), _Writer.open(run, state, training) as writer:
+        done = clock.progress(state.step)
+        while done < 1 or state.row:
+            if not state.row:
+                rate = rate_at(done, optimisation)
+                loss = trainer.step(batches, rate)
+                state.step += 1
+                state.row = {"step": state.step, "lr": rate, "loss": loss}
+                done = clock.progress(state.step)
+                tell(min(done, 1.0), f"step {state.step}  loss {loss:.3f}")
+            epoch, steps_of_next = divmod(state.step, training.steps_per_epoch)
+            ends_epoch = steps_of_next == 0 or done >= 1
+            is_due = done >= 1 or (ends_epoch and epoch % training.validate_every == 0 and clock.may_validate())
+            if ends_epoch:
+                state.row["epoch"] = epoch + (steps_of_next > 0)
+            if is_due and _validate(trainer, run, state, clock, asked):
+                is_due, done = False, clock.progress(state.step)
+            state.elapsed_s = time.monotonic() - began
+            if not is_due:
+                writer.enter(state)
+            if ends_epoch or asked.is_wanted or writer.is_late():
+                writer.keep(trainer.snapshot(state))
+                asked.state_is_kept(run, state.step)
+                writer.draw()
+        writer.draw(is_last=True)
+        asked.state_is_kept(run, state.step)
     return state
 
 
-def _validate(trainer: _Trainer, run: Path, state: State, clock: Clock) -> dict[str, Any]:
+def _validate(trainer: _Trainer, run: Path, state: State, clock: Clock, asked: Interruption) -> bool:
+    """Score the weights, keep the best, and enter the score in the row; False where a stop was asked for before."""
     began = time.monotonic()
-    weights = trainer.weights()
-    score = trainer.task.validate(weights)
+    weights, randoms = trainer.weights(), random_states(trainer.device)
+    score = asked.unless_stopped(lambda: trainer.task.validate(weights))
+    if score is None:
+        set_random_states(randoms, trainer.device)
+        return False
     if score.value >= state.best:  # of equals the later one, which has seen more
         state.best = score.value
         trainer.task.save(run, weights, {"step": state.step, "score": score.value})
     clock.note_validation(began)
+    state.validation_s = clock.validation_s
+    state.row |= {"score": score.value, **score.details}
     _log.info("step %d  validation %.4f  best %.4f", state.step, score.value, state.best)
-    return {"score": score.value, **score.details}
+    return True
+
+
+@dataclass
+class _Writer:
+    """What goes to the run folder as a run goes on: its rows, its state, its pictures."""
+
+    run: Path
+    journal: Journal
+    view: LiveView
+    interval_s: float
+    kept_s: float = field(default_factory=lambda: time.monotonic())
+
+    @classmethod
+    @contextmanager
+    def open(cls, run: Path, state: State, training: LoopConfig) -> Iterator[_Writer]:
+        """Go on below the row of the last step of `state`; that row is still to come where its validation is."""
+        with Journal(run, state.step - bool(state.row)) as journal:
+            yield cls(run, journal, LiveView(run), 60 * training.checkpoint_minutes)
+
+    def enter(self, state: State) -> None:
+        """Write the row of the last step, to which nothing more will be added."""
+        self.journal.write({**state.row, "seconds": round(state.elapsed_s, 2)})
+        state.row = {}
+
+    def is_late(self) -> bool:
+        """Whether the state on disk is as old as it may become."""
+        return time.monotonic() - self.kept_s >= self.interval_s
+
+    def keep(self, snapshot: Mapping[str, Any]) -> None:
+        """Bring rows and state to the disk, in this order: no row is ever missing below a state."""
+        self.journal.keep()
+        save_state(self.run, snapshot)
+        self.kept_s = time.monotonic()
+
+    def draw(self, *, is_last: bool = False) -> None:
+        """Show how far the run is, if there is time for it."""
+        self.view.refresh(self.journal.curves, is_last=is_last)
 
 
 @dataclass
@@ -216,23 +276,37 @@ class _Trainer:
     def snapshot(self, state: State) -> dict[str, Any]:
         """Everything that an exact resume needs."""
         return {
+            "format": _FORMAT,
             "progress": vars(state).copy(),
             "model": self.task.model.state_dict(),
             "average": self.average.state_dict() if self.average else None,
             "optimiser": self.optimiser.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "random": random_states(self.device),
         }
 
     def restore(self, snapshot: Mapping[str, Any]) -> State:
-        """Take over a snapshot."""
-        self.task.model.load_state_dict(snapshot["model"])
+        """Take over a snapshot.
+
+        Raises:
+            CheckpointError: another version of segkit wrote it.
+            RequestError: it is of another network, or of an optimiser that moved other weights.
+        """
+        if snapshot.get("format") != _FORMAT:
+            raise CheckpointError(
+                "the state of the run was written by another version of segkit",
+                remedy="Go on with that version, or begin a new run with --weights and this run folder",
+            )
+        try:
+            self.task.model.load_state_dict(snapshot["model"])
+        except RuntimeError as error:
+            raise RequestError(
+                f"the state of the run is of another network ({str(error).splitlines()[-1].strip()})",
+                remedy="Resume with the network that the run began with",
+            ) from error
         if self.average and snapshot["average"] is not None:
             self.average.load_state_dict(snapshot["average"])
         restore_optimiser(self.optimiser, snapshot["optimiser"])
         self.scaler.load_state_dict(snapshot["scaler"])
-        torch.set_rng_state(snapshot["random"].cpu())
-        if self.device.type == "cuda" and snapshot["random_cuda"]:
-            torch.cuda.set_rng_state_all([state.cpu() for state in snapshot["random_cuda"]])
+        set_random_states(snapshot["random"], self.device)
         return State(**snapshot["progress"])

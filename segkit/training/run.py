@@ -19,7 +19,6 @@ from typing import Any
 from torch import nn
 
 from segkit.checkpoint import (
-    LAST_NAME,
     ModelCard,
     NetworkCard,
     OutputCard,
@@ -53,6 +52,7 @@ from segkit.runtime import (
 from segkit.training.batches import ENDLESS
 from segkit.training.folder import (
     SCORES_NAME,
+    has_state,
     open_folder,
     read_config,
     require_usable,
@@ -158,7 +158,7 @@ def _fold_request(request: RunRequest, fold: int, folds_left: int) -> RunRequest
     """One fold of a cross-validation: begun before, it goes on with its own settings; else with an equal share."""
     run = request.run / f"fold_{fold}"
     now = time.monotonic()
-    if request.is_resumed and (run / LAST_NAME).exists():
+    if request.is_resumed and has_state(run):
         return replace(request, run=run, config=read_config(run), started_s=now)
     config = with_values(request.config, "data", fold=fold)
     if config.training.budget_minutes is not None:

@@ -41,10 +41,14 @@ class Task(Protocol):
 
 @contextmanager
 def borrowed(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model with other weights for a while."""
+    """The model with other weights for a while; it has its own again whenever a signal may cut that short."""
     own = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    model.load_state_dict(weights)
     try:
+        model.load_state_dict(weights)
         yield
     finally:
-        model.load_state_dict(own)
+        try:
+            model.load_state_dict(own)
+        except KeyboardInterrupt:  # half of its own weights would be kept as the state of the training
+            model.load_state_dict(own)
+            raise

@@ -44,7 +44,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("segkit.training.loop.curves_figure", lambda path, rows: None)
+    monkeypatch.setattr("segkit.training.live.curves_figure", lambda path, rows: None)
 
 
 class Discs(SegmentationTask):

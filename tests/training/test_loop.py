@@ -61,9 +61,11 @@ def test_learns_and_keeps_the_best(tmp_path: Path) -> None:
     scores = [saved["score"] for saved in task.saved]
     assert scores == sorted(scores)
     rows = _rows(tmp_path)
-    assert [row["step"] for row in rows] == list(range(5, 61, 5))
+    assert [row["step"] for row in rows] == list(range(1, 61))
+    assert [row["step"] for row in rows if "score" in row] == list(range(5, 61, 5))
+    assert [row["epoch"] for row in rows if "epoch" in row] == list(range(1, 13))
     assert rows[0]["loss"] > rows[-1]["loss"]
-    assert rows[-1]["lr"] < 0.001 < rows[3]["lr"] <= 0.1
+    assert rows[-1]["lr"] < 0.001 < rows[19]["lr"] <= 0.1
     assert (tmp_path / "figures" / "curves.png").stat().st_size > 1000
 
 
@@ -90,9 +92,12 @@ def test_resumed_run_equals_one_that_was_never_cut(tmp_path: Path) -> None:
     torch.manual_seed(99)  # another process has other random numbers
     _fit(LineTask(), cut, 30, resume=True)
     assert all(torch.equal(expected[name], value) for name, value in _weights(cut).items())
-    assert [row["step"] for row in _rows(cut)] == [5, 10, 15, 20, 25, 30]
-    losses = [[row["loss"] for row in _rows(run)] for run in (whole, cut)]
-    assert losses[0] == losses[1]
+    assert _timeless(cut) == _timeless(whole)
+
+
+def _timeless(run: Path) -> list[dict[str, Any]]:
+    """The journal without what differs from run to run."""
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in _rows(run)]
 
 
 def _weights(run: Path) -> dict[str, Tensor]:
@@ -162,13 +167,13 @@ def test_a_resumed_budget_goes_on_where_it_was(tmp_path: Path, monkeypatch: pyte
 
     with pytest.raises(CutError):
         _fit(CutTask(), tmp_path, 10**9, deadline_s=60.0, training=LONG_EPOCHS)
-    before = _rows(tmp_path)
     clock.now = 1000.0
     _fit(LineTask(), tmp_path, 10**9, deadline_s=1060.0, resume=True, training=LONG_EPOCHS)
     assert 1020 < clock.now < 1045
-    after = _rows(tmp_path)[len(before) :]
-    rates = [row["lr"] for row in (*before[2:], *after) if "lr" in row]
-    assert rates == sorted(rates, reverse=True)
+    rates = [row["lr"] for row in _rows(tmp_path)]
+    falling = rates[rates.index(max(rates)) :]
+    assert len(falling) > 0.9 * len(rates)
+    assert falling == sorted(falling, reverse=True)
 
 
 def test_the_last_weights_are_validated_whatever_the_interval(tmp_path: Path) -> None:
@@ -199,4 +204,4 @@ def test_progress_by_steps_and_by_time() -> None:
 def test_a_loss_that_is_not_finite_stops_the_run_with_advice(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"loss became nan\. Lower optimiser\.lr"):
         _fit(LineTask(poison_at=7), tmp_path, 20)
-    assert [row["step"] for row in _rows(tmp_path)] == [5]
+    assert [row["step"] for row in _rows(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]

@@ -127,7 +127,7 @@ def test_resume_goes_on_to_more_steps(finished: Path, phantoms: Path) -> None:
     assert summary.steps == 6
     assert (finished / "config.yaml").read_text().count("# chosen: ") >= 5
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [2, 4, 6]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
 
 
 def test_resuming_with_another_fold_is_refused(finished: Path, phantoms: Path) -> None:
