@@ -83,7 +83,7 @@ def random_states(device: torch.device) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    of_numpy: dict[str, Any] = np.random.get_state(legacy=False)  # type: ignore[assignment]  # noqa: NPY002
+    of_numpy: dict[str, Any] = np.random.get_state(legacy=False)  # noqa: NPY002
     key = torch.from_numpy(of_numpy["state"]["key"].astype(np.int64))
     return {
         "python": random.getstate(),

@@ -38,7 +38,7 @@ VERBS: dict[str, str] = {
 
 _TRACE_OPTIONS = frozenset({"-v", "--verbose"})
 _INTERRUPTED = 130
-"""Exit code that Typer gives when a verb is stopped with Ctrl-C."""
+"""Exit code of a verb that was stopped, with Ctrl-C or by a signal that it heeds."""
 
 
 def build_app() -> typer.Typer:
@@ -74,7 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
     except SegkitError as error:
         if wants_trace:
             traceback.print_exc()
-        typer.echo(f"Error: {error}", err=True)
+        prefix = "" if error.exit_code == _INTERRUPTED else "Error: "
+        typer.echo(f"{prefix}{error}", err=True)
         raise SystemExit(error.exit_code) from None
     except SystemExit as leave:
         if leave.code == _INTERRUPTED:

@@ -31,7 +31,15 @@ from segkit.cli.options import (
     set_verbosity,
 )
 from segkit.cli.progress import progress_bar, resumed_layers
-from segkit.cli.train import BudgetOption, ConfigOption, ExcludeOption, ResumeOption, RunOption, StartAgainOption
+from segkit.cli.train import (
+    BudgetOption,
+    ChangesOption,
+    ConfigOption,
+    ExcludeOption,
+    ResumeOption,
+    RunOption,
+    StartAgainOption,
+)
 from segkit.errors import RequestError
 
 if TYPE_CHECKING:
@@ -71,6 +79,7 @@ def pretrain(
     layout: LayoutOption = None,
     modality: ModalitiesOption = None,
     resume: ResumeOption = False,
+    allow_changes: ChangesOption = False,
     overwrite: StartAgainOption = False,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -121,6 +130,7 @@ def pretrain(
         started_s=started_s,
         is_resumed=resume,
         may_overwrite=overwrite,
+        may_change=allow_changes,
         tell=None if bar is None else bar.tell,
     )
     with bar or nullcontext():

@@ -49,6 +49,9 @@ ExcludeOption = Annotated[
     Path | None, typer.Option("--exclude", help="Text file of case ids to keep out of the run altogether.")
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on where the run folder stopped.")]
+ChangesOption = Annotated[
+    bool, typer.Option("--allow-changes", help="Let --resume go on with other settings than before; they are recorded.")
+]
 StartAgainOption = Annotated[bool, typer.Option("--overwrite", help="Start again in a used run folder.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Plan, print the settings, train nothing.")]
 
@@ -72,6 +75,7 @@ def train(
     label_scheme: SchemeOption = None,
     modality: ModalitiesOption = None,
     resume: ResumeOption = False,
+    allow_changes: ChangesOption = False,
     overwrite: StartAgainOption = False,
     dry_run: DryRunOption = False,
     device: DeviceOption = None,
@@ -115,6 +119,7 @@ def train(
         started_s=started_s,
         is_resumed=resume,
         may_overwrite=overwrite,
+        may_change=allow_changes,
         tell=None if bar is None else bar.tell,
     )
     if dry_run:

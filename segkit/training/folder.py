@@ -1,6 +1,7 @@
 """The run folder: who may use it, and the plan that is kept in it.
 
-`config.yaml` is for people (every setting, and why planning chose it); `plan.json` keeps the reasons and the estimate
+`config.yaml` is for people (every setting, and why planning chose it), `settings.json` for comparing them when the run
+is resumed; `plan.json` keeps the reasons and the estimate
 for a resumed run, which never plans again; `split.json` keeps who trains and who validates; `weights.json` keeps where
 the weights came from that the run began with, if it did not begin with random ones.
 """
@@ -18,6 +19,7 @@ from segkit.config.base import Config
 from segkit.config.loading import annotated_yaml, build_config, read_yaml
 from segkit.data.files import remove_leftovers
 from segkit.errors import RequestError
+from segkit.training.changes import CHANGES_NAME, SETTINGS_NAME, settle_settings
 from segkit.training.config import TrainConfig
 from segkit.training.journal import METRICS_NAME
 
@@ -28,7 +30,7 @@ SCORES_NAME = "validation.json"
 _PLAN_NAME, _SPLIT_NAME, _ORIGIN_NAME = "plan.json", "split.json", "weights.json"
 _OF_ONE_RUN = (
     *(LAST_NAME, PREVIOUS_NAME, DAMAGED_NAME, CARD_NAME, WEIGHTS_NAME),
-    *(METRICS_NAME, SCORES_NAME, _PLAN_NAME, _ORIGIN_NAME),
+    *(METRICS_NAME, SCORES_NAME, SETTINGS_NAME, CHANGES_NAME, _PLAN_NAME, _ORIGIN_NAME),
 )
 
 
@@ -55,17 +57,19 @@ def has_state(run: Path) -> bool:
     return (run / LAST_NAME).exists() or (run / PREVIOUS_NAME).exists()
 
 
-def open_folder(run: Path, *, is_resumed: bool) -> None:
-    """Make the folder; unless the run is resumed, remove what another run left in it.
+def open_folder(run: Path, config: Config, *, is_resumed: bool, may_change: bool = False) -> None:
+    """Make the folder; unless the run is resumed, remove what another run left in it, and keep its settings.
 
     Raises:
-        RequestError: it cannot be written to.
+        RequestError: it cannot be written to, or a resumed run is to have other settings than before, by name, and
+            they may not change.
     """
     try:
         (run / "figures").mkdir(parents=True, exist_ok=True)
         remove_leftovers(run)
         for name in () if is_resumed else _OF_ONE_RUN:
             (run / name).unlink(missing_ok=True)
+        settle_settings(run, config, is_resumed=is_resumed, may_change=may_change)
     except OSError as error:
         raise RequestError(f"cannot be written to ({error.strerror})", where=run) from error
 

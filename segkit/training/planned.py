@@ -42,6 +42,8 @@ class RunRequest:
     started_s: float = field(default_factory=time.monotonic)
     is_resumed: bool = False
     may_overwrite: bool = False
+    may_change: bool = False
+    """Whether a resumed run may have other settings than before."""
     tell: Callable[[float, str], None] | None = None
     """Shows the progress of the training, 0 to 1; None writes log lines."""
 

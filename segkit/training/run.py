@@ -50,6 +50,7 @@ from segkit.runtime import (
     return_freed_memory,
 )
 from segkit.training.batches import ENDLESS
+from segkit.training.changes import Change, settle_settings, with_changes
 from segkit.training.folder import (
     SCORES_NAME,
     has_state,
@@ -75,6 +76,8 @@ _LONGEST_VALIDATION = 0.05
 """Part of a budget that one validation may take."""
 _FINAL_VALIDATIONS = 2.0
 """Cases scored at the end of a budget, as a multiple of those validated on the way."""
+_OF_A_FOLD = ("data.fold", "training.budget_minutes")
+"""Settings that each fold of a cross-validation has its own value of."""
 _PICTURES = 3
 """Validation cases drawn at the end of a run."""
 
@@ -92,7 +95,7 @@ def train_run(request: RunRequest) -> RunSummary:
     planned = plan_run(request)
     card, begun = begin(planned)
     _settle_freed_memory(planned)
-    open_folder(request.run, is_resumed=request.is_resumed)
+    open_folder(request.run, planned.config, is_resumed=request.is_resumed, may_change=request.may_change)
     _write_plan(planned)
     begun.keep(request.run)
     store = PreparedStore(planned.config.data.cache or request.run / "cache")
@@ -134,13 +137,14 @@ def cross_validate(request: RunRequest) -> RunSummary:
     folds = min(request.config.data.folds, patients)
     cache = request.config.data.cache or request.run / "cache"
     request = replace(request, config=with_values(request.config, "data", folds=folds, cache=cache))
-    if not request.is_resumed:
-        write_config(request.run, request.config, {}, f"cross-validation of {request.data}")
+    request.run.mkdir(parents=True, exist_ok=True)
+    changes = settle_settings(request.run, request.config, is_resumed=request.is_resumed, may_change=request.may_change)
+    write_config(request.run, request.config, {}, f"cross-validation of {request.data}")
     documents = []
     for fold in range(folds):
         _log.info("fold %d of %d", fold + 1, folds)
-        document = _finished_fold(request, fold) or train_run(_fold_request(request, fold, folds - fold)).to_json()
-        documents.append(document)
+        document = _finished_fold(request, fold)
+        documents.append(document or train_run(_fold_request(request, fold, folds - fold, changes)).to_json())
     summary = summarise_folds(request.run, documents, (time.monotonic() - request.started_s) / 60)
     write_json(request.run / SCORES_NAME, summary.to_json())
     return summary
@@ -154,12 +158,16 @@ def _finished_fold(request: RunRequest, fold: int) -> dict[str, Any] | None:
     return document
 
 
-def _fold_request(request: RunRequest, fold: int, folds_left: int) -> RunRequest:
-    """One fold of a cross-validation: begun before, it goes on with its own settings; else with an equal share."""
+def _fold_request(request: RunRequest, fold: int, folds_left: int, changes: Sequence[Change]) -> RunRequest:
+    """One fold of a cross-validation: begun before, it goes on as it was planned; else with an equal share of the time.
+
+    `changes` are what a resumed cross-validation does otherwise than before, in all its folds.
+    """
     run = request.run / f"fold_{fold}"
     now = time.monotonic()
     if request.is_resumed and has_state(run):
-        return replace(request, run=run, config=read_config(run), started_s=now)
+        of_all = [change for change in changes if change.name not in _OF_A_FOLD]
+        return replace(request, run=run, config=with_changes(read_config(run), of_all), started_s=now)
     config = with_values(request.config, "data", fold=fold)
     if config.training.budget_minutes is not None:
         left = config.training.budget_minutes - (now - request.started_s) / 60

@@ -48,6 +48,8 @@ class UnlabelledRequest(Generic[ConfigT]):
     started_s: float = field(default_factory=time.monotonic)
     is_resumed: bool = False
     may_overwrite: bool = False
+    may_change: bool = False
+    """Whether a resumed run may have other settings than before."""
     tell: Callable[[float, str], None] | None = None
     """Shows the progress of the training, 0 to 1; None writes log lines."""
 
@@ -82,7 +84,7 @@ def open_run(request: UnlabelledRequest[Any], cohorts: Sequence[SplitCohort], he
     """Make the run folder with its settings and its split.
 
     Raises:
-        RequestError: it cannot be written to, or a resumed run has other cases than before.
+        RequestError: it cannot be written to, or a resumed run has other cases or settings than before.
     """
     training, held_out = (
         [f"{found.name}/{case_id}" for found in cohorts for case_id in getattr(found, ids)]
@@ -90,7 +92,7 @@ def open_run(request: UnlabelledRequest[Any], cohorts: Sequence[SplitCohort], he
     )
     if request.is_resumed:
         require_same_split(request.run, training, held_out)
-    open_folder(request.run, is_resumed=request.is_resumed)
+    open_folder(request.run, request.config, is_resumed=request.is_resumed, may_change=request.may_change)
     write_config(request.run, request.config, {}, f"{heading} " + ", ".join(str(folder) for folder in request.data))
     if not request.is_resumed:
         write_split(request.run, request.data, training, held_out, request.config.data.exclude)

@@ -204,7 +204,10 @@ def test_the_verb_trains_resumes_and_tells(phantoms: Path, tmp_path: Path, capsy
     assert command(*base, "--method", "inpainting", "--preset", "tiny", *sets, "--json", "-q") == 0
     summary = json.loads(capsys.readouterr().out)
     assert (summary["method"], summary["steps"], summary["images"]) == ("inpainting", 1, {"data": 3})
-    assert command(*base, "--resume", "--set", "training.steps=2") == 0  # the run folder tells the method
+    assert command(*base, "--resume", "--set", "training.steps=2") == 2
+    assert "training.steps 1 -> 2" in capsys.readouterr().err
+    more = ("--resume", "--allow-changes", "--set", "training.steps=2")
+    assert command(*base, *more) == 0  # the run folder tells the method
     shown = capsys.readouterr().out
     assert "mse_rough" in shown
     assert f"segkit inpaint -m {tmp_path / 'run'}" in "".join(shown.splitlines())

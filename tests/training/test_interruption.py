@@ -48,7 +48,8 @@ class Line:
             start += 1
 
     def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
-        return (self.model(batch["x"]) - batch["y"]).square().mean()
+        loss: Tensor = (self.model(batch["x"]) - batch["y"]).square().mean()
+        return loss
 
     def validate(self, weights: Mapping[str, Tensor]) -> Score:
         with borrowed(self.model, weights):

@@ -123,8 +123,12 @@ def test_freed_memory_is_returned_where_the_plan_fills_the_memory(
 def test_resume_goes_on_to_more_steps(finished: Path, phantoms: Path) -> None:
     longer = _request(phantoms, finished)
     longer = replace(longer, config=with_values(read_config(finished), "training", steps=6), is_resumed=True)
-    summary = train_run(longer)
+    with pytest.raises(RequestError, match=r"not those of the run: training\.steps 4 -> 6\. .*--allow-changes"):
+        train_run(longer)
+    summary = train_run(replace(longer, may_change=True))
     assert summary.steps == 6
+    changes = [json.loads(line)["changes"] for line in (finished / "changes.jsonl").read_text().splitlines()]
+    assert changes == [{"training.steps": {"old": 4, "new": 6}}]
     assert (finished / "config.yaml").read_text().count("# chosen: ") >= 5
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
