@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import multiprocessing
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -34,7 +36,44 @@ def endless_batches(
         worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # its own: a loader would draw its seed from the stream that dropout uses
     )
-    yield from loader
+    before = set(multiprocessing.active_children())
+    iterator = iter(loader)
+    started = [process for process in multiprocessing.active_children() if process not in before]
+    try:
+        yield from iterator
+    except (RuntimeError, OSError, EOFError) as error:  # what is read from a process that is gone fails in many ways
+        if started and wait([process.sentinel for process in started], timeout=1):
+            raise _lost_worker(error) from error
+        raise
+    finally:
+        if started:  # they do not heed signals, so nothing else would end them
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def drawn_from(batches: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
+    """Batches for a while: the processes that prepare them end with it.
+
+    Raises:
+        TrainingError: such a process was killed. torch tells it wherever the training just is.
+    """
+    try:
+        yield batches
+    except Exception as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise _lost_worker(error) from error
+    finally:
+        if isinstance(batches, Generator):
+            batches.close()
+
+
+def _lost_worker(error: Exception) -> TrainingError:
+    seen = f"{type(error).__name__}: {error}"
+    return TrainingError(
+        f"a process that prepared batches was killed, probably because memory ran out ({seen})",
+        remedy="The last checkpoint is kept: go on with --resume, and with fewer training.workers if it happens again",
+    )
 
 
 def _worker_count(requested: int | None) -> int:
@@ -43,22 +82,3 @@ def _worker_count(requested: int | None) -> int:
         return requested
     cores = available_cores()
     return 0 if cores <= 2 else min(cores - 1, 8)
-
-
-@contextmanager
-def lost_workers_named() -> Iterator[None]:
-    """Say what happened where a process that prepared batches is gone: torch tells it wherever the training just is.
-
-    Raises:
-        TrainingError: such a process died, mostly because the system ran out of memory.
-    """
-    try:
-        yield
-    except Exception as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise TrainingError(
-            f"a process that prepared batches was killed ({error}), probably because memory ran out",
-            remedy="What was trained up to the last checkpoint is kept: go on with --resume, and with fewer"
-            " training.workers if it happens again",
-        ) from error

@@ -21,7 +21,7 @@ from torch import nn
 from segkit.checkpoint import load_state, save_state
 from segkit.errors import CheckpointError, RequestError, TrainingError
 from segkit.runtime import pick_precision, random_states, set_random_states
-from segkit.training.batches import lost_workers_named
+from segkit.training.batches import drawn_from
 from segkit.training.config import LoopConfig, OptimiserConfig
 from segkit.training.interruption import Interruption, listening
 from segkit.training.journal import Journal, ProgressLines
@@ -124,13 +124,16 @@ def fit(
     if resume:
         state = trainer.restore(load_state(run))
         _log.info("resumed at step %d", state.step)
-    batches = task.batches(state.step * training.accumulate)
     began = time.monotonic() - state.elapsed_s
     deadline_s = None if deadline_s is None else deadline_s - state.elapsed_s
     clock = Clock(training.steps, deadline_s, began, final_validations, state.validation_s)
     tell = tell or ProgressLines().tell
 
-    with listening() as asked, lost_workers_named(), _Writer.open(run, state, training) as writer:
+    with (
+        listening() as asked,
+        _Writer.open(run, state, training) as writer,
+        drawn_from(task.batches(state.step * training.accumulate)) as batches,
+    ):
         done = clock.progress(state.step)
         while done < 1 or state.row:
             if not state.row:

@@ -83,7 +83,7 @@ def test_a_resumed_run_goes_on_with_its_own_weights(begun: Path, phantoms: Path,
     """The file that it began with may be gone; the card still tells of it."""
     run = tmp_path / "run"
     shutil.copytree(begun, run)
-    assert train(phantoms, run, "--resume", "--set", "training.steps=3", "-d", "cpu", "-q") == 0
+    assert train(phantoms, run, "--resume", "--allow-changes", "--set", "training.steps=3", "-d", "cpu", "-q") == 0
     assert json.loads((run / "validation.json").read_text())["steps"] == 3
     request = RunRequest(phantoms, run, read_config(run), torch.device("cpu"), is_resumed=True)
     card, resumed = begin(plan_run(request))
@@ -114,7 +114,7 @@ def test_a_frozen_encoder_stays_also_when_resumed(first: Path, phantoms: Path, t
     for steps in (2, 3):
         if steps == 3:
             more = ("--set", "training.steps=3", "-d", "cpu", "-q")
-            assert train(phantoms, run, "--resume", *more) == 0
+            assert train(phantoms, run, "--resume", "--allow-changes", *more) == 0
         for weights in (load_file(run / "model.safetensors"), load_state(run)["model"]):
             moved = {name for name, tensor in theirs.items() if not torch.equal(weights[name], tensor)}
             assert moved
@@ -127,7 +127,7 @@ def test_a_resumed_run_cannot_thaw_its_encoder(
     run = tmp_path / "run"
     assert train(phantoms, run, "--weights", first, "--set", "optimiser.encoder_lr=0") == 0
     thawed = ("--set", "optimiser.encoder_lr=1", "--set", "training.steps=3")
-    assert train(phantoms, run, "--resume", *thawed, "-d", "cpu", "-q") == 2
+    assert train(phantoms, run, "--resume", "--allow-changes", *thawed, "-d", "cpu", "-q") == 2
     assert "Resume with the optimiser.encoder_lr that the run began with" in " ".join(capsys.readouterr().err.split())
 
 
