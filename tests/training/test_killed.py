@@ -29,6 +29,7 @@ from segkit.inpainting.config import InpaintingConfig
 from segkit.inpainting.run import InpaintingRequest, inpainting_run
 from segkit.pretraining.config import PretrainConfig
 from segkit.pretraining.run import PretrainRequest, pretrain_run
+from segkit.training import live
 from segkit.training.config import TrainConfig
 from segkit.training.folder import read_config
 from segkit.training.planned import RunRequest
@@ -172,7 +173,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
-def test_a_battered_run_of_each_task_equals_one_that_nothing_befell(data: Path, tmp_path: Path) -> None:
+def test_a_battered_run_of_each_task_equals_one_that_nothing_befell(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "curves_figure", lambda path, rows: None)
     command = [sys.executable, __file__, str(data), str(tmp_path / "battered")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         for task in TASKS:
@@ -221,5 +225,6 @@ def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 if __name__ == "__main__":
+    live.curves_figure = lambda path, rows: None
     folders = Path(sys.argv[1]), Path(sys.argv[2])
     sys.stdout.write(json.dumps({task: endure(task, folders[0], folders[1] / task) for task in TASKS}))
