@@ -255,6 +255,17 @@ def set_ray_variables() -> None:
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")
 
 
+def prefer_variables(**values: str) -> None:
+    """Set environment variables that a library reads when it is loaded, unless the user has set them."""
+    for name, value in values.items():
+        os.environ.setdefault(name, value)
+
+
+def mlflow_server() -> str | None:
+    """Where MLFLOW_TRACKING_URI asks runs to be tracked; None keeps them in the run folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or None
+
+
 def environment() -> dict[str, str]:
     """Versions and platform, as recorded in run folders, manifests and benchmark tables."""
     packages = ("segkit", "torch", "monai", "nibabel", "numpy")

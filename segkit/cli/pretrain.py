@@ -30,7 +30,7 @@ from segkit.cli.options import (
     read_modalities,
     set_verbosity,
 )
-from segkit.cli.progress import progress_bar, resumed_layers
+from segkit.cli.progress import interruptible, progress_bar, resumed_layers
 from segkit.cli.train import (
     BudgetOption,
     ChangesOption,
@@ -98,6 +98,8 @@ def pretrain(
     from segkit.runtime import pick_device
 
     chosen_device = pick_device(device)
+    if allow_changes and not resume:
+        raise RequestError("--allow-changes is about a run that is resumed", remedy="Add --resume, or leave it out")
     if resume and (preset, weights) != (None, None):
         raise RequestError("--resume goes on as the run was begun", remedy="Leave out --preset and --weights")
     layers = resumed_layers(output) if resume else []
@@ -133,7 +135,7 @@ def pretrain(
         may_change=allow_changes,
         tell=None if bar is None else bar.tell,
     )
-    with bar or nullcontext():
+    with bar or nullcontext(), interruptible("segkit", "pretrain", *data, "-o", output, "--resume"):
         summary = kind.run(request)
     _tell(summary, as_json=as_json, quiet=quiet)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,23 @@ def resumed_layers(run: Path) -> list[tuple[str, Mapping[str, object]]]:
     if not path.exists():
         raise RequestError("there is nothing to resume", where=run, remedy="Start it without --resume")
     return [(str(path), read_yaml(path))]
+
+
+@contextmanager
+def interruptible(*command: object) -> Iterator[None]:
+    """Let a verb that trains end on SIGTERM as on Ctrl-C, and tell with which command it goes on.
+
+    Raises:
+        InterruptedTrainingError: with that command.
+    """
+    from segkit.training.interruption import InterruptedTrainingError, terminated_as_interrupted
+
+    try:
+        with terminated_as_interrupted():
+            yield
+    except InterruptedTrainingError as error:
+        shown = shlex.join(map(str, command))
+        raise InterruptedTrainingError(error.found, where=error.where, remedy=f"Go on with: {shown}") from None
 
 
 class ProgressBar:

@@ -32,7 +32,7 @@ from segkit.cli.options import (
     read_modalities,
     set_verbosity,
 )
-from segkit.cli.progress import progress_bar, resumed_layers
+from segkit.cli.progress import interruptible, progress_bar, resumed_layers
 from segkit.errors import RequestError
 
 RunOption = Annotated[Path, typer.Option("-o", "--output", help="Run folder to write.")]
@@ -97,6 +97,8 @@ def train(
     from segkit.training.run import begin, cross_validate, train_run
 
     chosen_device = pick_device(device)
+    if allow_changes and not resume:
+        raise RequestError("--allow-changes is about a run that is resumed", remedy="Add --resume, or leave it out")
     if resume and preset is not None:
         raise RequestError("--preset cannot be changed by --resume", remedy="Leave it out, or start a new run")
     if resume and weights is not None:
@@ -132,7 +134,8 @@ def train(
         else:
             typer.echo(annotated_yaml(planned.config, planned.reasons, has_help=False), nl=False)
         return
-    with bar or nullcontext():
+    folds = () if fold is None else ("-f", fold)
+    with bar or nullcontext(), interruptible("segkit", "train", data, "-o", output, *folds, "--resume"):
         summary = cross_validate(request) if fold == "all" else train_run(request)
     if as_json:
         print_json(summary.to_json())

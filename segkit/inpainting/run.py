@@ -66,7 +66,12 @@ def inpainting_run(request: InpaintingRequest) -> UnlabelledSummary:
         DataError: no case can be prepared.
         TrainingError: the training diverged.
     """
-    require_usable(request.run, is_resumed=request.is_resumed, may_overwrite=request.may_overwrite)
+    require_usable(
+        request.run,
+        request.config.training.trackers,
+        is_resumed=request.is_resumed,
+        may_overwrite=request.may_overwrite,
+    )
     cohorts = [_find(folder, request.config) for folder in request.data]
     request = replace(request, config=_settled(request.config, cohorts))
     card = _card(request.config, cohorts)

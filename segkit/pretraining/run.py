@@ -54,7 +54,12 @@ def pretrain_run(request: PretrainRequest) -> UnlabelledSummary:
         DataError: no case can be prepared, or a source has too few images.
         TrainingError: the training diverged.
     """
-    require_usable(request.run, is_resumed=request.is_resumed, may_overwrite=request.may_overwrite)
+    require_usable(
+        request.run,
+        request.config.training.trackers,
+        is_resumed=request.is_resumed,
+        may_overwrite=request.may_overwrite,
+    )
     cohorts = [find_split(folder, request.config.data, request.config.preprocessing) for folder in request.data]
     request = replace(request, config=_settled(request.config, cohorts))
     config = request.config

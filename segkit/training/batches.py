@@ -60,7 +60,7 @@ def drawn_from(batches: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
     try:
         yield batches
     except Exception as error:
-        if "DataLoader worker" not in str(error):
+        if isinstance(error, TrainingError) or "DataLoader worker" not in str(error):
             raise
         raise _lost_worker(error) from error
     finally:

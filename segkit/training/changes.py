@@ -26,6 +26,8 @@ SETTINGS_NAME, CHANGES_NAME = "settings.json", "changes.jsonl"
 FREE_SETTINGS = (
     "data.cache",
     "training.checkpoint_minutes",
+    "training.live_page",
+    "training.trackers",
     "training.workers",
 )
 """Settings that say how a training is done and not what it learns: a resumed run takes them as they come."""

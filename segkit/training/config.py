@@ -113,6 +113,11 @@ class LoopConfig(Config):
     """Processes that prepare patches; None suits them to the cores, 0 works in the training process."""
     seed: int = 0
     """Seed of weights, sampling and augmentation."""
+    live_page: bool = True
+    """Whether report.html in the run folder shows the training while it goes on."""
+    trackers: tuple[Literal["tensorboard", "mlflow"], ...] = ()
+    """Programs that the course of the run is written for as well, into the run folder; MLflow takes another place from
+    MLFLOW_TRACKING_URI."""
 
 
 class TrainingConfig(LoopConfig):

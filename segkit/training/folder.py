@@ -22,6 +22,8 @@ from segkit.errors import RequestError
 from segkit.training.changes import CHANGES_NAME, SETTINGS_NAME, settle_settings
 from segkit.training.config import TrainConfig
 from segkit.training.journal import METRICS_NAME
+from segkit.training.live import PAGE_NAME
+from segkit.training.trackers import MLFLOW_RUN_NAME, require_trackers
 
 _log = logging.getLogger(__name__)
 
@@ -30,16 +32,19 @@ SCORES_NAME = "validation.json"
 _PLAN_NAME, _SPLIT_NAME, _ORIGIN_NAME = "plan.json", "split.json", "weights.json"
 _OF_ONE_RUN = (
     *(LAST_NAME, PREVIOUS_NAME, DAMAGED_NAME, CARD_NAME, WEIGHTS_NAME),
-    *(METRICS_NAME, SCORES_NAME, SETTINGS_NAME, CHANGES_NAME, _PLAN_NAME, _ORIGIN_NAME),
+    *(METRICS_NAME, SCORES_NAME, SETTINGS_NAME, CHANGES_NAME, _PLAN_NAME, _ORIGIN_NAME, PAGE_NAME, MLFLOW_RUN_NAME),
 )
 
 
-def require_usable(run: Path, *, is_resumed: bool, may_overwrite: bool) -> None:
-    """Refuse to mix two runs in one folder, and to resume what never began; nothing is changed.
+def require_usable(run: Path, trackers: Sequence[str], *, is_resumed: bool, may_overwrite: bool) -> None:
+    """Refuse to mix two runs in one folder, to resume what never began, and trackers that are not installed.
+
+    Nothing is changed.
 
     Raises:
         RequestError: as said.
     """
+    require_trackers(trackers)
     if run.exists() and not run.is_dir():
         raise RequestError("is a file", where=run, expected="a folder, or a name that is free")
     if is_resumed and not has_state(run):

@@ -119,6 +119,20 @@ def listening() -> Iterator[Interruption]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM do what Ctrl-C does before and after the training itself, where nothing needs to be kept."""
+    before = signal.getsignal(signal.SIGTERM)
+    if before is not signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def ignore_signals(_worker: int = 0) -> None:
     """Let a process that prepares batches leave signals to the one that trains, which a whole group is often sent.
 

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from segkit.data.files import written_atomically
+from segkit.training.trackers import Trackers
 
 _log = logging.getLogger("segkit.training")
 
@@ -28,8 +29,13 @@ class Journal:
     `curves` has what there is to draw. Closed, it has written everything.
     """
 
-    def __init__(self, run: Path, step: int) -> None:
+    def __init__(self, run: Path, step: int, trackers: Sequence[str] = ()) -> None:
         """Keep the rows up to `step`; what a cut-off run wrote beyond its state is done again.
+
+        Args:
+            run: The run folder.
+            step: The last step that the state of the run has seen; 0 begins anew.
+            trackers: Names from `TRACKERS`, to which the rows go as well.
 
         Raises:
             DataError: the file cannot be written.
@@ -43,6 +49,7 @@ class Journal:
             self.curves.add(row)
         self._file = self.path.open("a", encoding="utf-8")
         self._flushed_s = time.monotonic()
+        self._trackers = Trackers(trackers, run, step)
 
     def __enter__(self) -> Journal:
         return self
@@ -51,16 +58,19 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+        self._trackers.end(is_finished=kind is None)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append the row of a step; it holds `step` and numbers."""
         self.curves.add(row)
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._trackers.add(row)
         if time.monotonic() - self._flushed_s > _FLUSH_S:
             self._flush()
 
     def keep(self) -> None:
         """Bring every row to the disk, so that none is missing below a state that is written next."""
+        self._trackers.keep()
         self._flush()
         os.fsync(self._file.fileno())
 

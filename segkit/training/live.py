@@ -1,4 +1,4 @@
-"""The pictures of a run while it is under way: they take a small part of its time, and never end it."""
+"""What shows a run while it is under way: it takes a small part of its time, and never ends it."""
 
 from __future__ import annotations
 
@@ -12,32 +12,49 @@ from segkit.training.journal import Curves
 
 _log = logging.getLogger(__name__)
 
+PAGE_NAME = "report.html"
 _SHARE = 0.05
 """Part of the time that drawing may take."""
+_EXPECTED_S = 1.0
+"""What drawing takes, as long as nobody has measured it."""
 
 
 class LiveView:
-    """Draws `figures/curves.png` again as a run goes on."""
+    """Draws `figures/curves.png` and writes `report.html` again as a run goes on."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, *, with_page: bool) -> None:
         self.run = run
-        self._took_s = 0.0
-        self._drawn_s = -float("inf")
-        self._has_failed = False
+        self.with_page = with_page
+        self._took_s = _EXPECTED_S
+        self._drawn_s = time.monotonic()
+        self._failed: set[str] = set()
 
     def refresh(self, curves: Curves, *, is_last: bool = False) -> None:
-        """Draw what there is, unless the last drawing is too recent for its cost; the last one is always drawn."""
+        """Show what there is, unless the last time is too recent for what it took; the end is always shown."""
         began = time.monotonic()
         if began - self._drawn_s < self._took_s / _SHARE and not is_last:
             return
-        self._attempt(lambda: curves_figure(self.run / "figures" / "curves.png", curves.rows()))
+        self._attempt("curves.png", lambda: curves_figure(self.run / "figures" / "curves.png", curves.rows()))
+        if self.with_page:
+            self._attempt(PAGE_NAME, lambda: _write_page(self.run))
         self._drawn_s = time.monotonic()
         self._took_s = self._drawn_s - began
 
-    def _attempt(self, draw: Callable[[], object]) -> None:
+    def finish(self) -> None:
+        """Show how the run ended, once its scores are written."""
+        if self.with_page:
+            self._attempt(PAGE_NAME, lambda: _write_page(self.run))
+
+    def _attempt(self, name: str, show: Callable[[], object]) -> None:
         try:
-            draw()
+            show()
         except Exception as error:  # pictures are no reason to lose a training, whatever befalls them
-            if not self._has_failed:
-                _log.warning("%s: what shows the run cannot be drawn (%s); the training goes on", self.run, error)
-            self._has_failed = True
+            if name not in self._failed:
+                _log.warning("%s cannot be written (%s); the training goes on", self.run / name, error)
+            self._failed.add(name)
+
+
+def _write_page(run: Path) -> None:
+    from segkit.report.page import write_page
+
+    write_page([run], run / PAGE_NAME, with_viewer=False)

@@ -194,8 +194,8 @@ class _Writer:
     @contextmanager
     def open(cls, run: Path, state: State, training: LoopConfig) -> Iterator[_Writer]:
         """Go on below the row of the last step of `state`; that row is still to come where its validation is."""
-        with Journal(run, state.step - bool(state.row)) as journal:
-            yield cls(run, journal, LiveView(run), 60 * training.checkpoint_minutes)
+        with Journal(run, state.step - bool(state.row), training.trackers) as journal:
+            yield cls(run, journal, LiveView(run, with_page=training.live_page), 60 * training.checkpoint_minutes)
 
     def enter(self, state: State) -> None:
         """Write the row of the last step, to which nothing more will be added."""

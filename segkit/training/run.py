@@ -62,6 +62,7 @@ from segkit.training.folder import (
     write_plan,
     write_split,
 )
+from segkit.training.live import LiveView
 from segkit.training.loop import fit
 from segkit.training.optim import encoder_of
 from segkit.training.planned import PlannedRun, RunRequest, find_cohort, patients_of, plan_run, with_values
@@ -91,7 +92,12 @@ def train_run(request: RunRequest) -> RunSummary:
         DataError: no case can be prepared.
         TrainingError: the training diverged.
     """
-    require_usable(request.run, is_resumed=request.is_resumed, may_overwrite=request.may_overwrite)
+    require_usable(
+        request.run,
+        request.config.training.trackers,
+        is_resumed=request.is_resumed,
+        may_overwrite=request.may_overwrite,
+    )
     planned = plan_run(request)
     card, begun = begin(planned)
     _settle_freed_memory(planned)
@@ -353,6 +359,7 @@ def _finish(
     summary = RunSummary(request.run, clean, steps, minutes, peak_rss_mb(), skipped, cleaned)
     estimate = {f"estimated_{key}": value for key, value in planned.estimate.items()}
     write_json(request.run / SCORES_NAME, {**summary.to_json(), **estimate})
+    LiveView(request.run, with_page=planned.config.training.live_page).finish()
     _log.info(
         "%d steps in %.1f min, peak %.2f GB (estimated %.2f GB)",
         steps,

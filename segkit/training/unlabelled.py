@@ -28,6 +28,7 @@ from segkit.training.folder import (
     write_json,
     write_split,
 )
+from segkit.training.live import LiveView
 from segkit.training.loop import fit
 from segkit.training.task import Task
 
@@ -208,6 +209,7 @@ def learn(
         skipped=skipped,
     )
     write_json(request.run / SCORES_NAME, summary.to_json())
+    LiveView(request.run, with_page=request.config.training.live_page).finish()
     return summary
 
 

@@ -1,0 +1,206 @@
+"""What others show runs with: TensorBoard and MLflow, fed with the rows of the journal.
+
+Both write into the run folder (`tensorboard/`, `mlflow/`) and nothing leaves the machine, unless MLFLOW_TRACKING_URI
+names a server. A resumed run goes on in the same curves, each step once. A tracker that fails is dropped with a
+warning: it is no reason to lose a training.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from segkit.errors import RequestError
+from segkit.runtime import mlflow_server, prefer_variables
+from segkit.training.changes import SETTINGS_NAME
+
+_log = logging.getLogger(__name__)
+
+TENSORBOARD_NAME, MLFLOW_NAME, MLFLOW_RUN_NAME = "tensorboard", "mlflow", "mlflow.json"
+_NOT_SHOWN = ("step", "seconds", "epoch")
+_EXPERIMENT = "segkit"
+_MOST_AT_ONCE = 1000
+"""Metrics that MLflow takes in one call."""
+_LONGEST_PARAMETER = 500
+"""Characters that every MLflow server stores of a parameter."""
+
+
+class Tracker(Protocol):
+    """Takes the rows of the journal as they come."""
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """The row of a step; it may wait for `keep`."""
+
+    def keep(self) -> None:
+        """Bring what was added to where it lasts: the state of the training is written next."""
+
+    def end(self, *, is_finished: bool) -> None:
+        """The session is over, and the training with it or not."""
+
+
+class TensorBoardTracker:
+    """Event files: `tensorboard --logdir RUN`."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Readers leave out whatever earlier sessions wrote from that step on.
+        self.writer = SummaryWriter(run / TENSORBOARD_NAME, purge_step=step + 1)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Write each number of the row under its name."""
+        for name, value in numbers_in(row):
+            self.writer.add_scalar(name, value, row["step"])
+
+    def keep(self) -> None:
+        """Write the events out."""
+        self.writer.flush()
+
+    def end(self, *, is_finished: bool) -> None:
+        """Close the file."""
+        self.writer.close()
+
+
+class MlflowTracker:
+    """A run of the experiment "segkit", with the settings as its parameters; `mlflow.json` tells which."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        prefer_variables(MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_ALLOW_FILE_STORE="true")
+        from mlflow.tracking import MlflowClient
+
+        path = run / MLFLOW_RUN_NAME
+        begun = json.loads(path.read_text(encoding="utf-8")) if step > 0 and path.exists() else None
+        uri = begun["tracking_uri"] if begun else mlflow_server() or _local_store(run)
+        self.client = MlflowClient(tracking_uri=uri)
+        if begun:
+            self.run_id: str = begun["run_id"]
+            self.client.update_run(self.run_id, status="RUNNING")
+        else:
+            self.run_id = self._begin(run)
+            path.write_text(json.dumps({"tracking_uri": uri, "run_id": self.run_id}) + "\n", encoding="utf-8")
+        self.known = self._known_steps()
+        self.waiting: list[Any] = []
+
+    def _begin(self, run: Path) -> str:
+        experiment = self.client.get_experiment_by_name(_EXPERIMENT)
+        identity = experiment.experiment_id if experiment else self.client.create_experiment(_EXPERIMENT)
+        run_id: str = self.client.create_run(identity, run_name=run.resolve().name).info.run_id
+        for name, value in _parameters(run):
+            self.client.log_param(run_id, name, value)
+        return run_id
+
+    def _known_steps(self) -> dict[str, int]:
+        """The last step of each metric: what a session that was killed wrote beyond its state is not written again."""
+        names = self.client.get_run(self.run_id).data.metrics
+        return {name: max(m.step for m in self.client.get_metric_history(self.run_id, name)) for name in names}
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Take note of each number of the row."""
+        from mlflow.entities import Metric
+
+        now_ms = round(1000 * time.time())
+        for name, value in numbers_in(row):
+            key = re.sub(r"[^\w\-. :/]", "_", name)
+            if row["step"] > self.known.get(key, -1):
+                self.waiting.append(Metric(key, value, now_ms, row["step"]))
+
+    def keep(self) -> None:
+        """Send what was added."""
+        while self.waiting:
+            self.client.log_batch(self.run_id, metrics=self.waiting[:_MOST_AT_ONCE])
+            self.waiting = self.waiting[_MOST_AT_ONCE:]
+
+    def end(self, *, is_finished: bool) -> None:
+        """Say how the session ended."""
+        self.keep()
+        self.client.set_terminated(self.run_id, "FINISHED" if is_finished else "KILLED")
+
+
+TRACKERS: dict[str, tuple[str, Callable[[Path, int], Tracker]]] = {
+    "tensorboard": ("tensorboard", TensorBoardTracker),
+    "mlflow": ("mlflow", MlflowTracker),
+}
+"""Name -> the package that it needs, and what makes it for a run folder and the last step of its journal."""
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers whose packages are not installed.
+
+    Raises:
+        RequestError: as said.
+    """
+    missing = [TRACKERS[name][0] for name in names if importlib.util.find_spec(TRACKERS[name][0]) is None]
+    if missing:
+        raise RequestError(
+            f"training.trackers needs packages that are not installed: {', '.join(missing)}",
+            remedy='Install them with: pip install "segkit[trackers]"',
+        )
+
+
+class Trackers:
+    """All the trackers of a run; one that fails is dropped."""
+
+    def __init__(self, names: Sequence[str], run: Path, step: int) -> None:
+        self._open: dict[str, Tracker] = {}
+        for name in names:
+            self._attempt(name, lambda name=name: self._open.update({name: TRACKERS[name][1](run, step)}))  # type: ignore[misc]
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Hand on the row of a step."""
+        for name, tracker in list(self._open.items()):
+            self._attempt(name, lambda tracker=tracker: tracker.add(row))  # type: ignore[misc]
+
+    def keep(self) -> None:
+        """Have all of them keep what they were told."""
+        for name, tracker in list(self._open.items()):
+            self._attempt(name, tracker.keep)
+
+    def end(self, *, is_finished: bool) -> None:
+        """Tell all of them that the session is over."""
+        for name, tracker in list(self._open.items()):
+            self._attempt(name, lambda tracker=tracker: tracker.end(is_finished=is_finished))  # type: ignore[misc]
+
+    def _attempt(self, name: str, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except Exception as error:  # whatever befalls a tracker or its server, the training goes on
+            _log.warning("%s is left out from here on: %s", name, " ".join(str(error).split()))
+            self._open.pop(name, None)
+
+
+def numbers_in(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The finite numbers of a row by name, those of an inner mapping as `dice/WT`."""
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            yield from numbers_in(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and math.isfinite(value) and prefix + name not in _NOT_SHOWN:
+            yield prefix + name, float(value)
+
+
+def _parameters(run: Path) -> Iterator[tuple[str, str]]:
+    """Every setting of the run by its dotted name."""
+
+    def flat(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+        for name, value in section.items():
+            if isinstance(value, Mapping) and value:
+                yield from flat(value, f"{prefix}{name}.")
+            else:
+                yield prefix + name, str(value)[:_LONGEST_PARAMETER]
+
+    path = run / SETTINGS_NAME
+    yield from flat(json.loads(path.read_text(encoding="utf-8")), "") if path.exists() else ()
+
+
+def _local_store(run: Path) -> str:
+    """A database in the run folder; plain files where MLflow came without what it needs for that (mlflow-skinny)."""
+    folder = (run / MLFLOW_NAME).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    has_database = importlib.util.find_spec("sqlalchemy") and importlib.util.find_spec("alembic")
+    return f"sqlite:///{folder / 'mlflow.db'}" if has_database else folder.as_uri()
