@@ -148,6 +148,8 @@ def fit(
             is_due = done >= 1 or (ends_epoch and epoch % training.validate_every == 0 and clock.may_validate())
             if ends_epoch:
                 state.row["epoch"] = epoch + (steps_of_next > 0)
+            if is_due and writer.is_late(ahead_s=clock.validation_s):
+                writer.keep(trainer.snapshot(state))
             if is_due and _validate(trainer, run, state, clock, asked):
                 is_due, done = False, clock.progress(state.step)
             state.elapsed_s = time.monotonic() - began
@@ -202,9 +204,9 @@ class _Writer:
         self.journal.write({**state.row, "seconds": round(state.elapsed_s, 2)})
         state.row = {}
 
-    def is_late(self) -> bool:
-        """Whether the state on disk is as old as it may become."""
-        return time.monotonic() - self.kept_s >= self.interval_s
+    def is_late(self, ahead_s: float = 0.0) -> bool:
+        """Whether the state on disk is as old as it may become, or will be after what takes `ahead_s`."""
+        return time.monotonic() + ahead_s - self.kept_s >= self.interval_s
 
     def keep(self, snapshot: Mapping[str, Any]) -> None:
         """Bring rows and state to the disk, in this order: no row is ever missing below a state."""

@@ -51,6 +51,34 @@ def test_damaged_state_falls_back_to_the_previous_one(
     assert "going on from previous.ckpt" in caplog.text
 
 
+def test_a_byte_turned_over_anywhere_is_noticed_or_means_nothing(tmp_path: Path) -> None:
+    weights = torch.randn(300, generator=torch.Generator().manual_seed(0))
+    for epoch in (1, 2):
+        save_state(tmp_path, {"epoch": epoch, "w": weights * epoch, "random": torch.arange(40)})
+    content = (tmp_path / "last.ckpt").read_bytes()
+    noticed = 0
+    for position in range(0, len(content), 29):
+        changed = bytearray(content)
+        changed[position] ^= 0xFF
+        (tmp_path / "last.ckpt").write_bytes(bytes(changed))
+        state = load_state(tmp_path)
+        noticed += state["epoch"] == 1
+        assert torch.equal(state["w"], weights * state["epoch"]), position
+        assert torch.equal(state["random"], torch.arange(40)), position
+    assert noticed > 4 * weights.numel() / 29
+
+
+def test_a_damaged_state_is_put_aside_and_never_takes_the_place_of_the_previous_one(tmp_path: Path) -> None:
+    for epoch in (1, 2):
+        save_state(tmp_path, {"epoch": epoch})
+    truncate(tmp_path / "last.ckpt")
+    assert load_state(tmp_path)["epoch"] == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged.ckpt", "previous.ckpt"]
+    save_state(tmp_path, {"epoch": 3})
+    truncate(tmp_path / "last.ckpt")
+    assert load_state(tmp_path)["epoch"] == 1
+
+
 def test_no_usable_state_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"last\.ckpt is missing; previous\.ckpt is missing"):
         load_state(tmp_path)

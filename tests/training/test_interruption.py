@@ -156,6 +156,26 @@ def test_the_state_is_kept_within_a_long_epoch(tmp_path: Path) -> None:
     assert seen == [7]
 
 
+def test_the_state_is_kept_before_a_validation_that_would_make_it_too_old(whole: Path, tmp_path: Path) -> None:
+    """What is cut off during that validation, as by a power cut, goes on with the validation."""
+
+    class CutError(Exception):
+        pass
+
+    def cut() -> None:
+        raise CutError
+
+    task = Line()
+    task.during_validation = {2: cut}
+    often = LOOP.model_copy(update={"checkpoint_minutes": 1e-9})
+    with pytest.raises(CutError):
+        train(task, tmp_path, loop=often)
+    state = load_state(tmp_path)["progress"]
+    assert (state["step"], state["row"]["epoch"]) == (10, 2)
+    train(Line(), tmp_path, resume=True)
+    assert_same(tmp_path, whole)
+
+
 def test_a_handler_that_was_there_hears_of_it_once_the_state_is_kept(tmp_path: Path) -> None:
     heard: list[tuple[int, int]] = []
     before = signal.signal(

@@ -1,0 +1,67 @@
+"""`segkit train` and `segkit pretrain` that are told to stop: exit code 130, and the command that goes on."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+from pathlib import Path
+
+import pytest
+
+import segkit.cli
+from segkit.checkpoint import load_state
+from segkit.data.phantom_layouts import write_phantoms
+from segkit.training import loop
+
+SMALL = ("--preset", "tiny", "-d", "cpu", "-q", "--set", "training.steps=4", "--set", "data.folds=2")
+TASKS = {
+    "train": ("--set", "planning.patch_size=[16, 16, 16]", "--set", "planning.batch_size=1", "-f", "1"),
+    "pretrain": ("--method", "inpainting", "--set", "patches.size=16", "--set", "validation_holes=1"),
+}
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("my phantoms") / "data"
+    write_phantoms(folder, range(1, 3), convention="brats2023", size=24)
+    return folder
+
+
+def call(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as leave:
+        segkit.cli.main([str(argument) for argument in arguments])
+    return int(leave.value.code or 0)
+
+
+@pytest.mark.parametrize("verb", TASKS)
+def test_sigterm_ends_with_130_and_the_command_that_goes_on(
+    verb: str, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rate_at, steps = loop.rate_at, []
+
+    def terminating(*arguments: object) -> float:
+        steps.append(len(steps) + 1)
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rate_at(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop, "rate_at", terminating)
+    before = signal.getsignal(signal.SIGTERM)
+    assert call(verb, phantoms, "-o", tmp_path / "run", *SMALL, *TASKS[verb]) == 130
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert load_state(tmp_path / "run")["progress"]["step"] == 2
+    told = capsys.readouterr().err
+    assert "interrupted by SIGTERM after step 2; the state is kept. Go on with: " in told
+    assert "Error" not in told
+    command = shlex.split(told.strip().splitlines()[-1].partition("Go on with: ")[2])
+    assert command[0] == "segkit"
+    assert call(*command[1:], "-q") == 0
+    assert load_state(tmp_path / "run")["progress"]["step"] == 4
+    assert steps == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("verb", TASKS)
+def test_changes_are_about_a_run_that_is_resumed(verb: str, phantoms: Path, tmp_path: Path) -> None:
+    assert call(verb, phantoms, "-o", tmp_path / "run", "--allow-changes", *SMALL, *TASKS[verb]) == 2
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,78 @@
+"""What shows a run on the way takes a small part of its time and never ends it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from segkit.training import live
+from segkit.training.journal import Curves
+from segkit.training.live import LiveView
+
+
+class FakeTime:
+    """A clock that moves only where it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
+    found = FakeTime()
+    monkeypatch.setattr(live, "time", found)
+    return found
+
+
+def test_showing_takes_a_twentieth_of_the_time(
+    clock: FakeTime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[float] = []
+
+    def draw(*_: object) -> None:
+        drawn.append(clock.now)
+        clock.now += 3.0
+
+    monkeypatch.setattr(live, "curves_figure", draw)
+    monkeypatch.setattr(live, "_write_page", lambda run: None)
+    view = LiveView(tmp_path, with_page=True)
+    while clock.now < 200:
+        view.refresh(Curves())
+        clock.now += 1.0
+    assert drawn == [20, 83, 146]  # at first as if it took a second, then 60 s after what took 3 s
+    view.refresh(Curves(), is_last=True)
+    assert len(drawn) == 4
+
+
+def test_the_page_is_written_on_the_way_and_in_the_end_unless_it_is_not_wanted(
+    clock: FakeTime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+    monkeypatch.setattr(live, "curves_figure", lambda path, rows: None)
+    monkeypatch.setattr(live, "_write_page", written.append)
+    for with_page in (True, False):
+        view = LiveView(tmp_path, with_page=with_page)
+        view.refresh(Curves(), is_last=True)
+        view.finish()
+    assert written == [tmp_path, tmp_path]
+
+
+def test_what_cannot_be_shown_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(live, "curves_figure", fail)
+    monkeypatch.setattr(live, "_write_page", fail)
+    view = LiveView(tmp_path, with_page=True)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            view.refresh(Curves(), is_last=True)
+    told = "cannot be written (no space); the training goes on"
+    assert caplog.messages == [f"{tmp_path / name} {told}" for name in ("curves.png", "report.html")]
