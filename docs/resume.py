@@ -33,11 +33,31 @@ LOOP = ("training.steps=120", "training.steps_per_epoch=20", "training.ema_decay
 COMMANDS = {
     "segmentation": ("train", "--set", "planning.patch_size=[24, 24, 24]", "--set", "planning.batch_size=1"),
     "pretraining": (
-        *("pretrain", "--method", "graph-matching", "--set", "views.size=16", "--set", "batch_size=8"),
+        *(
+            "pretrain",
+            "--method",
+            "graph-matching",
+            "--encoder",
+            "revmbunet",
+            "--set",
+            "views.size=16",
+            "--set",
+            "batch_size=8",
+        ),
         *("--set", "graph_matching.nodes=8", "--set", "validation_groups=2"),
     ),
     "inpainting": (
-        *("pretrain", "--method", "inpainting", "--set", "patches.size=24", "--set", "validation_holes=2"),
+        *(
+            "pretrain",
+            "--method",
+            "inpainting",
+            "--encoder",
+            "revmbunet",
+            "--set",
+            "patches.size=24",
+            "--set",
+            "validation_holes=2",
+        ),
         *("--set", "holes.diameter_range=[4, 10]", "--set", "adversarial.weight=0.1"),
     ),
 }

@@ -185,6 +185,31 @@ def test_cross_validation_scores_every_case_out_of_fold(
     assert len(ensemble.digests) == 3
 
 
+def test_a_resumed_cross_validation_changes_the_folds_that_are_left(phantoms: Path, tmp_path: Path) -> None:
+    class CutError(Exception):
+        pass
+
+    told: list[str] = []
+
+    def fall_in_the_second_fold(done: float, message: str) -> None:
+        told.append(message)
+        if len(told) == 4:  # in the second step of the fold
+            raise CutError
+
+    shape = {"steps": 2, "steps_per_epoch": 1, "live_page": False}
+    request = replace(_request(phantoms, tmp_path, training=shape), tell=fall_in_the_second_fold)
+    with pytest.raises(CutError):
+        cross_validate(request)
+    slower = replace(_request(phantoms, tmp_path, training=shape, optimiser={"lr": 1e-4}), is_resumed=True)
+    with pytest.raises(RequestError, match=r"optimiser.lr 0.002 -> 0.0001"):
+        cross_validate(slower)
+    cross_validate(replace(slower, may_change=True))
+    assert not (tmp_path / "fold_0" / "changes.jsonl").exists()
+    assert '"optimiser.lr": {"old": 0.002, "new": 0.0001}' in (tmp_path / "fold_1" / "changes.jsonl").read_text()
+    assert read_config(tmp_path / "fold_1").data.fold == 1
+    assert [read_config(tmp_path / f"fold_{fold}").optimiser.lr for fold in range(3)] == [0.002, 1e-4, 1e-4]
+
+
 def test_cross_validation_of_few_patients(phantoms: Path, tmp_path: Path) -> None:
     """Three patients and five folds asked for: three folds; one patient: refused."""
     few = _request(phantoms, tmp_path / "few", data={"folds": 5}, training={"steps": 2, "steps_per_epoch": 2})
