@@ -29,7 +29,7 @@ from torch import Tensor
 from segkit.checkpoint import load_state
 
 NETWORK = ("network.family=revmbunet", "network.size=tiny", "network.arguments.widths=[8, 16]")
-LOOP = ("training.steps=120", "training.steps_per_epoch=20", "training.ema_decay=0.9", "data.folds=2")
+LOOP = ("training.steps=140", "training.steps_per_epoch=20", "training.ema_decay=0.9", "data.folds=2")
 COMMANDS = {
     "segmentation": ("train", "--set", "planning.patch_size=[24, 24, 24]", "--set", "planning.batch_size=1"),
     "pretraining": (
@@ -88,10 +88,10 @@ def turn_over(path: Path) -> None:
 
 
 BLOWS = (
-    Blow("kill -9", 20, signal.SIGKILL),
-    Blow("kill -9 of a data-loading process", 40, signal.SIGKILL, to_worker=True),
-    Blow("last.ckpt truncated; SIGTERM", 60, signal.SIGTERM, truncate),
-    Blow("byte of last.ckpt turned over; SIGUSR1", 80, signal.SIGUSR1, turn_over),
+    Blow("kill -9", 40, signal.SIGKILL),
+    Blow("kill -9 of a data-loading process", 60, signal.SIGKILL, to_worker=True),
+    Blow("last.ckpt truncated; SIGTERM", 80, signal.SIGTERM, truncate),
+    Blow("byte of last.ckpt turned over; SIGUSR1", 100, signal.SIGUSR1, turn_over),
 )
 
 

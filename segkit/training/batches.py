@@ -60,7 +60,7 @@ def drawn_from(batches: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
     try:
         yield batches
     except Exception as error:
-        if isinstance(error, TrainingError) or "DataLoader worker" not in str(error):
+        if isinstance(error, TrainingError) or not tells_of_a_lost_worker(error):
             raise
         raise _lost_worker(error) from error
     finally:
@@ -68,8 +68,14 @@ def drawn_from(batches: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
             batches.close()
 
 
+def tells_of_a_lost_worker(error: Exception) -> bool:
+    """Whether torch raised it, amid whatever was being done, since a process that prepares batches was killed."""
+    return "DataLoader worker" in str(error)
+
+
 def _lost_worker(error: Exception) -> TrainingError:
-    seen = f"{type(error).__name__}: {error}"
+    cause = error.__cause__ or error
+    seen = f"{type(cause).__name__}: {str(cause).strip()}"
     return TrainingError(
         f"a process that prepared batches was killed, probably because memory ran out ({seen})",
         remedy="The last checkpoint is kept: go on with --resume, and with fewer training.workers if it happens again",

@@ -21,7 +21,7 @@ from torch import nn
 from segkit.checkpoint import load_state, save_state
 from segkit.errors import CheckpointError, RequestError, TrainingError
 from segkit.runtime import pick_precision, random_states, set_random_states
-from segkit.training.batches import drawn_from
+from segkit.training.batches import drawn_from, tells_of_a_lost_worker
 from segkit.training.config import LoopConfig, OptimiserConfig
 from segkit.training.interruption import Interruption, listening
 from segkit.training.journal import Journal, ProgressLines
@@ -210,9 +210,17 @@ class _Writer:
 
     def keep(self, snapshot: Mapping[str, Any]) -> None:
         """Bring rows and state to the disk, in this order: no row is ever missing below a state."""
+        try:
+            self._keep(snapshot)
+        except Exception as error:
+            if tells_of_a_lost_worker(error):  # the training ends, but its state is whole
+                self._keep(snapshot)
+            raise
+        self.kept_s = time.monotonic()
+
+    def _keep(self, snapshot: Mapping[str, Any]) -> None:
         self.journal.keep()
         save_state(self.run, snapshot)
-        self.kept_s = time.monotonic()
 
     def draw(self, *, is_last: bool = False) -> None:
         """Show how far the run is, if there is time for it."""

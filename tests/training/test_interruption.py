@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from segkit.checkpoint import load_state
+from segkit.checkpoint import load_state, save_state
+from segkit.errors import DataError, TrainingError
 from segkit.training.config import LoopConfig, OptimiserConfig
 from segkit.training.interruption import InterruptedTrainingError, Interruption, listening
 from segkit.training.loop import fit
@@ -174,6 +175,28 @@ def test_the_state_is_kept_before_a_validation_that_would_make_it_too_old(whole:
     assert (state["step"], state["row"]["epoch"]) == (10, 2)
     train(Line(), tmp_path, resume=True)
     assert_same(tmp_path, whole)
+
+
+def test_a_worker_that_dies_while_the_state_is_written_costs_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch raises its error wherever the training just is."""
+    calls: list[int] = []
+
+    def save(run: Path, state: Mapping[str, Any]) -> None:
+        calls.append(state["progress"]["step"])
+        if len(calls) == 2:
+            raise DataError("the file cannot be written: DataLoader worker (pid 1) is killed") from RuntimeError(
+                "DataLoader worker (pid 1) is killed"
+            )
+        save_state(run, state)
+
+    monkeypatch.setattr("segkit.training.loop.save_state", save)
+    told = r"probably because memory ran out \(RuntimeError: DataLoader worker \(pid 1\) is killed\)\. .*--resume"
+    with pytest.raises(TrainingError, match=told):
+        train(Line(), tmp_path)
+    assert calls == [5, 10, 10]
+    assert load_state(tmp_path)["progress"]["step"] == 10
 
 
 def test_a_handler_that_was_there_hears_of_it_once_the_state_is_kept(tmp_path: Path) -> None:
