@@ -38,7 +38,8 @@ def call(*arguments: object) -> int:
 def test_sigterm_ends_with_130_and_the_command_that_goes_on(
     verb: str, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rate_at, steps = loop.rate_at, []
+    rate_at = loop.rate_at
+    steps: list[int] = []
 
     def terminating(*arguments: object) -> float:
         steps.append(len(steps) + 1)

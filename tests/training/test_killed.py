@@ -225,6 +225,6 @@ def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 if __name__ == "__main__":
-    live.curves_figure = lambda path, rows: None
+    pytest.MonkeyPatch().setattr(live, "curves_figure", lambda path, rows: None)
     folders = Path(sys.argv[1]), Path(sys.argv[2])
     sys.stdout.write(json.dumps({task: endure(task, folders[0], folders[1] / task) for task in TASKS}))

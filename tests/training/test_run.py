@@ -196,7 +196,7 @@ def test_a_resumed_cross_validation_changes_the_folds_that_are_left(phantoms: Pa
         if len(told) == 4:  # in the second step of the fold
             raise CutError
 
-    shape = {"steps": 2, "steps_per_epoch": 1, "live_page": False}
+    shape: dict[str, object] = {"steps": 2, "steps_per_epoch": 1, "live_page": False}
     request = replace(_request(phantoms, tmp_path, training=shape), tell=fall_in_the_second_fold)
     with pytest.raises(CutError):
         cross_validate(request)
