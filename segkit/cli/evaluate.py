@@ -22,8 +22,6 @@ from segkit.cli.options import (
 if TYPE_CHECKING:
     from segkit.report.evaluate import Evaluation
 
-_SHOWN = ("dice", "hd95_mm", "nsd", "sensitivity", "precision", "specificity", "auc")
-
 
 def evaluate(
     predictions: Annotated[Path, typer.Option("-p", "--predictions", help="Folder of masks <case>.nii.gz, or one.")],
@@ -31,7 +29,9 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder for scores.json, scores.csv, summary.md, pictures.")
     ] = None,
-    protocol: Annotated[str, typer.Option(help="How empty masks and lesions are counted: legacy.")] = "legacy",
+    protocol: Annotated[
+        str, typer.Option(help="How empty masks and lesions are counted: legacy, brats2023 or brats2026.")
+    ] = "legacy",
     challenge: Annotated[
         str | None, typer.Option(help="gli, met, ped, men, men-rt, goat or ssa; default: as the names tell.")
     ] = None,
@@ -58,7 +58,7 @@ def evaluate(
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Score masks against references: Dice (F1), HD95, NSD, sensitivity, specificity per case and region.
+    """Score masks against references per case and region: Dice (F1), HD95, NSD, and lesion by lesion.
 
     Exit code 1 where a case could not be scored, 2 where the request is wrong.
     """
@@ -97,8 +97,6 @@ def evaluate(
 def _print_summary(evaluation: Evaluation) -> None:
     from segkit.report.tables import summary_rows
 
-    summary = evaluation.summary()
-    present = {metric for scores in summary.values() for metric in scores}
-    columns, rows = summary_rows(summary, [metric for metric in _SHOWN if metric in present])
+    columns, rows = summary_rows(evaluation.summary(), evaluation.headline())
     title = f"{len(evaluation.cases)} cases, protocol {evaluation.protocol}{evaluation.where()}; mean (median)"
     print_table(title, columns, rows)

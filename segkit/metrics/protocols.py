@@ -1,21 +1,16 @@
 """Scoring protocols: which metrics a region gets, and what they are worth where a mask is empty.
 
-Protocol `legacy` is that of BraTS 2017 to 2022: per case and region Dice, HD95, sensitivity and specificity, over the
-whole volume. Precision, the normalised surface Dice (NSD, tolerance = the smallest voxel spacing, hence 1 mm on BraTS)
-and, in 3D, both volumes in millilitres are added to the official four. Its rules for empty masks:
+| protocol    | whose                 | a region is scored                                       | rules in module     |
+|-------------|-----------------------|----------------------------------------------------------|---------------------|
+| `legacy`    | BraTS 2017 to 2022    | as a whole                                               | `metrics.legacy`    |
+| `brats2023` | BraTS 2023 and 2024   | lesion by lesion; what is missed or made up is the worst | `metrics.brats2023` |
+| `brats2026` | BraTS 2026, panoptica | lesions matched one to one, finding and outlining apart  | `metrics.brats2026` |
 
-| reference | prediction | dice | hd95_mm | nsd | sensitivity | precision | specificity |
-|-----------|------------|------|---------|-----|-------------|-----------|-------------|
-| empty     | empty      | 1    | 0       | 1   | 1           | 1         | 1           |
-| empty     | present    | 0    | worst   | 0   | 0           | 0         | as computed |
-| present   | empty      | 0    | worst   | 0   | 0           | 0         | 1           |
-| no file   | or: absent | 0    | worst   | 0   | 0           | 0         | 0           |
+Each module has its rules for empty masks in a table. They are written for boolean masks, so a protocol is not bound to
+tumours; only `brats2023` needs to know the challenge, because its thresholds differ.
 
 *Absent* is a prediction that was never handed in, where the caller asks for it to be scored (`score_absent`): it earns
-nothing, not even on regions that the reference lacks. *Worst* is 373.13 mm where WT, TC or ET is scored: the diagonal
-of the BraTS volume of 240 x 240 x 155 mm, which the organisers used whatever the grid; any other data get the diagonal
-of their own volume. Specificity is 1 where the reference fills the whole volume: nothing is left to be spared.
-On pictures, which have no spacing, a pixel counts as 1 mm.
+nothing, not even on regions that the reference lacks.
 
 Inside a region of interest (the field of view of a retinal picture, the brain) both masks are cut to it, surfaces end
 at its edge, and specificity counts its voxels alone: those outside are nobody's merit.
@@ -25,10 +20,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
-from segkit.metrics.overlap import Mask, dice, precision, region_mask, sensitivity, specificity, volume_ml
-from segkit.metrics.surface import surface_distances
+import numpy as np
+from scipy import ndimage
+
+from segkit.errors import RequestError
+from segkit.metrics import brats2023, brats2026, legacy
+from segkit.metrics.overlap import Mask, region_mask
+from segkit.metrics.region import RegionPair, RegionScores, Scores
 from segkit.shapes import LabelMap
 
 BRATS_WORST_DISTANCE_MM = 373.13
@@ -36,23 +37,55 @@ BRATS_WORST_DISTANCE_MM = 373.13
 
 _BRATS_REGIONS = frozenset({"WT", "TC", "ET"})
 
-Scores = dict[str, float]
-"""Metric name -> value of one region of one case; lengths are in mm, volumes in ml, the others in [0, 1]."""
+
+@dataclass(frozen=True)
+class Rules:
+    """How a protocol scores one region of one case, in one challenge.
+
+    Attributes:
+        score: The scores of a pair of masks.
+        absent: Those of a missing prediction, from the worst distance.
+        headline: The metrics that a table for people shows.
+        worst_mm: What a distance to nothing counts for; None is `worst_distance_mm`, which goes by region and grid.
+        tissues: Regions of single tissues besides those that networks predict: name -> tissues of the label scheme.
+        needs_volumes: Whether pictures cannot be scored.
+    """
+
+    score: Callable[[RegionPair], RegionScores]
+    absent: Callable[[float], Scores]
+    headline: tuple[str, ...]
+    worst_mm: float | None = None
+    tissues: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    needs_volumes: bool = False
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How one region of one case is scored.
-
-    `score` takes prediction, reference, spacing in mm, the worst distance in mm, and the region of interest that both
-    masks are cut to, None for the whole volume. `absent` gives the scores of a missing prediction from the worst
-    distance in mm.
-    """
+    """A protocol and its rules by challenge; those of None hold where there is no challenge, or one without its own."""
 
     name: str
     description: str
-    score: Callable[[Mask, Mask, Sequence[float], float, Mask | None], Scores]
-    absent: Callable[[float], Scores]
+    rules: Mapping[str | None, Rules]
+
+
+def rules_of(protocol: str, challenge: str | None) -> Rules:
+    """The rules of a protocol in a challenge (gli, met, ...; None where it is not known).
+
+    Raises:
+        RequestError: there is no such protocol, or it has no rules for the challenge.
+    """
+    if protocol not in PROTOCOLS:
+        raise RequestError(f"unknown protocol {protocol!r}", expected=f"one of {', '.join(PROTOCOLS)}")
+    rules = PROTOCOLS[protocol].rules
+    found = rules.get(challenge, rules.get(None))
+    if found is None:
+        told = "the names of the cases tell no challenge" if challenge is None else f"there is none for {challenge!r}"
+        raise RequestError(
+            f"protocol {protocol!r} has rules by challenge, and {told}",
+            expected=f"one of {', '.join(str(name) for name in rules)}",
+            remedy="Name one with --challenge, or choose another --protocol",
+        )
+    return found
 
 
 def score_case(
@@ -62,10 +95,11 @@ def score_case(
     regions: Mapping[str, Collection[int]],
     *,
     protocol: str = "legacy",
+    challenge: str | None = None,
     prediction_regions: Mapping[str, Collection[int]] | None = None,
     roi: Mask | None = None,
-) -> dict[str, Scores]:
-    """Scores of each region of one case: region name -> metric name -> value.
+) -> dict[str, RegionScores]:
+    """Scores of each region of one case: region name -> metrics and lesions.
 
     Args:
         prediction: (D, H, W) or (H, W) label values.
@@ -73,26 +107,42 @@ def score_case(
         spacing_mm: Voxel spacing of each axis in mm.
         regions: Region name -> label values of the reference that make it up.
         protocol: A name of `PROTOCOLS`.
+        challenge: Where a protocol has rules by challenge: gli, met, ped, men, men-rt, goat or ssa.
         prediction_regions: The same where the prediction is written in another label scheme.
         roi: Region of interest on the same grid: only there is anything scored. None is the whole volume.
+
+    Raises:
+        RequestError: there is no such protocol, it has no rules for the challenge, or none for pictures.
     """
-    score = PROTOCOLS[protocol].score
-    worst = worst_distance_mm(regions, reference.shape, spacing_mm)
+    rules = rules_of(protocol, challenge)
+    if rules.needs_volumes and reference.ndim < 3:
+        raise RequestError(f"protocol {protocol!r} scores volumes, and these are pictures", remedy="Choose another")
+    worst_mm = _worst_mm(rules, regions, reference.shape, spacing_mm)
+    judged = reference.size if roi is None else int(np.count_nonzero(roi))
+    box = _box_of_either(prediction, reference)
+    prediction, reference, roi = prediction[box], reference[box], None if roi is None else roi[box]
     members = prediction_regions or regions
     scores = {}
     for name, values in regions.items():
         masks = region_mask(prediction, members[name]), region_mask(reference, values)
         predicted, present = masks if roi is None else (mask & roi for mask in masks)
-        scores[name] = score(predicted, present, spacing_mm, worst, roi)
+        own = _box_of_either(predicted, present)
+        pair = RegionPair(predicted[own], present[own], tuple(map(float, spacing_mm)), judged, worst_mm)
+        scores[name] = rules.score(pair)
     return scores
 
 
 def score_absent(
-    shape: Sequence[int], spacing_mm: Sequence[float], regions: Collection[str], *, protocol: str = "legacy"
+    shape: Sequence[int],
+    spacing_mm: Sequence[float],
+    regions: Collection[str],
+    *,
+    protocol: str = "legacy",
+    challenge: str | None = None,
 ) -> dict[str, Scores]:
     """Scores of a case whose prediction was never handed in: the worst value of each metric in each region."""
-    worst = worst_distance_mm(regions, shape, spacing_mm)
-    return {name: PROTOCOLS[protocol].absent(worst) for name in regions}
+    rules = rules_of(protocol, challenge)
+    return {name: rules.absent(_worst_mm(rules, regions, shape, spacing_mm)) for name in regions}
 
 
 def worst_distance_mm(regions: Collection[str], shape: Sequence[int], spacing_mm: Sequence[float]) -> float:
@@ -102,42 +152,66 @@ def worst_distance_mm(regions: Collection[str], shape: Sequence[int], spacing_mm
     return math.hypot(*(size * spacing for size, spacing in zip(shape, spacing_mm, strict=True)))
 
 
-def _legacy(
-    prediction: Mask, reference: Mask, spacing_mm: Sequence[float], worst_mm: float, roi: Mask | None
-) -> Scores:
-    is_predicted, is_present = bool(prediction.any()), bool(reference.any())
-    if is_predicted and is_present:
-        distances = surface_distances(prediction, reference, spacing_mm)
-        scores = {
-            "dice": dice(prediction, reference),
-            "hd95_mm": distances.hausdorff_mm(95.0),
-            "nsd": distances.surface_dice(min(spacing_mm)),
-            "sensitivity": sensitivity(prediction, reference),
-            "precision": precision(prediction, reference),
-        }
-    elif is_predicted or is_present:
-        scores = {"dice": 0.0, "hd95_mm": worst_mm, "nsd": 0.0, "sensitivity": 0.0, "precision": 0.0}
-    else:
-        scores = {"dice": 1.0, "hd95_mm": 0.0, "nsd": 1.0, "sensitivity": 1.0, "precision": 1.0}
-    judged = (prediction, reference) if roi is None else (prediction[roi], reference[roi])
-    scores["specificity"] = 1.0 if judged[1].all() else specificity(*judged)
-    if reference.ndim == 3:
-        scores["prediction_ml"] = volume_ml(prediction, spacing_mm)
-        scores["reference_ml"] = volume_ml(reference, spacing_mm)
-    return scores
+def _worst_mm(rules: Rules, regions: Collection[str], shape: Sequence[int], spacing_mm: Sequence[float]) -> float:
+    return worst_distance_mm(regions, shape, spacing_mm) if rules.worst_mm is None else rules.worst_mm
 
 
-def _legacy_absent(worst_mm: float) -> Scores:
-    shares = ("dice", "nsd", "sensitivity", "precision", "specificity")
-    return {"hd95_mm": worst_mm, **dict.fromkeys(shares, 0.0)}
+def _box_of_either(prediction: LabelMap | Mask, reference: LabelMap | Mask) -> tuple[slice, ...]:
+    """The smallest box that holds all that is not 0 in either; one voxel where all is."""
+    boxes = ndimage.find_objects(((prediction != 0) | (reference != 0)).view(np.uint8))
+    return boxes[0] if boxes else (slice(0, 1),) * reference.ndim
 
+
+def _lesion_wise(rules: brats2023.LesionRules) -> Rules:
+    return Rules(
+        partial(brats2023.score, rules=rules),
+        brats2023.absent,
+        brats2023.HEADLINE,
+        worst_mm=brats2023.PENALTY_MM,
+        needs_volumes=True,
+    )
+
+
+def _panoptic(tissues: Mapping[str, tuple[str, ...]] | None = None) -> Rules:
+    return Rules(brats2026.score, brats2026.absent, brats2026.HEADLINE, brats2026.PENALTY_MM, tissues or {})
+
+
+_GLIOMA_TISSUES = {"NETC": ("NCR", "NET"), "SNFH": ("ED",)}
 
 PROTOCOLS: dict[str, Protocol] = {
-    "legacy": Protocol(
-        "legacy",
-        "BraTS 2017 to 2022: Dice, HD95, sensitivity and specificity of the whole volume; also precision, NSD, volumes",
-        _legacy,
-        _legacy_absent,
-    ),
+    protocol.name: protocol
+    for protocol in (
+        Protocol(
+            "legacy",
+            "BraTS 2017 to 2022: Dice, HD95, sensitivity, specificity of whole regions; also precision, NSD, volumes",
+            {None: Rules(legacy.score, legacy.absent, legacy.HEADLINE)},
+        ),
+        Protocol(
+            "brats2023",
+            "BraTS 2023 and 2024: lesion-wise Dice and HD95, in which misses and false positives count as the worst",
+            {
+                "gli": _lesion_wise(brats2023.GLIOMA),
+                "ssa": _lesion_wise(brats2023.GLIOMA),
+                "ped": _lesion_wise(brats2023.GLIOMA),
+                "men": _lesion_wise(brats2023.MENINGIOMA),
+                "met": _lesion_wise(brats2023.METASTASES),
+            },
+        ),
+        Protocol(
+            "brats2026",
+            "BraTS 2026: lesions matched one to one, their F1, and Dice, HD95 and NSD of those matched and of all",
+            {
+                None: _panoptic(),
+                "gli": _panoptic(_GLIOMA_TISSUES),
+                "ssa": _panoptic(_GLIOMA_TISSUES),
+                "met": Rules(
+                    brats2026.score_metastases,
+                    brats2026.absent_metastases,
+                    brats2026.METASTASES_HEADLINE,
+                    brats2026.PENALTY_MM,
+                ),
+            },
+        ),
+    )
 }
 """Every protocol by name."""

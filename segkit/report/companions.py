@@ -21,8 +21,8 @@ from segkit.data.layouts.listing import list_images
 from segkit.data.volume import Grid
 from segkit.errors import DataError, RequestError
 from segkit.metrics.overlap import Mask, region_mask
-from segkit.metrics.protocols import Scores
 from segkit.metrics.ranking import area_under_roc
+from segkit.metrics.region import Scores
 from segkit.shapes import AnyArray, LabelMap
 
 _LOSSY_SUFFIXES = (".jpg", ".jpeg")

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,9 @@ from segkit.data.layouts.schemes import present_values
 from segkit.data.volume import Grid
 from segkit.errors import DataError, RequestError
 from segkit.labels import LabelScheme, outputs_of, translate
-from segkit.metrics.protocols import PROTOCOLS, Scores, score_absent, score_case
+from segkit.metrics.lesions import Lesion
+from segkit.metrics.protocols import rules_of, score_absent, score_case
+from segkit.metrics.region import RegionScores, Scores
 from segkit.report.companions import Companions, find_companions
 from segkit.report.figures import BACKGROUNDS, overlay_figure
 from segkit.report.pairing import Pair, Pairing, pair_folders
@@ -34,7 +37,7 @@ Missing = Literal["skip", "zero"]
 
 _log = logging.getLogger(__name__)
 
-_PED_TISSUES = (("NETC", "NET"), ("ED", "ED"))
+_PED_TISSUES = {"NETC": ("NET",), "ED": ("ED",)}
 """Regions that the paediatric challenge scores besides those a network has outputs for (BraTS-PED 2024 and later)."""
 
 
@@ -42,12 +45,14 @@ _PED_TISSUES = (("NETC", "NET"), ("ED", "ED"))
 class CaseScores:
     """Scores of one case: region name -> metric name -> value, NaN where undefined.
 
-    `is_missing` says that there was no usable prediction and that the case was given the worst scores.
+    `is_missing` says that there was no usable prediction and that the case was given the worst scores. `lesions` lists
+    those of the reference by region, where the protocol looks at single ones.
     """
 
     case: str
     regions: dict[str, Scores]
     is_missing: bool = False
+    lesions: Mapping[str, tuple[Lesion, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,10 @@ class Evaluation:
         return summarise(case.regions for case in self.cases)
 
     def to_json(self) -> dict[str, Any]:
-        """The document of `segkit evaluate --json`, strict JSON: a value that is undefined or infinite is null."""
+        """The document of `segkit evaluate --json`, strict JSON: a value that is undefined or infinite is null.
+
+        A case with infinite values lists them under "infinite", region -> metrics; `scores_from_json` is the way back.
+        """
         return {
             "protocol": self.protocol,
             "challenge": self.challenge,
@@ -87,6 +95,12 @@ class Evaluation:
             "surplus": [path.name for path in self.surplus],
             "notes": list(self.remarks),
         }
+
+    def headline(self) -> list[str]:
+        """The metrics that a table for people shows: those of the protocol, and what was asked for besides."""
+        present = {metric for case in self.cases for scores in case.regions.values() for metric in scores}
+        wanted = (*rules_of(self.protocol, self.challenge).headline, "auc")
+        return [metric for metric in wanted if metric in present]
 
     def where(self) -> str:
         """Where was scored, for a heading: nothing where it was everywhere."""
@@ -106,6 +120,15 @@ class Evaluation:
         if self.surplus:
             names = _some([path.name for path in self.surplus])
             notes.append(f"{len(self.surplus)} files belong to no reference and are not scored: {names}")
+        infinite = Counter(
+            f"{region} {metric}"
+            for case in self.cases
+            for region, metrics in _infinite(case.regions).items()
+            for metric in metrics
+        )
+        if infinite:
+            told = ", ".join(f"{name} in {count} cases" for name, count in infinite.items())
+            notes.append(f"infinite values are not in the means: {told}")
         return [*notes, *self.remarks]
 
     def write(self, folder: Path) -> None:
@@ -114,7 +137,7 @@ class Evaluation:
         Raises:
             DataError: the folder cannot be written.
         """
-        columns, rows = summary_rows(self.summary())
+        columns, rows = summary_rows(self.summary(), self.headline())
         notes = "".join(f"- {note}\n" for note in self.notes())
         texts = {
             "scores.json": json.dumps(self.to_json(), indent=2, allow_nan=False, ensure_ascii=False) + "\n",
@@ -184,10 +207,9 @@ def evaluate_pairs(
     """Score the pairs of two folders, inside the regions of interest of `companions` and with its probabilities.
 
     Raises:
-        RequestError: the protocol is unknown.
+        RequestError: the protocol is unknown, or has no rules for the challenge.
     """
-    if protocol not in PROTOCOLS:
-        raise RequestError(f"unknown protocol {protocol!r}", expected=f"one of {', '.join(PROTOCOLS)}")
+    regions = scored_regions(pairing.scheme, protocol, pairing.challenge)
     companions = companions or Companions()
     cases: list[CaseScores] = []
     errors: dict[str, str] = {}
@@ -205,17 +227,20 @@ def evaluate_pairs(
             continue
         if pair.prediction is not None:
             try:
-                scores = _score_pair(pair, reference, grid, pairing.scheme, protocol, companions)
+                scores = _score_pair(pair, reference, grid, pairing, protocol, companions)
             except DataError as error:
                 complaint = str(error)
             else:
-                cases.append(CaseScores(case_id, scores))
+                lesions = {region: scored.lesions for region, scored in scores.items() if scored.lesions}
+                cases.append(
+                    CaseScores(case_id, {name: scored.scores for name, scored in scores.items()}, lesions=lesions)
+                )
                 _log.debug("scored %s", case_id)
                 continue
         if complaint is not None:
             errors[case_id] = complaint
         if missing == "zero":
-            absent = score_absent(grid.shape, grid.spacing_mm, regions_of(pairing.scheme), protocol=protocol)
+            absent = score_absent(grid.shape, grid.spacing_mm, regions, protocol=protocol, challenge=pairing.challenge)
             for region in companions.ranked_regions:
                 absent[region]["auc"] = 0.0
             cases.append(CaseScores(case_id, absent, is_missing=True))
@@ -235,9 +260,25 @@ def evaluate_pairs(
 def regions_of(scheme: LabelScheme) -> dict[str, tuple[int, ...]]:
     """What is scored in a label scheme: its regions, or its classes without the background -> label values."""
     regions = {output.name: output.members for output in outputs_of(scheme) if output.label != 0}
-    if scheme.name == "brats-ped":
-        regions |= {region: (scheme.values[tissue],) for region, tissue in _PED_TISSUES}
-    return regions
+    return regions | (_tissue_regions(scheme, _PED_TISSUES) if scheme.name == "brats-ped" else {})
+
+
+def scored_regions(scheme: LabelScheme, protocol: str, challenge: str | None) -> dict[str, tuple[int, ...]]:
+    """What a protocol scores in a label scheme: its regions, and the single tissues that it asks for besides.
+
+    Raises:
+        RequestError: the protocol is unknown, or has no rules for the challenge.
+    """
+    return regions_of(scheme) | _tissue_regions(scheme, rules_of(protocol, challenge).tissues)
+
+
+def _tissue_regions(scheme: LabelScheme, tissues: Mapping[str, Collection[str]]) -> dict[str, tuple[int, ...]]:
+    """Region name -> the values of those of its tissues that the scheme has; left out where it has none."""
+    members = {
+        region: tuple(sorted(scheme.values[tissue] for tissue in parts if tissue in scheme.values))
+        for region, parts in tissues.items()
+    }
+    return {region: values for region, values in members.items() if values}
 
 
 def read_reference(pair: Pair, scheme: LabelScheme) -> tuple[LabelMap, Grid]:
@@ -296,9 +337,10 @@ def draw_worst_cases(evaluation: Evaluation, pairing: Pairing, folder: Path, cou
 
 
 def _score_pair(
-    pair: Pair, reference: LabelMap, grid: Grid, scheme: LabelScheme, protocol: str, companions: Companions
-) -> dict[str, Scores]:
-    regions, predicted = regions_of(scheme), regions_of(pair.scheme)
+    pair: Pair, reference: LabelMap, grid: Grid, pairing: Pairing, protocol: str, companions: Companions
+) -> dict[str, RegionScores]:
+    scheme, challenge = pairing.scheme, pairing.challenge
+    regions, predicted = (scored_regions(each, protocol, challenge) for each in (scheme, pair.scheme))
     if not regions.keys() & predicted.keys():
         raise DataError(
             f"the mask is in label scheme {pair.scheme.name}, which shares no region with {scheme.name}",
@@ -310,10 +352,18 @@ def _score_pair(
     case_id = pair.reference.id
     roi = companions.region_of_interest(case_id, reference, grid)
     scores = score_case(
-        prediction, reference, grid.spacing_mm, regions, protocol=protocol, prediction_regions=members, roi=roi
+        prediction,
+        reference,
+        grid.spacing_mm,
+        regions,
+        protocol=protocol,
+        challenge=challenge,
+        prediction_regions=members,
+        roi=roi,
     )
-    areas = companions.areas_under_roc(case_id, reference, grid, regions, roi)
-    return {region: own | areas.get(region, {}) for region, own in scores.items()}
+    for region, area in companions.areas_under_roc(case_id, reference, grid, regions, roi).items():
+        scores[region].scores.update(area)
+    return scores
 
 
 def _require_known(labels: LabelMap, scheme: LabelScheme, path: Path, option: str) -> None:
@@ -348,8 +398,22 @@ def _draw(path: Path, pair: Pair, scheme: LabelScheme, scores: CaseScores) -> No
     )
 
 
+def scores_from_json(case: Mapping[str, Any]) -> dict[str, Scores]:
+    """The scores of an entry of "cases" in `scores.json`: undefined ones are NaN again, infinite ones infinite."""
+    infinite = case.get("infinite", {})
+    return {
+        region: {
+            metric: value if value is not None else math.inf if metric in infinite.get(region, ()) else math.nan
+            for metric, value in scores.items()
+        }
+        for region, scores in case["regions"].items()
+    }
+
+
 def _mean_dice(case: CaseScores) -> float:
-    return float(np.mean([metrics["dice"] for metrics in case.regions.values()]))
+    """The mean over regions; 1 where it is undefined in all, for nothing was there to be found."""
+    defined = [metrics["dice"] for metrics in case.regions.values() if not math.isnan(metrics["dice"])]
+    return float(np.mean(defined)) if defined else 1.0
 
 
 def _case_to_json(case: CaseScores) -> dict[str, Any]:
@@ -358,7 +422,21 @@ def _case_to_json(case: CaseScores) -> dict[str, Any]:
         for region, scores in case.regions.items()
     }
     document: dict[str, Any] = {"case": case.case, "regions": regions}
+    if infinite := _infinite(case.regions):
+        document["infinite"] = infinite
+    if case.lesions:
+        document["lesions"] = {
+            region: [lesion.to_json() for lesion in lesions] for region, lesions in case.lesions.items()
+        }
     return document | {"missing": True} if case.is_missing else document
+
+
+def _infinite(regions: Mapping[str, Scores]) -> dict[str, list[str]]:
+    """Region -> the metrics that are infinite there, for the regions that have any."""
+    found = {
+        region: [name for name, value in scores.items() if math.isinf(value)] for region, scores in regions.items()
+    }
+    return {region: names for region, names in found.items() if names}
 
 
 def _some(names: Collection[str]) -> str:

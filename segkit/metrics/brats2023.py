@@ -1,0 +1,132 @@
+"""Protocol `brats2023`, the lesion-wise scores of BraTS 2023 and 2024.
+
+Every lesion counts alike, small or large, and every predicted component that belongs to none counts as a lesion with
+the worst scores. Written from the description of the challenge (Synapse syn51156910) and of its reference code:
+
+1. The reference is dilated `dilations` times with 18 neighbours; its components in there, 26-connected, are the
+   lesions: what lies closer together is one.
+2. A lesion, dilated as often once more, is found by every 26-connected component of the prediction that it touches, of
+   whatever size. Dice and HD95 compare the lesion as it is with the whole of these components; one of them may find
+   several lesions. A lesion that none touches gets Dice 0 and HD95 374 mm.
+3. Lesions of at most `ignored_mm3` are left out, found or not; a component that found one is still no false positive.
+4. Lesion-wise Dice = sum of Dice / (lesions kept + false positives); HD95 likewise, with 374 mm for a false positive.
+
+| reference               | prediction | lesionwise_dice | lesionwise_hd95_mm | dice | hd95_mm |
+|-------------------------|------------|-----------------|--------------------|------|---------|
+| empty                   | empty      | 1               | 0                  | 1    | 0       |
+| empty                   | present    | 0               | 374                | 0    | 374     |
+| present                 | empty      | 0               | 374                | 0    | 374     |
+| ignored lesions only    | empty      | 1               | 0                  | 0    | 374     |
+| ignored lesions only    | touching   | 1               | 0                  | by voxels | by surfaces |
+| ignored lesions only    | elsewhere  | 0               | 374                | 0    | by surfaces |
+| no file                 | or: absent | 0               | 374                | 0    | 374     |
+
+The fourth and fifth line are a quirk of the original that is kept: 0 / 0 counts as perfect, even if all was missed.
+
+Dilations are in voxels as in the original, which knows no spacing; so on a grid other than 1 mm lesions merge at other
+distances. Volumes are in mm^3 and distances in mm by the spacing of the grid, which agrees with the original at 1 mm.
+HD95 is measured between surface elements (`segkit.metrics.surface_elements`) and comes without interpolation, hence
+differs a little from that of `legacy`. `dice`, `hd95_mm`, `sensitivity` and `specificity` are of the whole volume.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from segkit.metrics.legacy import one_sided, overlap_scores, volumes_ml
+from segkit.metrics.lesions import Components, Lesion, box_around, components_of, indexed
+from segkit.metrics.overlap import Mask, dice
+from segkit.metrics.region import RegionPair, RegionScores, Scores
+from segkit.metrics.surface_elements import element_hausdorff_mm
+
+HEADLINE = ("lesionwise_dice", "lesionwise_hd95_mm", "lesion_tp", "lesion_fp", "lesion_fn", "dice", "hd95_mm")
+
+PENALTY_MM = 374.0
+"""The HD95 of a lesion that was missed or made up, a millimetre more than the diagonal of the BraTS volume."""
+
+
+@dataclass(frozen=True)
+class LesionRules:
+    """How often the reference is dilated (voxels), and up to which volume its lesions are ignored."""
+
+    dilations: int
+    ignored_mm3: float
+
+
+GLIOMA = LesionRules(dilations=3, ignored_mm3=50)
+MENINGIOMA = LesionRules(dilations=1, ignored_mm3=50)
+METASTASES = LesionRules(dilations=1, ignored_mm3=2)
+
+
+def score(pair: RegionPair, rules: LesionRules) -> RegionScores:
+    """The scores of one region of a volume by the table above; `dice` and `hd95_mm` of a lesion are in its entry."""
+    predicted = components_of(pair.prediction)
+    lesions, found_by = _found_lesions(pair, predicted, rules)
+    counted = [lesion for lesion in lesions if lesion.volume_mm3 > rules.ignored_mm3]
+    matched = sum(lesion.is_matched for lesion in counted)
+    false_positives = predicted.count - len(found_by)
+    scored = len(counted) + false_positives
+    dices = math.fsum(lesion.dice or 0.0 for lesion in counted)
+    distances = math.fsum(PENALTY_MM if lesion.hd95_mm is None else lesion.hd95_mm for lesion in counted)
+    overlap = overlap_scores(pair)
+    scores = {
+        "lesionwise_dice": dices / scored if scored else 1.0,
+        "lesionwise_hd95_mm": (distances + PENALTY_MM * false_positives) / scored if scored else 0.0,
+        "lesion_tp": float(matched),
+        "lesion_fp": float(false_positives),
+        "lesion_fn": float(len(counted) - matched),
+        "dice": overlap["dice"],
+        "hd95_mm": _whole_hausdorff_mm(pair),
+        "sensitivity": overlap["sensitivity"],
+        "specificity": overlap["specificity"],
+        **volumes_ml(pair),
+    }
+    return RegionScores(scores, tuple(lesions))
+
+
+def absent(worst_mm: float) -> Scores:
+    """The scores of a region whose prediction was never handed in; there is nothing to count lesions by."""
+    shares = ("lesionwise_dice", "dice", "sensitivity", "specificity")
+    return {**dict.fromkeys(shares, 0.0), "lesionwise_hd95_mm": worst_mm, "hd95_mm": worst_mm}
+
+
+def _found_lesions(pair: RegionPair, predicted: Components, rules: LesionRules) -> tuple[list[Lesion], set[int]]:
+    """Every lesion of the reference, and the components of the prediction that touch any.
+
+    What is too small to count is not measured.
+    """
+    # Within the box of both masks: what grows out of it meets outside only where it meets inside too.
+    lesions = indexed(components_of(_dilated(pair.reference, rules.dilations)).ids * pair.reference)
+    voxel_mm3 = math.prod(pair.spacing_mm)
+    entries: list[Lesion] = []
+    found_by: set[int] = set()
+    for number, (voxels, own_box) in enumerate(zip(lesions.voxels.tolist(), lesions.boxes, strict=True), start=1):
+        near = box_around([own_box], pair.reference.shape, margin=rules.dilations)
+        around = _dilated(lesions.mask(number, near), rules.dilations)
+        touching = np.setdiff1d(predicted.ids[near][around], 0).tolist()
+        found_by.update(touching)
+        volume_mm3 = voxels * voxel_mm3
+        if not touching or volume_mm3 <= rules.ignored_mm3:
+            entries.append(Lesion(voxels, volume_mm3, is_matched=bool(touching)))
+            continue
+        box = box_around([own_box, *(predicted.boxes[component - 1] for component in touching)], pair.reference.shape)
+        lesion, prediction = lesions.mask(number, box), np.isin(predicted.ids[box], touching)
+        distance = element_hausdorff_mm(prediction, lesion, pair.spacing_mm)
+        entries.append(Lesion(voxels, volume_mm3, is_matched=True, dice=dice(prediction, lesion), hd95_mm=distance))
+    return entries, found_by
+
+
+def _dilated(mask: Mask, times: int) -> Mask:
+    neighbours = ndimage.generate_binary_structure(mask.ndim, 2)
+    grown: Mask = ndimage.binary_dilation(mask, neighbours, iterations=times)
+    return grown
+
+
+def _whole_hausdorff_mm(pair: RegionPair) -> float:
+    if pair.prediction.any() and pair.reference.any():
+        return element_hausdorff_mm(pair.prediction, pair.reference, pair.spacing_mm)
+    return one_sided(pair, 0.0, pair.worst_mm)

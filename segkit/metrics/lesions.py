@@ -1,0 +1,127 @@
+"""Single lesions: connected components, which of them meet, and the best one-to-one matching.
+
+Voxels that touch at a corner are connected: 26 neighbours in a volume, 8 in a picture. Everything is done inside the
+boxes of the components, so that a case of a hundred specks costs little more than one of a single lesion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cc3d
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+
+from segkit.metrics.overlap import Mask
+from segkit.shapes import AnyArray
+
+Box = tuple[slice, ...]
+
+_EVERY_NEIGHBOUR = {2: 8, 3: 26}
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """One lesion of the reference and what was found of it.
+
+    `dice`, `hd95_mm` and `nsd` compare it with the prediction it was matched with, and are None where it was missed or
+    the protocol does not measure them.
+    """
+
+    voxels: int
+    volume_mm3: float
+    is_matched: bool
+    dice: float | None = None
+    hd95_mm: float | None = None
+    nsd: float | None = None
+
+    def to_json(self) -> dict[str, float | bool | None]:
+        """The entry of "lesions" in `scores.json`."""
+        return {
+            "voxels": self.voxels,
+            "volume_mm3": self.volume_mm3,
+            "matched": self.is_matched,
+            "dice": self.dice,
+            "hd95_mm": self.hd95_mm,
+            "nsd": self.nsd,
+        }
+
+
+@dataclass(frozen=True)
+class Components:
+    """The connected components of a mask.
+
+    Attributes:
+        ids: The mask's shape; 0 outside, 1 to `count` inside.
+        voxels: (count,), voxels of component i + 1.
+        boxes: The box of component i + 1.
+    """
+
+    ids: AnyArray
+    voxels: NDArray[np.int64]
+    boxes: Sequence[Box]
+
+    @property
+    def count(self) -> int:
+        """How many components there are."""
+        return len(self.voxels)
+
+    def mask(self, component: int, box: Box) -> Mask:
+        """Where a component lies within a box."""
+        inside: Mask = self.ids[box] == component
+        return inside
+
+
+def components_of(mask: Mask) -> Components:
+    """The connected components of a mask (D, H, W) or (H, W)."""
+    return indexed(cc3d.connected_components(np.ascontiguousarray(mask), connectivity=_EVERY_NEIGHBOUR[mask.ndim]))
+
+
+def indexed(ids: AnyArray) -> Components:
+    """Components that are numbered already, 1 to n without a gap."""
+    statistics = cc3d.statistics(np.ascontiguousarray(ids))
+    boxes = [tuple(box) for box in statistics["bounding_boxes"][1:]]
+    return Components(ids, statistics["voxel_counts"][1:].astype(np.int64), boxes)
+
+
+def overlaps(prediction: Components, reference: Components) -> dict[tuple[int, int], int]:
+    """(reference id, prediction id) -> shared voxels, for every pair that shares any."""
+    shared = (prediction.ids > 0) & (reference.ids > 0)
+    stride = prediction.count + 1
+    pairs, counts = np.unique(
+        reference.ids[shared].astype(np.int64) * stride + prediction.ids[shared], return_counts=True
+    )
+    return {divmod(int(pair), stride): int(count) for pair, count in zip(pairs, counts, strict=True)}
+
+
+def match_one_to_one(scores: dict[tuple[int, int], float], bonus: float) -> dict[int, int]:
+    """Reference id -> prediction id of the matching with the largest sum of scores, each pair counting `bonus` more.
+
+    An exact maximum (Jonker & Volgenant, Computing 38, 1987), over the components that meet any other at all.
+
+    Args:
+        scores: (reference id, prediction id) -> positive score; pairs that are not listed are never matched.
+        bonus: Positive: more pairs are better than fewer of the same sum.
+    """
+    references = sorted({pair[0] for pair in scores})
+    predictions = sorted({pair[1] for pair in scores})
+    gains = np.zeros((len(references), len(predictions)))
+    rows = {component: row for row, component in enumerate(references)}
+    columns = {component: column for column, component in enumerate(predictions)}
+    for (reference, prediction), score in scores.items():
+        gains[rows[reference], columns[prediction]] = score + bonus
+    chosen = zip(*linear_sum_assignment(gains, maximize=True), strict=True)
+    return {references[row]: predictions[column] for row, column in chosen if gains[row, column] > 0}
+
+
+def box_around(boxes: Sequence[Box], shape: Sequence[int], margin: int = 0) -> Box:
+    """The smallest box that holds all boxes, and `margin` voxels more on each side, within the shape."""
+    return tuple(
+        slice(
+            max(min(box[axis].start for box in boxes) - margin, 0),
+            min(max(box[axis].stop for box in boxes) + margin, size),
+        )
+        for axis, size in enumerate(shape)
+    )
