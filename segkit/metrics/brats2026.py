@@ -15,10 +15,13 @@ HD95 is the percentile of both directions pooled, NSD the mean of both surfaces'
 
 Challenge `met` parts large lesions, of at least 20 mm^3, from small ones:
 
-- `lesionwise_*`: mean and deviation over large lesions, with 0, 373 mm, 0 for each that was missed *and for every false
-  positive* of the region, of whatever size. `large_lesion_*` counts the same.
-- `small_lesion_*`: a small lesion is found where its match has Dice of at least 0.1, else missed; here too every false
-  positive counts. Both are undefined where the reference has no lesion of that size.
+- `lesionwise_*`: mean and deviation over large lesions, with 0, 373 mm, 0 for each that has no match *and for every
+  false positive* of the region, of whatever size.
+- `large_lesion_*` and `small_lesion_*`: lesions of each size that were found, that is whose match has Dice of at least
+  0.1, and missed; in both every false positive of the region counts. A match below 0.1 counts as missed here, yet
+  with its own scores in `lesionwise_*`.
+
+All of these are undefined where the reference has no lesion of that size.
 
 | reference | prediction | dice, nsd_half_voxel | hd95_voxels | sq_dice, sq_nsd, pq_dice | sq_hd95_mm | lesion_f1 |
 |-----------|------------|----------------------|-------------|--------------------------|------------|-----------|
@@ -63,7 +66,7 @@ PENALTY_MM = 373.0
 
 LARGE_LESION_MM3 = 20.0
 FOUND_DICE = 0.1
-"""What a small lesion's match has at least."""
+"""What the match of a large or small lesion has at least, to be counted as found."""
 
 _LEAST_DICE = 1e-6
 """What a match has at least, and what a match more is worth against a larger sum."""
@@ -89,14 +92,12 @@ def score_metastases(pair: RegionPair) -> RegionScores:
     made_up = int(scored.scores["lesion_fp"])
     large = [lesion for lesion in scored.lesions if lesion.volume_mm3 >= LARGE_LESION_MM3]
     small = [lesion for lesion in scored.lesions if lesion.volume_mm3 < LARGE_LESION_MM3]
-    found = sum(lesion.is_matched for lesion in large)
-    seen = sum((lesion.dice or 0.0) >= FOUND_DICE for lesion in small)
     return RegionScores(
         {
             **_lesionwise_scores(large, made_up),
             **scored.scores,
-            **_sized_detection("large_lesion", found, made_up, len(large) - found),
-            **_sized_detection("small_lesion", seen, made_up, len(small) - seen),
+            **_sized_detection("large_lesion", large, made_up),
+            **_sized_detection("small_lesion", small, made_up),
         },
         scored.lesions,
     )
@@ -209,9 +210,10 @@ def _detection(prefix: str, found: int, made_up: int, missed: int) -> Scores:
     }
 
 
-def _sized_detection(prefix: str, found: int, made_up: int, missed: int) -> Scores:
+def _sized_detection(prefix: str, lesions: Sequence[Lesion], made_up: int) -> Scores:
     """`_detection` of lesions of one size: all undefined where there are none, else a quotient of nothing is 0."""
-    scores = _detection(prefix, found, made_up, missed)
-    if not found + missed:
+    found = sum((lesion.dice or 0.0) >= FOUND_DICE for lesion in lesions)
+    scores = _detection(prefix, found, made_up, len(lesions) - found)
+    if not lesions:
         return dict.fromkeys(scores, math.nan)
     return {name: 0.0 if math.isnan(value) else value for name, value in scores.items()}
