@@ -90,6 +90,8 @@ def read_labels(path: Path, channel: int | None = None) -> tuple[LabelMap, Grid]
     array = header.read(channel)
     if array.dtype == np.uint8:
         return array, header.grid
+    if array.dtype.kind in "iu" and array.min() >= 0 and array.max() <= 255:
+        return array.astype(np.uint8), header.grid
     with np.errstate(invalid="ignore"):
         rounded = np.rint(array)
         fits = (np.abs(array - rounded) <= _INTEGRAL_TOLERANCE) & (rounded >= 0) & (rounded <= 255)

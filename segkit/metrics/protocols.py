@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
-from scipy import ndimage
 
 from segkit.errors import RequestError
 from segkit.metrics import brats2023, brats2026, legacy
@@ -158,8 +157,13 @@ def _worst_mm(rules: Rules, regions: Collection[str], shape: Sequence[int], spac
 
 def _box_of_either(prediction: LabelMap | Mask, reference: LabelMap | Mask) -> tuple[slice, ...]:
     """The smallest box that holds all that is not 0 in either; one voxel where all is."""
-    boxes = ndimage.find_objects(((prediction != 0) | (reference != 0)).view(np.uint8))
-    return boxes[0] if boxes else (slice(0, 1),) * reference.ndim
+    either = prediction | reference
+    box = []
+    for axis in range(either.ndim):
+        others = tuple(other for other in range(either.ndim) if other != axis)
+        occupied = np.flatnonzero(either.any(axis=others))
+        box.append(slice(int(occupied[0]), int(occupied[-1]) + 1) if len(occupied) else slice(0, 1))
+    return tuple(box)
 
 
 def _lesion_wise(rules: brats2023.LesionRules) -> Rules:

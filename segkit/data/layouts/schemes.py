@@ -146,8 +146,9 @@ def present_values(labels: object) -> set[int]:
     """The values that occur in a label map, 0 included."""
     import numpy as np
 
-    counts = np.bincount(np.asarray(labels, np.uint8).ravel(), minlength=256)
-    return {int(value) for value in np.flatnonzero(counts)}
+    occurs = np.zeros(256, np.bool_)
+    occurs[np.asarray(labels, np.uint8).ravel(order="K")] = True  # in the order of memory: files are not in C order
+    return {int(value) for value in np.flatnonzero(occurs)}
 
 
 def _as_named_in(scheme: LabelScheme, tissues: Mapping[str, int]) -> dict[str, int]:
