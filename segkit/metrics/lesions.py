@@ -76,7 +76,9 @@ class Components:
 
 def components_of(mask: Mask) -> Components:
     """The connected components of a mask (D, H, W) or (H, W)."""
-    return indexed(cc3d.connected_components(np.ascontiguousarray(mask), connectivity=_EVERY_NEIGHBOUR[mask.ndim]))
+    # As integers: the way that version 4.1.1 of cc3d has for booleans numbers pictures and flat volumes wrongly.
+    numbers = np.ascontiguousarray(mask).view(np.uint8)
+    return indexed(cc3d.connected_components(numbers, connectivity=_EVERY_NEIGHBOUR[mask.ndim]))
 
 
 def indexed(ids: AnyArray) -> Components:

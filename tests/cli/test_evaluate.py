@@ -58,6 +58,16 @@ def test_table_for_people(folders):
     assert "1.000 (1.000)" in result.stdout
 
 
+def test_tables_of_the_other_protocols(folders):
+    by_lesion = run(folders, "--protocol", "brats2023")
+    assert by_lesion.exit_code == 0
+    assert "2 cases, protocol brats2023" in by_lesion.stdout
+    matched = run(folders, "--protocol", "brats2026", "--json")
+    scores = json.loads(matched.stdout)["summary"]
+    assert list(scores) == ["WT", "TC", "ET", "NETC", "SNFH"]
+    assert scores["SNFH"]["lesion_f1"] == {"mean": 1.0, "median": 1.0, "n": 2}
+
+
 def test_output_folder(folders):
     result = run(folders, "-o", str(folders / "out"), "--quiet")
     assert result.exit_code == 0

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 
-import nibabel as nib
 import numpy as np
 import pytest
 
-from segkit.metrics.protocols import PROTOCOLS, score_absent, score_case, worst_distance_mm
+from segkit.data.files import read_labels
+from segkit.errors import RequestError
+from segkit.metrics.facts import METRICS
+from segkit.metrics.protocols import PROTOCOLS, rules_of, score_absent, score_case, worst_distance_mm
 
 MILLIMETRE = (1.0, 1.0, 1.0)
 BRATS = {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}
@@ -96,19 +98,112 @@ def test_prediction_in_another_scheme_is_read_by_its_own_values():
     assert [scores[region]["dice"] for region in BRATS] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_every_protocol_gives_the_same_metrics_for_every_outcome(protocol):
-    if True:
-        first, second = (
-            scores_of(prediction, reference, MILLIMETRE, BRATS, protocol=protocol)
-            for prediction, reference in ((NOTHING, PRESENT), (PRESENT, PRESENT))
-        )
-        assert list(first["WT"]) == list(second["WT"])
+EVERY_RULE = [(protocol, challenge) for protocol in PROTOCOLS for challenge in PROTOCOLS[protocol].rules]
 
 
-def read(path):
-    image = nib.load(path)
-    return np.asarray(image.dataobj).round().astype(np.uint8), tuple(float(zoom) for zoom in image.header.get_zooms())
+@pytest.mark.parametrize(("protocol", "challenge"), EVERY_RULE)
+def test_every_protocol_gives_the_same_metrics_for_every_outcome_and_all_are_known(protocol, challenge):
+    outcomes = [
+        scores_of(prediction, reference, MILLIMETRE, BRATS, protocol=protocol, challenge=challenge)["WT"]
+        for prediction, reference in ((NOTHING, NOTHING), (PRESENT, NOTHING), (NOTHING, PRESENT), (PRESENT, PRESENT))
+    ]
+    assert all(list(outcome) == list(outcomes[0]) for outcome in outcomes)
+    absent = score_absent(NOTHING.shape, MILLIMETRE, BRATS, protocol=protocol, challenge=challenge)["WT"]
+    rules = rules_of(protocol, challenge)
+    assert set(absent) | set(rules.headline) <= set(outcomes[0]) <= set(METRICS)
+
+
+@pytest.mark.parametrize(("protocol", "challenge"), EVERY_RULE)
+def test_what_was_never_handed_in_is_worse_than_any_prediction(protocol, challenge):
+    options = {"protocol": protocol, "challenge": challenge}
+    absent = score_absent(NOTHING.shape, MILLIMETRE, BRATS, **options)["ET"]
+    found = scores_of(PRESENT, PRESENT, MILLIMETRE, BRATS, **options)["ET"]
+    ranked = [name for name in absent if METRICS[name].is_ranked and not math.isnan(found[name])]
+    assert ranked
+    for name in ranked:
+        assert (absent[name] < found[name]) == METRICS[name].higher_is_better, name
+
+
+APART = np.roll(PRESENT, 2, axis=0)
+"""Two voxels, as in PRESENT, two planes away: they share none, and dilated once they do not meet PRESENT."""
+
+OUTCOMES = {
+    "empty, empty": (NOTHING, NOTHING),
+    "empty, present": (NOTHING, PRESENT),  # reference, prediction
+    "present, empty": (PRESENT, NOTHING),
+    "present, apart": (PRESENT, APART),
+    "present, present": (PRESENT, PRESENT),
+}
+
+UNDEFINED, INFINITE = math.nan, math.inf
+
+RULES_FOR_EMPTY = [
+    # protocol, challenge, outcome, metric -> value; PRESENT has two voxels and is ignored by gli, men and met of 2023
+    ("legacy", None, "empty, empty", {"dice": 1, "hd95_mm": 0, "nsd": 1}),
+    ("legacy", None, "empty, present", {"dice": 0, "hd95_mm": 373.13, "nsd": 0}),
+    ("legacy", None, "present, empty", {"dice": 0, "hd95_mm": 373.13, "nsd": 0}),
+    ("legacy", None, "present, apart", {"dice": 0, "hd95_mm": 2, "nsd": 0}),
+    ("brats2023", "met", "empty, empty", {"lesionwise_dice": 1, "lesionwise_hd95_mm": 0, "dice": 1, "hd95_mm": 0}),
+    (
+        "brats2023",
+        "met",
+        "empty, present",
+        {"lesionwise_dice": 0, "lesionwise_hd95_mm": 374, "dice": 0, "lesion_fp": 1},
+    ),
+    ("brats2023", "met", "present, empty", {"lesionwise_dice": 1, "lesionwise_hd95_mm": 0, "dice": 0, "hd95_mm": 374}),
+    ("brats2023", "met", "present, apart", {"lesionwise_dice": 0, "lesionwise_hd95_mm": 374, "dice": 0, "hd95_mm": 2}),
+    ("brats2023", "gli", "present, empty", {"lesionwise_dice": 1, "lesionwise_hd95_mm": 0, "lesion_fn": 0}),
+    ("brats2023", "gli", "present, apart", {"lesionwise_dice": 1, "lesionwise_hd95_mm": 0, "lesion_fp": 0}),
+    ("brats2023", "men", "present, present", {"lesionwise_dice": 1, "lesionwise_hd95_mm": 0, "lesion_tp": 0}),
+    (
+        "brats2026",
+        "gli",
+        "empty, empty",
+        {"dice": UNDEFINED, "hd95_voxels": UNDEFINED, "sq_hd95_mm": UNDEFINED, "lesion_f1": UNDEFINED},
+    ),
+    ("brats2026", "gli", "empty, present", {"dice": 0, "hd95_voxels": 373, "sq_hd95_mm": INFINITE, "lesion_f1": 0}),
+    ("brats2026", "gli", "present, empty", {"dice": 0, "hd95_voxels": 373, "sq_hd95_mm": INFINITE, "lesion_f1": 0}),
+    ("brats2026", "gli", "present, apart", {"dice": 0, "hd95_voxels": 373, "sq_hd95_mm": INFINITE, "lesion_f1": 0}),
+    ("brats2026", "gli", "present, empty", {"sq_dice": 0, "pq_dice": 0, "lesion_precision": UNDEFINED}),
+    ("brats2026", "gli", "empty, present", {"sq_nsd": 0, "sq_dice_std": UNDEFINED, "lesion_recall": UNDEFINED}),
+    ("brats2026", "met", "empty, present", {"lesionwise_dice": UNDEFINED, "small_lesion_f1": UNDEFINED}),
+    ("brats2026", "met", "present, empty", {"lesionwise_dice": UNDEFINED, "small_lesion_f1": 0, "small_lesion_fn": 1}),
+    ("brats2026", "met", "present, empty", {"small_lesion_precision": 0, "large_lesion_f1": UNDEFINED}),
+]
+
+
+@pytest.mark.parametrize(("protocol", "challenge", "outcome", "expected"), RULES_FOR_EMPTY)
+def test_rules_for_empty_masks(protocol, challenge, outcome, expected):
+    reference, prediction = OUTCOMES[outcome]
+    scores = scores_of(prediction, reference, MILLIMETRE, BRATS, protocol=protocol, challenge=challenge)["ET"]
+    assert {name: scores[name] for name in expected} == pytest.approx(expected, nan_ok=True)
+
+
+def test_a_protocol_with_rules_by_challenge_says_which():
+    with pytest.raises(RequestError, match="the names of the cases tell no challenge; expected one of gli, ssa, ped"):
+        rules_of("brats2023", None)
+    with pytest.raises(RequestError, match="there is none for 'goat'"):
+        rules_of("brats2023", "goat")
+    with pytest.raises(RequestError, match="unknown protocol 'brats1999'; expected one of legacy, brats2023"):
+        rules_of("brats1999", "gli")
+
+
+def test_pictures_have_lesions_but_no_surface_elements():
+    mask = np.zeros((6, 6), np.uint8)
+    mask[1, 1] = mask[2, 2] = mask[5, 5] = 1
+    scores = scores_of(mask, mask, (1.0, 1.0), {"drusen": (1,)}, protocol="brats2026")["drusen"]
+    assert (scores["lesion_tp"], scores["sq_dice"]) == (2, 1)  # corners connect
+    with pytest.raises(RequestError, match="scores volumes, and these are pictures"):
+        score_case(mask, mask, (1.0, 1.0), {"drusen": (1,)}, protocol="brats2023", challenge="met")
+
+
+def test_where_masks_lie_in_the_volume_changes_nothing():
+    moved = [np.pad(labels, 3) for labels in (np.roll(PRESENT, 1, axis=2), PRESENT)]
+    for protocol, challenge in EVERY_RULE:
+        options = {"protocol": protocol, "challenge": challenge}
+        here = scores_of(np.roll(PRESENT, 1, axis=2), PRESENT, MILLIMETRE, BRATS, **options)["ET"]
+        there = scores_of(*moved, MILLIMETRE, BRATS, **options)["ET"]
+        assert {**there, "specificity": 0} == pytest.approx({**here, "specificity": 0}, nan_ok=True)
 
 
 def official(folder, key):
@@ -118,9 +213,9 @@ def official(folder, key):
 
 def test_numbers_of_the_brats_tool_on_a_glioma(shared_data):
     folder = shared_data / "brats2023_inpainting" / "BraTS-GLI-00001-000"
-    prediction, spacing = read(folder / "seg-bratstoolkit_isen.nii.gz")
-    reference, _ = read(folder / "seg-BraTS23_1.nii.gz")
-    members = {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}
+    prediction, _ = read_labels(folder / "seg-bratstoolkit_isen.nii.gz")
+    reference, grid = read_labels(folder / "seg-BraTS23_1.nii.gz")
+    spacing, members = grid.spacing_mm, {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}
     scores = scores_of(prediction, reference, spacing, BRATS, prediction_regions=members)
     for region, expected in official(
         shared_data / "brats_metrics", "GLI GLI-00001-000_isen-vs-BraTS23_1.nii.gz"
@@ -134,9 +229,9 @@ def test_numbers_of_the_brats_tool_on_a_glioma(shared_data):
 
 def test_numbers_of_the_brats_tool_on_metastases(shared_data):
     folder = shared_data / "brats_metrics"
-    prediction, spacing = read(folder / "pred" / "BraTS-MET-00132-000.nii.gz")
-    reference, _ = read(folder / "ref" / "BraTS-MET-00132-000-seg.nii.gz")
-    scores = scores_of(prediction, reference, spacing, BRATS)
+    prediction, _ = read_labels(folder / "pred" / "BraTS-MET-00132-000.nii.gz")
+    reference, grid = read_labels(folder / "ref" / "BraTS-MET-00132-000-seg.nii.gz")
+    scores = scores_of(prediction, reference, grid.spacing_mm, BRATS)
     for region, expected in official(folder, "MET 00132-000").items():
         assert scores[region]["dice"] == pytest.approx(expected["Legacy_Dice"], abs=1e-9)
         assert scores[region]["sensitivity"] == pytest.approx(expected["Sensitivity"], abs=1e-8)

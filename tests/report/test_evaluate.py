@@ -13,7 +13,14 @@ import pytest
 from segkit.data.files import stem_of
 from segkit.errors import RequestError
 from segkit.labels import SCHEMES
-from segkit.report.evaluate import draw_worst_cases, evaluate_folders, evaluate_pairs, regions_of
+from segkit.report.evaluate import (
+    draw_worst_cases,
+    evaluate_folders,
+    evaluate_pairs,
+    regions_of,
+    scored_regions,
+    scores_from_json,
+)
 from segkit.report.pairing import Pairing, challenge_of, pair_folders
 
 AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -350,6 +357,102 @@ def test_written_files_agree(tmp_path, folders):
     assert json.loads((tmp_path / "out" / "scores.json").read_text(encoding="utf-8")) == evaluation.to_json()
     assert len((tmp_path / "out" / "scores.csv").read_text(encoding="utf-8").splitlines()) == 1 + 2 * 3
     assert "| WT | 0.917 (0.917)" in (tmp_path / "out" / "summary.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def metastases(tmp_path: Path) -> tuple[Path, Path]:
+    """Two lesions of which one is found, and a case whose only region is made up."""
+    predictions, references = tmp_path / "met_pred", tmp_path / "met_ref"
+    two = np.zeros((20, 20, 20), np.uint8)
+    two[2:6, 2:6, 2:6] = two[12:16, 12:16, 12:16] = 3
+    found, nothing = two.copy(), np.zeros_like(two)
+    found[12:] = 0
+    for case, prediction, reference in (("00001", found, two), ("00002", two, nothing)):
+        save(predictions / f"BraTS-MET-{case}-000.nii.gz", prediction)
+        save(references / f"BraTS-MET-{case}-000-seg.nii.gz", reference)
+    return predictions, references
+
+
+def test_lesions_and_infinite_values_in_the_document(metastases):
+    evaluation = evaluate_folders(*metastases, protocol="brats2026")
+    document = json.loads(json.dumps(evaluation.to_json(), allow_nan=False))
+    assert document["challenge"] == "met"
+    first, second = document["cases"]
+    assert first["regions"]["ET"]["lesionwise_hd95_mm"] == 373 / 2
+    exact = {"voxels": 64, "volume_mm3": 64.0, "matched": True, "dice": 1.0, "hd95_mm": 0.0, "nsd": 1.0}
+    missed = {"voxels": 64, "volume_mm3": 64.0, "matched": False, "dice": None, "hd95_mm": None, "nsd": None}
+    assert first["lesions"]["ET"] == [exact, missed]
+    assert "infinite" not in first
+    assert "lesions" not in second
+    assert second["infinite"] == {region: ["sq_hd95_mm"] for region in ("WT", "TC", "ET")}
+    assert second["regions"]["ET"]["sq_hd95_mm"] is second["regions"]["ET"]["lesionwise_dice"] is None
+    assert document["summary"]["ET"]["sq_hd95_mm"] == {"mean": 0.0, "median": 0.0, "n": 1}
+    assert "infinite values are not in the means: WT sq_hd95_mm in 1 cases" in " ".join(evaluation.notes())
+
+
+def test_scores_are_read_as_they_were(metastases):
+    evaluation = evaluate_folders(*metastases, protocol="brats2026")
+    for case, entry in zip(evaluation.cases, evaluation.to_json()["cases"], strict=True):
+        read = scores_from_json(json.loads(json.dumps(entry)))
+        assert list(read) == list(case.regions)
+        for region, scores in case.regions.items():
+            assert read[region] == pytest.approx(scores, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "worst"),
+    [
+        ("legacy", {"dice": 0, "hd95_mm": 373.13}),
+        ("brats2023", {"lesionwise_dice": 0, "lesionwise_hd95_mm": 374, "hd95_mm": 374}),
+        ("brats2026", {"lesionwise_dice": 0, "lesionwise_hd95_mm": 373, "hd95_voxels": 373, "sq_hd95_mm": 373}),
+    ],
+)
+def test_missing_predictions_are_the_worst_in_every_protocol(metastases, protocol, worst):
+    (metastases[0] / "BraTS-MET-00002-000.nii.gz").unlink()
+    evaluation = evaluate_folders(*metastases, protocol=protocol, missing="zero")
+    missing = evaluation.cases[1]
+    assert missing.is_missing
+    assert {name: missing.regions["ET"][name] for name in worst} == worst
+
+
+def test_headline_of_a_protocol_is_what_people_see(metastases, tmp_path):
+    evaluation = evaluate_folders(*metastases, protocol="brats2026")
+    evaluation.write(tmp_path / "out")
+    table = (tmp_path / "out" / "summary.md").read_text(encoding="utf-8")
+    assert (
+        "| region | lesionwise_dice | lesionwise_hd95_mm | lesionwise_nsd | lesion_f1 | small_lesion_f1 | n |" in table
+    )
+    assert "sq_nsd_std" in (tmp_path / "out" / "scores.csv").read_text(encoding="utf-8")
+
+
+def test_single_tissues_are_scored_where_the_challenge_does(folders):
+    regions = {
+        protocol: list(evaluate_folders(*folders, protocol=protocol).cases[0].regions)
+        for protocol in ("legacy", "brats2023", "brats2026")
+    }
+    assert regions["legacy"] == regions["brats2023"] == ["WT", "TC", "ET"]
+    assert regions["brats2026"] == ["WT", "TC", "ET", "NETC", "SNFH"]
+    assert scored_regions(SCHEMES["brats2024"], "brats2026", "met").keys() == {"WT", "TC", "ET", "RC"}
+    assert scored_regions(SCHEMES["brats-men-rt"], "brats2026", "men-rt") == {"GTV": (1,)}
+    assert scored_regions(SCHEMES["brats2015"], "brats2026", "gli")["NETC"] == (1, 3)
+
+
+def test_a_protocol_that_needs_a_challenge_says_so(tmp_path):
+    save(tmp_path / "ref" / "a.nii.gz", block(1))
+    save(tmp_path / "pred" / "a.nii.gz", block(1))
+    with pytest.raises(RequestError, match=r"the names of the cases tell no challenge.*Name one with --challenge"):
+        evaluate_folders(tmp_path / "pred", tmp_path / "ref", protocol="brats2023")
+    evaluation = evaluate_folders(tmp_path / "pred", tmp_path / "ref", protocol="brats2026")
+    assert evaluation.cases[0].regions["label_1"]["sq_dice"] == 1
+
+
+def test_worst_cases_are_drawn_where_dice_is_undefined(tmp_path):
+    root = decathlon(tmp_path / "Task09")
+    save(root / "labelsTr" / "spleen_1.nii.gz", np.zeros((10, 10, 10), np.uint8))
+    save(tmp_path / "pred" / "spleen_1.nii.gz", np.zeros((10, 10, 10), np.uint8))
+    pairing = pair_folders(tmp_path / "pred", root)
+    evaluation = evaluate_pairs(pairing, protocol="brats2026")
+    assert draw_worst_cases(evaluation, pairing, tmp_path / "figures", 1)[0].name == "spleen_1.png"
 
 
 def test_wrong_requests(tmp_path, folders):
