@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import combinations, product
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from segkit.metrics.surface import Distances, distances_to
 
 Corner = tuple[int, int, int]
 
-_CORNERS: tuple[Corner, ...] = tuple(product((0, 1), repeat=3))
+_CORNERS: tuple[Corner, ...] = tuple((x, y, z) for x in (0, 1) for y in (0, 1) for z in (0, 1))
 _ALL_INSIDE = 255
 
 
