@@ -8,7 +8,8 @@ lesions that the prediction splits, merges, misses, shifts and makes up, half of
 
 Every number of the package's documents is compared, those of each lesion too: NaN and infinity must stand in the same
 places and the others differ by at most 1e-6. Times are of the installed commands on the same folders, in turn, the best
-of `--rounds`; what each command takes for a pair of 8^3 voxels is its start, and is given apart.
+of `--rounds`, in seconds of processor time, which other work on the machine disturbs least; what each command takes for
+a pair of 8^3 voxels is its start, and is given apart.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import argparse
 import csv
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -199,9 +200,11 @@ def own_command(folder: Path, challenge: str) -> list[str]:
 
 
 def seconds(command: list[str]) -> float:
-    start = time.perf_counter()
+    """Processor time of a command, that of its threads added up."""
+    before = os.times()
     subprocess.run(command, check=True, capture_output=True)
-    return time.perf_counter() - start
+    after = os.times()
+    return sum(getattr(after, part) - getattr(before, part) for part in ("children_user", "children_system"))
 
 
 def official_documents(python: Path, folder: Path, challenge: str) -> dict[str, tuple[dict[str, Any], dict[str, str]]]:
@@ -290,7 +293,7 @@ def read_pair(challenge: str, prediction: Path, reference: Path) -> Trial:
 
 
 def print_times(python: Path, groups: dict[str, list[Trial]], rounds: int) -> None:
-    """Seconds per case of both commands on the same folders, their start apart."""
+    """Processor time per case of both commands on the same folders, their start apart."""
     tiny = np.zeros((8, 8, 8), np.uint8)
     tiny[2:5, 2:5, 2:5] = 1
     print("\n| cases | official start | official per case | segkit start | segkit per case | ratio |")
@@ -301,18 +304,13 @@ def print_times(python: Path, groups: dict[str, list[Trial]], rounds: int) -> No
             folder, small = Path(root, "cases"), Path(root, "tiny")
             save(trials, folder)
             save([Trial("tiny", challenge, tiny, tiny, np.eye(4))], small)
-            taken = [
-                [seconds(command) for command in both]
-                for both in [
-                    (
-                        official_command(python, small, challenge),
-                        official_command(python, folder, challenge),
-                        own_command(small, challenge),
-                        own_command(folder, challenge),
-                    )
-                ]
-                * rounds
+            commands = [
+                official_command(python, small, challenge),
+                official_command(python, folder, challenge),
+                own_command(small, challenge),
+                own_command(folder, challenge),
             ]
+            taken = [[seconds(command) for command in commands] for _ in range(rounds)]
         their_start, theirs, own_start, own = (min(column) for column in zip(*taken, strict=True))
         each, own_each = (theirs - their_start) / len(trials), (own - own_start) / len(trials)
         times = f"{their_start:.2f} s | {each:.3f} s | {own_start:.2f} s | {own_each:.3f} s | {each / own_each:.1f}"

@@ -119,14 +119,21 @@ def score_case(
     worst_mm = _worst_mm(rules, regions, reference.shape, spacing_mm)
     judged = reference.size if roi is None else int(np.count_nonzero(roi))
     box = _box_of_either(prediction, reference)
-    prediction, reference, roi = prediction[box], reference[box], None if roi is None else roi[box]
+    prediction, reference = np.ascontiguousarray(prediction[box]), np.ascontiguousarray(reference[box])
+    roi = None if roi is None else roi[box]
     members = prediction_regions or regions
     scores = {}
     for name, values in regions.items():
         masks = region_mask(prediction, members[name]), region_mask(reference, values)
         predicted, present = masks if roi is None else (mask & roi for mask in masks)
         own = _box_of_either(predicted, present)
-        pair = RegionPair(predicted[own], present[own], tuple(map(float, spacing_mm)), judged, worst_mm)
+        pair = RegionPair(
+            np.ascontiguousarray(predicted[own]),
+            np.ascontiguousarray(present[own]),
+            tuple(map(float, spacing_mm)),
+            judged,
+            worst_mm,
+        )
         scores[name] = rules.score(pair)
     return scores
 
