@@ -6,18 +6,22 @@ boxes of the components, so that a case of a hundred specks costs little more th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import cc3d
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from segkit.metrics.overlap import Mask
 from segkit.shapes import AnyArray
 
 Box = tuple[slice, ...]
+Pair = tuple[int, int]
+"""A component of the reference and one of the prediction."""
 
 _EVERY_NEIGHBOUR = {2: 8, 3: 26}
 
@@ -88,7 +92,7 @@ def indexed(ids: AnyArray) -> Components:
     return Components(ids, statistics["voxel_counts"][1:].astype(np.int64), boxes)
 
 
-def overlaps(prediction: Components, reference: Components) -> dict[tuple[int, int], int]:
+def overlaps(prediction: Components, reference: Components) -> dict[Pair, int]:
     """(reference id, prediction id) -> shared voxels, for every pair that shares any."""
     shared = (prediction.ids > 0) & (reference.ids > 0)
     stride = prediction.count + 1
@@ -98,24 +102,42 @@ def overlaps(prediction: Components, reference: Components) -> dict[tuple[int, i
     return {divmod(int(pair), stride): int(count) for pair, count in zip(pairs, counts, strict=True)}
 
 
-def match_one_to_one(scores: dict[tuple[int, int], float], bonus: float) -> dict[int, int]:
+def match_one_to_one(scores: Mapping[Pair, float], bonus: float) -> dict[int, int]:
     """Reference id -> prediction id of the matching with the largest sum of scores, each pair counting `bonus` more.
 
-    An exact maximum (Jonker & Volgenant, Computing 38, 1987), over the components that meet any other at all.
+    An exact maximum, found for each group of components that meet one another by itself: thousands of specks are as
+    many small problems, and no table of all against all.
 
     Args:
         scores: (reference id, prediction id) -> positive score; pairs that are not listed are never matched.
         bonus: Positive: more pairs are better than fewer of the same sum.
     """
-    references = sorted({pair[0] for pair in scores})
-    predictions = sorted({pair[1] for pair in scores})
-    gains = np.zeros((len(references), len(predictions)))
-    rows = {component: row for row, component in enumerate(references)}
-    columns = {component: column for column, component in enumerate(predictions)}
-    for (reference, prediction), score in scores.items():
-        gains[rows[reference], columns[prediction]] = score + bonus
-    chosen = zip(*linear_sum_assignment(gains, maximize=True), strict=True)
-    return {references[row]: predictions[column] for row, column in chosen if gains[row, column] > 0}
+    matching: dict[int, int] = {}
+    for pairs in _groups_that_meet(list(scores)):
+        references, predictions = np.array(pairs).T
+        rows, row_of = np.unique(references, return_inverse=True)
+        columns, column_of = np.unique(predictions, return_inverse=True)
+        gains = np.zeros((len(rows), len(columns)))
+        gains[row_of, column_of] = [scores[pair] + bonus for pair in pairs]
+        for row, column in zip(*linear_sum_assignment(gains, maximize=True), strict=True):
+            if gains[row, column] > 0:
+                matching[int(rows[row])] = int(columns[column])
+    return matching
+
+
+def _groups_that_meet(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    """The pairs in groups, so that no two groups have a component in common."""
+    if not pairs:
+        return []
+    first, second = np.array(pairs).T
+    size = int(first.max()) + 1
+    nodes = (first, second + size)  # ids of predictions behind those of references
+    graph = coo_array((np.ones(len(pairs)), nodes), shape=(size + int(second.max()) + 1,) * 2)
+    _, group_of = connected_components(graph, directed=False)
+    groups: dict[int, list[Pair]] = {}
+    for pair, group in zip(pairs, group_of[first].tolist(), strict=True):
+        groups.setdefault(group, []).append(pair)
+    return list(groups.values())
 
 
 def box_around(boxes: Sequence[Box], shape: Sequence[int], margin: int = 0) -> Box:

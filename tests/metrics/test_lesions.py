@@ -57,6 +57,11 @@ def test_the_best_matching_is_not_the_greedy_one(scores, expected):
     assert match_one_to_one(scores, bonus=1e-6) == expected
 
 
+def test_many_matches_need_no_table_of_all_against_all():
+    chain = {(lesion, lesion + step): 0.5 - 0.1 * step for lesion in range(1, 30_000, 2) for step in (0, 1)}
+    assert match_one_to_one(chain, bonus=1e-6) == {lesion: lesion for lesion in range(1, 30_000, 2)}
+
+
 def test_boxes_stay_within_the_shape():
     boxes = [(slice(1, 2), slice(3, 5)), (slice(2, 4), slice(0, 1))]
     assert box_around(boxes, (9, 6)) == (slice(1, 4), slice(0, 5))
