@@ -46,7 +46,7 @@ from segkit.metrics.surface_elements import element_hausdorff_mm
 HEADLINE = ("lesionwise_dice", "lesionwise_hd95_mm", "lesion_tp", "lesion_fp", "lesion_fn", "dice", "hd95_mm")
 
 PENALTY_MM = 374.0
-"""The HD95 of a lesion that was missed or made up, a millimetre more than the diagonal of the BraTS volume."""
+"""The worst distance: the HD95 of a lesion that was missed or made up, a millimetre more than the diagonal of BraTS."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ def score(pair: RegionPair, rules: LesionRules) -> RegionScores:
     false_positives = predicted.count - len(found_by)
     scored = len(counted) + false_positives
     dices = math.fsum(lesion.dice or 0.0 for lesion in counted)
-    distances = math.fsum(PENALTY_MM if lesion.hd95_mm is None else lesion.hd95_mm for lesion in counted)
+    distances = math.fsum(pair.worst_mm if lesion.hd95_mm is None else lesion.hd95_mm for lesion in counted)
     overlap = overlap_scores(pair)
     scores = {
         "lesionwise_dice": dices / scored if scored else 1.0,
-        "lesionwise_hd95_mm": (distances + PENALTY_MM * false_positives) / scored if scored else 0.0,
+        "lesionwise_hd95_mm": (distances + pair.worst_mm * false_positives) / scored if scored else 0.0,
         "lesion_tp": float(matched),
         "lesion_fp": float(false_positives),
         "lesion_fn": float(len(counted) - matched),

@@ -13,6 +13,10 @@ Panoptic Segmentation, CVPR 2019, with Dice for IoU and without its threshold). 
 
 HD95 is the percentile of both directions pooled, NSD the mean of both surfaces' shares; both differ from `legacy`.
 
+The original gives spacings to the axes in reverse: its arrays are (z, y, x) and its spacings x, y, z. So is it done
+here, for else nobody's numbers could be compared. Where voxels are no cubes, the distances of lesions are thus not what
+they are called, nor is NSD; volumes are right, and so is everything on a grid of 1 mm, as most challenges have it.
+
 Challenge `met` parts large lesions, of at least 20 mm^3, from small ones:
 
 - `lesionwise_*`: mean and deviation over large lesions, with 0, 373 mm, 0 for each that has no match *and for every
@@ -62,7 +66,7 @@ HEADLINE = ("dice", "hd95_voxels", "nsd_half_voxel", "sq_dice", "sq_hd95_mm", "s
 METASTASES_HEADLINE = ("lesionwise_dice", "lesionwise_hd95_mm", "lesionwise_nsd", "lesion_f1", "small_lesion_f1")
 
 PENALTY_MM = 373.0
-"""The HD95 of what was missed or made up."""
+"""The worst distance: what HD95 counts for where something was missed or made up."""
 
 LARGE_LESION_MM3 = 20.0
 FOUND_DICE = 0.1
@@ -94,7 +98,7 @@ def score_metastases(pair: RegionPair) -> RegionScores:
     small = [lesion for lesion in scored.lesions if lesion.volume_mm3 < LARGE_LESION_MM3]
     return RegionScores(
         {
-            **_lesionwise_scores(large, made_up),
+            **_lesionwise_scores(large, made_up, pair.worst_mm),
             **scored.scores,
             **_sized_detection("large_lesion", large, made_up),
             **_sized_detection("small_lesion", small, made_up),
@@ -138,7 +142,8 @@ def _matched_lesions(pair: RegionPair, predicted: Components, lesions: Component
             entries.append(Lesion(voxels, voxels * voxel_mm3, is_matched=False))
             continue
         box = box_around([lesions.boxes[lesion - 1], predicted.boxes[partner - 1]], pair.reference.shape)
-        distances = surface_distances(predicted.mask(partner, box), lesions.mask(lesion, box), pair.spacing_mm[::-1])
+        masks = predicted.mask(partner, box), lesions.mask(lesion, box)
+        distances = surface_distances(*masks, pair.spacing_mm[::-1])  # in reverse, see above
         entries.append(
             Lesion(
                 voxels,
@@ -178,11 +183,11 @@ def _matched_scores(matched: Sequence[Lesion], *, is_empty: bool) -> Scores:
     return _means("sq", values, has_spread=bool(matched))
 
 
-def _lesionwise_scores(large: Sequence[Lesion], made_up: int) -> Scores:
+def _lesionwise_scores(large: Sequence[Lesion], made_up: int, worst_mm: float) -> Scores:
     """Mean and deviation over large lesions, with the worst values for what was missed or made up."""
     values = {name: [math.nan] for name in _MEASURED}
     if large:
-        worst = dict(_MEASURED, hd95_mm=PENALTY_MM)
+        worst = dict(_MEASURED, hd95_mm=worst_mm)
         values = {
             name: [getattr(lesion, name) if lesion.is_matched else worst[name] for lesion in large]
             + [worst[name]] * made_up

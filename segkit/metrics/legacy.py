@@ -17,7 +17,9 @@ reference fills the whole volume: nothing is left to be spared. On pictures, whi
 
 from __future__ import annotations
 
-from segkit.metrics.overlap import dice, precision, sensitivity, volume_ml
+import math
+
+from segkit.metrics.overlap import dice, precision, sensitivity, specificity, volume_ml
 from segkit.metrics.region import RegionPair, RegionScores, Scores
 from segkit.metrics.surface import surface_distances
 
@@ -28,12 +30,13 @@ def score(pair: RegionPair) -> RegionScores:
     """The scores of one region by the table above."""
     if pair.prediction.any() and pair.reference.any():
         distances = surface_distances(pair.prediction, pair.reference, pair.spacing_mm)
-        surfaces = distances.hausdorff_mm(95.0), distances.surface_dice(min(pair.spacing_mm))
+        hd95_mm, nsd = distances.hausdorff_mm(95.0), distances.surface_dice(min(pair.spacing_mm))
     else:
-        surfaces = one_sided(pair, 0.0, pair.worst_mm), one_sided(pair, 1.0, 0.0)
+        hd95_mm, nsd = one_sided(pair, 0.0, pair.worst_mm), one_sided(pair, 1.0, 0.0)
     overlap = overlap_scores(pair)
-    scores = {"dice": overlap.pop("dice"), "hd95_mm": surfaces[0], "nsd": surfaces[1], **overlap, **volumes_ml(pair)}
-    return RegionScores(scores)
+    return RegionScores(
+        {"dice": overlap["dice"], "hd95_mm": hd95_mm, "nsd": nsd, **overlap, **volumes_ml(pair)},
+    )
 
 
 def absent(worst_mm: float) -> Scores:
@@ -51,9 +54,8 @@ def overlap_scores(pair: RegionPair) -> Scores:
         }
     else:
         scores = dict.fromkeys(("dice", "sensitivity", "precision"), one_sided(pair, 1.0, 0.0))
-    to_spare = pair.judged_voxels - int(pair.reference.sum())
-    hit = int((pair.prediction & ~pair.reference).sum())
-    return scores | {"specificity": (to_spare - hit) / to_spare if to_spare else 1.0}
+    spared = specificity(pair.prediction, pair.reference, pair.judged_voxels)
+    return scores | {"specificity": 1.0 if math.isnan(spared) else spared}
 
 
 def volumes_ml(pair: RegionPair) -> Scores:

@@ -37,9 +37,12 @@ def precision(prediction: Mask, reference: Mask) -> float:
     return _fraction(_count(prediction & reference), _count(prediction))
 
 
-def specificity(prediction: Mask, reference: Mask) -> float:
-    """TN / (TN + FP), the share of the rest left alone, in [0, 1]; NaN where the reference fills the volume."""
-    rest = reference.size - _count(reference)
+def specificity(prediction: Mask, reference: Mask, judged_voxels: int | None = None) -> float:
+    """TN / (TN + FP), the share of the rest left alone, in [0, 1]; NaN where the reference fills the volume.
+
+    `judged_voxels` is the size of the volume where the masks are but a box of it that holds all that is True.
+    """
+    rest = (reference.size if judged_voxels is None else judged_voxels) - _count(reference)
     false_positives = _count(prediction) - _count(prediction & reference)
     return _fraction(rest - false_positives, rest)
 

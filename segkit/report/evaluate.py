@@ -368,7 +368,7 @@ def _score_pair(
 
 def _require_known(labels: LabelMap, scheme: LabelScheme, path: Path, option: str) -> None:
     values = {0, *scheme.values.values()}
-    if values.issuperset(range(int(labels.max()) + 1)):  # nearly always; to list what occurs is thirty times slower
+    if values.issuperset(range(int(labels.max()) + 1)):  # nearly always, and found out in no time
         return
     stray = sorted(present_values(labels) - values)
     if stray:

@@ -29,14 +29,18 @@ def block(*corner: int, size: tuple[int, int, int]) -> np.ndarray:
 
 
 def pair(
-    prediction: np.ndarray, reference: np.ndarray, spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    prediction: np.ndarray,
+    reference: np.ndarray,
+    *,
+    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    worst_mm: float = brats2026.PENALTY_MM,
 ) -> RegionPair:
-    """Both masks as a protocol is given them, with a penalty that shows where it comes from."""
-    return RegionPair(prediction, reference, spacing_mm, math.prod(SHAPE), worst_mm=999.0)
+    """Both masks as a protocol is given them."""
+    return RegionPair(prediction, reference, spacing_mm, math.prod(SHAPE), worst_mm)
 
 
 def scores_2023(prediction, reference, rules=brats2023.METASTASES, **options):
-    return brats2023.score(pair(prediction, reference, **options), rules).scores
+    return brats2023.score(pair(prediction, reference, worst_mm=brats2023.PENALTY_MM, **options), rules).scores
 
 
 def scores_2026(prediction, reference, **options):
@@ -131,7 +135,7 @@ def test_2026_one_prediction_over_two_lesions_finds_one():
 def test_2026_a_touch_is_no_match():
     found = scores_2026(bars((6, 9)), bars((2, 6)))
     assert (found["lesion_tp"], found["lesion_fp"], found["lesion_fn"]) == (0, 1, 1)
-    assert (found["dice"], found["hd95_voxels"], found["sq_hd95_mm"]) == (0, 999, math.inf)
+    assert (found["dice"], found["hd95_voxels"], found["sq_hd95_mm"]) == (0, 373, math.inf)
 
 
 def test_2026_surfaces_of_a_lesion_and_of_the_whole():

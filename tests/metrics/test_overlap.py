@@ -27,6 +27,7 @@ def test_fractions():
     assert sensitivity(PREDICTION, REFERENCE) == pytest.approx(2 / 4)
     assert precision(PREDICTION, REFERENCE) == pytest.approx(2 / 3)
     assert specificity(PREDICTION, REFERENCE) == pytest.approx(3 / 4)
+    assert specificity(PREDICTION, REFERENCE, judged_voxels=100) == pytest.approx(95 / 96)
 
 
 def test_undefined_fractions_are_nan():
