@@ -2,7 +2,8 @@
 
 The 26-connected components of a region are its lesions, of whatever size. Those of prediction and reference are matched
 one to one so that the sum of their Dice scores is largest; a pair that shares no voxel is no match (Kirillov et al.,
-Panoptic Segmentation, CVPR 2019, with Dice for IoU and without its threshold). From there:
+Panoptic Segmentation, CVPR 2019, with Dice for IoU and without its threshold). Where two matchings have the same sum,
+as when a plane cuts a lesion into equal halves, the package may take the other one. From there:
 
 - `lesion_tp`, `lesion_fp`, `lesion_fn`; precision, recall, and `lesion_f1`, the recognition quality RQ.
 - `sq_*`, the segmentation quality: mean over *matched* lesions of Dice, HD95 in mm and NSD at a tolerance of the

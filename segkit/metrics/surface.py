@@ -107,19 +107,31 @@ def distances_to(target: Mask, source: Mask, spacing_mm: Sequence[float]) -> Dis
     distances = np.zeros(np.count_nonzero(source))
     if not len(distances):
         return distances
-    is_apart = ~target[source]
+    # Most surface voxels are on the other surface or one step beside it, where nothing needs to be searched.
+    spacing = np.asarray(spacing_mm, np.float64)
+    distances[~target[source]] = spacing.min()
+    is_apart = ~_with_nearest_neighbours(target, spacing)[source]
     if not is_apart.any():
         return distances
     targets, sources = np.argwhere(target), np.argwhere(source)[is_apart]
     if not len(targets):
         return np.full(len(distances), np.inf)
-    spacing = np.asarray(spacing_mm, np.float64)
     # Leaves of 32 points were the fastest of 10 to 32 on the surfaces of tumours.
     tree = KDTree(targets * spacing, balanced_tree=False, compact_nodes=False, leafsize=32)
     _, nearest = tree.query(sources * spacing)
     # From whole voxels once more: one step along an axis is then exactly its spacing, which tolerances are.
     distances[is_apart] = np.sqrt((((sources - targets[nearest]) * spacing) ** 2).sum(axis=1))
     return distances
+
+
+def _with_nearest_neighbours(mask: Mask, spacing: Distances) -> Mask:
+    """A mask and the voxels one step from it, along the axes of the smallest spacing."""
+    grown = mask.copy()
+    for axis in np.flatnonzero(spacing == spacing.min()):
+        along, source = np.moveaxis(grown, axis, 0), np.moveaxis(mask, axis, 0)
+        along[1:] |= source[:-1]
+        along[:-1] |= source[1:]
+    return grown
 
 
 def _percentile(distances: Distances, percentile: float) -> float:
