@@ -1,0 +1,134 @@
+"""Do probabilities mean what they say: of the voxels called 0.8, are eight in ten in the region?
+
+The expected calibration error (ECE) sorts voxels into bins by their probability and compares in each the mean
+probability with the share of voxels in the region, weighted by how many there are (Naeini, Cooper & Hauskrecht, AAAI
+2015; for networks Guo et al., arXiv 1706.04599, section 2). The Brier score is the mean squared difference between
+probability and truth (Brier, Monthly Weather Review 78, 1950); it also rewards telling voxels apart. Both are 0 at best
+and 1 at worst. Each region is a question of its own, in or out, so its own probability is judged, not the largest of
+several.
+
+Of a whole volume nearly all voxels are background, of which any network is sure and right, and both numbers come out
+small whatever happens at the borders. Hence each is given twice, for all voxels and for a box around the reference
+(`box_around`), as Mehrtash et al. (IEEE TMI 39, 2020) judge calibration around structures. The size of the box is ours:
+it takes nothing from the prediction, so that different models are judged by the same voxels, and twice the length of
+the region on each axis, so that no more than an eighth of it is region, in 3D, however long or flat that is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from segkit.metrics.overlap import Mask
+
+BINS = 15
+"""As in Guo et al. (2017)."""
+
+_SLAB_VOXELS = 1 << 20
+_ROUNDING = 1e-6
+"""Fixed-point numbers that are scaled in float32 may end as 1.0000001."""
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Voxels by the bin of their probability; those of several cases add up.
+
+    `count` are the voxels of each bin, `present` those of them in the region and `total` the sum of their
+    probabilities, each (bins,); `squared_error` is summed over all voxels.
+    """
+
+    count: NDArray[np.int64]
+    present: NDArray[np.int64]
+    total: NDArray[np.float64]
+    squared_error: float
+
+    def __add__(self, other: Reliability) -> Reliability:
+        return Reliability(
+            self.count + other.count,
+            self.present + other.present,
+            self.total + other.total,
+            self.squared_error + other.squared_error,
+        )
+
+    @property
+    def edges(self) -> NDArray[np.float64]:
+        """Where the bins begin and end, (bins + 1,); each holds its lower end, the last both."""
+        return np.linspace(0.0, 1.0, len(self.count) + 1)
+
+    @property
+    def confidence(self) -> NDArray[np.float64]:
+        """Mean probability of each bin, (bins,); NaN where it is empty."""
+        return np.divide(self.total, self.count, out=np.full(len(self.count), np.nan), where=self.count > 0)
+
+    @property
+    def frequency(self) -> NDArray[np.float64]:
+        """Share of each bin's voxels that are in the region, (bins,); NaN where it is empty."""
+        return np.divide(self.present, self.count, out=np.full(len(self.count), np.nan), where=self.count > 0)
+
+    def calibration_error(self) -> float:
+        """The ECE, in [0, 1]; NaN where there are no voxels."""
+        voxels = int(self.count.sum())
+        return float(np.abs(self.total - self.present).sum()) / voxels if voxels else math.nan
+
+    def brier_score(self) -> float:
+        """Mean squared error of the probabilities, in [0, 1]; NaN where there are no voxels."""
+        voxels = int(self.count.sum())
+        return self.squared_error / voxels if voxels else math.nan
+
+
+def measure_reliability(
+    probabilities: NDArray[np.floating[Any]], reference: Mask, where: Mask | None = None, *, bins: int = BINS
+) -> Reliability:
+    """Sort the voxels of one case by their probability.
+
+    A slab is looked at at a time, so that no second copy of a volume is made.
+
+    Args:
+        probabilities: In [0, 1], (D, H, W) or (H, W).
+        reference: The region, of the same shape.
+        where: Which voxels count; None is all of them.
+        bins: How many bins of equal width.
+
+    Raises:
+        ValueError: a probability that counts is not in [0, 1].
+    """
+    result = Reliability(np.zeros(bins, np.int64), np.zeros(bins, np.int64), np.zeros(bins), 0.0)
+    for slab in _slabs(probabilities.shape):
+        counted = ... if where is None else where[slab]
+        values, present = probabilities[slab][counted].ravel(), reference[slab][counted].ravel()
+        if values.size and not (values.min() >= -_ROUNDING and values.max() <= 1 + _ROUNDING):
+            raise ValueError(f"probabilities from {values.min():g} to {values.max():g} are not in [0, 1]")
+        bin_of = np.minimum((values * bins).astype(np.intp), bins - 1)
+        error = values - present
+        result += Reliability(
+            np.bincount(bin_of, minlength=bins),
+            np.bincount(bin_of[present], minlength=bins),
+            np.bincount(bin_of, values, minlength=bins),
+            float(np.square(error).sum(dtype=np.float64)),
+        )
+    return result
+
+
+def box_around(region: Mask) -> tuple[slice, ...] | None:
+    """The box of a region, half as long again at both ends of each axis, cut to the image; None for an empty region."""
+    box = []
+    for axis in range(region.ndim):
+        others = tuple(other for other in range(region.ndim) if other != axis)
+        (hits,) = np.nonzero(region.any(axis=others))
+        if not len(hits):
+            return None
+        first, last = int(hits[0]), int(hits[-1])
+        margin = -(-(last - first + 1) // 2)
+        box.append(slice(max(0, first - margin), last + 1 + margin))
+    return tuple(box)
+
+
+def _slabs(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Slices of the first axis with about a million voxels each."""
+    thickness = max(1, _SLAB_VOXELS // max(1, math.prod(shape[1:])))
+    return (slice(start, start + thickness) for start in range(0, shape[0], thickness))

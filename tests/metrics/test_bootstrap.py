@@ -1,0 +1,73 @@
+"""Bootstrap intervals against what is known without drawing, and against SciPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from segkit.metrics.bootstrap import bootstrap_intervals
+
+
+def test_mean_of_zeros_and_ones_is_binomial():
+    # Of 100 drawn from 40 ones and 60 zeros, the count of ones is binomial: 2.5 % lie below 31 and above 50.
+    values = np.repeat([1.0, 0.0], [40, 60])
+    exact = stats.binom(100, 0.4).ppf([0.025, 0.975]) / 100
+    assert bootstrap_intervals(values).mean == pytest.approx(exact, abs=0.011)
+
+
+def test_intervals_agree_with_scipy_and_with_the_normal_law():
+    values = np.random.default_rng(3).normal(0.8, 0.1, size=60)
+    ours = bootstrap_intervals(values, resamples=20_000)
+    half = 1.96 * values.std() / np.sqrt(60)
+    assert ours.mean == pytest.approx((values.mean() - half, values.mean() + half), abs=0.002)
+    for name, statistic in (("mean", np.mean), ("median", np.median)):
+        theirs = stats.bootstrap(
+            (values,), statistic, n_resamples=20_000, method="percentile", rng=np.random.default_rng(5)
+        ).confidence_interval
+        assert getattr(ours, name) == pytest.approx(tuple(theirs), abs=0.003)
+
+
+def test_all_resamples_of_two_cases():
+    # Two cases give means 0, 1/2 and 1 with chances 1/4, 1/2 and 1/4, so 95 % reach from end to end.
+    intervals = bootstrap_intervals([0.0, 1.0])
+    assert intervals.mean == intervals.median == (0.0, 1.0)
+    assert bootstrap_intervals([0.0, 1.0], level=0.4).mean == (0.5, 0.5)
+
+
+def test_cases_of_one_patient_are_drawn_together():
+    values = np.repeat(np.random.default_rng(0).uniform(size=12), 4)
+    patients = [f"p{index // 4}" for index in range(48)]
+    together, apart = bootstrap_intervals(values, patients), bootstrap_intervals(values)
+    # Copies of a case are no evidence: the interval is that of the twelve, and twice as wide as that of 48.
+    assert together.mean == pytest.approx(bootstrap_intervals(values[::4]).mean, abs=1e-12)
+    assert np.ptp(together.mean) == pytest.approx(2 * np.ptp(apart.mean), rel=0.1)
+
+
+def test_patients_with_more_cases_weigh_more():
+    # Drawn are: a twice, mean 0; both, mean 1/3; b twice, mean 1.
+    intervals = bootstrap_intervals([0.0, 0.0, 1.0], ["a", "a", "b"])
+    assert intervals.mean == (0.0, 1.0)
+    assert bootstrap_intervals([0.0, 0.0, 1.0], ["a", "a", "b"], level=0.4).mean == pytest.approx((1 / 3, 1 / 3))
+    assert bootstrap_intervals([0.0, 0.0, 1.0], ["a", "a", "b"], level=0.4).median == (0.0, 0.0)
+
+
+def test_one_patient_has_no_interval():
+    assert bootstrap_intervals([]) is None
+    assert bootstrap_intervals([0.5]) is None
+    assert bootstrap_intervals([0.5, 0.7], ["a", "a"]) is None
+    assert bootstrap_intervals([0.5, 0.5]).mean == (0.5, 0.5)
+
+
+def test_the_seed_decides_and_blocks_do_not(monkeypatch):
+    values = np.random.default_rng(1).uniform(size=30)
+    whole = bootstrap_intervals(values, seed=7)
+    assert bootstrap_intervals(values, seed=7) == whole
+    assert bootstrap_intervals(values, seed=8) != whole
+    monkeypatch.setattr("segkit.metrics.bootstrap._BLOCK", 1000)
+    assert bootstrap_intervals(values, seed=7) == whole
+
+
+def test_patients_must_be_as_many_as_cases():
+    with pytest.raises(ValueError, match="1 patients for 2 cases"):
+        bootstrap_intervals([0.1, 0.2], ["a"])

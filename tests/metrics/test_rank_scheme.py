@@ -1,0 +1,51 @@
+"""The BraTS ranking by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from segkit.metrics.rank_scheme import cumulative_ranks, exchange_p_value, rank_scores
+
+
+def test_ranks_of_two_models_on_three_cases_by_hand():
+    # Columns: Dice, where more is better, and HD95 in mm, where less is.
+    first = [[0.9, 2.0], [0.8, 3.0], [0.7, 4.0]]
+    second = [[0.8, 3.0], [0.8, 2.0], [0.6, 9.0]]
+    ranks = cumulative_ranks([first, second], [True, False])
+    # Case 1: ranks 1, 1 against 2, 2. Case 2: Dice ties at 1.5 each, HD95 2 against 1. Case 3: 1, 1 against 2, 2.
+    np.testing.assert_array_equal(ranks, [[1.0, 1.75, 1.0], [2.0, 1.25, 2.0]])
+    np.testing.assert_allclose(rank_scores(ranks), [3.75 / 3, 5.25 / 3])
+
+
+def test_missing_and_undefined_scores_are_worst_and_share_it():
+    scores = [[[0.1, 900.0]], [[math.nan, math.inf]], [[math.nan, math.nan]]]
+    np.testing.assert_array_equal(cumulative_ranks(scores, [True, False])[:, 0], [1.0, 2.5, 2.5])
+
+
+def test_exchanges_by_hand():
+    # Differences 1, 1, 1: of 8 patterns of signs one has a sum of 3.
+    assert exchange_p_value([2, 2, 2], [1, 1, 1]) == 1 / 8
+    # Differences 1, 1, -1 have the sum 1, which 4 of 8 patterns reach: 3, and three times 1.
+    assert exchange_p_value([2, 2, 1], [1, 1, 2]) == 4 / 8
+    assert exchange_p_value([1, 1, 2], [2, 2, 1]) == 4 / 8
+    assert exchange_p_value([1.5, 1.5], [1.5, 1.5]) == 1.0
+
+
+def test_cases_of_one_patient_are_exchanged_together():
+    assert exchange_p_value([2, 2, 2], [1, 1, 1], ["a", "a", "b"]) == 1 / 4
+    assert exchange_p_value([2, 2, 2], [1, 1, 1], ["a", "a", "a"]) == 1 / 2
+
+
+def test_drawn_exchanges_come_close_to_all_of_them(monkeypatch):
+    generator = np.random.default_rng(2)
+    first, second = generator.uniform(1, 2, 12), generator.uniform(1, 2, 12)
+    exact = exchange_p_value(first, second)
+    monkeypatch.setattr("segkit.metrics.rank_scheme._BLOCK", 12 * 700)
+    drawn = exchange_p_value(first, second, exchanges=4000)
+    assert drawn == pytest.approx(exact, abs=0.03)
+    assert exchange_p_value(first, second, exchanges=4000) == drawn
+    # p is never 0, however far apart two models are.
+    assert exchange_p_value(np.full(40, 2.0), np.ones(40), exchanges=99) == 1 / 100
