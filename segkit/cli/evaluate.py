@@ -51,7 +51,7 @@ def evaluate(
         typer.Option(help="Score inside these only: a folder of masks, or how their names beside the references end."),
     ] = None,
     probabilities: Annotated[
-        Path | None, typer.Option(help="Folder of probabilities as `segkit infer` saves them: adds AUC.")
+        Path | None, typer.Option(help="Folder of probabilities as `segkit infer` saves them: adds AUC, ECE, Brier.")
     ] = None,
     figures: Annotated[int, typer.Option(min=0, help="Draw this many of the worst cases into OUTPUT/figures.")] = 0,
     json: JsonOption = False,
@@ -99,4 +99,4 @@ def _print_summary(evaluation: Evaluation) -> None:
 
     columns, rows = summary_rows(evaluation.summary(), evaluation.headline())
     title = f"{len(evaluation.cases)} cases, protocol {evaluation.protocol}{evaluation.where()}; mean (median)"
-    print_table(title, columns, rows)
+    print_table(f"{title}; {evaluation.intervals()}", columns, rows)

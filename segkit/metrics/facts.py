@@ -42,6 +42,10 @@ def _spread(title: str, unit: str = "") -> MetricFacts:
     return MetricFacts(heading, unit, higher_is_better=False, worst=math.inf, is_ranked=False)
 
 
+def _calibration(title: str) -> MetricFacts:
+    return MetricFacts(title, higher_is_better=False, worst=1.0)
+
+
 def _volume(title: str) -> MetricFacts:
     return MetricFacts(f"{title} (ml)", "ml", higher_is_better=None, worst=math.nan, is_ranked=False)
 
@@ -62,6 +66,10 @@ METRICS: dict[str, MetricFacts] = {
     "precision": _share("Precision"),
     "specificity": _share("Specificity"),
     "auc": _share("AUC"),
+    "ece": _calibration("ECE"),
+    "brier": _calibration("Brier score"),
+    "ece_box": _calibration("ECE around the reference"),
+    "brier_box": _calibration("Brier score around the reference"),
     "prediction_ml": _volume("Predicted volume"),
     "reference_ml": _volume("Reference volume"),
     "hd95_voxels": _distance("HD95", "voxels"),

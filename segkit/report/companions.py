@@ -1,11 +1,16 @@
 """Files that go with a pair of masks: the region of interest to score in, and the probabilities behind the prediction.
 
+Probabilities are scored by how they rank voxels (`segkit.metrics.ranking`) and by whether they mean what they say
+(`segkit.metrics.calibration`), over the whole image and in a box around the reference.
+
 A region of interest is the field of view of a retinal camera, or a brain mask: what lies outside it is black by
 construction, and to call it background is no merit.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -20,6 +25,8 @@ from segkit.data.geometry import same_grid
 from segkit.data.layouts.listing import list_images
 from segkit.data.volume import Grid
 from segkit.errors import DataError, RequestError
+from segkit.metrics.calibration import Reliability, box_around, measure_reliability
+from segkit.metrics.facts import METRICS
 from segkit.metrics.overlap import Mask, region_mask
 from segkit.metrics.ranking import area_under_roc
 from segkit.metrics.region import Scores
@@ -31,6 +38,32 @@ _HALF_WHITE = 127
 
 _LEAST_SHARE = 0.5
 """A region of interest that holds less than this part of the reference is not one: mostly it is inverted."""
+
+_PROBABILITY_METRICS = ("auc", "ece", "brier", "ece_box", "brier_box")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RegionReliability:
+    """Voxels of one region by their probability, in the whole image (or region of interest) and around the reference.
+
+    `box` is None where the reference is empty.
+    """
+
+    whole: Reliability
+    box: Reliability | None
+
+
+@dataclass(frozen=True)
+class ProbabilityScores:
+    """What the probabilities of one region of one case are worth: metric name -> value, NaN where undefined.
+
+    `reliability` is None where they are no probabilities but other numbers in the same order, such as logits.
+    """
+
+    scores: Scores
+    reliability: RegionReliability | None
 
 
 @dataclass(frozen=True)
@@ -62,25 +95,28 @@ class Companions:
             raise DataError("has no region of interest", where=case_id, remedy=remedy)
         return read_roi(self.rois[case_id], grid, reference > 0)
 
-    def areas_under_roc(
+    def score_probabilities(
         self, case_id: str, reference: LabelMap, grid: Grid, regions: Mapping[str, Collection[int]], roi: Mask | None
-    ) -> dict[str, Scores]:
-        """Region -> {"auc": value} for the ranked regions of one case, inside `roi`.
+    ) -> dict[str, ProbabilityScores]:
+        """Region -> AUC and calibration of its probabilities, for the ranked regions of one case, inside `roi`.
 
         Raises:
             DataError: probabilities are missing or unusable.
         """
-        areas = {}
+        found = {}
         for region in self.ranked_regions:
             path = self.probabilities[case_id].get(region)
             if path is None:
                 remedy = "Write them again with `segkit infer --save-probabilities --overwrite`"
                 raise DataError(f"has no probabilities of {region}", where=case_id, remedy=remedy)
             probabilities, present = read_probabilities(path, grid), region_mask(reference, regions[region])
-            if roi is not None:
-                probabilities, present = probabilities[roi], present[roi]
-            areas[region] = {"auc": area_under_roc(probabilities, present)}
-        return areas
+            found[region] = _score_region(probabilities, present, roi, path)
+        return found
+
+    def worst_scores(self) -> dict[str, Scores]:
+        """Region -> what a missing prediction is worth, for the ranked regions."""
+        worst = {metric: METRICS[metric].worst for metric in _PROBABILITY_METRICS}
+        return {region: dict(worst) for region in self.ranked_regions}
 
 
 def find_companions(
@@ -215,6 +251,23 @@ def read_probabilities(path: Path, grid: Grid) -> AnyArray:
     if not np.isfinite(volume.array).all():
         raise DataError("holds NaN or infinity", where=path, expected="probabilities")
     return volume.array
+
+
+def _score_region(probabilities: AnyArray, present: Mask, roi: Mask | None, path: Path) -> ProbabilityScores:
+    ranked = (probabilities, present) if roi is None else (probabilities[roi], present[roi])
+    scores = dict.fromkeys(_PROBABILITY_METRICS, math.nan) | {"auc": area_under_roc(*ranked)}
+    box = box_around(present if roi is None else present & roi)
+    try:
+        whole = measure_reliability(probabilities, present, roi)
+    except ValueError as error:
+        _log.warning("%s: no calibration, as the %s", path, error)
+        return ProbabilityScores(scores, None)
+    scores |= {"ece": whole.calibration_error(), "brier": whole.brier_score()}
+    if box is None:
+        return ProbabilityScores(scores, RegionReliability(whole, None))
+    around = measure_reliability(probabilities[box], present[box], None if roi is None else roi[box])
+    scores |= {"ece_box": around.calibration_error(), "brier_box": around.brier_score()}
+    return ProbabilityScores(scores, RegionReliability(whole, around))
 
 
 def _by_case(cases: Sequence[Case], named: Sequence[tuple[Path, str]]) -> dict[str, Path]:

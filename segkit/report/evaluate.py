@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,9 +27,10 @@ from segkit.labels import LabelScheme, outputs_of, translate
 from segkit.metrics.lesions import Lesion
 from segkit.metrics.protocols import rules_of, score_absent, score_case
 from segkit.metrics.region import RegionScores, Scores
-from segkit.report.companions import Companions, find_companions
+from segkit.report.companions import Companions, RegionReliability, find_companions
 from segkit.report.figures import BACKGROUNDS, overlay_figure
 from segkit.report.pairing import Pair, Pairing, pair_folders
+from segkit.report.reliability import pool, reliability_figure, reliability_json
 from segkit.report.tables import Summary, markdown_table, scores_csv, summarise, summary_rows
 from segkit.shapes import LabelMap
 
@@ -46,13 +48,16 @@ class CaseScores:
     """Scores of one case: region name -> metric name -> value, NaN where undefined.
 
     `is_missing` says that there was no usable prediction and that the case was given the worst scores. `lesions` lists
-    those of the reference by region, where the protocol looks at single ones.
+    those of the reference by region, where the protocol looks at single ones. `patient` is the one that other time
+    points, or the other eye, share; `reliability` is there for the regions with probabilities.
     """
 
     case: str
     regions: dict[str, Scores]
     is_missing: bool = False
     lesions: Mapping[str, tuple[Lesion, ...]] = field(default_factory=dict)
+    patient: str = ""
+    reliability: Mapping[str, RegionReliability] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -75,8 +80,12 @@ class Evaluation:
     roi: str | None = None
 
     def summary(self) -> Summary:
-        """Region name -> metric name -> mean, median and n over the scored cases; undefined values are left out."""
-        return summarise(case.regions for case in self.cases)
+        """Region name -> metric name -> statistics over the scored cases; undefined values are left out."""
+        return self._summary
+
+    @cached_property
+    def _summary(self) -> Summary:
+        return summarise((case.regions for case in self.cases), [case.patient or case.case for case in self.cases])
 
     def to_json(self) -> dict[str, Any]:
         """The document of `segkit evaluate --json`, strict JSON: a value that is undefined or infinite is null.
@@ -90,6 +99,8 @@ class Evaluation:
             "roi": self.roi,
             "cases": [_case_to_json(case) for case in self.cases],
             "summary": self.summary(),
+            "intervals": self.intervals(),
+            "reliability": reliability_json(pool(case.reliability for case in self.cases)),
             "errors": [{"case": case, "error": error} for case, error in self.errors.items()],
             "unscored": list(self.unscored),
             "surplus": [path.name for path in self.surplus],
@@ -99,12 +110,18 @@ class Evaluation:
     def headline(self) -> list[str]:
         """The metrics that a table for people shows: those of the protocol, and what was asked for besides."""
         present = {metric for case in self.cases for scores in case.regions.values() for metric in scores}
-        wanted = (*rules_of(self.protocol, self.challenge).headline, "auc")
+        wanted = (*rules_of(self.protocol, self.challenge).headline, "auc", "ece_box")
         return [metric for metric in wanted if metric in present]
 
     def where(self) -> str:
         """Where was scored, for a heading: nothing where it was everywhere."""
         return "" if self.roi is None else f", inside the regions of interest {self.roi}"
+
+    def intervals(self) -> str:
+        """How the intervals of the summary came about, for a heading."""
+        patients = len({case.patient or case.case for case in self.cases})
+        drawn = f"patient ({patients})" if patients < len(self.cases) else "case"
+        return f"95 % CI of the mean: bootstrap by {drawn}"
 
     def notes(self) -> list[str]:
         """What a reader of the scores must know: cases that are not in them, and why."""
@@ -134,6 +151,8 @@ class Evaluation:
     def write(self, folder: Path) -> None:
         """Write scores.json, scores.csv (a row per case and region) and summary.md into `folder`.
 
+        Where there are probabilities, figures/reliability.png shows whether they mean what they say.
+
         Raises:
             DataError: the folder cannot be written.
         """
@@ -142,7 +161,7 @@ class Evaluation:
         texts = {
             "scores.json": json.dumps(self.to_json(), indent=2, allow_nan=False, ensure_ascii=False) + "\n",
             "scores.csv": scores_csv({case.case: case.regions for case in self.cases}),
-            "summary.md": f"Protocol {self.protocol}{self.where()}; mean (median) over cases.\n\n"
+            "summary.md": f"Protocol {self.protocol}{self.where()}; mean (median) over cases. {self.intervals()}.\n\n"
             + markdown_table(columns, rows)
             + (f"\n{notes}" if notes else ""),
         }
@@ -150,6 +169,10 @@ class Evaluation:
             with written_atomically(folder / name) as temporary:
                 # File names that are not UTF-8 reach Python as lone surrogates, which JSON too escapes as `\udce9`.
                 temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        reliability = pool(case.reliability for case in self.cases)
+        if reliability:
+            with written_atomically(folder / "figures" / "reliability.png") as temporary:
+                reliability_figure(temporary, reliability)
 
 
 def evaluate_folders(
@@ -168,7 +191,8 @@ def evaluate_folders(
     """Score a folder (or file) of masks against the references of a dataset, a folder of masks or a file.
 
     See `pair_folders` for how files are paired and `PROTOCOLS` for what is computed. `roi` (see `find_rois`) restricts
-    all scores to a region of interest; a folder of `probabilities` adds the area under the ROC curve ("auc").
+    all scores to a region of interest; a folder of `probabilities` adds the area under the ROC curve and calibration
+    (`segkit.metrics.calibration`).
 
     Raises:
         RequestError: the protocol or challenge is unknown, or nothing could be paired; nothing was scored.
@@ -227,23 +251,19 @@ def evaluate_pairs(
             continue
         if pair.prediction is not None:
             try:
-                scores = _score_pair(pair, reference, grid, pairing, protocol, companions)
+                cases.append(_score_pair(pair, reference, grid, pairing, protocol, companions))
             except DataError as error:
                 complaint = str(error)
             else:
-                lesions = {region: scored.lesions for region, scored in scores.items() if scored.lesions}
-                cases.append(
-                    CaseScores(case_id, {name: scored.scores for name, scored in scores.items()}, lesions=lesions)
-                )
                 _log.debug("scored %s", case_id)
                 continue
         if complaint is not None:
             errors[case_id] = complaint
         if missing == "zero":
             absent = score_absent(grid.shape, grid.spacing_mm, regions, protocol=protocol, challenge=pairing.challenge)
-            for region in companions.ranked_regions:
-                absent[region]["auc"] = 0.0
-            cases.append(CaseScores(case_id, absent, is_missing=True))
+            for region, worst in companions.worst_scores().items():
+                absent[region] |= worst
+            cases.append(CaseScores(case_id, absent, is_missing=True, patient=pair.reference.patient))
     return Evaluation(
         protocol=protocol,
         challenge=pairing.challenge,
@@ -338,7 +358,7 @@ def draw_worst_cases(evaluation: Evaluation, pairing: Pairing, folder: Path, cou
 
 def _score_pair(
     pair: Pair, reference: LabelMap, grid: Grid, pairing: Pairing, protocol: str, companions: Companions
-) -> dict[str, RegionScores]:
+) -> CaseScores:
     scheme, challenge = pairing.scheme, pairing.challenge
     regions, predicted = (scored_regions(each, protocol, challenge) for each in (scheme, pair.scheme))
     if not regions.keys() & predicted.keys():
@@ -351,7 +371,7 @@ def _score_pair(
     prediction = read_prediction(pair, grid)
     case_id = pair.reference.id
     roi = companions.region_of_interest(case_id, reference, grid)
-    scores = score_case(
+    found = score_case(
         prediction,
         reference,
         grid.spacing_mm,
@@ -361,9 +381,17 @@ def _score_pair(
         prediction_regions=members,
         roi=roi,
     )
-    for region, area in companions.areas_under_roc(case_id, reference, grid, regions, roi).items():
-        scores[region].scores.update(area)
-    return scores
+    scores = {region: scored.scores for region, scored in found.items()}
+    probable = companions.score_probabilities(case_id, reference, grid, regions, roi)
+    for region, own in probable.items():
+        scores[region] |= own.scores
+    return CaseScores(
+        case_id,
+        scores,
+        lesions={region: scored.lesions for region, scored in found.items() if scored.lesions},
+        patient=pair.reference.patient,
+        reliability={region: own.reliability for region, own in probable.items() if own.reliability is not None},
+    )
 
 
 def _require_known(labels: LabelMap, scheme: LabelScheme, path: Path, option: str) -> None:
@@ -431,6 +459,8 @@ def _case_to_json(case: CaseScores) -> dict[str, Any]:
         document["lesions"] = {
             region: [lesion.to_json() for lesion in lesions] for region, lesions in case.lesions.items()
         }
+    if case.patient not in ("", case.case):
+        document["patient"] = case.patient
     return document | {"missing": True} if case.is_missing else document
 
 

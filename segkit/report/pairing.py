@@ -10,7 +10,7 @@ from pathlib import Path
 
 from segkit.data.case import Case, Cohort, ImageFile
 from segkit.data.files import read_labels, stem_of, suffix_of
-from segkit.data.layouts.conventions import CONVENTIONS
+from segkit.data.layouts.conventions import CONVENTIONS, patient_of
 from segkit.data.layouts.listing import list_images, read_document
 from segkit.data.layouts.modality import LABEL, split_name
 from segkit.data.layouts.schemes import present_values, values_of
@@ -194,7 +194,7 @@ def _bare_masks(root: Path) -> tuple[list[Case], tuple[str, ...]]:
         f"{len(others)} files beside the references are not named as masks, as the others are, and are not taken for "
         f"references: {_some(others)}"
     )
-    cases = [Case(case_id, case_id, {}, ImageFile(path)) for case_id, (path,) in by_id.items()]
+    cases = [Case(case_id, patient_of(case_id), {}, ImageFile(path)) for case_id, (path,) in by_id.items()]
     return cases, (note,) if others else ()
 
 

@@ -7,25 +7,47 @@ import io
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypedDict
+
+from segkit.metrics.bootstrap import bootstrap_intervals
 
 Scores = Mapping[str, Mapping[str, float]]
 """Region name -> metric name -> value of one case."""
 
-Summary = dict[str, dict[str, dict[str, float | int | None]]]
-"""Region name -> metric name -> mean and median over cases (None where there is no value) and their number n."""
+
+class Statistics(TypedDict):
+    """Mean and median over cases with their 95 % intervals, and the number of cases.
+
+    An interval is its lower and upper end. None is what is not there: a mean of no values, an interval of one patient.
+    """
+
+    mean: float | None
+    median: float | None
+    n: int
+    ci95: list[float] | None
+    median_ci95: list[float] | None
 
 
-def summarise(cases: Iterable[Scores]) -> Summary:
-    """Mean, median and number of the finite values of each region and metric, in order of first appearance."""
-    values: dict[str, dict[str, list[float]]] = {}
-    for regions in cases:
+Summary = dict[str, dict[str, Statistics]]
+"""Region name -> metric name -> statistics over cases."""
+
+
+def summarise(cases: Iterable[Scores], patients: Sequence[str] | None = None) -> Summary:
+    """Statistics of the finite values of each region and metric, in order of first appearance.
+
+    `patients` tells whose each case is; without it every case counts as a patient of its own. Intervals are those of
+    `segkit.metrics.bootstrap`.
+    """
+    values: dict[str, dict[str, dict[int, float]]] = {}
+    for position, regions in enumerate(cases):
         for region, metrics in regions.items():
             for metric, value in metrics.items():
-                found = values.setdefault(region, {}).setdefault(metric, [])
+                found = values.setdefault(region, {}).setdefault(metric, {})
                 if math.isfinite(value):
-                    found.append(value)
+                    found[position] = value
     return {
-        region: {metric: _statistics(found) for metric, found in metrics.items()} for region, metrics in values.items()
+        region: {metric: _statistics(found, patients) for metric, found in metrics.items()}
+        for region, metrics in values.items()
     }
 
 
@@ -43,12 +65,18 @@ def scores_csv(cases: Mapping[str, Scores]) -> str:
 
 
 def summary_rows(summary: Summary, metrics: Sequence[str] | None = None) -> tuple[list[str], list[list[str]]]:
-    """Column titles, and one row per region: "mean (median)" of each metric, and the number of cases."""
+    """Column titles, and for each region a row of "mean (median)" and one of the 95 % intervals of the means.
+
+    The last column is the number of cases. A region without any interval has no row of them.
+    """
     shown = metrics or list(dict.fromkeys(name for scores in summary.values() for name in scores))
-    rows = [
-        [region, *(_cell(scores.get(metric)) for metric in shown), str(max(_count(scores, name) for name in shown))]
-        for region, scores in summary.items()
-    ]
+    rows = []
+    for region, scores in summary.items():
+        count = max(scores[name]["n"] for name in shown if name in scores)
+        rows.append([region, *(_cell(scores.get(metric)) for metric in shown), str(count)])
+        intervals = [_interval(scores.get(metric)) for metric in shown]
+        if any(intervals):
+            rows.append(["95 % CI", *intervals, ""])
     return ["region", *shown, "n"], rows
 
 
@@ -58,17 +86,30 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def _statistics(values: Sequence[float]) -> dict[str, float | int | None]:
+def _statistics(found: Mapping[int, float], patients: Sequence[str] | None) -> Statistics:
+    """Of values by the position of their case."""
+    values = list(found.values())
     if not values:
-        return {"mean": None, "median": None, "n": 0}
-    return {"mean": statistics.fmean(values), "median": statistics.median(values), "n": len(values)}
+        return {"mean": None, "median": None, "n": 0, "ci95": None, "median_ci95": None}
+    owners = None if patients is None else [patients[position] for position in found]
+    intervals = bootstrap_intervals(values, owners)
+    return {
+        "mean": statistics.fmean(values),
+        "median": statistics.median(values),
+        "n": len(values),
+        "ci95": list(intervals.mean) if intervals else None,
+        "median_ci95": list(intervals.median) if intervals else None,
+    }
 
 
-def _count(scores: Mapping[str, Mapping[str, float | int | None]], metric: str) -> int:
-    return int(scores.get(metric, {}).get("n") or 0)
-
-
-def _cell(entry: Mapping[str, float | int | None] | None) -> str:
+def _cell(entry: Statistics | None) -> str:
     if entry is None or entry["mean"] is None or entry["median"] is None:
         return "-"
     return f"{entry['mean']:.3f} ({entry['median']:.3f})"
+
+
+def _interval(entry: Statistics | None) -> str:
+    if entry is None or entry["ci95"] is None:
+        return ""
+    low, high = entry["ci95"]
+    return f"{low:.3f} to {high:.3f}"

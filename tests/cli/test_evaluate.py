@@ -39,7 +39,8 @@ def test_json_is_alone_on_standard_output(folders):
     result = run(folders, "--json")
     assert result.exit_code == 0
     document = json.loads(result.stdout)
-    assert document["summary"]["ET"]["dice"] == {"mean": 1.0, "median": 1.0, "n": 1}
+    alone = {"mean": 1.0, "median": 1.0, "n": 1, "ci95": None, "median_ci95": None}
+    assert document["summary"]["ET"]["dice"] == alone
     assert "NOT in these scores" in result.stderr
 
 

@@ -62,7 +62,10 @@ def test_scores_inside_a_field_of_view_by_hand(folders):
     # Inside: 0.9 and 0.4 of the vessel against 0.6 and 0.2 of the rest; only 0.4 against 0.6 is wrong.
     assert left["auc"] == right["auc"] == 3 / 4
     assert right["dice"] == 1.0
-    assert document["summary"]["foreground"]["auc"] == {"mean": 0.75, "median": 0.75, "n": 2}
+    # Both eyes are of one person, so nothing can be resampled.
+    alone = {"mean": 0.75, "median": 0.75, "n": 2, "ci95": None, "median_ci95": None}
+    assert document["summary"]["foreground"]["auc"] == alone
+    assert {case["patient"] for case in document["cases"]} == {"Image_01"}
 
 
 def test_without_a_region_of_interest_everything_counts(folders):
@@ -81,6 +84,7 @@ def test_missing_prediction_has_the_worst_area_too(folders):
     (masks / "Image_01R.png").unlink()
     evaluation = evaluate_folders(masks, data, roi=".gif", probabilities=masks, missing="zero")
     assert [case.regions["foreground"]["auc"] for case in evaluation.cases] == [0.75, 0.0]
+    assert evaluation.cases[1].regions["foreground"]["ece"] == 1.0
 
 
 def test_case_without_companion_is_an_error_of_its_own(folders):
@@ -106,12 +110,68 @@ def test_area_is_undefined_where_the_region_is_empty(folders):
     assert case["regions"]["foreground"]["auc"] is None
 
 
+def test_calibration_inside_a_field_of_view_by_hand(folders):
+    masks, data = folders
+    evaluation = evaluate_folders(masks, data, roi=".gif", probabilities=masks / "probabilities")
+    scores = evaluation.cases[0].regions["foreground"]
+    # Inside: 0.9 and 0.4 in the vessel, 0.6 and 0.2 outside, each in a bin of its own.
+    assert scores["ece"] == pytest.approx((0.1 + 0.6 + 0.6 + 0.2) / 4)
+    assert scores["brier"] == pytest.approx((0.01 + 0.36 + 0.36 + 0.04) / 4)
+    # The vessel there is two pixels long and one wide; its box, grown by one, leaves out nothing of the field of view.
+    assert scores["ece_box"] == pytest.approx(scores["ece"])
+
+
+def test_box_leaves_out_what_lies_far_from_the_reference(folders):
+    masks, data = folders
+    far = np.zeros((2, 4), np.float32)
+    far[:, 0] = 1
+    for side in "LR":
+        save(data / f"Image_01{side}_1stHO.png", np.array([[0, 0, 0, 1], [0, 0, 0, 0]], bool))
+        save(masks / "probabilities" / f"Image_01{side}_foreground.tif", far)
+    scores = evaluate_folders(masks, data, probabilities=masks).cases[0].regions["foreground"]
+    # All: two false certainties and one missed pixel of 8. Columns 2 and 3: the missed pixel of 4.
+    assert (scores["ece"], scores["brier"]) == (pytest.approx(1 / 8 + 2 / 8), pytest.approx(3 / 8))
+    assert (scores["ece_box"], scores["brier_box"]) == (pytest.approx(1 / 4), pytest.approx(1 / 4))
+
+
+def test_reliability_is_pooled_over_cases_and_drawn(tmp_path, folders):
+    masks, data = folders
+    evaluation = evaluate_folders(masks, data, roi=".gif", probabilities=masks)
+    table = evaluation.to_json()["reliability"]["foreground"]["whole"]
+    assert (table["edges"][0], table["edges"][-1], len(table["edges"])) == (0.0, 1.0, 16)
+    # Two eyes with 0.2, 0.4, 0.6 and 0.9, in bins 3, 6 (0.4 is a little more in float32), 9 and 13.
+    assert {index: count for index, count in enumerate(table["count"]) if count} == {3: 2, 6: 2, 9: 2, 13: 2}
+    assert [table["frequency"][index] for index in (3, 6, 9, 13)] == [0, 1, 0, 1]
+    assert table["confidence"][13] == pytest.approx(0.9)
+    assert table["confidence"][0] is None
+    assert table["ece"] == pytest.approx(0.375)
+    evaluation.write(tmp_path / "out")
+    with PIL.Image.open(tmp_path / "out" / "figures" / "reliability.png") as picture:
+        assert min(picture.size) > 300
+    assert evaluate_folders(masks, data).to_json()["reliability"] == {}
+
+
+def test_numbers_that_are_no_probabilities_are_ranked_only(folders, caplog):
+    masks, data = folders
+    for side in "LR":
+        save(masks / "probabilities" / f"Image_01{side}_foreground.tif", 10 * PROBABILITIES)
+    evaluation = evaluate_folders(masks, data, probabilities=masks)
+    scores = evaluation.cases[0].regions["foreground"]
+    assert scores["auc"] == pytest.approx(6 / 15)
+    assert math.isnan(scores["ece"])
+    assert evaluation.to_json()["reliability"] == {}
+    assert "no calibration, as the probabilities from 1 to 9 are not in [0, 1]" in caplog.text
+
+
 def test_written_table_says_where(tmp_path, folders):
     masks, data = folders
     evaluate_folders(masks, data, roi=".gif", probabilities=masks).write(tmp_path / "out")
     summary = (tmp_path / "out" / "summary.md").read_text(encoding="utf-8")
-    assert summary.startswith("Protocol legacy, inside the regions of interest .gif; mean (median) over cases.")
-    assert "| 0.750 (0.750) | 2 |" in summary
+    assert summary.startswith(
+        "Protocol legacy, inside the regions of interest .gif; mean (median) over cases. "
+        "95 % CI of the mean: bootstrap by patient (1)."
+    )
+    assert "| 0.750 (0.750) | 0.375 (0.375) |" in summary
     assert "auc" in (tmp_path / "out" / "scores.csv").read_text(encoding="utf-8").splitlines()[0]
 
 

@@ -61,7 +61,12 @@ def test_document_follows_the_contract(folders):
     assert document["cases"][0]["regions"]["WT"]["dice"] == 1.0
     assert document["cases"][1]["regions"]["WT"]["dice"] == pytest.approx(5 / 6)
     assert document["cases"][1]["regions"]["ET"]["dice"] == pytest.approx(1 / 2)
-    assert document["summary"]["ET"]["dice"] == {"mean": 0.75, "median": 0.75, "n": 2}
+    # Two patients: the same one twice in a quarter of the resamples each, so the interval goes from one to the other.
+    ends = [0.5, 1.0]
+    expected = {"mean": 0.75, "median": 0.75, "n": 2, "ci95": ends, "median_ci95": ends}
+    assert document["summary"]["ET"]["dice"] == expected
+    assert document["cases"][0]["patient"] == "BraTS-GLI-00001"
+    assert document["intervals"] == "95 % CI of the mean: bootstrap by case"
     assert document["summary"]["WT"]["hd95_mm"]["mean"] == pytest.approx(0.5)
     assert document["errors"] == []
 
@@ -132,7 +137,8 @@ def test_missing_prediction_is_left_out_loudly(folders):
     predictions, references = folders
     (predictions / "BraTS-GLI-00002-000.nii.gz").unlink()
     evaluation = evaluate_folders(predictions, references)
-    assert evaluation.summary()["WT"]["dice"] == {"mean": 1.0, "median": 1.0, "n": 1}
+    alone = {"mean": 1.0, "median": 1.0, "n": 1, "ci95": None, "median_ci95": None}
+    assert evaluation.summary()["WT"]["dice"] == alone
     assert evaluation.unscored == ("BraTS-GLI-00002-000",)
     assert not evaluation.errors
     assert any("NOT in these scores" in note for note in evaluation.notes())
@@ -144,7 +150,8 @@ def test_missing_prediction_scored_as_worst(folders):
     document = evaluate_folders(predictions, references, missing="zero").to_json()
     assert document["cases"][1]["missing"] is True
     assert document["cases"][1]["regions"]["ET"]["hd95_mm"] == 373.13
-    assert document["summary"]["WT"]["dice"] == {"mean": 0.5, "median": 0.5, "n": 2}
+    assert document["summary"]["WT"]["dice"]["mean"] == 0.5
+    assert document["summary"]["WT"]["dice"]["n"] == 2
     assert document["unscored"] == []
 
 
