@@ -29,6 +29,7 @@ VERBS: dict[str, str] = {
     "inpaint": "segkit.cli.inpaint:inpaint",
     "evaluate": "segkit.cli.evaluate:evaluate",
     "report": "segkit.cli.report:report",
+    "compare": "segkit.cli.compare:compare",
     "export": "segkit.cli.export:export",
     "convert": "segkit.cli.convert:app",
     "bench": "segkit.cli.bench:app",

@@ -67,6 +67,7 @@ METRICS: dict[str, MetricFacts] = {
     "specificity": _share("Specificity"),
     "auc": _share("AUC"),
     "ece": _calibration("ECE"),
+    "ace": _calibration("ACE"),
     "brier": _calibration("Brier score"),
     "ece_box": _calibration("ECE around the reference"),
     "brier_box": _calibration("Brier score around the reference"),

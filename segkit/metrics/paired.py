@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 _DECIMALS = 12
 """0.9 - 0.8 and 0.8 - 0.7 are one difference, and floating point makes them two."""
 
-_ENUMERABLE = 13
-"""2^13 patterns of signs are looked at one by one."""
+_EXACT_UP_TO = 50
+"""2^50 patterns of signs are counted without rounding in float64."""
 
 
 @dataclass(frozen=True)
@@ -42,25 +42,35 @@ class SignedRank:
 def signed_rank(differences: ArrayLike) -> SignedRank:
     """Wilcoxon's signed-rank test of finite differences (n,), two-sided.
 
-    Zeros are left out, as Wilcoxon did and as R and SciPy do by default; equal sizes share their mean rank. p is exact
-    where up to 50 differences have no ties, and by all patterns of signs where up to 13 have; else it is asymptotic.
+    Zeros are left out, as Wilcoxon did and as R and SciPy do by default; equal sizes share their mean rank. Of up to 50
+    differences p is exact, given the ranks as they are, ties included, for which SciPy falls back on the normal law.
     """
     from scipy import stats
 
     rounded = np.round(np.asarray(differences, np.float64), _DECIMALS)
-    sizes = np.abs(rounded[rounded != 0])
-    zeros = len(rounded) - len(sizes)
-    if not len(sizes):
-        return SignedRank(1.0 if zeros else math.nan, 0.0, "none", zeros, has_ties=False)
-    has_ties = len(np.unique(sizes)) < len(sizes)
     nonzero = rounded[rounded != 0]
-    is_enumerable = has_ties and len(nonzero) <= _ENUMERABLE
-    is_exact = is_enumerable or (not has_ties and len(nonzero) <= 50)
-    method = stats.PermutationMethod(n_resamples=2**_ENUMERABLE) if is_enumerable else "exact" if is_exact else "approx"
-    p = float(stats.wilcoxon(nonzero, method=method).pvalue)
-    ranks = stats.rankdata(sizes)
+    zeros = len(rounded) - len(nonzero)
+    if not len(nonzero):
+        return SignedRank(1.0 if zeros else math.nan, 0.0, "none", zeros, has_ties=False)
+    ranks = stats.rankdata(np.abs(nonzero))
+    has_ties = len(np.unique(ranks)) < len(ranks)
     effect = float(np.sum(np.sign(nonzero) * ranks) / np.sum(ranks))
-    return SignedRank(p, effect, "exact" if is_exact else "asymptotic", zeros, has_ties)
+    if len(nonzero) <= _EXACT_UP_TO:
+        p = _exact_p(ranks, float(ranks[nonzero > 0].sum()))
+        return SignedRank(p, effect, "exact", zeros, has_ties)
+    p = float(stats.wilcoxon(nonzero, method="approx").pvalue)
+    return SignedRank(p, effect, "asymptotic", zeros, has_ties)
+
+
+def _exact_p(ranks: NDArray[np.float64], positive: float) -> float:
+    """How often random signs give a sum of positive ranks as far from its mean as `positive`, or farther."""
+    doubled = np.rint(2 * ranks).astype(int)  # mean ranks of ties are halves
+    patterns = np.ones(1)  # patterns[s]: in how many patterns of signs the doubled positive ranks sum to s
+    for rank in doubled:
+        patterns = np.pad(patterns, (0, rank)) + np.pad(patterns, (rank, 0))
+    distance = np.abs(2 * np.arange(len(patterns)) - doubled.sum())
+    is_far = distance >= abs(round(4 * positive) - doubled.sum())
+    return float(patterns[is_far].sum() / patterns.sum())
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -39,7 +39,7 @@ _HALF_WHITE = 127
 _LEAST_SHARE = 0.5
 """A region of interest that holds less than this part of the reference is not one: mostly it is inverted."""
 
-_PROBABILITY_METRICS = ("auc", "ece", "brier", "ece_box", "brier_box")
+_PROBABILITY_METRICS = ("auc", "ece", "ace", "brier", "ece_box", "brier_box")
 
 _log = logging.getLogger(__name__)
 
@@ -262,7 +262,7 @@ def _score_region(probabilities: AnyArray, present: Mask, roi: Mask | None, path
     except ValueError as error:
         _log.warning("%s: no calibration, as the %s", path, error)
         return ProbabilityScores(scores, None)
-    scores |= {"ece": whole.calibration_error(), "brier": whole.brier_score()}
+    scores |= {"ece": whole.calibration_error(), "ace": whole.average_calibration_error(), "brier": whole.brier_score()}
     if box is None:
         return ProbabilityScores(scores, RegionReliability(whole, None))
     around = measure_reliability(probabilities[box], present[box], None if roi is None else roi[box])

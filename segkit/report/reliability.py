@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 Pooled = dict[str, dict[str, Reliability]]
 """Region name -> "whole" or "box" -> the voxels of all cases; see `segkit.metrics.calibration`."""
 
-_SHOWN = {"box": ("around the reference", "#D55E00", "o"), "whole": ("all voxels", "#0072B2", "s")}
-"""What a curve is called, and its colour and marker: Okabe & Ito's vermilion and blue."""
+_SHOWN = {"whole": ("all voxels", "#56B4E9", 6.0), "box": ("around the reference", "#D55E00", 3.0)}
+"""What a curve is called, its colour (Okabe & Ito's sky blue and vermilion) and the size of its markers: where the two
+agree, both can be seen."""
 
 
 def pool(cases: Iterable[Mapping[str, RegionReliability]]) -> Pooled:
@@ -63,19 +64,19 @@ def reliability_figure(path: Path, pooled: Pooled) -> None:
 
 def _draw(diagram: Axes, counts: Axes, parts: Mapping[str, Reliability]) -> None:
     diagram.plot((0, 1), (0, 1), color="black", linewidth=0.8, linestyle="--")
-    for where, (name, colour, marker) in _SHOWN.items():
+    for where, (name, colour, size) in _SHOWN.items():
         if where in parts:
             own = parts[where]
             filled = own.count > 0
             label = f"{name}: ECE {own.calibration_error():.4f}"
-            diagram.plot(
-                own.confidence[filled], own.frequency[filled], color=colour, marker=marker, markersize=3.5, label=label
-            )
+            line = {"color": colour, "marker": "o", "markersize": size, "linewidth": size / 2}
+            diagram.plot(own.confidence[filled], own.frequency[filled], label=label, **line)
             counts.stairs(own.count, own.edges, color=colour)
     diagram.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     diagram.grid(alpha=0.3)
     diagram.legend(loc="upper left", fontsize=7)
-    counts.set_yscale("symlog")
+    counts.set_yscale("log")
+    counts.set_ylim(bottom=0.5)
     counts.grid(alpha=0.3)
 
 
@@ -86,6 +87,7 @@ def _table(own: Reliability) -> dict[str, Any]:
         "confidence": _defined(own.confidence),
         "frequency": _defined(own.frequency),
         "ece": own.calibration_error(),
+        "ace": own.average_calibration_error(),
         "brier": own.brier_score(),
     }
 

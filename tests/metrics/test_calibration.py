@@ -21,7 +21,16 @@ def test_four_voxels_by_hand():
     np.testing.assert_allclose(found.confidence, [0.2, 0.85], rtol=1e-6)
     np.testing.assert_array_equal(found.frequency, [0.5, 1.0])
     assert found.calibration_error() == pytest.approx((2 * 0.3 + 2 * 0.15) / 4)
+    assert found.average_calibration_error() == pytest.approx((0.3 + 0.15) / 2)
     assert found.brier_score() == pytest.approx((0.01 + 0.49 + 0.09 + 0.0) / 4)
+
+
+def test_average_error_gives_every_bin_the_same_weight():
+    # 98 voxels of certain background, right, and two called 0.9 that are not there.
+    probabilities = np.repeat(np.array([0.0, 0.9], np.float32), [98, 2])[None]
+    found = measure_reliability(probabilities, np.zeros((1, 100), bool))
+    assert found.calibration_error() == pytest.approx(0.018)
+    assert found.average_calibration_error() == pytest.approx(0.45)
 
 
 def test_certainty_that_is_right_and_wrong():
@@ -45,6 +54,7 @@ def test_only_voxels_that_count():
     assert found.calibration_error() == pytest.approx((0.1 + 0.0) / 2)
     nowhere = measure_reliability(PROBABILITIES, REFERENCE, np.zeros((1, 4), bool))
     assert math.isnan(nowhere.calibration_error())
+    assert math.isnan(nowhere.average_calibration_error())
     assert math.isnan(nowhere.brier_score())
 
 

@@ -1,0 +1,67 @@
+"""`segkit compare`: which of several models is better, and whether that is more than chance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from segkit.cli.options import (
+    JsonOption,
+    QuietOption,
+    VerboseOption,
+    console,
+    print_json,
+    print_table,
+    set_verbosity,
+)
+
+if TYPE_CHECKING:
+    from segkit.report.comparison import Comparison
+
+
+def compare(
+    scores: Annotated[
+        list[Path], typer.Argument(help="Two or more folders (or scores.json) of `segkit evaluate -o`; baseline first.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for comparison.json, comparison.csv, comparison.md.")
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="Compare by these, e.g. dice,nsd; default: Dice and HD95, lesion-wise where scored so."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of bootstrap and permutations.")] = 0,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Compare models on the same cases: differences with intervals and tests, and the BraTS ranking.
+
+    Exit code 2 where they do not compare: other protocols, other references, no case in common.
+    """
+    from segkit.report.comparison import compare_scores
+    from segkit.report.comparison_files import comparison_json, write_comparison
+    from segkit.report.score_files import read_score_sets
+
+    set_verbosity(is_quiet=quiet, is_verbose=verbose)
+    chosen = None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()]
+    comparison = compare_scores(read_score_sets(scores), chosen, seed=seed)
+    if output is not None:
+        write_comparison(comparison, output)
+    if json:
+        print_json(comparison_json(comparison))
+    else:
+        _print(comparison)
+    if not quiet:
+        for note in comparison.notes:
+            console().print(note, style="yellow", markup=False, soft_wrap=True)
+
+
+def _print(comparison: Comparison) -> None:
+    from segkit.report.comparison_files import pair_rows, ranking_rows
+
+    count = f"{len(comparison.cases)} cases, protocol {comparison.models[0].protocol}"
+    print_table(f"{count}; BraTS ranking, p one-sided", *ranking_rows(comparison))
+    print_table("model less baseline; Wilcoxon signed-rank test, Holm over all", *pair_rows(comparison))

@@ -1,0 +1,137 @@
+"""Reading back what `segkit evaluate -o` wrote, to compare several of them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from segkit.data.layouts.conventions import patient_of
+from segkit.errors import RequestError
+
+SCORES_NAME = "scores.json"
+
+_REMEDY = "Give what `segkit evaluate -o FOLDER` wrote: the folder, or its scores.json"
+
+
+@dataclass(frozen=True)
+class ScoreSet:
+    """The scores of one model.
+
+    `cases` maps a case id to region, metric and value, NaN where it is undefined; `failed` are the cases that had a
+    reference and got no scores; `patients` maps every case id to its patient.
+    """
+
+    name: str
+    path: Path
+    protocol: str
+    challenge: str | None
+    label_scheme: str | None
+    roi: str | None
+    cases: Mapping[str, Mapping[str, Mapping[str, float]]]
+    failed: frozenset[str]
+    patients: Mapping[str, str]
+
+    @property
+    def regions(self) -> list[str]:
+        """The regions of any case, in order of first appearance."""
+        return list(dict.fromkeys(region for regions in self.cases.values() for region in regions))
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics of any region, in order of first appearance."""
+        scores = (metrics for regions in self.cases.values() for metrics in regions.values())
+        return list(dict.fromkeys(metric for metrics in scores for metric in metrics))
+
+    def value(self, case: str, region: str, metric: str) -> float:
+        """One score, NaN where it is undefined or was not computed."""
+        return self.cases.get(case, {}).get(region, {}).get(metric, math.nan)
+
+
+class _Case(BaseModel):
+    case: str
+    regions: dict[str, dict[str, float | None]]
+    patient: str | None = None
+
+
+class _Failure(BaseModel):
+    case: str
+
+
+class _Scheme(BaseModel):
+    name: str
+
+
+class _Document(BaseModel):
+    """The part of scores.json that a comparison needs."""
+
+    protocol: str
+    challenge: str | None = None
+    label_scheme: _Scheme | None = None
+    roi: str | None = None
+    cases: list[_Case]
+    errors: list[_Failure] = []
+    unscored: list[str] = []
+
+
+def read_score_sets(paths: Sequence[Path]) -> list[ScoreSet]:
+    """Several models, each named after its folder, or by the path that was given where folders share a name.
+
+    Raises:
+        RequestError: one is given twice, missing, damaged, or no scores at all.
+    """
+    files = [path / SCORES_NAME if path.is_dir() else path for path in paths]
+    twice = [str(file) for file, count in Counter(file.resolve() for file in files).items() if count > 1]
+    if twice:
+        raise RequestError(f"{', '.join(twice)} is given more than once", remedy="Name each model once")
+    names = [file.resolve().parent.name if file.name == SCORES_NAME else file.stem for file in files]
+    return [
+        read_scores(file, str(path) if names.count(name) > 1 else name)
+        for path, file, name in zip(paths, files, names, strict=True)
+    ]
+
+
+def read_scores(path: Path, name: str) -> ScoreSet:
+    """One scores.json; `name` is what the model is to be called.
+
+    Raises:
+        RequestError: the file is missing, damaged or holds no scores.
+    """
+    try:
+        document = _Document.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise RequestError(f"cannot be read ({error.strerror})", where=path, remedy=_REMEDY) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        found = f"{place}: {first['msg']}" if place else first["msg"]
+        raise RequestError(f"is no file of scores ({found})", where=path, remedy=_REMEDY) from error
+    twice = [case for case, count in Counter(entry.case for entry in document.cases).items() if count > 1]
+    if twice:
+        raise RequestError(f"holds case {twice[0]} twice", where=path, remedy=_REMEDY)
+    if not document.cases:
+        raise RequestError("holds no scored case", where=path, remedy=_REMEDY)
+    failed = frozenset([*(failure.case for failure in document.errors), *document.unscored])
+    cases = {
+        entry.case: {
+            region: {metric: math.nan if value is None else value for metric, value in metrics.items()}
+            for region, metrics in entry.regions.items()
+        }
+        for entry in document.cases
+    }
+    given = {entry.case: entry.patient for entry in document.cases}
+    return ScoreSet(
+        name=name,
+        path=path,
+        protocol=document.protocol,
+        challenge=document.challenge,
+        label_scheme=document.label_scheme and document.label_scheme.name,
+        roi=document.roi,
+        cases=cases,
+        failed=failed - cases.keys(),
+        patients={case: given.get(case) or patient_of(case) for case in (*cases, *failed)},
+    )
