@@ -103,4 +103,5 @@ def _weighted_medians(ascending: NDArray[np.float64], weights: NDArray[np.float6
     reached = np.cumsum(weights, axis=1)
     half = reached[:, -1:] / 2
     lower, upper = (reached >= half).argmax(axis=1), (reached > half).argmax(axis=1)
-    return (ascending[lower] + ascending[upper]) / 2
+    medians: NDArray[np.float64] = (ascending[lower] + ascending[upper]) / 2
+    return medians

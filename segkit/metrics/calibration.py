@@ -65,12 +65,12 @@ class Reliability:
     @property
     def confidence(self) -> NDArray[np.float64]:
         """Mean probability of each bin, (bins,); NaN where it is empty."""
-        return np.divide(self.total, self.count, out=np.full(len(self.count), np.nan), where=self.count > 0)
+        return _shares(self.total, self.count)
 
     @property
     def frequency(self) -> NDArray[np.float64]:
         """Share of each bin's voxels that are in the region, (bins,); NaN where it is empty."""
-        return np.divide(self.present, self.count, out=np.full(len(self.count), np.nan), where=self.count > 0)
+        return _shares(self.present.astype(np.float64), self.count)
 
     def calibration_error(self) -> float:
         """The ECE, in [0, 1]; NaN where there are no voxels."""
@@ -116,7 +116,7 @@ def measure_reliability(
         result += Reliability(
             np.bincount(bin_of, minlength=bins),
             np.bincount(bin_of[present], minlength=bins),
-            np.bincount(bin_of, values, minlength=bins),
+            np.bincount(bin_of, values, minlength=bins).astype(np.float64, copy=False),
             float(np.square(error).sum(dtype=np.float64)),
         )
     return result
@@ -134,6 +134,13 @@ def box_around(region: Mask) -> tuple[slice, ...] | None:
         margin = -(-(last - first + 1) // 2)
         box.append(slice(max(0, first - margin), last + 1 + margin))
     return tuple(box)
+
+
+def _shares(parts: NDArray[np.float64], whole: NDArray[np.int64]) -> NDArray[np.float64]:
+    """What part of each whole, NaN where there is none."""
+    shares = np.full(len(whole), np.nan)
+    np.divide(parts, whole, out=shares, where=whole > 0)
+    return shares
 
 
 def _slabs(shape: tuple[int, ...]) -> Iterator[slice]:

@@ -16,6 +16,7 @@ two: double it for a two-sided test.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -41,13 +42,14 @@ def cumulative_ranks(scores: ArrayLike, higher_is_better: Sequence[bool]) -> NDA
     values = np.asarray(scores, np.float64)
     badness = np.where(np.asarray(higher_is_better), -values, values)
     badness = np.where(np.isfinite(badness), badness, np.inf)
-    ranks: NDArray[np.float64] = rankdata(badness, axis=0)
-    return ranks.mean(axis=2)
+    ranks: NDArray[np.float64] = rankdata(badness, axis=0).mean(axis=2)
+    return ranks
 
 
 def rank_scores(ranks: NDArray[np.float64]) -> NDArray[np.float64]:
     """The final rank score of each model, (models,), of cumulative ranks (models, cases); the lowest wins."""
-    return ranks.mean(axis=1)
+    scores: NDArray[np.float64] = ranks.mean(axis=1)
+    return scores
 
 
 def exchange_p_value(
@@ -81,7 +83,7 @@ def exchange_p_value(
 def _all_signs(count: int) -> Iterator[NDArray[np.float64]]:
     """Every pattern of +1 and -1, (2^count, count)."""
     patterns = np.arange(2**count)[:, None] >> np.arange(count) & 1
-    yield 1.0 - 2.0 * patterns
+    yield _signs(patterns)
 
 
 def _random_signs(count: int, rows: int, seed: int) -> Iterator[NDArray[np.float64]]:
@@ -89,4 +91,8 @@ def _random_signs(count: int, rows: int, seed: int) -> Iterator[NDArray[np.float
     generator = np.random.default_rng(seed)
     size = max(1, _BLOCK // count)
     for start in range(0, rows, size):
-        yield 1.0 - 2.0 * generator.integers(2, size=(min(size, rows - start), count))
+        yield _signs(generator.integers(2, size=(min(size, rows - start), count)))
+
+
+def _signs(bits: NDArray[np.signedinteger[Any]]) -> NDArray[np.float64]:
+    return 1.0 - 2.0 * bits.astype(np.float64)

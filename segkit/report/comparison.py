@@ -148,9 +148,9 @@ def _compare_pair(
     seed: int,
 ) -> PairedComparison:
     """Model and baseline by their `values` (2, cases) of one region and metric."""
-    is_paired = np.isfinite(values).all(axis=0)
-    model, baseline = values[:, is_paired]
-    owners = [patient for patient, is_here in zip(patients, is_paired, strict=True) if is_here]
+    paired = np.flatnonzero(np.isfinite(values).all(axis=0))
+    model, baseline = values[:, paired]
+    owners = [patients[case] for case in paired]
     differences = np.round(model - baseline, _DECIMALS)
     gains = differences if METRICS[column[1]].higher_is_better else -differences
     patient, count = number_patients(owners, len(owners))
@@ -165,7 +165,7 @@ def _compare_pair(
         model_mean=_mean(model),
         baseline_mean=_mean(baseline),
         difference=_mean(differences),
-        interval=intervals and intervals.mean,
+        interval=None if intervals is None else intervals.mean,
         better=int(np.count_nonzero(gains > 0)),
         equal=int(np.count_nonzero(gains == 0)),
         worse=int(np.count_nonzero(gains < 0)),
@@ -185,7 +185,7 @@ def _ranking(
     for model, score, own in zip(models, scores, ranks, strict=True):
         intervals = bootstrap_intervals(own, patients, seed=seed)
         place = 1 + int(np.count_nonzero(scores < score))
-        found.append(Ranked(model.name, place, float(score), intervals and intervals.mean))
+        found.append(Ranked(model.name, place, float(score), None if intervals is None else intervals.mean))
     return tuple(sorted(found, key=lambda ranked: ranked.place))
 
 

@@ -69,7 +69,7 @@ def _draw(diagram: Axes, counts: Axes, parts: Mapping[str, Reliability]) -> None
             own = parts[where]
             filled = own.count > 0
             label = f"{name}: ECE {own.calibration_error():.4f}"
-            line = {"color": colour, "marker": "o", "markersize": size, "linewidth": size / 2}
+            line: dict[str, Any] = {"color": colour, "marker": "o", "markersize": size, "linewidth": size / 2}
             diagram.plot(own.confidence[filled], own.frequency[filled], label=label, **line)
             counts.stairs(own.count, own.edges, color=colour)
     diagram.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")

@@ -129,7 +129,7 @@ def read_scores(path: Path, name: str) -> ScoreSet:
         path=path,
         protocol=document.protocol,
         challenge=document.challenge,
-        label_scheme=document.label_scheme and document.label_scheme.name,
+        label_scheme=None if document.label_scheme is None else document.label_scheme.name,
         roi=document.roi,
         cases=cases,
         failed=failed - cases.keys(),

@@ -1,0 +1,75 @@
+"""Reading scores back: what evaluation wrote, and what is no such file."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from segkit.errors import RequestError
+from segkit.report.score_files import read_score_sets, read_scores
+
+
+def document(**others):
+    cases = [{"case": "BraTS-GLI-00001-000", "regions": {"WT": {"dice": 0.5, "hd95_mm": None}}}]
+    return {"protocol": "legacy", "cases": cases} | others
+
+
+def write(folder, content, name="scores.json"):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def test_values_failures_and_patients(tmp_path):
+    errors = [{"case": "b", "error": "truncated"}, {"case": "BraTS-GLI-00001-000", "error": "scored as worst"}]
+    path = write(tmp_path / "m", document(errors=errors, unscored=["c"], challenge="gli"))
+    scores = read_scores(path, "m")
+    assert (scores.name, scores.protocol, scores.challenge, scores.roi) == ("m", "legacy", "gli", None)
+    assert scores.value("BraTS-GLI-00001-000", "WT", "dice") == 0.5
+    assert math.isnan(scores.value("BraTS-GLI-00001-000", "WT", "hd95_mm"))
+    assert math.isnan(scores.value("b", "WT", "dice"))
+    assert scores.failed == {"b", "c"}
+    assert scores.patients == {"BraTS-GLI-00001-000": "BraTS-GLI-00001", "b": "b", "c": "c"}
+    assert (scores.regions, scores.metrics) == (["WT"], ["dice", "hd95_mm"])
+
+
+def test_patients_that_were_written_count(tmp_path):
+    cases = [{"case": "Image_01L", "patient": "Image_01", "regions": {}}]
+    assert read_scores(write(tmp_path, document(cases=cases)), "m").patients == {"Image_01L": "Image_01"}
+
+
+def test_models_are_named_after_folders_and_by_paths_where_these_agree(tmp_path):
+    first, second = tmp_path / "a" / "scores", tmp_path / "b" / "scores"
+    for folder in (first, second, tmp_path / "other"):
+        write(folder, document())
+    file = write(tmp_path / "other", document(), "mine.json")
+    sets = read_score_sets([first, second, tmp_path / "other", file])
+    assert [own.name for own in sets] == [str(first), str(second), "other", "mine"]
+    with pytest.raises(RequestError, match="is given more than once"):
+        read_score_sets([first, first / "scores.json"])
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("{", "Invalid JSON"),
+        ("", "Invalid JSON"),
+        ("[]", "Input should be an object"),
+        ({"cases": []}, "protocol: Field required"),
+        (document(cases=[]), "holds no scored case"),
+        (document(cases=[{"case": "a", "regions": {"WT": {"dice": "good"}}}]), r"cases\.0\.regions\.WT\.dice: Input"),
+        (document(cases=[{"case": "a", "regions": {}}] * 2), "holds case a twice"),
+    ],
+)
+def test_damaged_files_are_named_with_the_place(tmp_path, content, found):
+    path = write(tmp_path, content)
+    with pytest.raises(RequestError, match=f"scores.json: .*{found}.*segkit evaluate -o"):
+        read_score_sets([path])
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(RequestError, match=r"scores\.json: cannot be read \(No such file"):
+        read_score_sets([tmp_path])
