@@ -4,13 +4,17 @@ For each case, region and metric the models are ranked, 1 is best; the mean of a
 is its cumulative rank, and the mean over cases the final rank score (Bakas et al., arXiv 1811.02629, the section on
 ranking; the challenges since 2017 keep to it). Whether two models differ is then asked by a permutation test on their
 cumulative ranks: ranks are exchanged between the two at random, case by case, and p is how often the scores lie as far
-apart as they do.
+apart as they do. p is one-sided, in favour of the better of the two: double it for a two-sided test.
 
-Ours, as the paper's words leave it open or could not be compared: ties share their mean rank; a score that is missing,
-undefined or infinite is the worst, and several share it; the observed ranks count as one of the permutations, so that p
-is never 0 (Phipson & Smyth, Stat Appl Genet Mol Biol 9, 2010); where all exchanges are fewer than those to be drawn,
-each is made once; and all cases of a patient are exchanged together. p is one-sided, in favour of the better of the
-two: double it for a two-sided test.
+Ours, as the paper leaves it open or could not be compared word by word:
+
+- Ties share their mean rank.
+- A case without a prediction has the worst rank, and so has an infinite distance; several of them share it.
+- Where a score is undefined for any model, as Dice of two empty masks is in some protocols, which is no fault, all
+  models with a prediction tie.
+- The observed ranks count as one of the permutations, so that p is never 0 (Phipson & Smyth, Statistical Applications
+  in Genetics and Molecular Biology 9, 2010). Where all exchanges are fewer than those to be drawn, each is made once.
+- All cases of a patient are exchanged together.
 """
 
 from __future__ import annotations
@@ -30,18 +34,24 @@ _ROUNDING = 1e-9
 """Sums of the same ranks in another order are the same sum."""
 
 
-def cumulative_ranks(scores: ArrayLike, higher_is_better: Sequence[bool]) -> NDArray[np.float64]:
+def cumulative_ranks(
+    scores: ArrayLike, higher_is_better: Sequence[bool], failed: ArrayLike = False
+) -> NDArray[np.float64]:
     """The mean rank of each model in each case, (models, cases); 1 is best.
 
     Args:
-        scores: (models, cases, columns), one column for each region and metric; NaN and infinity are worst.
+        scores: (models, cases, columns), one column for each region and metric; NaN is undefined, infinity worst.
         higher_is_better: What is good in each column.
+        failed: Boolean (models, cases): where a model has no prediction, whatever its scores say.
     """
     from scipy.stats import rankdata
 
     values = np.asarray(scores, np.float64)
+    is_failed = np.broadcast_to(failed, values.shape[:2])[..., None]
     badness = np.where(np.asarray(higher_is_better), -values, values)
-    badness = np.where(np.isfinite(badness), badness, np.inf)
+    badness = np.where(np.isinf(values), np.inf, badness)
+    is_undefined = (np.isnan(values) & ~is_failed).any(axis=0)
+    badness = np.where(is_failed, np.inf, np.where(is_undefined, 0.0, badness))
     ranks: NDArray[np.float64] = rankdata(badness, axis=0).mean(axis=2)
     return ranks
 

@@ -24,7 +24,7 @@ from segkit.metrics.paired import SignedRank, holm, signed_rank
 from segkit.metrics.rank_scheme import cumulative_ranks, exchange_p_value, rank_scores
 from segkit.report.score_files import ScoreSet
 
-_RANKED = (("lesionwise_dice", "lesionwise_hd95_mm"), ("dice", "hd95_mm"))
+_RANKED = (("lesionwise_dice", "lesionwise_hd95_mm"), ("dice", "hd95_mm"), ("dice", "hd95_voxels"))
 """What BraTS ranks by: from 2023 on over lesions, before over the whole volume. The first that all models have."""
 
 _DECIMALS = 12
@@ -125,7 +125,11 @@ def compare_scores(models: Sequence[ScoreSet], metrics: Sequence[str] | None = N
     ]
     corrected = holm([pair.test.p for pair in pairs])
     pairs = [replace(pair, p_holm=p) for pair, p in zip(pairs, corrected, strict=True)]
-    ranks = cumulative_ranks(values, [METRICS[metric].higher_is_better is True for _, metric in columns])
+    ranks = cumulative_ranks(
+        values,
+        [METRICS[metric].higher_is_better is True for _, metric in columns],
+        failed=[[case in model.failed for case in cases] for model in models],
+    )
     ranking = _ranking(models, ranks, patients, seed)
     return Comparison(
         models=tuple(models),
@@ -150,7 +154,7 @@ def _compare_pair(
     """Model and baseline by their `values` (2, cases) of one region and metric."""
     paired = np.flatnonzero(np.isfinite(values).all(axis=0))
     model, baseline = values[:, paired]
-    owners = [patients[case] for case in paired]
+    owners = [patients[case] for case in paired.tolist()]
     differences = np.round(model - baseline, _DECIMALS)
     gains = differences if METRICS[column[1]].higher_is_better else -differences
     patient, count = number_patients(owners, len(owners))
@@ -295,7 +299,10 @@ def _notes_on_data(
             )
         undefined = int(np.count_nonzero(~np.isfinite(own).all(axis=1))) - len(failed)
         if undefined:
-            notes.append(f"{model.name} has undefined scores in {undefined} cases: worst in the ranking, not tested")
+            notes.append(
+                f"{model.name} has undefined or infinite scores in {undefined} cases, which are not in differences and "
+                "tests; in the ranking models tie where one is undefined, and infinite is worst"
+            )
     if patients < len(cases):
         notes.append(f"{len(cases)} cases are of {patients} patients, who are what is drawn, exchanged and tested")
     if any(pair.test.zeros for pair in pairs):

@@ -22,8 +22,8 @@ _REMEDY = "Give what `segkit evaluate -o FOLDER` wrote: the folder, or its score
 class ScoreSet:
     """The scores of one model.
 
-    `cases` maps a case id to region, metric and value, NaN where it is undefined; `failed` are the cases that had a
-    reference and got no scores; `patients` maps every case id to its patient.
+    `cases` maps a case id to region, metric and value, which is NaN where undefined and may be infinite; `failed` are
+    the cases that had a reference and got no scores; `patients` maps every case id to its patient.
     """
 
     name: str
@@ -55,6 +55,7 @@ class ScoreSet:
 class _Case(BaseModel):
     case: str
     regions: dict[str, dict[str, float | None]]
+    infinite: dict[str, list[str]] = {}
     patient: str | None = None
 
 
@@ -116,13 +117,6 @@ def read_scores(path: Path, name: str) -> ScoreSet:
     if not document.cases:
         raise RequestError("holds no scored case", where=path, remedy=_REMEDY)
     failed = frozenset([*(failure.case for failure in document.errors), *document.unscored])
-    cases = {
-        entry.case: {
-            region: {metric: math.nan if value is None else value for metric, value in metrics.items()}
-            for region, metrics in entry.regions.items()
-        }
-        for entry in document.cases
-    }
     given = {entry.case: entry.patient for entry in document.cases}
     return ScoreSet(
         name=name,
@@ -131,7 +125,21 @@ def read_scores(path: Path, name: str) -> ScoreSet:
         challenge=document.challenge,
         label_scheme=None if document.label_scheme is None else document.label_scheme.name,
         roi=document.roi,
-        cases=cases,
-        failed=failed - cases.keys(),
-        patients={case: given.get(case) or patient_of(case) for case in (*cases, *failed)},
+        cases={entry.case: _scores_of(entry) for entry in document.cases},
+        failed=failed - given.keys(),
+        patients={case: given.get(case) or patient_of(case) for case in (*given, *failed)},
     )
+
+
+def _scores_of(entry: _Case) -> dict[str, dict[str, float]]:
+    """Region -> metric -> value; strict JSON has null for what is undefined and for what is infinite."""
+
+    def restored(region: str, metric: str, value: float | None) -> float:
+        if value is not None:
+            return value
+        return math.inf if metric in entry.infinite.get(region, ()) else math.nan
+
+    return {
+        region: {metric: restored(region, metric, value) for metric, value in metrics.items()}
+        for region, metrics in entry.regions.items()
+    }

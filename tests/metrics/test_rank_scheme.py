@@ -20,9 +20,19 @@ def test_ranks_of_two_models_on_three_cases_by_hand():
     np.testing.assert_allclose(rank_scores(ranks), [3.75 / 3, 5.25 / 3])
 
 
-def test_missing_and_undefined_scores_are_worst_and_share_it():
-    scores = [[[0.1, 900.0]], [[math.nan, math.inf]], [[math.nan, math.nan]]]
-    np.testing.assert_array_equal(cumulative_ranks(scores, [True, False])[:, 0], [1.0, 2.5, 2.5])
+def test_failed_cases_and_infinite_distances_are_worst_and_share_it():
+    scores = [[[0.1, 900.0]], [[0.0, math.inf]], [[math.nan, math.nan]]]
+    ranks = cumulative_ranks(scores, [True, False], failed=[[False], [False], [True]])
+    # Dice: 1, 2, 3. HD95: 1, and the other two share 2 and 3.
+    np.testing.assert_array_equal(ranks[:, 0], [1.0, 2.25, 2.75])
+
+
+def test_models_tie_where_a_score_is_undefined():
+    # Nothing is there: two models find nothing, whose Dice is undefined; one makes something up; one has no prediction.
+    scores = [[[math.nan, 5.0]], [[math.nan, 4.0]], [[0.0, 3.0]], [[math.nan, math.nan]]]
+    ranks = cumulative_ranks(scores, [True, False], failed=[[False], [False], [False], [True]])
+    # Dice: three share 1 to 3, and 4. HD95: 3, 2, 1, 4.
+    np.testing.assert_array_equal(ranks[:, 0], [2.5, 2.0, 1.5, 4.0])
 
 
 def test_exchanges_by_hand():

@@ -87,12 +87,13 @@ def test_failed_case_is_worst_in_the_ranking_and_not_tested():
     assert any("failing has no scores of 1 cases (c)" in note for note in comparison.notes)
 
 
-def test_undefined_scores_are_worst_and_told():
+def test_undefined_scores_tie_and_are_told():
     undefined = score_set("undefined", {"a": (0.9, math.nan), "b": (0.7, 3.0), "c": (0.6, 9.0)})
     comparison = compare_scores([score_set("base", BASE), undefined])
     assert [pair.cases for pair in comparison.pairs] == [3, 2]
-    assert {ranked.score for ranked in comparison.ranking} == {1.5}
-    assert any("undefined has undefined scores in 1 cases" in note for note in comparison.notes)
+    # Dice of case a is better, rank 1 against 2; all else ties.
+    assert [ranked.score for ranked in comparison.ranking] == pytest.approx([(1.25 + 1.5 + 1.5) / 3, 4.75 / 3])
+    assert any("undefined has undefined or infinite scores in 1 cases" in note for note in comparison.notes)
 
 
 def test_only_common_cases_and_regions_are_compared():

@@ -36,6 +36,14 @@ def test_values_failures_and_patients(tmp_path):
     assert (scores.regions, scores.metrics) == (["WT"], ["dice", "hd95_mm"])
 
 
+def test_infinite_is_told_from_undefined(tmp_path):
+    regions = {"WT": {"dice": None, "hd95_mm": None}}
+    entry = {"case": "a", "regions": regions, "infinite": {"WT": ["hd95_mm"]}}
+    scores = read_scores(write(tmp_path, document(cases=[entry])), "m")
+    assert math.isnan(scores.value("a", "WT", "dice"))
+    assert scores.value("a", "WT", "hd95_mm") == math.inf
+
+
 def test_patients_that_were_written_count(tmp_path):
     cases = [{"case": "Image_01L", "patient": "Image_01", "regions": {}}]
     assert read_scores(write(tmp_path, document(cases=cases)), "m").patients == {"Image_01L": "Image_01"}
