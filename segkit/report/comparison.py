@@ -10,7 +10,7 @@ difference.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -29,6 +29,9 @@ _RANKED = (("lesionwise_dice", "lesionwise_hd95_mm"), ("dice", "hd95_mm"), ("dic
 
 _DECIMALS = 12
 """Scores that differ by less are equal."""
+
+_TOO_FEW = 5
+"""Even where all differences have one sign, a signed-rank test of so many patients has p of 2 / 2^5 or more."""
 
 _REFERENCE = "reference_ml"
 """A metric of the reference alone: where it differs, so do the references."""
@@ -177,6 +180,10 @@ def _compare_pair(
     )
 
 
+def _count(cases: Collection[str]) -> str:
+    return f"{len(cases)} case" + ("s" if len(cases) != 1 else "")
+
+
 def _mean(values: NDArray[np.float64]) -> float:
     return float(values.mean()) if len(values) else math.nan
 
@@ -239,8 +246,8 @@ def _common_cases(models: Sequence[ScoreSet]) -> tuple[list[str], list[str]]:
             f"the models have no case in common ({examples})", remedy="Evaluate them against the same references"
         )
     order = dict.fromkeys(case for model in models for case in (*model.cases, *sorted(model.failed)))
-    left_out = len(scored - common)
-    notes = [f"{left_out} cases that not all models were given are left out; {len(common)} are compared"]
+    left_out = scored - common
+    notes = [f"left out: {_count(left_out)} that not all models were given; compared: {len(common)}"]
     return [case for case in order if case in common], notes if left_out else []
 
 
@@ -294,15 +301,18 @@ def _notes_on_data(
         failed = [case for case in cases if case in model.failed]
         if failed:
             notes.append(
-                f"{model.name} has no scores of {len(failed)} cases ({', '.join(failed[:5])}): worst in the ranking, "
+                f"{model.name} has no scores of {_count(failed)} ({', '.join(failed[:5])}): worst in the ranking, "
                 "left out of differences and tests"
             )
-        undefined = int(np.count_nonzero(~np.isfinite(own).all(axis=1))) - len(failed)
+        bare = [cases[index] for index in np.flatnonzero(~np.isfinite(own).all(axis=1)).tolist()]
+        undefined = [case for case in bare if case not in failed]
         if undefined:
             notes.append(
-                f"{model.name} has undefined or infinite scores in {undefined} cases, which are not in differences and "
+                f"{model.name} has undefined or infinite scores in {_count(undefined)}: left out of differences and "
                 "tests; in the ranking models tie where one is undefined, and infinite is worst"
             )
+    if patients <= _TOO_FEW:
+        notes.append(f"of {patients} patients no two-sided test can give p below {2 ** (1 - patients):.3g}")
     if patients < len(cases):
         notes.append(f"{len(cases)} cases are of {patients} patients, who are what is drawn, exchanged and tested")
     if any(pair.test.zeros for pair in pairs):

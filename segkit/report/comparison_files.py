@@ -22,11 +22,11 @@ _COLUMNS = (
 )
 
 _METHODS = f"""\
-Difference is model less baseline, mean over cases, with its 95 % percentile bootstrap interval ({RESAMPLES} resamples).
-Better, equal and worse count cases. p is of the two-sided Wilcoxon signed-rank test, Holm's correction goes over all
-tests of this table, and effect is the matched-pairs rank-biserial correlation, from -1 to 1, positive where the model
-is better. The rank score is that of BraTS (arXiv 1811.02629): the mean over cases of a case's mean rank over regions
-and metrics. p of the ranking is one-sided: how often random exchanges of the two models' ranks, case by case
+Difference is model less baseline, mean over cases, with its 95 % interval (expanded percentile bootstrap, {RESAMPLES}
+resamples). Better, equal and worse count cases. p is of the two-sided Wilcoxon signed-rank test, Holm's correction goes
+over all tests of this table, and effect is the matched-pairs rank-biserial correlation, from -1 to 1, positive where
+the model is better. The rank score is that of BraTS (arXiv 1811.02629): the mean over cases of a case's mean rank over
+regions and metrics. p of the ranking is one-sided: how often random exchanges of the two models' ranks, case by case
 ({EXCHANGES} or all there are), set their scores as far apart.
 """
 

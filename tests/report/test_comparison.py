@@ -84,7 +84,7 @@ def test_failed_case_is_worst_in_the_ranking_and_not_tested():
     assert comparison.pairs[0].cases == 2
     ranks = {ranked.model: ranked.score for ranked in comparison.ranking}
     assert ranks == {"failing": pytest.approx(4 / 3), "base": pytest.approx(5 / 3)}
-    assert any("failing has no scores of 1 cases (c)" in note for note in comparison.notes)
+    assert any("failing has no scores of 1 case (c)" in note for note in comparison.notes)
 
 
 def test_undefined_scores_tie_and_are_told():
@@ -93,14 +93,14 @@ def test_undefined_scores_tie_and_are_told():
     assert [pair.cases for pair in comparison.pairs] == [3, 2]
     # Dice of case a is better, rank 1 against 2; all else ties.
     assert [ranked.score for ranked in comparison.ranking] == pytest.approx([(1.25 + 1.5 + 1.5) / 3, 4.75 / 3])
-    assert any("undefined has undefined or infinite scores in 1 cases" in note for note in comparison.notes)
+    assert any("undefined has undefined or infinite scores in 1 case:" in note for note in comparison.notes)
 
 
 def test_only_common_cases_and_regions_are_compared():
     more = score_set("more", {**BETTER, "d": (0.1, 90.0)})
     comparison = compare_scores([score_set("base", BASE), more])
     assert comparison.cases == ("a", "b", "c")
-    assert "1 cases that not all models were given are left out; 3 are compared" in comparison.notes
+    assert "left out: 1 case that not all models were given; compared: 3" in comparison.notes
     regions = {case: {"ET": {"dice": 1.0}, "WT": {"dice": 0.5, "hd95_mm": 1.0}} for case in "abc"}
     comparison = compare_scores([score_set("base", BASE), score_set("nested", regions)])
     assert comparison.regions == ("WT",)
@@ -118,6 +118,7 @@ def test_patients_are_the_unit():
     assert comparison.exchanges[0].p == 1 / 8
     assert comparison.patients == 3
     assert any("6 cases are of 3 patients" in note for note in comparison.notes)
+    assert "of 3 patients no two-sided test can give p below 0.25" in comparison.notes
 
 
 def test_lesion_wise_scores_come_first_and_others_on_request():
