@@ -117,7 +117,7 @@ def compare_scores(models: Sequence[ScoreSet], metrics: Sequence[str] | None = N
     _require_same_references(models, cases)
     regions, more_notes = _common_regions(models)
     chosen = _chosen_metrics(models, metrics)
-    patients = [models[0].patients[case] for case in cases]
+    patients = [next(model.patients[case] for model in models if case in model.cases) for case in cases]
     count = number_patients(patients, len(cases))[1]
     columns = [(region, metric) for region in regions for metric in chosen]
     values = np.array([[[model.value(case, *column) for column in columns] for case in cases] for model in models])

@@ -68,7 +68,7 @@ def _draw(diagram: Axes, counts: Axes, parts: Mapping[str, Reliability]) -> None
         if where in parts:
             own = parts[where]
             filled = own.count > 0
-            label = f"{name}: ECE {own.calibration_error():.4f}"
+            label = f"{name}: ECE {own.calibration_error():.3f}, ACE {own.average_calibration_error():.3f}"
             line: dict[str, Any] = {"color": colour, "marker": "o", "markersize": size, "linewidth": size / 2}
             diagram.plot(own.confidence[filled], own.frequency[filled], label=label, **line)
             counts.stairs(own.count, own.edges, color=colour)

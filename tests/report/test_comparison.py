@@ -121,6 +121,16 @@ def test_patients_are_the_unit():
     assert "of 3 patients no two-sided test can give p below 0.25" in comparison.notes
 
 
+def test_a_failed_case_is_of_the_patient_that_other_models_know():
+    patients = {"eye-L": "one", "eye-R": "one", "other": "two"}
+    cases = dict.fromkeys(patients, (0.5, 2.0))
+    failing = score_set("failing", {"eye-L": (0.5, 2.0), "other": (0.5, 2.0)}, failed=["eye-R"])
+    assert compare_scores([failing, score_set("base", cases, patients=patients)]).patients == 3
+    known = dict(patients, **{"eye-R": "eye-R"})
+    failing = score_set("failing", failing.cases, failed=["eye-R"], patients=known)
+    assert compare_scores([failing, score_set("base", cases, patients=patients)]).patients == 2
+
+
 def test_lesion_wise_scores_come_first_and_others_on_request():
     regions = {
         case: {"WT": {"dice": 0.5, "hd95_mm": 1.0, "nsd": 0.4, "lesionwise_dice": 0.3, "lesionwise_hd95_mm": 5.0}}
