@@ -17,8 +17,7 @@ bootstrap: Davison & Hinkley, Bootstrap Methods and their Application, 1997, sec
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -34,25 +33,17 @@ Interval = tuple[float, float]
 """Lower and upper end."""
 
 
-@dataclass(frozen=True)
-class Intervals:
-    """Where the mean and the median of all such cases lie, by these cases."""
-
-    mean: Interval
-    median: Interval
-
-
-def bootstrap_intervals(
+def mean_interval(
     values: ArrayLike,
     patients: Sequence[Hashable] | None = None,
     *,
     level: float = LEVEL,
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> Intervals | None:
-    """Intervals of the mean and the median; None where fewer than two patients leave nothing to draw.
+) -> Interval | None:
+    """Where the mean of all such cases lies, by these; None where fewer than two patients leave nothing to draw.
 
-    The same values, patients and seed give the same intervals.
+    The same values, patients and seed give the same interval.
 
     Args:
         values: One finite number a case, (n,).
@@ -61,21 +52,26 @@ def bootstrap_intervals(
         resamples: How many sets of patients are drawn.
         seed: Of the drawing.
     """
-    scores = np.asarray(values, np.float64)
-    patient, count = number_patients(patients, len(scores))
+    patient, count = number_patients(patients, len(np.asarray(values)))
     if count < 2:
         return None
-    order = np.argsort(scores, kind="stable")
-    scores, patient = scores[order], patient[order]
-    means, medians = [], []
-    for drawn in _draws(count, len(scores), resamples, seed):
-        weights = drawn[:, patient]
-        means.append(weights @ scores / weights.sum(axis=1))
-        medians.append(_weighted_medians(scores, weights))
-    return Intervals(
-        _middle(np.concatenate(means), _expanded(level, count)),
-        _middle(np.concatenate(medians), level),
-    )
+    means = _resampled(_means, values, patient, count, resamples, seed)
+    return _middle(means, _expanded(level, count))
+
+
+def median_interval(
+    values: ArrayLike,
+    patients: Sequence[Hashable] | None = None,
+    *,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval | None:
+    """Where the median of all such cases lies; as `mean_interval`."""
+    patient, count = number_patients(patients, len(np.asarray(values)))
+    if count < 2:
+        return None
+    return _middle(_resampled(_medians, values, patient, count, resamples, seed), level)
 
 
 def _middle(resampled: NDArray[np.float64], share: float) -> Interval:
@@ -108,18 +104,37 @@ def number_patients(patients: Sequence[Hashable] | None, cases: int) -> tuple[ND
     return np.array([numbers.setdefault(patient, len(numbers)) for patient in patients], np.intp), len(numbers)
 
 
-def _draws(patients: int, cases: int, resamples: int, seed: int) -> Iterator[NDArray[np.float64]]:
-    """How often each patient was drawn, block by block of (resamples, patients)."""
+def _resampled(
+    statistic: Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]],
+    values: ArrayLike,
+    patient: NDArray[np.intp],
+    patients: int,
+    resamples: int,
+    seed: int,
+) -> NDArray[np.float64]:
+    """The statistic of each resample, (resamples,).
+
+    It takes sorted values (n,) and how often each resample holds them, (rows, n).
+    """
+    scores = np.asarray(values, np.float64)
+    order = np.argsort(scores, kind="stable")
     generator = np.random.default_rng(seed)
-    size = max(1, _BLOCK // cases)
+    size = max(1, _BLOCK // len(scores))
+    found = []
     for start in range(0, resamples, size):
         rows = min(size, resamples - start)
         drawn = generator.integers(patients, size=(rows, patients)) + patients * np.arange(rows)[:, None]
-        yield np.bincount(drawn.ravel(), minlength=rows * patients).reshape(rows, patients).astype(np.float64)
+        times = np.bincount(drawn.ravel(), minlength=rows * patients).reshape(rows, patients)
+        found.append(statistic(scores[order], times[:, patient[order]].astype(np.float64)))
+    return np.concatenate(found)
 
 
-def _weighted_medians(ascending: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The median of each row's multiset: `weights` (rows, n) tells how often it holds each of the n sorted values."""
+def _means(ascending: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    means: NDArray[np.float64] = weights @ ascending / weights.sum(axis=1)
+    return means
+
+
+def _medians(ascending: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
     reached = np.cumsum(weights, axis=1)
     half = reached[:, -1:] / 2
     lower, upper = (reached >= half).argmax(axis=1), (reached > half).argmax(axis=1)

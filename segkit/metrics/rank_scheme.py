@@ -62,32 +62,38 @@ def rank_scores(ranks: NDArray[np.float64]) -> NDArray[np.float64]:
     return scores
 
 
-def exchange_p_value(
-    first: ArrayLike,
-    second: ArrayLike,
+def exchange_p_values(
+    ranks: NDArray[np.float64],
     patients: Sequence[Hashable] | None = None,
     *,
     exchanges: int = EXCHANGES,
     seed: int = 0,
-) -> float:
-    """How likely chance sets two models' rank scores this far apart in this direction, in (0, 1].
+) -> NDArray[np.float64]:
+    """How likely chance sets each two models' rank scores as far apart in this direction, (models, models) in (0, 1].
+
+    The same exchanges are made for all pairs. The matrix is symmetric, since p is in favour of the better of a pair,
+    and 1 on its diagonal.
 
     Args:
-        first: Cumulative ranks of one model, (cases,).
-        second: Of the other, in the same order.
+        ranks: Cumulative ranks, (models, cases).
         patients: Whose each case is; None takes every case for a patient of its own.
         exchanges: How many exchanges are drawn; if all are fewer, each is made once.
         seed: Of the drawing.
     """
-    differences = np.asarray(first, np.float64) - np.asarray(second, np.float64)
-    patient, count = number_patients(patients, len(differences))
-    sums = np.bincount(patient, differences, minlength=count)
-    sums = sums[sums != 0]  # an exchange of equals changes nothing
-    observed = abs(float(sums.sum())) - _ROUNDING
-    is_complete = 2 ** len(sums) <= exchanges
-    signs = _all_signs(len(sums)) if is_complete else _random_signs(len(sums), exchanges, seed)
-    reached = sum(int(np.count_nonzero(block @ sums >= observed)) for block in signs)
-    return reached / 2 ** len(sums) if is_complete else (reached + 1) / (exchanges + 1)
+    patient, count = number_patients(patients, ranks.shape[1])
+    sums = np.array([np.bincount(patient, own, minlength=count) for own in ranks])  # (models, patients)
+    first, second = np.triu_indices(len(ranks), k=1)
+    differences = sums[first] - sums[second]  # (pairs, patients)
+    observed = np.abs(differences.sum(axis=1)) - _ROUNDING
+    is_complete = 2**count <= exchanges
+    signs = _all_signs(count) if is_complete else _random_signs(count, exchanges, seed, wide=max(count, len(first)))
+    reached = np.zeros(len(first), np.int64)
+    for block in signs:
+        reached += np.count_nonzero(block @ differences.T >= observed, axis=0)
+    p_values = np.ones((len(ranks), len(ranks)))
+    p_values[first, second] = reached / 2**count if is_complete else (reached + 1) / (exchanges + 1)
+    p_values[second, first] = p_values[first, second]
+    return p_values
 
 
 def _all_signs(count: int) -> Iterator[NDArray[np.float64]]:
@@ -96,10 +102,10 @@ def _all_signs(count: int) -> Iterator[NDArray[np.float64]]:
     yield _signs(patterns)
 
 
-def _random_signs(count: int, rows: int, seed: int) -> Iterator[NDArray[np.float64]]:
-    """Random patterns of +1 and -1, block by block of (rows, count)."""
+def _random_signs(count: int, rows: int, seed: int, wide: int) -> Iterator[NDArray[np.float64]]:
+    """Random patterns of +1 and -1, block by block of (rows, count); what is computed of each row is `wide`."""
     generator = np.random.default_rng(seed)
-    size = max(1, _BLOCK // count)
+    size = max(1, _BLOCK // wide)
     for start in range(0, rows, size):
         yield _signs(generator.integers(2, size=(min(size, rows - start), count)))
 

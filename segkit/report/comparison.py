@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segkit.errors import RequestError
-from segkit.metrics.bootstrap import Interval, bootstrap_intervals, number_patients
+from segkit.metrics.bootstrap import Interval, mean_interval, number_patients
 from segkit.metrics.facts import METRICS
 from segkit.metrics.paired import SignedRank, holm, signed_rank
-from segkit.metrics.rank_scheme import cumulative_ranks, exchange_p_value, rank_scores
+from segkit.metrics.rank_scheme import cumulative_ranks, exchange_p_values, rank_scores
 from segkit.report.score_files import ScoreSet
 
 _RANKED = (("lesionwise_dice", "lesionwise_hd95_mm"), ("dice", "hd95_mm"), ("dice", "hd95_voxels"))
@@ -162,7 +162,6 @@ def _compare_pair(
     gains = differences if METRICS[column[1]].higher_is_better else -differences
     patient, count = number_patients(owners, len(owners))
     means = np.bincount(patient, gains, count) / np.bincount(patient, minlength=count) if count else gains
-    intervals = bootstrap_intervals(differences, owners, seed=seed)
     return PairedComparison(
         model=models[0].name,
         baseline=models[1].name,
@@ -172,7 +171,7 @@ def _compare_pair(
         model_mean=_mean(model),
         baseline_mean=_mean(baseline),
         difference=_mean(differences),
-        interval=None if intervals is None else intervals.mean,
+        interval=mean_interval(differences, owners, seed=seed),
         better=int(np.count_nonzero(gains > 0)),
         equal=int(np.count_nonzero(gains == 0)),
         worse=int(np.count_nonzero(gains < 0)),
@@ -194,9 +193,8 @@ def _ranking(
     scores = np.round(rank_scores(ranks), _DECIMALS)
     found = []
     for model, score, own in zip(models, scores, ranks, strict=True):
-        intervals = bootstrap_intervals(own, patients, seed=seed)
         place = 1 + int(np.count_nonzero(scores < score))
-        found.append(Ranked(model.name, place, float(score), None if intervals is None else intervals.mean))
+        found.append(Ranked(model.name, place, float(score), mean_interval(own, patients, seed=seed)))
     return tuple(sorted(found, key=lambda ranked: ranked.place))
 
 
@@ -208,13 +206,14 @@ def _exchanges(
     seed: int,
 ) -> tuple[Exchange, ...]:
     """Each model against every one that is ranked behind it."""
-    rank_of = {model.name: own for model, own in zip(models, ranks, strict=True)}
+    p_values = exchange_p_values(ranks, patients, seed=seed)
+    position = {model.name: index for index, model in enumerate(models)}
     return tuple(
         Exchange(
             better.model,
             worse.model,
             better.score - worse.score,
-            exchange_p_value(rank_of[better.model], rank_of[worse.model], patients, seed=seed),
+            float(p_values[position[better.model], position[worse.model]]),
         )
         for better, worse in combinations(ranking, 2)
     )

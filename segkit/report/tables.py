@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypedDict
 
-from segkit.metrics.bootstrap import bootstrap_intervals
+from segkit.metrics.bootstrap import mean_interval, median_interval
 
 Scores = Mapping[str, Mapping[str, float]]
 """Region name -> metric name -> value of one case."""
@@ -92,13 +92,13 @@ def _statistics(found: Mapping[int, float], patients: Sequence[str] | None) -> S
     if not values:
         return {"mean": None, "median": None, "n": 0, "ci95": None, "median_ci95": None}
     owners = None if patients is None else [patients[position] for position in found]
-    intervals = bootstrap_intervals(values, owners)
+    mean, median = mean_interval(values, owners), median_interval(values, owners)
     return {
         "mean": statistics.fmean(values),
         "median": statistics.median(values),
         "n": len(values),
-        "ci95": list(intervals.mean) if intervals else None,
-        "median_ci95": list(intervals.median) if intervals else None,
+        "ci95": list(mean) if mean else None,
+        "median_ci95": list(median) if median else None,
     }
 
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from segkit.metrics.rank_scheme import cumulative_ranks, exchange_p_value, rank_scores
+from segkit.metrics.rank_scheme import cumulative_ranks, exchange_p_values, rank_scores
 
 
 def test_ranks_of_two_models_on_three_cases_by_hand():
@@ -35,27 +35,40 @@ def test_models_tie_where_a_score_is_undefined():
     np.testing.assert_array_equal(ranks[:, 0], [2.5, 2.0, 1.5, 4.0])
 
 
+def p_of(first, second, *options, **others):
+    return exchange_p_values(np.array([first, second], float), *options, **others)[0, 1]
+
+
 def test_exchanges_by_hand():
     # Differences 1, 1, 1: of 8 patterns of signs one has a sum of 3.
-    assert exchange_p_value([2, 2, 2], [1, 1, 1]) == 1 / 8
+    assert p_of([2, 2, 2], [1, 1, 1]) == 1 / 8
     # Differences 1, 1, -1 have the sum 1, which 4 of 8 patterns reach: 3, and three times 1.
-    assert exchange_p_value([2, 2, 1], [1, 1, 2]) == 4 / 8
-    assert exchange_p_value([1, 1, 2], [2, 2, 1]) == 4 / 8
-    assert exchange_p_value([1.5, 1.5], [1.5, 1.5]) == 1.0
+    assert p_of([2, 2, 1], [1, 1, 2]) == 4 / 8
+    assert p_of([1, 1, 2], [2, 2, 1]) == 4 / 8
+    assert p_of([1.5, 1.5], [1.5, 1.5]) == 1.0
+
+
+def test_all_pairs_of_three_models_at_once():
+    ranks = np.array([[1.0, 1, 1], [2, 2, 3], [3, 3, 2]])
+    # Differences of the second pair -2, -2, -1 and of the third -1, -1, 1, whose sum of 1 is reached by 4 of 8.
+    expected = [[1, 1 / 8, 1 / 8], [1 / 8, 1, 4 / 8], [1 / 8, 4 / 8, 1]]
+    np.testing.assert_array_equal(exchange_p_values(ranks), expected)
 
 
 def test_cases_of_one_patient_are_exchanged_together():
-    assert exchange_p_value([2, 2, 2], [1, 1, 1], ["a", "a", "b"]) == 1 / 4
-    assert exchange_p_value([2, 2, 2], [1, 1, 1], ["a", "a", "a"]) == 1 / 2
+    assert p_of([2, 2, 2], [1, 1, 1], ["a", "a", "b"]) == 1 / 4
+    assert p_of([2, 2, 2], [1, 1, 1], ["a", "a", "a"]) == 1 / 2
 
 
 def test_drawn_exchanges_come_close_to_all_of_them(monkeypatch):
     generator = np.random.default_rng(2)
-    first, second = generator.uniform(1, 2, 12), generator.uniform(1, 2, 12)
-    exact = exchange_p_value(first, second)
-    monkeypatch.setattr("segkit.metrics.rank_scheme._BLOCK", 12 * 700)
-    drawn = exchange_p_value(first, second, exchanges=4000)
+    first, second, third = generator.uniform(1, 2, (3, 12))
+    exact = p_of(first, second)
+    drawn = p_of(first, second, exchanges=4000)
     assert drawn == pytest.approx(exact, abs=0.03)
-    assert exchange_p_value(first, second, exchanges=4000) == drawn
+    assert drawn != exact
+    # Neither the size of blocks nor a third model changes what is drawn for a pair.
+    monkeypatch.setattr("segkit.metrics.rank_scheme._BLOCK", 12 * 700)
+    assert exchange_p_values(np.array([first, second, third]), exchanges=4000)[0, 1] == drawn
     # p is never 0, however far apart two models are.
-    assert exchange_p_value(np.full(40, 2.0), np.ones(40), exchanges=99) == 1 / 100
+    assert p_of(np.full(40, 2.0), np.ones(40), exchanges=99) == 1 / 100
