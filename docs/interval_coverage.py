@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--metric", default="dice")
     parser.add_argument("--repeats", type=int, default=1000)
     arguments = parser.parse_args()
-    scores = read_scores(arguments.scores, "scores")
+    scores = read_scores(arguments.scores)
     found = np.array([scores.value(case, arguments.region, arguments.metric) for case in scores.cases])
     everyone = found[np.isfinite(found)]
     truth = {"mean": everyone.mean(), "median": np.median(everyone)}

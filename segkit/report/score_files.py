@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
 from segkit.data.layouts.conventions import patient_of
 from segkit.errors import RequestError
+from segkit.report.evaluate import scores_from_json
 
 SCORES_NAME = "scores.json"
 
@@ -85,23 +86,24 @@ def read_score_sets(paths: Sequence[Path]) -> list[ScoreSet]:
     Raises:
         RequestError: one is given twice, missing, damaged, or no scores at all.
     """
-    files = [path / SCORES_NAME if path.is_dir() else path for path in paths]
-    twice = [str(file) for file, count in Counter(file.resolve() for file in files).items() if count > 1]
+    models = [read_scores(path) for path in paths]
+    twice = [str(file) for file, count in Counter(model.path.resolve() for model in models).items() if count > 1]
     if twice:
         raise RequestError(f"{', '.join(twice)} is given more than once", remedy="Name each model once")
-    names = [file.resolve().parent.name if file.name == SCORES_NAME else file.stem for file in files]
+    named = Counter(model.name for model in models)
     return [
-        read_scores(file, str(path) if names.count(name) > 1 else name)
-        for path, file, name in zip(paths, files, names, strict=True)
+        replace(model, name=str(path)) if named[model.name] > 1 else model
+        for path, model in zip(paths, models, strict=True)
     ]
 
 
-def read_scores(path: Path, name: str) -> ScoreSet:
-    """One scores.json; `name` is what the model is to be called.
+def read_scores(path: Path) -> ScoreSet:
+    """The scores of a folder with a scores.json, named after it, or of such a file under another name.
 
     Raises:
         RequestError: the file is missing, damaged or holds no scores.
     """
+    path = path / SCORES_NAME if path.is_dir() else path
     try:
         document = _Document.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -119,27 +121,13 @@ def read_scores(path: Path, name: str) -> ScoreSet:
     failed = frozenset([*(failure.case for failure in document.errors), *document.unscored])
     given = {entry.case: entry.patient for entry in document.cases}
     return ScoreSet(
-        name=name,
+        name=path.resolve().parent.name if path.name == SCORES_NAME else path.stem,
         path=path,
         protocol=document.protocol,
         challenge=document.challenge,
         label_scheme=None if document.label_scheme is None else document.label_scheme.name,
         roi=document.roi,
-        cases={entry.case: _scores_of(entry) for entry in document.cases},
+        cases={entry.case: scores_from_json(entry.model_dump()) for entry in document.cases},
         failed=failed - given.keys(),
         patients={case: given.get(case) or patient_of(case) for case in (*given, *failed)},
     )
-
-
-def _scores_of(entry: _Case) -> dict[str, dict[str, float]]:
-    """Region -> metric -> value; strict JSON has null for what is undefined and for what is infinite."""
-
-    def restored(region: str, metric: str, value: float | None) -> float:
-        if value is not None:
-            return value
-        return math.inf if metric in entry.infinite.get(region, ()) else math.nan
-
-    return {
-        region: {metric: restored(region, metric, value) for metric, value in metrics.items()}
-        for region, metrics in entry.regions.items()
-    }

@@ -66,7 +66,8 @@ def test_tables_of_the_other_protocols(folders):
     matched = run(folders, "--protocol", "brats2026", "--json")
     scores = json.loads(matched.stdout)["summary"]
     assert list(scores) == ["WT", "TC", "ET", "NETC", "SNFH"]
-    assert scores["SNFH"]["lesion_f1"] == {"mean": 1.0, "median": 1.0, "n": 2}
+    perfect = {"mean": 1.0, "median": 1.0, "n": 2, "ci95": [1.0, 1.0], "median_ci95": [1.0, 1.0]}
+    assert scores["SNFH"]["lesion_f1"] == perfect
 
 
 def test_output_folder(folders):

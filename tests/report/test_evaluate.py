@@ -393,7 +393,8 @@ def test_lesions_and_infinite_values_in_the_document(metastases):
     assert "lesions" not in second
     assert second["infinite"] == {region: ["sq_hd95_mm"] for region in ("WT", "TC", "ET")}
     assert second["regions"]["ET"]["sq_hd95_mm"] is second["regions"]["ET"]["lesionwise_dice"] is None
-    assert document["summary"]["ET"]["sq_hd95_mm"] == {"mean": 0.0, "median": 0.0, "n": 1}
+    alone = {"mean": 0.0, "median": 0.0, "n": 1, "ci95": None, "median_ci95": None}
+    assert document["summary"]["ET"]["sq_hd95_mm"] == alone
     assert "infinite values are not in the means: WT sq_hd95_mm in 1 cases" in " ".join(evaluation.notes())
 
 
