@@ -4,10 +4,11 @@ For each case, region and metric the models are ranked, 1 is best; the mean of a
 is its cumulative rank, and the mean over cases the final rank score (Bakas et al., arXiv 1811.02629, the section on
 ranking; the challenges since 2017 keep to it). Whether two models differ is then asked by a permutation test on their
 cumulative ranks: ranks are exchanged between the two at random, case by case, and p is how often the scores lie as far
-apart as they do. p is one-sided, in favour of the better of the two: double it for a two-sided test.
+apart as they do.
 
 Ours, as the paper leaves it open or could not be compared word by word:
 
+- p is one-sided, in favour of the better of the two: double it for a two-sided test. 100,000 exchanges are drawn.
 - Ties share their mean rank.
 - A case without a prediction has the worst rank, and so has an infinite distance; several of them share it.
 - Where a score is undefined for any model, as Dice of two empty masks is in some protocols, which is no fault, all

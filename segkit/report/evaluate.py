@@ -26,7 +26,7 @@ from segkit.errors import DataError, RequestError
 from segkit.labels import LabelScheme, outputs_of, translate
 from segkit.metrics.lesions import Lesion
 from segkit.metrics.protocols import rules_of, score_absent, score_case
-from segkit.metrics.region import RegionScores, Scores
+from segkit.metrics.region import Scores
 from segkit.report.companions import Companions, RegionReliability, find_companions
 from segkit.report.figures import BACKGROUNDS, overlay_figure
 from segkit.report.pairing import Pair, Pairing, pair_folders
