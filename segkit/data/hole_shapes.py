@@ -137,19 +137,19 @@ def cropped(mask: Mask) -> Mask:
 
 def largest_component(mask: Mask) -> Mask:
     """The largest of the parts of a mask (*spatial) that touch each other, if only at a corner."""
-    found: Mask = cc3d.largest_k(mask, k=1, connectivity=_EVERY_NEIGHBOUR[mask.ndim], binary_image=True) > 0
+    found: Mask = cc3d.largest_k(_numbers(mask), k=1, connectivity=_EVERY_NEIGHBOUR[mask.ndim]) > 0
     return found
 
 
 def without_specks(mask: Mask, smallest: int) -> Mask:
     """A mask (*spatial) without its connected parts of fewer than `smallest` voxels, and then with its cavities."""
-    kept = cc3d.dust(mask, threshold=smallest, connectivity=_EVERY_NEIGHBOUR[mask.ndim], binary_image=True)
+    kept = cc3d.dust(_numbers(mask), threshold=smallest, connectivity=_EVERY_NEIGHBOUR[mask.ndim])
     return without_cavities(np.asarray(kept, np.bool_))
 
 
 def components(mask: Mask) -> list[Mask]:
     """The parts of a mask (*spatial) that touch each other, if only at a corner, each cropped; largest first."""
-    labels = cc3d.connected_components(mask, connectivity=_EVERY_NEIGHBOUR[mask.ndim])
+    labels = cc3d.connected_components(_numbers(mask), connectivity=_EVERY_NEIGHBOUR[mask.ndim])
     parts = [labels[box] == number for number, box in enumerate(ndimage.find_objects(labels), start=1)]
     return sorted(parts, key=lambda part: -int(part.sum()))
 
@@ -157,9 +157,15 @@ def components(mask: Mask) -> list[Mask]:
 def without_cavities(mask: Mask) -> Mask:
     """A mask (*spatial) together with what it encloses; the faces of voxels that touch close it."""
     # The background's parts are numbered: what does not belong to the one outside is enclosed.
-    labels = cc3d.connected_components(np.pad(~mask, 1, constant_values=True), connectivity=_FACES_ONLY[mask.ndim])
+    outside = np.pad(~mask, 1, constant_values=True)
+    labels = cc3d.connected_components(_numbers(outside), connectivity=_FACES_ONLY[mask.ndim])
     inside: Mask = labels != labels[(0,) * mask.ndim]
     return inside[(slice(1, -1),) * mask.ndim]
+
+
+def _numbers(mask: Mask) -> NDArray[np.uint8]:
+    """0 and 1 for cc3d, whose version 4.1.1 numbers booleans wrongly where voxels touch at corners."""
+    return mask.view(np.uint8)
 
 
 def _ratios(dims: int, generator: np.random.Generator) -> NDArray[np.float64]:

@@ -111,7 +111,8 @@ def _too_small(mask: Mask, rule: SizeRule, spacing_mm: Sequence[float]) -> Mask:
         return mask if np.count_nonzero(mask) < smallest else np.zeros_like(mask)
     import cc3d  # most models have no rule and need not load it
 
-    kept: Mask = cc3d.dust(mask, threshold=smallest, connectivity=connectivity(mask.ndim), binary_image=True)
+    numbers = mask.view(np.uint8)  # cc3d 4.1.1 numbers booleans wrongly where voxels touch at corners
+    kept: Mask = cc3d.dust(numbers, threshold=smallest, connectivity=connectivity(mask.ndim)) > 0
     return mask & ~kept
 
 

@@ -46,7 +46,8 @@ class Box:
 
 def boxes_of(hole: NDArray[np.bool_]) -> list[Box]:
     """The bounding boxes of the separate parts of (*spatial); parts whose boxes touch go together."""
-    labels = cc3d.connected_components(hole if hole.ndim == 3 else hole[..., None])
+    numbers = hole.view(np.uint8)  # cc3d 4.1.1 numbers booleans wrongly where voxels touch at corners
+    labels = cc3d.connected_components(numbers if hole.ndim == 3 else numbers[..., None])
     slices = [found for found in cc3d.statistics(labels)["bounding_boxes"][1:] if found is not None]
     open_ = [[(int(one.start), int(one.stop)) for one in found][: hole.ndim] for found in slices]
     done: list[Box] = []

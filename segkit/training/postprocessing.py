@@ -187,7 +187,8 @@ def _find_parts(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """`voxels`, `predicted` and `overlap` of `_Parts`, from the box around the output in both maps."""
     mask = region_mask(prediction, output.members)
-    components, count = cc3d.connected_components(mask, connectivity=connectivity(mask.ndim), return_N=True)
+    numbers = mask.view(np.uint8)  # cc3d 4.1.1 numbers booleans wrongly where voxels touch at corners
+    components, count = cc3d.connected_components(numbers, connectivity=connectivity(mask.ndim), return_N=True)
     number, labels, truth = components[mask], prediction[mask], reference[mask]  # each (voxels of the region,)
 
     def count_each(where: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -206,3 +206,13 @@ def test_impossible_configurations_are_refused() -> None:
         HolesConfig(diameter_range=(20, 10))
     with pytest.raises(ValidationError, match="greater than or equal to 0"):
         HolesConfig(boxes=-1)
+
+
+def test_parts_of_random_masks_are_those_of_scipy() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(300):
+        mask = generator.random(tuple(generator.integers(1, 12, 2))) < generator.random()
+        _, count = ndimage.label(mask, np.ones((3, 3)))
+        parts = components(mask)
+        assert len(parts) == count
+        assert sum(int(part.sum()) for part in parts) == mask.sum()
