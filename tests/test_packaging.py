@@ -30,7 +30,9 @@ def test_configurations_and_assets_travel_in_the_wheel(wheel: Path) -> None:
     assert len(shipped) >= 4
     assert shipped <= names
     assert "segkit/py.typed" in names
-    assert {f"segkit/report/assets/{name}" for name in ("page.css", "page.js", "viewer.html", "viewer.js")} <= names
+    assert {
+        f"segkit/report/page/assets/{name}" for name in ("page.css", "page.js", "viewer.html", "viewer.js")
+    } <= names
     assert not any(name.startswith(("tests/", "docs/")) for name in names)
 
 

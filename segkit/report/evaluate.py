@@ -95,6 +95,7 @@ class Evaluation:
         return {
             "protocol": self.protocol,
             "challenge": self.challenge,
+            "headline": self.headline(),
             "label_scheme": self.label_scheme.to_json(),
             "roi": self.roi,
             "cases": [_case_to_json(case) for case in self.cases],

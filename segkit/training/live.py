@@ -55,6 +55,6 @@ class LiveView:
 
 
 def _write_page(run: Path) -> None:
-    from segkit.report.page import write_page
+    from segkit.report.page.page import write_page
 
     write_page([run], run / PAGE_NAME, with_viewer=False)

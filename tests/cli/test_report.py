@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from segkit.cli.report import report
 from segkit.errors import RequestError
-from tests.report.page_folders import write_run, write_scores
+from tests.report.page.folders import write_run, write_scores
 
 app = typer.Typer()
 app.command()(report)

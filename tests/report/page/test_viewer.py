@@ -14,10 +14,10 @@ from PIL import Image
 
 from segkit.data.volume import Grid
 from segkit.labels import SCHEMES
-from segkit.report import page_viewer
-from segkit.report.page_images import CaseArrays, Gallery, label_colours
-from segkit.report.page_pictures import case_picture, outline
-from segkit.report.page_viewer import case_volumes, viewer_script
+from segkit.report.page import viewer
+from segkit.report.page.images import CaseArrays, Gallery, label_colours
+from segkit.report.page.pictures import case_picture, outline
+from segkit.report.page.viewer import case_volumes, viewer_script
 
 LPS = np.diag([-1.0, -2.0, 3.0, 1.0])
 
@@ -60,10 +60,10 @@ def test_the_difference_tells_missed_surplus_and_confused():
 
 
 def test_a_large_case_is_cut_to_its_masks_and_then_thinned(monkeypatch):
-    monkeypatch.setattr(page_viewer, "_MARGIN_MM", 0.0)
-    monkeypatch.setattr(page_viewer, "_MOST_VOXELS", 100)
+    monkeypatch.setattr(viewer, "_MARGIN_MM", 0.0)
+    monkeypatch.setattr(viewer, "_MOST_VOXELS", 100)
     assert opened(case_volumes(arrays_of()).layers["image"]).shape == (5, 3, 2)
-    monkeypatch.setattr(page_viewer, "_MOST_VOXELS", 10)
+    monkeypatch.setattr(viewer, "_MOST_VOXELS", 10)
     thinned = opened(case_volumes(arrays_of()).layers["image"])
     assert thinned.shape == (3, 2, 1)
     assert nib.affines.voxel_sizes(thinned.affine) == pytest.approx((2.0, 4.0, 6.0))
@@ -93,7 +93,7 @@ def test_an_unknown_bundle_is_left_out(tmp_path, monkeypatch, text):
     (tmp_path / "static").mkdir()
     (tmp_path / "static" / "widget.js").write_text(text)
     spec = type("Spec", (), {"origin": str(tmp_path / "__init__.py")})()
-    monkeypatch.setattr(page_viewer.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(viewer.importlib.util, "find_spec", lambda name: spec)
     assert viewer_script.__wrapped__() is None
 
 

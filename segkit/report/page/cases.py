@@ -6,9 +6,9 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from segkit.report.page_html import Child, Markup, element
-from segkit.report.page_sections import MOST_ROWS, Section, metric_name, section, shown_metrics, written
-from segkit.report.page_sources import CaseFacts, mapping, number
+from segkit.report.page.html import Child, Markup, element
+from segkit.report.page.sections import MOST_ROWS, Section, metric_name, section, shown_metrics, written
+from segkit.report.page.sources import CaseFacts, Findings, mapping, number
 
 MEAN_OF_REGIONS = "mean"
 MOST_METRICS = 12
@@ -17,12 +17,12 @@ _OPEN = 3
 """Cases whose pictures are open when the page is."""
 
 
-def cases_section(cases: Sequence[CaseFacts], anchors: Mapping[str, str]) -> Section | None:
+def cases_section(findings: Findings, cases: Sequence[CaseFacts], anchors: Mapping[str, str]) -> Section | None:
     """A row for each case and region, worst first; `anchors` leads to the pictures of a case."""
     if not cases:
         return None
     regions = list(dict.fromkeys(region for case in cases for region in case.regions))
-    metrics = shown_metrics(cases)[:MOST_METRICS]
+    metrics = shown_metrics(findings, cases)[:MOST_METRICS]
     has_times = any(number(mapping(case.record, "seconds").get("predict")) is not None for case in cases)
     views = [MEAN_OF_REGIONS, *regions] if len(regions) > 1 else regions or [MEAN_OF_REGIONS]
     columns = [("case", False), ("region", False), *((metric_name(metric), True) for metric in metrics)]

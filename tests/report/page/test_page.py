@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from segkit.errors import RequestError
-from segkit.report import page as page_module
-from segkit.report.page import write_page
-from tests.report.page_folders import (
+from segkit.report.page import page as page_module
+from segkit.report.page.page import write_page
+from tests.report.page.folders import (
     LPS,
     Parsed,
     write_data,
@@ -309,7 +309,7 @@ def test_two_evaluations_of_one_case_are_refused(tmp_path):
 
 def test_a_page_is_written_without_torch(folders):
     script = (
-        "import sys; from pathlib import Path; from segkit.report.page import write_page; "
+        "import sys; from pathlib import Path; from segkit.report.page.page import write_page; "
         f"write_page([Path({str(folders / 'run')!r})], Path({str(folders / 'page.html')!r})); "
         "sys.exit(any(name in sys.modules for name in ('torch', 'matplotlib', 'segkit.inference')))"
     )

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from segkit.data.geometry import reorientation_to, reoriented_grid
 from segkit.report.figures import COLOURS, content_box, extent, intensity_window
-from segkit.report.page_images import CaseArrays
+from segkit.report.page.images import CaseArrays
 from segkit.shapes import Affine, AnyArray, LabelMap
 
 _CLASS = re.compile(r'"Creating new Niivue instance"\).{0,300}?=\s*new ([\w$]+)\(', re.DOTALL)

@@ -21,7 +21,7 @@ from segkit.data.volume import Grid
 from segkit.errors import DataError, as_request
 from segkit.labels import SCHEMES, LabelScheme, outputs_of, scheme_from_json, translate
 from segkit.report.figures import BACKGROUNDS, COLOURS
-from segkit.report.page_sources import Findings, mapping, records_of
+from segkit.report.page.sources import Findings, mapping, records_of
 from segkit.report.pairing import match_files
 from segkit.shapes import AnyArray, LabelMap
 

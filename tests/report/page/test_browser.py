@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segkit.report.page import write_page
-from segkit.report.page_viewer import viewer_script
-from tests.report.browser import Browser, find_browser
-from tests.report.page_folders import write_data, write_masks, write_run, write_scores
+from segkit.report.page.page import write_page
+from segkit.report.page.viewer import viewer_script
+from tests.report.page.browser import Browser, find_browser
+from tests.report.page.folders import write_data, write_masks, write_run, write_scores
 
 IDS = ["BraTS2021_00001", "BraTS2021_00002", "BraTS2021_00003"]
 EXECUTABLE = find_browser()

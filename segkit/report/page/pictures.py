@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image, features
 
 from segkit.report.figures import View, intensity_window, views_of
-from segkit.report.page_html import Markup, element
-from segkit.report.page_images import CaseArrays
+from segkit.report.page.html import Markup, element
+from segkit.report.page.images import CaseArrays
 from segkit.shapes import AnyArray, LabelMap
 
 _SIZES = ((256, 72), (160, 60), (96, 50))

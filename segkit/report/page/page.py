@@ -1,7 +1,7 @@
 """`segkit report`: one HTML page that needs nothing but itself.
 
 A page carries its pictures, charts, scripts and volumes inside. Its content security policy forbids every address, and
-every script but those that were written with it; names and notes are escaped by construction (`page_html`).
+every script but those that were written with it; names and notes are escaped by construction (`html`).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 
 from segkit.data.files import written_atomically
 from segkit.errors import DataError, RequestError
-from segkit.report import page_sections as sections
-from segkit.report.page_cases import MOST_METRICS, cases_section, pictures_section
-from segkit.report.page_html import Markup, element, joined, json_for_script
-from segkit.report.page_images import Gallery, find_gallery, load_arrays
-from segkit.report.page_pictures import case_picture, embedded_figure
-from segkit.report.page_sections import MOST_ROWS
-from segkit.report.page_sources import CaseFacts, Discretion, Findings, read_sources
-from segkit.report.page_viewer import DIFFERENCES, CaseVolumes, case_volumes, viewer_script
+from segkit.report.page import sections
+from segkit.report.page.cases import MOST_METRICS, cases_section, pictures_section
+from segkit.report.page.html import Markup, element, joined, json_for_script
+from segkit.report.page.images import Gallery, find_gallery, load_arrays
+from segkit.report.page.pictures import case_picture, embedded_figure
+from segkit.report.page.sections import MOST_ROWS
+from segkit.report.page.sources import CaseFacts, Discretion, Findings, read_sources
+from segkit.report.page.viewer import DIFFERENCES, CaseVolumes, case_volumes, viewer_script
 
 MOST_BYTES = 15_000_000
 """A page is not larger than this, so that it can be sent by mail."""
@@ -110,7 +110,7 @@ def write_page(
     gallery = find_gallery(findings, {case.id for case in cases}, data)
     script = viewer_script() if with_viewer and gallery.files else None
     media = _gather(cases, gallery, with_volumes=script is not None)
-    notes = [*sections.evaluation_notes(findings, cases), *gallery.notes, *_omissions(cases)]
+    notes = [*sections.evaluation_notes(findings, cases), *gallery.notes, *_omissions(findings, cases)]
     if with_viewer and gallery.files and script is None:
         notes.append(_WITHOUT_VIEWER)
     heading = title or _heading(findings)
@@ -152,12 +152,12 @@ def _gather(cases: Sequence[CaseFacts], gallery: Gallery, *, with_volumes: bool)
     return media
 
 
-def _omissions(cases: Sequence[CaseFacts]) -> list[str]:
+def _omissions(findings: Findings, cases: Sequence[CaseFacts]) -> list[str]:
     """What of the scores the table does not show."""
     notes = []
     if len(cases) > MOST_ROWS:
         notes.append(f"Tables have the first {MOST_ROWS} of {len(cases)} cases, the worst of them.")
-    more = sections.shown_metrics(cases)[MOST_METRICS:]
+    more = sections.shown_metrics(findings, cases)[MOST_METRICS:]
     if more:
         names = ", ".join(map(sections.metric_name, more))
         notes.append(f"Metrics that are in scores.csv and not in the table: {names}.")
@@ -180,8 +180,8 @@ def _body(
         sections.summary_section(findings, cases, tell),
         sections.failures_section(cases, tell),
         sections.curves_section(findings.runs),
-        sections.spread_section(cases),
-        cases_section(cases, anchors),
+        sections.spread_section(findings, cases),
+        cases_section(findings, cases, anchors),
         _viewer_section(viewable, key, len(media.stills), are_scored=any(case.regions for case in cases)),
         pictures_section(cases, media.stills, anchors, key, viewable, has_planes=media.has_planes),
         _figures_section(findings),
@@ -317,4 +317,4 @@ def _digest(text: str) -> str:
 
 
 def _asset(name: str) -> str:
-    return resources.files("segkit.report").joinpath("assets", name).read_text(encoding="utf-8")
+    return resources.files("segkit.report.page").joinpath("assets", name).read_text(encoding="utf-8")

@@ -8,30 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from segkit.report.figures import COLOURS, curves_of
-from segkit.report.page_charts import bars_chart, line_chart, reliability_chart, strip_chart
-from segkit.report.page_html import Child, Markup, definitions, element, joined, plain_table
-from segkit.report.page_sources import CaseFacts, Discretion, Document, Findings, Run, mapping, number, records_of
+from segkit.metrics.facts import METRICS
+from segkit.report.page.charts import bars_chart, line_chart, reliability_chart, strip_chart
+from segkit.report.page.html import Child, Markup, definitions, element, joined, plain_table
+from segkit.report.page.sources import CaseFacts, Discretion, Document, Findings, Run, mapping, number, records_of
 
-_METRICS = {
-    "dice": "Dice",
-    "lesionwise_dice": "Lesion-wise Dice",
-    "hd95_mm": "HD95 (mm)",
-    "lesionwise_hd95_mm": "Lesion-wise HD95 (mm)",
-    "nsd": "NSD",
-    "lesionwise_nsd": "Lesion-wise NSD",
-    "lesion_f1": "Lesion F1",
-    "sensitivity": "Sensitivity",
-    "precision": "Precision",
-    "specificity": "Specificity",
-    "auc": "AUC",
-    "prediction_ml": "Predicted (ml)",
-    "reference_ml": "Reference (ml)",
-}
-"""What metrics are called in a heading, in the order in which tables show them."""
-
-_SPREAD = ("dice", "hd95_mm")
-_HEADLINES = ("dice", "lesionwise_dice", "hd95_mm", "lesionwise_hd95_mm", "nsd", "sensitivity", "precision", "auc")
-_MOST_HEADLINES = 6
+_HEADLINES = ("dice", "hd95_mm", "nsd", "sensitivity", "precision", "auc")
+"""Metrics that people compare, where the scores do not name their own."""
+_MOST_HEADLINES = 7
+_SPREADS = 2
 _RELIABILITY = {"whole": "All voxels", "box": "Around the reference"}
 MOST_ROWS = 1000
 """Cases that a table has at most."""
@@ -83,7 +68,7 @@ def summary_section(findings: Findings, cases: Sequence[CaseFacts], tell: Discre
         facts["State"] = "training; this page is written anew after every validation"
     told = [str(scored.document["intervals"]) for scored in findings.evaluations if scored.document.get("intervals")]
     caption = ". ".join(["Mean over cases, median below it", *told])
-    return section("Summary", "summary", definitions(facts), _headlines(findings.summary(), caption))
+    return section("Summary", "summary", definitions(facts), _headlines(findings, caption))
 
 
 def failures_section(cases: Sequence[CaseFacts], tell: Discretion) -> Section | None:
@@ -93,10 +78,11 @@ def failures_section(cases: Sequence[CaseFacts], tell: Discretion) -> Section | 
     return section("Failed cases", "failed", element("ul", *rows, class_="failures")) if failed else None
 
 
-def spread_section(cases: Sequence[CaseFacts]) -> Section | None:
+def spread_section(findings: Findings, cases: Sequence[CaseFacts]) -> Section | None:
     """How the scores lie, case by case and region by region."""
     charts = []
-    for metric in _SPREAD:
+    ranked = [metric for metric in headline_metrics(findings) if metric in METRICS and METRICS[metric].is_ranked]
+    for metric in ranked[:_SPREADS]:
         values: dict[str, dict[str, float]] = {}
         for case in cases:
             for region, scores in case.regions.items():
@@ -207,16 +193,22 @@ def evaluation_notes(findings: Findings, cases: Sequence[CaseFacts]) -> list[str
     return notes
 
 
-def shown_metrics(cases: Sequence[CaseFacts]) -> list[str]:
-    """The metrics of the cases in the order of tables: those with a name of their own, then others."""
+def headline_metrics(findings: Findings) -> list[str]:
+    """The metrics that people compare: those of the protocols by which was scored."""
+    named = [metric for scored in findings.evaluations for metric in _listed(scored.document.get("headline"))]
+    return list(dict.fromkeys(map(str, named))) or list(_HEADLINES)
+
+
+def shown_metrics(findings: Findings, cases: Sequence[CaseFacts]) -> list[str]:
+    """The metrics of the cases in the order of tables: what people compare, then others that are known."""
     present = dict.fromkeys(name for case in cases for scores in case.regions.values() for name in scores)
-    known = [metric for metric in _METRICS if metric in present]
-    return [*known, *(metric for metric in present if metric not in _METRICS)]
+    order = dict.fromkeys((*headline_metrics(findings), *METRICS, *present))
+    return [metric for metric in order if metric in present]
 
 
 def metric_name(metric: str) -> str:
     """How a metric is called in a heading."""
-    return _METRICS.get(metric, metric.replace("_", " "))
+    return METRICS[metric].title if metric in METRICS else metric.replace("_", " ")
 
 
 def model_name(manifest: Document) -> str:
@@ -282,10 +274,11 @@ def _listed(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _headlines(summary: Document, caption: str) -> Markup | None:
+def _headlines(findings: Findings, caption: str) -> Markup | None:
     """Region by region the mean (with its confidence interval) and median of the metrics that people compare."""
-    found = {region: scores for region, scores in summary.items() if isinstance(scores, dict)}
-    shown = [metric for metric in _HEADLINES if any(metric in scores for scores in found.values())][:_MOST_HEADLINES]
+    found = {region: scores for region, scores in findings.summary().items() if isinstance(scores, dict)}
+    wanted = headline_metrics(findings)
+    shown = [metric for metric in wanted if any(metric in scores for scores in found.values())][:_MOST_HEADLINES]
     if not shown:
         return None
     rows = [

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from segkit.report.page import write_page
-from segkit.report.page_sources import Discretion, read_sources
-from tests.report.page_folders import write_json, write_masks, write_run, write_scores
+from segkit.report.page.page import write_page
+from segkit.report.page.sources import Discretion, read_sources
+from tests.report.page.folders import write_json, write_masks, write_run, write_scores
 
 
 @pytest.fixture

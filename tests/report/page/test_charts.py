@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from segkit.report.page_charts import bars_chart, line_chart, reliability_chart, strip_chart, thinned
+from segkit.report.page.charts import bars_chart, line_chart, reliability_chart, strip_chart, thinned
 
 
 def numbers(svg: str, attribute: str) -> list[float]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from segkit.report.figures import COLOURS
-from segkit.report.page_html import Markup, element
+from segkit.report.page.html import Markup, element
 
 Points = Sequence[tuple[float, float]]
 

@@ -1,0 +1,1 @@
+"""One HTML page about runs, masks and scores that needs nothing but itself."""
