@@ -1,0 +1,128 @@
+"""Starts workers, watches the clock, and counts what became of every input."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SECONDS_AN_INPUT = 5.0
+_SECONDS_TO_PREPARE = 120.0
+
+
+@dataclass
+class Tally:
+    """What became of the inputs of one parser; `defects` are (number, words), `refusals` sentences with their count."""
+
+    accepted: int = 0
+    refused: int = 0
+    defects: list[tuple[int, str]] = field(default_factory=list)
+    sentences: list[str] = field(default_factory=list)
+    outcomes: dict[int, tuple[str, str]] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> int:
+        """All of them."""
+        return self.accepted + self.refused + len(self.defects)
+
+    def note(self, number: int, outcome: str, words: str) -> None:
+        """Count one input."""
+        self.outcomes[number] = (outcome, words)
+        if outcome == "accepted":
+            self.accepted += 1
+        elif outcome == "refused":
+            self.refused += 1
+            self.sentences.append(words)
+        else:
+            self.defects.append((number, words))
+
+
+def run_jobs(jobs: Sequence[Sequence[Any]]) -> dict[str, Tally]:
+    """Tallies by parser name; a job is [parser, seed, first, last] or [parser, None, paths]."""
+    left = [list(job) for job in jobs]
+    tallies: dict[str, Tally] = {str(job[0]): Tally() for job in jobs}
+    while left:
+        left = _run_worker(left, tallies)
+    return tallies
+
+
+def _run_worker(jobs: list[list[Any]], tallies: dict[str, Tally]) -> list[list[Any]]:
+    """Jobs that are left when the worker ended, well or not."""
+    here = Path(__file__).resolve()
+    paths = [str(here.parents[1]), str(here.parents[3]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "fuzzing.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+    )
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    worker.stdin.write(json.dumps(jobs).encode())
+    worker.stdin.close()
+    name, number = jobs[0][0], None
+    limit = _SECONDS_TO_PREPARE
+    for line in _lines(worker, lambda: limit):
+        if line is None:
+            worker.kill()
+            break
+        kind, _, rest = line.partition(" ")
+        if kind == "prepare":
+            name, limit = rest, _SECONDS_TO_PREPARE
+        elif kind == "begin":
+            name, text = rest.rsplit(" ", 1)
+            number = int(text)
+            limit = SECONDS_AN_INPUT
+        else:
+            outcome, _, words = rest.partition(" ")
+            tallies[name].note(int(number or 0), outcome, json.loads(words))
+            number, limit = None, _SECONDS_TO_PREPARE
+    status = worker.wait()
+    if number is None and status == 0:
+        return []
+    if number is None:
+        raise RuntimeError(f"the worker ended with {status} before it read an input of {name}")
+    took_too_long = status == -9
+    words = f"took more than {limit:.0f} s" if took_too_long else f"the process died (status {status})"
+    tallies[name].note(number, "defect", words)
+    return _after(jobs, name, number)
+
+
+def _after(jobs: list[list[Any]], name: str, number: int) -> list[list[Any]]:
+    """The jobs without those that are done, and without the input that ended the worker."""
+    position = next(index for index, job in enumerate(jobs) if job[0] == name)
+    job, rest = jobs[position], jobs[position + 1 :]
+    if job[1] is None:
+        raise RuntimeError(f"{job[2][number]} ended the process or took too long")
+    return [[name, job[1], number + 1, job[3]], *rest] if number + 1 < job[3] else rest
+
+
+def _lines(worker: subprocess.Popen[bytes], limit: Any) -> Iterable[str | None]:
+    """Lines as they come; None, and no more, where none came for `limit()` seconds."""
+    assert worker.stdout is not None
+    descriptor = worker.stdout.fileno()
+    selector = selectors.DefaultSelector()
+    selector.register(descriptor, selectors.EVENT_READ)
+    buffer = b""
+    since = time.monotonic()
+    while True:
+        while b"\n" in buffer:
+            line, _, buffer = buffer.partition(b"\n")
+            since = time.monotonic()
+            yield line.decode()
+        if not selector.select(max(0.0, since + limit() - time.monotonic())):
+            yield None
+            return
+        chunk = os.read(descriptor, 1 << 16)
+        if not chunk:
+            return
+        buffer += chunk

@@ -1,0 +1,122 @@
+"""The process that reads hostile inputs; it may die or hang, and `runner` then starts another.
+
+Called with JSON on standard input: jobs [parser, seed, first, last], or [parser, null, paths of a corpus]. It writes
+"begin PARSER NUMBER" before each input and "end OUTCOME WORDS" after it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import resource
+import shutil
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from fuzzing.parsers import PARSERS, Files, Parser
+
+CANARY_VARIABLE = "SEGKIT_FUZZ_CANARY"
+MOST_RESIDENT_BYTES = 512 * 1024**2
+"""More than an input of a few kilobytes may take, above what the process took before it."""
+_MOST_ADDRESS_BYTES = 16 * 1024**3
+
+
+def main() -> None:
+    """Read the jobs and do them."""
+    order = json.load(sys.stdin)
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # libraries that print do not disturb
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (_MOST_ADDRESS_BYTES, _MOST_ADDRESS_BYTES))
+    for name, seed, *which in order:
+        parser = PARSERS[name]
+        out.write(f"prepare {name}\n")
+        kept = parser.kept()
+        for files in parser.seeds():  # loads the libraries, whose memory is not that of any input
+            _outcome(parser, {**kept, **files}, next(iter(files)))
+        inputs = _made(parser, seed, *which) if seed is not None else _stored(which[0])
+        for number, files in inputs:
+            out.write(f"begin {name} {number}\n")
+            outcome, words = _outcome(parser, {**kept, **files}, next(iter(files)))
+            out.write(f"end {outcome} {json.dumps(words)}\n")
+
+
+def made_input(parser: Parser, honest: list[Files], seed: int, number: int) -> Files:
+    """The input of this number: the same for the same seed on any machine with the same libraries."""
+    rng = random.Random(f"{parser.name} {seed} {number}")
+    files = dict(honest[number % len(honest)])
+    first = next(iter(files))
+    if number >= len(honest):  # the honest ones come first, as they are
+        files[first] = parser.change(first, files[first], rng)
+    return files
+
+
+def _made(parser: Parser, seed: int, first: int, last: int) -> Iterator[tuple[int, Files]]:
+    honest = parser.seeds()
+    for number in range(first, last):
+        yield number, made_input(parser, honest, seed, number)
+
+
+def _stored(paths: list[str]) -> Iterator[tuple[int, Files]]:
+    for number, path in enumerate(paths):
+        yield number, read_entry(Path(path))
+
+
+def read_entry(path: Path) -> Files:
+    """An entry of the corpus: a folder of files with the changed one first in the alphabet of `order`, or one file."""
+    if path.is_dir():
+        names = (path / "order.txt").read_text(encoding="utf-8").split()
+        return {name: (path / name).read_bytes() for name in names}
+    return {path.name.split("--", 1)[-1]: path.read_bytes()}
+
+
+def _outcome(parser: Parser, files: Files, first: str) -> tuple[str, Any]:
+    from segkit.errors import SegkitError
+
+    with TemporaryDirectory() as outer:
+        folder = Path(outer) / "a" / "input"
+        for name, content in files.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        canary = Path(os.environ.get(CANARY_VARIABLE, str(Path(outer) / "canary")))
+        try:
+            parser.read(folder, folder / first)
+            outcome, words = "accepted", ""
+        except SegkitError as error:
+            outcome, words = "refused", str(error)[:2000]
+        except Exception as error:
+            outcome, words = "defect", f"{type(error).__name__}: {error}"[:300] + " | " + _place(error)
+        except RecursionError as error:
+            outcome, words = "defect", f"RecursionError: {error} | {_place(error)}"
+        grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        strays = [path for path in (*Path(outer).iterdir(), *(Path(outer) / "a").iterdir()) if path.name not in "a input"]
+        if canary.exists():
+            outcome, words = "defect", "code of the file was run"
+            shutil.rmtree(canary, ignore_errors=True)
+            canary.unlink(missing_ok=True)
+        elif strays:
+            outcome, words = "defect", f"written outside its folder: {strays}"
+        elif grown > MOST_RESIDENT_BYTES and outcome != "defect":
+            outcome, words = "defect", f"took {grown / 1024**2:.0f} MB"
+        return outcome, words
+
+
+def _place(error: BaseException) -> str:
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/segkit/" in frame.filename]
+    where = frames[-1] if frames else traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(where.filename).name}:{where.lineno} {where.name}"
+
+
+if __name__ == "__main__":
+    main()
