@@ -1,15 +1,61 @@
-"""The model card `model.json`: what a weight file is, and everything needed to use it."""
+"""The model card `model.json`: what a weight file is, and everything needed to use it.
+
+A card comes from whoever made the model, so that its numbers are held to what a network can have before anything is
+built from them, and the files it names are files beside it.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from math import prod
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from segkit.config.base import Config
+from segkit.data.case import is_file_name
 from segkit.data.preprocessing import Crop, Normalisation, PreprocessingConfig
 from segkit.errors import CheckpointError
 from segkit.labels import LabelScheme, Output, scheme_from_json
+
+
+_LARGEST_ARGUMENT = 8192
+"""Beyond any width, depth or number of steps; a network of more would fill the memory before its weights are read."""
+_MOST_CHANNELS = 1024
+_LARGEST_PATCH_VOXELS = 2**30
+
+
+def _is_beside(name: str) -> str:
+    if not is_file_name(name):
+        raise ValueError(f"{name!r} is not the name of a file beside the card")
+    return name
+
+
+def _is_shown(name: str) -> str:
+    if not name or not name.isprintable():
+        raise ValueError(f"{name!r} is no name that can be shown")
+    return name
+
+
+def _is_of_modest_size(arguments: dict[str, Any]) -> dict[str, Any]:
+    left: list[Any] = [*arguments.values()]
+    for _ in range(_LARGEST_ARGUMENT):
+        if not left:
+            return arguments
+        value = left.pop()
+        if isinstance(value, (list, tuple)):
+            left += value
+        elif isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, (int, float)) and not -_LARGEST_ARGUMENT <= value <= _LARGEST_ARGUMENT:
+            raise ValueError(f"no network is built with {value}")
+    raise ValueError(f"holds more than {_LARGEST_ARGUMENT} values")
+
+
+FileName = Annotated[str, AfterValidator(_is_beside)]
+Name = Annotated[str, AfterValidator(_is_shown)]
+LabelValue = Annotated[int, Field(ge=0, le=255)]
+Sha256 = Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]
+Size = Annotated[int, Field(ge=1, le=65536)]
 
 
 class NetworkCard(Config):
@@ -17,24 +63,24 @@ class NetworkCard(Config):
 
     family: str
     size: str | None = None
-    in_channels: int
-    out_channels: int
-    arguments: dict[str, Any] = Field(default_factory=dict)
+    in_channels: int = Field(ge=1, le=_MOST_CHANNELS)
+    out_channels: int = Field(ge=1, le=_MOST_CHANNELS)
+    arguments: Annotated[dict[str, Any], AfterValidator(_is_of_modest_size)] = Field(default_factory=dict)
 
 
 class OutputCard(Config):
     """One output: its name, the label value it paints, the label values it covers (empty: only `label`)."""
 
-    name: str
-    label: int
-    members: tuple[int, ...] = ()
+    name: Name
+    label: LabelValue
+    members: tuple[LabelValue, ...] = ()
 
 
 class SchemeCard(Config):
     """The label scheme of the training data: tissue names with their values, background left out."""
 
-    name: str
-    labels: dict[str, int]
+    name: Name
+    labels: dict[Name, LabelValue]
 
 
 class TrainingData(Config):
@@ -51,10 +97,10 @@ class TrainingData(Config):
 class GraphCard(Config):
     """One ONNX file of an export: one window in, logits out."""
 
-    file: str
+    file: FileName
     """Name of the ONNX file in the folder of the card."""
     precision: Literal["fp32", "fp16", "int8"]
-    sha256: dict[str, str]
+    sha256: dict[FileName, Sha256]
     """Digest of the file, and of each file with its external data, by name."""
     dice_change: float | None = None
     """Mean Dice against the reference minus that of fp32, on the cases it was measured on; null where none was."""
@@ -68,7 +114,7 @@ class ExportCard(Config):
     """What `segkit export` wrote beside the card, and how it was checked."""
 
     opset: int
-    graphs: tuple[GraphCard, ...]
+    graphs: tuple[GraphCard, ...] = Field(min_length=1)
     """fp32 first."""
     parity: dict[str, Any] = Field(default_factory=dict)
     """Largest logit difference to the trained network and Dice of the decoded masks, by backend."""
@@ -109,16 +155,16 @@ class ModelCard(Config):
     task: Literal["segmentation", "pretraining", "inpainting"] = "segmentation"
     network: NetworkCard
     dims: Literal[2, 3] = 3
-    modalities: tuple[str, ...]
+    modalities: tuple[Name, ...] = Field(min_length=1)
     """Names of the input channels, in order."""
-    patch_size: tuple[int, ...]
-    overlap: float = 0.5
+    patch_size: tuple[Size, ...]
+    overlap: float = Field(default=0.5, ge=0, le=0.95)
     """Fraction of a window shared with its neighbour."""
-    divisor: tuple[int, ...]
+    divisor: tuple[Size, ...]
     """The network takes sizes that are multiples of this."""
-    spacing_mm: tuple[float, ...] | None = None
+    spacing_mm: tuple[Annotated[float, Field(ge=1e-3, le=1e3)], ...] | None = None
     """Grid on which the network works; null keeps the spacing of the source."""
-    orientation: str = "RAS"
+    orientation: str = Field(default="RAS", pattern="^[RLAPSIJKrlapsijk]{3}$")
     normalisation: Normalisation = "zscore-nonzero"
     ct_window: tuple[float, float] | None = None
     ct_mean: float | None = None
@@ -136,11 +182,23 @@ class ModelCard(Config):
     modality_dropout: float = 0.0
     """Part of the training patches that lacked a modality; where it is 0, the network never was without one."""
     versions: dict[str, str] = Field(default_factory=dict)
-    sha256: str = ""
+    sha256: Sha256 = ""
     """Digest of `model.safetensors`."""
     export: ExportCard | None = None
     """The ONNX files beside the card, where `segkit export` wrote it."""
     training_data: TrainingData
+
+    @model_validator(mode="after")
+    def _agrees(self) -> ModelCard:
+        sizes = {"patch_size": self.patch_size, "divisor": self.divisor, "spacing_mm": self.spacing_mm}
+        for key, values in sizes.items():
+            if values is not None and len(values) != self.dims:
+                raise ValueError(f"{key} has {len(values)} values for {self.dims} axes")
+        if prod(self.patch_size) > _LARGEST_PATCH_VOXELS:
+            raise ValueError(f"patches of {self.patch_size} voxels are too large for any machine")
+        if self.mirror_axes and not set(self.mirror_axes) <= set(range(self.dims)):
+            raise ValueError(f"mirror_axes are {self.mirror_axes} of {self.dims} axes")
+        return self
 
     @property
     def input_channels(self) -> int:

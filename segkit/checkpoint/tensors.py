@@ -15,26 +15,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from segkit.checkpoint.digest import file_sha256
+from segkit.checkpoint.plain_numpy import MAKERS
 from segkit.data.files import written_atomically
 from segkit.errors import CheckpointError
 
 _INNER_KEYS = ("state_dict", "network_weights", "model_state_dict", "model")
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
-
-_NUMBERS = tuple(np.dtype(code) for code in "?bBhHiIlLqQefd")
-_MAKERS: dict[str, Any] = {
-    "scalar": np._core.multiarray.scalar,  # type: ignore[attr-defined]
-    "_reconstruct": np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
-}
-_NUMPY_ROOMS = ("numpy.core.multiarray", "numpy._core.multiarray")
-"""Where a file says these makers live: numpy renamed the room in version 2."""
 
 
 def load_weights_file(path: Path) -> dict[str, Tensor]:
@@ -116,12 +108,16 @@ def read_torch(path: Path, *, is_mapped: bool = False) -> Any:
     if not path.is_file():
         raise CheckpointError("is missing", where=path)
     try:
+        _refuse_packed(path)
         broken = None if is_mapped else _broken_part(path)
         if broken is None:
-            with torch.serialization.safe_globals(_harmless_numpy()), warnings.catch_warnings():
+            makers: list[Any] = [(maker, f"{room}.{name}") for (room, name), maker in MAKERS.items()]
+            with torch.serialization.safe_globals(makers), warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # about pickle protocols, ahead of the refusal itself
                 mapped = is_mapped and zipfile.is_zipfile(path)
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         raise _refused(path, "Convert it to safetensors where it was made") from error
     except Exception as error:  # reading damaged files, torch and zipfile raise whatever they stumble over
@@ -151,12 +147,7 @@ def read_plain_pickle(path: Path) -> Any:
 class _PlainUnpickler(pickle.Unpickler):
     """Knows the makers of plain numpy values and ordered dictionaries, and nothing else."""
 
-    _known = {  # noqa: RUF012  never changed
-        ("collections", "OrderedDict"): OrderedDict,
-        ("numpy", "dtype"): np.dtype,
-        ("numpy", "ndarray"): np.ndarray,
-        **{(room, name): maker for room in _NUMPY_ROOMS for name, maker in _MAKERS.items()},
-    }
+    _known = {("collections", "OrderedDict"): OrderedDict, **MAKERS}  # noqa: RUF012  never changed
 
     def find_class(self, module: str, name: str) -> Any:
         """The maker of that name, where it is known to make plain values only."""
@@ -175,10 +166,20 @@ def _refused(path: Path, remedy: str) -> CheckpointError:
     )
 
 
-def _harmless_numpy() -> list[Any]:
-    """What numpy values in other trainers' checkpoints need to be read: makers of plain numbers, no code."""
-    makers = [(maker, f"{room}.{name}") for room in _NUMPY_ROOMS for name, maker in _MAKERS.items()]
-    return [np.dtype, np.ndarray, *dict.fromkeys(type(number) for number in _NUMBERS), *makers]
+def _refuse_packed(path: Path) -> None:
+    """Refuse a torch file whose parts are packed: torch never packs them, and a few kB would unpack to gigabytes."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+    total = sum(part.file_size for part in parts)
+    if total > path.stat().st_size or any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+        raise CheckpointError(
+            f"its parts are packed and unpack to {total} bytes",
+            where=path,
+            expected="a file as torch writes it, which packs nothing",
+            remedy="Save it again with torch.save, or convert it to safetensors where it was made",
+        )
 
 
 def _broken_part(path: Path) -> str | None:

@@ -1,11 +1,13 @@
 """Reading configurations: YAML files, presets and dotted overrides, with every problem reported at once.
 
-A preset or experiment is a YAML file in `configs/`; it travels in the wheel as `segkit/configs`.
+YAML is read as plain values: no tags that make objects, no aliases of whole sections (a few lines of them can stand for
+gigabytes), no key twice. A preset or experiment is a YAML file in `configs/`; it travels in the wheel as `segkit/configs`.
 """
 
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -22,6 +24,27 @@ PRESETS, PRETRAINING_PRESETS, INPAINTING_PRESETS = "presets", "pretraining", "in
 """Folders with the presets of `segkit train`, of `segkit pretrain`, and of `segkit pretrain --method inpainting`."""
 
 _END_OF_DOCUMENT = "...\n"
+_LARGEST_FILE_BYTES = 200_000
+"""Twenty times any configuration; PyYAML takes seconds for it, and minutes for what is much larger."""
+_LONGEST_VALUE = 200
+"""Letters of a value that are shown in a message."""
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Refuses aliases of mappings and lists, and keys that are given twice, of which one would be lost unseen."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            if not isinstance(self.anchors.get(event.anchor), yaml.ScalarNode):
+                raise yaml.YAMLError(f"*{event.anchor} stands for more than one value; write the values out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
+        counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [key for key, count in counts.items() if count > 1]:
+            raise yaml.YAMLError(f"key {twice[0]!r} is given twice")
+        return super().construct_mapping(node, deep=deep)
 
 
 def configs_folder() -> Path:
@@ -55,10 +78,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
         RequestError: the file cannot be read, is not YAML, or is not a mapping.
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            data = file.read(_LARGEST_FILE_BYTES + 1)
     except OSError as error:
         raise RequestError(f"cannot be read ({error.strerror})", where=path) from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    if len(data) > _LARGEST_FILE_BYTES:
+        raise RequestError("is no configuration: it is too large", where=path, expected="at most 200 kB of YAML")
+    try:
+        document = _parsed(data.decode("utf-8"))
+    except ValueError as error:
         raise RequestError(f"is not valid YAML: {error}", where=path) from error
     if document is None:
         return {}
@@ -79,8 +107,8 @@ def parse_overrides(settings: Iterable[str]) -> dict[str, Any]:
         if not equals or not key.strip():
             raise RequestError(f"--set {setting!r} cannot be read", expected="key=value, such as training.lr=1e-3")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            value = _parsed(text)
+        except ValueError as error:
             raise RequestError(f"--set {setting!r}: the value is not YAML") from error
         *sections, last = key.strip().split(".")
         target = nested
@@ -118,6 +146,16 @@ def build_config(config_type: type[ConfigType], layers: Iterable[tuple[str, Mapp
         raise ConfigError(problems) from None
 
 
+def _parsed(text: str) -> Any:
+    """A YAML document; ValueError with the reason where it is none, or more than plain values."""
+    try:
+        return yaml.load(text, _PlainLoader)  # a SafeLoader, which makes no objects
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except Exception as error:  # PyYAML's converters raise whatever they stumble over: KeyError, IndexError ...
+        raise ValueError(" ".join(str(error).split())) from error
+
+
 def _problem(
     config_type: type[BaseModel], layers: list[tuple[str, Mapping[str, Any]]], item: dict[str, Any]
 ) -> Problem:
@@ -130,7 +168,9 @@ def _problem(
         remedy = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
         return Problem(f"{origin}: {key}", "no such key", remedy)
     reason = str(item["msg"]).removeprefix("Value error, ")
-    return Problem(f"{origin}: {key}", f"{reason} (got {item['input']!r})" if location else reason)
+    given = repr(item["input"])
+    given = given if len(given) <= _LONGEST_VALUE else f"{given[:_LONGEST_VALUE]} ..."
+    return Problem(f"{origin}: {key}", f"{reason} (got {given})" if location else reason)
 
 
 def _holds(layer: Mapping[str, Any], location: tuple[str, ...]) -> bool:

@@ -37,6 +37,11 @@ class Case:
     problems: tuple[Problem, ...] = ()
 
 
+def is_file_name(text: str) -> bool:
+    """Whether a text, such as a case id that results are named by, is the name of a file and no way to another."""
+    return text not in ("", ".", "..") and text.isprintable() and not any(letter in "/\\:" for letter in text)
+
+
 @dataclass(frozen=True)
 class Cohort:
     """What a data folder holds: its layout, its label scheme, its modalities in channel order, its cases.

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from segkit.data.case import Case, Cohort
+from segkit.data.case import Case, Cohort, is_file_name
 from segkit.data.dicom_seg import is_dicom_source
 from segkit.data.files import IMAGE_SUFFIXES, read_grid, read_labels, stem_of, suffix_of
 from segkit.data.layouts.table import find_cases
@@ -245,8 +245,7 @@ def refuse_odd_id(case_id: str) -> None:
     Raises:
         DataError: as said.
     """
-    is_plain = case_id not in ("", ".", "..") and not any(letter in "/\\:\0" for letter in case_id)
-    if not is_plain or not case_id.isprintable():
+    if not is_file_name(case_id):
         raise DataError(
             f"case id {case_id!r} cannot be used as a file name", remedy="Rename the case's folder or files"
         )

@@ -70,7 +70,7 @@ class Manifest:
         # Parts of a run keep manifests of their own, for they may run at the same time; they count as earlier runs.
         others = [_read(path) for path in sorted(folder.glob("manifest*.json")) if path != self.path]
         known = [entry for one in (*others, before) for key in ("cases", "earlier") for entry in one[key]]
-        self._known = {str(entry["case"]): entry for entry in known if isinstance(entry, dict) and "case" in entry}
+        self._known = {entry["case"]: entry for entry in known if isinstance(entry, dict) and _names_case(entry)}
         self._cut_short: set[str] = set()
         for one in (*others, before):
             if one.get("identity") == identity:
@@ -152,6 +152,10 @@ class Manifest:
         self._has_file = True
 
 
+def _names_case(entry: Mapping[str, Any]) -> bool:
+    return isinstance(entry.get("case"), str)
+
+
 def _still_counts(entry: Mapping[str, Any], ended: Mapping[str, str]) -> bool:
     """Whether an earlier record still tells of the mask on disk: a failure leaves the mask before it in place."""
     now = ended.get(entry["case"])
@@ -164,18 +168,23 @@ def _read(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {key: [] for key in _LISTS}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         document = None
     if not isinstance(document, dict) or not all(isinstance(document.get(key), list) for key in _LISTS):
         _log.warning("%s is not a manifest that can be read; it is written anew", path)
         return {key: [] for key in _LISTS}
-    remaining = set(document["remaining"])
+    remaining = dict.fromkeys(_texts(document["remaining"]))
     added = {entry["case"]: entry for entry in _read_journal(_journal_of(path)) if entry["case"] in remaining}
     return {
         **document,
         "cases": [*document["cases"], *added.values()],
-        "remaining": [case_id for case_id in document["remaining"] if case_id not in added],
+        "remaining": [case_id for case_id in remaining if case_id not in added],
+        "replacing": _texts(document["replacing"]),
     }
+
+
+def _texts(entries: list[Any]) -> list[str]:
+    return [entry for entry in entries if isinstance(entry, str)]
 
 
 def _journal_of(manifest: Path) -> Path:
@@ -190,7 +199,7 @@ def _read_journal(path: Path) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return  # the run was killed in the midst of this line
-        if isinstance(entry, dict) and "case" in entry:
+        if isinstance(entry, dict) and _names_case(entry):
             yield entry

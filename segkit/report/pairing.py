@@ -277,11 +277,12 @@ def _declared_schemes(folder: Path) -> dict[str, LabelScheme]:
     if not path.is_file():
         return {}
     document = read_document(path)
-    entries = [entry for key in ("earlier", "cases") for entry in document.get(key, []) if isinstance(entry, dict)]
+    listed = [document[key] for key in ("earlier", "cases") if isinstance(document.get(key), list)]
+    entries = [entry for entries in listed for entry in entries if isinstance(entry, dict)]
     return {
-        str(entry["case"]): SCHEMES[entry["label_scheme"]]
+        str(entry["case"]): SCHEMES[str(entry["label_scheme"])]
         for entry in entries
-        if "case" in entry and entry.get("label_scheme") in SCHEMES
+        if "case" in entry and str(entry.get("label_scheme")) in SCHEMES
     }
 
 

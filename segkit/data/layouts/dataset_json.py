@@ -1,9 +1,14 @@
-"""What the Decathlon's and nnU-Net's `dataset.json` have in common."""
+"""What the Decathlon's and nnU-Net's `dataset.json` have in common.
+
+A `dataset.json` comes from anywhere, so that what it names lies inside its folder or is not read. Folders and files
+there may be links to other disks: those were made by whoever owns the folder.
+"""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +57,22 @@ def lists_images_as_written(path: Path | None) -> bool:
     return any(isinstance(image, str) and (path.parent / image).exists() for image in images)
 
 
+def inside(folder: Path, entry: object) -> Path | None:
+    """The file that an entry of `dataset.json` names; None where it names none, or one outside the folder."""
+    if not isinstance(entry, str) or "\0" in entry:
+        return None
+    path = Path(os.path.normpath(folder / entry))
+    return path if path.is_relative_to(folder) and path != folder else None
+
+
+def outside(where: Path, entry: object) -> Problem:
+    """What is said of an entry that names no image inside the data set."""
+    shown = repr(entry)
+    shown = shown if len(shown) <= 200 else f"{shown[:200]} ..."
+    remedy = "Name files below the folder of dataset.json; what lies elsewhere can be linked into it"
+    return Problem(str(where), f"entry {shown} names no image inside the data set", remedy, is_fatal=False)
+
+
 def channel_names(document: Mapping[str, Any], where: Path) -> tuple[str, ...]:
     """Modality names in channel order: canonical where all are distinct and any is known, else the data's own.
 
@@ -70,6 +91,7 @@ def channel_names(document: Mapping[str, Any], where: Path) -> tuple[str, ...]:
         own = [str(named[str(index)]) for index in range(len(named))]
     except KeyError as error:
         raise DataError(f"has no channel {error} although it names {len(named)}", where=where) from error
+    _require_printable(own, where)
     names = [canonical_modality(name) or name for name in own]
     if len(set(names)) == len(names):
         return tuple(names)
@@ -89,13 +111,15 @@ def document_scheme(
     notes = () if "ignore" not in labels else (_about_ignore(where),)
     try:
         named = _values_by_name(labels)
+        _require_printable(named, where)
+        _require_label_values(named)
         regions = {name: values for name, values in named.items() if values != (0,) and name.lower() != "ignore"}
         if any(len(values) > 1 for values in regions.values()):
             order = [int(value) for value in document["regions_class_order"]]
             return SchemeChoice(scheme_from_regions(regions, order, set(modalities)), notes)
         classes = {name: values[0] for name, values in named.items()}
         return SchemeChoice(scheme_from_names(classes, modalities), notes)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(
             f"`labels` cannot be understood ({error})",
             where=where,
@@ -111,6 +135,19 @@ def _values_by_name(labels: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         str(name): tuple(sorted(int(value) for value in values)) if isinstance(values, list) else (int(values),)
         for name, values in labels.items()
     }
+
+
+def _require_label_values(named: Mapping[str, tuple[int, ...]]) -> None:
+    strays = [value for values in named.values() for value in values if not 0 <= value <= 255]
+    if strays or not all(named.values()):
+        raise ValueError(f"values are {strays[:5]}, not from 0 to 255" if strays else "a region without values")
+
+
+def _require_printable(names: Iterable[str], where: Path) -> None:
+    """Names of channels and labels become names of files and words on terminals."""
+    odd = [name for name in names if not name or not name.isprintable()]
+    if odd:
+        raise DataError(f"holds names that cannot be shown: {odd[:3]}", where=where, expected="printable names")
 
 
 def _about_ignore(where: Path) -> Problem:

@@ -22,6 +22,9 @@ _DICOM_INDEX = "DICOMDIR"
 _TRIED_FILES = 5
 """Files without suffix to look into for a DICOM series: programs on a disc (AUTORUN) lie among the slices."""
 
+_LARGEST_DOCUMENT_BYTES = 64 * 1024**2
+"""A `dataset.json` of a hundred thousand cases has a fifth of it."""
+
 _MOST_MULTI_FRAME_FILES = 32
 """Of folders with more DICOM files none is opened to see whether it holds a whole volume: they are slices."""
 
@@ -85,16 +88,28 @@ def read_document(path: Path) -> dict[str, Any]:
     """A JSON object from disk.
 
     Raises:
-        DataError: the file cannot be read or is not a JSON object.
+        DataError: the file cannot be read, is not a JSON object, or names something twice.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8-sig"))
+        with path.open("rb") as file:
+            data = file.read(_LARGEST_DOCUMENT_BYTES + 1)
+        if len(data) > _LARGEST_DOCUMENT_BYTES:
+            raise ValueError(f"it is larger than {_LARGEST_DOCUMENT_BYTES} bytes")  # noqa: TRY301  told as the others
+        document = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_without_doubles)
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"is not readable JSON ({error})", where=path, remedy="Correct it, or pass --layout folder to ignore it"
         ) from error
     if not isinstance(document, dict):
         raise DataError(f"holds a {type(document).__name__}", where=path, expected="a JSON object with keys")
+    return document
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that is there twice one value would be lost unseen."""
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        raise ValueError("it has a key twice")
     return document
 
 

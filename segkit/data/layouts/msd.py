@@ -6,7 +6,6 @@ T1gd, T2w), so that the cohort's channels come in canonical order.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,9 @@ from segkit.data.layouts.dataset_json import (
     document_scheme,
     find_document,
     has_channel_names,
+    inside,
     lists_images_as_written,
+    outside,
 )
 from segkit.data.layouts.layout import FolderOptions, FoundFile, Layout, build_cases, build_cohort, unused_files
 from segkit.data.layouts.listing import Listing, bare_name, read_document
@@ -68,10 +69,10 @@ def _listed_pairs(document: dict[str, Any], path: Path) -> tuple[list[tuple[Path
     problems = []
     entries = [*_entries(document.get("training")), *_entries(document.get("test"))]
     for entry in entries:
-        image = _inside(path.parent, entry.get("image"))
-        label = _inside(path.parent, entry.get("label"))
+        image = inside(path.parent, entry.get("image"))
+        label = inside(path.parent, entry.get("label"))
         if image is None:
-            problems.append(Problem(str(path), f"entry {entry} names no image inside the data set", is_fatal=False))
+            problems.append(outside(path, entry))
         else:
             pairs.append((image, label))
     return pairs, problems
@@ -81,13 +82,6 @@ def _entries(listed: object) -> Iterable[dict[str, object]]:
     """Entries are {"image": ..., "label": ...}, or just the path of a test image."""
     for entry in listed if isinstance(listed, list) else ():
         yield entry if isinstance(entry, dict) else {"image": entry}
-
-
-def _inside(folder: Path, entry: object) -> Path | None:
-    if not isinstance(entry, str):
-        return None
-    path = Path(os.path.normpath(folder / entry))
-    return path if path.is_relative_to(folder) else None
 
 
 def _pairs_of(volumes: Iterable[Path], pairs: list[tuple[Path, Path | None]]) -> list[tuple[Path, Path | None]]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from segkit.data.case import Cohort, ImageFile
+from segkit.data.case import Cohort, ImageFile, is_file_name
 from segkit.data.files import count_channels
 from segkit.data.layouts.conventions import patient_of
 from segkit.data.layouts.dataset_json import (
@@ -21,7 +21,9 @@ from segkit.data.layouts.dataset_json import (
     find_document,
     has_channel_names,
     image_paths,
+    inside,
     lists_images_as_written,
+    outside,
 )
 from segkit.data.layouts.layout import (
     FolderOptions,
@@ -58,9 +60,13 @@ def _read(listing: Listing, options: FolderOptions) -> Cohort:
     path = find_document(listing)
     document = {} if path is None else read_document(path)
     names = _names(listing, document, path, options)
-    files = list(_listed_files(document, path, names) if "dataset" in document and path else _files(listing, names))
+    strays: list[Problem] = []
+    if "dataset" in document and path:
+        files, strays = _listed_files(document, path, names)
+    else:
+        files = list(_files(listing, names))
     cases, problems = build_cases(files, patient_of=patient_of, order=lambda kinds: _order(kinds, names))
-    problems += _left_out(listing, files, names)
+    problems += [*strays, *_left_out(listing, files, names)]
     if path is None:
         choice = scheme_by_values(cases, options, listing.root)
         if not set(names) <= set(options.modalities):
@@ -148,16 +154,35 @@ def _sibling_labels(listing: Listing) -> Iterable[FoundFile]:
             yield FoundFile(bare_name(path), labels, LABEL, ImageFile(path))
 
 
-def _listed_files(document: Mapping[str, Any], path: Path, names: Sequence[str]) -> Iterable[FoundFile]:
-    """Files of nnU-Net 2's optional `dataset` entry: {case: {"images": [...], "label": ...}}."""
+def _listed_files(
+    document: Mapping[str, Any], path: Path, names: Sequence[str]
+) -> tuple[list[FoundFile], list[Problem]]:
+    """Files of nnU-Net 2's optional `dataset` entry: {case: {"images": [...], "label": ...}}; complaints of others."""
     listed = document["dataset"]
     if not isinstance(listed, Mapping):
         raise DataError("`dataset` is not a mapping of case ids to files", where=path)
+    files: list[FoundFile] = []
+    problems = []
     for case_id, entry in listed.items():
-        for name, image in zip(names, entry.get("images", ()), strict=False):
-            yield FoundFile(str(case_id), path.parent, name, ImageFile((path.parent / image).absolute()))
-        if entry.get("label"):
-            yield FoundFile(str(case_id), path.parent, LABEL, ImageFile((path.parent / entry["label"]).absolute()))
+        found = _listed_case(case_id, entry, path.parent, names)
+        if found is None:
+            problems.append(outside(path, {case_id: entry}))
+        else:
+            files += found
+    return files, problems
+
+
+def _listed_case(case_id: str, entry: object, folder: Path, names: Sequence[str]) -> list[FoundFile] | None:
+    """The files of a case; None where its id is no file name, or a file of it lies elsewhere."""
+    images = entry.get("images") if isinstance(entry, dict) else None
+    if not isinstance(images, list) or not is_file_name(case_id):
+        return None
+    kinds = dict(zip(names, images, strict=False))
+    if entry.get("label"):
+        kinds[LABEL] = entry["label"]
+    paths = {kind: inside(folder, image) for kind, image in kinds.items()}
+    files = [FoundFile(case_id, folder, kind, ImageFile(path)) for kind, path in paths.items() if path is not None]
+    return files if len(files) == len(paths) else None
 
 
 def _order(kinds: Iterable[str], names: Sequence[str]) -> tuple[str, ...]:
