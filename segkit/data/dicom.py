@@ -8,21 +8,24 @@ Nothing but geometry and voxels leaves this file; names, dates and numbers of th
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from segkit.data.dicom_outline import Outline, outline_of
 from segkit.data.headers import (
+    COPY_AGAIN,
     ImageHeader,
     explained,
     is_usable,
     pick_channel,
     plain_numbers,
     refuse_implausible,
-    require_file,
 )
 from segkit.data.itk import LPS_TO_RAS
 from segkit.data.volume import Grid
@@ -36,6 +39,9 @@ FEWEST_SLICES = 4
 
 _POSITION, _ORIENTATION, _PIXEL_SPACING = "0020|0032", "0020|0037", "0028|0030"
 _FRAMES = "0028|0008"
+_IMAGE_IO = "GDCMImageIO"
+_PACKED_SLACK_BYTES = 2**16
+"""JPEG 2000 packs an empty slice of 512 x 512 pixels into 200 bytes."""
 _GAP_TOLERANCE = 0.1
 """Two distances between neighbours may differ by this share of the usual one; scanners round to about 0.001 mm."""
 _LARGEST_TILT_DEGREES = 0.5
@@ -74,16 +80,17 @@ def is_dicom_file(path: Path) -> bool:
 
 def holds_frames(path: Path) -> bool:
     """Does a DICOM file hold several slices, as enhanced files do? Any failure to read is a no."""
-    import SimpleITK
-
-    reader = SimpleITK.ImageFileReader()
-    reader.SetFileName(str(path))
+    try:
+        outline = outline_of(path)
+    except DataError:
+        return False
+    reader = _reader(path)
     try:
         reader.ReadImageInformation()
     except RuntimeError:
         return False
     size = reader.GetSize()
-    return len(size) > 2 and size[2] > 1
+    return outline is not None and len(size) > 2 and size[2] > 1
 
 
 def open_series(folder: Path) -> ImageHeader:
@@ -108,46 +115,46 @@ def frames_of(source: Path) -> list[Frame]:
 
 def _files_of_series(folder: Path) -> list[Path]:
     """The files of the one series in a folder; DataError where there are none or several."""
-    import SimpleITK
-
+    series: dict[str, list[Path]] = defaultdict(list)
     with explained(folder):
-        series = SimpleITK.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)) if any(folder.iterdir()) else ()
-        if not series:
-            raise DataError(
-                "the folder holds no DICOM images", where=folder, expected="an image file or a folder of DICOM slices"
-            )
-        files = [SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), name) for name in series]
-        if len(files) > 1:
-            counts = ", ".join(str(len(names)) for names in files)
-            raise DataError(
-                f"the folder holds {len(files)} DICOM series ({counts} files)",
-                where=folder,
-                expected="one series",
-                remedy="Put each series into a folder of its own",
-            )
-    return [Path(name) for name in files[0]]
+        for path in sorted(path for path in folder.iterdir() if path.is_file() and path.stat().st_size):
+            outline = outline_of(path)
+            if outline is not None and outline.pixel_bytes:
+                series[outline.series].append(path)
+    if not series:
+        raise DataError(
+            "the folder holds no DICOM images", where=folder, expected="an image file or a folder of DICOM slices"
+        )
+    if len(series) > 1:
+        counts = ", ".join(str(len(paths)) for paths in series.values())
+        raise DataError(
+            f"the folder holds {len(series)} DICOM series ({counts} files)",
+            where=folder,
+            expected="one series",
+            remedy="Put each series into a folder of its own",
+        )
+    return next(iter(series.values()))
 
 
 def open_frames(path: Path) -> ImageHeader:
     """The header of an enhanced multi-frame file; needs pydicom, for ITK does not tell where each frame lies."""
     import SimpleITK
 
-    size = require_file(path)
+    outline = _image_outline(path)
     with explained(path):
-        reader = SimpleITK.ImageFileReader()
-        reader.SetFileName(str(path))
+        reader = _reader(path)
         reader.ReadImageInformation()
         frames = int(reader.GetMetaData(_FRAMES)) if reader.HasMetaDataKey(_FRAMES) else 1
         if frames < FEWEST_SLICES:
             raise _too_few(path, frames)
-        refuse_implausible(path, reader.GetSize(), bytes_per_voxel=0, stored_bytes=size, is_compressed=True)
+        _refuse_larger_than_stored(path, reader.GetSize(), outline)
         slices = _slices_of_frames(path)
         order, grid = _regular_grid(path, slices)
 
     def read(channel: int | None) -> AnyArray:
         pick_channel(path, 1, channel)
         with explained(path):
-            voxels = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))
+            voxels = SimpleITK.GetArrayFromImage(_reader(path).Execute())
             stack = voxels.T.reshape(grid.shape, order="F")  # (D, H, W), the frames in the order of the file
         return plain_numbers(stack[..., order], path)
 
@@ -167,6 +174,7 @@ def _open_slices(folder: Path, paths: Sequence[Path]) -> ImageHeader:
         pick_channel(folder, 1, channel)
         with explained(folder):
             reader = SimpleITK.ImageSeriesReader()
+            reader.SetImageIO(_IMAGE_IO)
             reader.SetFileNames(names)
             voxels = SimpleITK.GetArrayFromImage(reader.Execute())
             if voxels.ndim != 3:
@@ -177,13 +185,11 @@ def _open_slices(folder: Path, paths: Sequence[Path]) -> ImageHeader:
 
 
 def _slice_of_file(path: Path) -> _Slice:
-    import SimpleITK
-
-    require_file(path)
+    outline = _image_outline(path)
     with explained(path):
-        reader = SimpleITK.ImageFileReader()
-        reader.SetFileName(str(path))
+        reader = _reader(path)
         reader.ReadImageInformation()
+        _refuse_larger_than_stored(path, reader.GetSize(), outline)
         if not (reader.HasMetaDataKey(_POSITION) and reader.HasMetaDataKey(_ORIENTATION)):
             raise _no_position(path)
         columns, rows = reader.GetSize()[:2]
@@ -194,6 +200,29 @@ def _slice_of_file(path: Path) -> _Slice:
             spacing_mm=(spacing[1], spacing[0]),  # DICOM names the distance of the rows first
             shape=(columns, rows),
         )
+
+
+def _reader(path: Path) -> Any:
+    """A reader of DICOM and of nothing else, whatever the file may look like."""
+    import SimpleITK
+
+    reader = SimpleITK.ImageFileReader()
+    reader.SetImageIO(_IMAGE_IO)
+    reader.SetFileName(str(path))
+    return reader
+
+
+def _image_outline(path: Path) -> Outline:
+    outline = outline_of(path)
+    if outline is None:
+        raise DataError("this is no DICOM file, whatever its name says", where=path, remedy=COPY_AGAIN)
+    return outline
+
+
+def _refuse_larger_than_stored(path: Path, shape: Sequence[int], outline: Outline) -> None:
+    """Refuse frames for which the file cannot hold the pixels; there is at least one bit of each."""
+    stored = outline.pixel_bytes + _PACKED_SLACK_BYTES if outline.is_packed else 8 * outline.pixel_bytes
+    refuse_implausible(path, shape, bytes_per_voxel=1, stored_bytes=stored, is_compressed=outline.is_packed)
 
 
 def _slices_of_frames(path: Path) -> list[_Slice]:
