@@ -17,7 +17,6 @@ from segkit.data.preprocessing import Crop, Normalisation, PreprocessingConfig
 from segkit.errors import CheckpointError
 from segkit.labels import LabelScheme, Output, scheme_from_json
 
-
 _LARGEST_ARGUMENT = 8192
 """Beyond any width, depth or number of steps; a network of more would fill the memory before its weights are read."""
 _MOST_CHANNELS = 1024

@@ -1,13 +1,21 @@
-"""NRRD and MetaImage files through SimpleITK, with ITK's LPS world turned into the RAS world of our affines."""
+"""NRRD and MetaImage files through SimpleITK, with ITK's LPS world turned into the RAS world of our affines.
+
+Both formats may name another file that holds the voxels, wherever it lies. Of that only the pair of .mhd and a file
+beside it is read: a scan from elsewhere must not make a picture of whatever file its reader may open.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from segkit.data.case import is_file_name
 from segkit.data.headers import (
+    COPY_AGAIN,
     ImageHeader,
     explained,
     is_usable,
@@ -22,6 +30,11 @@ from segkit.shapes import Affine, AnyArray
 
 ITK_SUFFIXES = (".nrrd", ".mha", ".mhd")
 
+_IMAGE_IO = {".nrrd": "NrrdImageIO", ".mha": "MetaImageIO", ".mhd": "MetaImageIO"}
+_LONGEST_HEADER_BYTES = 1 << 20
+_NRRD_POINTER = re.compile(rb"^\s*data[ \t]*file[ \t]*:(?!=)", re.IGNORECASE | re.MULTILINE)
+_META_POINTER = re.compile(rb"^\s*ElementDataFile\s*[=:][ \t]*([^\r\n]*)", re.IGNORECASE | re.MULTILINE)
+
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """ITK's world grows to the patient's Left and Posterior, NIfTI's to the Right and Anterior; up is up in both."""
 
@@ -32,8 +45,8 @@ def open_itk(path: Path) -> ImageHeader:
 
     size = require_file(path)
     with explained(path):
-        reader = SimpleITK.ImageFileReader()
-        reader.SetFileName(str(path))
+        stored_bytes = _stored_bytes(path, size)
+        reader = _reader(path)
         reader.ReadImageInformation()
         shape = reader.GetSize()
         components = reader.GetNumberOfComponents()
@@ -41,7 +54,7 @@ def open_itk(path: Path) -> ImageHeader:
             path,
             (*shape, components),
             bytes_per_voxel=_bytes_per_voxel(reader.GetPixelID()),
-            stored_bytes=_stored_bytes(path, size),
+            stored_bytes=stored_bytes,
             is_compressed=True,  # or not: the header says so only in the format's own words
         )
         affine = affine_from_itk(reader.GetOrigin(), reader.GetSpacing(), reader.GetDirection())
@@ -53,7 +66,7 @@ def open_itk(path: Path) -> ImageHeader:
     def read(channel: int | None) -> AnyArray:
         picked = pick_channel(path, channels, channel)
         with explained(path):
-            voxels = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))
+            voxels = SimpleITK.GetArrayFromImage(_reader(path).Execute())
         # ITK gives ([time,] z, y, x [, component]), so that the transpose is ([component,] x, y, z [, time]).
         planes = voxels.T.reshape(components, *spatial, -1, order="F")  # (component, D, H, W, time)
         component, time = (picked, 0) if components > 1 else (0, picked)
@@ -88,20 +101,54 @@ def affine_from_itk(origin: Sequence[float], spacing: Sequence[float], direction
     return LPS_TO_RAS @ affine
 
 
+def _elsewhere(path: Path, named: str) -> DataError:
+    return DataError(
+        f"its header says that the voxels lie in {named}",
+        where=path,
+        expected="voxels in the file itself, or of a .mhd in one file beside it",
+        remedy="Save the image again as one file",
+    )
+
+
 def _bytes_per_voxel(pixel_id: int) -> int:
     import SimpleITK
 
     return int(SimpleITK.Image(1, 1, 1, pixel_id).GetSizeOfPixelComponent())
 
 
+def _reader(path: Path) -> Any:
+    """A reader of the format that the suffix names and of no other, whatever the file may look like."""
+    import SimpleITK
+
+    reader = SimpleITK.ImageFileReader()
+    reader.SetImageIO(_IMAGE_IO[path.suffix.lower()])
+    reader.SetFileName(str(path))
+    return reader
+
+
 def _stored_bytes(path: Path, size: int) -> int:
-    """The bytes that hold the voxels: for .mhd those of the file that its last line names."""
-    if path.suffix.lower() != ".mhd":
+    """The bytes that hold the voxels: those of the file itself, or of the one beside it that a .mhd names.
+
+    Raises:
+        DataError: the header says that the voxels lie anywhere else, or nothing.
+    """
+    with path.open("rb") as stream:
+        header = stream.read(_LONGEST_HEADER_BYTES)
+    if path.suffix.lower() == ".nrrd":
+        if not header.startswith(b"NRRD"):
+            raise DataError("the file does not begin like an NRRD file", where=path, remedy=COPY_AGAIN)
+        end = re.search(rb"\r?\n\r?\n", header)
+        if _NRRD_POINTER.search(header[: end.start() if end else None]):
+            raise _elsewhere(path, "another file")
         return size
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    named = next((line.partition("=")[2].strip() for line in lines if line.startswith("ElementDataFile")), "LOCAL")
-    if named == "LOCAL":
+    pointer = _META_POINTER.search(header)
+    if pointer is None:
+        raise DataError("the file does not begin like a MetaImage", where=path, remedy=COPY_AGAIN)
+    named = pointer[1].decode("utf-8", "replace").strip()
+    if named.upper() == "LOCAL":
         return size
+    if path.suffix.lower() == ".mha" or not is_file_name(named) or "%" in named or named.upper().startswith("LIST"):
+        raise _elsewhere(path, repr(named))
     data = path.parent / named
     if not data.is_file():
         raise DataError(

@@ -40,6 +40,8 @@ _logger = logging.getLogger(__name__)
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _CHUNK_BYTES = 1 << 24
+_MOST_BYTES_AROUND = 1 << 26
+"""Before and behind the voxels: header extensions hold a few MB at most, and gzip packs gigabytes into one."""
 _LONGEST_QUATERNION = 1.001
 """A unit quaternion that was rounded may be a little longer than 1; nibabel allows single precision and no more."""
 _MM_PER_UNIT = {1: 1000.0, 3: 0.001}
@@ -85,8 +87,7 @@ class _Storage:
         with explained(self.path), _opened(self.path, self.is_compressed) as stream:
             stream.seek(self.offset + picked * voxels.nbytes)
             _fill(stream, voxels.view(np.uint8), self.path)
-            while stream.read(_CHUNK_BYTES):
-                pass  # only at its end does gzip compare the checksum
+            _read_to_end(stream, (self.channels - picked - 1) * voxels.nbytes, self.path)
         return voxels.reshape(self.spatial, order="F")
 
 
@@ -184,6 +185,10 @@ def _storage(path: Path, header: _VoxelHeader, size: int, is_compressed: bool) -
     """Where the voxels lie, judged: nothing has been allocated so far."""
     shape = tuple(int(length) for length in header.get_data_shape())
     dtype, offset = header.get_data_dtype(), int(header.get_data_offset())
+    if not 0 <= offset <= _MOST_BYTES_AROUND:
+        raise DataError(
+            f"the header says that the voxels begin at byte {offset}", where=path, expected="a few hundred bytes"
+        )
     stored = size if is_compressed else size - offset
     refuse_implausible(path, shape, bytes_per_voxel=dtype.itemsize, stored_bytes=stored, is_compressed=is_compressed)
     if len(shape) < 2:
@@ -272,6 +277,19 @@ def _is_gzip(path: Path) -> bool:
 
 def _opened(path: Path, is_compressed: bool) -> IO[bytes] | gzip.GzipFile:
     return gzip.open(path, "rb") if is_compressed else path.open("rb")
+
+
+def _read_to_end(stream: IO[bytes] | gzip.GzipFile, expected: int, path: Path) -> None:
+    """Reads what is left, of which `expected` bytes are voxels: only at its end does gzip compare the checksum."""
+    left = expected + _MOST_BYTES_AROUND
+    while chunk := stream.read(_CHUNK_BYTES):
+        left -= len(chunk)
+        if left < 0:
+            raise DataError(
+                f"behind its voxels the file unpacks to more than {_MOST_BYTES_AROUND} bytes of something else",
+                where=path,
+                remedy=f"Do not trust it. {COPY_AGAIN}",
+            )
 
 
 def _fill(stream: IO[bytes] | gzip.GzipFile, target: NDArray[np.uint8], path: Path) -> None:

@@ -19,6 +19,9 @@ from segkit.data.volume import Grid
 from segkit.errors import DataError
 from segkit.shapes import AnyArray
 
+_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF")
+"""PIL chooses by content and knows forty more formats, one of which (EPS) is a program that another program runs."""
+
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif")
 
 _GREY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F"})
@@ -30,7 +33,7 @@ def open_picture(path: Path) -> ImageHeader:
     channels = 1 if mode in _GREY_MODES or has_grey_palette else 3
 
     def read(channel: int | None) -> AnyArray:
-        with explained(path), PIL.Image.open(path) as picture:
+        with explained(path), PIL.Image.open(path, formats=_FORMATS) as picture:
             if channels == 1:
                 # A grey picture among coloured ones has the same grey in all three planes.
                 pick_channel(path, 3, channel or 0)
@@ -49,7 +52,7 @@ def open_mask(path: Path) -> ImageHeader:
     picture_header = open_picture(path)
 
     def read(channel: int | None) -> AnyArray:
-        with explained(path), PIL.Image.open(path) as picture:
+        with explained(path), PIL.Image.open(path, formats=_FORMATS) as picture:
             if picture.mode in ("1", "P"):
                 return np.asarray(picture).astype(np.uint8)
         return picture_header.read(channel)
@@ -65,7 +68,7 @@ def save_picture(path: Path, array: AnyArray) -> None:
 def _look(path: Path) -> tuple[Grid, str, bool]:
     """The grid (H, W), PIL's mode, and whether the picture has a palette of greys alone."""
     size = require_file(path)
-    with explained(path), PIL.Image.open(path) as picture:
+    with explained(path), PIL.Image.open(path, formats=_FORMATS) as picture:
         width, height = picture.size
         # Pictures pack an even colour into next to nothing, so that only the count can be judged.
         refuse_implausible(path, (height, width), bytes_per_voxel=0, stored_bytes=size, is_compressed=True)

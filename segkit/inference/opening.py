@@ -11,7 +11,8 @@ import importlib.util
 import logging
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ import numpy as np
 from segkit.checkpoint.card import GraphCard, ModelCard
 from segkit.checkpoint.digest import file_sha256
 from segkit.errors import CheckpointError, RequestError, is_memory_error
-from segkit.inference.backends import Backend, TorchBackend, installed_backends, open_graph
+from segkit.inference.backends import Array, Backend, TorchBackend, installed_backends, open_graph
+from segkit.inference.graph_check import require_harmless
 from segkit.runtime import cache_folder, has_memory_limit, keep_freed_memory, may_have_gpu, pick_device, room_mb
 
 GRAPH_NAME = "model.onnx"
@@ -89,10 +91,46 @@ def _open_export(folder: Path, card: ModelCard, name: str, window: tuple[int, ..
     if name == "auto" and graph.seconds:
         installed = [backend for backend in graph.seconds if backend in installed_backends()]
         name = min(installed, key=graph.seconds.__getitem__, default=name)
-    return open_graph(folder / graph.file, name, threads=threads)
+    path = folder / graph.file
+    require_harmless(path, graph.sha256)
+    with _explained(path):
+        return GuardedBackend(open_graph(path, name, threads=threads), path)
+
+
+class GuardedBackend:
+    """The runtime of a graph from elsewhere; what it fails over becomes a sentence that names the file."""
+
+    def __init__(self, backend: Backend, path: Path) -> None:
+        self.name = backend.name
+        self._backend = backend
+        self._path = path
+
+    def __call__(self, windows: Array) -> Array:
+        """Logits (B, K, *window) of windows (B, C, *window).
+
+        Raises:
+            CheckpointError: the graph does not compute them.
+        """
+        with _explained(self._path):
+            return self._backend(windows)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Failures of a runtime, which has exceptions of its own, as a sentence; memory that ran out stays what it is."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, RequestError) or is_memory_error(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        found = f"the graph cannot be computed ({reason})"
+        raise CheckpointError(found, where=path, remedy="Export the model again") from error
 
 
 def _require_whole(folder: Path, graph: GraphCard) -> None:
+    if graph.file not in graph.sha256:
+        raise CheckpointError(f"has no sha256 of {graph.file}", where=folder, remedy="Export the model again")
     for file, digest in graph.sha256.items():
         path = folder / file
         if not path.is_file() or file_sha256(path) != digest:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from segkit.data.case import Cohort, ImageFile
 from segkit.data.layouts.channels import common_modalities
+from segkit.data.layouts.dataset_json import require_label_values, require_shown
 from segkit.data.layouts.layout import (
     FolderOptions,
     FoundFile,
@@ -104,11 +105,14 @@ def _segment_names(listing: Listing) -> dict[str, int]:
     try:
         with table.open(encoding="utf-8-sig", newline="") as stream:
             rows: list[Mapping[str, str]] = list(csv.DictReader(stream, delimiter="\t"))
-        return {row["name"]: int(row["index"]) for row in rows}
+        names = {row["name"]: int(row["index"]) for row in rows}
+        require_shown(names, table)
+        require_label_values({name: (value,) for name, value in names.items()})
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise DataError(
             f"cannot be read ({error})", where=table, expected="tab-separated columns `index` and `name`"
         ) from error
+    return names
 
 
 def _licence(listing: Listing) -> str | None:

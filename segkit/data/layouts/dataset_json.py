@@ -91,7 +91,7 @@ def channel_names(document: Mapping[str, Any], where: Path) -> tuple[str, ...]:
         own = [str(named[str(index)]) for index in range(len(named))]
     except KeyError as error:
         raise DataError(f"has no channel {error} although it names {len(named)}", where=where) from error
-    _require_printable(own, where)
+    require_shown(own, where)
     names = [canonical_modality(name) or name for name in own]
     if len(set(names)) == len(names):
         return tuple(names)
@@ -111,8 +111,8 @@ def document_scheme(
     notes = () if "ignore" not in labels else (_about_ignore(where),)
     try:
         named = _values_by_name(labels)
-        _require_printable(named, where)
-        _require_label_values(named)
+        require_shown(named, where)
+        require_label_values(named)
         regions = {name: values for name, values in named.items() if values != (0,) and name.lower() != "ignore"}
         if any(len(values) > 1 for values in regions.values()):
             order = [int(value) for value in document["regions_class_order"]]
@@ -137,15 +137,16 @@ def _values_by_name(labels: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _require_label_values(named: Mapping[str, tuple[int, ...]]) -> None:
+def require_label_values(named: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError where a label value is none that a mask can hold, or a region has none."""
     strays = [value for values in named.values() for value in values if not 0 <= value <= 255]
     if strays or not all(named.values()):
         raise ValueError(f"values are {strays[:5]}, not from 0 to 255" if strays else "a region without values")
 
 
-def _require_printable(names: Iterable[str], where: Path) -> None:
+def require_shown(names: Iterable[str], where: Path) -> None:
     """Names of channels and labels become names of files and words on terminals."""
-    odd = [name for name in names if not name or not name.isprintable()]
+    odd = [name for name in names if not (isinstance(name, str) and name and name.isprintable())]
     if odd:
         raise DataError(f"holds names that cannot be shown: {odd[:3]}", where=where, expected="printable names")
 

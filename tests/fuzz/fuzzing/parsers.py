@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 from fuzzing import mutators, seeds
 
@@ -74,6 +73,7 @@ def _volume(_: Path, path: Path) -> None:
 
 def _copy_of_volume(folder: Path, path: Path) -> None:
     import numpy as np
+
     from segkit.data.files import read_grid, rewrite_image, suffix_of
 
     _volume(folder, path)
@@ -104,6 +104,7 @@ def _frames(folder: Path, path: Path) -> None:
 
 def _seg(folder: Path, _: Path) -> None:
     import numpy as np
+
     from segkit.data.dicom_seg import write_dicom_seg
     from segkit.data.files import read_grid
 
@@ -117,7 +118,7 @@ def _seg(folder: Path, _: Path) -> None:
 
 
 def _config(_: Path, path: Path) -> None:
-    from segkit.config.loading import annotated_yaml, build_config, parse_overrides, read_yaml
+    from segkit.config.loading import annotated_yaml, build_config, read_yaml
     from segkit.training.config import TrainConfig
 
     document = read_yaml(path)
@@ -207,6 +208,7 @@ def _result(folder: Path, _: Path) -> None:
 
 def _graph(folder: Path, path: Path, backend: str) -> None:
     import numpy as np
+
     from segkit.checkpoint.card import ModelCard
     from segkit.inference.opening import open_backend
 
@@ -241,6 +243,7 @@ def _volumes(*names: str) -> Callable[[], Files]:
 
 def _cards_weights() -> Files:
     import safetensors.torch
+
     from segkit.checkpoint.card import ModelCard
     from segkit.checkpoint.model import build_network
 
@@ -249,8 +252,9 @@ def _cards_weights() -> Files:
 
 
 def _result_seeds() -> list[Files]:
-    import segkit
     import torch
+
+    import segkit
 
     strides = ((1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 1, 1), (1, 1, 1))
     network = segkit.build_model("stunet", in_channels=1, out_channels=3, width=1, depth=1, strides=strides)
@@ -294,14 +298,58 @@ _META_WORDS = (
     *(b"HeaderSize = -1\n", b"HeaderSize = 999999999\n", b"TransformMatrix = 0 0 0 0 0 0 0 0 0\n", b"BinaryData = "),
 )
 _YAML_WORDS = (
-    *(b"&a ", b"*a", b"<<: *a", b"!!python/object/apply:os.system ['true']\n", b"!!python/name:os.system", b"? ", b"- "),
-    *(b"{", b"[", b"]", b"}", b": ", b"\n  ", b"!!binary x", b"!!timestamp x", b"!!int x", b"!!set {a, b}", b"2001-99-99"),
+    *(
+        b"&a ",
+        b"*a",
+        b"<<: *a",
+        b"!!python/object/apply:os.system ['true']\n",
+        b"!!python/name:os.system",
+        b"? ",
+        b"- ",
+    ),
+    *(
+        b"{",
+        b"[",
+        b"]",
+        b"}",
+        b": ",
+        b"\n  ",
+        b"!!binary x",
+        b"!!timestamp x",
+        b"!!int x",
+        b"!!set {a, b}",
+        b"2001-99-99",
+    ),
     *(b"9" * 5000, b".inf", b".nan", b"1:99:99", b"'", b'"', b"| \n", b"%YAML 9.9\n---\n", b"---\n", b"\t", b"\x00"),
 )
-_JSON_WORDS = (b"NaN", b"Infinity", b"1e999", b"9" * 5000, b"[" * 3000, b'{"a":' * 500, b'"\\ud800"', b"\\u0000", b"null")
+_JSON_WORDS = (
+    b"NaN",
+    b"Infinity",
+    b"1e999",
+    b"9" * 5000,
+    b"[" * 3000,
+    b'{"a":' * 500,
+    b'"\\ud800"',
+    b"\\u0000",
+    b"null",
+)
 _PICKLE_WORDS = (
-    *(b"cos\nsystem\n", b"\x8c\x02os\x8c\x06system\x93", b"cposix\nsystem\n", b"cbuiltins\neval\n", b"R", b"b", b"\x81"),
-    *(b"cnumpy\nndarray\n", b"cnumpy\ndtype\n", b"cnumpy.core.multiarray\nscalar\n", b"(K\x01K\x01t", b"X\x01\x00\x00\x00O"),
+    *(
+        b"cos\nsystem\n",
+        b"\x8c\x02os\x8c\x06system\x93",
+        b"cposix\nsystem\n",
+        b"cbuiltins\neval\n",
+        b"R",
+        b"b",
+        b"\x81",
+    ),
+    *(
+        b"cnumpy\nndarray\n",
+        b"cnumpy\ndtype\n",
+        b"cnumpy.core.multiarray\nscalar\n",
+        b"(K\x01K\x01t",
+        b"X\x01\x00\x00\x00O",
+    ),
     *(b"ctorch._utils\n_rebuild_tensor_v2\n", b"c_codecs\nencode\n", b"N", b")", b"}", b"]", b"h\x00", b"q\x00", b"."),
 )
 _NAME_WORDS = (b"../", b"/", b"..\\", b"C:", b"\x00", b"\n", b"con", b".", b"~", b"\xff")
@@ -312,8 +360,10 @@ PARSERS: dict[str, Parser] = {
     for parser in (
         Parser(
             "nifti",
-            lambda: [{"x.nii": make()} for make in _NIFTI_SEEDS]
-            + [{"x.nii.gz": seeds.packed(make())} for make in _NIFTI_SEEDS],
+            lambda: (
+                [{"x.nii": make()} for make in _NIFTI_SEEDS]
+                + [{"x.nii.gz": seeds.packed(make())} for make in _NIFTI_SEEDS]
+            ),
             {".gz": _gzip(_header(560)), "": _header(560)},
             _copy_of_volume,
         ),
@@ -331,8 +381,10 @@ PARSERS: dict[str, Parser] = {
         ),
         Parser(
             "metaimage",
-            lambda: [{"x.mha": seeds.itk(".mha", is_compressed=packed)} for packed in (False, True)]
-            + [{"x.mhd": seeds.itk(".mhd", is_compressed=False), "seed.raw": bytes(48)}],
+            lambda: (
+                [{"x.mha": seeds.itk(".mha", is_compressed=packed)} for packed in (False, True)]
+                + [{"x.mhd": seeds.itk(".mhd", is_compressed=False), "seed.raw": bytes(48)}]
+            ),
             {"": _bytes(*_META_WORDS)},
             _volume,
         ),
@@ -355,9 +407,7 @@ PARSERS: dict[str, Parser] = {
             _series,
         ),
         Parser("dicom-frames", lambda: [{"x.dcm": seeds.dicom_frames()}], {"": _bytes()}, _frames),
-        Parser(
-            "dicom-seg", lambda: [{f"{n}.dcm": seeds.dicom_slice(n) for n in range(5)}], {"": _bytes()}, _seg
-        ),
+        Parser("dicom-seg", lambda: [{f"{n}.dcm": seeds.dicom_slice(n) for n in range(5)}], {"": _bytes()}, _seg),
         Parser("config", lambda: [{"config.yaml": seeds.CONFIG.encode()}], {"": _bytes(*_YAML_WORDS)}, _config),
         Parser(
             "override",
@@ -370,7 +420,10 @@ PARSERS: dict[str, Parser] = {
             lambda: [{"dataset.json": seeds.as_json(seeds.DATASET_MSD)}],
             {"": partial(mutators.mutated_json, words=_JSON_WORDS)},
             _cohort,
-            _volumes(*(f"images{'Ts' if n == 'c' else 'Tr'}/{n}.nii.gz" for n in "abc"), *(f"labelsTr/{n}.nii.gz" for n in "ab")),
+            _volumes(
+                *(f"images{'Ts' if n == 'c' else 'Tr'}/{n}.nii.gz" for n in "abc"),
+                *(f"labelsTr/{n}.nii.gz" for n in "ab"),
+            ),
         ),
         Parser(
             "dataset-json-nnunet",
@@ -407,15 +460,21 @@ PARSERS: dict[str, Parser] = {
         ),
         Parser(
             "tar",
-            lambda: [{"x.tar": seeds.taped({"p/a.nii": b"one", "p/b.nii": bytes(2000)})}]
-            + [{"x.tar.gz": seeds.packed(seeds.taped({"p/a.nii": b"one", "p/b.nii": bytes(2000)}))}],
+            lambda: (
+                [{"x.tar": seeds.taped({"p/a.nii": b"one", "p/b.nii": bytes(2000)})}]
+                + [{"x.tar.gz": seeds.packed(seeds.taped({"p/a.nii": b"one", "p/b.nii": bytes(2000)}))}]
+            ),
             {".gz": _gzip(_header(1600)), "": _header(1600)},
             _archive,
         ),
         Parser(
             "safetensors",
             lambda: [{"x.safetensors": seeds.safetensors_file()}],
-            {"": _bytes(b'"dtype":"F8_E8M0"', b'"dtype":"BF16"', b"[1000000000000]", b"[0]", b"[-1]", b'"__metadata__"')},
+            {
+                "": _bytes(
+                    b'"dtype":"F8_E8M0"', b'"dtype":"BF16"', b"[1000000000000]", b"[0]", b"[-1]", b'"__metadata__"'
+                )
+            },
             _weights,
         ),
         Parser(
@@ -439,7 +498,10 @@ PARSERS: dict[str, Parser] = {
         Parser(
             "nnunet-result",
             _result_seeds,
-            {".json": partial(mutators.mutated_json, words=_JSON_WORDS), "": partial(mutators.mutated_zip_member, suffix=".pkl", words=_PICKLE_WORDS)},
+            {
+                ".json": partial(mutators.mutated_json, words=_JSON_WORDS),
+                "": partial(mutators.mutated_zip_member, suffix=".pkl", words=_PICKLE_WORDS),
+            },
             _result,
         ),
         *(

@@ -100,7 +100,9 @@ def _outcome(parser: Parser, files: Files, first: str) -> tuple[str, Any]:
         except RecursionError as error:
             outcome, words = "defect", f"RecursionError: {error} | {_place(error)}"
         grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-        strays = [path for path in (*Path(outer).iterdir(), *(Path(outer) / "a").iterdir()) if path.name not in "a input"]
+        strays = [
+            path for path in (*Path(outer).iterdir(), *(Path(outer) / "a").iterdir()) if path.name not in "a input"
+        ]
         if canary.exists():
             outcome, words = "defect", "code of the file was run"
             shutil.rmtree(canary, ignore_errors=True)

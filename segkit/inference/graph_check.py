@@ -1,0 +1,122 @@
+"""What an ONNX file may ask its runtime to open, found out before any runtime opens the file itself.
+
+Weights may lie in files of their own, which the graph names by path: a runtime would follow `../../etc/passwd`. OpenVINO
+besides tries one format after another on what is no ONNX file. So the file is walked here as the protocol buffer that
+it has to be (field numbers of onnx.proto, encoding of protobuf.dev), without any library.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Collection, Iterator, Mapping
+from math import prod
+from pathlib import Path
+
+from segkit.errors import CheckpointError
+
+_PARTS: Mapping[str, Mapping[int, str]] = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "function": {7: "node", 11: "attribute"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+    "tensor": {13: "entry"},
+}
+"""Message -> number of a field -> the message in it, for all that can lead to a tensor."""
+_DIMENSIONS, _KEY, _VALUE = 1, 1, 2
+_VARINT, _EIGHT_BYTES, _TEXT, _FOUR_BYTES = 0, 1, 2, 5
+_DEEPEST = 64
+_MOST_VALUES_PER_BYTE = 2
+"""Of the narrowest type, of 4 bits."""
+
+
+def require_harmless(path: Path, files: Collection[str]) -> None:
+    """Do nothing if a graph reads no file but those named, all beside it, and claims no more weights than they hold.
+
+    Raises:
+        CheckpointError: as said, or it is no ONNX file.
+    """
+    stored = sum((path.parent / name).stat().st_size for name in {path.name, *files})
+    if path.stat().st_size == 0:
+        raise _no_graph(path)
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            _Walk(path, data, files, stored).message("model", 0, len(data), 0)
+        except (IndexError, ValueError) as error:
+            raise _no_graph(path) from error
+
+
+class _Walk:
+    def __init__(self, path: Path, data: mmap.mmap, files: Collection[str], stored: int) -> None:
+        self.path, self.data, self.files, self.stored = path, data, files, stored
+
+    def message(self, kind: str, place: int, end: int, depth: int) -> None:
+        """Walk over a message and what it holds."""
+        if depth > _DEEPEST:
+            raise ValueError("nested too deeply")
+        parts = _PARTS.get(kind, {})
+        shape: list[int] = []
+        entry: dict[int, bytes] = {}
+        for number, value, start, stop in self._fields(place, end):
+            if number in parts and start < stop:
+                self.message(parts[number], start, stop, depth + 1)
+            elif kind == "tensor" and number == _DIMENSIONS:
+                shape += self._varints(start, stop) if value is None else [value]
+            elif kind == "entry" and number in (_KEY, _VALUE):
+                entry[number] = self.data[start:stop]
+        if kind == "entry" and entry.get(_KEY) == b"location":
+            self._require_known(entry.get(_VALUE, b"").decode("utf-8", "replace"))
+        if prod(shape) > _MOST_VALUES_PER_BYTE * self.stored:
+            raise CheckpointError(
+                f"the graph claims weights of {' x '.join(map(str, shape))} values",
+                where=self.path,
+                expected=f"no more than its files of {self.stored} bytes hold",
+                remedy="Export the model again",
+            )
+
+    def _require_known(self, location: str) -> None:
+        if location not in self.files:
+            raise CheckpointError(
+                f"the graph keeps weights in {location!r}",
+                where=self.path,
+                expected="the files that model.json lists, beside it",
+                remedy="Do not trust it; export the model again",
+            )
+
+    def _fields(self, place: int, end: int) -> Iterator[tuple[int, int | None, int, int]]:
+        """Number and value of each field of a message; of a text instead of a value where it starts and stops."""
+        while place < end:
+            key, place = self._varint(place)
+            number, kind = key >> 3, key & 7
+            value, length = None, {_EIGHT_BYTES: 8, _FOUR_BYTES: 4}.get(kind, 0)
+            if kind == _VARINT:
+                value, place = self._varint(place)
+            elif kind == _TEXT:
+                length, place = self._varint(place)
+            elif not length:
+                raise ValueError("a kind of field that is not in use")
+            if number == 0 or length > end - place:
+                raise ValueError("a field that is longer than its message")
+            yield number, value, place, place + (length if kind == _TEXT else 0)
+            place += length
+
+    def _varints(self, place: int, end: int) -> Iterator[int]:
+        while place < end:
+            value, place = self._varint(place)
+            yield value
+
+    def _varint(self, place: int) -> tuple[int, int]:
+        value = 0
+        for shift in range(0, 70, 7):
+            byte = self.data[place]
+            place += 1
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value, place
+        raise ValueError("a number without an end")
+
+
+def _no_graph(path: Path) -> CheckpointError:
+    return CheckpointError("is no ONNX file, or is damaged", where=path, remedy="Copy the whole folder again")
