@@ -15,7 +15,7 @@ from torch import Tensor
 
 from segkit.checkpoint.card import ModelCard, NetworkCard, OutputCard, SchemeCard, TrainingData
 from segkit.checkpoint.digest import file_sha256
-from segkit.checkpoint.nnunet_plans import ResultPlan, read_plan
+from segkit.checkpoint.nnunet_plans import MISFITS, ResultPlan, not_understood, read_plan
 from segkit.checkpoint.tensors import named_tensors, read_torch
 from segkit.data.layouts.dataset_json import channel_names, document_scheme
 from segkit.data.layouts.layout import FolderOptions
@@ -74,6 +74,13 @@ def make_card(fold: Path) -> ModelCard:
             normalised in a way that segkit has not.
     """
     path = checkpoint_path(fold)
+    try:
+        return _make_card(path)
+    except MISFITS as error:
+        raise not_understood(path, error) from error
+
+
+def _make_card(path: Path) -> ModelCard:
     document = read_torch(path, is_mapped=True)
     plan = read_plan(path, document if isinstance(document, Mapping) else {})
     if not plan.trainer.startswith("STUNetTrainer"):

@@ -7,15 +7,18 @@ it becomes an orientation, so that the network sees the axes that it was trained
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from segkit.checkpoint.tensors import read_plain_pickle
-from segkit.errors import CheckpointError
+from segkit.data.layouts.listing import read_document
+from segkit.errors import CheckpointError, DataError
 from segkit.models.stunet_labels import RELEASED_LABELS
+
+MISFITS = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+"""What plans raise that are not what nnU-Net writes; a configuration may even inherit from itself."""
 
 _STEPS = 5
 """Steps down of a STU-Net, whatever the plan has."""
@@ -61,9 +64,14 @@ def read_plan(checkpoint: Path, document: Mapping[str, Any]) -> ResultPlan:
     """
     try:
         return _version_1(checkpoint) if checkpoint.suffix == ".model" else _version_2(checkpoint, document)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        found = f"its plans cannot be understood ({type(error).__name__}: {error})"
-        raise CheckpointError(found, where=checkpoint, expected="those of nnU-Net 1 or 2") from error
+    except MISFITS as error:
+        raise not_understood(checkpoint, error) from error
+
+
+def not_understood(checkpoint: Path, error: Exception) -> CheckpointError:
+    """What is said of plans that have other entries, or other kinds of entries, than nnU-Net writes."""
+    found = f"its plans cannot be understood ({type(error).__name__}: {error})"
+    return CheckpointError(found, where=checkpoint, expected="those of nnU-Net 1 or 2")
 
 
 def _version_2(checkpoint: Path, document: Mapping[str, Any]) -> ResultPlan:
@@ -149,9 +157,9 @@ def _read_json(path: Path) -> Any:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot be read ({error})", where=path) from error
+        return read_document(path)
+    except DataError as error:
+        raise CheckpointError(error.found, where=path, expected=error.expected) from error
 
 
 def _numbered(mapping: Mapping[Any, Any], number: int) -> Any:

@@ -30,6 +30,7 @@ class NumberArray(np.ndarray[Any, Any]):
     """Stands in for `numpy.ndarray`: empty whatever it is asked for, until it is told its numbers."""
 
     def __new__(cls, *_: object) -> NumberArray:
+        """An empty one."""
         return super().__new__(cls, (0,), np.uint8)
 
     def __setstate__(self, state: Any) -> None:

@@ -1,7 +1,8 @@
 """Reading configurations: YAML files, presets and dotted overrides, with every problem reported at once.
 
-YAML is read as plain values: no tags that make objects, no aliases of whole sections (a few lines of them can stand for
-gigabytes), no key twice. A preset or experiment is a YAML file in `configs/`; it travels in the wheel as `segkit/configs`.
+YAML is read as plain values: no tags that make objects, no aliases of whole sections (a few lines of them can stand
+for gigabytes), no key twice. A preset or experiment is a YAML file in `configs/`; it travels in the wheel as
+`segkit/configs`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What an ONNX file may ask its runtime to open, found out before any runtime opens the file itself.
 
-Weights may lie in files of their own, which the graph names by path: a runtime would follow `../../etc/passwd`. OpenVINO
-besides tries one format after another on what is no ONNX file. So the file is walked here as the protocol buffer that
-it has to be (field numbers of onnx.proto, encoding of protobuf.dev), without any library.
+Weights may lie in files of their own, which the graph names by path: a runtime would follow `../../etc/passwd`.
+OpenVINO besides tries one format after another on what is no ONNX file. So the file is walked here as the protocol
+buffer that it has to be (field numbers of onnx.proto, encoding of protobuf.dev), without any library.
 """
 
 from __future__ import annotations

@@ -45,7 +45,10 @@ def main() -> int:
 
 
 def _row(name: str, tally: Tally) -> str:
-    return f"{name:20} {tally.inputs:6} inputs {tally.accepted:6} accepted {tally.refused:6} refused {len(tally.defects):5} defects"
+    return (
+        f"{name:20} {tally.inputs:6} inputs {tally.accepted:6} accepted {tally.refused:6} refused "
+        f"{len(tally.defects):5} defects"
+    )
 
 
 def _distinct(tally: Tally) -> dict[str, list[int]]:
@@ -56,7 +59,7 @@ def _distinct(tally: Tally) -> dict[str, list[int]]:
         key = re.sub(r"\d+|'[^']*'", "*", words)
         found.setdefault(key, (words, groups[key]))
         groups[key].append(number)
-    return {words: numbers for words, numbers in found.values()}
+    return dict(found.values())
 
 
 if __name__ == "__main__":

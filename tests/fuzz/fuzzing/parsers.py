@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -22,7 +23,8 @@ Files = Mapping[str, bytes]
 class Parser:
     """`seeds` gives honest inputs, `changes` how their first file is changed (by the end of its name, "" for any).
 
-    `read` is called with the folder that holds the files and the first of them; it may raise a SegkitError and no other.
+    `read` is called with the folder that holds the files and the first of them; it may raise a SegkitError and nothing
+    else.
     """
 
     name: str
@@ -65,10 +67,8 @@ def _volume(_: Path, path: Path) -> None:
     assert volume.array.shape == grid.shape
     assert all(length > 0 for length in grid.spacing_mm)
     assert len(grid.orientation) in (0, 3)
-    try:
+    with suppress(DataError):  # an image need not be a label map
         read_labels(path, 0 if channels > 1 else None)
-    except DataError:
-        pass  # an image need not be a label map
 
 
 def _copy_of_volume(folder: Path, path: Path) -> None:
@@ -232,6 +232,10 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def _tape() -> bytes:
+    return seeds.taped({"p/a.nii": b"one", "p/b.nii": bytes(2000)})
+
+
 @cache
 def _plain_volume() -> bytes:
     return seeds.packed(seeds.nifti())
@@ -355,6 +359,9 @@ _PICKLE_WORDS = (
 _NAME_WORDS = (b"../", b"/", b"..\\", b"C:", b"\x00", b"\n", b"con", b".", b"~", b"\xff")
 
 
+_JSON: Change = partial(mutators.mutated_json, words=_JSON_WORDS)
+_PICKLE_IN_ZIP: Change = partial(mutators.mutated_zip_member, suffix=".pkl", words=_PICKLE_WORDS)
+
 PARSERS: dict[str, Parser] = {
     parser.name: parser
     for parser in (
@@ -411,14 +418,14 @@ PARSERS: dict[str, Parser] = {
         Parser("config", lambda: [{"config.yaml": seeds.CONFIG.encode()}], {"": _bytes(*_YAML_WORDS)}, _config),
         Parser(
             "override",
-            lambda: [{"set.txt": b"optimiser.lr=1e-3\ntraining.batch_size=2\ndata.fold=[1, 2]"}],
+            lambda: [{"set.txt": b"data.fold=1\ndata.modalities={t1c: _t1ce}"}],
             {"": _bytes(*_YAML_WORDS, b"=", b".")},
             _override,
         ),
         Parser(
             "dataset-json-msd",
             lambda: [{"dataset.json": seeds.as_json(seeds.DATASET_MSD)}],
-            {"": partial(mutators.mutated_json, words=_JSON_WORDS)},
+            {"": _JSON},
             _cohort,
             _volumes(
                 *(f"images{'Ts' if n == 'c' else 'Tr'}/{n}.nii.gz" for n in "abc"),
@@ -428,7 +435,7 @@ PARSERS: dict[str, Parser] = {
         Parser(
             "dataset-json-nnunet",
             lambda: [{"dataset.json": seeds.as_json(seeds.DATASET_NNUNET)}],
-            {"": partial(mutators.mutated_json, words=_JSON_WORDS)},
+            {"": _JSON},
             _cohort,
             _volumes(*(f"imagesTr/{n}_0000.nii.gz" for n in "ab"), *(f"labelsTr/{n}.nii.gz" for n in "ab")),
         ),
@@ -441,14 +448,14 @@ PARSERS: dict[str, Parser] = {
         Parser(
             "manifest",
             lambda: [{"manifest.json": seeds.as_json(seeds.MANIFEST)}],
-            {"": partial(mutators.mutated_json, words=_JSON_WORDS)},
+            {"": _JSON},
             _manifest,
             _volumes("a.nii.gz", "references/a.nii.gz", "references/b.nii.gz"),
         ),
         Parser(
             "model-card",
             lambda: [{"model.json": seeds.as_json(seeds.CARD)}],
-            {"": partial(mutators.mutated_json, words=_JSON_WORDS)},
+            {"": _JSON},
             _card,
             _cards_weights,
         ),
@@ -460,10 +467,7 @@ PARSERS: dict[str, Parser] = {
         ),
         Parser(
             "tar",
-            lambda: (
-                [{"x.tar": seeds.taped({"p/a.nii": b"one", "p/b.nii": bytes(2000)})}]
-                + [{"x.tar.gz": seeds.packed(seeds.taped({"p/a.nii": b"one", "p/b.nii": bytes(2000)}))}]
-            ),
+            lambda: [{"x.tar": _tape()}, {"x.tar.gz": seeds.packed(_tape())}],
             {".gz": _gzip(_header(1600)), "": _header(1600)},
             _archive,
         ),
@@ -480,7 +484,7 @@ PARSERS: dict[str, Parser] = {
         Parser(
             "torch-zip",
             lambda: [{"x.pth": seeds.torch_file()}],
-            {"": partial(mutators.mutated_zip_member, suffix=".pkl", words=_PICKLE_WORDS)},
+            {"": _PICKLE_IN_ZIP},
             _weights,
         ),
         Parser(
@@ -499,8 +503,8 @@ PARSERS: dict[str, Parser] = {
             "nnunet-result",
             _result_seeds,
             {
-                ".json": partial(mutators.mutated_json, words=_JSON_WORDS),
-                "": partial(mutators.mutated_zip_member, suffix=".pkl", words=_PICKLE_WORDS),
+                ".json": _JSON,
+                "": _PICKLE_IN_ZIP,
             },
             _result,
         ),

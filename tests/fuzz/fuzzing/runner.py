@@ -18,6 +18,11 @@ _SECONDS_TO_PREPARE = 120.0
 
 
 @dataclass
+class _Clock:
+    limit_s: float
+
+
+@dataclass
 class Tally:
     """What became of the inputs of one parser; `defects` are (number, words), `refusals` sentences with their count."""
 
@@ -70,29 +75,29 @@ def _run_worker(jobs: list[list[Any]], tallies: dict[str, Tally]) -> list[list[A
     worker.stdin.write(json.dumps(jobs).encode())
     worker.stdin.close()
     name, number = jobs[0][0], None
-    limit = _SECONDS_TO_PREPARE
-    for line in _lines(worker, lambda: limit):
+    clock = _Clock(_SECONDS_TO_PREPARE)
+    for line in _lines(worker, clock):
         if line is None:
             worker.kill()
             break
         kind, _, rest = line.partition(" ")
         if kind == "prepare":
-            name, limit = rest, _SECONDS_TO_PREPARE
+            name, clock.limit_s = rest, _SECONDS_TO_PREPARE
         elif kind == "begin":
             name, text = rest.rsplit(" ", 1)
             number = int(text)
-            limit = SECONDS_AN_INPUT
+            clock.limit_s = SECONDS_AN_INPUT
         else:
             outcome, _, words = rest.partition(" ")
             tallies[name].note(int(number or 0), outcome, json.loads(words))
-            number, limit = None, _SECONDS_TO_PREPARE
+            number, clock.limit_s = None, _SECONDS_TO_PREPARE
     status = worker.wait()
     if number is None and status == 0:
         return []
     if number is None:
         raise RuntimeError(f"the worker ended with {status} before it read an input of {name}")
     took_too_long = status == -9
-    words = f"took more than {limit:.0f} s" if took_too_long else f"the process died (status {status})"
+    words = f"took more than {clock.limit_s:.0f} s" if took_too_long else f"the process died (status {status})"
     tallies[name].note(number, "defect", words)
     return _after(jobs, name, number)
 
@@ -106,8 +111,8 @@ def _after(jobs: list[list[Any]], name: str, number: int) -> list[list[Any]]:
     return [[name, job[1], number + 1, job[3]], *rest] if number + 1 < job[3] else rest
 
 
-def _lines(worker: subprocess.Popen[bytes], limit: Any) -> Iterable[str | None]:
-    """Lines as they come; None, and no more, where none came for `limit()` seconds."""
+def _lines(worker: subprocess.Popen[bytes], clock: _Clock) -> Iterable[str | None]:
+    """Lines as they come; None, and no more, where none came in the time that the clock gives."""
     assert worker.stdout is not None
     descriptor = worker.stdout.fileno()
     selector = selectors.DefaultSelector()
@@ -119,7 +124,7 @@ def _lines(worker: subprocess.Popen[bytes], limit: Any) -> Iterable[str | None]:
             line, _, buffer = buffer.partition(b"\n")
             since = time.monotonic()
             yield line.decode()
-        if not selector.select(max(0.0, since + limit() - time.monotonic())):
+        if not selector.select(max(0.0, since + clock.limit_s - time.monotonic())):
             yield None
             return
         chunk = os.read(descriptor, 1 << 16)

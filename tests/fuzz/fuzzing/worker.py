@@ -11,7 +11,6 @@ import logging
 import os
 import random
 import resource
-import shutil
 import sys
 import traceback
 import warnings
@@ -72,10 +71,7 @@ def _stored(paths: list[str]) -> Iterator[tuple[int, Files]]:
 
 
 def read_entry(path: Path) -> Files:
-    """An entry of the corpus: a folder of files with the changed one first in the alphabet of `order`, or one file."""
-    if path.is_dir():
-        names = (path / "order.txt").read_text(encoding="utf-8").split()
-        return {name: (path / name).read_bytes() for name in names}
+    """An entry of the corpus, `what-it-is--name`: one file, read under the name behind the two dashes."""
     return {path.name.split("--", 1)[-1]: path.read_bytes()}
 
 
@@ -97,16 +93,12 @@ def _outcome(parser: Parser, files: Files, first: str) -> tuple[str, Any]:
             outcome, words = "refused", str(error)[:2000]
         except Exception as error:
             outcome, words = "defect", f"{type(error).__name__}: {error}"[:300] + " | " + _place(error)
-        except RecursionError as error:
-            outcome, words = "defect", f"RecursionError: {error} | {_place(error)}"
         grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-        strays = [
-            path for path in (*Path(outer).iterdir(), *(Path(outer) / "a").iterdir()) if path.name not in "a input"
-        ]
+        around = (*Path(outer).iterdir(), *folder.parent.iterdir())
+        strays = [path for path in around if path not in (folder, folder.parent)]
         if canary.exists():
             outcome, words = "defect", "code of the file was run"
-            shutil.rmtree(canary, ignore_errors=True)
-            canary.unlink(missing_ok=True)
+            canary.rmdir()
         elif strays:
             outcome, words = "defect", f"written outside its folder: {strays}"
         elif grown > MOST_RESIDENT_BYTES and outcome != "defect":
