@@ -18,6 +18,8 @@ from segkit.data.files import written_atomically
 from segkit.errors import CheckpointError
 from segkit.models.table import build_model
 
+_SPARE_VALUES = 10_000_000
+
 
 def save_model(run_dir: Path, weights: Mapping[str, Tensor], card: ModelCard) -> ModelCard:
     """Write `model.safetensors` and the card that fits it; gives back the card with its digest.
@@ -45,8 +47,9 @@ def load_model(run_dir: Path | str, device: torch.device | str = "cpu") -> nn.Mo
     run_dir = Path(run_dir)
     card = load_card(run_dir)
     weights, source = read_weights(run_dir, card)
-    network = build_network(card, downloads=False)
     try:
+        _require_room_for(card, weights)
+        network = build_network(card, downloads=False)
         network.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         details = " ".join(str(error).split())[:300]
@@ -56,6 +59,15 @@ def load_model(run_dir: Path | str, device: torch.device | str = "cpu") -> nn.Mo
             remedy="Use the version of segkit that wrote it",
         ) from error
     return network.to(device).eval()
+
+
+def _require_room_for(card: ModelCard, weights: Mapping[str, Tensor]) -> None:
+    """RuntimeError where a network is much larger than its weights: one line of a card can ask for all memory."""
+    with torch.device("meta"):
+        wanted = build_network(card, downloads=False).state_dict()
+    values, stored = (sum(tensor.numel() for tensor in tensors.values()) for tensors in (wanted, weights))
+    if values > stored + _SPARE_VALUES:  # what differs by less is named tensor by tensor when it is loaded
+        raise RuntimeError(f"the network holds {values} values and the file {stored}")
 
 
 def read_weights(run_dir: Path, card: ModelCard) -> tuple[dict[str, Tensor], Path]:

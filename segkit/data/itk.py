@@ -33,6 +33,7 @@ ITK_SUFFIXES = (".nrrd", ".mha", ".mhd")
 _IMAGE_IO = {".nrrd": "NrrdImageIO", ".mha": "MetaImageIO", ".mhd": "MetaImageIO"}
 _LONGEST_HEADER_BYTES = 1 << 20
 _NRRD_POINTER = re.compile(rb"^\s*data[ \t]*file[ \t]*:(?!=)", re.IGNORECASE | re.MULTILINE)
+_META_AXES = re.compile(rb"^\s*NDims\s*[=:][ \t]*([^\r\n]*)", re.IGNORECASE | re.MULTILINE)
 _META_POINTER = re.compile(rb"^\s*ElementDataFile\s*[=:][ \t]*([^\r\n]*)", re.IGNORECASE | re.MULTILINE)
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -144,6 +145,9 @@ def _stored_bytes(path: Path, size: int) -> int:
     pointer = _META_POINTER.search(header)
     if pointer is None:
         raise DataError("the file does not begin like a MetaImage", where=path, remedy=COPY_AGAIN)
+    axes = [match[1].strip() for match in _META_AXES.finditer(header[: pointer.start()])]
+    if len(axes) != 1 or axes[0] not in (b"2", b"3", b"4"):  # of more than ten the library makes a crash
+        raise DataError("the header does not say of how many axes the image is", where=path, expected="NDims = 3")
     named = pointer[1].decode("utf-8", "replace").strip()
     if named.upper() == "LOCAL":
         return size

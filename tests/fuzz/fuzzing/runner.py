@@ -50,7 +50,7 @@ class Tally:
 
 
 def run_jobs(jobs: Sequence[Sequence[Any]]) -> dict[str, Tally]:
-    """Tallies by parser name; a job is [parser, seed, first, last] or [parser, None, paths]."""
+    """Tallies by the names of jobs: [parser, seed, first, last] or ["corpus parser", None, paths]."""
     left = [list(job) for job in jobs]
     tallies: dict[str, Tally] = {str(job[0]): Tally() for job in jobs}
     while left:
@@ -92,6 +92,7 @@ def _run_worker(jobs: list[list[Any]], tallies: dict[str, Tally]) -> list[list[A
             tallies[name].note(int(number or 0), outcome, json.loads(words))
             number, clock.limit_s = None, _SECONDS_TO_PREPARE
     status = worker.wait()
+    worker.stdout.close()
     if number is None and status == 0:
         return []
     if number is None:

@@ -1,6 +1,6 @@
 """The process that reads hostile inputs; it may die or hang, and `runner` then starts another.
 
-Called with JSON on standard input: jobs [parser, seed, first, last], or [parser, null, paths of a corpus]. It writes
+Called with JSON on standard input: jobs [parser, seed, first, last], or ["corpus parser", null, paths]. It writes
 "begin PARSER NUMBER" before each input and "end OUTCOME WORDS" after it.
 """
 
@@ -15,13 +15,17 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from fuzzing.parsers import PARSERS, Files, Parser
 
-CANARY_VARIABLE = "SEGKIT_FUZZ_CANARY"
+CORPUS = "corpus "
+"""In front of the name of a parser that reads entries of the corpus."""
+CANARY = "canary"
+"""The folder that code in a hostile file would make where the process stands, outside the folder of the input."""
 MOST_RESIDENT_BYTES = 512 * 1024**2
 """More than an input of a few kilobytes may take, above what the process took before it."""
 _MOST_ADDRESS_BYTES = 16 * 1024**3
@@ -37,16 +41,24 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (_MOST_ADDRESS_BYTES, _MOST_ADDRESS_BYTES))
     for name, seed, *which in order:
-        parser = PARSERS[name]
+        parser = PARSERS[name.removeprefix(CORPUS)]
         out.write(f"prepare {name}\n")
-        kept = parser.kept()
-        for files in parser.seeds():  # loads the libraries, whose memory is not that of any input
-            _outcome(parser, {**kept, **files}, next(iter(files)))
-        inputs = _made(parser, seed, *which) if seed is not None else _stored(which[0])
+        kept, honest = _prepared(parser.name)
+        inputs = _made(parser, honest, seed, *which) if seed is not None else _stored(honest, which[0])
         for number, files in inputs:
             out.write(f"begin {name} {number}\n")
             outcome, words = _outcome(parser, {**kept, **files}, next(iter(files)))
             out.write(f"end {outcome} {json.dumps(words)}\n")
+
+
+@cache
+def _prepared(name: str) -> tuple[Files, list[Files]]:
+    """What lies beside every input, and the honest ones, which are read once: what libraries take is no input's."""
+    parser = PARSERS[name]
+    kept, honest = parser.kept(), parser.seeds()
+    for files in honest:
+        _outcome(parser, {**kept, **files}, next(iter(files)))
+    return kept, honest
 
 
 def made_input(parser: Parser, honest: list[Files], seed: int, number: int) -> Files:
@@ -59,20 +71,17 @@ def made_input(parser: Parser, honest: list[Files], seed: int, number: int) -> F
     return files
 
 
-def _made(parser: Parser, seed: int, first: int, last: int) -> Iterator[tuple[int, Files]]:
-    honest = parser.seeds()
+def _made(parser: Parser, honest: list[Files], seed: int, first: int, last: int) -> Iterator[tuple[int, Files]]:
     for number in range(first, last):
         yield number, made_input(parser, honest, seed, number)
 
 
-def _stored(paths: list[str]) -> Iterator[tuple[int, Files]]:
+def _stored(honest: list[Files], paths: list[str]) -> Iterator[tuple[int, Files]]:
+    """Entries of the corpus: a file `what-it-is--name` takes the place of an honest file of that name."""
     for number, path in enumerate(paths):
-        yield number, read_entry(Path(path))
-
-
-def read_entry(path: Path) -> Files:
-    """An entry of the corpus, `what-it-is--name`: one file, read under the name behind the two dashes."""
-    return {path.name.split("--", 1)[-1]: path.read_bytes()}
+        name = Path(path).name.split("--", 1)[-1]
+        others = next((files for files in honest if next(iter(files)) == name), {})
+        yield number, {**others, name: Path(path).read_bytes()}
 
 
 def _outcome(parser: Parser, files: Files, first: str) -> tuple[str, Any]:
@@ -85,7 +94,8 @@ def _outcome(parser: Parser, files: Files, first: str) -> tuple[str, Any]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        canary = Path(os.environ.get(CANARY_VARIABLE, str(Path(outer) / "canary")))
+        canary = Path(outer) / CANARY
+        os.chdir(outer)
         try:
             parser.read(folder, folder / first)
             outcome, words = "accepted", ""
@@ -93,12 +103,13 @@ def _outcome(parser: Parser, files: Files, first: str) -> tuple[str, Any]:
             outcome, words = "refused", str(error)[:2000]
         except Exception as error:
             outcome, words = "defect", f"{type(error).__name__}: {error}"[:300] + " | " + _place(error)
+        finally:
+            os.chdir(Path(__file__).parent)
         grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
         around = (*Path(outer).iterdir(), *folder.parent.iterdir())
         strays = [path for path in around if path not in (folder, folder.parent)]
         if canary.exists():
             outcome, words = "defect", "code of the file was run"
-            canary.rmdir()
         elif strays:
             outcome, words = "defect", f"written outside its folder: {strays}"
         elif grown > MOST_RESIDENT_BYTES and outcome != "defect":
