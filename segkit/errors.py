@@ -6,6 +6,25 @@ from dataclasses import dataclass
 from os import PathLike
 
 
+def printable(text: str) -> str:
+    """A text in which what a terminal would obey, or not show, stands as JSON escapes it; lines stay lines.
+
+    File names may hold anything: commands of terminals, signs that turn the direction of writing, half characters.
+    """
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() or letter == "\n" else _escaped(letter) for letter in text)
+
+
+def _escaped(letter: str) -> str:
+    code = letter.encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{code[place : place + 4]}" for place in range(0, len(code), 4))
+
+
+def _on_one_line(text: object) -> str:
+    return printable(str(text)).replace("\n", "\\n")
+
+
 @dataclass(frozen=True)
 class Problem:
     """One finding about an input, collected with others so that a user mends everything in one go.
@@ -19,7 +38,8 @@ class Problem:
     is_fatal: bool = True
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.found}" + (f" -> {self.remedy}" if self.remedy else "")
+        told = f"{_on_one_line(self.where)}: {printable(self.found)}"
+        return told + (f" -> {printable(self.remedy)}" if self.remedy else "")
 
 
 class SegkitError(Exception):
@@ -39,12 +59,12 @@ class SegkitError(Exception):
         self.where = None if where is None else str(where)
         self.expected = expected
         self.remedy = remedy
-        sentence = f"{self.where}: {found}" if self.where else found
+        sentence = f"{_on_one_line(self.where)}: {found}" if self.where else found
         if expected:
             sentence += f"; expected {expected}"
         if remedy:
             sentence += f". {remedy}"
-        super().__init__(sentence)
+        super().__init__(printable(sentence))
 
 
 class DataError(SegkitError):

@@ -16,7 +16,7 @@ from typing import Any
 
 import typer
 
-from segkit.errors import SegkitError
+from segkit.errors import SegkitError, printable
 
 VERBS: dict[str, str] = {
     "demo": "segkit.cli.demo:demo",
@@ -69,7 +69,9 @@ def main(arguments: list[str] | None = None) -> None:
     wants_trace = is_debug() or not _TRACE_OPTIONS.isdisjoint(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_PlainFormatter("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         build_app()(arguments)
     except SegkitError as error:
@@ -82,6 +84,14 @@ def main(arguments: list[str] | None = None) -> None:
         if leave.code == _INTERRUPTED:
             typer.echo("Interrupted; what was finished is kept.", err=True)
         raise
+
+
+class _PlainFormatter(logging.Formatter):
+    """Log lines hold names of files, which a terminal must not obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        return printable(super().format(record))
 
 
 def _load(target: str) -> Callable[..., Any] | typer.Typer:

@@ -22,6 +22,7 @@ from segkit.cli.options import (
     print_json,
     print_table,
     read_modalities,
+    tell,
 )
 
 if TYPE_CHECKING:
@@ -228,14 +229,14 @@ def _print_report(
 ) -> None:
     from segkit.data.layouts.table import LAYOUTS
 
-    typer.echo(f"Layout: {cohort.layout} - {LAYOUTS[cohort.layout].description}")
+    tell(f"Layout: {cohort.layout} - {LAYOUTS[cohort.layout].description}")
     if cohort.scheme is None:
-        typer.echo("Label scheme: none")
+        tell("Label scheme: none")
     else:
         labels = ", ".join(f"{value} {tissue}" for tissue, value in cohort.scheme.values.items())
-        typer.echo(f"Label scheme: {cohort.scheme.name} ({labels})")
+        tell(f"Label scheme: {cohort.scheme.name} ({labels})")
     labelled = sum(case.label is not None for case in cohort.cases)
-    typer.echo(f"Cases: {len(reports)}, {labelled} with a reference; modalities: {', '.join(cohort.modalities)}")
+    tell(f"Cases: {len(reports)}, {labelled} with a reference; modalities: {', '.join(cohort.modalities)}")
     shown = sorted(reports, key=lambda report: (report.is_usable, not report.problems))[:_MOST_ROWS]
     print_table(
         "Cases" if len(shown) == len(reports) else f"Cases (the {len(shown)} that need attention first)",
@@ -244,12 +245,12 @@ def _print_report(
     )
     problems = [*problems, *(problem for report in reports for problem in report.problems)]
     for problem in sorted(problems, key=lambda problem: not problem.is_fatal)[:_MOST_PROBLEMS]:
-        typer.echo(f"{'ERROR' if problem.is_fatal else 'note '} {problem}")
+        tell(f"{'ERROR' if problem.is_fatal else 'note '} {problem}")
     if len(problems) > _MOST_PROBLEMS:
-        typer.echo(f"... and {len(problems) - _MOST_PROBLEMS} more; `--json` lists all of them")
+        tell(f"... and {len(problems) - _MOST_PROBLEMS} more; `--json` lists all of them")
     if needs is not None:
-        typer.echo(f"Training needs about {needs['memory_gb']:g} GB and {needs['minutes']:g} minutes")
-    typer.echo(f"Next: {command}")
+        tell(f"Training needs about {needs['memory_gb']:g} GB and {needs['minutes']:g} minutes")
+    tell(f"Next: {command}")
 
 
 def _row(report: CaseReport) -> tuple[str, ...]:

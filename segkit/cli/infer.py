@@ -50,6 +50,9 @@ ProbabilitiesOption = Annotated[
 UncertaintyOption = Annotated[
     bool, typer.Option("--uncertainty", help="Also write OUT/uncertainty/<case>_entropy and <case>_disagreement.")
 ]
+PatientOption = Annotated[
+    bool, typer.Option("--keep-patient", help="Copy the patient's name, numbers and dates into DICOM SEG files.")
+]
 PostprocessingOption = Annotated[
     bool,
     typer.Option("--postprocessing/--no-postprocessing", help="Clean masks by the rules that training chose, if any."),
@@ -106,6 +109,7 @@ def infer(
     save_probabilities: ProbabilitiesOption = False,
     uncertainty: UncertaintyOption = False,
     postprocessing: PostprocessingOption = True,
+    keep_patient: PatientOption = False,
     workers: WorkersOption = None,
     threads: ThreadsOption = None,
     memory: MemoryOption = None,
@@ -136,6 +140,7 @@ def infer(
         allows_missing=allow_missing,
         saves_probabilities=save_probabilities,
         saves_uncertainty=uncertainty,
+        keeps_patient=keep_patient,
         label_scheme=label_scheme,
     )
     limits = Limits(workers, threads, None if memory is None else 1024 * parse_gigabytes(memory))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from segkit.errors import RequestError
+from segkit.errors import RequestError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,23 +72,29 @@ def set_verbosity(*, is_quiet: bool = False, is_verbose: bool = False) -> None:
 
 def print_json(document: object) -> None:
     """Print one strict JSON document on standard output."""
-    sys.stdout.write(json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    sys.stdout.write(printable(json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False)) + "\n")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table on standard output; plain when it is not a terminal."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=Text(printable(title)), title_justify="left", title_style="bold")
     for position, column in enumerate(columns):
         table.add_column(column, justify="left" if position == 0 else "right")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(Text(printable(str(cell))) for cell in row))
     out = Console(highlight=False)
     if not out.is_terminal:
         out = Console(highlight=False, width=160)
     out.print(table)
+
+
+def tell(text: str) -> None:
+    """Print lines on standard output; names in them are shown and never obeyed."""
+    typer.echo(printable(text))
 
 
 def read_case_ids(path: Path | None) -> list[str] | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from segkit.cli.options import console
-from segkit.errors import RequestError
+from segkit.errors import RequestError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -107,9 +107,12 @@ class CaseProgress:
         self.counts[record.status] += 1
         self.bar.advance(self.task)
         if record.error is not None:
-            self.console.print(f"{record.case}: failed: {record.error}", markup=False, soft_wrap=True)
+            self._print(f"{record.case}: failed: {record.error}")
         elif not self.is_quiet and not self.console.is_terminal:
             done = sum(self.counts.values())
             stages = ", ".join(f"{stage} {value:.1f} s" for stage, value in record.seconds.items() if value)
             line = f"[{done}/{self.total}] {record.case}: {record.status}" + (f" ({stages})" if stages else "")
-            self.console.print(line, markup=False, soft_wrap=True)
+            self._print(line)
+
+    def _print(self, line: str) -> None:
+        self.console.print(printable(line), markup=False, soft_wrap=True)

@@ -42,6 +42,11 @@ def is_file_name(text: str) -> bool:
     return text not in ("", ".", "..") and text.isprintable() and not any(letter in "/\\:" for letter in text)
 
 
+def file_name_of(name: str) -> str:
+    """A name, such as that of a tissue, as part of a file name: `a/b` is `a_b`, and `..` leads nowhere."""
+    return "".join("_" if letter in "/\\:" or not letter.isprintable() else letter for letter in name)
+
+
 @dataclass(frozen=True)
 class Cohort:
     """What a data folder holds: its layout, its label scheme, its modalities in channel order, its cases.

@@ -1,8 +1,8 @@
 """Masks as DICOM Segmentation objects (SEG) that refer to the series they were made from, through highdicom.
 
 Every frame of the mask carries the position and the identity of the source frame it lies on, so that nothing depends
-on the order in which files are sorted or named. Unlike all other output of segkit, a SEG holds the patient's name,
-dates and numbers: a hospital's archive files it by them, and they are copied from the source images.
+on the order in which files are sorted or named. What links it to its study is the study's UIDs; the patient's name,
+numbers and dates are left out, unless the caller asks for them: a hospital's archive files a SEG by them.
 
 Segments are of the type BINARY, which every viewer reads, and are numbered 1, 2, 3 ... in the order of their label
 values, as that type demands; the label value itself stands in each segment's description. A mask without any
@@ -52,6 +52,13 @@ _MAY_BE_EMPTY = (
 )
 """Must be there and may be empty; tools that remove names often remove the element as well."""
 
+_PATIENT_GROUPS = (0x0010, 0x0012, 0x0032, 0x0038)
+"""Patient, clinical trial, request and visit (PS3.6, chapter 6)."""
+_ABOUT_STUDY = (
+    *("AccessionNumber", "StudyID", "StudyDate", "StudyTime", "ReferringPhysicianName"),
+    *("StudyDescription", "ConsultingPhysicianName", "PhysiciansOfRecord", "NameOfPhysiciansReadingStudy"),
+)
+
 _LONGEST_LABEL = 64
 _FIRST_SERIES_NUMBER = 1000
 """Added to the number of the source series, so that viewers list the mask behind the images."""
@@ -84,7 +91,13 @@ def require_highdicom() -> Any:
 
 
 def write_dicom_seg(
-    path: Path, labels: LabelMap, series: Path, segments: Mapping[str, int], *, model: str | None = None
+    path: Path,
+    labels: LabelMap,
+    series: Path,
+    segments: Mapping[str, int],
+    *,
+    model: str | None = None,
+    keeps_patient: bool = False,
 ) -> None:
     """Writes a label map as a DICOM SEG of the study and frame of reference of its source; atomically.
 
@@ -94,6 +107,8 @@ def write_dicom_seg(
         series: the folder of the series, or the enhanced multi-frame file, that the mask was made from.
         segments: label value by tissue name, such as `LabelScheme.values`; each becomes a segment, found or not.
         model: what made the mask, such as the digest of its weights; recorded beside segkit's version.
+        keeps_patient: copy the patient's name, numbers and dates and what is said of the study, as an archive needs
+            them; else they are empty.
 
     Raises:
         DataError: the series cannot be read or lacks the numbers that a SEG refers to, or the file cannot be written.
@@ -130,7 +145,23 @@ def write_dicom_seg(
             omit_empty_frames=bool(planes.any()),
             specific_character_set="ISO_IR 192",
         )
+        if not keeps_patient:
+            _remove_patient(mask)
         mask.save_as(temporary)
+
+
+def _remove_patient(mask: Any) -> None:
+    """Empties what a SEG must have of the patient and the study (PS3.3, C.7.1.1 and C.7.2.1), and deletes the rest.
+
+    It is not marked as without identity: whoever has the study finds its patient by the UIDs.
+    """
+    for element in [element for element in mask if element.tag.group in _PATIENT_GROUPS]:
+        del mask[element.tag]
+    for name in _ABOUT_STUDY:
+        if name in mask:
+            delattr(mask, name)
+    for name in (*_MAY_BE_EMPTY, "ReferringPhysicianName"):
+        setattr(mask, name, "")
 
 
 def _is_dicom(path: Path) -> bool:

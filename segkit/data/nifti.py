@@ -42,6 +42,7 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _CHUNK_BYTES = 1 << 24
 _MOST_BYTES_AROUND = 1 << 26
 """Before and behind the voxels: header extensions hold a few MB at most, and gzip packs gigabytes into one."""
+_FREE_TEXT = ("descrip", "aux_file", "intent_name", "db_name", "data_type", "unused_str")
 _LONGEST_QUATERNION = 1.001
 """A unit quaternion that was rounded may be a little longer than 1; nibabel allows single precision and no more."""
 _MM_PER_UNIT = {1: 1000.0, 3: 0.001}
@@ -141,8 +142,8 @@ def rewrite_nifti(
 ) -> None:
     """Writes one channel of a NIfTI file with `values` (n,) at its n voxels `where` (D, H, W), taken in C order.
 
-    Header, type and scale factors are those of the source; what is not in `where` is stored as it was, bit for bit. In
-    a type of integers the values are rounded, and those beyond its range become its ends.
+    Header, type and scale factors are those of the source, but its free text and its extensions, which may name the
+    patient, are left out; what is not in `where` is stored as it was, bit for bit. In a type of integers the values are rounded, and those beyond its range become its ends.
     """
     size = require_file(source)
     with explained(source):
@@ -153,6 +154,8 @@ def rewrite_nifti(
     if storage.channels == 1:
         voxels = voxels.reshape(header.get_data_shape(), order="F")  # with its axes of length 1
     header.set_data_offset(0)  # of what nibabel writes
+    for name in set(_FREE_TEXT) & set(header.keys()):
+        header[name] = b""
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     image = kind(voxels, None, header)
     if (storage.slope, storage.intercept) != (1.0, 0.0):

@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 
 from segkit.data.headers import (
+    COPY_AGAIN,
     ImageHeader,
     explained,
     pick_channel,
@@ -21,6 +22,9 @@ from segkit.shapes import AnyArray
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF")
 """PIL chooses by content and knows forty more formats, one of which (EPS) is a program that another program runs."""
+
+_ALWAYS_PIXELS, _MOST_PIXELS_PER_BYTE = 2**22, 10_000
+"""Deflate packs at most 1032 bytes, of eight black or white pixels each, into one."""
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif")
 
@@ -70,8 +74,13 @@ def _look(path: Path) -> tuple[Grid, str, bool]:
     size = require_file(path)
     with explained(path), PIL.Image.open(path, formats=_FORMATS) as picture:
         width, height = picture.size
-        # Pictures pack an even colour into next to nothing, so that only the count can be judged.
         refuse_implausible(path, (height, width), bytes_per_voxel=0, stored_bytes=size, is_compressed=True)
+        if height * width > _ALWAYS_PIXELS + _MOST_PIXELS_PER_BYTE * size:
+            raise DataError(
+                f"the header claims {height} x {width} pixels, and the file has {size} bytes",
+                where=path,
+                remedy=COPY_AGAIN,
+            )
         frames = getattr(picture, "n_frames", 1)
         if frames > 1:
             raise DataError(

@@ -36,6 +36,8 @@ class InferenceSettings:
     """Also write the probability of each output, as `probabilities/<case>_<output>`."""
     saves_uncertainty: bool = False
     """Also write entropy and disagreement, as `uncertainty/<case>_entropy` and `uncertainty/<case>_disagreement`."""
+    keeps_patient: bool = False
+    """Copy name, numbers and dates of the patient into DICOM SEG files."""
     label_scheme: str | None = None
     """Values to paint; None: those the input's layout names, else those of the training data."""
 
@@ -181,7 +183,14 @@ def _plan_case(
     missing = tuple(name for name in wanted if name not in matched.images)
     dicom_target = target.with_name(f"{case.id}.dcm") if _is_dicom(matched) else None
     return CaseTask(
-        matched, target, scheme, missing, settings.saves_probabilities, settings.saves_uncertainty, dicom_target
+        matched,
+        target,
+        scheme,
+        missing,
+        settings.saves_probabilities,
+        settings.saves_uncertainty,
+        dicom_target,
+        settings.keeps_patient,
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
-from segkit.data.case import Case
+from segkit.data.case import Case, file_name_of
 from segkit.data.dicom_seg import write_dicom_seg
 from segkit.data.files import read_grid, stem_of, write_labels
 from segkit.data.preprocessing import PreparedCase, load_case
@@ -44,6 +44,8 @@ class CaseTask:
     saves_uncertainty: bool = False
     dicom_target: Path | None = None
     """Where the mask also goes as a DICOM SEG, for images that are DICOM."""
+    keeps_patient: bool = False
+    """Copy name, numbers and dates of the patient into the DICOM SEG."""
     predicted: Mapping[str, float] = field(default_factory=dict)
     """What the case was expected to take, `peak_rss_mb` and `seconds`."""
 
@@ -158,7 +160,14 @@ class CaseJob:
             if task.dicom_target is not None:
                 series = next(iter(task.case.images.values())).path
                 segments = task.scheme.values
-                write_dicom_seg(task.dicom_target, labels, series, segments, model=predictor.identity)
+                write_dicom_seg(
+                    task.dicom_target,
+                    labels,
+                    series,
+                    segments,
+                    model=predictor.identity,
+                    keeps_patient=task.keeps_patient,
+                )
             write_labels(task.target, labels, self.grid)
         return self._record(None)
 
@@ -217,7 +226,8 @@ def _uncertainty_paths(task: CaseTask, predictor: Predictor) -> list[Path]:
 
 def _paths(task: CaseTask, predictor: Predictor, folder: str, names: list[str] | tuple[str, ...]) -> list[Path]:
     suffix = ".tif" if predictor.card.dims == 2 else ".nii.gz"
-    return [task.target.parent / folder / f"{stem_of(task.target)}_{name}{suffix}" for name in names]
+    stem = stem_of(task.target)
+    return [task.target.parent / folder / f"{stem}_{file_name_of(name)}{suffix}" for name in names]
 
 
 def _outside(predictor: Predictor) -> list[float]:

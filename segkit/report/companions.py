@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from segkit.data.case import Case
+from segkit.data.case import Case, file_name_of
 from segkit.data.files import count_channels, read_volume, stem_of, suffix_of
 from segkit.data.geometry import same_grid
 from segkit.data.layouts.listing import list_images
@@ -222,7 +222,8 @@ def find_probabilities(cases: Sequence[Case], regions: Collection[str], folder: 
         by_stem[stem_of(path)].append(path)
     found: dict[str, dict[str, Path]] = {}
     for case in cases:
-        own = {region: by_stem[f"{case.id}_{region}"] for region in regions if f"{case.id}_{region}" in by_stem}
+        stems = {region: f"{case.id}_{file_name_of(region)}" for region in regions}
+        own = {region: by_stem[stem] for region, stem in stems.items() if stem in by_stem}
         for paths in own.values():
             if len(paths) > 1:
                 raise RequestError(f"{_names(paths)} have one name", where=folder, remedy="Keep one of them")

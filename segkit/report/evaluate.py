@@ -31,7 +31,7 @@ from segkit.report.companions import Companions, RegionReliability, find_compani
 from segkit.report.figures import BACKGROUNDS, overlay_figure
 from segkit.report.pairing import Pair, Pairing, pair_folders
 from segkit.report.reliability import pool, reliability_figure, reliability_json
-from segkit.report.tables import Summary, markdown_table, scores_csv, summarise, summary_rows
+from segkit.report.tables import Summary, markdown_table, markdown_text, scores_csv, summarise, summary_rows
 from segkit.shapes import LabelMap
 
 Missing = Literal["skip", "zero"]
@@ -158,11 +158,11 @@ class Evaluation:
             DataError: the folder cannot be written.
         """
         columns, rows = summary_rows(self.summary(), self.headline())
-        notes = "".join(f"- {note}\n" for note in self.notes())
+        notes = "".join(f"- {markdown_text(note)}\n" for note in self.notes())
         texts = {
             "scores.json": json.dumps(self.to_json(), indent=2, allow_nan=False, ensure_ascii=False) + "\n",
             "scores.csv": scores_csv({case.case: case.regions for case in self.cases}),
-            "summary.md": f"Protocol {self.protocol}{self.where()}; mean (median) over cases. {self.intervals()}.\n\n"
+            "summary.md": f"Protocol {self.protocol}{markdown_text(self.where())}; mean (median) over cases. {self.intervals()}.\n\n"
             + markdown_table(columns, rows)
             + (f"\n{notes}" if notes else ""),
         }

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypedDict
 
+from segkit.errors import printable
 from segkit.metrics.bootstrap import mean_interval, median_interval
 
 Scores = Mapping[str, Mapping[str, float]]
@@ -30,6 +32,11 @@ class Statistics(TypedDict):
 
 Summary = dict[str, dict[str, Statistics]]
 """Region name -> metric name -> statistics over cases."""
+
+
+_MARKUP = re.compile(r"[\\`*\[\]<>|]")
+_FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r")
+"""OWASP, "CSV injection": what Excel and LibreOffice take for the beginning of a formula."""
 
 
 def summarise(cases: Iterable[Scores], patients: Sequence[str] | None = None) -> Summary:
@@ -60,7 +67,9 @@ def scores_csv(cases: Mapping[str, Scores]) -> str:
     for case, regions in cases.items():
         for region, scores in regions.items():
             cells = (scores.get(metric, math.nan) for metric in metrics)
-            writer.writerow([case, region, *(repr(cell) if math.isfinite(cell) else "" for cell in cells)])
+            writer.writerow(
+                [_no_formula(case), _no_formula(region), *(repr(cell) if math.isfinite(cell) else "" for cell in cells)]
+            )
     return text.getvalue()
 
 
@@ -82,8 +91,19 @@ def summary_rows(summary: Summary, metrics: Sequence[str] | None = None) -> tupl
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in GitHub's Markdown, first column left, the others right."""
-    lines = [list(columns), ["---", *("---:" for _ in columns[1:])], *(list(row) for row in rows)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    lines = [list(columns), *(list(row) for row in rows)]
+    head, *body = (f"| {' | '.join(map(markdown_text, cells))} |\n" for cells in lines)
+    return "".join([head, f"| {' | '.join(['---', *('---:' for _ in columns[1:])])} |\n", *body])
+
+
+def markdown_text(text: str) -> str:
+    """A text on one line in which nothing is markup: no cell ends at a name, no name becomes a link or a tag."""
+    return _MARKUP.sub(r"\\\g<0>", " ".join(printable(text).split()))
+
+
+def _no_formula(name: str) -> str:
+    """A name that a spreadsheet would compute gets an apostrophe in front, by which it is taken for text."""
+    return f"'{name}" if name.startswith(_FORMULA_SIGNS) else name
 
 
 def _statistics(found: Mapping[int, float], patients: Sequence[str] | None) -> Statistics:

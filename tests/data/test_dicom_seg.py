@@ -203,7 +203,8 @@ def test_real_series(shared_data: Path, tmp_path: Path, name: str) -> None:
 
 def test_what_a_seg_says(tmp_path: Path) -> None:
     series = write_series(tmp_path / "s", order=range(5, -1, -1))
-    write_dicom_seg(tmp_path / "mask.dcm", asymmetric(), series, {"ET": 4, "Ödem": 2, "NCR": 1, "RC": 3}, model="ab12")
+    names = {"ET": 4, "Ödem": 2, "NCR": 1, "RC": 3}
+    write_dicom_seg(tmp_path / "mask.dcm", asymmetric(), series, names, model="ab12", keeps_patient=True)
     mask = pydicom.dcmread(tmp_path / "mask.dcm")
     source = pydicom.dcmread(series / "0.dcm")
     for name in ("PatientID", "PatientBirthDate", "PatientSex", "StudyInstanceUID", "StudyID", "StudyDate"):
