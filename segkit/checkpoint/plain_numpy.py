@@ -6,6 +6,7 @@ told to hold objects after it was made. What stands in for them here knows types
 
 from __future__ import annotations
 
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ class NumberType:
 
     def __init__(self, code: object, *_: object) -> None:
         if not isinstance(code, str) or code not in _CODES:
-            raise TypeError(f"{code!r} is no type of plain numbers")
+            raise UnpicklingError(f"{code!r} is no type of plain numbers")
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: tuple[object, ...]) -> None:
@@ -36,7 +37,7 @@ class NumberArray(np.ndarray[Any, Any]):
     def __setstate__(self, state: Any) -> None:
         version, shape, kind, is_fortran, raw = state
         if not isinstance(kind, NumberType) or not isinstance(raw, bytes):
-            raise TypeError("an array of anything but plain numbers")
+            raise UnpicklingError("an array of anything but plain numbers")
         super().__setstate__((version, shape, kind.dtype, bool(is_fortran), raw))
 
 
@@ -48,7 +49,7 @@ def number_array(*_: object) -> NumberArray:
 def number(kind: NumberType, raw: bytes) -> Any:
     """Stands in for `numpy._core.multiarray.scalar`."""
     if not isinstance(kind, NumberType) or not isinstance(raw, bytes) or len(raw) != kind.dtype.itemsize:
-        raise TypeError("a number of no plain type")
+        raise UnpicklingError("a number of no plain type")
     return np.frombuffer(raw, kind.dtype)[0]
 
 

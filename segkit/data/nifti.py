@@ -143,7 +143,8 @@ def rewrite_nifti(
     """Writes one channel of a NIfTI file with `values` (n,) at its n voxels `where` (D, H, W), taken in C order.
 
     Header, type and scale factors are those of the source, but its free text and its extensions, which may name the
-    patient, are left out; what is not in `where` is stored as it was, bit for bit. In a type of integers the values are rounded, and those beyond its range become its ends.
+    patient, are left out; what is not in `where` is stored as it was, bit for bit. In a type of integers the values are
+    rounded, and those beyond its range become its ends.
     """
     size = require_file(source)
     with explained(source):

@@ -98,7 +98,7 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str
 
 def markdown_text(text: str) -> str:
     """A text on one line in which nothing is markup: no cell ends at a name, no name becomes a link or a tag."""
-    return _MARKUP.sub(r"\\\g<0>", " ".join(printable(text).split()))
+    return printable(_MARKUP.sub(r"\\\g<0>", " ".join(text.split())))
 
 
 def _no_formula(name: str) -> str:
