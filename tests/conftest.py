@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -25,6 +26,14 @@ def shared_specs() -> Path:
     if not folder.is_dir():
         pytest.skip("golden values (../shared/specs) are not on this machine")
     return folder
+
+
+@pytest.fixture(scope="session")
+def hostile_names() -> list[str]:
+    """Names that files and label lists may hold, and that no page, table, spreadsheet or terminal may obey."""
+    text = (Path(__file__).resolve().parent / "fuzz" / "hostile_names.json").read_text(encoding="utf-8")
+    names: list[str] = json.loads(text)
+    return names
 
 
 @pytest.fixture(autouse=True)

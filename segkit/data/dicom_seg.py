@@ -54,10 +54,9 @@ _MAY_BE_EMPTY = (
 
 _PATIENT_GROUPS = (0x0010, 0x0012, 0x0032, 0x0038)
 """Patient, clinical trial, request and visit (PS3.6, chapter 6)."""
-_ABOUT_STUDY = (
-    *("AccessionNumber", "StudyID", "StudyDate", "StudyTime", "ReferringPhysicianName"),
-    *("StudyDescription", "ConsultingPhysicianName", "PhysiciansOfRecord", "NameOfPhysiciansReadingStudy"),
-)
+_IMPERSONAL = frozenset(["AT", "CS", "DS", "FD", "FL", "IS", "SL", "SS", "UI", "UL", "US"])
+"""Kinds of values that are numbers, identifiers of documents and terms of DICOM's own lists (PS3.5, 6.2)."""
+_FUNCTIONAL_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 
 _LONGEST_LABEL = 64
 _FIRST_SERIES_NUMBER = 1000
@@ -119,7 +118,7 @@ def write_dicom_seg(
     grid, frames = read_grid(series), frames_of(series)
     ordered = sorted(segments.items(), key=lambda segment: segment[1])
     planes = _numbered(_planes(labels, frames, grid), [value for _, value in ordered])
-    sources = _source_images(series, frames, grid)
+    sources = _source_images(series, frames, grid, keeps_patient=keeps_patient)
     version = metadata.version("segkit")
     with written_atomically(path) as temporary, warnings.catch_warnings():
         # Of oddities in the source, which are carried over as they are; they would print the patient's name.
@@ -145,30 +144,27 @@ def write_dicom_seg(
             omit_empty_frames=bool(planes.any()),
             specific_character_set="ISO_IR 192",
         )
-        if not keeps_patient:
-            _remove_patient(mask)
         mask.save_as(temporary)
 
 
-def _remove_patient(mask: Any) -> None:
-    """Empties what a SEG must have of the patient and the study (PS3.3, C.7.1.1 and C.7.2.1), and deletes the rest.
+def _remove_words(document: Any, *, is_inside: bool = False) -> None:
+    """Deletes what a source image says in words, dates and of its patient, so that nothing of it can be copied.
 
-    It is not marked as without identity: whoever has the study finds its patient by the UIDs.
+    The mask is not marked as without identity: whoever has the study finds its patient by the UIDs.
     """
-    for element in [element for element in mask if element.tag.group in _PATIENT_GROUPS]:
-        del mask[element.tag]
-    for name in _ABOUT_STUDY:
-        if name in mask:
-            delattr(mask, name)
-    for name in (*_MAY_BE_EMPTY, "ReferringPhysicianName"):
-        setattr(mask, name, "")
+    for element in list(document):
+        if element.VR == "SQ" and (is_inside or element.keyword in _FUNCTIONAL_GROUPS):
+            for item in element.value:
+                _remove_words(item, is_inside=True)
+        elif element.VR not in _IMPERSONAL or element.tag.group in _PATIENT_GROUPS or element.tag.is_private:
+            del document[element.tag]
 
 
 def _is_dicom(path: Path) -> bool:
     return path.suffix.lower() in DICOM_SUFFIXES or is_dicom_file(path)
 
 
-def _source_images(series: Path, frames: Sequence[Frame], grid: Grid) -> list[Any]:
+def _source_images(series: Path, frames: Sequence[Frame], grid: Grid, *, keeps_patient: bool) -> list[Any]:
     """The headers of the series' files in the order of its slices, with one geometry and one frame of reference."""
     import pydicom
 
@@ -176,6 +172,8 @@ def _source_images(series: Path, frames: Sequence[Frame], grid: Grid) -> list[An
     with explained(series):
         sources = [pydicom.dcmread(path, stop_before_pixels=True, force=True) for path in paths]
         for path, source in zip(paths, sources, strict=True):
+            if not keeps_patient:
+                _remove_words(source)
             _complete(path, source)
         first = sources[0]
         _tell_spacing(_measures(first) if len(frames) > len(paths) else first, grid)

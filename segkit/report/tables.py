@@ -35,7 +35,7 @@ Summary = dict[str, dict[str, Statistics]]
 
 
 _MARKUP = re.compile(r"[\\`*\[\]<>|]")
-_FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r")
+_FORMULA_SIGNS = ("=", "+", "-", "@")
 """OWASP, "CSV injection": what Excel and LibreOffice take for the beginning of a formula."""
 
 
@@ -102,8 +102,9 @@ def markdown_text(text: str) -> str:
 
 
 def _no_formula(name: str) -> str:
-    """A name that a spreadsheet would compute gets an apostrophe in front, by which it is taken for text."""
-    return f"'{name}" if name.startswith(_FORMULA_SIGNS) else name
+    """A name on one line; one that a spreadsheet would compute gets an apostrophe, by which it is taken for text."""
+    shown = printable(name).replace("\n", "\\n")
+    return f"'{shown}" if shown.startswith(_FORMULA_SIGNS) else shown
 
 
 def _statistics(found: Mapping[int, float], patients: Sequence[str] | None) -> Statistics:

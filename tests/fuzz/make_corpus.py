@@ -103,6 +103,7 @@ def image_entries() -> dict[str, dict[str, bytes]]:
             "65536-channels--x.mha": meta.replace(b"NDims = 3", b"NDims = 3\nElementNumberOfChannels = 65536"),
             "spacing-nan--x.mha": meta.replace(b"ElementSpacing = 1", b"ElementSpacing = nan"),
         },
+        "photograph": {"claims-8e7-pixels--x.gif": overwritten(seeds.picture(".gif"), 6, b"\xff\xff\xff\x04")},
         "picture": {
             "claims-1e12-pixels--x.png": b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", size) + png_chunk(b"IEND", b""),
             "is-a-program-in-postscript--x.png": postscript.encode(),
@@ -179,6 +180,8 @@ def json_entries() -> dict[str, dict[str, bytes]]:
             "image-outside--dataset.json": changed(msd, "training", 0, "image", to="../../../etc/passwd"),
             "image-absolute--dataset.json": changed(msd, "training", 0, "image", to="/etc/passwd"),
             "image-with-nul--dataset.json": changed(msd, "training", 0, "image", to="a\0b"),
+            "image-of-long-name--dataset.json": changed(msd, "training", 0, "image", to="\u00e9" * 300),
+            "image-of-half-a-letter--dataset.json": changed(msd, "training", 0, "image", to="\ud800"),
             "label-outside--dataset.json": changed(msd, "training", 0, "label", to="../x.nii.gz"),
             "label-value-infinite--dataset.json": b'{"modality": {"0": "T1"}, "labels": {"a": Infinity, "b": NaN}}',
             "label-value-300--dataset.json": changed(msd, "labels", to={"a": 300}),
@@ -194,6 +197,7 @@ def json_entries() -> dict[str, dict[str, bytes]]:
             "entry-is-text--dataset.json": changed(nnunet, "dataset", "a", to="text"),
             "image-is-a-list--dataset.json": changed(nnunet, "dataset", "a", "images", to=[["x"]]),
             "images-are-a-number--dataset.json": changed(nnunet, "dataset", "a", "images", to=7),
+            "region-with-background--dataset.json": changed(nnunet, "labels", "whole", to=[0, 1, 2]),
             "region-without-values--dataset.json": changed(nnunet, "labels", "core", to=[]),
         },
         "bids-table": {

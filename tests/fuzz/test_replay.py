@@ -25,6 +25,7 @@ _NEEDED = {
     "onnx-openvino": "openvino",
 }
 _OUTSIDE = ("image-absolute", "image-outside", "label-outside")
+_NO_PATHS = ("image-with-nul", "image-of-long-name", "image-of-half-a-letter")
 _OF_WRONG_TYPES = ("entry-is-text", "image-is-a-list", "images-are-a-number")
 _READ_ALL_THE_SAME = {
     "nifti/extension-of-2-gigabytes--x.nii": "extensions are not read",
@@ -41,10 +42,7 @@ _READ_ALL_THE_SAME = {
     "manifest/scheme-is-an-object--manifest.json": "it names no scheme",
     **dict.fromkeys(
         (
-            *(
-                f"dataset-json-msd/{name}--dataset.json"
-                for name in ("image-absolute", "image-outside", "image-with-nul")
-            ),
+            *(f"dataset-json-msd/{name}--dataset.json" for name in ("image-absolute", "image-outside", *_NO_PATHS)),
             *(
                 f"dataset-json-nnunet/{name}--dataset.json"
                 for name in ("image-absolute", "image-outside", "entry-is-text")

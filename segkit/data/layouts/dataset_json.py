@@ -54,15 +54,24 @@ def lists_images_as_written(path: Path | None) -> bool:
     except DataError:
         return False  # reading the layout tells what is wrong with it
     images = [entry.get("image") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
-    return any(isinstance(image, str) and (path.parent / image).exists() for image in images)
+    listed = (inside(path.parent, image) for image in images)
+    return any(image is not None and image.exists() for image in listed)
 
 
 def inside(folder: Path, entry: object) -> Path | None:
     """The file that an entry of `dataset.json` names; None where it names none, or one outside the folder."""
-    if not isinstance(entry, str) or "\0" in entry:
+    if not isinstance(entry, str) or not _is_a_path(entry):
         return None
     path = Path(os.path.normpath(folder / entry))
     return path if path.is_relative_to(folder) and path != folder else None
+
+
+def _is_a_path(text: str) -> bool:
+    """Whether an operating system can be asked for it: encodable, without NUL, no name of more than 255 bytes."""
+    try:
+        return "\0" not in text and all(len(part) <= 255 for part in os.fsencode(text).split(b"/"))
+    except UnicodeEncodeError:
+        return False
 
 
 def outside(where: Path, entry: object) -> Problem:
@@ -140,8 +149,10 @@ def _values_by_name(labels: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def require_label_values(named: Mapping[str, tuple[int, ...]]) -> None:
     """ValueError where a label value is none that a mask can hold, or a region has none."""
     strays = [value for values in named.values() for value in values if not 0 <= value <= 255]
-    if strays or not all(named.values()):
-        raise ValueError(f"values are {strays[:5]}, not from 0 to 255" if strays else "a region without values")
+    if strays:
+        raise ValueError(f"values are {strays[:5]}, not from 0 to 255")
+    if not all(named.values()) or any(len(values) > 1 and 0 in values for values in named.values()):
+        raise ValueError("a region holds no value, or the background")
 
 
 def require_shown(names: Iterable[str], where: Path) -> None:
