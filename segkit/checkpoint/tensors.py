@@ -6,7 +6,9 @@ moved into place, so a killed process leaves the old file or the new one, never 
 
 from __future__ import annotations
 
+import io
 import pickle
+import pickletools
 import re
 import warnings
 import zipfile
@@ -136,12 +138,20 @@ def read_plain_pickle(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError("is missing", where=path)
     try:
-        with path.open("rb") as file:
-            return _PlainUnpickler(file).load()
+        data = path.read_bytes()
+        _refuse_sparse_memo(data)
+        return _PlainUnpickler(io.BytesIO(data)).load()
     except pickle.UnpicklingError as error:
         raise _refused(path, "Ask for the plans as JSON") from error
     except Exception as error:  # damaged pickles fail in every way there is
         raise CheckpointError(f"is damaged ({type(error).__name__}: {error})", where=path) from error
+
+
+def _refuse_sparse_memo(data: bytes) -> None:
+    """UnpicklingError where values are numbered beyond the length of the file: room is made up to the largest number."""
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name.endswith("PUT") and int(argument or 0) > len(data):
+            raise pickle.UnpicklingError("its values are numbered beyond their count")
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -265,6 +265,7 @@ def pickle_entries() -> dict[str, dict[str, bytes]]:
                 {**plans, "plans": {**plans["plans"], "all_classes": forged}}
             ),
             "array-of-1e12--x.model.pkl": pickle.dumps({"plans": ByName(np.ndarray, (10**12,), np.dtype("u1"))}),
+            "value-number-2-billion--x.model.pkl": b"\x80\x02}r\xff\xff\xff\x0f.",
             "contains-itself--x.model.pkl": pickle.dumps(_circle()),
         },
         "safetensors": {
