@@ -148,7 +148,7 @@ def read_plain_pickle(path: Path) -> Any:
 
 
 def _refuse_sparse_memo(data: bytes) -> None:
-    """UnpicklingError where values are numbered beyond the length of the file: room is made up to the largest number."""
+    """UnpicklingError where values have larger numbers than the file has bytes: up to these, room would be made."""
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name.endswith("PUT") and int(argument or 0) > len(data):
             raise pickle.UnpicklingError("its values are numbered beyond their count")
