@@ -38,7 +38,8 @@ class NumberArray(np.ndarray[Any, Any]):
         version, shape, kind, is_fortran, raw = state
         if not isinstance(kind, NumberType) or not isinstance(raw, bytes):
             raise UnpicklingError("an array of anything but plain numbers")
-        super().__setstate__((version, shape, kind.dtype, bool(is_fortran), raw))
+        numbers: Any = (version, shape, kind.dtype, bool(is_fortran), raw)
+        super().__setstate__(numbers)
 
 
 def number_array(*_: object) -> NumberArray:

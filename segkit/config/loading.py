@@ -36,12 +36,12 @@ class _PlainLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
+            event: Any = self.peek_event()  # type: ignore[no-untyped-call]
             if not isinstance(self.anchors.get(event.anchor), yaml.ScalarNode):
                 raise yaml.YAMLError(f"*{event.anchor} stands for more than one value; write the values out")
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         if twice := [key for key, count in counts.items() if count > 1]:
             raise yaml.YAMLError(f"key {twice[0]!r} is given twice")

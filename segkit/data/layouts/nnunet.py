@@ -174,9 +174,9 @@ def _listed_files(
 
 def _listed_case(case_id: str, entry: object, folder: Path, names: Sequence[str]) -> list[FoundFile] | None:
     """The files of a case; None where its id is no file name, or a file of it lies elsewhere."""
-    images = entry.get("images") if isinstance(entry, dict) else None
-    if not isinstance(images, list) or not is_file_name(case_id):
+    if not isinstance(entry, dict) or not isinstance(entry.get("images"), list) or not is_file_name(case_id):
         return None
+    images = entry["images"]
     kinds = dict(zip(names, images, strict=False))
     if entry.get("label"):
         kinds[LABEL] = entry["label"]
