@@ -191,7 +191,7 @@ class ModelCard(Config):
     def _agrees(self) -> ModelCard:
         sizes = {"patch_size": self.patch_size, "divisor": self.divisor, "spacing_mm": self.spacing_mm}
         for key, values in sizes.items():
-            if values is not None and len(values) != self.dims:
+            if values and len(values) != self.dims:  # of a network that is yet to be built, sizes are not known
                 raise ValueError(f"{key} has {len(values)} values for {self.dims} axes")
         if prod(self.patch_size) > _LARGEST_PATCH_VOXELS:
             raise ValueError(f"patches of {self.patch_size} voxels are too large for any machine")

@@ -90,9 +90,12 @@ def only_fold(result: Path) -> Path:
 
 def _read_card(path: Path) -> ModelCard:
     try:
-        return ModelCard.model_validate_json(path.read_bytes())
+        card = ModelCard.model_validate_json(path.read_bytes())
     except ValidationError as error:
         details = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'document'}: {e['msg']}" for e in error.errors())
         found = f"is not a model card this version can read ({details})"
         remedy = "Use the version of segkit that wrote it, or train again"
         raise CheckpointError(found, where=path, remedy=remedy) from error
+    if not card.patch_size or not card.divisor:
+        raise CheckpointError("does not say of what size patches are", where=path, expected="patch_size and divisor")
+    return card
