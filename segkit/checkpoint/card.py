@@ -157,7 +157,7 @@ class ModelCard(Config):
     modalities: tuple[Name, ...] = Field(min_length=1)
     """Names of the input channels, in order."""
     patch_size: tuple[Size, ...]
-    overlap: float = Field(default=0.5, ge=0, le=0.95)
+    overlap: float = Field(default=0.5, ge=0, lt=1)
     """Fraction of a window shared with its neighbour."""
     divisor: tuple[Size, ...]
     """The network takes sizes that are multiples of this."""

@@ -205,7 +205,7 @@ def test_an_archive_of_an_archive_is_not_unpacked_in_turn(tmp_path: Path) -> Non
         ({"sha256": "../../../../x"}, "sha256: String should match pattern"),
         ({"patch_size": [10**4] * 3}, "too large for any machine"),
         ({"patch_size": [8, 8]}, "patch_size has 2 values for 3 axes"),
-        ({"overlap": 1.0}, "overlap: Input should be less than or equal to 0.95"),
+        ({"overlap": 1.0}, "overlap: Input should be less than 1"),
         ({"divisor": [0, 1, 1]}, "divisor.0: Input should be greater than or equal to 1"),
         ({"spacing_mm": [float("nan")] * 3}, "spacing_mm.0: Input should be a finite number"),
         ({"outputs": [{"name": "a\nb", "label": 1}]}, "no name that can be shown"),
