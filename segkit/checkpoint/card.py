@@ -189,10 +189,11 @@ class ModelCard(Config):
 
     @model_validator(mode="after")
     def _agrees(self) -> ModelCard:
-        sizes = {"patch_size": self.patch_size, "divisor": self.divisor, "spacing_mm": self.spacing_mm}
-        for key, values in sizes.items():
+        for key, values in {"patch_size": self.patch_size, "divisor": self.divisor}.items():
             if values and len(values) != self.dims:  # of a network that is yet to be built, sizes are not known
                 raise ValueError(f"{key} has {len(values)} values for {self.dims} axes")
+        if self.spacing_mm is not None and len(self.spacing_mm) not in (self.dims, 3):  # slices of a volume have 3
+            raise ValueError(f"spacing_mm has {len(self.spacing_mm)} values for {self.dims} axes")
         if prod(self.patch_size) > _LARGEST_PATCH_VOXELS:
             raise ValueError(f"patches of {self.patch_size} voxels are too large for any machine")
         if self.mirror_axes and not set(self.mirror_axes) <= set(range(self.dims)):
