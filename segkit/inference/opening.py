@@ -101,7 +101,7 @@ class GuardedBackend:
     """The runtime of a graph from elsewhere; what it fails over becomes a sentence that names the file."""
 
     def __init__(self, backend: Backend, path: Path) -> None:
-        self.name = backend.name
+        self.name, self.threads = backend.name, backend.threads
         self._backend = backend
         self._path = path
 
