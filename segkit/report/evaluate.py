@@ -162,9 +162,8 @@ class Evaluation:
         texts = {
             "scores.json": json.dumps(self.to_json(), indent=2, allow_nan=False, ensure_ascii=False) + "\n",
             "scores.csv": scores_csv({case.case: case.regions for case in self.cases}),
-            "summary.md": f"Protocol {self.protocol}{markdown_text(self.where())}; mean (median) over cases. {self.intervals()}.\n\n"
-            + markdown_table(columns, rows)
-            + (f"\n{notes}" if notes else ""),
+            "summary.md": f"Protocol {self.protocol}{markdown_text(self.where())}; mean (median) over cases. "
+            f"{self.intervals()}.\n\n" + markdown_table(columns, rows) + (f"\n{notes}" if notes else ""),
         }
         for name, text in texts.items():
             with written_atomically(folder / name) as temporary:
