@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from segkit.report.figures import COLOURS, curves_of
 from segkit.metrics.facts import METRICS
+from segkit.report.figures import COLOURS, curves_of
 from segkit.report.page.charts import bars_chart, line_chart, reliability_chart, strip_chart
 from segkit.report.page.html import Child, Markup, definitions, element, joined, plain_table
 from segkit.report.page.sources import CaseFacts, Discretion, Document, Findings, Run, mapping, number, records_of
