@@ -20,7 +20,7 @@ from segkit.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from segkit.report.evaluate import Evaluation
+    from segkit.report.evaluation import Evaluation
 
 
 def evaluate(

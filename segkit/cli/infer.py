@@ -160,7 +160,8 @@ def infer(
             predictor = _load_for_gpus(model, backend, choices)
         else:
             predictor = _load(model, backend, device, choices)
-        request = Request(predictor, cohort, output, settings, ", ".join(str(path) for path in model), part)
+        names = ", ".join(str(path) for path in model)
+        request = Request(predictor, cohort, output, settings, names, part, None if source != input else input)
         if dry_run:
             _tell_plan(request, limits, as_json=json)
             return
@@ -205,6 +206,8 @@ class Request(NamedTuple):
     settings: InferenceSettings
     model: str
     part: str | None
+    data: Path | None
+    """Where the images stay; None where they were unpacked for this run."""
 
 
 def _find(
@@ -246,6 +249,7 @@ def _run(request: Request, limits: Limits, cluster: Cluster | None, *, is_quiet:
             on_record=progress.show,
             model=request.model,
             part=request.part,
+            data=request.data,
         )
 
 

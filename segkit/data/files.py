@@ -197,6 +197,14 @@ def written_atomically(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def way_to(path: Path, folder: Path) -> str | None:
+    """The relative path that leads from a folder to `path`, with forward slashes; None to another drive."""
+    try:
+        return Path(os.path.relpath(path.absolute(), folder.absolute())).as_posix()
+    except ValueError:
+        return None
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what processes of this machine that were killed in the midst of `written_atomically` left in a folder."""
     if os.name != "posix":  # elsewhere there is no harmless way to ask whether a process lives

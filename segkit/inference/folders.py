@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.data.case import Cohort
-from segkit.data.files import remove_leftovers
+from segkit.data.files import remove_leftovers, way_to
 from segkit.errors import DataError, as_request
 from segkit.inference.cases import InferenceSettings, plan_cases
 from segkit.inference.forecast import fit_memory
@@ -37,13 +37,15 @@ def infer_folder(
     on_record: Callable[[CaseRecord], None] = lambda record: None,
     model: str = "",
     part: str | None = None,
+    data: Path | None = None,
 ) -> dict[str, Any]:
     """Segment every case of a cohort into `output`; gives back the manifest, which is also `output/manifest.json`.
 
     A case that fails is recorded with a sentence and the next one goes on. `on_record` is called after each case;
     `memory_mb` is what a process may take, by default nearly all that is free: cases are done one after the other and
     windows are made smaller where that does not suffice. On other machines they stay as they are unless it is given.
-    `model` is the name of the model in the manifest, `part` that of this run where several share a folder.
+    `model` is the name of the model in the manifest, `part` that of this run where several share a folder, `data` where
+    the images stay.
 
     Raises:
         RequestError: this model cannot paint the label scheme asked for, or the output folder cannot be written.
@@ -51,7 +53,7 @@ def infer_folder(
     settings = settings or InferenceSettings()
     for folder in (output, output / PROBABILITIES, output / UNCERTAINTY):
         remove_leftovers(folder)
-    manifest = open_manifest(predictor, cohort, output, model, part)
+    manifest = open_manifest(predictor, cohort, output, model, part, data)
     tasks, decided = plan_cases(predictor, cohort, output, settings, manifest)
     for problem in cohort.problems:
         _log.info("%s", problem)
@@ -75,10 +77,20 @@ def infer_folder(
 
 
 def open_manifest(
-    predictor: Predictor, cohort: Cohort, output: Path, model: str = "", part: str | None = None
+    predictor: Predictor,
+    cohort: Cohort,
+    output: Path,
+    model: str = "",
+    part: str | None = None,
+    data: Path | None = None,
 ) -> Manifest:
-    """The manifest of a run that is about to start, with what earlier runs left in the folder; nothing is written."""
-    facts = {"model": _model_facts(predictor, model), "environment": environment()}
+    """The manifest of a run that is about to start, with what earlier runs left in the folder; nothing is written.
+
+    It tells the way to `data`, by which `segkit report` finds the images.
+    """
+    facts: dict[str, Any] = {"model": _model_facts(predictor, model), "environment": environment()}
+    if data is not None:
+        facts["data"] = way_to(data, output)
     return Manifest(output, (case.id for case in cohort.cases), facts, predictor.identity, part)
 
 

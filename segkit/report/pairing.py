@@ -54,7 +54,7 @@ class Pairing:
 
     `scheme` is that of the references. `surplus` are predictions that belong to no reference. `ambiguous` maps a case
     id to a sentence where several files could be its prediction, or where one could be that of several cases. `notes`
-    are sentences that a reader of the scores must know.
+    are sentences that a reader of the scores must know. `sources` is where "predictions" and "references" are.
     """
 
     pairs: tuple[Pair, ...]
@@ -63,6 +63,7 @@ class Pairing:
     surplus: tuple[Path, ...] = ()
     ambiguous: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    sources: Mapping[str, Path] = field(default_factory=dict)
 
 
 def pair_folders(
@@ -120,6 +121,7 @@ def pair_folders(
         () if case_ids else _surplus(cases, set(paths) - set(found.values())),
         ambiguous,
         notes,
+        {"predictions": predictions, "references": references},
     )
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from segkit.data.layouts.conventions import patient_of
 from segkit.errors import RequestError
-from segkit.report.evaluate import scores_from_json
+from segkit.report.evaluation import scores_from_json
 
 SCORES_NAME = "scores.json"
 

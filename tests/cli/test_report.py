@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from segkit.cli.report import report
 from segkit.errors import RequestError
-from tests.report.page.folders import write_run, write_scores
+from segkit.report.evaluate import evaluate_folders
+from tests.report.page.folders import write_data, write_masks, write_run, write_scores
 
 app = typer.Typer()
 app.command()(report)
@@ -51,3 +52,12 @@ def test_data_without_images_is_a_wrong_request(tmp_path):
     result = run(tmp_path / "scores", "-o", tmp_path / "page.html", "--data", tmp_path / "data")
     assert isinstance(result.exception, RequestError)
     assert "no layout matches" in str(result.exception)
+
+
+def test_scores_lead_to_images_and_masks(tmp_path):
+    write_data(tmp_path / "data", ["BraTS2021_00001", "BraTS2021_00002"])
+    write_masks(tmp_path / "masks", ["BraTS2021_00001", "BraTS2021_00002"])
+    evaluate_folders(tmp_path / "masks", tmp_path / "data").write(tmp_path / "scores")
+    result = run(tmp_path / "scores", "-o", tmp_path / "page.html", "--json")
+    assert json.loads(result.stdout)["stills"] == 2
+    assert str(tmp_path) not in (tmp_path / "page.html").read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ from segkit.cli.progress import CaseProgress
 from segkit.errors import DataError, Problem, printable
 from segkit.inference.manifest import CaseRecord
 from segkit.labels import classes_scheme
-from segkit.report.evaluate import CaseScores, Evaluation
+from segkit.report.evaluation import CaseScores, Evaluation
 from segkit.report.tables import markdown_table, markdown_text, scores_csv
 
 _COMMANDS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\ud800-\udfff]")

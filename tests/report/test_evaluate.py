@@ -19,8 +19,8 @@ from segkit.report.evaluate import (
     evaluate_pairs,
     regions_of,
     scored_regions,
-    scores_from_json,
 )
+from segkit.report.evaluation import scores_from_json
 from segkit.report.pairing import Pairing, challenge_of, pair_folders
 
 AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -361,7 +361,9 @@ def test_figures_need_images(tmp_path, folders):
 def test_written_files_agree(tmp_path, folders):
     evaluation = evaluate_folders(*folders)
     evaluation.write(tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "scores.json").read_text(encoding="utf-8")) == evaluation.to_json()
+    document = json.loads((tmp_path / "out" / "scores.json").read_text(encoding="utf-8"))
+    assert (document.pop("predictions"), document.pop("references")) == ("../pred", "../ref")
+    assert document == evaluation.to_json()
     assert len((tmp_path / "out" / "scores.csv").read_text(encoding="utf-8").splitlines()) == 1 + 2 * 3
     assert "| WT | 0.917 (0.917)" in (tmp_path / "out" / "summary.md").read_text(encoding="utf-8")
 
