@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,13 @@ def _same_random_numbers() -> None:
 def _log_level() -> None:
     """Verbs called in this process set how much the log tells; every test starts as the first did."""
     logging.getLogger("segkit").setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def signals_of_a_new_process() -> Iterator[None]:
+    """SIGTERM and SIGINT as they are at first: other tests, or the shell that started these, may have changed them."""
+    fresh = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in fresh.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

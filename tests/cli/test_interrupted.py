@@ -14,6 +14,8 @@ from segkit.checkpoint import load_state
 from segkit.data.phantom_layouts import write_phantoms
 from segkit.training import loop
 
+pytestmark = pytest.mark.usefixtures("signals_of_a_new_process")
+
 SMALL = ("--preset", "tiny", "-d", "cpu", "-q", "--set", "training.steps=4", "--set", "data.folds=2")
 TASKS = {
     "train": ("--set", "planning.patch_size=[16, 16, 16]", "--set", "planning.batch_size=1", "-f", "1"),

@@ -86,7 +86,7 @@ def test_of_many_cases_the_last_are_in_a_journal_that_the_next_run_reads(
     sizes = []
     for case_id in ids[:8]:
         killed.add(CaseRecord(case_id, "done", model="m1", label_scheme="s"))
-        sizes.append(len(json.loads((tmp_path / "manifest.json").read_text())["cases"]))
+        sizes.append(len(json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))["cases"]))
     assert sizes == [0, 0, 3, 3, 3, 6, 6, 6]
     journal = tmp_path / "manifest.journal"
     assert journal.read_text().count("\n") == 2
@@ -96,14 +96,16 @@ def test_of_many_cases_the_last_are_in_a_journal_that_the_next_run_reads(
     assert [again.was_cut_short(case_id) for case_id in ids] == [False] * 8 + [True] * 52
     again.add(CaseRecord(ids[0], "skipped", model="m1"))  # the first of a run is written whole, with what remains
     assert not journal.exists()
-    document = json.loads((tmp_path / "manifest.json").read_text())
+    document = json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
     assert [entry["case"] for entry in document["earlier"]] == json.loads(json.dumps(ids[1:8]))
     assert len(document["remaining"]) == 59
     again.add(CaseRecord(ids[1], "skipped", model="m1"))
     assert journal.exists()
     again.close()
     assert not journal.exists()
-    assert json.loads((tmp_path / "manifest.json").read_text()) == json.loads(json.dumps(again.to_json()))
+    assert json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8")) == json.loads(
+        json.dumps(again.to_json())
+    )
 
 
 def test_the_journal_of_one_part_is_not_that_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +126,7 @@ def test_a_damaged_manifest_is_written_anew(tmp_path: Path, caplog: pytest.LogCa
         manifest = open_manifest(tmp_path)
     assert "written anew" in caplog.text
     manifest.write()
-    assert json.loads((tmp_path / "manifest.json").read_text())["remaining"] == ["a", "b", "c"]
+    assert json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))["remaining"] == ["a", "b", "c"]
 
 
 def test_unwritable_output_is_a_sentence(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from segkit.training.interruption import InterruptedTrainingError, Interruption,
 from segkit.training.loop import fit
 from segkit.training.task import Score, borrowed
 
+pytestmark = pytest.mark.usefixtures("signals_of_a_new_process")
+
 STEPS = 20
 LOOP = LoopConfig(steps=STEPS, steps_per_epoch=5, ema_decay=0.5, accumulate=2)
 """An epoch of five steps, each validated."""
