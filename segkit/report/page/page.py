@@ -23,7 +23,7 @@ from segkit.report.page.images import Gallery, find_gallery, load_arrays
 from segkit.report.page.pictures import case_picture, embedded_figure
 from segkit.report.page.sections import MOST_ROWS
 from segkit.report.page.sources import CaseFacts, Discretion, Findings, read_sources
-from segkit.report.page.viewer import DIFFERENCES, CaseVolumes, case_volumes, viewer_script
+from segkit.report.page.viewer import DIFFERENCES, CaseVolumes, case_volumes, viewer_licence, viewer_script
 
 MOST_BYTES = 15_000_000
 """A page is not larger than this, so that it can be sent by mail."""
@@ -216,7 +216,9 @@ def _viewer_section(
     about = element("p", f"{told}, cropped to what matters, with the intensities of the scan.")
     controls = Markup(_asset("viewer.html"))
     keys = [key, sections.colour_key(DIFFERENCES.values(), "difference:")]
-    return sections.section("Viewer", "viewer", about, element("div", picker, class_="filters"), controls, *keys)
+    terms = element("details", element("summary", "Licence of NiiVue, the viewer"), element("pre", viewer_licence()))
+    filters = element("div", picker, class_="filters")
+    return sections.section("Viewer", "viewer", about, filters, controls, *keys, terms)
 
 
 def _figures_section(findings: Findings) -> sections.Section | None:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,14 @@ def viewer_script() -> str | None:
         return None
     module = f"{script[: exported.start()]}export{{{made[1]} as Niivue}};"
     return _packed(module.encode("utf-8"))
+
+
+def viewer_licence() -> str | None:
+    """The licence under which NiiVue may be passed on, which has to go with it; None where it is not installed."""
+    try:
+        return metadata.distribution("ipyniivue").read_text("licenses/LICENSE")
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def case_volumes(arrays: CaseArrays) -> CaseVolumes | None:

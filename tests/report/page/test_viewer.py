@@ -88,6 +88,11 @@ def test_the_bundle_exports_niivue():
     assert re.search(rf"[;}}\s,]{re.escape(name)}=class|class {re.escape(name)}\b", script)
 
 
+def test_the_licence_of_niivue_goes_with_it():
+    pytest.importorskip("ipyniivue")
+    assert "Redistributions in binary form must reproduce the above copyright" in str(viewer.viewer_licence())
+
+
 @pytest.mark.parametrize("text", ["export{a as default};", 'console.log("Creating new Niivue instance");x=new N(1)'])
 def test_an_unknown_bundle_is_left_out(tmp_path, monkeypatch, text):
     (tmp_path / "static").mkdir()
