@@ -46,6 +46,8 @@ class SegkitError(Exception):
     """Base of every error that segkit raises on purpose; the command line prints its sentence, not its trace."""
 
     exit_code = 1
+    is_told = False
+    """Whether another process of the same training has said it already."""
 
     def __init__(
         self,

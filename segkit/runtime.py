@@ -1,4 +1,4 @@
-"""Device, precision, seeds, threads and memory: the only reader of environment variables.
+"""Device, precision, seeds, threads, rank and memory: the only reader of environment variables.
 
 torch is imported inside the functions that need it, so that verbs which compute nothing start fast.
 """
@@ -10,6 +10,7 @@ import platform
 import random
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,14 +26,51 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 """Parameters of glibc's mallopt, from its malloc.h."""
 
 
+@dataclass(frozen=True)
+class ProcessPlace:
+    """Which of the processes of a training this one is, from 0; `local` ones are those on this machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+
+def process_place() -> ProcessPlace:
+    """What torchrun tells in RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; without it this process is alone.
+
+    Raises:
+        RequestError: they contradict each other.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if "WORLD_SIZE" not in os.environ:
+        return ProcessPlace()
+    shown = " ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+    try:
+        rank, size = (int(os.environ[name]) for name in names[:2])
+        place = ProcessPlace(rank, size, int(os.environ.get(names[2], 0)), int(os.environ.get(names[3], 1)))
+    except (KeyError, ValueError):
+        place = ProcessPlace(rank=-1)
+    if not 0 <= place.rank < place.size or not 0 <= place.local_rank < place.local_size:
+        raise RequestError(
+            f"the environment does not say which process this is ({shown})", remedy="Start processes with torchrun"
+        )
+    return place
+
+
 def pick_device(name: str | None = None) -> torch.device:
     """The device to compute on: the one named, else CUDA where there is one, else the CPU.
+
+    Of several processes on a machine each has a GPU of its own, unless the name has a number.
 
     Raises:
         RequestError: the name is unknown or the machine lacks that device.
     """
     import torch
 
+    local_rank = process_place().local_rank
+    if local_rank and name in (None, "cuda") and torch.cuda.is_available():
+        name = f"cuda:{local_rank}"
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -78,7 +78,8 @@ def main(arguments: list[str] | None = None) -> None:
         if wants_trace:
             traceback.print_exc()
         prefix = "" if error.exit_code == _INTERRUPTED else "Error: "
-        typer.echo(f"{prefix}{error}", err=True)
+        if not error.is_told:
+            typer.echo(f"{prefix}{error}", err=True)
         raise SystemExit(error.exit_code) from None
     except SystemExit as leave:
         if leave.code == _INTERRUPTED:

@@ -30,6 +30,7 @@ from segkit.cli.options import (
     read_modalities,
     set_verbosity,
 )
+from segkit.cli.processes import GpusOption, spread_over
 from segkit.cli.progress import interruptible, progress_bar, resumed_layers
 from segkit.cli.train import (
     BudgetOption,
@@ -41,6 +42,7 @@ from segkit.cli.train import (
     StartAgainOption,
 )
 from segkit.errors import RequestError
+from segkit.runtime import process_place
 
 if TYPE_CHECKING:
     from segkit.config.base import Config
@@ -82,6 +84,7 @@ def pretrain(
     allow_changes: ChangesOption = False,
     overwrite: StartAgainOption = False,
     device: DeviceOption = None,
+    gpus: GpusOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -93,9 +96,12 @@ def pretrain(
     and `segkit inpaint -m RUN` does so.
     """
     started_s = time.monotonic()
+    spread_over(gpus, device)
+    quiet, as_json = quiet or process_place().rank > 0, as_json and process_place().rank == 0
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
     from segkit.config.loading import build_config, preset_layers, read_yaml
     from segkit.runtime import pick_device
+    from segkit.training.distributed import joined_processes
 
     chosen_device = pick_device(device)
     if allow_changes and not resume:
@@ -135,7 +141,11 @@ def pretrain(
         may_change=allow_changes,
         tell=None if bar is None else bar.tell,
     )
-    with bar or nullcontext(), interruptible("segkit", "pretrain", *data, "-o", output, "--resume"):
+    with (
+        joined_processes(request.device, request.config.training.rank_timeout_s),
+        bar or nullcontext(),
+        interruptible("segkit", "pretrain", *data, "-o", output, "--resume"),
+    ):
         summary = kind.run(request)
     _tell(summary, as_json=as_json, quiet=quiet)
 

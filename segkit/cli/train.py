@@ -32,8 +32,10 @@ from segkit.cli.options import (
     read_modalities,
     set_verbosity,
 )
+from segkit.cli.processes import GpusOption, spread_over
 from segkit.cli.progress import interruptible, progress_bar, resumed_layers
 from segkit.errors import RequestError
+from segkit.runtime import process_place
 
 RunOption = Annotated[Path, typer.Option("-o", "--output", help="Run folder to write.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file laid over the preset.")]
@@ -79,6 +81,7 @@ def train(
     overwrite: StartAgainOption = False,
     dry_run: DryRunOption = False,
     device: DeviceOption = None,
+    gpus: GpusOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -89,10 +92,13 @@ def train(
     folder says what was chosen and why. Settings are taken from the preset, then --config, then the options.
     """
     started_s = time.monotonic()
+    spread_over(gpus, device)
+    quiet, as_json = quiet or process_place().rank > 0, as_json and process_place().rank == 0
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
     from segkit.config.loading import annotated_yaml, build_config, preset_layers, read_yaml
     from segkit.runtime import pick_device
     from segkit.training.config import TrainConfig
+    from segkit.training.distributed import joined_processes
     from segkit.training.planned import RunRequest, plan_run
     from segkit.training.run import begin, cross_validate, train_run
 
@@ -135,7 +141,11 @@ def train(
             typer.echo(annotated_yaml(planned.config, planned.reasons, has_help=False), nl=False)
         return
     folds = () if fold is None else ("-f", fold)
-    with bar or nullcontext(), interruptible("segkit", "train", data, "-o", output, *folds, "--resume"):
+    with (
+        joined_processes(request.device, request.config.training.rank_timeout_s),
+        bar or nullcontext(),
+        interruptible("segkit", "train", data, "-o", output, *folds, "--resume"),
+    ):
         summary = cross_validate(request) if fold == "all" else train_run(request)
     if as_json:
         print_json(summary.to_json())

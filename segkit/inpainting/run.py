@@ -32,7 +32,7 @@ from segkit.models.discriminator import build_discriminator
 from segkit.training.batches import ENDLESS
 from segkit.training.cohorts import SplitCohort, find_split, prepare_cohort
 from segkit.training.config import DataConfig
-from segkit.training.folder import require_usable
+from segkit.training.distributed import from_first
 from segkit.training.unlabelled import (
     UnlabelledRequest,
     UnlabelledSummary,
@@ -40,6 +40,7 @@ from segkit.training.unlabelled import (
     first_card,
     learn,
     open_run,
+    require_usable_run,
     with_patch,
 )
 from segkit.training.weights import first_weights
@@ -66,19 +67,14 @@ def inpainting_run(request: InpaintingRequest) -> UnlabelledSummary:
         DataError: no case can be prepared.
         TrainingError: the training diverged.
     """
-    require_usable(
-        request.run,
-        request.config.training.trackers,
-        is_resumed=request.is_resumed,
-        may_overwrite=request.may_overwrite,
-    )
+    require_usable_run(request)
     cohorts = [_find(folder, request.config) for folder in request.data]
     request = replace(request, config=_settled(request.config, cohorts))
     card = _card(request.config, cohorts)
     begun = first_weights(card, request.config, request.run, is_resumed=request.is_resumed)
     card = with_patch(begun.completed(card), request.config.patches.size or 0, "patches.size")
     open_run(request, cohorts, "inpainting of scans in")
-    begun.keep(request.run)
+    from_first(lambda: begun.keep(request.run))
     task, cases, skipped = _build_task(request, cohorts, card, begun.network)
     return learn(request, task, cases, skipped)
 

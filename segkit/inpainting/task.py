@@ -17,6 +17,7 @@ from segkit.losses.adversarial import adversarial_terms
 from segkit.losses.restoration import RestorationConfig, restoration_loss, ssim_map
 from segkit.models.region_layers import RegionNormLearnable
 from segkit.training.batches import endless_batches
+from segkit.training.distributed import mapped
 from segkit.training.task import Batch, Score, borrowed
 
 _NETWORK = "network."
@@ -51,7 +52,7 @@ class InpaintingTask:
     supervision: float = 0.0
     adversarial_weight: float = 0.0
     workers: int | None = None
-    _held_out: list[Batch] = field(default_factory=list, repr=False)
+    _held_out: dict[int, Batch] = field(default_factory=dict, repr=False)
 
     @property
     def as_restoration(self) -> Restoration:
@@ -94,27 +95,27 @@ class InpaintingTask:
 
         "ssim", "mae" and "mse" of the network, and "mse_rough" of the fill that it goes on from.
         """
-        device = next(self.model.parameters()).device
-        sums: dict[str, float] = {}
-        voxels = 0.0
         with borrowed(self.model, weights):
             self.model.eval()
-            for batch in self._held_out_batches():
-                x, image, hole = (batch[name].to(device) for name in ("x", "image", "hole"))
-                channels = image.shape[1]
-                found = torch.where(hole, self.model(x).float(), image)
-                inside = hole.float()
-                error = (found - image).abs()
-                maps = {
-                    "ssim": self._similarity(found, image),
-                    "mae": error,
-                    "mse": error.square(),
-                    "mse_rough": (x[:, :channels] - image).square(),
-                }
-                for name, values in maps.items():
-                    sums[name] = sums.get(name, 0.0) + float((values.mean(1, keepdim=True) * inside).sum())
-                voxels += float(inside.sum())
-        return {name: total / max(voxels, 1.0) for name, total in sums.items()}
+            of_each = mapped(self._sums_in_hole, range(len(self.held_out)))
+        totals = {name: sum(sums[name] for sums in of_each) for name in of_each[0]}
+        voxels = max(totals.pop("voxels"), 1.0)
+        return {name: total / voxels for name, total in totals.items()}
+
+    def _sums_in_hole(self, number: int) -> dict[str, float]:
+        """Sums over the voxels of one held-out hole, and how many there are."""
+        device = next(self.model.parameters()).device
+        x, image, hole = (self._held_out_patch(number)[name].to(device) for name in ("x", "image", "hole"))
+        found = torch.where(hole, self.model(x).float(), image)
+        error = (found - image).abs()
+        maps = {
+            "ssim": self._similarity(found, image),
+            "mae": error,
+            "mse": error.square(),
+            "mse_rough": (x[:, : image.shape[1]] - image).square(),
+        }
+        sums = {name: float((values.mean(1, keepdim=True) * hole.float()).sum()) for name, values in maps.items()}
+        return {**sums, "voxels": float(hole.sum())}
 
     def _detectors(self) -> list[RegionNormLearnable]:
         return [layer for layer in self.model.modules() if isinstance(layer, RegionNormLearnable)]
@@ -135,9 +136,8 @@ class InpaintingTask:
         """Take over the network's weights that `save` wrote last."""
         self.as_restoration.network.load_state_dict(load_weights_file(run / WEIGHTS_NAME))
 
-    def _held_out_batches(self) -> list[Batch]:
-        """The held-out patches, one a batch, drawn once."""
-        if not self._held_out:
-            items = (self.held_out[index] for index in range(len(self.held_out)))
-            self._held_out = [{name: value[None] for name, value in item.items()} for item in items]
-        return self._held_out
+    def _held_out_patch(self, number: int) -> Batch:
+        """A held-out patch as a batch, drawn once."""
+        if number not in self._held_out:
+            self._held_out[number] = {name: value[None] for name, value in self.held_out[number].items()}
+        return self._held_out[number]

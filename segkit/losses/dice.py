@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from segkit.losses.global_batch import batch_sum
 
 
 def soft_dice_loss(probabilities: Tensor, targets: Tensor, *, batch_dice: bool, smooth: float) -> Tensor:
@@ -13,7 +16,8 @@ def soft_dice_loss(probabilities: Tensor, targets: Tensor, *, batch_dice: bool, 
         loss = 1 - (2 sum(p t) + s) / (sum(p) + sum(t) + s),
 
     the sums running over the voxels of one sample, or of the whole batch with `batch_dice`. Pooling the batch keeps a
-    sample without the structure from contributing a loss near 1 for a single stray voxel.
+    sample without the structure from contributing a loss near 1 for a single stray voxel. A batch that is spread over
+    processes is pooled whole (`segkit.losses.global_batch`).
 
     Sources: Milletari et al., V-Net, 3DV 2016, section 3 (there with squares in the denominator); Drozdzal et al.,
     DLMIA 2016 (without squares, as here); batch Dice: Isensee et al., arXiv 2011.00848, section 2.3.
@@ -32,4 +36,6 @@ def soft_dice_loss(probabilities: Tensor, targets: Tensor, *, batch_dice: bool, 
         axes = (0, *axes)
     intersection = (probabilities * targets).sum(axes)
     cardinality = probabilities.sum(axes) + targets.sum(axes)
+    if batch_dice:
+        intersection, cardinality = batch_sum(torch.stack((intersection, cardinality)))
     return 1 - ((2 * intersection + smooth) / (cardinality + smooth)).mean()

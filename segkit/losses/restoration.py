@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from segkit.config.base import Config
+from segkit.losses.global_batch import batch_sum
 
 
 class RestorationConfig(Config):
@@ -75,14 +76,14 @@ def restoration_loss(
             f"expected the shape of the image twice and {expected} of torch.bool"
         )
     found, image = found.float(), image.float()
-    values = hole.sum().clamp(min=1) * image.shape[1]
     difference = torch.where(hole, found - image, 0.0)
-    loss = config.l1 * difference.abs().sum() / values + config.mse * difference.square().sum() / values
+    error = config.l1 * difference.abs().sum() + config.mse * difference.square().sum()
     if config.ssim > 0:
         filled = torch.where(hole, found, image) - config.darkest
         similarity = ssim_map(filled, image - config.darkest, window=config.ssim_window, data_range=config.data_range)
-        loss = loss + config.ssim * torch.where(hole, 1 - similarity, 0.0).sum() / values
-    return loss
+        error = error + config.ssim * torch.where(hole, 1 - similarity, 0.0).sum()
+    sums = batch_sum(torch.stack((error, hole.sum().to(error.dtype))))
+    return sums[0] / (sums[1].clamp(min=1) * image.shape[1])
 
 
 def ssim_map(x: Tensor, y: Tensor, *, window: int, data_range: float) -> Tensor:

@@ -175,6 +175,10 @@ class StuNet(nn.Module):
             # No gradient ever reaches them, and data-parallel training refuses to wait for one in vain.
             head.requires_grad_(False)
 
+    def units(self) -> list[nn.Module]:
+        """Parts with nearly all of the weights that compute one after the other, for whoever keeps weights in parts."""
+        return [module for module in self.modules() if isinstance(module, ResidualBlock)]
+
     def encode(self, x: Tensor) -> list[Tensor]:
         """(B, in_channels, *spatial) to the feature map of each stage of the way down, full resolution first."""
         features = []

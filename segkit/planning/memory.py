@@ -147,9 +147,17 @@ class Volumes:
 
 
 def estimate_memory_gb(
-    cost: StepCost, volumes: Volumes, *, has_average: bool = True, device: torch.device | None = None
+    cost: StepCost,
+    volumes: Volumes,
+    *,
+    has_average: bool = True,
+    device: torch.device | None = None,
+    shards: int = 1,
 ) -> float:
     """Peak memory of a training run in GiB: resident memory of the process, or what it takes of a GPU.
+
+    With `shards`, so many processes share the weights and all that is kept for them; for a validation each is lent the
+    whole, and the first one has the whole state in the memory of the CPU when it writes it.
 
     The phases of a run do not come at the same time, so the largest counts: preparing a case, a training step (weights,
     gradients, two moments of Adam, moving average, activations), a validation.
@@ -157,8 +165,10 @@ def estimate_memory_gb(
     copies = 4 if has_average else 3
     # The image and its logits, and the sums of weights, planes and labels that blending and decoding need beside them.
     volume = _FLOAT_BYTES * volumes.prepared_voxels * (volumes.channels + volumes.outputs + 2)
-    training = cost.weights * copies + cost.peak
-    validation = cost.weights * (copies + 1) + cost.window + volume
+    kept = cost.weights * copies // shards
+    gradients_elsewhere = cost.weights - cost.weights // shards
+    training = kept + cost.peak - gradients_elsewhere
+    validation = kept + cost.weights + cost.window + volume
     if device is not None and device.type == "cuda":
         return (_GPU_CONTEXT_BYTES + max(training, validation)) / GIB
     # The files of a case as they were read and stacked, and the cropped copy that is normalised.
@@ -167,7 +177,8 @@ def estimate_memory_gb(
     training += int(_KERNEL_SHARE * max(cost.peak - cost.saved, 0))
     validation += int(_KERNEL_SHARE * cost.window) + source
     process = _PROCESS_BYTES + min(_KERNEL_BYTES, cost.peak)
-    return (process + max(preparation, training, validation)) / GIB
+    writing = kept + cost.weights * copies if shards > 1 else 0
+    return (process + max(preparation, training, validation, writing)) / GIB
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -70,6 +70,8 @@ class PlanningRequest:
     budget_minutes: float | None = None
     validations: int = 1
     validation_cases: int = 1
+    shards: int = 1
+    """Processes among which the weights, and all that is kept for them, are shared."""
 
 
 class Plan(Config):
@@ -134,7 +136,13 @@ def plan_training(
         prepared_voxels=max(math.prod(size) for size in sizes),
         source_voxels=max(math.prod(shape) for shape in fingerprint.shapes),
     )
-    fit = partial(estimate_memory_gb, volumes=volumes, has_average=request.has_average, device=device)
+    fit = partial(
+        estimate_memory_gb,
+        volumes=volumes,
+        has_average=request.has_average,
+        device=device,
+        shards=request.shards,
+    )
     choice = _first_that_fits(network, request, median, limits, memory_gb, fit)
     _explain(choice, request, median, limits, memory_gb, reasons)
     return Plan(

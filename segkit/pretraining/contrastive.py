@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from segkit.config.base import Config
+from segkit.losses.global_batch import batch_gather
 from segkit.metrics.retrieval import retrieval_accuracy
 from segkit.pretraining.method import encode, encoder_width, train_encoder_only
 from segkit.training.task import Batch
@@ -45,8 +46,12 @@ class Contrast(nn.Module):
         self.projector = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, config.width))
 
     def loss(self, batch: Batch) -> Tensor:
-        """Contrastive loss of the views "first" and "second", each (B, C, *patch)."""
-        return nt_xent(*self.project(batch), self.config.temperature)
+        """Contrastive loss of the views "first" and "second", each (B, C, *patch).
+
+        Negatives are those of the whole batch, also where it is spread over processes.
+        """
+        first, second = self.project(batch)
+        return nt_xent(batch_gather(first), batch_gather(second), self.config.temperature)
 
     @torch.no_grad()
     def measures(self, batch: Batch) -> dict[str, float]:

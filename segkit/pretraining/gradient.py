@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from segkit.config.base import Config
+from segkit.losses.global_batch import batch_rand
 from segkit.pretraining.affinity import Affinities
 from segkit.pretraining.pygm import solve_with
 from segkit.pretraining.solver import SolverConfig, solve
@@ -121,5 +122,5 @@ def _pairs(matching: Tensor, like: Tensor) -> Tensor:
 
 def _gumbel(like: Tensor) -> Tensor:
     """Standard Gumbel noise of that shape, drawn on the CPU, so that every device draws the same."""
-    uniform = torch.rand(like.shape, dtype=torch.float64).clamp_(1e-20, 1 - 1e-12)
+    uniform = batch_rand(*like.shape, dtype=torch.float64).clamp_(1e-20, 1 - 1e-12)
     return -(-uniform.log()).log().to(like)

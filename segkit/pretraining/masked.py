@@ -19,6 +19,7 @@ from torch.nn import functional
 from segkit.config.base import Config
 from segkit.errors import RequestError
 from segkit.losses.compound import deep_supervision_weights
+from segkit.losses.global_batch import batch_rand, batch_sum
 from segkit.models.protocol import SegmentationNetwork
 from segkit.training.task import Batch
 
@@ -55,7 +56,7 @@ class MaskedReconstruction(nn.Module):
         """Squared error of the hidden voxels of "first" (B, C, *patch), mean over voxels, channels and images."""
         image = batch["first"]
         sides = self._sides(image.shape[2:])
-        numbers = torch.rand(len(image), *block_grid(image.shape[2:], sides))
+        numbers = batch_rand(len(image), *block_grid(image.shape[2:], sides))
         hidden = hidden_voxels(numbers, image.shape[2:], sides, self.config.share).to(image.device)
         found: Tensor | list[Tensor] = self.network(image.masked_fill(hidden, 0))
         return reconstruction_loss(found, image, hidden)
@@ -171,8 +172,9 @@ def reconstruction_loss(found: Tensor | Sequence[Tensor], image: Tensor, hidden:
     for weight, level in zip(deep_supervision_weights(len(levels)), levels, strict=True):
         target, part = (_averaged(plane.float(), level.shape[2:]) for plane in (image, hidden))
         _require_like(level, target)
-        error = ((level.float() - target).square() * part).sum() / (part.sum() * image.shape[1])
-        terms.append(weight * error)
+        error = ((level.float() - target).square() * part).sum()
+        error, voxels = batch_sum(torch.stack((error, part.sum())))
+        terms.append(weight * error / (voxels * image.shape[1]))
     return torch.stack(terms).sum()
 
 

@@ -22,7 +22,7 @@ from segkit.pretraining.sources import GroupDataset, Source
 from segkit.pretraining.task import PretrainingTask
 from segkit.training.batches import ENDLESS
 from segkit.training.cohorts import SplitCohort, find_split, prepare_cohort
-from segkit.training.folder import require_usable
+from segkit.training.distributed import from_first
 from segkit.training.unlabelled import (
     UnlabelledRequest,
     UnlabelledSummary,
@@ -30,6 +30,7 @@ from segkit.training.unlabelled import (
     first_card,
     learn,
     open_run,
+    require_usable_run,
     with_patch,
 )
 from segkit.training.weights import first_weights
@@ -54,12 +55,7 @@ def pretrain_run(request: PretrainRequest) -> UnlabelledSummary:
         DataError: no case can be prepared, or a source has too few images.
         TrainingError: the training diverged.
     """
-    require_usable(
-        request.run,
-        request.config.training.trackers,
-        is_resumed=request.is_resumed,
-        may_overwrite=request.may_overwrite,
-    )
+    require_usable_run(request)
     cohorts = [find_split(folder, request.config.data, request.config.preprocessing) for folder in request.data]
     request = replace(request, config=_settled(request.config, cohorts))
     config = request.config
@@ -68,7 +64,7 @@ def pretrain_run(request: PretrainRequest) -> UnlabelledSummary:
     begun = first_weights(card, request.config, request.run, is_resumed=request.is_resumed)
     card = with_patch(begun.completed(card), request.config.views.size or 0, "views.size")
     open_run(request, cohorts, "unlabelled images in")
-    begun.keep(request.run)
+    from_first(lambda: begun.keep(request.run))
     task, skipped = _build_task(request, cohorts, card, begun.network)
 
     def draw() -> None:

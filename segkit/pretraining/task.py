@@ -18,6 +18,7 @@ from segkit.models.protocol import SegmentationNetwork
 from segkit.pretraining.method import Method, encode, to_device
 from segkit.pretraining.sources import GroupDataset
 from segkit.training.batches import endless_batches
+from segkit.training.distributed import from_first
 from segkit.training.task import Batch, Score, borrowed
 
 METHOD_WEIGHTS = "method.safetensors"
@@ -60,12 +61,16 @@ class PretrainingTask:
         measures = self.measure(weights)
         return Score(measures[self.method.score], {"measures": measures})
 
-    @torch.no_grad()
     def measure(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
         """The method's measures, and `encoder_retrieval`, which is the same for every method that has two views.
 
         That is the share of held-out images whose nearest view, by the mean over the deepest feature map, is their own.
+        All held-out images are compared with each other, so of several processes the first one measures.
         """
+        return from_first(lambda: self._measured(weights))
+
+    @torch.no_grad()
+    def _measured(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
         with borrowed(self.model, weights):
             self.model.eval()
             batch = to_device(self.held_out_batch(), next(self.model.parameters()).device)

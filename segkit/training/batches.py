@@ -1,4 +1,8 @@
-"""Endless batches of a dataset whose items are decided by their index."""
+"""Endless batches of a dataset whose items are decided by their index.
+
+Of w processes with batches of b items, rank r takes its part of the batch of w b items that one process would have:
+together they see the same items in the same order, and none twice.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from segkit.errors import TrainingError
-from segkit.runtime import available_cores
+from segkit.runtime import available_cores, process_place
+from segkit.training.distributed import rank, size
 from segkit.training.interruption import ignore_signals
 from segkit.training.task import Batch
 
@@ -24,12 +29,14 @@ ENDLESS = 2**40
 def endless_batches(
     dataset: Dataset[dict[str, Tensor]], batch_size: int, start: int, workers: int | None
 ) -> Iterator[Batch]:
-    """Batches from the `start`-th on, the n-th always of the same items; `workers` None suits them to the cores."""
+    """Batches from the `start`-th on, the n-th always of the same items; `workers` None suits them to the cores.
+
+    `batch_size` is that of this process.
+    """
     count = _worker_count(workers)
     loader: DataLoader[Any] = DataLoader(
         dataset,
-        batch_size=batch_size,
-        sampler=range(start * batch_size, ENDLESS),
+        batch_sampler=_indices(batch_size, start, rank(), size()),
         num_workers=count,
         persistent_workers=count > 0,
         pin_memory=torch.cuda.is_available(),
@@ -82,9 +89,15 @@ def _lost_worker(error: Exception) -> TrainingError:
     )
 
 
+def _indices(batch_size: int, start: int, rank: int, size: int) -> Iterator[list[int]]:
+    """The items of each batch of a rank."""
+    firsts = range((start * size + rank) * batch_size, ENDLESS - batch_size + 1, size * batch_size)
+    return (list(range(first, first + batch_size)) for first in firsts)
+
+
 def _worker_count(requested: int | None) -> int:
     """On one or two cores preparing patches in between steps is faster than competing with them."""
     if requested is not None:
         return requested
-    cores = available_cores()
+    cores = available_cores() // process_place().local_size
     return 0 if cores <= 2 else min(cores - 1, 8)

@@ -27,6 +27,7 @@ FREE_SETTINGS = (
     "data.cache",
     "training.checkpoint_minutes",
     "training.live_page",
+    "training.rank_timeout_s",
     "training.trackers",
     "training.workers",
 )

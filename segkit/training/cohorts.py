@@ -16,7 +16,7 @@ from segkit.errors import DataError, RequestError, as_request
 from segkit.planning.fingerprint import take_fingerprint
 from segkit.planning.plan import plan_preprocessing
 from segkit.training.config import DataConfig
-from segkit.training.run import cases_at_once
+from segkit.training.run import prepare_cases
 
 _log = logging.getLogger(__name__)
 
@@ -84,10 +84,7 @@ def prepare_cohort(
         DataError: no training case can be used.
     """
     found = cohort.cohort
-    at_once = cases_at_once(found, memory_gb)
-    folders, skipped = store.entries(found.cases, found.modalities, found.scheme, cohort.preprocessing, at_once=at_once)
-    for reason in skipped.values():
-        _log.warning("left out: %s", reason)
+    folders, skipped = prepare_cases(found.cases, found, store, cohort.preprocessing, memory_gb)
     if not any(case_id in folders for case_id in cohort.training_ids):
         first = next(iter(skipped.values()), "there is none")
         raise DataError("no case to learn from can be used", where=found.root, remedy=f"The first: {first}")

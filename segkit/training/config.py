@@ -67,7 +67,7 @@ class PlanningConfig(Config):
     patch_limit: int = Field(default=128, ge=16)
     """Longest side that planning may give a patch, in voxels; patches of pictures may be twice as long."""
     batch_size: int | None = Field(default=None, ge=1)
-    """Patches per step; None is planned."""
+    """Patches per step and process; None is planned."""
     batch_limit: int = Field(default=2, ge=1)
     """Largest batch that planning may choose; of pictures twice as many."""
 
@@ -104,11 +104,16 @@ class LoopConfig(Config):
     validate_every: int = Field(default=1, ge=1)
     """Epochs between validations; under a budget validation takes a tenth of the time at most."""
     accumulate: int = Field(default=1, ge=1)
-    """Batches whose gradients are summed for one step."""
+    """Batches whose gradients are summed for one step; each process has as many."""
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
     """Decay per step of the moving average of the weights, which is what is validated and kept; 0 switches it off."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward pass; auto is bf16 on a GPU that has it."""
+    rank_timeout_s: float = Field(default=600.0, gt=0)
+    """Longest time that one of several processes may hold up the others, within a step or a case that is validated."""
+    sharding: Literal["auto", "none", "full"] = "auto"
+    """Whether each of several processes keeps a part of the network and of what the optimiser knows, instead of all of
+    it; for stunet. auto: where it does not fit otherwise."""
     workers: int | None = Field(default=None, ge=0)
     """Processes that prepare patches; None suits them to the cores, 0 works in the training process."""
     seed: int = 0

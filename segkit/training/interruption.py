@@ -35,12 +35,14 @@ class InterruptedTrainingError(SegkitError):
 class Interruption:
     """What was asked for since the training began.
 
-    `stop` says that it is to end, `keep` that its state is to be written; both are plain flags that several processes
-    can agree upon.
+    `stop` says that it is to end, `keep` that its state is to be written. Where the training is shared between
+    processes, they stay as they are until `agree` tells what any of them was asked for: all have to end after the same
+    step.
     """
 
     stop: bool = False
     keep: bool = False
+    is_shared: bool = False
     before: Mapping[int, Handler] = field(default_factory=dict)
     """Handlers that others had installed, by signal; they are called once the state is kept."""
     _received: list[int] = field(default_factory=list)
@@ -51,6 +53,20 @@ class Interruption:
         """Whether the state is to be written now."""
         return self.stop or self.keep
 
+    @property
+    def stops_here(self) -> bool:
+        """Whether this process was asked to end, agreed upon or not."""
+        return self.stop or any(number in _STOPS for number in self._received)
+
+    @property
+    def keeps_here(self) -> bool:
+        """Whether this process was asked to write the state, agreed upon or not."""
+        return self.keep or any(number in _KEEPS for number in self._received)
+
+    def agree(self, *, stop: bool, keep: bool) -> None:
+        """Take what any of the processes was asked for."""
+        self.stop, self.keep = self.stop or stop, self.keep or keep
+
     def unless_stopped(self, work: Callable[[], Result]) -> Result | None:
         """What `work` gives; None where the training was asked to end before it was done, which cuts it short.
 
@@ -60,6 +76,8 @@ class Interruption:
             self._may_cut = True
             return None if self.stop else work()
         except KeyboardInterrupt:
+            if self.is_shared:
+                self.stop = True  # all processes cut their part short together
             if not self.stop:
                 raise
             return None
@@ -72,7 +90,12 @@ class Interruption:
         Raises:
             InterruptedTrainingError: the training was asked to end.
         """
-        received, self._received, self.keep = self._received, [], False
+        if self.is_shared and not self.is_wanted:
+            return
+        received, self._received = self._received, []
+        if self.is_shared and not self.stop:
+            self._received = [number for number in received if number in _STOPS]  # not agreed upon yet
+        self.keep = False
         for number in received:
             if number in self.before:
                 self.before[number](number, None)
@@ -85,6 +108,8 @@ class Interruption:
         """Take note of a signal; a second Ctrl-C does not wait for the state to be written."""
         is_impatient = number == signal.SIGINT and number in self._received
         self._received.append(number)
+        if self.is_shared and not is_impatient:
+            return
         if number in _KEEPS:
             self.keep = True
             return
@@ -95,20 +120,23 @@ class Interruption:
 
 
 @contextmanager
-def listening() -> Iterator[Interruption]:
+def listening(*, is_shared: bool = False) -> Iterator[Interruption]:
     """Note signals instead of dying of them, in the main thread of a process; elsewhere nothing is ever asked for.
+
+    `is_shared` says that other processes take part, see `Interruption`.
 
     A signal that the process was told to ignore, as `nohup` does, stays ignored. The handlers that there were are put
     back in the end.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield Interruption()
+        yield Interruption(is_shared=is_shared)
         return
     found = {number: signal.getsignal(number) for number in (*_STOPS, *_KEEPS)}
     heard = {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
     own = (signal.SIG_DFL, signal.default_int_handler)
     asked = Interruption(
-        before={n: handler for n, handler in heard.items() if callable(handler) and handler not in own}
+        is_shared=is_shared,
+        before={n: handler for n, handler in heard.items() if callable(handler) and handler not in own},
     )
     for number in heard:
         signal.signal(number, asked.note)

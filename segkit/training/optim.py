@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -129,12 +129,17 @@ class MovingAverage:
         """What `load_state_dict` takes."""
         return {"updates": self.updates, "average": self.average}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        """Take over what `state_dict` gave."""
+    def load_state_dict(
+        self, state: dict[str, object], take: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], None] | None = None
+    ) -> None:
+        """Take over what `state_dict` gave; `take` fills the first tensors with the second where a copy does not do."""
         updates, average = state["updates"], state["average"]
         if not isinstance(updates, int) or not isinstance(average, dict):
             raise TypeError("the state of the moving average holds `updates` and `average`")
         self.updates = updates
+        if take is not None:
+            take(self.average, average)
+            return
         for name, value in average.items():
             tensor: Tensor = self.average[name]
             tensor.copy_(value)

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from segkit.data.lesion_bank import find_copies
 from segkit.data.splits import train_and_validation
 from segkit.errors import DataError, RequestError, as_request
 from segkit.labels import LabelScheme
-from segkit.models.table import configure
+from segkit.models.table import build_model, configure
 from segkit.planning.fingerprint import take_fingerprint
 from segkit.planning.plan import PlanningRequest, plan_training
-from segkit.runtime import available_memory_gb
-from segkit.training.config import TrainConfig
+from segkit.runtime import available_memory_gb, process_place
+from segkit.training.config import NetworkConfig, TrainConfig
+from segkit.training.distributed import from_first, size
 from segkit.training.folder import read_plan, require_same_split
 
 _log = logging.getLogger(__name__)
@@ -96,7 +98,7 @@ def plan_run(request: RunRequest) -> PlannedRun:
         config, (reasons, estimate) = request.config, read_plan(request.run)
     else:
         # Every fold is planned from the whole cohort, so that the folds can be one ensemble.
-        config, reasons, estimate = _decide(request, cohort, len(ids_validation))
+        config, reasons, estimate = from_first(lambda: _decide(request, cohort, len(ids_validation)))
     return PlannedRun(request, config, cohort, tuple(ids_train), tuple(ids_validation), reasons, estimate, copies)
 
 
@@ -205,8 +207,9 @@ def planning_request(config: TrainConfig, validation_cases: int) -> PlanningRequ
 
 
 def memory_to_plan_for(asked_gb: float | None, device: torch.device) -> float:
-    """GiB that planning may fill: what was asked for, else most of what is free."""
-    return asked_gb or _SHARE_OF_FREE_MEMORY * available_memory_gb(device)
+    """GiB that planning may fill in each process: what was asked for, else most of its part of what is free."""
+    parts = 1 if device.type == "cuda" else process_place().local_size
+    return asked_gb or _SHARE_OF_FREE_MEMORY * available_memory_gb(device) / parts
 
 
 def _decide(
@@ -221,14 +224,32 @@ def _decide(
         fingerprint = take_fingerprint(cohort)
     except DataError as error:
         raise as_request(error) from error
-    plan = plan_training(
-        fingerprint, cohort.scheme, planning_request(config, validation_cases), memory_gb, request.device
-    )
+    asked = planning_request(config, validation_cases)
+    fit = partial(plan_training, fingerprint, cohort.scheme, memory_gb=memory_gb, device=request.device)
+    is_shared = config.training.sharding == "full"
+    try:
+        plan = fit(replace(asked, shards=size() if is_shared else 1))
+    except RequestError:
+        if config.training.sharding != "auto" or size() == 1 or not _has_units(config.network, cohort.dims):
+            raise
+        plan, is_shared = fit(replace(asked, shards=size())), True
+        why = f"in a single process the network does not fit into {memory_gb:.1f} GB"
+        plan = plan.model_copy(update={"reasons": {**plan.reasons, "training.sharding": why}})
     config = with_values(config, "planning", patch_size=plan.patch_size, batch_size=plan.batch_size)
     config = with_values(config, "network", arguments=plan.arguments)
+    config = with_values(config, "training", sharding="full" if is_shared else config.training.sharding)
     config = with_values(config, "augmentation", mirror_axes=plan.mirror_axes, modality_dropout=plan.modality_dropout)
     config = config.model_copy(update={"preprocessing": plan.preprocessing})
     return config, plan.reasons, {"memory_gb": plan.memory_gb}
+
+
+def _has_units(network: NetworkConfig, dims: int) -> bool:
+    """Whether the network can be trained in parts, see `segkit.training.sharding`."""
+    with torch.device("meta"):
+        built = build_model(
+            network.family, in_channels=1, out_channels=1, dims=dims, size=network.size, **network.arguments
+        )
+    return hasattr(built, "units")
 
 
 def with_values(config: TrainConfig, section: str, **values: Any) -> TrainConfig:

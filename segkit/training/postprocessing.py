@@ -65,6 +65,11 @@ class ScoredCases:
         self.ids.append(case_id)
         self._packed.append((predicted, expected, prediction[box].shape, tuple(spacing_mm)))
 
+    def take(self, others: ScoredCases) -> None:
+        """Keep those cases, too."""
+        self.ids += others.ids
+        self._packed += others._packed
+
     def __len__(self) -> int:
         return len(self.ids)
 

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from segkit.data.case import Case, Cohort
 from segkit.data.dataset import PatchDataset
 from segkit.data.files import read_grid
 from segkit.data.lesion_bank import LesionBank, prepare_copies
-from segkit.data.preprocessing import load_case
+from segkit.data.preprocessing import PreprocessingConfig, load_case
 from segkit.data.store import PreparedStore, StoredCases
 from segkit.errors import DataError, RequestError
 from segkit.inference.backends import TorchBackend
@@ -47,10 +48,21 @@ from segkit.runtime import (
     environment,
     keep_freed_memory,
     peak_rss_mb,
+    process_place,
     return_freed_memory,
 )
 from segkit.training.batches import ENDLESS
 from segkit.training.changes import Change, settle_settings, with_changes
+from segkit.training.distributed import (
+    exchanged,
+    first_before_others,
+    from_first,
+    is_first,
+    mapped,
+    mark,
+    rank,
+    size,
+)
 from segkit.training.folder import (
     SCORES_NAME,
     has_state,
@@ -92,23 +104,18 @@ def train_run(request: RunRequest) -> RunSummary:
         DataError: no case can be prepared.
         TrainingError: the training diverged.
     """
-    require_usable(
-        request.run,
-        request.config.training.trackers,
-        is_resumed=request.is_resumed,
-        may_overwrite=request.may_overwrite,
-    )
+    asked = {"is_resumed": request.is_resumed, "may_overwrite": request.may_overwrite}
+    from_first(lambda: require_usable(request.run, request.config.training.trackers, **asked))
     planned = plan_run(request)
     card, begun = begin(planned)
     _settle_freed_memory(planned)
-    open_folder(request.run, planned.config, is_resumed=request.is_resumed, may_change=request.may_change)
-    _write_plan(planned)
-    begun.keep(request.run)
+    from_first(lambda: _open(planned, begun))
     store = PreparedStore(planned.config.data.cache or request.run / "cache")
     ids = (*planned.training_ids, *planned.validation_ids)
     folders, skipped = _prepare(planned, store, planned.cases(ids))
     validation_ids = [case_id for case_id in planned.validation_ids if case_id in folders]
-    task = _build_task(planned, card, begun.network, folders, _lesion_bank(planned, store))
+    bank = first_before_others(lambda: _lesion_bank(planned, store))
+    task = _build_task(planned, card, begun.network, folders, bank)
     training = planned.config.training
     deadline_s = None if training.budget_minutes is None else request.started_s + 60 * training.budget_minutes
     state = fit(
@@ -120,6 +127,7 @@ def train_run(request: RunRequest) -> RunSummary:
         deadline_s=deadline_s,
         final_validations=_FINAL_VALIDATIONS,
         resume=request.is_resumed,
+        may_change=request.may_change,
         tell=request.tell,
     )
     scored = validation_ids if deadline_s is None else validation_ids[: int(_FINAL_VALIDATIONS * len(task.validation))]
@@ -143,17 +151,24 @@ def cross_validate(request: RunRequest) -> RunSummary:
     folds = min(request.config.data.folds, patients)
     cache = request.config.data.cache or request.run / "cache"
     request = replace(request, config=with_values(request.config, "data", folds=folds, cache=cache))
-    request.run.mkdir(parents=True, exist_ok=True)
-    changes = settle_settings(request.run, request.config, is_resumed=request.is_resumed, may_change=request.may_change)
-    write_config(request.run, request.config, {}, f"cross-validation of {request.data}")
+    changes = from_first(lambda: _open_folds(request))
     documents = []
     for fold in range(folds):
         _log.info("fold %d of %d", fold + 1, folds)
-        document = _finished_fold(request, fold)
+        document = from_first(partial(_finished_fold, request, fold))
         documents.append(document or train_run(_fold_request(request, fold, folds - fold, changes)).to_json())
     summary = summarise_folds(request.run, documents, (time.monotonic() - request.started_s) / 60)
-    write_json(request.run / SCORES_NAME, summary.to_json())
+    if is_first():
+        write_json(request.run / SCORES_NAME, summary.to_json())
     return summary
+
+
+def _open_folds(request: RunRequest) -> list[Change]:
+    """Make the folder of a cross-validation; gives back what a resumed one does otherwise than before."""
+    request.run.mkdir(parents=True, exist_ok=True)
+    changes = settle_settings(request.run, request.config, is_resumed=request.is_resumed, may_change=request.may_change)
+    write_config(request.run, request.config, {}, f"cross-validation of {request.data}")
+    return changes
 
 
 def _finished_fold(request: RunRequest, fold: int) -> dict[str, Any] | None:
@@ -188,7 +203,8 @@ def begin(planned: PlannedRun) -> tuple[ModelCard, FirstWeights]:
         RequestError: the weights to begin with cannot be read or do not fit.
     """
     card, request = _card(planned), planned.request
-    begun = first_weights(card, planned.config, request.run, is_resumed=request.is_resumed)
+    gets_parts = planned.config.training.sharding == "full" and not is_first()
+    begun = first_weights(card, planned.config, request.run, is_resumed=request.is_resumed, is_shape_only=gets_parts)
     return begun.completed(card), begun
 
 
@@ -222,8 +238,12 @@ def _card(planned: PlannedRun) -> ModelCard:
     )
 
 
-def _write_plan(planned: PlannedRun) -> None:
+def _open(planned: PlannedRun, begun: FirstWeights) -> None:
+    """Make the run folder, with the plan in it."""
     run = planned.request.run
+    request = planned.request
+    open_folder(run, planned.config, is_resumed=request.is_resumed, may_change=request.may_change)
+    begun.keep(run)
     heading = f"{planned.cohort.layout} data in {planned.cohort.root}"
     write_config(run, planned.config, planned.reasons, heading)
     if not planned.request.is_resumed:
@@ -240,11 +260,9 @@ def _prepare(
     Raises:
         DataError: no training case, or no validation case, can be used.
     """
-    config, cohort = planned.config.preprocessing, planned.cohort
-    at_once = cases_at_once(cohort, planned.request.memory_gb)
-    folders, skipped = store.entries(cases, cohort.modalities, planned.scheme, config, at_once=at_once)
-    for reason in skipped.values():
-        _log.warning("left out: %s", reason)
+    folders, skipped = prepare_cases(
+        cases, planned.cohort, store, planned.config.preprocessing, planned.request.memory_gb
+    )
     for what, ids in (("training", planned.training_ids), ("validation", planned.validation_ids)):
         if not any(case_id in folders for case_id in ids):
             first = next(iter(skipped.values()), "there is none")
@@ -275,6 +293,24 @@ def _lesion_bank(planned: PlannedRun, store: PreparedStore) -> LesionBank | None
     return LesionBank(copies, lesion_share=shares.lesion_share, lesion_free_share=shares.lesion_free_share)
 
 
+def prepare_cases(
+    cases: Sequence[Case],
+    cohort: Cohort,
+    store: PreparedStore,
+    config: PreprocessingConfig,
+    memory_gb: float | None,
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """Prepare cases of a cohort: their folders by id, and why others are left out; each process takes its part."""
+    at_once = cases_at_once(cohort, memory_gb)
+    mine = cases[rank() :: size()]
+    parts = exchanged(store.entries(mine, cohort.modalities, cohort.scheme, config, at_once=at_once))
+    folders = {case_id: folder for found, _ in parts for case_id, folder in found.items()}
+    skipped = {case_id: reason for _, reasons in parts for case_id, reason in reasons.items()}
+    for reason in skipped.values():
+        _log.warning("left out: %s", reason)
+    return folders, skipped
+
+
 def cases_at_once(cohort: Cohort, memory_gb: float | None) -> int:
     """As many as there are cores and memory for: a case is held as read, stacked and prepared, in float32."""
     image = next(iter(cohort.cases[0].images.values()))
@@ -283,7 +319,9 @@ def cases_at_once(cohort: Cohort, memory_gb: float | None) -> int:
     except DataError:
         return 1
     case_gb = 4 * voxels * (2 * len(cohort.modalities) + 1) / 2**30
-    return max(1, min(available_cores(), 8, int(0.5 * (memory_gb or available_memory_gb()) / case_gb)))
+    sharing = process_place().local_size
+    memory_gb = memory_gb or available_memory_gb() / sharing
+    return max(1, min(available_cores() // sharing, 8, int(0.5 * memory_gb / case_gb)))
 
 
 def _settle_freed_memory(planned: PlannedRun) -> None:
@@ -333,20 +371,28 @@ def _score(planned: PlannedRun, case_ids: Sequence[str]) -> tuple[CaseDice, Case
     predictor = Predictor(TorchBackend(load_model(run, planned.request.device), planned.request.device), card)
     regions = {output.name: output.members for output in card.output_list() if output.label != 0}
     names = {value: tissue for tissue, value in planned.scheme.values.items()}
-    per_case: dict[str, dict[str, float]] = {}
-    kept = ScoredCases()
-    for number, case in enumerate(planned.cases(case_ids)):
-        loaded = load_case(case, planned.cohort.modalities, planned.scheme)
+
+    def score(numbered: tuple[int, Case]) -> tuple[CaseDice, ScoredCases]:
+        number, case = numbered
+        loaded, kept = load_case(case, planned.cohort.modalities, planned.scheme), ScoredCases()
         if loaded.labels is None:
-            continue
+            return {}, kept
         labels = predictor.predict_loaded(loaded).labels
-        per_case[case.id] = dice_by_region(labels, loaded.labels, regions)
         kept.add(case.id, labels, loaded.labels, loaded.grid.spacing_mm)
         if number < _PICTURES:
             path = run / "figures" / f"validation_{number}.png"
             image, title = loaded.image[-1], case.id
             overlay_figure(path, image, labels, loaded.grid, reference=loaded.labels, names=names, title=title)
-    return per_case, settle_postprocessing(run, kept, names, is_wanted=planned.config.postprocessing == "auto")
+        return {case.id: dice_by_region(labels, loaded.labels, regions)}, kept
+
+    per_case: dict[str, Mapping[str, float]] = {}
+    scored = ScoredCases()
+    mark("in validation")
+    for dice, kept in mapped(score, enumerate(planned.cases(case_ids))):
+        per_case |= dice
+        scored.take(kept)
+    is_wanted = planned.config.postprocessing == "auto"
+    return per_case, from_first(lambda: settle_postprocessing(run, scored, names, is_wanted=is_wanted))
 
 
 def _finish(
@@ -358,8 +404,9 @@ def _finish(
     cleaned = None if postprocessed is None else without_undefined(postprocessed)
     summary = RunSummary(request.run, clean, steps, minutes, peak_rss_mb(), skipped, cleaned)
     estimate = {f"estimated_{key}": value for key, value in planned.estimate.items()}
-    write_json(request.run / SCORES_NAME, {**summary.to_json(), **estimate})
-    LiveView(request.run, with_page=planned.config.training.live_page).finish()
+    if is_first():
+        write_json(request.run / SCORES_NAME, {**summary.to_json(), **estimate})
+        LiveView(request.run, with_page=planned.config.training.live_page).finish()
     _log.info(
         "%d steps in %.1f min, peak %.2f GB (estimated %.2f GB)",
         steps,

@@ -21,6 +21,7 @@ from segkit.inference.predictor import Predictor
 from segkit.losses.compound import SegmentationLoss
 from segkit.metrics.overlap import dice_by_region
 from segkit.training.batches import endless_batches
+from segkit.training.distributed import from_first, mapped, size
 from segkit.training.task import Batch, Score, borrowed
 
 
@@ -63,12 +64,15 @@ class SegmentationTask:
         """
         with borrowed(self.model, weights):
             predictor = Predictor(TorchBackend(self.model, next(self.model.parameters()).device), self.card)
-            began = time.monotonic()
-            per_case = [self._dice(predictor, self.validation[0])]
             if self.validation_limit_s is not None:
-                count = max(1, int(self.validation_limit_s / max(time.monotonic() - began, 1e-6)))
-                self.validation, self.validation_limit_s = self.validation[:count], None
-            per_case += [self._dice(predictor, case) for case in self.validation[1:]]
+                began = time.monotonic()
+                self._dice(predictor, self.validation[0])
+                count = size() * self.validation_limit_s / max(time.monotonic() - began, 1e-6)
+                self.validation = self.validation[: max(1, int(from_first(lambda: count)))]
+                self.validation_limit_s = None
+            per_case = mapped(
+                lambda number: self._dice(predictor, self.validation[number]), range(len(self.validation))
+            )
         found = {name: [d[name] for d in per_case if not math.isnan(d[name])] for name in self._regions()}
         by_output = {name: sum(values) / len(values) for name, values in found.items() if values}
         return Score(sum(by_output.values()) / len(by_output) if by_output else 1.0, {"dice": by_output})

@@ -42,7 +42,11 @@ class Task(Protocol):
 @contextmanager
 def borrowed(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """The model with other weights for a while; it has its own again whenever a signal may cut that short."""
-    own = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    present = model.state_dict()
+    if all(present[name] is value or present[name].data_ptr() == value.data_ptr() for name, value in weights.items()):
+        yield
+        return
+    own = {name: value.detach().clone() for name, value in present.items()}
     try:
         model.load_state_dict(weights)
         yield

@@ -20,10 +20,12 @@ from segkit.models.table import MODELS, configure
 from segkit.runtime import environment, peak_rss_mb
 from segkit.training.cohorts import SplitCohort
 from segkit.training.config import NetworkConfig, RunConfig
+from segkit.training.distributed import from_first, is_first
 from segkit.training.folder import (
     SCORES_NAME,
     open_folder,
     require_same_split,
+    require_usable,
     write_config,
     write_json,
     write_split,
@@ -81,6 +83,16 @@ class UnlabelledSummary:
         return {**{name: value for name, value in vars(self).items() if name != "run"}, "run": str(self.run)}
 
 
+def require_usable_run(request: UnlabelledRequest[Any]) -> None:
+    """Refuse to mix two runs in one folder, and to resume what never began; see `require_usable`.
+
+    Raises:
+        RequestError: as said.
+    """
+    asked = {"is_resumed": request.is_resumed, "may_overwrite": request.may_overwrite}
+    from_first(lambda: require_usable(request.run, request.config.training.trackers, **asked))
+
+
 def open_run(request: UnlabelledRequest[Any], cohorts: Sequence[SplitCohort], heading: str) -> None:
     """Make the run folder with its settings and its split.
 
@@ -91,12 +103,16 @@ def open_run(request: UnlabelledRequest[Any], cohorts: Sequence[SplitCohort], he
         [f"{found.name}/{case_id}" for found in cohorts for case_id in getattr(found, ids)]
         for ids in ("training_ids", "held_out_ids")
     )
-    if request.is_resumed:
-        require_same_split(request.run, training, held_out)
-    open_folder(request.run, request.config, is_resumed=request.is_resumed, may_change=request.may_change)
-    write_config(request.run, request.config, {}, f"{heading} " + ", ".join(str(folder) for folder in request.data))
-    if not request.is_resumed:
-        write_split(request.run, request.data, training, held_out, request.config.data.exclude)
+
+    def write() -> None:
+        if request.is_resumed:
+            require_same_split(request.run, training, held_out)
+        open_folder(request.run, request.config, is_resumed=request.is_resumed, may_change=request.may_change)
+        write_config(request.run, request.config, {}, f"{heading} " + ", ".join(str(folder) for folder in request.data))
+        if not request.is_resumed:
+            write_split(request.run, request.data, training, held_out, request.config.data.exclude)
+
+    from_first(write)
 
 
 def axes_for(
@@ -191,12 +207,14 @@ def learn(
         device=request.device,
         deadline_s=request.deadline_s,
         resume=request.is_resumed,
+        may_change=request.may_change,
         tell=request.tell,
     )
     task.take_best(request.run)
     after = task.measure(task.model.state_dict())
     _log.info("best at step %s: %s", load_card(request.run).training_data.model_dump().get("step"), _shown(after))
-    draw()
+    if is_first():
+        draw()
     summary = UnlabelledSummary(
         run=request.run,
         method=request.config.method,
@@ -208,8 +226,9 @@ def learn(
         images=images,
         skipped=skipped,
     )
-    write_json(request.run / SCORES_NAME, summary.to_json())
-    LiveView(request.run, with_page=request.config.training.live_page).finish()
+    if is_first():
+        write_json(request.run / SCORES_NAME, summary.to_json())
+        LiveView(request.run, with_page=request.config.training.live_page).finish()
     return summary
 
 
@@ -225,7 +244,8 @@ def _measured_before(request: UnlabelledRequest[Any], task: MeasuredTask) -> dic
     task.model.to(request.device)
     before = task.measure(task.model.state_dict())
     _log.info("before: %s", _shown(before))
-    write_json(path, {"before": before})
+    if is_first():
+        write_json(path, {"before": before})
     return before
 
 

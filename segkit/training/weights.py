@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from segkit.checkpoint import LoadReport, ModelCard, TransferOptions, WeightSource, build_network, read_source
@@ -49,13 +50,20 @@ class FirstWeights:
             write_origin(run, self.facts, self.report)
 
 
-def first_weights(card: ModelCard, config: RunConfig, run: Path, *, is_resumed: bool) -> FirstWeights:
+def first_weights(
+    card: ModelCard, config: RunConfig, run: Path, *, is_resumed: bool, is_shape_only: bool = False
+) -> FirstWeights:
     """Build the network of a card and, for a run that is not resumed, load the weights that its settings name.
+
+    With `is_shape_only` it lies on the meta device, where it takes no memory, and another process has its weights.
 
     Raises:
         RequestError: the weights cannot be read or do not fit the network, or too little of the encoder is in them.
     """
     seed_everything(config.training.seed)
+    if is_shape_only:
+        with torch.device("meta"):
+            return FirstWeights(build_network(card))
     network = build_network(card)
     path = config.network.weights
     if is_resumed or path is None:

@@ -1,0 +1,165 @@
+"""What test_distributed.py asks of several processes: `python together.py WHAT FOLDER`, started as torchrun would."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from segkit.checkpoint import load_state
+from segkit.errors import RequestError, SegkitError
+from segkit.labels import Output
+from segkit.losses.compound import SegmentationLoss
+from segkit.models.table import build_model
+from segkit.training.config import LoopConfig, OptimiserConfig
+from segkit.training.distributed import (
+    exchanged,
+    first_before_others,
+    from_first,
+    joined_processes,
+    mapped,
+    rank,
+    size,
+)
+from segkit.training.interruption import InterruptedTrainingError
+from segkit.training.loop import fit
+from segkit.training.task import Score, borrowed
+
+DOCS = Path(__file__).parents[2] / "docs"
+CPU = torch.device("cpu")
+
+
+class TinyTask:
+    """A small network on random patches: items are decided by their number, and shared as `endless_batches` does."""
+
+    def __init__(self, model: nn.Module, batch_size: int, before_step: Callable[[int], None] = lambda _: None) -> None:
+        self.model = model
+        self.batch_size = batch_size
+        self.before_step = before_step
+        self._loss = SegmentationLoss("softmax", (Output("background", 0, (0,)), Output("one", 1, (1,))))
+        self.saved: dict[str, Tensor] = {}
+
+    def batches(self, start: int) -> Iterator[Mapping[str, Tensor]]:
+        while True:
+            first = (start * size() + rank()) * self.batch_size
+            items = [torch.Generator().manual_seed(number) for number in range(first, first + self.batch_size)]
+            image = torch.stack([torch.randn(1, 16, 16, generator=item) for item in items])
+            self.before_step(start)
+            yield {"image": image, "labels": (image[:, 0] > 0.5).byte()}
+            start += 1
+
+    def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return self._loss(self.model(batch["image"]), batch["labels"])
+
+    def validate(self, weights: Mapping[str, Tensor]) -> Score:
+        with borrowed(self.model, weights), torch.no_grad():
+            self.model.eval()
+            scores = mapped(self._score, range(3))
+        return Score(sum(scores))
+
+    def _score(self, number: int) -> float:
+        image = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(10_000 + number))
+        return float(self.model(image).mean())
+
+    def save(self, run: Path, weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        self.saved = {name: value.detach().clone() for name, value in weights.items()}
+
+
+def small_unet() -> nn.Module:
+    torch.manual_seed(3)
+    strides = ((2, 2), (2, 2), (1, 1), (1, 1), (1, 1))
+    return build_model("stunet", in_channels=1, out_channels=2, dims=2, size="S", width=2, strides=strides)
+
+
+def train(task: TinyTask, run: Path, *, resume: bool = False, may_change: bool = False, **settings: Any) -> str:
+    """Train for six steps, validated after three; the sentence of an interruption, or nothing."""
+    (run / "figures").mkdir(parents=True, exist_ok=True)
+    training = LoopConfig(**{"steps": 6, "steps_per_epoch": 3, "ema_decay": 0.5, "accumulate": 2, **settings})
+    try:
+        fit(task, run, training, OptimiserConfig(lr=1e-3), device=CPU, resume=resume, may_change=may_change)
+    except InterruptedTrainingError as error:
+        return str(error)
+    return ""
+
+
+def talk(folder: Path) -> dict[str, Any]:
+    """Everything that travels between processes."""
+    log = folder / "order.txt"
+
+    def note() -> int:
+        with log.open("a") as file:
+            file.write(f"{rank()}\n")
+        return rank()
+
+    def refuse() -> int:
+        raise RequestError("no room", where="here")
+
+    found: dict[str, Any] = {
+        "exchanged": exchanged(10 * rank()),
+        "mapped": mapped(lambda item: (item, rank()), range(5)),
+        "from_first": from_first(lambda: f"said by {rank()}"),
+        "own": first_before_others(note),
+    }
+    try:
+        from_first(refuse)
+    except SegkitError as error:
+        found["refused"] = [type(error).__name__, str(error), error.exit_code, error.is_told]
+    found["order"] = exchanged(None) and log.read_text().split()
+    return found
+
+
+def learn(folder: Path) -> dict[str, Any]:
+    """Runs of two processes, whole and in parts, cut off by a signal to one of them and gone on with."""
+    found: dict[str, Any] = {}
+
+    def stop_second(step: int) -> None:
+        if step == 6 and rank() == 1:  # two batches a step: while the fourth step begins
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    for name, settings in (("plain", {}), ("parts", {"sharding": "full"})):
+        cut, run = folder / f"{name}-cut", folder / name
+        train(TinyTask(small_unet(), 1), run, **settings)
+        found[name] = exchanged(train(TinyTask(small_unet(), 1, stop_second), cut, **settings))
+        found[f"{name} stopped at"] = load_state(cut)["progress"]["step"]
+        found[f"{name} resumed"] = train(TinyTask(small_unet(), 1), cut, resume=True, **settings)
+    return found
+
+
+def stick(folder: Path) -> dict[str, Any]:
+    """The second process sleeps, or dies, in its third step."""
+    how = folder.name
+
+    def hold_up(step: int) -> None:
+        if step == 4 and rank() == 1:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)
+
+    train(TinyTask(small_unet(), 1, hold_up), folder / "run")
+    return {}
+
+
+def all_that_goes_well(folder: Path) -> dict[str, Any]:
+    """In one start of the processes, for each costs seconds."""
+    sys.path.insert(0, str(DOCS))
+    import distributed  # docs/distributed.py, which measures the same for people
+
+    return {"gradients": distributed.gradients(), "talk": talk(folder), "learn": learn(folder)}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    what, where = {"work": all_that_goes_well, "stick": stick}[sys.argv[1]], Path(sys.argv[2])
+    try:
+        with joined_processes(CPU, 6 if what is stick else 60):
+            (where / f"{rank()}.json").write_text(json.dumps(what(where)))
+    except SegkitError as error:
+        sys.exit(f"Error: {error}")
