@@ -59,6 +59,8 @@ class Sign:
     host: str = ""
     process: int = 0
     failure: str = ""
+    verdict: str = ""
+    """The sentence with which it gave up on another process, or on itself."""
 
     @property
     def place(self) -> tuple[int, int]:
@@ -77,6 +79,8 @@ class Seen:
 
 def find_fault(seen: Mapping[int, Seen], now_s: float, timeout_s: float, silence_s: float) -> str | None:
     """A sentence that names the rank to blame, None as long as all get on."""
+    if verdicts := [other.sign.verdict for other in seen.values() if other.sign.verdict]:
+        return verdicts[0]
     for rank, other in seen.items():
         if other.sign.failure:
             return f"rank {rank} failed at step {other.sign.step}: {other.sign.failure}"
@@ -137,6 +141,7 @@ class Watch:
         self._mark = (0, "preparing", 0)
         self._beats = 0
         self._failure = ""
+        self._verdict = ""
         self._seen: dict[int, Seen] = {}
         self._is_over = threading.Event()
         self._lock = threading.Lock()
@@ -197,13 +202,15 @@ class Watch:
             if fault is not None:
                 # The main thread may just hear of it, too, and knows more.
                 if not self._is_over.wait(self.interval_s):
+                    self._verdict = fault
+                    self._tell()
                     self.give_up(fault)
                 return
 
     @property
     def _sign(self) -> Sign:
         step, stage, marks = self._mark
-        return Sign(step, stage, self._beats, marks, _host(), os.getpid(), self._failure)
+        return Sign(step, stage, self._beats, marks, _host(), os.getpid(), self._failure, self._verdict)
 
     def _tell(self) -> None:
         with self._lock:

@@ -28,7 +28,7 @@ from segkit.training.watch import Seen, Sign, find_fault
 sys.path.insert(0, str(Path(__file__).parent))  # the script that the processes run has what the test runs alone
 from together import TinyTask, small_unet, train
 
-TOGETHER = Path(__file__).with_name("together.py")
+TOGETHER, STUCK = Path(__file__).with_name("together.py"), Path(__file__).with_name("stuck.py")
 HAS_BATCH_STATISTICS = {"smp"}
 """Batch norm: on CPUs each process has its own."""
 
@@ -56,7 +56,7 @@ def start(*command: str | Path, processes: int = 2) -> list[subprocess.Popen[str
 def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """The folder in which two processes worked together, and what each of them found."""
     folder = tmp_path_factory.mktemp("together")
-    started = start(TOGETHER, "work", folder)
+    started = start(TOGETHER, folder)
     told = [process.communicate(timeout=280) for process in started]
     assert [process.returncode for process in started] == [0, 0], "\n".join(errors for _, errors in told)
     return folder, [json.loads((folder / f"{number}.json").read_text()) for number in range(2)]
@@ -130,9 +130,8 @@ def losses(run: Path) -> list[float]:
         pytest.param("killed", "rank 1 is gone; it was last seen", marks=pytest.mark.slow),
     ],
 )
-def test_a_process_that_holds_up_the_others_is_named(tmp_path: Path, how: str, sentence: str) -> None:
-    (tmp_path / how).mkdir()
-    first, second = start(TOGETHER, "stick", tmp_path / how)
+def test_a_process_that_holds_up_the_others_is_named(how: str, sentence: str) -> None:
+    first, second = start(STUCK, how)
     try:
         _, told = first.communicate(timeout=100)
         assert sentence in told
@@ -170,6 +169,7 @@ def seen(stage: str, step: int, *, beaten_s: float = 100.0, marked_s: float = 10
             [seen("waiting", 3), seen("preparing", 3, beaten_s=80)],
             "rank 1 is gone; it was last seen preparing at step 3",
         ),
+        ([Seen(Sign(verdict="rank 2 is gone"), 0, 0), seen("computing", 3)], "rank 2 is gone"),
         ([seen("writing", 3, failure="no room"), seen("computing", 3)], "rank 0 failed at step 3: no room"),
     ],
 )

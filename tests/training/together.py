@@ -1,4 +1,4 @@
-"""What test_distributed.py asks of several processes: `python together.py WHAT FOLDER`, started as torchrun would."""
+"""What test_distributed.py asks of several processes: `python together.py FOLDER`, started as torchrun would."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -133,20 +132,6 @@ def learn(folder: Path) -> dict[str, Any]:
     return found
 
 
-def stick(folder: Path) -> dict[str, Any]:
-    """The second process sleeps, or dies, in its third step."""
-    how = folder.name
-
-    def hold_up(step: int) -> None:
-        if step == 4 and rank() == 1:
-            if how == "killed":
-                os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(60)
-
-    train(TinyTask(small_unet(), 1, hold_up), folder / "run")
-    return {}
-
-
 def all_that_goes_well(folder: Path) -> dict[str, Any]:
     """In one start of the processes, for each costs seconds."""
     sys.path.insert(0, str(DOCS))
@@ -157,9 +142,6 @@ def all_that_goes_well(folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    what, where = {"work": all_that_goes_well, "stick": stick}[sys.argv[1]], Path(sys.argv[2])
-    try:
-        with joined_processes(CPU, 6 if what is stick else 60):
-            (where / f"{rank()}.json").write_text(json.dumps(what(where)))
-    except SegkitError as error:
-        sys.exit(f"Error: {error}")
+    folder = Path(sys.argv[1])
+    with joined_processes(CPU, 60):
+        (folder / f"{rank()}.json").write_text(json.dumps(all_that_goes_well(folder)))
