@@ -3,7 +3,7 @@
     python docs/distributed.py gradients     # every network and method: two processes, and one with the doubled batch
     python docs/distributed.py time          # seconds per sample of one process with two threads, of two with one
     python docs/distributed.py sharded       # a step of STU-Net L whole, and in parts of two processes; 12 GB
-    python docs/distributed.py sharded-h     # H in parts, without an optimiser; 16 GB
+    python docs/distributed.py sharded-h     # H built and handed out in parts, without a step; 10 GB
 
 docs/distributed.md has the tables that came out.
 """
@@ -60,7 +60,7 @@ SMALLEST: dict[str, dict[str, object]] = {
 HAS_BATCH_STATISTICS = {"smp": "batch norm sees the images of its own process; on GPUs it is SyncBatchNorm"}
 """Families that cannot give the same numbers, and why."""
 
-_STEPS, _PACED_STEPS, _SHARDED_STEPS = 3, 10, 2
+_STEPS, _PACED_STEPS = 3, 10
 
 
 class Trained:
@@ -193,8 +193,8 @@ def _learn(loss: Callable[[], Tensor], model: nn.Module) -> tuple[list[float], d
     return losses, first
 
 
-def in_parts(size_name: str, *, has_optimiser: bool = True) -> list[dict[str, Any]]:
-    """A training step of a STU-Net on 64 x 64 x 64 voxels, in parts if there are several processes."""
+def in_parts(size_name: str, steps: int) -> list[dict[str, Any]]:
+    """Training steps of a STU-Net on 64 x 64 x 64 voxels, in parts if there are several processes."""
     torch.manual_seed(0)
     is_shared = size() > 1
     with torch.device("meta") if not is_first() else nullcontext():
@@ -203,20 +203,19 @@ def in_parts(size_name: str, *, has_optimiser: bool = True) -> list[dict[str, An
     task = Trained(network, lambda model, batch: loss(model(batch["image"]), batch["labels"]))
     step = Shards(task, CPU).loss if is_shared else data_parallel(task)  # type: ignore[arg-type]
     built_mb = peak_rss_mb()
-    optimiser = build_optimiser(task.model, OptimiserConfig()) if has_optimiser else None
+    optimiser = build_optimiser(task.model, OptimiserConfig())
     network.train()
     generator = torch.Generator().manual_seed(rank())
     labels = torch.randint(0, 4, (1, 64, 64, 64), generator=generator).byte()
     image = torch.randn(1, 4, 64, 64, 64, generator=generator)
     losses, seconds = [], 0.0
-    for _ in range(_SHARDED_STEPS if has_optimiser else 1):
+    for _ in range(steps):
         began = time.monotonic()
         found = step({"image": image, "labels": labels})
         torch.autograd.backward(found)
-        if optimiser is not None:
-            nn.utils.clip_grad_norm_(task.model.parameters(), 1.0)
-            optimiser.step()
-            optimiser.zero_grad()
+        nn.utils.clip_grad_norm_(task.model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
         seconds = time.monotonic() - began
         losses += [total / size() for total in summed(float(found.detach()))]
     return exchanged(
@@ -255,8 +254,8 @@ def pace() -> list[dict[str, Any]]:
 MEASUREMENTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "gradients": gradients,
     "time": pace,
-    "sharded": partial(in_parts, "L"),
-    "sharded-h": partial(in_parts, "H", has_optimiser=False),
+    "sharded": partial(in_parts, "L", steps=2),
+    "sharded-h": partial(in_parts, "H", steps=0),
 }
 """What a process does for each."""
 
@@ -302,14 +301,13 @@ def print_time() -> None:
 
 
 def print_sharded(measurement: str, numbers: tuple[int, ...]) -> None:
-    print("| | processes | built, MB | peak, MB | seconds of a step | losses |\n|---|---|---|---|---|---|")
+    print("| | processes | built, MB | peak, MB | in the end, MB | seconds of a step | losses |")
+    print("|---|---|---|---|---|---|---|")
     for processes in numbers:
         for row in start(measurement, processes, threads=2 // processes):
+            megabytes = " | ".join(f"{row[name]:.0f}" for name in ("built_mb", "peak_mb", "now_mb"))
             losses = " ".join(f"{loss:.4f}" for loss in row["losses"])
-            print(
-                f"| {row['name']} | {row['processes']} | {row['built_mb']:.0f} | {row['peak_mb']:.0f} "
-                f"| {row['seconds']:.0f} | {losses} |"
-            )
+            print(f"| {row['name']} | {row['processes']} | {megabytes} | {row['seconds']:.0f} | {losses} |")
 
 
 def main() -> None:
