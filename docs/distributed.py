@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -141,14 +141,14 @@ def _inpainting() -> tuple[Trained, Mapping[str, Tensor]]:
     return Trained(Restoration(network, discriminator), loss), {"x": x, "image": image, "hole": hole}
 
 
-def gradients() -> list[dict[str, Any]]:
+def gradients(precisions: Sequence[torch.dtype] = (torch.float32, torch.float64)) -> list[dict[str, Any]]:
     """Half of every batch in each of two processes; in the first, beside it, a model that has the whole of it."""
     rows = []
     torch.manual_seed(0)
     for name, task, batch in subjects():
         row: dict[str, Any] = {"name": name}
         # In float64 what is left of a difference would be one of intent; pre-training computes its losses in float32.
-        for precision in (torch.float32, torch.float64)[: 1 if name.startswith("pre-training") else 2]:
+        for precision in (torch.float32,) if name.startswith("pre-training") else precisions:
             task.model.to(precision)
             alone = task.twin()
             whole = {key: value.to(precision) if value.is_floating_point() else value for key, value in batch.items()}
