@@ -75,6 +75,7 @@ def discs(which: str) -> Discs:
         {
             "network": {"family": family, "in_channels": 1, "out_channels": 1},
             "modalities": ["a"],
+            "dims": 2,
             "patch_size": [SIDE, SIDE],
             "divisor": [1, 1],
             "training_data": {"identity": "discs"},
