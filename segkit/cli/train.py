@@ -99,8 +99,9 @@ def train(
     from segkit.runtime import pick_device
     from segkit.training.config import TrainConfig
     from segkit.training.distributed import joined_processes
+    from segkit.training.folds import cross_validate
     from segkit.training.planned import RunRequest, plan_run
-    from segkit.training.run import begin, cross_validate, train_run
+    from segkit.training.run import begin, train_run
 
     chosen_device = pick_device(device)
     if allow_changes and not resume:

@@ -7,15 +7,11 @@ planning chose and why), `split.json`, `metrics.jsonl`, `model.safetensors` with
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -34,7 +30,7 @@ from segkit.data.files import read_grid
 from segkit.data.lesion_bank import LesionBank, prepare_copies
 from segkit.data.preprocessing import PreprocessingConfig, load_case
 from segkit.data.store import PreparedStore, StoredCases
-from segkit.errors import DataError, RequestError
+from segkit.errors import DataError
 from segkit.inference.backends import TorchBackend
 from segkit.inference.predictor import Predictor
 from segkit.labels import outputs_of
@@ -52,7 +48,6 @@ from segkit.runtime import (
     return_freed_memory,
 )
 from segkit.training.batches import ENDLESS
-from segkit.training.changes import Change, settle_settings, with_changes
 from segkit.training.distributed import (
     exchanged,
     first_before_others,
@@ -65,9 +60,7 @@ from segkit.training.distributed import (
 )
 from segkit.training.folder import (
     SCORES_NAME,
-    has_state,
     open_folder,
-    read_config,
     require_usable,
     write_config,
     write_json,
@@ -77,10 +70,10 @@ from segkit.training.folder import (
 from segkit.training.live import LiveView
 from segkit.training.loop import fit
 from segkit.training.optim import encoder_of
-from segkit.training.planned import PlannedRun, RunRequest, find_cohort, patients_of, plan_run, with_values
+from segkit.training.planned import PlannedRun, RunRequest, plan_run
 from segkit.training.postprocessing import ScoredCases, settle_postprocessing
 from segkit.training.segmentation import SegmentationTask
-from segkit.training.summary import CaseDice, RunSummary, summarise_folds, without_undefined
+from segkit.training.summary import CaseDice, RunSummary, without_undefined
 from segkit.training.weights import FirstWeights, first_weights
 
 _log = logging.getLogger(__name__)
@@ -89,8 +82,6 @@ _LONGEST_VALIDATION = 0.05
 """Part of a budget that one validation may take."""
 _FINAL_VALIDATIONS = 2.0
 """Cases scored at the end of a budget, as a multiple of those validated on the way."""
-_OF_A_FOLD = ("data.fold", "training.budget_minutes")
-"""Settings that each fold of a cross-validation has its own value of."""
 _PICTURES = 3
 """Validation cases drawn at the end of a run."""
 
@@ -134,66 +125,6 @@ def train_run(request: RunRequest) -> RunSummary:
     if len(scored) < len(validation_ids):
         _log.warning("the budget is spent: %d of %d validation cases are scored", len(scored), len(validation_ids))
     return _finish(planned, *_score(planned, scored), state.step, skipped)
-
-
-def cross_validate(request: RunRequest) -> RunSummary:
-    """Train every fold into `RUN/fold_K`; the out-of-fold scores are those of the whole cohort, `RUN` an ensemble.
-
-    A budget is shared equally between the folds that are left. Folds that are finished are not trained again on
-    `--resume`.
-
-    Raises:
-        RequestError: there is one patient only, or as for `train_run`.
-    """
-    patients = patients_of(find_cohort(request))
-    if patients == 1:
-        raise RequestError("one patient cannot be cross-validated", where=request.data, remedy="Train without -f all")
-    folds = min(request.config.data.folds, patients)
-    cache = request.config.data.cache or request.run / "cache"
-    request = replace(request, config=with_values(request.config, "data", folds=folds, cache=cache))
-    changes = from_first(lambda: _open_folds(request))
-    documents = []
-    for fold in range(folds):
-        _log.info("fold %d of %d", fold + 1, folds)
-        document = from_first(partial(_finished_fold, request, fold))
-        documents.append(document or train_run(_fold_request(request, fold, folds - fold, changes)).to_json())
-    summary = summarise_folds(request.run, documents, (time.monotonic() - request.started_s) / 60)
-    if is_first():
-        write_json(request.run / SCORES_NAME, summary.to_json())
-    return summary
-
-
-def _open_folds(request: RunRequest) -> list[Change]:
-    """Make the folder of a cross-validation; gives back what a resumed one does otherwise than before."""
-    request.run.mkdir(parents=True, exist_ok=True)
-    changes = settle_settings(request.run, request.config, is_resumed=request.is_resumed, may_change=request.may_change)
-    write_config(request.run, request.config, {}, f"cross-validation of {request.data}")
-    return changes
-
-
-def _finished_fold(request: RunRequest, fold: int) -> dict[str, Any] | None:
-    path = request.run / f"fold_{fold}" / SCORES_NAME
-    if not request.is_resumed or not path.exists():
-        return None
-    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return document
-
-
-def _fold_request(request: RunRequest, fold: int, folds_left: int, changes: Sequence[Change]) -> RunRequest:
-    """One fold of a cross-validation: begun before, it goes on as it was planned; else with an equal share of the time.
-
-    `changes` are what a resumed cross-validation does otherwise than before, in all its folds.
-    """
-    run = request.run / f"fold_{fold}"
-    now = time.monotonic()
-    if request.is_resumed and has_state(run):
-        of_all = [change for change in changes if change.name not in _OF_A_FOLD]
-        return replace(request, run=run, config=with_changes(read_config(run), of_all), started_s=now)
-    config = with_values(request.config, "data", fold=fold)
-    if config.training.budget_minutes is not None:
-        left = config.training.budget_minutes - (now - request.started_s) / 60
-        config = with_values(config, "training", budget_minutes=max(left / folds_left, 0.1))
-    return replace(request, run=run, config=config, started_s=now, is_resumed=False)
 
 
 def begin(planned: PlannedRun) -> tuple[ModelCard, FirstWeights]:

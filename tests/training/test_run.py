@@ -23,8 +23,9 @@ from segkit.training import postprocessing
 from segkit.training import run as run_module
 from segkit.training.config import TrainConfig
 from segkit.training.folder import read_config
+from segkit.training.folds import cross_validate
 from segkit.training.planned import RunRequest, plan_run, with_values
-from segkit.training.run import cross_validate, train_run
+from segkit.training.run import train_run
 
 _SETTINGS = {
     "network": {"size": "tiny", "arguments": {"widths": [8, 12]}},

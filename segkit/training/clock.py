@@ -1,0 +1,52 @@
+"""How far a run is: by its steps, or by the time that it was given."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+_VALIDATION_SHARE = 0.1
+"""Part of a budget that validations may take."""
+_LARGEST_RESERVE = 0.3
+"""Largest part of a budget kept for what comes after the last step."""
+_FINISHING_S = 5.0
+"""Time kept for the last checkpoint and the pictures."""
+_ALMOST_DONE = 0.999
+
+
+@dataclass
+class Clock:
+    """Progress of a run, 0 to 1: by steps, or by time where there is a deadline (`time.monotonic` seconds).
+
+    `final_validations` is how long the scoring after the last step takes, in validations of the loop.
+    """
+
+    steps: int
+    deadline_s: float | None = None
+    started_s: float = field(default_factory=lambda: time.monotonic())
+    final_validations: float = 1.0
+    validation_s: float = 0.0
+    validated_s: float = field(default_factory=lambda: time.monotonic())
+
+    def progress(self, step: int) -> float:
+        """Part of the training that is done; the time for the last validations is not training.
+
+        A budget that is spent before the first step still gets that one, so that there is a model.
+        """
+        if self.deadline_s is None:
+            return step / self.steps
+        span = self.deadline_s - self.started_s
+        kept = min((1.5 + self.final_validations) * self.validation_s, _LARGEST_RESERVE * span) + _FINISHING_S
+        end = max(self.deadline_s - kept, self.started_s + 1e-6)
+        spent = (time.monotonic() - self.started_s) / (end - self.started_s)
+        return min(spent, _ALMOST_DONE) if step == 0 else spent
+
+    def may_validate(self) -> bool:
+        """Whether another validation keeps within its part of a budget."""
+        pause = time.monotonic() - self.validated_s
+        return self.deadline_s is None or pause >= self.validation_s / _VALIDATION_SHARE
+
+    def note_validation(self, began_s: float) -> None:
+        """Remember how long a validation took that began at `began_s`."""
+        self.validated_s = time.monotonic()
+        self.validation_s = self.validated_s - began_s
