@@ -74,7 +74,9 @@ def test_scores_of_the_masks(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert [case["case"] for case in document["cases"]] == ["BRATS_001", "BRATS_002"]
     assert set(document["summary"]) == {"WT", "TC", "ET"}
     assert document["summary"]["WT"]["dice"]["n"] == 2
-    assert json.loads((tmp_path / "scores" / "scores.json").read_text()) == document
+    written = json.loads((tmp_path / "scores" / "scores.json").read_text(encoding="utf-8"))
+    assert (written.pop("predictions"), written.pop("references")) == ("../masks", "../scans")
+    assert written == document
 
 
 def test_dry_run_plans_and_writes_nothing(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
