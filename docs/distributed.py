@@ -19,9 +19,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -147,17 +148,18 @@ def gradients(precisions: Sequence[torch.dtype] = (torch.float32, torch.float64)
     torch.manual_seed(0)
     for name, task, batch in subjects():
         row: dict[str, Any] = {"name": name}
-        # In float64 what is left of a difference would be one of intent; pre-training computes its losses in float32.
-        for precision in (torch.float32,) if name.startswith("pre-training") else precisions:
+        for precision in precisions:
             task.model.to(precision)
             alone = task.twin()
             whole = {key: value.to(precision) if value.is_floating_point() else value for key, value in batch.items()}
             mine = {key: value.chunk(size())[rank()] for key, value in whole.items()}
             again = task.twin()
-            curve, found = _learn(partial(data_parallel(again), mine), again.model)  # type: ignore[arg-type]
+            with _without_rounding(is_wanted=precision == torch.float64):
+                curve, found = _learn(partial(data_parallel(again), mine), again.model)  # type: ignore[arg-type]
             curve = [total / size() for total in summed(*curve)]
             if is_first():
-                expected_curve, expected = _learn(partial(alone.loss, whole), alone.model)
+                with _without_rounding(is_wanted=precision == torch.float64):
+                    expected_curve, expected = _learn(partial(alone.loss, whole), alone.model)
                 learning = {key for key, parameter in alone.model.named_parameters() if parameter.requires_grad}
                 row[str(precision)[6:]] = {
                     "gradient": _difference(found, expected),
@@ -167,6 +169,11 @@ def gradients(precisions: Sequence[torch.dtype] = (torch.float32, torch.float64)
                 row["without_gradient"] = sorted(learning - set(expected))
         rows.append(row)
     return rows
+
+
+def _without_rounding(*, is_wanted: bool) -> AbstractContextManager[object]:
+    """Let losses, which are computed in float32 whatever the network, stay in float64: what differs then is meant."""
+    return mock.patch.object(Tensor, "float", Tensor.double) if is_wanted else nullcontext()
 
 
 def _difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:

@@ -137,7 +137,7 @@ def all_that_goes_well(folder: Path) -> dict[str, Any]:
     sys.path.insert(0, str(DOCS))
     import distributed  # docs/distributed.py, which measures the same for people
 
-    return {"gradients": distributed.gradients([torch.float32]), "talk": talk(folder), "learn": learn(folder)}
+    return {"gradients": distributed.gradients([torch.float64]), "talk": talk(folder), "learn": learn(folder)}
 
 
 if __name__ == "__main__":
