@@ -3,7 +3,7 @@
     python docs/distributed.py gradients     # every network and method: two processes, and one with the doubled batch
     python docs/distributed.py time          # seconds per sample of one process with two threads, of two with one
     python docs/distributed.py sharded       # a step of STU-Net L whole, and in parts of two processes; 12 GB
-    python docs/distributed.py sharded-h     # H built and handed out in parts, without a step; 10 GB
+    python docs/distributed.py sharded-h     # H in parts, one step without the moments of AdamW; 20 GB
 
 docs/distributed.md has the tables that came out.
 """
@@ -200,8 +200,11 @@ def _learn(loss: Callable[[], Tensor], model: nn.Module) -> tuple[list[float], d
     return losses, first
 
 
-def in_parts(size_name: str, steps: int) -> list[dict[str, Any]]:
-    """Training steps of a STU-Net on 64 x 64 x 64 voxels, in parts if there are several processes."""
+def in_parts(size_name: str, steps: int, *, has_moments: bool = True) -> list[dict[str, Any]]:
+    """Training steps of a STU-Net on 64 x 64 x 64 voxels, in parts if there are several processes.
+
+    AdamW keeps two moments of every weight; without them it is plain gradient descent.
+    """
     torch.manual_seed(0)
     is_shared = size() > 1
     with torch.device("meta") if not is_first() else nullcontext():
@@ -210,7 +213,8 @@ def in_parts(size_name: str, steps: int) -> list[dict[str, Any]]:
     task = Trained(network, lambda model, batch: loss(model(batch["image"]), batch["labels"]))
     step = Shards(task, CPU).loss if is_shared else data_parallel(task)  # type: ignore[arg-type]
     built_mb = peak_rss_mb()
-    optimiser = build_optimiser(task.model, OptimiserConfig())
+    descent = partial(torch.optim.SGD, task.model.parameters(), lr=1e-3)
+    optimiser = build_optimiser(task.model, OptimiserConfig()) if has_moments else descent()
     network.train()
     generator = torch.Generator().manual_seed(rank())
     labels = torch.randint(0, 4, (1, 64, 64, 64), generator=generator).byte()
@@ -262,7 +266,7 @@ MEASUREMENTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "gradients": gradients,
     "time": pace,
     "sharded": partial(in_parts, "L", steps=2),
-    "sharded-h": partial(in_parts, "H", steps=0),
+    "sharded-h": partial(in_parts, "H", steps=1, has_moments=False),
 }
 """What a process does for each."""
 

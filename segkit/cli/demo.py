@@ -43,7 +43,7 @@ def demo(
         "infer": ["-m", run, "-i", data, "-o", masks, "--cases", held_out, *on_device],
         "evaluate": ["-p", masks, "-r", data, "-o", scores, "--cases", held_out, "--figures", _HELD_OUT],
         "export": ["-m", run, "-o", exported],
-        "report": [run, masks, scores, "--data", data, "-o", page],
+        "report": [run, masks, scores, "-o", page],
     }
     if not can_write_graphs():
         del steps["export"]
