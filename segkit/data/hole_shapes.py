@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from segkit.shapes import zeros_and_ones
+
 Mask = NDArray[np.bool_]
 
 _BALL = {2: math.pi / 4, 3: math.pi / 6}
@@ -137,19 +139,19 @@ def cropped(mask: Mask) -> Mask:
 
 def largest_component(mask: Mask) -> Mask:
     """The largest of the parts of a mask (*spatial) that touch each other, if only at a corner."""
-    found: Mask = cc3d.largest_k(_numbers(mask), k=1, connectivity=_EVERY_NEIGHBOUR[mask.ndim]) > 0
+    found: Mask = cc3d.largest_k(zeros_and_ones(mask), k=1, connectivity=_EVERY_NEIGHBOUR[mask.ndim]) > 0
     return found
 
 
 def without_specks(mask: Mask, smallest: int) -> Mask:
     """A mask (*spatial) without its connected parts of fewer than `smallest` voxels, and then with its cavities."""
-    kept = cc3d.dust(_numbers(mask), threshold=smallest, connectivity=_EVERY_NEIGHBOUR[mask.ndim])
+    kept = cc3d.dust(zeros_and_ones(mask), threshold=smallest, connectivity=_EVERY_NEIGHBOUR[mask.ndim])
     return without_cavities(np.asarray(kept, np.bool_))
 
 
 def components(mask: Mask) -> list[Mask]:
     """The parts of a mask (*spatial) that touch each other, if only at a corner, each cropped; largest first."""
-    labels = cc3d.connected_components(_numbers(mask), connectivity=_EVERY_NEIGHBOUR[mask.ndim])
+    labels = cc3d.connected_components(zeros_and_ones(mask), connectivity=_EVERY_NEIGHBOUR[mask.ndim])
     parts = [labels[box] == number for number, box in enumerate(ndimage.find_objects(labels), start=1)]
     return sorted(parts, key=lambda part: -int(part.sum()))
 
@@ -158,14 +160,9 @@ def without_cavities(mask: Mask) -> Mask:
     """A mask (*spatial) together with what it encloses; the faces of voxels that touch close it."""
     # The background's parts are numbered: what does not belong to the one outside is enclosed.
     outside = np.pad(~mask, 1, constant_values=True)
-    labels = cc3d.connected_components(_numbers(outside), connectivity=_FACES_ONLY[mask.ndim])
+    labels = cc3d.connected_components(zeros_and_ones(outside), connectivity=_FACES_ONLY[mask.ndim])
     inside: Mask = labels != labels[(0,) * mask.ndim]
     return inside[(slice(1, -1),) * mask.ndim]
-
-
-def _numbers(mask: Mask) -> NDArray[np.uint8]:
-    """0 and 1 for cc3d, whose version 4.1.1 numbers booleans wrongly where voxels touch at corners."""
-    return mask.view(np.uint8)
 
 
 def _ratios(dims: int, generator: np.random.Generator) -> NDArray[np.float64]:

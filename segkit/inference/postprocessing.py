@@ -23,7 +23,7 @@ from segkit.checkpoint.card import Part, PostprocessingCard, SizeRule
 from segkit.errors import CheckpointError
 from segkit.labels import Output
 from segkit.metrics.overlap import Mask, region_mask
-from segkit.shapes import LabelMap
+from segkit.shapes import LabelMap, zeros_and_ones
 
 Box = tuple[slice, ...]
 """An index of (D, H, W) or (H, W)."""
@@ -111,8 +111,7 @@ def _too_small(mask: Mask, rule: SizeRule, spacing_mm: Sequence[float]) -> Mask:
         return mask if np.count_nonzero(mask) < smallest else np.zeros_like(mask)
     import cc3d  # most models have no rule and need not load it
 
-    numbers = mask.view(np.uint8)  # cc3d 4.1.1 numbers booleans wrongly where voxels touch at corners
-    kept: Mask = cc3d.dust(numbers, threshold=smallest, connectivity=connectivity(mask.ndim)) > 0
+    kept: Mask = cc3d.dust(zeros_and_ones(mask), threshold=smallest, connectivity=connectivity(mask.ndim)) > 0
     return mask & ~kept
 
 

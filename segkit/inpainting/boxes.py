@@ -10,6 +10,8 @@ import cc3d
 import numpy as np
 from numpy.typing import NDArray
 
+from segkit.shapes import zeros_and_ones
+
 _Item = TypeVar("_Item", bound=np.generic)
 
 
@@ -46,8 +48,7 @@ class Box:
 
 def boxes_of(hole: NDArray[np.bool_]) -> list[Box]:
     """The bounding boxes of the separate parts of (*spatial); parts whose boxes touch go together."""
-    numbers = hole.view(np.uint8)  # cc3d 4.1.1 numbers booleans wrongly where voxels touch at corners
-    labels = cc3d.connected_components(numbers if hole.ndim == 3 else numbers[..., None])
+    labels = cc3d.connected_components(zeros_and_ones(hole if hole.ndim == 3 else hole[..., None]))
     slices = [found for found in cc3d.statistics(labels)["bounding_boxes"][1:] if found is not None]
     open_ = [[(int(one.start), int(one.stop)) for one in found][: hole.ndim] for found in slices]
     done: list[Box] = []

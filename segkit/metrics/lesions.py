@@ -17,7 +17,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from segkit.metrics.overlap import Mask
-from segkit.shapes import AnyArray
+from segkit.shapes import AnyArray, zeros_and_ones
 
 Box = tuple[slice, ...]
 Pair = tuple[int, int]
@@ -80,8 +80,7 @@ class Components:
 
 def components_of(mask: Mask) -> Components:
     """The connected components of a mask (D, H, W) or (H, W)."""
-    # As integers: the way that version 4.1.1 of cc3d has for booleans numbers pictures and flat volumes wrongly.
-    numbers = np.ascontiguousarray(mask).view(np.uint8)
+    numbers = zeros_and_ones(np.ascontiguousarray(mask))
     return indexed(cc3d.connected_components(numbers, connectivity=_EVERY_NEIGHBOUR[mask.ndim]))
 
 

@@ -33,7 +33,7 @@ from segkit.inference.postprocessing import (
 )
 from segkit.labels import Output
 from segkit.metrics.overlap import dice_by_region, region_mask
-from segkit.shapes import LabelMap
+from segkit.shapes import LabelMap, zeros_and_ones
 
 _log = logging.getLogger(__name__)
 
@@ -192,8 +192,9 @@ def _find_parts(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """`voxels`, `predicted` and `overlap` of `_Parts`, from the box around the output in both maps."""
     mask = region_mask(prediction, output.members)
-    numbers = mask.view(np.uint8)  # cc3d 4.1.1 numbers booleans wrongly where voxels touch at corners
-    components, count = cc3d.connected_components(numbers, connectivity=connectivity(mask.ndim), return_N=True)
+    components, count = cc3d.connected_components(
+        zeros_and_ones(mask), connectivity=connectivity(mask.ndim), return_N=True
+    )
     number, labels, truth = components[mask], prediction[mask], reference[mask]  # each (voxels of the region,)
 
     def count_each(where: NDArray[np.bool_]) -> NDArray[np.int64]:
