@@ -9,9 +9,9 @@ several.
 
 Of a whole volume nearly all voxels are background, of which any network is sure and right, and both numbers come out
 small whatever happens at the borders. Hence each is given twice, for all voxels and for a box around the reference
-(`box_around`). The box is ours: it takes nothing from the prediction, so that different models are judged by the same
-voxels, and has twice the length of the region on each axis, so that in 3D at most about an eighth of it is region. Even
-there most voxels are certain. The average calibration error (ACE: Neumann, Zisserman & Vedaldi, 2018; for medical
+(`surrounding_box`). The box is ours: it takes nothing from the prediction, so that different models are judged by the
+same voxels, and has twice the length of the region on each axis, so that in 3D at most about an eighth of it is region.
+Even there most voxels are certain. The average calibration error (ACE: Neumann, Zisserman & Vedaldi, 2018; for medical
 segmentation Barfoot et al., arXiv 2506.03942) gives every bin the same weight and is what the eye sees in a reliability
 diagram; with few voxels in a bin it is noisy, so pooled over cases it is worth more than case by case.
 """
@@ -122,7 +122,7 @@ def measure_reliability(
     return result
 
 
-def box_around(region: Mask) -> tuple[slice, ...] | None:
+def surrounding_box(region: Mask) -> tuple[slice, ...] | None:
     """The box of a region, half as long again at both ends of each axis, cut to the image; None for an empty region."""
     box = []
     for axis in range(region.ndim):

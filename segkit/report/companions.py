@@ -25,7 +25,7 @@ from segkit.data.geometry import same_grid
 from segkit.data.layouts.listing import list_images
 from segkit.data.volume import Grid
 from segkit.errors import DataError, RequestError
-from segkit.metrics.calibration import Reliability, box_around, measure_reliability
+from segkit.metrics.calibration import Reliability, measure_reliability, surrounding_box
 from segkit.metrics.facts import METRICS
 from segkit.metrics.overlap import Mask, region_mask
 from segkit.metrics.ranking import area_under_roc
@@ -257,7 +257,7 @@ def read_probabilities(path: Path, grid: Grid) -> AnyArray:
 def _score_region(probabilities: AnyArray, present: Mask, roi: Mask | None, path: Path) -> ProbabilityScores:
     ranked = (probabilities, present) if roi is None else (probabilities[roi], present[roi])
     scores = dict.fromkeys(_PROBABILITY_METRICS, math.nan) | {"auc": area_under_roc(*ranked)}
-    box = box_around(present if roi is None else present & roi)
+    box = surrounding_box(present if roi is None else present & roi)
     try:
         whole = measure_reliability(probabilities, present, roi)
     except ValueError as error:

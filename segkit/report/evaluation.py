@@ -20,6 +20,8 @@ from segkit.report.companions import RegionReliability
 from segkit.report.reliability import pool, reliability_figure, reliability_json
 from segkit.report.tables import Summary, markdown_table, markdown_text, scores_csv, summarise, summary_rows
 
+SCORES_NAME = "scores.json"
+
 
 @dataclass(frozen=True)
 class CaseScores:
@@ -142,7 +144,7 @@ class Evaluation:
         ways = {name: way for name, path in self.sources.items() if (way := way_to(path, folder)) is not None}
         notes = "".join(f"- {markdown_text(note)}\n" for note in self.notes())
         texts = {
-            "scores.json": json.dumps(self.to_json() | ways, indent=2, allow_nan=False, ensure_ascii=False) + "\n",
+            SCORES_NAME: json.dumps(self.to_json() | ways, indent=2, allow_nan=False, ensure_ascii=False) + "\n",
             "scores.csv": scores_csv({case.case: case.regions for case in self.cases}),
             "summary.md": f"Protocol {self.protocol}{markdown_text(self.where())}; mean (median) over cases. "
             f"{self.intervals()}.\n\n" + markdown_table(columns, rows) + (f"\n{notes}" if notes else ""),

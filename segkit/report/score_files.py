@@ -12,9 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from segkit.data.layouts.conventions import patient_of
 from segkit.errors import RequestError
-from segkit.report.evaluation import scores_from_json
-
-SCORES_NAME = "scores.json"
+from segkit.report.evaluation import SCORES_NAME, scores_from_json
 
 _REMEDY = "Give what `segkit evaluate -o FOLDER` wrote: the folder, or its scores.json"
 

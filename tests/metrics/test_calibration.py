@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from segkit.metrics.calibration import box_around, measure_reliability
+from segkit.metrics.calibration import measure_reliability, surrounding_box
 
 PROBABILITIES = np.array([[0.1, 0.3, 0.7, 1.0]], np.float32)
 REFERENCE = np.array([[False, True, True, True]])
@@ -90,7 +90,7 @@ def test_box_is_twice_as_long_as_the_region():
     region = np.zeros((20, 20), bool)
     region[8:12, 1] = True
     # 4 rows from 8 grow by 2 at both ends; 1 column grows by 1.
-    assert box_around(region) == (slice(6, 14), slice(0, 3))
+    assert surrounding_box(region) == (slice(6, 14), slice(0, 3))
     region[17:20, 1] = True
-    assert np.zeros((20, 20))[box_around(region)].shape == (18, 3)  # rows 2 to the edge
-    assert box_around(np.zeros((3, 3), bool)) is None
+    assert np.zeros((20, 20))[surrounding_box(region)].shape == (18, 3)  # rows 2 to the edge
+    assert surrounding_box(np.zeros((3, 3), bool)) is None

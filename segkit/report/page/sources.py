@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.errors import RequestError
+from segkit.report.evaluation import SCORES_NAME
 from segkit.report.tables import summarise
 
 _EXPECTED = "a run folder, an output folder of `segkit infer`, or one of `segkit evaluate -o`"
@@ -177,7 +178,7 @@ def read_sources(paths: Sequence[Path]) -> Findings:
             read_run(fold, f"{folder.resolve().name}/{fold.name}") for fold in folds
         ]
         manifests = sorted(folder.glob("manifest*.json"))
-        scores = folder / "scores.json"
+        scores = folder / SCORES_NAME
         name = folder.resolve().name
         runs += found_runs
         outputs += [Output(name, folder, manifest, _card_of(manifest)) for manifest in map(_read_json, manifests)]
