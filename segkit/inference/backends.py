@@ -10,8 +10,10 @@ differently with another number of them.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 BACKENDS = ("auto", "torch", "onnxruntime", "openvino")
 _FASTEST_FIRST = ("openvino", "onnxruntime")
 """On a CPU; `segkit bench speed` measures them."""
+
+_CORE_LOCK = threading.Lock()
+"""Threads that open networks side by side wait for the one core."""
 
 Array = NDArray[np.float32]
 
@@ -115,10 +120,9 @@ class OpenvinoBackend:
     name = "openvino"
 
     def __init__(self, path: Path, threads: int | None = None, cache: Path | None = None) -> None:
-        import openvino
-
         self.path, self.threads = path, threads or available_cores()
-        core = openvino.Core()
+        with _CORE_LOCK:
+            core = _openvino_core()
         settings: dict[str, Any] = {
             "INFERENCE_NUM_THREADS": self.threads,
             "INFERENCE_PRECISION_HINT": "f32",
@@ -163,6 +167,19 @@ def open_graph(path: Path, name: str, cache: Path | None = None, threads: int | 
             remedy="Install it: pip install 'segkit[onnx]' or 'segkit[openvino]'",
         )
     return OpenvinoBackend(path, threads, cache) if chosen == "openvino" else OnnxRuntimeBackend(path, threads)
+
+
+@functools.cache
+def _openvino_core() -> Any:
+    """What all networks in OpenVINO share, to the end of the process.
+
+    Its part for CPUs gives the thread that loads it a stack for signals, and takes the memory back when it goes. Of
+    several that do not go in the reverse order of their coming, the thread is left with a stack that is no more: the
+    next signal (Ctrl-C, the end of a worker) then kills the process. So there is one, and it stays.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 def _reopen_torch(network: torch.nn.Module, device: str, threads: int) -> TorchBackend:
