@@ -46,7 +46,8 @@ from segkit.runtime import process_place
 
 if TYPE_CHECKING:
     from segkit.config.base import Config
-    from segkit.training.unlabelled import UnlabelledRequest, UnlabelledSummary
+    from segkit.training.request import UnlabelledRequest
+    from segkit.training.unlabelled import UnlabelledSummary
 
 FoldersArgument = Annotated[
     list[Path], typer.Argument(help="Folders with images, in any layout; references are not looked at.")

@@ -100,7 +100,8 @@ def train(
     from segkit.training.config import TrainConfig
     from segkit.training.distributed import joined_processes
     from segkit.training.folds import cross_validate
-    from segkit.training.planned import RunRequest, plan_run
+    from segkit.training.planned import plan_run
+    from segkit.training.request import RunRequest
     from segkit.training.run import begin, train_run
 
     chosen_device = pick_device(device)

@@ -33,8 +33,9 @@ from segkit.training.batches import ENDLESS
 from segkit.training.cohorts import SplitCohort, find_split, prepare_cohort
 from segkit.training.config import DataConfig
 from segkit.training.distributed import from_first
+from segkit.training.folder import settings_return_if_refused
+from segkit.training.request import UnlabelledRequest
 from segkit.training.unlabelled import (
-    UnlabelledRequest,
     UnlabelledSummary,
     axes_for,
     first_card,
@@ -59,6 +60,7 @@ InpaintingRequest = UnlabelledRequest[InpaintingConfig]
 """What a user asks for."""
 
 
+@settings_return_if_refused
 def inpainting_run(request: InpaintingRequest) -> UnlabelledSummary:
     """Train a network that fills holes and write its run folder.
 

@@ -23,8 +23,9 @@ from segkit.pretraining.task import PretrainingTask
 from segkit.training.batches import ENDLESS
 from segkit.training.cohorts import SplitCohort, find_split, prepare_cohort
 from segkit.training.distributed import from_first
+from segkit.training.folder import settings_return_if_refused
+from segkit.training.request import UnlabelledRequest
 from segkit.training.unlabelled import (
-    UnlabelledRequest,
     UnlabelledSummary,
     axes_for,
     first_card,
@@ -47,6 +48,7 @@ PretrainRequest = UnlabelledRequest[PretrainConfig]
 """What a user asks for."""
 
 
+@settings_return_if_refused
 def pretrain_run(request: PretrainRequest) -> UnlabelledSummary:
     """Train an encoder without labels and write its run folder.
 

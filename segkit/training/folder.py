@@ -1,18 +1,19 @@
 """The run folder: who may use it, and the plan that is kept in it.
 
 `config.yaml` is for people (every setting, and why planning chose it), `settings.json` for comparing them when the run
-is resumed; `plan.json` keeps the reasons and the estimate
-for a resumed run, which never plans again; `split.json` keeps who trains and who validates; `weights.json` keeps where
-the weights came from that the run began with, if it did not begin with random ones.
+is resumed; `plan.json` keeps the reasons and the estimate for a resumed run, which never plans again; `split.json`
+keeps who trains and who validates; `weights.json` keeps where the weights came from that the run began with, if it did
+not begin with random ones.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from segkit.checkpoint import CARD_NAME, DAMAGED_NAME, LAST_NAME, PREVIOUS_NAME, WEIGHTS_NAME
 from segkit.config.base import Config
@@ -21,11 +22,16 @@ from segkit.data.files import remove_leftovers
 from segkit.errors import RequestError
 from segkit.training.changes import CHANGES_NAME, SETTINGS_NAME, settle_settings
 from segkit.training.config import TrainConfig
+from segkit.training.distributed import is_first
 from segkit.training.journal import METRICS_NAME
 from segkit.training.live import PAGE_NAME
+from segkit.training.request import TrainingRequest
 from segkit.training.trackers import MLFLOW_RUN_NAME, require_trackers
 
 _log = logging.getLogger(__name__)
+
+RequestT = TypeVar("RequestT", bound=TrainingRequest[Any, Any])
+SummaryT = TypeVar("SummaryT")
 
 CONFIG_NAME = "config.yaml"
 SCORES_NAME = "validation.json"
@@ -77,6 +83,29 @@ def open_folder(run: Path, config: Config, *, is_resumed: bool, may_change: bool
         settle_settings(run, config, is_resumed=is_resumed, may_change=may_change)
     except OSError as error:
         raise RequestError(f"cannot be written to ({error.strerror})", where=run) from error
+
+
+def settings_return_if_refused(go: Callable[[RequestT], SummaryT]) -> Callable[[RequestT], SummaryT]:
+    """What does a run, made so that a request which turns out to be wrong leaves the settings in its folder as before.
+
+    Whether the state of a run goes with other settings is known only once its network and its optimiser are built.
+    """
+
+    @functools.wraps(go)
+    def go_or_undo(request: RequestT) -> SummaryT:
+        paths = [request.run / name for name in (CONFIG_NAME, SETTINGS_NAME, CHANGES_NAME)]
+        before = {path: path.read_bytes() for path in paths if path.is_file()}
+        try:
+            return go(request)
+        except RequestError:
+            for path in filter(Path.is_file, paths) if is_first() else ():
+                if path not in before:
+                    path.unlink()
+                elif path.read_bytes() != before[path]:
+                    path.write_bytes(before[path])
+            raise
+
+    return go_or_undo
 
 
 def write_config(run: Path, config: Config, reasons: Mapping[str, str], heading: str) -> None:

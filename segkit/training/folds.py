@@ -13,8 +13,16 @@ from typing import Any
 from segkit.errors import RequestError
 from segkit.training.changes import Change, settle_settings, with_changes
 from segkit.training.distributed import from_first, is_first
-from segkit.training.folder import SCORES_NAME, has_state, read_config, write_config, write_json
-from segkit.training.planned import RunRequest, find_cohort, patients_of, with_values
+from segkit.training.folder import (
+    SCORES_NAME,
+    has_state,
+    read_config,
+    settings_return_if_refused,
+    write_config,
+    write_json,
+)
+from segkit.training.planned import find_cohort, patients_of, with_values
+from segkit.training.request import RunRequest
 from segkit.training.run import train_run
 from segkit.training.summary import RunSummary, summarise_folds
 
@@ -24,6 +32,7 @@ _OF_A_FOLD = ("data.fold", "training.budget_minutes")
 """Settings that each fold of a cross-validation has its own value of."""
 
 
+@settings_return_if_refused
 def cross_validate(request: RunRequest) -> RunSummary:
     """Train every fold into `RUN/fold_K`; the out-of-fold scores are those of the whole cohort, `RUN` an ensemble.
 

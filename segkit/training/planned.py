@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,29 +23,12 @@ from segkit.runtime import available_memory_gb, process_place
 from segkit.training.config import NetworkConfig, TrainConfig
 from segkit.training.distributed import from_first, size
 from segkit.training.folder import read_plan, require_same_split
+from segkit.training.request import RunRequest
 
 _log = logging.getLogger(__name__)
 
 _SHARE_OF_FREE_MEMORY = 0.9
 """Planning leaves some of what is free to other programs."""
-
-
-@dataclass(frozen=True)
-class RunRequest:
-    """What a user asks for: data, run folder, settings, and the machine to do it on."""
-
-    data: Path
-    run: Path
-    config: TrainConfig
-    device: torch.device
-    memory_gb: float | None = None
-    started_s: float = field(default_factory=time.monotonic)
-    is_resumed: bool = False
-    may_overwrite: bool = False
-    may_change: bool = False
-    """Whether a resumed run may have other settings than before."""
-    tell: Callable[[float, str], None] | None = None
-    """Shows the progress of the training, 0 to 1; None writes log lines."""
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ from segkit.training.folder import (
     SCORES_NAME,
     open_folder,
     require_usable,
+    settings_return_if_refused,
     write_config,
     write_json,
     write_plan,
@@ -70,8 +71,9 @@ from segkit.training.folder import (
 from segkit.training.live import LiveView
 from segkit.training.loop import fit
 from segkit.training.optim import encoder_of
-from segkit.training.planned import PlannedRun, RunRequest, plan_run
+from segkit.training.planned import PlannedRun, plan_run
 from segkit.training.postprocessing import ScoredCases, settle_postprocessing
+from segkit.training.request import RunRequest
 from segkit.training.segmentation import SegmentationTask
 from segkit.training.summary import CaseDice, RunSummary, without_undefined
 from segkit.training.weights import FirstWeights, first_weights
@@ -86,6 +88,7 @@ _PICTURES = 3
 """Validation cases drawn at the end of a run."""
 
 
+@settings_return_if_refused
 def train_run(request: RunRequest) -> RunSummary:
     """Train one fold and write its run folder.
 
@@ -107,21 +110,23 @@ def train_run(request: RunRequest) -> RunSummary:
     validation_ids = [case_id for case_id in planned.validation_ids if case_id in folders]
     bank = first_before_others(lambda: _lesion_bank(planned, store))
     task = _build_task(planned, card, begun.network, folders, bank)
-    training = planned.config.training
-    deadline_s = None if training.budget_minutes is None else request.started_s + 60 * training.budget_minutes
     state = fit(
         task,
         request.run,
-        training,
+        planned.config.training,
         planned.config.optimiser,
         device=request.device,
-        deadline_s=deadline_s,
+        deadline_s=request.deadline_s,
         final_validations=_FINAL_VALIDATIONS,
         resume=request.is_resumed,
         may_change=request.may_change,
         tell=request.tell,
     )
-    scored = validation_ids if deadline_s is None else validation_ids[: int(_FINAL_VALIDATIONS * len(task.validation))]
+    scored = (
+        validation_ids
+        if request.deadline_s is None
+        else validation_ids[: int(_FINAL_VALIDATIONS * len(task.validation))]
+    )
     if len(scored) < len(validation_ids):
         _log.warning("the budget is spent: %d of %d validation cases are scored", len(scored), len(validation_ids))
     return _finish(planned, *_score(planned, scored), state.step, skipped)

@@ -1,4 +1,4 @@
-"""What runs have in common that learn without label maps: the request, how it ended, and the opening of its folder."""
+"""What runs have in common that learn without label maps: the opening of their folder, and how they end."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
-import torch
 from torch import Tensor
 
 from segkit.checkpoint import ModelCard, NetworkCard, TrainingData, load_card
@@ -19,7 +18,7 @@ from segkit.models.slicewise import SlicewiseConfig
 from segkit.models.table import MODELS, configure
 from segkit.runtime import environment, peak_rss_mb
 from segkit.training.cohorts import SplitCohort
-from segkit.training.config import NetworkConfig, RunConfig
+from segkit.training.config import NetworkConfig
 from segkit.training.distributed import from_first, is_first
 from segkit.training.folder import (
     SCORES_NAME,
@@ -32,35 +31,10 @@ from segkit.training.folder import (
 )
 from segkit.training.live import LiveView
 from segkit.training.loop import fit
+from segkit.training.request import UnlabelledRequest
 from segkit.training.task import Task
 
 _log = logging.getLogger(__name__)
-
-ConfigT = TypeVar("ConfigT", bound=RunConfig)
-
-
-@dataclass(frozen=True)
-class UnlabelledRequest(Generic[ConfigT]):
-    """What a user asks for: data folders, run folder, settings, and the machine to do it on."""
-
-    data: tuple[Path, ...]
-    run: Path
-    config: ConfigT
-    device: torch.device
-    memory_gb: float | None = None
-    started_s: float = field(default_factory=time.monotonic)
-    is_resumed: bool = False
-    may_overwrite: bool = False
-    may_change: bool = False
-    """Whether a resumed run may have other settings than before."""
-    tell: Callable[[float, str], None] | None = None
-    """Shows the progress of the training, 0 to 1; None writes log lines."""
-
-    @property
-    def deadline_s(self) -> float | None:
-        """When the time asked for is over, as `time.monotonic` has it; None without a budget."""
-        budget = self.config.training.budget_minutes
-        return None if budget is None else self.started_s + 60 * budget
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ import segkit.cli
 from segkit.checkpoint import file_sha256, load_state
 from segkit.data.phantom_layouts import write_phantoms
 from segkit.training.folder import read_config
-from segkit.training.planned import RunRequest, plan_run
+from segkit.training.planned import plan_run
+from segkit.training.request import RunRequest
 from segkit.training.run import begin
 
 SMALL = (

@@ -11,7 +11,7 @@ from segkit.config.loading import build_config
 from segkit.data.phantom_layouts import write_phantoms
 from segkit.inference import graph
 from segkit.training.config import TrainConfig
-from segkit.training.planned import RunRequest
+from segkit.training.request import RunRequest
 from segkit.training.run import train_run
 
 _SETTINGS = {

@@ -32,7 +32,7 @@ from segkit.pretraining.run import PretrainRequest, pretrain_run
 from segkit.training import live
 from segkit.training.config import TrainConfig
 from segkit.training.folder import read_config
-from segkit.training.planned import RunRequest
+from segkit.training.request import RunRequest
 from segkit.training.run import train_run
 
 Tell = Callable[[float, str], None]

@@ -24,7 +24,8 @@ from segkit.training import run as run_module
 from segkit.training.config import TrainConfig
 from segkit.training.folder import read_config
 from segkit.training.folds import cross_validate
-from segkit.training.planned import RunRequest, plan_run, with_values
+from segkit.training.planned import plan_run, with_values
+from segkit.training.request import RunRequest
 from segkit.training.run import train_run
 
 _SETTINGS = {
@@ -133,6 +134,18 @@ def test_resume_goes_on_to_more_steps(finished: Path, phantoms: Path) -> None:
     assert (finished / "config.yaml").read_text().count("# chosen: ") >= 5
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+
+
+def test_changes_that_do_not_fit_leave_the_settings_as_they_were(finished: Path, phantoms: Path) -> None:
+    """Whether the state goes with another network is known only once that is built."""
+    names = ("config.yaml", "settings.json", "changes.jsonl")
+    before = {name: (finished / name).read_bytes() for name in names if (finished / name).exists()}
+    kept = read_config(finished)
+    wider = with_values(kept, "network", arguments={**kept.network.arguments, "widths": [8, 16]})
+    request = replace(_request(phantoms, finished), config=wider, is_resumed=True, may_change=True)
+    with pytest.raises(RequestError, match="the state of the run is of another network"):
+        train_run(request)
+    assert {name: (finished / name).read_bytes() for name in names if (finished / name).exists()} == before
 
 
 def test_resuming_with_another_fold_is_refused(finished: Path, phantoms: Path) -> None:

@@ -20,7 +20,8 @@ from segkit.data.transplant import Transplant
 from segkit.errors import RequestError
 from segkit.training.config import TrainConfig
 from segkit.training.folder import read_config
-from segkit.training.planned import RunRequest, plan_run, with_values
+from segkit.training.planned import plan_run, with_values
+from segkit.training.request import RunRequest
 from segkit.training.run import train_run
 
 MODALITIES = ("t1n", "t1c", "t2w", "t2f")
