@@ -1,12 +1,15 @@
 """segkit: train, run and score medical image segmentation.
 
 The public names below are loaded on first use, so `import segkit` is instant; nothing inside the package imports them.
+Libraries that report to their makers are kept from it before any of them is loaded.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from segkit.runtime import refuse_telemetry
 
 if TYPE_CHECKING:
     from segkit.checkpoint import LoadReport as LoadReport
@@ -39,6 +42,9 @@ __all__ = [
     "load_model",
     "load_weights",
 ]
+
+
+refuse_telemetry()
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,6 @@ import random
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -284,13 +283,21 @@ def variables_with(**changes: str) -> dict[str, str]:
     return {**os.environ, **changes}
 
 
-def set_ray_variables() -> None:
-    """What Ray, and the processes that it starts, take from the environment as they are loaded.
+def refuse_telemetry() -> None:
+    """Keep the libraries below us from telling their makers that, where and with what they are used.
 
-    No reports to Ray's authors, and one try of 40 seconds for a cluster that does not answer, where Ray makes twenty.
+    Several do so unasked, some as soon as they are loaded: OpenVINO (to Google Analytics), ONNX Runtime (to Microsoft,
+    with an identity of the machine that it leaves in the cache folder of the user), Ray and MLflow. Where patients are
+    treated nothing leaves the house unasked. Whoever wants to report sets the variable otherwise; OpenVINO has none,
+    and does without where its reporter cannot be loaded.
     """
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")
+    prefer_variables(
+        HF_HUB_DISABLE_TELEMETRY="1",
+        MLFLOW_DISABLE_TELEMETRY="true",
+        ORT_DISABLE_TELEMETRY="1",
+        RAY_USAGE_STATS_ENABLED="0",
+    )
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # Python's way to say: not installed
 
 
 def prefer_variables(**values: str) -> None:
@@ -306,6 +313,8 @@ def mlflow_server() -> str | None:
 
 def environment() -> dict[str, str]:
     """Versions and platform, as recorded in run folders, manifests and benchmark tables."""
+    from importlib import metadata
+
     packages = ("segkit", "torch", "monai", "nibabel", "numpy")
     versions = {"python": platform.python_version(), "platform": platform.platform(), "cores": str(available_cores())}
     for package in packages:

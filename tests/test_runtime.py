@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from segkit.errors import ConfigError, DataError, Problem, RequestError
-from segkit.runtime import available_memory_gb, current_rss_mb, environment, peak_rss_mb, pick_device, pick_precision
+from segkit.runtime import (
+    available_memory_gb,
+    current_rss_mb,
+    environment,
+    peak_rss_mb,
+    pick_device,
+    pick_precision,
+    refuse_telemetry,
+    variables_with,
+)
 
 
 def test_unknown_device_is_refused_with_the_choice() -> None:
@@ -79,6 +90,39 @@ def test_memory_figures_agree() -> None:
     assert peak_rss_mb() >= 0.9 * current_rss_mb()
     assert 0 < available_memory_gb() < 2**14
     assert block.sum() == 64 * 1024**2
+
+
+_LOADS_WHAT_REPORTS = """
+import os, segkit, onnxruntime, openvino
+from openvino.tools.ovc import telemetry_utils
+assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
+assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
+print(telemetry_utils.tm.__name__)
+"""
+
+
+def test_libraries_do_not_report_to_their_makers(tmp_path: Path) -> None:
+    """Those that do leave an identity of the machine in the user's home."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("openvino")
+    home = {"HOME": str(tmp_path), "USERPROFILE": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache"), "CI": ""}
+    set_here = (
+        "HF_HUB_DISABLE_TELEMETRY",
+        "MLFLOW_DISABLE_TELEMETRY",
+        "ORT_DISABLE_TELEMETRY",
+        "RAY_USAGE_STATS_ENABLED",
+    )
+    fresh = {name: value for name, value in variables_with(**home).items() if name not in set_here}
+    reporter = subprocess.check_output([sys.executable, "-c", _LOADS_WHAT_REPORTS], env=fresh, text=True)
+    assert reporter.strip() == "openvino.tools.ovc.telemetry_stub"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_who_wants_to_report_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "0")
+    refuse_telemetry()
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "0"
 
 
 def test_environment_names_versions() -> None:

@@ -21,7 +21,7 @@ from segkit.cluster.distribution import distribute
 from segkit.cluster.share import Share
 from segkit.errors import ClusterError, RequestError
 from segkit.inference.pipeline import Work
-from segkit.runtime import set_ray_variables
+from segkit.runtime import prefer_variables
 
 _R = TypeVar("_R")
 
@@ -95,7 +95,7 @@ def connected(address: str | None) -> Iterator[None]:
     Raises:
         RequestError: nothing answers there, or other versions of Python or Ray do.
     """
-    set_ray_variables()
+    prefer_variables(RAY_NUM_REDIS_GET_RETRIES="1")  # one try of 40 seconds where nobody answers; Ray makes twenty
     import ray
 
     if ray.is_initialized():

@@ -72,7 +72,7 @@ class MlflowTracker:
     """A run of the experiment "segkit", with the settings as its parameters; `mlflow.json` tells which."""
 
     def __init__(self, run: Path, step: int) -> None:
-        prefer_variables(MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_ALLOW_FILE_STORE="true")
+        prefer_variables(MLFLOW_ALLOW_FILE_STORE="true")
         from mlflow.tracking import MlflowClient
 
         path = run / MLFLOW_RUN_NAME

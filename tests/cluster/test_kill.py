@@ -17,7 +17,6 @@ from segkit.inference.cases import find_input
 from segkit.inference.folders import infer_folder
 from segkit.inference.manifest import CaseRecord
 from segkit.inference.predictor import Predictor
-from segkit.runtime import set_ray_variables
 
 CASES = 40
 
@@ -26,7 +25,6 @@ CASES = 40
 def test_a_node_that_dies_costs_no_case(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    set_ray_variables()
     ray = importlib.import_module("ray")
     options: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
     cluster = importlib.import_module("ray.cluster_utils").Cluster(initialize_head=True, head_node_args=options)

@@ -22,7 +22,6 @@ from segkit.inference.cases import InferenceSettings, find_input, plan_cases
 from segkit.inference.folders import infer_folder, open_manifest
 from segkit.inference.predictor import Predictor
 from segkit.inference.worker import CaseTask, CaseWorker
-from segkit.runtime import set_ray_variables
 
 ONE_CORE = Share(1)
 
@@ -32,7 +31,6 @@ def _cluster() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")  # it would write a token into the home folder
         patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        set_ray_variables()
         ray = importlib.import_module("ray")
         ray.init(
             "local",
