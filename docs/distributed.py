@@ -40,7 +40,7 @@ from segkit.runtime import current_rss_mb, peak_rss_mb
 from segkit.training.config import OptimiserConfig
 from segkit.training.distributed import data_parallel, exchanged, is_first, joined_processes, rank, size, summed
 from segkit.training.optim import build_optimiser
-from segkit.training.sharding import Shards
+from segkit.training.sharding import Shards, whole
 
 CPU = torch.device("cpu")
 SMALLEST: dict[str, dict[str, object]] = {
@@ -65,17 +65,20 @@ _STEPS, _PACED_STEPS = 3, 10
 
 
 class Trained:
-    """What `data_parallel` needs of a task: a model, and its loss of a batch."""
+    """What `data_parallel` and `Shards` need of a task: a model, and its loss of a batch."""
 
-    def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor], *, in_parts: bool = False
+    ) -> None:
         self.model = model
+        self.in_parts = in_parts
         self._loss = loss
 
     def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         return self._loss(self.model, batch)
 
     def twin(self) -> Trained:
-        return Trained(copy.deepcopy(self.model), self._loss)
+        return Trained(copy.deepcopy(self.model), self._loss, in_parts=self.in_parts)
 
 
 def subjects() -> Iterator[tuple[str, Trained, Mapping[str, Tensor]]]:
@@ -87,22 +90,20 @@ def subjects() -> Iterator[tuple[str, Trained, Mapping[str, Tensor]]]:
         image = torch.randn(2, 2, *(2 * step for step in model.divisor))
         batch = {"image": image, "labels": torch.randint(0, 3, (2, *image.shape[2:])).byte()}
         batch["labels"][1] = 0  # which batch Dice and the mean of two Dice see differently
-        yield (
-            family,
-            Trained(model, lambda model, batch, loss=loss: loss(model(batch["image"]), batch["labels"])),
-            batch,
-        )
+        yield family, Trained(model, partial(_painting_loss, loss)), batch
+        if hasattr(model, "units"):
+            yield f"{family}, in parts", Trained(model, partial(_painting_loss, loss), in_parts=True).twin(), batch
     for mode in ("checkpoint", "reversible"):
         model = build_model("revmbunet", in_channels=2, out_channels=2, dims=2, mode=mode, **SMALLEST["revmbunet"])
         loss = SegmentationLoss("softmax", outputs, LossConfig())
         batch = {"image": torch.randn(2, 2, 16, 16), "labels": torch.randint(0, 3, (2, 16, 16)).byte()}
-        yield (
-            f"revmbunet, {mode}",
-            Trained(model, lambda model, batch, loss=loss: loss(model(batch["image"]), batch["labels"])),
-            batch,
-        )
+        yield f"revmbunet, {mode}", Trained(model, partial(_painting_loss, loss)), batch
     yield from _methods()
     yield "inpainting with a discriminator", *_inpainting()
+
+
+def _painting_loss(loss: SegmentationLoss, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    return loss(model(batch["image"]), batch["labels"])
 
 
 def _methods() -> Iterator[tuple[str, Trained, Mapping[str, Tensor]]]:
@@ -151,15 +152,16 @@ def gradients(precisions: Sequence[torch.dtype] = (torch.float32, torch.float64)
         for precision in precisions:
             task.model.to(precision)
             alone = task.twin()
-            whole = {key: value.to(precision) if value.is_floating_point() else value for key, value in batch.items()}
-            mine = {key: value.chunk(size())[rank()] for key, value in whole.items()}
+            both = {key: value.to(precision) if value.is_floating_point() else value for key, value in batch.items()}
+            mine = {key: value.chunk(size())[rank()] for key, value in both.items()}
             again = task.twin()
             with _without_rounding(is_wanted=precision == torch.float64):
-                curve, found = _learn(partial(data_parallel(again), mine), again.model)  # type: ignore[arg-type]
+                spread = Shards(again, CPU).loss if again.in_parts else data_parallel(again)  # type: ignore[arg-type]
+                curve, found = _learn(partial(spread, mine), again.model)
             curve = [total / size() for total in summed(*curve)]
             if is_first():
                 with _without_rounding(is_wanted=precision == torch.float64):
-                    expected_curve, expected = _learn(partial(alone.loss, whole), alone.model)
+                    expected_curve, expected = _learn(partial(alone.loss, both), alone.model)
                 learning = {key for key, parameter in alone.model.named_parameters() if parameter.requires_grad}
                 row[str(precision)[6:]] = {
                     "gradient": _difference(found, expected),
@@ -193,7 +195,7 @@ def _learn(loss: Callable[[], Tensor], model: nn.Module) -> tuple[list[float], d
         for _ in range(_STEPS):
             found = loss()
             torch.autograd.backward(found)
-            first = first or {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            first = first or {name: whole(p.grad.clone()) for name, p in model.named_parameters() if p.grad is not None}
             optimiser.step()
             optimiser.zero_grad()
             losses.append(float(found.detach()))
@@ -210,7 +212,7 @@ def in_parts(size_name: str, steps: int, *, has_moments: bool = True) -> list[di
     with torch.device("meta") if not is_first() else nullcontext():
         network = build_model("stunet", in_channels=4, out_channels=3, size=size_name, mode="checkpoint")
     loss = SegmentationLoss("sigmoid", (Output("WT", 1, (1, 2, 3)), Output("TC", 2, (2, 3)), Output("ET", 3, (3,))))
-    task = Trained(network, lambda model, batch: loss(model(batch["image"]), batch["labels"]))
+    task = Trained(network, partial(_painting_loss, loss))
     step = Shards(task, CPU).loss if is_shared else data_parallel(task)  # type: ignore[arg-type]
     built_mb = peak_rss_mb()
     descent = partial(torch.optim.SGD, task.model.parameters(), lr=1e-3)
@@ -247,7 +249,7 @@ def pace() -> list[dict[str, Any]]:
     torch.manual_seed(0)
     network = build_model("revmbunet", in_channels=4, out_channels=3, size="small").train()
     loss = SegmentationLoss("sigmoid", (Output("WT", 1, (1, 2, 3)), Output("TC", 2, (2, 3)), Output("ET", 3, (3,))))
-    task = Trained(network, lambda model, batch: loss(model(batch["image"]), batch["labels"]))
+    task = Trained(network, partial(_painting_loss, loss))
     step = data_parallel(task)  # type: ignore[arg-type]
     optimiser = build_optimiser(network, OptimiserConfig())
     batch = {"image": torch.randn(1, 4, 48, 48, 48), "labels": torch.randint(0, 4, (1, 48, 48, 48)).byte()}
@@ -295,12 +297,11 @@ def start(measurement: str, processes: int, threads: int = 1) -> list[dict[str, 
 
 
 def print_gradients() -> None:
-    print("| trained | gradient, float64 | gradient, float32 | loss | |\n|---|---|---|---|---|")
+    print("| trained | gradient, float64 | loss, float64 | gradient, float32 | loss, float32 | |")
+    print("|---|---|---|---|---|---|")
     for row in start("gradients", 2):
-        single, double = (row.get(name, {}) for name in ("float32", "float64"))
-        note = HAS_BATCH_STATISTICS.get(row["name"], "")
-        exact = f"{double['gradient']:.0e}" if double else ""
-        print(f"| {row['name']} | {exact} | {single['gradient']:.0e} | {single['loss']:.0e} | {note} |")
+        found = [f"{row[precision][what]:.0e}" for precision in ("float64", "float32") for what in ("gradient", "loss")]
+        print(f"| {row['name']} | {' | '.join(found)} | {HAS_BATCH_STATISTICS.get(row['name'], '')} |")
 
 
 def print_time() -> None:

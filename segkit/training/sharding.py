@@ -63,8 +63,8 @@ class Shards:
         fully_shard(self.loss, mesh=mesh)
         network.to_empty(device=device)
         for name, part in network.state_dict().items():
-            given = first.pop(name).to(device) if is_first() else torch.empty(part.shape, device=device)
-            _take(part, given, source=0)
+            given = first.pop(name) if is_first() else torch.empty(part.shape, dtype=part.dtype)
+            _take(part, given.to(device), source=0)
             del given
 
     @contextmanager
