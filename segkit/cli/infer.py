@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from segkit.cli.engine import (
+    AddressOption,
+    Engine,
+    EngineOption,
+    ResultsOption,
+    ThreadsOption,
+    WorkersOption,
+    choose_engine,
+    executor_of,
+    on_gpu,
+)
 from segkit.cli.options import (
     BackendOption,
     CasesOption,
@@ -25,7 +36,6 @@ from segkit.cli.options import (
     SchemeOption,
     VerboseOption,
     console,
-    parse_gigabytes,
     print_json,
     print_table,
     read_case_ids,
@@ -37,7 +47,6 @@ from segkit.cli.progress import CaseProgress
 if TYPE_CHECKING:
     from segkit.data.case import Cohort
     from segkit.inference.cases import InferenceSettings
-    from segkit.inference.pipeline import Executor
     from segkit.inference.predictor import Predictor
 
 TtaOption = Annotated[bool, typer.Option("--tta", help="Average over mirrored inputs: better, up to 8 times slower.")]
@@ -56,39 +65,6 @@ PatientOption = Annotated[
 PostprocessingOption = Annotated[
     bool,
     typer.Option("--postprocessing/--no-postprocessing", help="Clean masks by the rules that training chose, if any."),
-]
-WorkersOption = Annotated[
-    int | None,
-    typer.Option(
-        "--workers",
-        min=0,
-        help="Threads that read ahead; 0: no threads at all. Default: 1, 0 on one core. With ray: cases at a time, by "
-        "default as many as the nodes have room for.",
-    ),
-]
-ThreadsOption = Annotated[
-    int | None,
-    typer.Option(
-        "--threads", min=1, help="CPU cores that compute a case, here or on a node. Default: all of this one."
-    ),
-]
-EngineOption = Annotated[
-    Literal["local", "ray"], typer.Option("--engine", help="This machine, or the nodes of a Ray cluster.")
-]
-AddressOption = Annotated[
-    str | None,
-    typer.Option(
-        "--ray-address",
-        help="ray://HOST:10001, HOST:6379, auto or local. Default: RAY_ADDRESS, a cluster started here, else local.",
-        show_default=False,
-    ),
-]
-ResultsOption = Annotated[
-    Literal["auto", "files", "store"],
-    typer.Option(
-        "--results",
-        help="With ray: nodes write to OUT (files), send masks back (store), or each does what it can (auto).",
-    ),
 ]
 NumPartsOption = Annotated[int, typer.Option("--num-parts", min=1, help="Split the cases into N parts ...")]
 PartIdOption = Annotated[int, typer.Option("--part-id", min=0, help="... and do the K-th of them, counted from 0.")]
@@ -143,12 +119,10 @@ def infer(
         keeps_patient=keep_patient,
         label_scheme=label_scheme,
     )
-    limits = Limits(workers, threads, None if memory is None else 1024 * parse_gigabytes(memory))
-    cluster = _cluster_of(engine, ray_address, results)
-    if cluster is not None:
-        input, output = input.absolute(), output.absolute()
-    elif limits.memory_mb is not None:
-        limit_memory(limits.memory_mb)
+    place = choose_engine(engine, ray_address, results, workers, threads, memory)
+    input, output = place.path(input), place.path(output)
+    if place.memory_mb is not None and not place.is_ray:
+        limit_memory(place.memory_mb)
     with contextlib.ExitStack() as stack:
         try:
             source = stack.enter_context(opened(input))
@@ -156,45 +130,17 @@ def infer(
             raise as_request(error) from error
         cohort, part = _find(source, output, layout, modality, cases, (num_parts, part_id))
         choices = {"threads": threads, "uses_tta": tta, "uses_postprocessing": postprocessing}
-        if cluster is not None and device is not None and device.startswith("cuda"):
-            predictor = _load_for_gpus(model, backend, choices)
-        else:
-            predictor = _load(model, backend, device, choices)
+        predictor = _load(model, backend, device, choices, place)
         names = ", ".join(str(path) for path in model)
         request = Request(predictor, cohort, output, settings, names, part, None if source != input else input)
         if dry_run:
-            _tell_plan(request, limits, as_json=json)
+            _tell_plan(request, place.memory_mb, as_json=json)
             return
-        document = _run(request, limits, cluster, is_quiet=quiet)
+        document = _run(request, place, is_quiet=quiet)
     if json:
         print_json(document)
     if document["summary"]["failed"]:
         raise typer.Exit(1)
-
-
-class Limits(NamedTuple):
-    """What a run may take: workers (None: as many as help), cores (None: all), MB of memory (None: what is free)."""
-
-    workers: int | None
-    threads: int | None
-    memory_mb: float | None
-
-
-class Cluster(NamedTuple):
-    """Where a Ray cluster is, and how results come back from it."""
-
-    address: str | None
-    results: Literal["auto", "files", "store"]
-
-
-def _cluster_of(engine: str, address: str | None, results: Literal["auto", "files", "store"]) -> Cluster | None:
-    from segkit.errors import RequestError
-
-    if engine == "ray":
-        return Cluster(address, results)
-    if address is not None or results != "auto":
-        raise RequestError("--ray-address and --results are for a Ray cluster", remedy="Add --engine ray")
-    return None
 
 
 class Request(NamedTuple):
@@ -230,14 +176,15 @@ def _find(
     return take_part(cohort, *part)
 
 
-def _run(request: Request, limits: Limits, cluster: Cluster | None, *, is_quiet: bool) -> dict[str, Any]:
+def _run(request: Request, place: Engine, *, is_quiet: bool) -> dict[str, Any]:
     from segkit.inference.folders import infer_folder
+    from segkit.inference.predictor import members_of
 
     predictor = request.predictor
     if not is_quiet:
         size = " x ".join(map(str, predictor.window))
         console().print(f"{predictor.backend.name} computes windows of {size} voxels", soft_wrap=True)
-    executor = _local(limits) if cluster is None else _on_cluster(request, limits, cluster)
+    executor = executor_of(place, (member.backend for member in members_of(predictor)), [request.output])
     with CaseProgress("segmenting", len(request.cohort.cases), is_quiet=is_quiet) as progress:
         return infer_folder(
             predictor,
@@ -245,7 +192,7 @@ def _run(request: Request, limits: Limits, cluster: Cluster | None, *, is_quiet:
             request.output,
             request.settings,
             executor=executor,
-            memory_mb=limits.memory_mb,
+            memory_mb=place.memory_mb,
             on_record=progress.show,
             model=request.model,
             part=request.part,
@@ -253,52 +200,21 @@ def _run(request: Request, limits: Limits, cluster: Cluster | None, *, is_quiet:
         )
 
 
-def _local(limits: Limits) -> Executor:
-    from segkit.inference.pipeline import LocalExecutor
-    from segkit.runtime import available_cores
+def _load(models: list[Path], backend: str, device: str | None, choices: dict[str, Any], place: Engine) -> Predictor:
+    from segkit.errors import CheckpointError, as_request
+    from segkit.inference.predictor import Predictor, members_of
 
-    return LocalExecutor(min(1, available_cores() - 1) if limits.workers is None else limits.workers)
-
-
-def _on_cluster(request: Request, limits: Limits, cluster: Cluster) -> Executor:
-    from segkit.cluster.executor import RayExecutor
-    from segkit.cluster.share import Share
-    from segkit.inference.backends import TorchBackend
-    from segkit.inference.predictor import members_of
-
-    backends = [member.backend for member in members_of(request.predictor)]
-    on_gpu = any(isinstance(backend, TorchBackend) and backend.device.type == "cuda" for backend in backends)
-    threads = limits.threads or (1 if on_gpu else max(backend.threads for backend in backends))
-    share = Share(threads, int(on_gpu), limits.memory_mb)
-    return RayExecutor(request.output, share, cluster.address, workers=limits.workers or None, results=cluster.results)
-
-
-def _load_for_gpus(models: list[Path], backend: str, choices: dict[str, Any]) -> Predictor:
-    """A predictor for GPUs of other machines: this one need not have any."""
-    from segkit.errors import RequestError
-    from segkit.inference.backends import TorchBackend
-    from segkit.inference.predictor import members_of
-
-    if backend not in ("auto", "torch"):
-        raise RequestError(f"backend {backend} computes on a CPU", remedy="Pass --device cpu, or --backend torch")
-    predictor = _load(models, "torch", "cpu", choices)
-    for member in members_of(predictor):
-        if isinstance(member.backend, TorchBackend):
-            member.backend = TorchBackend(member.backend.network, "cuda")
+    try:
+        predictor = Predictor.load(models, *place.loads_with(device, backend), **choices)
+    except CheckpointError as error:
+        raise as_request(error) from error
+    if place.has_gpus(device):
+        for member in members_of(predictor):
+            member.backend = on_gpu(member.backend)
     return predictor
 
 
-def _load(models: list[Path], backend: str, device: str | None, choices: dict[str, Any]) -> Predictor:
-    from segkit.errors import CheckpointError, as_request
-    from segkit.inference.predictor import Predictor
-
-    try:
-        return Predictor.load(models, device or "auto", backend, **choices)
-    except CheckpointError as error:
-        raise as_request(error) from error
-
-
-def _tell_plan(request: Request, limits: Limits, *, as_json: bool) -> None:
+def _tell_plan(request: Request, memory_mb: float | None, *, as_json: bool) -> None:
     from segkit.inference.cases import plan_cases
     from segkit.inference.folders import open_manifest
     from segkit.inference.forecast import fit_memory
@@ -306,7 +222,7 @@ def _tell_plan(request: Request, limits: Limits, *, as_json: bool) -> None:
     predictor = request.predictor
     manifest = open_manifest(predictor, request.cohort, request.output, request.model, request.part)
     tasks, decided = plan_cases(predictor, request.cohort, request.output, request.settings, manifest)
-    tasks, _ = fit_memory(predictor, tasks, limits.memory_mb)
+    tasks, _ = fit_memory(predictor, tasks, memory_mb)
     planned = [
         {
             "case": task.case.id,

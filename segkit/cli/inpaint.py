@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from segkit.cli.engine import (
+    AddressOption,
+    Engine,
+    EngineOption,
+    ResultsOption,
+    ThreadsOption,
+    WorkersOption,
+    choose_engine,
+    executor_of,
+    on_gpu,
+)
 from segkit.cli.options import (
     BackendOption,
     CasesOption,
@@ -16,6 +28,7 @@ from segkit.cli.options import (
     InputOption,
     JsonOption,
     LayoutOption,
+    MemoryOption,
     ModalitiesOption,
     OutputOption,
     OverwriteOption,
@@ -82,6 +95,12 @@ def inpaint(
     device: DeviceOption = None,
     layout: LayoutOption = None,
     modality: ModalitiesOption = None,
+    workers: WorkersOption = None,
+    threads: ThreadsOption = None,
+    memory: MemoryOption = None,
+    engine: EngineOption = "local",
+    ray_address: AddressOption = None,
+    results: ResultsOption = "auto",
     overwrite: OverwriteOption = False,
     dry_run: DryRunOption = False,
     json: JsonOption = False,
@@ -98,33 +117,46 @@ def inpaint(
     from segkit.data.archives import opened
     from segkit.errors import DataError, RequestError, as_request
     from segkit.inpainting.cases import InpaintingSettings
+    from segkit.runtime import limit_memory
 
     if mask is not None and lesions is not None:
         raise RequestError("--mask and --lesions both say what is filled", remedy="Give one of them")
     _refuse_bank_in_input(bank, input)
+    place = choose_engine(engine, ray_address, results, workers, threads, memory)
+    if place.memory_mb is not None and not place.is_ray:
+        limit_memory(place.memory_mb)
+        place = place._replace(workers=workers or 0)  # a case that waits takes memory as well
+    output, bank = place.path(output), None if bank is None else place.path(bank)
     settings = InpaintingSettings(
         overwrites=overwrite, writes_holes=lesions is not None, writes_anomaly=anomaly, bank=bank
     )
     with contextlib.ExitStack() as stack:
         try:
-            source = stack.enter_context(opened(input))
+            source = stack.enter_context(opened(place.path(input)))
         except DataError as error:
             raise as_request(error) from error
         if mask is None and lesions is None:
             cohort = _find_voided(source, output, layout, modality, cases)
         else:
             cohort = _find(source, output, layout, modality, cases)
-        predictor = _load(model, device or "auto", backend)
-        holes = _find_holes(cohort, mask, lesions, margin, device or "auto", backend)
+        loading = (*place.loads_with(device, backend), threads)
+        predictor = _load(model, loading)
+        holes = _find_holes(cohort, input, mask, lesions, margin, loading)
+        if place.has_gpus(device):
+            predictor = _moved_to_gpus(predictor, holes)
         request = Request(predictor, cohort, output, holes, settings, str(model))
         if dry_run:
             _tell_plan(request, as_json=json)
             return
-        document = _run(request, is_quiet=quiet)
+        document = _run(request, place, is_quiet=quiet)
     if json:
         print_json(document)
     if document["summary"]["failed"]:
         raise typer.Exit(1)
+
+
+Loading = tuple[str, str, int | None]
+"""Device, backend and threads that models are opened with."""
 
 
 class Request(NamedTuple):
@@ -182,34 +214,41 @@ def _find_voided(
 
 
 def _find_holes(
-    cohort: Cohort, mask: Path | None, lesions: Path | None, margin_mm: float, device: str, backend: str
+    cohort: Cohort, input: Path, mask: Path | None, lesions: Path | None, margin_mm: float, loading: Loading
 ) -> HoleSource:
     from segkit.inpainting.masks import find_lesions, find_masks, masks_of_cohort
 
     if mask is not None:
         return find_masks(cohort, mask)
     if lesions is not None:
-        return find_lesions(cohort, lesions, margin_mm, device, backend)
-    return masks_of_cohort(cohort)
+        return find_lesions(cohort, lesions, margin_mm, *loading)
+    return masks_of_cohort(cohort, input)
 
 
-def _load(model: Path, device: str, backend: str) -> InpaintingPredictor:
+def _load(model: Path, loading: Loading) -> InpaintingPredictor:
     from segkit.errors import CheckpointError, as_request
     from segkit.inpainting.predictor import InpaintingPredictor
 
     try:
-        return InpaintingPredictor.load(model, device, backend)
+        return InpaintingPredictor.load(model, *loading)
     except CheckpointError as error:
         raise as_request(error) from error
 
 
-def _run(request: Request, *, is_quiet: bool) -> dict[str, Any]:
-    from segkit.inference.pipeline import LocalExecutor
+def _moved_to_gpus(predictor: InpaintingPredictor, holes: HoleSource) -> InpaintingPredictor:
+    """The predictor for the GPU of whoever opens it, and so the network that finds lesions, where there is one."""
+    for member in holes.networks():
+        member.backend = on_gpu(member.backend)
+    return replace(predictor, backend=on_gpu(predictor.backend))
+
+
+def _run(request: Request, place: Engine, *, is_quiet: bool) -> dict[str, Any]:
     from segkit.inpainting.folders import inpaint_folder
-    from segkit.runtime import available_cores
 
     if not is_quiet:
         console().print(f"{request.predictor.backend.name} fills holes from {request.holes.origin}", soft_wrap=True)
+    backends = [request.predictor.backend, *(member.backend for member in request.holes.networks())]
+    folders = [request.output, *([request.settings.bank] if request.settings.bank else [])]
     with CaseProgress("filling", len(request.cohort.cases), is_quiet=is_quiet) as progress:
         return inpaint_folder(
             request.predictor,
@@ -217,7 +256,7 @@ def _run(request: Request, *, is_quiet: bool) -> dict[str, Any]:
             request.output,
             request.holes,
             request.settings,
-            executor=LocalExecutor(min(1, available_cores() - 1)),
+            executor=executor_of(place, backends, folders),
             on_record=progress.show,
             model=request.model,
         )

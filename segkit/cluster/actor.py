@@ -5,12 +5,12 @@ from __future__ import annotations
 import pickle
 import secrets
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from segkit.data.files import remove_leftovers, written_atomically
 from segkit.inference.pipeline import Work
@@ -20,40 +20,52 @@ _DECISIVE = ("segkit", "numpy", "scipy", "torch", "onnxruntime", "openvino")
 """Packages whose version may show in a mask."""
 
 
+class Task(Protocol):
+    """What actors are given: the work on one case, which knows its files."""
+
+    def inputs(self) -> list[Path]:
+        """The files that are read."""
+        ...
+
+    def moved_to(self, folders: Sequence[Path]) -> Task:
+        """The same with everything that is written in other folders, one for each of those of the orders."""
+        ...
+
+
 @dataclass(frozen=True)
 class Orders:
-    """What an actor needs to begin: the pickled work, and how results come back.
+    """What an actor needs to begin: the pickled work, the folders that results go to, and how they come back.
 
-    Versions of packages are those of the machine that gives the orders. Where `mark`, a file that it has just put into
-    the output folder, is there on the node as well, files are written to that folder, and else sent back.
+    Versions of packages are those of the machine that gives the orders. Where `marks`, files that it has just put into
+    the folders, one into each, are there on the node as well, files are written to them, and else sent back.
     """
 
     work: bytes
-    output: Path
-    mark: Path | None
-    """None: files are sent back whether or not the node has the output folder."""
+    folders: tuple[Path, ...]
+    marks: tuple[Path, ...] | None
+    """None: files are sent back whether or not the node has the folders."""
     must_share: bool = False
-    """A node without the output folder does not take part."""
+    """A node without the folders does not take part."""
     versions: Mapping[str, str] = field(default_factory=lambda: decisive_versions())
 
 
 @dataclass(frozen=True)
 class Reply:
-    """The result of a task and the files to write with it, by their path below the output folder."""
+    """The result of a task, and the files to write with it by where they go."""
 
     result: Any
-    files: Mapping[str, bytes] = field(default_factory=dict)
+    files: Mapping[Path, bytes] = field(default_factory=dict)
     unseen: Path | None = None
-    """An image of the case that the node does not have; nothing was done."""
+    """A file of the case that the node does not have; nothing was done."""
 
-    def write(self, output: Path) -> None:
-        """Put the files into the output folder.
+    def write(self) -> None:
+        """Put the files where they go.
 
         Raises:
             DataError: one cannot be written.
         """
-        for name, content in self.files.items():
-            with written_atomically(output / name) as temporary:
+        for path, content in self.files.items():
+            with written_atomically(path) as temporary:
                 temporary.write_bytes(content)
 
 
@@ -74,25 +86,33 @@ class CaseActor:
             self.work: Work[Any, Any] = pickle.loads(orders.work)
         except Exception as error:
             return f"cannot open the model: {sentence(error)}"
-        self.shares_output = orders.mark is not None and orders.mark.exists()
+        self.folders = orders.folders
+        missing = [mark.parent for mark in orders.marks or () if not mark.exists()]
+        self.shares_output = orders.marks is not None and not missing
         if self.shares_output:
-            remove_leftovers(orders.output)
+            for folder in self.folders:
+                remove_leftovers(folder)
         elif orders.must_share:
-            return f"does not share the output folder {orders.output}: mount it there, or let results come back"
+            return f"does not share the output folder {missing[0]}: mount it there, or let results come back"
         return None
 
-    def run(self, task: Any) -> Reply:
+    def run(self, task: Task) -> Reply:
         """Do one task."""
-        for file in task.case.images.values():
-            if not file.path.exists():
-                return Reply(None, unseen=file.path)
+        for path in task.inputs():
+            if not path.exists():
+                return Reply(None, unseen=path)
         if self.shares_output:
             return Reply(self.work(task))
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            result = self.work(task.moved_to(folder))
-            paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-            return Reply(result, {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths})
+            places = {Path(name, str(number)): folder for number, folder in enumerate(self.folders)}
+            result = self.work(task.moved_to(list(places)))
+            files = {
+                folder / path.relative_to(place): path.read_bytes()
+                for place, folder in places.items()
+                for path in sorted(place.rglob("*"))
+                if path.is_file()
+            }
+            return Reply(result, files)
 
 
 def decisive_versions() -> dict[str, str]:
@@ -107,10 +127,10 @@ def decisive_versions() -> dict[str, str]:
 
 
 @contextmanager
-def marked(output: Path) -> Iterator[Path]:
-    """A file in the output folder by which a node recognises it."""
-    output.mkdir(parents=True, exist_ok=True)
-    mark = output / f".shared-{secrets.token_hex(6)}"
+def marked(folder: Path) -> Iterator[Path]:
+    """A file in an output folder by which a node recognises it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / f".shared-{secrets.token_hex(6)}"
     mark.touch()
     try:
         yield mark

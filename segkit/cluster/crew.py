@@ -56,7 +56,7 @@ class RayCrew:
     """The actors of one run over a folder; `limit` bounds their number."""
 
     def __init__(self, work: Work[Any, Any], orders: Orders, share: Share, limit: int) -> None:
-        self.output, self.share, self.limit = orders.output, share, limit
+        self.share, self.limit = share, limit
         self._work = work
         self._orders = ray.put(orders)
         self._workers: set[RayWorker] = set()
@@ -145,7 +145,7 @@ class RayCrew:
         if worker.place.id in self._refused:
             self._dismiss(worker)
         try:
-            reply.write(self.output)
+            reply.write()
         except DataError as error:
             return self._work.begin(task).failed(error)
         return reply.result

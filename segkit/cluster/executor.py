@@ -1,7 +1,7 @@
-"""An executor whose workers are actors of a Ray cluster: `segkit infer --engine ray`.
+"""An executor whose workers are actors of a Ray cluster: `segkit infer` and `segkit inpaint` with `--engine ray`.
 
 The work is pickled, model and all, and goes to each node once through Ray's object store, so that nodes need segkit and
-nothing of this machine's disks but the images, under the paths that they have here.
+nothing of this machine's disks but the files of the cases, under the paths that they have here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import pickle
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -42,14 +42,14 @@ def require_ray() -> None:
 class RayExecutor:
     """On a Ray cluster, by actors that take `share` of their node each, at most `workers` of them (None: all that fit).
 
-    `address` is what Ray takes: ray://host:10001, host:6379, auto or local. With None Ray looks itself: RAY_ADDRESS,
-    else a cluster that `ray start` started on this machine, else one is started here and ended afterwards. Paths of
-    tasks must be absolute.
+    `folders` are those that tasks write to, in the order in which `Task.moved_to` takes others. `address` is what Ray
+    takes: ray://host:10001, host:6379, auto or local. With None Ray looks itself: RAY_ADDRESS, else a cluster that
+    `ray start` started on this machine, else one is started here and ended afterwards. Paths of tasks must be absolute.
     """
 
     def __init__(
         self,
-        output: Path,
+        folders: Sequence[Path],
         share: Share,
         address: str | None = None,
         *,
@@ -57,7 +57,7 @@ class RayExecutor:
         results: Results = "auto",
     ) -> None:
         require_ray()
-        self.output, self.share = output.resolve(), share
+        self.folders, self.share = tuple(folder.resolve() for folder in folders), share
         self.address, self.workers, self.results = address, workers, results
 
     def map(self, work: Work[Any, _R], tasks: Iterable[Any]) -> Iterator[_R]:
@@ -81,8 +81,10 @@ class RayExecutor:
             stack.enter_context(connected(self.address))
             from segkit.cluster.crew import RayCrew
 
-            mark = None if self.results == "store" else stack.enter_context(marked(self.output))
-            orders = Orders(pickle.dumps(work), self.output, mark, must_share=self.results == "files")
+            marks = None
+            if self.results != "store":
+                marks = tuple(stack.enter_context(marked(folder)) for folder in self.folders)
+            orders = Orders(pickle.dumps(work), self.folders, marks, must_share=self.results == "files")
             crew = RayCrew(work, orders, self.share, min(self.workers or len(waiting), len(waiting)))
             stack.callback(crew.close)
             yield from distribute(waiting, crew, give_up)

@@ -17,12 +17,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from segkit.data.files import written_atomically
+from segkit.errors import RequestError
 
 MANIFEST_NAME = "manifest.json"
 _LISTS = ("cases", "remaining", "replacing", "earlier")
 _AT_ONCE, _SHARE = 400, 20
 """Cases up to which the manifest is written anew after each; beyond, when a `_SHARE`-th of them has ended."""
 STAGES = ("read", "preprocess", "predict", "decode", "write")
+
+Task = Literal["segmentation", "inpainting"]
+_VERBS: Mapping[str, str] = {"segmentation": "infer", "inpainting": "inpaint"}
 
 _log = logging.getLogger(__name__)
 
@@ -51,13 +55,25 @@ class Manifest:
 
     `part` names one of several runs that share the folder. On disk: `cases` of this run in the order in which they
     ended, `remaining` ids that have not (`replacing`: those of them whose mask was there before), `earlier` records of
-    other runs, `summary`, `model` and `environment`.
+    other runs, `task`, `summary`, `model` and `environment`. Runs of one folder have one task, for records of a case
+    take the place of each other.
+
+    Raises:
+        RequestError: the folder has the manifest of another task.
     """
 
     def __init__(
-        self, folder: Path, ids: Iterable[str], facts: Mapping[str, Any], identity: str, part: str | None = None
+        self,
+        folder: Path,
+        ids: Iterable[str],
+        facts: Mapping[str, Any],
+        identity: str,
+        part: str | None = None,
+        *,
+        task: Task = "segmentation",
     ) -> None:
         self.path = folder / (MANIFEST_NAME if part is None else f"manifest_{part}.json")
+        self.task = task
         before = _read(self.path)
         self.facts = dict(facts)
         self.identity = identity
@@ -68,7 +84,10 @@ class Manifest:
         self._has_file = False
         self.replacing: set[str] = set()
         # Parts of a run keep manifests of their own, for they may run at the same time; they count as earlier runs.
-        others = [_read(path) for path in sorted(folder.glob("manifest*.json")) if path != self.path]
+        paths = [path for path in sorted(folder.glob("manifest*.json")) if path != self.path]
+        others = [_read(path) for path in paths]
+        for path, one in zip((self.path, *paths), (before, *others), strict=True):
+            _refuse_other_task(path, one, task)
         known = [entry for one in (*others, before) for key in ("cases", "earlier") for entry in one[key]]
         self._known = {entry["case"]: entry for entry in known if isinstance(entry, dict) and _names_case(entry)}
         self._cut_short: set[str] = set()
@@ -123,6 +142,7 @@ class Manifest:
         remaining = [case_id for case_id in self.ids if case_id not in ended]
         counts = Counter(record.status for record in self.records)
         return {
+            "task": self.task,
             "cases": [asdict(record) for record in self.records],
             "summary": {
                 **{status: counts[status] for status in ("done", "failed", "skipped")},
@@ -150,6 +170,20 @@ class Manifest:
             self._journal.unlink()
         self._unwritten = 0
         self._has_file = True
+
+
+def _refuse_other_task(path: Path, document: Mapping[str, Any], task: Task) -> None:
+    """Refuse what another verb wrote; manifests that do not name their task tell of holes where it is inpainting."""
+    if "identity" not in document:
+        return  # there is none, or none that can be read
+    other = str(document.get("task", "inpainting" if "holes" in document else "segmentation"))
+    if other != task:
+        raise RequestError(
+            f"was written by `segkit {_VERBS.get(other, other)}`, and `segkit {_VERBS[task]}` would replace its records",
+            where=path,
+            expected="an output folder for each of them",
+            remedy="Choose another output folder",
+        )
 
 
 def _names_case(entry: Mapping[str, Any]) -> bool:

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import functools
 import logging
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
 from pathlib import Path
 
 from segkit.data.case import Case, file_name_of
 from segkit.data.dicom_seg import write_dicom_seg
-from segkit.data.files import read_grid, stem_of, write_labels
+from segkit.data.files import stem_of, write_labels
 from segkit.data.preprocessing import PreparedCase, load_case
-from segkit.errors import DataError, SegkitError, is_memory_error
+from segkit.errors import SegkitError, is_memory_error
 from segkit.inference.decode import probabilities
-from segkit.inference.manifest import STAGES, CaseRecord
+from segkit.inference.manifest import CaseRecord
 from segkit.inference.maps import Maps, outside_probabilities, uncertainty
 from segkit.inference.pipeline import run_whole
 from segkit.inference.predictor import Predictor
+from segkit.inference.stages import StageClock, image_bytes
 from segkit.inference.windows import Slab
 from segkit.labels import LabelScheme
 from segkit.runtime import peak_rss_mb
@@ -49,8 +47,13 @@ class CaseTask:
     predicted: Mapping[str, float] = field(default_factory=dict)
     """What the case was expected to take, `peak_rss_mb` and `seconds`."""
 
-    def moved_to(self, folder: Path) -> CaseTask:
-        """The same with everything that is written in another folder, under the same names."""
+    def inputs(self) -> list[Path]:
+        """The files that are read."""
+        return [file.path for file in self.case.images.values()]
+
+    def moved_to(self, folders: Sequence[Path]) -> CaseTask:
+        """The same with everything that is written in another folder, the only one, under the same names."""
+        (folder,) = folders
         dicom_target = None if self.dicom_target is None else folder / self.dicom_target.name
         return replace(self, target=folder / self.target.name, dicom_target=dicom_target)
 
@@ -79,18 +82,15 @@ class CaseJob:
         self.predictor = predictor
         self.uses_threads = uses_threads
         self.task = task
-        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self.clock = StageClock()
         self._prepared: PreparedCase | None = None
         self._window = predictor.window
 
     @functools.cached_property
     def waiting_bytes(self) -> int:
         """What the prepared image takes at most, as the header of its first file tells; 0 where it cannot be read."""
-        try:
-            grid = read_grid(next(iter(self.task.case.images.values())).path)
-        except DataError:
-            return 0
-        return 4 * len(self.predictor.card.modalities) * prod(self.predictor.prepared_shape(grid))
+        channels = len(self.predictor.card.modalities)
+        return image_bytes(self.task.case, channels, self.predictor.prepared_shape)
 
     def read(self) -> None:
         """Load and prepare the case.
@@ -99,7 +99,7 @@ class CaseJob:
             DataError: the files cannot be read or do not fit together.
         """
         task, predictor = self.task, self.predictor
-        with self._timed("read"):
+        with self.clock.timed("read"):
             loaded = load_case(
                 task.case,
                 predictor.card.modalities,
@@ -108,7 +108,7 @@ class CaseJob:
                 uses_threads=self.uses_threads,
             )
         self.grid = loaded.grid
-        with self._timed("preprocess"):
+        with self.clock.timed("preprocess"):
             self._prepared = predictor.prepare(loaded)
         self.preparation = self._prepared.preparation
 
@@ -120,7 +120,7 @@ class CaseJob:
         slabs = self.predictor.slabs(self._prepared)
         self._prepared = None
         while True:
-            with self._timed("predict"):
+            with self.clock.timed("predict"):
                 slab = next(slabs, None)
             if slab is None:
                 return
@@ -139,9 +139,8 @@ class CaseJob:
 
         def noted() -> Iterator[Slab]:
             while True:
-                began = time.perf_counter()
-                slab = next(slabs, None)
-                self.seconds["decode"] -= time.perf_counter() - began  # waiting, or computing, is not decoding
+                with self.clock.paused("decode"):  # waiting, or computing, is not decoding
+                    slab = next(slabs, None)
                 if slab is None:
                     return
                 if shares is not None:
@@ -150,9 +149,9 @@ class CaseJob:
                     doubts.add(uncertainty(slab, predictor.activation), slab)
                 yield slab
 
-        with self._timed("decode"):
+        with self.clock.timed("decode"):
             labels = predictor.decode(noted(), self.preparation, task.scheme)
-        with self._timed("write"):
+        with self.clock.timed("write"):
             if shares is not None:
                 shares.write(_probability_paths(task, predictor), self.grid, _outside(predictor))
             if doubts is not None:
@@ -190,7 +189,7 @@ class CaseJob:
             self.task.case.id,
             "done" if error is None else "failed",
             error,
-            {stage: round(value, 4) for stage, value in self.seconds.items()},
+            self.clock.rounded(),
             round(peak_rss_mb(), 1),
             self.predictor.backend.name,
             label_scheme=self.task.scheme.name,
@@ -199,14 +198,6 @@ class CaseJob:
             window=self._window,
             predicted=self.task.predicted,
         )
-
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] += time.perf_counter() - start
 
 
 def further_paths(task: CaseTask, predictor: Predictor) -> list[Path]:

@@ -79,7 +79,8 @@ def inpaint_folder(
 def open_manifest(filler: Filler, cohort: Cohort, output: Path, holes: HoleSource, model: str = "") -> Manifest:
     """The manifest of a run that is about to start, with what earlier runs left in the folder; nothing is written."""
     facts = {"model": _model_facts(filler, model), "holes": holes.to_json(), "environment": environment()}
-    return Manifest(output, (case.id for case in cohort.cases), facts, f"{filler.card.sha256[:16]}+{holes.identity}")
+    identity = f"{filler.card.sha256[:16]}+{holes.identity}"
+    return Manifest(output, (case.id for case in cohort.cases), facts, identity, task="inpainting")
 
 
 def _open_bank(filler: Filler, holes: HoleSource, settings: InpaintingSettings) -> BankWriter | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from segkit.data.layouts.listing import list_images
 from segkit.data.layouts.table import find_cases
 from segkit.data.volume import Grid
 from segkit.errors import CheckpointError, DataError, RequestError, as_request
-from segkit.inference.predictor import Predictor
+from segkit.inference.predictor import Predictor, members_of
 from segkit.report.pairing import match_files
 from segkit.shapes import Image
 
@@ -47,12 +47,16 @@ class HoleSource:
     @property
     def identity(self) -> str:
         """Tells holes of one origin from those of another."""
-        name = f"{zlib.crc32(self.origin.encode(errors='backslashreplace')):08x}"
+        name = f"{zlib.crc32(str(Path(self.origin).absolute()).encode(errors='backslashreplace')):08x}"
         found_by = name if self.segmenter is None else self.segmenter.identity
         return f"{found_by}+{self.margin_mm:g}mm"
 
+    def networks(self) -> tuple[Predictor, ...]:
+        """The predictors of single networks that find lesions; none where masks tell."""
+        return () if self.segmenter is None else members_of(self.segmenter)
+
     def mask_of(self, case: Case) -> ImageFile:
-        """The mask of a case.
+        """The mask of a case, by its absolute path.
 
         Raises:
             DataError: there is none, or several files could be it.
@@ -66,7 +70,8 @@ class HoleSource:
                 expected=f"a file such as {case.id}.nii.gz or {case.id}-mask.nii.gz",
                 remedy="Add it, or leave the case out with --cases",
             )
-        return self.masks[case.id]
+        mask = self.masks[case.id]
+        return replace(mask, path=mask.path.absolute())
 
     def to_json(self) -> dict[str, object]:
         """What the manifest tells."""
@@ -77,9 +82,9 @@ class HoleSource:
         }
 
 
-def masks_of_cohort(cohort: Cohort) -> HoleSource:
-    """The masks that the cases of the cohort have themselves."""
-    return HoleSource(str(cohort.root), {case.id: case.label for case in cohort.cases if case.label is not None})
+def masks_of_cohort(cohort: Cohort, origin: Path) -> HoleSource:
+    """The masks that the cases of the cohort have themselves; `origin` is where they stay, archive or folder."""
+    return HoleSource(str(origin), {case.id: case.label for case in cohort.cases if case.label is not None})
 
 
 def find_masks(cohort: Cohort, path: Path, margin_mm: float = 0.0) -> HoleSource:
@@ -110,8 +115,12 @@ def find_masks(cohort: Cohort, path: Path, margin_mm: float = 0.0) -> HoleSource
     return HoleSource(str(path), masks, complaints, margin_mm=margin_mm)
 
 
-def find_lesions(cohort: Cohort, path: Path, margin_mm: float, device: str, backend: str) -> HoleSource:
+def find_lesions(
+    cohort: Cohort, path: Path, margin_mm: float, device: str, backend: str, threads: int | None = None
+) -> HoleSource:
     """Lesions to be made up: masks as in `find_masks`, or a trained segmentation model, of which every output counts.
+
+    The model is opened as by `Predictor.load`.
 
     Raises:
         RequestError: as `find_masks`, or the model cannot be used.
@@ -119,7 +128,7 @@ def find_lesions(cohort: Cohort, path: Path, margin_mm: float, device: str, back
     if not _is_model(path):
         return find_masks(cohort, path, margin_mm)
     try:
-        segmenter = Predictor.load(path, device, backend)
+        segmenter = Predictor.load(path, device, backend, threads=threads)
     except CheckpointError as error:
         raise as_request(error) from error
     if segmenter.card.dims != cohort.dims:

@@ -46,8 +46,12 @@ class InpaintingPredictor:
     card: ModelCard
 
     @classmethod
-    def load(cls, run: Path, device: str = "auto", backend: str = "auto") -> InpaintingPredictor:
+    def load(
+        cls, run: Path, device: str = "auto", backend: str = "auto", threads: int | None = None
+    ) -> InpaintingPredictor:
         """The network of a run folder of `segkit pretrain --method inpainting`, or of its export.
+
+        On a CPU it is computed with `threads`; None is as many as there are cores.
 
         Raises:
             CheckpointError: the model is missing or damaged.
@@ -62,7 +66,7 @@ class InpaintingPredictor:
             )
         if card.export is None and backend == "auto":
             backend = "torch"  # which takes windows of any size
-        return cls(open_backend(run, card, device, backend, card.patch_size), card)
+        return cls(open_backend(run, card, device, backend, card.patch_size, threads=threads), card)
 
     @property
     def window(self) -> tuple[int, ...]:

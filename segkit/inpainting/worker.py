@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -17,16 +14,17 @@ from numpy.typing import NDArray
 
 from segkit.checkpoint.card import ModelCard
 from segkit.data.case import Case, ImageFile
-from segkit.data.files import read_grid, read_volume, rewrite_image, write_image, write_labels
+from segkit.data.files import read_volume, rewrite_image, write_image, write_labels
 from segkit.data.headers import in_type
 from segkit.data.lesion_bank import image_path, lesion_path
 from segkit.data.preprocessing import load_case
 from segkit.data.volume import Grid
 from segkit.errors import DataError
 from segkit.inference.backends import Backend
-from segkit.inference.manifest import STAGES, CaseRecord
+from segkit.inference.manifest import CaseRecord
 from segkit.inference.pipeline import run_whole
 from segkit.inference.predictor import Predictor
+from segkit.inference.stages import StageClock, image_bytes
 from segkit.inference.worker import sentence
 from segkit.inpainting.anomaly import anomaly_map
 from segkit.inpainting.bank import copy_file
@@ -82,6 +80,26 @@ class FillingTask:
             paths.append(lesion_path(self.bank, self.case.id))
         return list(dict.fromkeys(paths))
 
+    def inputs(self) -> list[Path]:
+        """The files that are read."""
+        files = [*self.case.images.values(), *(self.segmented.images.values() if self.segmented else [])]
+        return list(dict.fromkeys(file.path for file in (*files, *([self.mask] if self.mask else []))))
+
+    def moved_to(self, folders: Sequence[Path]) -> FillingTask:
+        """The same with everything that is written in other folders, under the same names: the output, and a bank."""
+        output, *banks = folders
+
+        def moved(path: Path | None) -> Path | None:
+            return None if path is None else output / path.name
+
+        return replace(
+            self,
+            targets={modality: output / path.name for modality, path in self.targets.items()},
+            hole_target=moved(self.hole_target),
+            anomaly_target=moved(self.anomaly_target),
+            bank=banks[0] if self.bank is not None else None,
+        )
+
 
 @dataclass(frozen=True)
 class FillingRecord(CaseRecord):
@@ -121,17 +139,13 @@ class FillingJob:
         self.worker = worker
         self.task = task
         self.modalities = tuple(task.targets)
-        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self.clock = StageClock()
         self._made_up = 0
 
     @functools.cached_property
     def waiting_bytes(self) -> int:
         """What the image takes, as the header of its first file tells; 0 where it cannot be read."""
-        try:
-            grid = read_grid(next(iter(self.task.case.images.values())).path)
-        except DataError:
-            return 0
-        return 4 * len(self.modalities) * prod(grid.shape)
+        return image_bytes(self.task.case, len(self.modalities), lambda grid: grid.shape)
 
     def read(self) -> None:
         """Load the image and, where it has one, its mask.
@@ -139,7 +153,7 @@ class FillingJob:
         Raises:
             DataError: the files cannot be read or do not fit together.
         """
-        with self._timed("read"):
+        with self.clock.timed("read"):
             loaded = load_case(self.task.case, self.modalities, None, uses_threads=self.worker.uses_threads)
             self.image, self.grid = loaded.image, loaded.grid
             self._marked = None if self.task.mask is None else read_mask(self.task.mask, self.grid)
@@ -150,7 +164,7 @@ class FillingJob:
         Raises:
             DataError: nothing is known of the image but its hole, or what is made up is no image.
         """
-        with self._timed("preprocess"):
+        with self.clock.timed("preprocess"):
             marked = self._found() if self._marked is None else self._marked
             self.hole = enlarged(marked, self.image, self.grid.spacing_mm, self.worker.margin_mm)
         if self.task.anomaly_target is not None and self.hole.any() and not self.image[:, self.hole].any():
@@ -159,7 +173,7 @@ class FillingJob:
                 where=self.task.case.id,
                 expected="for an anomaly map, the image before anything was cut out of it",
             )
-        with self._timed("predict"):
+        with self.clock.timed("predict"):
             filled = self.worker.filler.fill(self.image, self.hole, self.grid)
         if not np.isfinite(filled[:, self.hole]).all():
             raise DataError("the model made up NaN or infinity", where=self.task.case.id, remedy="Train it again")
@@ -176,9 +190,9 @@ class FillingJob:
         self._made_up = int(np.count_nonzero(self.hole))
         anomaly = None
         if task.anomaly_target is not None:
-            with self._timed("decode"):
+            with self.clock.timed("decode"):
                 anomaly = anomaly_map(self.image, filled, self.hole, self.grid.spacing_mm)
-        with self._timed("write"):
+        with self.clock.timed("write"):
             if task.anomaly_target is not None and anomaly is not None:
                 write_image(task.anomaly_target, anomaly, self.grid)
             if task.hole_target is not None:
@@ -228,18 +242,10 @@ class FillingJob:
             self.task.case.id,
             "done" if error is None else "failed",
             error,
-            {stage: round(value, 4) for stage, value in self.seconds.items()},
+            self.clock.rounded(),
             round(peak_rss_mb(), 1),
             self.worker.filler.backend.name,
             model=self.worker.identity,
             made_up_voxels=self._made_up,
             note=note,
         )
-
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] += time.perf_counter() - start

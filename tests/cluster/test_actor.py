@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,22 @@ from segkit.inference.backends import Backend, OnnxRuntimeBackend, OpenvinoBacke
 class Task:
     case: Case
     target: Path
+    copy: Path
 
-    def moved_to(self, folder: Path) -> Task:
-        return replace(self, target=folder / self.target.name)
+    def inputs(self) -> list[Path]:
+        return [file.path for file in self.case.images.values()]
+
+    def moved_to(self, folders: Sequence[Path]) -> Task:
+        output, bank = folders
+        return replace(self, target=output / self.target.name, copy=bank / "more" / self.copy.name)
 
 
 class Copying:
-    """Work that writes the name of the image to the target and to a file in a folder beside it."""
+    """Work that writes the name of the image to the target and to a file of the same name in another folder."""
 
     def __call__(self, task: Task) -> str:
-        for path in (task.target, task.target.parent / "more" / task.target.name):
-            path.parent.mkdir(exist_ok=True)
+        for path in (task.target, task.copy):
+            path.parent.mkdir(exist_ok=True, parents=True)
             path.write_text(task.case.images["t1"].path.name)
         return f"{task.case.id} done"
 
@@ -44,8 +50,15 @@ def task(tmp_path: Path) -> Task:
     image = tmp_path / "scans" / "a.nii.gz"
     image.parent.mkdir()
     image.touch()
-    (tmp_path / "out").mkdir()
-    return Task(Case("a", "a", {"t1": ImageFile(image)}), tmp_path / "out" / "a.txt")
+    for name in ("out", "bank"):
+        (tmp_path / name).mkdir()
+    case = Case("a", "a", {"t1": ImageFile(image)})
+    return Task(case, tmp_path / "out" / "a.txt", tmp_path / "bank" / "more" / "a.txt")
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    return tmp_path / "out", tmp_path / "bank"
 
 
 def opened(orders: Orders) -> CaseActor:
@@ -58,39 +71,43 @@ def opened(orders: Orders) -> CaseActor:
 NOTHING = pickle.dumps(None)
 
 
-def test_with_the_output_folder_it_writes_there(task: Task) -> None:
-    with marked(task.target.parent) as mark:
-        actor = opened(Orders(NOTHING, task.target.parent, mark))
+def test_with_the_output_folders_it_writes_there(task: Task, folders: tuple[Path, Path]) -> None:
+    with marked(folders[0]) as mark, marked(folders[1]) as other:
+        actor = opened(Orders(NOTHING, folders, (mark, other)))
     assert actor.run(task) == Reply("a done")
-    assert sorted(path.name for path in task.target.parent.rglob("*")) == ["a.txt", "a.txt", "more"]
+    assert [sorted(path.name for path in folder.rglob("*")) for folder in folders] == [["a.txt"], ["a.txt", "more"]]
 
 
-@pytest.mark.parametrize("has_mark", [True, False])
-def test_without_it_the_files_come_back(task: Task, has_mark: bool) -> None:
-    out = task.target.parent
-    actor = opened(Orders(NOTHING, out, out / ".of-another-folder" if has_mark else None))
+@pytest.mark.parametrize("shared", [None, 0, 1])
+def test_without_one_of_them_the_files_come_back(task: Task, folders: tuple[Path, Path], shared: int | None) -> None:
+    marks = None
+    if shared is not None:
+        marks = (folders[0] / ".mark", folders[1] / ".mark")
+        marks[shared].touch()
+    actor = opened(Orders(NOTHING, folders, marks))
     reply = actor.run(task)
-    assert list(out.iterdir()) == []
-    assert reply == Reply("a done", {"a.txt": b"a.nii.gz", "more/a.txt": b"a.nii.gz"})
-    reply.write(out)
-    assert (out / "more" / "a.txt").read_text() == (out / "a.txt").read_text() == "a.nii.gz"
+    assert not task.target.exists()
+    assert not task.copy.exists()
+    assert reply == Reply("a done", {task.target: b"a.nii.gz", task.copy: b"a.nii.gz"})
+    reply.write()
+    assert task.target.read_text() == task.copy.read_text() == "a.nii.gz"
 
 
 def test_a_full_disk_here_is_an_error_of_the_file(task: Task) -> None:
-    (task.target.parent / "more").touch()  # a file where a folder should be
+    task.copy.parent.touch()  # a file where a folder should be
     with pytest.raises(DataError, match="cannot be written"):
-        Reply(None, {"more/a.txt": b""}).write(task.target.parent)
+        Reply(None, {task.copy: b""}).write()
 
 
-def test_an_image_that_the_node_does_not_have_is_named(task: Task) -> None:
-    actor = opened(Orders(NOTHING, task.target.parent, None))
+def test_an_image_that_the_node_does_not_have_is_named(task: Task, folders: tuple[Path, Path]) -> None:
+    actor = opened(Orders(NOTHING, folders, None))
     path = task.case.images["t1"].path
     path.unlink()
     assert actor.run(task) == Reply(None, unseen=path)
 
 
 def test_what_keeps_a_node_from_taking_part(tmp_path: Path) -> None:
-    orders = Orders(NOTHING, tmp_path, None)
+    orders = Orders(NOTHING, (tmp_path,), None)
     other = replace(orders, versions={**decisive_versions(), "numpy": "1.0", "not-installed-here": "3"})
     assert (
         CaseActor().open(other) == f"has numpy {np.__version__} instead of 1.0: install the same versions on every node"
@@ -98,7 +115,7 @@ def test_what_keeps_a_node_from_taking_part(tmp_path: Path) -> None:
     broken = CaseActor().open(replace(orders, work=b"nothing that was pickled"))
     assert broken is not None
     assert broken.startswith("cannot open the model: ")
-    alone = CaseActor().open(replace(orders, must_share=True))
+    alone = CaseActor().open(replace(orders, marks=(tmp_path / ".mark",), must_share=True))
     assert alone is not None
     assert alone.startswith(f"does not share the output folder {tmp_path}")
 
@@ -129,4 +146,4 @@ def test_backends_compute_elsewhere_as_they_do_here(tmp_path: Path, write_convol
 def test_without_ray_it_is_told_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RequestError, match=r'Ray is not installed. pip install "segkit\[ray\]"'):
-        RayExecutor(tmp_path, Share(1))
+        RayExecutor([tmp_path], Share(1))

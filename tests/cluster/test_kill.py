@@ -46,7 +46,7 @@ def test_a_node_that_dies_costs_no_case(export: Path, tmp_path: Path, monkeypatc
                 assert len(ray.nodes()) == 2
                 cluster.remove_node(second, allow_graceful=False)
 
-        executor = RayExecutor(tmp_path / "ray", Share(1))
+        executor = RayExecutor([tmp_path / "ray"], Share(1))
         manifest = infer_folder(predictor, cohort, tmp_path / "ray", executor=executor, on_record=kill_second)
     finally:
         ray.shutdown()

@@ -60,7 +60,7 @@ def test_the_same_masks_as_here(export: Path, data: Path, tmp_path: Path, result
         cohort,
         tmp_path / "ray",
         settings,
-        executor=RayExecutor(tmp_path / "ray", ONE_CORE, results=results),
+        executor=RayExecutor([tmp_path / "ray"], ONE_CORE, results=results),
         on_record=lambda record: told.append(record.case),
     )
     expected = voxels_and_headers(tmp_path / "local")
@@ -90,7 +90,7 @@ def test_a_case_that_kills_its_workers_fails_and_the_others_are_done(
     manifest = open_manifest(predictor, cohort, tmp_path / "out")
     tasks, _ = plan_cases(predictor, cohort, tmp_path / "out", InferenceSettings(), manifest)
     deadly = DeadlyTask(**{field.name: getattr(tasks[1], field.name) for field in fields(CaseTask)})
-    executor = RayExecutor(tmp_path / "out", ONE_CORE)
+    executor = RayExecutor([tmp_path / "out"], ONE_CORE)
     records = {record.case[-1]: record for record in executor.map(CaseWorker(predictor), [tasks[0], deadly, tasks[2]])}
     assert {case: record.status for case, record in records.items()} == {"1": "done", "2": "failed", "3": "done"}
     error = records["2"].error
@@ -104,7 +104,7 @@ def test_an_image_that_is_gone_fails_its_case_and_names_the_node(export: Path, d
     predictor, cohort = Predictor.load(export, backend="onnxruntime", threads=1), find_input(data)
     path = data / "BraTS2021_00002" / "BraTS2021_00002_t1ce.nii.gz"
     path.unlink()
-    executor = RayExecutor(tmp_path / "out", ONE_CORE)
+    executor = RayExecutor([tmp_path / "out"], ONE_CORE)
     manifest = infer_folder(predictor, cohort, tmp_path / "out", executor=executor)
     errors = {entry["case"][-1]: entry["error"] for entry in manifest["cases"]}
     assert (errors["1"], errors["3"]) == (None, None)
@@ -116,7 +116,7 @@ def test_a_node_with_other_versions_is_named(
     export: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("segkit.cluster.actor.decisive_versions", lambda: {"numpy": "1.0"})
-    executor = RayExecutor(tmp_path / "out", ONE_CORE)
+    executor = RayExecutor([tmp_path / "out"], ONE_CORE)
     with pytest.raises(RequestError, match=r"no node .* can do this: .*, node \w+\) has numpy .* instead of 1\.0"):
         infer_folder(
             Predictor.load(export, backend="onnxruntime"), find_input(data), tmp_path / "out", executor=executor
@@ -124,7 +124,7 @@ def test_a_node_with_other_versions_is_named(
 
 
 def test_a_node_too_small_is_named(export: Path, data: Path, tmp_path: Path) -> None:
-    executor = RayExecutor(tmp_path / "out", Share(64))
+    executor = RayExecutor([tmp_path / "out"], Share(64))
     with pytest.raises(RequestError, match=r"no node .* has room .* has 2 CPUs, 0 GPUs; expected 64 CPUs on one node"):
         infer_folder(
             Predictor.load(export, backend="onnxruntime"), find_input(data), tmp_path / "out", executor=executor

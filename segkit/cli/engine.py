@@ -1,0 +1,131 @@
+"""Where the cases of a folder are done, this machine or a Ray cluster: the options for that, and what they ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+
+import typer
+
+from segkit.cli.options import parse_gigabytes
+from segkit.errors import RequestError
+
+if TYPE_CHECKING:
+    from segkit.inference.backends import Backend
+    from segkit.inference.pipeline import Executor
+
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=0,
+        help="Threads that read ahead; 0: no threads at all. Default: 1, 0 on one core. With ray: cases at a time, by "
+        "default as many as the nodes have room for.",
+    ),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", min=1, help="CPU cores that compute a case, here or on a node. Default: all of this one."
+    ),
+]
+EngineOption = Annotated[
+    Literal["local", "ray"], typer.Option("--engine", help="This machine, or the nodes of a Ray cluster.")
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray-address",
+        help="ray://HOST:10001, HOST:6379, auto or local. Default: RAY_ADDRESS, a cluster started here, else local.",
+        show_default=False,
+    ),
+]
+Results = Literal["auto", "files", "store"]
+ResultsOption = Annotated[
+    Results,
+    typer.Option(
+        "--results",
+        help="With ray: nodes write to OUT (files), send results back (store), or each does what it can (auto).",
+    ),
+]
+
+
+class Engine(NamedTuple):
+    """Where cases are done, and what they may take there: None is as much as helps, or as is free."""
+
+    is_ray: bool
+    address: str | None
+    results: Results
+    workers: int | None
+    threads: int | None
+    memory_mb: float | None
+
+    def path(self, path: Path) -> Path:
+        """A path as the engine takes it: nodes have working directories of their own."""
+        return path.absolute() if self.is_ray else path
+
+    def has_gpus(self, device: str | None) -> bool:
+        """Whether cases are computed by GPUs of nodes; this machine need not have any."""
+        return self.is_ray and device is not None and device.startswith("cuda")
+
+    def loads_with(self, device: str | None, backend: str) -> tuple[str, str]:
+        """Device and backend to load a model with; for GPUs of nodes it is loaded without one.
+
+        Raises:
+            RequestError: the backend computes on no GPU.
+        """
+        if not self.has_gpus(device):
+            return device or "auto", backend
+        if backend not in ("auto", "torch"):
+            raise RequestError(f"backend {backend} computes on a CPU", remedy="Pass --device cpu, or --backend torch")
+        return "cpu", "torch"
+
+
+def choose_engine(
+    engine: Literal["local", "ray"],
+    address: str | None,
+    results: Results,
+    workers: int | None,
+    threads: int | None,
+    memory: str | None,
+) -> Engine:
+    """The engine that the options ask for.
+
+    Raises:
+        RequestError: options for a cluster without one, Ray is not installed, or the memory cannot be read.
+    """
+    from segkit.cluster.executor import require_ray
+
+    if engine == "local" and (address is not None or results != "auto"):
+        raise RequestError("--ray-address and --results are for a Ray cluster", remedy="Add --engine ray")
+    if engine == "ray":
+        require_ray()
+    memory_mb = None if memory is None else 1024 * parse_gigabytes(memory)
+    return Engine(engine == "ray", address, results, workers, threads, memory_mb)
+
+
+def on_gpu(backend: Backend) -> Backend:
+    """The same backend for the GPU of whoever opens it."""
+    from segkit.inference.backends import TorchBackend
+
+    return TorchBackend(backend.network, "cuda") if isinstance(backend, TorchBackend) else backend
+
+
+def executor_of(engine: Engine, backends: Iterable[Backend], folders: Sequence[Path]) -> Executor:
+    """What maps the cases, which `backends` compute and whose results go to `folders`."""
+    from segkit.runtime import available_cores
+
+    if not engine.is_ray:
+        from segkit.inference.pipeline import LocalExecutor
+
+        return LocalExecutor(min(1, available_cores() - 1) if engine.workers is None else engine.workers)
+    from segkit.cluster.executor import RayExecutor
+    from segkit.cluster.share import Share
+    from segkit.inference.backends import TorchBackend
+
+    backends = list(backends)
+    uses_gpu = any(isinstance(backend, TorchBackend) and backend.device.type == "cuda" for backend in backends)
+    threads = engine.threads or (1 if uses_gpu else max(backend.threads for backend in backends))
+    share = Share(threads, int(uses_gpu), engine.memory_mb)
+    return RayExecutor(folders, share, engine.address, workers=engine.workers or None, results=engine.results)
