@@ -117,15 +117,11 @@ def inpaint(
     from segkit.data.archives import opened
     from segkit.errors import DataError, RequestError, as_request
     from segkit.inpainting.cases import InpaintingSettings
-    from segkit.runtime import limit_memory
 
     if mask is not None and lesions is not None:
         raise RequestError("--mask and --lesions both say what is filled", remedy="Give one of them")
     _refuse_bank_in_input(bank, input)
     place = choose_engine(engine, ray_address, results, workers, threads, memory)
-    if place.memory_mb is not None and not place.is_ray:
-        limit_memory(place.memory_mb)
-        place = place._replace(workers=workers or 0)  # a case that waits takes memory as well
     output, bank = place.path(output), None if bank is None else place.path(bank)
     settings = InpaintingSettings(
         overwrites=overwrite, writes_holes=lesions is not None, writes_anomaly=anomaly, bank=bank
@@ -245,6 +241,9 @@ def _moved_to_gpus(predictor: InpaintingPredictor, holes: HoleSource) -> Inpaint
 def _run(request: Request, place: Engine, *, is_quiet: bool) -> dict[str, Any]:
     from segkit.inpainting.folders import inpaint_folder
 
+    if place.memory_mb is not None and not place.is_ray:
+        _limit_memory(place.memory_mb)
+        place = place._replace(workers=place.workers or 0)  # a case that waits takes memory as well
     if not is_quiet:
         console().print(f"{request.predictor.backend.name} fills holes from {request.holes.origin}", soft_wrap=True)
     backends = [request.predictor.backend, *(member.backend for member in request.holes.networks())]
@@ -260,6 +259,16 @@ def _run(request: Request, place: Engine, *, is_quiet: bool) -> dict[str, Any]:
             on_record=progress.show,
             model=request.model,
         )
+
+
+def _limit_memory(memory_mb: float) -> None:
+    """Limit this process, which has opened the models already: runtimes that have no room to be loaded crash."""
+    from segkit.errors import RequestError
+    from segkit.runtime import limit_memory, room_mb
+
+    limit_memory(memory_mb)
+    if room_mb() <= 0:
+        raise RequestError(f"the models alone take more than {memory_mb:.0f} MB", remedy="Pass a larger --memory")
 
 
 def _tell_plan(request: Request, *, as_json: bool) -> None:

@@ -179,7 +179,7 @@ def _refuse_other_task(path: Path, document: Mapping[str, Any], task: Task) -> N
     other = str(document.get("task", "inpainting" if "holes" in document else "segmentation"))
     if other != task:
         raise RequestError(
-            f"was written by `segkit {_VERBS.get(other, other)}`, and `segkit {_VERBS[task]}` would replace its records",
+            f"was written by `segkit {_VERBS.get(other, other)}`, and `segkit {_VERBS[task]}` replaces its records",
             where=path,
             expected="an output folder for each of them",
             remedy="Choose another output folder",

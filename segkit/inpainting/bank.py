@@ -46,8 +46,10 @@ class BankWriter:
         entry = BankedCase(case=case.id, patient=case.patient)
         if entry in self._bank.cases:
             return
-        others = tuple(one for one in self._bank.cases if one.case != case.id)
-        self._bank = self._bank.model_copy(update={"cases": (*others, entry)})
+        others = (one for one in self._bank.cases if one.case != case.id)
+        # In an order of their own, for cases are finished in any.
+        cases = tuple(sorted((*others, entry), key=lambda one: one.case))
+        self._bank = self._bank.model_copy(update={"cases": cases})
         with written_atomically(self.folder / BANK_NAME) as temporary:
             text = json.dumps(self._bank.model_dump(), indent=2, ensure_ascii=False) + "\n"
             temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

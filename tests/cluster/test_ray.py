@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
-import numpy as np
 import pytest
 
 import segkit.cli
@@ -23,34 +20,17 @@ from segkit.inference.folders import infer_folder, open_manifest
 from segkit.inference.predictor import Predictor
 from segkit.inference.worker import CaseTask, CaseWorker
 
+VoxelsAndHeaders = Callable[[Path], dict[str, tuple[bytes, bytes]]]
+
 ONE_CORE = Share(1)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _cluster() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")  # it would write a token into the home folder
-        patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        ray = importlib.import_module("ray")
-        ray.init(
-            "local",
-            num_cpus=2,
-            object_store_memory=80 * 2**20,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="error",
-        )
-        yield
-        ray.shutdown()
-
-
-def voxels_and_headers(folder: Path) -> dict[str, tuple[bytes, bytes]]:
-    images = {path.name: nib.load(path) for path in sorted(folder.rglob("[!.]*.nii.gz"))}
-    return {name: (np.asarray(one.dataobj).tobytes(), one.header.binaryblock) for name, one in images.items()}
+pytestmark = pytest.mark.usefixtures("cluster")
 
 
 @pytest.mark.parametrize("results", ["auto", "store"])
-def test_the_same_masks_as_here(export: Path, data: Path, tmp_path: Path, results: Any) -> None:
+def test_the_same_masks_as_here(
+    export: Path, data: Path, tmp_path: Path, results: Any, voxels_and_headers: VoxelsAndHeaders
+) -> None:
     predictor, cohort = Predictor.load(export, backend="onnxruntime", threads=1), find_input(data)
     settings = InferenceSettings(saves_probabilities=True)
     infer_folder(predictor, cohort, tmp_path / "local", settings)
