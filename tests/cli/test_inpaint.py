@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from segkit.data.files import read_grid
 from segkit.data.phantom import make_phantom
 from segkit.inference import graph
 from segkit.inference.backends import Backend
+from segkit.inference.manifest import Manifest
 from segkit.inpainting.predictor import InpaintingPredictor
 from segkit.labels import SCHEMES, outputs_of
 
@@ -264,6 +266,52 @@ def test_wrong_requests_run_nothing(
         assert call("-m", model, "-i", data, "-o", out, *options) == 2
         assert sentence in " ".join(capsys.readouterr().err.split())
     assert not out.exists()
+
+
+def test_the_folder_of_masks_is_no_folder_for_images(
+    run: Path, challenge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Manifest(tmp_path / "out", ["a"], {"model": {}}, "m1").write()  # as `segkit infer` does
+    before = (tmp_path / "out" / "manifest.json").read_bytes()
+    for options in ((), ("--overwrite",), ("--dry-run",)):
+        assert call("-m", run, "-i", challenge, "-o", tmp_path / "out", *options) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "manifest.json: was written by `segkit infer`, and `segkit inpaint` replaces its records" in said
+        assert said.endswith("Choose another output folder")
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == before
+
+
+def test_an_archive_is_known_again(
+    run: Path, challenge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = Path(shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path, challenge.name))
+    assert call("-m", run, "-i", archive, "-o", tmp_path / "out", "-q") == 0
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert call("-m", run, "-i", archive.name, "-o", tmp_path / "out", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["summary"]["skipped"] == 2
+
+
+def test_options_for_a_cluster_without_one_are_refused(
+    run: Path, challenge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options in (("--ray-address", "auto"), ("--results", "store")):
+        assert call("-m", run, "-i", challenge, "-o", tmp_path / "out", *options) == 2
+        assert "--ray-address and --results are for a Ray cluster. Add --engine ray" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_memory_that_does_not_hold_the_model_is_refused(
+    run: Path, challenge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits: list[float] = []
+    monkeypatch.setattr("segkit.runtime.limit_memory", limits.append)
+    monkeypatch.setattr("segkit.runtime.room_mb", lambda: limits[-1] - 400)
+    assert call("-m", run, "-i", challenge, "-o", tmp_path / "out", "--memory", "300M") == 2
+    assert "the models alone take more than 300 MB. Pass a larger --memory" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert call("-m", run, "-i", challenge, "-o", tmp_path / "out", "--memory", "500M", "-q") == 0
+    assert limits == [300, 500]
 
 
 def test_an_export_fills_as_the_network_does(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from segkit.errors import DataError
-from segkit.inference.manifest import STAGES, CaseRecord, Manifest
+from segkit.errors import DataError, RequestError
+from segkit.inference.manifest import STAGES, CaseRecord, Manifest, Task
 
 FACTS = {"model": {"name": "run"}, "environment": {"python": "3"}}
 
@@ -117,6 +117,26 @@ def test_the_journal_of_one_part_is_not_that_of_another(tmp_path: Path, monkeypa
         manifest.add(CaseRecord(case_id, "done", model="m1", label_scheme="s"))
     whole = Manifest(tmp_path, ids, FACTS, "m1")
     assert [case_id for case_id in ids if whole.was_made(case_id, "s", ())] == ["0", "1"]
+
+
+@pytest.mark.parametrize("part", [None, "part_0_of_2"])
+@pytest.mark.parametrize("names_task", [True, False])
+@pytest.mark.parametrize(("task", "other"), [("segmentation", "inpainting"), ("inpainting", "segmentation")])
+def test_the_folder_of_another_task_is_refused(
+    tmp_path: Path, task: Task, other: Task, names_task: bool, part: str | None
+) -> None:
+    facts = {**FACTS, "holes": {"from": "masks"}} if task == "inpainting" else FACTS
+    Manifest(tmp_path, ["a"], facts, "m1", part, task=task).write()
+    (path,) = tmp_path.iterdir()
+    document = json.loads(path.read_text())
+    assert document["task"] == task
+    if not names_task:  # as before manifests did
+        del document["task"]
+        path.write_text(json.dumps(document))
+    Manifest(tmp_path, ["a"], facts, "m1", task=task)
+    verb = {"segmentation": "infer", "inpainting": "inpaint"}[task]
+    with pytest.raises(RequestError, match=f"{path.name}: was written by `segkit {verb}`.* another output folder"):
+        Manifest(tmp_path, ["b"], FACTS, "m2", task=other)
 
 
 @pytest.mark.parametrize("text", ['{"cases": [', '{"cases": 3}', "[]"])

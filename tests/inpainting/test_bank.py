@@ -26,7 +26,7 @@ def test_cases_are_there_at_once_and_once(tmp_path: Path) -> None:
     assert [(case.case, case.patient) for case in document.cases] == [("a-1", "a"), ("b-1", "b")]
     assert (document.version, document.modalities, document.model) == (1, ("t1n", "t2f"), MODEL)
     again.add(Case("a-1", "another", {}))
-    assert [(case.case, case.patient) for case in read_bank(tmp_path).cases] == [("b-1", "b"), ("a-1", "another")]
+    assert [(case.case, case.patient) for case in read_bank(tmp_path).cases] == [("a-1", "another"), ("b-1", "b")]
 
 
 @pytest.mark.parametrize(("modalities", "model"), [(("t1n",), MODEL), (("t1n", "t2f"), {**MODEL, "margin_mm": 3.0})])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from segkit.errors import DataError
 from segkit.inpainting.fill import FILLS, biharmonic_fill, harmonic_fill, mean_fill, mirror_fill, rough_fill
+from segkit.runtime import variables_with
 
 SHAPES = [(12, 14), (9, 11, 10)]
 
@@ -146,6 +149,21 @@ def test_what_cannot_be_filled_is_refused(fill):
     image[0, 1, 1] = np.nan
     with pytest.raises(DataError, match="known voxel is not a finite number"):
         fill(image, np.zeros((4, 5), bool))
+
+
+def test_threads_do_not_change_a_bit():
+    """More than 10,000 voxels, from which on a BLAS with several threads shares sums among them."""
+    code = """
+import hashlib, numpy as np
+from segkit.inpainting.fill import rough_fill
+image = np.random.default_rng(0).normal(500, 100, (1, 40, 40, 40)).astype(np.float32)
+hole = np.zeros((40, 40, 40), bool)
+hole[3:37, 3:37, 3:37] = True
+print(hashlib.sha256(rough_fill(image, hole)).hexdigest())
+"""
+    variables = [variables_with(OMP_NUM_THREADS=count, OPENBLAS_NUM_THREADS=count) for count in ("1", "2")]
+    digests = [subprocess.check_output([sys.executable, "-c", code], env=one, text=True) for one in variables]
+    assert digests[0] == digests[1]
 
 
 def test_a_mirrored_image_of_another_shape_is_refused():

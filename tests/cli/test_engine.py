@@ -1,0 +1,66 @@
+"""Where cases are done, as options tell it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+import segkit.cli
+from segkit.cli.engine import choose_engine, executor_of, on_gpu
+from segkit.cluster.executor import RayExecutor
+from segkit.cluster.share import Share
+from segkit.errors import RequestError
+from segkit.inference.backends import TorchBackend
+from segkit.inference.pipeline import LocalExecutor
+
+FOLDERS = [Path("out").absolute(), Path("bank").absolute()]
+
+
+def backend(threads: int) -> TorchBackend:
+    made = TorchBackend(torch.nn.Identity())
+    made.threads = threads  # those of the whole process stay as they are
+    return made
+
+
+@pytest.mark.parametrize("verb", ["infer", "inpaint"])
+def test_without_ray_it_is_told_what_to_install(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as leave:
+        segkit.cli.main([verb, "-m", "run", "-i", str(tmp_path), "-o", str(tmp_path / "out"), "--engine", "ray"])
+    assert leave.value.code == 2
+    assert 'Ray is not installed. pip install "segkit[ray]", on every node' in capsys.readouterr().err
+
+
+def test_here() -> None:
+    engine = choose_engine("local", None, "auto", 3, None, "1.5G")
+    assert (engine.memory_mb, engine.path(Path("scans"))) == (1536, Path("scans"))
+    executor = executor_of(engine, [backend(2)], FOLDERS)
+    assert isinstance(executor, LocalExecutor)
+    assert executor.workers == 3
+
+
+@pytest.mark.parametrize(("threads", "expected"), [(None, 4), (1, 1)])
+def test_on_nodes_a_case_takes_the_cores_of_its_largest_network(threads: int | None, expected: int) -> None:
+    engine = choose_engine("ray", "auto", "store", 0, threads, "2G")
+    assert engine.path(Path("scans")) == Path("scans").absolute()
+    executor = executor_of(engine, [backend(2), backend(4)], FOLDERS)
+    assert isinstance(executor, RayExecutor)
+    assert executor.share == Share(expected, 0, 2048)
+    assert (executor.address, executor.results, executor.workers) == ("auto", "store", None)
+    assert executor.folders == tuple(FOLDERS)
+
+
+def test_gpus_of_nodes_need_none_here() -> None:
+    engine = choose_engine("ray", None, "auto", None, None, None)
+    assert engine.loads_with("cuda", "auto") == ("cpu", "torch")
+    assert engine.loads_with(None, "auto") == ("auto", "auto")
+    with pytest.raises(RequestError, match=r"backend openvino computes on a CPU\. Pass --device cpu"):
+        engine.loads_with("cuda:1", "openvino")
+    executor = executor_of(engine, [on_gpu(backend(4)), backend(4)], FOLDERS)
+    assert isinstance(executor, RayExecutor)
+    assert executor.share == Share(1, gpus=1)
