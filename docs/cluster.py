@@ -1,7 +1,7 @@
 """What a Ray cluster costs and withstands: a node killed in the midst, what a case costs, 1,000 nodes on paper.
 
-Run with `python docs/cluster.py DATA/Task04_Hippocampus OUT`, segkit[ray] installed; five minutes on two cores. All on
-one machine, with the hippocampus weights that are in this repository:
+Run with `python docs/cluster.py DATA/Task04_Hippocampus OUT`, segkit[ray] installed; six minutes on two cores. All on
+one machine, the first two parts with the hippocampus weights that are in this repository:
 
 1. Two Ray nodes of one core do 20 cases. When a quarter is done, one of them is killed with its workers (SIGKILL). All
    masks must be there, equal to those of `--engine local` in voxels and headers, with one manifest and exit code 0.
@@ -9,6 +9,8 @@ one machine, with the hippocampus weights that are in this repository:
    seconds before it, which are start-up.
 3. What the machine that drives does for each case, measured with tasks that are nothing and with the records of the
    manifest, and from it how many nodes it can keep busy.
+4. `segkit inpaint` on phantoms by both engines, with anomaly maps and a bank: all images must be equal in voxels and
+   headers, and those that are filled equal to the scans wherever nothing was missing.
 """
 
 from __future__ import annotations
@@ -40,15 +42,17 @@ COHORTS = (1_000, 10_000, 100_000)
 IN_FLIGHT = (10, 100, 1_000)
 NODES = (10, 100, 1_000)
 SECONDS_A_CASE = (1, 10, 60)
+FILLED_CASES, FILLED_SIZE = 6, 48
 
 
 def main() -> None:
-    """The three parts."""
+    """The four parts."""
     source, out = Path(sys.argv[1]), Path(sys.argv[2])
     shutil.rmtree(out, ignore_errors=True)
     kill_a_node(source, out)
     overhead(source, out)
     project()
+    fill_holes(out)
 
 
 def kill_a_node(source: Path, out: Path) -> None:
@@ -68,7 +72,7 @@ def kill_a_node(source: Path, out: Path) -> None:
         seconds = time.monotonic() - began
     manifests = list((out / "killed").glob("*manifest*"))
     records = json.loads((out / "killed/manifest.json").read_text())["cases"]
-    equal = sum(is_same_mask(path, out / "killed" / path.name) for path in (out / "expected").glob("[!.]*.nii.gz"))
+    equal = sum(is_same_image(path, out / "killed" / path.name) for path in (out / "expected").glob("[!.]*.nii.gz"))
     print(f"{killed} processes of one of two nodes killed after {done} masks; {seconds:.0f} s later: exit code {code},")
     print(f"{[record['status'] for record in records].count('done')} cases done, {equal} masks equal to the local")
     print(f"engine's, manifests: {', '.join(path.name for path in manifests)}\n")
@@ -117,6 +121,29 @@ def project() -> None:
         actors = 1000 * seconds / busy_ms
         hours = [100_000 * max(seconds / nodes, busy_ms / 1000) / 3600 for nodes in NODES]
         print(f"{seconds:14} {actors:22,.0f}   " + "   ".join(f"{one:24.2f} h" for one in hours))
+
+
+def fill_holes(out: Path) -> None:
+    """Part 4."""
+    scans, model = out / "phantoms", out / "inpainter"
+    segkit("phantom", scans, "--cases", FILLED_CASES, "--size", FILLED_SIZE, "--inpainting").check()
+    segkit("pretrain", scans, "-o", model, "--method", "inpainting", "--preset", "tiny", "-d", "cpu", "-q").check()
+    for engine in ("local", "ray"):
+        where = ("--engine", engine, *(("--ray-address", "local", "--workers", 2) if engine == "ray" else ()))
+        written = ("-o", out / engine / "filled", "--anomaly", "--bank", out / engine / "bank")
+        segkit("inpaint", "-m", model, "-i", scans, *written, "-d", "cpu", "--threads", 1, "-q", *where).check()
+    names = sorted(path.relative_to(out / "local") for path in (out / "local").rglob("[!.]*.nii.gz"))
+    equal = sum(is_same_image(out / "local" / name, out / "ray" / name) for name in names)
+    has_same_bank = len({(out / engine / "bank/bank.json").read_bytes() for engine in ("local", "ray")}) == 1
+    made_up = others = 0
+    for scan in scans.rglob("*-t1n.nii.gz"):
+        case = scan.parent.name
+        differs = voxels(out / "ray/filled" / f"{case}-t1n-inference.nii.gz") != voxels(scan)
+        is_missing = voxels(scan.with_name(f"{case}-mask.nii.gz")) != 0
+        made_up += np.count_nonzero(differs & is_missing)
+        others += np.count_nonzero(differs & ~is_missing)
+    print(f"\n{FILLED_CASES} phantoms: {equal} of {len(names)} images of segkit inpaint are equal with both engines,")
+    print(f"bank.json is the same: {has_same_bank}; {made_up:,} voxels were made up, {others} others changed")
 
 
 def manifest_cost(count: int) -> tuple[float, float]:
@@ -168,7 +195,7 @@ def driver_cost(in_flight: int, tasks: int = 2_000) -> float:
 
 
 class Run:
-    """A `segkit infer` under way."""
+    """A verb under way."""
 
     def __init__(self, command: list[str], variables: Mapping[str, str]) -> None:
         self.process = subprocess.Popen(command, env=variables_with(PYTHONPATH=str(ROOT), **variables))
@@ -176,13 +203,18 @@ class Run:
     def check(self) -> None:
         """Wait until it is done; it must have been."""
         if self.process.wait():
-            raise SystemExit("segkit infer failed")
+            raise SystemExit("segkit failed")
+
+
+def segkit(*arguments: object, **variables: str) -> Run:
+    """Start a verb."""
+    return Run([sys.executable, "-m", "segkit", *map(str, arguments)], variables)
 
 
 def infer(source: Path, out: Path, cases: Path, *options: str, **variables: str) -> Run:
     """Start one over the cases listed."""
-    arguments = ["infer", "-m", MODEL, "-i", source, "-o", out, "--cases", cases, "-d", "cpu", "-q", *options]
-    return Run([sys.executable, "-m", "segkit", *map(str, arguments)], variables)
+    listed = ("--cases", cases, "-d", "cpu", "-q")
+    return segkit("infer", "-m", MODEL, "-i", source, "-o", out, *listed, *options, **variables)
 
 
 def list_of_cases(source: Path, out: Path, count: int) -> Path:
@@ -252,13 +284,17 @@ def kill_with_descendants(process: int) -> int:
     return len(family)
 
 
-def is_same_mask(one: Path, other: Path) -> bool:
-    """Whether two masks have the same header, byte by byte, and the same voxels."""
+def voxels(path: Path) -> np.ndarray:
+    """What an image holds."""
+    return np.asarray(nib.load(path).dataobj)
+
+
+def is_same_image(one: Path, other: Path) -> bool:
+    """Whether two images have the same header, byte by byte, and the same voxels."""
     if not other.exists():
         return False
-    first, second = nib.load(one), nib.load(other)
-    same_header = first.header.binaryblock == second.header.binaryblock
-    return same_header and np.array_equal(np.asarray(first.dataobj), np.asarray(second.dataobj))
+    same_header = nib.load(one).header.binaryblock == nib.load(other).header.binaryblock
+    return same_header and voxels(one).tobytes() == voxels(other).tobytes()
 
 
 if __name__ == "__main__":
