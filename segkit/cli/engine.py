@@ -95,11 +95,11 @@ def choose_engine(
     Raises:
         RequestError: options for a cluster without one, Ray is not installed, or the memory cannot be read.
     """
-    from segkit.cluster.executor import require_ray
-
     if engine == "local" and (address is not None or results != "auto"):
         raise RequestError("--ray-address and --results are for a Ray cluster", remedy="Add --engine ray")
     if engine == "ray":
+        from segkit.cluster.executor import require_ray
+
         require_ray()
     memory_mb = None if memory is None else 1024 * parse_gigabytes(memory)
     return Engine(engine == "ray", address, results, workers, threads, memory_mb)

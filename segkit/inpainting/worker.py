@@ -82,8 +82,9 @@ class FillingTask:
 
     def inputs(self) -> list[Path]:
         """The files that are read."""
-        files = [*self.case.images.values(), *(self.segmented.images.values() if self.segmented else [])]
-        return list(dict.fromkeys(file.path for file in (*files, *([self.mask] if self.mask else []))))
+        files = [*self.case.images.values(), *([self.mask] if self.mask else [])]
+        files += self.segmented.images.values() if self.segmented else []
+        return list(dict.fromkeys(file.path for file in files))
 
     def moved_to(self, folders: Sequence[Path]) -> FillingTask:
         """The same with everything that is written in other folders, under the same names: the output, and a bank."""
