@@ -74,7 +74,6 @@ class Manifest:
     ) -> None:
         self.path = folder / (MANIFEST_NAME if part is None else f"manifest_{part}.json")
         self.task = task
-        before = _read(self.path)
         self.facts = dict(facts)
         self.identity = identity
         self.ids = list(ids)
@@ -84,14 +83,14 @@ class Manifest:
         self._has_file = False
         self.replacing: set[str] = set()
         # Parts of a run keep manifests of their own, for they may run at the same time; they count as earlier runs.
-        paths = [path for path in sorted(folder.glob("manifest*.json")) if path != self.path]
-        others = [_read(path) for path in paths]
-        for path, one in zip((self.path, *paths), (before, *others), strict=True):
+        others = sorted(path for path in folder.glob("manifest*.json") if path != self.path)
+        documents = {path: _read(path) for path in (*others, self.path)}
+        for path, one in documents.items():
             _refuse_other_task(path, one, task)
-        known = [entry for one in (*others, before) for key in ("cases", "earlier") for entry in one[key]]
+        known = [entry for one in documents.values() for key in ("cases", "earlier") for entry in one[key]]
         self._known = {entry["case"]: entry for entry in known if isinstance(entry, dict) and _names_case(entry)}
         self._cut_short: set[str] = set()
-        for one in (*others, before):
+        for one in documents.values():
             if one.get("identity") == identity:
                 self._cut_short |= set(one["remaining"]) - set(one["replacing"])
 
