@@ -108,7 +108,8 @@ class ConfigError(RequestError):
 
 _MEMORY_SIGNS = (
     *("out of memory", "allocate memory", "not enough memory", "bad allocation", "bad_alloc"),
-    *("failed to allocate", "could not create a primitive"),  # OpenVINO, oneDNN
+    *("failed to allocate", "can't alloc", "could not create a primitive"),  # OpenVINO, oneDNN
+    *("failed to map segment", "resource temporarily unavailable"),  # a library, or a thread, that has no room to begin
 )
 
 

@@ -257,6 +257,16 @@ def limit_memory(megabytes: float) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
+def lift_memory_limit() -> None:
+    """Take back what `limit_memory` set, so that there is room to say what was too large for it."""
+    if sys.platform != "linux":
+        return
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+
+
 def room_mb() -> float:
     """Memory this process may still ask for, in MB: what is free, or what `limit_memory` leaves of it."""
     free = 1024 * available_memory_gb()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
 
 from segkit.cli.options import parse_gigabytes
-from segkit.errors import RequestError
+from segkit.errors import RequestError, is_memory_error
 
 if TYPE_CHECKING:
     from segkit.inference.backends import Backend
@@ -51,6 +52,10 @@ ResultsOption = Annotated[
 ]
 
 
+_LEAST_ROOM_MB = 64
+"""What the smallest case takes, with the libraries that are loaded for it."""
+
+
 class Engine(NamedTuple):
     """Where cases are done, and what they may take there: None is as much as helps, or as is free."""
 
@@ -60,6 +65,32 @@ class Engine(NamedTuple):
     workers: int | None
     threads: int | None
     memory_mb: float | None
+
+    @contextmanager
+    def limited(self) -> Iterator[None]:
+        """Keep this process, if it is the one that computes, to its memory from now on, with models being opened.
+
+        Raises:
+            RequestError: what is loaded before, or meanwhile, takes more by itself.
+        """
+        if self.is_ray or self.memory_mb is None:
+            yield
+            return
+        from segkit.runtime import lift_memory_limit, limit_memory
+
+        limit_memory(self.memory_mb)
+        try:
+            _require_room()
+            yield
+            _require_room()
+        except Exception as error:
+            if not is_memory_error(error):
+                raise
+            lift_memory_limit()
+            raise RequestError(
+                f"the models and what computes them take more than {self.memory_mb:.0f} MB",
+                remedy="Pass a larger --memory; exported models take less than run folders, as they need no torch",
+            ) from error
 
     def path(self, path: Path) -> Path:
         """A path as the engine takes it: nodes have working directories of their own."""
@@ -80,6 +111,13 @@ class Engine(NamedTuple):
         if backend not in ("auto", "torch"):
             raise RequestError(f"backend {backend} computes on a CPU", remedy="Pass --device cpu, or --backend torch")
         return "cpu", "torch"
+
+
+def _require_room() -> None:
+    from segkit.runtime import room_mb
+
+    if room_mb() < _LEAST_ROOM_MB:
+        raise MemoryError
 
 
 def choose_engine(

@@ -109,7 +109,6 @@ def infer(
     from segkit.data.archives import opened
     from segkit.errors import DataError, as_request
     from segkit.inference.cases import InferenceSettings
-    from segkit.runtime import limit_memory
 
     settings = InferenceSettings(
         overwrites=overwrite,
@@ -121,8 +120,6 @@ def infer(
     )
     place = choose_engine(engine, ray_address, results, workers, threads, memory)
     input, output = place.path(input), place.path(output)
-    if place.memory_mb is not None and not place.is_ray:
-        limit_memory(place.memory_mb)
     with contextlib.ExitStack() as stack:
         try:
             source = stack.enter_context(opened(input))
@@ -130,7 +127,8 @@ def infer(
             raise as_request(error) from error
         cohort, part = _find(source, output, layout, modality, cases, (num_parts, part_id))
         choices = {"threads": threads, "uses_tta": tta, "uses_postprocessing": postprocessing}
-        predictor = _load(model, backend, device, choices, place)
+        with place.limited():
+            predictor = _load(model, backend, device, choices, place)
         names = ", ".join(str(path) for path in model)
         request = Request(predictor, cohort, output, settings, names, part, None if source != input else input)
         if dry_run:

@@ -136,8 +136,9 @@ def inpaint(
         else:
             cohort = _find(source, output, layout, modality, cases)
         loading = (*place.loads_with(device, backend), threads)
-        predictor = _load(model, loading)
-        holes = _find_holes(cohort, input, mask, lesions, margin, loading)
+        with place.limited():
+            predictor = _load(model, loading)
+            holes = _find_holes(cohort, input, mask, lesions, margin, loading)
         if place.has_gpus(device):
             predictor = _moved_to_gpus(predictor, holes)
         request = Request(predictor, cohort, output, holes, settings, str(model))
@@ -242,7 +243,6 @@ def _run(request: Request, place: Engine, *, is_quiet: bool) -> dict[str, Any]:
     from segkit.inpainting.folders import inpaint_folder
 
     if place.memory_mb is not None and not place.is_ray:
-        _limit_memory(place.memory_mb)
         place = place._replace(workers=place.workers or 0)  # a case that waits takes memory as well
     if not is_quiet:
         console().print(f"{request.predictor.backend.name} fills holes from {request.holes.origin}", soft_wrap=True)
@@ -259,16 +259,6 @@ def _run(request: Request, place: Engine, *, is_quiet: bool) -> dict[str, Any]:
             on_record=progress.show,
             model=request.model,
         )
-
-
-def _limit_memory(memory_mb: float) -> None:
-    """Limit this process, which has opened the models already: runtimes that have no room to be loaded crash."""
-    from segkit.errors import RequestError
-    from segkit.runtime import limit_memory, room_mb
-
-    limit_memory(memory_mb)
-    if room_mb() <= 0:
-        raise RequestError(f"the models alone take more than {memory_mb:.0f} MB", remedy="Pass a larger --memory")
 
 
 def _tell_plan(request: Request, *, as_json: bool) -> None:

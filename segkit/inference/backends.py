@@ -14,7 +14,7 @@ import functools
 import importlib.util
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -143,6 +143,25 @@ class OpenvinoBackend:
     def __reduce__(self) -> tuple[Any, ...]:
         """The file goes along."""
         return _reopen_graph, (self.name, _files_of(self.path), self.threads)
+
+
+class LateBackend:
+    """A network that is opened when it is first asked: where there was no room for it, there may be some by then."""
+
+    def __init__(self, reopen: Callable[[], Backend], name: str, threads: int) -> None:
+        self.name, self.threads = name, threads
+        self._reopen = reopen
+        self._opened: Backend | None = None
+
+    def __call__(self, windows: Array) -> Array:
+        """Logits (B, K, *window) of windows (B, C, *window).
+
+        Raises:
+            MemoryError: there is still no room, or whatever the backend has for that.
+        """
+        if self._opened is None:
+            self._opened = self._reopen()
+        return self._opened(windows)
 
 
 def installed_backends() -> tuple[str, ...]:

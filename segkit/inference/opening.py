@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,9 @@ _LARGEST_DIFFERENCE = 1e-3
 """Of logits between torch and a runtime, relative to the largest logit where that is above 1."""
 _LAYOUT = 1
 """Part of the name in the cache: raise it when graphs are written in another way."""
+
+_TORCH_MB = 700
+"""Torch takes so much as it is loaded; where less is left it ends the process."""
 
 _log = logging.getLogger(__name__)
 
@@ -141,6 +145,7 @@ def _require_whole(folder: Path, graph: GraphCard) -> None:
 def _open_torch(
     folder: Path, card: ModelCard, device: str, name: str, window: tuple[int, ...], threads: int | None
 ) -> Backend:
+    _require_room_for_torch()
     from segkit.checkpoint.model import load_model
 
     chosen = pick_device(None if device == "auto" else device)
@@ -150,6 +155,11 @@ def _open_torch(
         _require_room(card, window)
     keep_freed_memory(chosen)
     return TorchBackend(load_model(folder, chosen), chosen, threads)
+
+
+def _require_room_for_torch() -> None:
+    if has_memory_limit() and "torch" not in sys.modules and room_mb() < _TORCH_MB:
+        raise MemoryError(f"torch takes {_TORCH_MB} MB, and {room_mb():.0f} MB are left")
 
 
 def _require_room(card: ModelCard, window: tuple[int, ...]) -> None:
@@ -179,6 +189,7 @@ def _fill(
     cache: Path, folder: Path, card: ModelCard, name: str, window: tuple[int, ...], threads: int | None
 ) -> Backend | None:
     """Write the network of a run folder into the cache; gives torch instead where that fails or differs from it."""
+    _require_room_for_torch()
     from segkit.checkpoint.model import load_model
     from segkit.inference.graph import write_graph
 

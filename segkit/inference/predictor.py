@@ -24,7 +24,7 @@ from segkit.data.preprocessing import LoadedCase, Preparation, PreparedCase, loa
 from segkit.data.resampling import resampled_shape
 from segkit.data.volume import Grid, Volume
 from segkit.errors import DataError, RequestError, is_memory_error
-from segkit.inference.backends import BACKENDS, Backend
+from segkit.inference.backends import BACKENDS, Backend, LateBackend
 from segkit.inference.decode import Activation, decode, decode_prepared, merged, probabilities
 from segkit.inference.maps import Maps, outside_probabilities
 from segkit.inference.matching import match_modalities
@@ -178,8 +178,16 @@ class Predictor:
         window = _smaller(self.window, self.card)
         if self._reopen is None or window is None:
             return False
-        del self.backend  # its memory is wanted now
-        self.window, self.backend = _opened(self._reopen, self.card, window)
+        # While it waits to be opened again it takes no memory, which is wanted now.
+        self.backend = LateBackend(
+            functools.partial(self._reopen, self.window), self.backend.name, self.backend.threads
+        )
+        try:
+            self.window, self.backend = _opened(self._reopen, self.card, window)
+        except Exception as error:
+            if is_memory_error(error):
+                return False
+            raise
         return True
 
     def prepared_shape(self, grid: Grid) -> tuple[int, ...]:

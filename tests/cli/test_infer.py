@@ -266,6 +266,20 @@ def test_verbose_shows_tracebacks_of_failed_cases(run: Path, data: Path, tmp_pat
     assert "in match_modalities" in traces[1]  # the missing modality, found beforehand
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the system has no such limit")
+@pytest.mark.parametrize("memory", ["150M", "600M"])
+def test_memory_without_room_for_the_model_is_refused(run: Path, data: Path, tmp_path: Path, memory: str) -> None:
+    """Before torch is loaded, and while it is."""
+    arguments = ("infer", "-m", run, "-i", data, "-o", tmp_path / "out", "--backend", "torch", "--memory", memory)
+    command = [sys.executable, "-m", "segkit", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(segkit.__file__).parents[1])}
+    result = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert "the models and what computes them take more than" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.returncode == 2
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_name_that_is_not_utf8_does_not_stop_the_others(run: Path, data: Path, tmp_path: Path) -> None:
     odd = data / "BraTS2021_00003"
     try:

@@ -308,7 +308,7 @@ def test_memory_that_does_not_hold_the_model_is_refused(
     monkeypatch.setattr("segkit.runtime.limit_memory", limits.append)
     monkeypatch.setattr("segkit.runtime.room_mb", lambda: limits[-1] - 400)
     assert call("-m", run, "-i", challenge, "-o", tmp_path / "out", "--memory", "300M") == 2
-    assert "the models alone take more than 300 MB. Pass a larger --memory" in capsys.readouterr().err
+    assert "the models and what computes them take more than 300 MB. Pass a larger --memory" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert call("-m", run, "-i", challenge, "-o", tmp_path / "out", "--memory", "500M", "-q") == 0
     assert limits == [300, 500]

@@ -130,7 +130,7 @@ def test_out_of_memory_goes_on_with_smaller_windows(
     class Full:
         """Has room for windows of 16 voxels only."""
 
-        name = "torch"
+        name, threads = "torch", 1
 
         def __init__(self, window: tuple[int, ...]) -> None:
             self.whole, self.window = reopen(window), window
@@ -149,3 +149,30 @@ def test_out_of_memory_goes_on_with_smaller_windows(
     assert "out of memory; once more, with windows of 16 x 16 x 16 voxels" in caplog.text
     mask = scans.read(out / "BraTS2021_00001.nii.gz")[1]
     assert np.array_equal(mask, scans.labels((40, 24, 16)))
+
+
+def test_no_room_for_smaller_windows_costs_that_case_only(make_run: MakeRun, data: Path, tmp_path: Path) -> None:
+    """The network that had to go is opened again for the next case, by when there is room for it."""
+    predictor = Predictor.load(make_run(patch_size=(32, 16, 16)))
+    reopen = predictor._reopen
+    assert reopen is not None
+    opened: list[tuple[int, ...]] = []
+
+    def reopen_later(window: tuple[int, ...]) -> Any:
+        opened.append(window)
+        if len(opened) < 2:
+            raise MemoryError
+        return reopen(window)
+
+    class Full:
+        name, threads = "torch", 1
+
+        def __call__(self, windows: NDArray[np.float32]) -> NDArray[np.float32]:
+            raise MemoryError
+
+    window_cost(predictor)
+    predictor._reopen, predictor.backend = reopen_later, Full()
+    manifest = infer_folder(predictor, find_input(data), tmp_path / "out", executor=LocalExecutor(0))
+    assert [entry["status"] for entry in manifest["cases"]] == ["failed", "done"]
+    assert "out of memory after" in manifest["cases"][0]["error"]
+    assert opened == [(16, 16, 16), (32, 16, 16)]
