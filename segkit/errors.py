@@ -21,7 +21,8 @@ def _escaped(letter: str) -> str:
     return "".join(f"\\u{code[place : place + 4]}" for place in range(0, len(code), 4))
 
 
-def _on_one_line(text: object) -> str:
+def on_one_line(text: object) -> str:
+    """A text that is `printable` on a line of its own: what is a name must not look like the next line."""
     return printable(str(text)).replace("\n", "\\n")
 
 
@@ -38,7 +39,7 @@ class Problem:
     is_fatal: bool = True
 
     def __str__(self) -> str:
-        told = f"{_on_one_line(self.where)}: {printable(self.found)}"
+        told = f"{on_one_line(self.where)}: {printable(self.found)}"
         return told + (f" -> {printable(self.remedy)}" if self.remedy else "")
 
 
@@ -61,7 +62,7 @@ class SegkitError(Exception):
         self.where = None if where is None else str(where)
         self.expected = expected
         self.remedy = remedy
-        sentence = f"{_on_one_line(self.where)}: {found}" if self.where else found
+        sentence = f"{on_one_line(self.where)}: {found}" if self.where else found
         if expected:
             sentence += f"; expected {expected}"
         if remedy:

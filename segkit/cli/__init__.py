@@ -11,12 +11,15 @@ import io
 import logging
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
-from segkit.errors import SegkitError, printable
+from segkit.cli.options import tell, tell_aside
+from segkit.errors import SegkitError, on_one_line, printable
 
 VERBS: dict[str, str] = {
     "demo": "segkit.cli.demo:demo",
@@ -49,6 +52,7 @@ def build_app() -> typer.Typer:
         help="Medical image segmentation: from a folder of scans to a trained model, masks and scores.",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
+        cls=_Verbs,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
@@ -70,29 +74,64 @@ def main(arguments: list[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_PlainFormatter("%(levelname)s %(message)s"))
+    handler.setFormatter(PlainFormatter("%(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.captureWarnings(True)
     try:
         build_app()(arguments)
     except SegkitError as error:
         if wants_trace:
-            traceback.print_exc()
+            tell_aside(traceback.format_exc())
         prefix = "" if error.exit_code == _INTERRUPTED else "Error: "
         if not error.is_told:
-            typer.echo(f"{prefix}{error}", err=True)
+            tell_aside(f"{prefix}{error}")
         raise SystemExit(error.exit_code) from None
     except SystemExit as leave:
         if leave.code == _INTERRUPTED:
-            typer.echo("Interrupted; what was finished is kept.", err=True)
+            tell_aside("Interrupted; what was finished is kept.")
         raise
+    except Exception:  # a mistake of ours, or of a library: its message may hold names as well
+        tell_aside(traceback.format_exc())
+        raise SystemExit(1) from None
 
 
-class _PlainFormatter(logging.Formatter):
-    """Log lines hold names of files, which a terminal must not obey."""
+class PlainFormatter(logging.Formatter):
+    """Log lines hold names of files, which a terminal must not obey and which must not look like other lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  the name is that of `logging`
+        """The line, without the trace that may follow."""
+        line = super().formatMessage(record)
+        if record.name == "py.warnings":
+            line, _, _ = line.partition("\n")  # Python adds the line of source
+        return on_one_line(line)
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
+        """The line with its trace."""
         return printable(super().format(record))
+
+
+class _Verbs(TyperGroup):
+    """The verbs; complaints about what was typed hold names too, for shells put those of files in place of `*`."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        """Read what stands before the verb."""
+        with _complaining_safely():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Find the verb, read its arguments and call it."""
+        with _complaining_safely():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _complaining_safely() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if isinstance(complaint := getattr(error, "message", None), str):  # what typer raises keeps it there
+            error.message = on_one_line(complaint)  # type: ignore[attr-defined]
+        raise
 
 
 def _load(target: str) -> Callable[..., Any] | typer.Typer:
@@ -107,5 +146,5 @@ def _root(
     if version:
         from importlib import metadata
 
-        typer.echo(metadata.version("segkit"))
+        tell(metadata.version("segkit"))
         raise typer.Exit

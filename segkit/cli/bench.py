@@ -8,7 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from segkit.cli.options import DeviceOption, JsonOption, console, print_json, print_table
+from segkit.cli.options import (
+    DeviceOption,
+    JsonOption,
+    QuietOption,
+    VerboseOption,
+    print_json,
+    print_table,
+    set_verbosity,
+    tell_aside,
+)
 
 app = typer.Typer(no_args_is_help=True, help="Measure memory and speed on this machine.")
 
@@ -34,6 +43,8 @@ def memory(
     blocks: DepthsOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Memory of a training step: `modes`, `depth`, `budget` and `volume` (a whole BraTS volume).
 
@@ -42,6 +53,7 @@ def memory(
     from segkit.bench.memory import TABLES
     from segkit.runtime import pick_device
 
+    set_verbosity(is_quiet=quiet, is_verbose=verbose)
     chosen = _chosen(table, TABLES)
     where = str(pick_device(device))
 
@@ -53,7 +65,7 @@ def memory(
                 depths = _numbers(blocks) or _DEPTHS[name]
                 yield from TABLES[name](side or _SIDES.get(name, _DEFAULT_SIDE), depths, where)
 
-    _show("Memory of one training step", rows(), as_json)
+    _show("Memory of one training step", rows(), as_json=as_json, is_quiet=quiet)
 
 
 @app.command()
@@ -74,6 +86,8 @@ def speed(
     ] = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Seconds of a training step and of an inference window, and their ratio to PyTorch's own layers.
 
@@ -85,25 +99,26 @@ def speed(
     from segkit.errors import RequestError
     from segkit.runtime import pick_device
 
+    set_verbosity(is_quiet=quiet, is_verbose=verbose)
     if (model is None) != (input is None):
         raise RequestError("one of --model and --input is missing", expected="both, or neither")
     if model is not None and input is not None:
         rows = measure_whole(model, input, rounds, backends=backend or ("auto",), reference=reference)
-        _show("Whole commands", rows, as_json)
+        _show("Whole commands", rows, as_json=as_json, is_quiet=quiet)
         return
     where = str(pick_device(device))
     rows = (row for name in _chosen(table, TABLES) for row in measure(name, size, side, rounds, where))
-    _show("Speed", rows, as_json)
+    _show("Speed", rows, as_json=as_json, is_quiet=quiet)
 
 
-def _show(title: str, rows: Iterable[dict[str, Any]], as_json: bool) -> None:
+def _show(title: str, rows: Iterable[dict[str, Any]], *, as_json: bool, is_quiet: bool) -> None:
     from segkit.runtime import environment
 
     found = []
     for row in rows:
         found.append(row)
-        if not as_json:
-            console().print(", ".join(f"{key} {value}" for key, value in row.items()))
+        if not (as_json or is_quiet):
+            tell_aside(", ".join(f"{key} {value}" for key, value in row.items()))
     if as_json:
         print_json({"rows": found, "environment": environment()})
         return

@@ -13,8 +13,10 @@ from segkit.cli.options import (
     MemoryOption,
     ModalitiesOption,
     PresetOption,
+    QuietOption,
     SchemeOption,
     SetOption,
+    VerboseOption,
     console,
     parse_gigabytes,
     parse_settings,
@@ -22,7 +24,9 @@ from segkit.cli.options import (
     print_json,
     print_table,
     read_modalities,
+    set_verbosity,
     tell,
+    tell_aside,
 )
 
 if TYPE_CHECKING:
@@ -54,6 +58,8 @@ def check(
     settings: SetOption = None,
     memory: MemoryOption = None,
     json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Check a data folder: layout, labels, every problem at once, and the command to type next.
 
@@ -63,15 +69,16 @@ def check(
     from segkit.data.layouts.table import find_cases
     from segkit.errors import DataError, as_request
 
+    set_verbosity(is_quiet=quiet, is_verbose=verbose)
     preset = preset or _preset_of_this_machine()
     config = _settings(preset, settings) if estimate else None
     try:
         cohort = find_cases(data, layout=layout, modalities=read_modalities(modality), label_scheme=label_scheme)
     except DataError as error:
         raise as_request(error) from error
-    reports = _look_at(cohort, read_voxels=not fast)
+    reports = _look_at(cohort, read_voxels=not fast, is_quiet=quiet)
     usable = usable_cases(cohort, reports)
-    needs = _estimate(usable, config, memory) if estimate else None
+    needs = _estimate(usable, config, memory) if estimate and (json or not quiet) else None
     problems = [*cohort.problems, *_too_few_patients(usable)]
     training = ["--preset", preset, *(word for setting in settings or () for word in ("--set", setting))]
     training += [] if memory is None else ["--memory", memory]
@@ -87,6 +94,8 @@ def check(
                 "next_command": command,
             }
         )
+    elif quiet:
+        _print_problems([problem for problem in _all_problems(problems, reports) if problem.is_fatal])
     else:
         _print_report(cohort, problems, reports, needs, command)
     if not all(report.is_usable for report in reports) or any(problem.is_fatal for problem in cohort.problems):
@@ -126,14 +135,14 @@ def next_command(
     return shlex.join(["segkit", "check", path, *reading])
 
 
-def _look_at(cohort: Cohort, *, read_voxels: bool) -> list[CaseReport]:
+def _look_at(cohort: Cohort, *, read_voxels: bool, is_quiet: bool) -> list[CaseReport]:
     """Check every case, with a progress bar on standard error."""
     from rich.progress import Progress
 
     from segkit.data.checks import check_cohort
     from segkit.runtime import available_cores
 
-    with Progress(console=console(), transient=True) as progress:
+    with Progress(console=console(), transient=True, disable=is_quiet) as progress:
         task = progress.add_task("Reading cases", total=len(cohort.cases))
         return check_cohort(
             cohort,
@@ -180,7 +189,7 @@ def _estimate(cohort: Cohort, config: TrainConfig | None, memory: str | None) ->
     try:
         needs = estimate_training(labelled, labelled.scheme, request, memory_gb, device)
     except SegkitError as error:
-        console().print(f"No estimate: {error}", style="yellow", markup=False)
+        tell_aside(f"No estimate: {error}", style="yellow")
         return None
     return {"memory_gb": round(needs.memory_gb, 2), "minutes": round(needs.minutes, 1)}
 
@@ -243,14 +252,23 @@ def _print_report(
         ("case", "modalities", "shape", "spacing mm", "axes", "labels", "problems"),
         [_row(report) for report in sorted(shown, key=lambda report: report.case)],
     )
-    problems = [*problems, *(problem for report in reports for problem in report.problems)]
-    for problem in sorted(problems, key=lambda problem: not problem.is_fatal)[:_MOST_PROBLEMS]:
-        tell(f"{'ERROR' if problem.is_fatal else 'note '} {problem}")
-    if len(problems) > _MOST_PROBLEMS:
-        tell(f"... and {len(problems) - _MOST_PROBLEMS} more; `--json` lists all of them")
+    _print_problems(_all_problems(problems, reports))
     if needs is not None:
         tell(f"Training needs about {needs['memory_gb']:g} GB and {needs['minutes']:g} minutes")
     tell(f"Next: {command}")
+
+
+def _all_problems(problems: Sequence[Problem], reports: Sequence[CaseReport]) -> list[Problem]:
+    """Those of the folder and of its cases, fatal ones first."""
+    found = [*problems, *(problem for report in reports for problem in report.problems)]
+    return sorted(found, key=lambda problem: not problem.is_fatal)
+
+
+def _print_problems(problems: Sequence[Problem]) -> None:
+    for problem in problems[:_MOST_PROBLEMS]:
+        tell(f"{'ERROR' if problem.is_fatal else 'note '} {problem}")
+    if len(problems) > _MOST_PROBLEMS:
+        tell(f"... and {len(problems) - _MOST_PROBLEMS} more; `--json` lists all of them")
 
 
 def _row(report: CaseReport) -> tuple[str, ...]:

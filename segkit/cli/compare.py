@@ -11,10 +11,10 @@ from segkit.cli.options import (
     JsonOption,
     QuietOption,
     VerboseOption,
-    console,
     print_json,
     print_table,
     set_verbosity,
+    tell_aside,
 )
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def compare(
         _print(comparison)
     if not quiet:
         for note in comparison.notes:
-            console().print(note, style="yellow", markup=False, soft_wrap=True)
+            tell_aside(note, style="yellow")
 
 
 def _print(comparison: Comparison) -> None:

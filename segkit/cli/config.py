@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from segkit.cli.options import SetOption, parse_settings
+from segkit.cli.options import QuietOption, SetOption, VerboseOption, parse_settings, set_verbosity, tell
 
 if TYPE_CHECKING:
     from segkit.training.config import RunConfig
@@ -35,7 +35,13 @@ VerbOption = Annotated[
 
 
 @app.command()
-def show(preset: BarePresetOption = None, settings: SetOption = None, verb: VerbOption = Verb.TRAIN) -> None:
+def show(
+    preset: BarePresetOption = None,
+    settings: SetOption = None,
+    verb: VerbOption = Verb.TRAIN,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
     """Print the settings of a run as YAML, each with what it means; null is decided by planning."""
     from segkit.config.loading import (
         INPAINTING_PRESETS,
@@ -46,10 +52,11 @@ def show(preset: BarePresetOption = None, settings: SetOption = None, verb: Verb
         preset_layers,
     )
 
+    set_verbosity(is_quiet=quiet, is_verbose=verbose)
     presets = {Verb.TRAIN: PRESETS, Verb.PRETRAIN: PRETRAINING_PRESETS, Verb.INPAINTING: INPAINTING_PRESETS}
     layers = preset_layers(preset, presets[verb])
     config = build_config(_config_of(verb), [*layers, ("--set", parse_settings(settings))])
-    typer.echo(annotated_yaml(config), nl=False)
+    tell(annotated_yaml(config).removesuffix("\n"))
 
 
 @app.command()
@@ -57,12 +64,15 @@ def validate(
     files: Annotated[list[Path], typer.Argument(help="Configuration files.")],
     settings: SetOption = None,
     verb: VerbOption = Verb.TRAIN,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Check configuration files; every problem is reported at once, with file, key and reason."""
     from segkit.config.loading import build_config, read_yaml
     from segkit.errors import ConfigError, Problem, RequestError
     from segkit.models.table import configure
 
+    set_verbosity(is_quiet=quiet, is_verbose=verbose)
     problems: list[Problem] = []
     for file in files:
         try:
@@ -74,7 +84,8 @@ def validate(
             problems.append(Problem(f"{file}: network", error.found, error.expected or ""))
     if problems:
         raise ConfigError(problems)
-    typer.echo(f"{len(files)} file{'s' if len(files) != 1 else ''} valid")
+    if not quiet:
+        tell(f"{len(files)} file{'s' if len(files) != 1 else ''} valid")
 
 
 def _config_of(verb: Verb) -> type[RunConfig]:

@@ -13,11 +13,14 @@ from segkit.cli.options import (
     ModalitiesOption,
     OutputOption,
     OverwriteOption,
+    QuietOption,
     SchemeOption,
-    console,
+    VerboseOption,
     print_json,
     print_table,
     read_modalities,
+    set_verbosity,
+    tell_aside,
 )
 
 if TYPE_CHECKING:
@@ -46,6 +49,8 @@ def labels(
     modality: ModalitiesOption = None,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Copy the reference masks of DATA into another label scheme, tissue by tissue.
 
@@ -58,6 +63,7 @@ def labels(
     from segkit.errors import DataError, RequestError
     from segkit.labels import SCHEMES
 
+    set_verbosity(is_quiet=quiet, is_verbose=verbose)
     if to not in SCHEMES:
         raise RequestError(f"there is no label scheme {to!r}", expected="one of " + ", ".join(SCHEMES))
     target = SCHEMES[to]
@@ -82,7 +88,7 @@ def labels(
         return _translate(case, case.scheme, target, output / f"{case.id}{suffix}", overwrite)
 
     _require_other_folder(data, output)
-    failed = _run(cohort.cases, convert, json, title=f"Labels in {to}")
+    failed = _run(cohort.cases, convert, title=f"Labels in {to}", as_json=json, is_quiet=quiet)
     try:
         text = json_module.dumps(target.to_json(), indent=2)
         (output / "label_scheme.json").write_text(text + "\n", encoding="utf-8")
@@ -101,6 +107,8 @@ def headers(
     modality: ModalitiesOption = None,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Copy DATA, giving files whose header disagrees in nothing but its affine the geometry of their case.
 
@@ -109,6 +117,7 @@ def headers(
     """
     from segkit.data.layouts.table import find_cases
 
+    set_verbosity(is_quiet=quiet, is_verbose=verbose)
     cohort = find_cases(data, layout=layout, modalities=read_modalities(modality), label_scheme=label_scheme)
     _require_other_folder(data, output)
     root = cohort.root if cohort.root.is_dir() else cohort.root.parent
@@ -120,11 +129,11 @@ def headers(
     def convert(case: Case) -> str:
         return _repair(case, root, output, overwrite, owned)
 
-    if _run(cohort.cases, convert, json, title="Headers"):
+    if _run(cohort.cases, convert, title="Headers", as_json=json, is_quiet=quiet):
         raise typer.Exit(1)
 
 
-def _run(cases: Sequence[Case], convert: Callable[[Case], str], json: bool, title: str) -> int:
+def _run(cases: Sequence[Case], convert: Callable[[Case], str], *, title: str, as_json: bool, is_quiet: bool) -> int:
     """Convert case by case, report, and return how many failed; one bad case does not stop the others."""
     from segkit.errors import DataError
 
@@ -134,14 +143,15 @@ def _run(cases: Sequence[Case], convert: Callable[[Case], str], json: bool, titl
             rows.append({"case": case.id, "status": "done", "detail": convert(case)})
         except DataError as error:
             rows.append({"case": case.id, "status": "failed", "detail": str(error)})
-    if json:
+    failed = [row for row in rows if row["status"] == "failed"]
+    shown = failed if is_quiet else rows
+    if as_json:
         print_json({"cases": rows})
-    else:
-        print_table(title, ("case", "status", "detail"), [tuple(row.values()) for row in rows])
-    failed = sum(row["status"] == "failed" for row in rows)
+    elif shown:
+        print_table(title, ("case", "status", "detail"), [tuple(row.values()) for row in shown])
     if failed:
-        console().print(f"{failed} of {len(rows)} cases failed", style="red")
-    return failed
+        tell_aside(f"{len(failed)} of {len(rows)} cases failed", style="red")
+    return len(failed)
 
 
 def _translate(case: Case, source: LabelScheme, target: LabelScheme, path: Path, overwrite: bool) -> str:

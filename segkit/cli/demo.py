@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from segkit.cli.options import DeviceOption, console, print_table
+from segkit.cli.options import DeviceOption, QuietOption, VerboseOption, print_table, set_verbosity, tell, tell_aside
 
 if TYPE_CHECKING:
     from segkit.report.threshold_baseline import ThresholdScore
@@ -24,6 +24,8 @@ def demo(
     output: Annotated[Path, typer.Argument(help="Folder to write to; new or empty.")],
     budget: Annotated[str, typer.Option("--budget", help="Wall time of the training, e.g. 5m.")] = "5m",
     device: DeviceOption = None,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Make phantoms, train on most, segment the others, score them, and compare with the best threshold.
 
@@ -32,6 +34,7 @@ def demo(
     from segkit.errors import RequestError
     from segkit.inference.opening import can_write_graphs
 
+    set_verbosity(is_quiet=quiet, is_verbose=verbose)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RequestError("there is something here already", where=output, remedy="Name a new or an empty folder")
     names = ("data", "run", "masks", "scores", "export", "report.html", "held-out.txt")
@@ -47,16 +50,17 @@ def demo(
     }
     if not can_write_graphs():
         del steps["export"]
-        console().print("without export, for ONNX is not installed: pip install 'segkit[onnx]'", markup=False)
+        tell_aside("without export, for ONNX is not installed: pip install 'segkit[onnx]'")
+    loudness = [option for option, is_given in (("-q", quiet), ("-v", verbose)) if is_given]
     seconds: dict[str, float] = {}
     for verb, arguments in steps.items():
-        seconds[verb] = _run([verb, *(str(argument) for argument in arguments)])
+        seconds[verb] = _run([verb, *(str(argument) for argument in arguments), *loudness], is_quiet=quiet)
         if verb == "phantom":
-            _write_held_out(data, held_out)
+            _write_held_out(data, held_out, is_quiet=quiet)
     _tell_result(output, seconds)
 
 
-def _run(command: list[str]) -> float:
+def _run(command: list[str], *, is_quiet: bool) -> float:
     """Print a command, run it as the shell would, and return the seconds it took.
 
     Raises:
@@ -64,25 +68,28 @@ def _run(command: list[str]) -> float:
     """
     from segkit.cli import build_app
 
-    console().print(f"\n$ segkit {shlex.join(command)}", style="bold", markup=False, soft_wrap=True)
+    if not is_quiet:
+        tell_aside(f"\n$ segkit {shlex.join(command)}", style="bold")
     started_s = time.perf_counter()
     code = build_app()(command, standalone_mode=False)
     if code:
-        console().print(f"{command[0]} failed (exit code {code}); the demo stops here", markup=False)
+        tell_aside(f"{command[0]} failed (exit code {code}); the demo stops here")
         raise typer.Exit(code)
     took_s = time.perf_counter() - started_s
-    console().print(f"{command[0]}: {took_s:.0f} s", markup=False)
+    if not is_quiet:
+        tell_aside(f"{command[0]}: {took_s:.0f} s")
     return took_s
 
 
-def _write_held_out(data: Path, path: Path) -> None:
+def _write_held_out(data: Path, path: Path, *, is_quiet: bool) -> None:
     """List the last cases, which the training never sees."""
     from segkit.data.layouts.table import find_cases
 
     case_ids = sorted(case.id for case in find_cases(data).cases)[-_HELD_OUT:]
     lines = ["# cases kept out of the training", *case_ids]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    console().print(f"held out: {', '.join(case_ids)}", markup=False, soft_wrap=True)
+    if not is_quiet:
+        tell_aside(f"held out: {', '.join(case_ids)}")
 
 
 def _best_thresholds(data: Path, held_out: Path) -> dict[str, ThresholdScore]:
@@ -115,14 +122,14 @@ def _tell_result(output: Path, seconds: dict[str, float]) -> None:
         dice = float(summary[region]["dice"]["mean"])
         rule = f"{best.modality} {best.direction} {best.threshold:.1f} sd"
         rows.append((region, f"{dice:.3f}", f"{best.dice:.3f}", rule, f"{dice - best.dice:+.3f}"))
-    typer.echo("")
+    tell("")
     print_table(
         f"Mean Dice on {_HELD_OUT} held-out phantoms",
         ("region", "trained network", "best single threshold", "(which, chosen on these cases)", "difference"),
         rows,
     )
     took = ", ".join(f"{verb} {value:.0f} s" for verb, value in seconds.items())
-    typer.echo(f"{took}; in all {sum(seconds.values()):.0f} s")
+    tell(f"{took}; in all {sum(seconds.values()):.0f} s")
     files = {
         "data": "30 phantoms in the layout of BraTS 2021; those of held-out.txt were not trained on",
         "run": "the trained model, its settings, and figures of the training",
@@ -134,4 +141,4 @@ def _tell_result(output: Path, seconds: dict[str, float]) -> None:
     for name, meaning in files.items():
         if not (output / name).exists():
             continue
-        typer.echo(f"  {output / name}: {meaning}")
+        tell(f"  {output / name}: {meaning}")

@@ -12,11 +12,11 @@ from segkit.cli.options import (
     JsonOption,
     QuietOption,
     VerboseOption,
-    console,
     print_json,
     print_table,
     read_case_ids,
     set_verbosity,
+    tell_aside,
 )
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def evaluate(
         _print_summary(evaluation)
     if not quiet:
         for note in evaluation.notes():
-            console().print(note, style="yellow", markup=False, soft_wrap=True)
+            tell_aside(note, style="yellow")
     if evaluation.errors:
         raise typer.Exit(1)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from segkit.errors import RequestError, printable
+from segkit.errors import RequestError, on_one_line, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,10 +56,10 @@ _UNITS_MINUTES = {"s": 1 / 60, "m": 1.0, "h": 60.0, "d": 1440.0}
 
 
 def console() -> Console:
-    """A console on standard error: standard output is for results."""
+    """A console on standard error, where nothing in a text is markup: standard output is for results."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def set_verbosity(*, is_quiet: bool = False, is_verbose: bool = False) -> None:
@@ -81,11 +81,11 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(printable(title)), title_justify="left", title_style="bold")
+    table = Table(title=Text(on_one_line(title)), title_justify="left", title_style="bold")
     for position, column in enumerate(columns):
-        table.add_column(column, justify="left" if position == 0 else "right")
+        table.add_column(Text(on_one_line(column)), justify="left" if position == 0 else "right")
     for row in rows:
-        table.add_row(*(Text(printable(str(cell))) for cell in row))
+        table.add_row(*(Text(on_one_line(cell)) for cell in row))
     out = Console(highlight=False)
     if not out.is_terminal:
         out = Console(highlight=False, width=160)
@@ -95,6 +95,11 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
 def tell(text: str) -> None:
     """Print lines on standard output; names in them are shown and never obeyed."""
     typer.echo(printable(text))
+
+
+def tell_aside(text: str, style: str = "", *, above: Console | None = None) -> None:
+    """Print lines on standard error, `above` the progress bar of a console where there is one; see `tell`."""
+    (above or console()).print(printable(text), style=style, soft_wrap=True)
 
 
 def read_case_ids(path: Path | None) -> list[str] | None:

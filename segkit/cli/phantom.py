@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from segkit.cli.options import QuietOption, VerboseOption, set_verbosity, tell
+
 _CONVENTIONS = "brats2018, brats2020, brats2021, brats2023, brats2024, msd, nnunet or bids"
 _DEFAULT = "brats2021"
 
@@ -35,11 +37,14 @@ def phantom(
             help="Folders of BraTS local synthesis instead: T1 whole and voided, masks of healthy hole and tumour.",
         ),
     ] = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Write seeded BraTS-like phantoms, with references, in the layout of any year."""
     from segkit.data.phantom_inpainting import write_inpainting_phantoms
     from segkit.data.phantom_layouts import write_phantoms, write_phantoms_with_problems
 
+    set_verbosity(is_quiet=quiet, is_verbose=verbose)
     numbers = range(1, cases + 1)
     if inpainting:
         _refuse_conflicts(convention, with_problems)
@@ -48,13 +53,14 @@ def phantom(
     elif with_problems:
         convention = convention or _DEFAULT
         _, problems = write_phantoms_with_problems(output, numbers, convention=convention, size=size, seed=seed)
-        for problem in problems:
-            typer.echo(f"Planted in {problem}")
+        for problem in () if quiet else problems:
+            tell(f"Planted in {problem}")
     else:
         convention = convention or _DEFAULT
         write_phantoms(output, numbers, convention=convention, size=size, seed=seed)
-    folder = shlex.quote(str(output))
-    typer.echo(f"Wrote {cases} phantoms in the convention {convention}. Next: segkit check {folder}")
+    if not quiet:
+        folder = shlex.quote(str(output))
+        tell(f"Wrote {cases} phantoms in the convention {convention}. Next: segkit check {folder}")
 
 
 def _refuse_conflicts(convention: str | None, with_problems: bool) -> None:

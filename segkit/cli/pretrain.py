@@ -29,6 +29,8 @@ from segkit.cli.options import (
     read_case_ids,
     read_modalities,
     set_verbosity,
+    tell,
+    tell_aside,
 )
 from segkit.cli.processes import GpusOption, spread_over
 from segkit.cli.progress import interruptible, progress_bar, resumed_layers
@@ -192,9 +194,9 @@ def _tell(summary: UnlabelledSummary, *, as_json: bool, quiet: bool) -> None:
         ]
         print_table("Held-out images", ("measure", "before", "after"), rows)
         if summary.method == "inpainting":
-            typer.echo(f"Network: {summary.run}  ->  segkit inpaint -m {summary.run} -i SCANS -o OUT")
-        typer.echo(f"Encoder: {summary.run}  ->  segkit train DATA -o RUN --weights {summary.run}")
+            tell(f"Network: {summary.run}  ->  segkit inpaint -m {summary.run} -i SCANS -o OUT")
+        tell(f"Encoder: {summary.run}  ->  segkit train DATA -o RUN --weights {summary.run}")
     if summary.skipped:
         for reason in summary.skipped.values():
-            typer.echo(f"left out: {reason}", err=True)
+            tell_aside(f"left out: {reason}")
         raise typer.Exit(1)

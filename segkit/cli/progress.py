@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from segkit.cli.options import console
-from segkit.errors import RequestError, printable
+from segkit.cli.options import console, tell_aside
+from segkit.errors import RequestError, on_one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,8 +50,8 @@ class ProgressBar:
     def __init__(self, console: Console) -> None:
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=console)
+        told = TextColumn("{task.description}", markup=False)
+        self.bar = Progress(told, BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), console=console)
         self.task = self.bar.add_task("planning", total=1.0)
 
     def __enter__(self) -> ProgressBar:
@@ -63,7 +63,7 @@ class ProgressBar:
 
     def tell(self, done: float, message: str) -> None:
         """Show how far the training is."""
-        self.bar.update(self.task, completed=done, description=message)
+        self.bar.update(self.task, completed=done, description=on_one_line(message))
 
 
 def progress_bar(*, is_quiet: bool) -> ProgressBar | None:
@@ -100,19 +100,17 @@ class CaseProgress:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
         if not self.is_quiet:
-            self.console.print(", ".join(f"{count} {status}" for status, count in self.counts.items()))
+            tell_aside(", ".join(f"{count} {status}" for status, count in self.counts.items()), above=self.console)
 
     def show(self, record: CaseRecord) -> None:
         """Count a case that ended, and tell about it."""
         self.counts[record.status] += 1
         self.bar.advance(self.task)
+        name = on_one_line(record.case)
         if record.error is not None:
-            self._print(f"{record.case}: failed: {record.error}")
+            tell_aside(f"{name}: failed: {on_one_line(record.error)}", above=self.console)
         elif not self.is_quiet and not self.console.is_terminal:
             done = sum(self.counts.values())
             stages = ", ".join(f"{stage} {value:.1f} s" for stage, value in record.seconds.items() if value)
-            line = f"[{done}/{self.total}] {record.case}: {record.status}" + (f" ({stages})" if stages else "")
-            self._print(line)
-
-    def _print(self, line: str) -> None:
-        self.console.print(printable(line), markup=False, soft_wrap=True)
+            line = f"[{done}/{self.total}] {name}: {record.status}" + (f" ({stages})" if stages else "")
+            tell_aside(line, above=self.console)

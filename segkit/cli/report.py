@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from segkit.cli.options import JsonOption, QuietOption, VerboseOption, console, print_json, set_verbosity
+from segkit.cli.options import JsonOption, QuietOption, VerboseOption, print_json, set_verbosity, tell, tell_aside
 
 
 def report(
@@ -43,6 +43,6 @@ def report(
         print_json({**document, "stills": facts.stills, "volumes": facts.volumes, "notes": list(facts.notes)})
     elif not quiet:
         counted = f"{facts.cases} cases, {facts.stills} with pictures, {facts.volumes} in the viewer"
-        typer.echo(f"{facts.path}: {facts.size_bytes / 1e6:.1f} MB, {counted}")
+        tell(f"{facts.path}: {facts.size_bytes / 1e6:.1f} MB, {counted}")
         for note in facts.notes:
-            console().print(note, style="yellow", markup=False, soft_wrap=True)
+            tell_aside(note, style="yellow")

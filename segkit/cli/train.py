@@ -31,6 +31,8 @@ from segkit.cli.options import (
     read_case_ids,
     read_modalities,
     set_verbosity,
+    tell,
+    tell_aside,
 )
 from segkit.cli.processes import GpusOption, spread_over
 from segkit.cli.progress import interruptible, progress_bar, resumed_layers
@@ -140,7 +142,7 @@ def train(
             plan = {"config": planned.config.model_dump(mode="json"), "reasons": planned.reasons}
             print_json({**plan, "estimate": planned.estimate})
         else:
-            typer.echo(annotated_yaml(planned.config, planned.reasons, has_help=False), nl=False)
+            tell(annotated_yaml(planned.config, planned.reasons, has_help=False).removesuffix("\n"))
         return
     folds = () if fold is None else ("-f", fold)
     with (
@@ -153,10 +155,10 @@ def train(
         print_json(summary.to_json())
     elif not quiet:
         print_table("Validation", ("output", "Dice"), [(k, f"{v:.4f}") for k, v in summary.dice.items()])
-        typer.echo(f"Model: {output}  ->  segkit infer -m {output} -i SCANS -o MASKS")
+        tell(f"Model: {output}  ->  segkit infer -m {output} -i SCANS -o MASKS")
     if summary.skipped:
         for reason in summary.skipped.values():
-            typer.echo(f"left out: {reason}", err=True)
+            tell_aside(f"left out: {reason}")
         raise typer.Exit(1)
 
 

@@ -14,7 +14,7 @@ from segkit.metrics.bootstrap import RESAMPLES, Interval
 from segkit.metrics.facts import METRICS
 from segkit.metrics.rank_scheme import EXCHANGES
 from segkit.report.comparison import Comparison, PairedComparison
-from segkit.report.tables import markdown_table
+from segkit.report.tables import markdown_table, markdown_text, spreadsheet_text
 
 _COLUMNS = (
     *("model", "baseline", "region", "metric", "cases", "model_mean", "baseline_mean", "difference", "low", "high"),
@@ -110,7 +110,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
 
 
 def _markdown(comparison: Comparison) -> str:
-    notes = "".join(f"- {note}\n" for note in comparison.notes)
+    notes = "".join(f"- {markdown_text(note)}\n" for note in comparison.notes)
     return (
         f"Protocol {comparison.models[0].protocol}, {len(comparison.cases)} cases, {comparison.patients} patients.\n\n"
         f"## Ranking\n\n{markdown_table(*ranking_rows(comparison))}\n"
@@ -124,7 +124,8 @@ def _csv(comparison: Comparison) -> str:
     writer.writeheader()
     for pair in comparison.pairs:
         low, high = pair.interval or (None, None)
-        writer.writerow(_pair_json(pair) | {"low": low, "high": high})
+        names = {name: spreadsheet_text(getattr(pair, name)) for name in ("model", "baseline", "region")}
+        writer.writerow(_pair_json(pair) | names | {"low": low, "high": high})
     return text.getvalue()
 
 

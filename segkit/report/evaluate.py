@@ -7,12 +7,9 @@ tissue. A case that cannot be scored becomes an error of its own and does not st
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal
-
-import numpy as np
 
 from segkit.data.files import read_labels, read_volume
 from segkit.data.geometry import same_grid
@@ -21,8 +18,9 @@ from segkit.data.volume import Grid
 from segkit.errors import DataError, RequestError
 from segkit.labels import LabelScheme, outputs_of, translate
 from segkit.metrics.protocols import rules_of, score_absent, score_case
+from segkit.metrics.region import Scores
 from segkit.report.companions import Companions, find_companions
-from segkit.report.evaluation import CaseScores, Evaluation
+from segkit.report.evaluation import CaseScores, Evaluation, worst_first
 from segkit.report.figures import BACKGROUNDS, overlay_figure
 from segkit.report.pairing import Pair, Pairing, pair_folders
 from segkit.shapes import LabelMap
@@ -205,14 +203,14 @@ def draw_worst_cases(evaluation: Evaluation, pairing: Pairing, folder: Path, cou
         raise RequestError(
             "figures need images, and the references are masks only", remedy="Give the dataset folder as reference"
         )
-    drawable = [case for case in evaluation.cases if case.case in pairs and not case.is_missing]
+    drawable = {case.case: case.regions for case in evaluation.cases if case.case in pairs and not case.is_missing}
     paths = []
-    for case in sorted(drawable, key=_mean_dice)[:count]:
-        path = folder / f"{case.case}.png"
+    for case_id in worst_first(drawable)[:count]:
+        path = folder / f"{case_id}.png"
         try:
-            _draw(path, pairs[case.case], pairing.scheme, case)
+            _draw(path, pairs[case_id], pairing.scheme, drawable[case_id])
         except DataError as error:  # the scores stand without the picture
-            _log.warning("no picture of %s: %s", case.case, error)
+            _log.warning("no picture of %s: %s", case_id, error)
         else:
             paths.append(path)
     return paths
@@ -271,7 +269,7 @@ def _require_known(labels: LabelMap, scheme: LabelScheme, path: Path, option: st
         )
 
 
-def _draw(path: Path, pair: Pair, scheme: LabelScheme, scores: CaseScores) -> None:
+def _draw(path: Path, pair: Pair, scheme: LabelScheme, regions: Mapping[str, Scores]) -> None:
     reference, grid = read_reference(pair, scheme)
     images = pair.reference.images
     name = next((modality for modality in BACKGROUNDS if modality in images), next(iter(images)))
@@ -279,7 +277,7 @@ def _draw(path: Path, pair: Pair, scheme: LabelScheme, scores: CaseScores) -> No
     difference = same_grid(image.grid, grid)
     if difference is not None:
         raise DataError(difference, where=images[name].path)
-    dice = ", ".join(f"{region} {metrics['dice']:.3f}" for region, metrics in scores.regions.items())
+    dice = ", ".join(f"{region} {metrics['dice']:.3f}" for region, metrics in regions.items())
     overlay_figure(
         path,
         image.array,
@@ -287,11 +285,5 @@ def _draw(path: Path, pair: Pair, scheme: LabelScheme, scores: CaseScores) -> No
         grid,
         reference=reference,
         names={value: tissue for tissue, value in scheme.values.items()},
-        title=f"{scores.case} ({name})  Dice: {dice}",
+        title=f"{pair.reference.id} ({name})  Dice: {dice}",
     )
-
-
-def _mean_dice(case: CaseScores) -> float:
-    """The mean over regions; 1 where it is undefined in all, for nothing was there to be found."""
-    defined = [metrics["dice"] for metrics in case.regions.values() if not math.isnan(metrics["dice"])]
-    return float(np.mean(defined)) if defined else 1.0

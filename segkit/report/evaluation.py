@@ -171,6 +171,20 @@ def scores_from_json(case: Mapping[str, Any]) -> dict[str, Scores]:
     }
 
 
+def worst_first(cases: Mapping[str, Mapping[str, Scores]]) -> list[str]:
+    """Case ids by their mean Dice over regions, lowest first, then by id.
+
+    A case whose Dice is undefined in all regions counts as perfect: nothing was there to be found.
+    """
+
+    def key(case_id: str) -> tuple[float, str]:
+        dice = [scores.get("dice", math.nan) for scores in cases[case_id].values()]
+        defined = [value for value in dice if not math.isnan(value)]
+        return (sum(defined) / len(defined) if defined else 1.0, case_id)
+
+    return sorted(cases, key=key)
+
+
 def _case_to_json(case: CaseScores) -> dict[str, Any]:
     regions = {
         region: {metric: value if math.isfinite(value) else None for metric, value in scores.items()}

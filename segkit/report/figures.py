@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 
 from segkit.data.geometry import reorientation_to, reoriented_grid
 from segkit.data.volume import Grid
+from segkit.errors import on_one_line
 from segkit.shapes import AnyArray, LabelMap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
 
 COLOURS = ("#56B4E9", "#D55E00", "#F0E442", "#CC79A7", "#009E73", "#E69F00", "#0072B2")
 """Okabe & Ito's palette, told apart in every common colour blindness; reordered for contrast on grey."""
@@ -109,10 +111,8 @@ def overlay_figure(
     for axes, view in zip(panels[0], views, strict=True):
         axes.set_title(view.title, color="white", fontsize=10)
     _legend(figure, colours, names or {}, has_reference=len(maps) > 1)
-    # A title from a file name that is not UTF-8 holds lone surrogates, for which no font has a glyph.
-    drawable = title.encode("utf-8", "backslashreplace").decode("utf-8")
-    notes = [note for note in (drawable, _RADIOLOGICAL if grid.dims == 3 else "") if note]
-    figure.suptitle("\n".join(notes), color="white", fontsize=11)
+    notes = [note for note in (on_one_line(title), _RADIOLOGICAL if grid.dims == 3 else "") if note]
+    figure.suptitle("\n".join(notes), color="white", fontsize=11, parse_math=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, facecolor="black")
 
@@ -264,8 +264,14 @@ def _legend(figure: Figure, colours: Mapping[int, str], names: Mapping[int, str]
     if has_reference:
         handles.append(Line2D([], [], color="white", linewidth=1.2, label="outline of the reference"))
     if handles:
-        figure.legend(
-            handles=handles, loc="outside lower center", ncols=min(len(handles), 5), frameon=False, labelcolor="white"
+        _with_names_as_they_are(
+            figure.legend(
+                handles=handles,
+                loc="outside lower center",
+                ncols=min(len(handles), 5),
+                frameon=False,
+                labelcolor="white",
+            )
         )
 
 
@@ -278,7 +284,13 @@ def _draw_curves(axes: Axes, panel: str, lines: Mapping[str, list[tuple[float, f
     axes.set_ylabel(panel)
     axes.grid(alpha=0.3)
     if len(lines) > 1:
-        axes.legend(loc="best", fontsize=8)
+        _with_names_as_they_are(axes.legend(loc="best", fontsize=8))
+
+
+def _with_names_as_they_are(legend: Legend) -> None:
+    """Names may hold dollar signs, between which matplotlib expects TeX, and letters that no font has."""
+    for text in legend.get_texts():
+        text.set(text=on_one_line(text.get_text()), parse_math=False)
 
 
 def curves_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:

@@ -54,7 +54,7 @@ def reliability_figure(path: Path, pooled: Pooled) -> None:
     panels = figure.subplots(2, len(pooled), squeeze=False, sharex=True, height_ratios=(3, 1))
     for column, (region, parts) in enumerate(pooled.items()):
         _draw(panels[0, column], panels[1, column], parts)
-        panels[0, column].set_title(region)
+        panels[0, column].set_title(region, parse_math=False)
         panels[1, column].set_xlabel("probability")
     panels[0, 0].set_ylabel("share in the region")
     panels[1, 0].set_ylabel("voxels")

@@ -1,14 +1,16 @@
-"""Reading back what `segkit evaluate -o` wrote, to compare several of them."""
+"""Reading back what `segkit evaluate -o` wrote, for comparisons and for the page."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from segkit.data.layouts.conventions import patient_of
 from segkit.errors import RequestError
@@ -51,31 +53,84 @@ class ScoreSet:
         return self.cases.get(case, {}).get(region, {}).get(metric, math.nan)
 
 
-class _Case(BaseModel):
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+class ScoredCase(_Strict):
+    """An entry of "cases"; `missing` says that there was no usable prediction."""
+
     case: str
     regions: dict[str, dict[str, float | None]]
     infinite: dict[str, list[str]] = {}
     patient: str | None = None
+    missing: bool = False
+
+    def scores(self) -> dict[str, dict[str, float]]:
+        """Region -> metric -> value, NaN where undefined."""
+        return scores_from_json(self.model_dump())
 
 
-class _Failure(BaseModel):
+class Failure(_Strict):
+    """An entry of "errors"."""
+
     case: str
+    error: str = "could not be scored"
 
 
-class _Scheme(BaseModel):
+class Scheme(_Strict):
+    """The label scheme, as `LabelScheme.to_json` wrote it."""
+
     name: str
+    labels: dict[str, int] = {}
 
 
-class _Document(BaseModel):
-    """The part of scores.json that a comparison needs."""
+class ScoresDocument(_Strict):
+    """scores.json; what earlier versions did not write, and what comparisons can do without, may be missing.
+
+    `summary` and `reliability` are passed on as they stand. `predictions` and `references` are the ways to these from
+    the folder of the document.
+    """
 
     protocol: str
     challenge: str | None = None
-    label_scheme: _Scheme | None = None
+    headline: list[str] = []
+    label_scheme: Scheme | None = None
     roi: str | None = None
-    cases: list[_Case]
-    errors: list[_Failure] = []
+    cases: list[ScoredCase]
+    summary: dict[str, dict[str, Any]] = {}
+    intervals: str = ""
+    reliability: dict[str, dict[str, Any]] = {}
+    errors: list[Failure] = []
     unscored: list[str] = []
+    surplus: list[str] = []
+    notes: list[str] = []
+    predictions: str | None = None
+    references: str | None = None
+
+
+def read_document(path: Path) -> ScoresDocument:
+    """A scores.json as it was written.
+
+    Raises:
+        RequestError: the file is missing or damaged, or holds a case twice.
+    """
+    try:
+        document = ScoresDocument.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise RequestError(f"cannot be read ({error.strerror})", where=path, remedy=_REMEDY) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        told, _, _ = first["msg"].partition(" or instance of ")  # a class that no reader knows
+        found = f"{place}: {told}" if place else told
+        raise RequestError(f"is no file of scores ({found})", where=path, remedy=_REMEDY) from error
+    except (ValueError, RecursionError) as error:  # pydantic's own reader refuses names that are not UTF-8
+        raise RequestError(f"is no file of scores (Invalid JSON: {error})", where=path, remedy=_REMEDY) from error
+    twice = [case for case, count in Counter(entry.case for entry in document.cases).items() if count > 1]
+    if twice:
+        raise RequestError(f"holds case {twice[0]} twice", where=path, remedy=_REMEDY)
+    return document
 
 
 def read_score_sets(paths: Sequence[Path]) -> list[ScoreSet]:
@@ -102,18 +157,7 @@ def read_scores(path: Path) -> ScoreSet:
         RequestError: the file is missing, damaged or holds no scores.
     """
     path = path / SCORES_NAME if path.is_dir() else path
-    try:
-        document = _Document.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise RequestError(f"cannot be read ({error.strerror})", where=path, remedy=_REMEDY) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        found = f"{place}: {first['msg']}" if place else first["msg"]
-        raise RequestError(f"is no file of scores ({found})", where=path, remedy=_REMEDY) from error
-    twice = [case for case, count in Counter(entry.case for entry in document.cases).items() if count > 1]
-    if twice:
-        raise RequestError(f"holds case {twice[0]} twice", where=path, remedy=_REMEDY)
+    document = read_document(path)
     if not document.cases:
         raise RequestError("holds no scored case", where=path, remedy=_REMEDY)
     failed = frozenset([*(failure.case for failure in document.errors), *document.unscored])
@@ -125,7 +169,7 @@ def read_scores(path: Path) -> ScoreSet:
         challenge=document.challenge,
         label_scheme=None if document.label_scheme is None else document.label_scheme.name,
         roi=document.roi,
-        cases={entry.case: scores_from_json(entry.model_dump()) for entry in document.cases},
+        cases={entry.case: entry.scores() for entry in document.cases},
         failed=failed - given.keys(),
         patients={case: given.get(case) or patient_of(case) for case in (*given, *failed)},
     )

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypedDict
 
-from segkit.errors import printable
+from segkit.errors import on_one_line, printable
 from segkit.metrics.bootstrap import mean_interval, median_interval
 
 Scores = Mapping[str, Mapping[str, float]]
@@ -67,9 +67,8 @@ def scores_csv(cases: Mapping[str, Scores]) -> str:
     for case, regions in cases.items():
         for region, scores in regions.items():
             cells = (scores.get(metric, math.nan) for metric in metrics)
-            writer.writerow(
-                [_no_formula(case), _no_formula(region), *(repr(cell) if math.isfinite(cell) else "" for cell in cells)]
-            )
+            values = (repr(cell) if math.isfinite(cell) else "" for cell in cells)
+            writer.writerow([spreadsheet_text(case), spreadsheet_text(region), *values])
     return text.getvalue()
 
 
@@ -101,9 +100,9 @@ def markdown_text(text: str) -> str:
     return printable(_MARKUP.sub(r"\\\g<0>", " ".join(text.split())))
 
 
-def _no_formula(name: str) -> str:
+def spreadsheet_text(name: str) -> str:
     """A name on one line; one that a spreadsheet would compute gets an apostrophe, by which it is taken for text."""
-    shown = printable(name).replace("\n", "\\n")
+    shown = on_one_line(name)
     return f"'{shown}" if shown.startswith(_FORMULA_SIGNS) else shown
 
 

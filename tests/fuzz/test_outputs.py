@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
 import json
+import logging
 import re
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 from fuzzing import seeds
+from rich.console import Console
 
 import segkit.cli
 from segkit.cli.options import print_json, print_table
-from segkit.cli.progress import CaseProgress
-from segkit.errors import DataError, Problem, printable
+from segkit.cli.progress import CaseProgress, ProgressBar
+from segkit.data.volume import Grid
+from segkit.errors import DataError, Problem, on_one_line, printable
 from segkit.inference.manifest import CaseRecord
 from segkit.labels import classes_scheme
 from segkit.report.evaluation import CaseScores, Evaluation
+from segkit.report.figures import curves_figure, overlay_figure
 from segkit.report.tables import markdown_table, markdown_text, scores_csv
 
 _COMMANDS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\ud800-\udfff]")
@@ -55,18 +64,184 @@ def test_what_is_printed_holds_no_commands(hostile_names: list[str], capsys: pyt
     assert not _COMMANDS.search(printed)
     assert json.loads(printed) == {name: [name] for name in hostile_names}
 
-    print_table("[red]title[/red]", ("[b]case[/b]", "why"), [(name, name) for name in hostile_names])
+    print_table("[red]title[/red]", ("[b]case[/b]", *hostile_names[8:9]), [(name, name) for name in hostile_names])
     printed = capsys.readouterr().out
     assert not _COMMANDS.search(printed)
     assert "[red]title[/red]" in printed
-    assert "[red]bold[/red]" in printed
-    assert "[link=https://example.org]here[/link]" in printed
+    assert "[b]case[/b]" in printed
+    _require_legible(hostile_names, printed)
 
     with CaseProgress("segmenting", 1, is_quiet=False) as progress:
         for name in hostile_names:
             progress.show(CaseRecord(name, "done"))
             progress.show(CaseRecord(name, "failed", name))
-    assert not _COMMANDS.search(capsys.readouterr().err)
+    printed = capsys.readouterr().err
+    assert not _COMMANDS.search(printed)
+    assert len(printed.splitlines()) == 2 * len(hostile_names) + 1  # no name looks like the next line
+    _require_legible(hostile_names, printed)
+
+
+def _require_legible(names: Sequence[str], printed: str) -> None:
+    """Every name stands there as `printable` tells it, wherever lines were broken."""
+    squeezed = re.sub(r"[\s\u2500-\u257f]", "", printed)
+    missing = [name for name in names if re.sub(r"\s", "", on_one_line(name)) not in squeezed]
+    assert missing == []
+
+
+def test_a_bar_on_a_terminal_shows_names_as_they_are(hostile_names: list[str]) -> None:
+    screen = io.StringIO()
+    bar = ProgressBar(Console(file=screen, force_terminal=True, markup=False, emoji=False, width=300))
+    with bar:
+        for name in hostile_names:
+            bar.tell(0.5, name)
+            bar.bar.refresh()
+    drawn = screen.getvalue()
+    assert "\x1b]" not in drawn  # neither a title nor a link
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", drawn)
+    assert not _COMMANDS.search(plain)
+    _require_legible(hostile_names, plain)
+
+
+def test_verbs_print_in_one_way_only() -> None:
+    """`tell`, `tell_aside`, `print_table` and `print_json` of `segkit.cli.options` make names harmless."""
+    package = Path(segkit.cli.__file__).parents[1]
+    found = set()
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                if re.fullmatch(r"print|.*\.print|(typer\.)?(secho|echo)|sys\.std\w+\.write|.*print_exc", called):
+                    found.add((path.relative_to(package).as_posix(), called))
+    assert found == {
+        ("bench/by_hand.py", "sys.stdout.write"),  # answers of a process to another one
+        ("bench/probe.py", "print"),
+        ("cli/options.py", "(above or console()).print"),
+        ("cli/options.py", "out.print"),
+        ("cli/options.py", "sys.stdout.write"),
+        ("cli/options.py", "typer.echo"),
+    }
+
+
+def _printed(arguments: Sequence[object], capfd: pytest.CaptureFixture[str]) -> tuple[str, str]:
+    with pytest.raises(SystemExit):
+        segkit.cli.main([str(argument) for argument in arguments])
+    captured = capfd.readouterr()
+    assert not _COMMANDS.search(captured.out + captured.err)
+    return captured.out, captured.err
+
+
+_NAMELESS = "[red]\x1b[31m\r\n\u202ex[/red]"
+"""A name of a folder that is not there."""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("check", _NAMELESS),
+        ("train", _NAMELESS, "-o", "run", "-d", "cpu"),
+        ("train", "data", "-o", "run", "--set", f"{_NAMELESS}=1"),
+        ("pretrain", _NAMELESS, "-o", "run", "-d", "cpu"),
+        ("infer", "-m", "run", "-i", _NAMELESS, "-o", "out"),
+        ("infer", "-m", "run", "-i", ".", "-o", "out", "--cases", _NAMELESS),
+        ("inpaint", "-m", "run", "-i", _NAMELESS, "-o", "out"),
+        ("evaluate", "-p", ".", "-r", _NAMELESS),
+        ("compare", _NAMELESS, "."),
+        ("report", _NAMELESS, "-o", "page.html"),
+        ("export", "-m", _NAMELESS, "-o", "out"),
+        ("convert", "headers", _NAMELESS, "-o", "out"),
+        ("convert", "labels", ".", "-o", "out", "--to", _NAMELESS),
+        ("config", "validate", _NAMELESS),
+        ("models", _NAMELESS),
+        (_NAMELESS,),
+        (f"--{_NAMELESS}",),
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]).replace(_NAMELESS, "NAME"),
+)
+def test_complaints_of_every_verb_hold_no_commands(
+    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for more in ((), ("-v",)):
+        out, err = _printed([*arguments, *more], capfd)
+        assert out == ""
+        assert re.search(r"\[red\](\\\\|\\)(u001b|x1b)\[31m", re.sub(r"[\s\u2500-\u257f]", "", err)) is not None
+
+
+def test_masks_of_hostile_names_are_scored_compared_converted_and_told(
+    tmp_path: Path, hostile_names: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    labels = np.zeros((6, 6, 6), np.uint8)
+    labels[2:4, 2:4, 2:4] = 1
+    names = [name for name in hostile_names if "/" not in name]
+    for kind in ("masks", "other", "references"):
+        (tmp_path / kind).mkdir()
+        for name in names:
+            path = tmp_path / kind / f"{name}.nii.gz"
+            nib.save(nib.Nifti1Image(labels, np.eye(4)), path)
+            if kind == "masks" and name == "[bold red]alarm":
+                path.write_bytes(path.read_bytes()[:40])
+    folders = [tmp_path / f"{kind} [red]\x1b[31m" for kind in ("scores", "scores of others")]
+    for kind, scores in zip(("masks", "other"), folders, strict=True):
+        common = ("evaluate", "-p", tmp_path / kind, "-r", tmp_path / "references", "-o", scores)
+        _, err = _printed([*common, "--label-scheme", "classes"], capfd)
+        assert ("[bold red]alarm: " in err) == (kind == "masks")
+    out, _ = _printed([*common, "--label-scheme", "classes", "--json"], capfd)
+    assert len(json.loads(out)["cases"]) == len(names)
+    out, _ = _printed(["compare", *folders, "-o", tmp_path / "comparison"], capfd)
+    assert r"scores[red]\u001b[31m" in re.sub(r"[\s\u2500-\u257f]", "", out)
+    assert not _COMMANDS.search((tmp_path / "comparison" / "comparison.md").read_text(encoding="utf-8"))
+    assert not _COMMANDS.search((tmp_path / "comparison" / "comparison.csv").read_text(encoding="utf-8"))
+    out, _ = _printed(["compare", *folders, "--json"], capfd)
+    assert json.loads(out)["models"][0]["name"] == folders[0].name
+    out, err = _printed(["report", folders[0], "-o", tmp_path / "page\x1b[31m.html"], capfd)
+    assert r"page\u001b[31m.html" in out
+    page = (tmp_path / "page\x1b[31m.html").read_text(encoding="utf-8")
+    assert not _COMMANDS.search(page)
+
+
+def test_converted_names_are_shown(tmp_path: Path, hostile_names: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    scan = seeds.packed(seeds.nifti())
+    names = [name for name in hostile_names if "/" not in name]
+    for name in names:
+        folder = tmp_path / "data" / name
+        folder.mkdir(parents=True)
+        (folder / f"{name} t1c.nii.gz").write_bytes(scan[:40] if name == "[bold red]alarm" else scan)
+    out, err = _printed(["convert", "headers", tmp_path / "data", "-o", tmp_path / "out"], capfd)
+    assert "[bold red]alarm" in out
+    assert "cases failed" in err
+    out, _ = _printed(["convert", "headers", tmp_path / "data", "-o", tmp_path / "json", "--json"], capfd)
+    assert len(json.loads(out)["cases"]) == len(names)
+
+
+def test_log_lines_and_warnings_are_one_line_each(hostile_names: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    line = segkit.cli.PlainFormatter("%(levelname)s %(message)s")
+    for name in hostile_names:
+        record = logging.LogRecord("segkit", logging.WARNING, "", 0, "no picture of %s", (name,), None)
+        assert line.format(record) == f"WARNING no picture of {on_one_line(name)}"
+        text = warnings.formatwarning(name, UserWarning, "a.py", 1, "source()")
+        shown = line.format(logging.LogRecord("py.warnings", logging.WARNING, "", 0, "%s", (text,), None))
+        assert not re.search(r"[\x00-\x1f]", shown)
+
+
+def test_an_unforeseen_error_is_told_safely(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError(f"bad {_NAMELESS}")
+
+    monkeypatch.setattr("segkit.models.table.list_models", broken)
+    _, err = _printed(["models"], capfd)
+    assert "Traceback" in err
+    assert r"ValueError: bad [red]\u001b[31m\u000d" in err
+
+
+def test_pictures_take_names_for_no_formulas(tmp_path: Path, hostile_names: list[str]) -> None:
+    labels = np.ones((4, 4), np.uint8)
+    for name in hostile_names:
+        if "$" in name or "\x1b" in name or name.startswith("_"):
+            grid = Grid((4, 4), np.eye(4))
+            path = tmp_path / "overlay.png"
+            overlay_figure(path, np.eye(4, dtype=np.float32), labels, grid, names={1: name}, title=name)
+            curves_figure(tmp_path / "curves.png", [{"step": 1, "dice": {name: 0.5, "ET": 0.5}}])
+            assert path.exists()
 
 
 def test_a_folder_of_hostile_names_is_checked(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from segkit.report.evaluate import (
     regions_of,
     scored_regions,
 )
-from segkit.report.evaluation import scores_from_json
+from segkit.report.evaluation import scores_from_json, worst_first
 from segkit.report.pairing import Pairing, challenge_of, pair_folders
 
 AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -521,3 +522,14 @@ def test_real_case_against_itself_in_another_scheme(tmp_path, shared_data):
         "ET": (1.0, 0.0),
     }
     assert evaluation.challenge == "gli"
+
+
+def test_worst_cases_come_first_and_what_is_undefined_last():
+    cases = {
+        "b": {"WT": {"dice": 0.5}},
+        "nothing there": {"WT": {"dice": math.nan}},
+        "a": {"WT": {"dice": 0.5}, "ET": {"dice": math.nan}},
+        "worst": {"WT": {"dice": 0.9}, "ET": {"dice": 0.0}},
+        "no Dice": {"WT": {"hd95_mm": 3.0}},
+    }
+    assert worst_first(cases) == ["worst", "a", "b", "no Dice", "nothing there"]

@@ -90,8 +90,12 @@ def test_models_are_named_after_folders_and_by_paths_where_these_agree(tmp_path)
     [
         ("{", "Invalid JSON"),
         ("", "Invalid JSON"),
-        ("[]", "Input should be an object"),
+        ("[]", r"Input should be a valid dictionary\)"),
+        ("[" * 100_000, "Invalid JSON"),
         ({"cases": []}, "protocol: Field required"),
+        (document(cases=["a"]), r"cases\.0: Input should be a valid dictionary\)"),
+        (document(notes=None), "notes: Input should be a valid list"),
+        (document(errors=[{"error": "no name"}]), r"errors\.0\.case: Field required"),
         (document(cases=[]), "holds no scored case"),
         (document(cases=[{"case": "a", "regions": {"WT": {"dice": "good"}}}]), r"cases\.0\.regions\.WT\.dice: Input"),
         (document(cases=[{"case": "a", "regions": {}}] * 2), "holds case a twice"),
@@ -101,6 +105,11 @@ def test_damaged_files_are_named_with_the_place(tmp_path, content, found):
     path = write(tmp_path, content)
     with pytest.raises(RequestError, match=f"scores.json: .*{found}.*segkit evaluate -o"):
         read_score_sets([path])
+
+
+def test_names_that_are_not_utf8_are_read_back(tmp_path):
+    cases = [{"case": "scan\udce9", "regions": {"r\udce9": {"dice": 0.5}}}]
+    assert read_scores(write(tmp_path, document(cases=cases))).value("scan\udce9", "r\udce9", "dice") == 0.5
 
 
 def test_missing_file(tmp_path):

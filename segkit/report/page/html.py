@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import html
 import json
-import re
 from collections.abc import Iterable, Mapping
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+from segkit.errors import printable
+
 _VOID = frozenset({"br", "img", "input", "link", "meta"})
 _IN_SCRIPTS = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
@@ -27,9 +27,8 @@ Child = str | float | None
 
 
 def escaped(value: object) -> Markup:
-    """Any text for use between tags or within a quoted attribute; what cannot be printed is replaced."""
-    printable = _CONTROL.sub("\ufffd", str(value)).encode("utf-8", "backslashreplace").decode("utf-8")
-    return Markup(html.escape(printable, quote=True))
+    """Any text for use between tags or within a quoted attribute; what is not `printable` is told as there."""
+    return Markup(html.escape(printable(str(value)), quote=True))
 
 
 def joined(children: Iterable[Child]) -> Markup:

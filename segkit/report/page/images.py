@@ -173,7 +173,8 @@ def _require_same(own: Grid, grid: Grid, path: Path) -> None:
 
 
 def _told_scheme(findings: Findings) -> LabelScheme | None:
-    documents = [mapping(scored.document, "label_scheme") for scored in findings.evaluations]
+    schemes = (scored.document.label_scheme for scored in findings.evaluations)
+    documents: list[Mapping[str, object]] = [scheme.model_dump() for scheme in schemes if scheme is not None]
     documents += [mapping(run.card, "label_scheme") for run in findings.runs]
     for document in documents:
         try:
@@ -192,6 +193,6 @@ def _told_folders(findings: Findings) -> list[Path]:
 def _told(findings: Findings, key: str) -> list[Path]:
     """The folders that manifests and scores name under `key`, so far as they are on this machine."""
     told = [(output.folder, output.manifest.get(key)) for output in findings.outputs]
-    told += [(scored.folder, scored.document.get(key)) for scored in findings.evaluations]
+    told += [(scored.folder, getattr(scored.document, key, None)) for scored in findings.evaluations]
     folders = [folder / name for folder, name in told if isinstance(name, str)]
     return [folder for folder in folders if folder.is_dir()]

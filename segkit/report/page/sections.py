@@ -56,17 +56,15 @@ def summary_section(findings: Findings, cases: Sequence[CaseFacts], tell: Discre
         facts |= _model_facts(mapping(output.manifest, "model"))
     for scored in findings.evaluations:
         document = scored.document
-        facts["Protocol"] = " \u00b7 ".join(
-            str(value) for value in (document.get("protocol"), document.get("challenge")) if value
-        )
-        facts["Label scheme"] = mapping(document, "label_scheme").get("name")
-        facts["Region of interest"] = tell(str(document.get("roi") or ""))
+        facts["Protocol"] = _words(document.protocol, document.challenge, joint=" \u00b7 ")
+        facts["Label scheme"] = None if document.label_scheme is None else document.label_scheme.name
+        facts["Region of interest"] = tell(document.roi or "")
     failed = sum(case.reason is not None for case in cases)
     if cases:
         facts["Cases"] = f"{len(cases)}" + (f", of which {failed} failed" if failed else "")
     if findings.is_running:
         facts["State"] = "training; this page is written anew after every validation"
-    told = [str(scored.document["intervals"]) for scored in findings.evaluations if scored.document.get("intervals")]
+    told = [scored.document.intervals for scored in findings.evaluations if scored.document.intervals]
     caption = ". ".join(["Mean over cases, median below it", *told])
     return section("Summary", "summary", definitions(facts), _headlines(findings, caption))
 
@@ -136,8 +134,8 @@ def reliability_section(findings: Findings) -> Section | None:
     tables = {
         (where, region): table
         for scored in findings.evaluations
-        for region, parts in mapping(scored.document, "reliability").items()
-        for where, table in (parts if isinstance(parts, dict) else {}).items()
+        for region, parts in scored.document.reliability.items()
+        for where, table in parts.items()
         if isinstance(table, dict)
     }
     charts, rows = [], []
@@ -181,22 +179,19 @@ def evaluation_notes(findings: Findings, cases: Sequence[CaseFacts]) -> list[str
     if missing:
         notes.append(f"Without a usable prediction and given the worst scores: {', '.join(missing)}.")
     for scored in findings.evaluations:
-        for key, told in (
-            ("unscored", "References without a prediction, which are not in these scores"),
-            ("surplus", "Files that belong to no reference"),
+        for names, told in (
+            (scored.document.unscored, "References without a prediction, which are not in these scores"),
+            (scored.document.surplus, "Files that belong to no reference"),
         ):
-            listed = scored.document.get(key)
-            if isinstance(listed, list) and listed:
-                notes.append(f"{told}: {', '.join(str(name) for name in listed)}.")
-        listed = scored.document.get("notes")
-        notes += [str(note) for note in listed] if isinstance(listed, list) else []
+            notes += [f"{told}: {', '.join(names)}."] if names else []
+        notes += scored.document.notes
     return notes
 
 
 def headline_metrics(findings: Findings) -> list[str]:
     """The metrics that people compare: those of the protocols by which was scored."""
-    named = [metric for scored in findings.evaluations for metric in _listed(scored.document.get("headline"))]
-    return list(dict.fromkeys(map(str, named))) or list(_HEADLINES)
+    named = dict.fromkeys(metric for scored in findings.evaluations for metric in scored.document.headline)
+    return list(named or _HEADLINES)
 
 
 def shown_metrics(findings: Findings, cases: Sequence[CaseFacts]) -> list[str]:
@@ -349,7 +344,6 @@ def _reliability_points(table: Document) -> list[tuple[float, float]]:
 def _environments(findings: Findings) -> list[tuple[str, Mapping[str, Any]]]:
     named = [(run.name, mapping(run.card, "versions")) for run in findings.runs]
     named += [(output.name, mapping(output.manifest, "environment")) for output in findings.outputs]
-    named += [(scored.name, mapping(scored.document, "environment")) for scored in findings.evaluations]
     return [(name, versions) for name, versions in named if versions]
 
 

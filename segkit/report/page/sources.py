@@ -1,7 +1,8 @@
 """What a page tells of: training runs, inference outputs and evaluations, read from their folders.
 
-The documents may have been written by another version, so that any field may be missing. Absolute paths stay behind: a
-page is sent to others, and the folders of one's machine are nobody's business.
+Documents of runs and outputs may have been written by another version, so that any field may be missing; scores are
+read as comparisons read them. Absolute paths stay behind: a page is sent to others, and the folders of one's machine
+are nobody's business.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from segkit.errors import RequestError
-from segkit.report.evaluation import SCORES_NAME
+from segkit.report.evaluation import SCORES_NAME, worst_first
+from segkit.report.score_files import ScoresDocument, read_document
 from segkit.report.tables import summarise
 
 _EXPECTED = "a run folder, an output folder of `segkit infer`, or one of `segkit evaluate -o`"
@@ -70,7 +72,7 @@ class Scored:
 
     name: str
     folder: Path
-    document: Document
+    document: ScoresDocument
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,6 @@ class CaseFacts:
     record: Document = field(default_factory=dict)
     reason: str | None = None
     is_missing: bool = False
-
-    @property
-    def worth(self) -> float:
-        """The mean Dice over regions by which cases are ordered, of cases without any that of a perfect one."""
-        values = [scores["dice"] for scores in self.regions.values() if "dice" in scores]
-        return sum(values) / len(values) if values else 1.0
 
 
 @dataclass(frozen=True)
@@ -116,39 +112,39 @@ class Findings:
                 failed = record.get("error") if record.get("status") == "failed" else None
                 found[case.id] = replace(case, record=record, reason=None if failed is None else str(failed))
         for scored in self.evaluations:
-            for entry in entries(scored.document, "errors"):
-                case = found.get(str(entry["case"]), CaseFacts(str(entry["case"])))
-                found[case.id] = replace(case, reason=case.reason or str(entry.get("error", "could not be scored")))
-            for entry in entries(scored.document, "cases"):
-                if entry.get("missing"):
-                    found[str(entry["case"])] = replace(found[str(entry["case"])], is_missing=True)
+            for failure in scored.document.errors:
+                case = found.get(failure.case, CaseFacts(failure.case))
+                found[case.id] = replace(case, reason=case.reason or failure.error)
+            for entry in scored.document.cases:
+                if entry.missing:
+                    found[entry.case] = replace(found[entry.case], is_missing=True)
         for run in self.runs:
             for case_id, reason in mapping(run.validation, "skipped").items():
                 found.setdefault(case_id, CaseFacts(case_id, reason=str(reason)))
-        return sorted(found.values(), key=lambda case: (case.reason is None, case.worth, case.id))
+        ordered = [found[case_id] for case_id in worst_first({case.id: case.regions for case in found.values()})]
+        return sorted(ordered, key=lambda case: case.reason is None)
 
     def summary(self) -> Document:
         """Region -> metric -> mean, median, n (and `ci95` where the evaluation has it)."""
         for scored in self.evaluations:
-            if mapping(scored.document, "summary"):
-                return mapping(scored.document, "summary")
+            if scored.document.summary:
+                return scored.document.summary
         return summarise(self._scores().values())
 
     def _scores(self) -> dict[str, dict[str, dict[str, float]]]:
         """Case id -> region -> metric -> value, of the evaluations, or else of the validation of the runs."""
         found: dict[str, dict[str, dict[str, float]]] = {}
         for scored in self.evaluations:
-            for entry in entries(scored.document, "cases"):
-                if str(entry["case"]) in found:
+            for entry in scored.document.cases:
+                if entry.case in found:
                     raise RequestError(
-                        f"two evaluations score case {entry['case']}",
+                        f"two evaluations score case {entry.case}",
                         where=scored.folder,
                         remedy="Write one page for each of them",
                     )
-                infinite = mapping(entry, "infinite")
-                found[str(entry["case"])] = {
-                    name: _numbers(scores) | dict.fromkeys(infinite.get(name) or (), math.inf)
-                    for name, scores in mapping(entry, "regions").items()
+                found[entry.case] = {
+                    region: {metric: value for metric, value in scores.items() if not math.isnan(value)}
+                    for region, scores in entry.scores().items()
                 }
         if not self.evaluations:
             for run in self.runs:
@@ -182,7 +178,7 @@ def read_sources(paths: Sequence[Path]) -> Findings:
         name = folder.resolve().name
         runs += found_runs
         outputs += [Output(name, folder, manifest, _card_of(manifest)) for manifest in map(_read_json, manifests)]
-        evaluations += [Scored(name, folder, _read_json(scores))] if scores.is_file() else []
+        evaluations += [Scored(name, folder, read_document(scores))] if scores.is_file() else []
         if not found_runs and not manifests and not scores.is_file():
             bare.append(folder)
     if bare and not evaluations:

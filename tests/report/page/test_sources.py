@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from segkit.errors import RequestError
 from segkit.report.page.page import write_page
 from segkit.report.page.sources import Discretion, read_sources
+from segkit.report.score_files import read_scores
 from tests.report.page.folders import write_json, write_masks, write_run, write_scores
 
 
@@ -64,11 +66,10 @@ def test_of_a_row_the_numbers_are_kept(tmp_path):
     assert run.rows == ({"step": 1.0, "dice": {"WT": 0.5}},)
 
 
-@pytest.mark.parametrize("name", ["masks/manifest.json", "scores/scores.json", "run/model.json", "run/validation.json"])
+@pytest.mark.parametrize("name", ["masks/manifest.json", "run/model.json", "run/validation.json"])
 @pytest.mark.parametrize("worse", [None, ["a list"]])
 def test_any_field_may_hold_something_else(tmp_path, name, worse):
     write_masks(tmp_path / "masks", ["a"], failed={"b": "truncated"})
-    write_scores(tmp_path / "scores", {"a": 0.5})
     write_run(tmp_path / "run")
     path = tmp_path / name
     document = json.loads(path.read_text())
@@ -81,6 +82,31 @@ def test_any_field_may_hold_something_else(tmp_path, name, worse):
         write_json(tmp_path / "changed" / path.name, changed)
         write_page([tmp_path / "changed"], tmp_path / "page.html", with_viewer=False)
     assert "</html>" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("worse", [None, ["a list"], 7])
+def test_scores_are_read_as_comparisons_read_them(tmp_path, worse):
+    write_scores(tmp_path / "scores", {"a": 0.5})
+    path = tmp_path / "scores" / "scores.json"
+    original = path.read_text()
+    refused = 0
+    for place in places(json.loads(original)):
+        changed = json.loads(original)
+        parent = changed
+        for key in place[:-1]:
+            parent = parent[key]
+        parent[place[-1]] = worse
+        write_json(path, changed)
+        complaints = []
+        for read in (lambda: read_scores(path), lambda: write_page([path], tmp_path / "page.html", with_viewer=False)):
+            try:
+                read()
+            except RequestError as error:
+                complaints.append(str(error))
+        assert len(complaints) in (0, 2)
+        assert len(set(complaints)) <= 1
+        refused += bool(complaints)
+    assert refused > 5
 
 
 def places(document, above=()):
