@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from segkit.errors import SegkitError
 from segkit.report.figures import curves_figure
+from segkit.training.distributed import is_first
 from segkit.training.journal import Curves
 
 _log = logging.getLogger(__name__)
@@ -36,14 +40,34 @@ class LiveView:
             return
         self._attempt("curves.png", lambda: curves_figure(self.run / "figures" / "curves.png", curves.rows()))
         if self.with_page:
-            self._attempt(PAGE_NAME, lambda: _write_page(self.run))
+            self._attempt(PAGE_NAME, lambda: _write_page(self.run, is_live=True))
         self._drawn_s = time.monotonic()
         self._took_s = self._drawn_s - began
 
     def finish(self) -> None:
         """Show how the run ended, once its scores are written."""
         if self.with_page:
-            self._attempt(PAGE_NAME, lambda: _write_page(self.run))
+            self._attempt(PAGE_NAME, lambda: _write_page(self.run, is_live=False))
+
+    @contextmanager
+    def until_finished(self) -> Iterator[None]:
+        """Show that the run stopped, and why, if what is done within ends by an error or a signal."""
+        from segkit.report.page.sources import INTERRUPTED_NAME
+
+        if not is_first():
+            yield
+            return
+        note = self.run / INTERRUPTED_NAME
+        note.unlink(missing_ok=True)
+        if self.with_page and (self.run / PAGE_NAME).exists():  # it may say that the run has stopped
+            self._attempt(PAGE_NAME, lambda: _write_page(self.run, is_live=True))
+        try:
+            yield
+        except BaseException as error:
+            reason = json.dumps({"reason": _reason(error)}) + "\n"
+            self._attempt(INTERRUPTED_NAME, lambda: note.write_text(reason, encoding="utf-8"))
+            self.finish()
+            raise
 
     def _attempt(self, name: str, show: Callable[[], object]) -> None:
         try:
@@ -54,7 +78,13 @@ class LiveView:
             self._failed.add(name)
 
 
-def _write_page(run: Path) -> None:
+def _write_page(run: Path, *, is_live: bool) -> None:
     from segkit.report.page.page import write_page
 
-    write_page([run], run / PAGE_NAME, with_viewer=False)
+    write_page([run], run / PAGE_NAME, with_viewer=False, is_live=is_live)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, SegkitError):
+        return error.found
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}".rstrip(": ")

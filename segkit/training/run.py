@@ -110,26 +110,28 @@ def train_run(request: RunRequest) -> RunSummary:
     validation_ids = [case_id for case_id in planned.validation_ids if case_id in folders]
     bank = first_before_others(lambda: _lesion_bank(planned, store))
     task = _build_task(planned, card, begun.network, folders, bank)
-    state = fit(
-        task,
-        request.run,
-        planned.config.training,
-        planned.config.optimiser,
-        device=request.device,
-        deadline_s=request.deadline_s,
-        final_validations=_FINAL_VALIDATIONS,
-        resume=request.is_resumed,
-        may_change=request.may_change,
-        tell=request.tell,
-    )
-    scored = (
-        validation_ids
-        if request.deadline_s is None
-        else validation_ids[: int(_FINAL_VALIDATIONS * len(task.validation))]
-    )
-    if len(scored) < len(validation_ids):
-        _log.warning("the budget is spent: %d of %d validation cases are scored", len(scored), len(validation_ids))
-    return _finish(planned, *_score(planned, scored), state.step, skipped)
+    view = LiveView(request.run, with_page=planned.config.training.live_page)
+    with view.until_finished():
+        state = fit(
+            task,
+            request.run,
+            planned.config.training,
+            planned.config.optimiser,
+            device=request.device,
+            deadline_s=request.deadline_s,
+            final_validations=_FINAL_VALIDATIONS,
+            resume=request.is_resumed,
+            may_change=request.may_change,
+            tell=request.tell,
+        )
+        scored = (
+            validation_ids
+            if request.deadline_s is None
+            else validation_ids[: int(_FINAL_VALIDATIONS * len(task.validation))]
+        )
+        if len(scored) < len(validation_ids):
+            _log.warning("the budget is spent: %d of %d validation cases are scored", len(scored), len(validation_ids))
+        return _finish(planned, *_score(planned, scored), state.step, skipped)
 
 
 def begin(planned: PlannedRun) -> tuple[ModelCard, FirstWeights]:

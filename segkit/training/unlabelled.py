@@ -172,38 +172,40 @@ def learn(
     draw: Callable[[], None] = lambda: None,
 ) -> UnlabelledSummary:
     """Measure, train, measure the best weights, which the model then has, draw, and write how it ended."""
-    before = _measured_before(request, task)
-    state = fit(
-        task,
-        request.run,
-        request.config.training,
-        request.config.optimiser,
-        device=request.device,
-        deadline_s=request.deadline_s,
-        resume=request.is_resumed,
-        may_change=request.may_change,
-        tell=request.tell,
-    )
-    task.take_best(request.run)
-    after = task.measure(task.model.state_dict())
-    _log.info("best at step %s: %s", load_card(request.run).training_data.model_dump().get("step"), _shown(after))
-    if is_first():
-        draw()
-    summary = UnlabelledSummary(
-        run=request.run,
-        method=request.config.method,
-        before=before,
-        after=after,
-        steps=state.step,
-        minutes=(time.monotonic() - request.started_s) / 60,
-        peak_rss_mb=peak_rss_mb(),
-        images=images,
-        skipped=skipped,
-    )
-    if is_first():
-        write_json(request.run / SCORES_NAME, summary.to_json())
-        LiveView(request.run, with_page=request.config.training.live_page).finish()
-    return summary
+    view = LiveView(request.run, with_page=request.config.training.live_page)
+    with view.until_finished():
+        before = _measured_before(request, task)
+        state = fit(
+            task,
+            request.run,
+            request.config.training,
+            request.config.optimiser,
+            device=request.device,
+            deadline_s=request.deadline_s,
+            resume=request.is_resumed,
+            may_change=request.may_change,
+            tell=request.tell,
+        )
+        task.take_best(request.run)
+        after = task.measure(task.model.state_dict())
+        _log.info("best at step %s: %s", load_card(request.run).training_data.model_dump().get("step"), _shown(after))
+        if is_first():
+            draw()
+        summary = UnlabelledSummary(
+            run=request.run,
+            method=request.config.method,
+            before=before,
+            after=after,
+            steps=state.step,
+            minutes=(time.monotonic() - request.started_s) / 60,
+            peak_rss_mb=peak_rss_mb(),
+            images=images,
+            skipped=skipped,
+        )
+        if is_first():
+            write_json(request.run / SCORES_NAME, summary.to_json())
+            view.finish()
+        return summary
 
 
 def _measured_before(request: UnlabelledRequest[Any], task: MeasuredTask) -> dict[str, float]:

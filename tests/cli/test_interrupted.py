@@ -57,10 +57,14 @@ def test_sigterm_ends_with_130_and_the_command_that_goes_on(
     told = capsys.readouterr().err
     assert "interrupted by SIGTERM after step 2; the state is kept. Go on with: " in told
     assert "Error" not in told
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "run stopped after step 2: interrupted by SIGTERM after step 2; the state is kept." in page
+    assert f"segkit {verb} data -o run --resume" in page
     command = shlex.split(told.strip().splitlines()[-1].partition("Go on with: ")[2])
     assert command[0] == "segkit"
     assert call(*command[1:], "-q") == 0
     assert load_state(tmp_path / "run")["progress"]["step"] == 4
+    assert "stopped after step" not in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert steps == [1, 2, 3, 4]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
 import pytest
 
+from segkit.errors import TrainingError
 from segkit.training import live
 from segkit.training.journal import Curves
 from segkit.training.live import LiveView
@@ -39,7 +41,7 @@ def test_showing_takes_a_twentieth_of_the_time(
         clock.now += 3.0
 
     monkeypatch.setattr(live, "curves_figure", draw)
-    monkeypatch.setattr(live, "_write_page", lambda run: None)
+    monkeypatch.setattr(live, "_write_page", lambda run, is_live: None)
     view = LiveView(tmp_path, with_page=True)
     while clock.now < 200:
         view.refresh(Curves())
@@ -52,20 +54,20 @@ def test_showing_takes_a_twentieth_of_the_time(
 def test_the_page_is_written_on_the_way_and_in_the_end_unless_it_is_not_wanted(
     clock: FakeTime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written: list[Path] = []
+    written: list[tuple[Path, bool]] = []
     monkeypatch.setattr(live, "curves_figure", lambda path, rows: None)
-    monkeypatch.setattr(live, "_write_page", written.append)
+    monkeypatch.setattr(live, "_write_page", lambda run, is_live: written.append((run, is_live)))
     for with_page in (True, False):
         view = LiveView(tmp_path, with_page=with_page)
         view.refresh(Curves(), is_last=True)
         view.finish()
-    assert written == [tmp_path, tmp_path]
+    assert written == [(tmp_path, True), (tmp_path, False)]
 
 
 def test_what_cannot_be_shown_is_told_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError("no space")
 
     monkeypatch.setattr(live, "curves_figure", fail)
@@ -76,3 +78,33 @@ def test_what_cannot_be_shown_is_told_once(
             view.refresh(Curves(), is_last=True)
     told = "cannot be written (no space); the training goes on"
     assert caplog.messages == [f"{tmp_path / name} {told}" for name in ("curves.png", "report.html")]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (TrainingError("the loss became nan", where="/home/jane/run"), "the loss became nan"),
+        (KeyboardInterrupt(), "interrupted"),
+        (ZeroDivisionError("by zero"), "ZeroDivisionError: by zero"),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_why_a_run_stopped_stands_in_its_folder_until_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, reason: str
+) -> None:
+    written: list[bool] = []
+    monkeypatch.setattr(live, "_write_page", lambda run, is_live: written.append(is_live))
+    note = tmp_path / "interrupted.json"
+
+    def stop() -> None:
+        with LiveView(tmp_path, with_page=True).until_finished():
+            raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        stop()
+    assert json.loads(note.read_text()) == {"reason": reason}
+    (tmp_path / "report.html").write_text("stopped")
+    with LiveView(tmp_path, with_page=True).until_finished():
+        assert not note.exists()
+    assert not note.exists()
+    assert written == [False, True]  # it has stopped, and it goes on

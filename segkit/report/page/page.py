@@ -87,6 +87,7 @@ def write_page(
     data: Path | None = None,
     title: str | None = None,
     with_viewer: bool = True,
+    is_live: bool = False,
 ) -> PageFacts:
     """Write one self-contained page about training runs, inference outputs and evaluations together.
 
@@ -96,6 +97,7 @@ def write_page(
         data: Where the scans and references are; None looks where the documents say.
         title: The heading; None makes one of the names of the folders.
         with_viewer: Whether the worst cases can be opened in three dimensions, where `ipyniivue` is installed.
+        is_live: Whether it is written by a training that goes on and will write it again.
 
     Raises:
         RequestError: a source is none of the three kinds or cannot be read, or `data` holds no images.
@@ -116,8 +118,9 @@ def write_page(
     heading = title or _heading(findings)
     while True:
         told = [*notes, *media.notes()]
-        body = _body(findings, cases, gallery, media, told, heading, tell)
-        page = _document(body, heading, media.volumes, gallery, script, is_running=findings.is_running)
+        state = sections.state_of_runs(findings.runs, tell, is_live=is_live)
+        body = _body(findings, cases, gallery, media, told, heading, tell, state)
+        page = _document(body, heading, media.volumes, gallery, script, is_live=is_live)
         size = len(page.encode("utf-8"))
         if size <= MOST_BYTES or not (media.volumes or media.stills):
             break
@@ -172,6 +175,7 @@ def _body(
     notes: Sequence[str],
     heading: str,
     tell: Discretion,
+    state: Markup | None,
 ) -> Markup:
     anchors = {case_id: f"case-{position}" for position, case_id in enumerate(media.stills)}
     viewable = {case_id: f"v{position}" for position, case_id in enumerate(media.volumes)}
@@ -198,6 +202,7 @@ def _body(
         element("h1", heading),
         element("p", f"Written by segkit {metadata.version('segkit')} on {written}.", class_="muted"),
         element("nav", *links, aria_label="Sections"),
+        state,
     )
     footer = element("footer", element("p", "segkit is no medical device; no finding may rest on this page alone."))
     return joined([header, element("main", *(part.to_html() for part in present)), footer])
@@ -253,7 +258,7 @@ def _document(
     gallery: Gallery,
     script: str | None,
     *,
-    is_running: bool,
+    is_live: bool,
 ) -> str:
     scripts = [_asset("page.js")]
     stores: list[Markup] = []
@@ -268,7 +273,7 @@ def _document(
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
         element("meta", name="referrer", content="no-referrer"),
-        element("meta", http_equiv="refresh", content=str(_REFRESH_S)) if is_running else None,
+        element("noscript", element("meta", http_equiv="refresh", content=_REFRESH_S)) if is_live else None,
         element("title", heading),
         element("style", Markup(style)),
     ]

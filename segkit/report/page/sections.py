@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -62,11 +63,32 @@ def summary_section(findings: Findings, cases: Sequence[CaseFacts], tell: Discre
     failed = sum(case.reason is not None for case in cases)
     if cases:
         facts["Cases"] = f"{len(cases)}" + (f", of which {failed} failed" if failed else "")
-    if findings.is_running:
-        facts["State"] = "training; this page is written anew after every validation"
     told = [scored.document.intervals for scored in findings.evaluations if scored.document.intervals]
     caption = ". ".join(["Mean over cases, median below it", *told])
     return section("Summary", "summary", definitions(facts), _headlines(findings, caption))
+
+
+def state_of_runs(runs: Sequence[Run], tell: Discretion, *, is_live: bool) -> Markup | None:
+    """Which trainings still go on or have stopped too early, and what goes on with them.
+
+    Of a live page, which is written again and again, the script says when that has not happened for too long.
+    """
+    parts = []
+    for run in runs:
+        go_on = joined(["Go on with the command that began it and --resume: ", element("code", run.resume_command)])
+        if is_live:
+            parts.append(
+                element("p", "The training goes on. This page is written anew as it does, and then shows that.")
+            )
+            silent = joined(["No news for ", element("span", id="silent-minutes"), " minutes: it may have stopped. "])
+            facts = {"data_written": f"{time.time():.0f}", "data_patience": f"{run.patience_s:.0f}"}
+            parts.append(element("p", silent, go_on, id="silent", class_="alarm", hidden=True, **facts))
+        elif run.is_running:
+            parts.append(element("p", f"{run.name} was still training when this page was written."))
+        elif run.is_cut_off:
+            reason = tell(str(run.interruption.get("reason") or "without telling why"))
+            parts.append(element("p", f"{run.name} stopped after step {run.step:,}: {reason}. ", go_on, class_="alarm"))
+    return element("div", *parts, class_="state", role="status") if parts else None
 
 
 def failures_section(cases: Sequence[CaseFacts], tell: Discretion) -> Section | None:
@@ -250,7 +272,7 @@ def _card_facts(card: Document, tell: Discretion) -> dict[str, Child]:
 def _run_facts(run: Run) -> dict[str, Child]:
     minutes, memory = number(run.validation.get("minutes")), number(run.validation.get("peak_rss_mb"))
     return {
-        "Steps": f"{max(int(row['step']) for row in run.rows):,}" if run.rows else None,
+        "Steps": f"{run.step:,}" if run.rows else None,
         "Training took": None if minutes is None else f"{minutes:.1f} minutes",
         "Peak memory of the training": None if memory is None else f"{memory:,.0f} MB",
     }

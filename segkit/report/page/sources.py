@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,13 @@ _ABSOLUTE = re.compile(
     r"(?<![\w.)\]}<>/~\u2026])(?:~|[A-Za-z]:)?[\\/](?:[^\s\\/'\"<>|:;,]+[\\/])+(?=[^\s\\/'\"<>|:;,]*)"
 )
 
-_STALE_S = 3600
-"""A run whose journal has not grown for so long is not going on."""
+INTERRUPTED_NAME = "interrupted.json"
+"""In the folder of a run that ended before its time: the "reason". It is removed when the run goes on."""
+
+_PATIENCE = 3.0
+"""A run that is silent for so many times the longest time it has been silent before may have stopped,"""
+_LEAST_PATIENCE_S = 180.0
+"""but not within so many seconds."""
 
 Document = Mapping[str, Any]
 
@@ -43,14 +50,57 @@ class Run:
     card: Document = field(default_factory=dict)
     validation: Document = field(default_factory=dict)
     split: Document = field(default_factory=dict)
-    is_running: bool = False
-    """Whether steps were taken not long ago and the final validation is still to come."""
+    interruption: Document = field(default_factory=dict)
+    silent_s: float = 0.0
+    """Since its journal has grown."""
 
     @property
     def data(self) -> list[Path]:
         """The folders that it learns from, as it was told them."""
         told = self.split.get("data")
         return [Path(str(folder)) for folder in told] if isinstance(told, list) else []
+
+    @property
+    def step(self) -> int:
+        """The last step that it has told of."""
+        return int(max((row["step"] for row in self.rows), default=0))
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its last scores are written; a pre-training writes those of its beginning early."""
+        return "minutes" in self.validation
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it still seems to go on."""
+        return self._is_begun and not self.interruption and self.silent_s < self.patience_s
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether it ended before its time, told or not."""
+        return self._is_begun and not self.is_running
+
+    @property
+    def patience_s(self) -> float:
+        """How long it may be silent: it tells of every epoch, when that and its validation are done."""
+        ends = [0.0, *(row["seconds"] for row in self.rows if "epoch" in row and "seconds" in row)]
+        ends += [row["seconds"] for row in self.rows[-1:] if "seconds" in row]
+        longest = max((after - before for before, after in pairwise(ends)), default=0.0)
+        return max(_PATIENCE * longest, _LEAST_PATIENCE_S)
+
+    @property
+    def resume_command(self) -> str:
+        """What goes on with it, with the names of its folders."""
+        verb = "pretrain" if re.search(r"^method:", self.config, re.MULTILINE) else "train"
+        data = [folder.name for folder in self.data] or ["DATA"]
+        folder = self.folder.resolve()
+        is_fold = re.fullmatch(r"fold_\d+", folder.name) is not None and _is_run(folder.parent)
+        run = [folder.parent.name, "-f", "all"] if is_fold else [folder.name]
+        return shlex.join(["segkit", verb, *data, "-o", *run, "--resume"])
+
+    @property
+    def _is_begun(self) -> bool:
+        return bool(self.rows) and not self.is_finished
 
 
 @dataclass(frozen=True)
@@ -97,11 +147,6 @@ class Findings:
     runs: tuple[Run, ...] = ()
     outputs: tuple[Output, ...] = ()
     evaluations: tuple[Scored, ...] = ()
-
-    @property
-    def is_running(self) -> bool:
-        """Whether the page is about a training that still goes on."""
-        return any(run.is_running for run in self.runs)
 
     def cases(self) -> list[CaseFacts]:
         """All cases, worst first: those that failed, then by mean Dice, then by id."""
@@ -191,16 +236,16 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     """A run folder, finished or not; whatever is not there yet is left empty."""
     config, journal = folder / "config.yaml", folder / "metrics.jsonl"
     rows = tuple(_journal(journal))
-    validation = _read_json(folder / "validation.json", may_lack=True)
     return Run(
         name or folder.resolve().name,
         folder,
         config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
         rows,
         _read_json(folder / "model.json", may_lack=True),
-        validation,
+        _read_json(folder / "validation.json", may_lack=True),
         _read_json(folder / "split.json", may_lack=True),
-        bool(rows) and not validation and time.time() - journal.stat().st_mtime < _STALE_S,
+        _read_json(folder / INTERRUPTED_NAME, may_lack=True),
+        time.time() - journal.stat().st_mtime if rows else 0.0,
     )
 
 

@@ -108,7 +108,7 @@ def write_scores(folder: Path, dice: dict[str, float]) -> None:
 
 
 def write_run(folder: Path, *, is_finished: bool = True, rows: int = 40) -> None:
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text("# training on /srv/scans/private/gli\nlr: 0.01  # first rate\n")
     lines = []
     for step in range(1, rows + 1):

@@ -236,14 +236,28 @@ def test_many_metrics_are_cut_and_named(tmp_path):
     assert "Metrics that are in scores.csv and not in the table: metric 10, metric 11." in facts.notes
 
 
-def test_a_run_in_progress_refreshes_itself(tmp_path):
+def test_a_page_of_a_run_in_progress_refreshes_itself_without_a_script_too(tmp_path):
     write_run(tmp_path / "run", is_finished=False)
-    _, text, page = written(tmp_path / "page.html", tmp_path / "run", with_viewer=False)
+    _, text, page = written(tmp_path / "page.html", tmp_path / "run", with_viewer=False, is_live=True)
     assert [meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "refresh"] == ["30"]
-    assert "written anew after every validation" in text
-    write_run(tmp_path / "done")
-    _, _, page = written(tmp_path / "page.html", tmp_path / "done", with_viewer=False)
+    assert "<noscript><meta http-equiv" in text
+    assert "This page is written anew" in text
+    _, text, page = written(tmp_path / "page.html", tmp_path / "run", with_viewer=False)
     assert not [meta for meta in page.all("meta") if meta.get("http-equiv") == "refresh"]
+    assert "run was still training when this page was written" in text
+    write_run(tmp_path / "done")
+    _, text, _ = written(tmp_path / "page.html", tmp_path / "done", with_viewer=False)
+    assert 'class="state"' not in text
+
+
+def test_a_run_that_was_interrupted_tells_where_why_and_what_goes_on_with_it(tmp_path):
+    write_run(tmp_path / "my run", is_finished=False)
+    write_json(tmp_path / "my run" / "split.json", {"data": ["/srv/scans/gli"]})
+    write_json(tmp_path / "my run" / "interrupted.json", {"reason": "/srv/scans/private/x.nii.gz vanished"})
+    _, text, _ = written(tmp_path / "page.html", tmp_path / "my run", with_viewer=False)
+    assert "my run stopped after step 40: \u2026/private/x.nii.gz vanished." in text
+    assert "<code>segkit train gli -o &#x27;my run&#x27; --resume</code>" in text
+    assert "/srv/scans" not in text
 
 
 def test_validation_of_a_run_is_scored_where_no_evaluation_is_given(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 from segkit.errors import RequestError
 from segkit.report.page.page import write_page
-from segkit.report.page.sources import Discretion, read_sources
+from segkit.report.page.sources import Discretion, read_run, read_sources
 from segkit.report.score_files import read_scores
 from tests.report.page.folders import write_json, write_masks, write_run, write_scores
 
@@ -39,12 +39,43 @@ def test_of_a_path_the_last_name_stays(tell, text, told):
     assert tell(text) == told
 
 
-def test_a_run_that_has_not_grown_for_hours_is_not_running(tmp_path):
+@pytest.mark.parametrize(("epoch_s", "patience_s"), [(10, 180), (100, 300), (1000, 3000)])
+def test_a_run_that_is_silent_for_longer_than_ever_before_has_stopped(tmp_path, epoch_s, patience_s):
     write_run(tmp_path / "run", is_finished=False)
-    assert read_sources([tmp_path / "run"]).is_running
-    long_ago = time.time() - 7200
-    os.utime(tmp_path / "run" / "metrics.jsonl", (long_ago, long_ago))
-    assert not read_sources([tmp_path / "run"]).is_running
+    journal = tmp_path / "run" / "metrics.jsonl"
+    rows = [{"step": step, "loss": 1.0, "seconds": step * epoch_s, "epoch": step} for step in (1, 2, 3)]
+    journal.write_text("\n".join(map(json.dumps, rows)))
+    for silent_s, is_running in ((patience_s - 20, True), (patience_s + 20, False)):
+        last = time.time() - silent_s
+        os.utime(journal, (last, last))
+        run = read_run(tmp_path / "run")
+        assert run.patience_s == patience_s
+        assert (run.is_running, run.is_cut_off) == (is_running, not is_running)
+
+
+def test_a_run_is_over_when_its_last_scores_are_written(tmp_path):
+    write_run(tmp_path / "run", is_finished=False)
+    write_json(tmp_path / "run" / "validation.json", {"before": {"accuracy": 0.5}})  # of a pre-training
+    assert read_run(tmp_path / "run").is_running
+    write_json(tmp_path / "run" / "validation.json", {"before": {}, "after": {}, "minutes": 2.0})
+    run = read_run(tmp_path / "run")
+    assert (run.is_running, run.is_cut_off) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("folder", "config", "command"),
+    [
+        ("run", "lr: 0.01\n", "segkit train DATA -o run --resume"),
+        ("run", "method: masked\nlr: 0.01\n", "segkit pretrain DATA -o run --resume"),
+        ("cv/fold_1", "lr: 0.01\n", "segkit train DATA -o cv -f all --resume"),
+    ],
+)
+def test_what_goes_on_with_a_run(tmp_path, folder, config, command):
+    (tmp_path / "cv").mkdir()
+    (tmp_path / "cv" / "config.yaml").write_text("")
+    write_run(tmp_path / folder, is_finished=False)
+    (tmp_path / folder / "config.yaml").write_text(config)
+    assert read_run(tmp_path / folder).resume_command == command
 
 
 def test_a_row_that_is_being_written_is_left_out(tmp_path):

@@ -54,6 +54,19 @@
   addEventListener("hashchange", reveal);
   reveal();
 
+  const silent = document.getElementById("silent");
+  if (silent) {
+    const look = () => {
+      const seconds = Date.now() / 1000 - Number(silent.dataset.written);
+      document.getElementById("silent-minutes").textContent = Math.floor(seconds / 60);
+      silent.hidden = seconds < Number(silent.dataset.patience);
+    };
+    look();
+    setInterval(look, 10000);
+    // Not while a reader works with the page, who would lose the place.
+    setInterval(() => document.activeElement === document.body && location.reload(), 30000);
+  }
+
   let closed = [];
   addEventListener("beforeprint", () => {
     closed = [...document.querySelectorAll("details:not([open])")];
