@@ -100,7 +100,7 @@ def test_why_a_run_stopped_stands_in_its_folder_until_it_goes_on(
         with LiveView(tmp_path, with_page=True).until_finished():
             raise error
 
-    with pytest.raises(type(error), match=str(error)):
+    with pytest.raises(type(error), match=f"^{error}"):
         stop()
     assert json.loads(note.read_text()) == {"reason": reason}
     (tmp_path / "report.html").write_text("stopped")

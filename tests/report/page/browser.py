@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,20 +41,39 @@ os.execv(sys.argv[3], sys.argv[3:])
 """Chromium reads its commands from descriptor 3 and answers on 4."""
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a browser with all the processes that it has started."""
+def _end(process: subprocess.Popen[bytes], folder: Path) -> None:
+    """End a browser with all the processes that it has started, also those in groups of their own."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    deadline = time.monotonic() + 10.0
+    while left := processes_of(folder):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"processes {left} of the browser are still there")
+        for number in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def processes_of(folder: Path) -> list[int]:
+    """The processes whose temporary folder is this one, so far as /proc tells; the dead count no more."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"TMPDIR={folder}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+    return found
 
 
 class Browser:
     """One page of a browser.
 
     `complaints` are the errors and warnings that its console and its loader told of, `requests` the addresses that it
-    asked for.
+    asked for. Its profile and whatever else it writes go to `folder`, which must be its own.
     """
 
-    def __init__(self, executable: str, *, flags: tuple[str, ...] = ()) -> None:
+    def __init__(self, executable: str, folder: Path, *, flags: tuple[str, ...] = ()) -> None:
+        self.folder = folder
         self.complaints: list[str] = []
         self.requests: list[str] = []
         self._command = (executable, *_FLAGS, *flags, "--remote-debugging-pipe")
@@ -77,20 +95,20 @@ class Browser:
         self._stack.close()
 
     def _start(self, stack: contextlib.ExitStack) -> None:
-        profile = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         to_browser, self._out = os.pipe()
         self._in, from_browser = os.pipe()
         for end in (self._in, self._out):
             stack.callback(os.close, end)
-        arguments = [*self._command, f"--user-data-dir={profile}", "about:blank"]
+        arguments = [*self._command, f"--user-data-dir={self.folder / 'profile'}", "about:blank"]
         process = subprocess.Popen(
             [sys.executable, "-c", _WITH_PIPES, str(to_browser), str(from_browser), *arguments],
             pass_fds=(to_browser, from_browser),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
+            env={**os.environ, "TMPDIR": str(self.folder)},
         )
-        stack.callback(_end, process)
+        stack.callback(_end, process, self.folder)
         os.close(to_browser)
         os.close(from_browser)
         targets = self._ask("Target.getTargets")["targetInfos"]

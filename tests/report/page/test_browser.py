@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from PIL import Image
 
 from segkit.report.page.page import write_page
 from segkit.report.page.viewer import viewer_script
-from tests.report.page.browser import Browser, find_browser
+from tests.report.page.browser import Browser, find_browser, processes_of
 from tests.report.page.folders import write_data, write_masks, write_run, write_scores
 
 IDS = ["BraTS2021_00001", "BraTS2021_00002", "BraTS2021_00003"]
@@ -37,9 +39,18 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def browser(folder):
-    with Browser(EXECUTABLE) as browser:
+def browser(folder, tmp_path_factory):
+    with Browser(EXECUTABLE, tmp_path_factory.mktemp("chromium")) as browser:
         yield browser
+
+
+def test_of_a_browser_nothing_stays(tmp_path):
+    with Browser(EXECUTABLE, tmp_path) as browser:
+        assert browser.value("6 * 7") == 42
+        assert (tmp_path / "profile").is_dir()
+        if sys.platform == "linux":
+            assert processes_of(tmp_path)
+    assert processes_of(tmp_path) == []
 
 
 @pytest.fixture
@@ -92,6 +103,36 @@ def test_nothing_sticks_out_of_the_window(browser, folder, width):
     assert browser.value("document.documentElement.scrollWidth") == width
 
 
+@pytest.mark.parametrize(
+    ("epoch_s", "minutes", "warns"), [(10, 1, False), (10, 4, True), (300, 4, False), (300, 16, True)]
+)
+def test_a_live_page_without_news_for_too_long_says_so(browser, tmp_path, monkeypatch, epoch_s, minutes, warns):
+    write_run(tmp_path / "run", is_finished=False)
+    rows = [{"step": step, "loss": 1.0, "seconds": step * epoch_s, "epoch": step} for step in (1, 2)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    now = time.time()
+    monkeypatch.setattr("segkit.report.page.sections.time.time", lambda: now - 60 * minutes)
+    write_page([tmp_path / "run"], tmp_path / "report.html", with_viewer=False, is_live=True)
+    browser.open(tmp_path / "report.html")
+    shown = browser.value("document.querySelector('.state').innerText")
+    assert (f"No news for {minutes} minutes: it may have stopped." in shown) == warns
+    assert ("segkit train DATA -o run --resume" in shown) == warns
+
+
+def test_a_live_page_loads_itself_again_unless_a_reader_works_with_it(browser, tmp_path):
+    write_run(tmp_path / "run", is_finished=False)
+    write_page([tmp_path / "run"], tmp_path / "report.html", with_viewer=False, is_live=True)
+    hurry = "window.setInterval = ((set) => (what, ms) => set(what, ms / 100))(window.setInterval)"
+    script = browser.call("Page.addScriptToEvaluateOnNewDocument", source=hurry)["identifier"]
+    browser.open(tmp_path / "report.html")
+    browser.value("document.querySelector('nav a').focus(); window.mine = true")
+    time.sleep(0.5)
+    assert browser.value("window.mine") is True
+    browser.value("document.activeElement.blur()")
+    browser.wait_for("window.mine === undefined", 10)
+    browser.call("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
+
+
 def coloured_pixels(page, path):
     """How many pixels of the canvas are neither grey nor nearly so."""
     place = "document.getElementById('viewer-canvas').getBoundingClientRect()"
@@ -126,10 +167,10 @@ def test_the_viewer_draws_and_follows_the_keys(page, folder, tmp_path):
     page.wait_for("document.getElementById('viewer-message').hidden")
 
 
-def test_without_webgl_the_page_says_so(folder):
+def test_without_webgl_the_page_says_so(folder, tmp_path):
     if viewer_script() is None:
         pytest.skip("ipyniivue is not installed, so the page has no viewer")
-    with Browser(EXECUTABLE, flags=("--disable-3d-apis",)) as browser:
+    with Browser(EXECUTABLE, tmp_path, flags=("--disable-3d-apis",)) as browser:
         browser.open(folder / "page.html")
         browser.value("document.getElementById('viewer').scrollIntoView({ behavior: 'instant' })")
         browser.wait_for("document.getElementById('viewer-message').textContent.includes('no WebGL 2')")
