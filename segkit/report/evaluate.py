@@ -284,6 +284,6 @@ def _draw(path: Path, pair: Pair, scheme: LabelScheme, regions: Mapping[str, Sco
         translate(read_prediction(pair, grid), pair.scheme, scheme),
         grid,
         reference=reference,
-        names={value: tissue for tissue, value in scheme.values.items()},
+        scheme=scheme,
         title=f"{pair.reference.id} ({name})  Dice: {dice}",
     )

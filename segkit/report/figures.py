@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from segkit.data.geometry import reorientation_to, reoriented_grid
 from segkit.data.volume import Grid
 from segkit.errors import on_one_line
+from segkit.labels import LabelScheme, outputs_of
 from segkit.shapes import AnyArray, LabelMap
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def overlay_figure(
     grid: Grid,
     *,
     reference: LabelMap | None = None,
-    names: Mapping[int, str] | None = None,
+    scheme: LabelScheme | None = None,
     title: str = "",
 ) -> None:
     """Draw a mask over its image: axial, coronal and sagittal plane of a volume, or the whole of a picture.
@@ -84,7 +85,7 @@ def overlay_figure(
         grid: Where the voxels lie.
         reference: The reference on the same grid and in the same label scheme; drawn in a row of its own, and as a
             white outline over the prediction.
-        names: Label value -> name for the legend.
+        scheme: Names the labels, each in the colour of `label_colours`; None tells them apart by value.
         title: Printed above, such as the case id.
     """
     from matplotlib.figure import Figure
@@ -92,7 +93,9 @@ def overlay_figure(
     maps = (labels,) if reference is None else (labels, reference)
     views = views_of(image, maps, grid)
     window = intensity_window(image)
-    colours = _colours(maps)
+    known = label_colours(scheme)
+    present = sorted({value for mask in maps for value in _present(mask)})
+    colours = {value: known.get(value, _unnamed(value)) for value in present}
     rows = ("image", "prediction", "reference")[: 1 + len(maps)]
     if len(views) > 1:
         figure = Figure(figsize=(3.0 * len(views), 3.0 * len(rows)), facecolor="black", layout="constrained")
@@ -110,7 +113,7 @@ def overlay_figure(
                 _outline(axes, view.masks[1] > 0)
     for axes, view in zip(panels[0], views, strict=True):
         axes.set_title(view.title, color="white", fontsize=10)
-    _legend(figure, colours, names or {}, has_reference=len(maps) > 1)
+    _legend(figure, colours.values(), has_reference=len(maps) > 1)
     notes = [note for note in (on_one_line(title), _RADIOLOGICAL if grid.dims == 3 else "") if note]
     figure.suptitle("\n".join(notes), color="white", fontsize=11, parse_math=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,6 +142,23 @@ def curves_figure(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         column[-1].set_xlabel("step")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+
+
+def label_colours(scheme: LabelScheme | None) -> dict[int, tuple[str, str]]:
+    """Label value -> tissue and colour, the same in every picture; a region has the colour of the tissue it paints.
+
+    Without a scheme labels are told apart by value.
+    """
+    if scheme is None:
+        return {value: _unnamed(value) for value in range(1, 256)}
+    painted = [output.label for output in outputs_of(scheme) if output.label]
+    names = {value: tissue for tissue, value in scheme.values.items()}
+    values = list(dict.fromkeys([*painted, *names]))
+    return {value: (names[value], COLOURS[position % len(COLOURS)]) for position, value in enumerate(values)}
+
+
+def _unnamed(value: int) -> tuple[str, str]:
+    return f"label {value}", COLOURS[(value - 1) % len(COLOURS)]
 
 
 def views_of(image: AnyArray, masks: Sequence[LabelMap], grid: Grid, maps: Sequence[AnyArray] = ()) -> list[View]:
@@ -220,17 +240,12 @@ def intensity_window(image: AnyArray) -> tuple[float, float]:
     return float(low), float(max(high, low + 1e-6))
 
 
-def _colours(masks: Sequence[LabelMap]) -> dict[int, str]:
-    values = sorted({value for mask in masks for value in _present(mask)})
-    return {value: COLOURS[position % len(COLOURS)] for position, value in enumerate(values)}
-
-
-def _tint(mask: LabelMap, colours: Mapping[int, str]) -> NDArray[np.float64]:
+def _tint(mask: LabelMap, colours: Mapping[int, tuple[str, str]]) -> NDArray[np.float64]:
     """(rows, columns, 4) red, green, blue and opacity in [0, 1]; background is transparent."""
     from matplotlib.colors import to_rgba
 
     table = np.zeros((256, 4))
-    for value, colour in colours.items():
+    for value, (_, colour) in colours.items():
         table[value] = to_rgba(colour, _OPACITY)
     return table[mask]
 
@@ -254,13 +269,11 @@ def _outline(axes: Axes, mask: NDArray[np.bool_]) -> None:
         axes.contour(mask.astype(np.float32), levels=[0.5], colors="white", linewidths=0.7)
 
 
-def _legend(figure: Figure, colours: Mapping[int, str], names: Mapping[int, str], *, has_reference: bool) -> None:
+def _legend(figure: Figure, labels: Iterable[tuple[str, str]], *, has_reference: bool) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    handles: list[Patch | Line2D] = [
-        Patch(color=colour, label=names.get(value, f"label {value}")) for value, colour in colours.items()
-    ]
+    handles: list[Patch | Line2D] = [Patch(color=colour, label=name) for name, colour in labels]
     if has_reference:
         handles.append(Line2D([], [], color="white", linewidth=1.2, label="outline of the reference"))
     if handles:

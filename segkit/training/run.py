@@ -320,7 +320,8 @@ def _score(planned: PlannedRun, case_ids: Sequence[str]) -> tuple[CaseDice, Case
         if number < _PICTURES:
             path = run / "figures" / f"validation_{number}.png"
             image, title = loaded.image[-1], case.id
-            overlay_figure(path, image, labels, loaded.grid, reference=loaded.labels, names=names, title=title)
+            scheme = planned.scheme
+            overlay_figure(path, image, labels, loaded.grid, reference=loaded.labels, scheme=scheme, title=title)
         return {case.id: dice_by_region(labels, loaded.labels, regions)}, kept
 
     per_case: dict[str, Mapping[str, float]] = {}

@@ -237,9 +237,9 @@ def test_pictures_take_names_for_no_formulas(tmp_path: Path, hostile_names: list
     labels = np.ones((4, 4), np.uint8)
     for name in hostile_names:
         if "$" in name or "\x1b" in name or name.startswith("_"):
-            grid = Grid((4, 4), np.eye(4))
+            grid, scheme = Grid((4, 4), np.eye(4)), classes_scheme("own", {name: 1})
             path = tmp_path / "overlay.png"
-            overlay_figure(path, np.eye(4, dtype=np.float32), labels, grid, names={1: name}, title=name)
+            overlay_figure(path, np.eye(4, dtype=np.float32), labels, grid, scheme=scheme, title=name)
             curves_figure(tmp_path / "curves.png", [{"step": 1, "dice": {name: 0.5, "ET": 0.5}}])
             assert path.exists()
 

@@ -6,8 +6,8 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from segkit.report.page.html import Child, Markup, element
-from segkit.report.page.sections import MOST_ROWS, Section, metric_name, section, shown_metrics, written
+from segkit.report.page.html import Child, Markup, element, joined
+from segkit.report.page.sections import MOST_ROWS, Section, digits_of, metric_name, section, shown_metrics, written
 from segkit.report.page.sources import CaseFacts, Findings, mapping, number
 
 MEAN_OF_REGIONS = "mean"
@@ -35,7 +35,7 @@ def cases_section(findings: Findings, cases: Sequence[CaseFacts], anchors: Mappi
     ]
     table = element(
         "table",
-        element("caption", "Scores of each case, worst first", class_="hidden"),
+        element("caption", "Scores of each case; the headings sort", class_="hidden"),
         element("thead", head),
         element("tbody", *rows),
         class_="numbers sortable",
@@ -109,7 +109,7 @@ def _row(
         value = case.regions.get(view, {}).get(metric)
         if view == MEAN_OF_REGIONS and found:
             value = statistics.fmean(found)
-        cells.append(_number_cell(value, 3))
+        cells.append(_number_cell(value, digits_of(metric)))
     if has_times:
         seconds = [number(value) or 0.0 for value in mapping(case.record, "seconds").values()]
         cells.append(_number_cell(sum(seconds) or None, 2))
@@ -123,9 +123,9 @@ def _number_cell(value: float | None, digits: int) -> Markup:
     return element("td", written(value, digits), data_value=sorted_by)
 
 
-def _short_scores(case: CaseFacts) -> str:
+def _short_scores(case: CaseFacts) -> Markup:
+    """The Dice of each region, none of which is broken across lines."""
     if case.reason is not None:
-        return "failed"
-    return "  ".join(
-        f"{region}\u00a0{scores['dice']:.3f}" for region, scores in case.regions.items() if "dice" in scores
-    )
+        return joined(["failed"])
+    dice = {region: scores["dice"] for region, scores in case.regions.items() if "dice" in scores}
+    return joined(element("span", f"{region} {value:.3f}", class_="score") for region, value in dice.items())

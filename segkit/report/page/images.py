@@ -19,8 +19,8 @@ from segkit.data.layouts.listing import list_images
 from segkit.data.layouts.table import find_cases
 from segkit.data.volume import Grid
 from segkit.errors import DataError, as_request
-from segkit.labels import SCHEMES, LabelScheme, outputs_of, scheme_from_json, translate
-from segkit.report.figures import BACKGROUNDS, COLOURS
+from segkit.labels import SCHEMES, LabelScheme, scheme_from_json, translate
+from segkit.report.figures import BACKGROUNDS, label_colours
 from segkit.report.page.sources import Findings, mapping, records_of
 from segkit.report.pairing import match_files
 from segkit.shapes import AnyArray, LabelMap
@@ -68,9 +68,7 @@ class Gallery:
     notes: tuple[str, ...] = ()
 
     def colours(self) -> dict[int, tuple[str, str]]:
-        """Label value -> name and colour; a region and the tissue that it paints share a colour."""
-        if self.scheme is None:
-            return {value: (f"label {value}", COLOURS[(value - 1) % len(COLOURS)]) for value in range(1, 256)}
+        """Label value -> name and colour."""
         return label_colours(self.scheme)
 
 
@@ -123,14 +121,6 @@ def load_arrays(files: CaseFiles, scheme: LabelScheme | None) -> CaseArrays:
         uncertainty = volume.array
     finite = np.nan_to_num(image.array, nan=0.0, posinf=0.0, neginf=0.0)
     return CaseArrays(files.modality, image.grid, finite, prediction, reference, uncertainty)
-
-
-def label_colours(scheme: LabelScheme) -> dict[int, tuple[str, str]]:
-    """Label value -> tissue and colour, in the order of the outputs so that regions and tissues agree."""
-    painted = [output.label for output in outputs_of(scheme) if output.label]
-    names = {value: tissue for tissue, value in scheme.values.items()}
-    values = list(dict.fromkeys([*painted, *names]))
-    return {value: (names[value], COLOURS[position % len(COLOURS)]) for position, value in enumerate(values)}
 
 
 def _with_masks(cases: list[Case], findings: Findings) -> Iterable[tuple[str, CaseFiles]]:

@@ -52,7 +52,8 @@ def case_picture(
     views = views_of(arrays.image, tuple(masks.values()), arrays.grid, maps)
     window = intensity_window(arrays.image)
     for side, quality in _SIZES if arrays.grid.dims == 3 else _SIZES_OF_ONE:
-        picture = _draw(case_id, [_shrunk(view, side) for view in views], list(masks), colours, window, quality, key)
+        shrunk = [_shrunk(view, side) for view in views]
+        picture = _draw(case_id, arrays.modality, shrunk, list(masks), colours, window, quality, key)
         if len(picture) <= most_bytes:
             return picture
     return None
@@ -69,6 +70,7 @@ def embedded_figure(path: Path, alternative: str, most_side: int = 1100) -> Mark
 
 def _draw(
     case_id: str,
+    modality: str,
     views: Sequence[View],
     masks: Sequence[str],
     colours: Mapping[int, tuple[str, str]],
@@ -80,9 +82,10 @@ def _draw(
     widest = max(view.image.shape[1] for view in views)
     scale = min((_WIDTH - _GUTTER + _GAP) / len(layers) - _GAP, _WIDEST) / widest
     step = widest * scale + _GAP
+    heads = [f"image ({modality})", *layers[1:]]
     parts = [
-        element("text", layer, x=f"{_GUTTER + (column + 0.5) * step - _GAP / 2:.1f}", y="18", class_="middle")
-        for column, layer in enumerate(layers)
+        element("text", head, x=f"{_GUTTER + (column + 0.5) * step - _GAP / 2:.1f}", y="18", class_="middle")
+        for column, head in enumerate(heads)
     ]
     top = _HEAD
     for row, view in enumerate(views):

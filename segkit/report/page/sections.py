@@ -18,6 +18,8 @@ _HEADLINES = ("dice", "hd95_mm", "nsd", "sensitivity", "precision", "auc")
 """Metrics that people compare, where the scores do not name their own."""
 _MOST_HEADLINES = 7
 _SPREADS = 2
+_DIGITS = {"mm": 2, "voxels": 2, "ml": 2, "lesions": 1}
+"""Decimals by unit; shares have three."""
 _RELIABILITY = {"whole": "All voxels", "box": "Around the reference"}
 MOST_ROWS = 1000
 """Cases that a table has at most."""
@@ -64,7 +66,8 @@ def summary_section(findings: Findings, cases: Sequence[CaseFacts], tell: Discre
     if cases:
         facts["Cases"] = f"{len(cases)}" + (f", of which {failed} failed" if failed else "")
     told = [scored.document.intervals for scored in findings.evaluations if scored.document.intervals]
-    caption = ". ".join(["Mean over cases, median below it", *told])
+    interval = " with its 95 % interval" if told else ""
+    caption = ". ".join([f"Mean over cases{interval}, median below it", *told])
     return section("Summary", "summary", definitions(facts), _headlines(findings, caption))
 
 
@@ -234,6 +237,11 @@ def model_name(manifest: Document) -> str:
     return ", ".join(part.replace("\\", "/").rstrip("/").split("/")[-1] for part in name.split(", "))
 
 
+def digits_of(metric: str) -> int:
+    """How many decimals of a metric say something."""
+    return _DIGITS.get(METRICS[metric].unit if metric in METRICS else "", 3)
+
+
 def written(value: float | None, digits: int = 3) -> str:
     """A score as it stands in a table."""
     if value is None:
@@ -299,20 +307,24 @@ def _headlines(findings: Findings, caption: str) -> Markup | None:
     if not shown:
         return None
     rows = [
-        [joined([swatch(position), region]), *(_headline(mapping(scores, metric)) for metric in shown), _most(scores)]
+        [
+            joined([swatch(position), region]),
+            *(_headline(mapping(scores, metric), digits_of(metric)) for metric in shown),
+            _most(scores),
+        ]
         for position, (region, scores) in enumerate(found.items())
     ]
     return plain_table(caption, ["region", *(metric_name(metric) for metric in shown), "n"], rows)
 
 
-def _headline(entry: Document) -> Markup:
+def _headline(entry: Document, digits: int) -> Markup:
     mean, median = number(entry.get("mean")), number(entry.get("median"))
     interval = entry.get("ci95")
     if isinstance(interval, list | tuple) and len(interval) == 2 and all(number(end) is not None for end in interval):
-        between = element("small", f"95 % {written(interval[0])} \u2013 {written(interval[1])}")
+        between = element("small", f"{written(interval[0], digits)} \u2013 {written(interval[1], digits)}")
     else:
         between = None
-    return joined([element("b", written(mean)), between, element("small", f"median {written(median)}")])
+    return joined([element("b", written(mean, digits)), between, element("small", f"median {written(median, digits)}")])
 
 
 def _most(scores: Document) -> str:

@@ -31,8 +31,9 @@ _CLASS = re.compile(r'"Creating new Niivue instance"\).{0,300}?=\s*new ([\w$]+)\
 """Where the bundle makes its NiiVue; the name of the class differs from version to version."""
 _EXPORT = re.compile(r"export\s*\{[^{}]*\}\s*;?\s*$")
 
-DIFFERENCES = {1: ("missed", COLOURS[2]), 2: ("surplus", COLOURS[3]), 3: ("other label", COLOURS[4])}
-"""Values of the layer that compares the prediction with the reference: what they are called, and their colours."""
+DIFFERENCES = {1: ("missed", COLOURS[5]), 2: ("surplus", COLOURS[3]), 3: ("other label", COLOURS[4])}
+"""Values of the layer that compares the prediction with the reference: what they are called, and their colours, which
+are not those of the first three labels."""
 
 _MOST_VOXELS = 1_500_000
 _MARGIN_MM = 15.0

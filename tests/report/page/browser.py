@@ -56,11 +56,11 @@ def _end(process: subprocess.Popen[bytes], folder: Path) -> None:
 
 
 def processes_of(folder: Path) -> list[int]:
-    """The processes whose temporary folder is this one, so far as /proc tells; the dead count no more."""
+    """The processes whose home is this folder, so far as /proc tells; the dead count no more."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if f"TMPDIR={folder}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+            if f"HOME={folder}".encode() in (entry / "environ").read_bytes().split(b"\0"):
                 found.append(int(entry.name))
     return found
 
@@ -106,7 +106,9 @@ class Browser:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
-            env={**os.environ, "TMPDIR": str(self.folder)},
+            # Its socket lies in the temporary folder, and the whole path to a socket has 108 bytes at most.
+            env={**os.environ, "HOME": str(self.folder), "TMPDIR": "."},
+            cwd=self.folder,
         )
         stack.callback(_end, process, self.folder)
         os.close(to_browser)

@@ -64,7 +64,7 @@ def test_everything_that_was_found_is_told(folders):
         "brats2021: gli, 8 cases",
         "CC BY 4.0",
         "legacy \u00b7 gli",
-        "95 % 0.650 \u2013 0.750",
+        "<small>0.650 \u2013 0.750</small>",
         "0.062",
         "first rate",
     ):

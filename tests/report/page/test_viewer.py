@@ -14,8 +14,9 @@ from PIL import Image
 
 from segkit.data.volume import Grid
 from segkit.labels import SCHEMES
+from segkit.report.figures import label_colours
 from segkit.report.page import viewer
-from segkit.report.page.images import CaseArrays, Gallery, label_colours
+from segkit.report.page.images import CaseArrays, Gallery
 from segkit.report.page.pictures import case_picture, outline
 from segkit.report.page.viewer import case_volumes, viewer_script
 
@@ -114,6 +115,7 @@ def test_a_still_has_three_planes_of_every_layer():
     colours = label_colours(SCHEMES["brats2017"])
     picture = case_picture("case 1", arrays_of(), colours, "p0", 100_000)
     assert picture.count("<use ") == 9
+    assert "image (t2f)" in picture
     assert 'aria-label="case 1: image, prediction, reference in the axial, coronal, sagittal plane"' in picture
     masks = re.findall(r'href="data:image/png;base64,([^"]+)"', picture)
     assert len(masks) == 6
