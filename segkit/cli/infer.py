@@ -35,12 +35,12 @@ from segkit.cli.options import (
     QuietOption,
     SchemeOption,
     VerboseOption,
-    console,
     print_json,
     print_table,
     read_case_ids,
     read_modalities,
     set_verbosity,
+    tell_aside,
 )
 from segkit.cli.progress import CaseProgress
 
@@ -181,7 +181,7 @@ def _run(request: Request, place: Engine, *, is_quiet: bool) -> dict[str, Any]:
     predictor = request.predictor
     if not is_quiet:
         size = " x ".join(map(str, predictor.window))
-        console().print(f"{predictor.backend.name} computes windows of {size} voxels", soft_wrap=True)
+        tell_aside(f"{predictor.backend.name} computes windows of {size} voxels")
     executor = executor_of(place, (member.backend for member in members_of(predictor)), [request.output])
     with CaseProgress("segmenting", len(request.cohort.cases), is_quiet=is_quiet) as progress:
         return infer_folder(

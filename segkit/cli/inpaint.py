@@ -34,12 +34,12 @@ from segkit.cli.options import (
     OverwriteOption,
     QuietOption,
     VerboseOption,
-    console,
     print_json,
     print_table,
     read_case_ids,
     read_modalities,
     set_verbosity,
+    tell_aside,
 )
 from segkit.cli.progress import CaseProgress
 
@@ -245,7 +245,7 @@ def _run(request: Request, place: Engine, *, is_quiet: bool) -> dict[str, Any]:
     if place.memory_mb is not None and not place.is_ray:
         place = place._replace(workers=place.workers or 0)  # a case that waits takes memory as well
     if not is_quiet:
-        console().print(f"{request.predictor.backend.name} fills holes from {request.holes.origin}", soft_wrap=True)
+        tell_aside(f"{request.predictor.backend.name} fills holes from {request.holes.origin}")
     backends = [request.predictor.backend, *(member.backend for member in request.holes.networks())]
     folders = [request.output, *([request.settings.bank] if request.settings.bank else [])]
     with CaseProgress("filling", len(request.cohort.cases), is_quiet=is_quiet) as progress:

@@ -20,6 +20,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Protocol
 
+from segkit.errors import printable
+
 _log = logging.getLogger(__name__)
 
 _STAGES = ("preparing", "loading a batch", "computing", "updating the weights", "in validation", "writing", "waiting")
@@ -242,7 +244,7 @@ class Watch:
             _log.debug("the store does not answer: %s", error)
 
     def _end_process(self, sentence: str) -> None:
-        sys.stderr.write(f"Error: {sentence} (told by rank {self.rank})\n")
+        sys.stderr.write(f"Error: {printable(sentence)} (told by rank {self.rank})\n")
         sys.stderr.flush()
         os._exit(1)
 

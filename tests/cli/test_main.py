@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import typer
 
 import segkit
 from segkit.cli import VERBS, main
@@ -23,6 +28,48 @@ def _exit_code(*arguments: str) -> int:
 def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert _exit_code(verb, "--help") == 0
     assert len(capsys.readouterr().out) > 200
+
+
+def _verbs_and_their_parts() -> Iterator[tuple[str, ...]]:
+    for verb, target in VERBS.items():
+        module, _, name = target.partition(":")
+        loaded = getattr(importlib.import_module(module), name)
+        if isinstance(loaded, typer.Typer):
+            for part in loaded.registered_commands:
+                assert part.callback is not None
+                yield verb, part.name or part.callback.__name__
+        else:
+            yield (verb,)
+
+
+@pytest.mark.parametrize("verb", sorted(_verbs_and_their_parts()), ids=" ".join)
+def test_every_verb_can_be_quiet_and_verbose(
+    verb: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert _exit_code(*verb, "--help") == 0
+    told = capsys.readouterr().out
+    for long, short, meaning in (("quiet", "q", "Only errors."), ("verbose", "v", "Also what is done and why;")):
+        assert re.search(rf"--{long}\s+-{short}\s.*{meaning}", told) is not None
+
+
+def test_quiet_verbs_tell_errors_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data"
+    assert _exit_code("phantom", str(data), "--cases", "4", "--size", "24", "--with-problems", "-q") == 0
+    assert capsys.readouterr() == ("", "")
+    assert _exit_code("check", str(data), "-q") == 1
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.splitlines()
+    assert all(line.startswith("ERROR ") for line in out.splitlines())
+    scan = next(data.rglob("*_t1ce.nii.gz"))
+    scan.write_bytes(scan.read_bytes()[:40])
+    assert _exit_code("convert", "headers", str(data), "-o", str(tmp_path / "copies"), "-q") == 1
+    out, err = capsys.readouterr()
+    assert "failed" in out
+    assert "done" not in out
+    assert _exit_code("config", "validate", "-q", str(preset_path("tiny"))) == 0
+    assert capsys.readouterr() == ("", "")
 
 
 def test_wrong_requests_exit_with_2_and_a_sentence(

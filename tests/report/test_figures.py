@@ -90,11 +90,8 @@ def test_overlay_of_a_volume_is_written_with_a_legend(tmp_path, has_reference):
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
     assert pixels.shape[0] == (990 if has_reference else 660)
     legend = pixels[-60:]
-    assert [is_near(legend, colour).any() for colour in COLOURS[:3]] == [
-        False,
-        True,
-        True,
-    ]  # NCR and ET, as on the page
+    drawn = [is_near(legend, colour).any() for colour in COLOURS[:3]]
+    assert drawn == [False, True, True]  # NCR and ET, in the colours of the page
 
 
 def test_overlay_of_a_picture(tmp_path):

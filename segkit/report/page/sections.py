@@ -81,7 +81,7 @@ def state_of_runs(runs: Sequence[Run], tell: Discretion, *, is_live: bool) -> Ma
         go_on = joined(["Go on with the command that began it and --resume: ", element("code", run.resume_command)])
         if is_live:
             parts.append(
-                element("p", "The training goes on. This page is written anew as it does, and then shows that.")
+                element("p", "Training. This page is written anew as it goes on and loads itself.", id="live")
             )
             silent = joined(["No news for ", element("span", id="silent-minutes"), " minutes: it may have stopped. "])
             facts = {"data_written": f"{time.time():.0f}", "data_patience": f"{run.patience_s:.0f}"}

@@ -117,6 +117,7 @@ def test_a_live_page_without_news_for_too_long_says_so(browser, tmp_path, monkey
     shown = browser.value("document.querySelector('.state').innerText")
     assert (f"No news for {minutes} minutes: it may have stopped." in shown) == warns
     assert ("segkit train DATA -o run --resume" in shown) == warns
+    assert ("Training." in shown) != warns
 
 
 def test_a_live_page_loads_itself_again_unless_a_reader_works_with_it(browser, tmp_path):

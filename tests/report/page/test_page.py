@@ -241,7 +241,7 @@ def test_a_page_of_a_run_in_progress_refreshes_itself_without_a_script_too(tmp_p
     _, text, page = written(tmp_path / "page.html", tmp_path / "run", with_viewer=False, is_live=True)
     assert [meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "refresh"] == ["30"]
     assert "<noscript><meta http-equiv" in text
-    assert "This page is written anew" in text
+    assert "This page is written anew as it goes on" in text
     _, text, page = written(tmp_path / "page.html", tmp_path / "run", with_viewer=False)
     assert not [meta for meta in page.all("meta") if meta.get("http-equiv") == "refresh"]
     assert "run was still training when this page was written" in text

@@ -60,6 +60,7 @@
       const seconds = Date.now() / 1000 - Number(silent.dataset.written);
       document.getElementById("silent-minutes").textContent = Math.floor(seconds / 60);
       silent.hidden = seconds < Number(silent.dataset.patience);
+      document.getElementById("live").hidden = !silent.hidden;
     };
     look();
     setInterval(look, 10000);
