@@ -171,7 +171,7 @@ def scores_from_json(case: Mapping[str, Any]) -> dict[str, Scores]:
     }
 
 
-def worst_first(cases: Mapping[str, Mapping[str, Scores]]) -> list[str]:
+def worst_first(cases: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
     """Case ids by their mean Dice over regions, lowest first, then by id.
 
     A case whose Dice is undefined in all regions counts as perfect: nothing was there to be found.
