@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
         build_app()(arguments)
     except SegkitError as error:
         if wants_trace:
-            tell_aside(traceback.format_exc())
+            tell_aside(traceback.format_exc().rstrip())
         prefix = "" if error.exit_code == _INTERRUPTED else "Error: "
         if not error.is_told:
             tell_aside(f"{prefix}{error}")
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
             tell_aside("Interrupted; what was finished is kept.")
         raise
     except Exception:  # a mistake of ours, or of a library: its message may hold names as well
-        tell_aside(traceback.format_exc())
+        tell_aside(traceback.format_exc().rstrip())
         raise SystemExit(1) from None
 
 

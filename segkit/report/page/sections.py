@@ -80,9 +80,7 @@ def state_of_runs(runs: Sequence[Run], tell: Discretion, *, is_live: bool) -> Ma
     for run in runs:
         go_on = joined(["Go on with the command that began it and --resume: ", element("code", run.resume_command)])
         if is_live:
-            parts.append(
-                element("p", "Training. This page is written anew as it goes on and loads itself.", id="live")
-            )
+            parts.append(element("p", "Training. This page is written anew as it goes on and loads itself.", id="live"))
             silent = joined(["No news for ", element("span", id="silent-minutes"), " minutes: it may have stopped. "])
             facts = {"data_written": f"{time.time():.0f}", "data_patience": f"{run.patience_s:.0f}"}
             parts.append(element("p", silent, go_on, id="silent", class_="alarm", hidden=True, **facts))
