@@ -87,8 +87,10 @@ def state_of_runs(runs: Sequence[Run], tell: Discretion, *, is_live: bool) -> Ma
         elif run.is_running:
             parts.append(element("p", f"{run.name} was still training when this page was written."))
         elif run.is_cut_off:
-            reason = tell(str(run.interruption.get("reason") or "without telling why"))
-            parts.append(element("p", f"{run.name} stopped after step {run.step:,}: {reason}. ", go_on, class_="alarm"))
+            reason = run.interruption.get("reason")
+            why = ", and nothing tells why" if reason is None else f": {tell(str(reason))}"
+            told = f"{run.name} stopped after step {run.step:,}{why}. "
+            parts.append(element("p", told, go_on, class_="alarm"))
     return element("div", *parts, class_="state", role="status") if parts else None
 
 

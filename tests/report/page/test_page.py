@@ -6,6 +6,7 @@ import base64
 import gzip
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -258,6 +259,10 @@ def test_a_run_that_was_interrupted_tells_where_why_and_what_goes_on_with_it(tmp
     assert "my run stopped after step 40: \u2026/private/x.nii.gz vanished." in text
     assert "<code>segkit train gli -o &#x27;my run&#x27; --resume</code>" in text
     assert "/srv/scans" not in text
+    (tmp_path / "my run" / "interrupted.json").unlink()
+    os.utime(tmp_path / "my run" / "metrics.jsonl", (0, 0))
+    _, text, _ = written(tmp_path / "page.html", tmp_path / "my run", with_viewer=False)
+    assert "my run stopped after step 40, and nothing tells why." in text
 
 
 def test_validation_of_a_run_is_scored_where_no_evaluation_is_given(tmp_path):
