@@ -21,6 +21,7 @@ from rich.console import Console
 import segkit.cli
 from segkit.cli.options import print_json, print_table
 from segkit.cli.progress import CaseProgress, ProgressBar
+from segkit.data.case import file_name_of
 from segkit.data.volume import Grid
 from segkit.errors import DataError, Problem, on_one_line, printable
 from segkit.inference.manifest import CaseRecord
@@ -28,6 +29,8 @@ from segkit.labels import classes_scheme
 from segkit.report.evaluation import CaseScores, Evaluation
 from segkit.report.figures import curves_figure, overlay_figure
 from segkit.report.tables import markdown_table, markdown_text, scores_csv
+from tests.cli.test_infer import write_run as segmentation_run
+from tests.cli.test_inpaint import write_run as inpainting_run
 
 _COMMANDS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\ud800-\udfff]")
 """What a terminal obeys, or what changes how other letters are shown; a line feed is none."""
@@ -212,6 +215,42 @@ def test_converted_names_are_shown(tmp_path: Path, hostile_names: list[str], cap
     assert "cases failed" in err
     out, _ = _printed(["convert", "headers", tmp_path / "data", "-o", tmp_path / "json", "--json"], capfd)
     assert len(json.loads(out)["cases"]) == len(names)
+
+
+def test_scans_of_hostile_names_are_segmented_and_filled(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    names = ["[bold red]alarm", "[bold red]fine", "\x1b[31mred\x1b[0m", "line one\nline two"]
+    scan = np.zeros((20, 22, 18), np.float32)
+    scan[2:18, 3:19, 1:17] = np.random.default_rng(0).normal(500, 100, (16, 16, 16))
+    hole = np.zeros(scan.shape, np.uint8)
+    hole[6:9, 6:9, 6:9] = 1
+    holes = tmp_path / "holes [red]\x1b[31m"
+    holes.mkdir()
+    for name in names:
+        folder = tmp_path / "data" / name
+        folder.mkdir(parents=True)
+        for modality in ("t1n", "t1c", "t2w", "t2f"):
+            nib.save(nib.Nifti1Image(scan, np.eye(4)), folder / f"{name} {modality}.nii.gz")
+        nib.save(nib.Nifti1Image(hole, np.eye(4)), holes / f"{file_name_of(name)}.nii.gz")
+    spoilt = tmp_path / "data" / names[0] / f"{names[0]} t1n.nii.gz"
+    spoilt.write_bytes(spoilt.read_bytes()[:40])
+    segmenting, filling = tmp_path / "run [red]\x1b[31m", tmp_path / "filler [red]\x1b[31m"
+    segmentation_run(segmenting, seed=0)
+    inpainting_run(filling)
+    verbs: tuple[tuple[object, ...], ...] = (
+        ("infer", "-m", segmenting),
+        ("inpaint", "-m", filling, "--mask", holes, "--modality", "t1n= t1n"),
+    )
+    for number, verb in enumerate(verbs):
+        common = (*verb, "-i", tmp_path / "data", "-o", tmp_path / f"out{number}", "--backend", "torch", "-d", "cpu")
+        out, _ = _printed([*common, "--dry-run"], capfd)
+        assert "[bold red]alarm" in out
+        out, err = _printed(common, capfd)
+        assert out == ""
+        assert "[bold red]alarm: failed: " in err
+        assert "[bold red]fine: done" in err
+        out, _ = _printed([*common, "--json"], capfd)
+        assert len(json.loads(out)["cases"]) == len(names)
+    assert "torch fills holes from" in err
 
 
 def test_log_lines_and_warnings_are_one_line_each(hostile_names: list[str], capfd: pytest.CaptureFixture[str]) -> None:
