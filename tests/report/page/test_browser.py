@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from segkit.metrics.facts import METRICS
+from segkit.report.page.cases import MOST_METRICS
 from segkit.report.page.page import write_page
 from segkit.report.page.viewer import viewer_script
 from tests.report.page.browser import Browser, find_browser, processes_of
-from tests.report.page.folders import write_data, write_masks, write_run, write_scores
+from tests.report.page.folders import write_data, write_json, write_masks, write_run, write_scores
 
 IDS = ["BraTS2021_00001", "BraTS2021_00002", "BraTS2021_00003"]
 EXECUTABLE = find_browser()
@@ -132,6 +134,33 @@ def test_a_live_page_loads_itself_again_unless_a_reader_works_with_it(browser, t
     browser.value("document.activeElement.blur()")
     browser.wait_for("window.mine === undefined", 10)
     browser.call("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
+
+
+def test_the_keyboard_reaches_every_heading_and_shows_where_it_is(page):
+    page.value("document.querySelector('#cases .scroll').focus()")
+    reached = []
+    for _ in page.value("[...document.querySelectorAll('#case-table th button')].map((button) => button.textContent)"):
+        page.press("Tab")
+        reached.append(page.value("document.activeElement.textContent"))
+        assert page.value("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+        assert page.value("getComputedStyle(document.activeElement).outlineWidth") == "2px"
+    assert reached == page.value("[...document.querySelectorAll('#case-table thead th')].map((h) => h.textContent)")
+
+
+def test_on_paper_a_wide_table_has_all_of_its_columns(browser, tmp_path):
+    case_id = "BraTS-GLI-00001-000"
+    write_masks(tmp_path / "masks", [case_id])
+    write_scores(tmp_path / "scores", {case_id: 0.5})
+    document = json.loads((tmp_path / "scores" / "scores.json").read_text())
+    document["cases"][0] |= {"missing": True, "regions": {"WT": dict.fromkeys(METRICS, 0.123456)}}
+    write_json(tmp_path / "scores" / "scores.json", document)
+    write_page([tmp_path / "scores", tmp_path / "masks"], tmp_path / "page.html", with_viewer=False)
+    browser.open(tmp_path / "page.html", width=720)
+    browser.prefer("light", "print")
+    columns = browser.value("document.querySelectorAll('#case-table thead th').length")
+    assert columns == 2 + MOST_METRICS + 2  # case and region, scores, seconds and memory
+    assert browser.value("document.getElementById('case-table').getBoundingClientRect().right") <= 720
+    browser.prefer("light")
 
 
 def coloured_pixels(page, path):
