@@ -32,9 +32,9 @@ INTERRUPTED_NAME = "interrupted.json"
 """In the folder of a run that ended before its time: the "reason". It is removed when the run goes on."""
 
 _PATIENCE = 3.0
-"""A run that is silent for so many times the longest time it has been silent before may have stopped,"""
+"""A run may have stopped when it is silent for so many times as long as ever before."""
 _LEAST_PATIENCE_S = 180.0
-"""but not within so many seconds."""
+"""Silence that says nothing, however often a run tells of itself."""
 
 Document = Mapping[str, Any]
 
