@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from segkit.errors import SegkitError
+from segkit.errors import RequestError, SegkitError
 from segkit.report.figures import curves_figure
 from segkit.training.distributed import is_first
 from segkit.training.journal import Curves
@@ -51,22 +51,27 @@ class LiveView:
 
     @contextmanager
     def until_finished(self) -> Iterator[None]:
-        """Show that the run stopped, and why, if what is done within ends by an error or a signal."""
+        """Show that the run stopped, and why, if what is done within ends by an error or a signal.
+
+        A request that turns out to be wrong is no reason: the run has stopped as before.
+        """
         from segkit.report.page.sources import INTERRUPTED_NAME
 
         if not is_first():
             yield
             return
         note = self.run / INTERRUPTED_NAME
+        before = note.read_bytes() if note.exists() else None
         note.unlink(missing_ok=True)
         if self.with_page and (self.run / PAGE_NAME).exists():  # it may say that the run has stopped
             self._attempt(PAGE_NAME, lambda: _write_page(self.run, is_live=True))
         try:
             yield
         except BaseException as error:
-            reason = json.dumps({"reason": _reason(error)}) + "\n"
-            self._attempt(INTERRUPTED_NAME, lambda: note.write_text(reason, encoding="utf-8"))
-            self.finish()
+            reason = (json.dumps({"reason": _reason(error)}) + "\n").encode()
+            if told := before if isinstance(error, RequestError) else reason:
+                self._attempt(INTERRUPTED_NAME, lambda: note.write_bytes(told))
+                self.finish()
             raise
 
     def _attempt(self, name: str, show: Callable[[], object]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from segkit.errors import TrainingError
+from segkit.errors import RequestError, TrainingError
 from segkit.training import live
 from segkit.training.journal import Curves
 from segkit.training.live import LiveView
@@ -108,3 +108,22 @@ def test_why_a_run_stopped_stands_in_its_folder_until_it_goes_on(
         assert not note.exists()
     assert not note.exists()
     assert written == [False, True]  # it has stopped, and it goes on
+
+
+def test_a_wrong_request_is_no_reason_why_a_run_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[bool] = []
+    monkeypatch.setattr(live, "_write_page", lambda run, is_live: written.append(is_live))
+    note = tmp_path / "interrupted.json"
+
+    def refuse() -> None:
+        with LiveView(tmp_path, with_page=True).until_finished():
+            raise RequestError("of another network")
+
+    with pytest.raises(RequestError, match="of another network"):
+        refuse()
+    assert not note.exists()
+    note.write_text('{"reason": "interrupted by SIGTERM"}')
+    with pytest.raises(RequestError, match="of another network"):
+        refuse()
+    assert note.read_text() == '{"reason": "interrupted by SIGTERM"}'
+    assert written == [False]  # that it has stopped; of a run that never began there is no page
