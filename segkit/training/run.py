@@ -124,11 +124,8 @@ def train_run(request: RunRequest) -> RunSummary:
             may_change=request.may_change,
             tell=request.tell,
         )
-        scored = (
-            validation_ids
-            if request.deadline_s is None
-            else validation_ids[: int(_FINAL_VALIDATIONS * len(task.validation))]
-        )
+        most = len(validation_ids) if request.deadline_s is None else int(_FINAL_VALIDATIONS * len(task.validation))
+        scored = validation_ids[:most]
         if len(scored) < len(validation_ids):
             _log.warning("the budget is spent: %d of %d validation cases are scored", len(scored), len(validation_ids))
         return _finish(planned, *_score(planned, scored), state.step, skipped)
