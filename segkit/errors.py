@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from os import PathLike
 
@@ -24,6 +25,12 @@ def _escaped(letter: str) -> str:
 def on_one_line(text: object) -> str:
     """A text that is `printable` on a line of its own: what is a name must not look like the next line."""
     return printable(str(text)).replace("\n", "\\n")
+
+
+def some(names: Iterable[str], most: int = 5) -> str:
+    """The first of many names, for a sentence, and dots where there are more."""
+    listed = list(names)
+    return ", ".join(listed[:most]) + (", ..." if len(listed) > most else "")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from segkit.errors import ConfigError, DataError, Problem, RequestError
+from segkit.errors import ConfigError, DataError, Problem, RequestError, some
 from segkit.runtime import (
     available_memory_gb,
     current_rss_mb,
@@ -135,3 +135,9 @@ def test_errors_say_where_what_expected_and_remedy() -> None:
     assert error.exit_code == 1
     assert ConfigError([Problem("x", "bad", "mend")]).exit_code == 2
     assert str(Problem("x", "bad", "mend")) == "x: bad -> mend"
+
+
+def test_some_of_many_names() -> None:
+    assert some("abcde") == "a, b, c, d, e"
+    assert some("abcdef") == "a, b, c, d, e, ..."
+    assert some((), 2) == ""

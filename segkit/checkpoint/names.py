@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 _BEGINNINGS = ("", "image_encoder.", "encoder.", "backbone.")
 """What stands before an encoder's names in files that hold an encoder, or a network around another kind of decoder."""
@@ -35,9 +35,3 @@ def other_part(name: str) -> str | None:
     plain = min((name.removeprefix(beginning) for beginning in _BEGINNINGS), key=len)
     known = (f"{part.rstrip('.')} is {what}" for part, what in _OTHER_PARTS.items() if plain.startswith(part))
     return next(known, None)
-
-
-def some(names: Iterable[str], most: int = 4) -> str:
-    """The first names, and dots where there are more."""
-    listed = list(names)
-    return ", ".join(listed[:most]) + (", ..." if len(listed) > most else "")

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from segkit.checkpoint.adapt import InputAdapt, adapt_by_modality, adapt_channels, plain_name
-from segkit.checkpoint.names import match_names, other_part, some
+from segkit.checkpoint.names import match_names, other_part
 from segkit.checkpoint.source import WeightSource, read_source
-from segkit.errors import CheckpointError
+from segkit.errors import CheckpointError, some
 
 HeadRule = Literal["fit", "skip"]
 """What becomes of segmentation heads. fit: taken where shape and, where known, output names agree; skip: left out."""

@@ -28,7 +28,7 @@ from segkit.data.geometry import same_grid
 from segkit.data.preprocessing import PreparedCase, PreprocessingConfig
 from segkit.data.store import PreparedStore, StoredCases
 from segkit.data.transplant import Transplant, cut_lesion
-from segkit.errors import DataError, RequestError
+from segkit.errors import DataError, RequestError, some
 
 _log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def find_copies(folder: Path, training: Sequence[Case], modalities: Sequence[str
             remedy=f"Make a bank of this data with {_MAKE}",
         )
     if others := [banked.case for banked in bank.cases if banked not in usable]:
-        names = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+        names = some(others)
         _log.info(
             "%d of the bank's %d copies are left out, their cases do not train: %s", len(others), len(bank.cases), names
         )

@@ -24,7 +24,7 @@ from segkit.data.files import count_channels, read_volume, stem_of, suffix_of
 from segkit.data.geometry import same_grid
 from segkit.data.layouts.listing import list_images
 from segkit.data.volume import Grid
-from segkit.errors import DataError, RequestError
+from segkit.errors import DataError, RequestError, some
 from segkit.metrics.calibration import Reliability, measure_reliability, surrounding_box
 from segkit.metrics.facts import METRICS
 from segkit.metrics.overlap import Mask, region_mask
@@ -301,4 +301,4 @@ def _is_named_after(stem: str, name: str) -> bool:
 
 
 def _names(paths: Sequence[Path]) -> str:
-    return (", ".join(path.name for path in paths[:3]) + (", ..." if len(paths) > 3 else "")) or "no images at all"
+    return some((path.name for path in paths), 3) or "no images at all"

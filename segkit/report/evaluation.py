@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from segkit.data.files import way_to, written_atomically
+from segkit.errors import some
 from segkit.labels import LabelScheme
 from segkit.metrics.lesions import Lesion
 from segkit.metrics.protocols import rules_of
@@ -111,14 +112,14 @@ class Evaluation:
         notes = [f"{case}: {error}" for case, error in self.errors.items()]
         missing = [case.case for case in self.cases if case.is_missing]
         if missing:
-            notes.append(f"{len(missing)} cases without a usable prediction have the worst scores: {_some(missing)}")
+            notes.append(f"{len(missing)} cases without a usable prediction have the worst scores: {some(missing)}")
         if self.unscored:
             notes.append(
                 f"{len(self.unscored)} references have no prediction and are NOT in these scores: "
-                f"{_some(self.unscored)}. Give them the worst scores with --missing zero"
+                f"{some(self.unscored)}. Give them the worst scores with --missing zero"
             )
         if self.surplus:
-            names = _some([path.name for path in self.surplus])
+            names = some([path.name for path in self.surplus])
             notes.append(f"{len(self.surplus)} files belong to no reference and are not scored: {names}")
         infinite = Counter(
             f"{region} {metric}"
@@ -208,7 +209,3 @@ def _infinite(regions: Mapping[str, Scores]) -> dict[str, list[str]]:
         region: [name for name, value in scores.items() if math.isinf(value)] for region, scores in regions.items()
     }
     return {region: names for region, names in found.items() if names}
-
-
-def _some(names: Collection[str]) -> str:
-    return ", ".join(list(names)[:5]) + (", ..." if len(names) > 5 else "")

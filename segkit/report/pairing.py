@@ -16,7 +16,7 @@ from segkit.data.layouts.modality import LABEL, split_name
 from segkit.data.layouts.schemes import present_values, values_of
 from segkit.data.layouts.table import PLAIN_CLASSES, find_cases
 from segkit.data.pictures import PICTURE_SUFFIXES
-from segkit.errors import DataError, RequestError
+from segkit.errors import DataError, RequestError, some
 from segkit.labels import SCHEMES, LabelScheme, classes_scheme
 
 CHALLENGES: dict[str, tuple[str, ...]] = {
@@ -194,7 +194,7 @@ def _bare_masks(root: Path) -> tuple[list[Case], tuple[str, ...]]:
     others = [path.name for path in paths if path not in set(named)] if named else []
     note = (
         f"{len(others)} files beside the references are not named as masks, as the others are, and are not taken for "
-        f"references: {_some(others)}"
+        f"references: {some(others)}"
     )
     cases = [Case(case_id, patient_of(case_id), {}, ImageFile(path)) for case_id, (path,) in by_id.items()]
     return cases, (note,) if others else ()
@@ -294,9 +294,9 @@ def _chosen(cases: list[Case], case_ids: Collection[str] | None, root: Path) -> 
     unknown = sorted(set(case_ids) - {case.id for case in cases})
     if unknown:
         raise RequestError(
-            f"{len(unknown)} of {len(set(case_ids))} wanted cases have no reference: {_some(unknown)}",
+            f"{len(unknown)} of {len(set(case_ids))} wanted cases have no reference: {some(unknown)}",
             where=root,
-            expected=f"ids such as {_some(sorted(case.id for case in cases))}",
+            expected=f"ids such as {some(sorted(case.id for case in cases))}",
         )
     return [case for case in cases if case.id in set(case_ids)]
 
@@ -342,10 +342,10 @@ def match_files(
     ambiguous: dict[str, str] = {}
     for case_id, own in candidates.items():
         if len(own) > 1:
-            names = _some([str(path) for path in own])
+            names = some([str(path) for path in own])
             ambiguous[case_id] = f"{root}: {len(own)} files could be the {role}: {names}. Keep one of them"
         elif own and uses[own[0]] > 1:
-            rivals = _some([rival for rival, theirs in candidates.items() if own[0] in theirs])
+            rivals = some([rival for rival, theirs in candidates.items() if own[0] in theirs])
             ambiguous[case_id] = f"{own[0]}: could be the {role} of several cases: {rivals}. Name it after one"
         elif own:
             found[case_id] = own[0]
@@ -367,13 +367,9 @@ def _mask_id(path: Path) -> str:
 
 
 def _nothing_paired(cases: Sequence[Case], paths: Sequence[Path], predictions: Path, references: Path) -> RequestError:
-    names = _some([path.name for path in paths]) if paths else "no images at all"
+    names = some([path.name for path in paths]) if paths else "no images at all"
     return RequestError(
         f"no prediction belongs to any of the {len(cases)} references in {references}: found {names}",
         where=predictions,
         expected=f"names such as {cases[0].id}.nii.gz",
     )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -14,7 +14,7 @@ from segkit.data.case import Case, Cohort
 from segkit.data.layouts.table import find_cases
 from segkit.data.lesion_bank import find_copies
 from segkit.data.splits import train_and_validation
-from segkit.errors import DataError, RequestError, as_request
+from segkit.errors import DataError, RequestError, as_request, some
 from segkit.labels import LabelScheme
 from segkit.models.table import build_model, configure
 from segkit.planning.fingerprint import take_fingerprint
@@ -156,7 +156,7 @@ def _warn_of_split_patients(cohort: Cohort, kept: Sequence[Case]) -> None:
     patients = {case.patient for case in cohort.cases if case.id not in ids}
     related = [case.id for case in kept if case.patient in patients]
     if related:
-        names = ", ".join(related[:5]) + (", ..." if len(related) > 5 else "")
+        names = some(related)
         _log.warning(
             "cases that are kept out have others of the same patient in training; exclude these too: %s", names
         )

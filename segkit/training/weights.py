@@ -14,9 +14,8 @@ import torch
 from torch import nn
 
 from segkit.checkpoint import LoadReport, ModelCard, TransferOptions, WeightSource, build_network, read_source
-from segkit.checkpoint.names import some
 from segkit.checkpoint.transfer import transfer
-from segkit.errors import CheckpointError, RequestError, as_request
+from segkit.errors import CheckpointError, RequestError, as_request, some
 from segkit.runtime import seed_everything
 from segkit.training.config import RunConfig
 from segkit.training.folder import read_origin, write_origin

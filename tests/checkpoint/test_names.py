@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from segkit.checkpoint.names import match_names, other_part, some
+from segkit.checkpoint.names import match_names, other_part
 
 NETWORK = ("encoder.stem.weight", "encoder.stem.bias", "decoder.weight", "heads.0.weight")
 
@@ -32,8 +32,3 @@ def test_parts_beside_an_encoder_are_known() -> None:
     )
     assert other_part("mask_decoder.transformer.layers.0.norm1.weight") == "mask_decoder is SAM's mask decoder"
     assert other_part("layer1.0.conv1.weight") is None
-
-
-def test_long_lists_are_cut() -> None:
-    assert some("abcd") == "a, b, c, d"
-    assert some("abcde") == "a, b, c, d, ..."

@@ -10,7 +10,7 @@ from pathlib import Path
 from segkit.data.case import BRATS_MODALITIES, Case, Cohort, ImageFile
 from segkit.data.layouts.listing import Listing
 from segkit.data.layouts.modality import IGNORED, LABEL, in_channel_order
-from segkit.errors import Problem
+from segkit.errors import Problem, some
 from segkit.labels import LabelScheme
 
 
@@ -124,7 +124,7 @@ def build_cohort(
 
 def unused_files(paths: Sequence[Path], why: str, remedy: str = "") -> Problem:
     """A warning about files that are left out: how many, why, and the first few names."""
-    names = ", ".join(path.name for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
+    names = some((path.name for path in paths), 3)
     count = f"{len(paths)} file" + ("s" if len(paths) != 1 else "")
     return Problem(str(paths[0].parent), f"{count} left out, {why}: {names}", remedy, is_fatal=False)
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from segkit.errors import some
 from segkit.metrics.facts import METRICS
 from segkit.report.figures import COLOURS, curves_of
 from segkit.report.page.charts import bars_chart, line_chart, reliability_chart, strip_chart
@@ -24,6 +25,8 @@ _RELIABILITY = {"whole": "All voxels", "box": "Around the reference"}
 MOST_ROWS = 1000
 """Cases that a table has at most."""
 _MOST_BARS = 30
+_NAMED = 20
+"""Cases that a note names; the rest is a number."""
 _ENVIRONMENT = ("python", "platform", "cores")
 
 
@@ -202,13 +205,15 @@ def evaluation_notes(findings: Findings, cases: Sequence[CaseFacts]) -> list[str
     notes = []
     missing = [case.id for case in cases if case.is_missing]
     if missing:
-        notes.append(f"Without a usable prediction and given the worst scores: {', '.join(missing)}.")
+        notes.append(
+            f"Without a usable prediction and given the worst scores ({len(missing)}): {some(missing, _NAMED)}."
+        )
     for scored in findings.evaluations:
         for names, told in (
             (scored.document.unscored, "References without a prediction, which are not in these scores"),
             (scored.document.surplus, "Files that belong to no reference"),
         ):
-            notes += [f"{told}: {', '.join(names)}."] if names else []
+            notes += [f"{told} ({len(names)}): {some(names, _NAMED)}."] if names else []
         notes += scored.document.notes
     return notes
 
