@@ -29,6 +29,11 @@ from segkit.errors import CheckpointError
 
 _INNER_KEYS = ("state_dict", "network_weights", "model_state_dict", "model")
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
+_NUMBERS = {
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+}
+"""What weights and counts are kept in; of other types torch knows the name, and cannot copy all of them."""
 
 
 def load_weights_file(path: Path) -> dict[str, Tensor]:
@@ -38,15 +43,17 @@ def load_weights_file(path: Path) -> dict[str, Tensor]:
     weights are taken; prefixes that wrappers add (`module.`, `_orig_mod.`) are dropped.
 
     Raises:
-        CheckpointError: missing, damaged, holds no tensors, or could only be read by running code from it.
+        CheckpointError: missing, damaged, holds no tensors or other than plain ones, or could only be read by running
+            code from it.
     """
     if not path.is_file():
         raise CheckpointError("is not a file", where=path, expected="a .safetensors or torch weight file")
     if path.suffix == ".safetensors":
         try:
-            return dict(safetensors.torch.load_file(path))
+            tensors = safetensors.torch.load_file(path)
         except (safetensors.SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot be read as safetensors ({error})", where=path) from error
+        return _plain(tensors, path)
     return named_tensors(read_torch(path), path)
 
 
@@ -54,7 +61,7 @@ def named_tensors(document: object, where: Path) -> dict[str, Tensor]:
     """The weights in what a torch file holds, by the names that they have without wrappers.
 
     Raises:
-        CheckpointError: it holds no tensors by name.
+        CheckpointError: it holds no tensors by name, or other than plain ones.
     """
     for key in _INNER_KEYS:
         if isinstance(document, Mapping) and isinstance(document.get(key), Mapping):
@@ -66,6 +73,21 @@ def named_tensors(document: object, where: Path) -> dict[str, Tensor]:
     if not tensors:
         expected = f"a state dict, or one under {', '.join(_INNER_KEYS)}"
         raise CheckpointError("holds no tensors by name", where=where, expected=expected)
+    return _plain(tensors, where)
+
+
+def _plain(tensors: dict[str, Tensor], where: Path) -> dict[str, Tensor]:
+    """The tensors, none of which is anything but numbers that the file holds: no view of one number as a million."""
+    for name, tensor in tensors.items():
+        is_dense = tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_meta)
+        if not is_dense or tensor.dtype not in _NUMBERS or tensor.nbytes > tensor.untyped_storage().nbytes():
+            kind = f"{str(tensor.layout)}, {tensor.dtype}, on {tensor.device}".replace("torch.", "")
+            raise CheckpointError(
+                f"{name} is no plain tensor ({kind})",
+                where=where,
+                expected="numbers of a common type, each of them in the file",
+                remedy="Save it again with contiguous tensors of float32",
+            )
     return tensors
 
 

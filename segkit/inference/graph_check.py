@@ -8,6 +8,7 @@ buffer that it has to be (field numbers of onnx.proto, encoding of protobuf.dev)
 from __future__ import annotations
 
 import mmap
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -15,17 +16,25 @@ from pathlib import Path
 from segkit.errors import CheckpointError
 
 _PARTS: Mapping[str, Mapping[int, str]] = {
-    "model": {7: "graph", 20: "training", 25: "function"},
+    "model": {7: "graph", 8: "opset", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
     "graph": {1: "node", 5: "tensor", 15: "sparse"},
-    "function": {7: "node", 11: "attribute"},
+    "function": {7: "node", 9: "opset", 11: "attribute"},
     "node": {5: "attribute"},
     "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
     "sparse": {1: "tensor", 2: "tensor"},
     "tensor": {13: "entry"},
 }
-"""Message -> number of a field -> the message in it, for all that can lead to a tensor."""
-_DIMENSIONS, _KEY, _VALUE = 1, 1, 2
+"""Message -> number of a field -> the message in it, for all that can lead to a tensor, and for versions."""
+_DIMENSIONS, _KEY, _VALUE, _INPUT, _OPERATOR, _DOMAIN, _VERSION = 1, 1, 2, 1, 4, 1, 2
+_OPSETS = range(11, 1000)
+"""Versions of ONNX's own operators: those before pad otherwise, and OpenVINO goes through all up to a graph's."""
+_FEWEST_INPUTS = {
+    **dict.fromkeys((b"Conv", b"Pad"), 2),
+    **dict.fromkeys((b"GlobalAveragePool", b"GlobalMaxPool", b"LogSoftmax", b"Max", b"Mean", b"Min", b"Sum"), 1),
+    b"Normalizer": 1,
+}
+"""Of the operators whose inputs OpenVINO reads without a look whether they are there, which ends the process."""
 _VARINT, _EIGHT_BYTES, _TEXT, _FOUR_BYTES = 0, 1, 2, 5
 _DEEPEST = 64
 _MOST_VALUES_PER_BYTE = 2
@@ -58,16 +67,23 @@ class _Walk:
             raise ValueError("nested too deeply")
         parts = _PARTS.get(kind, {})
         shape: list[int] = []
-        entry: dict[int, bytes] = {}
+        texts: dict[int, list[bytes]] = defaultdict(list)
+        version = 0
         for number, value, start, stop in self._fields(place, end):
             if number in parts and start < stop:
                 self.message(parts[number], start, stop, depth + 1)
             elif kind == "tensor" and number == _DIMENSIONS:
                 shape += self._varints(start, stop) if value is None else [value]
-            elif kind == "entry" and number in (_KEY, _VALUE):
-                entry[number] = self.data[start:stop]
-        if kind == "entry" and entry.get(_KEY) == b"location":
-            self._require_known(entry.get(_VALUE, b"").decode("utf-8", "replace"))
+            elif kind == "opset" and number == _VERSION:
+                version = value or 0
+            elif kind in ("entry", "node", "opset") and start < stop:
+                texts[number].append(self.data[start:stop])
+        if kind == "entry" and texts[_KEY][-1:] == [b"location"]:
+            self._require_known(b"".join(texts[_VALUE][-1:]).decode("utf-8", "replace"))
+        if kind == "node" and len(texts[_INPUT]) < _FEWEST_INPUTS.get(b"".join(texts[_OPERATOR][-1:]), 0):
+            raise ValueError("an operator without its inputs")
+        if kind == "opset" and texts[_DOMAIN][-1:] in ([], [b"ai.onnx"]) and version not in _OPSETS:
+            raise ValueError("a version of operators that no runtime has")
         if prod(shape) > _MOST_VALUES_PER_BYTE * self.stored:
             raise CheckpointError(
                 f"the graph claims weights of {' x '.join(map(str, shape))} values",

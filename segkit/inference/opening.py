@@ -98,16 +98,20 @@ def _open_export(folder: Path, card: ModelCard, name: str, window: tuple[int, ..
     path = folder / graph.file
     require_harmless(path, graph.sha256)
     with _explained(path):
-        return GuardedBackend(open_graph(path, name, threads=threads), path)
+        return GuardedBackend(open_graph(path, name, threads=threads), path, card.network.out_channels)
 
 
 class GuardedBackend:
-    """The runtime of a graph from elsewhere; what it fails over becomes a sentence that names the file."""
+    """The runtime of a graph from elsewhere; what it fails over becomes a sentence that names the file.
 
-    def __init__(self, backend: Backend, path: Path) -> None:
+    So does what it gives that is no logits of `outputs` classes: fewer voxels would be spread over the window unseen.
+    """
+
+    def __init__(self, backend: Backend, path: Path, outputs: int) -> None:
         self.name, self.threads = backend.name, backend.threads
         self._backend = backend
         self._path = path
+        self._outputs = outputs
 
     def __call__(self, windows: Array) -> Array:
         """Logits (B, K, *window) of windows (B, C, *window).
@@ -116,7 +120,16 @@ class GuardedBackend:
             CheckpointError: the graph does not compute them.
         """
         with _explained(self._path):
-            return self._backend(windows)
+            logits: Array = np.asarray(self._backend(windows))
+        expected = (len(windows), self._outputs, *windows.shape[2:])
+        if logits.shape != expected or logits.dtype != np.float32:
+            raise CheckpointError(
+                f"the graph gives {logits.dtype} of shape {logits.shape}",
+                where=self._path,
+                expected=f"logits, float32 of shape {expected}",
+                remedy="Export the model again",
+            )
+        return logits
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from fuzzing import seeds
-from fuzzing.mutators import png_chunk
+from fuzzing.mutators.pictures import png_chunk
 from fuzzing.worker import CANARY
 
 CORPUS = Path(__file__).resolve().parent / "corpus"

@@ -1,6 +1,7 @@
 """Hostile inputs for every parser: `python tests/fuzz/run.py --inputs 20000 --seed 0`.
 
-Prints a table of what became of them and every defect once; the exit code is 1 where there are any. `--show PARSER
+Prints a table of what became of them (of formats whose first check refuses most random changes, which share got beyond
+it) and every defect once; the exit code is 1 where there are any. `--show PARSER
 NUMBER` writes that input into the current folder.
 """
 
@@ -13,6 +14,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+from fuzzing.parser import Parser
 from fuzzing.parsers import PARSERS
 from fuzzing.runner import Tally, run_jobs
 from fuzzing.worker import made_input
@@ -35,7 +37,7 @@ def main() -> int:
     began, tallies = time.monotonic(), {}
     for name in options.parsers:
         tallies |= run_jobs([[name, options.seed, 0, each]])
-        print(_row(name, tallies[name]), flush=True)  # noqa: T201
+        print(_row(PARSERS[name], tallies[name]), flush=True)  # noqa: T201
         for words, numbers in _distinct(tallies[name]).items():
             print(f"    {len(numbers)}: {words}  (number {numbers[0]})", flush=True)  # noqa: T201
     total = sum(tally.inputs for tally in tallies.values())
@@ -44,10 +46,11 @@ def main() -> int:
     return 1 if defects else 0
 
 
-def _row(name: str, tally: Tally) -> str:
+def _row(parser: Parser, tally: Tally) -> str:
+    beyond = f"{tally.share_beyond(parser.first_check):4.0%}" if parser.first_check else "   -"
     return (
-        f"{name:20} {tally.inputs:6} inputs {tally.accepted:6} accepted {tally.refused:6} refused "
-        f"{len(tally.defects):5} defects"
+        f"{parser.name:20} {tally.inputs:6} inputs {tally.accepted:6} accepted {tally.refused:6} refused "
+        f"{beyond} beyond the first check {len(tally.defects):5} defects"
     )
 
 

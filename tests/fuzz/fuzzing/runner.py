@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import selectors
 import subprocess
 import sys
@@ -36,6 +37,10 @@ class Tally:
     def inputs(self) -> int:
         """All of them."""
         return self.accepted + self.refused + len(self.defects)
+
+    def share_beyond(self, first_check: str) -> float:
+        """Of the inputs: those that were not refused with a sentence that matches this regular expression."""
+        return 1 - sum(bool(re.search(first_check, sentence)) for sentence in self.sentences) / self.inputs
 
     def note(self, number: int, outcome: str, words: str) -> None:
         """Count one input."""

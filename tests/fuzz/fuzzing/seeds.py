@@ -119,10 +119,21 @@ data:
   modalities: {t1c: _t1ce, label: _seg}
 network: {family: revmbunet, size: base}
 training:
-  batch_size: 2
+  steps: 200
   budget_minutes: 30
 optimiser: {lr: 1.0e-3}
 """
+
+SETTINGS = """data.fold=1
+data.modalities={t1c: _t1ce}
+data.exclude=[a, b]
+network.family=unet
+network.arguments={widths: [8, 16]}
+planning.patch_limit=48
+optimiser.lr=1e-3
+optimiser.schedule=cosine
+training.steps=200
+training.budget_minutes=30"""
 
 DATASET_MSD = {
     "name": "stairs",
@@ -160,7 +171,7 @@ MANIFEST = {
     "earlier": [{"case": "d", "status": "skipped", "label_scheme": None, "model": "abc"}],
 }
 
-CARD = {
+CARD: dict[str, Any] = {
     "task": "segmentation",
     "network": {
         "family": "r2unet",
@@ -200,6 +211,14 @@ CARD = {
     },
     "training_data": {"identity": "made up", "licence": "CC0", "cases": 3},
 }
+
+GRAPH_CARD = {
+    **CARD,
+    "network": {**CARD["network"], "out_channels": 2},
+    "outputs": CARD["outputs"][:2],
+    "label_scheme": {"name": "classes", "labels": {"edema": 1}},
+}
+"""Of an export of the graphs below."""
 
 
 def zipped(members: Mapping[str, bytes], mode: int = 0) -> bytes:
@@ -313,6 +332,55 @@ def onnx_graph(location: str | None = None, shape: tuple[int, ...] = (2, 1, 1, 1
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx_bytes: bytes = model.SerializeToString()
     assert onnx.load_from_string(onnx_bytes, format="protobuf") is not None
+    return onnx_bytes
+
+
+def onnx_network(*, has_function: bool) -> bytes:
+    """A graph as a U-net has it: down, up, a skip, a norm; besides a branch, a loop and a function of its own."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    node, info, kinds = helper.make_node, helper.make_tensor_value_info, TensorProto
+    weights = {
+        "w": np.ones((2, 1, 3, 3, 3), np.float32) / 27,
+        "ones": np.ones(2, np.float32),
+        "zeros": np.zeros(2, np.float32),
+        "scales": np.array([1, 1, 2, 2, 2], np.float32),
+        "mix": np.ones((2, 4, 1, 1, 1), np.float32),
+        "yes": np.array(True),
+        "twice": np.array(2, np.int64),
+    }
+    branches = {
+        f"{name}_branch": helper.make_graph([node(operator, ["up"], [name])], name, [], [info(name, kinds.FLOAT, None)])
+        for name, operator in {"then": "Relu", "else": "Neg"}.items()
+    }
+    step = helper.make_graph(
+        [node("Identity", ["go"], ["on"]), node("Relu", ["before"], ["after"])],
+        "step",
+        [info("i", kinds.INT64, []), info("go", kinds.BOOL, []), info("before", kinds.FLOAT, None)],
+        [info("on", kinds.BOOL, []), info("after", kinds.FLOAT, None)],
+    )
+    nodes = [
+        node("Conv", ["image", "w"], ["wide"], kernel_shape=[3, 3, 3], pads=[1] * 6),
+        node("InstanceNormalization", ["wide", "ones", "zeros"], ["normed"], epsilon=1e-5),
+        node("MaxPool", ["normed"], ["down"], kernel_shape=[2, 2, 2], strides=[2, 2, 2]),
+        node("Resize", ["down", "", "scales"], ["up"], mode="nearest"),
+        node("If", ["yes"], ["chosen"], **branches),
+        node("Loop", ["twice", "yes", "chosen"], ["looped"], body=step),
+        node("Concat", ["looped", "normed"], ["both"], axis=1),
+        node("Conv", ["both", "mix"], ["mixed"]),
+        node("Twofold", ["mixed"], ["logits"], domain="local") if has_function else node("Relu", ["mixed"], ["logits"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [info("image", kinds.FLOAT, ["batch", 1, 8, 8, 8])],
+        [info("logits", kinds.FLOAT, ["batch", 2, 8, 8, 8])],
+        [numpy_helper.from_array(values, name) for name, values in weights.items()],
+    )
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("local", 1)]
+    twofold = helper.make_function("local", "Twofold", ["x"], ["y"], [node("Add", ["x", "x"], ["y"])], opsets[:1])
+    model = helper.make_model(graph, opset_imports=opsets, functions=[twofold], ir_version=10)
+    onnx_bytes: bytes = model.SerializeToString()
     return onnx_bytes
 
 

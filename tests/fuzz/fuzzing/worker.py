@@ -20,7 +20,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fuzzing.parsers import PARSERS, Files, Parser
+from fuzzing.parser import Files, Parser
+from fuzzing.parsers import PARSERS
 
 CORPUS = "corpus "
 """In front of the name of a parser that reads entries of the corpus."""
