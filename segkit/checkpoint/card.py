@@ -198,6 +198,10 @@ class ModelCard(Config):
             raise ValueError(f"patches of {self.patch_size} voxels are too large for any machine")
         if self.mirror_axes and not set(self.mirror_axes) <= set(range(self.dims)):
             raise ValueError(f"mirror_axes are {self.mirror_axes} of {self.dims} axes")
+        if self.label_scheme is not None:
+            unknown = {output.label for output in self.outputs} - {0, *self.label_scheme.labels.values()}
+            if unknown:
+                raise ValueError(f"outputs paint {sorted(unknown)}, for which label_scheme has no names")
         return self
 
     @property

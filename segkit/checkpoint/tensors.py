@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import pickletools
 import re
 import warnings
 import zipfile
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from segkit.checkpoint.digest import file_sha256
 from segkit.checkpoint.plain_numpy import MAKERS
+from segkit.checkpoint.torch_check import is_zip, require_modest, require_sparse_memo_absent
 from segkit.data.files import written_atomically
 from segkit.errors import CheckpointError
 
@@ -77,16 +77,14 @@ def named_tensors(document: object, where: Path) -> dict[str, Tensor]:
 
 
 def _plain(tensors: dict[str, Tensor], where: Path) -> dict[str, Tensor]:
-    """The tensors, none of which is anything but numbers that the file holds: no view of one number as a million."""
+    """The tensors, all of them of types that networks are kept in."""
     for name, tensor in tensors.items():
-        is_dense = tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_meta)
-        if not is_dense or tensor.dtype not in _NUMBERS or tensor.nbytes > tensor.untyped_storage().nbytes():
-            kind = f"{str(tensor.layout)}, {tensor.dtype}, on {tensor.device}".replace("torch.", "")
+        if tensor.dtype not in _NUMBERS:
             raise CheckpointError(
-                f"{name} is no plain tensor ({kind})",
+                f"{name} is of {str(tensor.dtype).removeprefix('torch.')}",
                 where=where,
-                expected="numbers of a common type, each of them in the file",
-                remedy="Save it again with contiguous tensors of float32",
+                expected="numbers of a common type",
+                remedy="Save it again in float32",
             )
     return tensors
 
@@ -132,13 +130,13 @@ def read_torch(path: Path, *, is_mapped: bool = False) -> Any:
     if not path.is_file():
         raise CheckpointError("is missing", where=path)
     try:
-        _refuse_packed(path)
+        require_modest(path)
         broken = None if is_mapped else _broken_part(path)
         if broken is None:
             makers: list[Any] = [(maker, f"{room}.{name}") for (room, name), maker in MAKERS.items()]
             with torch.serialization.safe_globals(makers), warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # about pickle protocols, ahead of the refusal itself
-                mapped = is_mapped and zipfile.is_zipfile(path)
+                mapped = is_mapped and is_zip(path)
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except CheckpointError:
         raise
@@ -160,20 +158,13 @@ def read_plain_pickle(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError("is missing", where=path)
     try:
-        data = path.read_bytes()
-        _refuse_sparse_memo(data)
-        return _PlainUnpickler(io.BytesIO(data)).load()
+        stream = io.BytesIO(path.read_bytes())
+        require_sparse_memo_absent(stream, path.stat().st_size)
+        return _PlainUnpickler(stream).load()
     except pickle.UnpicklingError as error:
         raise _refused(path, "Ask for the plans as JSON") from error
     except Exception as error:  # damaged pickles fail in every way there is
         raise CheckpointError(f"is damaged ({type(error).__name__}: {error})", where=path) from error
-
-
-def _refuse_sparse_memo(data: bytes) -> None:
-    """UnpicklingError where values have larger numbers than the file has bytes: up to these, room would be made."""
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name.endswith("PUT") and int(argument or 0) > len(data):
-            raise pickle.UnpicklingError("its values are numbered beyond their count")
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -198,25 +189,9 @@ def _refused(path: Path, remedy: str) -> CheckpointError:
     )
 
 
-def _refuse_packed(path: Path) -> None:
-    """Refuse a torch file whose parts are packed: torch never packs them, and a few kB would unpack to gigabytes."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        parts = archive.infolist()
-    total = sum(part.file_size for part in parts)
-    if total > path.stat().st_size or any(part.compress_type != zipfile.ZIP_STORED for part in parts):
-        raise CheckpointError(
-            f"its parts are packed and unpack to {total} bytes",
-            where=path,
-            expected="a file as torch writes it, which packs nothing",
-            remedy="Save it again with torch.save, or convert it to safetensors where it was made",
-        )
-
-
 def _broken_part(path: Path) -> str | None:
     """The first part whose checksum is wrong: torch does not look, and would load a flipped bit as a weight."""
-    if not zipfile.is_zipfile(path):
+    if not is_zip(path):
         return None
     with zipfile.ZipFile(path) as archive:
         return archive.testzip()

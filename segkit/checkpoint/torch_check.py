@@ -1,0 +1,159 @@
+"""What a torch file claims, found out before torch reads it.
+
+torch looks whether a pickle names code, and believes the rest: it makes room for what packed parts unpack to, and takes
+six numbers for a million million, which fill the memory as soon as anything goes through them. So the pickle is read
+here once with everything it names left out.
+"""
+
+from __future__ import annotations
+
+import pickle
+import pickletools
+import struct
+import zipfile
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import IO, Any
+
+from segkit.errors import CheckpointError
+
+_ZIP_MAGIC = b"PK\x03\x04"
+_PICKLES_OF_LEGACY_FILES = 5
+"""A number, a version, a machine, the contents and the keys of the storages, which come after them."""
+_REBUILT = "torch._utils._rebuild_"
+_MAKERS = {
+    *("tensor", "tensor_v2", "tensor_v3", "parameter", "parameter_with_state"),
+    *("device_tensor_from_cpu_tensor", "device_tensor_from_numpy"),
+}
+"""Those of tensors whose numbers are in the file; sparse ones and such as have no numbers are none of weights."""
+_MOST_SPREAD_VALUES = 10_000
+"""A number may stand for as many; networks keep small constants so."""
+
+
+def is_zip(path: Path) -> bool:
+    """Whether torch takes a file for a zip archive, by its first bytes."""
+    with path.open("rb") as stream:
+        return stream.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
+
+
+def require_modest(path: Path) -> None:
+    """Do nothing if a torch file claims no more than it holds.
+
+    Raises:
+        CheckpointError: parts of it are packed, or tensors are larger than their storages, or no plain ones.
+        pickle.UnpicklingError, OSError, zipfile.BadZipFile and others: it is damaged.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        if not is_zip(path):
+            for _ in range(_PICKLES_OF_LEGACY_FILES):
+                _look_at(stream, path, size)
+            return
+        _require_one_directory(path, stream, size)
+        with zipfile.ZipFile(stream) as archive:
+            parts = archive.infolist()
+            _require_unpacked(path, parts, size)
+            for part in parts:
+                if part.filename.lower().endswith("data.pkl"):  # torch finds it in capitals as well
+                    with archive.open(part) as pickled:
+                        _look_at(pickled, path, size)
+
+
+def require_sparse_memo_absent(stream: IO[bytes], size: int) -> None:
+    """UnpicklingError where values have larger numbers than the file has bytes: up to these, room would be made."""
+    start = stream.tell()
+    for opcode, argument, _ in pickletools.genops(stream):
+        if opcode.name.endswith("PUT") and int(argument or 0) > size:
+            raise pickle.UnpicklingError("its values are numbered beyond their count")
+    stream.seek(start)
+
+
+def _require_one_directory(path: Path, stream: IO[bytes], size: int) -> None:
+    """Refuse a zip file whose directory does not end where its end begins: readers then find different ones in it."""
+    stream.seek(max(0, size - 98))
+    tail = stream.read()
+    (length, start), stop = struct.unpack("<2I", tail[-10:-2]), size - 22
+    if tail[-42:-38] == b"PK\x06\x07":  # of large files, and of all that torch writes, with a wider record before it
+        (length, start), stop = struct.unpack("<2Q", tail[-58:-42]), size - 98
+    if tail[-22:-18] != b"PK\x05\x06" or start + length != stop:
+        raise CheckpointError("is damaged (the directory of its parts is not at its end)", where=path)
+
+
+def _require_unpacked(path: Path, parts: list[zipfile.ZipInfo], size: int) -> None:
+    """Refuse packed parts: torch never packs them, and a few kB would unpack to gigabytes."""
+    total = sum(part.file_size for part in parts)
+    if total > size or any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+        raise CheckpointError(
+            f"its parts are packed and unpack to {total} bytes",
+            where=path,
+            expected="a file as torch writes it, which packs nothing",
+            remedy="Save it again with torch.save, or convert it to safetensors where it was made",
+        )
+
+
+def _look_at(stream: IO[bytes], path: Path, size: int) -> None:
+    require_sparse_memo_absent(stream, size)
+    try:
+        _Outline(stream, size).load()
+    except _Claim as claim:
+        raise CheckpointError(
+            str(claim),
+            where=path,
+            expected="plain tensors whose numbers are in the file",
+            remedy="Save it again with contiguous tensors, or convert it to safetensors where it was made",
+        ) from claim
+
+
+class _Claim(Exception):
+    """Something that the file cannot hold."""
+
+
+class _Outline(pickle.Unpickler):
+    """A pickle in which every name stands for something that does nothing, but for the claims of tensors."""
+
+    def __init__(self, stream: IO[bytes], size: int) -> None:
+        super().__init__(stream)
+        self.size = size
+
+    def find_class(self, module: str, name: str) -> Any:
+        return type("Nothing", (_Nothing,), {"path": f"{module}.{name}"})
+
+    def persistent_load(self, pid: Any) -> Any:
+        match pid:
+            case (_, _, _, _, int(values), *_) if values > self.size:
+                raise _Claim(f"claims {values} values in a file of {self.size} bytes")
+        return pid
+
+
+class _Nothing(dict[Any, Any]):
+    """What a pickle makes of a name: it takes whatever it is given, and keeps nothing."""
+
+    path = ""
+
+    def __new__(cls, *arguments: Any) -> _Nothing:
+        kind = cls.path.removeprefix(_REBUILT)
+        if kind != cls.path and kind not in _MAKERS:
+            raise _Claim(f"holds a tensor of a special kind ({kind})")
+        match kind.split("_"), arguments:
+            case ["tensor", *_], ((_, _, _, _, int(values), *_), _, tuple(shape), *_) if {*map(type, shape)} <= {int}:
+                if prod(max(1, length) for length in shape) > max(values, _MOST_SPREAD_VALUES):
+                    raise _Claim(f"claims a tensor of {' x '.join(map(str, shape))} values, and holds {values} of them")
+            case ["tensor", *_], _:
+                raise pickle.UnpicklingError("a tensor that is made in another way than torch's")
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, _: Any) -> None: ...
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+    def append(self, _: Any) -> None: ...
+
+    def extend(self, _: Any) -> None: ...
