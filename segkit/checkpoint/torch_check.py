@@ -11,7 +11,6 @@ import pickle
 import pickletools
 import struct
 import zipfile
-from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import IO, Any
@@ -96,7 +95,7 @@ def _look_at(stream: IO[bytes], path: Path, size: int) -> None:
     require_sparse_memo_absent(stream, size)
     try:
         _Outline(stream, size).load()
-    except _Claim as claim:
+    except _ClaimError as claim:
         raise CheckpointError(
             str(claim),
             where=path,
@@ -105,7 +104,7 @@ def _look_at(stream: IO[bytes], path: Path, size: int) -> None:
         ) from claim
 
 
-class _Claim(Exception):
+class _ClaimError(Exception):
     """Something that the file cannot hold."""
 
 
@@ -122,11 +121,11 @@ class _Outline(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         match pid:
             case (_, _, _, _, int(values), *_) if values > self.size:
-                raise _Claim(f"claims {values} values in a file of {self.size} bytes")
+                raise _ClaimError(f"claims {values} values in a file of {self.size} bytes")
         return pid
 
 
-class _Nothing(dict[Any, Any]):
+class _Nothing:
     """What a pickle makes of a name: it takes whatever it is given, and keeps nothing."""
 
     path = ""
@@ -134,25 +133,22 @@ class _Nothing(dict[Any, Any]):
     def __new__(cls, *arguments: Any) -> _Nothing:
         kind = cls.path.removeprefix(_REBUILT)
         if kind != cls.path and kind not in _MAKERS:
-            raise _Claim(f"holds a tensor of a special kind ({kind})")
+            raise _ClaimError(f"holds a tensor of a special kind ({kind})")
         match kind.split("_"), arguments:
             case ["tensor", *_], ((_, _, _, _, int(values), *_), _, tuple(shape), *_) if {*map(type, shape)} <= {int}:
                 if prod(max(1, length) for length in shape) > max(values, _MOST_SPREAD_VALUES):
-                    raise _Claim(f"claims a tensor of {' x '.join(map(str, shape))} values, and holds {values} of them")
+                    raise _ClaimError(
+                        f"claims a tensor of {' x '.join(map(str, shape))} values, and holds {values} of them"
+                    )
             case ["tensor", *_], _:
                 raise pickle.UnpicklingError("a tensor that is made in another way than torch's")
         return super().__new__(cls)
 
-    def __init__(self, *_: Any) -> None:
-        super().__init__()
+    def __init__(self, *_: Any) -> None: ...
 
     def __setstate__(self, _: Any) -> None: ...
 
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(())
+    def __setitem__(self, _: Any, __: Any) -> None: ...
 
     def append(self, _: Any) -> None: ...
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from fuzzing import seeds
 from fuzzing.mutators.pictures import png_chunk
 from fuzzing.worker import CANARY
@@ -224,6 +225,7 @@ def json_entries() -> dict[str, dict[str, bytes]]:
             "width-of-1e9--model.json": changed(card, "network", "arguments", to={"widths": [10**9, 10**9]}),
             "wide-but-thin-weights--model.json": changed(card, "network", "arguments", to={"widths": [4096, 8192]}),
             "label-300--model.json": changed(card, "outputs", 1, "label", to=300),
+            "label-without-a-name--model.json": changed(card, "outputs", 1, "label", to=7),
         },
         "nnunet-result": {
             "inherits-from-itself--plans.json": changed(
@@ -245,15 +247,30 @@ def pickle_entries() -> dict[str, dict[str, bytes]]:
     state = {"state_dict": OrderedDict(w=np.ones(2)), "extra": Burglar()}
     plans = pickle.loads(seeds.plans_pickle())
     objects = np.array([Burglar(), None], dtype=object)
+    one = torch.ones(1)
+    wide: dict[str, object] = {
+        "one-number-as-1e12--x.pth": {"w": one.expand(10**6, 10**6)},
+        "one-number-as-1e9-gone-through--x.pth": {"w": one, "extra": ByName(OrderedDict, one.expand(10**9, 1))},
+        "tensor-without-numbers--x.pth": {"w": one, "extra": torch.empty(10**6, 10**6, device="meta")},
+        "tensor-of-complex-numbers--x.pth": {"w": torch.ones(2, dtype=torch.complex64)},
+    }
     parts = {"archive/data.pkl": b"\x80\x02}.", "archive/version": b"3", "archive/data/0": bytes(30 * 2**20)}
     return {
         "torch-zip": {
+            **{name: seeds.torch_file(document) for name, document in wide.items()},
+            "two-directories--x.pth": two_directories(
+                *(seeds.torch_file({"state_dict": {"w": torch.full((2,), number)}}) for number in (1.0, 2.0))
+            ),
             "code-beside-the-weights--x.pth": seeds.torch_file(state),
             "code-in-an-array-of-objects--x.pth": seeds.torch_file({"state_dict": {}, "extra": objects}),
             "array-over-forged-addresses--x.pth": seeds.torch_file({"state_dict": {}, "extra": forged}),
             "parts-are-packed--x.pth": seeds.zipped(parts),
         },
         "torch-legacy": {
+            **{
+                name.replace(".pth", ".ckpt"): seeds.torch_file(document, is_zip=False)
+                for name, document in wide.items()
+            },
             "code-beside-the-weights--x.ckpt": seeds.torch_file(state, is_zip=False),
             "code-in-a-plain-pickle--x.ckpt": pickle.dumps(Burglar()),
             "array-over-forged-addresses--x.ckpt": pickle.dumps({"w": forged}),
@@ -274,6 +291,7 @@ def pickle_entries() -> dict[str, dict[str, bytes]]:
                 '{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4]}}'
             ),
             "nested-100000-deep--x.safetensors": _safetensors("[" * 10**5),
+            "numbers-of-4-bits--x.safetensors": _safetensors('{"a":{"dtype":"F4","shape":[8],"data_offsets":[0,4]}}'),
         },
     }
 
@@ -286,6 +304,13 @@ def _circle() -> dict[str, Any]:
 
 def _safetensors(header: str) -> bytes:
     return struct.pack("<Q", len(header)) + header.encode() + bytes(4)
+
+
+def two_directories(shown: bytes, hidden: bytes) -> bytes:
+    """Two torch files of one size as one zip file, of which Python's reader finds the first and torch's the second."""
+    tail = hidden.index(b"PK\x06\x06")
+    length, start = struct.unpack("<2I", hidden[-10:-2])
+    return hidden[:tail] + shown[:tail] + b"PK\x05\x06" + hidden[-18:-10] + struct.pack("<2IH", length, start, 0)
 
 
 def archive_entries() -> dict[str, dict[str, bytes]]:
@@ -312,8 +337,25 @@ def archive_entries() -> dict[str, dict[str, bytes]]:
 
 
 def onnx_entries() -> dict[str, bytes]:
-    """Weights elsewhere, and weights that are not there."""
+    """Weights elsewhere, weights that are not there, and what OpenVINO takes for granted."""
+    import onnx
+
+    def graph(change: Callable[[Any], object]) -> bytes:
+        model = onnx.load_from_string(seeds.onnx_graph())
+        change(model)
+        data: bytes = model.SerializeToString()
+        return data
+
+    def make_smaller(model: Any) -> None:
+        model.graph.node[0].output[0] = "wide"
+        model.graph.node.append(onnx.helper.make_node("MaxPool", ["wide"], ["logits"], kernel_shape=[3, 3, 3]))
+
+    labels = [{"name": "background", "label": 0}, {"name": "edema", "label": 2}]
     return {
+        "opset-of-2-billion--model.onnx": graph(lambda model: setattr(model.opset_import[0], "version", 2**31)),
+        "convolution-without-weights--model.onnx": graph(lambda model: model.graph.node[0].input.pop()),
+        "logits-of-6-x-6-x-6--model.onnx": graph(make_smaller),
+        "label-without-a-name--model.json": changed(seeds.GRAPH_CARD, "outputs", to=labels),
         "weights-outside--model.onnx": seeds.onnx_graph("../../etc/passwd"),
         "weights-absolute--model.onnx": seeds.onnx_graph("/etc/passwd"),
         "weights-in-an-unlisted-file--model.onnx": seeds.onnx_graph("other.data"),

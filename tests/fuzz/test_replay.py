@@ -85,6 +85,13 @@ def test_hostile_inputs_are_read_or_refused(parser: str, tallies: dict[str, Tall
     assert tally.accepted > 0, "not even the honest inputs are read"
 
 
+@pytest.mark.parametrize("parser", [name for name, parser in PARSERS.items() if parser.first_check])
+def test_most_inputs_get_beyond_the_first_check(parser: str, tallies: dict[str, Tally]) -> None:
+    if parser not in tallies:
+        pytest.skip(f"{_NEEDED[parser]} is not installed")
+    assert tallies[parser].share_beyond(PARSERS[parser].first_check) > 0.5
+
+
 @pytest.mark.parametrize("parser", sorted(path.name for path in _CORPUS.iterdir()))
 def test_known_attacks_are_refused(parser: str, tallies: dict[str, Tally]) -> None:
     if parser not in tallies:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import yaml
 
 from fuzzing.mutators.raw import mutated_bytes
-from fuzzing.mutators.trees import VALUES, mutated_tree, places_of
+from fuzzing.mutators.trees import VALUES, mutated_tree
 
 _MARK = "spelt-{}-"
 _JSON_SPELLINGS = (
@@ -27,7 +27,19 @@ _YAML_SPELLINGS = (
     *("{<<: [{x: 1}, {y: 2}]}", "{<<: x}", "{[a]: 1}", "{{a: b}: 1}", "{1: 2, true: 3, ~: 4}", "{a: 1, a: 2}"),
     *("{1: 2, 0x1: 3}", "{? a}", '"\\ud800"', '"\\0"', '"\\U000e0001"', "1.0e-3", "1e-3", "+1", "{2001-01-01: 1}"),
 )
-_OTHER_KEYS = ("1:", "true:", "~:", "1.5:", "[a]:", "<<:", "data.fold:", "=:", "2001-01-01:", "? a\n:", "!!binary eA==:")
+_OTHER_KEYS = (
+    "1:",
+    "true:",
+    "~:",
+    "1.5:",
+    "[a]:",
+    "<<:",
+    "data.fold:",
+    "=:",
+    "2001-01-01:",
+    "? a\n:",
+    "!!binary eA==:",
+)
 
 
 def mutated_json(data: bytes, rng: random.Random) -> bytes:
@@ -52,7 +64,9 @@ def mutated_yaml(data: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.1:
         text = re.sub(rf"\b{rng.choice(_keys_of(text))}:", lambda _: rng.choice(_OTHER_KEYS), text, count=1)
     if rng.random() < 0.05:
-        text = rng.choice(("%YAML 1.1\n---\n{}", "%TAG ! x:\n---\n{}", "---\n{}...\n", "{}---\n{{}}\n", "\ufeff{}")).format(text)
+        text = rng.choice(
+            ("%YAML 1.1\n---\n{}", "%TAG ! x:\n---\n{}", "---\n{}...\n", "{}---\n{{}}\n", "\ufeff{}")
+        ).format(text)
     return text.encode("utf-8", "surrogatepass")
 
 

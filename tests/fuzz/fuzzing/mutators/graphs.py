@@ -20,7 +20,18 @@ _TEXTS: dict[str, tuple[str, ...]] = {
     "op_type": _OPERATORS,
     "domain": ("", "ai.onnx", "ai.onnx.ml", "com.microsoft", "local", "org.openvinotoolkit", "x"),
     "key": ("location", "offset", "length", "checksum", "basepath", "x"),
-    "value": ("model.onnx", "model.onnx.data", "../../etc/passwd", "/etc/passwd", "0", "8", "-1", "9" * 30, "other", ""),
+    "value": (
+        "model.onnx",
+        "model.onnx.data",
+        "../../etc/passwd",
+        "/etc/passwd",
+        "0",
+        "8",
+        "-1",
+        "9" * 30,
+        "other",
+        "",
+    ),
 }
 _ANY_TEXT = ("", "x", "image", "logits", "w", "../x", "a\0b", "é" * 300, "batch", "x" * 10**5)
 _INTEGERS = (0, 1, 2, 3, 5, 7, 8, 16, 64, -1, -2, 1000, 2**31 - 1, -(2**31))

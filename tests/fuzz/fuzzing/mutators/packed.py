@@ -49,7 +49,9 @@ def mutated_zip(data: bytes, rng: random.Random) -> bytes:
         elif kind == 3:
             content = rng.choice((b"", bytes(11 * 2**20), data, b"../../etc/passwd", content * 2))
         else:
-            info.extra = rng.choice((b"\x01\x00\x08\x00" + b"\xff" * 8, b"\x75\x70\x06\x00\x01" + bytes(4) + b"x", b"x"))
+            info.extra = rng.choice(
+                (b"\x01\x00\x08\x00" + b"\xff" * 8, b"\x75\x70\x06\x00\x01" + bytes(4) + b"x", b"x")
+            )
         place = rng.randrange(len(members) + 1)
         members[place : place + rng.randrange(2)] = [(info, content)]
     return packed_again(members, rng)

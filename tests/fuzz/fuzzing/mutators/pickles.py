@@ -54,34 +54,69 @@ _NAMES = [
         *("numpy.f2py.crackfortran myeval", "torch load", "torch.hub load", "torch.serialization load"),
         *("torch.storage _load_from_bytes", "torch.storage UntypedStorage", "torch.storage TypedStorage"),
         *("torch FloatStorage", "torch device", "torch Size", "torch dtype", "torch float16", "torch Tensor"),
-        *("torch.nn.parameter Parameter", "torch._tensor _rebuild_from_type_v2", "torch.jit load", "torch.fx GraphModule"),
+        *(
+            "torch.nn.parameter Parameter",
+            "torch._tensor _rebuild_from_type_v2",
+            "torch.jit load",
+            "torch.fx GraphModule",
+        ),
         *("torch._utils _rebuild_tensor", "torch._utils _rebuild_parameter", "torch._utils _rebuild_qtensor"),
         *("segkit.checkpoint.tensors read_torch", "__main__ Burglar", " ", "os path.join", "\u00e9 x"),
     )
 ]
 PLAIN: tuple[Any, ...] = (
-    *VALUES * 3,
+    *VALUES * 5,
     *_NAMES,
     *(name("canary") for name in _NAMES),
     *(Fixed(), Fixed([1]), Fixed([Fixed([0])] * 3), b"", b"AAAAAAAA", bytes(1000), 2**2000, -(2**63), OrderedDict(a=1)),
 )
 _OPCODES = (
     *(b"R", b"b", b"\x81", b"o", b"0", b"1", b"2", b"(", b".", b"t", b"\x85", b"\x86", b"\x87", b")", b"]", b"}", b"l"),
-    *(b"d", b"a", b"e", b"s", b"u", b"\x90", b"\x91", b"\x8f", b"\x93", b"\x94", b"Q", b"Pos\n", b"N", b"\x88", b"\x92"),
+    *(
+        b"d",
+        b"a",
+        b"e",
+        b"s",
+        b"u",
+        b"\x90",
+        b"\x91",
+        b"\x8f",
+        b"\x93",
+        b"\x94",
+        b"Q",
+        b"Pos\n",
+        b"N",
+        b"\x88",
+        b"\x92",
+    ),
     *(b"h\x00", b"h\xff", b"q\x00", b"q\xff", b"j\xff\xff\xff\x7f", b"r\xff\xff\xff\x7f", b"g0\n", b"p9999999999\n"),
     *(b"\x80\x05", b"\x80\xff", b"\x82\x01", b"\x84\xff\xff\xff\x7f", b"\x97", b"\x98", b"\x95" + b"\xff" * 8),
-    *(b"cos\nsystem\n", b"(ios\nsystem\n", b"\x8c\x02os\x8c\x06system\x93", b"\x8d" + b"\xff" * 8, b"\x8e" + b"\xff" * 8),
-    *(b"\x8b\xff\xff\xff\x7f", b"\x8a\x00", b"L99999999999999999999L\n", b"I01\n", b"Fnan\n", b"S'\\x41'\n", b"V\\ud800\n"),
+    *(
+        b"cos\nsystem\n",
+        b"(ios\nsystem\n",
+        b"\x8c\x02os\x8c\x06system\x93",
+        b"\x8d" + b"\xff" * 8,
+        b"\x8e" + b"\xff" * 8,
+    ),
+    *(
+        b"\x8b\xff\xff\xff\x7f",
+        b"\x8a\x00",
+        b"L99999999999999999999L\n",
+        b"I01\n",
+        b"Fnan\n",
+        b"S'\\x41'\n",
+        b"V\\ud800\n",
+    ),
     *(b"B\xff\xff\xff\xff", b"C\x00", b"T\xff\xff\xff\x7f", b"X\xff\xff\xff\xff", b"\x96" + b"\xff" * 8),
 )
 
 
 def mutated_pickle(data: bytes, rng: random.Random, values: Sequence[Any] = PLAIN) -> bytes:
-    """Two times in three changed as a tree, `values` among what is put into it; else opcode by opcode, or as bytes."""
+    """Three times in four changed as a tree, `values` among what is put into it; else opcode by opcode, or as bytes."""
     kind = rng.randrange(12)
     if kind == 0:
         return mutated_bytes(data, rng)
-    if kind < 4:
+    if kind < 3:
         return _with_other_opcodes(data, rng)
     tree = _Reader(io.BytesIO(data)).load()
     return as_pickle(mutated_tree(_loosened(tree), rng, values))

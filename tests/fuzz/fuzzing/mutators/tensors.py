@@ -20,7 +20,16 @@ from fuzzing.mutators.raw import mutated_bytes
 _BITS = {
     **{"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64},
     **{"F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64},
-    **{"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
+    **{
+        "F8_E4M3": 8,
+        "F8_E5M2": 8,
+        "F8_E8M0": 8,
+        "F8_E4M3FNUZ": 8,
+        "F8_E5M2FNUZ": 8,
+        "F4": 4,
+        "F6_E2M3": 6,
+        "F6_E3M2": 6,
+    },
 }
 _SHAPES = ([], [0], [1], [2, 3], [1] * 70, [0, 2**62], [2**31, 0, 2**31], [5, 1, 1, 1, 1], [3, 5], [1000])
 _OFFSETS = (0, 1, 4, 24, -1, 2**31, 2**63, 2**64, 2**64 - 4, 1.5, "0", None)
@@ -52,7 +61,9 @@ def _laid_out(document: dict[str, Any], rng: random.Random) -> tuple[bytes, byte
     for name in rng.sample(names, min(len(names), rng.randint(1, 3))):
         kind = rng.randrange(5)
         if kind == 0:
-            tensors[rng.choice(("", "x", f"module.{name}", f"{name}.x", "a\0b", "\u202e", "x" * 10**5))] = tensors.pop(name)
+            tensors[rng.choice(("", "x", f"module.{name}", f"{name}.x", "a\0b", "\u202e", "x" * 10**5))] = tensors.pop(
+                name
+            )
         elif kind == 1:
             del tensors[name]
         else:
@@ -66,7 +77,9 @@ def _laid_out(document: dict[str, Any], rng: random.Random) -> tuple[bytes, byte
         tensors[name] = {"dtype": entry["dtype"], "shape": entry["shape"], "data_offsets": [place, place + size]}
         place += size
     metadata: Any = rng.choice(({}, {"__metadata__": {"format": rng.choice(("pt", "np", "x" * 10**5, ""))}}))
-    return json.dumps({**metadata, **tensors}).encode(), (struct.pack("<f", rng.choice((1.0, 1e38, float("nan")))) * place)[:place]
+    return json.dumps({**metadata, **tensors}).encode(), (
+        struct.pack("<f", rng.choice((1.0, 1e38, float("nan")))) * place
+    )[:place]
 
 
 def _with_other_offsets(document: dict[str, Any], rng: random.Random) -> bytes:
@@ -97,17 +110,30 @@ _FLOAT32, _STRIDED, _SPARSE = Name(["torch", "float32"]), Name(["torch", "stride
 _TENSORS = (
     *(_tensor([2, 3], [3, 1]), _tensor([10**6, 10**6], [0, 0]), _tensor([10**12], [0]), _tensor([7], [1])),
     *(_tensor([6], [1], 1), _tensor([6], [1], -1), _tensor([2], [-1], 3), _tensor([2], [2**62]), _tensor([-1], [1])),
-    *(_tensor([0], [1]), _tensor([], []), _tensor([], [], 5), _tensor([2**62, 2**62, 0], [0, 0, 0]), _tensor([2], [3, 1])),
+    *(
+        _tensor([0], [1]),
+        _tensor([], []),
+        _tensor([], [], 5),
+        _tensor([2**62, 2**62, 0], [0, 0, 0]),
+        _tensor([2], [3, 1]),
+    ),
     *(_tensor([6], [1], kind=kind) for kind in ("Double", "Half", "BFloat16", "Long", "Int", "Bool", "Byte")),
-    *(_tensor([6], [1], kind=kind) for kind in ("ComplexFloat", "ComplexDouble", "QInt8", "QUInt8", "QInt32", "QUInt4x2")),
+    *(
+        _tensor([6], [1], kind=kind)
+        for kind in ("ComplexFloat", "ComplexDouble", "QInt8", "QUInt8", "QInt32", "QUInt4x2")
+    ),
     *(_tensor([6], [1], key=key) for key in ("1", "2", "9", "", "../../etc/passwd", "0/../0", "\0")),
     _rebuilt("_rebuild_meta_tensor_no_storage", _FLOAT32, Fixed([10**6, 10**6]), Fixed([10**6, 1]), False),
     _rebuilt("_rebuild_meta_tensor_no_storage", _FLOAT32, Fixed([2, 3]), Fixed([3, 1]), False),
     _rebuilt("_rebuild_parameter", _tensor([2, 3], [3, 1]), True, OrderedDict()),
     _rebuilt("_rebuild_parameter_with_state", _tensor([2, 3], [3, 1]), True, OrderedDict(), {"x": 1}),
-    _rebuilt("_rebuild_sparse_tensor", _SPARSE, Fixed([_tensor([1, 2], [1, 1], kind="Long"), _tensor([2], [1]), Fixed([6])])),
     _rebuilt(
-        "_rebuild_sparse_tensor", _SPARSE, Fixed([_tensor([1, 2], [1, 1], kind="Long"), _tensor([2], [1]), Fixed([10**12]), True])
+        "_rebuild_sparse_tensor", _SPARSE, Fixed([_tensor([1, 2], [1, 1], kind="Long"), _tensor([2], [1]), Fixed([6])])
+    ),
+    _rebuilt(
+        "_rebuild_sparse_tensor",
+        _SPARSE,
+        Fixed([_tensor([1, 2], [1, 1], kind="Long"), _tensor([2], [1]), Fixed([10**12]), True]),
     ),
     _rebuilt("_rebuild_nested_tensor", _tensor([6], [1]), *(_tensor([2, 1], [1, 1], kind="Long") for _ in range(3))),
     _rebuilt(
@@ -152,7 +178,7 @@ def mutated_torch_zip(data: bytes, rng: random.Random) -> bytes:
         storage = rng.choice([name for name in members if "/data/" in name])
         content = members.pop(storage)
         contents = (content[:-1], content * 2, b"", bytes(2**20), bytes(len(content)))
-        members[rng.choice((storage, storage, f"{folder}/data/9", f"x/data/0"))] = rng.choice(contents)
+        members[rng.choice((storage, storage, f"{folder}/data/9", "x/data/0"))] = rng.choice(contents)
     compression = zipfile.ZIP_DEFLATED if rng.random() < 0.03 else zipfile.ZIP_STORED
     infos = []
     for name, content in members.items():
@@ -163,7 +189,7 @@ def mutated_torch_zip(data: bytes, rng: random.Random) -> bytes:
 
 
 def mutated_torch_legacy(data: bytes, rng: random.Random) -> bytes:
-    """A torch file of the years before zip: pickles of a number, a version, a machine, the contents, and of the keys."""
+    """A torch file of the years before zip: pickles of three numbers and names, the contents, the keys."""
     if rng.random() < 0.1:
         return mutated_bytes(data, rng)
     stream = io.BytesIO(data)
@@ -175,7 +201,9 @@ def mutated_torch_legacy(data: bytes, rng: random.Random) -> bytes:
         index = rng.randrange(5)
         pickles[index] = mutated_pickle(pickles[index], rng)
     if rng.random() < 0.1:
-        storages = rng.choice((b"", storages[:-4], bytes(len(storages)), b"\xff" * 8 + storages[8:], mutated_bytes(storages, rng)))
+        storages = rng.choice(
+            (b"", storages[:-4], bytes(len(storages)), b"\xff" * 8 + storages[8:], mutated_bytes(storages, rng))
+        )
     return b"".join(pickles) + storages
 
 

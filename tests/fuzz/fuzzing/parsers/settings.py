@@ -16,8 +16,6 @@ def _configurations() -> list[Files]:
     return [{"config.yaml": content} for content in (seeds.CONFIG.encode(), *presets)]
 
 
-
-
 def _config(_: Path, path: Path) -> None:
     from segkit.config.loading import annotated_yaml, build_config, read_yaml
     from segkit.training.config import TrainConfig

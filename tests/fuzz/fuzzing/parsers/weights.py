@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from fuzzing import seeds
 from fuzzing.mutators.pickles import mutated_pickle
 from fuzzing.mutators.tensors import mutated_safetensors, mutated_torch_legacy, mutated_torch_zip
