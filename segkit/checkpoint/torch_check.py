@@ -21,6 +21,8 @@ _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLES_OF_LEGACY_FILES = 5
 """A number, a version, a machine, the contents and the keys of the storages, which come after them."""
 _REBUILT = "torch._utils._rebuild_"
+_REBUILT_WITH_ATTRIBUTES = "torch._tensor._rebuild_from_type_v2"
+"""Is given one of the others, and with what to call it."""
 _MAKERS = {
     *("tensor", "tensor_v2", "tensor_v3", "parameter", "parameter_with_state"),
     *("device_tensor_from_cpu_tensor", "device_tensor_from_numpy"),
@@ -125,6 +127,19 @@ class _Outline(pickle.Unpickler):
         return pid
 
 
+def _require_stored(arguments: tuple[Any, ...]) -> None:
+    """Refuse a tensor, (persistent id of its storage, offset, shape, strides ...), that is larger than its storage."""
+    match arguments:
+        case ((_, _, _, _, int(values), *_), _, tuple(shape), tuple(_), *_) if {*map(type, shape)} <= {int}:
+            if prod(max(1, length) for length in shape) > max(values, _MOST_SPREAD_VALUES):
+                claimed = " x ".join(map(str, shape))
+                raise _ClaimError(f"claims a tensor of {claimed} values, and holds {values} of them")
+        case (tuple(_), *_):
+            raise _ClaimError("holds a tensor that no torch has written")
+        case _:
+            raise pickle.UnpicklingError("a tensor with a storage of its own")
+
+
 class _Nothing:
     """What a pickle makes of a name: it takes whatever it is given, and keeps nothing."""
 
@@ -134,14 +149,11 @@ class _Nothing:
         kind = cls.path.removeprefix(_REBUILT)
         if kind != cls.path and kind not in _MAKERS:
             raise _ClaimError(f"holds a tensor of a special kind ({kind})")
-        match kind.split("_"), arguments:
-            case ["tensor", *_], ((_, _, _, _, int(values), *_), _, tuple(shape), *_) if {*map(type, shape)} <= {int}:
-                if prod(max(1, length) for length in shape) > max(values, _MOST_SPREAD_VALUES):
-                    raise _ClaimError(
-                        f"claims a tensor of {' x '.join(map(str, shape))} values, and holds {values} of them"
-                    )
-            case ["tensor", *_], _:
-                raise pickle.UnpicklingError("a tensor that is made in another way than torch's")
+        if kind.startswith("tensor"):
+            _require_stored(arguments)
+        elif kind == _REBUILT_WITH_ATTRIBUTES:
+            function, _, inner, *_ = arguments
+            function(*inner)
         return super().__new__(cls)
 
     def __init__(self, *_: Any) -> None: ...

@@ -32,6 +32,12 @@ class Counted:
         return OrderedDict, (self.rows,)
 
 
+def with_attribute(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that is pickled in another way, for what was written on it."""
+    tensor.note = "x"  # type: ignore[attr-defined]
+    return tensor
+
+
 @pytest.mark.parametrize("is_zip", [True, False])
 @pytest.mark.parametrize(
     ("document", "message"),
@@ -41,6 +47,7 @@ class Counted:
             {"w": torch.ones(2), "x": Counted(torch.ones(1).expand(10**9, 1))},
             "claims a tensor of 1000000000 x 1 values",
         ),
+        ({"w": with_attribute(torch.ones(1).expand(10**7))}, "claims a tensor of 10000000 values, and holds 1 of them"),
         ({"w": torch.ones(0).expand(10**9, 0)}, "claims a tensor of 1000000000 x 0 values, and holds 0 of them"),
         ({"w": torch.empty(2, 3, device="meta")}, r"of a special kind \(meta_tensor_no_storage\)"),
         ({"w": torch.ones(2).to_sparse()}, r"of a special kind \(sparse_tensor\)"),
@@ -61,6 +68,7 @@ def test_what_checkpoints_hold_is_read(tmp_path: Path, is_zip: bool) -> None:
         "spread": torch.ones(1).expand(100),
         "view": torch.arange(6.0)[1:3],
         "parameter": torch.nn.Parameter(torch.ones(2, 3)),
+        "noted": with_attribute(torch.ones(2)),
         "none": torch.ones(0, 3),
         "half": torch.ones(2, dtype=torch.float16),
     }

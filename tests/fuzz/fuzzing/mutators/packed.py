@@ -64,7 +64,7 @@ def packed_again(members: list[tuple[zipfile.ZipInfo, bytes]], rng: random.Rando
         warnings.simplefilter("ignore", UserWarning)  # about names that are there already
         for info, content in members:
             after.writestr(info, content, compress_type=rng.choice((zipfile.ZIP_STORED, info.compress_type)))
-        if rng.random() < 0.05:
+        if rng.random() < 0.02:
             after.comment = rng.choice((b"x", b"PK\x05\x06" + bytes(18), b"PK\x01\x02", bytes(65535)))
-    kind = rng.randrange(40)
+    kind = rng.randrange(100)
     return {0: rng.randbytes(40), 1: b"PK\x03\x04"}.get(kind, b"") + packed.getvalue()

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fuzzing.mutators.raw import mutated_bytes
-from fuzzing.mutators.trees import VALUES, mutated_tree
+from fuzzing.mutators.trees import VALUES, Whole, mutated_tree
 
 
 class Fixed(list[Any]):
@@ -26,14 +26,14 @@ class Stored(list[Any]):
     """A persistent id: what torch says of a storage, ("storage", type, key, location, number of values)."""
 
 
-class Call(list[Any]):
+class Call(Whole):
     """What is called, what with, and the state that the result is then given, where there is one."""
 
     def __setstate__(self, state: Any) -> None:
         self.append(state)
 
 
-class Name(list[Any]):
+class Name(Whole):
     """Something by its module and its name."""
 
     def __call__(self, *arguments: Any) -> Call:
@@ -65,7 +65,7 @@ _NAMES = [
     )
 ]
 PLAIN: tuple[Any, ...] = (
-    *VALUES * 5,
+    *VALUES * 10,
     *_NAMES,
     *(name("canary") for name in _NAMES),
     *(Fixed(), Fixed([1]), Fixed([Fixed([0])] * 3), b"", b"AAAAAAAA", bytes(1000), 2**2000, -(2**63), OrderedDict(a=1)),

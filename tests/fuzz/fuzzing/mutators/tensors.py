@@ -148,7 +148,7 @@ _TENSORS = (
         *(Fixed([Name(["torch", "per_tensor_affine"]), 0.5, 1]), False, OrderedDict()),
     ),
 )
-_VALUES = (*PLAIN, *_TENSORS * 6)
+_VALUES = (*PLAIN, *_TENSORS * 10)
 _RECORDS = {
     "byteorder": (b"little", b"big", b"", b"x", b"\xff", b"little" * 1000),
     "version": (b"3\n", b"0", b"", b"-1", b"9" * 5000, b"x", b"\xff"),

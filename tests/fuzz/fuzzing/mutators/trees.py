@@ -15,6 +15,10 @@ VALUES: tuple[Any, ...] = (
 )
 
 
+class Whole(list[Any]):
+    """A list of which no part is changed but from within, for the rest would make no sense without it."""
+
+
 def mutated_tree(document: Any, rng: random.Random, values: Sequence[Any] = VALUES) -> Any:
     """A document with one to three of its values replaced, removed, renamed, moved or doubled."""
     document = copy.deepcopy(document)
@@ -44,7 +48,8 @@ def places_of(document: Any) -> Iterator[tuple[Any, Any]]:
     """Every (mapping or list, key or index) of a document, the outer ones first."""
     keys = document.keys() if isinstance(document, dict) else range(len(document)) if isinstance(document, list) else ()
     for key in keys:
-        yield document, key
+        if not isinstance(document, Whole):
+            yield document, key
         yield from places_of(document[key])
 
 

@@ -14,10 +14,11 @@ from fuzzing.mutators.tensors import mutated_safetensors, mutated_torch_legacy, 
 from fuzzing.parser import Files, Parser
 
 PICKLE_CHECKS = (
-    r"carries code|is damaged \((?:[\w.]*Unicode|EOF|Key|Index|Attribute|OS)Error|is damaged \(error"
-    r"|unknown\)|pickle exhausted|but only \d+ remain|BadZipFile|zip archive|wrong checksum|parts are packed"
+    r"carries code|zip archive|directory of its parts|wrong checksum|parts are packed|is damaged \("
+    r"(Unicode|EOF|Key|Index|Overflow|OS|BadZip|error|TypeError: '|TypeError: argument list"
+    r"|ValueError: (at position|pickle exhausted|expected|not enough data))"
 )
-"""Those of the archive and of the pickle's opcodes, before anything is made of them."""
+"""Those of the archive, of the pickle's opcodes and of its names, before anything is made of them."""
 
 
 @cache
