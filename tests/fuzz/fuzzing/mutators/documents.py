@@ -28,18 +28,9 @@ _YAML_SPELLINGS = (
     *("{1: 2, 0x1: 3}", "{? a}", '"\\ud800"', '"\\0"', '"\\U000e0001"', "1.0e-3", "1e-3", "+1", "{2001-01-01: 1}"),
 )
 _OTHER_KEYS = (
-    "1:",
-    "true:",
-    "~:",
-    "1.5:",
-    "[a]:",
-    "<<:",
-    "data.fold:",
-    "=:",
-    "2001-01-01:",
-    "? a\n:",
-    "!!binary eA==:",
+    *("1:", "true:", "~:", "1.5:", "[a]:", "<<:", "data.fold:", "=:", "2001-01-01:", "? a\n:", "!!binary eA==:"),
 )
+_AROUND = ("%YAML 1.1\n---\n{}", "%TAG ! x:\n---\n{}", "---\n{}...\n", "{}---\n{{}}\n", "\ufeff{}")
 
 
 def mutated_json(data: bytes, rng: random.Random) -> bytes:
@@ -64,9 +55,7 @@ def mutated_yaml(data: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.1:
         text = re.sub(rf"\b{rng.choice(_keys_of(text))}:", lambda _: rng.choice(_OTHER_KEYS), text, count=1)
     if rng.random() < 0.05:
-        text = rng.choice(
-            ("%YAML 1.1\n---\n{}", "%TAG ! x:\n---\n{}", "---\n{}...\n", "{}---\n{{}}\n", "\ufeff{}")
-        ).format(text)
+        text = rng.choice(_AROUND).format(text)
     return text.encode("utf-8", "surrogatepass")
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fuzzing.mutators.raw import mutated_bytes
-from fuzzing.mutators.trees import VALUES, Whole, mutated_tree
+from fuzzing.mutators.trees import VALUES, Whole, mutated_tree, places_of
 
 
 class Fixed(list[Any]):
@@ -54,12 +54,8 @@ _NAMES = [
         *("numpy.f2py.crackfortran myeval", "torch load", "torch.hub load", "torch.serialization load"),
         *("torch.storage _load_from_bytes", "torch.storage UntypedStorage", "torch.storage TypedStorage"),
         *("torch FloatStorage", "torch device", "torch Size", "torch dtype", "torch float16", "torch Tensor"),
-        *(
-            "torch.nn.parameter Parameter",
-            "torch._tensor _rebuild_from_type_v2",
-            "torch.jit load",
-            "torch.fx GraphModule",
-        ),
+        *("torch.nn.parameter Parameter", "torch._tensor _rebuild_from_type_v2"),
+        *("torch.jit load", "torch.fx GraphModule"),
         *("torch._utils _rebuild_tensor", "torch._utils _rebuild_parameter", "torch._utils _rebuild_qtensor"),
         *("segkit.checkpoint.tensors read_torch", "__main__ Burglar", " ", "os path.join", "\u00e9 x"),
     )
@@ -72,41 +68,14 @@ PLAIN: tuple[Any, ...] = (
 )
 _OPCODES = (
     *(b"R", b"b", b"\x81", b"o", b"0", b"1", b"2", b"(", b".", b"t", b"\x85", b"\x86", b"\x87", b")", b"]", b"}", b"l"),
-    *(
-        b"d",
-        b"a",
-        b"e",
-        b"s",
-        b"u",
-        b"\x90",
-        b"\x91",
-        b"\x8f",
-        b"\x93",
-        b"\x94",
-        b"Q",
-        b"Pos\n",
-        b"N",
-        b"\x88",
-        b"\x92",
-    ),
+    *(b"d", b"a", b"e", b"s", b"u", b"\x90", b"\x91", b"\x8f"),
+    *(b"\x93", b"\x94", b"Q", b"Pos\n", b"N", b"\x88", b"\x92"),
     *(b"h\x00", b"h\xff", b"q\x00", b"q\xff", b"j\xff\xff\xff\x7f", b"r\xff\xff\xff\x7f", b"g0\n", b"p9999999999\n"),
     *(b"\x80\x05", b"\x80\xff", b"\x82\x01", b"\x84\xff\xff\xff\x7f", b"\x97", b"\x98", b"\x95" + b"\xff" * 8),
-    *(
-        b"cos\nsystem\n",
-        b"(ios\nsystem\n",
-        b"\x8c\x02os\x8c\x06system\x93",
-        b"\x8d" + b"\xff" * 8,
-        b"\x8e" + b"\xff" * 8,
-    ),
-    *(
-        b"\x8b\xff\xff\xff\x7f",
-        b"\x8a\x00",
-        b"L99999999999999999999L\n",
-        b"I01\n",
-        b"Fnan\n",
-        b"S'\\x41'\n",
-        b"V\\ud800\n",
-    ),
+    *(b"cos\nsystem\n", b"(ios\nsystem\n", b"\x8c\x02os\x8c\x06system\x93"),
+    *(b"\x8d" + b"\xff" * 8, b"\x8e" + b"\xff" * 8),
+    *(b"\x8b\xff\xff\xff\x7f", b"\x8a\x00", b"L99999999999999999999L\n", b"I01\n"),
+    *(b"Fnan\n", b"S'\\x41'\n", b"V\\ud800\n"),
     *(b"B\xff\xff\xff\xff", b"C\x00", b"T\xff\xff\xff\x7f", b"X\xff\xff\xff\xff", b"\x96" + b"\xff" * 8),
 )
 
@@ -139,6 +108,12 @@ def _loosened(value: Any) -> Any:
     if isinstance(value, tuple):
         return Fixed(map(_loosened, value))
     return type(value)(map(_loosened, value)) if isinstance(value, list) else value
+
+
+def first_stored(data: bytes) -> Stored:
+    """The first persistent id of a pickle."""
+    tree = _loosened(_Reader(io.BytesIO(data)).load())
+    return next(parent[key] for parent, key in places_of(tree) if isinstance(parent[key], Stored))
 
 
 def as_pickle(tree: Any) -> bytes:

@@ -6,6 +6,7 @@ import io
 import json
 import pickletools
 import random
+import re
 import struct
 import zipfile
 from collections import OrderedDict
@@ -14,22 +15,14 @@ from typing import Any
 
 from fuzzing.mutators.documents import mutated_json
 from fuzzing.mutators.packed import packed_again
-from fuzzing.mutators.pickles import PLAIN, Call, Fixed, Name, Stored, mutated_pickle
+from fuzzing.mutators.pickles import PLAIN, Call, Fixed, Name, Stored, as_pickle, first_stored, mutated_pickle
 from fuzzing.mutators.raw import mutated_bytes
 
 _BITS = {
     **{"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64},
     **{"F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64},
-    **{
-        "F8_E4M3": 8,
-        "F8_E5M2": 8,
-        "F8_E8M0": 8,
-        "F8_E4M3FNUZ": 8,
-        "F8_E5M2FNUZ": 8,
-        "F4": 4,
-        "F6_E2M3": 6,
-        "F6_E3M2": 6,
-    },
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
 }
 _SHAPES = ([], [0], [1], [2, 3], [1] * 70, [0, 2**62], [2**31, 0, 2**31], [5, 1, 1, 1, 1], [3, 5], [1000])
 _OFFSETS = (0, 1, 4, 24, -1, 2**31, 2**63, 2**64, 2**64 - 4, 1.5, "0", None)
@@ -61,9 +54,8 @@ def _laid_out(document: dict[str, Any], rng: random.Random) -> tuple[bytes, byte
     for name in rng.sample(names, min(len(names), rng.randint(1, 3))):
         kind = rng.randrange(5)
         if kind == 0:
-            tensors[rng.choice(("", "x", f"module.{name}", f"{name}.x", "a\0b", "\u202e", "x" * 10**5))] = tensors.pop(
-                name
-            )
+            other = rng.choice(("", "x", f"module.{name}", f"{name}.x", "a\0b", "\u202e", "x" * 10**5))
+            tensors[other] = tensors.pop(name)
         elif kind == 1:
             del tensors[name]
         else:
@@ -77,9 +69,8 @@ def _laid_out(document: dict[str, Any], rng: random.Random) -> tuple[bytes, byte
         tensors[name] = {"dtype": entry["dtype"], "shape": entry["shape"], "data_offsets": [place, place + size]}
         place += size
     metadata: Any = rng.choice(({}, {"__metadata__": {"format": rng.choice(("pt", "np", "x" * 10**5, ""))}}))
-    return json.dumps({**metadata, **tensors}).encode(), (
-        struct.pack("<f", rng.choice((1.0, 1e38, float("nan")))) * place
-    )[:place]
+    values = struct.pack("<f", rng.choice((1.0, 1e38, float("nan")))) * place
+    return json.dumps({**metadata, **tensors}).encode(), values[:place]
 
 
 def _with_other_offsets(document: dict[str, Any], rng: random.Random) -> bytes:
@@ -91,15 +82,22 @@ def _with_other_offsets(document: dict[str, Any], rng: random.Random) -> bytes:
     return json.dumps(document).encode()
 
 
+_BYTES = {
+    **{"Float": 4, "Double": 8, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Byte": 1, "Bool": 1},
+    **{"ComplexFloat": 8, "ComplexDouble": 16, "QInt8": 1, "QUInt8": 1, "QInt32": 4, "QUInt4x2": 1},
+}
+_FIRST_BYTES = 24
+"""Of the first storage of the files that are changed: six numbers of float32."""
+
+
 def _tensor(shape: list[int], strides: list[int], offset: int = 0, kind: str = "Float", key: str = "0") -> Call:
-    """A tensor over a storage of six numbers, as torch pickles it."""
-    return _rebuilt(
-        "_rebuild_tensor_v2", _storage(kind, key), offset, Fixed(shape), Fixed(strides), False, OrderedDict()
-    )
+    """A tensor over the first storage of a file, as torch pickles it."""
+    arguments = (_storage(kind, key), offset, Fixed(shape), Fixed(strides), False, OrderedDict())
+    return _rebuilt("_rebuild_tensor_v2", *arguments)
 
 
 def _storage(kind: str, key: str = "0") -> Stored:
-    return Stored(["storage", Name(["torch", f"{kind}Storage"]), key, "cpu", 6])
+    return Stored(["storage", Name(["torch", f"{kind}Storage"]), key, "cpu", _FIRST_BYTES // _BYTES[kind]])
 
 
 def _rebuilt(name: str, *arguments: Any) -> Call:
@@ -110,18 +108,9 @@ _FLOAT32, _STRIDED, _SPARSE = Name(["torch", "float32"]), Name(["torch", "stride
 _TENSORS = (
     *(_tensor([2, 3], [3, 1]), _tensor([10**6, 10**6], [0, 0]), _tensor([10**12], [0]), _tensor([7], [1])),
     *(_tensor([6], [1], 1), _tensor([6], [1], -1), _tensor([2], [-1], 3), _tensor([2], [2**62]), _tensor([-1], [1])),
-    *(
-        _tensor([0], [1]),
-        _tensor([], []),
-        _tensor([], [], 5),
-        _tensor([2**62, 2**62, 0], [0, 0, 0]),
-        _tensor([2], [3, 1]),
-    ),
-    *(_tensor([6], [1], kind=kind) for kind in ("Double", "Half", "BFloat16", "Long", "Int", "Bool", "Byte")),
-    *(
-        _tensor([6], [1], kind=kind)
-        for kind in ("ComplexFloat", "ComplexDouble", "QInt8", "QUInt8", "QInt32", "QUInt4x2")
-    ),
+    *(_tensor([0], [1]), _tensor([], []), _tensor([], [], 5)),
+    *(_tensor([2**62, 2**62, 0], [0, 0, 0]), _tensor([2], [3, 1])),
+    *(_tensor([_FIRST_BYTES // size], [1], kind=kind) for kind, size in _BYTES.items()),
     *(_tensor([6], [1], key=key) for key in ("1", "2", "9", "", "../../etc/passwd", "0/../0", "\0")),
     _rebuilt("_rebuild_meta_tensor_no_storage", _FLOAT32, Fixed([10**6, 10**6]), Fixed([10**6, 1]), False),
     _rebuilt("_rebuild_meta_tensor_no_storage", _FLOAT32, Fixed([2, 3]), Fixed([3, 1]), False),
@@ -135,7 +124,7 @@ _TENSORS = (
         _SPARSE,
         Fixed([_tensor([1, 2], [1, 1], kind="Long"), _tensor([2], [1]), Fixed([10**12]), True]),
     ),
-    _rebuilt("_rebuild_nested_tensor", _tensor([6], [1]), *(_tensor([2, 1], [1, 1], kind="Long") for _ in range(3))),
+    _rebuilt("_rebuild_nested_tensor", _tensor([6], [1]), *[_tensor([2, 1], [1, 1], kind="Long")] * 3),
     _rebuilt(
         "_rebuild_wrapper_subclass",
         *(Name(["torch", "Tensor"]), _FLOAT32, Fixed([10**6, 10**6]), Fixed([0, 0]), 0, _STRIDED, "cpu", False),
@@ -196,7 +185,8 @@ def mutated_torch_legacy(data: bytes, rng: random.Random) -> bytes:
     pickles = [_next_pickle(stream) for _ in range(5)]
     storages = stream.read()
     if rng.random() < 0.8:
-        pickles[3] = mutated_pickle(pickles[3], rng, _VALUES)
+        first = first_stored(pickles[3])[2]
+        pickles[3] = _with_own_keys(mutated_pickle(pickles[3], rng, _VALUES), first)
     else:
         index = rng.randrange(5)
         pickles[index] = mutated_pickle(pickles[index], rng)
@@ -205,6 +195,14 @@ def mutated_torch_legacy(data: bytes, rng: random.Random) -> bytes:
             (b"", storages[:-4], bytes(len(storages)), b"\xff" * 8 + storages[8:], mutated_bytes(storages, rng))
         )
     return b"".join(pickles) + storages
+
+
+def _with_own_keys(pickled: bytes, first: str) -> bytes:
+    """The persistent ids that were put into a pickle as these files have them: keys are addresses, views come last."""
+    key = b"X" + struct.pack("<I", len(first)) + first.encode()
+    location = as_pickle("cpu")[2:-1]
+    ids = re.compile(re.escape(as_pickle("0")[2:-1] + location) + rb"(J.{4})tQ", re.DOTALL)
+    return ids.sub(lambda found: key + location + found[1] + b"NtQ", pickled)
 
 
 def _next_pickle(stream: io.BytesIO) -> bytes:

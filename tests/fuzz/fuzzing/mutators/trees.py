@@ -26,7 +26,9 @@ def mutated_tree(document: Any, rng: random.Random, values: Sequence[Any] = VALU
         places = [*places_of(document)]
         if not places:
             return copy.deepcopy(rng.choice(values))
-        parent, key = rng.choice(places)
+        # Of what has a name there is less than of numbers in lists, and more to be found.
+        named = [place for place in places if isinstance(place[0], dict)]
+        parent, key = rng.choice(named if named and rng.random() < 0.5 else places)
         kind = rng.randrange(8)
         if kind == 0:
             del parent[key]

@@ -46,9 +46,15 @@ def _plans(_: Path, path: Path) -> None:
 
 
 def _torch_files(name: str, *, is_zip: bool) -> list[Files]:
+    import torch
+
     state = dict(_network().state_dict())
     scores = {"scores": [np.float64(0.5), np.float32(1), np.int64(3)], "table": np.arange(6.0).reshape(2, 3)}
-    documents = ({"model": state, "epoch": 3, **scores}, {f"module.{key}": value for key, value in state.items()})
+    six = torch.arange(6.0)  # comes first, as the mutators take it for granted
+    documents = (
+        {"six": six, "model": state, "epoch": 3, **scores},
+        {"six": six, **{f"module.{key}": value for key, value in state.items()}},
+    )
     return [{name: seeds.torch_file(document, is_zip=is_zip)} for document in documents]
 
 
