@@ -23,7 +23,7 @@ from torch import Tensor
 
 from segkit.checkpoint.digest import file_sha256
 from segkit.checkpoint.plain_numpy import MAKERS
-from segkit.checkpoint.torch_check import is_zip, require_modest, require_sparse_memo_absent
+from segkit.checkpoint.torch_check import is_zip, require_dense_memo, require_modest
 from segkit.data.files import written_atomically
 from segkit.errors import CheckpointError
 
@@ -159,7 +159,7 @@ def read_plain_pickle(path: Path) -> Any:
         raise CheckpointError("is missing", where=path)
     try:
         stream = io.BytesIO(path.read_bytes())
-        require_sparse_memo_absent(stream, path.stat().st_size)
+        require_dense_memo(stream, path.stat().st_size)
         return _PlainUnpickler(stream).load()
     except pickle.UnpicklingError as error:
         raise _refused(path, "Ask for the plans as JSON") from error

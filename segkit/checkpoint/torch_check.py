@@ -61,7 +61,7 @@ def require_modest(path: Path) -> None:
                         _look_at(pickled, path, size)
 
 
-def require_sparse_memo_absent(stream: IO[bytes], size: int) -> None:
+def require_dense_memo(stream: IO[bytes], size: int) -> None:
     """UnpicklingError where values have larger numbers than the file has bytes: up to these, room would be made."""
     start = stream.tell()
     for opcode, argument, _ in pickletools.genops(stream):
@@ -71,13 +71,18 @@ def require_sparse_memo_absent(stream: IO[bytes], size: int) -> None:
 
 
 def _require_one_directory(path: Path, stream: IO[bytes], size: int) -> None:
-    """Refuse a zip file whose directory does not end where its end begins: readers then find different ones in it."""
+    """Refuse a zip file whose directory does not end where its end begins: readers then find different ones in it.
+
+    The end is a record of 22 bytes; of large files, and of all that torch writes, a wider one of 56 bytes stands before
+    it, and 20 bytes that say where that one is (APPNOTE.TXT 4.3.14 to 4.3.16).
+    """
     stream.seek(max(0, size - 98))
     tail = stream.read()
-    (length, start), stop = struct.unpack("<2I", tail[-10:-2]), size - 22
-    if tail[-42:-38] == b"PK\x06\x07":  # of large files, and of all that torch writes, with a wider record before it
+    (length, start), stop, found = struct.unpack("<2I", tail[-10:-2]), size - 22, size - 98
+    if tail[-42:-38] == b"PK\x06\x07":
         (length, start), stop = struct.unpack("<2Q", tail[-58:-42]), size - 98
-    if tail[-22:-18] != b"PK\x05\x06" or start + length != stop:
+        (found,) = struct.unpack("<Q", tail[-34:-26])
+    if tail[-22:-18] != b"PK\x05\x06" or start + length != stop or found != size - 98:
         raise CheckpointError("is damaged (the directory of its parts is not at its end)", where=path)
 
 
@@ -94,7 +99,7 @@ def _require_unpacked(path: Path, parts: list[zipfile.ZipInfo], size: int) -> No
 
 
 def _look_at(stream: IO[bytes], path: Path, size: int) -> None:
-    require_sparse_memo_absent(stream, size)
+    require_dense_memo(stream, size)
     try:
         _Outline(stream, size).load()
     except _ClaimError as claim:

@@ -92,9 +92,11 @@ def test_a_zip_file_has_one_directory(tmp_path: Path) -> None:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         assert archive.read("archive/data/0") == np.full(2, 1, np.float32).tobytes()
     assert torch.load(io.BytesIO(data))["w"].tolist() == [2, 2], "the file would not have deceived anyone"
-    (tmp_path / "x.pth").write_bytes(data)
-    with pytest.raises(CheckpointError, match="the directory of its parts is not at its end"):
-        read_torch(tmp_path / "x.pth")
+    elsewhere = shown[:-34] + bytes(8) + shown[-26:]  # the record that says where the directory is, said to be at 0
+    for deceiving in (data, elsewhere, shown + b"x"):
+        (tmp_path / "x.pth").write_bytes(deceiving)
+        with pytest.raises(CheckpointError, match="the directory of its parts is not at its end"):
+            read_torch(tmp_path / "x.pth")
 
 
 def test_weights_of_odd_types_are_refused(tmp_path: Path) -> None:
