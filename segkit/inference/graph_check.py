@@ -45,7 +45,7 @@ def require_harmless(path: Path, files: Collection[str]) -> None:
     """Do nothing if a graph reads no file but those named, all beside it, and claims no more weights than they hold.
 
     Raises:
-        CheckpointError: as said, or it is no ONNX file.
+        CheckpointError: as said, or it loops, is no ONNX file, or would end a runtime that does not check it.
     """
     stored = sum((path.parent / name).stat().st_size for name in {path.name, *files})
     if path.stat().st_size == 0:
@@ -80,8 +80,8 @@ class _Walk:
                 texts[number].append(self.data[start:stop])
         if kind == "entry" and texts[_KEY][-1:] == [b"location"]:
             self._require_known(b"".join(texts[_VALUE][-1:]).decode("utf-8", "replace"))
-        if kind == "node" and len(texts[_INPUT]) < _FEWEST_INPUTS.get(b"".join(texts[_OPERATOR][-1:]), 0):
-            raise ValueError("an operator without its inputs")
+        if kind == "node":
+            self._require_ends(b"".join(texts[_OPERATOR][-1:]), len(texts[_INPUT]))
         if kind == "opset" and texts[_DOMAIN][-1:] in ([], [b"ai.onnx"]) and version not in _OPSETS:
             raise ValueError("a version of operators that no runtime has")
         if prod(shape) > _MOST_VALUES_PER_BYTE * self.stored:
@@ -100,6 +100,17 @@ class _Walk:
                 expected="the files that model.json lists, beside it",
                 remedy="Do not trust it; export the model again",
             )
+
+    def _require_ends(self, operator: bytes, inputs: int) -> None:
+        if operator == b"Loop":
+            raise CheckpointError(
+                "the graph goes in circles, nobody knows how often",
+                where=self.path,
+                expected="a network, which computes a window in one pass",
+                remedy="Export the model again",
+            )
+        if inputs < _FEWEST_INPUTS.get(operator, 0):
+            raise ValueError("an operator without its inputs")
 
     def _fields(self, place: int, end: int) -> Iterator[tuple[int, int | None, int, int]]:
         """Number and value of each field of a message; of a text instead of a value where it starts and stops."""

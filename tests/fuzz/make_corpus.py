@@ -353,6 +353,7 @@ def onnx_entries() -> dict[str, bytes]:
     labels = [{"name": "background", "label": 0}, {"name": "edema", "label": 2}]
     return {
         "opset-of-2-billion--model.onnx": graph(lambda model: setattr(model.opset_import[0], "version", 2**31)),
+        "goes-in-circles--model.onnx": graph(lambda model: setattr(model.graph.node[0], "op_type", "Loop")),
         "convolution-without-weights--model.onnx": graph(lambda model: model.graph.node[0].input.pop()),
         "logits-of-6-x-6-x-6--model.onnx": graph(make_smaller),
         "label-without-a-name--model.json": changed(seeds.GRAPH_CARD, "outputs", to=labels),

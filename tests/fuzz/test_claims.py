@@ -105,7 +105,7 @@ def test_weights_of_odd_types_are_refused(tmp_path: Path) -> None:
         load_weights_file(tmp_path / "x.safetensors")
 
 
-def test_graphs_that_end_their_runtime_are_refused(tmp_path: Path) -> None:
+def test_graphs_that_end_their_runtime_or_never_end_are_refused(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     path = tmp_path / "model.onnx"
     for version, is_refused in {2**31: True, 10: True, 11: False, 25: False}.items():
@@ -118,6 +118,11 @@ def test_graphs_that_end_their_runtime_are_refused(tmp_path: Path) -> None:
                 require_harmless(path, [path.name])
         else:
             require_harmless(path, [path.name])
+    model.graph.node[0].op_type = "Loop"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(CheckpointError, match="the graph goes in circles"):
+        require_harmless(path, [path.name])
+    model.graph.node[0].op_type = "Conv"
     del model.graph.node[0].input[1]
     path.write_bytes(model.SerializeToString())
     with pytest.raises(CheckpointError, match="is no ONNX file, or is damaged"):

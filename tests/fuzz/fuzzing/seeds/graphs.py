@@ -30,7 +30,7 @@ def onnx_graph(location: str | None = None, shape: tuple[int, ...] = (2, 1, 1, 1
 
 
 def onnx_network(*, has_function: bool) -> bytes:
-    """A graph as a U-net has it: down, up, a skip, a norm; besides a branch, a loop and a function of its own."""
+    """A graph as a U-net has it: down, up, a skip, a norm; besides a branch and a function of its own."""
     from onnx import TensorProto, helper, numpy_helper
 
     node, info, kinds = helper.make_node, helper.make_tensor_value_info, TensorProto
@@ -41,26 +41,18 @@ def onnx_network(*, has_function: bool) -> bytes:
         "scales": np.array([1, 1, 2, 2, 2], np.float32),
         "mix": np.ones((2, 4, 1, 1, 1), np.float32),
         "yes": np.array(True),
-        "twice": np.array(2, np.int64),
     }
     branches = {
         f"{name}_branch": helper.make_graph([node(operator, ["up"], [name])], name, [], [info(name, kinds.FLOAT, None)])
         for name, operator in {"then": "Relu", "else": "Neg"}.items()
     }
-    step = helper.make_graph(
-        [node("Identity", ["go"], ["on"]), node("Relu", ["before"], ["after"])],
-        "step",
-        [info("i", kinds.INT64, []), info("go", kinds.BOOL, []), info("before", kinds.FLOAT, None)],
-        [info("on", kinds.BOOL, []), info("after", kinds.FLOAT, None)],
-    )
     nodes = [
         node("Conv", ["image", "w"], ["wide"], kernel_shape=[3, 3, 3], pads=[1] * 6),
         node("InstanceNormalization", ["wide", "ones", "zeros"], ["normed"], epsilon=1e-5),
         node("MaxPool", ["normed"], ["down"], kernel_shape=[2, 2, 2], strides=[2, 2, 2]),
         node("Resize", ["down", "", "scales"], ["up"], mode="nearest"),
         node("If", ["yes"], ["chosen"], **branches),
-        node("Loop", ["twice", "yes", "chosen"], ["looped"], body=step),
-        node("Concat", ["looped", "normed"], ["both"], axis=1),
+        node("Concat", ["chosen", "normed"], ["both"], axis=1),
         node("Conv", ["both", "mix"], ["mixed"]),
         node("Twofold", ["mixed"], ["logits"], domain="local") if has_function else node("Relu", ["mixed"], ["logits"]),
     ]
