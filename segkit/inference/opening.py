@@ -104,7 +104,7 @@ def _open_export(folder: Path, card: ModelCard, name: str, window: tuple[int, ..
 class GuardedBackend:
     """The runtime of a graph from elsewhere; what it fails over becomes a sentence that names the file.
 
-    So does what it gives that is no logits of `outputs` classes: fewer voxels would be spread over the window unseen.
+    So does what it gives that is no logits of `outputs` classes: a single voxel would be spread over the window unseen.
     """
 
     def __init__(self, backend: Backend, path: Path, outputs: int) -> None:
