@@ -7,13 +7,14 @@ compiles from it; from then on torch is not even loaded.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 import secrets
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,14 @@ import numpy as np
 from segkit.checkpoint.card import GraphCard, ModelCard
 from segkit.checkpoint.digest import file_sha256
 from segkit.errors import CheckpointError, RequestError, is_memory_error
-from segkit.inference.backends import Array, Backend, TorchBackend, installed_backends, open_graph
+from segkit.inference.backends import (
+    Array,
+    Backend,
+    OnnxRuntimeBackend,
+    TorchBackend,
+    installed_backends,
+    open_graph,
+)
 from segkit.inference.graph_check import require_harmless
 from segkit.runtime import cache_folder, has_memory_limit, keep_freed_memory, may_have_gpu, pick_device, room_mb
 
@@ -98,7 +106,27 @@ def _open_export(folder: Path, card: ModelCard, name: str, window: tuple[int, ..
     path = folder / graph.file
     require_harmless(path, graph.sha256)
     with _explained(path):
+        if (name if name != "auto" else next(iter(installed_backends()), "")) == "openvino":
+            _have_computed_elsewhere(path, graph, (1, card.input_channels, *window))
         return GuardedBackend(open_graph(path, name, threads=threads), path, card.network.out_channels)
+
+
+def _have_computed_elsewhere(path: Path, graph: GraphCard, shape: tuple[int, ...]) -> None:
+    """Let ONNX Runtime, where it is installed, compute a graph once before OpenVINO is given it.
+
+    It looks whether shapes fit each other, while OpenVINO believes them and writes past what it made room for. What was
+    computed is known from then on by its digest, in the user's cache.
+    """
+    if "onnxruntime" not in installed_backends():
+        return
+    facts = f"{sorted(graph.sha256.items())} {shape}"
+    known = cache_folder() / "computed" / hashlib.sha256(facts.encode()).hexdigest()
+    if known.exists():
+        return
+    OnnxRuntimeBackend(path)(np.zeros(shape, np.float32))
+    with suppress(OSError):  # a cache that cannot be written costs the time again
+        known.parent.mkdir(parents=True, exist_ok=True)
+        known.touch()
 
 
 class GuardedBackend:

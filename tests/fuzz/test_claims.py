@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import io
 import zipfile
 from collections import OrderedDict
@@ -17,9 +19,11 @@ from fuzzing import seeds
 from segkit.checkpoint import load_weights_file
 from segkit.checkpoint.tensors import read_torch
 from segkit.errors import CheckpointError
+from segkit.inference import opening
 from segkit.inference.backends import Array
 from segkit.inference.graph_check import require_harmless
 from segkit.inference.opening import GuardedBackend
+from segkit.inference.predictor import Predictor
 
 
 class Counted:
@@ -153,3 +157,33 @@ def test_logits_are_held_to_their_shape(tmp_path: Path) -> None:
     }.values():
         with pytest.raises(CheckpointError, match=f"model.onnx: the graph {message}; expected logits"):
             GuardedBackend(Given(wrong), tmp_path / "model.onnx", 2)(window)
+
+
+def write_export(folder: Path, graph: bytes) -> Path:
+    """An export whose card is right about its graph."""
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(graph)
+    card = copy.deepcopy(seeds.GRAPH_CARD)
+    card["export"]["graphs"][0]["sha256"] = {"model.onnx": hashlib.sha256(graph).hexdigest()}
+    (folder / "model.json").write_bytes(seeds.as_json(card))
+    return folder
+
+
+def test_openvino_is_given_what_onnx_runtime_has_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenVINO does not look whether shapes fit: of this transposed convolution it makes logits of no voxels."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("openvino")
+    model = onnx.load_from_string(seeds.onnx_graph())
+    model.graph.node[0].op_type = "ConvTranspose"  # of two channels, while the image has one
+    for value in (*model.graph.input, *model.graph.output):
+        for axis in value.type.tensor_type.shape.dim:
+            axis.dim_param = "any"
+    with monkeypatch.context() as patch:
+        patch.setattr(opening, "open_graph", lambda *_, **__: pytest.fail("it was given the graph"))
+        with pytest.raises(CheckpointError, match="the graph cannot be computed"):
+            Predictor.load(write_export(tmp_path / "hostile", model.SerializeToString()), "cpu", "openvino")
+    export = write_export(tmp_path / "honest", seeds.onnx_graph())
+    assert Predictor.load(export, "cpu", "openvino").backend.name == "openvino"
+    monkeypatch.setattr(opening, "OnnxRuntimeBackend", lambda *_: pytest.fail("it is known already"))
+    assert Predictor.load(export, "cpu", "openvino").backend.name == "openvino"

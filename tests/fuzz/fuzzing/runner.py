@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 SECONDS_AN_INPUT = 5.0
@@ -58,16 +59,18 @@ def run_jobs(jobs: Sequence[Sequence[Any]]) -> dict[str, Tally]:
     """Tallies by the names of jobs: [parser, seed, first, last] or ["corpus parser", None, paths]."""
     left = [list(job) for job in jobs]
     tallies: dict[str, Tally] = {str(job[0]): Tally() for job in jobs}
-    while left:
-        left = _run_worker(left, tallies)
+    with TemporaryDirectory() as cache:  # not that of the user, and gone afterwards
+        while left:
+            left = _run_worker(left, tallies, cache)
     return tallies
 
 
-def _run_worker(jobs: list[list[Any]], tallies: dict[str, Tally]) -> list[list[Any]]:
+def _run_worker(jobs: list[list[Any]], tallies: dict[str, Tally], cache: str) -> list[list[Any]]:
     """Jobs that are left when the worker ended, well or not."""
     here = Path(__file__).resolve()
     paths = [str(here.parents[1]), str(here.parents[3]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+    environment["SEGKIT_CACHE"] = cache
     worker = subprocess.Popen(
         [sys.executable, "-m", "fuzzing.worker"],
         stdin=subprocess.PIPE,
