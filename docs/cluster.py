@@ -47,6 +47,8 @@ FILLED_CASES, FILLED_SIZE = 6, 48
 
 def main() -> None:
     """The four parts."""
+    if len(sys.argv) != 3:
+        raise SystemExit("usage: python docs/cluster.py DATA/Task04_Hippocampus OUT")
     source, out = Path(sys.argv[1]), Path(sys.argv[2])
     shutil.rmtree(out, ignore_errors=True)
     kill_a_node(source, out)
