@@ -127,12 +127,12 @@ def project() -> None:
 
 def fill_holes(out: Path) -> None:
     """Part 4."""
-    scans, model = out / "phantoms", out / "inpainter"
+    scans, model, out = out / "phantoms", out / "inpainter", out / "filled-by"
     segkit("phantom", scans, "--cases", FILLED_CASES, "--size", FILLED_SIZE, "--inpainting").check()
     segkit("pretrain", scans, "-o", model, "--method", "inpainting", "--preset", "tiny", "-d", "cpu", "-q").check()
     for engine in ("local", "ray"):
         where = ("--engine", engine, *(("--ray-address", "local", "--workers", 2) if engine == "ray" else ()))
-        written = ("-o", out / engine / "filled", "--anomaly", "--bank", out / engine / "bank")
+        written = ("-o", out / engine / "scans", "--anomaly", "--bank", out / engine / "bank")
         segkit("inpaint", "-m", model, "-i", scans, *written, "-d", "cpu", "--threads", 1, "-q", *where).check()
     names = sorted(path.relative_to(out / "local") for path in (out / "local").rglob("[!.]*.nii.gz"))
     equal = sum(is_same_image(out / "local" / name, out / "ray" / name) for name in names)
@@ -140,7 +140,7 @@ def fill_holes(out: Path) -> None:
     made_up = others = 0
     for scan in scans.rglob("*-t1n.nii.gz"):
         case = scan.parent.name
-        differs = voxels(out / "ray/filled" / f"{case}-t1n-inference.nii.gz") != voxels(scan)
+        differs = voxels(out / "ray/scans" / f"{case}-t1n-inference.nii.gz") != voxels(scan)
         is_missing = voxels(scan.with_name(f"{case}-mask.nii.gz")) != 0
         made_up += np.count_nonzero(differs & is_missing)
         others += np.count_nonzero(differs & ~is_missing)
