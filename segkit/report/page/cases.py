@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from segkit.report.page.html import Child, Markup, element, joined
-from segkit.report.page.sections import MOST_ROWS, Section, digits_of, metric_name, section, shown_metrics, written
 from segkit.report.page.sources import CaseFacts, Findings, mapping, number
+from segkit.report.page.terms import MOST_ROWS, Section, digits_of, metric_name, section, shown_metrics, written
 
 MEAN_OF_REGIONS = "mean"
 MOST_METRICS = 12

@@ -6,23 +6,23 @@ every script but those that were written with it; names and notes are escaped by
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 
 from segkit.data.files import written_atomically
 from segkit.errors import DataError, RequestError
 from segkit.report.page import sections
 from segkit.report.page.cases import MOST_METRICS, cases_section, pictures_section
-from segkit.report.page.html import Markup, element, joined, json_for_script
+from segkit.report.page.document import asset, whole_document
+from segkit.report.page.html import Markup, element, joined
 from segkit.report.page.images import Gallery, find_gallery, load_arrays
 from segkit.report.page.pictures import case_picture, embedded_figure
-from segkit.report.page.sections import MOST_ROWS
 from segkit.report.page.sources import CaseFacts, Discretion, Findings, read_sources
+from segkit.report.page.terms import MOST_ROWS, Section, colour_key, metric_name, model_name, section, shown_metrics
+from segkit.report.page.timing import timing_section
 from segkit.report.page.viewer import DIFFERENCES, CaseVolumes, case_volumes, viewer_licence, viewer_script
 
 MOST_BYTES = 15_000_000
@@ -33,7 +33,6 @@ _STILL_BYTES = 120_000
 _MOST_STILLS = 200
 _FIGURES = 6
 _VIEWED_CASES = 10
-_REFRESH_S = 30
 _SPARE_BYTES = 20_000
 _WITHOUT_VIEWER = "The interactive viewer is left out: pip install 'segkit[viewer]' and write the page again."
 
@@ -120,7 +119,7 @@ def write_page(
         told = [*notes, *media.notes()]
         state = sections.state_of_runs(findings.runs, tell, is_live=is_live)
         body = _body(findings, cases, gallery, media, told, heading, tell, state)
-        page = _document(body, heading, media.volumes, gallery, script, is_live=is_live)
+        page = whole_document(body, heading, media.volumes, gallery, script, is_live=is_live)
         size = len(page.encode("utf-8"))
         if size <= MOST_BYTES or not (media.volumes or media.stills):
             break
@@ -160,9 +159,9 @@ def _omissions(findings: Findings, cases: Sequence[CaseFacts]) -> list[str]:
     notes = []
     if len(cases) > MOST_ROWS:
         notes.append(f"Tables have the first {MOST_ROWS} of {len(cases)} cases, the worst of them.")
-    more = sections.shown_metrics(findings, cases)[MOST_METRICS:]
+    more = shown_metrics(findings, cases)[MOST_METRICS:]
     if more:
-        names = ", ".join(map(sections.metric_name, more))
+        names = ", ".join(map(metric_name, more))
         notes.append(f"Metrics that are in scores.csv and not in the table: {names}.")
     return notes
 
@@ -179,7 +178,7 @@ def _body(
 ) -> Markup:
     anchors = {case_id: f"case-{position}" for position, case_id in enumerate(media.stills)}
     viewable = {case_id: f"v{position}" for position, case_id in enumerate(media.volumes)}
-    key = sections.colour_key([] if gallery.scheme is None else gallery.colours().values())
+    key = colour_key([] if gallery.scheme is None else gallery.colours().values())
     parts = [
         sections.summary_section(findings, cases, tell),
         sections.failures_section(cases, tell),
@@ -189,7 +188,7 @@ def _body(
         _viewer_section(viewable, key, len(media.stills), are_scored=any(case.regions for case in cases)),
         pictures_section(cases, media.stills, anchors, key, viewable, has_planes=media.has_planes),
         _figures_section(findings),
-        sections.timing_section(findings),
+        timing_section(findings),
         sections.reliability_section(findings),
         sections.settings_section(findings, tell),
         sections.notes_section(notes, tell),
@@ -208,9 +207,7 @@ def _body(
     return joined([header, element("main", *(part.to_html() for part in present)), footer])
 
 
-def _viewer_section(
-    viewable: Mapping[str, str], key: Markup, drawn: int, *, are_scored: bool
-) -> sections.Section | None:
+def _viewer_section(viewable: Mapping[str, str], key: Markup, drawn: int, *, are_scored: bool) -> Section | None:
     """The viewer of the cases with volumes (case id -> key), which are `drawn` in all."""
     if not viewable:
         return None
@@ -219,14 +216,14 @@ def _viewer_section(
     which = "all" if len(viewable) >= drawn else "the worst" if are_scored else "the first"
     told = f"Here are {which} {len(viewable)} cases" if len(viewable) > 1 else "The case"
     about = element("p", f"{told}, cropped to what matters, with the intensities of the scan.")
-    controls = Markup(_asset("viewer.html"))
-    keys = [key, sections.colour_key(DIFFERENCES.values(), "difference:")]
+    controls = Markup(asset("viewer.html"))
+    keys = [key, colour_key(DIFFERENCES.values(), "difference:")]
     terms = element("details", element("summary", "Licence of NiiVue, the viewer"), element("pre", viewer_licence()))
     filters = element("div", picker, class_="filters")
-    return sections.section("Viewer", "viewer", about, filters, controls, *keys, terms)
+    return section("Viewer", "viewer", about, filters, controls, *keys, terms)
 
 
-def _figures_section(findings: Findings) -> sections.Section | None:
+def _figures_section(findings: Findings) -> Section | None:
     """The pictures that a training left in its folder."""
     figures = []
     for run in findings.runs:
@@ -239,89 +236,11 @@ def _figures_section(findings: Findings) -> sections.Section | None:
             figures.append(element("figure", element("figcaption", path.stem.replace("_", " ")), picture))
     if not figures:
         return None
-    return sections.section("Figures", "figures", element("div", *figures, class_="figures"))
+    return section("Figures", "figures", element("div", *figures, class_="figures"))
 
 
 def _heading(findings: Findings) -> str:
     """The names of the trained models where there are any, else of the folders."""
-    models = [run.name for run in findings.runs] or [
-        sections.model_name(output.manifest) for output in findings.outputs
-    ]
+    models = [run.name for run in findings.runs] or [model_name(output.manifest) for output in findings.outputs]
     named = [name for name in models if name] or [scored.name for scored in findings.evaluations]
     return " \u00b7 ".join(dict.fromkeys(named))
-
-
-def _document(
-    body: Markup,
-    heading: str,
-    volumes: Mapping[str, CaseVolumes],
-    gallery: Gallery,
-    script: str | None,
-    *,
-    is_live: bool,
-) -> str:
-    scripts = [_asset("page.js")]
-    stores: list[Markup] = []
-    if volumes:
-        scripts.append(_asset("viewer.js"))
-        stores = _stores(volumes, gallery, script or "")
-    style = _asset("page.css")
-    policy = _policy(scripts, style)
-    head = [
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=policy),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("meta", name="referrer", content="no-referrer"),
-        element("noscript", element("meta", http_equiv="refresh", content=_REFRESH_S)) if is_live else None,
-        element("title", heading),
-        element("style", Markup(style)),
-    ]
-    running = (element("script", Markup(text)) for text in scripts)
-    page = element("html", element("head", *head), element("body", body, *stores, *running), lang="en")
-    return f"<!DOCTYPE html>\n{page}\n"
-
-
-def _stores(volumes: Mapping[str, CaseVolumes], gallery: Gallery, script: str) -> list[Markup]:
-    """What the viewer needs, as data that no browser runs: NiiVue, the volumes, and how to show them."""
-    cases = [
-        {"id": case_id, "key": f"v{position}", **dict(case.facts)}
-        for position, (case_id, case) in enumerate(volumes.items())
-    ]
-    facts = {"labels": _colours(gallery.colours()), "differences": _colours(DIFFERENCES), "cases": cases}
-    stores = [
-        element("script", Markup(script), type="application/octet-stream", id="viewer-module"),
-        element("script", json_for_script(facts), type="application/json", id="viewer-facts"),
-    ]
-    for position, case in enumerate(volumes.values()):
-        for layer, text in case.layers.items():
-            key = f"v{position}-{layer}"
-            stores.append(element("script", Markup(text), type="application/octet-stream", id=key))
-    return stores
-
-
-def _colours(labels: Mapping[int, tuple[str, str]]) -> dict[str, dict[str, str]]:
-    return {str(value): {"name": name, "colour": colour} for value, (name, colour) in labels.items()}
-
-
-def _policy(scripts: Sequence[str], style: str) -> str:
-    """Nothing from anywhere: only these scripts and this style, pictures in the page, and the viewer's own blobs."""
-    allowed = " ".join(_digest(script) for script in scripts)
-    rules = {
-        "default-src": "'none'",
-        "script-src": f"{allowed} blob:",
-        "style-src": _digest(style),
-        "img-src": "data: blob:",
-        "connect-src": "blob:",
-        "base-uri": "'none'",
-        "form-action": "'none'",
-    }
-    return "; ".join(f"{name} {value}" for name, value in rules.items())
-
-
-def _digest(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode('ascii')}'"
-
-
-def _asset(name: str) -> str:
-    return resources.files("segkit.report.page").joinpath("assets", name).read_text(encoding="utf-8")

@@ -3,49 +3,34 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from segkit.errors import some
 from segkit.metrics.facts import METRICS
-from segkit.report.figures import COLOURS, curves_of
-from segkit.report.page.charts import bars_chart, line_chart, reliability_chart, strip_chart
+from segkit.report.figures import curves_of
+from segkit.report.page.charts import line_chart, reliability_chart, strip_chart
 from segkit.report.page.html import Child, Markup, definitions, element, joined, plain_table
-from segkit.report.page.sources import CaseFacts, Discretion, Document, Findings, Run, mapping, number, records_of
+from segkit.report.page.sources import CaseFacts, Discretion, Document, Findings, Run, mapping, number
+from segkit.report.page.terms import (
+    MOST_ROWS,
+    Section,
+    digits_of,
+    headline_metrics,
+    metric_name,
+    model_name,
+    section,
+    swatch,
+    written,
+)
 
-_HEADLINES = ("dice", "hd95_mm", "nsd", "sensitivity", "precision", "auc")
-"""Metrics that people compare, where the scores do not name their own."""
 _MOST_HEADLINES = 7
 _SPREADS = 2
-_DIGITS = {"mm": 2, "voxels": 2, "ml": 2, "lesions": 1}
-"""Decimals by unit; shares have three."""
 _RELIABILITY = {"whole": "All voxels", "box": "Around the reference"}
-MOST_ROWS = 1000
-"""Cases that a table has at most."""
-_MOST_BARS = 30
 _NAMED = 20
 """Cases that a note names; the rest is a number."""
 _ENVIRONMENT = ("python", "platform", "cores")
-
-
-class Section(NamedTuple):
-    """One part of a page: its heading, the id that the navigation leads to, and what it holds."""
-
-    title: str
-    key: str
-    content: Markup
-
-    def to_html(self) -> Markup:
-        """The part with its heading."""
-        heading = element("h2", self.title, id=f"{self.key}-heading")
-        return element("section", heading, self.content, id=self.key, aria_labelledby=f"{self.key}-heading")
-
-
-def section(title: str, key: str, *children: Child) -> Section:
-    """A part of the page that holds these children."""
-    return Section(title, key, joined(children))
 
 
 def summary_section(findings: Findings, cases: Sequence[CaseFacts], tell: Discretion) -> Section:
@@ -134,25 +119,6 @@ def curves_section(runs: Sequence[Run]) -> Section | None:
     return section("Training", "training", *parts) if parts else None
 
 
-def timing_section(findings: Findings) -> Section | None:
-    """Seconds by stage and memory of each case, as expected and as measured."""
-    records = [record for output in findings.outputs for record in records_of(output.manifest)]
-    timed = [record for record in records if sum(_seconds(record).values()) > 0]
-    if not timed:
-        return None
-    stages = list(dict.fromkeys(stage for record in timed for stage in _seconds(record)))
-    longest = sorted(timed, key=lambda record: -sum(_seconds(record).values()))[:_MOST_BARS]
-    rows = {str(record["case"]): [_seconds(record).get(stage, 0.0) for stage in stages] for record in longest}
-    title = "Seconds by stage" + (f", the {_MOST_BARS} longest cases" if len(timed) > _MOST_BARS else "")
-    table = plain_table(
-        "Seconds and memory of each case",
-        ["case", *stages, "total s", "expected s", "peak MB", "expected MB"],
-        (_timing_row(record, stages) for record in timed[:MOST_ROWS]),
-    )
-    details = element("details", element("summary", f"All {len(timed)} cases"), table)
-    return section("Time and memory", "time", _forecasts(timed), bars_chart(title, stages, rows), details)
-
-
 def reliability_section(findings: Findings) -> Section | None:
     """How far probabilities can be believed, where the evaluation measured it.
 
@@ -216,53 +182,6 @@ def evaluation_notes(findings: Findings, cases: Sequence[CaseFacts]) -> list[str
             notes += [f"{told} ({len(names)}): {some(names, _NAMED)}."] if names else []
         notes += scored.document.notes
     return notes
-
-
-def headline_metrics(findings: Findings) -> list[str]:
-    """The metrics that people compare: those of the protocols by which was scored."""
-    named = dict.fromkeys(metric for scored in findings.evaluations for metric in scored.document.headline)
-    return list(named or _HEADLINES)
-
-
-def shown_metrics(findings: Findings, cases: Sequence[CaseFacts]) -> list[str]:
-    """The metrics of the cases in the order of tables: what people compare, then others that are known."""
-    present = dict.fromkeys(name for case in cases for scores in case.regions.values() for name in scores)
-    order = dict.fromkeys((*headline_metrics(findings), *METRICS, *present))
-    return [metric for metric in order if metric in present]
-
-
-def metric_name(metric: str) -> str:
-    """How a metric is called in a heading."""
-    return METRICS[metric].title if metric in METRICS else metric.replace("_", " ")
-
-
-def model_name(manifest: Document) -> str:
-    """The folders of the models that made the masks, without the way to them."""
-    name = str(mapping(manifest, "model").get("name") or "")
-    return ", ".join(part.replace("\\", "/").rstrip("/").split("/")[-1] for part in name.split(", "))
-
-
-def digits_of(metric: str) -> int:
-    """How many decimals of a metric say something."""
-    return _DIGITS.get(METRICS[metric].unit if metric in METRICS else "", 3)
-
-
-def written(value: float | None, digits: int = 3) -> str:
-    """A score as it stands in a table."""
-    if value is None:
-        return "\u2013"
-    return f"{value:.{digits}f}" if math.isfinite(value) else "\u221e"
-
-
-def colour_key(labels: Iterable[tuple[str, str]], lead: str = "") -> Markup:
-    """The names of labels beside their colours; pairs of name and colour, `lead` says what they are."""
-    items = (element("li", swatch(COLOURS.index(colour)), name) for name, colour in labels)
-    return element("ul", element("li", lead) if lead else None, *items, class_="legend")
-
-
-def swatch(position: int) -> Markup:
-    """A sample of the colour of the region at this position."""
-    return element("span", class_=f"swatch c{position % len(COLOURS)}", aria_hidden="true")
 
 
 def _card_facts(card: Document, tell: Discretion) -> dict[str, Child]:
@@ -334,42 +253,6 @@ def _headline(entry: Document, digits: int) -> Markup:
 
 def _most(scores: Document) -> str:
     return str(max((int(number(mapping(scores, metric).get("n")) or 0) for metric in scores), default=0))
-
-
-def _forecasts(records: Sequence[Document]) -> Markup | None:
-    """How what was expected compares with what was measured, over all cases."""
-    told = []
-    for what, name in (("seconds", "time"), ("peak_rss_mb", "memory")):
-        pairs = [(number(mapping(record, "predicted").get(what)), _measured(record, what)) for record in records]
-        ratios = [measured / expected for expected, measured in pairs if expected and measured]
-        if ratios:
-            range_ = f"(from {min(ratios):.2f} to {max(ratios):.2f})"
-            told.append(f"{name} {statistics.median(ratios):.2f} of what was expected {range_}")
-    return element("p", f"Measured, in the median over cases: {'; '.join(told)}.") if told else None
-
-
-def _measured(record: Document, what: str) -> float | None:
-    return _total(record) if what == "seconds" else number(record.get(what))
-
-
-def _timing_row(record: Document, stages: Sequence[str]) -> list[Child]:
-    seconds, predicted = _seconds(record), mapping(record, "predicted")
-    times = [seconds.get(stage, 0.0) for stage in stages] + [_total(record)]
-    memory = [number(record.get("peak_rss_mb")), number(predicted.get("peak_rss_mb"))]
-    return [
-        str(record["case"]),
-        *(written(value, 2) for value in [*times, number(predicted.get("seconds"))]),
-        *(written(value or None, 0) for value in memory),
-    ]
-
-
-def _seconds(record: Document) -> dict[str, float]:
-    found = {str(stage): number(value) for stage, value in mapping(record, "seconds").items()}
-    return {stage: max(value, 0.0) for stage, value in found.items() if value is not None}
-
-
-def _total(record: Document) -> float:
-    return sum(_seconds(record).values())
 
 
 def _reliability_points(table: Document) -> list[tuple[float, float]]:
