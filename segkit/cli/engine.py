@@ -66,6 +66,11 @@ class Engine(NamedTuple):
     threads: int | None
     memory_mb: float | None
 
+    @property
+    def limit_mb(self) -> float | None:
+        """What this process has to keep to; None where nothing was said, or it is said of nodes."""
+        return None if self.is_ray else self.memory_mb
+
     @contextmanager
     def limited(self) -> Iterator[None]:
         """Keep this process, if it is the one that computes, to its memory from now on, with models being opened.
@@ -73,12 +78,12 @@ class Engine(NamedTuple):
         Raises:
             RequestError: what is loaded before, or meanwhile, takes more by itself.
         """
-        if self.is_ray or self.memory_mb is None:
+        if self.limit_mb is None:
             yield
             return
         from segkit.runtime import lift_memory_limit, limit_memory
 
-        limit_memory(self.memory_mb)
+        limit_memory(self.limit_mb)
         try:
             _require_room()
             yield
@@ -88,7 +93,7 @@ class Engine(NamedTuple):
                 raise
             lift_memory_limit()
             raise RequestError(
-                f"the models and what computes them take more than {self.memory_mb:.0f} MB",
+                f"the models and what computes them take more than {self.limit_mb:.0f} MB",
                 remedy="Pass a larger --memory; exported models take less than run folders, as they need no torch",
             ) from error
 

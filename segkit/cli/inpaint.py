@@ -242,7 +242,7 @@ def _moved_to_gpus(predictor: InpaintingPredictor, holes: HoleSource) -> Inpaint
 def _run(request: Request, place: Engine, *, is_quiet: bool) -> dict[str, Any]:
     from segkit.inpainting.folders import inpaint_folder
 
-    if place.memory_mb is not None and not place.is_ray:
+    if place.limit_mb is not None:
         place = place._replace(workers=place.workers or 0)  # a case that waits takes memory as well
     if not is_quiet:
         tell_aside(f"{request.predictor.backend.name} fills holes from {request.holes.origin}")

@@ -169,6 +169,11 @@ def installed_backends() -> tuple[str, ...]:
     return tuple(name for name in _FASTEST_FIRST if importlib.util.find_spec(name) is not None)
 
 
+def runtime_for(name: str) -> str:
+    """The runtime that "auto" stands for, which is the fastest that is installed; any other name is its own."""
+    return next(iter(installed_backends()), "onnxruntime") if name == "auto" else name
+
+
 def open_graph(path: Path, name: str, cache: Path | None = None, threads: int | None = None) -> Backend:
     """The backend `name` with the network of an ONNX file; auto is the fastest that is installed.
 
@@ -177,9 +182,8 @@ def open_graph(path: Path, name: str, cache: Path | None = None, threads: int | 
     Raises:
         RequestError: that backend, or any, is not installed.
     """
-    installed = installed_backends()
-    chosen = (installed[0] if installed else "onnxruntime") if name == "auto" else name
-    if chosen not in installed:
+    chosen = runtime_for(name)
+    if chosen not in installed_backends():
         raise RequestError(
             f"backend {chosen} is not installed" if chosen in _FASTEST_FIRST else f"{chosen} does not read ONNX files",
             expected=f"one of {', '.join(_FASTEST_FIRST)}",

@@ -29,6 +29,7 @@ from segkit.inference.backends import (
     TorchBackend,
     installed_backends,
     open_graph,
+    runtime_for,
 )
 from segkit.inference.graph_check import require_harmless
 from segkit.runtime import cache_folder, has_memory_limit, keep_freed_memory, may_have_gpu, pick_device, room_mb
@@ -106,7 +107,7 @@ def _open_export(folder: Path, card: ModelCard, name: str, window: tuple[int, ..
     path = folder / graph.file
     require_harmless(path, graph.sha256)
     with _explained(path):
-        if (name if name != "auto" else next(iter(installed_backends()), "")) == "openvino":
+        if runtime_for(name) == "openvino":
             _have_computed_elsewhere(path, graph, (1, card.input_channels, *window))
         return GuardedBackend(open_graph(path, name, threads=threads), path, card.network.out_channels)
 
