@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from segkit.runtime import refuse_telemetry
 
 if TYPE_CHECKING:
-    from segkit.checkpoint import LoadReport as LoadReport
-    from segkit.checkpoint import load_model as load_model
-    from segkit.checkpoint import load_weights as load_weights
+    from segkit.checkpoint.model import load_model as load_model
+    from segkit.checkpoint.transfer import LoadReport as LoadReport
+    from segkit.checkpoint.transfer import load_weights as load_weights
     from segkit.inference.predictor import Prediction as Prediction
     from segkit.inference.predictor import Predictor as Predictor
     from segkit.models.table import ModelInfo as ModelInfo
@@ -25,9 +25,9 @@ _PUBLIC = {
     "build_model": "segkit.models.table",
     "list_models": "segkit.models.table",
     "ModelInfo": "segkit.models.table",
-    "load_model": "segkit.checkpoint",
-    "load_weights": "segkit.checkpoint",
-    "LoadReport": "segkit.checkpoint",
+    "load_model": "segkit.checkpoint.model",
+    "load_weights": "segkit.checkpoint.transfer",
+    "LoadReport": "segkit.checkpoint.transfer",
     "Predictor": "segkit.inference.predictor",
     "Prediction": "segkit.inference.predictor",
 }

@@ -22,6 +22,9 @@ Image: TypeAlias = NDArray[np.float32]
 LabelMap: TypeAlias = NDArray[np.uint8]
 """Label values of a scheme, (D, H, W) or (H, W), uint8, 0 = background."""
 
+Mask: TypeAlias = NDArray[np.bool_]
+"""True where something is present, (D, H, W) or (H, W)."""
+
 Masks: TypeAlias = NDArray[np.bool_]
 """One boolean plane per output, (K, D, H, W) or (K, H, W)."""
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest_plugins = ["tests.step_models"]
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:

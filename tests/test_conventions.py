@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from segkit.data.augmentation import AugmentationConfig
-from segkit.data.dataset import PatchDataset
-from segkit.data.layouts.table import find_cases
-from segkit.data.phantom import PHANTOM_SCHEME, make_phantom
-from segkit.data.phantom_layouts import PHANTOM_LAYOUTS, write_phantoms
-from segkit.data.preprocessing import PreprocessingConfig, load_case, prepare
 from segkit.labels import encode, outputs_of
+from segkit.phantoms.layouts import PHANTOM_LAYOUTS, write_phantoms
+from segkit.phantoms.phantom import PHANTOM_SCHEME, make_phantom
+from segkit.preparing.augmentation import AugmentationConfig
+from segkit.preparing.patch_sampling import PatchDataset
+from segkit.preparing.preprocessing import PreprocessingConfig, load_case, prepare
+from segkit.reading.layouts.table import find_cases
 
 _SIZE, _SEED = 32, 5
 _PREPROCESSING = PreprocessingConfig(normalisation="zscore-nonzero", crop="nonzero")

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 import segkit
 import segkit.cli
-from segkit.checkpoint import ModelCard, save_model
-from segkit.data.case import Case, ImageFile
-from segkit.data.files import write_labels
-from segkit.data.layouts.table import find_cases
-from segkit.data.preprocessing import load_case
+from segkit.checkpoint.card import ModelCard
+from segkit.checkpoint.model import save_model
 from segkit.inference.predictor import Predictor
 from segkit.labels import SCHEMES, outputs_of
+from segkit.preparing.preprocessing import load_case
+from segkit.reading.case import Case, ImageFile
+from segkit.reading.files import write_labels
+from segkit.reading.layouts.table import find_cases
 
 SCHEME = SCHEMES["brats2017"]
 THRESHOLDS = (25.5, 50.5, 75.5)

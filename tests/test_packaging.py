@@ -30,10 +30,8 @@ def test_configurations_and_assets_travel_in_the_wheel(wheel: Path) -> None:
     assert len(shipped) >= 4
     assert shipped <= names
     assert "segkit/py.typed" in names
-    assert {
-        f"segkit/report/page/assets/{name}" for name in ("page.css", "page.js", "viewer.html", "viewer.js")
-    } <= names
-    assert not any(name.startswith(("tests/", "docs/")) for name in names)
+    assert {f"segkit/report/assets/{name}" for name in ("page.css", "page.js", "viewer.html", "viewer.js")} <= names
+    assert not any(name.startswith(("tests/", "docs/", "benchmarks/")) for name in names)
 
 
 def test_installed_wheel_runs_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
@@ -41,7 +39,7 @@ def test_installed_wheel_runs_outside_the_checkout(wheel: Path, tmp_path: Path) 
     zipfile.ZipFile(wheel).extractall(site)
     environment = {**os.environ, "PYTHONPATH": str(site)}
     code = (
-        "import sys, segkit, segkit.cli; from segkit.config.loading import list_presets;"
+        "import sys, segkit, segkit.cli; from segkit.config import list_presets;"
         "print(segkit.__file__); print(list_presets());"
         "segkit.cli.main(['config', 'show', '--preset', 'cpu'])"
     )

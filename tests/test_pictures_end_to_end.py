@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 
 from segkit.cli import main
-from segkit.data.files import read_volume
+from segkit.reading.files import read_volume
 
 _TINY = ["--preset", "tiny", "--set", "network.arguments={widths: [8, 12]}", "--set", "training.steps=30"]
 _SHORT = ["--set", "training.steps_per_epoch=30", "--set", "planning.patch_limit=16", "-d", "cpu", "-q"]
@@ -101,6 +101,6 @@ def test_real_retina_pictures_are_checked(shared_data: Path, capsys: pytest.Capt
     document = json.loads(capsys.readouterr().out)
     assert (document["layout"], len(document["cases"])) == ("folder2d", 20)
     assert all(case["shape"] == [960, 999] for case in document["cases"])
-    listed = Path(__file__).resolve().parents[1] / "docs" / "chase_db1_test.txt"
+    listed = Path(__file__).resolve().parents[1] / "benchmarks" / "chase_db1_test.txt"
     held_out = [line for line in listed.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     assert held_out == [case["case"] for case in document["cases"]][-6:]

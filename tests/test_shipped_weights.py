@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from segkit.checkpoint import WEIGHTS_NAME, load_card
+from segkit.checkpoint.run_folder import WEIGHTS_NAME, load_card
 from segkit.checkpoint.tensors import load_weights_file
-from segkit.data.files import read_volume
 from segkit.inference.predictor import Predictor
+from segkit.reading.files import read_volume
 
 FOLDER = Path(__file__).parents[1] / "weights" / "hippocampus-revmbunet"
 

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from segkit.bench.probe import Measured, Step, measure
 from segkit.models.table import build_model
-from segkit.planning.memory import step_bytes
+from segkit.preparing.memory import step_bytes
 
 Row = dict[str, Any]
 

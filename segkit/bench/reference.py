@@ -7,9 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from segkit.models.blocks import PointwiseConv3d
-from segkit.models.bottleneck import InvertedBottleneck
-from segkit.models.depthwise import DepthwiseConv3d
-from segkit.models.revmbunet import Encoder
+from segkit.models.kernels.depthwise import DepthwiseConv3d
+from segkit.models.revmbunet import Encoder, InvertedBottleneck
 from segkit.models.table import build_model
 
 _CHANNELS, _OUTPUTS = 4, 3

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from segkit.checkpoint.run_folder import load_card
-from segkit.data.files import read_labels
 from segkit.errors import RequestError
 from segkit.metrics.overlap import dice_by_region
+from segkit.reading.files import read_labels
 from segkit.runtime import variables_with
 from segkit.shapes import LabelMap
 

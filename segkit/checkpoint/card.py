@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from segkit.config.base import Config
-from segkit.data.case import is_file_name
-from segkit.data.preprocessing import Crop, Normalisation, PreprocessingConfig
+from segkit.config import Config
 from segkit.errors import CheckpointError
 from segkit.labels import LabelScheme, Output, scheme_from_json
+from segkit.preparing.preprocessing import Crop, Normalisation, PreprocessingConfig
+from segkit.reading.case import is_file_name
 
 _LARGEST_ARGUMENT = 8192
 """Beyond any width, depth or number of steps; a network of more would fill the memory before its weights are read."""

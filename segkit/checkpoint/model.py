@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from segkit.checkpoint import nnunet
 from segkit.checkpoint.card import ModelCard
-from segkit.checkpoint.digest import file_sha256
 from segkit.checkpoint.run_folder import CARD_NAME, RUN_FOLDER, WEIGHTS_NAME, load_card, only_fold
 from segkit.checkpoint.tensors import load_weights_file, write_tensors
-from segkit.data.files import written_atomically
 from segkit.errors import CheckpointError
 from segkit.models.table import build_model
+from segkit.reading.files import file_sha256, written_atomically
 
 _SPARE_VALUES = 10_000_000
 

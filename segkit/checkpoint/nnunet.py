@@ -14,14 +14,14 @@ from typing import Any
 from torch import Tensor
 
 from segkit.checkpoint.card import ModelCard, NetworkCard, OutputCard, SchemeCard, TrainingData
-from segkit.checkpoint.digest import file_sha256
 from segkit.checkpoint.nnunet_plans import MISFITS, ResultPlan, not_understood, read_plan
 from segkit.checkpoint.tensors import named_tensors, read_torch
-from segkit.data.layouts.dataset_json import channel_names, document_scheme
-from segkit.data.layouts.layout import FolderOptions
 from segkit.errors import CheckpointError, DataError
 from segkit.labels import LabelScheme
 from segkit.models.stunet import SIZES
+from segkit.reading.files import file_sha256
+from segkit.reading.layouts.dataset_json import channel_names, document_scheme
+from segkit.reading.layouts.layout import FolderOptions
 
 _CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_best.pth", "model_final_checkpoint.model", "model_best.model")
 """From the one to take first: version 2's, then version 1's."""

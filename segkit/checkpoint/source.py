@@ -11,11 +11,11 @@ from pathlib import Path
 from torch import Tensor
 
 from segkit.checkpoint.card import ModelCard
-from segkit.checkpoint.digest import file_sha256
 from segkit.checkpoint.model import read_weights
 from segkit.checkpoint.run_folder import CARD_NAME, WEIGHTS_NAME, load_card, model_folders
 from segkit.checkpoint.tensors import load_weights_file
 from segkit.errors import CheckpointError
+from segkit.reading.files import file_sha256
 
 _log = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from segkit.checkpoint.run_folder import DAMAGED_NAME, LAST_NAME, PREVIOUS_NAME
 from segkit.checkpoint.tensors import read_torch
-from segkit.data.files import written_atomically
 from segkit.errors import CheckpointError
+from segkit.reading.files import written_atomically
 
 _log = logging.getLogger(__name__)
 

@@ -21,11 +21,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from segkit.checkpoint.digest import file_sha256
-from segkit.checkpoint.plain_numpy import MAKERS
-from segkit.checkpoint.torch_check import is_zip, require_dense_memo, require_modest
-from segkit.data.files import written_atomically
+from segkit.checkpoint.torch_check import MAKERS, is_zip, require_dense_memo, require_modest
 from segkit.errors import CheckpointError
+from segkit.reading.files import file_sha256, written_atomically
 
 _INNER_KEYS = ("state_dict", "network_weights", "model_state_dict", "model")
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")

@@ -2,13 +2,20 @@
 
 Three things may differ between the network that was trained and the one at hand: its image channels, its outputs, and
 whether there is anything beyond an encoder. Everything else must agree by name and shape. What a network's tensors are
-for is said by its attributes, see `segkit.models.protocol`.
+for is said by its attributes, see `segkit.models.table`.
+
+The first kernels of a network, made for other image channels than they were trained with.
+
+Weights are (outputs, channels, *kernel). What each new channel sees is decided by its name where both sides are known,
+else by a rule.
+
+Which tensor of a file is which tensor of a network, when the file holds more, less, or other beginnings.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -16,10 +23,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from segkit.checkpoint.adapt import InputAdapt, adapt_by_modality, adapt_channels, plain_name
-from segkit.checkpoint.names import match_names, other_part
 from segkit.checkpoint.source import WeightSource, read_source
 from segkit.errors import CheckpointError, some
+from segkit.reading.modalities import canonical_modality
 
 HeadRule = Literal["fit", "skip"]
 """What becomes of segmentation heads. fit: taken where shape and, where known, output names agree; skip: left out."""
@@ -288,3 +294,77 @@ def _kind(tensor: Tensor) -> str:
     """`16 x 4 x 3 x 3 x 3`, with the type where it is no floating-point number."""
     shape = " x ".join(str(size) for size in tensor.shape) or "a single number"
     return shape if tensor.is_floating_point() else f"{shape} of {str(tensor.dtype).removeprefix('torch.')}"
+
+
+InputAdapt = Literal["mean", "repeat", "zero"]
+"""How kernels are made for another number of channels.
+
+mean: old kernels in turn, scaled by old over new channels, and the sum of all for a single new one, so that the
+answer to an image that is the same in every channel stays what it was (exactly so where one number of channels is a
+multiple of the other); repeat: the same unscaled, which is what STU-Net's own fine-tuning does; zero: the first
+channels keep their kernels, further ones start at zero.
+"""
+
+
+def adapt_channels(weight: Tensor, channels: int, rule: InputAdapt) -> Tensor:
+    """Kernels (outputs, old, *kernel) for `channels` image channels: (outputs, channels, *kernel)."""
+    old = weight.shape[1]
+    if rule == "zero":
+        added = weight.new_zeros(weight.shape[0], max(channels - old, 0), *weight.shape[2:])
+        return torch.cat([weight[:, :channels], added], dim=1)
+    if rule == "mean" and channels == 1:
+        return weight.sum(1, keepdim=True)
+    in_turn = torch.cat([weight] * -(-channels // old), dim=1)[:, :channels]
+    return in_turn if rule == "repeat" else in_turn * (old / channels)
+
+
+def adapt_by_modality(weight: Tensor, before: Sequence[str], after: Sequence[str]) -> Tensor | None:
+    """Kernels (outputs, len(before), *kernel) for channels named `after`; None where no name is on both sides.
+
+    A channel takes the kernel of the same modality, whatever either side calls it (`t1ce` is `t1c`), and the mean of
+    all kernels where there is none.
+    """
+    known = {plain_name(name): channel for channel, name in enumerate(before)}
+    if not any(plain_name(name) in known for name in after):
+        return None
+    mean = weight.mean(1)
+    channels = [known.get(plain_name(name)) for name in after]
+    return torch.stack([mean if channel is None else weight[:, channel] for channel in channels], dim=1)
+
+
+def plain_name(modality: str) -> str:
+    """A modality's canonical name, else its own in small letters."""
+    return canonical_modality(modality) or modality.casefold()
+
+
+_BEGINNINGS = ("", "image_encoder.", "encoder.", "backbone.")
+"""What stands before an encoder's names in files that hold an encoder, or a network around another kind of decoder."""
+
+_OTHER_PARTS = {
+    "fc.": "the classifier that it was trained with",
+    "head.": "the classifier that it was trained with",
+    "prompt_encoder.": "SAM's prompt encoder",
+    "mask_decoder.": "SAM's mask decoder",
+    "pos_embed": "a table of positions, which the encoder here does without",
+}
+"""Beginnings of names that lie beside the encoder in encoder files, and what they are."""
+
+
+def match_names(file: Collection[str], network: Collection[str], encoder_prefix: str) -> dict[str, str]:
+    """Name in the file to name in the network: as it is or, for encoder files, below `encoder_prefix`.
+
+    The reading under which most names meet is taken; names that meet none stay as they are.
+    """
+    known = set(network)
+    readings: list[dict[str, str]] = [{name: name for name in file}]
+    for beginning in _BEGINNINGS if encoder_prefix else ():
+        below = {name: encoder_prefix + name.removeprefix(beginning) for name in file if name.startswith(beginning)}
+        readings.append({name: below[name] if below.get(name) in known else name for name in file})
+    return max(readings, key=lambda reading: sum(name in known for name in reading.values()))
+
+
+def other_part(name: str) -> str | None:
+    """What a tensor beside the encoder is part of, as a sentence; None where that is not known."""
+    plain = min((name.removeprefix(beginning) for beginning in _BEGINNINGS), key=len)
+    known = (f"{part.rstrip('.')} is {what}" for part, what in _OTHER_PARTS.items() if plain.startswith(part))
+    return next(known, None)

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from segkit.data.case import Cohort
-    from segkit.data.checks import CaseReport
     from segkit.errors import Problem
+    from segkit.reading.case import Cohort
+    from segkit.reading.checks import CaseReport
     from segkit.training.config import TrainConfig
 
 FastOption = Annotated[bool, typer.Option("--fast", help="Headers only: no voxels are read.")]
@@ -65,9 +65,9 @@ def check(
 
     Exit code 0: usable; 1: something cannot be used as it is; 2: nothing was recognised.
     """
-    from segkit.data.checks import usable_cases
-    from segkit.data.layouts.table import find_cases
     from segkit.errors import DataError, as_request
+    from segkit.reading.checks import usable_cases
+    from segkit.reading.layouts.table import find_cases
 
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
     preset = preset or _preset_of_this_machine()
@@ -116,8 +116,8 @@ def next_command(
     """
     import shlex
 
-    from segkit.data.checks import REPAIR_COMMAND
-    from segkit.data.layouts.synthesis import SYNTHESIS_LAYOUT
+    from segkit.reading.checks import REPAIR_COMMAND
+    from segkit.reading.layouts.synthesis import SYNTHESIS_LAYOUT
 
     fatal = [problem for report in reports for problem in report.problems if problem.is_fatal]
     path = str(data)
@@ -139,7 +139,7 @@ def _look_at(cohort: Cohort, *, read_voxels: bool, is_quiet: bool) -> list[CaseR
     """Check every case, with a progress bar on standard error."""
     from rich.progress import Progress
 
-    from segkit.data.checks import check_cohort
+    from segkit.reading.checks import check_cohort
     from segkit.runtime import available_cores
 
     with Progress(console=console(), transient=True, disable=is_quiet) as progress:
@@ -165,7 +165,7 @@ def _preset_of_this_machine() -> str:
 
 def _settings(preset: str, settings: list[str] | None) -> TrainConfig:
     """The settings to estimate for; mistakes in them are found before any data are read."""
-    from segkit.config.loading import build_config, preset_layers
+    from segkit.config import build_config, preset_layers
     from segkit.training.config import TrainConfig
 
     return build_config(TrainConfig, [*preset_layers(preset), ("--set", parse_settings(settings))])
@@ -179,7 +179,7 @@ def _estimate(cohort: Cohort, config: TrainConfig | None, memory: str | None) ->
     if config is None or labelled.scheme is None or not labelled.cases:
         return None
     from segkit.errors import SegkitError
-    from segkit.planning.plan import estimate_training
+    from segkit.preparing.plan import estimate_training
     from segkit.runtime import pick_device
     from segkit.training.planned import memory_to_plan_for, planning_request
 
@@ -224,7 +224,7 @@ def _first_choice(problems: Sequence[Problem]) -> str | None:
 
 
 def _problem_json(problem: Problem) -> dict[str, object]:
-    from segkit.data.checks import problem_to_json
+    from segkit.reading.checks import problem_to_json
 
     return problem_to_json(problem)
 
@@ -236,7 +236,7 @@ def _print_report(
     needs: Mapping[str, float] | None,
     command: str,
 ) -> None:
-    from segkit.data.layouts.table import LAYOUTS
+    from segkit.reading.layouts.table import LAYOUTS
 
     tell(f"Layout: {cohort.layout} - {LAYOUTS[cohort.layout].description}")
     if cohort.scheme is None:

@@ -18,7 +18,7 @@ from segkit.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from segkit.report.comparison import Comparison
+    from segkit.evaluation.comparison import Comparison
 
 
 def compare(
@@ -41,9 +41,9 @@ def compare(
 
     Exit code 2 where they do not compare: other protocols, other references, no case in common.
     """
-    from segkit.report.comparison import compare_scores
-    from segkit.report.comparison_files import comparison_json, write_comparison
-    from segkit.report.score_files import read_score_sets
+    from segkit.evaluation.comparison import compare_scores
+    from segkit.evaluation.comparison_files import comparison_json, write_comparison
+    from segkit.evaluation.score_files import read_score_sets
 
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
     chosen = None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()]
@@ -60,7 +60,7 @@ def compare(
 
 
 def _print(comparison: Comparison) -> None:
-    from segkit.report.comparison_files import pair_rows, ranking_rows
+    from segkit.evaluation.comparison_files import pair_rows, ranking_rows
 
     count = f"{len(comparison.cases)} cases, protocol {comparison.models[0].protocol}"
     print_table(f"{count}; BraTS ranking, p one-sided", *ranking_rows(comparison))

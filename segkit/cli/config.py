@@ -43,7 +43,7 @@ def show(
     verbose: VerboseOption = False,
 ) -> None:
     """Print the settings of a run as YAML, each with what it means; null is decided by planning."""
-    from segkit.config.loading import (
+    from segkit.config import (
         INPAINTING_PRESETS,
         PRESETS,
         PRETRAINING_PRESETS,
@@ -68,7 +68,7 @@ def validate(
     verbose: VerboseOption = False,
 ) -> None:
     """Check configuration files; every problem is reported at once, with file, key and reason."""
-    from segkit.config.loading import build_config, read_yaml
+    from segkit.config import build_config, read_yaml
     from segkit.errors import ConfigError, Problem, RequestError
     from segkit.models.table import configure
 

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
-    from segkit.data.case import Case
-    from segkit.data.volume import Grid
     from segkit.labels import LabelScheme
+    from segkit.reading.case import Case
+    from segkit.reading.volume import Grid
 
 app = typer.Typer(help="Copies with another label scheme, or with repaired headers.", no_args_is_help=True)
 
@@ -58,10 +58,10 @@ def labels(
     """
     import json as json_module
 
-    from segkit.data.files import suffix_of
-    from segkit.data.layouts.table import find_cases
     from segkit.errors import DataError, RequestError
     from segkit.labels import SCHEMES
+    from segkit.reading.files import suffix_of
+    from segkit.reading.layouts.table import find_cases
 
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
     if to not in SCHEMES:
@@ -115,7 +115,7 @@ def headers(
     The geometry of a case is that of its reference modality: the first one that most of its modalities agree with.
     Files of another size or voxel size show another scan and are refused, unless their header is plainly a lost one.
     """
-    from segkit.data.layouts.table import find_cases
+    from segkit.reading.layouts.table import find_cases
 
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
     cohort = find_cases(data, layout=layout, modalities=read_modalities(modality), label_scheme=label_scheme)
@@ -157,9 +157,9 @@ def _run(cases: Sequence[Case], convert: Callable[[Case], str], *, title: str, a
 def _translate(case: Case, source: LabelScheme, target: LabelScheme, path: Path, overwrite: bool) -> str:
     import numpy as np
 
-    from segkit.data.files import read_labels, write_labels
     from segkit.errors import DataError
     from segkit.labels import translate, translation
+    from segkit.reading.files import read_labels, write_labels
 
     if path.exists() and not overwrite:
         return "kept, it exists already (--overwrite does it again)"
@@ -187,8 +187,8 @@ def _files_of(case: Case) -> list[Path]:
 
 def _repair(case: Case, root: Path, output: Path, overwrite: bool, owned: set[Path]) -> str:
     """Copy the files of a case, and what else lies in its own folder; those with a wrong header get the right one."""
-    from segkit.data.files import read_grid
-    from segkit.data.geometry import same_grid
+    from segkit.reading.files import read_grid
+    from segkit.reading.geometry import same_grid
 
     files = _files_of(case)
     reference = _geometry_of(case)
@@ -212,9 +212,9 @@ def _place_below(root: Path, path: Path) -> Path:
 
 def _geometry_of(case: Case) -> Grid:
     """The grid of the first modality that most of the case's modalities agree with."""
-    from segkit.data.files import read_grid
-    from segkit.data.geometry import same_grid
     from segkit.errors import DataError
+    from segkit.reading.files import read_grid
+    from segkit.reading.geometry import same_grid
 
     if not case.images:
         raise DataError(f"case {case.id} has no image to take the geometry from")
@@ -225,7 +225,7 @@ def _geometry_of(case: Case) -> Grid:
 
 def _companions(files: Sequence[Path], root: Path, owned: set[Path]) -> Iterable[Path]:
     """Other volumes in the case's own folder: one that holds files of this case alone and is not the data folder."""
-    from segkit.data.files import VOLUME_SUFFIXES, suffix_of
+    from segkit.reading.files import VOLUME_SUFFIXES, suffix_of
 
     folder = files[0].parent
     is_shared = any(path.parent == folder and path not in files for path in owned)
@@ -260,7 +260,7 @@ def _rewrite(path: Path, target: Path, reference: Grid) -> None:
     """Write the voxels of `path` on the reference grid, every channel, integers in their own type."""
     import numpy as np
 
-    from segkit.data.files import count_channels, read_volume, write_image
+    from segkit.reading.files import count_channels, read_volume, write_image
 
     channels = count_channels(path)
     if channels == 1:

@@ -13,7 +13,7 @@ import typer
 from segkit.cli.options import DeviceOption, QuietOption, VerboseOption, print_table, set_verbosity, tell, tell_aside
 
 if TYPE_CHECKING:
-    from segkit.report.threshold_baseline import ThresholdScore
+    from segkit.evaluation.threshold_baseline import ThresholdScore
 
 _CASES, _HELD_OUT, _SIZE = 30, 6, 48
 _SEED = 1
@@ -32,7 +32,7 @@ def demo(
     Takes minutes on two cores and no network. Every step is an ordinary command, printed before it runs.
     """
     from segkit.errors import RequestError
-    from segkit.inference.opening import can_write_graphs
+    from segkit.inference.backend_loading import can_write_graphs
 
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -83,7 +83,7 @@ def _run(command: list[str], *, is_quiet: bool) -> float:
 
 def _write_held_out(data: Path, path: Path, *, is_quiet: bool) -> None:
     """List the last cases, which the training never sees."""
-    from segkit.data.layouts.table import find_cases
+    from segkit.reading.layouts.table import find_cases
 
     case_ids = sorted(case.id for case in find_cases(data).cases)[-_HELD_OUT:]
     lines = ["# cases kept out of the training", *case_ids]
@@ -97,10 +97,10 @@ def _best_thresholds(data: Path, held_out: Path) -> dict[str, ThresholdScore]:
     import numpy as np
 
     from segkit.cli.options import read_case_ids
-    from segkit.data.layouts.table import find_cases
-    from segkit.data.preprocessing import load_case
+    from segkit.evaluation.threshold_baseline import best_single_thresholds
     from segkit.labels import outputs_of
-    from segkit.report.threshold_baseline import best_single_thresholds
+    from segkit.preparing.preprocessing import load_case
+    from segkit.reading.layouts.table import find_cases
 
     cohort = find_cases(data, require_labels=True)
     wanted = set(read_case_ids(held_out) or ())

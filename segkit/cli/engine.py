@@ -13,8 +13,8 @@ from segkit.cli.options import parse_gigabytes
 from segkit.errors import RequestError, is_memory_error
 
 if TYPE_CHECKING:
+    from segkit.batch.executor import Executor
     from segkit.inference.backends import Backend
-    from segkit.inference.pipeline import Executor
 
 WorkersOption = Annotated[
     int | None,
@@ -141,7 +141,7 @@ def choose_engine(
     if engine == "local" and (address is not None or results != "auto"):
         raise RequestError("--ray-address and --results are for a Ray cluster", remedy="Add --engine ray")
     if engine == "ray":
-        from segkit.cluster.executor import require_ray
+        from segkit.batch.ray_executor import require_ray
 
         require_ray()
     memory_mb = None if memory is None else 1024 * parse_gigabytes(memory)
@@ -160,11 +160,11 @@ def executor_of(engine: Engine, backends: Iterable[Backend], folders: Sequence[P
     from segkit.runtime import available_cores
 
     if not engine.is_ray:
-        from segkit.inference.pipeline import LocalExecutor
+        from segkit.batch.executor import LocalExecutor
 
         return LocalExecutor(min(1, available_cores() - 1) if engine.workers is None else engine.workers)
-    from segkit.cluster.executor import RayExecutor
-    from segkit.cluster.share import Share
+    from segkit.batch.ray_executor import RayExecutor
+    from segkit.batch.ray_worker import Share
     from segkit.inference.backends import TorchBackend
 
     backends = list(backends)

@@ -20,7 +20,7 @@ from segkit.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from segkit.report.evaluation import Evaluation
+    from segkit.evaluation.results import Evaluation
 
 
 def evaluate(
@@ -63,8 +63,9 @@ def evaluate(
     Exit code 1 where a case could not be scored, 2 where the request is wrong.
     """
     from segkit.errors import RequestError
-    from segkit.report.evaluate import companions_of, draw_worst_cases, evaluate_pairs
-    from segkit.report.pairing import pair_folders
+    from segkit.evaluation.pairing import pair_folders
+    from segkit.evaluation.score_folder import companions_of, evaluate_pairs
+    from segkit.report.figures import draw_worst_cases
 
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
     if figures and output is None:
@@ -95,7 +96,7 @@ def evaluate(
 
 
 def _print_summary(evaluation: Evaluation) -> None:
-    from segkit.report.tables import summary_rows
+    from segkit.evaluation.tables import summary_rows
 
     columns, rows = summary_rows(evaluation.summary(), evaluation.headline())
     title = f"{len(evaluation.cases)} cases, protocol {evaluation.protocol}{evaluation.where()}; mean (median)"

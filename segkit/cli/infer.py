@@ -45,9 +45,9 @@ from segkit.cli.options import (
 from segkit.cli.progress import CaseProgress
 
 if TYPE_CHECKING:
-    from segkit.data.case import Cohort
-    from segkit.inference.cases import InferenceSettings
+    from segkit.batch.cases import InferenceSettings
     from segkit.inference.predictor import Predictor
+    from segkit.reading.case import Cohort
 
 TtaOption = Annotated[bool, typer.Option("--tta", help="Average over mirrored inputs: better, up to 8 times slower.")]
 MissingOption = Annotated[
@@ -106,9 +106,9 @@ def infer(
     it was interrupted.
     """
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
-    from segkit.data.archives import opened
+    from segkit.batch.cases import InferenceSettings
     from segkit.errors import DataError, as_request
-    from segkit.inference.cases import InferenceSettings
+    from segkit.reading.archives import opened
 
     settings = InferenceSettings(
         overwrites=overwrite,
@@ -162,7 +162,7 @@ def _find(
     cases: Path | None,
     part: tuple[int, int],
 ) -> tuple[Cohort, str | None]:
-    from segkit.inference.cases import find_input, take_part
+    from segkit.batch.cases import find_input, take_part
 
     cohort = find_input(
         source,
@@ -175,7 +175,7 @@ def _find(
 
 
 def _run(request: Request, place: Engine, *, is_quiet: bool) -> dict[str, Any]:
-    from segkit.inference.folders import infer_folder
+    from segkit.batch.runner import infer_folder
     from segkit.inference.predictor import members_of
 
     predictor = request.predictor
@@ -213,9 +213,9 @@ def _load(models: list[Path], backend: str, device: str | None, choices: dict[st
 
 
 def _tell_plan(request: Request, memory_mb: float | None, *, as_json: bool) -> None:
-    from segkit.inference.cases import plan_cases
-    from segkit.inference.folders import open_manifest
-    from segkit.inference.forecast import fit_memory
+    from segkit.batch.cases import plan_cases
+    from segkit.batch.forecast import fit_memory
+    from segkit.batch.runner import open_manifest
 
     predictor = request.predictor
     manifest = open_manifest(predictor, request.cohort, request.output, request.model, request.part)

@@ -44,10 +44,10 @@ from segkit.cli.options import (
 from segkit.cli.progress import CaseProgress
 
 if TYPE_CHECKING:
-    from segkit.data.case import Cohort
     from segkit.inpainting.cases import InpaintingSettings
     from segkit.inpainting.masks import HoleSource
     from segkit.inpainting.predictor import InpaintingPredictor
+    from segkit.reading.case import Cohort
 
 RunOption = Annotated[
     Path, typer.Option("-m", "--model", help="Run folder of `segkit pretrain --method inpainting`, or its export.")
@@ -114,9 +114,9 @@ def inpaint(
     note. Cases that fail do not stop the others, and the same command goes on where it was interrupted.
     """
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
-    from segkit.data.archives import opened
     from segkit.errors import DataError, RequestError, as_request
     from segkit.inpainting.cases import InpaintingSettings
+    from segkit.reading.archives import opened
 
     if mask is not None and lesions is not None:
         raise RequestError("--mask and --lesions both say what is filled", remedy="Give one of them")
@@ -179,7 +179,7 @@ def _refuse_bank_in_input(bank: Path | None, input: Path) -> None:
 
 
 def _find(source: Path, output: Path, layout: str | None, modality: list[str] | None, cases: Path | None) -> Cohort:
-    from segkit.inference.cases import find_input
+    from segkit.batch.cases import find_input
 
     return find_input(
         source,
@@ -194,9 +194,9 @@ def _find_voided(
     source: Path, output: Path, layout: str | None, modality: list[str] | None, cases: Path | None
 ) -> Cohort:
     """The cases of a folder of the inpainting task."""
-    from segkit.data.layouts.synthesis import SYNTHESIS_LAYOUT, find_voided
+    from segkit.batch.cases import choose_cases
     from segkit.errors import DataError, RequestError
-    from segkit.inference.cases import choose_cases
+    from segkit.reading.layouts.synthesis import SYNTHESIS_LAYOUT, find_voided
 
     if layout not in (None, SYNTHESIS_LAYOUT) or modality:
         raise RequestError("nothing says what is missing of scans in another layout", expected=_THREE_WAYS)

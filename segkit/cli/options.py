@@ -145,7 +145,7 @@ def preset_for(device_type: str) -> str:
 
 def parse_settings(settings: list[str] | None) -> dict[str, Any]:
     """`["training.lr=1e-3"]` to a nested dictionary of overrides; values are YAML."""
-    from segkit.config.loading import parse_overrides
+    from segkit.config import parse_overrides
 
     return parse_overrides(settings or [])
 

@@ -47,7 +47,7 @@ from segkit.errors import RequestError
 from segkit.runtime import process_place
 
 if TYPE_CHECKING:
-    from segkit.config.base import Config
+    from segkit.config import Config
     from segkit.training.request import UnlabelledRequest
     from segkit.training.unlabelled import UnlabelledSummary
 
@@ -102,7 +102,7 @@ def pretrain(
     spread_over(gpus, device)
     quiet, as_json = quiet or process_place().rank > 0, as_json and process_place().rank == 0
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
-    from segkit.config.loading import build_config, preset_layers, read_yaml
+    from segkit.config import build_config, preset_layers, read_yaml
     from segkit.runtime import pick_device
     from segkit.training.distributed import joined_processes
 
@@ -163,7 +163,7 @@ class _Kind(NamedTuple):
 
 
 def _kind_of(method: str | None) -> _Kind:
-    from segkit.config.loading import INPAINTING_PRESETS, PRETRAINING_PRESETS
+    from segkit.config import INPAINTING_PRESETS, PRETRAINING_PRESETS
 
     if method == "inpainting":
         from segkit.inpainting.config import InpaintingConfig

@@ -14,12 +14,12 @@ from segkit.errors import RequestError, on_one_line
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from segkit.inference.manifest import CaseRecord
+    from segkit.batch.manifest import CaseRecord
 
 
 def resumed_layers(run: Path) -> list[tuple[str, Mapping[str, object]]]:
     """A run goes on with its own settings; --set and the options still lie over them."""
-    from segkit.config.loading import read_yaml
+    from segkit.config import read_yaml
 
     path = run / "config.yaml"
     if not path.exists():

@@ -32,7 +32,7 @@ def report(
     It loads nothing from a network, and tells the names of folders but not the paths to them.
     """
     from segkit.errors import RequestError
-    from segkit.report.page.page import write_page
+    from segkit.report.page import write_page
 
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
     if output.is_dir():

@@ -97,7 +97,7 @@ def train(
     spread_over(gpus, device)
     quiet, as_json = quiet or process_place().rank > 0, as_json and process_place().rank == 0
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
-    from segkit.config.loading import annotated_yaml, build_config, preset_layers, read_yaml
+    from segkit.config import annotated_yaml, build_config, preset_layers, read_yaml
     from segkit.runtime import pick_device
     from segkit.training.config import TrainConfig
     from segkit.training.distributed import joined_processes
@@ -169,8 +169,7 @@ def _network_of(weights: Path | None) -> list[tuple[str, Mapping[str, Any]]]:
     """
     if weights is None or not weights.is_dir():
         return []
-    from segkit.checkpoint import model_folders
-    from segkit.checkpoint.run_folder import load_card
+    from segkit.checkpoint.run_folder import load_card, model_folders
 
     network = load_card(model_folders(weights)[0]).network
     arguments = {name: value for name, value in network.arguments.items() if name not in _OF_MEMORY}

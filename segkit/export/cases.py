@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from segkit.data.case import Case, Cohort
-from segkit.data.layouts.table import find_cases
-from segkit.data.preprocessing import LoadedCase, load_case
 from segkit.errors import DataError, RequestError, SegkitError, as_request
 from segkit.inference.backends import Array
-from segkit.inference.matching import match_modalities
 from segkit.inference.predictor import Predictor
 from segkit.metrics.overlap import dice_by_region
+from segkit.preparing.preprocessing import LoadedCase, load_case
+from segkit.reading.case import Case, Cohort
+from segkit.reading.layouts.table import find_cases
+from segkit.reading.modalities import match_modalities
 from segkit.shapes import Image
 
 MOST_OF_A_RUN = 20

@@ -17,9 +17,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from segkit.checkpoint import CARD_NAME, ModelCard, file_sha256, load_card, load_model, model_folders
-from segkit.checkpoint.card import ExportCard, GraphCard
-from segkit.checkpoint.run_folder import require_segmentation
+from segkit.checkpoint.card import ExportCard, GraphCard, ModelCard
+from segkit.checkpoint.model import load_model
+from segkit.checkpoint.run_folder import CARD_NAME, load_card, model_folders, require_segmentation
 from segkit.errors import CheckpointError, RequestError, as_request
 from segkit.export.cases import MeasuringCases, validation_cases
 from segkit.export.parity import (
@@ -33,6 +33,7 @@ from segkit.export.precision import write_fp16, write_int8
 from segkit.inference.backends import Array, Backend, TorchBackend, installed_backends, open_graph
 from segkit.inference.graph import OPSET, graph_files, require_onnx, write_graph
 from segkit.inference.predictor import Predictor
+from segkit.reading.files import file_sha256
 
 Precision = Literal["fp32", "fp16", "int8"]
 

@@ -17,8 +17,8 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from segkit.data.files import written_atomically
 from segkit.errors import CheckpointError, RequestError
+from segkit.reading.files import written_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

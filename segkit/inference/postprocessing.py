@@ -3,7 +3,7 @@
 A network that is trained on voxels paints specks that no reader would draw, and a trace of enhancing tumour where there
 is none costs a case its whole score. Replacing an enhancing tumour below some size by necrosis is common practice in
 BraTS (Isensee et al., "nnU-Net for Brain Tumor Segmentation", arXiv 2011.00848); the sizes are chosen on validation
-cases by `segkit.training.postprocessing` and travel in the model card.
+cases by `segkit.training.choose_postprocessing` and travel in the model card.
 
 The label map is in the values of the label scheme that the outputs are defined in. Voxels removed from a nested region
 become what the region around it paints (ET becomes NCR, TC with all inside it becomes ED), those of the outermost
@@ -22,8 +22,8 @@ from scipy import ndimage
 from segkit.checkpoint.card import Part, PostprocessingCard, SizeRule
 from segkit.errors import CheckpointError
 from segkit.labels import Output
-from segkit.metrics.overlap import Mask, region_mask
-from segkit.shapes import LabelMap, zeros_and_ones
+from segkit.metrics.overlap import region_mask
+from segkit.shapes import LabelMap, Mask, zeros_and_ones
 
 Box = tuple[slice, ...]
 """An index of (D, H, W) or (H, W)."""

@@ -17,21 +17,28 @@ import numpy as np
 
 from segkit.checkpoint.card import ModelCard
 from segkit.checkpoint.run_folder import load_card, model_folders, require_segmentation
-from segkit.data.case import Case, ImageFile
-from segkit.data.geometry import reorientation_to, reoriented_grid
-from segkit.data.layouts.table import find_cases
-from segkit.data.preprocessing import LoadedCase, Preparation, PreparedCase, load_case, prepare
-from segkit.data.resampling import resampled_shape
-from segkit.data.volume import Grid, Volume
 from segkit.errors import DataError, RequestError, is_memory_error
+from segkit.inference.backend_loading import open_backend
 from segkit.inference.backends import BACKENDS, Backend, LateBackend
-from segkit.inference.decode import Activation, decode, decode_prepared, merged, probabilities
-from segkit.inference.maps import Maps, outside_probabilities
-from segkit.inference.matching import match_modalities
-from segkit.inference.opening import open_backend
+from segkit.inference.decode import (
+    Activation,
+    Maps,
+    decode,
+    decode_prepared,
+    merged,
+    outside_probabilities,
+    probabilities,
+)
 from segkit.inference.postprocessing import agreed_rules, postprocess
-from segkit.inference.windows import Slab, WindowPlan, plan_windows, predict_slabs
+from segkit.inference.sliding_window import Slab, WindowPlan, plan_windows, predict_slabs
 from segkit.labels import LabelScheme, painted_values, translate, translation
+from segkit.preparing.preprocessing import LoadedCase, Preparation, PreparedCase, load_case, prepare
+from segkit.preparing.resampling import resampled_shape
+from segkit.reading.case import Case, ImageFile
+from segkit.reading.geometry import reorientation_to, reoriented_grid
+from segkit.reading.layouts.table import find_cases
+from segkit.reading.modalities import match_modalities
+from segkit.reading.volume import Grid, Volume
 from segkit.shapes import Affine, Image, LabelMap
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from segkit.data.holes import brain_mask
-from segkit.data.preprocessing import deviation_of_tissue
+from segkit.preparing.holes import brain_mask
+from segkit.preparing.preprocessing import deviation_of_tissue
 from segkit.shapes import Image
 
 SMOOTHING_MM = 1.0

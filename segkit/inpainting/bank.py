@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from segkit.data.case import Case
-from segkit.data.files import written_atomically
-from segkit.data.lesion_bank import BANK_NAME, Bank, BankedCase, read_bank
 from segkit.errors import RequestError
+from segkit.preparing.lesion_bank import BANK_NAME, Bank, BankedCase, read_bank
+from segkit.reading.case import Case
+from segkit.reading.files import written_atomically
 
 
 class BankWriter:

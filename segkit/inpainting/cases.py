@@ -7,16 +7,16 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from segkit.data.case import Case, Cohort
-from segkit.data.files import read_volume, suffix_of
-from segkit.data.layouts.synthesis import SYNTHESIS_LAYOUT
+from segkit.batch.cases import is_same_file, refuse_odd_id, refuse_other_dims, refuse_unusable
+from segkit.batch.manifest import CaseRecord, Manifest
+from segkit.batch.worker import sentence
 from segkit.errors import DataError, RequestError
-from segkit.inference.cases import is_same_file, refuse_odd_id, refuse_other_dims, refuse_unusable
-from segkit.inference.manifest import CaseRecord, Manifest
-from segkit.inference.matching import match_modalities
-from segkit.inference.worker import sentence
 from segkit.inpainting.masks import HoleSource
 from segkit.inpainting.worker import Filler, FillingRecord, FillingTask
+from segkit.reading.case import Case, Cohort
+from segkit.reading.files import read_volume, suffix_of
+from segkit.reading.layouts.synthesis import SYNTHESIS_LAYOUT
+from segkit.reading.modalities import match_modalities
 
 _VOIDED = re.compile("(?<=t1n)-voided", re.IGNORECASE)
 """What tells the name of a voided scan of BraTS local synthesis from that of the whole one beside it."""

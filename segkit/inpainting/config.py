@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from segkit.config.base import Config
-from segkit.data.holes import HolesConfig
-from segkit.data.preprocessing import PreprocessingConfig
+from segkit.config import Config
 from segkit.losses.restoration import RestorationConfig
+from segkit.preparing.holes import HolesConfig
+from segkit.preparing.preprocessing import PreprocessingConfig
 from segkit.training.config import LoopConfig, NetworkConfig, OptimiserConfig, RunConfig
 
 

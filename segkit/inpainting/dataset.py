@@ -11,11 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from segkit.data.holes import HoleMaker, grow
-from segkit.data.preprocessing import PreparedCase
-from segkit.data.symmetry import Midline, find_midline
 from segkit.inpainting.boxes import Box
-from segkit.inpainting.inputs import Context, mirror_of, stack_inputs
+from segkit.inpainting.midline import Context, Midline, find_midline, mirror_of, stack_inputs
+from segkit.preparing.holes import HoleMaker, grow
+from segkit.preparing.preprocessing import PreparedCase
 from segkit.shapes import AnyArray, Image
 
 _JITTER = 0.125

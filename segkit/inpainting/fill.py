@@ -19,8 +19,7 @@ from scipy import fft, ndimage, sparse
 from scipy.sparse.linalg import LaplacianNd, LinearOperator
 
 from segkit.errors import DataError
-from segkit.metrics.overlap import Mask
-from segkit.shapes import Image
+from segkit.shapes import Image, Mask
 
 _SHELL_VOXELS = 2
 """Thickness of the shell around a hole in which a mirrored image is compared with the image."""

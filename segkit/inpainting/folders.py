@@ -8,15 +8,15 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from segkit.data.case import Cohort
-from segkit.data.files import remove_leftovers
+from segkit.batch.executor import Executor, LocalExecutor
+from segkit.batch.manifest import CaseRecord, Manifest
 from segkit.errors import DataError, as_request
-from segkit.inference.manifest import CaseRecord, Manifest
-from segkit.inference.pipeline import Executor, LocalExecutor
 from segkit.inpainting.bank import BankWriter
 from segkit.inpainting.cases import InpaintingSettings, plan_cases
 from segkit.inpainting.masks import HoleSource
 from segkit.inpainting.worker import Filler, FillingRecord, FillingWorker
+from segkit.reading.case import Cohort
+from segkit.reading.files import remove_leftovers
 from segkit.runtime import environment
 
 _log = logging.getLogger(__name__)

@@ -11,16 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segkit.checkpoint.run_folder import model_folders
-from segkit.data.case import Case, Cohort, ImageFile
-from segkit.data.files import read_labels
-from segkit.data.geometry import same_grid
-from segkit.data.holes import grow
-from segkit.data.layouts.listing import list_images
-from segkit.data.layouts.table import find_cases
-from segkit.data.volume import Grid
 from segkit.errors import CheckpointError, DataError, RequestError, as_request
+from segkit.evaluation.pairing import match_files
 from segkit.inference.predictor import Predictor, members_of
-from segkit.report.pairing import match_files
+from segkit.preparing.holes import grow
+from segkit.reading.case import Case, Cohort, ImageFile
+from segkit.reading.files import read_labels
+from segkit.reading.geometry import same_grid
+from segkit.reading.layouts.listing import list_images
+from segkit.reading.layouts.table import find_cases
+from segkit.reading.volume import Grid
 from segkit.shapes import Image
 
 MARGIN_MM = 5.0

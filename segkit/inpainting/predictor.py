@@ -17,16 +17,15 @@ from numpy.typing import NDArray
 
 from segkit.checkpoint.card import ModelCard
 from segkit.checkpoint.run_folder import load_card
-from segkit.data.geometry import reorientation_to, reoriented_grid
-from segkit.data.preprocessing import crop_box, deviation_of_tissue
-from segkit.data.resampling import resample_image, resampled_shape
-from segkit.data.symmetry import Midline, find_midline
-from segkit.data.volume import Grid
 from segkit.errors import DataError, RequestError
+from segkit.inference.backend_loading import open_backend
 from segkit.inference.backends import Backend
-from segkit.inference.opening import open_backend
 from segkit.inpainting.boxes import Box, boxes_of
-from segkit.inpainting.inputs import mirror_of, stack_inputs
+from segkit.inpainting.midline import Midline, find_midline, mirror_of, stack_inputs
+from segkit.preparing.preprocessing import crop_box, deviation_of_tissue
+from segkit.preparing.resampling import resample_image, resampled_shape
+from segkit.reading.geometry import reorientation_to, reoriented_grid
+from segkit.reading.volume import Grid
 from segkit.shapes import Image
 
 _SURROUNDINGS = 16

@@ -16,21 +16,20 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from segkit.checkpoint import ModelCard
-from segkit.data.case import Cohort
-from segkit.data.holes import HoleMaker
-from segkit.data.holes_tumour import tumour_components
-from segkit.data.layouts.synthesis import SYNTHESIS_LAYOUT, find_known
-from segkit.data.layouts.table import PLAIN_CLASSES, find_cases
-from segkit.data.preprocessing import PreparedCase
-from segkit.data.store import PreparedStore
+from segkit.checkpoint.card import ModelCard
 from segkit.errors import RequestError
 from segkit.inpainting.config import InpaintingConfig
 from segkit.inpainting.dataset import HoleDataset, HoleRules
 from segkit.inpainting.task import InpaintingTask, Restoration
-from segkit.models.discriminator import build_discriminator
+from segkit.models.generator import build_discriminator
+from segkit.preparing.cache import PreparedStore
+from segkit.preparing.holes import HoleMaker
+from segkit.preparing.preprocessing import PreparedCase
+from segkit.preparing.tumour_holes import tumour_components
+from segkit.reading.case import Cohort
+from segkit.reading.layouts.synthesis import SYNTHESIS_LAYOUT, find_known
+from segkit.reading.layouts.table import PLAIN_CLASSES, find_cases
 from segkit.training.batches import ENDLESS
-from segkit.training.cohorts import SplitCohort, find_split, prepare_cohort
 from segkit.training.config import DataConfig
 from segkit.training.distributed import from_first
 from segkit.training.folder import settings_return_if_refused
@@ -44,6 +43,7 @@ from segkit.training.unlabelled import (
     require_usable_run,
     with_patch,
 )
+from segkit.training.unlabelled_data import SplitCohort, find_split, prepare_cohort
 from segkit.training.weights import first_weights
 
 _log = logging.getLogger(__name__)

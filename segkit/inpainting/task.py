@@ -10,11 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from segkit.checkpoint import WEIGHTS_NAME, ModelCard, save_model
+from segkit.checkpoint.card import ModelCard
+from segkit.checkpoint.model import save_model
+from segkit.checkpoint.run_folder import WEIGHTS_NAME
 from segkit.checkpoint.tensors import load_weights_file
 from segkit.inpainting.dataset import HoleDataset
-from segkit.losses.adversarial import adversarial_terms
-from segkit.losses.restoration import RestorationConfig, restoration_loss, ssim_map
+from segkit.losses.restoration import RestorationConfig, adversarial_terms, restoration_loss, ssim_map
 from segkit.models.region_layers import RegionNormLearnable
 from segkit.training.batches import endless_batches
 from segkit.training.distributed import mapped

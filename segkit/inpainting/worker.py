@@ -12,23 +12,22 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from segkit.batch.executor import run_whole
+from segkit.batch.manifest import CaseRecord
+from segkit.batch.worker import StageClock, image_bytes, sentence
 from segkit.checkpoint.card import ModelCard
-from segkit.data.case import Case, ImageFile
-from segkit.data.files import read_volume, rewrite_image, write_image, write_labels
-from segkit.data.headers import in_type
-from segkit.data.lesion_bank import image_path, lesion_path
-from segkit.data.preprocessing import load_case
-from segkit.data.volume import Grid
 from segkit.errors import DataError
 from segkit.inference.backends import Backend
-from segkit.inference.manifest import CaseRecord
-from segkit.inference.pipeline import run_whole
 from segkit.inference.predictor import Predictor
-from segkit.inference.stages import StageClock, image_bytes
-from segkit.inference.worker import sentence
 from segkit.inpainting.anomaly import anomaly_map
 from segkit.inpainting.bank import copy_file
 from segkit.inpainting.masks import enlarged, read_mask
+from segkit.preparing.lesion_bank import image_path, lesion_path
+from segkit.preparing.preprocessing import load_case
+from segkit.reading.case import Case, ImageFile
+from segkit.reading.files import read_volume, rewrite_image, write_image, write_labels
+from segkit.reading.headers import in_type
+from segkit.reading.volume import Grid
 from segkit.runtime import peak_rss_mb
 from segkit.shapes import Image
 

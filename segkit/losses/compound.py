@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segkit.config.base import Config
+from segkit.config import Config
 from segkit.labels import Output
 from segkit.losses.dice import soft_dice_loss
 

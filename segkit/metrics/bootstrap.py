@@ -9,7 +9,8 @@ Teachers Should Know About the Bootstrap, The American Statistician 69, 2015). F
 The corrected BCa interval is not taken: its acceleration comes from the jackknife, which is inconsistent for a median
 (Efron & Tibshirani, section 11.6), and of segmentation scores bootstrap methods other than the percentile can fail for
 medians altogether (André et al., Some Hidden Traps of Confidence Intervals in Medical Image Segmentation, 2025, where
-means are covered decently from about 50 cases on). `docs/interval_coverage.py` measures how often ours hold the truth.
+means are covered decently from about 50 cases on). `benchmarks/interval_coverage.py` measures how often ours hold the
+truth.
 
 Cases of one patient are alike and no independent evidence. All of them are drawn with their patient (the cluster
 bootstrap: Davison & Hinkley, Bootstrap Methods and their Application, 1997, section 3.8), which widens the interval.

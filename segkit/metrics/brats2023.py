@@ -25,7 +25,7 @@ The fourth and fifth line are a quirk of the original that is kept: 0 / 0 counts
 
 Dilations are in voxels as in the original, which knows no spacing; so on a grid other than 1 mm lesions merge at other
 distances. Volumes are in mm^3 and distances in mm by the spacing of the grid, which agrees with the original at 1 mm.
-HD95 is measured between surface elements (`segkit.metrics.surface_elements`) and comes without interpolation, hence
+HD95 is measured between surface elements (`segkit.metrics.surface`) and comes without interpolation, hence
 differs a little from that of `legacy`. `dice`, `hd95_mm`, `sensitivity` and `specificity` are of the whole volume.
 """
 
@@ -38,10 +38,19 @@ import numpy as np
 from scipy import ndimage
 
 from segkit.metrics.legacy import one_sided, overlap_scores, volumes_ml
-from segkit.metrics.lesions import Components, Lesion, box_around, components_of, indexed
-from segkit.metrics.overlap import Mask, dice
-from segkit.metrics.region import RegionPair, RegionScores, Scores
-from segkit.metrics.surface_elements import element_hausdorff_mm
+from segkit.metrics.lesions import (
+    Components,
+    Lesion,
+    RegionPair,
+    RegionScores,
+    Scores,
+    box_around,
+    components_of,
+    indexed,
+)
+from segkit.metrics.overlap import dice
+from segkit.metrics.surface import element_hausdorff_mm
+from segkit.shapes import Mask
 
 HEADLINE = ("lesionwise_dice", "lesionwise_hd95_mm", "lesion_tp", "lesion_fp", "lesion_fn", "dice", "hd95_mm")
 

@@ -54,9 +54,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from segkit.metrics.legacy import volumes_ml
-from segkit.metrics.lesions import Components, Lesion, box_around, components_of, match_one_to_one, overlaps
+from segkit.metrics.lesions import (
+    Components,
+    Lesion,
+    RegionPair,
+    RegionScores,
+    Scores,
+    box_around,
+    components_of,
+    match_one_to_one,
+    overlaps,
+)
 from segkit.metrics.overlap import dice
-from segkit.metrics.region import RegionPair, RegionScores, Scores
 from segkit.metrics.surface import surface_distances
 
 _MEASURED = {"dice": 0.0, "hd95_mm": math.inf, "nsd": 0.0}

@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import math
 
+from segkit.metrics.lesions import RegionPair, RegionScores, Scores
 from segkit.metrics.overlap import dice, precision, sensitivity, specificity, volume_ml
-from segkit.metrics.region import RegionPair, RegionScores, Scores
 from segkit.metrics.surface import surface_distances
 
 HEADLINE = ("dice", "hd95_mm", "nsd", "sensitivity", "precision", "specificity")

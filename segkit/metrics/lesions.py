@@ -2,6 +2,8 @@
 
 Voxels that touch at a corner are connected: 26 neighbours in a volume, 8 in a picture. Everything is done inside the
 boxes of the components, so that a case of a hundred specks costs little more than one of a single lesion.
+
+What protocols score and what they give back: one region of one case.
 """
 
 from __future__ import annotations
@@ -16,8 +18,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from segkit.metrics.overlap import Mask
-from segkit.shapes import AnyArray, zeros_and_ones
+from segkit.shapes import AnyArray, Mask, zeros_and_ones
 
 Box = tuple[slice, ...]
 Pair = tuple[int, int]
@@ -148,3 +149,34 @@ def box_around(boxes: Sequence[Box], shape: Sequence[int], margin: int = 0) -> B
         )
         for axis, size in enumerate(shape)
     )
+
+
+Scores = dict[str, float]
+"""Metric name -> value of one region of one case; `segkit.metrics.registry` has the units. NaN is undefined."""
+
+
+@dataclass(frozen=True)
+class RegionPair:
+    """Prediction and reference of one region, cut to the box that holds both: nothing but False was cut away.
+
+    Attributes:
+        prediction: (D, H, W) or (H, W).
+        reference: The same shape.
+        spacing_mm: Voxel spacing of each axis.
+        judged_voxels: How many voxels were judged before the cut: those of the volume or of the region of interest.
+        worst_mm: What a distance to nothing counts for in this protocol.
+    """
+
+    prediction: Mask
+    reference: Mask
+    spacing_mm: tuple[float, ...]
+    judged_voxels: int
+    worst_mm: float
+
+
+@dataclass(frozen=True)
+class RegionScores:
+    """Scores of one region, and its lesions where the protocol looks at single ones."""
+
+    scores: Scores
+    lesions: tuple[Lesion, ...] = ()

@@ -13,12 +13,8 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from segkit.shapes import LabelMap
-
-Mask = NDArray[np.bool_]
-"""One boolean plane, (D, H, W) or (H, W)."""
+from segkit.shapes import LabelMap, Mask
 
 
 def dice(prediction: Mask, reference: Mask) -> float:

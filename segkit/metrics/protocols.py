@@ -27,9 +27,9 @@ import numpy as np
 
 from segkit.errors import RequestError
 from segkit.metrics import brats2023, brats2026, legacy
-from segkit.metrics.overlap import Mask, region_mask
-from segkit.metrics.region import RegionPair, RegionScores, Scores
-from segkit.shapes import LabelMap
+from segkit.metrics.lesions import RegionPair, RegionScores, Scores
+from segkit.metrics.overlap import region_mask
+from segkit.shapes import LabelMap, Mask
 
 BRATS_WORST_DISTANCE_MM = 373.13
 """sqrt(240^2 + 240^2 + 155^2) mm as BraTS rounds it: the HD95 of a region that exactly one of two masks has."""

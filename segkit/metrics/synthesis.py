@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from segkit.metrics.overlap import Mask
-from segkit.shapes import AnyArray
+from segkit.shapes import AnyArray, Mask
 
 SYNTHESIS_SCORES = ("ssim", "mse", "rmse", "msle", "mae", "psnr", "psnr_eps", "psnr_01", "psnr_01_eps")
 """What `synthesis_scores` gives, named as the challenge names it."""

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from segkit.config.base import Config
+from segkit.config import Config
 from segkit.models.blocks import InstanceNorm, channels_innermost, convolution, pointwise
 from segkit.models.region_layers import Learning, RegionNormBasic, RegionNormLearnable
 from segkit.models.region_norm import Rule, Statistics

@@ -27,8 +27,8 @@ Statistics = Literal["instance", "batch"]
 """Whether mean and deviation are those of a region in one picture, or in all pictures of the batch together."""
 
 _PART_BYTES = {"cpu": 1024**2, "cuda": 16 * 1024**2}
-"""What is worked on at a time: on a CPU about a second-level cache (`docs/region_norm.py` takes a fifth longer with a
-quarter of it), on a GPU little beside the map."""
+"""What is worked on at a time: on a CPU about a second-level cache (`benchmarks/region_norm.py` takes a fifth longer
+with a quarter of it), on a GPU little beside the map."""
 
 
 class Rule(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from segkit.config.base import Config
+from segkit.config import Config
 
 
 class SlicewiseConfig(Config):

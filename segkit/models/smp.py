@@ -1,166 +1,215 @@
-"""What segkit asks of segmentation-models-pytorch: known encoder names, networks also without contents, safe norms.
+"""Two-dimensional networks of segmentation-models-pytorch, for images and, slice by slice, for volumes.
 
-The library is imported inside functions, so that segkit runs where it, or its matching torchvision, is missing.
+Unet (Ronneberger et al. 2015), UnetPlusPlus (Zhou et al. 2018), FPN (Kirillov et al. 2019), DeepLabV3Plus (Chen et al.
+2018) and Segformer (Xie et al. 2021) on any encoder that the library knows, its own and timm's ("tu-" before the name).
+State-dict names are the library's: "encoder.", "decoder.", "segmentation_head.". With "resnet50" at depth 5 the names
+below "encoder." are those of torchvision's ResNet-50 without its classifier, which is how LVM-Med publishes its file.
+
+Most encoders have batch norm: evaluation uses running statistics, so its output differs from that of training. Where a
+batch norm meets one value per channel in training, it uses its running statistics: `smp.make_single_values_safe`.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Literal
 
-import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
 
-_TIMM = "tu-"
-"""Prefix of the encoders that come from timm."""
+from segkit.models.slicewise import SlicewiseConfig
+from segkit.models.smp_encoders import (
+    Sketch,
+    build_library_network,
+    make_single_values_safe,
+    require_known_encoder,
+    sketch,
+)
+
+REFERENCE = "segmentation-models-pytorch: Unet, UnetPlusPlus, FPN, DeepLabV3Plus, Segformer"
+
+Architecture = Literal["unet", "unetplusplus", "fpn", "deeplabv3plus", "segformer"]
+
+_CLASSES: dict[Architecture, str] = {
+    "unet": "Unet",
+    "unetplusplus": "UnetPlusPlus",
+    "fpn": "FPN",
+    "deeplabv3plus": "DeepLabV3Plus",
+    "segformer": "Segformer",
+}
+_WIDTHS: dict[Architecture, tuple[int, ...]] = {
+    "unet": (256, 128, 64, 32, 16),
+    "unetplusplus": (256, 128, 64, 32, 16),
+    "fpn": (256, 128),
+    "deeplabv3plus": (256,),
+    "segformer": (256,),
+}
+_NESTED: tuple[Architecture, ...] = ("unet", "unetplusplus")
 
 
-def require_known_encoder(name: str) -> None:
-    """Do nothing if the library has an encoder `name`: one of its own, or "tu-" and the name of a timm network.
+class PlanarConfig(SlicewiseConfig):
+    """A decoder on an encoder of segmentation-models-pytorch."""
+
+    architecture: Architecture = "unet"
+    """Decoder: unet, unetplusplus, fpn, deeplabv3plus or segformer."""
+    encoder: str = "resnet34"
+    """Encoder, by the library's name (resnet50, mit_b0, ...) or "tu-" and a timm name (tu-regnetx_002)."""
+    encoder_depth: int = Field(default=5, ge=3, le=5)
+    """Halvings of the resolution in the encoder."""
+    encoder_weights: str | None = None
+    """Pre-trained weights to download, such as imagenet; None starts from random ones and downloads nothing."""
+    decoder_channels: tuple[int, ...] | None = None
+    """Widths of the decoder: one per halving from the deepest up (unet, unetplusplus), pyramid and segmentation (fpn),
+    one (deeplabv3plus, segformer); None is the library's choice."""
+    decoder_attention: Literal["scse"] | None = None
+    """Attention in the decoder blocks of unet and unetplusplus."""
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Dropout in the decoder of fpn (None is 0.2) and deeplabv3plus (None is 0.5)."""
+    output_stride: Literal[8, 16] = 16
+    """Pixels of the image per pixel of the deepest features of deeplabv3plus."""
+    atrous_rates: tuple[int, int, int] = (12, 24, 36)
+    """Dilations of the pyramid of deeplabv3plus."""
+
+    @model_validator(mode="after")
+    def _agrees(self) -> PlanarConfig:
+        expected = len(self._widths())
+        if self.decoder_channels is not None and len(self.decoder_channels) != expected:
+            raise ValueError(
+                f"decoder_channels names {len(self.decoder_channels)} widths, but {self.architecture} "
+                f"at depth {self.encoder_depth} has {expected}"
+            )
+        if min(self.decoder_channels or (1,)) < 1:
+            raise ValueError("decoder_channels are numbers from 1 on")
+        if self.decoder_attention and self.architecture not in _NESTED:
+            raise ValueError(f"decoder_attention is an option of {' and '.join(_NESTED)}, not of {self.architecture}")
+        if self.decoder_attention and min(self.decoder_channels or (16,)) < 16:
+            raise ValueError("decoder_attention needs decoder_channels of 16 and more, which it narrows by 16")
+        if self.dropout is not None and self.architecture not in ("fpn", "deeplabv3plus"):
+            raise ValueError(f"dropout is an option of fpn and deeplabv3plus, not of {self.architecture}")
+        if self.architecture == "fpn" and self.encoder_depth == 3:
+            raise ValueError("fpn needs encoder_depth 4 or 5, because it merges four levels of features")
+        if self.architecture == "fpn" and (self.decoder_channels or (0, 32))[1] % 32:
+            raise ValueError("the second of fpn's decoder_channels is a multiple of 32, the groups of its norms")
+        return self
+
+    def _widths(self) -> tuple[int, ...]:
+        """The library's own decoder widths."""
+        widths = _WIDTHS[self.architecture]
+        return widths[-self.encoder_depth :] if self.architecture in _NESTED else widths
+
+    def library_options(self) -> dict[str, object]:
+        """Keyword arguments of the library's class, without encoder name, weights and channel counts."""
+        widths = self.decoder_channels or self._widths()
+        options: dict[str, object] = {"encoder_depth": self.encoder_depth}
+        if self.architecture in _NESTED:
+            return {**options, "decoder_channels": widths, "decoder_attention_type": self.decoder_attention}
+        if self.architecture == "segformer":
+            return {**options, "decoder_segmentation_channels": widths[0]}
+        if self.architecture == "fpn":
+            return {
+                **options,
+                "decoder_pyramid_channels": widths[0],
+                "decoder_segmentation_channels": widths[1],
+                "decoder_dropout": 0.2 if self.dropout is None else self.dropout,
+                # The pyramid ends three levels above the deepest features.
+                "upsampling": 2 ** (self.encoder_depth - 3),
+            }
+        return {
+            **options,
+            "decoder_channels": widths[0],
+            "decoder_aspp_dropout": 0.5 if self.dropout is None else self.dropout,
+            "decoder_atrous_rates": self.atrous_rates,
+            "encoder_output_stride": self.output_stride,
+        }
+
+
+SIZES: dict[str, dict[str, object]] = {
+    "unet": {},
+    "unet-small": {"encoder": "tu-regnetx_002", "decoder_channels": (128, 64, 32, 16, 16)},
+    "unet-resnet50": {"encoder": "resnet50"},
+    "unetplusplus": {"architecture": "unetplusplus"},
+    "fpn": {"architecture": "fpn"},
+    "deeplabv3plus": {"architecture": "deeplabv3plus"},
+    "segformer": {"architecture": "segformer", "encoder": "mit_b0"},
+}
+"""Size name -> the configuration it stands for."""
+
+
+def build_planar(config: PlanarConfig, in_channels: int, out_channels: int, dims: int) -> nn.Module:
+    """The network for images (B, in_channels, H, W), or its slice-wise form for volumes.
 
     Raises:
-        ValueError: it has not, and the message holds close matches; or the library cannot be imported.
+        ValueError: the encoder is not known, does not suit the decoder, or its weights cannot be had.
     """
-    encoders = _library().encoders
-    import timm
+    require_known_encoder(config.encoder)
+    channels = config.image_channels(in_channels, dims)
+    network = _library_network(config, config.encoder_weights, channels, out_channels)
+    # One channel more tells which weights belong to the channels, a training step which weights take part.
+    trial = _trial(config, channels + 1, out_channels)
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name not in trial.unused)
+    input_weights = tuple(
+        name for name, tensor in network.state_dict().items() if tuple(tensor.shape) != trial.tensors[name]
+    )
+    return config.applied_to(PlanarNetwork(network, trial.image[-2], input_weights), dims)
 
-    own: list[str] = encoders.get_encoder_names()
-    if name in own or encoders.is_equivalent_to_timm_universal(name):
-        return
-    if name.startswith(_TIMM) and timm.is_model(name.removeprefix(_TIMM).partition(".")[0]):
-        return
-    known = [*own, *(_TIMM + model for model in timm.list_models())]
-    close = difflib.get_close_matches(name, known, n=4)
-    hint = f"close are {', '.join(close)}" if close else f"known are {', '.join(own[:8])} and more, also tu-<timm name>"
-    raise ValueError(f"encoder {name!r} is not known; {hint}")
+
+def _library_network(config: PlanarConfig, weights: str | None, in_channels: int, out_channels: int) -> nn.Module:
+    options = {**config.library_options(), "in_channels": in_channels, "classes": out_channels}
+    return build_library_network(_CLASSES[config.architecture], config.encoder, weights, options)
 
 
-def build_library_network(
-    architecture: str, encoder: str, encoder_weights: str | None, options: Mapping[str, object]
-) -> nn.Module:
-    """The library's network of class `architecture`; nothing is downloaded where `encoder_weights` is None.
+@lru_cache(maxsize=32)  # planning builds the same network again and again
+def _trial(config: PlanarConfig, in_channels: int, out_channels: int) -> Sketch:
+    """A training step on an image as high as the divisor and twice as wide.
 
-    Inside the meta device or fake tensors it has shapes but no contents, and no weights are fetched.
+    The divisor is the encoder's output stride, but where its deeper layers need larger maps (SegFormer's encoders pool
+    tokens 8 x 8) it is two or four times as much.
 
     Raises:
-        ValueError: the library refuses the options, has no such weights or cannot fetch them.
+        ValueError: the network does not work on such images, or logits of another size come out.
     """
-    kind = getattr(_library(), architecture)
 
-    def make(weights: object) -> nn.Module:
-        network: nn.Module = kind(encoder_name=encoder, encoder_weights=weights, **options)
-        return network
+    def images(network: nn.Module) -> list[tuple[int, ...]]:
+        stride: int = network.encoder.output_stride  # type: ignore[union-attr, assignment]
+        return [(2, in_channels, factor * stride, 2 * factor * stride) for factor in (1, 2, 4)]
 
+    what = f"{config.architecture} on {config.encoder}"
     try:
-        if not _has_contents():
-            return _without_contents(lambda: make(None))
-        # timm fixes the weights by the network's name and takes a yes or no.
-        return make(True if encoder_weights and encoder.startswith(_TIMM) else encoder_weights)
-    except (AssertionError, KeyError, OSError, RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"{architecture} on {encoder} cannot be built: {str(error) or type(error).__name__}"
-        ) from error
+        trial = sketch(lambda: _library_network(config, None, in_channels, out_channels), images)
+    except ValueError as error:
+        raise ValueError(f"{what} does not work: {error}") from error
+    if trial.logits != (2, out_channels, *trial.image[2:]):
+        raise ValueError(f"{what} does not work: images {trial.image} become logits {trial.logits}")
+    return trial
 
 
-@dataclass(frozen=True)
-class Sketch:
-    """What a network without contents tells: its tensors' shapes, the parameters it never uses, images it works on."""
+class PlanarNetwork(nn.Module):
+    """Encoder, decoder and head of a network of the library, under the library's names.
 
-    image: tuple[int, ...]
-    logits: tuple[int, ...]
-    tensors: Mapping[str, tuple[int, ...]]
-    unused: frozenset[str]
-
-
-def sketch(make: Callable[[], nn.Module], images: Callable[[nn.Module], Sequence[tuple[int, ...]]]) -> Sketch:
-    """Take a network through one training step on the meta device, allocating nothing.
-
-    `images` gives shapes (B, C, H, W) for the network; the first that it works on is taken.
-
-    Raises:
-        ValueError: it works on none of them; the message is about the last.
+    Weights that the chosen depth does not use are kept, so that files of the whole encoder load, but are frozen.
     """
-    with unset_fake_temporarily(), torch.device("meta"), torch.inference_mode(mode=False), torch.enable_grad():
-        network = _without_contents(make).train()
-        *others, last = images(network)
-        for image in (*others, last):
-            try:
-                logits: Tensor = network(torch.empty(image))
-                break
-            except (AssertionError, RuntimeError) as error:
-                if image == last:
-                    raise ValueError(f"images of {image[-2]} x {image[-1]} pixels fail: {error}") from error
-        torch.autograd.backward(logits.sum())
-        tensors = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    unused = frozenset(name for name, parameter in network.named_parameters() if parameter.grad is None)
-    return Sketch(image, tuple(logits.shape), tensors, unused)
 
+    def __init__(self, network: nn.Module, divisor: int, input_weights: tuple[str, ...]) -> None:
+        super().__init__()
+        self.encoder: nn.Module = network.encoder  # type: ignore[assignment]
+        self.decoder: nn.Module = network.decoder  # type: ignore[assignment]
+        self.segmentation_head: nn.Module = network.segmentation_head  # type: ignore[assignment]
+        self.divisor = (divisor, divisor)
+        self.input_weights = input_weights
+        self.head_prefixes = ("segmentation_head.",)
+        self.encoder_prefix = "encoder."
+        make_single_values_safe(self)
 
-def make_single_values_safe(network: nn.Module) -> None:
-    """Let batch norms that meet a single value per channel in training use their running statistics for that pass.
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """(B, in_channels, H, W) to one feature map per halving of the resolution, the deepest last."""
+        _image, *features = self.encoder(x)
+        return [level for level in features if level.shape[1]]  # SegFormer's encoders have nothing at half resolution
 
-    A batch of one leaves one value per channel where the deepest map is 1 x 1 and after global pooling (DeepLab).
-    torch refuses it, because the variance of one value does not exist; evaluation would use running statistics too.
-    """
-    for module in network.modules():
-        if isinstance(module, _BatchNorm):
-            module.register_forward_pre_hook(_leave_training_for_one_value)
-            module.register_forward_hook(_return_to_training, always_call=True)
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """(B, in_channels, H, W), H and W multiples of `divisor`, to logits (B, out_channels, H, W).
 
-
-def _leave_training_for_one_value(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    if module.training and inputs[0].numel() == inputs[0].shape[1] and isinstance(module.running_mean, Tensor):
-        module.training, module.is_interrupted = False, True  # type: ignore[assignment]
-
-
-def _return_to_training(module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
-    if getattr(module, "is_interrupted", False):
-        module.training, module.is_interrupted = True, False  # type: ignore[assignment]
-
-
-def _library() -> Any:
-    try:
-        import segmentation_models_pytorch
-    except (ImportError, RuntimeError) as error:  # the latter where torch and torchvision are no matching pair
-        raise ValueError(
-            f"segmentation-models-pytorch cannot be imported ({error}); "
-            "install it, with a torchvision that was made for the torch at hand"
-        ) from error
-    return segmentation_models_pytorch
-
-
-def _has_contents() -> bool:
-    probe = torch.empty(0)
-    return not probe.is_meta and not isinstance(probe, FakeTensor)
-
-
-def _without_contents(make: Callable[[], nn.Module]) -> nn.Module:
-    """`make()` with tensors of the surrounding device or mode, which allocates nothing.
-
-    Networks of the library read numbers off tensors while they are built and place some weights on the CPU whatever
-    was asked for, so they are built on the meta device, and then each tensor is replaced by one of its shape.
-    """
-    with unset_fake_temporarily(), torch.device("meta"), _RatesOnCpu():
-        network = make()
-    for module in network.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-            setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
-    return network
-
-
-class _RatesOnCpu(TorchFunctionMode):
-    """Rates of stochastic depth are read off a `linspace`, which has to have contents for that."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        return func(*args, **({"device": "cpu", **kwargs} if func is torch.linspace else kwargs))
+        While training: a list of them, its only entry in full resolution.
+        """
+        logits: Tensor = self.segmentation_head(self.decoder(self.encoder(x)))
+        return [logits] if self.training else logits

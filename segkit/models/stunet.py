@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from segkit.config.base import Config
+from segkit.config import Config
 from segkit.models.blocks import InstanceNorm, check_strides, convolution, pointwise, strides_for
 
 REFERENCE = "Huang et al. 2023, arXiv 2304.06716"

@@ -1,18 +1,22 @@
-"""The networks segkit knows: one visible table, name to configuration class and builder."""
+"""The networks segkit knows: one visible table, name to configuration class and builder.
+
+What every network of the table promises besides computing: which of its tensors are for what.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
-from segkit.config.base import Config
+from segkit.config import Config
 from segkit.errors import RequestError
-from segkit.models import generator, inpainter, planar, r2unet, revmbunet, stunet, vit
+from segkit.models import generator, inpainter, r2unet, revmbunet, stunet, vit
+from segkit.models import smp as planar
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ def build_model(
     """A network with fresh weights: (B, in_channels, *spatial) to logits (B, out_channels, *spatial).
 
     In training mode it returns a list of logits, full resolution first (deep supervision). `model.divisor` is what
-    each spatial axis must be a multiple of, in voxels; `segkit.models.protocol` lists all that a network promises.
+    each spatial axis must be a multiple of, in voxels; `segkit.models.table` lists all that a network promises.
 
     Raises:
         RequestError: the family, the size, an argument or `dims` is not offered.
@@ -170,3 +174,29 @@ def list_models(in_channels: int = 4, out_channels: int = 3) -> list[ModelInfo]:
             tensors = len(model.state_dict())
             found.append(ModelInfo(family, size, parameters, divisor, entry.dims, entry.reference, tensors))
     return found
+
+
+@runtime_checkable
+class SegmentationNetwork(Protocol):
+    """A network that `build_model` makes.
+
+    Called with (B, in_channels, *spatial) it gives logits (B, out_channels, *spatial); while training a list of them,
+    full resolution first. The names are those of its state dict, by which weights of other networks find their place.
+    """
+
+    divisor: tuple[int, ...]
+    """Each axis of *spatial must be a multiple of its entry, in voxels."""
+    input_weights: tuple[str, ...]
+    """Names of the tensors whose axis 1 is the image channels."""
+    head_prefixes: tuple[str, ...]
+    """Beginnings of the names of the segmentation heads."""
+    encoder_prefix: str
+    """Beginning of the names of the encoder, such as "encoder."."""
+
+    def __call__(self, x: Tensor) -> Tensor | list[Tensor]:
+        """Logits of a batch of patches."""
+        ...
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """Feature maps of the encoder alone, (B, width, *spatial / stride) each, finest first, deepest last."""
+        ...

@@ -21,8 +21,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from segkit.models.blocks import convolution, group_norm, pointwise
+from segkit.models.kernels.strided_conv import step_up
 from segkit.models.slicewise import SlicewiseConfig
-from segkit.models.steps import step_up
 
 REFERENCE = "Kirillov et al. 2023, arXiv 2304.02643; LVM-Med, arXiv 2306.11925; our decoder"
 

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from segkit.config.base import Config
+from segkit.config import Config
 from segkit.losses.global_batch import batch_gather
 from segkit.metrics.retrieval import retrieval_accuracy
 from segkit.pretraining.method import encode, encoder_width, train_encoder_only

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from segkit.config.base import Config
+from segkit.config import Config
 from segkit.losses.global_batch import batch_rand
 from segkit.pretraining.affinity import Affinities
 from segkit.pretraining.pygm import solve_with

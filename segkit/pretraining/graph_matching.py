@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from segkit.config.base import Config
+from segkit.config import Config
 from segkit.metrics.retrieval import retrieval_accuracy
 from segkit.pretraining.affinity import (
     Affinities,

@@ -16,11 +16,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from segkit.config.base import Config
+from segkit.config import Config
 from segkit.errors import RequestError
 from segkit.losses.compound import deep_supervision_weights
 from segkit.losses.global_batch import batch_rand, batch_sum
-from segkit.models.protocol import SegmentationNetwork
+from segkit.models.table import SegmentationNetwork
 from segkit.training.task import Batch
 
 _FEWEST_BLOCKS = 4

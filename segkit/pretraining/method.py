@@ -8,7 +8,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from segkit.models.protocol import SegmentationNetwork
+from segkit.models.table import SegmentationNetwork
 from segkit.training.task import Batch
 
 

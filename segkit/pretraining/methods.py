@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from segkit.checkpoint import ModelCard
+from segkit.checkpoint.card import ModelCard
 from segkit.pretraining.config import MethodName, PretrainConfig
 from segkit.pretraining.contrastive import Contrast
 from segkit.pretraining.graph_matching import GraphMatching

@@ -12,16 +12,15 @@ from dataclasses import replace
 
 from torch import nn
 
-from segkit.checkpoint import ModelCard
-from segkit.data.store import PreparedStore
+from segkit.checkpoint.card import ModelCard
 from segkit.errors import DataError, RequestError
+from segkit.preparing.cache import PreparedStore
 from segkit.pretraining.config import PretrainConfig
-from segkit.pretraining.figures import draw_matching
+from segkit.pretraining.matching_figures import draw_matching
 from segkit.pretraining.methods import METHODS, build_method
 from segkit.pretraining.sources import GroupDataset, Source
 from segkit.pretraining.task import PretrainingTask
 from segkit.training.batches import ENDLESS
-from segkit.training.cohorts import SplitCohort, find_split, prepare_cohort
 from segkit.training.distributed import from_first
 from segkit.training.folder import settings_return_if_refused
 from segkit.training.request import UnlabelledRequest
@@ -34,6 +33,7 @@ from segkit.training.unlabelled import (
     require_usable_run,
     with_patch,
 )
+from segkit.training.unlabelled_data import SplitCohort, find_split, prepare_cohort
 from segkit.training.weights import first_weights
 
 _log = logging.getLogger(__name__)

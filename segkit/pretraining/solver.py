@@ -15,7 +15,7 @@ side by side:
 - A search by swaps of two partners with a memory (Taillard 1991, "Robust taboo search for the quadratic assignment
   problem"): the best swap is made even if f falls, and what was left is not taken up again for a while.
 
-Nothing is drawn at random. `docs/matching_solvers.py` measures quality and time against other solvers.
+Nothing is drawn at random. `benchmarks/matching_solvers.py` measures quality and time against other solvers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from scipy.optimize import linear_sum_assignment
 
-from segkit.config.base import Config
+from segkit.config import Config
 
 Array = NDArray[np.floating[Any]]
 Matching = NDArray[np.int64]

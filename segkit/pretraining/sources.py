@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch.utils.data import Dataset
 
-from segkit.config.base import Config
-from segkit.data.preprocessing import PreparedCase, crop_box
+from segkit.config import Config
 from segkit.errors import DataError, RequestError
+from segkit.preparing.preprocessing import PreparedCase, crop_box
 from segkit.pretraining.stacks import Stack, coarsest_axis, crops_of, slices_of, where_filled
 from segkit.pretraining.views import View, ViewsConfig, draw_view
 

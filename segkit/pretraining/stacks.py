@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from segkit.data.preprocessing import PreparedCase
+from segkit.preparing.preprocessing import PreparedCase
 from segkit.shapes import AnyArray, Image
 
 _EQUAL = 0.99

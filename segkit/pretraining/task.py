@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from segkit.checkpoint import WEIGHTS_NAME, ModelCard, save_model
+from segkit.checkpoint.card import ModelCard
+from segkit.checkpoint.model import save_model
+from segkit.checkpoint.run_folder import WEIGHTS_NAME
 from segkit.checkpoint.tensors import load_weights_file, save_weights
 from segkit.metrics.retrieval import retrieval_accuracy
-from segkit.models.protocol import SegmentationNetwork
+from segkit.models.table import SegmentationNetwork
 from segkit.pretraining.method import Method, encode, to_device
 from segkit.pretraining.sources import GroupDataset
 from segkit.training.batches import endless_batches

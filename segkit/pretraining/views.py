@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 from torch.nn import functional
 
-from segkit.config.base import Config
-from segkit.data.augmentation import IntensityConfig, Range, change_intensities, rotation_planes
-from segkit.data.preprocessing import crop_box
+from segkit.config import Config
+from segkit.preparing.augmentation import IntensityConfig, Range, change_intensities, rotation_planes
+from segkit.preparing.preprocessing import crop_box
 from segkit.shapes import AnyArray
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]

@@ -6,6 +6,7 @@ is needed and no state is shared.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +15,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from segkit.data.geometry import reorientation_to, reoriented_grid
-from segkit.data.volume import Grid
-from segkit.errors import on_one_line
-from segkit.labels import LabelScheme, outputs_of
+from segkit.errors import DataError, RequestError, on_one_line
+from segkit.evaluation.pairing import Pair, Pairing
+from segkit.evaluation.results import Evaluation, worst_first
+from segkit.evaluation.score_folder import read_prediction, read_reference
+from segkit.labels import LabelScheme, outputs_of, translate
+from segkit.metrics.lesions import Scores
+from segkit.reading.files import read_volume
+from segkit.reading.geometry import reorientation_to, reoriented_grid, same_grid
+from segkit.reading.volume import Grid
 from segkit.shapes import AnyArray, LabelMap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.legend import Legend
+
+_log = logging.getLogger(__name__)
 
 COLOURS = ("#56B4E9", "#D55E00", "#F0E442", "#CC79A7", "#009E73", "#E69F00", "#0072B2")
 """Okabe & Ito's palette, told apart in every common colour blindness; reordered for contrast on grey."""
@@ -318,3 +326,47 @@ def curves_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[tup
                 if value is not None and np.isfinite(value):
                     panels[panel].setdefault(name, []).append((row.get("step", position), value))
     return panels
+
+
+def draw_worst_cases(evaluation: Evaluation, pairing: Pairing, folder: Path, count: int) -> list[Path]:
+    """Draw the `count` cases with the lowest mean Dice over regions that have an image: `folder/<case>.png`.
+
+    Raises:
+        RequestError: the references are masks without images.
+    """
+    pairs = {pair.reference.id: pair for pair in pairing.pairs if pair.reference.images and pair.prediction}
+    if not pairs:
+        raise RequestError(
+            "figures need images, and the references are masks only", remedy="Give the dataset folder as reference"
+        )
+    drawable = {case.case: case.regions for case in evaluation.cases if case.case in pairs and not case.is_missing}
+    paths = []
+    for case_id in worst_first(drawable)[:count]:
+        path = folder / f"{case_id}.png"
+        try:
+            _draw_case(path, pairs[case_id], pairing.scheme, drawable[case_id])
+        except DataError as error:  # the scores stand without the picture
+            _log.warning("no picture of %s: %s", case_id, error)
+        else:
+            paths.append(path)
+    return paths
+
+
+def _draw_case(path: Path, pair: Pair, scheme: LabelScheme, regions: Mapping[str, Scores]) -> None:
+    reference, grid = read_reference(pair, scheme)
+    images = pair.reference.images
+    name = next((modality for modality in BACKGROUNDS if modality in images), next(iter(images)))
+    image = read_volume(images[name].path, images[name].channel)
+    difference = same_grid(image.grid, grid)
+    if difference is not None:
+        raise DataError(difference, where=images[name].path)
+    dice = ", ".join(f"{region} {metrics['dice']:.3f}" for region, metrics in regions.items())
+    overlay_figure(
+        path,
+        image.array,
+        translate(read_prediction(pair, grid), pair.scheme, scheme),
+        grid,
+        reference=reference,
+        scheme=scheme,
+        title=f"{pair.reference.id} ({name})  Dice: {dice}",
+    )

@@ -15,8 +15,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from segkit.config.base import Config
-from segkit.config.loading import build_config
+from segkit.config import Config, build_config
 from segkit.errors import RequestError
 
 ConfigType = TypeVar("ConfigType", bound=Config)

@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from segkit.checkpoint import InputAdapt
-from segkit.config.base import Config
-from segkit.data.augmentation import AugmentationConfig
-from segkit.data.preprocessing import PreprocessingConfig
+from segkit.checkpoint.transfer import InputAdapt
+from segkit.config import Config
 from segkit.losses.compound import LossConfig
+from segkit.preparing.augmentation import AugmentationConfig
+from segkit.preparing.preprocessing import PreprocessingConfig
 
 
 class DataConfig(Config):

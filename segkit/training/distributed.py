@@ -28,9 +28,9 @@ from torch.nn.parallel import DistributedDataParallel
 from segkit.errors import SegkitError, TrainingError
 from segkit.losses.global_batch import spread_batch
 from segkit.runtime import process_place
+from segkit.training.heartbeat import Store, Watch
 from segkit.training.interruption import InterruptedTrainingError
 from segkit.training.task import Batch, Task
-from segkit.training.watch import Store, Watch
 
 _log = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ def is_first() -> bool:
 
 
 def mark(stage: str, step: int | None = None) -> None:
-    """Tell the others what this process does now: a stage of `segkit.training.watch`."""
+    """Tell the others what this process does now: a stage of `segkit.training.heartbeat`."""
     if _joined is not None:
         _joined.watch.mark(stage, step)
 

@@ -15,16 +15,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from segkit.checkpoint import CARD_NAME, DAMAGED_NAME, LAST_NAME, PREVIOUS_NAME, WEIGHTS_NAME
-from segkit.config.base import Config
-from segkit.config.loading import annotated_yaml, build_config, read_yaml
-from segkit.data.files import remove_leftovers
+from segkit.checkpoint.run_folder import CARD_NAME, DAMAGED_NAME, LAST_NAME, PREVIOUS_NAME, WEIGHTS_NAME
+from segkit.config import Config, annotated_yaml, build_config, read_yaml
 from segkit.errors import RequestError
+from segkit.reading.files import remove_leftovers
 from segkit.training.changes import CHANGES_NAME, SETTINGS_NAME, settle_settings
 from segkit.training.config import TrainConfig
 from segkit.training.distributed import is_first
 from segkit.training.journal import METRICS_NAME
-from segkit.training.live import PAGE_NAME
+from segkit.training.live_report import PAGE_NAME
 from segkit.training.request import TrainingRequest
 from segkit.training.trackers import MLFLOW_RUN_NAME, require_trackers
 

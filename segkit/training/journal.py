@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from segkit.data.files import written_atomically
+from segkit.reading.files import written_atomically
 from segkit.training.trackers import Trackers
 
 _log = logging.getLogger("segkit.training")

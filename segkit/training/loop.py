@@ -21,11 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from segkit.checkpoint import load_state, save_state
+from segkit.checkpoint.state import load_state, save_state
 from segkit.errors import CheckpointError, RequestError, TrainingError
 from segkit.runtime import pick_precision, random_states, seed_everything, set_random_states
 from segkit.training.batches import drawn_from, tells_of_a_lost_worker
-from segkit.training.clock import Clock
 from segkit.training.config import LoopConfig, OptimiserConfig
 from segkit.training.distributed import (
     cut_short_when,
@@ -41,7 +40,8 @@ from segkit.training.distributed import (
 )
 from segkit.training.interruption import Interruption, listening
 from segkit.training.journal import Journal, ProgressLines
-from segkit.training.live import LiveView
+from segkit.training.live_report import LiveView
+from segkit.training.lr_schedule import Clock
 from segkit.training.optim import MovingAverage, build_optimiser, rate_at, restore_optimiser, set_rate
 from segkit.training.sharding import Shards, parts_like, require_units, take_parts, whole, whole_for_first
 from segkit.training.task import Batch, Score, Task

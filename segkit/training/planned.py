@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from segkit.data.case import Case, Cohort
-from segkit.data.layouts.table import find_cases
-from segkit.data.lesion_bank import find_copies
-from segkit.data.splits import train_and_validation
 from segkit.errors import DataError, RequestError, as_request, some
 from segkit.labels import LabelScheme
 from segkit.models.table import build_model, configure
-from segkit.planning.fingerprint import take_fingerprint
-from segkit.planning.plan import PlanningRequest, plan_training
+from segkit.preparing.fingerprint import take_fingerprint
+from segkit.preparing.lesion_bank import find_copies
+from segkit.preparing.plan import PlanningRequest, plan_training
+from segkit.preparing.splits import train_and_validation
+from segkit.reading.case import Case, Cohort
+from segkit.reading.layouts.table import find_cases
 from segkit.runtime import available_memory_gb, process_place
 from segkit.training.config import NetworkConfig, TrainConfig
 from segkit.training.distributed import from_first, size

@@ -15,28 +15,22 @@ from pathlib import Path
 
 from torch import nn
 
-from segkit.checkpoint import (
-    ModelCard,
-    NetworkCard,
-    OutputCard,
-    SchemeCard,
-    TrainingData,
-    load_card,
-    load_model,
-)
-from segkit.data.case import Case, Cohort
-from segkit.data.dataset import PatchDataset
-from segkit.data.files import read_grid
-from segkit.data.lesion_bank import LesionBank, prepare_copies
-from segkit.data.preprocessing import PreprocessingConfig, load_case
-from segkit.data.store import PreparedStore, StoredCases
+from segkit.checkpoint.card import ModelCard, NetworkCard, OutputCard, SchemeCard, TrainingData
+from segkit.checkpoint.model import load_model
+from segkit.checkpoint.run_folder import load_card
 from segkit.errors import DataError
 from segkit.inference.backends import TorchBackend
 from segkit.inference.predictor import Predictor
 from segkit.labels import outputs_of
 from segkit.losses.compound import SegmentationLoss
 from segkit.metrics.overlap import dice_by_region
-from segkit.planning.memory import has_room_to_keep
+from segkit.preparing.cache import PreparedStore, StoredCases
+from segkit.preparing.lesion_bank import LesionBank, prepare_copies
+from segkit.preparing.memory import has_room_to_keep
+from segkit.preparing.patch_sampling import PatchDataset
+from segkit.preparing.preprocessing import PreprocessingConfig, load_case
+from segkit.reading.case import Case, Cohort
+from segkit.reading.files import read_grid
 from segkit.report.figures import overlay_figure
 from segkit.runtime import (
     available_cores,
@@ -48,6 +42,7 @@ from segkit.runtime import (
     return_freed_memory,
 )
 from segkit.training.batches import ENDLESS
+from segkit.training.choose_postprocessing import ScoredCases, settle_postprocessing
 from segkit.training.distributed import (
     exchanged,
     first_before_others,
@@ -68,11 +63,10 @@ from segkit.training.folder import (
     write_plan,
     write_split,
 )
-from segkit.training.live import LiveView
+from segkit.training.live_report import LiveView
 from segkit.training.loop import fit
 from segkit.training.optim import encoder_of
 from segkit.training.planned import PlannedRun, plan_run
-from segkit.training.postprocessing import ScoredCases, settle_postprocessing
 from segkit.training.request import RunRequest
 from segkit.training.segmentation import SegmentationTask
 from segkit.training.summary import CaseDice, RunSummary, without_undefined

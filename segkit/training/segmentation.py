@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from segkit.checkpoint import ModelCard, save_model
-from segkit.data.dataset import PatchDataset
-from segkit.data.preprocessing import PreparedCase
-from segkit.data.store import StoredCases
+from segkit.checkpoint.card import ModelCard
+from segkit.checkpoint.model import save_model
 from segkit.inference.backends import TorchBackend
 from segkit.inference.predictor import Predictor
 from segkit.losses.compound import SegmentationLoss
 from segkit.metrics.overlap import dice_by_region
+from segkit.preparing.cache import StoredCases
+from segkit.preparing.patch_sampling import PatchDataset
+from segkit.preparing.preprocessing import PreparedCase
 from segkit.training.batches import endless_batches
 from segkit.training.distributed import from_first, mapped, size
 from segkit.training.task import Batch, Score, borrowed

@@ -12,12 +12,12 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from segkit.checkpoint import ModelCard, NetworkCard, TrainingData, load_card
+from segkit.checkpoint.card import ModelCard, NetworkCard, TrainingData
+from segkit.checkpoint.run_folder import load_card
 from segkit.errors import RequestError
 from segkit.models.slicewise import SlicewiseConfig
 from segkit.models.table import MODELS, configure
 from segkit.runtime import environment, peak_rss_mb
-from segkit.training.cohorts import SplitCohort
 from segkit.training.config import NetworkConfig
 from segkit.training.distributed import from_first, is_first
 from segkit.training.folder import (
@@ -29,10 +29,11 @@ from segkit.training.folder import (
     write_json,
     write_split,
 )
-from segkit.training.live import LiveView
+from segkit.training.live_report import LiveView
 from segkit.training.loop import fit
 from segkit.training.request import UnlabelledRequest
 from segkit.training.task import Task
+from segkit.training.unlabelled_data import SplitCohort
 
 _log = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ import torch
 
 import segkit
 from segkit.bench.whole import measure_whole
-from segkit.checkpoint import ModelCard, save_model
+from segkit.checkpoint.card import ModelCard
+from segkit.checkpoint.model import save_model
 from segkit.errors import RequestError
 from segkit.labels import SCHEMES, outputs_of
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from segkit.checkpoint import ModelCard
-from segkit.config.base import Config
+from segkit.checkpoint.card import ModelCard
+from segkit.config import Config
 from segkit.labels import SCHEMES, outputs_of
 from segkit.models.table import MODELS, ModelEntry
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from segkit.checkpoint.adapt import InputAdapt, adapt_by_modality, adapt_channels
+from segkit.checkpoint.transfer import InputAdapt, adapt_by_modality, adapt_channels
 
 
 def kernels(*values: float) -> Tensor:

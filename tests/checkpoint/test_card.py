@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from segkit.checkpoint import ModelCard, load_card, save_model
+from segkit.checkpoint.card import ModelCard
+from segkit.checkpoint.model import save_model
+from segkit.checkpoint.run_folder import load_card
 from segkit.errors import CheckpointError
 from segkit.labels import SCHEMES, Output
 

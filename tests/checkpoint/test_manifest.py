@@ -12,9 +12,10 @@ import torch
 import yaml
 
 import segkit
-from segkit.checkpoint import WeightSource, plan_transfer
-from segkit.config.loading import parse_overrides
-from segkit.models.stunet_labels import RELEASED_LABELS
+from segkit.checkpoint.nnunet_plans import RELEASED_LABELS
+from segkit.checkpoint.source import WeightSource
+from segkit.checkpoint.transfer import plan_transfer
+from segkit.config import parse_overrides
 
 _FOLDER = Path(__file__).resolve().parents[2] / "weights"
 ENTRIES: dict[str, dict[str, Any]] = yaml.safe_load((_FOLDER / "manifest.yaml").read_text())["weights"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from segkit.checkpoint.names import match_names, other_part
+from segkit.checkpoint.transfer import match_names, other_part
 
 NETWORK = ("encoder.stem.weight", "encoder.stem.bias", "decoder.weight", "heads.0.weight")
 

@@ -15,10 +15,11 @@ from torch import nn
 
 import segkit
 import segkit.cli
-from segkit.checkpoint import load_card, load_weights, model_folders
-from segkit.data.preprocessing import LoadedCase
-from segkit.data.volume import Grid
+from segkit.checkpoint.run_folder import load_card, model_folders
+from segkit.checkpoint.transfer import load_weights
 from segkit.errors import CheckpointError, RequestError
+from segkit.preparing.preprocessing import LoadedCase
+from segkit.reading.volume import Grid
 
 PLANNED_STRIDES = [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2]]
 OUR_STRIDES = ((1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 1, 1), (1, 1, 1))

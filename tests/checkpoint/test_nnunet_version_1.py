@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 import segkit
-from segkit.checkpoint import load_card, load_weights
+from segkit.checkpoint.run_folder import load_card
+from segkit.checkpoint.transfer import load_weights
 from segkit.errors import CheckpointError
 
 

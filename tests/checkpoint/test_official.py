@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import segkit
-from segkit.checkpoint import WeightSource, load_weights, plan_transfer
+from segkit.checkpoint.source import WeightSource
+from segkit.checkpoint.transfer import load_weights, plan_transfer
 from segkit.errors import CheckpointError
 
 SIZES = {"S": (16, 1), "B": (32, 1), "L": (64, 2), "H": (96, 3)}

@@ -12,18 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from segkit.checkpoint import (
-    ModelCard,
-    NetworkCard,
-    load_card,
-    load_model,
-    load_weights_file,
-    model,
-    model_folders,
-    save_model,
-    save_state,
-    save_weights,
-)
+from segkit.checkpoint import model
+from segkit.checkpoint.card import ModelCard, NetworkCard
+from segkit.checkpoint.model import load_model, save_model
+from segkit.checkpoint.run_folder import load_card, model_folders
+from segkit.checkpoint.state import save_state
+from segkit.checkpoint.tensors import load_weights_file, save_weights
 from segkit.errors import CheckpointError, DataError
 
 

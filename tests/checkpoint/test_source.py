@@ -10,7 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from segkit.checkpoint import ModelCard, load_weights, read_source, save_model
+from segkit.checkpoint.card import ModelCard
+from segkit.checkpoint.model import save_model
+from segkit.checkpoint.source import read_source
+from segkit.checkpoint.transfer import load_weights
 
 THEIRS = ["lvmmed_resnet.torch", "lvmmed_vit.pth", "LVM-Med_R50.pth", "lvm_med.pt"]
 OTHERS = ["resnet50.pth", "not_lvmmed.pth", "lvm.pth"]

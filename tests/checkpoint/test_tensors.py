@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from segkit.checkpoint import load_weights_file
-from segkit.checkpoint.tensors import read_plain_pickle, read_torch
+from segkit.checkpoint.tensors import load_weights_file, read_plain_pickle, read_torch
 from segkit.errors import CheckpointError
 
 

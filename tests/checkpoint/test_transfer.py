@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import segkit
-from segkit.checkpoint import LoadReport, ModelCard, load_weights, plan_transfer, read_source, save_model
+from segkit.checkpoint.card import ModelCard
+from segkit.checkpoint.model import save_model
+from segkit.checkpoint.source import read_source
+from segkit.checkpoint.transfer import LoadReport, load_weights, plan_transfer
 from segkit.errors import CheckpointError
 
 

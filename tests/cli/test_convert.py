@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from segkit.cli import main
-from segkit.data.layouts.table import find_cases
+from segkit.reading.layouts.table import find_cases
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 

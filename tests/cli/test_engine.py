@@ -9,12 +9,11 @@ import pytest
 import torch
 
 import segkit.cli
+from segkit.batch.executor import LocalExecutor
+from segkit.batch.ray_executor import RayExecutor, Share
 from segkit.cli.engine import choose_engine, executor_of, on_gpu
-from segkit.cluster.executor import RayExecutor
-from segkit.cluster.share import Share
 from segkit.errors import RequestError
 from segkit.inference.backends import TorchBackend
-from segkit.inference.pipeline import LocalExecutor
 
 FOLDERS = [Path("out").absolute(), Path("bank").absolute()]
 

@@ -16,7 +16,8 @@ import torch
 
 import segkit
 import segkit.cli
-from segkit.checkpoint import ModelCard, save_model
+from segkit.checkpoint.card import ModelCard
+from segkit.checkpoint.model import save_model
 from segkit.inference.predictor import Predictor
 from segkit.labels import SCHEMES, outputs_of, translate
 

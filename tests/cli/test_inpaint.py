@@ -16,14 +16,15 @@ from numpy.typing import NDArray
 
 import segkit
 import segkit.cli
-from segkit.checkpoint import ModelCard, save_model
-from segkit.data.files import read_grid
-from segkit.data.phantom import make_phantom
+from segkit.batch.manifest import Manifest
+from segkit.checkpoint.card import ModelCard
+from segkit.checkpoint.model import save_model
 from segkit.inference import graph
 from segkit.inference.backends import Backend
-from segkit.inference.manifest import Manifest
 from segkit.inpainting.predictor import InpaintingPredictor
 from segkit.labels import SCHEMES, outputs_of
+from segkit.phantoms.phantom import make_phantom
+from segkit.reading.files import read_grid
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 SIZE = 24

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import segkit.cli
-from segkit.checkpoint import load_state
-from segkit.data.phantom_layouts import write_phantoms
+from segkit.checkpoint.state import load_state
+from segkit.phantoms.layouts import write_phantoms
 from segkit.training import loop
 
 pytestmark = pytest.mark.usefixtures("signals_of_a_new_process")

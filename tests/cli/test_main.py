@@ -14,7 +14,7 @@ import typer
 import segkit
 from segkit.cli import VERBS, main
 from segkit.cli.options import parse_gigabytes, parse_minutes
-from segkit.config.loading import INPAINTING_PRESETS, PRETRAINING_PRESETS, list_presets, preset_path
+from segkit.config import INPAINTING_PRESETS, PRETRAINING_PRESETS, list_presets, preset_path
 from segkit.errors import RequestError
 
 

@@ -7,8 +7,8 @@ import typer
 from typer.testing import CliRunner
 
 from segkit.cli.phantom import phantom
-from segkit.data.phantom_layouts import PHANTOM_LAYOUTS
 from segkit.errors import RequestError
+from segkit.phantoms.layouts import PHANTOM_LAYOUTS
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from segkit.cli.report import report
 from segkit.errors import RequestError
-from segkit.report.evaluate import evaluate_folders
-from tests.report.page.folders import write_data, write_masks, write_run, write_scores
+from segkit.evaluation.score_folder import evaluate_folders
+from tests.report.folders import write_data, write_masks, write_run, write_scores
 
 app = typer.Typer()
 app.command()(report)

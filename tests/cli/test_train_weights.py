@@ -15,8 +15,9 @@ from torch import Tensor
 
 import segkit
 import segkit.cli
-from segkit.checkpoint import file_sha256, load_state
-from segkit.data.phantom_layouts import write_phantoms
+from segkit.checkpoint.state import load_state
+from segkit.phantoms.layouts import write_phantoms
+from segkit.reading.files import file_sha256
 from segkit.training.folder import read_config
 from segkit.training.planned import plan_run
 from segkit.training.request import RunRequest

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from segkit.config.loading import build_config
-from segkit.data.phantom_layouts import write_phantoms
+from segkit.config import build_config
 from segkit.inference import graph
+from segkit.phantoms.layouts import write_phantoms
 from segkit.training.config import TrainConfig
 from segkit.training.request import RunRequest
 from segkit.training.run import train_run

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from segkit.checkpoint import load_card, load_model
+from segkit.checkpoint.model import load_model
+from segkit.checkpoint.run_folder import load_card
 from segkit.errors import RequestError
 from segkit.export.cases import _evenly, _window, named_cases, validation_cases
 from segkit.inference.backends import TorchBackend

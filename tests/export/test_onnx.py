@@ -13,14 +13,15 @@ import pytest
 import torch
 from torch import nn
 
-from segkit.checkpoint import file_sha256, load_card, model_folders
-from segkit.data.layouts.table import find_cases
+from segkit.checkpoint.run_folder import load_card, model_folders
 from segkit.errors import CheckpointError, RequestError
 from segkit.export import onnx
 from segkit.export.cases import named_cases
 from segkit.export.onnx import ExportSettings, export_models
 from segkit.inference.graph import write_graph
 from segkit.inference.predictor import Predictor
+from segkit.reading.files import file_sha256
+from segkit.reading.layouts.table import find_cases
 
 pytestmark = pytest.mark.usefixtures("_quick")
 

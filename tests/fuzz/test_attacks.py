@@ -19,13 +19,15 @@ import pytest
 import torch
 from fuzzing import seeds
 
-from segkit.checkpoint import load_card, load_state, load_weights_file, read_source
 from segkit.checkpoint.nnunet_plans import read_plan
-from segkit.checkpoint.tensors import read_plain_pickle, read_torch
-from segkit.data.archives import unpacked
-from segkit.data.files import read_volume
-from segkit.data.layouts.table import find_cases
+from segkit.checkpoint.run_folder import load_card
+from segkit.checkpoint.source import read_source
+from segkit.checkpoint.state import load_state
+from segkit.checkpoint.tensors import load_weights_file, read_plain_pickle, read_torch
 from segkit.errors import CheckpointError, DataError, RequestError, SegkitError
+from segkit.reading.archives import unpacked
+from segkit.reading.files import read_volume
+from segkit.reading.layouts.table import find_cases
 
 
 class Burglar:
@@ -244,7 +246,7 @@ def test_graphs_open_no_other_files(tmp_path: Path) -> None:
 
 
 def test_a_mask_is_written_where_the_names_of_outputs_cannot_lead(tmp_path: Path) -> None:
-    from segkit.data.case import file_name_of
+    from segkit.reading.case import file_name_of
 
     assert file_name_of("../../etc/x") == ".._.._etc_x"
     assert file_name_of("tumour core") == "tumour core"
@@ -260,7 +262,7 @@ def test_a_picture_that_is_a_program_is_not_run(tmp_path: Path, canary: Path) ->
 
 
 def test_settings_make_no_objects(tmp_path: Path, canary: Path) -> None:
-    from segkit.config.loading import parse_overrides, read_yaml
+    from segkit.config import parse_overrides, read_yaml
 
     attack = f"!!python/object/apply:os.mkdir ['{canary}']"
     (tmp_path / "config.yaml").write_text(f"data: {attack}")
@@ -273,7 +275,7 @@ def test_settings_make_no_objects(tmp_path: Path, canary: Path) -> None:
 
 def test_an_element_of_4_gigabytes_costs_nothing(tmp_path: Path) -> None:
     pytest.importorskip("pydicom")
-    from segkit.data.files import read_grid
+    from segkit.reading.files import read_grid
 
     entry = Path(__file__).parent / "corpus" / "dicom-series" / "element-of-4-gigabytes--0.dcm"
     for number in range(1, 5):

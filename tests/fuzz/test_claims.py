@@ -16,13 +16,12 @@ import safetensors.torch
 import torch
 from fuzzing import seeds
 
-from segkit.checkpoint import load_weights_file
-from segkit.checkpoint.tensors import read_torch
+from segkit.checkpoint.tensors import load_weights_file, read_torch
 from segkit.errors import CheckpointError
-from segkit.inference import opening
+from segkit.inference import backend_loading as opening
+from segkit.inference.backend_loading import GuardedBackend
 from segkit.inference.backends import Array
 from segkit.inference.graph_check import require_harmless
-from segkit.inference.opening import GuardedBackend
 from segkit.inference.predictor import Predictor
 
 

@@ -19,16 +19,16 @@ from fuzzing import seeds
 from rich.console import Console
 
 import segkit.cli
+from segkit.batch.manifest import CaseRecord
 from segkit.cli.options import print_json, print_table
 from segkit.cli.progress import CaseProgress, ProgressBar
-from segkit.data.case import file_name_of
-from segkit.data.volume import Grid
 from segkit.errors import DataError, Problem, on_one_line, printable
-from segkit.inference.manifest import CaseRecord
+from segkit.evaluation.results import CaseScores, Evaluation
+from segkit.evaluation.tables import markdown_table, markdown_text, scores_csv
 from segkit.labels import classes_scheme
-from segkit.report.evaluation import CaseScores, Evaluation
+from segkit.reading.case import file_name_of
+from segkit.reading.volume import Grid
 from segkit.report.figures import curves_figure, overlay_figure
-from segkit.report.tables import markdown_table, markdown_text, scores_csv
 from tests.cli.test_infer import write_run as segmentation_run
 from tests.cli.test_inpaint import write_run as inpainting_run
 
@@ -118,7 +118,7 @@ def test_verbs_print_in_one_way_only() -> None:
     assert found == {
         ("bench/by_hand.py", "sys.stdout.write"),  # answers of a process to another one
         ("bench/probe.py", "print"),
-        ("training/watch.py", "sys.stderr.write"),  # the last words of a process, made printable there
+        ("training/heartbeat.py", "sys.stderr.write"),  # the last words of a process, made printable there
         ("cli/options.py", "(above or console()).print"),
         ("cli/options.py", "out.print"),
         ("cli/options.py", "sys.stdout.write"),

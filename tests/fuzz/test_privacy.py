@@ -15,8 +15,8 @@ import pytest
 from fuzzing import seeds
 
 import segkit.cli
-from segkit.data.files import read_grid, read_volume, rewrite_image, write_image, write_labels
 from segkit.errors import DataError
+from segkit.reading.files import read_grid, read_volume, rewrite_image, write_image, write_labels
 
 SECRET = "Xq7Zmustermann"
 """Stands in every field of the input that takes free text; 14 letters fit into the shortest of them."""
@@ -122,7 +122,7 @@ def test_masks_and_changed_copies_do_not_tell(tmp_path: Path, kind: str) -> None
 def test_a_dicom_seg_tells_only_when_it_is_asked(tmp_path: Path) -> None:
     pydicom = pytest.importorskip("pydicom")
     pytest.importorskip("highdicom")
-    from segkit.data.dicom_seg import write_dicom_seg
+    from segkit.reading.dicom_seg import write_dicom_seg
 
     series = talkative_series(tmp_path / "in")
     labels = np.ones(read_grid(series).shape, np.uint8)

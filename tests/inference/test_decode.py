@@ -12,14 +12,21 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch.nn import functional
 
-from segkit.data.geometry import Reorientation, reorientation_to
-from segkit.data.preprocessing import Preparation
-from segkit.data.volume import Grid
 from segkit.errors import CheckpointError
 from segkit.inference import decode as module
-from segkit.inference.decode import Activation, decode_prepared, merged, probabilities
-from segkit.inference.maps import Maps, outside_probabilities, uncertainty
-from segkit.inference.windows import Slab
+from segkit.inference.decode import (
+    Activation,
+    Maps,
+    decode_prepared,
+    merged,
+    outside_probabilities,
+    probabilities,
+    uncertainty,
+)
+from segkit.inference.sliding_window import Slab
+from segkit.preparing.preprocessing import Preparation
+from segkit.reading.geometry import Reorientation, reorientation_to
+from segkit.reading.volume import Grid
 from segkit.shapes import LabelMap
 
 

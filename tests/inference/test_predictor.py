@@ -12,14 +12,16 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from segkit.checkpoint import load_card, load_model, load_weights_file, save_model
-from segkit.data.case import Case, ImageFile
-from segkit.data.preprocessing import LoadedCase
-from segkit.data.volume import Grid, Volume
+from segkit.checkpoint.model import load_model, save_model
+from segkit.checkpoint.run_folder import load_card
+from segkit.checkpoint.tensors import load_weights_file
 from segkit.errors import CheckpointError, DataError, RequestError
 from segkit.inference.backends import TorchBackend
 from segkit.inference.predictor import Ensemble, Predictor, match_modalities
 from segkit.labels import SCHEMES, classes_scheme
+from segkit.preparing.preprocessing import LoadedCase
+from segkit.reading.case import Case, ImageFile
+from segkit.reading.volume import Grid, Volume
 
 MakeRun = Callable[..., Path]
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from segkit.data.case import Case
-from segkit.data.lesion_bank import BankedCase, read_bank
 from segkit.errors import RequestError
 from segkit.inpainting.bank import BankWriter, copy_file
+from segkit.preparing.lesion_bank import BankedCase, read_bank
+from segkit.reading.case import Case
 
 MODEL = {"sha256": "ab" * 32, "margin_mm": 5.0}
 

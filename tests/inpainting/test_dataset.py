@@ -8,14 +8,13 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from segkit.data.geometry import Reorientation
-from segkit.data.holes import HoleMaker, HolesConfig
-from segkit.data.preprocessing import Preparation, PreparedCase
-from segkit.data.symmetry import Midline
-from segkit.data.volume import Grid
 from segkit.inpainting.dataset import HoleDataset, HoleRules
 from segkit.inpainting.fill import rough_fill
-from segkit.inpainting.inputs import Context, mirror_of, stack_inputs
+from segkit.inpainting.midline import Context, Midline, mirror_of, stack_inputs
+from segkit.preparing.holes import HoleMaker, HolesConfig
+from segkit.preparing.preprocessing import Preparation, PreparedCase
+from segkit.reading.geometry import Reorientation
+from segkit.reading.volume import Grid
 
 SIZE = 24
 HOLES = HolesConfig(boxes=1, strokes=0, blobs=0, tumours=0, diameter_range=(5, 7), margin_voxels=3, min_voxels=8)

@@ -13,16 +13,16 @@ import PIL.Image
 import pytest
 from numpy.typing import NDArray
 
-from segkit.checkpoint import ModelCard
-from segkit.data.files import read_labels, read_volume
-from segkit.data.lesion_bank import read_bank
-from segkit.data.volume import Grid
+from segkit.batch.cases import find_input
+from segkit.batch.executor import LocalExecutor
+from segkit.checkpoint.card import ModelCard
 from segkit.errors import RequestError
-from segkit.inference.cases import find_input
-from segkit.inference.pipeline import LocalExecutor
 from segkit.inpainting.cases import InpaintingSettings
 from segkit.inpainting.folders import inpaint_folder
 from segkit.inpainting.masks import HoleSource, enlarged, find_lesions, find_masks
+from segkit.preparing.lesion_bank import read_bank
+from segkit.reading.files import read_labels, read_volume
+from segkit.reading.volume import Grid
 from segkit.shapes import Image
 
 SHAPE = (6, 5, 4)

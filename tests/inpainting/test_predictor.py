@@ -10,9 +10,9 @@ import pytest
 from numpy.typing import NDArray
 
 from segkit.checkpoint.card import ModelCard, NetworkCard, TrainingData
-from segkit.data.volume import Grid
 from segkit.errors import DataError, RequestError
 from segkit.inpainting.predictor import InpaintingPredictor
+from segkit.reading.volume import Grid
 
 Array = NDArray[np.float32]
 

@@ -12,16 +12,17 @@ import torch
 from safetensors.torch import load_file
 
 import segkit.cli
-from segkit.checkpoint import load_card, load_state
-from segkit.config.loading import build_config
-from segkit.data.phantom_inpainting import write_inpainting_phantoms
-from segkit.data.phantom_layouts import write_phantoms
-from segkit.data.pictures import save_picture
-from segkit.data.volume import Grid
+from segkit.checkpoint.run_folder import load_card
+from segkit.checkpoint.state import load_state
+from segkit.config import build_config
 from segkit.errors import RequestError
 from segkit.inpainting.config import InpaintingConfig
 from segkit.inpainting.predictor import InpaintingPredictor
 from segkit.inpainting.run import InpaintingRequest, inpainting_run
+from segkit.phantoms.inpainting import write_inpainting_phantoms
+from segkit.phantoms.layouts import write_phantoms
+from segkit.reading.pictures import save_picture
+from segkit.reading.volume import Grid
 from segkit.training.unlabelled import UnlabelledSummary
 
 SETTINGS = {

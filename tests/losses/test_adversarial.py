@@ -10,8 +10,8 @@ import torch
 from monai.losses import PatchAdversarialLoss
 from torch import nn
 
-from segkit.losses.adversarial import adversarial_terms, discriminator_loss, generator_loss
-from segkit.models.discriminator import build_discriminator
+from segkit.losses.restoration import adversarial_terms, discriminator_loss, generator_loss
+from segkit.models.generator import build_discriminator
 
 
 def test_undecided_logits_cost_log_2() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from segkit.metrics import brats2023, brats2026
-from segkit.metrics.region import RegionPair
+from segkit.metrics.lesions import RegionPair
 
 SHAPE = (12, 12, 40)
 

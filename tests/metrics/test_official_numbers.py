@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from segkit.data.files import read_labels
 from segkit.metrics.protocols import score_case
+from segkit.reading.files import read_labels
 
 REGIONS = {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,), "RC": (4,), "NETC": (1,), "SNFH": (2,)}
 

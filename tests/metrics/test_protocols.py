@@ -8,10 +8,10 @@ import math
 import numpy as np
 import pytest
 
-from segkit.data.files import read_labels
 from segkit.errors import RequestError
-from segkit.metrics.facts import METRICS
 from segkit.metrics.protocols import PROTOCOLS, rules_of, score_absent, score_case, worst_distance_mm
+from segkit.metrics.registry import METRICS
+from segkit.reading.files import read_labels
 
 MILLIMETRE = (1.0, 1.0, 1.0)
 BRATS = {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from segkit.metrics.surface_elements import element_areas_mm2, element_hausdorff_mm
+from segkit.metrics.surface import element_areas_mm2, element_hausdorff_mm
 
 MILLIMETRE = (1.0, 1.0, 1.0)
 

@@ -2,7 +2,7 @@
 
 Expected values of `test_agrees_with_the_package_of_the_challenge` were printed by PyPI `inpainting` 0.0.12
 (torchmetrics 1.9.0, torch 2.15.0) from `generate_metrics` on the arrays of `golden_case`, in an environment of its own;
-`docs/inpainting_metrics.py` repeats the comparison on real and drawn cases.
+`benchmarks/inpainting_metrics.py` repeats the comparison on real and drawn cases.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from segkit.models.bottleneck import InvertedBottleneck
+from segkit.models.revmbunet import InvertedBottleneck
 
 
 def _bottleneck(dims: int, chunks: int) -> InvertedBottleneck:

@@ -11,10 +11,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from segkit.config.loading import build_config, configs_folder, read_yaml
+from segkit.config import build_config, configs_folder, read_yaml
 from segkit.errors import RequestError
-from segkit.models.protocol import SegmentationNetwork
-from segkit.models.table import MODELS, build_model, list_models
+from segkit.models.table import MODELS, SegmentationNetwork, build_model, list_models
 from segkit.training.config import TrainConfig
 
 _SMALLEST = {

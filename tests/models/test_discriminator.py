@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from segkit.models.discriminator import build_discriminator
+from segkit.models.generator import build_discriminator
 
 CONVS = {2: nn.Conv2d, 3: nn.Conv3d}
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from segkit.errors import RequestError
-from segkit.models.recurrent import Norm, RecurrentConvolution, RecurrentUnit, Share, build_recurrent_convolution
+from segkit.models.r2unet import Norm, RecurrentConvolution, RecurrentUnit, Share, build_recurrent_convolution
 from segkit.models.table import MODELS, build_model
 
 
@@ -205,7 +205,7 @@ def test_checkpoint_mode_keeps_a_layer_s_input_only() -> None:
 
 
 # In the popular code one batch norm serves all steps. Its running averages mix step 0 with the later ones, so that
-# evaluation is another network than training; see docs/norm_trap.py.
+# evaluation is another network than training; see benchmarks/norm_trap.py.
 @pytest.mark.parametrize(("norm", "lowest", "highest"), [("batch_per_step", 0.0, 0.01), ("batch_shared", 0.2, 10.0)])
 def test_evaluation_after_training_on_one_batch(norm: Norm, lowest: float, highest: float) -> None:
     layers = nn.Sequential(*(build_recurrent_convolution(16, 2, share="tied", norm=norm) for _ in range(4)))

@@ -16,7 +16,7 @@ from segkit.errors import RequestError
 from segkit.losses.compound import deep_supervision_weights
 from segkit.models.stunet import SIZES, StuNet
 from segkit.models.table import build_model
-from segkit.planning.memory import activation_bytes
+from segkit.preparing.memory import activation_bytes
 
 RELEASED_STRIDES = ((2, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2), (1, 1, 2))
 """Strides of the released TotalSegmentator plan."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from segkit.checkpoint.nnunet_plans import RELEASED_LABELS
 from segkit.labels import SCHEMES, outputs_of
-from segkit.models.stunet_labels import RELEASED_LABELS
 
 
 def test_104_structures_in_alphabetical_order() -> None:

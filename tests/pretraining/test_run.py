@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 import segkit.cli
-from segkit.checkpoint import load_card, load_state
-from segkit.config.loading import build_config
-from segkit.data.phantom_layouts import write_phantoms
+from segkit.checkpoint.run_folder import load_card
+from segkit.checkpoint.state import load_state
+from segkit.config import build_config
 from segkit.errors import RequestError
+from segkit.phantoms.layouts import write_phantoms
 from segkit.pretraining.config import PretrainConfig
 from segkit.pretraining.run import PretrainRequest, pretrain_run
 from segkit.training.unlabelled import UnlabelledSummary

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from segkit.data.geometry import Reorientation
-from segkit.data.preprocessing import Preparation, PreparedCase
-from segkit.data.volume import Grid
 from segkit.errors import DataError, RequestError
+from segkit.preparing.preprocessing import Preparation, PreparedCase
 from segkit.pretraining.sources import GroupDataset, ImagesConfig, Source
 from segkit.pretraining.stacks import coarsest_axis
 from segkit.pretraining.views import ViewIntensityConfig, ViewsConfig
+from segkit.reading.geometry import Reorientation
+from segkit.reading.volume import Grid
 
 PLAIN = ViewIntensityConfig(
     noise_probability=0,

@@ -9,8 +9,8 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from segkit.data.volume import Grid
 from segkit.labels import SCHEMES
+from segkit.reading.volume import Grid
 from segkit.report import figures
 from segkit.report.figures import COLOURS, curves_figure, overlay_figure, views_of
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from segkit.config.loading import build_config
+from segkit.config import build_config
 from segkit.errors import RequestError
 from segkit.training.changes import FREE_SETTINGS, Change, compared, settle_settings, with_changes
 from segkit.training.config import TrainConfig

@@ -15,15 +15,15 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from segkit.checkpoint import load_state
+from segkit.checkpoint.state import load_state
 from segkit.cli.processes import spread_over
 from segkit.errors import RequestError
 from segkit.models.table import MODELS
 from segkit.pretraining.methods import METHODS
 from segkit.runtime import ProcessPlace, process_place
 from segkit.training import batches
+from segkit.training.heartbeat import Seen, Sign, find_fault
 from segkit.training.interruption import Interruption
-from segkit.training.watch import Seen, Sign, find_fault
 
 sys.path.insert(0, str(Path(__file__).parent))  # the script that the processes run has what the test runs alone
 from together import TinyTask, small_unet, train

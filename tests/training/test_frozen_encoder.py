@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import segkit
-from segkit.checkpoint import ModelCard, load_state
+from segkit.checkpoint.card import ModelCard
+from segkit.checkpoint.state import load_state
 from segkit.labels import Output
 from segkit.losses.compound import SegmentationLoss
 from segkit.training.config import OptimiserConfig, TrainingConfig
@@ -44,7 +45,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("segkit.training.live.curves_figure", lambda path, rows: None)
+    monkeypatch.setattr("segkit.training.live_report.curves_figure", lambda path, rows: None)
 
 
 class Discs(SegmentationTask):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from segkit.checkpoint import load_state, save_state
+from segkit.checkpoint.state import load_state, save_state
 from segkit.errors import DataError, TrainingError
 from segkit.training.config import LoopConfig, OptimiserConfig
 from segkit.training.interruption import InterruptedTrainingError, Interruption, listening
@@ -30,7 +30,7 @@ LOOP = LoopConfig(steps=STEPS, steps_per_epoch=5, ema_decay=0.5, accumulate=2)
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("segkit.training.live.curves_figure", lambda path, rows: None)
+    monkeypatch.setattr("segkit.training.live_report.curves_figure", lambda path, rows: None)
 
 
 class Line:

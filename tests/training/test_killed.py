@@ -21,15 +21,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from segkit.checkpoint import load_state
-from segkit.config.loading import build_config
-from segkit.data.phantom_layouts import write_phantoms
+from segkit.checkpoint.state import load_state
+from segkit.config import build_config
 from segkit.errors import SegkitError
 from segkit.inpainting.config import InpaintingConfig
 from segkit.inpainting.run import InpaintingRequest, inpainting_run
+from segkit.phantoms.layouts import write_phantoms
 from segkit.pretraining.config import PretrainConfig
 from segkit.pretraining.run import PretrainRequest, pretrain_run
-from segkit.training import live
+from segkit.training import live_report as live
 from segkit.training.config import TrainConfig
 from segkit.training.folder import read_config
 from segkit.training.request import RunRequest

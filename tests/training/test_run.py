@@ -13,13 +13,14 @@ import torch
 import yaml
 from PIL import Image
 
-from segkit.checkpoint import load_card, load_model
 from segkit.checkpoint.card import PostprocessingCard, SizeRule
-from segkit.config.loading import build_config
-from segkit.data.phantom_layouts import write_phantoms
+from segkit.checkpoint.model import load_model
+from segkit.checkpoint.run_folder import load_card
+from segkit.config import build_config
 from segkit.errors import RequestError
 from segkit.inference.predictor import Predictor
-from segkit.training import postprocessing
+from segkit.phantoms.layouts import write_phantoms
+from segkit.training import choose_postprocessing as postprocessing
 from segkit.training import run as run_module
 from segkit.training.config import TrainConfig
 from segkit.training.folder import read_config

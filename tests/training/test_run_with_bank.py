@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from segkit.checkpoint import load_state
-from segkit.config.loading import build_config
-from segkit.data.files import read_labels, read_volume, write_image, write_labels
-from segkit.data.lesion_bank import Bank, BankedCase, LesionBank, image_path, lesion_path
-from segkit.data.phantom_layouts import write_phantoms
-from segkit.data.preprocessing import PreparedCase
-from segkit.data.transplant import Transplant
+from segkit.checkpoint.state import load_state
+from segkit.config import build_config
 from segkit.errors import RequestError
+from segkit.phantoms.layouts import write_phantoms
+from segkit.preparing.lesion_bank import Bank, BankedCase, LesionBank, Transplant, image_path, lesion_path
+from segkit.preparing.preprocessing import PreparedCase
+from segkit.reading.files import read_labels, read_volume, write_image, write_labels
 from segkit.training.config import TrainConfig
 from segkit.training.folder import read_config
 from segkit.training.planned import plan_run, with_values

@@ -12,8 +12,8 @@ import torchvision
 from torch import Tensor
 
 import segkit
-from segkit.checkpoint import ModelCard
-from segkit.config.loading import build_config
+from segkit.checkpoint.card import ModelCard
+from segkit.config import build_config
 from segkit.errors import RequestError
 from segkit.training.config import TrainConfig
 from segkit.training.weights import FirstWeights, encoder_share, first_weights, percent

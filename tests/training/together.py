@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segkit.checkpoint import load_state
+from segkit.checkpoint.state import load_state
 from segkit.errors import RequestError, SegkitError
 from segkit.labels import Output
 from segkit.losses.compound import SegmentationLoss
@@ -32,7 +32,7 @@ from segkit.training.interruption import InterruptedTrainingError
 from segkit.training.loop import fit
 from segkit.training.task import Score, borrowed
 
-DOCS = Path(__file__).parents[2] / "docs"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CPU = torch.device("cpu")
 
 
@@ -134,8 +134,8 @@ def learn(folder: Path) -> dict[str, Any]:
 
 def all_that_goes_well(folder: Path) -> dict[str, Any]:
     """In one start of the processes, for each costs seconds."""
-    sys.path.insert(0, str(DOCS))
-    import distributed  # docs/distributed.py, which measures the same for people
+    sys.path.insert(0, str(BENCHMARKS))
+    import distributed  # benchmarks/distributed.py, which measures the same for people
 
     return {"gradients": distributed.gradients([torch.float64]), "talk": talk(folder), "learn": learn(folder)}
 

@@ -13,7 +13,7 @@ _FIRST_CHECK = "the archive is damaged, or is none"
 
 
 def _unpack(folder: Path, path: Path) -> None:
-    from segkit.data.archives import unpacked
+    from segkit.reading.archives import unpacked
 
     into = folder / "into"
     into.mkdir()

@@ -17,7 +17,8 @@ def digest(path: Path) -> str:
 
 
 def _card(folder: Path, path: Path) -> None:
-    from segkit.checkpoint import load_card, load_model
+    from segkit.checkpoint.model import load_model
+    from segkit.checkpoint.run_folder import load_card
 
     card = load_card(folder)
     card.preprocessing()

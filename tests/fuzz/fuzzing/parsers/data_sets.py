@@ -24,7 +24,7 @@ def _volumes(*names: str) -> Callable[[], Files]:
 
 
 def _cohort(folder: Path, _: Path, layout: str | None = None) -> None:
-    from segkit.data.layouts.table import find_cases
+    from segkit.reading.layouts.table import find_cases
 
     cohort = find_cases(folder, layout=layout)
     root = folder.resolve()
@@ -44,8 +44,8 @@ def _table(folder: Path, path: Path) -> None:
 
 
 def _manifest(folder: Path, _: Path) -> None:
-    from segkit.inference.manifest import CaseRecord, Manifest
-    from segkit.report.pairing import pair_folders
+    from segkit.batch.manifest import CaseRecord, Manifest
+    from segkit.evaluation.pairing import pair_folders
 
     manifest = Manifest(folder, ["a", "c"], {}, "abc")
     manifest.was_made("a", "brats2017", ())

@@ -15,8 +15,8 @@ def _slices() -> list[Files]:
 
 
 def _series(folder: Path, _: Path) -> None:
-    from segkit.data.dicom import frames_of, holds_frames, is_dicom_file
-    from segkit.data.files import read_volume
+    from segkit.reading.dicom import frames_of, holds_frames, is_dicom_file
+    from segkit.reading.files import read_volume
 
     for path in folder.iterdir():
         if is_dicom_file(path):
@@ -26,7 +26,7 @@ def _series(folder: Path, _: Path) -> None:
 
 
 def _frames(folder: Path, path: Path) -> None:
-    from segkit.data.dicom import frames_of, holds_frames
+    from segkit.reading.dicom import frames_of, holds_frames
 
     holds_frames(path)
     read_image(folder, path)
@@ -36,8 +36,8 @@ def _frames(folder: Path, path: Path) -> None:
 def _seg(folder: Path, _: Path) -> None:
     import numpy as np
 
-    from segkit.data.dicom_seg import write_dicom_seg
-    from segkit.data.files import read_grid
+    from segkit.reading.dicom_seg import write_dicom_seg
+    from segkit.reading.files import read_grid
 
     series = folder / "series"
     series.mkdir()

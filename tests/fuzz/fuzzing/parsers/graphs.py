@@ -21,10 +21,10 @@ def _graph(folder: Path, path: Path, backend: str) -> None:
     """Segment a scan with a graph whose card, if it is not the hostile one, is right about its files."""
     import numpy as np
 
-    from segkit.checkpoint import load_card
-    from segkit.data.volume import Grid, Volume
+    from segkit.checkpoint.run_folder import load_card
     from segkit.errors import is_memory_error
     from segkit.inference.predictor import Predictor
+    from segkit.reading.volume import Grid, Volume
 
     card_path = folder / "model.json"
     if path != card_path:

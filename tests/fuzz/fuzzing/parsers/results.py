@@ -13,7 +13,8 @@ from fuzzing.parsers.weights import PICKLE_CHECKS
 
 
 def _result(folder: Path, _: Path) -> None:
-    from segkit.checkpoint import load_card, load_model
+    from segkit.checkpoint.model import load_model
+    from segkit.checkpoint.run_folder import load_card
 
     result = folder / "result"
     (result / "fold_0").mkdir(parents=True)

@@ -10,14 +10,14 @@ from fuzzing.parser import Files, Parser
 
 
 def _configurations() -> list[Files]:
-    from segkit.config.loading import list_presets, preset_path
+    from segkit.config import list_presets, preset_path
 
     presets = [preset_path(name).read_bytes() for name in list_presets()]
     return [{"config.yaml": content} for content in (seeds.CONFIG.encode(), *presets)]
 
 
 def _config(_: Path, path: Path) -> None:
-    from segkit.config.loading import annotated_yaml, build_config, read_yaml
+    from segkit.config import annotated_yaml, build_config, read_yaml
     from segkit.training.config import TrainConfig
 
     document = read_yaml(path)
@@ -26,7 +26,7 @@ def _config(_: Path, path: Path) -> None:
 
 
 def _override(_: Path, path: Path) -> None:
-    from segkit.config.loading import annotated_yaml, build_config, parse_overrides
+    from segkit.config import annotated_yaml, build_config, parse_overrides
     from segkit.training.config import TrainConfig
 
     settings = path.read_text(encoding="utf-8", errors="replace").split("\n")

@@ -44,8 +44,8 @@ def zipped_header(length: int) -> Change:
 
 def read_image(_: Path, path: Path) -> None:
     """An image in every way that it is read in, and what is promised of it."""
-    from segkit.data.files import count_channels, read_grid, read_labels, read_volume
     from segkit.errors import DataError
+    from segkit.reading.files import count_channels, read_grid, read_labels, read_volume
 
     grid = read_grid(path)
     channels = count_channels(path)
@@ -60,7 +60,7 @@ def read_image(_: Path, path: Path) -> None:
 def _read_and_rewrite(folder: Path, path: Path) -> None:
     import numpy as np
 
-    from segkit.data.files import read_grid, rewrite_image, suffix_of
+    from segkit.reading.files import read_grid, rewrite_image, suffix_of
 
     read_image(folder, path)
     grid = read_grid(path)

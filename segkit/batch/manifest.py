@@ -1,0 +1,238 @@
+"""The manifest of an output folder: what became of every case, on disk after each one so that nothing is lost.
+
+A manifest of many cases takes long to write. Beyond some hundreds it is written anew only when a twentieth of them has
+ended, so that what a case costs does not grow with their number; what came since is in a journal beside it, one line a
+case, which whoever goes on with the folder reads as well. At the end of a run there is no journal.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from segkit.errors import RequestError
+from segkit.reading.files import written_atomically
+
+MANIFEST_NAME = "manifest.json"
+_LISTS = ("cases", "remaining", "replacing", "earlier")
+_AT_ONCE, _SHARE = 400, 20
+"""Cases up to which the manifest is written anew after each; beyond, when a `_SHARE`-th of them has ended."""
+STAGES = ("read", "preprocess", "predict", "decode", "write")
+
+Task = Literal["segmentation", "inpainting"]
+_VERBS: Mapping[str, str] = {"segmentation": "infer", "inpainting": "inpaint"}
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CaseRecord:
+    """What became of one case. `seconds` by stage (of `STAGES`), memory in MB, `model` tells how it was predicted."""
+
+    case: str
+    status: Literal["done", "failed", "skipped"]
+    error: str | None = None
+    seconds: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    peak_rss_mb: float = 0.0
+    backend: str = "torch"
+    label_scheme: str | None = None
+    missing_modalities: tuple[str, ...] = ()
+    model: str = ""
+    window: tuple[int, ...] = ()
+    """Voxels of the windows that were computed; smaller than the model's patch where memory was short."""
+    predicted: Mapping[str, float] = field(default_factory=dict)
+    """What the case was expected to take: `peak_rss_mb` of the process and `seconds`."""
+
+
+class Manifest:
+    """The records of one run over an output folder, and those that earlier runs left there.
+
+    `part` names one of several runs that share the folder. On disk: `cases` of this run in the order in which they
+    ended, `remaining` ids that have not (`replacing`: those of them whose mask was there before), `earlier` records of
+    other runs, `task`, `summary`, `model` and `environment`. Runs of one folder have one task, for records of a case
+    take the place of each other.
+
+    Raises:
+        RequestError: the folder has the manifest of another task.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        ids: Iterable[str],
+        facts: Mapping[str, Any],
+        identity: str,
+        part: str | None = None,
+        *,
+        task: Task = "segmentation",
+    ) -> None:
+        self.path = folder / (MANIFEST_NAME if part is None else f"manifest_{part}.json")
+        self.task = task
+        self.facts = dict(facts)
+        self.identity = identity
+        self.ids = list(ids)
+        self.records: list[CaseRecord] = []
+        self._journal = _journal_of(self.path)
+        self._unwritten = 0
+        self._has_file = False
+        self.replacing: set[str] = set()
+        # Parts of a run keep manifests of their own, for they may run at the same time; they count as earlier runs.
+        others = sorted(path for path in folder.glob("manifest*.json") if path != self.path)
+        documents = {path: _read(path) for path in (*others, self.path)}
+        for path, one in documents.items():
+            _refuse_other_task(path, one, task)
+        known = [entry for one in documents.values() for key in ("cases", "earlier") for entry in one[key]]
+        self._known = {entry["case"]: entry for entry in known if isinstance(entry, dict) and _names_case(entry)}
+        self._cut_short: set[str] = set()
+        for one in documents.values():
+            if one.get("identity") == identity:
+                self._cut_short |= set(one["remaining"]) - set(one["replacing"])
+
+    def was_made(self, case_id: str, label_scheme: str | None, missing_modalities: tuple[str, ...]) -> bool:
+        """Whether an earlier run made the mask of this case just as this run would."""
+        entry = self._known.get(case_id, {})
+        return (
+            entry.get("status") in ("done", "skipped")
+            and entry.get("model") == self.identity
+            and entry.get("label_scheme") == label_scheme
+            and entry.get("missing_modalities") == list(missing_modalities)
+        )
+
+    def was_cut_short(self, case_id: str) -> bool:
+        """Whether a run of the same model was killed before it could note this case: a mask that is there is its."""
+        return case_id in self._cut_short
+
+    def add(self, *records: CaseRecord) -> None:
+        """Note what became of cases, on disk at once.
+
+        Raises:
+            DataError: the folder cannot be written.
+        """
+        self.records.extend(records)
+        self._unwritten += len(records)
+        size = len(self.ids) + len(self._known)
+        if not self._has_file or self._unwritten >= (size - _AT_ONCE) // _SHARE:
+            self.write()
+            return
+        try:
+            with self._journal.open("a", encoding="utf-8", errors="backslashreplace") as stream:
+                stream.writelines(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
+        except OSError:
+            self.write()  # it tells what is wrong with the folder
+
+    def close(self) -> None:
+        """Put what is in the journal into the file.
+
+        Raises:
+            DataError: the folder cannot be written.
+        """
+        if self._unwritten:
+            self.write()
+
+    def to_json(self) -> dict[str, Any]:
+        """The document as it stands now."""
+        ended = {record.case: record.status for record in self.records}
+        remaining = [case_id for case_id in self.ids if case_id not in ended]
+        counts = Counter(record.status for record in self.records)
+        return {
+            "task": self.task,
+            "cases": [asdict(record) for record in self.records],
+            "summary": {
+                **{status: counts[status] for status in ("done", "failed", "skipped")},
+                "remaining": len(remaining),
+                "seconds": round(sum(sum(record.seconds.values()) for record in self.records), 3),
+            },
+            **self.facts,
+            "identity": self.identity,
+            "remaining": remaining,
+            "replacing": [case_id for case_id in remaining if case_id in self.replacing],
+            "earlier": [entry for entry in self._known.values() if _still_counts(entry, ended)],
+        }
+
+    def write(self) -> None:
+        """Write all of it anew, atomically, and remove the journal.
+
+        Raises:
+            DataError: the folder cannot be written.
+        """
+        with written_atomically(self.path) as temporary:
+            text = json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
+            # File names that are not UTF-8 reach Python as lone surrogates; `\udce9` is JSON's own escape for them.
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        with suppress(OSError):  # what it holds is known twice then, which does no harm
+            self._journal.unlink()
+        self._unwritten = 0
+        self._has_file = True
+
+
+def _refuse_other_task(path: Path, document: Mapping[str, Any], task: Task) -> None:
+    """Refuse what another verb wrote; manifests that do not name their task tell of holes where it is inpainting."""
+    if "identity" not in document:
+        return  # there is none, or none that can be read
+    other = str(document.get("task", "inpainting" if "holes" in document else "segmentation"))
+    if other != task:
+        raise RequestError(
+            f"was written by `segkit {_VERBS.get(other, other)}`, and `segkit {_VERBS[task]}` replaces its records",
+            where=path,
+            expected="an output folder for each of them",
+            remedy="Choose another output folder",
+        )
+
+
+def _names_case(entry: Mapping[str, Any]) -> bool:
+    return isinstance(entry.get("case"), str)
+
+
+def _still_counts(entry: Mapping[str, Any], ended: Mapping[str, str]) -> bool:
+    """Whether an earlier record still tells of the mask on disk: a failure leaves the mask before it in place."""
+    now = ended.get(entry["case"])
+    return now is None or (now == "failed" and entry.get("status") != "failed")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The manifest of a run with what its journal adds to it; an empty one where there is none."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {key: [] for key in _LISTS}
+    except (OSError, ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict) or not all(isinstance(document.get(key), list) for key in _LISTS):
+        _log.warning("%s is not a manifest that can be read; it is written anew", path)
+        return {key: [] for key in _LISTS}
+    remaining = dict.fromkeys(_texts(document["remaining"]))
+    added = {entry["case"]: entry for entry in _read_journal(_journal_of(path)) if entry["case"] in remaining}
+    return {
+        **document,
+        "cases": [*document["cases"], *added.values()],
+        "remaining": [case_id for case_id in remaining if case_id not in added],
+        "replacing": _texts(document["replacing"]),
+    }
+
+
+def _texts(entries: list[Any]) -> list[str]:
+    return [entry for entry in entries if isinstance(entry, str)]
+
+
+def _journal_of(manifest: Path) -> Path:
+    return manifest.with_suffix(".journal")
+
+
+def _read_journal(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError):
+        return
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            return  # the run was killed in the midst of this line
+        if isinstance(entry, dict) and _names_case(entry):
+            yield entry

@@ -1,1 +1,0 @@
-"""Work on cases spread over the machines of a cluster."""

@@ -1,1 +1,0 @@
-"""Configuration: the frozen base class, and reading YAML with every problem reported at once."""

@@ -1,1 +1,0 @@
-"""Data: from files on disk to prepared arrays, patches and back."""

@@ -1,0 +1,1 @@
+"""Scores of folders of masks: pairing with references, protocols, tables, comparison of models."""

@@ -1,0 +1,374 @@
+"""Which prediction belongs to which reference, and in which label scheme each is written."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from segkit.errors import DataError, RequestError, some
+from segkit.labels import SCHEMES, LabelScheme, classes_scheme
+from segkit.reading.case import Case, Cohort, ImageFile
+from segkit.reading.files import read_labels, stem_of, suffix_of
+from segkit.reading.layouts.listing import list_images, read_document
+from segkit.reading.layouts.schemes import CONVENTIONS, patient_of, present_values, values_of
+from segkit.reading.layouts.table import PLAIN_CLASSES, find_cases
+from segkit.reading.modalities import LABEL, split_name
+from segkit.reading.pictures import PICTURE_SUFFIXES
+
+CHALLENGES: dict[str, tuple[str, ...]] = {
+    "gli": ("brats2015", "brats2017", "brats2023", "brats2024", "msd-brats"),
+    "met": ("brats2023", "brats2024"),
+    "ped": ("brats-ped", "brats2023"),
+    "men": ("brats2023",),
+    "men-rt": ("brats-men-rt",),
+    "goat": ("brats2023",),
+    "ssa": ("brats2023",),
+}
+"""Every BraTS challenge with the label schemes it has used."""
+
+_GLIOMA_IDS = re.compile(r"(BraTS(17|18|19|20|2021)|FeTS|UPENN-GBM|BRATS_\d|brats_(2012|2013|tcia))", re.IGNORECASE)
+_CHALLENGE_IDS = re.compile(r"BraTS-(MEN-RT|GLI|MET|PED|MEN|GoAT|SSA)-", re.IGNORECASE)
+_DECATHLON_IDS = re.compile(r"BRATS_\d{3}")
+_POST_TREATMENT_IDS = re.compile(r"BraTS-GLI-\d+-[1-9]\d\d", re.IGNORECASE)
+
+_MOST_CLASSES = 128
+"""A file with more different values than this is an image and no mask: its values make no classes."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A reference case and its prediction, None where there is none; `scheme` is that of the prediction."""
+
+    reference: Case
+    prediction: Path | None
+    scheme: LabelScheme
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """The pairs of two folders in the order of their case ids, and what stayed alone.
+
+    `scheme` is that of the references. `surplus` are predictions that belong to no reference. `ambiguous` maps a case
+    id to a sentence where several files could be its prediction, or where one could be that of several cases. `notes`
+    are sentences that a reader of the scores must know. `sources` is where "predictions" and "references" are.
+    """
+
+    pairs: tuple[Pair, ...]
+    scheme: LabelScheme
+    challenge: str | None
+    surplus: tuple[Path, ...] = ()
+    ambiguous: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    sources: Mapping[str, Path] = field(default_factory=dict)
+
+
+def pair_folders(
+    predictions: Path,
+    references: Path,
+    *,
+    challenge: str | None = None,
+    case_ids: Collection[str] | None = None,
+    label_scheme: str | None = None,
+    prediction_scheme: str | None = None,
+) -> Pairing:
+    """Pair the masks of two folders (or two files) by case id.
+
+    Where the references name no classes, every value that occurs in them or in the predictions is a class: a mask
+    that is empty on one side is what the rules of a protocol are for, and no error.
+
+    Args:
+        predictions: Folder of `<case>.nii.gz` (`<case>-seg.nii.gz`, `anything_<case>.nii.gz`), or one file. A
+            `manifest.json` of `segkit infer` beside them tells the label scheme of each case.
+        references: A dataset in any layout, a folder of masks, or one file.
+        challenge: A name of `CHALLENGES`; None takes it from the case ids where they tell.
+        case_ids: Only these cases; None takes all references.
+        label_scheme: Scheme of the references, where names do not tell: a name of `SCHEMES`, or "classes".
+        prediction_scheme: Scheme of the predictions, where it differs and no manifest tells.
+
+    Raises:
+        RequestError: nothing could be paired, an id or name is unknown, or the label scheme cannot be told.
+    """
+    if challenge is not None and challenge not in CHALLENGES:
+        raise RequestError(f"unknown challenge {challenge!r}", expected="one of " + ", ".join(CHALLENGES))
+    cases, told, notes = _references(references, label_scheme, challenge)
+    cases = _chosen(cases, case_ids, references)
+    _require_fitting(challenge, PLAIN_CLASSES if told is None else told.name)
+    paths = _masks_like(cases[0], predictions)
+    ambiguous: dict[str, str] = {}
+    if predictions.is_file() and references.is_file():
+        found = {cases[0].id: predictions}
+    else:
+        found, ambiguous = match_files(cases, paths, predictions)
+    if not found and not ambiguous:
+        raise _nothing_paired(cases, paths, predictions, references)
+    declared = _declared_schemes(predictions)
+    predicted = told if prediction_scheme is None else _named_scheme(prediction_scheme)
+    classes = LabelScheme(PLAIN_CLASSES, {})
+    if told is None or predicted is None:
+        nameless = [path for case_id, path in found.items() if predicted is None and case_id not in declared]
+        classes, more = _classes_by_value(cases, nameless)
+        notes += more
+    default = classes if predicted is None else predicted
+    pairs = [Pair(case, found.get(case.id), declared.get(case.id, default)) for case in cases]
+    return Pairing(
+        tuple(sorted(pairs, key=lambda pair: pair.reference.id)),
+        classes if told is None else told,
+        challenge or challenge_of(case.id for case in cases),
+        () if case_ids else _surplus(cases, set(paths) - set(found.values())),
+        ambiguous,
+        notes,
+        {"predictions": predictions, "references": references},
+    )
+
+
+def challenge_of(case_ids: Iterable[str]) -> str | None:
+    """The BraTS challenge that all these ids belong to, or None."""
+    challenges = set()
+    for case_id in case_ids:
+        match = _CHALLENGE_IDS.match(case_id)
+        challenges.add(match.group(1).lower() if match else "gli" if _GLIOMA_IDS.match(case_id) else None)
+    return challenges.pop() if len(challenges) == 1 else None
+
+
+def _references(
+    root: Path, label_scheme: str | None, challenge: str | None
+) -> tuple[list[Case], LabelScheme | None, tuple[str, ...]]:
+    """The cases with a reference below `root`, the scheme they share (None: classes without names), and notes."""
+    cohort = _labelled_cohort(root, label_scheme)
+    if cohort is None and (root.parent / "dataset.json").is_file():  # `labelsTr`, say: the dataset knows its names
+        cohort = _labelled_cohort(root.parent, label_scheme)
+        if cohort is not None:
+            cases = [case for case in cohort.cases if case.label and root in case.label.path.absolute().parents]
+            cohort = replace(cohort, cases=tuple(cases)) if cases else None
+    if cohort is None:
+        cases, notes = _bare_masks(root)
+        return cases, _scheme_of_bare_masks(cases, root, label_scheme, challenge), notes
+    cases = list(cohort.cases)
+    scheme = cohort.scheme
+    if label_scheme == PLAIN_CLASSES or (scheme is not None and _is_nameless(scheme)):
+        return cases, None, ()
+    if scheme is None and challenge is not None and len(CHALLENGES[challenge]) == 1:
+        scheme = SCHEMES[CHALLENGES[challenge][0]]
+    if scheme is None:
+        if not _values_in(case.label for case in cases if case.label) - {0}:  # nothing there that needs a name
+            return cases, None, ()
+        reasons = "; ".join(str(problem) for problem in cohort.problems if problem.is_fatal)
+        raise RequestError(
+            "the label scheme of the references cannot be told" + (f" ({reasons})" if reasons else ""),
+            where=root,
+            remedy=f"Name it with --label-scheme: {', '.join(SCHEMES)} or {PLAIN_CLASSES}",
+        )
+    return cases, scheme, ()
+
+
+def _labelled_cohort(root: Path, label_scheme: str | None) -> Cohort | None:
+    """The cohort of a dataset with references, None where `root` is no such thing."""
+    if root.is_file():
+        return None
+    try:
+        return find_cases(root.absolute(), label_scheme=label_scheme, require_labels=True)
+    except DataError:
+        return None
+
+
+def _bare_masks(root: Path) -> tuple[list[Case], tuple[str, ...]]:
+    """The masks below `root` as cases without images: those named as a segmentation where any is, else all.
+
+    In the first case a note names the others, which may be images and may be masks.
+    """
+    paths = list_images(root).images
+    named = [path for path in paths if _mask_id(path) != stem_of(path)]
+    by_id: dict[str, list[Path]] = defaultdict(list)
+    for path in named or paths:
+        by_id[_mask_id(path)].append(path)
+    if not by_id:
+        raise RequestError("holds no masks", where=root, expected="<case>.nii.gz, <case>-seg.nii.gz or a dataset")
+    for case_id, found in by_id.items():
+        if len(found) > 1:
+            names = ", ".join(str(path.relative_to(root)) for path in found)
+            raise RequestError(f"several references for case {case_id}: {names}", where=root, remedy="Keep one of them")
+    others = [path.name for path in paths if path not in set(named)] if named else []
+    note = (
+        f"{len(others)} files beside the references are not named as masks, as the others are, and are not taken for "
+        f"references: {some(others)}"
+    )
+    cases = [Case(case_id, patient_of(case_id), {}, ImageFile(path)) for case_id, (path,) in by_id.items()]
+    return cases, (note,) if others else ()
+
+
+def _scheme_of_bare_masks(
+    cases: Sequence[Case], root: Path, label_scheme: str | None, challenge: str | None
+) -> LabelScheme | None:
+    if label_scheme is not None:
+        return _named_scheme(label_scheme)
+    declared = {scheme.name: scheme for scheme in _declared_schemes(root).values()}
+    if len(declared) == 1:
+        return next(iter(declared.values()))
+    if challenge is not None and len(CHALLENGES[challenge]) == 1:
+        return SCHEMES[CHALLENGES[challenge][0]]
+    return _scheme_of_ids(cases)
+
+
+def _scheme_of_ids(cases: Sequence[Case]) -> LabelScheme | None:
+    """The BraTS scheme that the names of the cases tell; the years that share names are told apart by value 4."""
+    ids = [case.id for case in cases]
+    if all(_DECATHLON_IDS.fullmatch(case_id) for case_id in ids):
+        return SCHEMES["msd-brats"]
+    if any(_POST_TREATMENT_IDS.fullmatch(case_id) for case_id in ids):
+        return SCHEMES["brats2024"]
+    names = {
+        convention.scheme
+        for convention in CONVENTIONS
+        if all(re.fullmatch(convention.case_pattern, case_id, re.IGNORECASE) for case_id in ids)
+    }
+    if len(names) > 1:
+        later = "brats-ped" if "brats-ped" in names else "brats2024"
+        names = {later if 4 in values_of(cases, stop_at=4) else "brats2023"}
+    return SCHEMES[names.pop()] if names else None
+
+
+def _named_scheme(name: str) -> LabelScheme | None:
+    """A scheme of the table, None for plain classes."""
+    if name == PLAIN_CLASSES:
+        return None
+    if name not in SCHEMES:
+        raise RequestError(f"unknown label scheme {name!r}", expected=f"one of {', '.join(SCHEMES)}, {PLAIN_CLASSES}")
+    return SCHEMES[name]
+
+
+def _is_nameless(scheme: LabelScheme) -> bool:
+    return scheme.name == PLAIN_CLASSES and dict(scheme.values) == _class_names(scheme.values.values())
+
+
+def _class_names(values: Iterable[int]) -> dict[str, int]:
+    return {f"label_{value}": value for value in sorted(values)}
+
+
+def _classes_by_value(cases: Sequence[Case], predictions: Sequence[Path]) -> tuple[LabelScheme, tuple[str, ...]]:
+    """A class of every value in references and predictions, value 1 where all are empty; a note on what is new."""
+    known = _values_in(case.label for case in cases if case.label) - {0}
+    new = _values_in(ImageFile(path) for path in predictions) - known - {0}
+    scheme = classes_scheme(PLAIN_CLASSES, _class_names(known | new or {1}))
+    if not new:
+        return scheme, ()
+    listed = ", ".join(map(str, sorted(new)))
+    return scheme, (f"label values {listed} occur in predictions only, and are scored against empty references",)
+
+
+def _values_in(masks: Iterable[ImageFile]) -> set[int]:
+    """The values of all masks; unusable files are left to the scoring, which names them."""
+    values: set[int] = set()
+    for mask in masks:
+        try:
+            labels, _ = read_labels(mask.path, mask.channel)
+        except DataError:
+            continue
+        present = present_values(labels)
+        if len(present) <= _MOST_CLASSES:
+            values |= present
+    return values
+
+
+def _declared_schemes(folder: Path) -> dict[str, LabelScheme]:
+    """Case id -> label scheme, as the `manifest.json` of `segkit infer` tells it; own classes are not known by name."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        return {}
+    document = read_document(path)
+    listed = [document[key] for key in ("earlier", "cases") if isinstance(document.get(key), list)]
+    entries = [entry for entries in listed for entry in entries if isinstance(entry, dict)]
+    return {
+        str(entry["case"]): SCHEMES[str(entry["label_scheme"])]
+        for entry in entries
+        if "case" in entry and str(entry.get("label_scheme")) in SCHEMES
+    }
+
+
+def _chosen(cases: list[Case], case_ids: Collection[str] | None, root: Path) -> list[Case]:
+    if case_ids is None:
+        return cases
+    unknown = sorted(set(case_ids) - {case.id for case in cases})
+    if unknown:
+        raise RequestError(
+            f"{len(unknown)} of {len(set(case_ids))} wanted cases have no reference: {some(unknown)}",
+            where=root,
+            expected=f"ids such as {some(sorted(case.id for case in cases))}",
+        )
+    return [case for case in cases if case.id in set(case_ids)]
+
+
+def _require_fitting(challenge: str | None, scheme: str) -> None:
+    if challenge is not None and scheme not in CHALLENGES[challenge]:
+        raise RequestError(
+            f"challenge {challenge!r} has no label scheme {scheme!r}, in which the references are written",
+            expected=f"one of {', '.join(CHALLENGES[challenge])}",
+            remedy="Leave --challenge out, or correct --label-scheme",
+        )
+
+
+def _masks_like(case: Case, root: Path) -> tuple[Path, ...]:
+    """The images below `root` that can be predictions: pictures where references are pictures, else volumes."""
+    listing = list_images(root)
+    is_picture = case.label is not None and suffix_of(case.label.path) in PICTURE_SUFFIXES
+    return listing.pictures if is_picture else listing.volumes
+
+
+def match_files(
+    cases: Sequence[Case], paths: Sequence[Path], root: Path, role: str = "prediction"
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """Case id -> file, and case id -> complaint where it is not one file, or not of one case.
+
+    A file has the name of its case, with or without `-seg`, `-mask` and the like, or ends with it; one with the name of
+    a case is never that of another. Complaints call it by its `role`.
+    """
+    by_name: dict[str, list[Path]] = defaultdict(list)
+    for path in paths:
+        for name in {stem_of(path), _mask_id(path)}:
+            by_name[name].append(path)
+    taken = {path for case in cases for path in by_name.get(case.id, ())}
+    free = [(path, stem_of(path)) for path in paths if path not in taken]
+    candidates: dict[str, list[Path]] = {}
+    for case in cases:
+        ending = re.compile(rf"[-_. ]{re.escape(case.id)}$")
+        named = by_name.get(case.id) or [path for path, stem in free if ending.search(stem)]
+        depth = min((len(path.parts) for path in named), default=0)
+        candidates[case.id] = [path for path in named if len(path.parts) == depth]
+    uses = Counter(path for own in candidates.values() for path in own)
+    found: dict[str, Path] = {}
+    ambiguous: dict[str, str] = {}
+    for case_id, own in candidates.items():
+        if len(own) > 1:
+            names = some([str(path) for path in own])
+            ambiguous[case_id] = f"{root}: {len(own)} files could be the {role}: {names}. Keep one of them"
+        elif own and uses[own[0]] > 1:
+            rivals = some([rival for rival, theirs in candidates.items() if own[0] in theirs])
+            ambiguous[case_id] = f"{own[0]}: could be the {role} of several cases: {rivals}. Name it after one"
+        elif own:
+            found[case_id] = own[0]
+    return found, ambiguous
+
+
+def _surplus(cases: Sequence[Case], paths: Collection[Path]) -> tuple[Path, ...]:
+    """The files whose names hold the id of no case; further files of a case, such as probabilities, are not meant."""
+    ids = [re.compile(rf"(?<![a-zA-Z0-9]){re.escape(case.id)}(?![a-zA-Z0-9])") for case in cases]
+    return tuple(path for path in sorted(paths) if not any(case_id.search(path.name) for case_id in ids))
+
+
+def _mask_id(path: Path) -> str:
+    """The case id of a mask file: its name without `-seg`, `_seg`, `_label` and the like at the end."""
+    stem = stem_of(path)
+    parts = split_name(stem)
+    is_suffix = parts.kind == LABEL and parts.rest and stem.startswith(parts.rest)
+    return parts.rest if is_suffix else stem
+
+
+def _nothing_paired(cases: Sequence[Case], paths: Sequence[Path], predictions: Path, references: Path) -> RequestError:
+    names = some([path.name for path in paths]) if paths else "no images at all"
+    return RequestError(
+        f"no prediction belongs to any of the {len(cases)} references in {references}: found {names}",
+        where=predictions,
+        expected=f"names such as {cases[0].id}.nii.gz",
+    )

@@ -1,0 +1,243 @@
+"""Scoring a folder of masks against references: per case, per region, with a summary.
+
+Prediction and reference are each decoded in their own label scheme, so that masks of different BraTS years compare by
+tissue. A case that cannot be scored becomes an error of its own and does not stop the others.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Literal
+
+from segkit.errors import DataError
+from segkit.evaluation.companions import Companions, find_companions
+from segkit.evaluation.pairing import Pair, Pairing, pair_folders
+from segkit.evaluation.results import CaseScores, Evaluation
+from segkit.labels import LabelScheme, outputs_of
+from segkit.metrics.protocols import rules_of, score_absent, score_case
+from segkit.reading.files import read_labels
+from segkit.reading.geometry import same_grid
+from segkit.reading.layouts.schemes import present_values
+from segkit.reading.volume import Grid
+from segkit.shapes import LabelMap
+
+Missing = Literal["skip", "zero"]
+"""What a reference without a prediction is worth: left out of the scores, or the worst score of every metric."""
+
+_log = logging.getLogger(__name__)
+
+_PED_TISSUES = {"NETC": ("NET",), "ED": ("ED",)}
+"""Regions that the paediatric challenge scores besides those a network has outputs for (BraTS-PED 2024 and later)."""
+
+
+def evaluate_folders(
+    predictions: Path,
+    references: Path,
+    *,
+    protocol: str = "legacy",
+    challenge: str | None = None,
+    case_ids: Collection[str] | None = None,
+    missing: Missing = "skip",
+    label_scheme: str | None = None,
+    prediction_scheme: str | None = None,
+    roi: str | None = None,
+    probabilities: Path | None = None,
+) -> Evaluation:
+    """Score a folder (or file) of masks against the references of a dataset, a folder of masks or a file.
+
+    See `pair_folders` for how files are paired and `PROTOCOLS` for what is computed. `roi` (see `find_rois`) restricts
+    all scores to a region of interest; a folder of `probabilities` adds the area under the ROC curve and calibration
+    (`segkit.metrics.calibration`).
+
+    Raises:
+        RequestError: the protocol or challenge is unknown, or nothing could be paired; nothing was scored.
+    """
+    pairing = pair_folders(
+        predictions,
+        references,
+        challenge=challenge,
+        case_ids=case_ids,
+        label_scheme=label_scheme,
+        prediction_scheme=prediction_scheme,
+    )
+    companions = companions_of(pairing, references, roi=roi, probabilities=probabilities)
+    return evaluate_pairs(pairing, protocol=protocol, missing=missing, companions=companions)
+
+
+def companions_of(
+    pairing: Pairing, references: Path, *, roi: str | None = None, probabilities: Path | None = None
+) -> Companions:
+    """The regions of interest and probabilities of the cases of a pairing, so far as they are asked for.
+
+    Raises:
+        RequestError: there are none, or two for one case.
+    """
+    cases = [pair.reference for pair in pairing.pairs]
+    return find_companions(cases, references, regions_of(pairing.scheme), roi=roi, probabilities=probabilities)
+
+
+def evaluate_pairs(
+    pairing: Pairing,
+    *,
+    protocol: str = "legacy",
+    missing: Missing = "skip",
+    companions: Companions | None = None,
+) -> Evaluation:
+    """Score the pairs of two folders, inside the regions of interest of `companions` and with its probabilities.
+
+    Raises:
+        RequestError: the protocol is unknown, or has no rules for the challenge.
+    """
+    regions = scored_regions(pairing.scheme, protocol, pairing.challenge)
+    companions = companions or Companions()
+    cases: list[CaseScores] = []
+    errors: dict[str, str] = {}
+    unscored: list[str] = []
+    for pair in pairing.pairs:
+        case_id = pair.reference.id
+        complaint = pairing.ambiguous.get(case_id)
+        if pair.prediction is None and complaint is None and missing == "skip":
+            unscored.append(case_id)
+            continue
+        try:
+            reference, grid = read_reference(pair, pairing.scheme)
+        except DataError as error:
+            errors[case_id] = str(error)
+            continue
+        if pair.prediction is not None:
+            try:
+                cases.append(_score_pair(pair, reference, grid, pairing, protocol, companions))
+            except DataError as error:
+                complaint = str(error)
+            else:
+                _log.debug("scored %s", case_id)
+                continue
+        if complaint is not None:
+            errors[case_id] = complaint
+        if missing == "zero":
+            absent = score_absent(grid.shape, grid.spacing_mm, regions, protocol=protocol, challenge=pairing.challenge)
+            for region, worst in companions.worst_scores().items():
+                absent[region] |= worst
+            cases.append(CaseScores(case_id, absent, is_missing=True, patient=pair.reference.patient))
+    return Evaluation(
+        protocol=protocol,
+        challenge=pairing.challenge,
+        label_scheme=pairing.scheme,
+        cases=tuple(cases),
+        errors=errors,
+        unscored=tuple(unscored),
+        surplus=pairing.surplus,
+        remarks=pairing.notes,
+        roi=companions.roi,
+        sources=pairing.sources,
+    )
+
+
+def regions_of(scheme: LabelScheme) -> dict[str, tuple[int, ...]]:
+    """What is scored in a label scheme: its regions, or its classes without the background -> label values."""
+    regions = {output.name: output.members for output in outputs_of(scheme) if output.label != 0}
+    return regions | (_tissue_regions(scheme, _PED_TISSUES) if scheme.name == "brats-ped" else {})
+
+
+def scored_regions(scheme: LabelScheme, protocol: str, challenge: str | None) -> dict[str, tuple[int, ...]]:
+    """What a protocol scores in a label scheme: its regions, and the single tissues that it asks for besides.
+
+    Raises:
+        RequestError: the protocol is unknown, or has no rules for the challenge.
+    """
+    return regions_of(scheme) | _tissue_regions(scheme, rules_of(protocol, challenge).tissues)
+
+
+def _tissue_regions(scheme: LabelScheme, tissues: Mapping[str, Collection[str]]) -> dict[str, tuple[int, ...]]:
+    """Region name -> the values of those of its tissues that the scheme has; left out where it has none."""
+    members = {
+        region: tuple(sorted(scheme.values[tissue] for tissue in parts if tissue in scheme.values))
+        for region, parts in tissues.items()
+    }
+    return {region: values for region, values in members.items() if values}
+
+
+def read_reference(pair: Pair, scheme: LabelScheme) -> tuple[LabelMap, Grid]:
+    """The reference mask of a pair and its grid.
+
+    Raises:
+        DataError: the file is unusable or holds values that its scheme does not know.
+    """
+    label = pair.reference.label
+    if label is None:
+        raise ValueError(f"case {pair.reference.id} has no reference")
+    labels, grid = read_labels(label.path, label.channel)
+    _require_known(labels, scheme, label.path, "--label-scheme")
+    return labels, grid
+
+
+def read_prediction(pair: Pair, grid: Grid) -> LabelMap:
+    """The predicted mask of a pair, which must lie on the grid of the reference.
+
+    Raises:
+        DataError: the file is unusable, lies on another grid, or holds values that its scheme does not know.
+    """
+    if pair.prediction is None:
+        raise ValueError(f"case {pair.reference.id} has no prediction")
+    labels, own_grid = read_labels(pair.prediction)
+    difference = same_grid(own_grid, grid)
+    if difference is not None:
+        remedy = "Scores compare voxel by voxel: bring the prediction back to the grid of the scan it was made from"
+        raise DataError(difference, where=pair.prediction, remedy=remedy)
+    _require_known(labels, pair.scheme, pair.prediction, "--prediction-scheme")
+    return labels
+
+
+def _score_pair(
+    pair: Pair, reference: LabelMap, grid: Grid, pairing: Pairing, protocol: str, companions: Companions
+) -> CaseScores:
+    scheme, challenge = pairing.scheme, pairing.challenge
+    regions, predicted = (scored_regions(each, protocol, challenge) for each in (scheme, pair.scheme))
+    if not regions.keys() & predicted.keys():
+        raise DataError(
+            f"the mask is in label scheme {pair.scheme.name}, which shares no region with {scheme.name}",
+            where=pair.prediction,
+            remedy="Name the right one with --prediction-scheme",
+        )
+    members = {name: predicted.get(name, ()) for name in regions}  # what a scheme lacks was not predicted
+    prediction = read_prediction(pair, grid)
+    case_id = pair.reference.id
+    roi = companions.region_of_interest(case_id, reference, grid)
+    found = score_case(
+        prediction,
+        reference,
+        grid.spacing_mm,
+        regions,
+        protocol=protocol,
+        challenge=challenge,
+        prediction_regions=members,
+        roi=roi,
+    )
+    scores = {region: scored.scores for region, scored in found.items()}
+    probable = companions.score_probabilities(case_id, reference, grid, regions, roi)
+    for region, own in probable.items():
+        scores[region] |= own.scores
+    return CaseScores(
+        case_id,
+        scores,
+        lesions={region: scored.lesions for region, scored in found.items() if scored.lesions},
+        patient=pair.reference.patient,
+        reliability={region: own.reliability for region, own in probable.items() if own.reliability is not None},
+    )
+
+
+def _require_known(labels: LabelMap, scheme: LabelScheme, path: Path, option: str) -> None:
+    values = {0, *scheme.values.values()}
+    if values.issuperset(range(int(labels.max()) + 1)):  # nearly always, and found out in no time
+        return
+    stray = sorted(present_values(labels) - values)
+    if stray:
+        known = ", ".join(f"{value} {tissue}" for tissue, value in scheme.values.items())
+        raise DataError(
+            f"holds label values {', '.join(map(str, stray))}",
+            where=path,
+            expected=f"those of label scheme {scheme.name}: {known}",
+            remedy=f"Name the right scheme with {option}",
+        )

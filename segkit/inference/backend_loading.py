@@ -1,0 +1,266 @@
+"""From the folder of a model to what computes it.
+
+An export is read as it is. The network of a run folder is computed by torch, or, on a CPU where a faster runtime is
+installed, turned into an ONNX file once, checked against torch, and kept in the user's cache with what the runtime
+compiles from it; from then on torch is not even loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+
+from segkit.checkpoint.card import GraphCard, ModelCard
+from segkit.errors import CheckpointError, RequestError, is_memory_error
+from segkit.inference.backends import (
+    Array,
+    Backend,
+    OnnxRuntimeBackend,
+    TorchBackend,
+    installed_backends,
+    open_graph,
+    runtime_for,
+)
+from segkit.inference.graph_check import require_harmless
+from segkit.reading.files import file_sha256
+from segkit.runtime import cache_folder, has_memory_limit, keep_freed_memory, may_have_gpu, pick_device, room_mb
+
+GRAPH_NAME = "model.onnx"
+
+_EXPORTERS = ("onnx", "onnxscript")
+_LARGEST_DIFFERENCE = 1e-3
+"""Of logits between torch and a runtime, relative to the largest logit where that is above 1."""
+_LAYOUT = 1
+"""Part of the name in the cache: raise it when graphs are written in another way."""
+
+_TORCH_MB = 700
+"""Torch takes so much as it is loaded; where less is left it ends the process."""
+
+_log = logging.getLogger(__name__)
+
+
+def open_backend(
+    folder: Path, card: ModelCard, device: str, name: str, window: Sequence[int], *, threads: int | None = None
+) -> Backend:
+    """What computes the model of `folder` on windows of `window` voxels.
+
+    The device is cpu, cuda, cuda:N, mps or auto. Backend auto is torch on a GPU, and on a CPU the fastest of what is
+    installed. On a CPU it computes with `threads`; None is as many as there are cores.
+
+    Raises:
+        CheckpointError: the model is missing or damaged.
+        RequestError: the backend is not installed, or cannot compute this model on this device.
+    """
+    window = tuple(window)
+    on_cpu = device == "cpu" or (device == "auto" and (not may_have_gpu() or pick_device().type == "cpu"))
+    if card.export is not None:
+        return _open_export(folder, card, name, window, threads)
+    if name == "torch" or not on_cpu:
+        return _open_torch(folder, card, device, name, window, threads)
+    if name == "auto" and not can_write_graphs():
+        return _open_torch(folder, card, device, name, window, threads)
+    if missing := _missing_exporters():
+        raise RequestError(
+            f"{' and '.join(missing)} not installed, which turn a network into an ONNX file",
+            remedy="pip install 'segkit[onnx]', or pass --backend torch",
+        )
+    cache = _cache_of(folder, card, window)
+    if not (cache / GRAPH_NAME).is_file():
+        checked = _fill(cache, folder, card, name, window, threads)
+        if checked is not None:
+            return checked
+    return open_graph(cache / GRAPH_NAME, name, cache, threads)
+
+
+def can_write_graphs() -> bool:
+    """Whether networks can be turned into ONNX files here, and a runtime for them is installed."""
+    return bool(installed_backends()) and not _missing_exporters()
+
+
+def _missing_exporters() -> list[str]:
+    return [module for module in _EXPORTERS if importlib.util.find_spec(module) is None]
+
+
+def _open_export(folder: Path, card: ModelCard, name: str, window: tuple[int, ...], threads: int | None) -> Backend:
+    if card.export is None or window != card.patch_size:
+        raise RequestError(
+            f"an export computes windows of {card.patch_size} voxels only, not {window}",
+            where=folder,
+            remedy="Use the run folder, or train with a smaller patch",
+        )
+    approved = [graph for graph in card.export.graphs if graph.is_approved]
+    timed = [graph for graph in approved if graph.seconds]
+    graph = min(timed, key=lambda one: min(one.seconds.values())) if timed else approved[0]
+    _require_whole(folder, graph)
+    if name == "auto" and graph.seconds:
+        installed = [backend for backend in graph.seconds if backend in installed_backends()]
+        name = min(installed, key=graph.seconds.__getitem__, default=name)
+    path = folder / graph.file
+    require_harmless(path, graph.sha256)
+    with _explained(path):
+        if runtime_for(name) == "openvino":
+            _have_computed_elsewhere(path, graph, (1, card.input_channels, *window))
+        return GuardedBackend(open_graph(path, name, threads=threads), path, card.network.out_channels)
+
+
+def _have_computed_elsewhere(path: Path, graph: GraphCard, shape: tuple[int, ...]) -> None:
+    """Let ONNX Runtime, where it is installed, compute a graph once before OpenVINO is given it.
+
+    It looks whether shapes fit each other, while OpenVINO believes them and writes past what it made room for. What was
+    computed is known from then on by its digest, in the user's cache.
+    """
+    if "onnxruntime" not in installed_backends():
+        return
+    facts = f"{sorted(graph.sha256.items())} {shape}"
+    known = cache_folder() / "computed" / hashlib.sha256(facts.encode()).hexdigest()
+    if known.exists():
+        return
+    OnnxRuntimeBackend(path)(np.zeros(shape, np.float32))
+    with suppress(OSError):  # a cache that cannot be written costs the time again
+        known.parent.mkdir(parents=True, exist_ok=True)
+        known.touch()
+
+
+class GuardedBackend:
+    """The runtime of a graph from elsewhere; what it fails over becomes a sentence that names the file.
+
+    So does what it gives that is no logits of `outputs` classes: a single voxel would be spread over the window unseen.
+    """
+
+    def __init__(self, backend: Backend, path: Path, outputs: int) -> None:
+        self.name, self.threads = backend.name, backend.threads
+        self._backend = backend
+        self._path = path
+        self._outputs = outputs
+
+    def __call__(self, windows: Array) -> Array:
+        """Logits (B, K, *window) of windows (B, C, *window).
+
+        Raises:
+            CheckpointError: the graph does not compute them.
+        """
+        with _explained(self._path):
+            logits: Array = np.asarray(self._backend(windows))
+        expected = (len(windows), self._outputs, *windows.shape[2:])
+        if logits.shape != expected or logits.dtype != np.float32:
+            raise CheckpointError(
+                f"the graph gives {logits.dtype} of shape {logits.shape}",
+                where=self._path,
+                expected=f"logits, float32 of shape {expected}",
+                remedy="Export the model again",
+            )
+        return logits
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Failures of a runtime, which has exceptions of its own, as a sentence; memory that ran out stays what it is."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, RequestError) or is_memory_error(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        found = f"the graph cannot be computed ({reason})"
+        raise CheckpointError(found, where=path, remedy="Export the model again") from error
+
+
+def _require_whole(folder: Path, graph: GraphCard) -> None:
+    if graph.file not in graph.sha256:
+        raise CheckpointError(f"has no sha256 of {graph.file}", where=folder, remedy="Export the model again")
+    for file, digest in graph.sha256.items():
+        path = folder / file
+        if not path.is_file() or file_sha256(path) != digest:
+            found = "is damaged or was swapped" if path.is_file() else "is missing"
+            raise CheckpointError(found, where=path, remedy="Copy the whole folder again, or export again")
+
+
+def _open_torch(
+    folder: Path, card: ModelCard, device: str, name: str, window: tuple[int, ...], threads: int | None
+) -> Backend:
+    _require_room_for_torch()
+    from segkit.checkpoint.model import load_model
+
+    chosen = pick_device(None if device == "auto" else device)
+    if name not in ("auto", "torch"):
+        raise RequestError(f"backend {name} computes on a CPU", remedy="Pass --device cpu, or --backend torch")
+    if chosen.type == "cpu":
+        _require_room(card, window)
+    keep_freed_memory(chosen)
+    return TorchBackend(load_model(folder, chosen), chosen, threads)
+
+
+def _require_room_for_torch() -> None:
+    if has_memory_limit() and "torch" not in sys.modules and room_mb() < _TORCH_MB:
+        raise MemoryError(f"torch takes {_TORCH_MB} MB, and {room_mb():.0f} MB are left")
+
+
+def _require_room(card: ModelCard, window: tuple[int, ...]) -> None:
+    """Refuse windows that torch has no room to compute, before it tries; without a limit, let it try.
+
+    Raises:
+        MemoryError: as said.
+    """
+    if not has_memory_limit():
+        return
+    from segkit.checkpoint.model import build_network
+    from segkit.preparing.memory import window_bytes
+
+    needed_mb = window_bytes(lambda: build_network(card, downloads=False), (1, card.input_channels, *window)) / 1024**2
+    if needed_mb > room_mb():
+        raise MemoryError(f"a window takes {needed_mb:.0f} MB, and {room_mb():.0f} MB are left")
+
+
+def _cache_of(folder: Path, card: ModelCard, window: tuple[int, ...]) -> Path:
+    size = "x".join(map(str, window))
+    if not card.sha256:
+        raise RequestError("the weights of this model have no digest", where=folder, remedy="Pass --backend torch")
+    return cache_folder() / "graphs" / f"{card.sha256[:32]}-{size}-{_LAYOUT}"
+
+
+def _fill(
+    cache: Path, folder: Path, card: ModelCard, name: str, window: tuple[int, ...], threads: int | None
+) -> Backend | None:
+    """Write the network of a run folder into the cache; gives torch instead where that fails or differs from it."""
+    _require_room_for_torch()
+    from segkit.checkpoint.model import load_model
+    from segkit.inference.graph import write_graph
+
+    _require_room(card, window)
+    _log.info("preparing the network of %s for a faster runtime, once", folder)
+    network = load_model(folder)
+    torch_backend = TorchBackend(network, threads=threads)
+    temporary = cache.with_name(f".{cache.name}-{secrets.token_hex(4)}")
+    try:
+        temporary.mkdir(parents=True)
+        write_graph(network, temporary / GRAPH_NAME, card.input_channels, window)
+        difference = _difference(open_graph(temporary / GRAPH_NAME, name), torch_backend, card.input_channels, window)
+        if difference > _LARGEST_DIFFERENCE:
+            _log.warning("the network differs by %.1e in another runtime; torch computes it", difference)
+            return torch_backend
+        if cache.exists():  # another process was faster
+            return None
+        temporary.rename(cache)
+    except Exception as error:
+        if is_memory_error(error):
+            raise  # a smaller window may do
+        _log.warning("the network cannot be prepared for another runtime (%s); torch computes it", error)
+        return torch_backend
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return None
+
+
+def _difference(backend: Backend, reference: Backend, channels: int, window: tuple[int, ...]) -> float:
+    noise = np.random.default_rng(0).normal(size=(1, channels, *window)).astype(np.float32)
+    expected = reference(noise)
+    return float(np.abs(backend(noise) - expected).max() / max(1.0, float(np.abs(expected).max())))

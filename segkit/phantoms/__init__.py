@@ -1,0 +1,1 @@
+"""Seeded phantoms: BraTS-like volumes in the layouts that data sets come in."""

@@ -1,0 +1,362 @@
+"""Writing phantoms the way published data sets are written: their names, folders, labels, orientations, documents.
+
+Case n of a seed is the same patient in every convention: turned to RAS its arrays are equal, voxel for voxel.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from segkit.errors import DataError, Problem, RequestError
+from segkit.labels import SCHEMES, translate
+from segkit.phantoms.phantom import PHANTOM_SCHEME, Phantom, make_phantom
+from segkit.reading.files import write_image, write_labels
+from segkit.reading.geometry import Reorientation, reorientation_to, reoriented_grid
+from segkit.reading.volume import Grid
+from segkit.shapes import AnyArray, LabelMap
+
+_log = logging.getLogger(__name__)
+
+_LICENCE = "CC0-1.0"
+_BRATS_2018 = {"t1n": "t1", "t1c": "t1ce", "t2w": "t2", "t2f": "flair"}
+_BRATS_2023 = {"t1n": "t1n", "t1c": "t1c", "t2w": "t2w", "t2f": "t2f"}
+STRAY_VALUE = 7
+"""A label value that no scheme knows."""
+
+
+@dataclass(frozen=True)
+class PhantomLayout:
+    """How a data set names, turns and describes its files.
+
+    The template of a case knows {number}, those of files {case}, {grade} (HGG or LGG) and, for images, {suffix}. The
+    order of `suffixes` is the channel order; an image template without {suffix} is one 4D file with the channels on
+    its last axis. `origin_mm` gives the world position of the first voxel of the array in RAS order, from its shape.
+    `odd_labels` are label files that break the rule, by case number.
+    """
+
+    scheme: str
+    orientation: str
+    case: str
+    image: str
+    label: str
+    suffixes: Mapping[str, str]
+    origin_mm: Callable[[tuple[int, ...]], tuple[float, ...]]
+    documents: Callable[[Sequence[str]], dict[str, str]] = field(default=lambda _: {})
+    odd_labels: Mapping[int, str] = field(default_factory=dict)
+    resection_probability: float = 0.0
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether all sequences lie in one 4D file."""
+        return "{suffix}" not in self.image
+
+    def place(self, shape: tuple[int, ...]) -> tuple[Reorientation, Grid]:
+        """How arrays of a shape in RAS order are turned for the files, and where their voxels then lie."""
+        affine = np.eye(4)
+        affine[:3, 3] = self.origin_mm(shape)
+        upright = Grid(shape, affine)
+        turn = reorientation_to(upright, self.orientation)
+        return turn, reoriented_grid(upright, turn)
+
+
+def _atlas_origin(shape: tuple[int, ...]) -> tuple[float, ...]:
+    """Of SRI24 in BraTS: the first voxel, which is the rightmost and the rearmost in LPS order, has x 0 and y 239."""
+    return (-(shape[0] - 1.0), 0.0, 0.0)
+
+
+def _corner_origin(shape: tuple[int, ...]) -> tuple[float, ...]:
+    return (0.0, -(shape[1] - 1.0), 0.0)
+
+
+def _centred_origin(shape: tuple[int, ...]) -> tuple[float, ...]:
+    return tuple(-(count - 1.0) / 2 for count in shape)
+
+
+def _msd_documents(cases: Sequence[str]) -> dict[str, str]:
+    document = {
+        "name": "BRATS",
+        "description": "Gliomas segmentation in phantoms: oedema, necrotic core and enhancing tumour",
+        "reference": "segkit phantom",
+        "licence": _LICENCE,
+        "tensorImageSize": "4D",
+        "modality": {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"},
+        "labels": {"0": "background", "1": "edema", "2": "non-enhancing tumor", "3": "enhancing tumour"},
+        "numTraining": len(cases),
+        "numTest": 0,
+        "training": [{"image": f"./imagesTr/{case}.nii.gz", "label": f"./labelsTr/{case}.nii.gz"} for case in cases],
+        "test": [],
+    }
+    return {"dataset.json": _to_json(document)}
+
+
+def _nnunet_documents(cases: Sequence[str]) -> dict[str, str]:
+    document = {
+        "channel_names": {"0": "FLAIR", "1": "T1", "2": "T1ce", "3": "T2"},
+        "labels": {"background": 0, "whole tumor": [1, 2, 3], "tumor core": [2, 3], "enhancing tumor": [3]},
+        "regions_class_order": [1, 2, 3],
+        "numTraining": len(cases),
+        "file_ending": ".nii.gz",
+        "name": "Dataset137_Phantom",
+        "licence": _LICENCE,
+    }
+    return {"dataset.json": _to_json(document)}
+
+
+def _bids_documents(cases: Sequence[str]) -> dict[str, str]:
+    raw = {"Name": "Phantoms", "BIDSVersion": "1.9.0", "DatasetType": "raw", "License": _LICENCE}
+    made_by = [{"Name": "segkit phantom", "Description": "the tissues that the images were made from"}]
+    derived = {**raw, "Name": "Reference segmentations", "DatasetType": "derivative", "GeneratedBy": made_by}
+    classes = (("NCR", "necrotic tumor core"), ("ED", "peritumoral edema"), ("ET", "enhancing tumor"))
+    values = SCHEMES["brats2023"].values
+    lookup = "".join(f"{values[short]}\t{name}\t{short}\n" for short, name in classes)
+    return {
+        "dataset_description.json": _to_json(raw),
+        "participants.tsv": "participant_id\n" + "".join(f"{case}\n" for case in cases),
+        "derivatives/reference/dataset_description.json": _to_json(derived),
+        "derivatives/reference/dseg.tsv": "index\tname\tabbreviation\n" + lookup,
+    }
+
+
+def _to_json(document: Mapping[str, object]) -> str:
+    return json.dumps(document, indent=2) + "\n"
+
+
+PHANTOM_LAYOUTS: dict[str, PhantomLayout] = {
+    "brats2018": PhantomLayout(
+        scheme="brats2017",
+        orientation="LPS",
+        case="Brats18_PHANTOM_{number:03d}_1",
+        image="{grade}/{case}/{case}_{suffix}.nii.gz",
+        label="{grade}/{case}/{case}_seg.nii.gz",
+        suffixes=_BRATS_2018,
+        origin_mm=_atlas_origin,
+    ),
+    "brats2020": PhantomLayout(
+        scheme="brats2017",
+        orientation="LPS",
+        case="BraTS20_Training_{number:03d}",
+        image="{case}/{case}_{suffix}.nii",
+        label="{case}/{case}_seg.nii",
+        suffixes=_BRATS_2018,
+        origin_mm=_atlas_origin,
+        odd_labels={355: "{case}/W39_1998.09.19_Segm.nii"},  # so it was published, and many a loader fell over it
+    ),
+    "brats2021": PhantomLayout(
+        scheme="brats2017",
+        orientation="LPS",
+        case="BraTS2021_{number:05d}",
+        image="{case}/{case}_{suffix}.nii.gz",
+        label="{case}/{case}_seg.nii.gz",
+        suffixes=_BRATS_2018,
+        origin_mm=_atlas_origin,
+    ),
+    "brats2023": PhantomLayout(
+        scheme="brats2023",
+        orientation="LPS",
+        case="BraTS-GLI-{number:05d}-000",
+        image="{case}/{case}-{suffix}.nii.gz",
+        label="{case}/{case}-seg.nii.gz",
+        suffixes=_BRATS_2023,
+        origin_mm=_atlas_origin,
+    ),
+    "brats2024": PhantomLayout(
+        scheme="brats2024",
+        orientation="LAS",  # of the MNI152 template
+        case="BraTS-GLI-{number:05d}-100",
+        image="{case}/{case}-{suffix}.nii.gz",
+        label="{case}/{case}-seg.nii.gz",
+        suffixes=_BRATS_2023,
+        origin_mm=_centred_origin,
+        resection_probability=0.6,
+    ),
+    "msd": PhantomLayout(
+        scheme="msd-brats",
+        orientation="RAS",
+        case="BRATS_{number:03d}",
+        image="imagesTr/{case}.nii.gz",
+        label="labelsTr/{case}.nii.gz",
+        suffixes={"t2f": "FLAIR", "t1n": "T1w", "t1c": "T1gd", "t2w": "T2w"},
+        origin_mm=_corner_origin,
+        documents=_msd_documents,
+    ),
+    "nnunet": PhantomLayout(
+        scheme="msd-brats",
+        orientation="RAS",
+        case="PHANTOM_{number:03d}",
+        image="imagesTr/{case}_{suffix}.nii.gz",
+        label="labelsTr/{case}.nii.gz",
+        suffixes={"t2f": "0000", "t1n": "0001", "t1c": "0002", "t2w": "0003"},
+        origin_mm=_centred_origin,
+        documents=_nnunet_documents,
+    ),
+    "bids": PhantomLayout(
+        scheme="brats2023",
+        orientation="ASL",  # sagittal slices, as most 3D T1-weighted scans are acquired
+        case="sub-{number:04d}",
+        image="{case}/anat/{case}_{suffix}.nii.gz",
+        label="derivatives/reference/{case}/anat/{case}_dseg.nii.gz",
+        suffixes={"t1n": "T1w", "t1c": "ce-gadolinium_T1w", "t2w": "T2w", "t2f": "FLAIR"},
+        origin_mm=_centred_origin,
+        documents=_bids_documents,
+    ),
+}
+"""Every convention that phantoms can be written in, by the name that `segkit phantom --convention` takes."""
+
+
+@dataclass(frozen=True)
+class WrittenPhantom:
+    """The files of one case; `images` maps each sequence to its file, the same one for all where it is 4D."""
+
+    case: str
+    number: int
+    images: Mapping[str, Path]
+    label: Path
+
+
+@dataclass(frozen=True)
+class _Session:
+    """A phantom in the orientation and label values of a convention, ready to be written and, on demand, spoilt."""
+
+    images: Mapping[str, AnyArray]
+    labels: LabelMap
+    image_grids: Mapping[str, Grid]
+    label_grid: Grid
+
+
+def write_phantoms(
+    root: Path, numbers: Sequence[int], *, convention: str = "brats2021", size: int = 64, seed: int = 0
+) -> list[WrittenPhantom]:
+    """Write the cases `numbers` of a seed below `root`, with the documents of the data set.
+
+    Raises:
+        RequestError: the convention is unknown, `root` holds something already, or the size is too small.
+        DataError: the disk is full or `root` cannot be written to.
+    """
+    return _write_all(root, _choose(convention, root), numbers, size, seed, flaws={})
+
+
+def write_phantoms_with_problems(
+    root: Path, numbers: Sequence[int], *, convention: str = "brats2021", size: int = 64, seed: int = 0
+) -> tuple[list[WrittenPhantom], list[Problem]]:
+    """As `write_phantoms`, but four cases, drawn by the seed, are spoilt, each in a way of its own.
+
+    - missing modality: there is no contrast-enhanced T1 (a 4D file has three channels instead of four);
+    - flipped affine: the header of the T2 (of the image, where it is 4D) says left for right, its voxels do not;
+    - truncated file: the FLAIR (or the 4D image) ends half-way;
+    - stray label: some voxels of the reference hold `STRAY_VALUE`.
+
+    Returns the written cases and one Problem for each spoilt one.
+
+    Raises:
+        RequestError: fewer than four cases, or as for `write_phantoms`.
+        DataError: as for `write_phantoms`.
+    """
+    if len(numbers) < 4:
+        raise RequestError(f"{len(numbers)} cases cannot hold four problems", expected="4 cases or more")
+    layout = _choose(convention, root)
+    chosen = np.random.default_rng((seed, len(numbers))).permutation(len(numbers))[:4].tolist()
+    flaws = dict(zip(chosen, (_without_t1c, _with_flipped_affine, _with_stray_label), strict=False))
+    written = _write_all(root, layout, numbers, size, seed, flaws)
+    bare, flipped, stray, truncated = (written[place] for place in chosen)
+    _truncate(truncated.images["t2f"])
+    return written, [
+        Problem(bare.case, "missing modality: there is no t1c"),
+        Problem(str(flipped.images["t2w"]), "flipped affine: the header says left for right"),
+        Problem(str(truncated.images["t2f"]), "truncated file: it ends half-way"),
+        Problem(str(stray.label), f"stray label: some voxels hold {STRAY_VALUE}"),
+    ]
+
+
+def _choose(convention: str, root: Path) -> PhantomLayout:
+    layout = PHANTOM_LAYOUTS.get(convention)
+    if layout is None:
+        raise RequestError(f"convention {convention!r} is not known", expected="one of " + ", ".join(PHANTOM_LAYOUTS))
+    require_empty(root)
+    return layout
+
+
+def require_empty(root: Path) -> None:
+    """Refuse a folder that holds something; RequestError."""
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise RequestError("there is something here already", where=root, remedy="Name a new or an empty folder")
+
+
+def _write_all(
+    root: Path,
+    layout: PhantomLayout,
+    numbers: Sequence[int],
+    size: int,
+    seed: int,
+    flaws: Mapping[int, Callable[[_Session], _Session]],
+) -> list[WrittenPhantom]:
+    """Write the cases and the documents; `flaws` spoils the cases at some places of `numbers`."""
+    written = []
+    for place, number in enumerate(numbers):
+        phantom = make_phantom(number, size=size, seed=seed, resection_probability=layout.resection_probability)
+        session = _as_session(layout, phantom)
+        written.append(_write(root, layout, phantom, flaws[place](session) if place in flaws else session))
+        _log.info("wrote phantom %s, %d of %d", written[-1].case, len(written), len(numbers))
+    for name, text in layout.documents([phantom.case for phantom in written]).items():
+        _write_text(root / name, text)
+    return written
+
+
+def _as_session(layout: PhantomLayout, phantom: Phantom) -> _Session:
+    turn, grid = layout.place(phantom.shape)
+    return _Session(
+        images={modality: turn.apply(phantom.images[modality]) for modality in layout.suffixes},
+        labels=turn.apply(translate(phantom.labels, PHANTOM_SCHEME, SCHEMES[layout.scheme])),
+        image_grids=dict.fromkeys(layout.suffixes, grid),
+        label_grid=grid,
+    )
+
+
+def _write(root: Path, layout: PhantomLayout, phantom: Phantom, session: _Session) -> WrittenPhantom:
+    case = layout.case.format(number=phantom.number)
+    words = {"case": case, "grade": "LGG" if phantom.is_low_grade else "HGG"}
+    paths = {m: root / layout.image.format(suffix=layout.suffixes[m], **words) for m in session.images}
+    label = root / layout.odd_labels.get(phantom.number, layout.label).format(**words)
+    if layout.is_stacked:
+        first = next(iter(session.images))
+        write_image(paths[first], np.stack(list(session.images.values()), axis=-1), session.image_grids["t2w"])
+    else:
+        for modality, array in session.images.items():
+            write_image(paths[modality], array, session.image_grids[modality])
+    write_labels(label, session.labels, session.label_grid)
+    return WrittenPhantom(case, phantom.number, paths, label)
+
+
+def _write_text(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"the file cannot be written: {error.strerror}", where=path) from error
+
+
+def _without_t1c(session: _Session) -> _Session:
+    return replace(session, images={name: array for name, array in session.images.items() if name != "t1c"})
+
+
+def _with_flipped_affine(session: _Session) -> _Session:
+    grid = session.image_grids["t2w"]
+    flip = np.diag([-1.0, 1.0, 1.0, 1.0])
+    return replace(session, image_grids={**session.image_grids, "t2w": replace(grid, affine=flip @ grid.affine)})
+
+
+def _with_stray_label(session: _Session) -> _Session:
+    labels = session.labels.copy()
+    stray = np.argwhere(labels == labels.max())[:5]
+    labels[tuple(stray.T)] = STRAY_VALUE
+    return replace(session, labels=labels)
+
+
+def _truncate(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])

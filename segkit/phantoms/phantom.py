@@ -1,0 +1,318 @@
+"""Phantoms: seeded volumes that look like small BraTS cases, to try, teach and test with where no data are at hand.
+
+Contrasts follow a real case of BraTS 2021: for each sequence, how far each tissue lies from the mean of the brain in
+units of the brain's standard deviation. Then come what scanners add: partial volume, texture, a bias field, Rician
+noise and an intensity scale that differs from case to case and from sequence to sequence.
+
+The anatomy of a phantom: a seeded map of tissues that looks like a small brain with one glioma.
+
+Everything is drawn in fractions of the volume, so that one case looks alike at every size: a voxel's *position* runs
+from -1 to 1 along each axis, right, front and top being positive. *Fields* are smooth random functions of position;
+*depth* is 0 on the surface of the brain and grows inward to 1 at its centre.
+
+Beside tumour, a brain holds look-alikes that no single intensity tells from it: white-matter hyperintensities (as
+bright on FLAIR as oedema), vessels and choroid plexus (as bright on contrast-enhanced T1 as enhancing tumour) and
+cerebrospinal fluid (brighter on T2 than any tumour). They differ from tumour in another sequence, in place, in shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from segkit.errors import RequestError
+from segkit.labels import SCHEMES, LabelScheme
+from segkit.reading.case import BRATS_MODALITIES
+from segkit.shapes import LabelMap, Mask
+
+PHANTOM_SCHEME: LabelScheme = SCHEMES["brats2024"]
+"""The label scheme of `Phantom.labels`: the one with a value for every tissue that a phantom may hold."""
+
+_BRAIN_RADII = (0.72, 0.92, 0.88)
+"""Half axes of the brain as parts of the volume's: the proportions of SRI24 where the height is 0.8 of the width."""
+
+
+class Tissue(IntEnum):
+    """What a voxel of a phantom is made of."""
+
+    BACKGROUND = 0
+    FLUID = 1
+    GREY = 2
+    WHITE = 3
+    HYPERINTENSITY = 4
+    VESSEL = 5
+    CHOROID = 6
+    OEDEMA = 7
+    NECROSIS = 8
+    ENHANCING = 9
+    CAVITY = 10
+
+
+@dataclass(frozen=True)
+class _Space:
+    """Positions of a volume's voxel centres along its three axes, each shaped to broadcast to (D, H, W)."""
+
+    x: Field
+    y: Field
+    z: Field
+
+    @classmethod
+    def of(cls, shape: tuple[int, int, int]) -> _Space:
+        x, y, z = (2 * (np.arange(count) + 0.5) / count - 1 for count in shape)
+        return cls(x[:, None, None], y[None, :, None], z[None, None, :])
+
+    def distance(self, centre: tuple[float, float, float], radii: tuple[float, float, float]) -> Field:
+        """Distance from an ellipsoid's centre as a multiple of its radii, (D, H, W): 1 on its surface."""
+        offsets = zip((self.x, self.y, self.z), centre, radii, strict=True)
+        squared: Field = sum(((axis - middle) / radius) ** 2 for axis, middle, radius in offsets)  # type: ignore[assignment]
+        return np.sqrt(squared)
+
+    def field(self, generator: np.random.Generator, cells: int) -> Field:
+        """A smooth random field of mean 0 and deviation 1, (D, H, W), with about `cells` bumps along each axis."""
+        lattice = generator.standard_normal((cells + 4, cells + 4, cells + 4))
+        nodes = 2 * (np.arange(cells + 4) - 1.5) / cells - 1  # the outermost nodes lie beyond the edges of the volume
+        for axis in (self.x, self.y, self.z):
+            weights = np.exp(-0.5 * ((axis.ravel()[:, None] - nodes) * cells / 1.4) ** 2)
+            # One axis in, one out: (nodes, b, c) -> (b, c, voxels). einsum, not BLAS: the same bits with any threads.
+            lattice = np.einsum("nbc,vn->bcv", lattice, weights)
+        standard: Field = (lattice - lattice.mean()) / lattice.std()
+        return standard
+
+
+def draw_tissues(shape: tuple[int, int, int], generator: np.random.Generator, *, is_low_grade: bool) -> TissueMap:
+    """A brain with one tumour, (D, H, W) in RAS order, values of `Tissue`.
+
+    A low-grade tumour has a core that does not enhance. The draws do not depend on `shape`.
+    """
+    space = _Space.of(shape)
+    depth = _draw_depth(space, generator)
+    tissues = _draw_healthy(space, depth, generator)
+    _add_lookalikes(tissues, space, depth, generator)
+    _add_tumour(tissues, space, depth, generator, is_low_grade=is_low_grade)
+    return tissues
+
+
+def add_cavity(tissues: TissueMap, generator: np.random.Generator) -> None:
+    """Turn part of the tumour core into a fluid-filled resection cavity, in place; the rest of the map stays."""
+    core = np.isin(tissues, (Tissue.NECROSIS, Tissue.ENHANCING))
+    inner = ndimage.distance_transform_edt(core)
+    tissues[inner > inner.max() * generator.uniform(0.25, 0.5)] = Tissue.CAVITY
+
+
+def _draw_depth(space: _Space, generator: np.random.Generator) -> Field:
+    right, front, top = (radius * generator.uniform(0.93, 1.0) for radius in _BRAIN_RADII)
+    return 1 - space.distance((0, 0, 0), (right, front, top)) * (1 + 0.03 * space.field(generator, 3))
+
+
+def _draw_healthy(space: _Space, depth: Field, generator: np.random.Generator) -> TissueMap:
+    """White matter under a folded grey ribbon, deep grey nuclei, ventricles, sulci and the fissure between halves."""
+    fold = np.abs(space.field(generator, 14))  # small where a sulcus runs
+    ribbon = depth < 0.11 + 0.2 * np.exp(-((fold / 0.5) ** 2))
+    tissues = np.where(ribbon, Tissue.GREY, Tissue.WHITE).astype(np.uint8)
+    for side in (-1, 1):
+        tissues[space.distance((0.24 * side, 0.04, -0.06), (0.1, 0.24, 0.2)) < 1] = Tissue.GREY
+
+    is_sulcus = (fold < 0.24) & (depth < 0.16)
+    is_fissure = (np.abs(space.x) < 0.025) & (depth < 0.3) & (space.z > -0.3)
+    tissues[is_sulcus | is_fissure | _draw_ventricles(space, generator)] = Tissue.FLUID
+    notches = is_sulcus & (depth < 0.04)
+    tissues[(depth < 0) | notches] = Tissue.BACKGROUND
+    return tissues
+
+
+def _draw_ventricles(space: _Space, generator: np.random.Generator) -> Mask:
+    """Two lateral ventricles that bend outward towards the front and the back, and the third one between them."""
+    width = generator.uniform(0.8, 1.4)
+    mask: Mask = space.distance((0, -0.02, -0.12), (0.045, 0.16, 0.22)) < 1
+    for side in (-1, 1):
+        size = width * generator.uniform(0.9, 1.1)
+        bent = space.x * side - 0.11 - 0.35 * space.y**2
+        mask = mask | (
+            (bent / (0.075 * size)) ** 2 + ((space.y + 0.03) / 0.42) ** 2 + ((space.z - 0.1) / 0.19) ** 2 < size
+        )
+    return mask
+
+
+def _add_lookalikes(tissues: TissueMap, space: _Space, depth: Field, generator: np.random.Generator) -> None:
+    """Hyperintensities about both sides of the ventricles, branching vessels, a sagittal sinus, choroid plexus."""
+    ventricles = (tissues == Tissue.FLUID) & (depth > 0.3)
+    voxels = ndimage.distance_transform_edt(~ventricles) / space.x.shape[0]
+    patches = space.field(generator, 11)
+    spread = patches + patches[::-1] - 14 * voxels  # mirrored, as such lesions mostly are, and denser near ventricles
+    _fill(tissues, Tissue.HYPERINTENSITY, spread, tissues == Tissue.WHITE, generator.uniform(0.18, 0.28))
+
+    plexus = space.field(generator, 12)
+    _fill(tissues, Tissue.CHOROID, plexus, ventricles, generator.uniform(0.15, 0.3))
+    # Two fields vanish together along curves: thickened, they are vessels.
+    closeness = -np.hypot(space.field(generator, 8), space.field(generator, 8)) - 0.4 * depth
+    _fill(tissues, Tissue.VESSEL, closeness, (tissues != Tissue.BACKGROUND), generator.uniform(0.025, 0.04))
+    is_sinus = (np.abs(space.x) < 0.04) & (depth < 0.09) & (space.z > -0.2) & (space.y < 0.6)
+    tissues[is_sinus & (tissues != Tissue.BACKGROUND)] = Tissue.VESSEL
+
+
+def _fill(tissues: TissueMap, tissue: Tissue, field: Field, where: Mask, fraction: float) -> None:
+    """Give `tissue` to the `fraction` of the voxels of `where` at which `field` is largest."""
+    if where.any():
+        tissues[where & (field > np.quantile(field[where], 1 - fraction))] = tissue
+
+
+def _add_tumour(
+    tissues: TissueMap, space: _Space, depth: Field, generator: np.random.Generator, *, is_low_grade: bool
+) -> None:
+    """One tumour: oedema that spares fluid and most cortex, about an enhancing rim about a necrotic core."""
+    side = generator.choice((-1, 1))
+    centre = (side * generator.uniform(0.26, 0.4), generator.uniform(-0.42, 0.42), generator.uniform(-0.2, 0.4))
+    scale = generator.uniform(0.2, 0.27)
+    radii = (scale * generator.uniform(0.85, 1.15), scale * generator.uniform(0.85, 1.15), scale * 1.25)
+    distance = space.distance(centre, radii)
+    rough, lobes, rim = (space.field(generator, cells) for cells in (12, 6, 9))
+
+    bumpy = distance * (1 + 0.15 * lobes + 0.08 * rough)
+    core = bumpy < 1
+    necrosis = bumpy < 0.66 + 0.12 * np.clip(rim, -2, 1.8)
+    reach = generator.uniform(1.3, 1.55)
+    fingers = distance * (1 + 0.2 * lobes - 0.1 * rough) < reach - 0.25 * (tissues == Tissue.GREY)
+    swollen = fingers & (tissues != Tissue.FLUID) & (tissues != Tissue.CHOROID)
+
+    is_brain = (tissues != Tissue.BACKGROUND) & (depth > 0.03)
+    tissues[swollen & is_brain] = Tissue.OEDEMA
+    tissues[core & is_brain] = Tissue.NECROSIS if is_low_grade else Tissue.ENHANCING
+    tissues[necrosis & is_brain] = Tissue.NECROSIS
+
+
+MINIMUM_SIZE = 24
+"""Below this many voxels the parts of a brain are thinner than a voxel."""
+
+_LABELLED = {"OEDEMA": "ED", "NECROSIS": "NCR", "ENHANCING": "ET", "CAVITY": "RC"}
+
+# Deviations from the mean of the brain, in standard deviations of the brain, by sequence.
+_CONTRASTS: dict[Tissue, tuple[float, float, float, float]] = {
+    #                         t1n   t1c   t2w   t2f
+    Tissue.FLUID: (-2.2, -1.1, 3.0, -1.8),
+    Tissue.GREY: (-0.3, -0.2, -0.1, 0.2),
+    Tissue.WHITE: (0.9, 0.2, -0.5, -0.4),
+    Tissue.HYPERINTENSITY: (0.4, 0.1, 0.4, 2.2),
+    Tissue.VESSEL: (-0.3, 3.2, -0.9, -0.6),
+    Tissue.CHOROID: (-1.0, 2.6, 1.9, 0.3),
+    Tissue.OEDEMA: (-0.3, -0.2, 1.4, 2.0),
+    Tissue.NECROSIS: (-1.0, -0.7, 2.1, 0.5),
+    Tissue.ENHANCING: (0.2, 3.2, 1.2, 2.0),
+    Tissue.CAVITY: (-2.0, -1.1, 2.8, -1.4),
+}
+_RELATIVE_DEVIATION = np.array([0.23, 0.44, 0.53, 0.44])  # of the brain, as a fraction of its mean, by sequence
+_TYPICAL_MEAN = np.array([900.0, 1200.0, 650.0, 800.0])
+
+
+@dataclass(frozen=True)
+class Phantom:
+    """One case: four skull-stripped sequences (D, H, W), int16, exactly 0 outside the brain, and its reference.
+
+    Axes are in RAS order with a spacing of 1 mm; `labels` is in `PHANTOM_SCHEME`.
+    """
+
+    number: int
+    images: Mapping[str, NDArray[np.int16]] = field(repr=False)
+    labels: LabelMap = field(repr=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Voxels to the right, to the front and to the top."""
+        return self.labels.shape
+
+    @property
+    def is_low_grade(self) -> bool:
+        """Whether no part of the tumour enhances."""
+        return not bool((self.labels == PHANTOM_SCHEME.values["ET"]).any())
+
+
+def make_phantom(
+    number: int,
+    *,
+    size: int = 64,
+    seed: int = 0,
+    low_grade_probability: float = 0.1,
+    resection_probability: float = 0.0,
+) -> Phantom:
+    """The case that belongs to (seed, number), with (size, size, 0.8 size) voxels of 1 mm.
+
+    With a `resection_probability` some cases have a resection cavity (RC) in place of part of the tumour core and are
+    otherwise the same, voxel for voxel.
+
+    Raises:
+        RequestError: a size below `MINIMUM_SIZE`, a negative number or seed.
+    """
+    _refuse_impossible(number, size, seed)
+    shape = (size, size, round(0.8 * size))
+    # One stream per purpose: what is drawn for one never shifts what is drawn for another.
+    streams = (np.random.default_rng((seed, number, stream)) for stream in range(4))
+    grade, anatomy, surgery, scanner = streams
+    tissues = draw_tissues(shape, anatomy, is_low_grade=bool(grade.random() < low_grade_probability))
+    if surgery.random() < resection_probability:
+        add_cavity(tissues, surgery)
+    return Phantom(number, _scan(tissues, scanner), _label(tissues))
+
+
+def _refuse_impossible(number: int, size: int, seed: int) -> None:
+    if size < MINIMUM_SIZE:
+        raise RequestError(f"phantoms of {size} voxels are too small", expected=f"a size of {MINIMUM_SIZE} or more")
+    if number < 0 or seed < 0:
+        raise RequestError(f"case {number} of seed {seed} does not exist", expected="neither to be negative")
+
+
+def _label(tissues: TissueMap) -> LabelMap:
+    lookup = np.zeros(len(Tissue), np.uint8)
+    for tissue, name in _LABELLED.items():
+        lookup[Tissue[tissue]] = PHANTOM_SCHEME.values[name]
+    return lookup[tissues]
+
+
+def _scan(tissues: TissueMap, generator: np.random.Generator) -> dict[str, NDArray[np.int16]]:
+    """The four sequences of one scan session, each (D, H, W)."""
+    contrasts = np.zeros((len(Tissue), len(BRATS_MODALITIES)))
+    for tissue, values in _CONTRASTS.items():
+        contrasts[tissue] = values
+    contrasts += generator.normal(0, 0.12, contrasts.shape)  # no two patients and scanners agree
+    contrasts[Tissue.NECROSIS] += generator.normal(0, 0.3, len(BRATS_MODALITIES))
+    relative = 1 + _RELATIVE_DEVIATION * contrasts  # (tissues, sequences), fractions of the brain's mean
+    means = _TYPICAL_MEAN * np.exp(generator.uniform(-0.7, 0.7, len(BRATS_MODALITIES)))
+    brain = tissues != Tissue.BACKGROUND
+    return {
+        modality: _acquire(relative[:, channel][tissues], brain, means[channel], channel, generator)
+        for channel, modality in enumerate(BRATS_MODALITIES)
+    }
+
+
+def _acquire(
+    ideal: NDArray[np.float64], brain: NDArray[np.bool_], mean: float, channel: int, generator: np.random.Generator
+) -> NDArray[np.int16]:
+    """What a scanner makes of an ideal image (D, H, W) of mean 1."""
+    deviation = _RELATIVE_DEVIATION[channel]
+    # Partial volume: neighbours mix, but nothing leaks in from outside the brain.
+    weights = ndimage.gaussian_filter(brain.astype(np.float64), 0.55)
+    signal = ndimage.gaussian_filter(ideal * brain, 0.55) / np.maximum(weights, 1e-6)
+    texture = ndimage.gaussian_filter(generator.standard_normal(brain.shape), 1.0)
+    signal = signal + deviation * 0.22 * texture / texture.std()
+    signal *= _bias_field(brain.shape, generator)
+    sigma = 0.18 * deviation
+    real, imaginary = generator.normal(0, sigma, (2, *brain.shape))
+    magnitude = mean * np.hypot(signal + real, imaginary)
+    # At least 1 inside: only background is 0, as after skull-stripping.
+    return np.where(brain, np.clip(np.rint(magnitude), 1, 32767), 0).astype(np.int16)
+
+
+def _bias_field(shape: tuple[int, ...], generator: np.random.Generator) -> NDArray[np.float64]:
+    """A smooth gain (D, H, W) about 1: a quadratic function of position, up to some 10 % at the corners."""
+    positions = np.meshgrid(*(np.linspace(-1, 1, count) for count in shape), indexing="ij", sparse=True)
+    gain = np.zeros(shape)
+    for position in positions:
+        gain = gain + generator.normal(0, 0.04) * position + generator.normal(0, 0.03) * position**2
+    return np.exp(gain)
+
+
+Field = NDArray[np.float64]
+TissueMap = NDArray[np.uint8]

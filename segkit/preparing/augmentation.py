@@ -1,0 +1,320 @@
+"""Random changes to training patches, computed with MONAI's transforms.
+
+The recipe is nnU-Net's (Isensee et al. 2021, supplementary note 2) with two choices of our own. A voxel that is exactly
+0 stays 0: that is the background of skull-stripped images, the padding and a missing modality, all of which are exactly
+0 at inference too. And whole modalities are set to 0 now and then, so that the network copes with whichever is
+missing: modality dropout (Neverova et al., "ModDrop", IEEE PAMI 38(8), 2016, arXiv 1501.00102), here with every
+incomplete set of modalities equally likely.
+
+Every draw comes from a generator seeded by the caller, never from a global or a worker's state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from monai.data import get_track_meta, set_track_meta
+from monai.networks.layers import AffineTransform, gaussian_1d, separable_filtering
+from monai.transforms import AdjustContrast, Flip, ScaleIntensity, ScaleIntensityFixedMean
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from torch.nn import functional
+
+from segkit.config import Config
+from segkit.shapes import AnyArray
+
+Range = tuple[float, float]
+
+_LINEAR = {2: "bilinear", 3: "trilinear"}
+_THIN = 3
+"""A patch axis this many times shorter than the longest one is the slice axis of anisotropic data."""
+
+_INVERTED_GAMMA = 0.25
+"""Share of the gamma curves that act on the inverted image (nnU-Net: 0.1 against 0.3)."""
+
+
+class IntensityConfig(Config):
+    """Probabilities (per item and modality) and ranges of changes of intensities, in the order in which they act."""
+
+    noise_probability: float = Field(default=0.1, ge=0, le=1)
+    """Probability of Gaussian noise."""
+
+    noise_std_range: Range = (0.0, 0.1)
+    """Standard deviation of the noise, in units of the normalised image."""
+
+    blur_probability: float = Field(default=0.1, ge=0, le=1)
+    """Probability of Gaussian blurring."""
+
+    blur_sigma_range: Range = (0.5, 1.0)
+    """Standard deviation of the blur in voxels."""
+
+    brightness_probability: float = Field(default=0.15, ge=0, le=1)
+    """Probability of multiplying by a factor."""
+
+    brightness_range: Range = (0.75, 1.25)
+    """The factor of the brightness change."""
+
+    contrast_probability: float = Field(default=0.15, ge=0, le=1)
+    """Probability of stretching intensities about their mean, within the range they had."""
+
+    contrast_range: Range = (0.75, 1.25)
+    """The factor of the contrast change."""
+
+    low_resolution_probability: float = Field(default=0.125, ge=0, le=1)
+    """Probability of sampling the patch down and up again."""
+
+    low_resolution_range: Range = (0.5, 1.0)
+    """Resolution left by that, as a fraction."""
+
+    gamma_probability: float = Field(default=0.3, ge=0, le=1)
+    """Probability of a gamma curve that keeps mean and standard deviation; a quarter of them on the inverted image."""
+
+    gamma_range: Range = (0.7, 1.5)
+    """Exponent of the gamma curve."""
+
+
+class AugmentationConfig(IntensityConfig):
+    """Probabilities (per item; for intensity changes also per modality) and ranges of the training augmentation."""
+
+    enabled: bool = True
+    """Whether to augment at all; without it patches are only cut."""
+
+    mirror_axes: tuple[int, ...] | None = None
+    """Voxel axes (0, 1, 2 after orientation) along which patches are mirrored, each with probability 0.5; None lets
+    planning decide from the labels: left and right must not be exchanged where the labels tell them apart."""
+
+    rotation_probability: float = Field(default=0.2, ge=0, le=1)
+    """Probability of a rotation about each axis (only about the slice axis where the patch is thin)."""
+
+    rotation_degrees: float = Field(default=30.0, ge=0, le=180)
+    """Largest angle of a rotation, either way, in degrees."""
+
+    scale_probability: float = Field(default=0.2, ge=0, le=1)
+    """Probability of zooming."""
+
+    scale_range: Range = (0.7, 1.4)
+    """Size of the area shown in the patch, relative to the patch: below 1 enlarges what is seen."""
+
+    modality_dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Probability that a patch lacks at least one modality, set to 0 as a missing one is at inference; one is always
+    left, and every incomplete set is equally likely. None lets planning decide: on where scans may lack a sequence."""
+
+    lesion_bank: Path | None = None
+    """Folder of lesion-free copies of the training cases, written by `segkit inpaint --bank`, into which lesions of
+    other training cases are moved; None does without."""
+
+    lesion_share: float = Field(default=0.3, ge=0, le=1)
+    """With a bank, the share of the patches that show a lesion of their case in the copy of another case."""
+
+    lesion_free_share: float = Field(default=0.1, ge=0, le=1)
+    """With a bank, the share of the patches that show a copy as it is, with nothing to be found in it."""
+
+    @model_validator(mode="after")
+    def _leave_no_more_than_all(self) -> AugmentationConfig:
+        if self.lesion_share + self.lesion_free_share > 1:
+            raise ValueError("lesion_share and lesion_free_share are more than 1 together")
+        return self
+
+
+class Augmentation:
+    """Cuts a patch of `patch_size` voxels around a centre, rotated and scaled, and changes its intensities.
+
+    The result depends on the sample, the centre and the seed only.
+    """
+
+    def __init__(self, config: AugmentationConfig, patch_size: Sequence[int]) -> None:
+        self.config = config
+        self.patch_size = tuple(patch_size)
+        self.dims = len(self.patch_size)
+
+    def reach(self, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Voxels needed before and after the centre, per axis, so that the patch of this seed has no empty corners."""
+        matrix = self._spatial_matrix(seed)
+        if matrix is None:
+            return tuple(size // 2 for size in self.patch_size), tuple(size - size // 2 for size in self.patch_size)
+        half = np.array(self.patch_size) / 2
+        extent = np.ceil(np.abs(matrix) @ half).astype(int) + 1
+        return tuple(extent.tolist()), tuple((extent + 1).tolist())
+
+    def __call__(
+        self, sample: Mapping[str, AnyArray], seed: int, centre: Sequence[int] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """A patch of the sample.
+
+        Args:
+            sample: "image" (C, *spatial) float32 and possibly "labels" (1, *spatial) uint8, of any size; not changed.
+            seed: decides everything random.
+            centre: voxel of the sample that comes to lie on voxel `patch_size // 2`; the middle if not given.
+
+        Returns:
+            The same keys, (C, *patch_size) and (1, *patch_size); zeros where the patch leaves the sample.
+        """
+        if centre is None:
+            centre = [size // 2 for size in sample["image"].shape[1:]]
+        matrix = self._spatial_matrix(seed)
+        with _plain_tensors():
+            patch = {
+                name: self._cut(array, centre, matrix, "bilinear" if name == "image" else "nearest")
+                for name, array in sample.items()
+            }
+            if self.config.enabled:
+                generator = np.random.default_rng((seed, 1))
+                patch = self._mirror(patch, generator)
+                patch["image"] = change_intensities(patch["image"], self.config, generator)
+                _drop_modalities(patch["image"], self.config.modality_dropout or 0.0, generator)
+        return patch
+
+    def _spatial_matrix(self, seed: int) -> NDArray[np.float64] | None:
+        """Rotation and scale from patch offsets to sample offsets, in voxels; None where this seed draws neither."""
+        config = self.config
+        generator = np.random.default_rng((seed, 0))
+        matrix = np.eye(self.dims)
+        for first, second in rotation_planes(self.patch_size):
+            is_drawn = generator.random() < config.rotation_probability
+            angle = math.radians(generator.uniform(-config.rotation_degrees, config.rotation_degrees))
+            if is_drawn:
+                turn = np.eye(self.dims)
+                turn[[first, second], [first, second]] = math.cos(angle)
+                turn[first, second], turn[second, first] = -math.sin(angle), math.sin(angle)
+                matrix = turn @ matrix
+        if generator.random() < config.scale_probability:
+            matrix = matrix * _either_side_of_one(generator, config.scale_range)
+        is_identity = np.array_equal(matrix, np.eye(self.dims))
+        return None if is_identity or not config.enabled else matrix
+
+    def _cut(
+        self, array: AnyArray, centre: Sequence[int], matrix: NDArray[np.float64] | None, mode: str
+    ) -> torch.Tensor:
+        """The patch (C, *patch_size) of (C, *spatial) around `centre`, resampled once if there is a matrix."""
+        pivot = np.array(self.patch_size) // 2
+        if matrix is None:
+            return torch.from_numpy(_crop(array, (np.asarray(centre) - pivot).tolist(), self.patch_size))
+        theta = np.eye(self.dims + 1)
+        theta[:-1, :-1] = matrix
+        theta[:-1, -1] = np.asarray(centre) - matrix @ pivot
+        resample = AffineTransform(self.patch_size, mode=mode, padding_mode="zeros", align_corners=True)
+        source = torch.from_numpy(np.array(array, np.float32, order="C"))
+        patch: torch.Tensor = resample(source[None], torch.from_numpy(theta).float())[0]
+        return patch if mode == "bilinear" else patch.to(torch.uint8)
+
+    def _mirror(self, patch: dict[str, torch.Tensor], generator: np.random.Generator) -> dict[str, torch.Tensor]:
+        axes = [axis for axis in self.config.mirror_axes or () if generator.random() < 0.5]
+        if not axes:
+            return patch
+        flip = Flip(axes)
+        return {name: flip(tensor) for name, tensor in patch.items()}
+
+
+def change_intensities(image: torch.Tensor, config: IntensityConfig, generator: np.random.Generator) -> torch.Tensor:
+    """(C, *spatial) float32, each modality changed in place on its own; what was 0 is 0 again afterwards."""
+    with _plain_tensors():
+        for plane in image:
+            changed = _change_plane(plane[None], config, generator)
+            if changed is not None:
+                plane.copy_(changed[0].masked_fill_(plane == 0, 0))
+    return image
+
+
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """MONAI's transforms give plain tensors inside; its MetaTensor costs more than most of the transforms."""
+    before = get_track_meta()
+    set_track_meta(False)
+    try:
+        yield
+    finally:
+        set_track_meta(before)
+
+
+def rotation_planes(patch_size: Sequence[int]) -> list[tuple[int, int]]:
+    """Pairs of axes to rotate in: all of them, or the slice plane alone where one axis of the patch is thin."""
+    dims = len(patch_size)
+    if dims == 2:
+        return [(0, 1)]
+    thinnest = min(range(dims), key=lambda axis: patch_size[axis])
+    slice_plane = tuple(axis for axis in range(dims) if axis != thinnest)
+    if patch_size[thinnest] * _THIN < max(patch_size):
+        return [(slice_plane[0], slice_plane[1])]
+    return [(0, 1), (0, 2), (1, 2)]
+
+
+def _either_side_of_one(generator: np.random.Generator, limits: Range) -> float:
+    """A factor below or above 1 with equal chance, so that a lopsided range does not favour its longer side."""
+    low, high = limits
+    if low < 1 and (high <= 1 or generator.random() < 0.5):
+        return float(generator.uniform(low, min(high, 1.0)))
+    return float(generator.uniform(max(low, 1.0), high))
+
+
+def _crop(array: AnyArray, start: Sequence[int], size: Sequence[int]) -> AnyArray:
+    """A copy of (C, *spatial) from voxel `start` on, `size` voxels; zeros where it leaves the array."""
+    patch = np.zeros((len(array), *size), array.dtype)
+    source, target = [slice(None)], [slice(None)]
+    for first, length, available in zip(start, size, array.shape[1:], strict=True):
+        low = max(first, 0)
+        high = max(low, min(first + length, available))
+        source.append(slice(low, high))
+        target.append(slice(low - first, high - first))
+    patch[tuple(target)] = array[tuple(source)]
+    return patch
+
+
+def _change_plane(
+    original: torch.Tensor, config: IntensityConfig, generator: np.random.Generator
+) -> torch.Tensor | None:
+    """One modality (1, *spatial) through the intensity recipe, each step with its probability; None if none fires."""
+    plane = original
+    if generator.random() < config.noise_probability:
+        std = generator.uniform(*config.noise_std_range)
+        plane = plane + std * torch.from_numpy(generator.standard_normal(tuple(plane.shape), np.float32))
+    if generator.random() < config.blur_probability:
+        plane = _blur(plane, generator.uniform(*config.blur_sigma_range))
+    if generator.random() < config.brightness_probability:
+        factor = _either_side_of_one(generator, config.brightness_range)
+        plane = ScaleIntensity(minv=None, maxv=None, factor=factor - 1)(plane)
+    if generator.random() < config.contrast_probability:
+        factor = _either_side_of_one(generator, config.contrast_range)
+        plane = ScaleIntensityFixedMean(factor=factor - 1, preserve_range=True)(plane)
+    if generator.random() < config.low_resolution_probability:
+        plane = _lower_resolution(plane, generator.uniform(*config.low_resolution_range))
+    if generator.random() < config.gamma_probability:
+        gamma = _either_side_of_one(generator, config.gamma_range)
+        is_inverted = bool(generator.random() < _INVERTED_GAMMA)
+        plane = AdjustContrast(gamma, invert_image=is_inverted, retain_stats=True)(plane)
+    return None if plane is original else plane
+
+
+def _drop_modalities(image: torch.Tensor, probability: float, generator: np.random.Generator) -> None:
+    """Set a random part of the modalities of (C, *spatial) to 0, in place; some of those that hold anything are left.
+
+    It comes after the intensity changes, which are computed with each modality as it was.
+    """
+    if generator.random() >= probability:
+        return
+    present = np.flatnonzero(image.flatten(1).any(dim=1).numpy())
+    if len(present) < 2:
+        return
+    is_kept = np.zeros(len(present), np.bool_)
+    while is_kept.all() or not is_kept.any():
+        is_kept = generator.random(len(present)) < 0.5
+    image[torch.from_numpy(present[~is_kept])] = 0
+
+
+def _blur(plane: torch.Tensor, sigma: float) -> torch.Tensor:
+    """What MONAI's `GaussianSmooth` gives, in a third of its time for a slice: it builds a module for each call."""
+    kernel = gaussian_1d(torch.tensor(sigma), truncated=4.0, approx="erf")
+    blurred: torch.Tensor = separable_filtering(plane[None], [kernel] * (plane.ndim - 1))[0]
+    return blurred
+
+
+def _lower_resolution(plane: torch.Tensor, fraction: float) -> torch.Tensor:
+    """Down by nearest neighbour and up again by linear interpolation, as a coarser scan would look."""
+    shape = plane.shape[1:]
+    coarse = [max(1, round(size * fraction)) for size in shape]
+    small = functional.interpolate(plane[None], size=coarse, mode="nearest-exact")
+    return functional.interpolate(small, size=shape, mode=_LINEAR[len(shape)], align_corners=False)[0]

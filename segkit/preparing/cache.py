@@ -1,0 +1,235 @@
+"""A disk cache of prepared cases, read through memory maps.
+
+One folder per case, named by the SHA-256 of everything the result depends on: the bytes of its files and the settings.
+A folder appears under that name only when it is complete, so an interrupted run resumes with the next case, and a
+changed file or setting simply has another name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from segkit.errors import DataError
+from segkit.labels import LabelScheme
+from segkit.preparing.preprocessing import Preparation, PreparedCase, PreprocessingConfig, load_case, prepare
+from segkit.reading.case import Case
+from segkit.shapes import LabelMap
+
+_VERSION = 1
+"""Part of every key: raise it when preparing changes what it gives for the same settings."""
+
+_MOST_FOREGROUND_VOXELS = 10_000
+
+
+class PreparedStore:
+    """Prepared cases below `folder`. Entries of other settings or older data may lie beside them; they do no harm."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def entry(
+        self,
+        case: Case,
+        modalities: tuple[str, ...],
+        scheme: LabelScheme | None,
+        config: PreprocessingConfig,
+        *,
+        allow_missing: bool = False,
+    ) -> Path:
+        """The folder of the prepared case; made now, in one atomic step, if it is not there yet.
+
+        Raises:
+            DataError: the case cannot be loaded (see `load_case`), or the cache cannot be written.
+        """
+        key = _key(case, modalities, scheme, config)
+        folder = self.folder / key
+        if (folder / "case.json").exists():
+            return folder
+        prepared = prepare(load_case(case, modalities, scheme, allow_missing=allow_missing), config)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write_atomically(prepared, folder)
+        except OSError as error:
+            raise DataError(
+                f"cannot keep the prepared case {case.id} here: {error.strerror or error}",
+                where=self.folder,
+                remedy="Free some space, or choose another folder for the run",
+            ) from error
+        return folder
+
+    def entries(
+        self,
+        cases: Sequence[Case],
+        modalities: tuple[str, ...],
+        scheme: LabelScheme | None,
+        config: PreprocessingConfig,
+        *,
+        at_once: int = 1,
+    ) -> tuple[dict[str, Path], dict[str, str]]:
+        """The folders of the cases by id, `at_once` prepared at a time, and why others could not be, by id."""
+
+        def entry(case: Case) -> Path | DataError:
+            try:
+                return self.entry(case, modalities, scheme, config)
+            except DataError as error:
+                return error
+
+        with ThreadPoolExecutor(at_once) as pool:
+            found = dict(zip((case.id for case in cases), pool.map(entry, cases), strict=True))
+        folders = {case_id: folder for case_id, folder in found.items() if isinstance(folder, Path)}
+        return folders, {case_id: str(error) for case_id, error in found.items() if isinstance(error, DataError)}
+
+    def get_or_prepare(
+        self,
+        case: Case,
+        modalities: tuple[str, ...],
+        scheme: LabelScheme | None,
+        config: PreprocessingConfig,
+        *,
+        allow_missing: bool = False,
+    ) -> PreparedCase:
+        """The prepared case, its arrays memory-mapped; for many cases at once use `entry` and `StoredCases`."""
+        return open_prepared(self.entry(case, modalities, scheme, config, allow_missing=allow_missing))
+
+
+class StoredCases(Sequence[PreparedCase]):
+    """Prepared cases that are opened when asked for.
+
+    An open memory map holds a file handle, and a thousand cases would hold more than a process may have; and a
+    sequence of paths travels to the workers of a data loader at no cost.
+    """
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self.folders = tuple(folders)
+
+    def __len__(self) -> int:
+        return len(self.folders)
+
+    def __iter__(self) -> Iterator[PreparedCase]:
+        return (open_prepared(folder) for folder in self.folders)
+
+    @overload
+    def __getitem__(self, index: int) -> PreparedCase: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> StoredCases: ...
+
+    def __getitem__(self, index: int | slice) -> PreparedCase | StoredCases:
+        if isinstance(index, slice):
+            return StoredCases(self.folders[index])
+        return open_prepared(self.folders[index])
+
+
+def open_prepared(folder: Path) -> PreparedCase:
+    """A case that `PreparedStore.entry` made, its arrays memory-mapped and read-only.
+
+    Raises:
+        DataError: the entry is damaged.
+    """
+    try:
+        document = json.loads((folder / "case.json").read_text(encoding="utf-8"))
+        image = np.load(folder / "image.npy", mmap_mode="r")
+        labels = np.load(folder / "labels.npy", mmap_mode="r") if document["has_labels"] else None
+        voxels = np.load(folder / "foreground.npy", mmap_mode="r")
+        bounds = document["foreground"]
+        foreground = {int(value): voxels[first:last] for value, (first, last) in bounds.items()}
+        return PreparedCase(document["id"], image, labels, Preparation.from_json(document["preparation"]), foreground)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"this prepared case is damaged: {error}", where=folder, remedy="Delete the folder; it will be made again"
+        ) from error
+
+
+def foreground_voxels(labels: LabelMap, seed: int) -> dict[int, NDArray[np.int64]]:
+    """Flat C-order indices of the voxels of each label value but 0, at most 10000 a value, a seeded sample of them."""
+    flat = labels.ravel()
+    places = np.flatnonzero(flat)
+    values = flat[places]
+    generator = np.random.default_rng(seed)
+    voxels = {}
+    for value in np.flatnonzero(np.bincount(values, minlength=256)):
+        mine = places[values == value]
+        if len(mine) > _MOST_FOREGROUND_VOXELS:
+            mine = np.sort(generator.choice(mine, _MOST_FOREGROUND_VOXELS, replace=False))
+        voxels[int(value)] = mine
+    return voxels
+
+
+def _write_atomically(prepared: PreparedCase, folder: Path) -> None:
+    partial = folder.parent / f".partial-{secrets.token_hex(6)}"
+    try:
+        partial.mkdir()  # with the permissions of ordinary folders: `tempfile` would shut out the rest of a group
+        _write(prepared, partial, seed=int(folder.name[:8], 16))
+        partial.rename(folder)
+    except OSError:
+        if not (folder / "case.json").exists():  # else another process was faster, and wrote the same
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(prepared: PreparedCase, folder: Path, seed: int) -> None:
+    np.save(folder / "image.npy", prepared.image)
+    voxels: dict[int, NDArray[np.int64]] = {}
+    if prepared.labels is not None:
+        np.save(folder / "labels.npy", prepared.labels)
+        voxels = foreground_voxels(prepared.labels, seed)
+    bounds = np.cumsum([0, *(len(places) for places in voxels.values())]).tolist()
+    np.save(folder / "foreground.npy", np.concatenate([np.empty(0, np.int64), *voxels.values()]))
+    document = {
+        "id": prepared.id,
+        "has_labels": prepared.labels is not None,
+        "foreground": {value: bounds[index : index + 2] for index, value in enumerate(voxels)},
+        "preparation": prepared.preparation.to_json(),
+    }
+    (folder / "case.json").write_text(json.dumps(document), encoding="utf-8")
+
+
+def _key(case: Case, modalities: tuple[str, ...], scheme: LabelScheme | None, config: PreprocessingConfig) -> str:
+    files = {name: [_digest(file.path), file.channel] for name, file in case.images.items() if name in modalities}
+    if scheme is not None and case.label is not None:
+        files["label"] = [_digest(case.label.path), case.label.channel]
+    settings = {
+        "version": _VERSION,
+        "id": case.id,
+        "files": files,
+        "modalities": modalities,
+        "scheme": _scheme_settings(scheme),
+        "case_scheme": _scheme_settings(case.scheme),
+        "config": config.model_dump(mode="json"),
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _scheme_settings(scheme: LabelScheme | None) -> list[Any] | None:
+    return None if scheme is None else [scheme.name, dict(scheme.values), scheme.regions]
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file, of all files of a DICOM folder, or of a header and the raw data lying beside it."""
+    if path.is_dir():
+        parts = sorted(part for part in path.iterdir() if part.is_file())
+    elif path.suffix in {".mhd", ".nhdr"}:
+        parts = sorted(path.parent.glob(f"{path.stem}.*"))
+    else:
+        parts = [path]
+    digest = hashlib.sha256()
+    try:
+        for part in parts:
+            with part.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    except OSError as error:
+        raise DataError(
+            f"cannot be read: {error.strerror or error}", where=path, remedy="Check that it exists and its permissions"
+        ) from error
+    return digest.hexdigest()

@@ -1,0 +1,154 @@
+"""The fingerprint of a cohort: the few numbers from which a training run is planned (nnU-Net's term)."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from segkit.config import Config
+from segkit.errors import DataError
+from segkit.preparing.preprocessing import LoadedCase, crop_box, load_case
+from segkit.reading.case import Case, Cohort
+from segkit.reading.geometry import reorientation_to, reoriented_grid
+
+_log = logging.getLogger(__name__)
+
+_SAMPLED_VOXELS = 10_000
+"""Foreground voxels of one case that go into the intensity statistics."""
+
+_AIR_HU = -200.0
+"""CT has air far below this, while stored MR and pictures hardly ever have values so low."""
+
+
+class Foreground(Config):
+    """Intensities of the labelled voxels of all modalities together."""
+
+    low: float
+    """0.5th percentile."""
+    high: float
+    """99.5th percentile."""
+    mean: float
+    std: float
+
+
+class Fingerprint(Config):
+    """What planning needs to know of a cohort, from a sample of its cases; axes are those after orientation to RAS."""
+
+    cases: int
+    """Cases in the cohort."""
+    dims: int
+    modalities: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    """Voxels of each sampled case."""
+    cropped_shapes: tuple[tuple[int, ...], ...]
+    """Voxels of each sampled case after the crop to what is not 0 in any modality."""
+    spacings_mm: tuple[tuple[float, ...], ...]
+    """Spacing of each sampled case."""
+    zero_fraction: float
+    """Median over cases of the share of voxels that are exactly 0 in all modalities."""
+    is_ct: bool
+    """Whether the intensities are Hounsfield units."""
+    foreground: Foreground
+    seconds_per_case: float
+    """Time that reading one case took."""
+
+    @property
+    def median_spacing_mm(self) -> tuple[float, ...]:
+        """Median over the sampled cases, per axis."""
+        return tuple(float(value) for value in np.median(np.array(self.spacings_mm), axis=0))
+
+
+def take_fingerprint(cohort: Cohort, *, max_cases: int = 24) -> Fingerprint:
+    """Read up to `max_cases` cases, spread evenly over the cohort; cases that cannot be read are left out.
+
+    Raises:
+        DataError: no case can be read.
+    """
+    chosen = _spread(cohort.cases, max_cases)
+    began = time.perf_counter()
+    samples: list[_Sample] = []
+    errors: list[DataError] = []
+    for case in chosen:
+        try:
+            samples.append(_sample(load_case(case, cohort.modalities, cohort.scheme, allow_missing=True)))
+        except DataError as error:
+            _log.warning("left out of planning: %s", error)
+            errors.append(error)
+    if not samples:
+        raise DataError(
+            f"none of the {len(chosen)} cases looked at can be read",
+            where=cohort.root,
+            expected="at least one usable case",
+            remedy=f"The first one: {errors[0]}" if errors else "Check the folder",
+        )
+    return Fingerprint(
+        cases=len(cohort.cases),
+        dims=cohort.dims,
+        modalities=cohort.modalities,
+        shapes=tuple(sample.shape for sample in samples),
+        cropped_shapes=tuple(sample.cropped_shape for sample in samples),
+        spacings_mm=tuple(sample.spacing_mm for sample in samples),
+        zero_fraction=float(np.median([sample.zero_fraction for sample in samples])),
+        is_ct=_is_ct(cohort.modalities, [sample.lowest for sample in samples]),
+        foreground=_foreground(np.concatenate([sample.intensities for sample in samples])),
+        seconds_per_case=(time.perf_counter() - began) / len(samples),
+    )
+
+
+@dataclass(frozen=True)
+class _Sample:
+    shape: tuple[int, ...]
+    cropped_shape: tuple[int, ...]
+    spacing_mm: tuple[float, ...]
+    zero_fraction: float
+    lowest: float
+    intensities: NDArray[np.float32]
+
+
+def _sample(loaded: LoadedCase) -> _Sample:
+    turn = reorientation_to(loaded.grid)
+    start, stop = crop_box(loaded.image, "nonzero")
+    outside = np.ones(loaded.image.shape[1:], bool)
+    for plane in loaded.image:
+        outside &= plane == 0
+    return _Sample(
+        shape=turn.target_shape,
+        cropped_shape=tuple(stop[axis] - start[axis] for axis in turn.axes),
+        spacing_mm=reoriented_grid(loaded.grid, turn).spacing_mm,
+        zero_fraction=float(outside.mean()),
+        lowest=float(loaded.image.min()),
+        intensities=_foreground_intensities(loaded),
+    )
+
+
+def _foreground_intensities(loaded: LoadedCase) -> NDArray[np.float32]:
+    """A sample of the labelled voxels of all modalities; of all voxels above air where there is no reference."""
+    is_inside = loaded.image.max(axis=0) > _AIR_HU if loaded.labels is None else loaded.labels > 0
+    places = np.flatnonzero(is_inside)
+    if len(places) > _SAMPLED_VOXELS:
+        places = np.random.default_rng(0).choice(places, _SAMPLED_VOXELS, replace=False)
+    return loaded.image.reshape(len(loaded.image), -1)[:, places].ravel()
+
+
+def _foreground(intensities: NDArray[np.float32]) -> Foreground:
+    if not intensities.size:
+        return Foreground(low=0.0, high=0.0, mean=0.0, std=0.0)
+    low, high = np.percentile(intensities, (0.5, 99.5))
+    return Foreground(low=float(low), high=float(high), mean=float(intensities.mean()), std=float(intensities.std()))
+
+
+def _is_ct(modalities: Sequence[str], lowest: Sequence[float]) -> bool:
+    """Named so, or one unnamed modality with air in Hounsfield units."""
+    names = {name.lower() for name in modalities}
+    return names == {"ct"} or (len(names) == 1 and float(np.median(lowest)) < _AIR_HU)
+
+
+def _spread(cases: Sequence[Case], count: int) -> list[Case]:
+    if len(cases) <= count:
+        return list(cases)
+    return [cases[round(index * (len(cases) - 1) / (count - 1))] for index in range(count)]

@@ -1,0 +1,373 @@
+"""A bank of lesion-free copies of scans, and what training makes of it: real lesions in other, healthy-looking brains.
+
+`segkit inpaint --bank` writes a bank; training only reads it and needs no inpainting model:
+
+    bank.json                      modalities, cases with their patients, the model that made the copies
+    CASE/CASE_MODALITY.nii.gz      the copy, on the grid of the scan
+    CASE/CASE_lesion.nii.gz        1 where voxels are made up
+
+Only copies of cases that train are used. A copy of a validation case would show its brain to the network, and one
+with labelled voxels that were not made up would teach that a lesion is none.
+
+Moving a lesion into another brain: its image matched to what is around it there, its border blended, its labels.
+
+A *lesion* here is a connected part of the labelled voxels of a prepared case. *Tissue* are the voxels that are not
+exactly 0 in every modality: nothing is laid where either brain ends, so the background stays exactly 0. The idea is
+that of CarveMix (Zhang et al., MICCAI 2021, arXiv 2108.06883), which carves lesions from one labelled scan into
+another; matching and blending are our own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+from scipy import ndimage
+
+from segkit.errors import DataError, RequestError, some
+from segkit.preparing.cache import PreparedStore, StoredCases
+from segkit.preparing.preprocessing import PreparedCase, PreprocessingConfig
+from segkit.reading.case import Case, ImageFile
+from segkit.reading.files import read_labels
+from segkit.reading.geometry import same_grid
+from segkit.shapes import AnyArray, Image, LabelMap
+
+_log = logging.getLogger(__name__)
+
+BANK_NAME = "bank.json"
+_MAKE = "`segkit inpaint --bank`"
+
+
+class BankedCase(BaseModel):
+    """A case of a bank."""
+
+    model_config = ConfigDict(frozen=True)
+
+    case: str
+    patient: str
+
+
+class Bank(BaseModel):
+    """What `bank.json` says; `model` tells which model made the copies."""
+
+    model_config = ConfigDict(frozen=True)
+
+    version: Literal[1] = 1
+    modalities: tuple[str, ...]
+    cases: tuple[BankedCase, ...]
+    model: dict[str, Any] = {}
+
+
+def image_path(folder: Path, case_id: str, modality: str) -> Path:
+    """Where a bank keeps the copy of one modality."""
+    return folder / case_id / f"{case_id}_{modality}.nii.gz"
+
+
+def lesion_path(folder: Path, case_id: str) -> Path:
+    """Where a bank keeps the mask of the voxels that are made up."""
+    return folder / case_id / f"{case_id}_lesion.nii.gz"
+
+
+def read_bank(folder: Path) -> Bank:
+    """What a bank says of itself.
+
+    Raises:
+        RequestError: there is none here, or this version cannot read it.
+    """
+    path = folder / BANK_NAME
+    try:
+        return Bank.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RequestError(
+            f"holds no {BANK_NAME} that can be read", where=folder, expected=f"a folder written by {_MAKE}"
+        ) from error
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise RequestError(
+            f"is damaged, or of another version: {error}", where=path, remedy=f"Make the bank again with {_MAKE}"
+        ) from error
+
+
+def find_copies(folder: Path, training: Sequence[Case], modalities: Sequence[str]) -> list[Case]:
+    """The copies of training cases that a bank holds, with the mask of what is made up as their label.
+
+    Copies of other cases, and of a case of that name of another patient, are left out with a message.
+
+    Raises:
+        RequestError: the bank cannot be read, lacks a modality, or holds no copy of a training case.
+    """
+    bank = read_bank(folder)
+    if missing := [modality for modality in modalities if modality not in bank.modalities]:
+        raise RequestError(
+            f"the bank has no copies of {', '.join(missing)}; it has {', '.join(bank.modalities) or 'none'}",
+            where=folder,
+            expected=f"copies of {', '.join(modalities)}",
+            remedy=f"Make a bank with a model that restores them all, with {_MAKE}",
+        )
+    patients = {case.id: case.patient for case in training}
+    usable = [banked for banked in bank.cases if patients.get(banked.case) == banked.patient]
+    if not usable:
+        raise RequestError(
+            f"none of its {len(bank.cases)} copies is of a case that trains",
+            where=folder,
+            expected="copies of training cases, by the names that they have here",
+            remedy=f"Make a bank of this data with {_MAKE}",
+        )
+    if others := [banked.case for banked in bank.cases if banked not in usable]:
+        names = some(others)
+        _log.info(
+            "%d of the bank's %d copies are left out, their cases do not train: %s", len(others), len(bank.cases), names
+        )
+    return [
+        Case(
+            banked.case,
+            banked.patient,
+            {modality: ImageFile(image_path(folder, banked.case, modality)) for modality in modalities},
+            ImageFile(lesion_path(folder, banked.case)),
+        )
+        for banked in usable
+    ]
+
+
+def prepare_copies(
+    copies: Sequence[Case],
+    training: Mapping[str, Case],
+    store: PreparedStore,
+    modalities: tuple[str, ...],
+    config: PreprocessingConfig,
+    *,
+    at_once: int = 1,
+) -> StoredCases:
+    """The copies prepared as the cases are, `at_once` at a time; those that cannot be used are named and left out.
+
+    Args:
+        copies: as `find_copies` gives them.
+        training: the cases by id that they are copies of.
+        store: keeps the prepared copies, beside the cases.
+        modalities: in channel order.
+        config: the settings that the cases were prepared with.
+        at_once: how many are read at a time.
+
+    Raises:
+        DataError: none can be used.
+    """
+    with ThreadPoolExecutor(at_once) as pool:
+        problems = pool.map(_lesion_left, copies, [training[copy.id] for copy in copies])
+        skipped = {copy.id: problem for copy, problem in zip(copies, problems, strict=True) if problem is not None}
+    free = [copy for copy in copies if copy.id not in skipped]
+    folders, unreadable = store.entries(free, modalities, None, config, at_once=at_once)
+    skipped |= unreadable
+    for reason in skipped.values():
+        _log.warning("copy left out: %s", reason)
+    if not folders:
+        raise DataError("no copy of the bank can be used", remedy=f"The first: {next(iter(skipped.values()))}")
+    return StoredCases(list(folders.values()))
+
+
+class LesionBank:
+    """Puts other cases in the place of some of the training cases.
+
+    For `lesion_share` of the draws a lesion of the case is moved into the copy of another case; for
+    `lesion_free_share` of them there is a copy alone, whose labels are all 0; else the case stays as it is. It also
+    stays where it has no lesion to move, and where no place in the other brain takes most of it.
+    """
+
+    def __init__(self, copies: Sequence[PreparedCase], *, lesion_share: float, lesion_free_share: float) -> None:
+        self.copies = copies
+        self.lesion_share = lesion_share
+        self.lesion_free_share = lesion_free_share
+
+    def exchange(self, case: PreparedCase, generator: np.random.Generator) -> tuple[PreparedCase, Transplant | None]:
+        """The case to cut a patch from, and a lesion to lay over what was cut, if there is one.
+
+        The labels of an exchanged case are all 0; its `foreground` is that of the lesion.
+        """
+        draw = generator.random()
+        if draw < self.lesion_share:
+            return self._with_lesion_of(case, generator)
+        if draw < self.lesion_share + self.lesion_free_share:
+            return _unlabelled(self.copies[int(generator.integers(len(self.copies)))]), None
+        return case, None
+
+    def _with_lesion_of(
+        self, case: PreparedCase, generator: np.random.Generator
+    ) -> tuple[PreparedCase, Transplant | None]:
+        two = (self.copies[int(number)] for number in generator.permutation(len(self.copies))[:2])
+        other = next((copy for copy in two if copy.id != case.id), None)
+        values = sorted(case.foreground)
+        if other is None or not values:
+            return case, None
+        voxels = case.foreground[values[generator.integers(len(values))]]
+        voxel = np.unravel_index(int(voxels[generator.integers(len(voxels))]), case.image.shape[1:])
+        transplant = cut_lesion(case, [int(place) for place in voxel]).moved_into(other.image, generator)
+        if transplant is None:
+            return case, None
+        return replace(_unlabelled(other), foreground=transplant.foreground(other.image.shape[1:])), transplant
+
+
+def _unlabelled(copy: PreparedCase) -> PreparedCase:
+    return replace(copy, labels=np.broadcast_to(np.uint8(0), copy.image.shape[1:]), foreground={})
+
+
+def _lesion_left(copy: Case, case: Case) -> str | None:
+    """Why a copy is not free of the lesions that the reference of its case marks; None if it is."""
+    if copy.label is None or case.label is None:
+        raise ValueError(f"case {case.id} or its copy has no mask")
+    try:
+        made_up, grid = read_labels(copy.label.path)
+        labels, label_grid = read_labels(case.label.path, case.label.channel)
+    except DataError as error:
+        return str(error)
+    if (difference := same_grid(grid, label_grid)) is not None:
+        return f"{copy.label.path}: it is not on the grid of the reference: {difference}"
+    left = int(np.count_nonzero(labels[made_up == 0]))
+    if left == 0:
+        return None
+    return (
+        f"{copy.label.path}: {left} voxels that the reference {case.label.path} labels were not made up. "
+        f"Make the bank with the references as --lesions"
+    )
+
+
+_BORDER = 3
+"""Voxels around a lesion in which its image fades into the other one's; on thick slices fewer across them."""
+_SHIFT = 0.25
+"""Farthest that a lesion is moved from its own place, as a share of the volume's sides."""
+_TRIES = 8
+_ENOUGH_TISSUE, _LEAST_TISSUE = 0.9, 0.5
+"""Share of a lesion in tissue at which a place is taken at once, and below which the best place is not taken."""
+_MOST_VOXELS_TRIED = 1000
+
+
+@dataclass(frozen=True)
+class Transplant:
+    """A lesion matched to its new surroundings.
+
+    corner: the voxel of the new volume on which the first voxel of the arrays comes to lie; image: (C, *box) float32;
+    labels: (*box) uint8, 0 outside the lesion; weight: (*box) float32, the share that `image` has in the result: 1 in
+    the lesion, falling to 0 around it.
+    """
+
+    corner: tuple[int, ...]
+    image: Image = field(repr=False)
+    labels: LabelMap = field(repr=False)
+    weight: NDArray[np.float32] = field(repr=False)
+
+    def foreground(self, shape: Sequence[int]) -> dict[int, NDArray[np.intp]]:
+        """Flat C-order indices, in a volume of `shape`, of the lesion's voxels by label value."""
+        voxels = np.nonzero(self.labels)
+        flat = np.ravel_multi_index([axis + first for axis, first in zip(voxels, self.corner, strict=True)], shape)
+        values = self.labels[voxels]
+        return {int(value): flat[values == value] for value in np.unique(values)}
+
+    def laid_over(self, sample: Mapping[str, AnyArray], start: Sequence[int]) -> dict[str, AnyArray]:
+        """A sample with the lesion in it.
+
+        Args:
+            sample: "image" (C, *region) float32 and "labels" (1, *region) uint8, cut from the new volume; not changed.
+            start: the region's first voxel in that volume.
+        """
+        image, labels = np.array(sample["image"]), np.array(sample["labels"])
+        ours, theirs = _overlap(self.corner, self.labels.shape, start, labels.shape[1:])
+        part = image[(slice(None), *theirs)]
+        part += self.weight[ours] * (self.image[(slice(None), *ours)] - part)
+        lesion = self.labels[ours]
+        np.copyto(labels[0][theirs], lesion, where=lesion > 0)
+        return {"image": image, "labels": labels}
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """A lesion and the voxels around it.
+
+    image, labels and weight are those of a `Transplant` before matching; `middle` is the middle of their box as a
+    share of the sides of the volume that they were cut from.
+    """
+
+    image: Image = field(repr=False)
+    labels: LabelMap = field(repr=False)
+    weight: NDArray[np.float32] = field(repr=False)
+    middle: tuple[float, ...]
+
+    def moved_into(self, volume: Image, generator: np.random.Generator) -> Transplant | None:
+        """The lesion at a place in `volume` (C, *spatial) where most of it lies in tissue; None if there is none.
+
+        Places are drawn around the lesion's own, relative to the volume; its own is tried last.
+        """
+        shape = np.array(volume.shape[1:])
+        own = np.array(self.middle) * shape - np.array(self.labels.shape) / 2
+        shifts = [generator.uniform(-_SHIFT, _SHIFT, len(shape)) for _ in range(_TRIES)]
+        voxels = np.argwhere((self.labels > 0) & (self.weight > 0))
+        voxels = voxels[:: 1 + len(voxels) // _MOST_VOXELS_TRIED]
+        best, best_share = None, _LEAST_TISSUE
+        for shift in [*shifts, np.zeros(len(shape))]:
+            corner = tuple(np.rint(own + shift * shape).astype(int).tolist())
+            share = _share_in_tissue(volume, voxels + corner)
+            if share >= best_share:
+                best, best_share = corner, share
+            if share >= _ENOUGH_TISSUE:
+                break
+        return None if best is None else self.matched(volume, best)
+
+    def matched(self, volume: Image, corner: Sequence[int]) -> Transplant:
+        """The lesion with its box's first voxel on `corner` of `volume` (C, *spatial), as far as there is tissue.
+
+        Each modality is shifted by the difference of the means of the two images around the lesion.
+        """
+        ours, theirs = _overlap(corner, self.labels.shape, (0,) * len(corner), volume.shape[1:])
+        there, image, labels = volume[(slice(None), *theirs)], self.image[(slice(None), *ours)], self.labels[ours]
+        weight = self.weight[ours] * there.any(axis=0)
+        shell = (weight > 0) & (labels == 0)
+        if shell.any():
+            offset = there[:, shell].mean(axis=1) - image[:, shell].mean(axis=1)
+            image = image + offset.reshape(-1, *(1,) * labels.ndim)
+        return Transplant(tuple(max(first, 0) for first in corner), image, np.where(weight > 0, labels, 0), weight)
+
+
+def cut_lesion(case: PreparedCase, voxel: Sequence[int]) -> Lesion:
+    """The lesion of a case with a reference that holds the labelled `voxel`; touching corners connect."""
+    if case.labels is None:
+        raise ValueError(f"case {case.id} has no reference")
+    parts, _ = ndimage.label(case.labels, structure=np.ones((3,) * case.labels.ndim))
+    number = parts[tuple(voxel)]
+    if number == 0:
+        raise ValueError(f"voxel {tuple(voxel)} of case {case.id} has no label")
+    tight = ndimage.find_objects(parts, number)[number - 1]
+    box = tuple(slice(max(side.start - _BORDER, 0), side.stop + _BORDER) for side in tight)
+    image, labels = np.asarray(case.image[(slice(None), *box)]), case.labels[box]
+    is_lesion = parts[box] == number
+    is_usable = image.any(axis=0) & (is_lesion | (labels == 0))  # another lesion would come without its labels
+    sides_mm = np.array(case.preparation.spacing_mm)
+    distance = ndimage.distance_transform_edt(~is_lesion, sampling=sides_mm / sides_mm.min())
+    weight = np.where(is_usable, np.clip(1 - distance / (_BORDER + 1), 0, 1), 0).astype(np.float32)
+    shape = case.labels.shape
+    middle = tuple((side.start + size / 2) / whole for side, size, whole in zip(box, labels.shape, shape, strict=True))
+    return Lesion(image, np.where(is_lesion, labels, 0), weight, middle)
+
+
+def _share_in_tissue(volume: Image, voxels: NDArray[np.intp]) -> float:
+    """Share of the voxels (N, axes) that lie in tissue of `volume` (C, *spatial); those outside do not."""
+    is_inside = ((voxels >= 0) & (voxels < volume.shape[1:])).all(axis=1)
+    if not is_inside.any():
+        return 0.0
+    is_tissue = volume[(slice(None), *voxels[is_inside].T)].any(axis=0)
+    return float(is_tissue.sum()) / len(voxels)
+
+
+def _overlap(
+    corner: Sequence[int], shape: Sequence[int], other_corner: Sequence[int], other_shape: Sequence[int]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """Where two boxes overlap, as an index into the first and into the second; empty where they do not."""
+    ours, theirs = [], []
+    for first, size, other, other_size in zip(corner, shape, other_corner, other_shape, strict=True):
+        low = max(first, other)
+        high = max(low, min(first + size, other + other_size))
+        ours.append(slice(low - first, high - first))
+        theirs.append(slice(low - other, high - other))
+    return tuple(ours), tuple(theirs)

@@ -1,0 +1,108 @@
+"""Training patches: which case, which place, which augmentation, all decided by (seed, index)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from segkit.preparing.augmentation import Augmentation, AugmentationConfig
+from segkit.preparing.lesion_bank import LesionBank
+from segkit.preparing.preprocessing import PreparedCase
+from segkit.shapes import AnyArray
+
+_JITTER = 0.25
+"""How far, as a share of the patch, a chosen foreground voxel may lie from the middle of its patch."""
+
+
+class PatchDataset(Dataset[dict[str, torch.Tensor]]):
+    """Random patches of prepared cases.
+
+    Item i depends on (seed, i) and on nothing else, so any number of workers gives the same items in the same order,
+    and a resumed run goes on where it stopped. Each pass over `len(prepared)` items visits every case once, in an
+    order of its own.
+
+    With probability `foreground_fraction` a patch is centred, within a jitter, on a voxel of a label value picked
+    with equal chance among those present in the case; else it lies anywhere inside the volume. A volume smaller than
+    the patch is padded with zeros on both sides.
+
+    With a `bank` some patches show a lesion of their case in another brain, or no lesion at all.
+    """
+
+    def __init__(
+        self,
+        prepared: Sequence[PreparedCase],
+        patch_size: Sequence[int],
+        augmentation: AugmentationConfig,
+        *,
+        foreground_fraction: float,
+        seed: int,
+        length: int,
+        bank: LesionBank | None = None,
+    ) -> None:
+        self.prepared = prepared
+        self.patch_size = tuple(patch_size)
+        self.augmentation = Augmentation(augmentation, patch_size)
+        self.foreground_fraction = foreground_fraction
+        self.seed = seed
+        self.length = length
+        self.bank = bank
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Item `index`: "image" (C, *patch_size) float32 and, with a reference, "labels" (*patch_size) uint8."""
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        case = self.prepared[self._case_number(index)]
+        lesion = None
+        if self.bank is not None:
+            case, lesion = self.bank.exchange(case, np.random.default_rng((self.seed, 2, index)))
+        generator = np.random.default_rng((self.seed, 1, index))
+        centre = self._centre(case, generator)
+        seed = int(generator.integers(2**63))
+        before, after = self.augmentation.reach(seed)
+        start = [max(0, middle - count) for middle, count in zip(centre, before, strict=True)]
+        stop = [middle + count for middle, count in zip(centre, after, strict=True)]
+        region = tuple(slice(first, last) for first, last in zip(start, stop, strict=True))
+        sample: dict[str, AnyArray] = {"image": case.image[(slice(None), *region)]}
+        if case.labels is not None:
+            sample["labels"] = case.labels[region][None]
+        if lesion is not None:
+            sample = lesion.laid_over(sample, start)
+        patch = self.augmentation(sample, seed, [middle - first for middle, first in zip(centre, start, strict=True)])
+        if "labels" in patch:
+            patch["labels"] = patch["labels"][0]
+        return patch
+
+    def _case_number(self, index: int) -> int:
+        which_pass, place = divmod(index, len(self.prepared))
+        order = np.random.default_rng((self.seed, 0, which_pass)).permutation(len(self.prepared))
+        return int(order[place])
+
+    def _centre(self, case: PreparedCase, generator: np.random.Generator) -> list[int]:
+        """The voxel that comes to lie on voxel `patch_size // 2` of the patch."""
+        shape = case.image.shape[1:]
+        limits = [_centre_limits(size, patch) for size, patch in zip(shape, self.patch_size, strict=True)]
+        values = sorted(case.foreground)
+        if not values or generator.random() >= self.foreground_fraction:
+            return [int(generator.integers(low, high + 1)) for low, high in limits]
+        voxels = case.foreground[values[generator.integers(len(values))]]
+        voxel = np.unravel_index(int(voxels[generator.integers(len(voxels))]), shape)
+        centre = []
+        for place, patch, (low, high) in zip(voxel, self.patch_size, limits, strict=True):
+            jitter = int(patch * _JITTER)
+            moved = int(place) + int(generator.integers(-jitter, jitter + 1))
+            centre.append(min(max(moved, low), high))
+        return centre
+
+
+def _centre_limits(size: int, patch: int) -> tuple[int, int]:
+    """First and last centre for which the patch stays inside; the middle alone where the volume is the smaller one."""
+    if size <= patch:
+        middle = patch // 2 - (patch - size) // 2
+        return middle, middle
+    return patch // 2, size - patch + patch // 2

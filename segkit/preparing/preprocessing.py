@@ -1,0 +1,363 @@
+"""From files to the array that a network sees, with the way back recorded.
+
+*Loading* puts the modalities of one case into one array in the orientation of its files and refuses what does not fit
+together. *Preparing* turns it to one orientation, crops it to the voxels that hold signal, normalises each modality
+and resamples it where its spacing asks for it. Each step is recorded in a `Preparation`, so that decoding can return
+to the grid of the input exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from segkit.config import Config
+from segkit.errors import DataError, RequestError
+from segkit.labels import LabelScheme, translate
+from segkit.preparing.resampling import resample_image, resample_labels, resampled_shape
+from segkit.reading.case import Case, ImageFile
+from segkit.reading.files import read_labels, read_volume
+from segkit.reading.geometry import Reorientation, reorientation_to, reoriented_grid, same_grid
+from segkit.reading.volume import Grid, Volume
+from segkit.runtime import available_cores
+from segkit.shapes import AnyArray, Image, LabelMap
+
+Normalisation = Literal["zscore-nonzero", "zscore", "ct-window", "scale-nonzero"]
+Crop = Literal["nonzero", "none"]
+
+_MOST_VOXELS = 2**31
+
+
+class PreprocessingConfig(Config):
+    """How a loaded case becomes a network's input. None is decided by planning."""
+
+    spacing_mm: tuple[float, ...] | None = None
+    """Voxel spacing to resample to, in mm, in the axis order after orientation; None keeps the spacing of each case."""
+
+    orientation: str = "RAS"
+    """Direction in which the voxel axes grow after orientation, or an order of the file's own axes I, J and K, such as
+    KJI; pictures are left as they are."""
+
+    normalisation: Normalisation | None = None
+    """zscore-nonzero: mean 0 and deviation 1 over the voxels that are not 0, which stay 0 (skull-stripped MRI);
+    zscore: over all voxels; ct-window: Hounsfield units clipped to `ct_window`, then `ct_mean` and `ct_std`;
+    scale-nonzero: divided by the deviation over the voxels that are not 0, so that background keeps its distance from
+    tissue, as inpainting needs it."""
+
+    crop: Crop | None = None
+    """nonzero: crop to the box of voxels that are not 0 in any modality; none: keep the whole volume."""
+
+    ct_window: tuple[float, float] | None = None
+    """Lowest and highest value kept by ct-window; training data's 0.5 and 99.5 percentiles of the foreground."""
+
+    ct_mean: float | None = None
+    """Mean that ct-window subtracts: that of the foreground voxels of the training data."""
+
+    ct_std: float | None = None
+    """Standard deviation that ct-window divides by: that of the foreground voxels of the training data."""
+
+
+@dataclass(frozen=True)
+class LoadedCase:
+    """One case in the orientation of its files.
+
+    image: (C, *spatial) float32, a missing modality is all 0; labels: (*spatial) uint8 in the values of the cohort's
+    scheme, None where there is no reference or none was asked for; available: per modality, whether there was a file.
+    """
+
+    id: str
+    image: Image = field(repr=False)
+    labels: LabelMap | None = field(repr=False)
+    grid: Grid
+    available: tuple[bool, ...]
+
+
+def load_case(
+    case: Case,
+    modalities: tuple[str, ...],
+    scheme: LabelScheme | None,
+    *,
+    allow_missing: bool = False,
+    uses_threads: bool = True,
+) -> LoadedCase:
+    """Read the files of one case; the reference only when a `scheme` is given, in whose values it is returned.
+
+    With `uses_threads` the files are read side by side, which holds one of them for each core besides the image.
+
+    Raises:
+        DataError: a file cannot be read or holds NaN or infinity, a modality is missing (unless `allow_missing`),
+            files disagree about their grid, or the reference has values that its scheme does not know.
+    """
+    present = [modality for modality in modalities if modality in case.images]
+    missing = [modality for modality in modalities if modality not in case.images]
+    if not present or (missing and not allow_missing):
+        raise DataError(
+            f"no file for modality {', '.join(missing)}; found {', '.join(case.images) or 'none'}",
+            where=case.id,
+            expected=f"one image for each of {', '.join(modalities)}",
+            remedy="Add the files" + (", or pass --allow-missing to go on without them" if present else ""),
+        )
+    image, grid = _read_image(case, modalities, uses_threads=uses_threads)
+    labels = None
+    if scheme is not None and case.label is not None:
+        labels = _read_reference(case, case.label, grid, scheme)
+    return LoadedCase(case.id, image, labels, grid, tuple(modality in case.images for modality in modalities))
+
+
+def _read_image(case: Case, modalities: tuple[str, ...], *, uses_threads: bool) -> tuple[Image, Grid]:
+    """All modalities as one array; most of the time of reading goes into unpacking."""
+    files = [(channel, case.images[name]) for channel, name in enumerate(modalities) if name in case.images]
+    with ExitStack() as stack:
+        read_all: Callable[..., Iterable[Volume]] = map
+        if uses_threads and len(files) > 1:
+            read_all = stack.enter_context(ThreadPoolExecutor(min(available_cores(), len(files)))).map
+        volumes = read_all(lambda file: read_volume(file[1].path, file[1].channel), files)
+        image = np.empty((0,), np.float32)
+        for (channel, file), volume in zip(files, volumes, strict=True):
+            if not image.size:
+                first, grid = file.path, volume.grid
+                image = np.zeros((len(modalities), *grid.shape), np.float32)
+            _refuse_other_grid(grid, first, volume.grid, file.path)
+            image[channel] = volume.array
+            _refuse_non_finite(image[channel], file.path)
+    return image, grid
+
+
+def _refuse_other_grid(grid: Grid, path: Path, other: Grid, other_path: Path) -> None:
+    difference = same_grid(grid, other)
+    if difference is not None:
+        raise DataError(
+            f"does not lie on the grid of {path}: {difference}",
+            where=other_path,
+            expected="all files of a case on one grid",
+            remedy="Register and resample them to one another first (for brain tumours: BraTS-Toolkit), or repair a "
+            "wrong header with `segkit convert headers`",
+        )
+
+
+def _refuse_non_finite(plane: AnyArray, path: Path) -> None:
+    count = plane.size - int(np.count_nonzero(np.isfinite(plane)))
+    if count:
+        raise DataError(
+            f"{count} voxels are NaN or infinite",
+            where=path,
+            expected="finite intensities",
+            remedy="Export the image again, or replace those voxels by 0 if they lie outside the patient",
+        )
+
+
+def _read_reference(case: Case, file: ImageFile, grid: Grid, scheme: LabelScheme) -> LabelMap:
+    labels, label_grid = read_labels(file.path, file.channel)
+    first = next(iter(case.images.values())).path
+    _refuse_other_grid(grid, first, label_grid, file.path)
+    source = case.scheme or scheme
+    present = np.flatnonzero(np.bincount(labels.ravel(), minlength=256))
+    unknown = sorted({int(value) for value in present} - {0, *source.values.values()})
+    if unknown:
+        known = ", ".join(f"{value} {tissue}" for tissue, value in source.values.items())
+        raise DataError(
+            f"label values {unknown} are not in label scheme {source.name}",
+            where=file.path,
+            expected=f"0 background, {known}",
+            remedy="Name the scheme the file was drawn in with --label-scheme, or mend the file with "
+            "`segkit convert labels`",
+        )
+    return labels if source == scheme else translate(labels, source, scheme)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """The recorded way from a case's own grid to the prepared array, for going back exactly.
+
+    Order of the steps: `reorientation` of the array of `source_grid`; crop to `crop` = (start, stop), voxels per
+    reoriented axis, stop excluded; resampling from `cropped_shape` to `resampled_shape`, whose voxels measure
+    `spacing_mm`. Going back takes them in reverse.
+    """
+
+    source_grid: Grid
+    reorientation: Reorientation
+    crop: tuple[tuple[int, ...], tuple[int, ...]]
+    resampled_shape: tuple[int, ...]
+    spacing_mm: tuple[float, ...]
+
+    @property
+    def reoriented_shape(self) -> tuple[int, ...]:
+        """Voxels per axis after reorientation, before the crop."""
+        return self.reorientation.target_shape
+
+    @property
+    def cropped_shape(self) -> tuple[int, ...]:
+        """Voxels per axis after the crop, before resampling."""
+        start, stop = self.crop
+        return tuple(last - first for first, last in zip(start, stop, strict=True))
+
+    @property
+    def crop_slices(self) -> tuple[slice, ...]:
+        """The crop as an index into a reoriented array (*spatial)."""
+        return tuple(slice(first, last) for first, last in zip(*self.crop, strict=True))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings, for a file beside the prepared arrays."""
+        grid = self.source_grid
+        return {
+            "source_grid": {
+                "shape": list(grid.shape),
+                "affine": grid.affine.tolist(),
+                "sform_code": grid.sform_code,
+                "qform_code": grid.qform_code,
+                "qform": None if grid.qform is None else grid.qform.tolist(),
+                "xyzt_units": grid.xyzt_units,
+                "source": None if grid.source is None else str(grid.source),
+            },
+            "reorientation": {"axes": list(self.reorientation.axes), "flips": list(self.reorientation.flips)},
+            "crop": [list(corner) for corner in self.crop],
+            "resampled_shape": list(self.resampled_shape),
+            "spacing_mm": list(self.spacing_mm),
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Preparation:
+        """The preparation that `to_json` wrote."""
+        grid = dict(document["source_grid"])
+        grid["shape"] = tuple(grid["shape"])
+        grid["affine"] = np.asarray(grid["affine"], np.float64)
+        grid["qform"] = None if grid["qform"] is None else np.asarray(grid["qform"], np.float64)
+        grid["source"] = None if grid["source"] is None else Path(grid["source"])
+        turn = document["reorientation"]
+        start, stop = document["crop"]
+        return cls(
+            Grid(**grid),
+            Reorientation(tuple(turn["axes"]), tuple(turn["flips"]), grid["shape"]),
+            (tuple(start), tuple(stop)),
+            tuple(document["resampled_shape"]),
+            tuple(document["spacing_mm"]),
+        )
+
+
+@dataclass(frozen=True)
+class PreparedCase:
+    """One case as the network sees it: image (C, *spatial) float32, labels (*spatial) uint8, the way back.
+
+    `foreground` maps each label value present (0 left out) to flat C-order indices of voxels that have it, possibly a
+    sample of them; it is what patch sampling draws from, and empty where nobody trains.
+    """
+
+    id: str
+    image: Image = field(repr=False)
+    labels: LabelMap | None = field(repr=False)
+    preparation: Preparation
+    foreground: Mapping[int, NDArray[np.integer[Any]]] = field(default_factory=dict, repr=False)
+
+
+def prepare(loaded: LoadedCase, config: PreprocessingConfig) -> PreparedCase:
+    """Orient, crop, normalise and, where the spacing differs by more than 1 %, resample one case.
+
+    Statistics of the normalisation are those of the cropped volume, so over the voxels that are not 0 they are those
+    of the whole volume. A missing modality stays 0 whatever the normalisation.
+
+    Raises:
+        RequestError: the configuration still has something left to planning.
+        DataError: the spacing of the case asks for an absurd number of voxels.
+    """
+    if config.normalisation is None or config.crop is None:
+        raise RequestError("normalisation or crop is not decided", remedy="Set both, or let planning choose them")
+    turn = reorientation_to(loaded.grid, config.orientation)
+    start, stop = crop_box(loaded.image, config.crop)
+    box = tuple(slice(first, last) for first, last in zip(start, stop, strict=True))
+    turn_box = replace(turn, source_shape=tuple(last - first for first, last in zip(start, stop, strict=True)))
+    image = turn_box.apply(loaded.image[(slice(None), *box)])
+    if np.may_share_memory(image, loaded.image):
+        image = image.copy()
+    for plane, is_available in zip(image, loaded.available, strict=True):
+        if is_available:
+            normalise(plane, config)
+    grid = reoriented_grid(loaded.grid, turn)
+    shape = _target_shape(loaded, image.shape[1:], grid.spacing_mm, config.spacing_mm)
+    labels = None
+    if loaded.labels is not None:
+        labels = resample_labels(turn_box.apply(loaded.labels[box]), shape)
+    spacing = tuple(size * mm / new for size, mm, new in zip(image.shape[1:], grid.spacing_mm, shape, strict=True))
+    preparation = Preparation(loaded.grid, turn, _turned_box(start, stop, turn), shape, spacing)
+    return PreparedCase(loaded.id, resample_image(image, shape), labels, preparation)
+
+
+def normalise(plane: NDArray[np.float32], config: PreprocessingConfig) -> None:
+    """Normalise one modality (*spatial) in place; a constant plane becomes (or stays) 0."""
+    if config.normalisation == "zscore-nonzero":
+        inside = plane != 0
+        values = plane[inside]
+        if values.size:
+            plane[inside] = (values - values.mean()) / (values.std() + 1e-8)
+    elif config.normalisation == "scale-nonzero":
+        plane /= deviation_of_tissue(plane)
+    elif config.normalisation == "zscore":
+        plane -= plane.mean()
+        plane /= plane.std() + 1e-8
+    else:
+        if config.ct_window is None or config.ct_mean is None or config.ct_std is None:
+            raise RequestError("ct-window needs ct_window, ct_mean and ct_std", remedy="Let planning choose them")
+        np.clip(plane, *config.ct_window, out=plane)
+        plane -= config.ct_mean
+        plane /= max(config.ct_std, 1e-8)
+
+
+def deviation_of_tissue(plane: NDArray[np.float32]) -> float:
+    """Standard deviation over the voxels that are not 0; 1 where they are all alike."""
+    values = plane[plane != 0]
+    return (float(values.std(dtype=np.float64)) if values.size else 0.0) or 1.0
+
+
+def crop_box(image: Image, crop: Crop) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Start and stop per axis of the box to keep of (C, *spatial); everything where all of it is 0."""
+    whole = (0,) * (image.ndim - 1), image.shape[1:]
+    if crop == "none":
+        return whole
+    inside = image[0] != 0
+    for plane in image[1:]:
+        inside |= plane != 0
+    if not inside.any():
+        return whole
+    start, stop = [], []
+    for axis in range(inside.ndim):
+        others = tuple(other for other in range(inside.ndim) if other != axis)
+        hits = np.flatnonzero(inside.any(axis=others))
+        start.append(int(hits[0]))
+        stop.append(int(hits[-1]) + 1)
+    return tuple(start), tuple(stop)
+
+
+def _turned_box(
+    start: tuple[int, ...], stop: tuple[int, ...], turn: Reorientation
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The box (start, stop) of the source array in voxels of the reoriented array."""
+    turned = [
+        (turn.source_shape[axis] - stop[axis], turn.source_shape[axis] - start[axis])
+        if is_flipped
+        else (start[axis], stop[axis])
+        for axis, is_flipped in zip(turn.axes, turn.flips, strict=True)
+    ]
+    return tuple(first for first, _ in turned), tuple(last for _, last in turned)
+
+
+def _target_shape(
+    loaded: LoadedCase, shape: tuple[int, ...], spacing_mm: tuple[float, ...], target_mm: tuple[float, ...] | None
+) -> tuple[int, ...]:
+    if target_mm is None:
+        return shape
+    target = resampled_shape(shape, spacing_mm, target_mm)
+    if math.prod(target) > _MOST_VOXELS:
+        raise DataError(
+            f"resampling from {spacing_mm} mm to {target_mm} mm gives {target} voxels",
+            where=loaded.grid.source or loaded.id,
+            expected="a spacing near that of the training data",
+            remedy="Check the spacing in the header",
+        )
+    return target

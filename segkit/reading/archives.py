@@ -1,0 +1,274 @@
+"""Scans packed into one file (.zip, .tar, .tar.gz, .tgz), unpacked into a folder that `layouts.table.find_cases` reads.
+
+An archive comes from anywhere, so nothing in it is trusted: names that lead out of the folder, links and devices are
+refused rather than left out, since a series without some of its slices would be worse than none; sizes are added up
+before anything is written, and again while it is written.
+"""
+
+from __future__ import annotations
+
+import errno
+import lzma
+import re
+import shutil
+import stat
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from segkit.errors import DataError
+from segkit.reading.headers import COPY_AGAIN, explained, require_file
+
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
+
+MOST_BYTES = 200 * 1024**3
+"""More than any cohort that people pack into one file (BraTS 2021: 13 GB); what unpacks to more is a trap."""
+
+MOST_FILES = 2_000_000
+"""1000 patients of 2000 slices each; more small files only fill the table of files of a disk."""
+
+_KEPT_FREE_BYTES = 256 * 1024**2
+_DISK_ERRORS = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EROFS, errno.EACCES)
+_CHUNK_BYTES = 1024**2
+_JUNK = "__MACOSX"
+_DRIVE = re.compile(r"[A-Za-z]:")
+_ENCRYPTED, _IS_UTF8 = 0x1, 0x800
+"""Bits of a zip member's flags."""
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A file in an archive: its path below the folder, its size as declared, and how to open it."""
+
+    path: PurePosixPath
+    size: int
+    open: Callable[[], IO[bytes]]
+
+
+def is_archive(path: Path) -> bool:
+    """Does the name say that the file is an archive? A `.nii.gz` is none."""
+    return path.name.lower().endswith(ARCHIVE_SUFFIXES) and not path.is_dir()
+
+
+@contextmanager
+def opened(path: Path, *, within: Path | None = None, most_bytes: int = MOST_BYTES) -> Iterator[Path]:
+    """What to give to `find_cases`: of an archive a temporary folder with its contents, else `path` itself.
+
+    The folder is removed when the context ends, whatever happened; only its owner can read it. It is made in `within`,
+    by default where the system keeps temporary files. Raises DataError as `unpacked` does.
+    """
+    if not is_archive(path):
+        yield path
+        return
+    with _explained(path):
+        folder = tempfile.TemporaryDirectory(prefix="segkit-", dir=within)
+    with folder as name:
+        yield unpacked(path, Path(name), most_bytes=most_bytes)
+
+
+def unpacked(path: Path, into: Path, *, most_bytes: int = MOST_BYTES) -> Path:
+    """Unpacks an archive below the folder `into` and returns what to read: a folder, or the only file.
+
+    Hidden files and `__MACOSX` are left out. An archive with a single folder at its top gives that folder, any other a
+    folder of the archive's own name, so that cases are named as their sender named them.
+
+    Raises:
+        DataError: the file is no archive, is damaged, encrypted or empty, would write outside the folder, holds links
+            or two files of one name, or unpacks to more than `most_bytes`, than the disk has room for, or than
+            `MOST_FILES` files. Nothing is written where this can be told beforehand.
+    """
+    require_file(path)
+    target = into / (_stem(path) or "archive")
+    with _explained(path):
+        if target.exists():
+            raise DataError("there is already something where the archive unpacks to", where=target)
+        target.mkdir(parents=True)
+        try:
+            room = max(shutil.disk_usage(into).free - _KEPT_FREE_BYTES, 0)
+            with _members_of(path, most_bytes, room) as members:
+                for member in members:
+                    _write(path, member, target)
+        except BaseException:
+            shutil.rmtree(target, ignore_errors=True)
+            raise
+        tops = list(target.iterdir())
+    return tops[0] if len(tops) == 1 else target
+
+
+@contextmanager
+def _members_of(path: Path, most_bytes: int, room: int) -> Iterator[list[_Member]]:
+    """The members of an archive, all of them judged before the first is opened."""
+    if path.name.lower().endswith(".zip"):
+        with zipfile.ZipFile(path) as packed:
+            yield _judged(path, _zip_members(path, packed), most_bytes, room)
+    else:
+        with tarfile.open(path) as tape:
+            yield _judged(path, _tar_members(path, tape), most_bytes, room)
+
+
+def _judged(path: Path, members: Iterable[_Member], most_bytes: int, room: int) -> list[_Member]:
+    """All members, or an error as soon as they are too many: the headers of a trap are not read to their end."""
+    kept: list[_Member] = []
+    total = 0
+    for member in members:
+        kept.append(member)
+        total += member.size
+        if total > min(most_bytes, room):
+            raise DataError(
+                f"the archive unpacks to {_gigabytes(total)} or more",
+                where=path,
+                expected=f"at most {_gigabytes(most_bytes)}"
+                if most_bytes <= room
+                else f"at most the {_gigabytes(room)} that the disk has room for",
+                remedy="If you trust it, unpack it where there is room and give the folder",
+            )
+        if len(kept) > MOST_FILES:
+            raise DataError(f"the archive holds more than {MOST_FILES} files", where=path, expected="scans")
+    if not kept:
+        raise DataError("the archive holds no files", where=path, expected="scans")
+    return kept
+
+
+def _zip_members(path: Path, packed: zipfile.ZipFile) -> Iterator[_Member]:
+    for info in packed.infolist():
+        place = _place(path, _zip_name(info))
+        kind = stat.S_IFMT(info.external_attr >> 16)  # 0 where a program of Windows made it
+        if place is None or info.is_dir() or kind == stat.S_IFDIR:
+            continue
+        if info.flag_bits & _ENCRYPTED:
+            raise DataError(
+                "the archive is encrypted", where=path, remedy="Unpack it with its password and give the folder"
+            )
+        if kind not in (0, stat.S_IFREG):
+            raise _no_plain_file(path, place)
+        yield _Member(place, info.file_size, partial(packed.open, info))
+
+
+def _tar_members(path: Path, tape: tarfile.TarFile) -> Iterator[_Member]:
+    for info in tape:
+        place = _place(path, _tar_name(info.name))
+        if place is None or info.isdir():
+            continue
+        if not info.isreg():
+            raise _no_plain_file(path, place)
+        yield _Member(place, info.size, partial(_opened_in_tar, tape, info))
+
+
+def _opened_in_tar(tape: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
+    stream = tape.extractfile(info)
+    if stream is None:  # only of links and devices, which are refused before
+        raise tarfile.ReadError(f"{info.name} cannot be opened")
+    return stream
+
+
+def _zip_name(info: zipfile.ZipInfo) -> str:
+    """A name without the sign for UTF-8 is UTF-8 all the same where it can be, else as the oldest programs had it."""
+    if info.flag_bits & _IS_UTF8:
+        return info.orig_filename
+    try:
+        return info.orig_filename.encode("cp437").decode("utf-8")
+    except UnicodeError:
+        return info.orig_filename
+
+
+def _tar_name(name: str) -> str:
+    """Bytes that are no UTF-8, which Python carries as lone surrogates, as Latin-1: those could never be printed."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return name.encode("utf-8", "surrogateescape").decode("latin-1")
+    return name
+
+
+def _place(path: Path, name: str) -> PurePosixPath | None:
+    """Where a member goes, below the folder; None where it is hidden or junk. DataError where its name leads elsewhere.
+
+    Some programs of Windows separate by backslashes, and there a name that begins with C: is absolute.
+    """
+    plain = name.replace("\\", "/")
+    parts = [part for part in plain.split("/") if part not in ("", ".")]
+    if plain.startswith("/") or ".." in parts or _DRIVE.match(plain) or "\0" in plain:
+        raise DataError(
+            f"the archive would write outside its folder ({name!r})",
+            where=path,
+            expected="names below one folder",
+            remedy="Do not trust it; if you know who made it, let them pack the scans again",
+        )
+    if not parts or _JUNK in parts or any(part.startswith(".") for part in parts):
+        return None
+    return PurePosixPath(*parts)
+
+
+def _write(path: Path, member: _Member, target: Path) -> None:
+    """Copies one member; the bytes are counted, for a size in a header is only a claim."""
+    place = target / member.path
+    left = member.size
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        written = place.open("xb")
+    except (FileExistsError, NotADirectoryError) as failure:
+        raise DataError(
+            f"the archive holds two files of one name ({member.path})",
+            where=path,
+            expected="one file per name",
+            remedy="Pack the scans again, each series in a folder of its own",
+        ) from failure
+    with written, member.open() as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            left -= len(chunk)
+            if left < 0:
+                raise DataError(f"{member.path} is larger than the archive declares", where=path, remedy=COPY_AGAIN)
+            written.write(chunk)
+    if left:
+        raise DataError(f"{member.path} is cut short in the archive", where=path, remedy=COPY_AGAIN)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Failures of packing and of the disk as sentences; what is left is explained as for any other file."""
+    with explained(path):
+        try:
+            yield
+        except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError) as failure:
+            raise DataError(
+                f"the archive is damaged, or is none ({failure})", where=path, remedy=COPY_AGAIN
+            ) from failure
+        except NotImplementedError as failure:
+            raise DataError(
+                f"the archive is packed in a way that cannot be read here ({failure})",
+                where=path,
+                remedy="Unpack it with the program that made it and give the folder",
+            ) from failure
+        except OSError as failure:
+            if failure.errno not in _DISK_ERRORS:
+                raise
+            raise DataError(
+                f"there is no room to unpack it ({failure.strerror})",
+                where=path,
+                remedy="Free some space, or unpack it elsewhere and give the folder",
+            ) from failure
+
+
+def _no_plain_file(path: Path, place: PurePosixPath) -> DataError:
+    return DataError(
+        f"the archive holds a link or a device ({place})",
+        where=path,
+        expected="plain files",
+        remedy="Pack the files themselves: `tar --dereference`, or zip without -y",
+    )
+
+
+def _stem(path: Path) -> str:
+    name = path.name
+    return next((name[: -len(suffix)] for suffix in ARCHIVE_SUFFIXES if name.lower().endswith(suffix)), name)
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1024**3:.3g} GB" if count >= 1024**3 else f"{count / 1024**2:.3g} MB"

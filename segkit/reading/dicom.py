@@ -1,0 +1,345 @@
+"""DICOM series through SimpleITK (GDCM): a folder of slices, or one enhanced multi-frame file.
+
+The geometry is worked out here, slice by slice, from the position and orientation that each slice carries, and is
+refused where the slices do not make one regular volume: a missing slice shifts everything behind it without a sign.
+Nothing but geometry and voxels leaves this file; names, dates and numbers of the patient are not read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from segkit.errors import DataError
+from segkit.reading.dicom_outline import Outline, outline_of
+from segkit.reading.headers import (
+    COPY_AGAIN,
+    ImageHeader,
+    explained,
+    is_usable,
+    pick_channel,
+    plain_numbers,
+    refuse_implausible,
+)
+from segkit.reading.itk import LPS_TO_RAS
+from segkit.reading.volume import Grid
+from segkit.shapes import Affine, AnyArray
+
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+
+FEWEST_SLICES = 4
+"""With fewer, gaps cannot be told from spacing; such series are localisers or torn out of a scan."""
+
+_POSITION, _ORIENTATION, _PIXEL_SPACING = "0020|0032", "0020|0037", "0028|0030"
+_FRAMES = "0028|0008"
+_IMAGE_IO = "GDCMImageIO"
+_PACKED_SLACK_BYTES = 2**16
+"""JPEG 2000 packs an empty slice of 512 x 512 pixels into 200 bytes."""
+_GAP_TOLERANCE = 0.1
+"""Two distances between neighbours may differ by this share of the usual one; scanners round to about 0.001 mm."""
+_LARGEST_TILT_DEGREES = 0.5
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """One slice in DICOM's LPS world: `position` of its first voxel (3), `axes` (2, 3) along columns and rows."""
+
+    position: NDArray[np.float64]
+    axes: NDArray[np.float64]
+    spacing_mm: tuple[float, float]
+    shape: tuple[int, int]
+
+    @property
+    def normal(self) -> NDArray[np.float64]:
+        return np.cross(self.axes[0], self.axes[1])
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where one slice of a volume is stored: its file, and its number there, counted from 0."""
+
+    path: Path
+    number: int = 0
+
+
+def is_dicom_file(path: Path) -> bool:
+    """Does the file carry DICOM's mark (the letters DICM after 128 bytes)? Any other failure to read is a no."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def holds_frames(path: Path) -> bool:
+    """Does a DICOM file hold several slices, as enhanced files do? Any failure to read is a no."""
+    try:
+        outline = outline_of(path)
+    except DataError:
+        return False
+    reader = _reader(path)
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:
+        return False
+    size = reader.GetSize()
+    return outline is not None and len(size) > 2 and size[2] > 1
+
+
+def open_series(folder: Path) -> ImageHeader:
+    """The header of the one DICOM series in a folder; DataError where there are none, several, or gaps in it."""
+    paths = _files_of_series(folder)
+    return open_frames(paths[0]) if len(paths) == 1 else _open_slices(folder, paths)
+
+
+def frames_of(source: Path) -> list[Frame]:
+    """The stored frame of each slice, in the order of the last axis of the array that is read.
+
+    Columns of a frame are the first axis of that array, rows the second. `source` is the folder of a series or an
+    enhanced multi-frame file. Raises DataError where it would not be read either.
+    """
+    paths = _files_of_series(source) if source.is_dir() else [source]
+    if len(paths) == 1:
+        order, _ = _regular_grid(paths[0], _slices_of_frames(paths[0]))
+        return [Frame(paths[0], number) for number in order]
+    order, _ = _regular_grid(source, [_slice_of_file(path) for path in paths])
+    return [Frame(paths[index]) for index in order]
+
+
+def _files_of_series(folder: Path) -> list[Path]:
+    """The files of the one series in a folder; DataError where there are none or several."""
+    series: dict[str, list[Path]] = defaultdict(list)
+    with explained(folder):
+        for path in sorted(path for path in folder.iterdir() if path.is_file() and path.stat().st_size):
+            outline = outline_of(path)
+            if outline is not None and outline.pixel_bytes:
+                series[outline.series].append(path)
+    if not series:
+        raise DataError(
+            "the folder holds no DICOM images", where=folder, expected="an image file or a folder of DICOM slices"
+        )
+    if len(series) > 1:
+        counts = ", ".join(str(len(paths)) for paths in series.values())
+        raise DataError(
+            f"the folder holds {len(series)} DICOM series ({counts} files)",
+            where=folder,
+            expected="one series",
+            remedy="Put each series into a folder of its own",
+        )
+    return next(iter(series.values()))
+
+
+def open_frames(path: Path) -> ImageHeader:
+    """The header of an enhanced multi-frame file; needs pydicom, for ITK does not tell where each frame lies."""
+    import SimpleITK
+
+    outline = _image_outline(path)
+    with explained(path):
+        reader = _reader(path)
+        reader.ReadImageInformation()
+        frames = int(reader.GetMetaData(_FRAMES)) if reader.HasMetaDataKey(_FRAMES) else 1
+        if frames < FEWEST_SLICES:
+            raise _too_few(path, frames)
+        _refuse_larger_than_stored(path, reader.GetSize(), outline)
+        slices = _slices_of_frames(path)
+        order, grid = _regular_grid(path, slices)
+
+    def read(channel: int | None) -> AnyArray:
+        pick_channel(path, 1, channel)
+        with explained(path):
+            voxels = SimpleITK.GetArrayFromImage(_reader(path).Execute())
+            stack = voxels.T.reshape(grid.shape, order="F")  # (D, H, W), the frames in the order of the file
+        return plain_numbers(stack[..., order], path)
+
+    return ImageHeader(grid, 1, read)
+
+
+def _open_slices(folder: Path, paths: Sequence[Path]) -> ImageHeader:
+    """The header of a series with one file per slice."""
+    import SimpleITK
+
+    slices = [_slice_of_file(path) for path in paths]
+    order, grid = _regular_grid(folder, slices)
+    refuse_implausible(folder, grid.shape, bytes_per_voxel=0, stored_bytes=0, is_compressed=True)
+    names = [str(paths[index]) for index in order]
+
+    def read(channel: int | None) -> AnyArray:
+        pick_channel(folder, 1, channel)
+        with explained(folder):
+            reader = SimpleITK.ImageSeriesReader()
+            reader.SetImageIO(_IMAGE_IO)
+            reader.SetFileNames(names)
+            voxels = SimpleITK.GetArrayFromImage(reader.Execute())
+            if voxels.ndim != 3:
+                raise DataError("the slices are in colour", where=folder, expected="one value per voxel")
+        return plain_numbers(voxels.T, folder)
+
+    return ImageHeader(grid, 1, read)
+
+
+def _slice_of_file(path: Path) -> _Slice:
+    outline = _image_outline(path)
+    with explained(path):
+        reader = _reader(path)
+        reader.ReadImageInformation()
+        _refuse_larger_than_stored(path, reader.GetSize(), outline)
+        if not (reader.HasMetaDataKey(_POSITION) and reader.HasMetaDataKey(_ORIENTATION)):
+            raise _no_position(path)
+        columns, rows = reader.GetSize()[:2]
+        spacing = _numbers(reader.GetMetaData(_PIXEL_SPACING)) if reader.HasMetaDataKey(_PIXEL_SPACING) else (1.0, 1.0)
+        return _Slice(
+            position=np.array(_numbers(reader.GetMetaData(_POSITION))),
+            axes=np.reshape(_numbers(reader.GetMetaData(_ORIENTATION)), (2, 3)),
+            spacing_mm=(spacing[1], spacing[0]),  # DICOM names the distance of the rows first
+            shape=(columns, rows),
+        )
+
+
+def _reader(path: Path) -> Any:
+    """A reader of DICOM and of nothing else, whatever the file may look like."""
+    import SimpleITK
+
+    reader = SimpleITK.ImageFileReader()
+    reader.SetImageIO(_IMAGE_IO)
+    reader.SetFileName(str(path))
+    return reader
+
+
+def _image_outline(path: Path) -> Outline:
+    outline = outline_of(path)
+    if outline is None:
+        raise DataError("this is no DICOM file, whatever its name says", where=path, remedy=COPY_AGAIN)
+    return outline
+
+
+def _refuse_larger_than_stored(path: Path, shape: Sequence[int], outline: Outline) -> None:
+    """Refuse frames for which the file cannot hold the pixels; there is at least one bit of each."""
+    stored = outline.pixel_bytes + _PACKED_SLACK_BYTES if outline.is_packed else 8 * outline.pixel_bytes
+    refuse_implausible(path, shape, bytes_per_voxel=1, stored_bytes=stored, is_compressed=outline.is_packed)
+
+
+def _slices_of_frames(path: Path) -> list[_Slice]:
+    try:
+        import pydicom
+    except ImportError as failure:
+        raise DataError(
+            "this is an enhanced multi-frame DICOM file",
+            where=path,
+            expected="pydicom to be installed, which tells where each frame lies",
+            remedy='Install it with `pip install "segkit[dicom]"`',
+        ) from failure
+    document = pydicom.dcmread(path, stop_before_pixels=True)
+    shared = document.get("SharedFunctionalGroupsSequence") or [{}]
+    slices = []
+    for frame in document.get("PerFrameFunctionalGroupsSequence") or ():
+        # What a file says of one frame, or else of all of them (DICOM PS3.3, C.7.6.16).
+        position, orientation, measures = (
+            (frame.get(name) or shared[0].get(name) or [None])[0]
+            for name in ("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence")
+        )
+        if position is None or orientation is None or measures is None:
+            raise _no_position(path)
+        slices.append(
+            _Slice(
+                position=np.array(position.ImagePositionPatient, np.float64),
+                axes=np.reshape(np.array(orientation.ImageOrientationPatient, np.float64), (2, 3)),
+                spacing_mm=(float(measures.PixelSpacing[1]), float(measures.PixelSpacing[0])),
+                shape=(int(document.Columns), int(document.Rows)),
+            )
+        )
+    if not slices:
+        raise _no_position(path)
+    return slices
+
+
+def _regular_grid(where: Path, slices: Sequence[_Slice]) -> tuple[list[int], Grid]:
+    """The order of the slices along their normal, and the grid they make; DataError where they make none.
+
+    The third axis is taken from the first and last position, so that a tilted gantry gives a sheared affine that is
+    right at every voxel.
+    """
+    if len(slices) < FEWEST_SLICES:
+        raise _too_few(where, len(slices))
+    first = slices[0]
+    _refuse_different_slices(where, slices)
+    heights = np.array([float(one.position @ first.normal) for one in slices])
+    order = [int(index) for index in np.argsort(heights, kind="stable")]
+    _refuse_gaps(where, np.diff(heights[order]))
+    positions = np.stack([slices[index].position for index in order])
+    step = (positions[-1] - positions[0]) / (len(slices) - 1)
+    to_lps = np.eye(4)
+    to_lps[:3, 0] = first.axes[0] * first.spacing_mm[0]
+    to_lps[:3, 1] = first.axes[1] * first.spacing_mm[1]
+    to_lps[:3, 2] = step
+    to_lps[:3, 3] = positions[0]
+    affine: Affine = LPS_TO_RAS @ to_lps
+    if not is_usable(affine):
+        raise _no_position(where)
+    return order, Grid((*first.shape, len(slices)), affine, source=where)
+
+
+def _refuse_different_slices(where: Path, slices: Sequence[_Slice]) -> None:
+    first = slices[0]
+    alignment = min(float((one.axes * first.axes).sum(axis=1).min()) for one in slices)
+    tilt = math.degrees(math.acos(min(1.0, max(-1.0, alignment))))
+    if tilt > _LARGEST_TILT_DEGREES:
+        raise DataError(
+            f"the slices are not parallel: they are turned against each other by up to {tilt:.0f} degrees",
+            where=where,
+            expected="parallel slices of one volume",
+            remedy="This is a localiser or a mixture of stacks: export each stack as a series of its own",
+        )
+    different = {(one.shape, tuple(round(length, 4) for length in one.spacing_mm)) for one in slices}
+    if len(different) > 1:
+        found = " and ".join(f"{shape[0]} x {shape[1]} of {spacing} mm" for shape, spacing in sorted(different))
+        raise DataError(f"the slices differ in size: {found}", where=where, expected="slices of one volume")
+
+
+def _refuse_gaps(where: Path, gaps_mm: NDArray[np.float64]) -> None:
+    usual = float(np.median(gaps_mm))
+    if float(gaps_mm.min()) < _GAP_TOLERANCE * max(usual, 0.01):
+        raise DataError(
+            "several slices lie at one and the same position",
+            where=where,
+            expected="one slice per position",
+            remedy="This is a series of several echoes, times or contrasts: export each as a series of its own",
+        )
+    widest = float(gaps_mm.max())
+    if float(np.abs(gaps_mm - usual).max()) > _GAP_TOLERANCE * usual:
+        missing = sum(round(float(gap) / usual) - 1 for gap in gaps_mm if gap > usual * (1 + _GAP_TOLERANCE))
+        raise DataError(
+            f"slices are missing or unevenly spaced (about {missing} missing): "
+            f"they lie {usual:.2f} mm apart, and up to {widest:.2f} mm in places",
+            where=where,
+            expected="evenly spaced slices",
+            remedy="Export the complete series again",
+        )
+
+
+def _too_few(where: Path, count: int) -> DataError:
+    return DataError(
+        f"slices are missing: the series has only {count}",
+        where=where,
+        expected=f"a volume of at least {FEWEST_SLICES} slices",
+        remedy="Export the complete series again; give its folder, not one of its slices",
+    )
+
+
+def _no_position(where: Path) -> DataError:
+    return DataError(
+        "the DICOM file does not say where its slice lies in the patient",
+        where=where,
+        expected="slices with position and orientation",
+        remedy="This is a screenshot or a report: choose the series of original slices",
+    )
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split("\\"))

@@ -1,0 +1,173 @@
+"""The outline of a DICOM file, walked element by element before any library reads it.
+
+GDCM takes the length of an element at its word and makes room for it: 600 bytes can ask for 4 GB. So every length is
+held against the bytes that are there (DICOM PS3.5, chapter 7), down through all sequences, and nothing is copied.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from segkit.errors import DataError
+from segkit.reading.headers import COPY_AGAIN, require_file
+
+_SERIES, _TRANSFER_SYNTAX, _PIXELS = (0x0020, 0x000E), (0x0002, 0x0010), (0x7FE0, 0x0010)
+_ITEM, _END_OF_ITEM, _END_OF_SEQUENCE = (0xFFFE, 0xE000), (0xFFFE, 0xE00D), (0xFFFE, 0xE0DD)
+_UNDEFINED = 0xFFFFFFFF
+_WITH_LONG_LENGTH = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
+_WITH_SHORT_LENGTH = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
+_IMPLICIT, _BIG_ENDIAN, _DEFLATED = b"1.2.840.10008.1.2", b"1.2.840.10008.1.2.2", b"1.2.840.10008.1.2.1.99"
+_DEEPEST = 32
+_MOST_ELEMENTS = 1_000_000
+"""An enhanced file of 2000 frames has a tenth of it."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What the walk finds: the series that the file belongs to, and the bytes that hold its pixels (0: no image)."""
+
+    series: str
+    pixel_bytes: int
+    is_packed: bool
+    """Whether the pixels are stored in fragments, as all compressed ones are."""
+
+
+def outline_of(path: Path) -> Outline | None:
+    """The outline of a DICOM file; None where the file is none.
+
+    Raises:
+        DataError: the file cannot be opened, or an element claims bytes that it does not have.
+    """
+    size = require_file(path)
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        has_preamble = data[128:132] == b"DICM"
+        start = 132 if has_preamble else 0
+        if size < start + 8 or (not has_preamble and data[:2] not in (b"\2\0", b"\x08\0")):
+            return None
+        walk = _Walk(path, data)
+        try:
+            walk.file(start)
+        except (struct.error, IndexError) as failure:
+            raise _damaged(path, "it ends in the midst of an element") from failure
+        return Outline(walk.series, walk.pixel_bytes, walk.is_packed)
+
+
+@dataclass
+class _Walk:
+    path: Path
+    data: mmap.mmap
+    series: str = ""
+    syntax: bytes = b""
+    pixel_bytes: int = 0
+    is_packed: bool = False
+    order: str = "<"
+    is_explicit: bool = True
+    count: int = field(default=0, repr=False)
+
+    def file(self, start: int) -> None:
+        """The meta group, always explicit and little-endian, then the data set in the transfer syntax it names."""
+        size, place = len(self.data), start
+        while place < size and self.data[place : place + 2] == b"\2\0":
+            place = self._element(place, size, 0)
+        if self.syntax == _DEFLATED:
+            raise DataError(
+                "the DICOM file is deflated as a whole",
+                where=self.path,
+                remedy="Export it with another transfer syntax",
+            )
+        self.order = ">" if self.syntax == _BIG_ENDIAN else "<"
+        letters = self.data[place + 4 : place + 6]
+        is_told = letters in _WITH_SHORT_LENGTH or letters in _WITH_LONG_LENGTH
+        self.is_explicit = self.syntax != _IMPLICIT if self.syntax else is_told
+        while size - place >= 8 and any(self.data[place : place + 8]):
+            place = self._element(place, size, 0)
+        if any(self.data[place:]):  # some writers fill up with zeros, none with anything else
+            raise _damaged(self.path, f"after its last element {size - place} bytes follow")
+
+    def _element(self, place: int, end: int, depth: int) -> int:
+        """Walk over the element at `place`; gives where the next begins."""
+        self.count += 1
+        if self.count > _MOST_ELEMENTS or depth > _DEEPEST:
+            raise _damaged(self.path, "it has more elements, or deeper ones, than any image")
+        tag, kind, length, place = self._head(place)
+        if tag[0] == 0xFFFE or (depth == 0 and tag == _PIXELS and self.pixel_bytes):
+            raise _damaged(self.path, f"({tag[0]:04x},{tag[1]:04x}) stands where it should not")
+        if length == _UNDEFINED:
+            if tag == _PIXELS:
+                return self._fragments(place, end)
+            return self._items(place, end, depth, kind)
+        if length > end - place:
+            raise _damaged(
+                self.path, f"element ({tag[0]:04x},{tag[1]:04x}) claims {length} bytes where {end - place} are left"
+            )
+        if depth == 0:
+            self._note(tag, place, length)
+        is_item = self.data[place : place + 4] == struct.pack(f"{self.order}HH", *_ITEM)
+        if kind == b"SQ" or (kind in (b"", b"UN") and length >= 8 and is_item and tag != _PIXELS):
+            self._items(place, place + length, depth, kind)
+        return place + length
+
+    def _head(self, place: int) -> tuple[tuple[int, int], bytes, int, int]:
+        """Tag, kind of value ("" where the file does not tell), length, and where the value begins."""
+        group, element = struct.unpack_from(f"{self.order}HH", self.data, place)
+        kind = self.data[place + 4 : place + 6] if self.is_explicit and group != 0xFFFE else b""
+        if kind in _WITH_LONG_LENGTH:
+            (length,) = struct.unpack_from(f"{self.order}I", self.data, place + 8)
+            return (group, element), kind, length, place + 12
+        if kind in _WITH_SHORT_LENGTH:
+            (length,) = struct.unpack_from(f"{self.order}H", self.data, place + 6)
+            return (group, element), kind, length, place + 8
+        if kind:
+            raise _damaged(self.path, f"element ({group:04x},{element:04x}) is of no kind that DICOM knows")
+        (length,) = struct.unpack_from(f"{self.order}I", self.data, place + 4)
+        return (group, element), kind, length, place + 8
+
+    def _items(self, place: int, end: int, depth: int, kind: bytes) -> int:
+        """Walk over the items of a sequence; what is unknown (UN) is written without kinds of values inside."""
+        before, self.is_explicit = self.is_explicit, self.is_explicit and kind != b"UN"
+        while place < end:
+            tag, _, length, place = self._head(place)
+            if tag == _END_OF_SEQUENCE:
+                break
+            if tag != _ITEM:
+                raise _damaged(self.path, f"({tag[0]:04x},{tag[1]:04x}) stands where an item of a sequence should")
+            if length != _UNDEFINED and length > end - place:
+                raise _damaged(self.path, f"an item claims {length} bytes where {end - place} are left")
+            place = self._item(place, end if length == _UNDEFINED else place + length, depth)
+        self.is_explicit = before
+        return place
+
+    def _item(self, place: int, end: int, depth: int) -> int:
+        while place < end:
+            if self.data[place : place + 4] == struct.pack(f"{self.order}HH", *_END_OF_ITEM):
+                return place + 8
+            place = self._element(place, end, depth + 1)
+        return place
+
+    def _fragments(self, place: int, end: int) -> int:
+        """Walk over compressed pixels."""
+        self.is_packed = True
+        while place < end:
+            tag, _, length, place = self._head(place)
+            if tag == _END_OF_SEQUENCE:
+                break
+            if tag != _ITEM or length > end - place:
+                raise _damaged(self.path, "its pixels are cut short")
+            self.pixel_bytes += length
+            place += length
+        return place
+
+    def _note(self, tag: tuple[int, int], place: int, length: int) -> None:
+        if tag == _SERIES:
+            self.series = self.data[place : place + length].strip(b"\0 ").decode("ascii", "replace")
+        elif tag == _TRANSFER_SYNTAX:
+            self.syntax = self.data[place : place + length].strip(b"\0 ")
+        elif tag == _PIXELS:
+            self.pixel_bytes = length
+
+
+def _damaged(path: Path, found: str) -> DataError:
+    return DataError(f"the DICOM file is truncated or damaged: {found}", where=path, remedy=COPY_AGAIN)

@@ -1,0 +1,276 @@
+"""Reading and writing of images and label maps: one door for every format, every failure a sentence.
+
+Arrays come and go in the file's own orientation; `geometry` turns them. Reading is dispatched by suffix, and by
+content where a suffix lies; writing is atomic, so that a mask is complete or not there.
+
+By what a file of weights is told from any other.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import platform
+import secrets
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from segkit.errors import DataError, SegkitError
+from segkit.reading.dicom import DICOM_SUFFIXES, is_dicom_file, open_frames, open_series
+from segkit.reading.headers import ImageHeader, explained, in_type, require_file
+from segkit.reading.itk import ITK_SUFFIXES, open_itk, save_itk
+from segkit.reading.nifti import MGH_SUFFIXES, NIFTI_SUFFIXES, open_mgh, open_nifti, rewrite_nifti, save_mgh, save_nifti
+from segkit.reading.pictures import PICTURE_SUFFIXES, open_mask, open_picture, save_picture
+from segkit.reading.volume import Grid, Volume
+from segkit.shapes import AnyArray, LabelMap
+
+VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES, *MGH_SUFFIXES)
+IMAGE_SUFFIXES = (*VOLUME_SUFFIXES, *PICTURE_SUFFIXES)
+
+_OPENERS: dict[str, Callable[[Path], ImageHeader]] = {
+    **dict.fromkeys(NIFTI_SUFFIXES, open_nifti),
+    **dict.fromkeys(ITK_SUFFIXES, open_itk),
+    **dict.fromkeys(MGH_SUFFIXES, open_mgh),
+    **dict.fromkeys(PICTURE_SUFFIXES, open_picture),
+    **dict.fromkeys(DICOM_SUFFIXES, open_frames),
+}
+_INTEGRAL_TOLERANCE = 1e-4
+"""Label values stored with a scale factor come back as 2.9999998."""
+_DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+"""No space, or the user's quota used up; Windows knows no quota error."""
+_KEPT = "The file that was there before, if any, and all that is already written are kept"
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix in lower case, ".nii.gz" in one piece."""
+    name = path.name.lower()
+    return next((suffix for suffix in IMAGE_SUFFIXES if name.endswith(suffix)), path.suffix.lower())
+
+
+def stem_of(path: Path) -> str:
+    """The name without its suffix: "case 1" for "case 1.nii.gz"."""
+    return path.name.removesuffix(path.name[len(path.name) - len(suffix_of(path)) :])
+
+
+def read_grid(path: Path) -> Grid:
+    """Where the voxels of a file lie, from its header alone.
+
+    Raises DataError where the header is missing, damaged or claims more voxels than the file can hold.
+    """
+    return _open(path).grid
+
+
+def count_channels(path: Path) -> int:
+    """1 for a volume or a grey picture, 3 for a colour picture, the length of the last axis for a 4D file."""
+    return _open(path).channels
+
+
+def read_volume(path: Path, channel: int | None = None) -> Volume:
+    """One image: (D, H, W), or (H, W) for a picture; floats as float32, integers in the file's own type.
+
+    `path` is a file or a folder with one DICOM series. `channel` counts from 0 and is needed where the file holds
+    several (last axis of a 4D file; red, green, blue of a picture). Scale factors of the header are applied. NaN and
+    infinite values are passed on. Raises DataError.
+    """
+    header = _open(path)
+    return Volume(header.read(channel), header.grid)
+
+
+def read_labels(path: Path, channel: int | None = None) -> tuple[LabelMap, Grid]:
+    """A label map as uint8, with its grid; floats are accepted where they are whole numbers from 0 to 255.
+
+    Of a palette picture the indices are the labels; a black-and-white picture (1 bit) gives 0 and 1. Raises DataError,
+    which names the stray values.
+    """
+    header = open_mask(path) if suffix_of(path) in PICTURE_SUFFIXES else _open(path)
+    array = header.read(channel)
+    if array.dtype == np.uint8:
+        return array, header.grid
+    if array.dtype.kind in "iu" and array.min() >= 0 and array.max() <= 255:
+        return array.astype(np.uint8), header.grid
+    with np.errstate(invalid="ignore"):
+        rounded = np.rint(array)
+        fits = (np.abs(array - rounded) <= _INTEGRAL_TOLERANCE) & (rounded >= 0) & (rounded <= 255)
+    if not fits.all():
+        stray = np.unique(array[~fits])
+        named = ", ".join(f"{value:g}" for value in stray[:5]) + (" ..." if len(stray) > 5 else "")
+        raise DataError(
+            f"{int((~fits).sum())} voxels hold values that are no labels: {named}",
+            where=path,
+            expected="whole numbers from 0 to 255",
+            remedy="This looks like an image or like probabilities: give the label map",
+        )
+    return rounded.astype(np.uint8), header.grid
+
+
+def write_labels(path: Path, labels: LabelMap, grid: Grid) -> None:
+    """Writes a label map (*grid.shape) as uint8 on the grid, codes and units of its source; atomically.
+
+    The suffix chooses the format; pictures are written as .png, for the other formats may change values.
+    """
+    if grid.dims == 2 and suffix_of(path) != ".png":
+        raise DataError(f"a mask of a picture is not written as {suffix_of(path)}", where=path, expected=".png")
+    write_image(path, labels.astype(np.uint8, copy=False), grid)
+
+
+def write_image(path: Path, array: AnyArray, grid: Grid, *, slope: float = 1.0) -> None:
+    """Writes (*grid.shape), or (*grid.shape, C) as NIfTI or colour picture, atomically; the suffix chooses the format.
+
+    Integers keep their type, floats become float32. `slope` is what readers multiply by, NIfTI only. Raises DataError
+    where the disk is full, the folder is read-only or the format cannot hold the array.
+    """
+    if array.shape[: grid.dims] != grid.shape or array.ndim > grid.dims + 1:
+        raise ValueError(f"an array of shape {array.shape} does not fit a grid of shape {grid.shape}")
+    suffix = suffix_of(path)
+    if suffix not in (PICTURE_SUFFIXES if grid.dims == 2 else VOLUME_SUFFIXES) or suffix == ".mhd":
+        expected = ".png or .tif" if grid.dims == 2 else ".nii.gz, .nii, .mgz, .nrrd or .mha"
+        raise DataError(f"{grid.dims}D images are not written as {suffix!r}", where=path, expected=expected)
+    if array.ndim > grid.dims and suffix not in (*NIFTI_SUFFIXES, *PICTURE_SUFFIXES):
+        raise DataError(f"{suffix} files are written with one channel only", where=path, expected=".nii.gz")
+    plain = array.astype({"f": np.float32, "b": np.uint8}.get(array.dtype.kind, array.dtype), copy=False)
+    with written_atomically(path) as temporary:
+        if suffix in PICTURE_SUFFIXES:
+            save_picture(temporary, plain)
+        elif suffix in NIFTI_SUFFIXES:
+            save_nifti(temporary, plain, grid, slope)
+        elif suffix in MGH_SUFFIXES:
+            save_mgh(temporary, plain, grid)
+        else:
+            save_itk(temporary, plain, grid)
+
+
+def rewrite_image(
+    path: Path, source: Path, where: NDArray[np.bool_], values: NDArray[np.floating[Any]], channel: int | None = None
+) -> None:
+    """Writes the image `source` with other values at some voxels and every other voxel as it was; atomically.
+
+    From NIfTI to NIfTI type, scale factors and header are those of the source. Otherwise the type is that in which
+    `read_volume` gives it, so that only float64 is shortened, to float32.
+
+    Args:
+        path: The file to write; its suffix chooses the format.
+        source: The image; it is not changed.
+        where: The n voxels to change, (*grid.shape).
+        values: What they become, (n,) in the order of `array[where]`; rounded and clipped in a type of integers.
+        channel: Which one of several, as for `read_volume`; it is written alone.
+
+    Raises:
+        DataError: the source cannot be read, or the file cannot be written.
+    """
+    if suffix_of(source) in NIFTI_SUFFIXES and suffix_of(path) in NIFTI_SUFFIXES:
+        with written_atomically(path) as temporary:
+            rewrite_nifti(temporary, source, where, values, channel)
+        return
+    volume = read_volume(source, channel)
+    array = volume.array.copy()
+    array[where] = in_type(values, array.dtype)
+    write_image(path, array, volume.grid)
+
+
+@contextmanager
+def written_atomically(path: Path) -> Iterator[Path]:
+    """A hidden name beside `path`, same suffix, to write to; it takes the place of `path` only when all went well.
+
+    Missing folders are made. Whatever goes wrong, the hidden file is removed, the file that was there before stays,
+    and a failure of the disk becomes a DataError.
+    """
+    temporary = path.with_name(f".{_host()}-{os.getpid()}-{secrets.token_hex(6)}{suffix_of(path)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _flush(temporary)
+        temporary.replace(path)
+    except SegkitError:
+        raise
+    except OSError as failure:
+        raise _write_failure(path, failure) from failure
+    # Image libraries raise RuntimeError, ValueError, KeyError ... where a format cannot hold what it is given.
+    except Exception as failure:
+        reason = " ".join(str(failure).split())[-300:]
+        raise DataError(f"the file cannot be written: {reason}", where=path, remedy=_KEPT) from failure
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def way_to(path: Path, folder: Path) -> str | None:
+    """The relative path that leads from a folder to `path`, with forward slashes; None to another drive."""
+    try:
+        return Path(os.path.relpath(path.absolute(), folder.absolute())).as_posix()
+    except ValueError:
+        return None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes of this machine that were killed in the midst of `written_atomically` left in a folder."""
+    if os.name != "posix":  # elsewhere there is no harmless way to ask whether a process lives
+        return
+    for path in folder.glob(f".{_host()}-*-*"):
+        number = path.name.split("-")[1]
+        if number.isdigit() and not _is_alive(int(number)):
+            with suppress(OSError):
+                path.unlink()
+
+
+def _host() -> str:
+    return f"{zlib.crc32(platform.node().encode()):08x}"
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _open(path: Path) -> ImageHeader:
+    suffix = suffix_of(path)
+    with explained(path):
+        is_series = path.is_dir() and suffix not in IMAGE_SUFFIXES
+    if is_series:
+        return open_series(path)
+    opener = _OPENERS.get(suffix)
+    if opener is not None:
+        return opener(path)
+    require_file(path)
+    if is_dicom_file(path):  # DICOM files often have no suffix, or one that is the end of a number
+        return open_frames(path)
+    raise DataError(
+        f"files of the kind {suffix or 'without suffix'!r} cannot be read",
+        where=path,
+        expected="a folder of DICOM slices or one of " + " ".join(IMAGE_SUFFIXES),
+    )
+
+
+def _flush(path: Path) -> None:
+    """Hands the file to the disk now: network disks report that they are full only here."""
+    with path.open("rb+") as stream:
+        os.fsync(stream.fileno())
+
+
+def _write_failure(path: Path, failure: OSError) -> DataError:
+    if failure.errno in _DISK_FULL:
+        return DataError("the disk is full", where=path, remedy=f"Free some space and start again. {_KEPT}")
+    if failure.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return DataError(
+            "the folder is read-only, or you have no permission to write there",
+            where=path,
+            remedy=f"Choose another output folder. {_KEPT}",
+        )
+    return DataError(f"the file cannot be written: {failure}", where=path, remedy=_KEPT)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

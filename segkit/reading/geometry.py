@@ -1,0 +1,174 @@
+"""Turning arrays to a common orientation and back, exactly, and telling whether two grids are the same.
+
+An *orientation* names the direction in which each voxel axis grows: "RAS" to the Right, Anterior, Superior. There are
+48 of them (6 orders of the axes, 8 combinations of directions); an oblique grid has the closest one. The letters I, J
+and K stand for the first, second and third axis of the file, whatever their direction: "KJI" is the file's own
+orientation in reversed order, in which programs built on SimpleITK arrays work. Reorienting permutes and flips axes and
+never interpolates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from segkit.errors import RequestError
+from segkit.reading.volume import Grid
+from segkit.shapes import Affine, AnyArray
+
+_LARGEST_DRIFT = 1e-3
+"""Accepted drift between two grids, as a share of the longest side: float32 headers differ in the 8th digit,
+text headers in the 5th."""
+_LARGEST_DRIFT_VOXELS = 0.25
+
+
+@dataclass(frozen=True)
+class Reorientation:
+    """New axis i is old axis `axes[i]`, reversed where `flips[i]`; `source_shape` is the shape before.
+
+    Works on the last axes, so that (D, H, W), (C, D, H, W) and (B, C, D, H, W) are all taken.
+    """
+
+    axes: tuple[int, ...]
+    flips: tuple[bool, ...]
+    source_shape: tuple[int, ...]
+
+    @property
+    def target_shape(self) -> tuple[int, ...]:
+        """The shape after `apply`, in voxels."""
+        return tuple(self.source_shape[axis] for axis in self.axes)
+
+    def apply(self, array: AnyArray) -> AnyArray:
+        """(..., *source_shape) to (..., *target_shape), contiguous; the array itself where nothing changes."""
+        self._require(array, self.source_shape)
+        leading = array.ndim - len(self.axes)
+        turned = array.transpose(*range(leading), *(leading + axis for axis in self.axes))
+        return np.ascontiguousarray(np.flip(turned, self._flipped(leading)))
+
+    def undo(self, array: AnyArray) -> AnyArray:
+        """(..., *target_shape) to (..., *source_shape), contiguous: the exact inverse of `apply`."""
+        self._require(array, self.target_shape)
+        leading = array.ndim - len(self.axes)
+        back = np.argsort(self.axes)
+        turned = np.flip(array, self._flipped(leading))
+        return np.ascontiguousarray(turned.transpose(*range(leading), *(leading + int(axis) for axis in back)))
+
+    def _flipped(self, leading: int) -> tuple[int, ...]:
+        return tuple(leading + axis for axis, is_flipped in enumerate(self.flips) if is_flipped)
+
+    def _require(self, array: AnyArray, shape: tuple[int, ...]) -> None:
+        if array.shape[-len(shape) :] != shape:
+            raise ValueError(f"an array of shape {array.shape} does not end in {shape}")
+
+
+def reorientation_to(grid: Grid, orientation: str = "RAS") -> Reorientation:
+    """How to turn an array on `grid` to the orientation, by the closest axes of an oblique grid; pictures stay.
+
+    Raises RequestError where `orientation` is not three letters: one of each pair L/R, A/P and I/S, or I, J and K.
+    """
+    if grid.dims == 2:
+        return Reorientation((0, 1), (False, False), grid.shape)
+    letters = orientation.upper()
+    if sorted(letters) == ["I", "J", "K"]:
+        return Reorientation(tuple("IJK".index(letter) for letter in letters), (False,) * 3, grid.shape)
+    if sorted("".join(sorted(pair)) for pair in zip(letters, _opposite(letters), strict=True)) != ["AP", "IS", "LR"]:
+        raise RequestError(
+            f"{orientation!r} is no orientation",
+            expected="three letters, one of each pair L/R, A/P, I/S (or I, J, K: the axes of each file)",
+            remedy='The usual one is "RAS"',
+        )
+    to_target = nib.orientations.ornt_transform(
+        nib.orientations.io_orientation(grid.affine), nib.orientations.axcodes2ornt(letters)
+    )  # row = old axis; columns = its new place, and -1 where it is flipped
+    axes = np.argsort(to_target[:, 0])
+    return Reorientation(
+        axes=tuple(int(axis) for axis in axes),
+        flips=tuple(bool(to_target[axis, 1] < 0) for axis in axes),
+        source_shape=grid.shape,
+    )
+
+
+def reoriented_grid(grid: Grid, reorientation: Reorientation) -> Grid:
+    """The grid of an array after `reorientation.apply`: every voxel keeps its place in the world."""
+    if grid.dims == 2:
+        return grid
+    to_old = np.zeros((4, 4))  # new voxel indices to old ones
+    to_old[3, 3] = 1.0
+    for new_axis, (old_axis, is_flipped) in enumerate(zip(reorientation.axes, reorientation.flips, strict=True)):
+        to_old[old_axis, new_axis] = -1.0 if is_flipped else 1.0
+        to_old[old_axis, 3] = grid.shape[old_axis] - 1.0 if is_flipped else 0.0
+    return replace(
+        grid,
+        shape=reorientation.target_shape,
+        affine=grid.affine @ to_old,
+        qform=None if grid.qform is None else grid.qform @ to_old,
+    )
+
+
+def same_grid(a: Grid, b: Grid) -> str | None:
+    """None where two grids are the same, else a sentence that says how they differ, in voxels or millimetres.
+
+    Same means: equal shapes, and no corner of the volume drifts by more than a thousandth of its longest side or a
+    quarter of the smallest voxel side, whichever is less.
+    """
+    first, second = _names(a, b)
+    if a.shape != b.shape:
+        return f"{first} has {_times(a.shape)} voxels and {second} has {_times(b.shape)}"
+    drift_mm = float(np.linalg.norm(_corners_mm(a) - _corners_mm(b), axis=1).max())
+    spacing = np.array(a.spacing_mm)
+    longest_mm = float((spacing * a.shape).max())
+    if drift_mm <= min(_LARGEST_DRIFT * longest_mm, _LARGEST_DRIFT_VOXELS * float(spacing.min())):
+        return None
+    for name, grid, other in ((first, a, b), (second, b, a)):
+        if _is_default(grid.affine) and not _is_default(other.affine):
+            return (
+                f"{name} has lost its position in the patient: its affine is the default that programs write when they "
+                f"drop the header, so that its voxels lie up to {drift_mm:.1f} mm away from those of "
+                f"{second if name == first else first}; write it again with the header of the scan it belongs to"
+            )
+    if a.orientation != b.orientation:
+        return (
+            f"{first} is oriented {a.orientation} and {second} {b.orientation}: the same voxel index lies up to "
+            f"{drift_mm:.1f} mm apart"
+        )
+    if not np.allclose(a.spacing_mm, b.spacing_mm, rtol=_LARGEST_DRIFT):
+        return (
+            f"the voxels of {first} measure {_times(a.spacing_mm)} mm and those of {second} {_times(b.spacing_mm)} mm"
+        )
+    return (
+        f"{first} and {second} lie in different places: the same voxel is up to {drift_mm:.2f} mm "
+        f"({drift_mm / float(spacing.min()):.1f} voxels) apart"
+    )
+
+
+def _opposite(letters: str) -> str:
+    return letters.translate(str.maketrans("LRAPIS", "RLPASI"))
+
+
+def _corners_mm(grid: Grid) -> NDArray[np.float64]:
+    """World positions of the eight corner voxels, (8, 3); four different ones for a picture."""
+    last = [*(length - 1 for length in grid.shape), 0][:3]
+    corners = np.array(list(product(*((0, end) for end in last))), np.float64)
+    positions: NDArray[np.float64] = corners @ grid.affine[:3, :3].T + grid.affine[:3, 3]
+    return positions
+
+
+def _is_default(affine: Affine) -> bool:
+    """Is the affine the identity, or the identity with axes reversed, that stands in for a lost one?"""
+    return bool(np.allclose(np.abs(affine), np.eye(4), atol=1e-6))
+
+
+def _names(a: Grid, b: Grid) -> tuple[str, str]:
+    first = a.source.name if a.source else "the first image"
+    second = b.source.name if b.source else "the second image"
+    if first == second and a.source and b.source:
+        return str(a.source), str(b.source)
+    return first, second
+
+
+def _times(numbers: tuple[float, ...]) -> str:
+    return " x ".join(f"{number:.4g}" for number in numbers)

@@ -1,0 +1,163 @@
+"""NRRD and MetaImage files through SimpleITK, with ITK's LPS world turned into the RAS world of our affines.
+
+Both formats may name another file that holds the voxels, wherever it lies. Of that only the pair of .mhd and a file
+beside it is read: a scan from elsewhere must not make a picture of whatever file its reader may open.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from segkit.errors import DataError
+from segkit.reading.case import is_file_name
+from segkit.reading.headers import (
+    COPY_AGAIN,
+    ImageHeader,
+    explained,
+    is_usable,
+    pick_channel,
+    plain_numbers,
+    refuse_implausible,
+    require_file,
+)
+from segkit.reading.volume import Grid
+from segkit.shapes import Affine, AnyArray
+
+ITK_SUFFIXES = (".nrrd", ".mha", ".mhd")
+
+_IMAGE_IO = {".nrrd": "NrrdImageIO", ".mha": "MetaImageIO", ".mhd": "MetaImageIO"}
+_LONGEST_HEADER_BYTES = 1 << 20
+_NRRD_POINTER = re.compile(rb"^\s*data[ \t]*file[ \t]*:(?!=)", re.IGNORECASE | re.MULTILINE)
+_META_AXES = re.compile(rb"^\s*NDims\s*[=:][ \t]*([^\r\n]*)", re.IGNORECASE | re.MULTILINE)
+_META_POINTER = re.compile(rb"^\s*ElementDataFile\s*[=:][ \t]*([^\r\n]*)", re.IGNORECASE | re.MULTILINE)
+
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+"""ITK's world grows to the patient's Left and Posterior, NIfTI's to the Right and Anterior; up is up in both."""
+
+
+def open_itk(path: Path) -> ImageHeader:
+    """The header of an NRRD or MetaImage file; components of a voxel or a fourth axis are its channels."""
+    import SimpleITK
+
+    size = require_file(path)
+    with explained(path):
+        stored_bytes = _stored_bytes(path, size)
+        reader = _reader(path)
+        reader.ReadImageInformation()
+        shape = reader.GetSize()
+        components = reader.GetNumberOfComponents()
+        refuse_implausible(
+            path,
+            (*shape, components),
+            bytes_per_voxel=_bytes_per_voxel(reader.GetPixelID()),
+            stored_bytes=stored_bytes,
+            is_compressed=True,  # or not: the header says so only in the format's own words
+        )
+        affine = affine_from_itk(reader.GetOrigin(), reader.GetSpacing(), reader.GetDirection())
+        if len(shape) > 4 or (len(shape) == 4 and shape[3] > 1 < components) or not is_usable(affine):
+            raise DataError(f"the image has axes {shape} and {components} values per voxel", where=path)
+    spatial = (*shape[:3], 1)[:3]
+    channels = components * (shape[3] if len(shape) == 4 else 1)
+
+    def read(channel: int | None) -> AnyArray:
+        picked = pick_channel(path, channels, channel)
+        with explained(path):
+            voxels = SimpleITK.GetArrayFromImage(_reader(path).Execute())
+        # ITK gives ([time,] z, y, x [, component]), so that the transpose is ([component,] x, y, z [, time]).
+        planes = voxels.T.reshape(components, *spatial, -1, order="F")  # (component, D, H, W, time)
+        component, time = (picked, 0) if components > 1 else (0, picked)
+        return plain_numbers(planes[component, ..., time], path)
+
+    return ImageHeader(Grid(spatial, affine, source=path), channels, read)
+
+
+def save_itk(path: Path, array: AnyArray, grid: Grid) -> None:
+    """Writes (D, H, W); ITK knows no shears, so that a sheared affine is an error."""
+    import SimpleITK
+
+    to_lps = LPS_TO_RAS @ grid.affine
+    spacing = np.linalg.norm(to_lps[:3, :3], axis=0)
+    direction = to_lps[:3, :3] / spacing
+    if not np.allclose(direction.T @ direction, np.eye(3), atol=1e-4):
+        raise DataError("its axes are not at right angles", where=path, remedy="Write it as .nii.gz")
+    image = SimpleITK.GetImageFromArray(np.ascontiguousarray(array.T))
+    image.SetSpacing(spacing.tolist())
+    image.SetOrigin(to_lps[:3, 3].tolist())
+    image.SetDirection(direction.ravel().tolist())
+    SimpleITK.WriteImage(image, str(path), useCompression=True)
+
+
+def affine_from_itk(origin: Sequence[float], spacing: Sequence[float], direction: Sequence[float]) -> Affine:
+    """The RAS affine (4, 4) of ITK's origin (n), spacing (n) and row-major direction (n x n), for 2, 3 or 4 axes."""
+    axes = len(origin)
+    used = min(axes, 3)
+    affine = np.eye(4)
+    affine[:used, :used] = (np.reshape(direction, (axes, axes)) * spacing)[:used, :used]
+    affine[:used, 3] = origin[:used]
+    return LPS_TO_RAS @ affine
+
+
+def _elsewhere(path: Path, named: str) -> DataError:
+    return DataError(
+        f"its header says that the voxels lie in {named}",
+        where=path,
+        expected="voxels in the file itself, or of a .mhd in one file beside it",
+        remedy="Save the image again as one file",
+    )
+
+
+def _bytes_per_voxel(pixel_id: int) -> int:
+    import SimpleITK
+
+    return int(SimpleITK.Image(1, 1, 1, pixel_id).GetSizeOfPixelComponent())
+
+
+def _reader(path: Path) -> Any:
+    """A reader of the format that the suffix names and of no other, whatever the file may look like."""
+    import SimpleITK
+
+    reader = SimpleITK.ImageFileReader()
+    reader.SetImageIO(_IMAGE_IO[path.suffix.lower()])
+    reader.SetFileName(str(path))
+    return reader
+
+
+def _stored_bytes(path: Path, size: int) -> int:
+    """The bytes that hold the voxels: those of the file itself, or of the one beside it that a .mhd names.
+
+    Raises:
+        DataError: the header says that the voxels lie anywhere else, or nothing.
+    """
+    with path.open("rb") as stream:
+        header = stream.read(_LONGEST_HEADER_BYTES)
+    if path.suffix.lower() == ".nrrd":
+        if not header.startswith(b"NRRD"):
+            raise DataError("the file does not begin like an NRRD file", where=path, remedy=COPY_AGAIN)
+        end = re.search(rb"\r?\n\r?\n", header)
+        if _NRRD_POINTER.search(header[: end.start() if end else None]):
+            raise _elsewhere(path, "another file")
+        return size
+    pointer = _META_POINTER.search(header)
+    if pointer is None:
+        raise DataError("the file does not begin like a MetaImage", where=path, remedy=COPY_AGAIN)
+    axes = [match[1].strip() for match in _META_AXES.finditer(header[: pointer.start()])]
+    if len(axes) != 1 or axes[0] not in (b"2", b"3", b"4"):  # of more than ten the library makes a crash
+        raise DataError("the header does not say of how many axes the image is", where=path, expected="NDims = 3")
+    named = pointer[1].decode("utf-8", "replace").strip()
+    if named.upper() == "LOCAL":
+        return size
+    if path.suffix.lower() == ".mha" or not is_file_name(named) or "%" in named or named.upper().startswith("LIST"):
+        raise _elsewhere(path, repr(named))
+    data = path.parent / named
+    if not data.is_file():
+        raise DataError(
+            f"its voxels should lie beside it in {named!r}, which is missing",
+            where=path,
+            remedy="Copy the .mhd file together with its data file",
+        )
+    return data.stat().st_size

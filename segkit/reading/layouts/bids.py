@@ -1,0 +1,134 @@
+"""BIDS: sub-*/[ses-*/]anat/*_T1w with contrast agents as `ce-`, references as *_dseg or *_mask, often in derivatives.
+
+Entities and suffixes follow the BIDS specification 1.9, "Magnetic resonance imaging, anatomy imaging data" and
+"Imaging derivatives".
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from segkit.errors import DataError
+from segkit.reading.case import Cohort, ImageFile
+from segkit.reading.layouts.dataset_json import require_label_values, require_shown
+from segkit.reading.layouts.grouping import common_modalities
+from segkit.reading.layouts.layout import (
+    FolderOptions,
+    FoundFile,
+    Layout,
+    SchemeChoice,
+    build_cases,
+    build_cohort,
+    unused_files,
+)
+from segkit.reading.layouts.listing import Listing, bare_name, read_document
+from segkit.reading.layouts.schemes import scheme_by_values, scheme_from_names
+from segkit.reading.modalities import IGNORED, LABEL, canonical_modality
+
+_NAME = re.compile(r"^sub-(?P<subject>[A-Za-z0-9]+)(?:_.*)?_(?P<suffix>[A-Za-z0-9]+)$")
+_ENTITY = re.compile(r"([a-z]+)-([A-Za-z0-9+]+)")
+_REFERENCE_SUFFIXES = ("dseg", "mask", "roi", "lesion")
+_ANATOMICAL_MASKS = frozenset({"brain", "head", "fov", "gm", "wm", "csf"})
+"""Masks of `desc-` or `label-` that show anatomy and no lesion."""
+
+
+def _recognise(listing: Listing) -> float:
+    if not listing.volumes:
+        return 0.0
+    named = sum(1 for path in listing.volumes if _NAME.match(bare_name(path)) and "anat" in path.parts)
+    has_description = (listing.root / "dataset_description.json").is_file()
+    share = named / len(listing.volumes)
+    return 0.95 if has_description and named else 0.9 * share
+
+
+def _read(listing: Listing, options: FolderOptions) -> Cohort:
+    found = {path: _find(path, _relative_parts(listing, path)) for path in listing.volumes}
+    files = _without_second_choices([file for file in found.values() if file is not None])
+    cases, problems = build_cases(files, patient_of=lambda case_id: case_id.split("_")[0])
+    if left_out := [path for path, file in found.items() if file is None]:
+        problems.append(unused_files(left_out, "not an anatomical image or reference as BIDS names them"))
+    if ignored := [path for path, file in found.items() if file is not None and file.kind == IGNORED]:
+        problems.append(unused_files(ignored, "masks of anatomy and not of lesions"))
+    names = _segment_names(listing)
+    modalities, rare = common_modalities(cases)
+    if names and options.label_scheme is None and any(case.label for case in cases):
+        choice = SchemeChoice(scheme_from_names(names, modalities))
+    else:
+        choice = scheme_by_values(cases, options, listing.root)
+    return build_cohort(
+        listing, "bids", cases, choice, modalities=modalities, problems=[*problems, *rare], licence=_licence(listing)
+    )
+
+
+def _relative_parts(listing: Listing, path: Path) -> tuple[str, ...]:
+    return path.relative_to(listing.root).parts
+
+
+def _find(path: Path, parts: tuple[str, ...]) -> FoundFile | None:
+    match = _NAME.match(bare_name(path))
+    if match is None or "sourcedata" in parts:
+        return None
+    entities = dict(_ENTITY.findall(bare_name(path)))
+    case_id = "_".join(f"{key}-{entities[key]}" for key in ("sub", "ses") if key in entities)
+    suffix, folder = match["suffix"], path.parent
+    if suffix in _REFERENCE_SUFFIXES:
+        shows = {entities.get("desc", "").lower(), entities.get("label", "").lower()}
+        kind = IGNORED if shows & _ANATOMICAL_MASKS else LABEL
+        return FoundFile(case_id, folder, kind, ImageFile(path))
+    if "derivatives" in parts or "anat" not in path.parts:
+        return None
+    modality = canonical_modality(suffix)
+    if modality is None:
+        return None
+    return FoundFile(case_id, folder, "t1c" if modality == "t1n" and "ce" in entities else modality, ImageFile(path))
+
+
+def _without_second_choices(files: Iterable[FoundFile]) -> list[FoundFile]:
+    """A discrete segmentation (`dseg`) goes before masks of the same case, which show parts of it."""
+    files = list(files)
+    segmented = {file.case_id for file in files if _is_dseg(file)}
+    return [file for file in files if file.kind != LABEL or _is_dseg(file) or file.case_id not in segmented]
+
+
+def _is_dseg(file: FoundFile) -> bool:
+    return file.kind == LABEL and bare_name(file.image.path).endswith("_dseg")
+
+
+def _segment_names(listing: Listing) -> dict[str, int]:
+    """Class names of the first `*dseg.tsv` (columns `index` and `name`), else nothing."""
+    table = next((path for path in listing.others if path.name.endswith("dseg.tsv")), None)
+    if table is None:
+        return {}
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as stream:
+            rows: list[Mapping[str, str]] = list(csv.DictReader(stream, delimiter="\t"))
+        names = {row["name"]: int(row["index"]) for row in rows}
+        require_shown(names, table)
+        require_label_values({name: (value,) for name, value in names.items()})
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+        raise DataError(
+            f"cannot be read ({error})", where=table, expected="tab-separated columns `index` and `name`"
+        ) from error
+    return names
+
+
+def _licence(listing: Listing) -> str | None:
+    path = listing.root / "dataset_description.json"
+    if not path.is_file():
+        return None
+    try:
+        return str(read_document(path).get("License") or "") or None
+    except DataError:
+        return None  # a damaged description does not keep anyone from the images
+
+
+BIDS = Layout(
+    "bids",
+    "BIDS: sub-*/[ses-*/]anat, references as *_dseg or *_mask, also under derivatives",
+    "sub-01/ses-01/anat/sub-01_ses-01_ce-gadolinium_T1w.nii.gz",
+    _recognise,
+    _read,
+)

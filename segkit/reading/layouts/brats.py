@@ -1,0 +1,273 @@
+"""BraTS of every year, FeTS and UPENN-GBM: cases are known by their ids, wherever in the folder they lie.
+
+A file belongs to a case when its name starts with a case id, or when a folder above it is named like one (so that
+`BraTS20_Training_355/W39_1998.09.19_Segm.nii` is found). HGG/LGG or any other nesting does not matter.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
+from pathlib import Path
+
+from segkit.errors import DataError, Problem
+from segkit.labels import SCHEMES
+from segkit.reading.case import Case, Cohort, ImageFile
+from segkit.reading.files import read_grid
+from segkit.reading.geometry import same_grid
+from segkit.reading.layouts.layout import (
+    FolderOptions,
+    FoundFile,
+    Layout,
+    SchemeChoice,
+    absent_modalities,
+    build_cases,
+    build_cohort,
+    unused_files,
+)
+from segkit.reading.layouts.listing import Listing, bare_name, list_images
+from segkit.reading.layouts.schemes import CONVENTIONS, Convention, patient_of, values_of
+from segkit.reading.modalities import IGNORED, LABEL, in_channel_order, kind_of, split_name
+
+_INPAINTING_KINDS = ("t1n-voided", "mask", "mask-healthy", "mask-unhealthy")
+"""Files of the inpainting task beside the images: they go into `Case.images`, but are no input channels."""
+
+_ALGORITHM_MASK = "algorithm mask"
+"""The kind of a segmentation that is named after what made it (`seg-<algorithm>`), never an expert reference."""
+
+_REFERENCE_WORDS = frozenset({"seg", "segm", "segmentation", "gtv", "ot", "otmulticlass"})
+"""How BraTS names expert references; a `_mask` or `_label` beside them may be of the brain, or of anything."""
+
+_GRADES = frozenset({"hgg", "lgg"})
+"""Folders of 2012-2019 between which a case may be split."""
+
+_POST_TREATMENT = 100
+"""BraTS-GLI time points from 100 on are scans after treatment (2024 and later)."""
+
+
+def _recognise(convention: Convention, listing: Listing) -> float:
+    """The share of the volumes that belong to the convention's cases."""
+    if not listing.volumes:
+        return 0.0
+    files = _find_files(convention, listing.volumes)
+    share = len(files) / len(listing.volumes)
+    if share == 0:
+        return 0.0
+    is_inpainting = any(file.kind == "t1n-voided" for file in files)
+    if is_inpainting != (convention.name == "brats-inpainting"):
+        return 0.0
+    is_post_treatment = any(_timepoint(file.case_id) >= _POST_TREATMENT for file in files)
+    match convention.name:
+        case "brats2024":
+            return share if is_post_treatment else 0.0
+        case "brats2023":
+            is_one_kind = len({file.case_id.split("-")[1].upper() for file in files}) == 1
+            return share * (0.9 if not is_one_kind or is_post_treatment else 0.95)
+        case "brats2023-ped":
+            return share * 0.9  # chosen with --layout only: names do not tell it from 2024
+    return share
+
+
+def _read(convention: Convention, listing: Listing, options: FolderOptions) -> Cohort:
+    files = _find_files(convention, listing.volumes)
+    if convention.name == "upenn" and not _has_reference(files):
+        files += _find_files(convention, _upenn_references(listing.root))
+    foreign = () if convention.name == "upenn" else _foreign_references(files)
+    left_out = set(foreign)
+    masks = [file for file in files if file.kind == _ALGORITHM_MASK]
+    cases, problems = build_cases(
+        (file for file in files if file.kind != _ALGORITHM_MASK and file.image.path not in left_out),
+        patient_of=patient_of,
+        order=_channel_order,
+    )
+    cases = _tell_algorithm_masks(cases, masks, listing.root)
+    known = {file.image.path for file in files}
+    if strays := [path for path in listing.volumes if path not in known]:
+        problems.append(unused_files(strays, f"names that {convention.name} does not use"))
+    if ignored := [file.image.path for file in files if file.kind == IGNORED]:
+        remedy = "If they are expert references, name them like one (CASE-seg or CASE_seg)"
+        problems.append(unused_files(ignored, "neither an image nor a reference (brain masks?)", remedy))
+    if foreign:
+        remedy = "Move expert references into the folder of their case"
+        problems.append(unused_files(foreign, "masks outside the folder of their case (predictions?)", remedy))
+    if convention.has_four_modalities:
+        problems += absent_modalities(cases, listing.root)
+    modalities = in_channel_order(kind for case in cases for kind in case.images)
+    channels = [kind for kind in modalities if kind not in _INPAINTING_KINDS]
+    return build_cohort(
+        listing,
+        convention.name,
+        cases,
+        _choose_scheme(convention, cases, options, listing.root),
+        modalities=channels or [kind for kind in modalities if kind == "t1n-voided"],
+        problems=problems,
+    )
+
+
+def _find_files(convention: Convention, paths: Iterable[Path]) -> list[FoundFile]:
+    pattern = _compiled(convention.case_pattern)
+    found = (_find_file(pattern, path, convention.name == "brats-inpainting") for path in paths)
+    return [file for file in found if file is not None]
+
+
+def _find_file(pattern: re.Pattern[str], path: Path, is_inpainting: bool) -> FoundFile | None:
+    folder = next((above for above in path.parents[:2] if pattern.fullmatch(above.name)), None)
+    stem = bare_name(path)
+    if match := re.match(rf"({pattern.pattern})[-_.]+(.+)$", stem, re.IGNORECASE):
+        case_id, name = match.group(1), match.group(2).lower()
+        kind = name if is_inpainting and name in _INPAINTING_KINDS else _kind_in_brats(kind_of(name), name)
+        own_folder = folder if folder is not None and folder.name == case_id else path.parent
+        if name == "t1n-voided":
+            kind = name
+        return None if kind is None else FoundFile(case_id, own_folder, kind, ImageFile(path))
+    if folder is None:
+        return None
+    parts = split_name(stem)
+    kind = _kind_in_brats(parts.kind, parts.word)
+    if kind is None:
+        return None
+    kind = _ALGORITHM_MASK if kind == LABEL and parts.is_leading else kind
+    return FoundFile(folder.name, folder, kind, ImageFile(path))
+
+
+def _kind_in_brats(kind: str | None, word: str) -> str | None:
+    return IGNORED if kind == LABEL and word not in _REFERENCE_WORDS else kind
+
+
+def _foreign_references(files: Sequence[FoundFile]) -> tuple[Path, ...]:
+    """References of cases whose images lie in another folder, where anybody's predictions may lie."""
+    folders: dict[str, set[Path]] = {}
+    for file in files:
+        if file.kind not in (LABEL, IGNORED, _ALGORITHM_MASK):
+            folders.setdefault(file.case_id, set()).add(file.folder)
+    return tuple(
+        file.image.path
+        for file in files
+        if file.kind == LABEL
+        and file.case_id in folders
+        and file.folder not in folders[file.case_id]
+        and not all(_is_graded(folder, file.case_id) for folder in (file.folder, *folders[file.case_id]))
+    )
+
+
+def _is_graded(folder: Path, case_id: str) -> bool:
+    return folder.name == case_id and folder.parent.name.lower() in _GRADES
+
+
+@lru_cache(maxsize=32)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern, re.IGNORECASE)
+
+
+def _timepoint(case_id: str) -> int:
+    match = re.match(r"^BraTS-GLI-\d+-(\d{3})$", case_id, re.IGNORECASE)
+    return int(match.group(1)) if match else 0
+
+
+def _has_reference(files: Iterable[FoundFile]) -> bool:
+    return any(file.kind == LABEL for file in files)
+
+
+def _channel_order(kinds: Iterable[str]) -> tuple[str, ...]:
+    ordered = in_channel_order(kinds)
+    return tuple(sorted(ordered, key=lambda kind: kind in _INPAINTING_KINDS))
+
+
+def _upenn_references(root: Path) -> tuple[Path, ...]:
+    """The masks of UPENN-GBM where the user pointed to `images_structural` itself."""
+    masks = root.parent / "images_segm"
+    return list_images(masks).volumes if root.name == "images_structural" and masks.is_dir() else ()
+
+
+def _choose_scheme(convention: Convention, cases: Sequence[Case], options: FolderOptions, where: Path) -> SchemeChoice:
+    if options.label_scheme is not None:
+        return SchemeChoice(options.label_scheme)
+    scheme = SCHEMES[convention.scheme]
+    is_labelled = any(case.label is not None for case in cases)
+    if convention.name == "brats2023-met" and is_labelled and 4 in values_of(cases, stop_at=4):
+        return SchemeChoice(SCHEMES["brats2024"])
+    if convention.name == "brats-ped" and options.layout != convention.name:
+        return _choose_paediatric_scheme(cases, where)
+    return SchemeChoice(scheme)
+
+
+def _choose_paediatric_scheme(cases: Sequence[Case], where: Path) -> SchemeChoice:
+    """Only value 4 tells the scheme of BraTS-PED 2024 and later from that of 2023."""
+    both = "--label-scheme brats-ped (2024 and later) or --label-scheme brats2023"
+    if not any(case.label is not None for case in cases):
+        note = "the names of BraTS-PED do not tell the label scheme of 2023 from that of 2024 and later"
+        return SchemeChoice(None, (Problem(str(where), note, f"To fix the scheme pass {both}", is_fatal=False),))
+    if 4 not in values_of(cases, stop_at=4):
+        note = (
+            "no reference of BraTS-PED holds value 4, so that labels may be those of 2023 (1 NCR, 2 ED, 3 ET) or those "
+            "of 2024 and later (1 ET, 2 NET, 3 CC) without any edema"
+        )
+        return SchemeChoice(None, (Problem(str(where), note, f"Choose {both}"),))
+    return SchemeChoice(SCHEMES["brats-ped"])
+
+
+def _tell_algorithm_masks(cases: Sequence[Case], masks: Sequence[FoundFile], root: Path) -> list[Case]:
+    """Add to each case without a reference which algorithm masks lie beside it, and which of them lost its geometry."""
+    by_case: dict[str, list[Path]] = {}
+    for file in masks:
+        by_case.setdefault(file.case_id, []).append(file.image.path)
+    return [
+        replace(case, problems=(*case.problems, *_about_masks(case, by_case[case.id], root)))
+        if case.id in by_case
+        else case
+        for case in cases
+    ]
+
+
+def _about_masks(case: Case, paths: Sequence[Path], root: Path) -> list[Problem]:
+    repair = f"segkit convert headers {shlex.quote(str(root))} -o {shlex.quote(root.name + '-repaired')}"
+    misfits = {path: reason for path in paths if (reason := _misfit(case, path))}
+    good = [path.name for path in paths if path not in misfits]
+    problems = [
+        Problem(
+            str(path),
+            f"segmentation by an algorithm whose geometry is lost: {reason}",
+            f"Repair a copy with `{repair}`, or leave it out",
+            is_fatal=False,
+        )
+        for path, reason in misfits.items()
+    ]
+    if case.label is None and good:
+        source = next(path for path in paths if path not in misfits)
+        target = source.with_name(f"{case.id}-seg.nii.gz")
+        copy = f"cp {shlex.quote(str(source))} {shlex.quote(str(target))}"
+        problems.insert(
+            0,
+            Problem(
+                str(paths[0].parent),
+                f"no expert reference (-seg); {len(good)} algorithm segmentation(s) found, which are not used: "
+                + ", ".join(good),
+                f"To train on one all the same, copy it to the name of a reference: `{copy}`",
+                is_fatal=False,
+            ),
+        )
+    return problems
+
+
+def _misfit(case: Case, path: Path) -> str | None:
+    if not case.images:
+        return None
+    try:
+        return same_grid(read_grid(path), read_grid(next(iter(case.images.values())).path))
+    except DataError:
+        return None  # the check reads the image itself and tells
+
+
+BRATS_LAYOUTS: dict[str, Layout] = {
+    convention.name: Layout(
+        convention.name,
+        convention.description,
+        convention.example,
+        partial(_recognise, convention),
+        partial(_read, convention),
+    )
+    for convention in CONVENTIONS
+}

@@ -1,0 +1,365 @@
+"""Which files of a folder without convention belong to one case.
+
+Three habits are understood: a folder for each case (`patient19/FLAIR.nii.gz`), all cases in one folder with suffixes
+(`p1_t1.nii.gz`, `p1_seg.nii.gz`), and a folder for each kind (`images/p1.png`, `masks/p1.png`, `T1/p1.nii.gz`). The
+folder for a kind may hold more folders (`images/train/p1.png`, `masks/train/p1.png`): without it, both lie in `train`.
+
+Case ids and patients from the folders that cases lie in, for data without any convention of names.
+
+An id is as short as it can be: the name of the case folder or file, with the folders above it put in front as far as it
+takes to tell it from others (`P1/MR` and `P2/MR` are `P1_MR` and `P2_MR`).
+
+Which of the modalities that turn up in a folder become input channels of every case.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import shlex
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from segkit.errors import Problem
+from segkit.reading.case import Case, ImageFile
+from segkit.reading.layouts.layout import FoundFile, unused_files
+from segkit.reading.layouts.listing import bare_name
+from segkit.reading.layouts.schemes import patient_of
+from segkit.reading.modalities import IGNORED, LABEL, canonical_modality, in_channel_order, kind_of, split_name
+
+IMAGE = "image"
+"""The modality of a file whose name tells none."""
+
+_IMAGE_FOLDERS = frozenset({"image", "images", "img", "imgs", "imagestr", "imagests", "scans", "volumes", "input"})
+_LABEL_FOLDERS = frozenset(
+    {"label", "labels", "labelstr", "mask", "masks", "segmentation", "segmentations", "seg", "segs", "gt"}
+    | {"annotations", "ground_truth", "groundtruth", "references", "1st_manual", "manual1", "manual", "targets"}
+)
+_KIND_FOLDERS = _IMAGE_FOLDERS | _LABEL_FOLDERS
+_LAST_CHOICE = frozenset({"mask", "masks"})
+"""Of several folders for references these lose: beside one of them they hold fields of view or masks of organs."""
+
+_SUBSET = re.compile(r"[-_. ]+(training|train|validation|val|testing|test)$", re.IGNORECASE)
+"""What names of images say of the part of the data they are in, and references do not (`21_training`, `21_manual1`)."""
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Files told apart, the patient of each case id, and what is to be said about files left out."""
+
+    files: list[FoundFile]
+    patients: dict[str, str]
+    problems: list[Problem]
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A file, the folder that may hold its whole case, and what its name leaves when the kind is taken away."""
+
+    path: Path
+    folder: Path
+    kind: str | None
+    rest: str
+    is_leading: bool = False
+    kind_folder: Path | None = None
+    """The folder for images or references that the file lies in; `folder` is then its path without that one."""
+
+
+def group_files(paths: Sequence[Path], root: Path, patterns: Mapping[str, str]) -> Grouping:
+    """Cases of files by their names and folders, and the patient of each case id.
+
+    `patterns` (modality to suffix, or glob where it has `*`, `?` or `[`) replaces the synonyms where it is given;
+    files that no pattern fits are IGNORED. The kind of a file whose name tells nothing is IMAGE.
+    """
+    problems: list[Problem] = []
+    if patterns:
+        items = [_by_pattern(path, patterns) for path in paths]
+    else:
+        items, problems = _pair_kind_folders([_by_name(path, root) for path in paths])
+    folders: dict[Path, list[_Item]] = defaultdict(list)
+    left = {item.path: item.folder for item in items}
+    for item in _tell_companions(items):
+        if item.kind != IGNORED:
+            folders[item.folder].append(item)
+    groups = [
+        (folder, key, own) for folder, members in folders.items() for key, own in _cases_in(folder, members, root)
+    ]
+    files: list[FoundFile] = []
+    patients: dict[str, str] = {}
+    names = name_cases([(folder, key) for folder, key, _ in groups], root)
+    for (case_id, patient), (folder, _, own) in zip(names, groups, strict=True):
+        patients[case_id] = patient
+        for item in own:
+            files.append(FoundFile(case_id, folder, item.kind or IMAGE, ImageFile(item.path)))
+            del left[item.path]
+    files += [FoundFile("", folder, IGNORED, ImageFile(path)) for path, folder in left.items()]
+    return Grouping(files, patients, problems)
+
+
+def shared_suffix(paths: Sequence[Path]) -> str | None:
+    """The one suffix that pairs files with others of the same folder (`_vessels`), where it fits half of them."""
+    stems = {(path.parent, bare_name(path)) for path in paths}
+    counts: Counter[str] = Counter()
+    for folder, stem in stems:
+        counts.update(stem[len(base) :] for base in _shorter_stems(stem) if (folder, base) in stems)
+    (suffix, count), *others = counts.most_common(2) or [("", 0)]
+    is_alone = not others or others[0][1] < count
+    return suffix if is_alone and count * 3 >= len(stems) else None
+
+
+def _by_pattern(path: Path, patterns: Mapping[str, str]) -> _Item:
+    for name, pattern in sorted(patterns.items(), key=lambda pair: -len(pair[1])):
+        kind = LABEL if kind_of(name) == LABEL or name == "reference" else name
+        wanted = pattern.lower()
+        if any(sign in wanted for sign in "*?["):
+            if fnmatch.fnmatch(path.name.lower(), wanted):
+                return _Item(path, path.parent, kind, split_name(bare_name(path)).rest, is_leading=True)
+            continue
+        for text in (bare_name(path), path.name):
+            if text.lower().endswith(wanted):
+                rest = text[: len(text) - len(wanted)].rstrip("-_. ")
+                return _Item(path, path.parent, kind, rest, is_leading=not rest)
+    return _Item(path, path.parent, IGNORED, bare_name(path))
+
+
+def _by_name(path: Path, root: Path) -> _Item:
+    name = bare_name(path)
+    parts = split_name(name)
+    above = path.relative_to(root).parts[:-1]
+    index = next((at for at in reversed(range(len(above))) if above[at].lower() in _KIND_FOLDERS), None)
+    if index is None:
+        if above and parts.kind is None and (modality := canonical_modality(above[-1])):
+            return _Item(path, path.parent.parent, modality, parts.rest)
+        return _Item(path, path.parent, parts.kind, parts.rest, parts.is_leading)
+    folder = root.joinpath(*above[:index], *above[index + 1 :])
+    kind_folder = root.joinpath(*above[: index + 1])
+    if above[index].lower() in _LABEL_FOLDERS:
+        rest = parts.rest if parts.kind in (LABEL, None) else name
+        return _Item(path, folder, LABEL, rest, kind_folder=kind_folder)
+    if index + 1 < len(above) and parts.kind is None and (modality := canonical_modality(above[-1])):
+        return _Item(path, folder.parent, modality, parts.rest, kind_folder=kind_folder)
+    return _Item(path, folder, parts.kind, parts.rest, kind_folder=kind_folder)
+
+
+def _pair_kind_folders(items: Sequence[_Item]) -> tuple[list[_Item], list[Problem]]:
+    """Give references and images that lie in folders for their kind the same rest of the name."""
+    sorted_in: dict[Path, list[_Item]] = defaultdict(list)
+    for item in items:
+        if item.kind_folder is not None:
+            sorted_in[item.folder].append(item)
+    beaten = {name for members in sorted_in.values() for name in _beaten_folders(members)}
+    paired = [item for item in items if item.kind_folder is None]
+    losers: list[Path] = []
+    lonely: list[Path] = []
+    for members in sorted_in.values():
+        lost = {item.path for item in members if _is_reference(item) and _kind_name(item) in beaten}
+        losers += sorted(lost)
+        images, references = _paired([item for item in members if item.path not in lost])
+        paired += [*images, *references]
+        if lost:
+            known = {item.rest for item in references}
+            lonely += sorted(item.path for item in images if item.rest not in known)
+    problems = []
+    if losers:
+        folder = shlex.quote(str(losers[0].parent))
+        remedy = f"Where they are fields of view, `segkit evaluate --roi {folder}` scores inside them"
+        problems.append(unused_files(losers, "as another folder beside theirs holds the references", remedy))
+    if lonely:
+        problems.append(unused_files(lonely, "in training: no reference in the folder of the references"))
+    return paired, problems
+
+
+def _paired(items: Sequence[_Item]) -> tuple[list[_Item], list[_Item]]:
+    """Images and references of one folder, references by the whole name of their image where there is one."""
+    references = [item for item in items if _is_reference(item)]
+    images = [item for item in items if not _is_reference(item)]
+    named = [item for item in images if item.kind == LABEL]
+    images = [item for item in images if item.kind != LABEL]
+    plain = set() if references else {(item.path.parent, item.rest) for item in images}
+    for item in named:  # a name alone makes no reference of a file among images; lying beside its image does
+        if (item.path.parent, item.rest) in plain:
+            references.append(item)
+        else:
+            images.append(replace(item, kind=None, rest=bare_name(item.path)))
+    rest_of = {bare_name(item.path): item.rest for item in images}
+    references = [replace(item, rest=rest_of.get(bare_name(item.path), item.rest)) for item in references]
+    known = {item.rest for item in references}
+    return [_without_subset(item, known) for item in images], references
+
+
+def _without_subset(item: _Item, known: set[str]) -> _Item:
+    shorter = _SUBSET.sub("", item.rest)
+    return replace(item, rest=shorter) if item.rest not in known and shorter in known else item
+
+
+def _beaten_folders(items: Iterable[_Item]) -> set[str]:
+    names = {_kind_name(item) for item in items if _is_reference(item)}
+    return names & _LAST_CHOICE if names - _LAST_CHOICE else set()
+
+
+def _is_reference(item: _Item) -> bool:
+    return _kind_name(item) in _LABEL_FOLDERS
+
+
+def _kind_name(item: _Item) -> str:
+    return "" if item.kind_folder is None else item.kind_folder.name.lower()
+
+
+def _tell_companions(items: Iterable[_Item]) -> list[_Item]:
+    """Mark files named after another file plus something unknown (`scan1_prediction` beside `scan1`) as IGNORED."""
+    items = list(items)
+    images = {(item.path.parent, item.rest) for item in items if item.kind is None}
+    return [
+        replace(item, kind=IGNORED)
+        if item.kind is None and any((item.path.parent, base) in images for base in _shorter_stems(item.rest))
+        else item
+        for item in items
+    ]
+
+
+def _shorter_stems(stem: str) -> list[str]:
+    return [stem[: match.start()] for match in re.finditer(r"[-_. ]+", stem) if match.start() > 0]
+
+
+def _keys(items: Sequence[_Item]) -> set[str]:
+    """The names that tell the cases of one folder apart, empty where it holds a single case."""
+    is_case = any(not item.rest and item.kind not in (None, LABEL) for item in items)  # T1.nii.gz, and DWI beside it
+    telling = [item for item in items if item.kind is not None or not is_case]
+    firm = {item.rest for item in telling if item.rest and not item.is_leading}
+    leading = Counter(item.kind for item in items if item.is_leading)
+    if firm or any(count > 1 for count in leading.values()):
+        firm |= {item.rest for item in items if item.is_leading and item.rest}
+    return firm if len(firm) > 1 else set()
+
+
+def _cases_in(folder: Path, items: Sequence[_Item], root: Path) -> Iterable[tuple[str, list[_Item]]]:
+    """(name in the folder, files) for each case of one folder; the name is empty where the folder is the case."""
+    if keys := _keys(items):
+        yield from ((key, [item for item in items if item.rest == key]) for key in sorted(keys))
+        return
+    rests = sorted({item.rest for item in items if item.rest and not item.is_leading})
+    has_own_folder = folder != root or any(item.kind for item in items if not item.rest or item.is_leading)
+    yield ("" if has_own_folder else (rests or [root.name])[0]), list(items)
+
+
+_SESSION = re.compile(
+    r"^(ses|session|visit|tp|timepoint|time|scan|baseline|followup|week|month|year)[-_ ]?\d*$", re.IGNORECASE
+)
+_BARE_NUMBER = re.compile(r"^\d+([-_.]\d+)*$")
+
+
+def name_cases(places: Sequence[tuple[Path, str]], root: Path) -> list[tuple[str, str]]:
+    """(case id, patient) for each place: a folder and the name of the case in it, "" where the folder is the case."""
+    paths = [(*_parts(folder, root), *((key,) if key else ())) or (root.name,) for folder, key in places]
+    least = [1 if key else _depth_to_patient(path) for path, (_, key) in zip(paths, places, strict=True)]
+    depths = _unique_depths(paths, least)
+    named = []
+    for (_, key), path, shortest, depth in zip(places, paths, least, depths, strict=True):
+        case_id = "_".join(path[-depth:])
+        if key:
+            patient = patient_of(key)
+            named.append((case_id, case_id if patient == key else patient))
+        else:
+            named.append((case_id, patient_of(_patient(path, depth, is_qualified=depth > shortest))))
+    return named
+
+
+def _parts(folder: Path, root: Path) -> tuple[str, ...]:
+    """The folders below `root`; a root that is a case itself goes by its own name."""
+    if folder == root:
+        return ()
+    return folder.relative_to(root).parts if folder.is_relative_to(root) else (folder.name,)
+
+
+def _unique_depths(paths: Sequence[tuple[str, ...]], least: Sequence[int]) -> list[int]:
+    """How many parts of each path make its id; paths that end in the same name are lengthened together."""
+    depths = list(least)
+    alike: dict[str, list[int]] = defaultdict(list)
+    for index, path in enumerate(paths):
+        alike["_".join(path[-least[index] :])].append(index)
+    for members in alike.values():
+        while True:
+            counts = Counter(paths[index][-depths[index] :] for index in members)
+            longer = [index for index in members if depths[index] < len(paths[index])]
+            if counts.total() == len(counts) or not longer:
+                break
+            for index in longer:
+                depths[index] += 1
+    return depths
+
+
+def _depth_to_patient(path: tuple[str, ...]) -> int:
+    """1 for a case folder, more for one that is a session of the patient whose folder lies above it."""
+    last = len(path) - 1
+    return 1 + last - _above_sessions(path, last)
+
+
+def _above_sessions(path: tuple[str, ...], index: int) -> int:
+    """Index of the nearest folder from `index` upwards that is no session of the one above it."""
+    while index > 0 and _is_session(path[index], path[index - 1]):
+        index -= 1
+    return index
+
+
+def _is_session(name: str, above: str) -> bool:
+    """Plain numbers are sessions only in the folder of a patient: HGG/001 is a patient, P07/001 a visit."""
+    return bool(_SESSION.match(name)) or bool(_BARE_NUMBER.match(name) and _has_digit(above))
+
+
+def _patient(path: tuple[str, ...], depth: int, *, is_qualified: bool) -> str:
+    """Who a case folder belongs to; a name that occurs under many folders (MR) describes and does not identify."""
+    index = len(path) - 1
+    if is_qualified and index > 0 and (_has_digit(path[index - 1]) or not _has_digit(path[index])):
+        index -= 1
+    index = _above_sessions(path, index)
+    return "_".join(path[min(len(path) - depth, index) : index + 1])
+
+
+def _has_digit(name: str) -> bool:
+    return any(letter.isdigit() for letter in name)
+
+
+_LEAST_SHARE = 0.5
+"""A modality that fewer cases have is an extra of some: as a channel it would spoil all others."""
+
+_NAMELESS = re.compile(rf"^({IMAGE}|channel_\d+)$")
+
+
+def common_modalities(cases: Sequence[Case], named: Collection[str] = ()) -> tuple[tuple[str, ...], list[Problem]]:
+    """Modalities, in channel order, that at least half of the cases have or that the user named; notes on the others.
+
+    The cases keep their rare images, so that a model which knows the modality can use them.
+    """
+    counts = Counter(modality for case in cases for modality in case.images)
+    common = {name for name, count in counts.items() if name in named or count >= _LEAST_SHARE * len(cases)}
+    rare: dict[tuple[Path, ...], list[str]] = defaultdict(list)
+    for name in in_channel_order(name for name in counts if name not in common):
+        rare[tuple(case.images[name].path for case in cases if name in case.images)].append(name)
+    problems = [
+        unused_files(
+            paths,
+            f"in training: {len(paths)} of {len(cases)} cases have {', '.join(names)}",
+            f"Keep it with --modality {names[0]}=SUFFIX",
+        )
+        for paths, names in rare.items()
+    ]
+    return in_channel_order(name for case in cases for name in case.images if name in common), problems
+
+
+def without_nameless(files: Sequence[FoundFile]) -> tuple[list[FoundFile], list[Problem]]:
+    """The files without images of unknown modality, where most cases have known ones, and a note on what went."""
+    kinds: dict[str, set[str]] = defaultdict(set)
+    for file in files:
+        if file.kind not in (LABEL, IGNORED):
+            kinds[file.case_id].add(file.kind)
+    named = sum(1 for found in kinds.values() if any(not _NAMELESS.match(kind) for kind in found))
+    if named == 0 or named < _LEAST_SHARE * len(kinds):
+        return list(files), []
+    kept = [file for file in files if not _NAMELESS.match(file.kind)]
+    used = {file.image.path for file in kept}
+    paths: list[Path] = sorted({file.image.path for file in files} - used)
+    if not paths:
+        return kept, []
+    return kept, [unused_files(paths, "as nothing tells their modality", "Keep it with --modality NAME=SUFFIX")]

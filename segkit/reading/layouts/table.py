@@ -1,0 +1,163 @@
+"""The table of layouts, and `find_cases`, which turns any folder, case or file into a cohort."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from segkit.errors import DataError, RequestError
+from segkit.labels import SCHEMES, LabelScheme, classes_scheme
+from segkit.reading.archives import is_archive
+from segkit.reading.case import Cohort
+from segkit.reading.files import suffix_of
+from segkit.reading.layouts.bids import BIDS
+from segkit.reading.layouts.brats import BRATS_LAYOUTS
+from segkit.reading.layouts.folder import FOLDER, FOLDER2D
+from segkit.reading.layouts.layout import FolderOptions, Layout, unused_files
+from segkit.reading.layouts.listing import Listing, bare_name, list_images
+from segkit.reading.layouts.msd import MSD
+from segkit.reading.layouts.nnunet import NNUNET
+from segkit.reading.layouts.schemes import values_of
+
+LAYOUTS: dict[str, Layout] = {
+    **BRATS_LAYOUTS,
+    "msd": MSD,
+    "nnunet": NNUNET,
+    "bids": BIDS,
+    "folder": FOLDER,
+    "folder2d": FOLDER2D,
+}
+"""Every layout by name; the names of `BRATS_LAYOUTS` are those of `conventions.CONVENTIONS`."""
+
+PLAIN_CLASSES = "classes"
+"""`label_scheme` that makes a class of every value, whatever it may mean."""
+
+_LOWEST_SCORE = 0.1
+_COMMON = ("brats2021", "msd", "folder")
+
+
+def find_cases(
+    root: Path,
+    *,
+    layout: str | None = None,
+    modalities: Mapping[str, str] | None = None,
+    label_scheme: str | None = None,
+    require_labels: bool = False,
+    exclude: Path | None = None,
+) -> Cohort:
+    """The cases of a data folder, one case folder, or one image file.
+
+    Args:
+        root: the folder or file; links are followed, hidden files left out.
+        layout: a name of `LAYOUTS`; None recognises it.
+        modalities: modality name to suffix, glob pattern or channel number of its files, where names do not tell;
+            the name `label` stands for the reference mask.
+        label_scheme: a name of `labels.SCHEMES`, or "classes" for one class a value; None tells it by names, then by
+            values.
+        require_labels: leave out cases without a reference, and refuse a folder that has none.
+        exclude: a folder below `root` of which nothing is read, such as one for results.
+
+    Raises:
+        DataError: nothing there, nothing recognised, or no references where they are required.
+        RequestError: unknown layout or label scheme.
+    """
+    listing = list_images(Path(root), exclude)
+    options = FolderOptions(dict(modalities or {}), _scheme_named(label_scheme), layout)
+    chosen = _choose_layout(listing, layout, options)
+    cohort = chosen.read(listing, options)
+    if not cohort.cases:
+        raise _nothing_found(listing, f"no images that make a case of layout {chosen.name}")
+    one = listing.root if listing.volumes == (listing.root,) else listing.only
+    if one is not None and chosen is FOLDER and len(cohort.cases) == 1:
+        name = bare_name(one)  # of one file, or of one DICOM series, the name of the folder above says nothing
+        cohort = replace(cohort, cases=(replace(cohort.cases[0], id=name, patient=name),))
+    if label_scheme == PLAIN_CLASSES:
+        cohort = _with_plain_classes(cohort)
+    return _labelled_only(cohort) if require_labels else cohort
+
+
+def recognise(listing: Listing) -> list[tuple[float, Layout]]:
+    """Every layout with its score, best first; of equal scores those that people have most often."""
+    scored = [(layout.recognise(listing), layout) for layout in LAYOUTS.values()]
+    return sorted(scored, key=lambda pair: (-pair[0], pair[1].name not in _COMMON))
+
+
+def _choose_layout(listing: Listing, name: str | None, options: FolderOptions) -> Layout:
+    if name is not None:
+        if name not in LAYOUTS:
+            raise _unknown("layout", name, list(LAYOUTS))
+        return LAYOUTS[name]
+    scored = recognise(listing)
+    score, best = scored[0]
+    if score < _LOWEST_SCORE:
+        raise _nothing_found(listing, "no layout matches", [layout for _, layout in scored[:3]])
+    is_convention = best.name not in ("folder", "folder2d", "nnunet")
+    if options.modalities and is_convention:
+        return FOLDER if listing.volumes else FOLDER2D
+    return best
+
+
+def _scheme_named(name: str | None) -> LabelScheme | None:
+    if name is None:
+        return None
+    if name == PLAIN_CLASSES:
+        return classes_scheme(PLAIN_CLASSES, {})
+    if name not in SCHEMES:
+        raise _unknown("label scheme", name, [*SCHEMES, PLAIN_CLASSES])
+    return SCHEMES[name]
+
+
+def _with_plain_classes(cohort: Cohort) -> Cohort:
+    values = sorted(values_of([case for case in cohort.cases if case.label is not None]) - {0})
+    scheme = classes_scheme(PLAIN_CLASSES, {f"label_{value}": value for value in values}) if values else None
+    return replace(cohort, scheme=scheme, cases=tuple(replace(case, scheme=scheme) for case in cohort.cases))
+
+
+def _labelled_only(cohort: Cohort) -> Cohort:
+    labelled = tuple(case for case in cohort.cases if case.label is not None)
+    if not labelled:
+        raise DataError(
+            f"none of the {len(cohort.cases)} cases has a reference mask",
+            where=cohort.root,
+            expected=f"masks as in {LAYOUTS[cohort.layout].example}",
+            remedy="Look at `segkit check` for what was found, or name the masks with --modality label=SUFFIX",
+        )
+    without = [case for case in cohort.cases if case.label is None]
+    if not without:
+        return cohort
+    paths = [image.path for case in without for image in list(case.images.values())[:1]]
+    return replace(
+        cohort, cases=labelled, problems=(*cohort.problems, unused_files(paths, "cases without a reference mask"))
+    )
+
+
+def _nothing_found(listing: Listing, found: str, nearest: list[Layout] | None = None) -> DataError:
+    layouts = nearest or [layout for _, layout in recognise(listing)[:3]]
+    return DataError(
+        f"{found}; the folder holds {_contents(listing)}",
+        where=listing.only or listing.root,
+        expected="one of these layouts, the nearest ones: "
+        + "; ".join(f"{layout.name} ({layout.example})" for layout in layouts),
+        remedy="Unpack the archives and point to the folder"
+        if any(is_archive(path) for path in listing.others)
+        else "Point to the folder that holds the cases, or describe its files with --modality name=suffix",
+    )
+
+
+def _contents(listing: Listing) -> str:
+    counts = Counter(suffix_of(path) or "(no suffix)" for path in (*listing.images, *listing.others))
+    if not counts:
+        return "no files"
+    return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(5))
+
+
+def _unknown(what: str, name: str, known: list[str]) -> RequestError:
+    close = difflib.get_close_matches(name, known, n=1)
+    return RequestError(
+        f"there is no {what} {name!r}",
+        expected="one of " + ", ".join(known),
+        remedy=f"Did you mean {close[0]!r}?" if close else None,
+    )

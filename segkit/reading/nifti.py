@@ -1,0 +1,311 @@
+"""NIfTI-1, NIfTI-2 and FreeSurfer MGH files through nibabel's headers.
+
+The voxels are read here and not by nibabel's proxies for three reasons: a gzip stream is read to its end, so that its
+checksum is verified; one channel of a 4D file costs the memory of one channel; scaling is done in float32.
+"""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import nibabel as nib
+import numpy as np
+from nibabel.spatialimages import HeaderDataError
+from numpy.typing import NDArray
+
+from segkit.errors import DataError
+from segkit.reading.headers import (
+    COPY_AGAIN,
+    ImageHeader,
+    explained,
+    in_type,
+    is_usable,
+    pick_channel,
+    plain_numbers,
+    refuse_implausible,
+    require_file,
+)
+from segkit.reading.volume import Grid
+from segkit.shapes import Affine, AnyArray
+
+NIFTI_SUFFIXES = (".nii.gz", ".nii")
+MGH_SUFFIXES = (".mgz", ".mgh")
+
+_logger = logging.getLogger(__name__)
+
+_GZIP_MAGIC = b"\x1f\x8b"
+_CHUNK_BYTES = 1 << 24
+_MOST_BYTES_AROUND = 1 << 26
+"""Before and behind the voxels: header extensions hold a few MB at most, and gzip packs gigabytes into one."""
+_FREE_TEXT = ("descrip", "aux_file", "intent_name", "db_name", "data_type", "unused_str")
+_LONGEST_QUATERNION = 1.001
+"""A unit quaternion that was rounded may be a little longer than 1; nibabel allows single precision and no more."""
+_MM_PER_UNIT = {1: 1000.0, 3: 0.001}
+"""Spatial unit codes of NIfTI (nifti1.h): 1 metre, 2 millimetre, 3 micrometre; 0, unknown, is taken for mm."""
+
+
+class _VoxelHeader(Protocol):
+    """What nibabel's headers of both families tell."""
+
+    def get_data_shape(self) -> tuple[int, ...]: ...
+
+    def get_data_dtype(self) -> np.dtype[Any]: ...
+
+    def get_data_offset(self) -> int: ...
+
+    def get_slope_inter(self) -> tuple[float | None, float | None]: ...
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """Where the voxels of a file lie: `spatial` (D, H, W) in Fortran order, one channel after the other."""
+
+    path: Path
+    spatial: tuple[int, ...]
+    channels: int
+    dtype: np.dtype[Any]
+    offset: int
+    slope: float
+    intercept: float
+    is_compressed: bool
+
+    def read(self, channel: int | None) -> AnyArray:
+        """One channel, (D, H, W)."""
+        array = plain_numbers(self.stored(channel), self.path)
+        if (self.slope, self.intercept) == (1.0, 0.0):
+            return array
+        return array.astype(np.float32, copy=False) * np.float32(self.slope) + np.float32(self.intercept)
+
+    def stored(self, channel: int | None) -> AnyArray:
+        """One channel, (D, H, W), as it is in the file: in its type and byte order, before the scale factors."""
+        picked = pick_channel(self.path, self.channels, channel)
+        voxels = np.empty(math.prod(self.spatial), self.dtype)
+        with explained(self.path), _opened(self.path, self.is_compressed) as stream:
+            stream.seek(self.offset + picked * voxels.nbytes)
+            _fill(stream, voxels.view(np.uint8), self.path)
+            _read_to_end(stream, (self.channels - picked - 1) * voxels.nbytes, self.path)
+        return voxels.reshape(self.spatial, order="F")
+
+
+def open_nifti(path: Path) -> ImageHeader:
+    """The header of a NIfTI file; trailing axes of length 1 dropped, 2D images given a third axis of length 1."""
+    size = require_file(path)
+    with explained(path):
+        header, is_compressed = _nifti_header(path)
+        storage = _storage(path, header, size, is_compressed)
+        return ImageHeader(_nifti_grid(path, header, storage.spatial), storage.channels, storage.read)
+
+
+def open_mgh(path: Path) -> ImageHeader:
+    """The header of a FreeSurfer .mgh or .mgz file."""
+    size = require_file(path)
+    with explained(path):
+        is_compressed = _is_gzip(path)
+        with _opened(path, is_compressed) as stream:
+            # nibabel's own reader would first seek past as many voxels as the header claims.
+            block = stream.read(nib.freesurfer.mghformat.header_dtype.itemsize)
+        header = nib.freesurfer.mghformat.MGHHeader(block)
+        storage = _storage(path, header, size, is_compressed)
+        affine = np.asarray(header.get_best_affine(), np.float64)
+        if not is_usable(affine):
+            raise _lost_geometry(path)
+        return ImageHeader(Grid(storage.spatial, affine, source=path), storage.channels, storage.read)
+
+
+def save_nifti(path: Path, array: AnyArray, grid: Grid, slope: float = 1.0) -> None:
+    """Writes (D, H, W) or (D, H, W, C) in the array's own type, with the codes, units and both forms of `grid`.
+
+    Readers multiply the values by `slope`; they are written as they are.
+    """
+    header = nib.Nifti1Header()
+    header.set_data_dtype(array.dtype)
+    header.set_data_shape(array.shape)
+    header["xyzt_units"] = grid.xyzt_units
+    to_file_units = np.diag([*(3 * [1.0 / _mm_per_unit(grid.xyzt_units)]), 1.0])
+    affine = to_file_units @ grid.affine
+    header.set_qform(affine if grid.qform is None else to_file_units @ grid.qform, code=grid.qform_code)
+    if grid.sform_code > 0:
+        header.set_sform(affine, code=grid.sform_code)
+    image = nib.Nifti1Image(array, None, header)
+    if slope != 1.0:
+        image.header.set_slope_inter(slope, 0.0)
+    image.to_filename(path)
+
+
+def rewrite_nifti(
+    path: Path, source: Path, where: NDArray[np.bool_], values: NDArray[np.floating[Any]], channel: int | None = None
+) -> None:
+    """Writes one channel of a NIfTI file with `values` (n,) at its n voxels `where` (D, H, W), taken in C order.
+
+    Header, type and scale factors are those of the source, but its free text and its extensions, which may name the
+    patient, are left out; what is not in `where` is stored as it was, bit for bit. In a type of integers the values are
+    rounded, and those beyond its range become its ends.
+    """
+    size = require_file(source)
+    with explained(source):
+        header, is_compressed = _nifti_header(source)
+        storage = _storage(source, header, size, is_compressed)
+    voxels = storage.stored(channel)
+    voxels[where] = in_type((values.astype(np.float64) - storage.intercept) / storage.slope, voxels.dtype)
+    if storage.channels == 1:
+        voxels = voxels.reshape(header.get_data_shape(), order="F")  # with its axes of length 1
+    header.set_data_offset(0)  # of what nibabel writes
+    for name in set(_FREE_TEXT) & set(header.keys()):
+        header[name] = b""
+    kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    image = kind(voxels, None, header)
+    if (storage.slope, storage.intercept) != (1.0, 0.0):
+        image.header.set_slope_inter(storage.slope, storage.intercept)
+    image.to_filename(path)
+
+
+def save_mgh(path: Path, array: AnyArray, grid: Grid) -> None:
+    """Writes (D, H, W) as .mgz or .mgh, which knows uint8, int16, int32 and float32."""
+    nib.MGHImage(array, grid.affine).to_filename(path)
+
+
+def _nifti_header(path: Path) -> tuple[nib.Nifti1Header, bool]:
+    is_compressed = _is_gzip(path)
+    with _opened(path, is_compressed) as stream:
+        block = stream.read(nib.Nifti2Header.sizeof_hdr)
+    sizes = {int.from_bytes(block[:4], "little"), int.from_bytes(block[:4], "big")}
+    for kind in (nib.Nifti1Header, nib.Nifti2Header):
+        if kind.sizeof_hdr in sizes and len(block) >= kind.sizeof_hdr:
+            return kind(block[: kind.sizeof_hdr]), is_compressed
+    raise DataError(
+        "the file does not begin like a NIfTI file",
+        where=path,
+        expected="a NIfTI header of 348 or 540 bytes",
+        remedy=f"It may be another kind of file under this name. {COPY_AGAIN}",
+    )
+
+
+def _storage(path: Path, header: _VoxelHeader, size: int, is_compressed: bool) -> _Storage:
+    """Where the voxels lie, judged: nothing has been allocated so far."""
+    shape = tuple(int(length) for length in header.get_data_shape())
+    dtype, offset = header.get_data_dtype(), int(header.get_data_offset())
+    if not 0 <= offset <= _MOST_BYTES_AROUND:
+        raise DataError(
+            f"the header says that the voxels begin at byte {offset}", where=path, expected="a few hundred bytes"
+        )
+    stored = size if is_compressed else size - offset
+    refuse_implausible(path, shape, bytes_per_voxel=dtype.itemsize, stored_bytes=stored, is_compressed=is_compressed)
+    if len(shape) < 2:
+        raise DataError(f"the image has {len(shape)} axis", where=path, expected="a volume of 3 axes")
+    beyond = [length for length in shape[3:] if length > 1]
+    if len(beyond) > 1:
+        raise DataError(f"the image has {3 + len(beyond)} axes", where=path, expected="3 axes, or 4 with channels")
+    slope, intercept = header.get_slope_inter()
+    return _Storage(
+        path=path,
+        spatial=(*shape[:3], 1)[:3],
+        channels=math.prod(beyond),
+        dtype=dtype,
+        offset=offset,
+        slope=1.0 if slope is None else float(slope),
+        intercept=0.0 if intercept is None else float(intercept),
+        is_compressed=is_compressed,
+    )
+
+
+def _nifti_grid(path: Path, header: nib.Nifti1Header, spatial: tuple[int, ...]) -> Grid:
+    """The grid in millimetres: by the sform where it is set and usable, else the qform, else the voxel size alone."""
+    units = int(header["xyzt_units"])
+    to_mm = np.diag([*(3 * [_mm_per_unit(units)]), 1.0])
+    sform_code, qform_code = int(header["sform_code"]), int(header["qform_code"])
+    sform: Affine | None = to_mm @ header.get_sform() if sform_code > 0 else None
+    qform: Affine | None = to_mm @ _qform(header) if qform_code > 0 else None
+    if sform is not None and is_usable(sform):
+        affine = sform
+        if qform is not None and not is_usable(qform):
+            _logger.warning("%s: the qform of the header is unusable; the sform stands for both", path)
+            qform = None
+    elif qform is not None and is_usable(qform):
+        affine = qform
+        if sform is not None:
+            _logger.warning("%s: the sform of the header is unusable; the qform is taken instead", path)
+            sform_code = 0
+    elif sform is None and qform is None and is_usable(base := to_mm @ header.get_base_affine()):
+        affine = base
+    else:
+        raise _lost_geometry(path)
+    is_same = qform is None or np.allclose(qform, affine, atol=1e-4)
+    return Grid(
+        shape=spatial,
+        affine=np.asarray(affine, np.float64),
+        sform_code=sform_code,
+        qform_code=qform_code,
+        qform=None if is_same else qform,
+        xyzt_units=units,
+        source=path,
+    )
+
+
+def _qform(header: nib.Nifti1Header) -> Affine:
+    """The qform (4, 4) in the units of the file, NaN where quaternion or voxel sizes describe none."""
+    quaternion = np.array([header[f"quatern_{letter}"] for letter in "bcd"], np.float64)
+    length = float(np.linalg.norm(quaternion))
+    if 1 < length <= _LONGEST_QUATERNION:
+        header = header.copy()
+        for letter, value in zip("bcd", quaternion / length, strict=True):
+            header[f"quatern_{letter}"] = value
+    try:
+        return np.asarray(header.get_qform(), np.float64)
+    except (ValueError, HeaderDataError):
+        return np.full((4, 4), np.nan)
+
+
+def _lost_geometry(path: Path) -> DataError:
+    return DataError(
+        "the header does not say where the voxels lie (its affine is singular or not finite)",
+        where=path,
+        expected="three axes of different direction and a voxel size above 0",
+        remedy="Convert the scan again from its DICOM files, or restore the header from its sibling",
+    )
+
+
+def _mm_per_unit(xyzt_units: int) -> float:
+    return _MM_PER_UNIT.get(xyzt_units & 7, 1.0)
+
+
+def _is_gzip(path: Path) -> bool:
+    # By content, for `.nii` files that are compressed and `.nii.gz` files that are not are both about.
+    with path.open("rb") as stream:
+        return stream.read(2) == _GZIP_MAGIC
+
+
+def _opened(path: Path, is_compressed: bool) -> IO[bytes] | gzip.GzipFile:
+    return gzip.open(path, "rb") if is_compressed else path.open("rb")
+
+
+def _read_to_end(stream: IO[bytes] | gzip.GzipFile, expected: int, path: Path) -> None:
+    """Reads what is left, of which `expected` bytes are voxels: only at its end does gzip compare the checksum."""
+    left = expected + _MOST_BYTES_AROUND
+    while chunk := stream.read(_CHUNK_BYTES):
+        left -= len(chunk)
+        if left < 0:
+            raise DataError(
+                f"behind its voxels the file unpacks to more than {_MOST_BYTES_AROUND} bytes of something else",
+                where=path,
+                remedy=f"Do not trust it. {COPY_AGAIN}",
+            )
+
+
+def _fill(stream: IO[bytes] | gzip.GzipFile, target: NDArray[np.uint8], path: Path) -> None:
+    """Reads exactly as many bytes as `target` (n) holds."""
+    filled = 0
+    while filled < len(target):
+        chunk = stream.read(min(_CHUNK_BYTES, len(target) - filled))
+        if not chunk:
+            raise DataError(
+                f"the file is truncated: its voxels end after {filled} of {len(target)} bytes",
+                where=path,
+                remedy=COPY_AGAIN,
+            )
+        target[filled : filled + len(chunk)] = np.frombuffer(chunk, np.uint8)
+        filled += len(chunk)

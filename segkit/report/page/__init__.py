@@ -1,1 +1,0 @@
-"""One HTML page about runs, masks and scores that needs nothing but itself."""

@@ -1,0 +1,349 @@
+"""What a page tells of: training runs, inference outputs and evaluations, read from their folders.
+
+Documents of runs and outputs may have been written by another version, so that any field may be missing; scores are
+read as comparisons read them. Absolute paths stay behind: a page is sent to others, and the folders of one's machine
+are nobody's business.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from segkit.errors import RequestError
+from segkit.evaluation.results import SCORES_NAME, worst_first
+from segkit.evaluation.score_files import ScoresDocument, read_document
+from segkit.evaluation.tables import summarise
+
+_EXPECTED = "a run folder, an output folder of `segkit infer`, or one of `segkit evaluate -o`"
+_ABSOLUTE = re.compile(
+    r"(?<![\w.)\]}<>/~\u2026])(?:~|[A-Za-z]:)?[\\/](?:[^\s\\/'\"<>|:;,]+[\\/])+(?=[^\s\\/'\"<>|:;,]*)"
+)
+
+INTERRUPTED_NAME = "interrupted.json"
+"""In the folder of a run that ended before its time: the "reason". It is removed when the run goes on."""
+
+_PATIENCE = 3.0
+"""A run may have stopped when it is silent for so many times as long as ever before."""
+_LEAST_PATIENCE_S = 180.0
+"""Silence that says nothing, however often a run tells of itself."""
+
+Document = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run: its settings as text, its journal, the card of its model, and what validation found."""
+
+    name: str
+    folder: Path
+    config: str = ""
+    rows: tuple[Document, ...] = ()
+    card: Document = field(default_factory=dict)
+    validation: Document = field(default_factory=dict)
+    split: Document = field(default_factory=dict)
+    interruption: Document = field(default_factory=dict)
+    silent_s: float = 0.0
+    """Since its journal has grown."""
+
+    @property
+    def data(self) -> list[Path]:
+        """The folders that it learns from, as it was told them."""
+        told = self.split.get("data")
+        return [Path(str(folder)) for folder in told] if isinstance(told, list) else []
+
+    @property
+    def step(self) -> int:
+        """The last step that it has told of."""
+        return int(max((row["step"] for row in self.rows), default=0))
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its last scores are written; a pre-training writes those of its beginning early."""
+        return "minutes" in self.validation
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it still seems to go on."""
+        return self._is_begun and not self.interruption and self.silent_s < self.patience_s
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether it ended before its time, told or not."""
+        return self._is_begun and not self.is_running
+
+    @property
+    def patience_s(self) -> float:
+        """How long it may be silent: it tells of every epoch, when that and its validation are done."""
+        ends = [0.0, *(row["seconds"] for row in self.rows if "epoch" in row and "seconds" in row)]
+        ends += [row["seconds"] for row in self.rows[-1:] if "seconds" in row]
+        longest = max((after - before for before, after in pairwise(ends)), default=0.0)
+        return max(_PATIENCE * longest, _LEAST_PATIENCE_S)
+
+    @property
+    def resume_command(self) -> str:
+        """What goes on with it, with the names of its folders."""
+        verb = "pretrain" if re.search(r"^method:", self.config, re.MULTILINE) else "train"
+        data = [folder.name for folder in self.data] or ["DATA"]
+        folder = self.folder.resolve()
+        is_fold = re.fullmatch(r"fold_\d+", folder.name) is not None and _is_run(folder.parent)
+        run = [folder.parent.name, "-f", "all"] if is_fold else [folder.name]
+        return shlex.join(["segkit", verb, *data, "-o", *run, "--resume"])
+
+    @property
+    def _is_begun(self) -> bool:
+        return bool(self.rows) and not self.is_finished
+
+
+@dataclass(frozen=True)
+class Output:
+    """A folder of masks with the manifest of `segkit infer`, which is empty where others made them.
+
+    `card` is that of the model, or of the first of an ensemble, empty where it is not on this machine any more.
+    """
+
+    name: str
+    folder: Path
+    manifest: Document
+    card: Document = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An evaluation: its scores.json."""
+
+    name: str
+    folder: Path
+    document: ScoresDocument
+
+
+@dataclass(frozen=True)
+class CaseFacts:
+    """What is known of one case.
+
+    `regions` are its scores by region and metric, undefined ones left out and some of them infinite; `record` is its
+    entry in a manifest; `reason` says why it failed or could not be scored.
+    """
+
+    id: str
+    regions: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    record: Document = field(default_factory=dict)
+    reason: str | None = None
+    is_missing: bool = False
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything that the folders of a page hold."""
+
+    runs: tuple[Run, ...] = ()
+    outputs: tuple[Output, ...] = ()
+    evaluations: tuple[Scored, ...] = ()
+
+    def cases(self) -> list[CaseFacts]:
+        """All cases, worst first: those that failed, then by mean Dice, then by id."""
+        found = {case_id: CaseFacts(case_id, regions) for case_id, regions in self._scores().items()}
+        for output in self.outputs:
+            for record in records_of(output.manifest):
+                case = found.get(str(record["case"]), CaseFacts(str(record["case"])))
+                failed = record.get("error") if record.get("status") == "failed" else None
+                found[case.id] = replace(case, record=record, reason=None if failed is None else str(failed))
+        for scored in self.evaluations:
+            for failure in scored.document.errors:
+                case = found.get(failure.case, CaseFacts(failure.case))
+                found[case.id] = replace(case, reason=case.reason or failure.error)
+            for entry in scored.document.cases:
+                if entry.missing:
+                    found[entry.case] = replace(found[entry.case], is_missing=True)
+        for run in self.runs:
+            for case_id, reason in mapping(run.validation, "skipped").items():
+                found.setdefault(case_id, CaseFacts(case_id, reason=str(reason)))
+        ordered = [found[case_id] for case_id in worst_first({case.id: case.regions for case in found.values()})]
+        return sorted(ordered, key=lambda case: case.reason is None)
+
+    def summary(self) -> Document:
+        """Region -> metric -> mean, median, n (and `ci95` where the evaluation has it)."""
+        for scored in self.evaluations:
+            if scored.document.summary:
+                return scored.document.summary
+        return summarise(self._scores().values())
+
+    def _scores(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Case id -> region -> metric -> value, of the evaluations, or else of the validation of the runs."""
+        found: dict[str, dict[str, dict[str, float]]] = {}
+        for scored in self.evaluations:
+            for entry in scored.document.cases:
+                if entry.case in found:
+                    raise RequestError(
+                        f"two evaluations score case {entry.case}",
+                        where=scored.folder,
+                        remedy="Write one page for each of them",
+                    )
+                found[entry.case] = {
+                    region: {metric: value for metric, value in scores.items() if not math.isnan(value)}
+                    for region, scores in entry.scores().items()
+                }
+        if not self.evaluations:
+            for run in self.runs:
+                for case_id, dice in mapping(run.validation, "cases").items():
+                    found[case_id] = {name: {"dice": value} for name, value in _numbers(dice).items()}
+        return found
+
+
+def read_sources(paths: Sequence[Path]) -> Findings:
+    """What the folders hold; a file such as scores.json stands for its folder.
+
+    Beside an evaluation a folder without documents is taken for the masks that were evaluated.
+
+    Raises:
+        RequestError: a folder is none of the three kinds, or a document in it cannot be read.
+    """
+    runs: list[Run] = []
+    outputs: list[Output] = []
+    evaluations: list[Scored] = []
+    bare: list[Path] = []
+    for path in paths:
+        folder = path.parent if path.is_file() else path
+        if not folder.is_dir():
+            raise RequestError("there is no such folder", where=path, expected=_EXPECTED)
+        folds = [fold for fold in sorted(folder.glob("fold_*")) if _is_run(fold)]
+        found_runs = [read_run(one) for one in ([folder] if _is_run(folder) else [])] + [
+            read_run(fold, f"{folder.resolve().name}/{fold.name}") for fold in folds
+        ]
+        manifests = sorted(folder.glob("manifest*.json"))
+        scores = folder / SCORES_NAME
+        name = folder.resolve().name
+        runs += found_runs
+        outputs += [Output(name, folder, manifest, _card_of(manifest)) for manifest in map(_read_json, manifests)]
+        evaluations += [Scored(name, folder, read_document(scores))] if scores.is_file() else []
+        if not found_runs and not manifests and not scores.is_file():
+            bare.append(folder)
+    if bare and not evaluations:
+        raise RequestError("holds nothing to report", where=bare[0], expected=_EXPECTED)
+    outputs += [Output(folder.resolve().name, folder, {}) for folder in bare]
+    return Findings(tuple(runs), tuple(outputs), tuple(evaluations))
+
+
+def read_run(folder: Path, name: str | None = None) -> Run:
+    """A run folder, finished or not; whatever is not there yet is left empty."""
+    config, journal = folder / "config.yaml", folder / "metrics.jsonl"
+    rows = tuple(_journal(journal))
+    return Run(
+        name or folder.resolve().name,
+        folder,
+        config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+        rows,
+        _read_json(folder / "model.json", may_lack=True),
+        _read_json(folder / "validation.json", may_lack=True),
+        _read_json(folder / "split.json", may_lack=True),
+        _read_json(folder / INTERRUPTED_NAME, may_lack=True),
+        time.time() - journal.stat().st_mtime if rows else 0.0,
+    )
+
+
+def records_of(manifest: Document) -> list[Document]:
+    """The entries of a manifest, each case once; what this run noted comes before what earlier ones did."""
+    found: dict[str, Document] = {}
+    for key in ("cases", "earlier"):
+        for entry in entries(manifest, key):
+            found.setdefault(str(entry["case"]), entry)
+    return list(found.values())
+
+
+def entries(document: Document, key: str) -> list[Document]:
+    """The list of cases under `key`, without whatever in it is no case."""
+    listed = document.get(key)
+    found = listed if isinstance(listed, list) else []
+    return [entry for entry in found if isinstance(entry, dict) and "case" in entry]
+
+
+def mapping(document: Document, key: str) -> Document:
+    """The mapping under `key`, empty where there is none."""
+    value = document.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def number(value: object) -> float | None:
+    """A finite number, None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+class Discretion:
+    """Takes the folders of this machine out of texts.
+
+    Of an absolute path the last name stays, and of one below a folder that the page was given, or the user's home, what
+    comes after that. Other folders with blanks in their names are not seen as a whole.
+    """
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        folders = {form.parent for path in paths for form in (path.absolute(), path.resolve())} | {Path.home()}
+        known = (str(folder) for folder in folders if folder != Path(folder.anchor))
+        self._known = sorted(known, key=len, reverse=True)
+
+    def __call__(self, text: str) -> str:
+        """The text without folders."""
+        for folder in self._known:
+            text = re.sub(re.escape(folder) + r"(?:[\\/]|(?![\w.-]))", "\u2026/", text)
+        return _ABSOLUTE.sub("\u2026/", text)
+
+
+def _is_run(folder: Path) -> bool:
+    names = ("model.json", "metrics.jsonl", "config.yaml", "validation.json")
+    return any((folder / name).is_file() for name in names)
+
+
+def _card_of(manifest: Document) -> Document:
+    """The model card that a manifest leads to, if its weights are those that made the masks."""
+    model = mapping(manifest, "model")
+    path = Path(str(model.get("name") or "").split(", ")[0]) / "model.json"
+    try:
+        card = _read_json(path, may_lack=True)
+    except (RequestError, OSError, ValueError):
+        return {}
+    digests = model.get("sha256")
+    return card if isinstance(digests, list) and card.get("sha256") in digests else {}
+
+
+def _journal(path: Path) -> list[Document]:
+    """The rows with a step, and of each its numbers; without a line that is being written or was cut off by a kill."""
+    if not path.is_file():
+        return []
+    rows: list[Document] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        own = _numbers(row)
+        if "step" in own:
+            rows.append(own | {name: _numbers(value) for name, value in row.items() if isinstance(value, dict)})
+    return rows
+
+
+def _read_json(path: Path, *, may_lack: bool = False) -> Document:
+    if may_lack and not path.is_file():
+        return {}
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RequestError(f"cannot be read ({error})", where=path) from error
+    if not isinstance(document, dict):
+        raise RequestError("is no JSON object", where=path, expected="the document that segkit wrote")
+    return document
+
+
+def _numbers(scores: object) -> dict[str, float]:
+    if not isinstance(scores, dict):
+        return {}
+    found = {name: number(value) for name, value in scores.items()}
+    return {name: value for name, value in found.items() if value is not None}

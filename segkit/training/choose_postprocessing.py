@@ -1,0 +1,237 @@
+"""Post-processing chosen on the validation cases of a run: which sizes are too small to be believed.
+
+Outer regions come before those inside them. For each output, limits for its components and then for the whole region
+are tried, and the best is kept where it earns its place: the mean Dice rises by more than 0.001, and no more cases get
+worse than better. The Dice is that of the output and of those inside it, which removing takes along, with the
+convention of BraTS for empty masks: 1 where prediction and reference are both empty, 0 where only one is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cc3d
+import numpy as np
+from numpy.typing import NDArray
+
+from segkit.checkpoint.card import ModelCard, Part, PostprocessingCard, SizeRule
+from segkit.checkpoint.run_folder import CARD_NAME, load_card
+from segkit.inference.postprocessing import (
+    PARTS,
+    connectivity,
+    label_beneath,
+    label_boxes,
+    postprocess,
+    region_box,
+    smallest_voxels,
+)
+from segkit.labels import Output
+from segkit.metrics.overlap import dice_by_region, region_mask
+from segkit.reading.files import written_atomically
+from segkit.shapes import LabelMap, zeros_and_ones
+
+_log = logging.getLogger(__name__)
+
+_FEWEST_CASES = 3
+_LEAST_GAIN = 1e-3
+_SAME = 1e-6
+"""Dice values closer than this are equal."""
+_LIMITS_VOXELS = (5, 10, 20, 50, 100, 200, 500, 1000)
+"""Limits that are tried, in voxels of the middle case: a network errs by voxels, whatever they measure."""
+
+Scored = tuple[LabelMap, LabelMap, tuple[float, ...]]
+"""Prediction and reference, one shape and one scheme, and their spacing in mm."""
+
+
+@dataclass
+class ScoredCases:
+    """Predictions with their references, kept in little memory: the box with all labels, compressed.
+
+    A BraTS case takes some 0.1 MB, so a fold of hundreds of cases is no burden.
+    """
+
+    ids: list[str] = field(default_factory=list)
+    _packed: list[tuple[bytes, bytes, tuple[int, ...], tuple[float, ...]]] = field(default_factory=list, repr=False)
+
+    def add(self, case_id: str, prediction: LabelMap, reference: LabelMap, spacing_mm: Sequence[float]) -> None:
+        """Keep one case; both maps (D, H, W) or (H, W) uint8, spacing of each axis in mm."""
+        box = region_box(label_boxes(prediction | reference), range(1, 256)) or (slice(0, 1),) * prediction.ndim
+        predicted, expected = (zlib.compress(labels[box].tobytes(), 1) for labels in (prediction, reference))
+        self.ids.append(case_id)
+        self._packed.append((predicted, expected, prediction[box].shape, tuple(spacing_mm)))
+
+    def take(self, others: ScoredCases) -> None:
+        """Keep those cases, too."""
+        self.ids += others.ids
+        self._packed += others._packed
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __iter__(self) -> Iterator[Scored]:
+        for predicted, expected, shape, spacing_mm in self._packed:
+            yield _unpacked(predicted, shape), _unpacked(expected, shape), spacing_mm
+
+    @property
+    def spacings_mm(self) -> list[tuple[float, ...]]:
+        """Voxel spacing of each case."""
+        return [spacing_mm for *_, spacing_mm in self._packed]
+
+
+def _unpacked(packed: bytes, shape: tuple[int, ...]) -> LabelMap:
+    return np.frombuffer(zlib.decompress(packed), np.uint8).reshape(shape)
+
+
+def settle_postprocessing(
+    run: Path, scored: ScoredCases, tissues: Mapping[int, str], *, is_wanted: bool = True
+) -> dict[str, dict[str, float]] | None:
+    """Choose the post-processing of a run, write it in its model.json, and tell what it does.
+
+    Args:
+        run: Run folder with a model.
+        scored: Predictions without post-processing.
+        tissues: Name of each label value, for the message.
+        is_wanted: Whether there may be any; without it the card is left with none.
+
+    Returns:
+        Dice of each case and output with it (NaN where a region is in neither map), None where none is chosen. The
+        cases are those it was chosen on, so the scores flatter it a little.
+    """
+    card = load_card(run)
+    outputs = card.output_list()
+    chosen = choose_postprocessing(scored, outputs) if is_wanted else None
+    _write_card(run, card.model_copy(update={"postprocessing": chosen}))
+    if chosen is None:
+        return None
+    for rule in chosen.rules:
+        _log.info("post-processing: %s", describe_rule(rule, outputs, tissues, card.dims))
+    regions = {output.name: output.members for output in outputs if output.label != 0}
+    return {
+        case_id: dice_by_region(postprocess(prediction, spacing_mm, outputs, chosen), reference, regions)
+        for case_id, (prediction, reference, spacing_mm) in zip(scored.ids, scored, strict=True)
+    }
+
+
+def describe_rule(rule: SizeRule, outputs: Sequence[Output], tissues: Mapping[int, str], dims: int = 3) -> str:
+    """One rule as a sentence: "ET below 40 mm3 becomes NCR: mean Dice 0.810 -> 0.830"."""
+    label = next(label_beneath(output, outputs) for output in outputs if output.name == rule.output)
+    is_one = rule.part == "total"
+    what = rule.output if is_one else f"{rule.output} components"
+    size = f"{rule.smallest_mm3:g} {'mm3' if dims == 3 else 'pixels'}"
+    fate = f"{'becomes' if is_one else 'become'} {tissues[label]}" if label else f"{'is' if is_one else 'are'} removed"
+    effect = "" if rule.dice is None else ": mean Dice {:.3f} -> {:.3f}".format(*rule.dice)
+    return f"{what} below {size} {fate}{effect}"
+
+
+def choose_postprocessing(scored: ScoredCases, outputs: Sequence[Output]) -> PostprocessingCard | None:
+    """The rules that earn their place on these cases; None where none does, or with fewer than three cases."""
+    if len(scored) < _FEWEST_CASES:
+        return None
+    voxel_mm3 = float(np.median([np.prod(spacing) for spacing in scored.spacings_mm]))
+    limits = [float(f"{voxels * voxel_mm3:.3g}") for voxels in _LIMITS_VOXELS]
+    rules: list[SizeRule] = []
+    for together in _rounds(outputs):
+        tables: dict[str, list[_Parts]] = {output.name: [] for output in together}
+        before = PostprocessingCard(rules=tuple(rules))
+        for prediction, reference, spacing_mm in scored:
+            cleaned = postprocess(prediction, spacing_mm, outputs, before)
+            boxes, counts = label_boxes(cleaned), _count_labels(reference)
+            for output in together:
+                inside = [other for other in outputs if set(other.members) <= set(output.members)]
+                expected = np.array([counts[list(other.members)].sum() for other in inside])
+                box = region_box(boxes, output.members) or (slice(0, 0),) * cleaned.ndim
+                found = _find_parts(cleaned[box], reference[box], output, inside)
+                tables[output.name].append(_Parts(spacing_mm, *found, expected))
+        for output in together:
+            rules += _rules_for(output, tables[output.name], limits)
+    return PostprocessingCard(rules=tuple(rules), cases=len(scored)) if rules else None
+
+
+def _rounds(outputs: Sequence[Output]) -> list[list[Output]]:
+    """Outputs that do not lie inside one another, together; outer ones first. Background is no output here."""
+    rounds: dict[int, list[Output]] = {}
+    for output in outputs:
+        if output.label != 0:
+            depth = sum(set(output.members) < set(other.members) for other in outputs)
+            rounds.setdefault(depth, []).append(output)
+    return [rounds[depth] for depth in sorted(rounds)]
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The components of one output in one case, and what each holds of the output and of the outputs inside it.
+
+    voxels (N,); predicted and overlap (N, K): voxels of component n in region k of the prediction, and of those the
+    ones in region k of the reference; expected (K,): voxels of region k of the reference.
+    """
+
+    spacing_mm: tuple[float, ...]
+    voxels: NDArray[np.int64]
+    predicted: NDArray[np.int64]
+    overlap: NDArray[np.int64]
+    expected: NDArray[np.int64]
+
+    def dice(self, limits: Mapping[Part, float]) -> float:
+        """Mean Dice over the K regions of what these limits (in mm³) leave."""
+        smallest = {part: smallest_voxels(limit, self.spacing_mm) for part, limit in limits.items()}
+        is_kept = self.voxels >= smallest.get("component", 0)
+        if self.voxels[is_kept].sum() < smallest.get("total", 0):
+            is_kept[:] = False
+        size = self.predicted[is_kept].sum(axis=0) + self.expected
+        overlap = self.overlap[is_kept].sum(axis=0)
+        return float(np.where(size == 0, 1.0, 2 * overlap / np.maximum(size, 1)).mean())
+
+
+def _find_parts(
+    prediction: LabelMap, reference: LabelMap, output: Output, inside: Sequence[Output]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """`voxels`, `predicted` and `overlap` of `_Parts`, from the box around the output in both maps."""
+    mask = region_mask(prediction, output.members)
+    components, count = cc3d.connected_components(
+        zeros_and_ones(mask), connectivity=connectivity(mask.ndim), return_N=True
+    )
+    number, labels, truth = components[mask], prediction[mask], reference[mask]  # each (voxels of the region,)
+
+    def count_each(where: NDArray[np.bool_]) -> NDArray[np.int64]:
+        return np.bincount(number[where], minlength=count + 1)[1:]
+
+    predicted = [region_mask(labels, other.members) for other in inside]
+    right = [mine & region_mask(truth, other.members) for mine, other in zip(predicted, inside, strict=True)]
+    in_region, overlap = (np.stack([count_each(where) for where in masks], axis=1) for masks in (predicted, right))
+    return np.bincount(number, minlength=count + 1)[1:], in_region, overlap
+
+
+def _count_labels(labels: LabelMap) -> NDArray[np.int64]:
+    """Voxels of each value, (256,); slice by slice, for counting turns what it counts into 64-bit numbers."""
+    counts = np.zeros(256, np.int64)
+    for plane in labels:
+        counts += np.bincount(plane.ravel(), minlength=256)
+    return counts
+
+
+def _rules_for(output: Output, cases: Sequence[_Parts], limits_mm3: Sequence[float]) -> list[SizeRule]:
+    chosen: dict[Part, float] = {}
+    rules = []
+    now = np.array([case.dice({}) for case in cases])
+    for part in PARTS:
+        best, best_limit = now, 0.0
+        for limit in limits_mm3:
+            tried = np.array([case.dice({**chosen, part: limit}) for case in cases])
+            is_fair = np.count_nonzero(tried < now - _SAME) <= np.count_nonzero(tried > now + _SAME)
+            if is_fair and tried.mean() > best.mean() + _SAME:  # of equal limits the smallest
+                best, best_limit = tried, limit
+        if best.mean() > now.mean() + _LEAST_GAIN:
+            dice = (round(float(now.mean()), 4), round(float(best.mean()), 4))
+            rules.append(SizeRule(output=output.name, part=part, smallest_mm3=best_limit, dice=dice))
+            now, chosen[part] = best, best_limit
+    return rules
+
+
+def _write_card(run: Path, card: ModelCard) -> None:
+    with written_atomically(run / CARD_NAME) as path:
+        path.write_text(json.dumps(card.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

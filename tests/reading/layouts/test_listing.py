@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from segkit.errors import DataError
+from segkit.reading.layouts.listing import bare_name, list_images, read_document
+
+
+def _touch(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x")
+    return path
+
+
+def test_kinds_of_files_and_hidden_ones(tmp_path: Path) -> None:
+    for name in ("b/x.nii.gz", "b/._x.nii.gz", "a y/ü.mha", "p.PNG", "notes.txt", "__MACOSX/x.nii.gz"):
+        _touch(tmp_path / name)
+    listing = list_images(tmp_path)
+    assert listing.volumes == (tmp_path / "a y" / "ü.mha", tmp_path / "b" / "x.nii.gz")
+    assert listing.pictures == (tmp_path / "p.PNG",)
+    assert listing.others == (tmp_path / "notes.txt",)
+    assert listing.problems == ()
+
+
+def test_links_in_a_circle_are_named_and_left(tmp_path: Path) -> None:
+    _touch(tmp_path / "a" / "x.nii.gz")
+    (tmp_path / "a" / "back").symlink_to(tmp_path)
+    (tmp_path / "self").symlink_to(tmp_path / "self")
+    (tmp_path / "gone.nii.gz").symlink_to(tmp_path / "nowhere.nii.gz")
+    listing = list_images(tmp_path)
+    assert listing.volumes == (tmp_path / "a" / "x.nii.gz",)
+    assert {(Path(problem.where).name, problem.found) for problem in listing.problems} == {
+        ("back", "is a link to a folder that contains it"),
+        ("gone.nii.gz", "is a link to a file that is not there"),
+    }
+
+
+def test_a_link_to_a_folder_elsewhere_is_followed(tmp_path: Path) -> None:
+    _touch(tmp_path / "store" / "x.nii.gz")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "case").symlink_to(tmp_path / "store")
+    assert list_images(tmp_path / "data").volumes == (tmp_path / "data" / "case" / "x.nii.gz",)
+
+
+def test_a_dicom_series_is_one_volume(tmp_path: Path) -> None:
+    for number in range(3):
+        _touch(tmp_path / "series.one" / f"{number}.dcm")
+    bare = _touch(tmp_path / "other" / "IM0001")
+    bare.write_bytes(bytes(128) + b"DICM")
+    assert list_images(tmp_path).volumes == (tmp_path / "other", tmp_path / "series.one")
+    assert bare_name(tmp_path / "series.one") == "series.one"
+
+
+def _slice(path: Path) -> None:
+    _touch(path).write_bytes(bytes(128) + b"DICM")
+
+
+def test_the_index_and_the_programs_of_a_dicom_disc_are_no_images(tmp_path: Path) -> None:
+    _slice(tmp_path / "DICOMDIR")
+    _touch(tmp_path / "pat7" / "T1" / "AUTORUN")
+    for number in range(3):
+        _slice(tmp_path / "pat7" / "T1" / f"IM{number:04d}")
+    assert list_images(tmp_path).volumes == (tmp_path / "pat7" / "T1",)
+
+
+def test_multi_frame_files_are_volumes_of_their_own(tmp_path: Path) -> None:
+    import numpy as np
+    import SimpleITK
+
+    for name, frames in (("p1/T1.dcm", 6), ("p1/FLAIR.dcm", 6), ("p2/one.dcm", 6), ("p3/1.dcm", 1), ("p3/2.dcm", 1)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        image = SimpleITK.GetImageFromArray(np.zeros((frames, 3, 4), np.uint8))
+        SimpleITK.WriteImage(image, str(tmp_path / name))
+    volumes = [path.relative_to(tmp_path).as_posix() for path in list_images(tmp_path).volumes]
+    assert volumes == ["p1/FLAIR.dcm", "p1/T1.dcm", "p2", "p3"]
+    bare = (tmp_path / "p2" / "one.dcm").rename(tmp_path / "p2" / "IM0001")
+    assert list_images(tmp_path / "p2").volumes == (tmp_path / "p2",)
+    assert (list_images(bare).volumes, list_images(bare).only) == ((bare,), bare)
+
+
+def test_an_excluded_folder_is_not_read_by_whatever_path(tmp_path: Path) -> None:
+    kept = _touch(tmp_path / "x.nii.gz")
+    _touch(tmp_path / "out" / "deep" / "x.nii.gz")
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    for exclude in (tmp_path / "out", tmp_path / "link", tmp_path / "out" / "deep" / ".."):
+        assert list_images(tmp_path, exclude).volumes == (kept,)
+    assert len(list_images(tmp_path, tmp_path / "missing").volumes) == 3
+    assert len(list_images(tmp_path / "out", tmp_path / "out").volumes) == 1
+
+
+def test_a_single_file_and_nothing(tmp_path: Path) -> None:
+    path = _touch(tmp_path / "x.nii.gz")
+    _touch(tmp_path / "y.nii.gz")
+    listing = list_images(path)
+    assert (listing.volumes, listing.only) == ((path,), path)
+    with pytest.raises(DataError, match="no such file or folder"):
+        list_images(tmp_path / "missing")
+
+
+def test_read_document(tmp_path: Path) -> None:
+    path = tmp_path / "dataset.json"
+    path.write_text('\ufeff{"labels": {}}', encoding="utf-8")
+    assert read_document(path) == {"labels": {}}
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(DataError, match="not readable JSON"):
+        read_document(path)
+    path.write_text("[]", encoding="utf-8")
+    with pytest.raises(DataError, match="holds a list"):
+        read_document(path)

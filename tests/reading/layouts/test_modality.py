@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+
+from segkit.reading.modalities import (
+    IGNORED,
+    LABEL,
+    canonical_modality,
+    in_channel_order,
+    split_name,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("t1", "t1n"),
+        ("T1w", "t1n"),
+        ("t1ce", "t1c"),
+        ("T1GD", "t1c"),
+        ("CT1", "t1c"),
+        ("T1POST", "t1c"),
+        ("T1_post", "t1c"),
+        ("T2", "t2w"),
+        ("FLAIR", "t2f"),
+        ("fla", "t2f"),
+        ("FL", "t2f"),
+        ("T2-FLAIR", "t2f"),
+        ("seg", None),
+        ("ADC", None),
+    ],
+)
+def test_canonical_modality(name: str, expected: str | None) -> None:
+    assert canonical_modality(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("stem", "kind", "rest", "is_leading"),
+    [
+        ("BraTS2021_00006_t1", "t1n", "BraTS2021_00006", False),
+        ("BraTS2021_00006_t1ce", "t1c", "BraTS2021_00006", False),
+        ("p1-T2-FLAIR", "t2f", "p1", False),
+        ("p1.t2", "t2w", "p1", False),
+        ("FLAIR", "t2f", "", False),
+        ("Flair_subtrMeanDivStd", "t2f", "subtrMeanDivStd", True),
+        ("VSD.Brain.XX.O.MR_T1c.54514", "t1c", "VSD.Brain.XX.O.MR_54514", False),
+        ("VSD.Brain_3more.XX.O.OT.54517", LABEL, "VSD.Brain_3more.XX.O_54517", False),
+        ("W39_1998.09.19_Segm", LABEL, "W39_1998.09.19", False),
+        ("p1_lesion_mask", LABEL, "p1", False),
+        ("p1_brain_mask", IGNORED, "p1", False),
+        ("Ärzte münchen_t2", "t2w", "Ärzte münchen", False),
+        ("hippocampus_004", None, "hippocampus_004", False),
+    ],
+)
+def test_split_name(stem: str, kind: str | None, rest: str, is_leading: bool) -> None:
+    parts = split_name(stem)
+    assert (parts.kind, parts.rest, parts.is_leading) == (kind, rest, is_leading)
+
+
+def test_channel_order_is_canonical_then_as_given() -> None:
+    assert in_channel_order(["t2f", "dwi", "t1c", "adc", "t1n", "t1c"]) == ("t1n", "t1c", "t2f", "dwi", "adc")
