@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,21 +16,34 @@ import torch
 pytest_plugins = ["tests.step_models"]
 
 
+DATA = Path(__file__).resolve().parent / "data"
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Small real scans and pictures that may be redistributed: see tests/data/real/README.md."""
+    return DATA / "real"
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, Any]:
+    """Outputs of the released code of other projects: see tests/data/README.md."""
+    document: dict[str, Any] = json.loads((DATA / "golden.json").read_text(encoding="utf-8"))
+    return document
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real data beside the checkout; tests that need it skip where it is not there."""
+    """Real data that may not be redistributed, beside the checkout.
+
+    Where it is absent, a test that needs it is skipped, or fails if SEGKIT_REQUIRE_REAL_DATA is 1.
+    """
     folder = Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
-        pytest.skip("real data (../shared/data) is not on this machine")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def shared_specs() -> Path:
-    """Golden values beside the checkout; tests that need them skip where they are not there."""
-    folder = Path(__file__).resolve().parents[2] / "shared" / "specs"
-    if not folder.is_dir():
-        pytest.skip("golden values (../shared/specs) are not on this machine")
+        reason = "real data that may not be redistributed (../shared/data) is not on this machine"
+        if os.environ.get("SEGKIT_REQUIRE_REAL_DATA") == "1":
+            pytest.fail(f"{reason}, and SEGKIT_REQUIRE_REAL_DATA is 1", pytrace=False)
+        pytest.skip(reason)
     return folder
 
 

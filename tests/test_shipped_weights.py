@@ -25,8 +25,8 @@ def test_they_are_small_and_say_what_they_are() -> None:
 
 
 @pytest.mark.parametrize("case", ["hippocampus_014", "hippocampus_023"])
-def test_they_segment_cases_that_were_held_out(shared_data: Path, case: str) -> None:
-    folder = shared_data / "Task04_Hippocampus"
+def test_they_segment_cases_that_were_held_out(real_data: Path, case: str) -> None:
+    folder = real_data / "Task04_Hippocampus"
     prediction = Predictor.load(FOLDER)(folder / "imagesTr" / f"{case}.nii.gz")
     reference = np.asarray(read_volume(folder / "labelsTr" / f"{case}.nii.gz").array)
     for label in (1, 2):

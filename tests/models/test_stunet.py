@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,8 +109,8 @@ def _fill(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("name", ["S_in1_out3", "S_in4_out3"])
-def test_outputs_are_those_of_the_released_code(name: str, shared_specs: Path) -> None:
-    golden = json.loads((shared_specs / "golden.json").read_text(encoding="utf-8"))["stunet"]
+def test_outputs_are_those_of_the_released_code(name: str, golden: dict[str, Any]) -> None:
+    golden = golden["stunet"]
     assert set(golden) == {"S_in1_out3", "S_in4_out3"}
     expected = golden[name]
     shape = json.loads(expected["input"].removeprefix("wave(").removesuffix(", 0)"))

@@ -246,18 +246,27 @@ def test_the_recorded_way_back_is_exact(affine: np.ndarray) -> None:
     assert np.array_equal(recorded.source_grid.affine, affine)
 
 
-def test_preparing_a_real_case_equals_the_handwritten_script(shared_data: Path) -> None:
+def assert_equal_to_the_handwritten_script(t1c: Path, t2f: Path, to_ras: tuple[slice, ...]) -> None:
     """The same numbers, bit for bit, as a MONAI user gets who normalises, then crops to what is not 0."""
-    folder = shared_data / "brats2021" / "BraTS2021_00006"
-    names = {"t1c": "t1ce", "t2f": "flair"}
-    files = {name: ImageFile(folder / f"BraTS2021_00006_{tail}.nii.gz") for name, tail in names.items()}
-    expected = np.stack([nib.load(file.path).get_fdata(dtype=np.float32)[::-1, ::-1] for file in files.values()])
+    files = {"t1c": ImageFile(t1c), "t2f": ImageFile(t2f)}
+    expected = np.stack([nib.load(file.path).get_fdata(dtype=np.float32)[to_ras] for file in files.values()])
     for plane in expected:
         inside = plane != 0
         plane[inside] = (plane[inside] - plane[inside].mean()) / (plane[inside].std() + 1e-8)
     box = tuple(slice(places.min(), places.max() + 1) for places in np.nonzero((expected != 0).any(axis=0)))
 
     config = MRI.model_copy(update={"spacing_mm": (1.0, 1.0, 1.0)})
-    prepared = prepare(load_case(Case("real", "real", files), tuple(names), None), config)
+    prepared = prepare(load_case(Case("real", "real", files), tuple(files), None), config)
 
     assert np.array_equal(prepared.image, expected[(slice(None), *box)])
+
+
+def test_preparing_a_real_case_equals_the_handwritten_script(real_data: Path) -> None:
+    folder, back = real_data / "open_ms" / "patient19", slice(None, None, -1)
+    assert_equal_to_the_handwritten_script(folder / "T1POST.nii.gz", folder / "FLAIR.nii.gz", (back,))  # LAS
+
+
+def test_preparing_a_real_case_of_brats_equals_the_handwritten_script(shared_data: Path) -> None:
+    name, back = "BraTS2021_00006", slice(None, None, -1)
+    t1c, t2f = (shared_data / "brats2021" / name / f"{name}_{tail}.nii.gz" for tail in ("t1ce", "flair"))
+    assert_equal_to_the_handwritten_script(t1c, t2f, (back, back))  # LPS

@@ -47,19 +47,19 @@ def series(folder: Path, heights: Sequence[float]) -> Path:
     return folder
 
 
-def enhanced_file(shared_data: Path) -> Path:
+def enhanced_file(real_data: Path) -> Path:
     """A Philips file of eight frames, which needs the `dicom` extra."""
     pytest.importorskip("pydicom")
-    return next((shared_data / "dicom_headers" / "philips_enhanced" / "anatomical" / "001").iterdir())
+    return next((real_data / "dicom_headers" / "philips_enhanced" / "anatomical" / "001").iterdir())
 
 
 @pytest.mark.parametrize("name", ["siemens/anatomical", "generic/compressed_j2k", "philips_enhanced/anatomical"])
-def test_real_series_lie_where_they_should(shared_data: Path, name: str) -> None:
+def test_real_series_lie_where_they_should(real_data: Path, name: str) -> None:
     if "enhanced" in name:
         pytest.importorskip("pydicom")
-    volume = read_volume(shared_data / "dicom_headers" / name / "001")
+    volume = read_volume(real_data / "dicom_headers" / name / "001")
     for truth_name in ("001_ground_truth.nii.gz", "001_ground_truth_reoriented.nii.gz"):
-        truth = read_volume(shared_data / "dicom_headers" / name / truth_name)
+        truth = read_volume(real_data / "dicom_headers" / name / truth_name)
         ours, theirs = reorientation_to(volume.grid), reorientation_to(truth.grid)
         assert same_grid(reoriented_grid(volume.grid, ours), reoriented_grid(truth.grid, theirs)) is None
         np.testing.assert_allclose(ours.apply(volume.array), theirs.apply(truth.array), atol=2e-4)
@@ -69,8 +69,8 @@ def test_real_series_lie_where_they_should(shared_data: Path, name: str) -> None
     ("name", "match"),
     [("slicecount", "slices are missing: the series has only 2"), ("sliceorientation", "the slices are not parallel")],
 )
-def test_real_series_that_make_no_volume(shared_data: Path, name: str, match: str) -> None:
-    folder = shared_data / "dicom_headers" / "failing" / name / "001"
+def test_real_series_that_make_no_volume(real_data: Path, name: str, match: str) -> None:
+    folder = real_data / "dicom_headers" / "failing" / name / "001"
     for reader in (read_grid, read_volume):
         with pytest.raises(DataError, match=match):
             reader(folder)
@@ -126,19 +126,19 @@ def test_folders_without_dicom_and_single_slices(tmp_path: Path) -> None:
         read_volume(tmp_path / "one.dcm")
 
 
-def test_dicom_is_recognised_by_content(tmp_path: Path, shared_data: Path) -> None:
+def test_dicom_is_recognised_by_content(tmp_path: Path, real_data: Path) -> None:
     write_slice(tmp_path / "one.dcm", (0.0, 0.0, 0.0))
     assert is_dicom_file(tmp_path / "one.dcm")
     assert not is_dicom_file(tmp_path)
     assert not is_dicom_file(tmp_path / "none")
-    (tmp_path / "IM 1").symlink_to(enhanced_file(shared_data))
-    assert read_grid(tmp_path / "IM 1").shape == (256, 256, 8)
+    (tmp_path / "IM 1").symlink_to(enhanced_file(real_data))
+    assert read_grid(tmp_path / "IM 1").shape == (48, 64, 8)
 
 
-def test_frames_are_sorted_by_position(tmp_path: Path, shared_data: Path) -> None:
+def test_frames_are_sorted_by_position(tmp_path: Path, real_data: Path) -> None:
     pydicom = pytest.importorskip("pydicom")
-    expected = read_volume(enhanced_file(shared_data))
-    document = pydicom.dcmread(enhanced_file(shared_data))
+    expected = read_volume(enhanced_file(real_data))
+    document = pydicom.dcmread(enhanced_file(real_data))
     order = [3, 0, 7, 1, 6, 2, 5, 4]
     frames = document.PerFrameFunctionalGroupsSequence
     size = len(document.PixelData) // len(order)
@@ -150,9 +150,9 @@ def test_frames_are_sorted_by_position(tmp_path: Path, shared_data: Path) -> Non
     np.testing.assert_allclose(shuffled.array, expected.array)
 
 
-def test_a_missing_frame_is_refused(tmp_path: Path, shared_data: Path) -> None:
+def test_a_missing_frame_is_refused(tmp_path: Path, real_data: Path) -> None:
     pydicom = pytest.importorskip("pydicom")
-    document = pydicom.dcmread(enhanced_file(shared_data))
+    document = pydicom.dcmread(enhanced_file(real_data))
     del document.PerFrameFunctionalGroupsSequence[3]
     document.NumberOfFrames = 7
     document.PixelData = document.PixelData[: len(document.PixelData) // 8 * 7]
@@ -161,7 +161,7 @@ def test_a_missing_frame_is_refused(tmp_path: Path, shared_data: Path) -> None:
         read_grid(tmp_path / "gap.dcm")
 
 
-def test_enhanced_files_name_the_package_they_need(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_enhanced_files_name_the_package_they_need(real_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real_import = builtins.__import__
 
     def without_pydicom(name: str, *rest: Any, **named: Any) -> Any:
@@ -171,7 +171,7 @@ def test_enhanced_files_name_the_package_they_need(shared_data: Path, monkeypatc
 
     monkeypatch.setattr(builtins, "__import__", without_pydicom)
     with pytest.raises(DataError, match=r'pip install "segkit\[dicom\]"'):
-        read_grid(shared_data / "dicom_headers" / "philips_enhanced" / "anatomical" / "001")
+        read_grid(real_data / "dicom_headers" / "philips_enhanced" / "anatomical" / "001")
 
 
 def test_nothing_of_the_patient_is_kept(tmp_path: Path) -> None:

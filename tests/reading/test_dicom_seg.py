@@ -191,11 +191,11 @@ def test_frames_of_an_enhanced_file(tmp_path: Path, is_shared: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["siemens/anatomical", "generic/compressed_j2k", "philips_enhanced/anatomical"])
-def test_real_series(shared_data: Path, tmp_path: Path, name: str) -> None:
-    series = shared_data / "dicom_headers" / name / "001"
+def test_real_series(real_data: Path, tmp_path: Path, name: str) -> None:
+    series = real_data / "dicom_headers" / name / "001"
     grid = read_grid(series)
     labels = asymmetric(grid.shape)
-    labels[200:, 100:103, 2] = 2
+    labels[40:, 50:53, 2] = 2
     write_dicom_seg(tmp_path / "mask.dcm", labels, series, SEGMENTS)
     places = places_of_seg(tmp_path / "mask.dcm", [1, 2, 4])
     np.testing.assert_allclose(places, places_of_labels(labels, grid), atol=1e-3)

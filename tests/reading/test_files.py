@@ -313,25 +313,40 @@ def test_stray_label_values_are_named(tmp_path: Path, value: float, dtype: Any, 
 # --- real files
 
 
-def test_a_nrrd_lies_where_its_nifti_twin_lies(shared_data: Path) -> None:
-    nrrd = read_volume(shared_data / "format_samples" / "FLAIR.nrrd")
-    nifti = read_volume(shared_data / "format_samples" / "FLAIR.nii.gz")
+def test_a_nrrd_lies_where_its_nifti_twin_lies(real_data: Path) -> None:
+    nrrd = read_volume(real_data / "format_samples" / "FLAIR.nrrd")
+    nifti = read_volume(real_data / "format_samples" / "FLAIR.nii.gz")
     np.testing.assert_array_equal(nrrd.array, nifti.array)
     np.testing.assert_allclose(nrrd.grid.affine, nifti.grid.affine, atol=1e-6)
     assert same_grid(nrrd.grid, nifti.grid) is None
 
 
-def test_a_freesurfer_mask_and_the_atlas_with_a_fourth_axis(shared_data: Path) -> None:
-    mask = read_volume(shared_data / "format_samples" / "brainmask.mgz")
-    assert (mask.grid.shape, mask.grid.orientation) == ((256, 256, 256), "LIA")
+def test_a_freesurfer_mask(real_data: Path) -> None:
+    mask = read_volume(real_data / "format_samples" / "brainmask.mgz")
+    assert (mask.grid.shape, mask.grid.orientation) == ((32, 40, 48), "LIA")
+
+
+@pytest.mark.parametrize(("contrast", "orientation"), [("t1", "RAS"), ("t2", "PSR"), ("t2s", "LAS")])
+def test_scans_of_a_spinal_cord_and_their_masks(real_data: Path, contrast: str, orientation: str) -> None:
+    folder = real_data / "sct_cord" / contrast
+    (mask,) = folder.glob("*manual.nii.gz")
+    (scan,) = set(folder.glob("*.nii.gz")) - {mask}
+    grid = read_volume(scan).grid
+    labels, label_grid = read_labels(mask)
+    assert grid.orientation == orientation
+    assert same_grid(grid, label_grid) is None
+    assert np.unique(labels).tolist() == [0, 1]
+
+
+def test_the_atlas_with_a_fourth_axis(shared_data: Path) -> None:
     atlas = read_volume(shared_data / "sri24" / "t1_skullstripped_brats_space.nii.gz")
     assert atlas.array.shape == (240, 240, 155)
     assert atlas.array.min() < 0
 
 
-def test_fundus_pictures(shared_data: Path) -> None:
-    folder = shared_data / "chase_db1"
-    assert read_volume(folder / "Image_01L.jpg", channel=1).array.shape == (960, 999)
+def test_fundus_pictures(real_data: Path) -> None:
+    folder = real_data / "chase_db1"
+    assert read_volume(folder / "Image_01L.jpg", channel=1).array.shape == (120, 125)
     for mask in ("Image_01L_1stHO.png", "Image_01L.gif"):
         assert np.unique(read_labels(folder / mask)[0]).tolist() == [0, 1]
 

@@ -121,8 +121,8 @@ def test_references_without_image_are_named(volume: Write, tmp_path: Path) -> No
     assert "b_seg.nii.gz" in cohort.problems[0].found
 
 
-def test_real_multiple_sclerosis_case(shared_data: Path) -> None:
-    cohort = find_cases(shared_data / "open_ms" / "patient19")
+def test_real_multiple_sclerosis_case(real_data: Path) -> None:
+    cohort = find_cases(real_data / "open_ms" / "patient19")
     assert cohort.scheme is not None
     assert (cohort.layout, cohort.modalities) == ("folder", ("t1n", "t1c", "t2w", "t2f"))
     (case,) = cohort.cases
@@ -131,13 +131,13 @@ def test_real_multiple_sclerosis_case(shared_data: Path) -> None:
     assert case.problems == ()
 
 
-def test_real_ct_and_dicom_folders(shared_data: Path) -> None:
-    ct = find_cases(shared_data / "totalsegmentator_ct")
+def test_real_ct_and_dicom_folders(real_data: Path) -> None:
+    ct = find_cases(real_data / "totalsegmentator_ct")
     assert [(case.id, tuple(case.images)) for case in ct.cases] == [
         ("example_ct_sm", ("image",)),
         ("example_mr_sm", ("image",)),
     ]
-    series = find_cases(shared_data / "dicom_headers" / "siemens" / "anatomical" / "001")
+    series = find_cases(real_data / "dicom_headers" / "siemens" / "anatomical" / "001")
     assert [image.path.name for image in series.cases[0].images.values()] == ["001"]
     assert [case.id for case in series.cases] == ["001"]  # as a file of that name, not as the folder above it
 

@@ -112,8 +112,8 @@ def test_jpeg_masks_are_refused(tmp_path: Path) -> None:
     assert [(problem.is_fatal, problem.remedy) for problem in cohort.problems] == [(True, "Save them as PNG")]
 
 
-def test_real_retina_pictures(shared_data: Path) -> None:
-    cohort = find_cases(shared_data / "chase_db1")
+def test_real_retina_pictures(real_data: Path) -> None:
+    cohort = find_cases(real_data / "chase_db1")
     assert (cohort.layout, cohort.dims, cohort.modalities) == ("folder2d", 2, ("red", "green", "blue"))
     assert len(cohort.cases) == 20
     assert len({case.patient for case in cohort.cases}) == 10

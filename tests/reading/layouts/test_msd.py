@@ -101,12 +101,12 @@ def test_damaged_document_and_entries_that_lead_out(task01: Path) -> None:
         find_cases(task01)
 
 
-def test_real_hippocampus(shared_data: Path) -> None:
-    cohort = find_cases(shared_data / "Task04_Hippocampus")
+def test_real_hippocampus(real_data: Path) -> None:
+    cohort = find_cases(real_data / "Task04_Hippocampus")
     assert cohort.scheme is not None
     assert (cohort.layout, len(cohort.cases), dict(cohort.scheme.values)) == (
         "msd",
-        200,
+        4,
         {"Anterior": 1, "Posterior": 2},
     )
     assert all(case.label is not None for case in cohort.cases)
