@@ -18,8 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from segkit.pretraining.pygm import solve_with
-from segkit.pretraining.solver import SolverConfig, objective, solve
+from segkit.pretraining.solver import SolverConfig, objective, solve, solve_with
 
 FEATURES = 32
 NODES, NEIGHBOURS = 16, 5

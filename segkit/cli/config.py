@@ -90,7 +90,7 @@ def validate(
 
 def _config_of(verb: Verb) -> type[RunConfig]:
     if verb is Verb.PRETRAIN:
-        from segkit.pretraining.config import PretrainConfig
+        from segkit.pretraining.methods import PretrainConfig
 
         return PretrainConfig
     if verb is Verb.INPAINTING:

@@ -170,7 +170,7 @@ def _kind_of(method: str | None) -> _Kind:
         from segkit.inpainting.run import InpaintingRequest, inpainting_run
 
         return _Kind(INPAINTING_PRESETS, InpaintingConfig, InpaintingRequest, inpainting_run)
-    from segkit.pretraining.config import PretrainConfig
+    from segkit.pretraining.methods import PretrainConfig
     from segkit.pretraining.run import PretrainRequest, pretrain_run
 
     return _Kind(PRETRAINING_PRESETS, PretrainConfig, PretrainRequest, pretrain_run)

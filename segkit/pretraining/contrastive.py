@@ -1,8 +1,8 @@
-"""Pre-training by contrast: two views of an image are to be more alike than views of different images.
+"""Contrastive pre-training: two views of an image shall be more alike than views of different images.
 
-SimCLR (Chen et al. 2020, arXiv 2002.05709, section 2.1): the mean over the encoder's deepest feature map goes through a
-projector of two layers, and equation 1 is the loss. Every other image of the batch is a negative like any other, also a
-neighbouring slice of the same patient, however alike the two are; graph matching treats those as what they are.
+SimCLR (Chen et al. 2020, arXiv 2002.05709, section 2.1): the mean over the encoder's deepest feature map passes a
+projector of two layers, and equation 1 is the loss. All other images of the batch are negatives, also neighbouring
+slices of the same patient, which look alike.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from torch.nn import functional
 
 from segkit.config import Config
 from segkit.losses.global_batch import batch_gather
-from segkit.metrics.retrieval import retrieval_accuracy
-from segkit.pretraining.method import encode, encoder_width, train_encoder_only
+from segkit.pretraining.encoder import encode, encoder_width, retrieval_accuracy, train_encoder_only
 from segkit.training.task import Batch
 
 
 class ContrastiveConfig(Config):
-    """Projector and loss."""
+    """Settings of projector and loss."""
 
     temperature: float = Field(default=0.1, gt=0)
-    """By which cosines are divided; the lower, the more the hardest negatives count."""
+    """Divisor of the cosines; the lower, the more the hardest negatives count."""
     width: int = Field(default=128, ge=1)
     """Features of a view in which views are compared."""
     hidden: int | None = Field(default=None, ge=1)

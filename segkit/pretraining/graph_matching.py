@@ -1,21 +1,29 @@
 """Pre-training by matching graphs of images: LVM-Med (Nguyen et al. 2023, arXiv 2306.11925).
 
-A group of images is seen in two random views. The nodes of two graphs, one for each view, are the images; a matching
-pairs the nodes of both. The encoder learns features by which each image finds its own other view, from what the images
-look like, cell by cell and as a whole, and from how they lie to each other. The authors released no code for this part;
-it is written from the paper, and says where it had to choose (`affinity.py`, `gradient.py`, `solver.py`).
+Each image of a group is shown in two random views. The images are the nodes of two graphs, one for each view, and a
+matching pairs the nodes of both. The encoder learns features by which an image finds its own other view: globally, cell
+by cell, and by its relations to other images (`affinity.py`). The authors released no code for this part; it is written
+from the paper, and own choices are marked.
+
+The gradient of a matching (algorithm 1): a matching is a permutation, whose derivative is 0 nearly everywhere.
+Implicit maximum likelihood (Niepert et al., arXiv 2106.01798) perturbs the affinities with Gumbel noise, solves, moves
+them by lambda times the derivative of the loss, solves again, and takes the difference of both matchings divided by
+lambda as the gradient of the affinities. At the paper's lambda of 80 the second solution need not be computed: with the
+Hamming loss every right pair gains 80 and every wrong one loses 80, more than all affinities of 16 nodes with 5 edges
+each, so the right matching is the solution. `solves=2` computes it nevertheless, for small lambdas.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from segkit.config import Config
-from segkit.metrics.retrieval import retrieval_accuracy
+from segkit.losses.global_batch import batch_rand
 from segkit.pretraining.affinity import (
     Affinities,
     MessagePassing,
@@ -24,11 +32,36 @@ from segkit.pretraining.affinity import (
     local_affinity,
     nearest_neighbours,
 )
-from segkit.pretraining.gradient import GradientConfig, matching_accuracy, matching_loss
-from segkit.pretraining.method import encode, encoder_width, train_encoder_only
-from segkit.pretraining.solver import SolverConfig
+from segkit.pretraining.encoder import encode, encoder_width, retrieval_accuracy, train_encoder_only
+from segkit.pretraining.solver import SolverConfig, solve
 from segkit.pretraining.views import cell_positions
 from segkit.training.task import Batch
+
+
+class GradientConfig(Config):
+    """How a matching is perturbed, and how its gradient is taken."""
+
+    noise: Literal["gumbel", "margin", "none"] = "gumbel"
+    """What makes a right matching harder while training. gumbel: noise on all affinities (the paper); margin: right
+    pairs lose `margin` (Rolinek et al., arXiv 2003.11657); none: neither, so training stops once a matching is
+    right."""
+    temperature: float | None = Field(default=None, ge=0)
+    """Factor of the Gumbel noise, whose standard deviation is 1.28; None is 1 for second-order matching, where many
+    edges vote, and 0.3 for first-order matching."""
+    margin: float = Field(default=1.0, ge=0)
+    """What right pairs lose where `noise` is margin."""
+    strength: float = Field(default=80.0, gt=0)
+    """Lambda: how far affinities are moved along the derivative of the loss."""
+    solves: Literal[1, 2] = 1
+    """1: the right matching stands for the second solution, which it is from a lambda of about 80 on; 2: computed."""
+
+    def temperature_for(self, order: int) -> float:
+        """The factor of the noise for matching of this order, 0 without Gumbel noise."""
+        if self.noise != "gumbel":
+            return 0.0
+        if self.temperature is not None:
+            return self.temperature
+        return 1.0 if order == 2 else 0.3
 
 
 class GraphMatchingConfig(Config):
@@ -43,15 +76,15 @@ class GraphMatchingConfig(Config):
     layers: int = Field(default=2, ge=0)
     """Graph convolutions; 0 passes no messages."""
     residual: bool = True
-    """Whether a node adds what its neighbours tell to its own features; off is the paper's equation to the letter."""
+    """Whether a node adds the messages to its own features; off is the paper's equation to the letter."""
     global_share: float = Field(default=0.8, ge=0, le=1)
     """Alpha: the part of the global affinity in that of two nodes; the rest is the local one, and 1 switches it off."""
     best_matches: int = Field(default=20, ge=1)
-    """Gamma: matched cells of each kind that count locally. The paper does not tell; 20 is that of VICRegL, from which
-    its local terms come (Bardes et al., arXiv 2210.01571)."""
+    """Gamma: matched cells of each kind that count locally. The paper gives no number; 20 is that of VICRegL, from
+    which its local terms come (Bardes et al., arXiv 2210.01571)."""
     cells: int = Field(default=64, ge=1)
-    """Most cells of a feature map that are compared; larger maps are averaged to fewer cells, for the cost grows with
-    the square."""
+    """Most cells of a feature map that are compared; larger maps are averaged to fewer cells, because the cost grows
+    with the square."""
     both_ways: bool = True
     """Whether cells of either view look for theirs in the other (equation 3), or those of the first alone."""
     gradient: GradientConfig = GradientConfig()
@@ -123,10 +156,9 @@ class GraphMatching(nn.Module):
             cell_positions(batch[f"{view}_frame"].float(), batch[view].shape[-dims:], maps.shape[-dims:])
             for view in ("first", "second")
         ]
-        groups = [self._by_graph(part) for part in (*cells.chunk(2), *places)]
-        return local_affinity(
-            groups[0], groups[1], groups[2], groups[3], self.config.best_matches, both_ways=self.config.both_ways
-        )
+        first, second, first_places, second_places = (self._by_graph(part) for part in (*cells.chunk(2), *places))
+        best, both_ways = self.config.best_matches, self.config.both_ways
+        return local_affinity(first, second, first_places, second_places, best, both_ways=both_ways)
 
     def _by_graph(self, images: Tensor) -> Tensor:
         """(B, ...) to (G, N, ...)."""
@@ -142,3 +174,70 @@ def _at_most(maps: Tensor, cells: int) -> Tensor:
         return maps
     pooled: Tensor = {2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}[dims](size)(maps)
     return pooled
+
+
+def matching_loss(affinities: Affinities, gradient: GradientConfig, solver: SolverConfig) -> Tensor:
+    """Mean over graphs of the Hamming loss (equation 5): the right pairs missed and the wrong pairs made.
+
+    Node i of the first view belongs to node i of the second. The value is that of the perturbed matching, the gradient
+    that of algorithm 1. Noise is drawn from torch's global generator of the CPU.
+    """
+    vertex, edge = affinities.vertex, affinities.edge
+    right = torch.arange(vertex.shape[1], device=vertex.device).expand(len(vertex), -1)
+    perturbed = _perturbed(affinities, gradient, solver.order)
+    found = matching_of(perturbed, solver)
+    target = right if gradient.solves == 1 else matching_of(_moved(perturbed, right, gradient.strength), solver)
+    surrogate = (vertex * (_pairs(found, vertex) - _pairs(target, vertex))).sum((1, 2))
+    if edge is not None:
+        kept = affinities.edges_kept(found) - affinities.edges_kept(target)
+        surrogate = surrogate + (edge * kept).sum((1, 2, 3, 4))
+    surrogate = surrogate.mean() / gradient.strength
+    hamming = 2.0 * (found != right).sum(1).to(vertex.dtype).mean()
+    return hamming + surrogate - surrogate.detach()
+
+
+def matching_of(affinities: Affinities, solver: SolverConfig) -> Tensor:
+    """The best matching found: the partner (G, N) int64 of each node, on the device of the affinities."""
+    vertex = affinities.vertex.detach()
+    edge = None
+    if affinities.edge is not None and solver.order == 2:
+        edge = affinities.dense_edges(affinities.edge.detach()).cpu().numpy()
+    return torch.from_numpy(solve(vertex.cpu().numpy(), edge, solver)).to(vertex.device)
+
+
+def matching_accuracy(affinities: Affinities, solver: SolverConfig, temperature: float = 0.0) -> float:
+    """Share of the nodes whose partner is right, with Gumbel noise of that temperature; 1 / N is chance."""
+    gradient = GradientConfig(temperature=temperature)
+    found = matching_of(_perturbed(affinities, gradient, solver.order), solver)
+    return float((found == torch.arange(found.shape[1], device=found.device)).double().mean())
+
+
+def _perturbed(affinities: Affinities, gradient: GradientConfig, order: int) -> Affinities:
+    """The affinities without gradient, with noise on all of them or without the margin of the right pairs."""
+    vertex, edge = affinities.vertex.detach(), affinities.edge
+    temperature = gradient.temperature_for(order)
+    if gradient.noise == "margin":
+        vertex = vertex - gradient.margin * torch.eye(vertex.shape[1], device=vertex.device, dtype=vertex.dtype)
+    if edge is not None:
+        edge = edge.detach()
+    if temperature:
+        vertex = vertex + temperature * _gumbel(vertex)
+        edge = None if edge is None else edge + temperature * _gumbel(edge)
+    return Affinities(vertex, edge, affinities.first, affinities.second)
+
+
+def _moved(affinities: Affinities, right: Tensor, strength: float) -> Affinities:
+    """Moved against the derivative of the Hamming loss by the vertices: 1 for wrong pairs and -1 for right ones."""
+    vertex = affinities.vertex - strength * (1 - 2 * _pairs(right, affinities.vertex))
+    return Affinities(vertex, affinities.edge, affinities.first, affinities.second)
+
+
+def _pairs(matching: Tensor, like: Tensor) -> Tensor:
+    """A matching (G, N) as (G, N, N) of 0 and 1."""
+    return torch.zeros_like(like).scatter_(2, matching[:, :, None], 1.0)
+
+
+def _gumbel(like: Tensor) -> Tensor:
+    """Standard Gumbel noise of that shape, drawn on the CPU, so that every device draws the same."""
+    uniform = batch_rand(*like.shape, dtype=torch.float64).clamp_(1e-20, 1 - 1e-12)
+    return -(-uniform.log()).log().to(like)

@@ -1,7 +1,4 @@
-"""Pictures at the end of graph matching: which views a held-out group's images were paired with, and its graphs.
-
-Pictures of pre-training by matching: which view was paired with which, and the graphs that they form.
-"""
+"""Figures of a held-out group after graph matching: the pairs of views, and the graphs of both views."""
 
 from __future__ import annotations
 
@@ -13,14 +10,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from segkit.pretraining.gradient import matching_of
-from segkit.pretraining.graph_matching import GraphMatching
-from segkit.pretraining.method import to_device
+from segkit.pretraining.encoder import to_device
+from segkit.pretraining.graph_matching import GraphMatching, matching_of
 from segkit.pretraining.task import PretrainingTask
 from segkit.shapes import AnyArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+_RIGHT, _WRONG, _EDGE = "#009E73", "#D55E00", "#56B4E9"
+"""Of Okabe & Ito's palette; right and wrong pairs also differ in their lines."""
+_THUMBNAIL = 36.0
+"""Side of an image in the plane of a graph, in points."""
+
+Points = NDArray[np.floating[Any]]
 
 
 @torch.no_grad()
@@ -47,14 +50,6 @@ def draw_matching(folder: Path, task: PretrainingTask) -> None:
     graph_figure(folder / "graph.png", images, features, edges)
 
 
-_RIGHT, _WRONG, _EDGE = "#009E73", "#D55E00", "#56B4E9"
-"""Of Okabe & Ito's palette; right and wrong pairs also differ in their lines."""
-_THUMBNAIL = 36.0
-"""Side of a picture in the plane of a graph, in points."""
-
-Points = NDArray[np.floating[Any]]
-
-
 def pairs_figure(path: Path, first: AnyArray, second: AnyArray, partners: Sequence[int], title: str) -> None:
     """Draw two rows of views with a line from each image of the first row to its partner in the second.
 
@@ -63,7 +58,7 @@ def pairs_figure(path: Path, first: AnyArray, second: AnyArray, partners: Sequen
         first: One view of N images, (N, H, W), or (N, D, H, W), of which the middle slices are drawn.
         second: The other view of the same images, in the same order.
         partners: For each image of the first row, which one of the second it was paired with; its own is right.
-        title: Stands above.
+        title: The title of the figure.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import ConnectionPatch

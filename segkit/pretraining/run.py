@@ -15,9 +15,8 @@ from torch import nn
 from segkit.checkpoint.card import ModelCard
 from segkit.errors import DataError, RequestError
 from segkit.preparing.cache import PreparedStore
-from segkit.pretraining.config import PretrainConfig
 from segkit.pretraining.matching_figures import draw_matching
-from segkit.pretraining.methods import METHODS, build_method
+from segkit.pretraining.methods import METHODS, PretrainConfig
 from segkit.pretraining.sources import GroupDataset, Source
 from segkit.pretraining.task import PretrainingTask
 from segkit.training.batches import ENDLESS
@@ -127,7 +126,7 @@ def _build_task(
     groups = _groups(config, card, sources, entry.views, seed=config.training.seed, length=ENDLESS)
     _log.info("images: %s", ", ".join(f"{count} of {name}" for name, count in groups.image_counts.items()))
     return PretrainingTask(
-        model=build_method(config, network, card),
+        model=entry.build(config, network, card),
         card=card,
         groups=groups,
         held_out=_held_out_groups(config, card, held_out, sources),

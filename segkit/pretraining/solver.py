@@ -1,21 +1,24 @@
-"""Second-order assignment: which node of one graph is which node of another, when edges have a say, too.
+"""Second-order assignment: a one-to-one matching of the nodes of two graphs by vertex and edge affinities.
 
 In Lawler's form (1963, "The quadratic assignment problem") a matching v, v_ia = 1 where node i of the first graph is
-node a of the second, is worth
+node a of the second, has the value
 
     f(v) = sum_ia vertex_ia v_ia + sum_iajb edge_ia,jb v_ia v_jb
 
-and the best one-to-one matching is sought. That is hard in general; three steps find good ones, for many small graphs
-side by side:
+and the matching with the largest value is sought. An exact solution is too slow; three steps find good ones, for many
+small graphs at once:
 
 - Frank and Wolfe's method, as in FAQ (Vogelstein et al. 2015, "Fast approximate quadratic programming for graph
-  matching"), from doubly stochastic matrices: linearise f, solve the linear assignment, go there as far as f rises.
-  With a matching at the end of every step, all that it needs of `edge` are sums of n rows.
-- Of all matchings that were met, the linear solution among them, the best goes on.
+  matching"), on doubly stochastic matrices: linearise f, solve the linear assignment, move there as far as f rises.
+  As every step ends at a matching, it needs only sums of n rows of `edge`.
+- The best of all matchings met, the linear solution included, is kept.
 - A search by swaps of two partners with a memory (Taillard 1991, "Robust taboo search for the quadratic assignment
-  problem"): the best swap is made even if f falls, and what was left is not taken up again for a while.
+  problem"): the best swap is made even if f falls, and it is not undone for a number of swaps.
 
-Nothing is drawn at random. `benchmarks/matching_solvers.py` measures quality and time against other solvers.
+The search is deterministic. `benchmarks/matching_solvers.py` compares quality and time with the solvers of pygmtools:
+RRWM (Cho et al. 2010, "Reweighted random walks for graph matching"), IPFP (Leordeanu et al. 2009, "An integer projected
+fixed point method for graph matching and MAP inference") and SM (Leordeanu and Hebert 2005, "A spectral technique for
+correspondence problems using pairwise constraints").
 """
 
 from __future__ import annotations
@@ -28,26 +31,30 @@ from pydantic import Field
 from scipy.optimize import linear_sum_assignment
 
 from segkit.config import Config
+from segkit.errors import RequestError
 
 Array = NDArray[np.floating[Any]]
 Matching = NDArray[np.int64]
 """(G, n): the partner in the second graph of each node of the first."""
 
+PygmSolver = Literal["rrwm", "ipfp", "sm"]
+"""Solvers of pygmtools."""
+
 _AT_ONCE = 32
-"""Graphs side by side; of more, what is read again and again no longer stays in the cache."""
+"""Graphs that are solved together; the memory of more would not stay in the cache."""
 
 
 class SolverConfig(Config):
-    """How hard a matching is sought."""
+    """Which solver, and how long it searches."""
 
-    method: Literal["segkit", "rrwm", "ipfp", "sm"] = "segkit"
-    """segkit: the search of this file, which the other settings are for; the others are those of pygmtools, to compare
-    (`pip install 'segkit[matching]'`)."""
+    method: Literal["segkit", PygmSolver] = "segkit"
+    """segkit: the search of this file, which the other settings are for; rrwm, ipfp, sm: solvers of pygmtools, to
+    compare (`pip install 'segkit[matching]'`)."""
     order: Literal[1, 2] = 2
     """2: vertices and edges; 1: vertices alone, which a linear assignment solves exactly."""
     starts: int = Field(default=1, ge=1, le=3)
-    """Where Frank-Wolfe starts: 1, the matching that the edges suggest; 2, also all matchings alike; 3, also the
-    linear solution. Among nodes that resemble each other, as neighbouring slices do, the second is worth its time."""
+    """Starts of Frank-Wolfe: 1, the matching that the edges suggest; 2, also the mean of all matchings; 3, also the
+    linear solution. The second start helps where nodes resemble each other, as neighbouring slices do."""
     iterations: int = Field(default=30, ge=1)
     """The most steps of Frank-Wolfe; it mostly ends after eight."""
     swaps: int = Field(default=40, ge=0)
@@ -57,37 +64,71 @@ class SolverConfig(Config):
 
 
 def solve(vertex: Array, edge: Array | None, config: SolverConfig | None = None) -> Matching:
-    """The best one-to-one matchings found for G pairs of graphs of n nodes; never worse than the linear solution.
+    """The best one-to-one matchings found for G pairs of graphs of n nodes; ours never below the linear solution.
 
     Args:
         vertex: (G, n, n); affinity of node i of the first graph with node a of the second.
         edge: (G, n * n, n * n); row i * n + a and column j * n + b hold the affinity of edge (i, j) of the first graph
             with edge (a, b) of the second, 0 where either does not exist. Need not be symmetric. None: no edges.
-        config: How hard to seek; the search computes in the type of the affinities, float32 being the faster.
+        config: Solver and its settings; the search computes in the type of the affinities, float32 being the faster.
 
     Returns:
         (G, n) int64; entry (g, i) is the partner of node i.
 
     Raises:
         ValueError: the shapes do not belong together, or an affinity is not finite.
+        RequestError: a solver of pygmtools is asked for, which is not installed.
     """
     config = config or SolverConfig()
     _check(vertex, edge)
     matching = _assign(vertex)
     if edge is None or config.order == 1:
         return matching
+    if config.method != "segkit":
+        return solve_with(config.method, vertex, edge)
     room = np.empty_like(edge[:_AT_ONCE])  # fresh memory for every part would cost more than the sum it takes
     for first in range(0, len(vertex), _AT_ONCE):
         graphs = slice(first, first + _AT_ONCE)
         linear, part = matching[graphs], (vertex[graphs], edge[graphs])
-        found = _search(_pose(*part, room), linear, config)
+        found = _search(_problem_of(*part, room), linear, config)
         is_better = objective(*part, found) > objective(*part, linear)
         matching[graphs] = np.where(is_better[:, None], found, linear)
     return matching
 
 
+def solve_with(name: PygmSolver, vertex: Array, edge: Array) -> Matching:
+    """Matchings of a solver of pygmtools with its own settings, graph after graph; arguments and result as in `solve`.
+
+    These solvers expect symmetric affinities that are not negative. Symmetric: each order of two pairs gets half of the
+    edge affinity, which leaves the value of every matching unchanged. Not negative: for IPFP, whose first best value is
+    -1, all affinities are shifted, which changes all values alike; for RRWM and SM negative ones become 0, which finds
+    better matchings than a shift. Their scores become a matching by a linear assignment.
+    """
+    try:
+        import pygmtools
+    except ModuleNotFoundError as error:
+        raise RequestError(
+            f"{error.name} is not installed",
+            expected="pygmtools, whose solvers were asked for",
+            remedy="Install it with `pip install 'segkit[matching]'`, or take the solver of segkit",
+        ) from error
+    _check(vertex, edge)
+    graphs, n = vertex.shape[:2]
+    order = np.arange(n * n).reshape(n, n).T.reshape(-1)  # pair (i, a) is a * n + i in pygmtools
+    scores = np.empty(vertex.shape)
+    for graph in range(graphs):
+        affinities = (edge[graph] + edge[graph].T).astype(np.float64) / 2
+        affinities[np.diag_indices(n * n)] += vertex[graph].reshape(-1)
+        if name == "ipfp":
+            affinities -= affinities.min()
+        affinities = np.maximum(affinities, 1e-9 * np.abs(affinities).max())  # a walk over zeros would not move
+        with np.errstate(all="ignore"):  # IPFP divides by its step, which is zero once it has arrived
+            scores[graph] = getattr(pygmtools, name)(affinities[np.ix_(order, order)], n, n, backend="numpy")
+    return _assign(scores)
+
+
 def objective(vertex: Array, edge: Array | None, matching: Matching) -> NDArray[np.float64]:
-    """What a matching (G, n) is worth for each pair of graphs, (G,); affinities as in `solve`, sums in float64."""
+    """The value f of a matching (G, n) for each pair of graphs, (G,); affinities as in `solve`, sums in float64."""
     graphs, n = matching.shape
     pairs = np.arange(n) * n + matching
     picked = np.take_along_axis(vertex.reshape(graphs, n * n), pairs, axis=1)
@@ -99,7 +140,7 @@ def objective(vertex: Array, edge: Array | None, matching: Matching) -> NDArray[
 
 
 class _Problem(NamedTuple):
-    """f(v) = linear . v + v . couplings . v / 2 of M pairs of graphs, with what no matching can choose set to zero."""
+    """f(v) = linear . v + v . couplings . v / 2 of M pairs of graphs."""
 
     linear: Array
     """(M, n, n)."""
@@ -116,7 +157,7 @@ def _check(vertex: Array, edge: Array | None) -> None:
         raise ValueError(f"edge affinities must be {expected} beside {vertex.shape}, but are {edge.shape}")
 
 
-def _pose(vertex: Array, edge: Array, room: Array) -> _Problem:
+def _problem_of(vertex: Array, edge: Array, room: Array) -> _Problem:
     """The problem of M pairs of graphs; its couplings are written into `room`, (at least M, n * n, n * n)."""
     n = vertex.shape[-1]
     couplings = np.add(edge, edge.swapaxes(1, 2), out=room[: len(edge)])
@@ -178,7 +219,7 @@ def _starts(problem: _Problem, linear: Matching, count: int) -> list[tuple[Array
 
 
 def _frank_wolfe(problem: _Problem, v: Array, pull: Array, iterations: int) -> tuple[Matching, Array]:
-    """The best of the matchings that the steps head for, (M, n), and its f, (M,)."""
+    """The best of the matchings at the ends of the steps, (M, n), and its f, (M,)."""
     graphs, n = len(v), problem.linear.shape[-1]
     linear = problem.linear.reshape(graphs, n * n)
     best, best_value = np.zeros((graphs, n), np.int64), np.full(graphs, -np.inf)
@@ -193,20 +234,20 @@ def _frank_wolfe(problem: _Problem, v: Array, pull: Array, iterations: int) -> t
         is_better = value > best_value[moving]
         best[moving[is_better]], best_value[moving[is_better]] = target[is_better], value[is_better]
         rise = _chosen(slope, pairs) - (slope * v).sum(axis=1)
-        goes_on = rise > 1e-6 * np.maximum(1, np.abs(value))
-        if not goes_on.any():
+        is_rising = rise > 1e-6 * np.maximum(1, np.abs(value))
+        if not is_rising.any():
             break
         # f(v + t (target - v)) = f(v) + t rise + t^2 bend: a summit before t = 1 where 2 bend < -rise
         bend = own / 2 - _chosen(pull, pairs) + (pull * v).sum(axis=1) / 2
-        t = np.divide(rise, -2 * bend, out=np.ones_like(rise), where=goes_on & (2 * bend < -rise))[:, None]
+        t = np.divide(rise, -2 * bend, out=np.ones_like(rise), where=is_rising & (2 * bend < -rise))[:, None]
         v, pull = v * (1 - t), pull + t * (target_pull - pull)
         np.put_along_axis(v, pairs, np.take_along_axis(v, pairs, axis=1) + t, axis=1)
-        moving, v, pull = moving[goes_on], v[goes_on], pull[goes_on]
+        moving, v, pull = moving[is_rising], v[is_rising], pull[is_rising]
     return best, best_value
 
 
 def _swap(problem: _Problem, matching: Matching, swaps: int, memory: int) -> Matching:
-    """The best matching, (M, n), met on a walk of so many swaps that starts from `matching` and always goes on.
+    """The best matching, (M, n), met on a walk of that many swaps from `matching`; swaps that lower f are made too.
 
     Swapping the partners of p and q changes f by slope . d + couplings of the two new pairs + those of the two old
     ones, where d is the change of v, because no pair is coupled to one that shares its row or column.

@@ -1,9 +1,8 @@
-"""Unlabelled images for pre-training: where they come from, and how they are put into groups.
+"""Groups of unlabelled images for pre-training.
 
-A *source* is a set of prepared cases that belong together: one data folder. An *image* is what a network for images
-sees of a case: a slice of a volume, a crop of a volume (networks for volumes), or a picture. A *stack* is all images of
-one case and one modality that lie side by side. A *group* is some images of one source, many of them neighbours of one
-subject: they look alike, which makes them the hard ones to tell apart.
+A *source* is the prepared cases of one data folder. An *image* is a slice of a volume, a crop of a volume (networks for
+volumes), or a picture. A *stack* is all images of one case and one modality that lie side by side (`stacks.py`). A
+*group* is some images of one source, many of them neighbours in one subject, which are hard to tell apart.
 """
 
 from __future__ import annotations
@@ -11,63 +10,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from torch.utils.data import Dataset
 
-from segkit.config import Config
 from segkit.errors import DataError, RequestError
 from segkit.preparing.preprocessing import PreparedCase, crop_box
-from segkit.pretraining.stacks import Stack, coarsest_axis, crops_of, slices_of, where_filled
+from segkit.pretraining.stacks import ImagesConfig, Stack, stacks_of
 from segkit.pretraining.views import View, ViewsConfig, draw_view
-
-
-class ImagesConfig(Config):
-    """Which images are taken from the cases, and which of them come together."""
-
-    channels: Literal["auto", "each", "all"] = "auto"
-    """each: every modality gives images of its own, of one channel; all: an image has all modalities as channels;
-    auto: all for pictures (red, green and blue belong together), each for volumes."""
-
-    slice_axis: int | None = Field(default=None, ge=0, le=2)
-    """Axis across which volumes are cut into slices; None is the axis with the largest spacing of each case, and the
-    last (axial) of equal ones."""
-
-    empty_below: float = Field(default=0.2, ge=0, lt=1)
-    """Slices and crops with fewer voxels that are not 0 than this share of the fullest one of their stack are left
-    out; where the normalisation leaves no voxel 0, none are."""
-
-    slice_step_mm: float = Field(default=0.0, ge=0)
-    """Least distance between neighbouring slices of a group; 0 takes slices as they follow each other."""
-
-    neighbours: int = Field(default=8, ge=1)
-    """How many images of a group are side by side in one subject."""
-
-    balance: float = Field(default=0.5, ge=0, le=1)
-    """Power of its number of images with which a source is drawn: 1 draws all images equally often, 0 all sources; in
-    between images of small sources come more often."""
-
-    crop_size: int | tuple[int, int, int] | None = None
-    """Voxels of the crops of volumes that networks for volumes learn from; None is the size of the views."""
-
-    crop_overlap: float = Field(default=0.75, ge=0, lt=1)
-    """Share of its length that a crop has in common with the next one along an axis."""
-
-    def require_room_in(self, nodes: int) -> None:
-        """Refuse more neighbours than a group of so many images holds.
-
-        Raises:
-            RequestError: as said.
-        """
-        if self.neighbours > nodes:
-            raise RequestError(
-                f"a group of {nodes} images cannot hold {self.neighbours} neighbours",
-                remedy="Lower images.neighbours, or take larger groups",
-            )
 
 
 @dataclass(frozen=True)
@@ -82,13 +34,13 @@ class Source:
 class GroupDataset(Dataset[dict[str, torch.Tensor]]):
     """Groups of `nodes` images, all of one source, each image in one or two random views.
 
-    Item i depends on (seed, i) and on nothing else, so any number of workers gives the same items, and another seed
-    gives other groups of the same images, as held-out measures want them.
+    Item i depends on (seed, i) only, so any number of workers gives the same items; another seed gives other groups of
+    the same images, as held-out measures need them.
 
     The first `neighbours` images of a group are neighbours in one subject. The others come from other patients of the
-    source; where it has none, from other stacks of the patient (another modality or time point), else from elsewhere
-    in the stack. No image comes twice. Pictures have no neighbours: theirs are the pictures of the same patient
-    (the other eye), as far as there are any, and all others come from other patients.
+    source; if it has none, from other stacks of the patient (another modality or time point), else from elsewhere in
+    the stack. No image comes twice. Pictures have no neighbours: instead come the pictures of the same patient (the
+    other eye), as far as there are any, and all others come from other patients.
     """
 
     def __init__(
@@ -131,7 +83,10 @@ class GroupDataset(Dataset[dict[str, torch.Tensor]]):
         self.stacks: list[Stack] = []
         self._shelves: list[_Shelf] = []
         for number, source in enumerate(self.sources):
-            stacks = list(itertools.chain(*_stacks_of(number, source, self.size, images)))
+            if len(source.patients) != len(source.cases):
+                raise DataError(f"{len(source.patients)} patients for {len(source.cases)} cases", where=source.name)
+            of_cases = (stacks_of(number, place, case, self.size, images) for place, case in enumerate(source.cases))
+            stacks = list(itertools.chain.from_iterable(of_cases))
             self._shelves.append(_Shelf.of(source, stacks, len(self.stacks), images, nodes))
             self.stacks += stacks
         self.channels = _common_channels(self.sources, self.stacks)
@@ -164,13 +119,8 @@ class GroupDataset(Dataset[dict[str, torch.Tensor]]):
             if key not in cases:
                 cases[key] = self.sources[stack.source].cases[stack.case]
             image = stack.read(cases[key], image_number)
-            content = crop_box(image, "nonzero")
-            views.append(
-                [
-                    draw_view(image, stack.image_spacing_mm, self.size, self.views, generator, content=content)
-                    for _ in range(self.view_count)
-                ]
-            )
+            draw = (image, stack.image_spacing_mm, self.size, self.views, generator, crop_box(image, "nonzero"))
+            views.append([draw_view(*draw) for _ in range(self.view_count)])
         item = {
             "stack": torch.tensor([stack for stack, _ in members]),
             "source": torch.tensor([self.stacks[stack].source for stack, _ in members]),
@@ -253,43 +203,6 @@ class _Shelf:
             (int(stacks[place]), int(number - ends[place] + self.counts[stacks[place]]))
             for number, place in zip(drawn, which, strict=True)
         ]
-
-
-def _stacks_of(number: int, source: Source, size: tuple[int, ...], images: ImagesConfig) -> list[list[Stack]]:
-    if len(source.patients) != len(source.cases):
-        raise DataError(f"{len(source.patients)} patients for {len(source.cases)} cases", where=source.name)
-    return [_stacks(number, place, case, size, images) for place, case in enumerate(source.cases)]
-
-
-def _stacks(source: int, place: int, case: PreparedCase, size: tuple[int, ...], images: ImagesConfig) -> list[Stack]:
-    """The stacks of one case: one for each modality, or one for all; those that show nothing are left out."""
-    shape, spacing_mm = case.image.shape[1:], case.preparation.spacing_mm
-    if len(shape) < len(size):
-        raise DataError(
-            "is a picture",
-            where=case.id,
-            expected="a volume",
-            remedy="Choose a network for images, which learn from both",
-        )
-    is_picture = len(shape) == 2
-    is_joint = images.channels == "all" or (images.channels == "auto" and is_picture)
-    count = len(case.image)
-    blocks = [(0, count)] if is_joint else [(channel, channel + 1) for channel in range(count)]
-    stacks = []
-    for channels in blocks:
-        axis = None
-        if is_picture:
-            extent, starts = shape, np.zeros((1, 2), np.int32)
-        else:
-            is_filled = where_filled(case.image, channels)
-            if len(size) == 2:
-                axis = coarsest_axis(spacing_mm) if images.slice_axis is None else images.slice_axis
-                extent, starts = slices_of(is_filled, axis, images.empty_below)
-            else:
-                extent, starts = crops_of(is_filled, images.crop_size or size, images.crop_overlap, images.empty_below)
-        if len(starts):
-            stacks.append(Stack(source, place, channels, axis, starts, extent, spacing_mm))
-    return stacks
 
 
 def _common_channels(sources: Sequence[Source], stacks: Sequence[Stack]) -> int:

@@ -1,20 +1,68 @@
-"""Stacks: the images of one case that lie side by side, and where in the case each of them is."""
+"""Stacks: the images of one case that lie side by side, and the place of each of them in the case."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
+from segkit.config import Config
+from segkit.errors import DataError, RequestError
 from segkit.preparing.preprocessing import PreparedCase
 from segkit.shapes import AnyArray, Image
 
 _EQUAL = 0.99
 """Spacings are equal within this factor: headers round."""
+
+
+class ImagesConfig(Config):
+    """Which images are taken from the cases, and which of them come together."""
+
+    channels: Literal["auto", "each", "all"] = "auto"
+    """each: every modality gives images of its own, of one channel; all: an image has all modalities as channels;
+    auto: all for pictures (red, green and blue belong together), each for volumes."""
+
+    slice_axis: int | None = Field(default=None, ge=0, le=2)
+    """Axis across which volumes are cut into slices; None is the axis with the largest spacing of each case, and the
+    last (axial) of equal ones."""
+
+    empty_below: float = Field(default=0.2, ge=0, lt=1)
+    """Slices and crops with fewer voxels that are not 0 than this share of the fullest one of their stack are left
+    out; where the normalisation leaves no voxel 0, none are."""
+
+    slice_step_mm: float = Field(default=0.0, ge=0)
+    """Least distance between neighbouring slices of a group; 0 takes slices as they follow each other."""
+
+    neighbours: int = Field(default=8, ge=1)
+    """How many images of a group are side by side in one subject."""
+
+    balance: float = Field(default=0.5, ge=0, le=1)
+    """Power of its number of images with which a source is drawn: 1 draws all images equally often, 0 all sources; in
+    between images of small sources come more often."""
+
+    crop_size: int | tuple[int, int, int] | None = None
+    """Voxels of the crops of volumes that networks for volumes learn from; None is the size of the views."""
+
+    crop_overlap: float = Field(default=0.75, ge=0, lt=1)
+    """Share of its length that a crop has in common with the next one along an axis."""
+
+    def require_room_in(self, nodes: int) -> None:
+        """Refuse more neighbours than a group of so many images holds.
+
+        Raises:
+            RequestError: as said.
+        """
+        if self.neighbours > nodes:
+            raise RequestError(
+                f"a group of {nodes} images cannot hold {self.neighbours} neighbours",
+                remedy="Lower images.neighbours, or take larger groups",
+            )
 
 
 @dataclass(frozen=True)
@@ -70,20 +118,46 @@ class Stack:
         return np.argsort(distance, kind="stable")[:count]
 
 
+def stacks_of(
+    source: int, number: int, case: PreparedCase, size: tuple[int, ...], images: ImagesConfig
+) -> Iterator[Stack]:
+    """The stacks of case `number` of a source: one for each modality, or one for all; empty ones are left out.
+
+    Raises:
+        DataError: the case is a picture, and views have three axes.
+    """
+    shape, spacing_mm = case.image.shape[1:], case.preparation.spacing_mm
+    if len(shape) < len(size):
+        raise DataError(
+            "is a picture",
+            where=case.id,
+            expected="a volume",
+            remedy="Choose a network for images, which learn from both",
+        )
+    is_picture = len(shape) == 2
+    is_joint = images.channels == "all" or (images.channels == "auto" and is_picture)
+    count = len(case.image)
+    for channels in [(0, count)] if is_joint else [(channel, channel + 1) for channel in range(count)]:
+        axis = None
+        if is_picture:
+            extent, starts = shape, np.zeros((1, 2), np.int32)
+        else:
+            is_filled: NDArray[np.bool_] = (case.image[slice(*channels)] != 0).any(axis=0)
+            if len(size) == 2:
+                axis = coarsest_axis(spacing_mm) if images.slice_axis is None else images.slice_axis
+                extent, starts = _slices(is_filled, axis, images.empty_below)
+            else:
+                extent, starts = _crops(is_filled, images.crop_size or size, images.crop_overlap, images.empty_below)
+        if len(starts):
+            yield Stack(source, number, channels, axis, starts, extent, spacing_mm)
+
+
 def coarsest_axis(spacing_mm: Sequence[float]) -> int:
     """The axis with the largest spacing, the last of equal ones."""
     return max(axis for axis, mm in enumerate(spacing_mm) if mm >= _EQUAL * max(spacing_mm))
 
 
-def where_filled(image: Image, channels: tuple[int, int]) -> NDArray[np.bool_]:
-    """Where (C, *spatial) is not 0 in any of these channels, (*spatial)."""
-    is_filled: NDArray[np.bool_] = image[channels[0]] != 0
-    for channel in range(channels[0] + 1, channels[1]):
-        is_filled |= image[channel] != 0
-    return is_filled
-
-
-def slices_of(is_filled: NDArray[np.bool_], axis: int, empty_below: float) -> tuple[tuple[int, ...], NDArray[np.int32]]:
+def _slices(is_filled: NDArray[np.bool_], axis: int, empty_below: float) -> tuple[tuple[int, ...], NDArray[np.int32]]:
     """Extent of a slice, and the starts of those that are full enough."""
     others = tuple(other for other in range(3) if other != axis)
     numbers = _full_enough(np.count_nonzero(is_filled, axis=others), empty_below)
@@ -92,7 +166,7 @@ def slices_of(is_filled: NDArray[np.bool_], axis: int, empty_below: float) -> tu
     return tuple(1 if at == axis else length for at, length in enumerate(is_filled.shape)), starts
 
 
-def crops_of(
+def _crops(
     is_filled: NDArray[np.bool_], size: int | Sequence[int], overlap: float, empty_below: float
 ) -> tuple[tuple[int, ...], NDArray[np.int32]]:
     """Extent of a crop, and the starts of those that are full enough; a crop takes all of an axis that is shorter."""
@@ -103,7 +177,7 @@ def crops_of(
         steps = math.ceil((length - voxels) / max(1, round(voxels * (1 - overlap))))
         along.append(np.unique(np.linspace(0, length - voxels, steps + 1).round().astype(np.int32)))
     starts = np.stack(np.meshgrid(*along, indexing="ij"), axis=-1).reshape(-1, 3)
-    # Sums over boxes from sums from the corner on.
+    # Voxels in each crop, by cumulative sums.
     sums = np.pad(is_filled, ((1, 0), (1, 0), (1, 0))).astype(np.int32)
     for axis in range(3):
         np.cumsum(sums, axis=axis, out=sums)

@@ -15,9 +15,9 @@ from segkit.checkpoint.card import ModelCard
 from segkit.checkpoint.model import save_model
 from segkit.checkpoint.run_folder import WEIGHTS_NAME
 from segkit.checkpoint.tensors import load_weights_file, save_weights
-from segkit.metrics.retrieval import retrieval_accuracy
 from segkit.models.table import SegmentationNetwork
-from segkit.pretraining.method import Method, encode, to_device
+from segkit.pretraining.encoder import encode, retrieval_accuracy, to_device
+from segkit.pretraining.methods import Method
 from segkit.pretraining.sources import GroupDataset
 from segkit.training.batches import endless_batches
 from segkit.training.distributed import from_first

@@ -1,9 +1,9 @@
-"""Random views of one image, each with its *frame*: the way from the voxels of the view back to the image.
+"""Random views of one image, each with its *frame*: the affine from the view's voxels to the image.
 
-A view is a random box of the image, brought to a fixed size, mirrored, possibly turned, with changed intensities: the
-random resized crop that contrastive methods share. Its frame is the affine from voxel indices of the view (0-based, at
-voxel centres) to mm in the image it was cut from, whose first voxel has its centre at 0 mm. With the frames of two
-views a method knows which of their feature cells show the same place.
+A view is a random box of the image, resampled to a fixed size, mirrored, possibly rotated, with changed intensities:
+the random resized crop that contrastive methods share. Its frame maps voxel indices of the view (0-based, at voxel
+centres) to mm in the image it was cut from, whose first voxel has its centre at 0 mm. The frames of two views show
+which of their feature cells are at the same place.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _POOL = {2: functional.avg_pool2d, 3: functional.avg_pool3d}
 
 
 class ViewIntensityConfig(IntensityConfig):
-    """Changes of intensities for views: stronger than in training, so that grey values alone give no match away."""
+    """Changes of intensities for views: stronger than in training, so that grey values alone identify no image."""
 
     noise_probability: float = Field(default=0.3, ge=0, le=1)
     """Probability of Gaussian noise."""
@@ -39,7 +39,7 @@ class ViewIntensityConfig(IntensityConfig):
     """Probability of Gaussian blurring."""
 
     brightness_probability: float = Field(default=0.8, ge=0, le=1)
-    """Probability of multiplying by a factor; with the contrast it is what colour jitter is to photographs."""
+    """Probability of multiplying by a factor; with the contrast the counterpart of colour jitter."""
 
     brightness_range: Range = (0.6, 1.4)
     """The factor of the brightness change."""
@@ -103,21 +103,19 @@ def draw_view(
     size: Sequence[int],
     config: ViewsConfig,
     generator: np.random.Generator,
-    *,
     content: Box | None = None,
 ) -> View:
     """One random view of an image, resampled once, linearly.
 
-    Where a view shows the image at less than half its resolution, whole blocks of voxels are averaged before, so that
-    fine structure does not turn into false patterns.
+    If a view has less than half the image's resolution, whole blocks of voxels are averaged first, against aliasing.
 
     Args:
         image: (C, *spatial) float32, possibly memory-mapped; only the part that is shown is read.
         spacing_mm: spacing of its voxels per axis, in mm.
         size: voxels of the view per axis.
-        config: what to draw from; its own size is not looked at.
-        generator: every draw comes from it.
-        content: the box of voxels that are not 0, where it is known already.
+        config: ranges and probabilities; its own size is ignored.
+        generator: source of all random numbers.
+        content: the box of voxels that are not 0, if known.
     """
     matrix, offset, is_turned = _draw_placement(
         content or crop_box(image, "nonzero"), spacing_mm, size, config, generator

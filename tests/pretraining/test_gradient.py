@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from segkit.pretraining.affinity import Affinities, edge_affinity, global_affinity, nearest_neighbours
-from segkit.pretraining.gradient import GradientConfig, matching_accuracy, matching_loss, matching_of
+from segkit.pretraining.graph_matching import GradientConfig, matching_accuracy, matching_loss, matching_of
 from segkit.pretraining.solver import SolverConfig
 
 SECOND, FIRST = SolverConfig(), SolverConfig(order=1)
@@ -124,7 +124,7 @@ def test_another_solver_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> Non
         asked.append(f"{name} {vertex.shape} {edge.shape}")
         return np.tile(np.arange(16)[::-1], (2, 1)).astype(np.int64)
 
-    monkeypatch.setattr("segkit.pretraining.gradient.solve_with", remembered)
+    monkeypatch.setattr("segkit.pretraining.solver.solve_with", remembered)
     found = matching_of(affinities, SolverConfig(method="rrwm"))
     assert found.tolist() == [list(range(15, -1, -1))] * 2
     assert asked == ["rrwm (2, 16, 16) (2, 256, 256)"]

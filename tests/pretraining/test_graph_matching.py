@@ -14,8 +14,13 @@ from segkit.pretraining.affinity import (
     global_affinity,
     nearest_neighbours,
 )
-from segkit.pretraining.gradient import GradientConfig, matching_accuracy, matching_loss
-from segkit.pretraining.graph_matching import GraphMatching, GraphMatchingConfig
+from segkit.pretraining.graph_matching import (
+    GradientConfig,
+    GraphMatching,
+    GraphMatchingConfig,
+    matching_accuracy,
+    matching_loss,
+)
 from segkit.pretraining.solver import SolverConfig
 
 SMALLEST: dict[str, dict[str, object]] = {

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from segkit.errors import RequestError
-from segkit.pretraining.pygm import PygmSolver, solve_with
-from segkit.pretraining.solver import objective, solve
+from segkit.pretraining.solver import PygmSolver, SolverConfig, objective, solve, solve_with
 
 SOLVERS: tuple[PygmSolver, ...] = ("rrwm", "ipfp", "sm")
 
@@ -22,7 +21,7 @@ def test_edges_outvote_vertices(name: PygmSolver) -> None:
     edge = np.zeros((1, 9, 9))
     edge[0, 0 * 3 + 1, 1 * 3 + 2] = 2.0
     np.testing.assert_array_equal(solve_with(name, vertex, edge), [[1, 2, 0]])
-    np.testing.assert_array_equal(solve_with(name, vertex, None), [[0, 1, 2]])
+    np.testing.assert_array_equal(solve(vertex, None, SolverConfig(method=name)), [[0, 1, 2]])
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -54,7 +53,7 @@ def test_affinities_below_zero(name: PygmSolver) -> None:
 def test_without_pygmtools(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pygmtools", None)
     with pytest.raises(RequestError, match=r"pip install 'segkit\[matching\]'"):
-        solve_with("rrwm", np.ones((1, 2, 2)), None)
+        solve_with("rrwm", np.ones((1, 2, 2)), np.ones((1, 4, 4)))
 
 
 def test_shapes_that_do_not_belong_together() -> None:

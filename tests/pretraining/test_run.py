@@ -17,7 +17,7 @@ from segkit.checkpoint.state import load_state
 from segkit.config import build_config
 from segkit.errors import RequestError
 from segkit.phantoms.layouts import write_phantoms
-from segkit.pretraining.config import PretrainConfig
+from segkit.pretraining.methods import PretrainConfig
 from segkit.pretraining.run import PretrainRequest, pretrain_run
 from segkit.training.unlabelled import UnlabelledSummary
 

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 from segkit.errors import DataError, RequestError
 from segkit.preparing.preprocessing import Preparation, PreparedCase
-from segkit.pretraining.sources import GroupDataset, ImagesConfig, Source
-from segkit.pretraining.stacks import coarsest_axis
+from segkit.pretraining.sources import GroupDataset, Source
+from segkit.pretraining.stacks import ImagesConfig, coarsest_axis
 from segkit.pretraining.views import ViewIntensityConfig, ViewsConfig
 from segkit.reading.geometry import Reorientation
 from segkit.reading.volume import Grid

@@ -27,7 +27,7 @@ from segkit.errors import SegkitError
 from segkit.inpainting.config import InpaintingConfig
 from segkit.inpainting.run import InpaintingRequest, inpainting_run
 from segkit.phantoms.layouts import write_phantoms
-from segkit.pretraining.config import PretrainConfig
+from segkit.pretraining.methods import PretrainConfig
 from segkit.pretraining.run import PretrainRequest, pretrain_run
 from segkit.training import live_report as live
 from segkit.training.config import TrainConfig

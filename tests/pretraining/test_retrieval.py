@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from segkit.metrics.retrieval import retrieval_accuracy
+from segkit.pretraining.encoder import retrieval_accuracy
 
 AXES = np.eye(3)
 
