@@ -46,25 +46,7 @@ def activation_bytes(build: Callable[[], nn.Module], input_shape: Sequence[int])
     Transient memory of the backward pass is not in it: see `step_bytes`.
     """
     with FakeTensorMode():
-        network = build().train()
-        x = torch.empty(tuple(input_shape))
-        return _saved_bytes(network, x)
-
-
-def _saved_bytes(network: nn.Module, x: Tensor) -> int:
-    excluded = {_address(tensor) for tensor in network.state_dict(keep_vars=True).values()}
-    sizes: dict[int, int] = {}
-    alive: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        if _address(tensor) not in excluded:
-            sizes[_address(tensor)] = tensor.untyped_storage().nbytes()
-            alive.append(tensor)  # an address must not be used again while counting
-        return tensor
-
-    with saved_tensors_hooks(note, lambda tensor: tensor):
-        network(x)
-    return sum(sizes.values())
+        return _forward(build().train(), torch.empty(tuple(input_shape)))[1]
 
 
 def step_bytes(build: Callable[[], nn.Module], input_shape: Sequence[int], loss: Loss) -> int:
@@ -73,28 +55,19 @@ def step_bytes(build: Callable[[], nn.Module], input_shape: Sequence[int], loss:
     `build` and `loss` are called with fake tensors and may make tensors of their own.
     """
     with FakeTensorMode():
-        network = build().train()
-        x = torch.empty(tuple(input_shape))
-        labels = torch.empty((input_shape[0], *input_shape[2:]), dtype=torch.uint8)
-        with _LiveBytes(network) as live:
-            torch.autograd.backward(loss(network(x), labels))
-    return int(live.peak + x.nbytes + labels.nbytes)
+        return _trace_step(build().train(), input_shape, loss)[1]
 
 
 def window_bytes(build: Callable[[], nn.Module], input_shape: Sequence[int]) -> int:
     """Largest number of bytes alive while one inference window (B, C, *spatial) is computed, without weights."""
-    with FakeTensorMode(), torch.no_grad():
-        network = build().eval()
-        x = torch.empty(tuple(input_shape))
-        with _LiveBytes(network) as live:
-            network(x)
-    return int(live.peak + x.nbytes)
+    with FakeTensorMode():
+        return _trace_window(build().eval(), input_shape)
 
 
 def parameter_bytes(build: Callable[[], nn.Module]) -> int:
     """Bytes of a network's parameters and buffers."""
     with FakeTensorMode():
-        return sum(tensor.nbytes for tensor in build().state_dict().values())
+        return _weight_bytes(build())
 
 
 @dataclass(frozen=True)
@@ -113,13 +86,52 @@ class StepCost:
 
 
 def step_cost(build: Callable[[], nn.Module], input_shape: Sequence[int], loss: Loss) -> StepCost:
-    """The cost of training `build()` on patches (B, C, *patch); nothing is allocated."""
-    return StepCost(
-        weights=parameter_bytes(build),
-        saved=activation_bytes(build, input_shape),
-        peak=step_bytes(build, input_shape, loss),
-        window=window_bytes(build, (1, *input_shape[1:])),
-    )
+    """The cost of training `build()` on patches (B, C, *patch): one step and one window are traced, without memory."""
+    with FakeTensorMode():
+        network = build().train()
+        saved, peak = _trace_step(network, input_shape, loss)
+        window = _trace_window(network.eval(), (1, *input_shape[1:]))
+        return StepCost(_weight_bytes(network), saved, peak, window)
+
+
+def _trace_step(network: nn.Module, input_shape: Sequence[int], loss: Loss) -> tuple[int, int]:
+    """Bytes that the forward pass keeps, and the largest number of bytes alive during forward and backward."""
+    x = torch.empty(tuple(input_shape))
+    labels = torch.empty((input_shape[0], *input_shape[2:]), dtype=torch.uint8)
+    with _LiveBytes(network) as live:
+        output, saved = _forward(network, x)
+        scalar = loss(output, labels)
+        del output  # training holds no logits during the backward pass either
+        torch.autograd.backward(scalar)
+    return saved, int(live.peak + x.nbytes + labels.nbytes)
+
+
+def _trace_window(network: nn.Module, input_shape: Sequence[int]) -> int:
+    x = torch.empty(tuple(input_shape))
+    with torch.no_grad(), _LiveBytes(network) as live:
+        network(x)
+    return int(live.peak + x.nbytes)
+
+
+def _forward(network: nn.Module, x: Tensor) -> tuple[Any, int]:
+    """The output of a forward pass, and the bytes of the storages, those of `network` left out, that it keeps."""
+    weights = {_address(tensor) for tensor in network.state_dict(keep_vars=True).values()}
+    saved: dict[int, Tensor] = {}  # holds the tensors, because an address must not be used again while counting
+
+    def note(tensor: Tensor) -> Tensor:
+        if _address(tensor) not in weights:
+            saved[_address(tensor)] = tensor
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        output = network(x)
+    size = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    saved.clear()  # autograd keeps `note`, which would keep all of them until the backward pass is done
+    return output, size
+
+
+def _weight_bytes(network: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in network.state_dict().values())
 
 
 def has_room_to_keep(arguments: Mapping[str, object], needed_gb: float, memory_gb: float) -> bool:
@@ -193,6 +205,8 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.prim.device.default:  # half of all calls; it makes nothing
+            return args[0].fake_device
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):

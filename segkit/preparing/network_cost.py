@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from segkit.losses.compound import SegmentationLoss
 from segkit.models.table import build_model, configure
 from segkit.preparing.memory import StepCost, step_cost
 from segkit.preparing.plan_rules import Shape, choose_slice_axis, choose_strides
+
+_COSTS: dict[str, StepCost] = {}
+"""What `PlannedNetwork.cost` has counted, by network, patch and number of threads."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class PlannedNetwork:
             **self.arguments,
         )
 
-    @property
+    @cached_property
     def divisor(self) -> Shape:
         """What each axis of a patch must be a multiple of."""
         with torch.device("meta"):
@@ -81,8 +85,13 @@ class PlannedNetwork:
         return argument in known and argument not in self.arguments
 
     def cost(self, patch: Shape) -> StepCost:
-        """Cost of a step on one patch of a batch."""
-        return step_cost(self.build, (1, self.channels, *patch), lambda *tensors: self.loss_function()(*tensors))
+        """Cost of a step on one patch of a batch; counting takes seconds, so it is done once in a process."""
+        # The threads decide how large the parts are in which a CPU computes a norm.
+        key = repr((self, patch, torch.get_num_threads()))
+        if key not in _COSTS:
+            shape = (1, self.channels, *patch)
+            _COSTS[key] = step_cost(self.build, shape, lambda *tensors: self.loss_function()(*tensors))
+        return _COSTS[key]
 
     def loss_function(self) -> SegmentationLoss:
         """The training loss for the label scheme."""

@@ -6,10 +6,11 @@ rules, `memory` says what a choice costs.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -220,7 +221,6 @@ class _Choice:
     patch: Shape
     batch: int
     memory_gb: float
-    attempts: int
 
 
 def _first_that_fits(
@@ -239,16 +239,11 @@ def _first_that_fits(
     batches = [request.batch_size] if request.batch_size else list(range(request.batch_limit, 0, -1))
     networks = [network.with_arguments(mode) for mode in _MEMORY_MODES if network.can_take(mode)] or [network]
 
-    @cache
-    def cost(which: int) -> StepCost:
-        return networks[which].cost(largest)
-
     smallest_gb = math.inf
-    combinations = ((patch, batch, which) for patch in patches for batch in batches for which in range(len(networks)))
-    for attempts, (patch, batch, which) in enumerate(combinations):
-        needed_gb = fit(cost(which).scaled(batch * math.prod(patch) / math.prod(largest)))
+    for patch, batch, candidate in itertools.product(patches, batches, networks):
+        needed_gb = fit(candidate.cost(largest).scaled(batch * math.prod(patch) / math.prod(largest)))
         if needed_gb <= memory_gb:
-            return _Choice(networks[which], patch, batch, needed_gb, attempts)
+            return _Choice(candidate, patch, batch, needed_gb)
         smallest_gb = min(smallest_gb, needed_gb)
     raise RequestError(
         f"{request.family} needs {smallest_gb:.1f} GB at the least, but {memory_gb:.1f} GB may be used",
