@@ -20,7 +20,7 @@ from segkit.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from segkit.evaluation.results import Evaluation
+    from segkit.evaluation.scores import Evaluation
 
 
 def evaluate(
@@ -64,8 +64,8 @@ def evaluate(
     """
     from segkit.errors import RequestError
     from segkit.evaluation.pairing import pair_folders
-    from segkit.evaluation.score_folder import companions_of, evaluate_pairs
-    from segkit.report.figures import draw_worst_cases
+    from segkit.evaluation.score_folder import evaluate_pairs
+    from segkit.report.figures import draw_worst_cases, reliability_figure
 
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
     if figures and output is None:
@@ -78,10 +78,11 @@ def evaluate(
         label_scheme=label_scheme,
         prediction_scheme=prediction_scheme,
     )
-    companions = companions_of(pairing, references, roi=roi, probabilities=probabilities)
-    evaluation = evaluate_pairs(pairing, protocol=protocol, missing=missing, companions=companions)
+    evaluation = evaluate_pairs(pairing, protocol=protocol, missing=missing, roi=roi, probabilities=probabilities)
     if output is not None:
         evaluation.write(output)
+        if evaluation.reliability:
+            reliability_figure(output / "figures" / "reliability.png", evaluation.reliability)
         if figures:
             draw_worst_cases(evaluation, pairing, output / "figures", figures)
     if json:
@@ -98,6 +99,6 @@ def evaluate(
 def _print_summary(evaluation: Evaluation) -> None:
     from segkit.evaluation.tables import summary_rows
 
-    columns, rows = summary_rows(evaluation.summary(), evaluation.headline())
+    columns, rows = summary_rows(evaluation.summary, evaluation.headline())
     title = f"{len(evaluation.cases)} cases, protocol {evaluation.protocol}{evaluation.where()}; mean (median)"
     print_table(f"{title}; {evaluation.intervals()}", columns, rows)

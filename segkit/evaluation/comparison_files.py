@@ -1,20 +1,17 @@
-"""A comparison as a document, a table for a spreadsheet, and a page to read."""
+"""A comparison as a JSON document, a table for a spreadsheet, and Markdown to read."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from segkit.evaluation.comparison import Comparison, PairedComparison
-from segkit.evaluation.tables import markdown_table, markdown_text, spreadsheet_text
+from segkit.evaluation.tables import csv_table, interval_text, markdown_list, markdown_table, write_documents
 from segkit.metrics.bootstrap import RESAMPLES, Interval
 from segkit.metrics.brats_ranking import EXCHANGES
 from segkit.metrics.registry import METRICS
-from segkit.reading.files import written_atomically
 
 _COLUMNS = (
     *("model", "baseline", "region", "metric", "cases", "model_mean", "baseline_mean", "difference", "low", "high"),
@@ -64,7 +61,7 @@ def ranking_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
             own.model,
             str(own.place),
             f"{own.score:.3f}",
-            _interval(own.interval),
+            interval_text(own.interval),
             *(_p(p_of[own.model, other]) if (own.model, other) in p_of else "" for other in names[1:]),
         ]
         for own in comparison.ranking
@@ -81,7 +78,7 @@ def pair_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
             pair.region,
             METRICS[pair.metric].title,
             f"{pair.difference:+.4f}",
-            _interval(pair.interval, "+.4f"),
+            interval_text(pair.interval, "+.4f"),
             f"{pair.better}/{pair.equal}/{pair.worse}",
             ("~" if pair.test.method == "asymptotic" else "") + _p(pair.test.p),
             _p(pair.p_holm),
@@ -98,35 +95,26 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
     Raises:
         DataError: the folder cannot be written.
     """
-    document = json.dumps(comparison_json(comparison), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    for name, text in (
-        ("comparison.json", document),
-        ("comparison.csv", _csv(comparison)),
-        ("comparison.md", _markdown(comparison)),
-    ):
-        with written_atomically(folder / name) as temporary:
-            # File names that are not UTF-8 reach Python as lone surrogates.
-            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    counts = f"{len(comparison.cases)} cases, {comparison.patients} patients"
+    text = [
+        f"Protocol {comparison.models[0].protocol}, {counts}.\n\n## Ranking\n\n",
+        markdown_table(*ranking_rows(comparison)),
+        "\n## Differences\n\n",
+        markdown_table(*pair_rows(comparison)),
+        f"\n{_METHODS}{markdown_list(comparison.notes)}",
+    ]
+    documents: dict[str, str | Mapping[str, Any]] = {
+        "comparison.json": comparison_json(comparison),
+        "comparison.csv": csv_table(_COLUMNS, map(_csv_row, comparison.pairs)),
+        "comparison.md": "".join(text),
+    }
+    write_documents(folder, documents)
 
 
-def _markdown(comparison: Comparison) -> str:
-    notes = "".join(f"- {markdown_text(note)}\n" for note in comparison.notes)
-    return (
-        f"Protocol {comparison.models[0].protocol}, {len(comparison.cases)} cases, {comparison.patients} patients.\n\n"
-        f"## Ranking\n\n{markdown_table(*ranking_rows(comparison))}\n"
-        f"## Differences\n\n{markdown_table(*pair_rows(comparison))}\n{_METHODS}" + (f"\n{notes}" if notes else "")
-    )
-
-
-def _csv(comparison: Comparison) -> str:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    for pair in comparison.pairs:
-        low, high = pair.interval or (None, None)
-        names = {name: spreadsheet_text(getattr(pair, name)) for name in ("model", "baseline", "region")}
-        writer.writerow(_pair_json(pair) | names | {"low": low, "high": high})
-    return text.getvalue()
+def _csv_row(pair: PairedComparison) -> list[str | float | None]:
+    low, high = pair.interval or (None, None)
+    document = _pair_json(pair) | {"low": low, "high": high}
+    return [document[column] for column in _COLUMNS]
 
 
 def _pair_json(pair: PairedComparison) -> dict[str, Any]:
@@ -158,10 +146,6 @@ def _defined(value: float) -> float | None:
 
 def _ends(interval: Interval | None) -> list[float] | None:
     return None if interval is None else list(interval)
-
-
-def _interval(interval: Interval | None, style: str = ".3f") -> str:
-    return "-" if interval is None else f"{interval[0]:{style}} to {interval[1]:{style}}"
 
 
 def _p(value: float) -> str:

@@ -7,21 +7,30 @@ tissue. A case that cannot be scored becomes an error of its own and does not st
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from segkit.errors import DataError
-from segkit.evaluation.companions import Companions, find_companions
 from segkit.evaluation.pairing import Pair, Pairing, pair_folders
-from segkit.evaluation.results import CaseScores, Evaluation
+from segkit.evaluation.probabilities import (
+    PROBABILITY_METRICS,
+    RegionReliability,
+    find_probabilities,
+    score_probabilities,
+)
+from segkit.evaluation.roi import find_rois, read_roi
+from segkit.evaluation.scores import CaseScores, Evaluation
 from segkit.labels import LabelScheme, outputs_of
+from segkit.metrics.overlap import region_mask
 from segkit.metrics.protocols import rules_of, score_absent, score_case
+from segkit.metrics.registry import METRICS
 from segkit.reading.files import read_labels
 from segkit.reading.geometry import same_grid
 from segkit.reading.layouts.schemes import present_values
 from segkit.reading.volume import Grid
-from segkit.shapes import LabelMap
+from segkit.shapes import LabelMap, Mask
 
 Missing = Literal["skip", "zero"]
 """What a reference without a prediction is worth: left out of the scores, or the worst score of every metric."""
@@ -52,7 +61,7 @@ def evaluate_folders(
     (`segkit.metrics.calibration`).
 
     Raises:
-        RequestError: the protocol or challenge is unknown, or nothing could be paired; nothing was scored.
+        RequestError: the protocol or challenge is unknown, or nothing could be paired; see `evaluate_pairs`.
     """
     pairing = pair_folders(
         predictions,
@@ -62,20 +71,7 @@ def evaluate_folders(
         label_scheme=label_scheme,
         prediction_scheme=prediction_scheme,
     )
-    companions = companions_of(pairing, references, roi=roi, probabilities=probabilities)
-    return evaluate_pairs(pairing, protocol=protocol, missing=missing, companions=companions)
-
-
-def companions_of(
-    pairing: Pairing, references: Path, *, roi: str | None = None, probabilities: Path | None = None
-) -> Companions:
-    """The regions of interest and probabilities of the cases of a pairing, so far as they are asked for.
-
-    Raises:
-        RequestError: there are none, or two for one case.
-    """
-    cases = [pair.reference for pair in pairing.pairs]
-    return find_companions(cases, references, regions_of(pairing.scheme), roi=roi, probabilities=probabilities)
+    return evaluate_pairs(pairing, protocol=protocol, missing=missing, roi=roi, probabilities=probabilities)
 
 
 def evaluate_pairs(
@@ -83,15 +79,16 @@ def evaluate_pairs(
     *,
     protocol: str = "legacy",
     missing: Missing = "skip",
-    companions: Companions | None = None,
+    roi: str | None = None,
+    probabilities: Path | None = None,
 ) -> Evaluation:
-    """Score the pairs of two folders, inside the regions of interest of `companions` and with its probabilities.
+    """Score the pairs of two folders; see `evaluate_folders`.
 
     Raises:
-        RequestError: the protocol is unknown, or has no rules for the challenge.
+        RequestError: the protocol is unknown, or has no rules for the challenge; there are no regions of interest or
+            probabilities of these cases, or two files for one case.
     """
-    regions = scored_regions(pairing.scheme, protocol, pairing.challenge)
-    companions = companions or Companions()
+    scorer = _Scorer.of(pairing, protocol, roi, probabilities)
     cases: list[CaseScores] = []
     errors: dict[str, str] = {}
     unscored: list[str] = []
@@ -108,7 +105,7 @@ def evaluate_pairs(
             continue
         if pair.prediction is not None:
             try:
-                cases.append(_score_pair(pair, reference, grid, pairing, protocol, companions))
+                cases.append(scorer.score(pair, reference, grid))
             except DataError as error:
                 complaint = str(error)
             else:
@@ -117,10 +114,7 @@ def evaluate_pairs(
         if complaint is not None:
             errors[case_id] = complaint
         if missing == "zero":
-            absent = score_absent(grid.shape, grid.spacing_mm, regions, protocol=protocol, challenge=pairing.challenge)
-            for region, worst in companions.worst_scores().items():
-                absent[region] |= worst
-            cases.append(CaseScores(case_id, absent, is_missing=True, patient=pair.reference.patient))
+            cases.append(scorer.score_missing(pair, grid))
     return Evaluation(
         protocol=protocol,
         challenge=pairing.challenge,
@@ -130,9 +124,96 @@ def evaluate_pairs(
         unscored=tuple(unscored),
         surplus=pairing.surplus,
         remarks=pairing.notes,
-        roi=companions.roi,
+        roi=roi,
         sources=pairing.sources,
     )
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    """The rules, regions (name -> label values), regions of interest and probabilities that all cases are scored by."""
+
+    protocol: str
+    challenge: str | None
+    scheme: LabelScheme
+    rois: Mapping[str, Path] | None
+    """Case id -> mask; None scores whole images."""
+    probabilities: Mapping[str, Mapping[str, Path]]
+    """Case id -> region -> image."""
+    regions: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, pairing: Pairing, protocol: str, roi: str | None, probabilities: Path | None) -> _Scorer:
+        scheme, challenge = pairing.scheme, pairing.challenge
+        cases = [pair.reference for pair in pairing.pairs]
+        return cls(
+            protocol,
+            challenge,
+            scheme,
+            None if roi is None else find_rois(cases, roi, pairing.sources["references"]),
+            {} if probabilities is None else find_probabilities(cases, regions_of(scheme), probabilities),
+            scored_regions(scheme, protocol, challenge),
+        )
+
+    def score(self, pair: Pair, reference: LabelMap, grid: Grid) -> CaseScores:
+        """Scores of a prediction.
+
+        Raises:
+            DataError: the prediction, its region of interest or its probabilities are missing or unusable.
+        """
+        case_id = pair.reference.id
+        predicted = scored_regions(pair.scheme, self.protocol, self.challenge)
+        if not self.regions.keys() & predicted.keys():
+            raise DataError(
+                f"the mask is in label scheme {pair.scheme.name}, which shares no region with {self.scheme.name}",
+                where=pair.prediction,
+                remedy="Name the right one with --prediction-scheme",
+            )
+        prediction = read_prediction(pair, grid)
+        roi = self._read_roi(case_id, reference, grid)
+        found = score_case(
+            prediction,
+            reference,
+            grid.spacing_mm,
+            self.regions,
+            protocol=self.protocol,
+            challenge=self.challenge,
+            prediction_regions={name: predicted.get(name, ()) for name in self.regions},  # () is: not predicted
+            roi=roi,
+        )
+        scores = {region: scored.scores for region, scored in found.items()}
+        reliability: dict[str, RegionReliability] = {}
+        for region in self._ranked_regions():
+            path = self.probabilities[case_id].get(region)
+            if path is None:
+                remedy = "Write them again with `segkit infer --save-probabilities --overwrite`"
+                raise DataError(f"has no probabilities of {region}", where=case_id, remedy=remedy)
+            more, reliable = score_probabilities(path, region_mask(reference, self.regions[region]), grid, roi)
+            scores[region] |= more
+            reliability |= {region: reliable} if reliable else {}
+        lesions = {region: scored.lesions for region, scored in found.items() if scored.lesions}
+        return CaseScores(case_id, scores, False, lesions, pair.reference.patient, reliability)
+
+    def score_missing(self, pair: Pair, grid: Grid) -> CaseScores:
+        """The worst scores, of a case without a usable prediction."""
+        scores = score_absent(
+            grid.shape, grid.spacing_mm, self.regions, protocol=self.protocol, challenge=self.challenge
+        )
+        for region in self._ranked_regions():
+            scores[region] |= {metric: METRICS[metric].worst for metric in PROBABILITY_METRICS}
+        return CaseScores(pair.reference.id, scores, is_missing=True, patient=pair.reference.patient)
+
+    def _ranked_regions(self) -> Iterable[str]:
+        """The regions for which any case has probabilities, in order of first appearance."""
+        return dict.fromkeys(region for own in self.probabilities.values() for region in own)
+
+    def _read_roi(self, case_id: str, reference: LabelMap, grid: Grid) -> Mask | None:
+        if self.rois is None:
+            return None
+        if case_id not in self.rois:
+            remedy = "Add one whose name begins with the case id, or leave the case out with --cases"
+            raise DataError("has no region of interest", where=case_id, remedy=remedy)
+        return read_roi(self.rois[case_id], grid, reference > 0)
 
 
 def regions_of(scheme: LabelScheme) -> dict[str, tuple[int, ...]]:
@@ -188,44 +269,6 @@ def read_prediction(pair: Pair, grid: Grid) -> LabelMap:
         raise DataError(difference, where=pair.prediction, remedy=remedy)
     _require_known(labels, pair.scheme, pair.prediction, "--prediction-scheme")
     return labels
-
-
-def _score_pair(
-    pair: Pair, reference: LabelMap, grid: Grid, pairing: Pairing, protocol: str, companions: Companions
-) -> CaseScores:
-    scheme, challenge = pairing.scheme, pairing.challenge
-    regions, predicted = (scored_regions(each, protocol, challenge) for each in (scheme, pair.scheme))
-    if not regions.keys() & predicted.keys():
-        raise DataError(
-            f"the mask is in label scheme {pair.scheme.name}, which shares no region with {scheme.name}",
-            where=pair.prediction,
-            remedy="Name the right one with --prediction-scheme",
-        )
-    members = {name: predicted.get(name, ()) for name in regions}  # what a scheme lacks was not predicted
-    prediction = read_prediction(pair, grid)
-    case_id = pair.reference.id
-    roi = companions.region_of_interest(case_id, reference, grid)
-    found = score_case(
-        prediction,
-        reference,
-        grid.spacing_mm,
-        regions,
-        protocol=protocol,
-        challenge=challenge,
-        prediction_regions=members,
-        roi=roi,
-    )
-    scores = {region: scored.scores for region, scored in found.items()}
-    probable = companions.score_probabilities(case_id, reference, grid, regions, roi)
-    for region, own in probable.items():
-        scores[region] |= own.scores
-    return CaseScores(
-        case_id,
-        scores,
-        lesions={region: scored.lesions for region, scored in found.items() if scored.lesions},
-        patient=pair.reference.patient,
-        reliability={region: own.reliability for region, own in probable.items() if own.reliability is not None},
-    )
 
 
 def _require_known(labels: LabelMap, scheme: LabelScheme, path: Path, option: str) -> None:

@@ -1,26 +1,36 @@
-"""Scores as tables: one row per case and region for a spreadsheet, a summary for people."""
+"""Tables of scores: a row per case for a spreadsheet, means over cases for people; as Markdown and CSV.
+
+A table is its column titles and its rows.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypedDict
+from pathlib import Path
+from typing import Any, TypedDict
 
 from segkit.errors import on_one_line, printable
 from segkit.metrics.bootstrap import mean_interval, median_interval
+from segkit.reading.files import written_atomically
 
 Scores = Mapping[str, Mapping[str, float]]
 """Region name -> metric name -> value of one case."""
 
+_MARKUP = re.compile(r"[\\`*\[\]<>|]")
+_FORMULA_SIGNS = ("=", "+", "-", "@")
+"""OWASP, "CSV injection": what Excel and LibreOffice take for the beginning of a formula."""
+
 
 class Statistics(TypedDict):
-    """Mean and median over cases with their 95 % intervals, and the number of cases.
+    """Mean and median over cases with their 95 % intervals (lower and upper end), and the number of cases.
 
-    An interval is its lower and upper end. None is what is not there: a mean of no values, an interval of one patient.
+    None is what is undefined: the mean of no values, the interval of a single patient.
     """
 
     mean: float | None
@@ -34,15 +44,10 @@ Summary = dict[str, dict[str, Statistics]]
 """Region name -> metric name -> statistics over cases."""
 
 
-_MARKUP = re.compile(r"[\\`*\[\]<>|]")
-_FORMULA_SIGNS = ("=", "+", "-", "@")
-"""OWASP, "CSV injection": what Excel and LibreOffice take for the beginning of a formula."""
-
-
 def summarise(cases: Iterable[Scores], patients: Sequence[str] | None = None) -> Summary:
     """Statistics of the finite values of each region and metric, in order of first appearance.
 
-    `patients` tells whose each case is; without it every case counts as a patient of its own. Intervals are those of
+    `patients` names the patient of each case; without it every case is a patient of its own. Intervals are those of
     `segkit.metrics.bootstrap`.
     """
     values: dict[str, dict[str, dict[int, float]]] = {}
@@ -58,56 +63,8 @@ def summarise(cases: Iterable[Scores], patients: Sequence[str] | None = None) ->
     }
 
 
-def scores_csv(cases: Mapping[str, Scores]) -> str:
-    """Comma-separated text: case, region, then one column per metric; undefined values are empty cells."""
-    metrics = list(dict.fromkeys(name for regions in cases.values() for scores in regions.values() for name in scores))
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["case", "region", *metrics])
-    for case, regions in cases.items():
-        for region, scores in regions.items():
-            cells = (scores.get(metric, math.nan) for metric in metrics)
-            values = (repr(cell) if math.isfinite(cell) else "" for cell in cells)
-            writer.writerow([spreadsheet_text(case), spreadsheet_text(region), *values])
-    return text.getvalue()
-
-
-def summary_rows(summary: Summary, metrics: Sequence[str] | None = None) -> tuple[list[str], list[list[str]]]:
-    """Column titles, and for each region a row of "mean (median)" and one of the 95 % intervals of the means.
-
-    The last column is the number of cases. A region without any interval has no row of them.
-    """
-    shown = metrics or list(dict.fromkeys(name for scores in summary.values() for name in scores))
-    rows = []
-    for region, scores in summary.items():
-        count = max(scores[name]["n"] for name in shown if name in scores)
-        rows.append([region, *(_cell(scores.get(metric)) for metric in shown), str(count)])
-        intervals = [_interval(scores.get(metric)) for metric in shown]
-        if any(intervals):
-            rows.append(["95 % CI", *intervals, ""])
-    return ["region", *shown, "n"], rows
-
-
-def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in GitHub's Markdown, first column left, the others right."""
-    lines = [list(columns), *(list(row) for row in rows)]
-    head, *body = (f"| {' | '.join(map(markdown_text, cells))} |\n" for cells in lines)
-    return "".join([head, f"| {' | '.join(['---', *('---:' for _ in columns[1:])])} |\n", *body])
-
-
-def markdown_text(text: str) -> str:
-    """A text on one line in which nothing is markup: no cell ends at a name, no name becomes a link or a tag."""
-    return printable(_MARKUP.sub(r"\\\g<0>", " ".join(text.split())))
-
-
-def spreadsheet_text(name: str) -> str:
-    """A name on one line; one that a spreadsheet would compute gets an apostrophe, by which it is taken for text."""
-    shown = on_one_line(name)
-    return f"'{shown}" if shown.startswith(_FORMULA_SIGNS) else shown
-
-
 def _statistics(found: Mapping[int, float], patients: Sequence[str] | None) -> Statistics:
-    """Of values by the position of their case."""
+    """Statistics of values by the position of their case."""
     values = list(found.values())
     if not values:
         return {"mean": None, "median": None, "n": 0, "ci95": None, "median_ci95": None}
@@ -122,14 +79,85 @@ def _statistics(found: Mapping[int, float], patients: Sequence[str] | None) -> S
     }
 
 
-def _cell(entry: Statistics | None) -> str:
+def summary_rows(summary: Summary, metrics: Sequence[str] | None = None) -> tuple[list[str], list[list[str]]]:
+    """Column titles, and for each region a row of "mean (median)" and one of the 95 % intervals of the means.
+
+    The last column is the number of cases. A region without any interval has no row of them.
+    """
+    shown = metrics or list(dict.fromkeys(name for scores in summary.values() for name in scores))
+    rows = []
+    for region, scores in summary.items():
+        count = max(scores[name]["n"] for name in shown if name in scores)
+        entries = [scores.get(metric) for metric in shown]
+        rows.append([region, *map(_mean_and_median, entries), str(count)])
+        intervals = [interval_text(entry["ci95"] if entry else None, absent="") for entry in entries]
+        if any(intervals):
+            rows.append(["95 % CI", *intervals, ""])
+    return ["region", *shown, "n"], rows
+
+
+def _mean_and_median(entry: Statistics | None) -> str:
     if entry is None or entry["mean"] is None or entry["median"] is None:
         return "-"
     return f"{entry['mean']:.3f} ({entry['median']:.3f})"
 
 
-def _interval(entry: Statistics | None) -> str:
-    if entry is None or entry["ci95"] is None:
-        return ""
-    low, high = entry["ci95"]
-    return f"{low:.3f} to {high:.3f}"
+def interval_text(interval: Sequence[float] | None, form: str = ".3f", absent: str = "-") -> str:
+    """An interval as "low to high"."""
+    return absent if interval is None else f"{interval[0]:{form}} to {interval[1]:{form}}"
+
+
+def scores_csv(cases: Mapping[str, Scores]) -> str:
+    """Comma-separated text: case, region, then one column per metric; undefined values are empty cells."""
+    metrics = list(dict.fromkeys(name for regions in cases.values() for scores in regions.values() for name in scores))
+    rows = [
+        [case, region, *(value if math.isfinite(value := scores.get(name, math.nan)) else None for name in metrics)]
+        for case, regions in cases.items()
+        for region, scores in regions.items()
+    ]
+    return csv_table(["case", "region", *metrics], rows)
+
+
+def csv_table(columns: Sequence[str], rows: Iterable[Iterable[str | float | None]]) -> str:
+    """Comma-separated text; texts stay on one line, and one that a spreadsheet would compute gets an apostrophe."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        writer.writerow([_spreadsheet_text(cell) if isinstance(cell, str) else cell for cell in row])
+    return text.getvalue()
+
+
+def _spreadsheet_text(name: str) -> str:
+    shown = on_one_line(name)
+    return f"'{shown}" if shown.startswith(_FORMULA_SIGNS) else shown
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in GitHub's Markdown, first column left, the others right."""
+    head, *body = (f"| {' | '.join(map(markdown_text, cells))} |\n" for cells in (columns, *rows))
+    return "".join([head, f"| {' | '.join(['---', *('---:' for _ in columns[1:])])} |\n", *body])
+
+
+def markdown_list(notes: Sequence[str]) -> str:
+    """Notes as a list in Markdown, after an empty line; nothing where there are none."""
+    return "".join(["\n", *(f"- {markdown_text(note)}\n" for note in notes)]) if notes else ""
+
+
+def markdown_text(text: str) -> str:
+    """A text on one line with every sign of markup escaped: no cell ends at a name, no name becomes a link or a tag."""
+    return printable(_MARKUP.sub(r"\\\g<0>", " ".join(text.split())))
+
+
+def write_documents(folder: Path, documents: Mapping[str, str | Mapping[str, Any]]) -> None:
+    """Write files atomically into `folder`: file name -> its text, or a mapping that is written as strict JSON.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    for name, content in documents.items():
+        if not isinstance(content, str):
+            content = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+        with written_atomically(folder / name) as temporary:
+            # File names that are not UTF-8 reach Python as lone surrogates, which JSON too escapes as `\udce9`.
+            temporary.write_text(content, encoding="utf-8", errors="backslashreplace")

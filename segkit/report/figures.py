@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from segkit.errors import DataError, RequestError, on_one_line
 from segkit.evaluation.pairing import Pair, Pairing
-from segkit.evaluation.results import Evaluation, worst_first
 from segkit.evaluation.score_folder import read_prediction, read_reference
+from segkit.evaluation.scores import Evaluation, worst_first
 from segkit.labels import LabelScheme, outputs_of, translate
 from segkit.metrics.lesions import Scores
-from segkit.reading.files import read_volume
+from segkit.reading.files import read_volume, written_atomically
 from segkit.reading.geometry import reorientation_to, reoriented_grid, same_grid
 from segkit.reading.volume import Grid
 from segkit.shapes import AnyArray, LabelMap
@@ -51,6 +51,8 @@ _LETTER_PLACES = (
     (0.5, 0.01, "center", "bottom"),
 )
 """Where the letters left, right, top and bottom stand in a panel, and how they are aligned."""
+_RELIABILITY = {"whole": ("all voxels", "#56B4E9", 6.0), "box": ("around the reference", "#D55E00", 3.0)}
+"""Name, colour (Okabe & Ito's sky blue and vermilion) and marker size of a curve: where two agree, both can be seen."""
 _FEW_POINTS = 30
 _LOSS, _VALIDATION, _RATE = "loss", "validation", "learning rate"
 _PANEL_OF = {"dice": _VALIDATION, "measures": _VALIDATION, "score": _VALIDATION, "lr": _RATE}
@@ -150,6 +152,30 @@ def curves_figure(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         column[-1].set_xlabel("step")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+
+
+def reliability_figure(path: Path, tables: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    """Draw a reliability diagram of each region, with the number of voxels of each bin below.
+
+    Args:
+        path: The picture to write, atomically.
+        tables: Region -> "whole" or "box" -> calibration table, see `reliability_tables`; at least one region.
+
+    Raises:
+        DataError: the picture cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.6 * len(tables), 4.8), layout="constrained")
+    panels = figure.subplots(2, len(tables), squeeze=False, sharex=True, height_ratios=(3, 1))
+    for column, (region, parts) in enumerate(tables.items()):
+        _draw_reliability(panels[0, column], panels[1, column], parts)
+        panels[0, column].set_title(region, parse_math=False)
+        panels[1, column].set_xlabel("probability")
+    panels[0, 0].set_ylabel("share in the region")
+    panels[1, 0].set_ylabel("voxels")
+    with written_atomically(path) as temporary:
+        figure.savefig(temporary, dpi=110)
 
 
 def label_colours(scheme: LabelScheme | None) -> dict[int, tuple[str, str]]:
@@ -306,6 +332,28 @@ def _draw_curves(axes: Axes, panel: str, lines: Mapping[str, list[tuple[float, f
     axes.grid(alpha=0.3)
     if len(lines) > 1:
         _with_names_as_they_are(axes.legend(loc="best", fontsize=8))
+
+
+def _draw_reliability(diagram: Axes, counts: Axes, parts: Mapping[str, Mapping[str, Any]]) -> None:
+    diagram.plot((0, 1), (0, 1), color="black", linewidth=0.8, linestyle="--")
+    for where, (name, colour, size) in _RELIABILITY.items():
+        if where in parts:
+            table = parts[where]
+            label = f"{name}: ECE {table['ece']:.3f}, ACE {table['ace']:.3f}"
+            line: dict[str, Any] = {"color": colour, "marker": "o", "markersize": size, "linewidth": size / 2}
+            diagram.plot(*zip(*calibration_points(table), strict=True), label=label, **line)
+            counts.stairs(table["count"], table["edges"], color=colour)
+    diagram.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    diagram.grid(alpha=0.3)
+    diagram.legend(loc="upper left", fontsize=7)
+    counts.set_yscale("log")
+    counts.set_ylim(bottom=0.5)
+    counts.grid(alpha=0.3)
+
+
+def calibration_points(table: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """(mean probability, observed share) of the bins that hold any voxels."""
+    return [(x, y) for x, y in zip(table["confidence"], table["frequency"], strict=True) if x is not None]
 
 
 def _with_names_as_they_are(legend: Legend) -> None:

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.errors import RequestError
-from segkit.evaluation.results import SCORES_NAME, worst_first
-from segkit.evaluation.score_files import ScoresDocument, read_document
+from segkit.evaluation.scores import SCORES_NAME, ScoresDocument, read_document, worst_first
 from segkit.evaluation.tables import summarise
 
 _EXPECTED = "a run folder, an output folder of `segkit infer`, or one of `segkit evaluate -o`"

@@ -13,13 +13,13 @@ import pytest
 
 from segkit.errors import RequestError
 from segkit.evaluation.pairing import Pairing, challenge_of, pair_folders
-from segkit.evaluation.results import scores_from_json, worst_first
 from segkit.evaluation.score_folder import (
     evaluate_folders,
     evaluate_pairs,
     regions_of,
     scored_regions,
 )
+from segkit.evaluation.scores import ScoredCase, worst_first
 from segkit.labels import SCHEMES
 from segkit.reading.files import stem_of
 from segkit.report.figures import draw_worst_cases
@@ -139,7 +139,7 @@ def test_missing_prediction_is_left_out_loudly(folders):
     (predictions / "BraTS-GLI-00002-000.nii.gz").unlink()
     evaluation = evaluate_folders(predictions, references)
     alone = {"mean": 1.0, "median": 1.0, "n": 1, "ci95": None, "median_ci95": None}
-    assert evaluation.summary()["WT"]["dice"] == alone
+    assert evaluation.summary["WT"]["dice"] == alone
     assert evaluation.unscored == ("BraTS-GLI-00002-000",)
     assert not evaluation.errors
     assert any("NOT in these scores" in note for note in evaluation.notes())
@@ -192,7 +192,7 @@ def test_two_single_files_need_no_matching_names(tmp_path):
     evaluation = evaluate_folders(prediction, reference, label_scheme="brats2023")
     assert evaluation.surplus == ()
     assert [case.case for case in evaluation.cases] == ["yours"]
-    assert evaluation.summary()["TC"]["dice"]["mean"] == 1
+    assert evaluation.summary["TC"]["dice"]["mean"] == 1
 
 
 def test_folder_of_plain_masks_scores_each_value(tmp_path):
@@ -404,7 +404,7 @@ def test_lesions_and_infinite_values_in_the_document(metastases):
 def test_scores_are_read_as_they_were(metastases):
     evaluation = evaluate_folders(*metastases, protocol="brats2026")
     for case, entry in zip(evaluation.cases, evaluation.to_json()["cases"], strict=True):
-        read = scores_from_json(json.loads(json.dumps(entry)))
+        read = ScoredCase.model_validate(json.loads(json.dumps(entry))).scores()
         assert list(read) == list(case.regions)
         for region, scores in case.regions.items():
             assert read[region] == pytest.approx(scores, nan_ok=True)

@@ -23,7 +23,7 @@ from segkit.batch.manifest import CaseRecord
 from segkit.cli.options import print_json, print_table
 from segkit.cli.progress import CaseProgress, ProgressBar
 from segkit.errors import DataError, Problem, on_one_line, printable
-from segkit.evaluation.results import CaseScores, Evaluation
+from segkit.evaluation.scores import CaseScores, Evaluation
 from segkit.evaluation.tables import markdown_table, markdown_text, scores_csv
 from segkit.labels import classes_scheme
 from segkit.reading.case import file_name_of
