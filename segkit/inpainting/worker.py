@@ -26,8 +26,7 @@ from segkit.preparing.lesion_bank import image_path, lesion_path
 from segkit.preparing.preprocessing import load_case
 from segkit.reading.case import Case, ImageFile
 from segkit.reading.files import read_volume, rewrite_image, write_image, write_labels
-from segkit.reading.headers import in_type
-from segkit.reading.volume import Grid
+from segkit.reading.volume import Grid, in_type
 from segkit.runtime import peak_rss_mb
 from segkit.shapes import Image
 

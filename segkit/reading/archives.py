@@ -1,8 +1,8 @@
-"""Scans packed into one file (.zip, .tar, .tar.gz, .tgz), unpacked into a folder that `layouts.table.find_cases` reads.
+"""Archives (.zip, .tar, .tar.gz, .tgz), unpacked into a folder that `layouts.table.find_cases` reads.
 
-An archive comes from anywhere, so nothing in it is trusted: names that lead out of the folder, links and devices are
-refused rather than left out, since a series without some of its slices would be worse than none; sizes are added up
-before anything is written, and again while it is written.
+Nothing in an archive is trusted. One with names outside its folder, links or devices is refused as a whole, since a
+series without some of its slices would be worse than none; sizes are summed before anything is written, and counted
+again while it is written.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from segkit.errors import DataError
-from segkit.reading.headers import COPY_AGAIN, explained, require_file
+from segkit.reading.volume import COPY_AGAIN, as_data_errors, require_file
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
 
 MOST_BYTES = 200 * 1024**3
-"""More than any cohort that people pack into one file (BraTS 2021: 13 GB); what unpacks to more is a trap."""
+"""More than any packed cohort (BraTS 2021: 13 GB); a larger one is an archive bomb."""
 
 MOST_FILES = 2_000_000
-"""1000 patients of 2000 slices each; more small files only fill the table of files of a disk."""
+"""1000 patients of 2000 slices each; more small files would use up the inodes of a disk."""
 
 _KEPT_FREE_BYTES = 256 * 1024**2
 _DISK_ERRORS = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EROFS, errno.EACCES)
@@ -53,40 +53,40 @@ class _Member:
 
 
 def is_archive(path: Path) -> bool:
-    """Does the name say that the file is an archive? A `.nii.gz` is none."""
+    """Whether the suffix is that of an archive (`.nii.gz` is not)."""
     return path.name.lower().endswith(ARCHIVE_SUFFIXES) and not path.is_dir()
 
 
 @contextmanager
 def opened(path: Path, *, within: Path | None = None, most_bytes: int = MOST_BYTES) -> Iterator[Path]:
-    """What to give to `find_cases`: of an archive a temporary folder with its contents, else `path` itself.
+    """The input for `find_cases`: a temporary folder with the contents of an archive, or `path` itself if it is none.
 
-    The folder is removed when the context ends, whatever happened; only its owner can read it. It is made in `within`,
-    by default where the system keeps temporary files. Raises DataError as `unpacked` does.
+    The folder is readable by its owner only and removed when the context ends. It is created in `within`, by default
+    the system's folder for temporary files. Raises DataError as `unpacked` does.
     """
     if not is_archive(path):
         yield path
         return
-    with _explained(path):
+    with _archive_errors(path):
         folder = tempfile.TemporaryDirectory(prefix="segkit-", dir=within)
     with folder as name:
         yield unpacked(path, Path(name), most_bytes=most_bytes)
 
 
 def unpacked(path: Path, into: Path, *, most_bytes: int = MOST_BYTES) -> Path:
-    """Unpacks an archive below the folder `into` and returns what to read: a folder, or the only file.
+    """Unpack an archive below the folder `into` and return what to read: a folder, or the only file.
 
-    Hidden files and `__MACOSX` are left out. An archive with a single folder at its top gives that folder, any other a
-    folder of the archive's own name, so that cases are named as their sender named them.
+    Hidden files and `__MACOSX` are left out. An archive with one folder at its top gives that folder, any other a
+    folder of the archive's name, so that case ids are those of the sender.
 
     Raises:
-        DataError: the file is no archive, is damaged, encrypted or empty, would write outside the folder, holds links
-            or two files of one name, or unpacks to more than `most_bytes`, than the disk has room for, or than
-            `MOST_FILES` files. Nothing is written where this can be told beforehand.
+        DataError: the file is not an archive, is damaged, encrypted or empty, would write outside the folder, holds
+            links or two files of one name, or unpacks to more than `most_bytes`, than the free space of the disk, or
+            than `MOST_FILES` files. Nothing is written where this is known beforehand.
     """
     require_file(path)
     target = into / (_stem(path) or "archive")
-    with _explained(path):
+    with _archive_errors(path):
         if target.exists():
             raise DataError("there is already something where the archive unpacks to", where=target)
         target.mkdir(parents=True)
@@ -104,17 +104,17 @@ def unpacked(path: Path, into: Path, *, most_bytes: int = MOST_BYTES) -> Path:
 
 @contextmanager
 def _members_of(path: Path, most_bytes: int, room: int) -> Iterator[list[_Member]]:
-    """The members of an archive, all of them judged before the first is opened."""
+    """The members of an archive, all of them checked before the first is opened."""
     if path.name.lower().endswith(".zip"):
         with zipfile.ZipFile(path) as packed:
-            yield _judged(path, _zip_members(path, packed), most_bytes, room)
+            yield _checked(path, _zip_members(path, packed), most_bytes, room)
     else:
         with tarfile.open(path) as tape:
-            yield _judged(path, _tar_members(path, tape), most_bytes, room)
+            yield _checked(path, _tar_members(path, tape), most_bytes, room)
 
 
-def _judged(path: Path, members: Iterable[_Member], most_bytes: int, room: int) -> list[_Member]:
-    """All members, or an error as soon as they are too many: the headers of a trap are not read to their end."""
+def _checked(path: Path, members: Iterable[_Member], most_bytes: int, room: int) -> list[_Member]:
+    """All members; DataError as soon as they are too many or too large, without reading further headers."""
     kept: list[_Member] = []
     total = 0
     for member in members:
@@ -139,7 +139,7 @@ def _judged(path: Path, members: Iterable[_Member], most_bytes: int, room: int) 
 def _zip_members(path: Path, packed: zipfile.ZipFile) -> Iterator[_Member]:
     for info in packed.infolist():
         place = _place(path, _zip_name(info))
-        kind = stat.S_IFMT(info.external_attr >> 16)  # 0 where a program of Windows made it
+        kind = stat.S_IFMT(info.external_attr >> 16)  # 0 in archives written on Windows
         if place is None or info.is_dir() or kind == stat.S_IFDIR:
             continue
         if info.flag_bits & _ENCRYPTED:
@@ -169,7 +169,7 @@ def _opened_in_tar(tape: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
 
 
 def _zip_name(info: zipfile.ZipInfo) -> str:
-    """A name without the sign for UTF-8 is UTF-8 all the same where it can be, else as the oldest programs had it."""
+    """The name as UTF-8 where it is valid, even without the flag for UTF-8; else as cp437."""
     if info.flag_bits & _IS_UTF8:
         return info.orig_filename
     try:
@@ -179,7 +179,7 @@ def _zip_name(info: zipfile.ZipInfo) -> str:
 
 
 def _tar_name(name: str) -> str:
-    """Bytes that are no UTF-8, which Python carries as lone surrogates, as Latin-1: those could never be printed."""
+    """The name, as Latin-1 where its bytes are not UTF-8: Python's lone surrogates could not be printed."""
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:
@@ -188,9 +188,9 @@ def _tar_name(name: str) -> str:
 
 
 def _place(path: Path, name: str) -> PurePosixPath | None:
-    """Where a member goes, below the folder; None where it is hidden or junk. DataError where its name leads elsewhere.
+    """Relative path of a member; None where it is hidden or junk. DataError where its name leads elsewhere.
 
-    Some programs of Windows separate by backslashes, and there a name that begins with C: is absolute.
+    Some Windows programs write backslashes; there a name that begins with C: is absolute.
     """
     plain = name.replace("\\", "/")
     parts = [part for part in plain.split("/") if part not in ("", ".")]
@@ -207,7 +207,7 @@ def _place(path: Path, name: str) -> PurePosixPath | None:
 
 
 def _write(path: Path, member: _Member, target: Path) -> None:
-    """Copies one member; the bytes are counted, for a size in a header is only a claim."""
+    """Copy one member and count its bytes, as the size in the header may be wrong."""
     place = target / member.path
     left = member.size
     try:
@@ -231,9 +231,9 @@ def _write(path: Path, member: _Member, target: Path) -> None:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Failures of packing and of the disk as sentences; what is left is explained as for any other file."""
-    with explained(path):
+def _archive_errors(path: Path) -> Iterator[None]:
+    """Turn errors of unpacking and of the disk into DataErrors, all others as `as_data_errors` does."""
+    with as_data_errors(path):
         try:
             yield
         except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError) as failure:

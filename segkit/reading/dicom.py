@@ -1,8 +1,8 @@
 """DICOM series through SimpleITK (GDCM): a folder of slices, or one enhanced multi-frame file.
 
-The geometry is worked out here, slice by slice, from the position and orientation that each slice carries, and is
-refused where the slices do not make one regular volume: a missing slice shifts everything behind it without a sign.
-Nothing but geometry and voxels leaves this file; names, dates and numbers of the patient are not read.
+The grid is computed here from the position and orientation of each slice. Slices that do not form one regular volume
+are refused: a missing slice would shift all others unnoticed. Only geometry and voxels are read; the patient's name,
+dates and numbers are not.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segkit.errors import DataError
-from segkit.reading.dicom_outline import Outline, outline_of
-from segkit.reading.headers import (
+from segkit.reading.dicom_check import DicomFile, check_dicom
+from segkit.reading.itk import LPS_TO_RAS, image_reader
+from segkit.reading.volume import (
     COPY_AGAIN,
+    Grid,
     ImageHeader,
-    explained,
+    as_data_errors,
     is_usable,
+    list_folder,
     pick_channel,
     plain_numbers,
     refuse_implausible,
 )
-from segkit.reading.itk import LPS_TO_RAS
-from segkit.reading.volume import Grid
 from segkit.shapes import Affine, AnyArray
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 
 FEWEST_SLICES = 4
-"""With fewer, gaps cannot be told from spacing; such series are localisers or torn out of a scan."""
+"""With fewer, gaps cannot be distinguished from spacing; such series are localisers or parts of a scan."""
 
 _POSITION, _ORIENTATION, _PIXEL_SPACING = "0020|0032", "0020|0037", "0028|0030"
 _FRAMES = "0028|0008"
@@ -69,8 +70,13 @@ class Frame:
     number: int = 0
 
 
+def has_dicom_name(path: Path) -> bool:
+    """Whether the suffix is one of DICOM's."""
+    return path.suffix.lower() in DICOM_SUFFIXES
+
+
 def is_dicom_file(path: Path) -> bool:
-    """Does the file carry DICOM's mark (the letters DICM after 128 bytes)? Any other failure to read is a no."""
+    """Whether the letters DICM follow the first 128 bytes; False where the file cannot be read."""
     try:
         with path.open("rb") as stream:
             return stream.read(132)[128:] == b"DICM"
@@ -79,18 +85,16 @@ def is_dicom_file(path: Path) -> bool:
 
 
 def holds_frames(path: Path) -> bool:
-    """Does a DICOM file hold several slices, as enhanced files do? Any failure to read is a no."""
+    """Whether a DICOM file holds several slices, as enhanced files do; False where it cannot be read."""
+    reader = image_reader(path, _IMAGE_IO)
     try:
-        outline = outline_of(path)
-    except DataError:
-        return False
-    reader = _reader(path)
-    try:
+        if check_dicom(path) is None:
+            return False
         reader.ReadImageInformation()
-    except RuntimeError:
+    except (DataError, RuntimeError):
         return False
     size = reader.GetSize()
-    return outline is not None and len(size) > 2 and size[2] > 1
+    return len(size) > 2 and size[2] > 1
 
 
 def open_series(folder: Path) -> ImageHeader:
@@ -116,11 +120,10 @@ def frames_of(source: Path) -> list[Frame]:
 def _files_of_series(folder: Path) -> list[Path]:
     """The files of the one series in a folder; DataError where there are none or several."""
     series: dict[str, list[Path]] = defaultdict(list)
-    with explained(folder):
-        for path in sorted(path for path in folder.iterdir() if path.is_file() and path.stat().st_size):
-            outline = outline_of(path)
-            if outline is not None and outline.pixel_bytes:
-                series[outline.series].append(path)
+    with as_data_errors(folder):
+        for path in list_folder(folder)[1]:
+            if path.is_file() and path.stat().st_size and (checked := check_dicom(path)) and checked.pixel_bytes:
+                series[checked.series].append(path)
     if not series:
         raise DataError(
             "the folder holds no DICOM images", where=folder, expected="an image file or a folder of DICOM slices"
@@ -137,24 +140,21 @@ def _files_of_series(folder: Path) -> list[Path]:
 
 
 def open_frames(path: Path) -> ImageHeader:
-    """The header of an enhanced multi-frame file; needs pydicom, for ITK does not tell where each frame lies."""
+    """The header of an enhanced multi-frame file; needs pydicom, as ITK does not give the position of each frame."""
     import SimpleITK
 
-    outline = _image_outline(path)
-    with explained(path):
-        reader = _reader(path)
-        reader.ReadImageInformation()
+    with as_data_errors(path):
+        reader, checked = _read_header(path)
         frames = int(reader.GetMetaData(_FRAMES)) if reader.HasMetaDataKey(_FRAMES) else 1
         if frames < FEWEST_SLICES:
             raise _too_few(path, frames)
-        _refuse_larger_than_stored(path, reader.GetSize(), outline)
-        slices = _slices_of_frames(path)
-        order, grid = _regular_grid(path, slices)
+        _refuse_larger_than_stored(path, reader.GetSize(), checked)
+        order, grid = _regular_grid(path, _slices_of_frames(path))
 
     def read(channel: int | None) -> AnyArray:
         pick_channel(path, 1, channel)
-        with explained(path):
-            voxels = SimpleITK.GetArrayFromImage(_reader(path).Execute())
+        with as_data_errors(path):
+            voxels = SimpleITK.GetArrayFromImage(image_reader(path, _IMAGE_IO).Execute())
             stack = voxels.T.reshape(grid.shape, order="F")  # (D, H, W), the frames in the order of the file
         return plain_numbers(stack[..., order], path)
 
@@ -165,14 +165,13 @@ def _open_slices(folder: Path, paths: Sequence[Path]) -> ImageHeader:
     """The header of a series with one file per slice."""
     import SimpleITK
 
-    slices = [_slice_of_file(path) for path in paths]
-    order, grid = _regular_grid(folder, slices)
+    order, grid = _regular_grid(folder, [_slice_of_file(path) for path in paths])
     refuse_implausible(folder, grid.shape, bytes_per_voxel=0, stored_bytes=0, is_compressed=True)
     names = [str(paths[index]) for index in order]
 
     def read(channel: int | None) -> AnyArray:
         pick_channel(folder, 1, channel)
-        with explained(folder):
+        with as_data_errors(folder):
             reader = SimpleITK.ImageSeriesReader()
             reader.SetImageIO(_IMAGE_IO)
             reader.SetFileNames(names)
@@ -185,11 +184,9 @@ def _open_slices(folder: Path, paths: Sequence[Path]) -> ImageHeader:
 
 
 def _slice_of_file(path: Path) -> _Slice:
-    outline = _image_outline(path)
-    with explained(path):
-        reader = _reader(path)
-        reader.ReadImageInformation()
-        _refuse_larger_than_stored(path, reader.GetSize(), outline)
+    with as_data_errors(path):
+        reader, checked = _read_header(path)
+        _refuse_larger_than_stored(path, reader.GetSize(), checked)
         if not (reader.HasMetaDataKey(_POSITION) and reader.HasMetaDataKey(_ORIENTATION)):
             raise _no_position(path)
         columns, rows = reader.GetSize()[:2]
@@ -202,27 +199,20 @@ def _slice_of_file(path: Path) -> _Slice:
         )
 
 
-def _reader(path: Path) -> Any:
-    """A reader of DICOM and of nothing else, whatever the file may look like."""
-    import SimpleITK
-
-    reader = SimpleITK.ImageFileReader()
-    reader.SetImageIO(_IMAGE_IO)
-    reader.SetFileName(str(path))
-    return reader
-
-
-def _image_outline(path: Path) -> Outline:
-    outline = outline_of(path)
-    if outline is None:
+def _read_header(path: Path) -> tuple[Any, DicomFile]:
+    """A SimpleITK reader that has read the header of a checked file."""
+    checked = check_dicom(path)
+    if checked is None:
         raise DataError("this is no DICOM file, whatever its name says", where=path, remedy=COPY_AGAIN)
-    return outline
+    reader = image_reader(path, _IMAGE_IO)
+    reader.ReadImageInformation()
+    return reader, checked
 
 
-def _refuse_larger_than_stored(path: Path, shape: Sequence[int], outline: Outline) -> None:
-    """Refuse frames for which the file cannot hold the pixels; there is at least one bit of each."""
-    stored = outline.pixel_bytes + _PACKED_SLACK_BYTES if outline.is_packed else 8 * outline.pixel_bytes
-    refuse_implausible(path, shape, bytes_per_voxel=1, stored_bytes=stored, is_compressed=outline.is_packed)
+def _refuse_larger_than_stored(path: Path, shape: Sequence[int], checked: DicomFile) -> None:
+    """Refuse frames whose pixels, of at least one bit each, the file cannot hold."""
+    stored = checked.pixel_bytes + _PACKED_SLACK_BYTES if checked.is_packed else 8 * checked.pixel_bytes
+    refuse_implausible(path, shape, bytes_per_voxel=1, stored_bytes=stored, is_compressed=checked.is_packed)
 
 
 def _slices_of_frames(path: Path) -> list[_Slice]:
@@ -260,10 +250,10 @@ def _slices_of_frames(path: Path) -> list[_Slice]:
 
 
 def _regular_grid(where: Path, slices: Sequence[_Slice]) -> tuple[list[int], Grid]:
-    """The order of the slices along their normal, and the grid they make; DataError where they make none.
+    """The order of the slices along their normal, and the grid they form; DataError where they form none.
 
     The third axis is taken from the first and last position, so that a tilted gantry gives a sheared affine that is
-    right at every voxel.
+    correct at every voxel.
     """
     if len(slices) < FEWEST_SLICES:
         raise _too_few(where, len(slices))

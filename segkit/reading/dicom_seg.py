@@ -1,12 +1,12 @@
-"""Masks as DICOM Segmentation objects (SEG) that refer to the series they were made from, through highdicom.
+"""Masks as DICOM Segmentation objects (SEG) that refer to their source series, through highdicom.
 
-Every frame of the mask carries the position and the identity of the source frame it lies on, so that nothing depends
-on the order in which files are sorted or named. What links it to its study is the study's UIDs; the patient's name,
-numbers and dates are left out, unless the caller asks for them: a hospital's archive files a SEG by them.
+Every frame of the mask carries the position and UID of its source frame, independent of file names and order. The
+study's UIDs link it to its study; the patient's name, numbers and dates are left out unless the caller asks for them,
+as a hospital's archive needs.
 
-Segments are of the type BINARY, which every viewer reads, and are numbered 1, 2, 3 ... in the order of their label
-values, as that type demands; the label value itself stands in each segment's description. A mask without any
-foreground is written with all its frames, for DICOM knows no image without frames, and "nothing found" is a result.
+Segments are of type BINARY, which every viewer reads, and numbered 1, 2, 3 ... by increasing label value; the label
+value is in each segment's description. A mask without foreground is written with all its frames, as DICOM requires
+at least one.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ import numpy as np
 
 from segkit.errors import DataError, RequestError
 from segkit.reading.case import Case
-from segkit.reading.dicom import DICOM_SUFFIXES, Frame, frames_of, is_dicom_file
+from segkit.reading.dicom import Frame, frames_of, has_dicom_name, is_dicom_file
 from segkit.reading.files import read_grid, written_atomically
-from segkit.reading.headers import explained
-from segkit.reading.volume import Grid
+from segkit.reading.volume import Grid, as_data_errors, list_folder
 from segkit.shapes import AnyArray, LabelMap
 
 _ABNORMAL = ("49755003", "SCT", "Morphologically Abnormal Structure")
@@ -64,21 +63,16 @@ _FIRST_SERIES_NUMBER = 1000
 
 
 def is_dicom_source(source: Case | Path) -> bool:
-    """Does every image of a case come from DICOM? Of a path: is it a DICOM file, or a folder that holds one?"""
+    """Whether every image of a case is DICOM; of a path, whether it is a DICOM file or a folder that holds one."""
     if isinstance(source, Case):
         return bool(source.images) and all(is_dicom_source(image.path) for image in source.images.values())
-    with explained(source):
-        if source.is_dir():
-            return any(_is_dicom(path) for path in source.iterdir())
-        return source.is_file() and _is_dicom(source)
+    with as_data_errors(source):
+        files = list_folder(source)[1] if source.is_dir() else [source] if source.is_file() else []
+    return any(has_dicom_name(path) or is_dicom_file(path) for path in files)
 
 
 def require_highdicom() -> Any:
-    """The module highdicom, imported when it is first needed.
-
-    Raises:
-        RequestError: it is not installed.
-    """
+    """The module highdicom; RequestError where it is not installed."""
     try:
         import highdicom
     except ImportError as failure:
@@ -98,16 +92,15 @@ def write_dicom_seg(
     model: str | None = None,
     keeps_patient: bool = False,
 ) -> None:
-    """Writes a label map as a DICOM SEG of the study and frame of reference of its source; atomically.
+    """Write a label map as a DICOM SEG of the study and frame of reference of its source; atomically.
 
     Args:
-        path: the file to write, by custom `.dcm`.
+        path: the file to write, usually `.dcm`.
         labels: (D, H, W) uint8 on the grid that `files.read_grid(series)` gives.
-        series: the folder of the series, or the enhanced multi-frame file, that the mask was made from.
-        segments: label value by tissue name, such as `LabelScheme.values`; each becomes a segment, found or not.
+        series: the folder of the source series, or the enhanced multi-frame file.
+        segments: label value by tissue name, such as `LabelScheme.values`; each becomes a segment, present or not.
         model: what made the mask, such as the digest of its weights; recorded beside segkit's version.
-        keeps_patient: copy the patient's name, numbers and dates and what is said of the study, as an archive needs
-            them; else they are empty.
+        keeps_patient: copy the patient and study modules, as an archive needs them; else they are empty.
 
     Raises:
         DataError: the series cannot be read or lacks the numbers that a SEG refers to, or the file cannot be written.
@@ -121,7 +114,7 @@ def write_dicom_seg(
     sources = _source_images(series, frames, grid, keeps_patient=keeps_patient)
     version = metadata.version("segkit")
     with written_atomically(path) as temporary, warnings.catch_warnings():
-        # Of oddities in the source, which are carried over as they are; they would print the patient's name.
+        # Warnings about oddities in the source would print the patient's name.
         warnings.simplefilter("ignore")
         mask = highdicom.seg.Segmentation(
             source_images=sources,
@@ -148,9 +141,9 @@ def write_dicom_seg(
 
 
 def _remove_words(document: Any, *, is_inside: bool = False) -> None:
-    """Deletes what a source image says in words, dates and of its patient, so that nothing of it can be copied.
+    """Delete text, dates and patient data from a source image's header, so that highdicom cannot copy them.
 
-    The mask is not marked as without identity: whoever has the study finds its patient by the UIDs.
+    The mask is not marked as de-identified: with the study, its UIDs lead to the patient.
     """
     for element in list(document):
         if element.VR == "SQ" and (is_inside or element.keyword in _FUNCTIONAL_GROUPS):
@@ -160,32 +153,28 @@ def _remove_words(document: Any, *, is_inside: bool = False) -> None:
             del document[element.tag]
 
 
-def _is_dicom(path: Path) -> bool:
-    return path.suffix.lower() in DICOM_SUFFIXES or is_dicom_file(path)
-
-
 def _source_images(series: Path, frames: Sequence[Frame], grid: Grid, *, keeps_patient: bool) -> list[Any]:
     """The headers of the series' files in the order of its slices, with one geometry and one frame of reference."""
     import pydicom
 
     paths = list(dict.fromkeys(frame.path for frame in frames))
-    with explained(series):
+    with as_data_errors(series):
         sources = [pydicom.dcmread(path, stop_before_pixels=True, force=True) for path in paths]
         for path, source in zip(paths, sources, strict=True):
             if not keeps_patient:
                 _remove_words(source)
             _complete(path, source)
         first = sources[0]
-        _tell_spacing(_measures(first) if len(frames) > len(paths) else first, grid)
+        _set_spacing(_shared_measures(first) if len(frames) > len(paths) else first, grid)
     for source in sources[1:]:
-        # Scanners round each slice on its own; highdicom compares the digits.
+        # Scanners round each slice separately; highdicom compares the digits.
         source.ImageOrientationPatient = first.ImageOrientationPatient
         source.FrameOfReferenceUID = first.FrameOfReferenceUID
     return sources
 
 
 def _complete(path: Path, source: Any) -> None:
-    """Fills what may be empty, and a frame of reference, where a series was stripped of them."""
+    """Add empty elements, and a frame of reference, where a series was stripped of them."""
     from pydicom.uid import generate_uid
 
     missing = [name for name in _NEEDED if not source.get(name)]
@@ -200,12 +189,12 @@ def _complete(path: Path, source: Any) -> None:
         if name not in source:
             setattr(source, name, "")
     if not source.get("FrameOfReferenceUID"):
-        # The same for each mask of a series, so that viewers lay them over one another.
+        # The same for each mask of a series, so that viewers can overlay them.
         source.FrameOfReferenceUID = generate_uid(entropy_srcs=[source.SeriesInstanceUID])
 
 
-def _measures(source: Any) -> Any:
-    """The measures of all frames of an enhanced file: highdicom reads size and orientation where they are shared."""
+def _shared_measures(source: Any) -> Any:
+    """The shared pixel measures of an enhanced file, where highdicom reads size and orientation; added if missing."""
     from pydicom import Dataset
 
     if not source.get("SharedFunctionalGroupsSequence"):
@@ -217,8 +206,8 @@ def _measures(source: Any) -> Any:
     return shared.PixelMeasuresSequence[0]
 
 
-def _tell_spacing(measures: Any, grid: Grid) -> None:
-    """Puts in the distance between slices as their positions have it: readers fill in left-out frames by it."""
+def _set_spacing(measures: Any, grid: Grid) -> None:
+    """Set the distance between slices from their positions: readers place omitted frames by it."""
     columns, rows, step = grid.affine[:3, :3].T
     normal = np.cross(columns, rows)
     between_mm = round(abs(float(step @ normal / np.linalg.norm(normal))), 6)
@@ -230,7 +219,7 @@ def _tell_spacing(measures: Any, grid: Grid) -> None:
 
 
 def _planes(labels: LabelMap, frames: Sequence[Frame], grid: Grid) -> LabelMap:
-    """(D, H, W) to (frames, rows, columns), a series in the order of its slices, an enhanced file in its own."""
+    """(D, H, W) to (frames, rows, columns): a series in the order of its slices, an enhanced file in stored order."""
     if labels.shape != grid.shape:
         raise ValueError(f"labels of shape {labels.shape} do not fit a series of shape {grid.shape}")
     planes = labels.transpose(2, 1, 0)  # (slice, rows, columns)

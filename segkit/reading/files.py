@@ -1,9 +1,7 @@
-"""Reading and writing of images and label maps: one door for every format, every failure a sentence.
+"""Reading and writing of images and label maps in every format, and atomic writing of any file.
 
-Arrays come and go in the file's own orientation; `geometry` turns them. Reading is dispatched by suffix, and by
-content where a suffix lies; writing is atomic, so that a mask is complete or not there.
-
-By what a file of weights is told from any other.
+Arrays are read and written in the file's own orientation; `geometry` reorients them. The suffix chooses the format. A
+file is written under a hidden name and renamed when complete, so that no partial file is left.
 """
 
 from __future__ import annotations
@@ -24,11 +22,10 @@ from numpy.typing import NDArray
 
 from segkit.errors import DataError, SegkitError
 from segkit.reading.dicom import DICOM_SUFFIXES, is_dicom_file, open_frames, open_series
-from segkit.reading.headers import ImageHeader, explained, in_type, require_file
 from segkit.reading.itk import ITK_SUFFIXES, open_itk, save_itk
 from segkit.reading.nifti import MGH_SUFFIXES, NIFTI_SUFFIXES, open_mgh, open_nifti, rewrite_nifti, save_mgh, save_nifti
 from segkit.reading.pictures import PICTURE_SUFFIXES, open_mask, open_picture, save_picture
-from segkit.reading.volume import Grid, Volume
+from segkit.reading.volume import Grid, ImageHeader, Volume, as_data_errors, in_type, require_file, short_reason
 from segkit.shapes import AnyArray, LabelMap
 
 VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES, *MGH_SUFFIXES)
@@ -42,9 +39,9 @@ _OPENERS: dict[str, Callable[[Path], ImageHeader]] = {
     **dict.fromkeys(DICOM_SUFFIXES, open_frames),
 }
 _INTEGRAL_TOLERANCE = 1e-4
-"""Label values stored with a scale factor come back as 2.9999998."""
+"""Label values stored with a scale factor are read as 2.9999998."""
 _DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
-"""No space, or the user's quota used up; Windows knows no quota error."""
+"""No space, or the user's quota is used up; Windows has no quota error."""
 _KEPT = "The file that was there before, if any, and all that is already written are kept"
 
 
@@ -64,12 +61,31 @@ def read_grid(path: Path) -> Grid:
 
     Raises DataError where the header is missing, damaged or claims more voxels than the file can hold.
     """
-    return _open(path).grid
+    return _read_header(path).grid
 
 
 def count_channels(path: Path) -> int:
     """1 for a volume or a grey picture, 3 for a colour picture, the length of the last axis for a 4D file."""
-    return _open(path).channels
+    return _read_header(path).channels
+
+
+def _read_header(path: Path) -> ImageHeader:
+    suffix = suffix_of(path)
+    with as_data_errors(path):
+        is_series = path.is_dir() and suffix not in IMAGE_SUFFIXES
+    if is_series:
+        return open_series(path)
+    opener = _OPENERS.get(suffix)
+    if opener is not None:
+        return opener(path)
+    require_file(path)
+    if is_dicom_file(path):  # DICOM files often have no suffix, or one that is the end of a number
+        return open_frames(path)
+    raise DataError(
+        f"files of the kind {suffix or 'without suffix'!r} cannot be read",
+        where=path,
+        expected="a folder of DICOM slices or one of " + " ".join(IMAGE_SUFFIXES),
+    )
 
 
 def read_volume(path: Path, channel: int | None = None) -> Volume:
@@ -77,9 +93,9 @@ def read_volume(path: Path, channel: int | None = None) -> Volume:
 
     `path` is a file or a folder with one DICOM series. `channel` counts from 0 and is needed where the file holds
     several (last axis of a 4D file; red, green, blue of a picture). Scale factors of the header are applied. NaN and
-    infinite values are passed on. Raises DataError.
+    infinite values are kept. Raises DataError.
     """
-    header = _open(path)
+    header = _read_header(path)
     return Volume(header.read(channel), header.grid)
 
 
@@ -89,7 +105,7 @@ def read_labels(path: Path, channel: int | None = None) -> tuple[LabelMap, Grid]
     Of a palette picture the indices are the labels; a black-and-white picture (1 bit) gives 0 and 1. Raises DataError,
     which names the stray values.
     """
-    header = open_mask(path) if suffix_of(path) in PICTURE_SUFFIXES else _open(path)
+    header = open_mask(path) if suffix_of(path) in PICTURE_SUFFIXES else _read_header(path)
     array = header.read(channel)
     if array.dtype == np.uint8:
         return array, header.grid
@@ -111,9 +127,9 @@ def read_labels(path: Path, channel: int | None = None) -> tuple[LabelMap, Grid]
 
 
 def write_labels(path: Path, labels: LabelMap, grid: Grid) -> None:
-    """Writes a label map (*grid.shape) as uint8 on the grid, codes and units of its source; atomically.
+    """Write a label map (*grid.shape) as uint8 with the affine, codes and units of `grid`; atomically.
 
-    The suffix chooses the format; pictures are written as .png, for the other formats may change values.
+    The suffix chooses the format; pictures are written as .png, as other formats may change values.
     """
     if grid.dims == 2 and suffix_of(path) != ".png":
         raise DataError(f"a mask of a picture is not written as {suffix_of(path)}", where=path, expected=".png")
@@ -121,10 +137,10 @@ def write_labels(path: Path, labels: LabelMap, grid: Grid) -> None:
 
 
 def write_image(path: Path, array: AnyArray, grid: Grid, *, slope: float = 1.0) -> None:
-    """Writes (*grid.shape), or (*grid.shape, C) as NIfTI or colour picture, atomically; the suffix chooses the format.
+    """Write (*grid.shape), or (*grid.shape, C) as NIfTI or colour picture, atomically; the suffix chooses the format.
 
-    Integers keep their type, floats become float32. `slope` is what readers multiply by, NIfTI only. Raises DataError
-    where the disk is full, the folder is read-only or the format cannot hold the array.
+    Integers keep their type, floats become float32. `slope` is the scale factor of the header, NIfTI only. Raises
+    DataError where the disk is full, the folder is read-only or the format cannot hold the array.
     """
     if array.shape[: grid.dims] != grid.shape or array.ndim > grid.dims + 1:
         raise ValueError(f"an array of shape {array.shape} does not fit a grid of shape {grid.shape}")
@@ -149,17 +165,17 @@ def write_image(path: Path, array: AnyArray, grid: Grid, *, slope: float = 1.0) 
 def rewrite_image(
     path: Path, source: Path, where: NDArray[np.bool_], values: NDArray[np.floating[Any]], channel: int | None = None
 ) -> None:
-    """Writes the image `source` with other values at some voxels and every other voxel as it was; atomically.
+    """Write the image `source` with other values at some voxels, all others unchanged; atomically.
 
-    From NIfTI to NIfTI type, scale factors and header are those of the source. Otherwise the type is that in which
-    `read_volume` gives it, so that only float64 is shortened, to float32.
+    From NIfTI to NIfTI, type, scale factors and header are those of the source. Otherwise the type is that of
+    `read_volume`, which only shortens float64 to float32.
 
     Args:
         path: The file to write; its suffix chooses the format.
         source: The image; it is not changed.
         where: The n voxels to change, (*grid.shape).
-        values: What they become, (n,) in the order of `array[where]`; rounded and clipped in a type of integers.
-        channel: Which one of several, as for `read_volume`; it is written alone.
+        values: Their new values, (n,) in the order of `array[where]`; rounded and clipped in integer types.
+        channel: The channel to read, as for `read_volume`; the output has only this one.
 
     Raises:
         DataError: the source cannot be read, or the file cannot be written.
@@ -176,10 +192,10 @@ def rewrite_image(
 
 @contextmanager
 def written_atomically(path: Path) -> Iterator[Path]:
-    """A hidden name beside `path`, same suffix, to write to; it takes the place of `path` only when all went well.
+    """A hidden name beside `path`, with the same suffix, to write to; renamed to `path` when no error occurred.
 
-    Missing folders are made. Whatever goes wrong, the hidden file is removed, the file that was there before stays,
-    and a failure of the disk becomes a DataError.
+    Missing folders are created. On any error the hidden file is removed and an existing `path` stays as it was; errors
+    of the disk and of image libraries become DataErrors.
     """
     temporary = path.with_name(f".{_host()}-{os.getpid()}-{secrets.token_hex(6)}{suffix_of(path)}")
     try:
@@ -191,17 +207,22 @@ def written_atomically(path: Path) -> Iterator[Path]:
         raise
     except OSError as failure:
         raise _write_failure(path, failure) from failure
-    # Image libraries raise RuntimeError, ValueError, KeyError ... where a format cannot hold what it is given.
+    # Image libraries raise RuntimeError, ValueError, KeyError ... where a format cannot hold the data.
     except Exception as failure:
-        reason = " ".join(str(failure).split())[-300:]
-        raise DataError(f"the file cannot be written: {reason}", where=path, remedy=_KEPT) from failure
+        raise DataError(f"the file cannot be written: {short_reason(failure)}", where=path, remedy=_KEPT) from failure
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def way_to(path: Path, folder: Path) -> str | None:
-    """The relative path that leads from a folder to `path`, with forward slashes; None to another drive."""
+    """`path` relative to a folder, with forward slashes; None where it is on another drive."""
     try:
         return Path(os.path.relpath(path.absolute(), folder.absolute())).as_posix()
     except ValueError:
@@ -209,8 +230,8 @@ def way_to(path: Path, folder: Path) -> str | None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes of this machine that were killed in the midst of `written_atomically` left in a folder."""
-    if os.name != "posix":  # elsewhere there is no harmless way to ask whether a process lives
+    """Remove temporary files of `written_atomically` whose process, on this machine, was killed."""
+    if os.name != "posix":  # elsewhere there is no harmless way to test whether a process is alive
         return
     for path in folder.glob(f".{_host()}-*-*"):
         number = path.name.split("-")[1]
@@ -233,27 +254,8 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def _open(path: Path) -> ImageHeader:
-    suffix = suffix_of(path)
-    with explained(path):
-        is_series = path.is_dir() and suffix not in IMAGE_SUFFIXES
-    if is_series:
-        return open_series(path)
-    opener = _OPENERS.get(suffix)
-    if opener is not None:
-        return opener(path)
-    require_file(path)
-    if is_dicom_file(path):  # DICOM files often have no suffix, or one that is the end of a number
-        return open_frames(path)
-    raise DataError(
-        f"files of the kind {suffix or 'without suffix'!r} cannot be read",
-        where=path,
-        expected="a folder of DICOM slices or one of " + " ".join(IMAGE_SUFFIXES),
-    )
-
-
 def _flush(path: Path) -> None:
-    """Hands the file to the disk now: network disks report that they are full only here."""
+    # Network disks report only here that they are full.
     with path.open("rb+") as stream:
         os.fsync(stream.fileno())
 
@@ -268,9 +270,3 @@ def _write_failure(path: Path, failure: OSError) -> DataError:
             remedy=f"Choose another output folder. {_KEPT}",
         )
     return DataError(f"the file cannot be written: {failure}", where=path, remedy=_KEPT)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file as 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,7 @@
 """NRRD and MetaImage files through SimpleITK, with ITK's LPS world turned into the RAS world of our affines.
 
-Both formats may name another file that holds the voxels, wherever it lies. Of that only the pair of .mhd and a file
-beside it is read: a scan from elsewhere must not make a picture of whatever file its reader may open.
+Both formats may name another file that holds the voxels. Of these only a .mhd with one file beside it is read:
+otherwise a file from elsewhere could show the content of any file on this machine.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import numpy as np
 
 from segkit.errors import DataError
 from segkit.reading.case import is_file_name
-from segkit.reading.headers import (
+from segkit.reading.volume import (
     COPY_AGAIN,
+    Grid,
     ImageHeader,
-    explained,
+    as_data_errors,
     is_usable,
     pick_channel,
     plain_numbers,
     refuse_implausible,
     require_file,
 )
-from segkit.reading.volume import Grid
 from segkit.shapes import Affine, AnyArray
 
 ITK_SUFFIXES = (".nrrd", ".mha", ".mhd")
@@ -45,18 +45,18 @@ def open_itk(path: Path) -> ImageHeader:
     import SimpleITK
 
     size = require_file(path)
-    with explained(path):
+    with as_data_errors(path):
         stored_bytes = _stored_bytes(path, size)
-        reader = _reader(path)
+        reader = image_reader(path, _IMAGE_IO[path.suffix.lower()])
         reader.ReadImageInformation()
         shape = reader.GetSize()
         components = reader.GetNumberOfComponents()
         refuse_implausible(
             path,
             (*shape, components),
-            bytes_per_voxel=_bytes_per_voxel(reader.GetPixelID()),
+            bytes_per_voxel=int(SimpleITK.Image(1, 1, 1, reader.GetPixelID()).GetSizeOfPixelComponent()),
             stored_bytes=stored_bytes,
-            is_compressed=True,  # or not: the header says so only in the format's own words
+            is_compressed=True,  # or not: only the format's own keys say so
         )
         affine = affine_from_itk(reader.GetOrigin(), reader.GetSpacing(), reader.GetDirection())
         if len(shape) > 4 or (len(shape) == 4 and shape[3] > 1 < components) or not is_usable(affine):
@@ -66,8 +66,8 @@ def open_itk(path: Path) -> ImageHeader:
 
     def read(channel: int | None) -> AnyArray:
         picked = pick_channel(path, channels, channel)
-        with explained(path):
-            voxels = SimpleITK.GetArrayFromImage(_reader(path).Execute())
+        with as_data_errors(path):
+            voxels = SimpleITK.GetArrayFromImage(image_reader(path, _IMAGE_IO[path.suffix.lower()]).Execute())
         # ITK gives ([time,] z, y, x [, component]), so that the transpose is ([component,] x, y, z [, time]).
         planes = voxels.T.reshape(components, *spatial, -1, order="F")  # (component, D, H, W, time)
         component, time = (picked, 0) if components > 1 else (0, picked)
@@ -77,7 +77,7 @@ def open_itk(path: Path) -> ImageHeader:
 
 
 def save_itk(path: Path, array: AnyArray, grid: Grid) -> None:
-    """Writes (D, H, W); ITK knows no shears, so that a sheared affine is an error."""
+    """Write (D, H, W); DataError for a sheared affine, which ITK cannot hold."""
     import SimpleITK
 
     to_lps = LPS_TO_RAS @ grid.affine
@@ -90,6 +90,16 @@ def save_itk(path: Path, array: AnyArray, grid: Grid) -> None:
     image.SetOrigin(to_lps[:3, 3].tolist())
     image.SetDirection(direction.ravel().tolist())
     SimpleITK.WriteImage(image, str(path), useCompression=True)
+
+
+def image_reader(path: Path, image_io: str) -> Any:
+    """A SimpleITK reader of the named format alone, whatever the content of the file looks like."""
+    import SimpleITK
+
+    reader = SimpleITK.ImageFileReader()
+    reader.SetImageIO(image_io)
+    reader.SetFileName(str(path))
+    return reader
 
 
 def affine_from_itk(origin: Sequence[float], spacing: Sequence[float], direction: Sequence[float]) -> Affine:
@@ -111,28 +121,8 @@ def _elsewhere(path: Path, named: str) -> DataError:
     )
 
 
-def _bytes_per_voxel(pixel_id: int) -> int:
-    import SimpleITK
-
-    return int(SimpleITK.Image(1, 1, 1, pixel_id).GetSizeOfPixelComponent())
-
-
-def _reader(path: Path) -> Any:
-    """A reader of the format that the suffix names and of no other, whatever the file may look like."""
-    import SimpleITK
-
-    reader = SimpleITK.ImageFileReader()
-    reader.SetImageIO(_IMAGE_IO[path.suffix.lower()])
-    reader.SetFileName(str(path))
-    return reader
-
-
 def _stored_bytes(path: Path, size: int) -> int:
-    """The bytes that hold the voxels: those of the file itself, or of the one beside it that a .mhd names.
-
-    Raises:
-        DataError: the header says that the voxels lie anywhere else, or nothing.
-    """
+    """The bytes that hold the voxels: those of the file itself, or of the one beside it that a .mhd names."""
     with path.open("rb") as stream:
         header = stream.read(_LONGEST_HEADER_BYTES)
     if path.suffix.lower() == ".nrrd":
@@ -146,7 +136,7 @@ def _stored_bytes(path: Path, size: int) -> int:
     if pointer is None:
         raise DataError("the file does not begin like a MetaImage", where=path, remedy=COPY_AGAIN)
     axes = [match[1].strip() for match in _META_AXES.finditer(header[: pointer.start()])]
-    if len(axes) != 1 or axes[0] not in (b"2", b"3", b"4"):  # of more than ten the library makes a crash
+    if len(axes) != 1 or axes[0] not in (b"2", b"3", b"4"):  # the library crashes on more than ten
         raise DataError("the header does not say of how many axes the image is", where=path, expected="NDims = 3")
     named = pointer[1].decode("utf-8", "replace").strip()
     if named.upper() == "LOCAL":

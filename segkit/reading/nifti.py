@@ -1,7 +1,7 @@
 """NIfTI-1, NIfTI-2 and FreeSurfer MGH files through nibabel's headers.
 
-The voxels are read here and not by nibabel's proxies for three reasons: a gzip stream is read to its end, so that its
-checksum is verified; one channel of a 4D file costs the memory of one channel; scaling is done in float32.
+The voxels are read here and not by nibabel's proxies for three reasons: a gzip stream is read to its end, which
+verifies its checksum; one channel of a 4D file needs the memory of one channel; scaling is done in float32.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from segkit.errors import DataError
-from segkit.reading.headers import (
+from segkit.reading.volume import (
     COPY_AGAIN,
+    Grid,
     ImageHeader,
-    explained,
+    as_data_errors,
     in_type,
     is_usable,
     pick_channel,
@@ -30,7 +31,6 @@ from segkit.reading.headers import (
     refuse_implausible,
     require_file,
 )
-from segkit.reading.volume import Grid
 from segkit.shapes import Affine, AnyArray
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
@@ -50,7 +50,7 @@ _MM_PER_UNIT = {1: 1000.0, 3: 0.001}
 
 
 class _VoxelHeader(Protocol):
-    """What nibabel's headers of both families tell."""
+    """The part that nibabel's headers of both families share."""
 
     def get_data_shape(self) -> tuple[int, ...]: ...
 
@@ -82,10 +82,10 @@ class _Storage:
         return array.astype(np.float32, copy=False) * np.float32(self.slope) + np.float32(self.intercept)
 
     def stored(self, channel: int | None) -> AnyArray:
-        """One channel, (D, H, W), as it is in the file: in its type and byte order, before the scale factors."""
+        """One channel, (D, H, W), in the type and byte order of the file, before the scale factors."""
         picked = pick_channel(self.path, self.channels, channel)
         voxels = np.empty(math.prod(self.spatial), self.dtype)
-        with explained(self.path), _opened(self.path, self.is_compressed) as stream:
+        with as_data_errors(self.path), _opened(self.path, self.is_compressed) as stream:
             stream.seek(self.offset + picked * voxels.nbytes)
             _fill(stream, voxels.view(np.uint8), self.path)
             _read_to_end(stream, (self.channels - picked - 1) * voxels.nbytes, self.path)
@@ -95,7 +95,7 @@ class _Storage:
 def open_nifti(path: Path) -> ImageHeader:
     """The header of a NIfTI file; trailing axes of length 1 dropped, 2D images given a third axis of length 1."""
     size = require_file(path)
-    with explained(path):
+    with as_data_errors(path):
         header, is_compressed = _nifti_header(path)
         storage = _storage(path, header, size, is_compressed)
         return ImageHeader(_nifti_grid(path, header, storage.spatial), storage.channels, storage.read)
@@ -104,7 +104,7 @@ def open_nifti(path: Path) -> ImageHeader:
 def open_mgh(path: Path) -> ImageHeader:
     """The header of a FreeSurfer .mgh or .mgz file."""
     size = require_file(path)
-    with explained(path):
+    with as_data_errors(path):
         is_compressed = _is_gzip(path)
         with _opened(path, is_compressed) as stream:
             # nibabel's own reader would first seek past as many voxels as the header claims.
@@ -118,9 +118,9 @@ def open_mgh(path: Path) -> ImageHeader:
 
 
 def save_nifti(path: Path, array: AnyArray, grid: Grid, slope: float = 1.0) -> None:
-    """Writes (D, H, W) or (D, H, W, C) in the array's own type, with the codes, units and both forms of `grid`.
+    """Write (D, H, W) or (D, H, W, C) in the array's own type, with the codes, units and both forms of `grid`.
 
-    Readers multiply the values by `slope`; they are written as they are.
+    `slope` goes into the header; the values are written unscaled.
     """
     header = nib.Nifti1Header()
     header.set_data_dtype(array.dtype)
@@ -140,14 +140,13 @@ def save_nifti(path: Path, array: AnyArray, grid: Grid, slope: float = 1.0) -> N
 def rewrite_nifti(
     path: Path, source: Path, where: NDArray[np.bool_], values: NDArray[np.floating[Any]], channel: int | None = None
 ) -> None:
-    """Writes one channel of a NIfTI file with `values` (n,) at its n voxels `where` (D, H, W), taken in C order.
+    """Write one channel of a NIfTI file with `values` (n,) at its n voxels `where` (D, H, W), taken in C order.
 
-    Header, type and scale factors are those of the source, but its free text and its extensions, which may name the
-    patient, are left out; what is not in `where` is stored as it was, bit for bit. In a type of integers the values are
-    rounded, and those beyond its range become its ends.
+    Header, type and scale factors are those of the source, without its free text and extensions, which may name the
+    patient. Voxels outside `where` keep their stored bits. Integer types round and clip the values.
     """
     size = require_file(source)
-    with explained(source):
+    with as_data_errors(source):
         header, is_compressed = _nifti_header(source)
         storage = _storage(source, header, size, is_compressed)
     voxels = storage.stored(channel)
@@ -165,7 +164,7 @@ def rewrite_nifti(
 
 
 def save_mgh(path: Path, array: AnyArray, grid: Grid) -> None:
-    """Writes (D, H, W) as .mgz or .mgh, which knows uint8, int16, int32 and float32."""
+    """Write (D, H, W) as .mgz or .mgh, which knows uint8, int16, int32 and float32."""
     nib.MGHImage(array, grid.affine).to_filename(path)
 
 
@@ -186,7 +185,7 @@ def _nifti_header(path: Path) -> tuple[nib.Nifti1Header, bool]:
 
 
 def _storage(path: Path, header: _VoxelHeader, size: int, is_compressed: bool) -> _Storage:
-    """Where the voxels lie, judged: nothing has been allocated so far."""
+    """Where the voxels lie, checked before anything is allocated."""
     shape = tuple(int(length) for length in header.get_data_shape())
     dtype, offset = header.get_data_dtype(), int(header.get_data_offset())
     if not 0 <= offset <= _MOST_BYTES_AROUND:
@@ -274,7 +273,7 @@ def _mm_per_unit(xyzt_units: int) -> float:
 
 
 def _is_gzip(path: Path) -> bool:
-    # By content, for `.nii` files that are compressed and `.nii.gz` files that are not are both about.
+    # By content: compressed `.nii` and uncompressed `.nii.gz` files both exist.
     with path.open("rb") as stream:
         return stream.read(2) == _GZIP_MAGIC
 
@@ -284,7 +283,7 @@ def _opened(path: Path, is_compressed: bool) -> IO[bytes] | gzip.GzipFile:
 
 
 def _read_to_end(stream: IO[bytes] | gzip.GzipFile, expected: int, path: Path) -> None:
-    """Reads what is left, of which `expected` bytes are voxels: only at its end does gzip compare the checksum."""
+    """Read the rest, of which `expected` bytes are voxels: gzip compares the checksum only at the end."""
     left = expected + _MOST_BYTES_AROUND
     while chunk := stream.read(_CHUNK_BYTES):
         left -= len(chunk)
@@ -297,7 +296,7 @@ def _read_to_end(stream: IO[bytes] | gzip.GzipFile, expected: int, path: Path) -
 
 
 def _fill(stream: IO[bytes] | gzip.GzipFile, target: NDArray[np.uint8], path: Path) -> None:
-    """Reads exactly as many bytes as `target` (n) holds."""
+    """Read exactly as many bytes as `target` (n) holds."""
     filled = 0
     while filled < len(target):
         chunk = stream.read(min(_CHUNK_BYTES, len(target) - filled))

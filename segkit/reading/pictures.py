@@ -8,20 +8,20 @@ import numpy as np
 import PIL.Image
 
 from segkit.errors import DataError
-from segkit.reading.headers import (
+from segkit.reading.volume import (
     COPY_AGAIN,
+    Grid,
     ImageHeader,
-    explained,
+    as_data_errors,
     pick_channel,
     plain_numbers,
     refuse_implausible,
     require_file,
 )
-from segkit.reading.volume import Grid
 from segkit.shapes import AnyArray
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF")
-"""PIL chooses by content and knows forty more formats, one of which (EPS) is a program that another program runs."""
+"""PIL chooses by content and knows forty more formats, one of which (EPS) is a program that Ghostscript runs."""
 
 _ALWAYS_PIXELS, _MOST_PIXELS_PER_BYTE = 2**22, 10_000
 """Deflate packs at most 1032 bytes, of eight black or white pixels each, into one."""
@@ -33,15 +33,15 @@ _GREY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F"})
 
 def open_picture(path: Path) -> ImageHeader:
     """The header of a picture: 1 channel where it is grey, 3 (red, green, blue) where it is in colour."""
-    grid, mode, has_grey_palette = _look(path)
-    channels = 1 if mode in _GREY_MODES or has_grey_palette else 3
+    grid, channels = _check(path)
 
     def read(channel: int | None) -> AnyArray:
-        with explained(path), PIL.Image.open(path, formats=_FORMATS) as picture:
+        with as_data_errors(path), PIL.Image.open(path, formats=_FORMATS) as picture:
             if channels == 1:
                 # A grey picture among coloured ones has the same grey in all three planes.
                 pick_channel(path, 3, channel or 0)
-                return _grey(picture, path)
+                grey = picture.convert("L") if picture.mode in ("1", "P", "LA") else picture
+                return plain_numbers(np.array(grey), path)
             planes = np.array(picture.convert("RGBA" if picture.mode == "P" else "RGB"))[..., :3]
         if channel is None and (planes == planes[..., :1]).all():
             return planes[..., 0]
@@ -52,27 +52,26 @@ def open_picture(path: Path) -> ImageHeader:
 
 def open_mask(path: Path) -> ImageHeader:
     """The header of a picture of label values: a palette picture gives its indices, a black-and-white one 0 and 1."""
-    grid, _, _ = _look(path)
-    picture_header = open_picture(path)
+    header = open_picture(path)
 
     def read(channel: int | None) -> AnyArray:
-        with explained(path), PIL.Image.open(path, formats=_FORMATS) as picture:
+        with as_data_errors(path), PIL.Image.open(path, formats=_FORMATS) as picture:
             if picture.mode in ("1", "P"):
                 return np.asarray(picture).astype(np.uint8)
-        return picture_header.read(channel)
+        return header.read(channel)
 
-    return ImageHeader(grid, 1, read)
+    return ImageHeader(header.grid, 1, read)
 
 
 def save_picture(path: Path, array: AnyArray) -> None:
-    """Writes (H, W) or (H, W, 3); PIL chooses the format by the suffix."""
+    """Write (H, W) or (H, W, 3); PIL chooses the format by the suffix."""
     PIL.Image.fromarray(np.ascontiguousarray(array)).save(path)
 
 
-def _look(path: Path) -> tuple[Grid, str, bool]:
-    """The grid (H, W), PIL's mode, and whether the picture has a palette of greys alone."""
+def _check(path: Path) -> tuple[Grid, int]:
+    """The grid (H, W) and the number of channels, 1 or 3, from the header alone."""
     size = require_file(path)
-    with explained(path), PIL.Image.open(path, formats=_FORMATS) as picture:
+    with as_data_errors(path), PIL.Image.open(path, formats=_FORMATS) as picture:
         width, height = picture.size
         refuse_implausible(path, (height, width), bytes_per_voxel=0, stored_bytes=size, is_compressed=True)
         if height * width > _ALWAYS_PIXELS + _MOST_PIXELS_PER_BYTE * size:
@@ -89,12 +88,8 @@ def _look(path: Path) -> tuple[Grid, str, bool]:
                 expected="one picture",
                 remedy="Split it, or convert a stack of slices to .nii.gz",
             )
-        palette = np.reshape(picture.getpalette("RGB") or [], (-1, 3)) if picture.mode == "P" else np.zeros((0, 3))
-        is_grey = picture.mode == "P" and bool((palette == palette[:, :1]).all())
-        return Grid((height, width), np.eye(4), source=path), picture.mode, is_grey
-
-
-def _grey(picture: PIL.Image.Image, path: Path) -> AnyArray:
-    if picture.mode in ("1", "P", "LA"):
-        picture = picture.convert("L")
-    return plain_numbers(np.array(picture), path)
+        is_grey = picture.mode in _GREY_MODES
+        if picture.mode == "P":
+            palette = np.reshape(picture.getpalette("RGB") or [], (-1, 3))
+            is_grey = bool((palette == palette[:, :1]).all())
+        return Grid((height, width), np.eye(4), source=path), 1 if is_grey else 3

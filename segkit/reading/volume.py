@@ -1,19 +1,40 @@
-"""A volume: an array that never travels without its grid.
+"""Volume, its Grid, and what every file reader shares: headers, their checks, errors and the listing of a folder.
 
-A *grid* is where an array's voxels lie in the patient: its shape, its affine, and what is needed to write a file that
-says the same as the file it came from (codes, units). Two-dimensional pictures have a grid of two axes and an identity
-affine.
+A *grid* is where an array's voxels lie in the patient: its shape, its affine, and what is needed to write a file with
+the same header (codes, units). Pictures have a grid of two axes and an identity affine.
+
+Each reader (`nifti`, `itk`, `dicom`, `pictures`) turns a path into an `ImageHeader`: the grid, the number of channels,
+and a function that reads one channel. No memory is allocated before the header has been checked.
 """
 
 from __future__ import annotations
 
+import gzip
+import math
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
+from numpy.typing import NDArray
 
+from segkit.errors import DataError, SegkitError
 from segkit.shapes import Affine, AnyArray
+
+MOST_VOXELS = 2**33
+"""More voxels than any scanner makes (2048 x 2048 x 2048); a header that claims more is broken."""
+
+COPY_AGAIN = "Copy the file again from where it came from; it cannot be repaired here"
+
+_BEST_DEFLATE_RATIO = 1100
+"""Deflate packs at most 1032 bytes into one (zlib.net, technical details); a little room for framing."""
+
+_JUNK_FOLDERS = frozenset({"__MACOSX", "__pycache__"})
 
 
 @dataclass(frozen=True)
@@ -55,3 +76,153 @@ class Volume:
 
     array: AnyArray = field(repr=False)
     grid: Grid
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """A checked header: `read(channel)` gives the array (*grid.shape) of one channel, None where there is only one."""
+
+    grid: Grid
+    channels: int
+    read: Callable[[int | None], AnyArray]
+
+
+@contextmanager
+def as_data_errors(path: Path) -> Iterator[None]:
+    """Turn every failure to read `path` into a DataError that names the file, the finding and the remedy."""
+    try:
+        yield
+    except SegkitError:
+        raise
+    except FileNotFoundError as failure:
+        raise DataError("the file does not exist", where=path, remedy="Check the name and the folder") from failure
+    except PermissionError as failure:
+        raise DataError(
+            "you have no permission to read it", where=path, remedy="Ask its owner for read access, or copy it"
+        ) from failure
+    except (EOFError, zlib.error, gzip.BadGzipFile) as failure:
+        raise DataError(f"the file is truncated or damaged ({failure})", where=path, remedy=COPY_AGAIN) from failure
+    except MemoryError as failure:
+        raise DataError("it does not fit into this computer's memory", where=path) from failure
+    # Five image libraries raise OSError, ValueError, RuntimeError, SyntaxError, KeyError and classes of their own
+    # for the same thing: the content does not match the suffix.
+    except Exception as failure:
+        raise DataError(f"the file cannot be read: {short_reason(failure)}", where=path, remedy=COPY_AGAIN) from failure
+
+
+def short_reason(failure: Exception) -> str:
+    """The last 300 characters of an error of a library, on one line."""
+    return " ".join(str(failure).split())[-300:]
+
+
+def list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The folders and the files in a folder, sorted by name; hidden ones and junk folders left out, links followed.
+
+    Raises OSError where the folder cannot be opened.
+    """
+    folders: list[Path] = []
+    files: list[Path] = []
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if not entry.name.startswith(".") and entry.name not in _JUNK_FOLDERS:
+                (folders if _is_folder(entry) else files).append(Path(entry.path))
+    return folders, files
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that points to itself
+        return False
+
+
+def require_file(path: Path) -> int:
+    """The size of a file in bytes; DataError where it is missing, a folder, empty or may not be read."""
+    with as_data_errors(path):
+        if path.is_symlink() and not path.exists():
+            raise DataError(f"this link points to {path.readlink()}, which does not exist", where=path)
+        if path.is_dir():
+            raise DataError(
+                "this is a folder with the name of an image file",
+                where=path,
+                expected="a file",
+                remedy="Some unpacking programs make such folders: give the file inside it",
+            )
+        size = path.stat().st_size
+        if size == 0:
+            raise DataError("the file is empty (0 bytes)", where=path, remedy=COPY_AGAIN)
+        with path.open("rb"):
+            return size
+
+
+def refuse_implausible(
+    path: Path, shape: Sequence[int], *, bytes_per_voxel: int, stored_bytes: int, is_compressed: bool
+) -> None:
+    """DataError where a header's shape (voxels, channels included) cannot be true for a file of `stored_bytes`."""
+    written = " x ".join(str(length) for length in shape)
+    if not shape or min(shape) < 1:
+        raise DataError(f"the header gives the shape {written or 'of nothing'}", where=path, remedy=COPY_AGAIN)
+    voxels = math.prod(shape)
+    if voxels > MOST_VOXELS:
+        raise DataError(
+            f"the header claims {written} = {voxels:.1e} voxels",
+            where=path,
+            expected=f"at most {MOST_VOXELS:.1e}",
+            remedy=f"The header is damaged. {COPY_AGAIN}",
+        )
+    needed = voxels * bytes_per_voxel
+    if needed > stored_bytes * (_BEST_DEFLATE_RATIO if is_compressed else 1):
+        raise DataError(
+            f"the header promises {written} voxels ({needed} bytes), and the file has room for "
+            f"{max(stored_bytes, 0)} bytes: it is truncated or damaged",
+            where=path,
+            remedy=COPY_AGAIN,
+        )
+
+
+def is_usable(affine: Affine) -> bool:
+    """Whether an affine (4, 4) is finite and invertible: no axis of length 0, no two parallel."""
+    if not np.isfinite(affine).all():
+        return False
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    return bool(lengths.min() > 1e-6 and abs(np.linalg.det(affine[:3, :3] / lengths)) > 1e-3)
+
+
+def pick_channel(path: Path, channels: int, channel: int | None) -> int:
+    """The channel to read; DataError where none was named and there are several, or where it does not exist."""
+    if channel is None and channels > 1:
+        raise DataError(
+            f"the file holds {channels} channels",
+            where=path,
+            expected="one image",
+            remedy="Name the channel, or split it into one file per modality",
+        )
+    picked = channel or 0
+    if not 0 <= picked < channels:
+        raise DataError(f"channel {picked} does not exist; the file holds {channels}, counted from 0", where=path)
+    return picked
+
+
+def plain_numbers(array: AnyArray, path: Path) -> AnyArray:
+    """Floats as float32, booleans as uint8, integers in their own type, all in this machine's byte order."""
+    kind = array.dtype.kind
+    if kind == "f":
+        # A float64 beyond float32 becomes infinite here, which preprocessing reports by name.
+        with np.errstate(over="ignore"):
+            return array.astype(np.float32, copy=False)
+    if kind == "b":
+        return array.astype(np.uint8)
+    if kind in "iu":
+        return array.astype(array.dtype.newbyteorder("="), copy=False)
+    raise DataError(
+        f"voxels are of the type {array.dtype}", where=path, expected="one integer or real number per voxel"
+    )
+
+
+def in_type(values: NDArray[np.floating[Any]], dtype: np.dtype[Any]) -> AnyArray:
+    """Values in another type: rounded and clipped to the range of an integer type."""
+    if dtype.kind not in "iu":
+        return values.astype(dtype)
+    range_of = np.iinfo(dtype)
+    fitting: AnyArray = np.clip(np.rint(values), range_of.min, range_of.max).astype(dtype)
+    return fitting

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from segkit.errors import DataError
-from segkit.reading import headers
+from segkit.reading import volume
 from segkit.reading.files import count_channels, read_grid, read_labels, read_volume, write_image
 from segkit.reading.volume import Grid
 
@@ -179,7 +179,7 @@ def test_a_file_without_read_permission(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_volume_that_does_not_fit_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.nii"
     path.touch()
-    with pytest.raises(DataError, match="does not fit into this computer's memory"), headers.explained(path):
+    with pytest.raises(DataError, match="does not fit into this computer's memory"), volume.as_data_errors(path):
         raise MemoryError
 
 

@@ -1,7 +1,7 @@
-"""The outline of a DICOM file, walked element by element before any library reads it.
+"""Check of a DICOM file, element by element, before any library reads it.
 
-GDCM takes the length of an element at its word and makes room for it: 600 bytes can ask for 4 GB. So every length is
-held against the bytes that are there (DICOM PS3.5, chapter 7), down through all sequences, and nothing is copied.
+GDCM allocates whatever length an element claims: a file of 600 bytes can ask for 4 GB. So every length is compared with
+the bytes that are left (DICOM PS3.5, chapter 7), through all nested sequences, without copying anything.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from segkit.errors import DataError
-from segkit.reading.headers import COPY_AGAIN, require_file
+from segkit.reading.volume import COPY_AGAIN, require_file
 
 _SERIES, _TRANSFER_SYNTAX, _PIXELS = (0x0020, 0x000E), (0x0002, 0x0010), (0x7FE0, 0x0010)
 _ITEM, _END_OF_ITEM, _END_OF_SEQUENCE = (0xFFFE, 0xE000), (0xFFFE, 0xE00D), (0xFFFE, 0xE0DD)
@@ -26,17 +26,16 @@ _MOST_ELEMENTS = 1_000_000
 
 
 @dataclass(frozen=True)
-class Outline:
-    """What the walk finds: the series that the file belongs to, and the bytes that hold its pixels (0: no image)."""
+class DicomFile:
+    """A checked file: UID of its series, bytes of its pixels (0: no image), and whether they are compressed."""
 
     series: str
     pixel_bytes: int
     is_packed: bool
-    """Whether the pixels are stored in fragments, as all compressed ones are."""
 
 
-def outline_of(path: Path) -> Outline | None:
-    """The outline of a DICOM file; None where the file is none.
+def check_dicom(path: Path) -> DicomFile | None:
+    """Series and pixel bytes of a DICOM file whose elements all fit into it; None where it is no DICOM file.
 
     Raises:
         DataError: the file cannot be opened, or an element claims bytes that it does not have.
@@ -52,7 +51,7 @@ def outline_of(path: Path) -> Outline | None:
             walk.file(start)
         except (struct.error, IndexError) as failure:
             raise _damaged(path, "it ends in the midst of an element") from failure
-        return Outline(walk.series, walk.pixel_bytes, walk.is_packed)
+        return DicomFile(walk.series, walk.pixel_bytes, walk.is_packed)
 
 
 @dataclass
@@ -80,15 +79,15 @@ class _Walk:
             )
         self.order = ">" if self.syntax == _BIG_ENDIAN else "<"
         letters = self.data[place + 4 : place + 6]
-        is_told = letters in _WITH_SHORT_LENGTH or letters in _WITH_LONG_LENGTH
-        self.is_explicit = self.syntax != _IMPLICIT if self.syntax else is_told
+        looks_explicit = letters in _WITH_SHORT_LENGTH or letters in _WITH_LONG_LENGTH
+        self.is_explicit = self.syntax != _IMPLICIT if self.syntax else looks_explicit
         while size - place >= 8 and any(self.data[place : place + 8]):
             place = self._element(place, size, 0)
-        if any(self.data[place:]):  # some writers fill up with zeros, none with anything else
+        if any(self.data[place:]):  # some writers append zeros
             raise _damaged(self.path, f"after its last element {size - place} bytes follow")
 
     def _element(self, place: int, end: int, depth: int) -> int:
-        """Walk over the element at `place`; gives where the next begins."""
+        """Walk over the element at `place` and return where the next begins."""
         self.count += 1
         if self.count > _MOST_ELEMENTS or depth > _DEEPEST:
             raise _damaged(self.path, "it has more elements, or deeper ones, than any image")
@@ -111,7 +110,7 @@ class _Walk:
         return place + length
 
     def _head(self, place: int) -> tuple[tuple[int, int], bytes, int, int]:
-        """Tag, kind of value ("" where the file does not tell), length, and where the value begins."""
+        """Tag, value representation (empty in implicit files), length, and where the value begins."""
         group, element = struct.unpack_from(f"{self.order}HH", self.data, place)
         kind = self.data[place + 4 : place + 6] if self.is_explicit and group != 0xFFFE else b""
         if kind in _WITH_LONG_LENGTH:
@@ -126,7 +125,7 @@ class _Walk:
         return (group, element), kind, length, place + 8
 
     def _items(self, place: int, end: int, depth: int, kind: bytes) -> int:
-        """Walk over the items of a sequence; what is unknown (UN) is written without kinds of values inside."""
+        """Walk over the items of a sequence; the content of an unknown one (UN) is always implicit."""
         before, self.is_explicit = self.is_explicit, self.is_explicit and kind != b"UN"
         while place < end:
             tag, _, length, place = self._head(place)
@@ -148,7 +147,6 @@ class _Walk:
         return place
 
     def _fragments(self, place: int, end: int) -> int:
-        """Walk over compressed pixels."""
         self.is_packed = True
         while place < end:
             tag, _, length, place = self._head(place)
