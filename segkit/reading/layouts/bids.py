@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from segkit.errors import DataError
@@ -32,7 +32,7 @@ _NAME = re.compile(r"^sub-(?P<subject>[A-Za-z0-9]+)(?:_.*)?_(?P<suffix>[A-Za-z0-
 _ENTITY = re.compile(r"([a-z]+)-([A-Za-z0-9+]+)")
 _REFERENCE_SUFFIXES = ("dseg", "mask", "roi", "lesion")
 _ANATOMICAL_MASKS = frozenset({"brain", "head", "fov", "gm", "wm", "csf"})
-"""Masks of `desc-` or `label-` that show anatomy and no lesion."""
+"""Values of `desc-` or `label-` for masks of anatomy."""
 
 
 def _recognise(listing: Listing) -> float:
@@ -45,8 +45,8 @@ def _recognise(listing: Listing) -> float:
 
 
 def _read(listing: Listing, options: FolderOptions) -> Cohort:
-    found = {path: _find(path, _relative_parts(listing, path)) for path in listing.volumes}
-    files = _without_second_choices([file for file in found.values() if file is not None])
+    found = {path: _find(path, path.relative_to(listing.root).parts) for path in listing.volumes}
+    files = _prefer_dseg([file for file in found.values() if file is not None])
     cases, problems = build_cases(files, patient_of=lambda case_id: case_id.split("_")[0])
     if left_out := [path for path, file in found.items() if file is None]:
         problems.append(unused_files(left_out, "not an anatomical image or reference as BIDS names them"))
@@ -61,10 +61,6 @@ def _read(listing: Listing, options: FolderOptions) -> Cohort:
     return build_cohort(
         listing, "bids", cases, choice, modalities=modalities, problems=[*problems, *rare], licence=_licence(listing)
     )
-
-
-def _relative_parts(listing: Listing, path: Path) -> tuple[str, ...]:
-    return path.relative_to(listing.root).parts
 
 
 def _find(path: Path, parts: tuple[str, ...]) -> FoundFile | None:
@@ -86,19 +82,16 @@ def _find(path: Path, parts: tuple[str, ...]) -> FoundFile | None:
     return FoundFile(case_id, folder, "t1c" if modality == "t1n" and "ce" in entities else modality, ImageFile(path))
 
 
-def _without_second_choices(files: Iterable[FoundFile]) -> list[FoundFile]:
-    """A discrete segmentation (`dseg`) goes before masks of the same case, which show parts of it."""
-    files = list(files)
-    segmented = {file.case_id for file in files if _is_dseg(file)}
-    return [file for file in files if file.kind != LABEL or _is_dseg(file) or file.case_id not in segmented]
-
-
-def _is_dseg(file: FoundFile) -> bool:
-    return file.kind == LABEL and bare_name(file.image.path).endswith("_dseg")
+def _prefer_dseg(files: Sequence[FoundFile]) -> list[FoundFile]:
+    """The files without masks of cases that have a discrete segmentation (`dseg`), of which masks show parts."""
+    references = [file for file in files if file.kind == LABEL]
+    dsegs = [file for file in references if bare_name(file.image.path).endswith("_dseg")]
+    segmented = {file.case_id for file in dsegs}
+    return [file for file in files if file.kind != LABEL or file in dsegs or file.case_id not in segmented]
 
 
 def _segment_names(listing: Listing) -> dict[str, int]:
-    """Class names of the first `*dseg.tsv` (columns `index` and `name`), else nothing."""
+    """Label values by name from the first `*dseg.tsv` (columns `index` and `name`); empty without one."""
     table = next((path for path in listing.others if path.name.endswith("dseg.tsv")), None)
     if table is None:
         return {}
@@ -122,7 +115,7 @@ def _licence(listing: Listing) -> str | None:
     try:
         return str(read_document(path).get("License") or "") or None
     except DataError:
-        return None  # a damaged description does not keep anyone from the images
+        return None  # the images can be used without it
 
 
 BIDS = Layout(

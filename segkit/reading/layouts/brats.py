@@ -1,21 +1,22 @@
-"""BraTS of every year, FeTS and UPENN-GBM: cases are known by their ids, wherever in the folder they lie.
+"""BraTS of every year, FeTS and UPENN-GBM: cases are recognised by their ids, at any depth of the folder.
 
-A file belongs to a case when its name starts with a case id, or when a folder above it is named like one (so that
-`BraTS20_Training_355/W39_1998.09.19_Segm.nii` is found). HGG/LGG or any other nesting does not matter.
+A file belongs to a case if its name starts with a case id, or if a folder above it is named like one (such as
+`BraTS20_Training_355/W39_1998.09.19_Segm.nii`).
 """
 
 from __future__ import annotations
 
 import re
 import shlex
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 from segkit.errors import DataError, Problem
 from segkit.labels import SCHEMES
-from segkit.reading.case import Case, Cohort, ImageFile
+from segkit.reading.case import BRATS_MODALITIES, Case, Cohort, ImageFile
 from segkit.reading.files import read_grid
 from segkit.reading.geometry import same_grid
 from segkit.reading.layouts.layout import (
@@ -23,7 +24,6 @@ from segkit.reading.layouts.layout import (
     FoundFile,
     Layout,
     SchemeChoice,
-    absent_modalities,
     build_cases,
     build_cohort,
     unused_files,
@@ -32,17 +32,18 @@ from segkit.reading.layouts.listing import Listing, bare_name, list_images
 from segkit.reading.layouts.schemes import CONVENTIONS, Convention, patient_of, values_of
 from segkit.reading.modalities import IGNORED, LABEL, in_channel_order, kind_of, split_name
 
-_INPAINTING_KINDS = ("t1n-voided", "mask", "mask-healthy", "mask-unhealthy")
-"""Files of the inpainting task beside the images: they go into `Case.images`, but are no input channels."""
+_VOIDED = "t1n-voided"
+_INPAINTING_KINDS = (_VOIDED, "mask", "mask-healthy", "mask-unhealthy")
+"""Files of the inpainting task beside the images: part of `Case.images`, but not input channels."""
 
 _ALGORITHM_MASK = "algorithm mask"
-"""The kind of a segmentation that is named after what made it (`seg-<algorithm>`), never an expert reference."""
+"""The kind of a segmentation named after an algorithm (`seg-<algorithm>`), never an expert reference."""
 
 _REFERENCE_WORDS = frozenset({"seg", "segm", "segmentation", "gtv", "ot", "otmulticlass"})
-"""How BraTS names expert references; a `_mask` or `_label` beside them may be of the brain, or of anything."""
+"""BraTS names of expert references; a `_mask` or `_label` may be of the brain, or of anything else."""
 
 _GRADES = frozenset({"hgg", "lgg"})
-"""Folders of 2012-2019 between which a case may be split."""
+"""Folders of 2012-2019; the files of one case may be in both."""
 
 _POST_TREATMENT = 100
 """BraTS-GLI time points from 100 on are scans after treatment (2024 and later)."""
@@ -56,7 +57,7 @@ def _recognise(convention: Convention, listing: Listing) -> float:
     share = len(files) / len(listing.volumes)
     if share == 0:
         return 0.0
-    is_inpainting = any(file.kind == "t1n-voided" for file in files)
+    is_inpainting = any(file.kind == _VOIDED for file in files)
     if is_inpainting != (convention.name == "brats-inpainting"):
         return 0.0
     is_post_treatment = any(_timepoint(file.case_id) >= _POST_TREATMENT for file in files)
@@ -67,23 +68,19 @@ def _recognise(convention: Convention, listing: Listing) -> float:
             is_one_kind = len({file.case_id.split("-")[1].upper() for file in files}) == 1
             return share * (0.9 if not is_one_kind or is_post_treatment else 0.95)
         case "brats2023-ped":
-            return share * 0.9  # chosen with --layout only: names do not tell it from 2024
+            return share * 0.9  # chosen with --layout only: its names are those of 2024
     return share
 
 
 def _read(convention: Convention, listing: Listing, options: FolderOptions) -> Cohort:
     files = _find_files(convention, listing.volumes)
-    if convention.name == "upenn" and not _has_reference(files):
+    if convention.name == "upenn" and not any(file.kind == LABEL for file in files):
         files += _find_files(convention, _upenn_references(listing.root))
     foreign = () if convention.name == "upenn" else _foreign_references(files)
     left_out = set(foreign)
-    masks = [file for file in files if file.kind == _ALGORITHM_MASK]
-    cases, problems = build_cases(
-        (file for file in files if file.kind != _ALGORITHM_MASK and file.image.path not in left_out),
-        patient_of=patient_of,
-        order=_channel_order,
-    )
-    cases = _tell_algorithm_masks(cases, masks, listing.root)
+    used = [file for file in files if file.kind != _ALGORITHM_MASK and file.image.path not in left_out]
+    cases, problems = build_cases(used, patient_of=patient_of, order=_channel_order)
+    cases = _with_algorithm_masks(cases, files, listing.root)
     known = {file.image.path for file in files}
     if strays := [path for path in listing.volumes if path not in known]:
         problems.append(unused_files(strays, f"names that {convention.name} does not use"))
@@ -94,7 +91,7 @@ def _read(convention: Convention, listing: Listing, options: FolderOptions) -> C
         remedy = "Move expert references into the folder of their case"
         problems.append(unused_files(foreign, "masks outside the folder of their case (predictions?)", remedy))
     if convention.has_four_modalities:
-        problems += absent_modalities(cases, listing.root)
+        problems += _absent_modalities(cases, listing.root)
     modalities = in_channel_order(kind for case in cases for kind in case.images)
     channels = [kind for kind in modalities if kind not in _INPAINTING_KINDS]
     return build_cohort(
@@ -102,13 +99,13 @@ def _read(convention: Convention, listing: Listing, options: FolderOptions) -> C
         convention.name,
         cases,
         _choose_scheme(convention, cases, options, listing.root),
-        modalities=channels or [kind for kind in modalities if kind == "t1n-voided"],
+        modalities=channels or [kind for kind in modalities if kind == _VOIDED],
         problems=problems,
     )
 
 
 def _find_files(convention: Convention, paths: Iterable[Path]) -> list[FoundFile]:
-    pattern = _compiled(convention.case_pattern)
+    pattern = re.compile(convention.case_pattern, re.IGNORECASE)
     found = (_find_file(pattern, path, convention.name == "brats-inpainting") for path in paths)
     return [file for file in found if file is not None]
 
@@ -118,10 +115,9 @@ def _find_file(pattern: re.Pattern[str], path: Path, is_inpainting: bool) -> Fou
     stem = bare_name(path)
     if match := re.match(rf"({pattern.pattern})[-_.]+(.+)$", stem, re.IGNORECASE):
         case_id, name = match.group(1), match.group(2).lower()
-        kind = name if is_inpainting and name in _INPAINTING_KINDS else _kind_in_brats(kind_of(name), name)
+        is_hole = name == _VOIDED or (is_inpainting and name in _INPAINTING_KINDS)
+        kind = name if is_hole else _kind_in_brats(kind_of(name), name)
         own_folder = folder if folder is not None and folder.name == case_id else path.parent
-        if name == "t1n-voided":
-            kind = name
         return None if kind is None else FoundFile(case_id, own_folder, kind, ImageFile(path))
     if folder is None:
         return None
@@ -138,37 +134,25 @@ def _kind_in_brats(kind: str | None, word: str) -> str | None:
 
 
 def _foreign_references(files: Sequence[FoundFile]) -> tuple[Path, ...]:
-    """References of cases whose images lie in another folder, where anybody's predictions may lie."""
-    folders: dict[str, set[Path]] = {}
+    """References in another folder than the images of their case: they may be predictions."""
+    image_folders: dict[str, set[Path]] = defaultdict(set)
     for file in files:
         if file.kind not in (LABEL, IGNORED, _ALGORITHM_MASK):
-            folders.setdefault(file.case_id, set()).add(file.folder)
-    return tuple(
-        file.image.path
-        for file in files
-        if file.kind == LABEL
-        and file.case_id in folders
-        and file.folder not in folders[file.case_id]
-        and not all(_is_graded(folder, file.case_id) for folder in (file.folder, *folders[file.case_id]))
-    )
+            image_folders[file.case_id].add(file.folder)
 
+    def is_foreign(file: FoundFile) -> bool:
+        own = image_folders.get(file.case_id)
+        if file.kind != LABEL or not own or file.folder in own:
+            return False
+        folders = (file.folder, *own)
+        return not all(folder.name == file.case_id and folder.parent.name.lower() in _GRADES for folder in folders)
 
-def _is_graded(folder: Path, case_id: str) -> bool:
-    return folder.name == case_id and folder.parent.name.lower() in _GRADES
-
-
-@lru_cache(maxsize=32)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(pattern, re.IGNORECASE)
+    return tuple(file.image.path for file in files if is_foreign(file))
 
 
 def _timepoint(case_id: str) -> int:
     match = re.match(r"^BraTS-GLI-\d+-(\d{3})$", case_id, re.IGNORECASE)
     return int(match.group(1)) if match else 0
-
-
-def _has_reference(files: Iterable[FoundFile]) -> bool:
-    return any(file.kind == LABEL for file in files)
 
 
 def _channel_order(kinds: Iterable[str]) -> tuple[str, ...]:
@@ -177,7 +161,7 @@ def _channel_order(kinds: Iterable[str]) -> tuple[str, ...]:
 
 
 def _upenn_references(root: Path) -> tuple[Path, ...]:
-    """The masks of UPENN-GBM where the user pointed to `images_structural` itself."""
+    """The masks of UPENN-GBM, which are beside `images_structural` where that is the root."""
     masks = root.parent / "images_segm"
     return list_images(masks).volumes if root.name == "images_structural" and masks.is_dir() else ()
 
@@ -195,7 +179,7 @@ def _choose_scheme(convention: Convention, cases: Sequence[Case], options: Folde
 
 
 def _choose_paediatric_scheme(cases: Sequence[Case], where: Path) -> SchemeChoice:
-    """Only value 4 tells the scheme of BraTS-PED 2024 and later from that of 2023."""
+    """The scheme of BraTS-PED 2024 and later, which only value 4 distinguishes from that of 2023."""
     both = "--label-scheme brats-ped (2024 and later) or --label-scheme brats2023"
     if not any(case.label is not None for case in cases):
         note = "the names of BraTS-PED do not tell the label scheme of 2023 from that of 2024 and later"
@@ -209,23 +193,35 @@ def _choose_paediatric_scheme(cases: Sequence[Case], where: Path) -> SchemeChoic
     return SchemeChoice(SCHEMES["brats-ped"])
 
 
-def _tell_algorithm_masks(cases: Sequence[Case], masks: Sequence[FoundFile], root: Path) -> list[Case]:
-    """Add to each case without a reference which algorithm masks lie beside it, and which of them lost its geometry."""
-    by_case: dict[str, list[Path]] = {}
-    for file in masks:
-        by_case.setdefault(file.case_id, []).append(file.image.path)
+def _absent_modalities(cases: Sequence[Case], where: Path) -> list[Problem]:
+    """A warning where no case has one of the four BraTS modalities."""
+    present = {modality for case in cases for modality in case.images}
+    absent = [modality for modality in BRATS_MODALITIES if modality not in present]
+    if not absent or not cases:
+        return []
+    remedy = "Training uses what is there; a model of four modalities needs --allow-missing"
+    return [Problem(str(where), f"no case has {', '.join(absent)}", remedy, is_fatal=False)]
+
+
+def _with_algorithm_masks(cases: Sequence[Case], files: Iterable[FoundFile], root: Path) -> list[Case]:
+    """The cases with warnings about the algorithm masks beside them."""
+    masks: dict[str, list[Path]] = defaultdict(list)
+    for file in files:
+        if file.kind == _ALGORITHM_MASK:
+            masks[file.case_id].append(file.image.path)
     return [
-        replace(case, problems=(*case.problems, *_about_masks(case, by_case[case.id], root)))
-        if case.id in by_case
+        replace(case, problems=(*case.problems, *_mask_problems(case, masks[case.id], root)))
+        if case.id in masks
         else case
         for case in cases
     ]
 
 
-def _about_masks(case: Case, paths: Sequence[Path], root: Path) -> list[Problem]:
+def _mask_problems(case: Case, paths: Sequence[Path], root: Path) -> list[Problem]:
+    """Which masks have lost their geometry, and where there is no reference, which ones could be copied as one."""
     repair = f"segkit convert headers {shlex.quote(str(root))} -o {shlex.quote(root.name + '-repaired')}"
     misfits = {path: reason for path in paths if (reason := _misfit(case, path))}
-    good = [path.name for path in paths if path not in misfits]
+    good = [path for path in paths if path not in misfits]
     problems = [
         Problem(
             str(path),
@@ -236,19 +232,12 @@ def _about_masks(case: Case, paths: Sequence[Path], root: Path) -> list[Problem]
         for path, reason in misfits.items()
     ]
     if case.label is None and good:
-        source = next(path for path in paths if path not in misfits)
-        target = source.with_name(f"{case.id}-seg.nii.gz")
-        copy = f"cp {shlex.quote(str(source))} {shlex.quote(str(target))}"
-        problems.insert(
-            0,
-            Problem(
-                str(paths[0].parent),
-                f"no expert reference (-seg); {len(good)} algorithm segmentation(s) found, which are not used: "
-                + ", ".join(good),
-                f"To train on one all the same, copy it to the name of a reference: `{copy}`",
-                is_fatal=False,
-            ),
-        )
+        target = good[0].with_name(f"{case.id}-seg.nii.gz")
+        copy = f"cp {shlex.quote(str(good[0]))} {shlex.quote(str(target))}"
+        names = ", ".join(path.name for path in good)
+        found = f"no expert reference (-seg); {len(good)} algorithm segmentation(s) found, which are not used: {names}"
+        remedy = f"To train on one all the same, copy it to the name of a reference: `{copy}`"
+        problems.insert(0, Problem(str(paths[0].parent), found, remedy, is_fatal=False))
     return problems
 
 
@@ -258,7 +247,7 @@ def _misfit(case: Case, path: Path) -> str | None:
     try:
         return same_grid(read_grid(path), read_grid(next(iter(case.images.values())).path))
     except DataError:
-        return None  # the check reads the image itself and tells
+        return None  # the check reads the image itself and reports it
 
 
 BRATS_LAYOUTS: dict[str, Layout] = {

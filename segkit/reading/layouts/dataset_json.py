@@ -1,14 +1,14 @@
-"""What the Decathlon's and nnU-Net's `dataset.json` have in common.
+"""`dataset.json`, of which the Decathlon and nnU-Net use two dialects.
 
-A `dataset.json` comes from anywhere, so that what it names lies inside its folder or is not read. Folders and files
-there may be links to other disks: those were made by whoever owns the folder.
+It may come from an untrusted source, so only files below its folder are read. These may be links to other disks, as
+links are created by the owner of the folder.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ from segkit.errors import DataError, Problem
 from segkit.reading.layouts.layout import FolderOptions, SchemeChoice
 from segkit.reading.layouts.listing import Listing, bare_name, read_document
 from segkit.reading.layouts.schemes import scheme_from_names, scheme_from_regions
-from segkit.reading.modalities import canonical_modality
+from segkit.reading.modalities import canonical_modality, in_channel_order
 
 CHANNEL_NAME = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
-"""nnU-Net's file names: case, underscore, channel number of four digits."""
+"""nnU-Net's file names without suffix: case, underscore, channel number of four digits."""
 
 
 def find_document(listing: Listing) -> Path | None:
-    """`dataset.json` of the folder, or of the data set whose `images...` folder (or one file of it) was given."""
+    """`dataset.json` in the folder, or above it where an `images...` folder (or one file of it) was given."""
     folders = [listing.root]
     if listing.root.name.lower().startswith("images"):
         folders.append(listing.root.parent)
@@ -31,35 +31,35 @@ def find_document(listing: Listing) -> Path | None:
 
 
 def image_paths(listing: Listing) -> list[Path]:
-    """The images proper: those in folders named images... where there are any, else all outside labels... folders."""
+    """Images without references: those in folders named images..., else all outside of folders named labels..."""
     inside = [path for path in listing.images if path.parent.name.lower().startswith("images")]
     return inside or [path for path in listing.images if not path.parent.name.lower().startswith("labels")]
 
 
 def has_channel_names(listing: Listing) -> bool:
-    """Whether the images are named CASE_0000 as nnU-Net wants them."""
+    """Whether all images are named CASE_0000, as nnU-Net requires."""
     images = image_paths(listing)
     return bool(images) and all(CHANNEL_NAME.match(bare_name(path)) for path in images)
 
 
 def lists_images_as_written(path: Path | None) -> bool:
-    """Whether `training` of `dataset.json` names images that are there under just these names, as the Decathlon's does.
+    """Whether `training` of `dataset.json` gives the exact names of existing images, as the Decathlon's does.
 
-    nnU-Net's leaves out the channel numbers, or lists nothing; a four-digit number is then part of the case's name.
+    nnU-Net's leaves out the channel numbers, or lists nothing.
     """
     if path is None:
         return False
     try:
         entries = read_document(path).get("training")
     except DataError:
-        return False  # reading the layout tells what is wrong with it
+        return False  # the layout reports it when it reads the document
     images = [entry.get("image") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
     listed = (inside(path.parent, image) for image in images)
     return any(image is not None and image.exists() for image in listed)
 
 
 def inside(folder: Path, entry: object) -> Path | None:
-    """The file that an entry of `dataset.json` names; None where it names none, or one outside the folder."""
+    """The path that an entry of `dataset.json` names; None where it is no path, or outside the folder."""
     if not isinstance(entry, str) or not _is_a_path(entry):
         return None
     path = Path(os.path.normpath(folder / entry))
@@ -67,7 +67,7 @@ def inside(folder: Path, entry: object) -> Path | None:
 
 
 def _is_a_path(text: str) -> bool:
-    """Whether an operating system can be asked for it: encodable, without NUL, no name of more than 255 bytes."""
+    """Whether the operating system accepts it: encodable, without NUL, no name of more than 255 bytes."""
     try:
         return "\0" not in text and all(len(part) <= 255 for part in os.fsencode(text).split(b"/"))
     except UnicodeEncodeError:
@@ -75,7 +75,7 @@ def _is_a_path(text: str) -> bool:
 
 
 def outside(where: Path, entry: object) -> Problem:
-    """What is said of an entry that names no image inside the data set."""
+    """The problem of an entry that names no image inside the data set."""
     shown = repr(entry)
     shown = shown if len(shown) <= 200 else f"{shown[:200]} ..."
     remedy = "Name files below the folder of dataset.json; what lies elsewhere can be linked into it"
@@ -83,10 +83,10 @@ def outside(where: Path, entry: object) -> Problem:
 
 
 def channel_names(document: Mapping[str, Any], where: Path) -> tuple[str, ...]:
-    """Modality names in channel order: canonical where all are distinct and any is known, else the data's own.
+    """Modality names in channel order, as canonical names where those are distinct, else numbered own names.
 
     Raises:
-        DataError: there are none, or they are not numbered from 0.
+        DataError: there are none, they are not numbered from 0, or they are not printable.
     """
     named = document.get("channel_names") or document.get("modality")
     if not isinstance(named, Mapping) or not named:
@@ -107,17 +107,34 @@ def channel_names(document: Mapping[str, Any], where: Path) -> tuple[str, ...]:
     return tuple(f"{name}_{index}" for index, name in enumerate(own))
 
 
+def listed_order(kinds: Iterable[str], names: Sequence[str]) -> tuple[str, ...]:
+    """Channel order: canonical modalities first, the data's own in the order `names` of `dataset.json`."""
+    present = set(kinds)
+    return in_channel_order(name for name in names if name in present)
+
+
+def licence_of(document: Mapping[str, Any]) -> str | None:
+    """The licence that a `dataset.json` names, in either spelling."""
+    return str(document.get("licence") or document.get("license") or "") or None
+
+
 def document_scheme(
     document: Mapping[str, Any], modalities: tuple[str, ...], options: FolderOptions, where: Path
 ) -> SchemeChoice:
-    """The scheme that `labels` describes: classes, or nnU-Net's regions with their `regions_class_order`."""
+    """The scheme that `labels` describes: classes, or nnU-Net's regions with their `regions_class_order`.
+
+    Raises:
+        DataError: `labels` is not in a known form.
+    """
     if options.label_scheme is not None:
         return SchemeChoice(options.label_scheme)
     labels = document.get("labels")
     if not isinstance(labels, Mapping):
         problem = Problem(str(where), "names no labels", "Add `labels`, or pass --label-scheme NAME", is_fatal=False)
         return SchemeChoice(None, (problem,))
-    notes = () if "ignore" not in labels else (_about_ignore(where),)
+    found = "voxels labelled `ignore` are not left out of training; their value counts as unknown"
+    remedy = "Set them to a class, or leave out the cases that have them"
+    notes = () if "ignore" not in labels else (Problem(str(where), found, remedy, is_fatal=False),)
     try:
         named = _values_by_name(labels)
         require_shown(named, where)
@@ -137,7 +154,7 @@ def document_scheme(
 
 
 def _values_by_name(labels: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Both spellings, {"1": "edema"} (Decathlon, nnU-Net 1) and {"edema": 1} (nnU-Net 2), as name to values."""
+    """Label values by name, from {"1": "edema"} (Decathlon, nnU-Net 1) or {"edema": 1} (nnU-Net 2)."""
     if all(str(key).isdigit() and isinstance(value, str) for key, value in labels.items()):
         return {name: (int(value),) for value, name in labels.items()}
     return {
@@ -147,7 +164,7 @@ def _values_by_name(labels: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def require_label_values(named: Mapping[str, tuple[int, ...]]) -> None:
-    """ValueError where a label value is none that a mask can hold, or a region has none."""
+    """ValueError where a label value does not fit into a mask (0 to 255), or a region is empty."""
     strays = [value for values in named.values() for value in values if not 0 <= value <= 255]
     if strays:
         raise ValueError(f"values are {strays[:5]}, not from 0 to 255")
@@ -156,12 +173,7 @@ def require_label_values(named: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def require_shown(names: Iterable[str], where: Path) -> None:
-    """Names of channels and labels become names of files and words on terminals."""
+    """DataError where a name, which may become a file name or terminal output, is not printable."""
     odd = [name for name in names if not (isinstance(name, str) and name and name.isprintable())]
     if odd:
         raise DataError(f"holds names that cannot be shown: {odd[:3]}", where=where, expected="printable names")
-
-
-def _about_ignore(where: Path) -> Problem:
-    found = "voxels labelled `ignore` are not left out of training; their value counts as unknown"
-    return Problem(str(where), found, "Set them to a class, or leave out the cases that have them", is_fatal=False)

@@ -1,22 +1,23 @@
-"""What a layout is, and how the files that a layout has told apart become cases and a cohort."""
+"""Layout, and how the files that a layout has identified become cases and a cohort."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from segkit.errors import Problem, some
+from segkit.errors import DataError, Problem, some
 from segkit.labels import LabelScheme
-from segkit.reading.case import BRATS_MODALITIES, Case, Cohort, ImageFile
+from segkit.reading.case import Case, Cohort, ImageFile
+from segkit.reading.files import count_channels
 from segkit.reading.layouts.listing import Listing
 from segkit.reading.modalities import IGNORED, LABEL, in_channel_order
 
 
 @dataclass(frozen=True)
 class FolderOptions:
-    """What the user said about a folder: file name patterns by modality, the label scheme, and the layout's name."""
+    """The user's options for a folder: file name patterns by modality, label scheme, and name of the layout."""
 
     modalities: Mapping[str, str] = field(default_factory=dict)
     label_scheme: LabelScheme | None = None
@@ -25,9 +26,9 @@ class FolderOptions:
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to lay out a data folder.
+    """One way to arrange a data folder.
 
-    `recognise` scores a listing from 0 (not this layout) to 1 (surely this one); scores below 0.1 only serve to name
+    `recognise` scores a listing from 0 (not this layout) to 1 (certainly this one); scores below 0.1 only serve to name
     the nearest layouts. `read` turns the listing into a cohort, which may be empty. `example` shows one case.
     """
 
@@ -40,10 +41,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class FoundFile:
-    """A file that a layout has told apart: the case and folder it belongs to, and its kind.
+    """A file with its case, its folder and its kind: a modality, LABEL or IGNORED.
 
-    `kind` is a modality, LABEL or IGNORED. Files of one case share `case_id` and `folder`; a reference may also lie in
-    a folder of its own, and is then found by `case_id`.
+    Files of one case share `case_id` and `folder`; a reference may be in another folder and is then found by `case_id`.
     """
 
     case_id: str
@@ -54,7 +54,7 @@ class FoundFile:
 
 @dataclass(frozen=True)
 class SchemeChoice:
-    """The label scheme of a cohort and what is to be said about it."""
+    """The label scheme of a cohort, None where it is unknown, and problems to report with it."""
 
     scheme: LabelScheme | None
     problems: tuple[Problem, ...] = ()
@@ -66,9 +66,9 @@ def build_cases(
     patient_of: Callable[[str], str] = str,
     order: Callable[[Iterable[str]], tuple[str, ...]] = in_channel_order,
 ) -> tuple[list[Case], list[Problem]]:
-    """Group files into cases, sorted by id; findings about a case stand in the case, the others are returned.
+    """Group files into cases, sorted by id; problems of one case are stored in it, the others are returned.
 
-    A case id that occurs in two folders is read from the first one only: results are named by case id.
+    A case id that occurs in two folders is read from the first one only, as results are named by case id.
     """
     images: dict[tuple[str, Path], list[FoundFile]] = defaultdict(list)
     references: dict[str, list[FoundFile]] = defaultdict(list)
@@ -82,11 +82,12 @@ def build_cases(
         folders_of[case_id].append(folder)
     cases, problems = [], []
     for case_id, folders in folders_of.items():
-        labels = references.pop(case_id, [])
-        case = _build_case(case_id, images[case_id, folders[0]], _own_labels(labels, folders), order)
-        case = replace(case, patient=patient_of(case_id))
+        labels = _own_labels(references.pop(case_id, []), folders)
+        case = _build_case(case_id, patient_of(case_id), [*images[case_id, folders[0]], *labels], order)
         if len(folders) > 1:
-            duplicate = _duplicate_id(case_id, folders)
+            others = ", ".join(str(folder) for folder in folders[1:])
+            found = f"case {case_id} also exists in {others}, which is left out"
+            duplicate = Problem(str(folders[0]), found, "Rename or remove one of them")
             case = replace(case, problems=(*case.problems, duplicate))
         cases.append(case)
     lonely = sorted(file.image.path for files_of_id in references.values() for file in files_of_id)
@@ -94,6 +95,32 @@ def build_cases(
         remedy = "Name each reference like its image, or point to the folder that holds both"
         problems.append(unused_files(lonely, "references that belong to no image", remedy))
     return cases, problems
+
+
+def _own_labels(labels: list[FoundFile], folders: Sequence[Path]) -> list[FoundFile]:
+    """References of one case: those beside its images, else those in a folder without images of this case."""
+    beside = [file for file in labels if file.folder == folders[0]]
+    return beside or [file for file in labels if file.folder not in folders]
+
+
+def _build_case(
+    case_id: str, patient: str, files: Sequence[FoundFile], order: Callable[[Iterable[str]], tuple[str, ...]]
+) -> Case:
+    by_kind: dict[str, list[ImageFile]] = defaultdict(list)
+    for file in files:
+        by_kind[file.kind].append(file.image)
+    problems = tuple(_several_files(kind, found) for kind, found in by_kind.items() if len(found) > 1)
+    first = {kind: min(found, key=lambda image: str(image.path)) for kind, found in by_kind.items()}
+    label = first.pop(LABEL, None)
+    return Case(case_id, patient, {kind: first[kind] for kind in order(first)}, label, problems=problems)
+
+
+def _several_files(kind: str, found: Sequence[ImageFile]) -> Problem:
+    paths = sorted(image.path for image in found)
+    names = ", ".join(path.name for path in paths)
+    what = "reference mask" if kind == LABEL else f"modality {kind}"
+    remedy = f"Keep one of them, or name it with --modality {kind}=SUFFIX"
+    return Problem(str(paths[0].parent), f"{len(paths)} files for the {what}: {names}", remedy)
 
 
 def build_cohort(
@@ -129,47 +156,9 @@ def unused_files(paths: Sequence[Path], why: str, remedy: str = "") -> Problem:
     return Problem(str(paths[0].parent), f"{count} left out, {why}: {names}", remedy, is_fatal=False)
 
 
-def absent_modalities(cases: Sequence[Case], where: Path) -> list[Problem]:
-    """A warning where no case of a BraTS folder has one of the four modalities."""
-    present = Counter(modality for case in cases for modality in case.images)
-    absent = [modality for modality in BRATS_MODALITIES if not present[modality]]
-    if not absent or not cases:
-        return []
-    remedy = "Training uses what is there; a model of four modalities needs --allow-missing"
-    return [Problem(str(where), f"no case has {', '.join(absent)}", remedy, is_fatal=False)]
-
-
-def _own_labels(labels: list[FoundFile], folders: Sequence[Path]) -> list[FoundFile]:
-    """References of one case: those beside its images, else those elsewhere that no other folder can claim."""
-    beside = [file for file in labels if file.folder == folders[0]]
-    return beside or [file for file in labels if file.folder not in folders]
-
-
-def _build_case(
-    case_id: str,
-    files: Sequence[FoundFile],
-    labels: Sequence[FoundFile],
-    order: Callable[[Iterable[str]], tuple[str, ...]],
-) -> Case:
-    by_kind: dict[str, list[ImageFile]] = defaultdict(list)
-    for file in (*files, *labels):
-        by_kind[file.kind].append(file.image)
-    problems = tuple(_two_files(kind, found) for kind, found in by_kind.items() if len(found) > 1)
-    first = {kind: min(found, key=lambda image: str(image.path)) for kind, found in by_kind.items()}
-    label = first.pop(LABEL, None)
-    return Case(case_id, case_id, {kind: first[kind] for kind in order(first)}, label, problems=problems)
-
-
-def _two_files(kind: str, found: Sequence[ImageFile]) -> Problem:
-    paths = sorted(image.path for image in found)
-    names = ", ".join(path.name for path in paths)
-    what = "reference mask" if kind == LABEL else f"modality {kind}"
-    remedy = f"Keep one of them, or name it with --modality {kind}=SUFFIX"
-    return Problem(str(paths[0].parent), f"{len(paths)} files for the {what}: {names}", remedy)
-
-
-def _duplicate_id(case_id: str, folders: Sequence[Path]) -> Problem:
-    others = ", ".join(str(folder) for folder in folders[1:])
-    return Problem(
-        str(folders[0]), f"case {case_id} also exists in {others}, which is left out", "Rename or remove one of them"
-    )
+def channels_or_one(path: Path) -> int:
+    """The number of channels of a file, 1 where it cannot be read: the check reports why."""
+    try:
+        return count_channels(path)
+    except DataError:
+        return 1

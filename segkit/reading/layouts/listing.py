@@ -1,39 +1,37 @@
-"""One safe walk over a data folder, from which every layout reads."""
+"""The images below a data folder, listed by one safe walk from which every layout reads."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from segkit.errors import DataError, Problem
-from segkit.reading.dicom import DICOM_SUFFIXES, holds_frames, is_dicom_file
+from segkit.reading.dicom import DICOM_SUFFIXES, has_dicom_name, holds_frames, is_dicom_file
 from segkit.reading.files import VOLUME_SUFFIXES, stem_of, suffix_of
 from segkit.reading.pictures import PICTURE_SUFFIXES
-
-_JUNK_FOLDERS = frozenset({"__MACOSX", "__pycache__"})
+from segkit.reading.volume import list_folder
 
 _DICOM_INDEX = "DICOMDIR"
-"""The table of contents of a DICOM disc: it carries DICOM's mark, but no image."""
+"""The table of contents of a DICOM disc: a DICOM file without an image."""
 
 _TRIED_FILES = 5
-"""Files without suffix to look into for a DICOM series: programs on a disc (AUTORUN) lie among the slices."""
+"""Files without suffix to open in search of a DICOM series: a disc also holds programs (AUTORUN)."""
 
 _LARGEST_DOCUMENT_BYTES = 64 * 1024**2
-"""A `dataset.json` of a hundred thousand cases has a fifth of it."""
+"""Five times a `dataset.json` of a hundred thousand cases."""
 
 _MOST_MULTI_FRAME_FILES = 32
-"""Of folders with more DICOM files none is opened to see whether it holds a whole volume: they are slices."""
+"""In folders with more DICOM files, each is a slice and not a volume; none is opened to find out."""
 
 
 @dataclass(frozen=True)
 class Listing:
     """The image files below a folder, sorted by path; a DICOM series counts as one volume, its folder.
 
-    `only` is the file itself where the user pointed to a single file; `root` is then the folder it lies in.
+    `only` is the file itself where the user gave a single file; `root` is then its folder.
     """
 
     root: Path
@@ -50,9 +48,9 @@ class Listing:
 
 
 def list_images(root: Path, exclude: Path | None = None) -> Listing:
-    """Walk `root` (a folder or one file): links are followed but never in a circle, hidden files are left out.
+    """List `root` (a folder or one file): links are followed, but not into a loop; hidden files are left out.
 
-    `exclude` is a folder below `root` of which nothing is read, such as one for results.
+    `exclude` is a folder below `root` to leave out, such as one for results.
 
     Raises:
         DataError: `root` does not exist or cannot be opened.
@@ -94,7 +92,7 @@ def read_document(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             data = file.read(_LARGEST_DOCUMENT_BYTES + 1)
         if len(data) > _LARGEST_DOCUMENT_BYTES:
-            raise ValueError(f"it is larger than {_LARGEST_DOCUMENT_BYTES} bytes")  # noqa: TRY301  told as the others
+            raise ValueError(f"it is larger than {_LARGEST_DOCUMENT_BYTES} bytes")  # noqa: TRY301  reported below
         document = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_without_doubles)
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
@@ -106,7 +104,7 @@ def read_document(path: Path) -> dict[str, Any]:
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a key that is there twice one value would be lost unseen."""
+    # json.loads would silently drop the first value of a repeated key.
     document = dict(pairs)
     if len(document) < len(pairs):
         raise ValueError("it has a key twice")
@@ -125,13 +123,13 @@ class _Found:
 def _listing_of_file(path: Path) -> Listing:
     if suffix_of(path) in PICTURE_SUFFIXES:
         return Listing(path.parent, pictures=(path,), only=path)
-    if _is_dicom_name(path) or suffix_of(path) in VOLUME_SUFFIXES or is_dicom_file(path):
+    if has_dicom_name(path) or suffix_of(path) in VOLUME_SUFFIXES or is_dicom_file(path):
         return Listing(path.parent, volumes=(path,), only=path)
     return Listing(path.parent, others=(path,), only=path)
 
 
 def _identity(folder: Path | None) -> tuple[int, int] | None:
-    """Device and inode, which are the same by whatever path or link a folder is reached; None where there is none."""
+    """Device and inode, which are the same by every path or link to a folder; None where there is no folder."""
     try:
         status = None if folder is None else folder.stat()
     except OSError:
@@ -142,7 +140,7 @@ def _identity(folder: Path | None) -> tuple[int, int] | None:
 def _walk(folder: Path, above: tuple[tuple[int, int], ...], found: _Found) -> None:
     try:
         status = folder.stat()
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        folders, files = list_folder(folder)
     except OSError as error:
         remedy = "Check permissions and links; what lies below it is left out"
         found.problems.append(Problem(str(folder), f"cannot be opened ({error.strerror})", remedy, is_fatal=False))
@@ -154,26 +152,10 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...], found: _Found) -> No
         remedy = "Remove the link; the folder itself is read once"
         found.problems.append(Problem(str(folder), "is a link to a folder that contains it", remedy, is_fatal=False))
         return
-    visible = [entry for entry in entries if not entry.name.startswith(".") and entry.name not in _JUNK_FOLDERS]
-    folders = [Path(entry.path) for entry in visible if _is_folder(entry)]
-    files = [Path(entry.path) for entry in visible if not _is_folder(entry)]
     if _is_series(files):
         several = _multi_frame_files(files)
         found.volumes += several or [folder]
-        files = [path for path in files if not (_is_dicom_name(path) or path in several)]
-    _sort_files(files, found)
-    for child in folders:
-        _walk(child, (*above, identity), found)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that points to itself
-        return False
-
-
-def _sort_files(files: Iterable[Path], found: _Found) -> None:
+        files = [path for path in files if not (has_dicom_name(path) or path in several)]
     for path in files:
         suffix = suffix_of(path)
         if suffix not in VOLUME_SUFFIXES and suffix not in PICTURE_SUFFIXES:
@@ -182,11 +164,13 @@ def _sort_files(files: Iterable[Path], found: _Found) -> None:
             found.problems.append(Problem(str(path), "is a link to a file that is not there", "Mend the link", False))
         else:
             (found.volumes if suffix in VOLUME_SUFFIXES else found.pictures).append(path)
+    for child in folders:
+        _walk(child, (*above, identity), found)
 
 
 def _is_series(files: list[Path]) -> bool:
     """Whether a folder holds a DICOM series: by suffix, else by the magic bytes of its first files without suffix."""
-    if any(_is_dicom_name(path) for path in files):
+    if any(has_dicom_name(path) for path in files):
         return True
     bare = (path for path in files if not path.suffix or path.suffix[1:].isdigit())
     candidates = [path for path in bare if path.name.upper() != _DICOM_INDEX]
@@ -194,13 +178,9 @@ def _is_series(files: list[Path]) -> bool:
 
 
 def _multi_frame_files(files: list[Path]) -> list[Path]:
-    """The DICOM files of a folder where each of several is a volume of its own, else none; the first one tells."""
-    slices = [path for path in files if path.name.upper() != _DICOM_INDEX and (_is_dicom_name(path) or not path.suffix)]
+    """The DICOM files of a folder where each of several is a whole volume, as the first one shows; else none."""
+    slices = [path for path in files if path.name.upper() != _DICOM_INDEX and (has_dicom_name(path) or not path.suffix)]
     if not 2 <= len(slices) <= _MOST_MULTI_FRAME_FILES:
         return []
     slices = [path for path in slices if is_dicom_file(path)]
     return slices if len(slices) > 1 and holds_frames(slices[0]) else []
-
-
-def _is_dicom_name(path: Path) -> bool:
-    return path.suffix.lower() in DICOM_SUFFIXES

@@ -1,7 +1,7 @@
 """The Medical Segmentation Decathlon: `dataset.json`, imagesTr, labelsTr, one 3D or 4D file a case.
 
-Channels of a 4D file are mapped by the modality names of `dataset.json`, whatever their order (Task01 has FLAIR, T1w,
-T1gd, T2w), so that the cohort's channels come in canonical order.
+Channels of a 4D file get the modality names of `dataset.json` (Task01: FLAIR, T1w, T1gd, T2w); the cohort has them in
+canonical order.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from segkit.reading.layouts.dataset_json import (
     find_document,
     has_channel_names,
     inside,
+    licence_of,
+    listed_order,
     lists_images_as_written,
     outside,
 )
@@ -44,31 +46,30 @@ def _read(listing: Listing, options: FolderOptions) -> Cohort:
     names = channel_names(document, path)
     pairs, problems = _listed_pairs(document, path)
     if listing.root != path.parent or listing.only is not None:
-        pairs = _pairs_of(listing.volumes, pairs)
+        references = dict(pairs)  # images that are not listed have no reference
+        pairs = [(volume, references.get(volume)) for volume in listing.volumes]
     else:
         pairs += [(test, None) for test in _unlisted(listing, pairs, "imagests")]
         if left_out := _unlisted(listing, pairs, "imagestr"):
             problems.append(unused_files(left_out, "not listed in dataset.json", "List them under `training`"))
-    cases, more = build_cases(
-        _found_files(pairs, names), patient_of=patient_of, order=lambda kinds: _order(kinds, names)
-    )
+    files = _found_files(pairs, names)
+    cases, more = build_cases(files, patient_of=patient_of, order=lambda kinds: listed_order(kinds, names))
     return build_cohort(
         listing,
         "msd",
         cases,
         document_scheme(document, names, options, path),
-        modalities=_order(names, names),
+        modalities=in_channel_order(names),
         problems=(*problems, *more),
-        licence=str(document.get("licence") or document.get("license") or "") or None,
+        licence=licence_of(document),
     )
 
 
 def _listed_pairs(document: dict[str, Any], path: Path) -> tuple[list[tuple[Path, Path | None]], list[Problem]]:
-    """(image, reference or None) for each entry of `training` and `test`; entries that lead out are complained of."""
+    """(image, reference or None) for each entry of `training` and `test`; a problem for each one outside."""
     pairs: list[tuple[Path, Path | None]] = []
     problems = []
-    entries = [*_entries(document.get("training")), *_entries(document.get("test"))]
-    for entry in entries:
+    for entry in (*_entries(document.get("training")), *_entries(document.get("test"))):
         image = inside(path.parent, entry.get("image"))
         label = inside(path.parent, entry.get("label"))
         if image is None:
@@ -79,15 +80,9 @@ def _listed_pairs(document: dict[str, Any], path: Path) -> tuple[list[tuple[Path
 
 
 def _entries(listed: object) -> Iterable[dict[str, object]]:
-    """Entries are {"image": ..., "label": ...}, or just the path of a test image."""
+    """Entries {"image": ..., "label": ...}; a test image may be listed by its path alone."""
     for entry in listed if isinstance(listed, list) else ():
         yield entry if isinstance(entry, dict) else {"image": entry}
-
-
-def _pairs_of(volumes: Iterable[Path], pairs: list[tuple[Path, Path | None]]) -> list[tuple[Path, Path | None]]:
-    """The pairs of the images that the user pointed to; images that are not listed have no reference."""
-    references = dict(pairs)
-    return [(volume, references.get(volume)) for volume in volumes]
 
 
 def _unlisted(listing: Listing, pairs: list[tuple[Path, Path | None]], folder: str) -> list[Path]:
@@ -102,12 +97,6 @@ def _found_files(pairs: Iterable[tuple[Path, Path | None]], names: tuple[str, ..
             yield FoundFile(case_id, image.parent, name, ImageFile(image, channel if len(names) > 1 else None))
         if label is not None:
             yield FoundFile(case_id, image.parent, LABEL, ImageFile(label))
-
-
-def _order(kinds: Iterable[str], names: tuple[str, ...]) -> tuple[str, ...]:
-    """Canonical modalities first and in canonical order, the data's own in the order of `dataset.json`."""
-    present = set(kinds)
-    return in_channel_order(name for name in names if name in present)
 
 
 MSD = Layout(

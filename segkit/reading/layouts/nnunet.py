@@ -1,19 +1,18 @@
 """nnU-Net raw data, version 1 and 2: imagesTr/CASE_0000, labelsTr/CASE, and `dataset.json` with the channel names.
 
-A bare folder of CASE_0000 files, such as nnU-Net's inference input, is read too; the `dataset.json` of the folder
-above an `images...` folder is found.
+A folder of CASE_0000 files without `dataset.json`, such as nnU-Net's inference input, is read too.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from segkit.errors import DataError, Problem
 from segkit.reading.case import Cohort, ImageFile, is_file_name
-from segkit.reading.files import count_channels
 from segkit.reading.layouts.dataset_json import (
     CHANNEL_NAME,
     channel_names,
@@ -22,6 +21,8 @@ from segkit.reading.layouts.dataset_json import (
     has_channel_names,
     image_paths,
     inside,
+    licence_of,
+    listed_order,
     lists_images_as_written,
     outside,
 )
@@ -32,11 +33,13 @@ from segkit.reading.layouts.layout import (
     SchemeChoice,
     build_cases,
     build_cohort,
+    channels_or_one,
     unused_files,
 )
 from segkit.reading.layouts.listing import Listing, bare_name, read_document
 from segkit.reading.layouts.schemes import patient_of, scheme_by_values
 from segkit.reading.modalities import LABEL, in_channel_order
+from segkit.reading.volume import list_folder
 
 _MOST_CHANNELS = 16
 """More files than this under one name are numbered cases (scan_0000 ... scan_0099), not channels."""
@@ -59,17 +62,19 @@ def _read(listing: Listing, options: FolderOptions) -> Cohort:
     path = find_document(listing)
     document = {} if path is None else read_document(path)
     names = _names(listing, document, path, options)
-    strays: list[Problem] = []
+    outsiders: list[Problem] = []
     if "dataset" in document and path:
-        files, strays = _listed_files(document, path, names)
+        files, outsiders = _listed_files(document, path, names)
     else:
         files = list(_files(listing, names))
-    cases, problems = build_cases(files, patient_of=patient_of, order=lambda kinds: _order(kinds, names))
-    problems += [*strays, *_left_out(listing, files, names)]
+    cases, problems = build_cases(files, patient_of=patient_of, order=lambda kinds: listed_order(kinds, names))
+    problems += [*outsiders, *_left_out(listing, files, names)]
     if path is None:
         choice = scheme_by_values(cases, options, listing.root)
         if not set(names) <= set(options.modalities):
-            problems.append(_nameless(listing.root))
+            found = "no dataset.json says what the channels are"
+            remedy = "Name them, such as --modality t2f=0000 --modality t1n=0001, or add a dataset.json with"
+            problems.append(Problem(str(listing.root), found, f"{remedy} `channel_names`", is_fatal=False))
     else:
         choice = document_scheme(document, names, options, path)
     return build_cohort(
@@ -77,10 +82,10 @@ def _read(listing: Listing, options: FolderOptions) -> Cohort:
         "nnunet",
         cases,
         choice if cases else SchemeChoice(None),
-        modalities=_order(names, names),
+        modalities=in_channel_order(names),
         problems=problems,
         dims=2 if len(listing.pictures) > len(listing.volumes) else 3,
-        licence=str(document.get("licence") or document.get("license") or "") or None,
+        licence=licence_of(document),
     )
 
 
@@ -113,7 +118,7 @@ def _files(listing: Listing, names: Sequence[str]) -> Iterable[FoundFile]:
 
 
 def _left_out(listing: Listing, files: Iterable[FoundFile], names: Sequence[str]) -> Iterable[Problem]:
-    """Notes on files that are no channel or reference of any case."""
+    """Warnings about files that are neither a channel nor a reference of any case."""
     used = {file.image.path for file in files}
     left = [path for path in listing.images if path not in used]
     numbers = {path: match["channel"] for path in left if (match := CHANNEL_NAME.match(bare_name(path)))}
@@ -127,36 +132,31 @@ def _left_out(listing: Listing, files: Iterable[FoundFile], names: Sequence[str]
 
 
 def _channel_files(case_id: str, path: Path, channel: int, names: Sequence[str]) -> Iterable[FoundFile]:
-    if channel == 0 and len(names) > 1 and path in _colour_pictures(path):
+    if channel == 0 and len(names) > 1 and _is_colour_picture(path):
         for plane, name in enumerate(names[:3]):
             yield FoundFile(case_id, path.parent, name, ImageFile(path, plane))
     elif channel < len(names):
         yield FoundFile(case_id, path.parent, names[channel], ImageFile(path))
 
 
-def _colour_pictures(path: Path) -> tuple[Path, ...]:
-    """The path itself where it is a colour picture: nnU-Net stores red, green and blue in one file."""
-    if path.suffix.lower() in (".gz", ".nii", ".nrrd", ".mha"):
-        return ()
-    try:
-        return (path,) if count_channels(path) == 3 else ()
-    except DataError:
-        return ()
+def _is_colour_picture(path: Path) -> bool:
+    """Whether one file holds red, green and blue, as nnU-Net stores colour pictures."""
+    return path.suffix.lower() not in (".gz", ".nii", ".nrrd", ".mha") and channels_or_one(path) == 3
 
 
 def _sibling_labels(listing: Listing) -> Iterable[FoundFile]:
-    """References beside an `imagesTr` folder that the user pointed to itself."""
+    """References beside an `imagesTr` folder that is itself the root."""
     labels = listing.root.parent / ("labels" + listing.root.name[len("images") :])
     cases = {case_id for _, case_id in _channels_by_case(listing)}
-    for path in sorted(labels.iterdir()) if labels.is_dir() else ():
-        if bare_name(path) in cases and not path.name.startswith("."):
+    for path in chain(*list_folder(labels)) if labels.is_dir() else ():
+        if bare_name(path) in cases:
             yield FoundFile(bare_name(path), labels, LABEL, ImageFile(path))
 
 
 def _listed_files(
     document: Mapping[str, Any], path: Path, names: Sequence[str]
 ) -> tuple[list[FoundFile], list[Problem]]:
-    """Files of nnU-Net 2's optional `dataset` entry: {case: {"images": [...], "label": ...}}; complaints of others."""
+    """Files of nnU-Net 2's optional `dataset` entry, {case: {"images": [...], "label": ...}}; problems of others."""
     listed = document["dataset"]
     if not isinstance(listed, Mapping):
         raise DataError("`dataset` is not a mapping of case ids to files", where=path)
@@ -172,7 +172,7 @@ def _listed_files(
 
 
 def _listed_case(case_id: str, entry: object, folder: Path, names: Sequence[str]) -> list[FoundFile] | None:
-    """The files of a case; None where its id is no file name, or a file of it lies elsewhere."""
+    """The files of a case; None where its id is not a file name, or a file is outside the data set."""
     if not isinstance(entry, dict) or not isinstance(entry.get("images"), list) or not is_file_name(case_id):
         return None
     images = entry["images"]
@@ -182,20 +182,6 @@ def _listed_case(case_id: str, entry: object, folder: Path, names: Sequence[str]
     paths = {kind: inside(folder, image) for kind, image in kinds.items()}
     files = [FoundFile(case_id, folder, kind, ImageFile(path)) for kind, path in paths.items() if path is not None]
     return files if len(files) == len(paths) else None
-
-
-def _order(kinds: Iterable[str], names: Sequence[str]) -> tuple[str, ...]:
-    present = set(kinds)
-    return in_channel_order(name for name in names if name in present)
-
-
-def _nameless(where: Path) -> Problem:
-    return Problem(
-        str(where),
-        "no dataset.json says what the channels are",
-        "Name them, such as --modality t2f=0000 --modality t1n=0001, or add a dataset.json with `channel_names`",
-        is_fatal=False,
-    )
 
 
 NNUNET = Layout(

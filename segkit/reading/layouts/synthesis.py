@@ -1,16 +1,15 @@
-"""The folders of the BraTS local-synthesis challenge, seen as scans with holes.
+"""Folders of the BraTS local-synthesis challenge, read for inpainting.
 
-A case has `<case>-t1n-voided` (0 where tissue is to be made up) and `<case>-mask` (1 there); in training folders also
-`<case>-t1n` (whole), `<case>-mask-healthy` and `<case>-mask-unhealthy`, whose union is the mask. In the table of
-layouts such a folder is `brats-inpainting`, which serves to check and to segment it. Inpainting needs other views of
-it, in which the *reference* of a case is a hole (`HOLE_SCHEME`: 1) and its one modality is t1n:
+A case has `<case>-t1n-voided` (0 in the region to fill) and `<case>-mask` (1 there); in training folders also
+`<case>-t1n` (whole), `<case>-mask-healthy` and `<case>-mask-unhealthy`, whose union is the mask. The layout
+`brats-inpainting` of the table reads such a folder for checking and segmentation. For inpainting, the *reference* of a
+case is a hole (`HOLE_SCHEME`: 1) and its only modality is t1n:
 
-- `find_voided`, to fill holes: the image is the voided scan, the hole is the mask;
-- `find_known`, to learn from: the image is the whole scan if it is there, else the voided one; the hole is what nobody
-  knows the healthy truth of: of a whole scan the unhealthy mask, of a voided one the mask. Where a whole scan has no
-  unhealthy mask the mask is taken, which is at least as large.
+- `find_voided`, for filling: the image is the voided scan, the hole is the mask;
+- `find_known`, for training: the image is the whole scan if it exists, else the voided one; the hole is the region
+  without healthy ground truth: the unhealthy mask of a whole scan, else the mask, which is at least as large.
 
-Any case name will do, for the endings tell. Other files of the folder (t1c, segmentations) are not looked at.
+Case ids may have any form. Other files of the folder (t1c, segmentations) are ignored.
 """
 
 from __future__ import annotations
@@ -29,12 +28,13 @@ from segkit.reading.layouts.layout import FoundFile, SchemeChoice, build_cases, 
 from segkit.reading.layouts.listing import Listing, bare_name, list_images
 from segkit.reading.layouts.schemes import patient_of
 from segkit.reading.modalities import LABEL
+from segkit.reading.volume import list_folder
 
 SYNTHESIS_LAYOUT = "brats-inpainting"
-"""The name of the layout that such folders have in the table of layouts."""
+"""The name of such folders in the table of layouts."""
 
 HOLE_SCHEME: LabelScheme = classes_scheme("hole", {"hole": 1})
-"""The values of a mask: 1 where voxels are missing, or where their truth is not known."""
+"""1 where voxels are missing, or have no healthy ground truth."""
 
 _MODALITY = "t1n"
 _WHOLE, _VOIDED, _MASK, _UNHEALTHY = "t1n", "t1n-voided", "mask", "mask-unhealthy"
@@ -43,9 +43,9 @@ _EXPECTED = "CASE-t1n-voided.nii.gz and CASE-mask.nii.gz"
 
 
 def find_voided(root: Path, *, exclude: Path | None = None) -> Cohort:
-    """The scans with holes of a data folder, one case folder or one voided file, each with the mask of its hole.
+    """The voided scans of a data folder, one case folder or one file, each with the mask of its hole.
 
-    `exclude` is a folder below `root` of which nothing is read. A case without a mask carries a fatal problem.
+    `exclude` is a folder below `root` to leave out. A case without a mask carries a fatal problem.
 
     Raises:
         DataError: nothing there, or no voided scan.
@@ -53,7 +53,7 @@ def find_voided(root: Path, *, exclude: Path | None = None) -> Cohort:
     listing = _list(Path(root), exclude)
     files = [
         FoundFile(case_id, folder, kind, found[name])
-        for (case_id, folder), found in _sort(listing.volumes).items()
+        for (case_id, folder), found in _by_case(listing.volumes).items()
         for name, kind in ((_VOIDED, _MODALITY), (_MASK, LABEL))
         if name in found
     ]
@@ -61,16 +61,16 @@ def find_voided(root: Path, *, exclude: Path | None = None) -> Cohort:
 
 
 def find_known(root: Path, *, exclude: Path | None = None) -> Cohort:
-    """The scans of a data folder or case folder to learn from, each with the hole of which the truth is not known.
+    """The training scans of a data folder or case folder, each with the region without healthy ground truth.
 
-    `exclude` is a folder below `root` of which nothing is read. A case without any mask carries a fatal problem.
+    `exclude` is a folder below `root` to leave out. A case without any mask carries a fatal problem.
 
     Raises:
         DataError: nothing there, or neither whole nor voided scans.
     """
     listing = _list(Path(root), exclude)
     files = []
-    for (case_id, folder), found in _sort(listing.volumes).items():
+    for (case_id, folder), found in _by_case(listing.volumes).items():
         image = _WHOLE if _WHOLE in found else _VOIDED
         hole = _UNHEALTHY if image == _WHOLE and _UNHEALTHY in found else _MASK
         files += [
@@ -82,7 +82,7 @@ def find_known(root: Path, *, exclude: Path | None = None) -> Cohort:
 
 
 def _list(root: Path, exclude: Path | None) -> Listing:
-    """The files below a folder; of one file those of its case beside it."""
+    """The files below a folder; for one file, those of its case in the same folder."""
     if not root.is_file():
         return list_images(root, exclude)
     match = _NAME.match(bare_name(root))
@@ -94,17 +94,13 @@ def _list(root: Path, exclude: Path | None) -> Listing:
             remedy="Give the holes of other scans by a mask of their own",
         )
     listing = list_images(root)
-    beside = (path for path in listing.root.glob("[!.]*") if suffix_of(path) in VOLUME_SUFFIXES)
-    return replace(listing, volumes=tuple(sorted(path for path in beside if _case_of(path) == match["case"])))
+    volumes = [path for path in list_folder(listing.root)[1] if suffix_of(path) in VOLUME_SUFFIXES]
+    own = [path for path in volumes if (other := _NAME.match(bare_name(path))) and other["case"] == match["case"]]
+    return replace(listing, volumes=tuple(own))
 
 
-def _case_of(path: Path) -> str | None:
-    match = _NAME.match(bare_name(path))
-    return match["case"] if match else None
-
-
-def _sort(paths: Iterable[Path]) -> Mapping[tuple[str, Path], dict[str, ImageFile]]:
-    """The files of each case and folder by their ending; of two with one ending (.nii and .nii.gz) the first."""
+def _by_case(paths: Iterable[Path]) -> Mapping[tuple[str, Path], dict[str, ImageFile]]:
+    """The files of each case and folder by kind; the first one where two differ in suffix only (.nii and .nii.gz)."""
     cases: dict[tuple[str, Path], dict[str, ImageFile]] = defaultdict(dict)
     for path in paths:
         if match := _NAME.match(bare_name(path)):
@@ -121,11 +117,11 @@ def _as_cohort(listing: Listing, files: Iterable[FoundFile], nothing: str) -> Co
             expected=_EXPECTED,
             remedy="Give the holes of other scans by a mask of their own",
         )
-    checked = [case if case.label is not None else _without_mask(case) for case in cases]
-    return build_cohort(listing, SYNTHESIS_LAYOUT, checked, SchemeChoice(HOLE_SCHEME), problems=problems)
+    cases = [case if case.label is not None else _with_missing_mask(case) for case in cases]
+    return build_cohort(listing, SYNTHESIS_LAYOUT, cases, SchemeChoice(HOLE_SCHEME), problems=problems)
 
 
-def _without_mask(case: Case) -> Case:
+def _with_missing_mask(case: Case) -> Case:
     image = next(iter(case.images.values())).path
     problem = Problem(str(image.parent), f"case {case.id} has no mask", f"Add {case.id}-mask.nii.gz, 1 in the hole")
     return replace(case, problems=(*case.problems, problem))
