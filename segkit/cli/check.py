@@ -179,8 +179,8 @@ def _estimate(cohort: Cohort, config: TrainConfig | None, memory: str | None) ->
     if config is None or labelled.scheme is None or not labelled.cases:
         return None
     from segkit.errors import SegkitError
-    from segkit.preparing.plan import estimate_training
     from segkit.runtime import pick_device
+    from segkit.training.estimate import estimate_training
     from segkit.training.planned import memory_to_plan_for, planning_request
 
     request = planning_request(config, -(-len(labelled.cases) // config.data.folds))

@@ -1,7 +1,7 @@
 """From a data fingerprint and a memory budget to a plan: spacing, normalisation, patch, strides, batch, memory mode.
 
-Whatever the user has chosen stays; each choice made here carries a sentence that says why. `rules` has the
-rules, `memory` says what a choice costs.
+What the user has chosen stays. Each choice made here comes with a sentence that says why. `plan_rules` has the rules,
+`memory` counts what a choice costs.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 from segkit.config import Config
 from segkit.errors import RequestError
 from segkit.labels import LabelScheme, outputs_of
-from segkit.preparing.fingerprint import Fingerprint, take_fingerprint
+from segkit.preparing.candidate_network import CandidateNetwork
+from segkit.preparing.fingerprint import Fingerprint
 from segkit.preparing.memory import StepCost, Volumes, estimate_memory_gb
-from segkit.preparing.network_cost import PlannedNetwork, seconds_of, trial_step, trial_window
 from segkit.preparing.plan_rules import (
     Shape,
     choose_mirror_axes,
@@ -35,7 +35,6 @@ from segkit.preparing.plan_rules import (
 )
 from segkit.preparing.preprocessing import PreprocessingConfig
 from segkit.preparing.resampling import resampled_shape
-from segkit.reading.case import Cohort
 
 _MEMORY_MODES: tuple[dict[str, object], ...] = (
     {"mode": "plain"},
@@ -72,7 +71,12 @@ class PlanningRequest:
     validations: int = 1
     validation_cases: int = 1
     shards: int = 1
-    """Processes among which the weights, and all that is kept for them, are shared."""
+    """Number of processes that share the weights, their gradients and the optimiser state."""
+
+    def network(self, fingerprint: Fingerprint, scheme: LabelScheme) -> CandidateNetwork:
+        """The network that is asked for, for these data."""
+        channels = len(fingerprint.modalities)
+        return CandidateNetwork(self.family, self.size, dict(self.arguments), channels, scheme, fingerprint.dims)
 
 
 class Plan(Config):
@@ -89,15 +93,6 @@ class Plan(Config):
     memory_gb: float
     """Expected peak in GiB."""
     reasons: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a training run is expected to take: peak memory in GiB and minutes, and the plan behind them."""
-
-    memory_gb: float
-    minutes: float
-    plan: Plan
 
 
 def plan_training(
@@ -129,8 +124,7 @@ def plan_training(
     median: Shape = tuple(np.ceil(np.median(np.array(sizes), axis=0)).astype(int).tolist())
     spacing = preprocessing.spacing_mm or fingerprint.median_spacing_mm
     limits = patch_limits(spacing, request.patch_limit)
-    network = _network(request, request.arguments, scheme, fingerprint)
-    network = network.suited_to(tuple(map(min, median, limits)), spacing)
+    network = request.network(fingerprint, scheme).suited_to(tuple(map(min, median, limits)), spacing)
     volumes = Volumes(
         channels=len(fingerprint.modalities),
         outputs=len(outputs_of(scheme)),
@@ -159,45 +153,6 @@ def plan_training(
     )
 
 
-def estimate_training(
-    cohort: Cohort, scheme: LabelScheme, request: PlanningRequest, memory_gb: float, device: torch.device | None = None
-) -> Estimate:
-    """Look at a cohort, plan, and try one training step and one inference window to tell how long a run will take.
-
-    Raises:
-        DataError: no case can be read.
-        RequestError: see `plan_training`.
-    """
-    fingerprint = take_fingerprint(cohort)
-    plan = plan_training(fingerprint, scheme, request, memory_gb, device)
-    network = _network(request, plan.arguments, scheme, fingerprint)
-    device = device or torch.device("cpu")
-    step_s = seconds_of(trial_step(network, plan.patch_size, plan.batch_size, device))
-    window_s = seconds_of(trial_window(network, plan.patch_size, device))
-    minutes = estimate_minutes(fingerprint, plan, request, step_s, window_s)
-    return Estimate(plan.memory_gb, minutes, plan)
-
-
-def estimate_minutes(
-    fingerprint: Fingerprint,
-    plan: Plan,
-    request: PlanningRequest,
-    seconds_per_step: float,
-    seconds_per_window: float,
-) -> float:
-    """Minutes of a run: preparing all cases, the steps, the validations; or the budget where there is one."""
-    if request.budget_minutes is not None:
-        return request.budget_minutes
-    sizes = prepared_shapes(fingerprint, plan.preprocessing)
-    windows = float(np.mean([_windows(size, plan.patch_size, request.overlap) for size in sizes]))
-    seconds = (
-        fingerprint.cases * fingerprint.seconds_per_case
-        + request.steps * request.accumulate * seconds_per_step
-        + request.validations * request.validation_cases * windows * seconds_per_window
-    )
-    return seconds / 60
-
-
 def prepared_shapes(fingerprint: Fingerprint, preprocessing: PreprocessingConfig) -> list[Shape]:
     """Voxels of each sampled case after preparing."""
     shapes = fingerprint.cropped_shapes if preprocessing.crop == "nonzero" else fingerprint.shapes
@@ -207,24 +162,16 @@ def prepared_shapes(fingerprint: Fingerprint, preprocessing: PreprocessingConfig
     ]
 
 
-def _network(
-    request: PlanningRequest, arguments: Mapping[str, Any], scheme: LabelScheme, fingerprint: Fingerprint
-) -> PlannedNetwork:
-    return PlannedNetwork(
-        request.family, request.size, dict(arguments), len(fingerprint.modalities), scheme, fingerprint.dims
-    )
-
-
 @dataclass(frozen=True)
 class _Choice:
-    network: PlannedNetwork
+    network: CandidateNetwork
     patch: Shape
     batch: int
     memory_gb: float
 
 
 def _first_that_fits(
-    network: PlannedNetwork,
+    network: CandidateNetwork,
     request: PlanningRequest,
     median: Shape,
     limits: Shape,
@@ -329,14 +276,6 @@ def _explain(
         sentences.append(f"{added['chunks']} chunks spare transient memory")
     if sentences:
         reasons["network.arguments"] = "; ".join(sentences)
-
-
-def _windows(shape: Shape, patch: Shape, overlap: float) -> int:
-    """Sliding windows over one case."""
-    return math.prod(
-        1 + max(0, math.ceil((size - length) / (length * (1 - overlap))))
-        for size, length in zip(shape, patch, strict=True)
-    )
 
 
 def _times(numbers: Shape) -> str:

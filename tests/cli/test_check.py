@@ -70,7 +70,7 @@ def test_estimate_comes_from_planning(
         asked.append((len(cohort.cases), scheme.name, request.family, request.validation_cases, memory_gb))
         return SimpleNamespace(memory_gb=3.14159, minutes=12.34)
 
-    monkeypatch.setattr("segkit.preparing.plan.estimate_training", estimate_training)
+    monkeypatch.setattr("segkit.training.estimate.estimate_training", estimate_training)
     for number in range(1, 7):
         _brats(tmp_path, number)
     with pytest.raises(SystemExit):
@@ -91,7 +91,7 @@ def test_estimate_is_for_the_preset_and_settings_asked_for(
         asked.append((request.size, request.steps))
         return SimpleNamespace(memory_gb=1, minutes=2)
 
-    monkeypatch.setattr("segkit.preparing.plan.estimate_training", estimate_training)
+    monkeypatch.setattr("segkit.training.estimate.estimate_training", estimate_training)
     _brats(tmp_path, 1)
     _brats(tmp_path, 2)
     with pytest.raises(SystemExit):

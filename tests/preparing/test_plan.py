@@ -24,8 +24,7 @@ from segkit.preparing.memory import (
     step_bytes,
     window_bytes,
 )
-from segkit.preparing.network_cost import seconds_of
-from segkit.preparing.plan import Plan, PlanningRequest, estimate_minutes, estimate_training, plan_training
+from segkit.preparing.plan import Plan, PlanningRequest, plan_training
 from segkit.preparing.plan_rules import (
     choose_mirror_axes,
     choose_modality_dropout,
@@ -396,40 +395,6 @@ def test_pictures_are_planned_in_two_axes() -> None:
     assert plan.mirror_axes == (0, 1)
     assert plan.reasons["planning.batch_size"].startswith("the limit")
     assert plan.reasons["preprocessing.spacing_mm"] == "pictures have no spacing, and are not resampled"
-
-
-def test_minutes_by_hand() -> None:
-    plan = plan_training(fingerprint((64, 32, 32)), BRATS, TINY, memory_gb=4.0)
-    request = PlanningRequest("revmbunet", steps=120, accumulate=2, validations=3, validation_cases=4, overlap=0.5)
-
-    # 10 cases x 6 s to prepare; 240 batches x 0.5 s; 3 x 4 cases x 3 windows (64 voxels, 32 each, half over) x 1 s
-    assert plan.patch_size == (32, 32, 32)
-    assert estimate_minutes(fingerprint((64, 32, 32)), plan, request, 0.5, 1.0) == pytest.approx((60 + 120 + 36) / 60)
-
-
-def test_a_budget_is_the_estimate() -> None:
-    plan = plan_training(fingerprint(), BRATS, TINY, memory_gb=4.0)
-    request = PlanningRequest("revmbunet", budget_minutes=30)
-
-    assert estimate_minutes(fingerprint(), plan, request, 1e9, 1e9) == 30
-
-
-def test_seconds_of_leaves_the_warm_up_out() -> None:
-    calls: list[int] = []
-
-    assert seconds_of(lambda: calls.append(1), repeats=3) < 0.1
-    assert len(calls) == 4
-
-
-def test_estimate_of_a_cohort(tmp_path: Path) -> None:
-    data = cohort(tmp_path)
-    request = PlanningRequest("revmbunet", "tiny", patch_limit=16, steps=100)
-
-    estimate = estimate_training(data, data.scheme, request, memory_gb=4.0)  # type: ignore[arg-type]
-
-    assert estimate.plan.patch_size == (4, 3, 4)  # what is not 0; too short for any stride
-    assert estimate.memory_gb == estimate.plan.memory_gb
-    assert 0 < estimate.minutes < 10
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,9 @@
-"""The network of a plan before it is trained: what its arguments may be, what a step costs, how long it takes."""
+"""A network that planning considers: which arguments its family can take, and what a training step costs."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,12 +19,12 @@ from segkit.preparing.memory import StepCost, step_cost
 from segkit.preparing.plan_rules import Shape, choose_slice_axis, choose_strides
 
 _COSTS: dict[str, StepCost] = {}
-"""What `PlannedNetwork.cost` has counted, by network, patch and number of threads."""
+"""What `CandidateNetwork.cost` has counted, by network, patch and number of threads."""
 
 
 @dataclass(frozen=True)
-class PlannedNetwork:
-    """A network family with arguments, for data of so many channels, outputs and axes."""
+class CandidateNetwork:
+    """A network family with a size and arguments, for the channels, labels and axes of the data."""
 
     family: str
     size: str | None
@@ -47,13 +46,13 @@ class PlannedNetwork:
 
     @cached_property
     def divisor(self) -> Shape:
-        """What each axis of a patch must be a multiple of."""
+        """The number that each side of a patch must be a multiple of, per axis."""
         with torch.device("meta"):
             divisor: Shape = self.build().divisor  # type: ignore[assignment]
         return divisor
 
     def can_take(self, arguments: Mapping[str, object]) -> bool:
-        """Whether the family has all these arguments with these values, and nobody has set one of them."""
+        """Whether the family has all these arguments with these values, and none of them is set already."""
         if not all(self._is_open(name) for name in arguments):
             return False
         try:
@@ -62,14 +61,14 @@ class PlannedNetwork:
             return False
         return True
 
-    def with_arguments(self, arguments: Mapping[str, object]) -> PlannedNetwork:
+    def with_arguments(self, arguments: Mapping[str, object]) -> CandidateNetwork:
         """The same network with more arguments."""
         return replace(self, arguments={**self.arguments, **arguments})
 
-    def suited_to(self, shape: Shape, spacing_mm: tuple[float, ...]) -> PlannedNetwork:
-        """With the strides, or the axis of the slices, that suit patches of `shape`, where the family lets us choose.
+    def suited_to(self, shape: Shape, spacing_mm: tuple[float, ...]) -> CandidateNetwork:
+        """With the strides, or the slice axis, that suit patches of `shape`, where the family has such an argument.
 
-        Strides that are 2 everywhere stay unsaid: they are every family's own.
+        Strides that are 2 everywhere are not set: they are the default of every family.
         """
         if self._is_open("slice_axis") and self.dims == 3:
             return self.with_arguments({"slice_axis": choose_slice_axis(shape, spacing_mm)})
@@ -85,8 +84,8 @@ class PlannedNetwork:
         return argument in known and argument not in self.arguments
 
     def cost(self, patch: Shape) -> StepCost:
-        """Cost of a step on one patch of a batch; counting takes seconds, so it is done once in a process."""
-        # The threads decide how large the parts are in which a CPU computes a norm.
+        """Cost of a step on a batch of one patch. Counting takes seconds, so each cost is counted once per process."""
+        # The number of threads is part of the key: it sets the size of the parts in which a CPU computes a norm.
         key = repr((self, patch, torch.get_num_threads()))
         if key not in _COSTS:
             shape = (1, self.channels, *patch)
@@ -96,48 +95,3 @@ class PlannedNetwork:
     def loss_function(self) -> SegmentationLoss:
         """The training loss for the label scheme."""
         return SegmentationLoss("sigmoid" if self.scheme.has_regions else "softmax", outputs_of(self.scheme))
-
-
-def trial_step(network: PlannedNetwork, patch: Shape, batch_size: int, device: torch.device) -> Callable[[], None]:
-    """One training step on noise, ready to be timed: forward, loss, backward, Adam."""
-    model, loss = network.build().to(device).train(), network.loss_function().to(device)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    image = torch.randn(batch_size, network.channels, *patch, device=device)
-    labels = torch.zeros(batch_size, *patch, dtype=torch.uint8, device=device)
-
-    def step() -> None:
-        torch.autograd.backward(loss(model(image), labels))
-        optimiser.step()
-        optimiser.zero_grad()
-        _wait_for(device)
-
-    return step
-
-
-def trial_window(network: PlannedNetwork, patch: Shape, device: torch.device) -> Callable[[], None]:
-    """One inference window of noise, ready to be timed."""
-    model = network.build().to(device).eval()
-    image = torch.randn(1, network.channels, *patch, device=device)
-
-    def window() -> None:
-        with torch.inference_mode():
-            model(image)
-        _wait_for(device)
-
-    return window
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds_of(work: Callable[[], object], repeats: int = 2) -> float:
-    """Seconds that `work` takes, the best of `repeats` after one call that warms up."""
-    work()
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return min(times)
