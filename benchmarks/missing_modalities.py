@@ -42,7 +42,8 @@ def main() -> None:
     complete = [case for case in cases if set(modalities) <= set(case.images)]
     if not complete:
         parser.error(f"{arguments.data} has no case with all of {', '.join(modalities)}")
-    print(f"Mean Dice of {len(complete)} cases; modality dropout in training: {predictor.card.modality_dropout:g}\n")
+    dropout = predictor.segmentation.modality_dropout
+    print(f"Mean Dice of {len(complete)} cases; modality dropout in training: {dropout:g}\n")
     names = [output.name for output in predictor.card.outputs if output.label]
     print_row((*modalities, *names))
     print_row((*(":---:",) * len(modalities), *("---:",) * len(names)))
@@ -65,7 +66,7 @@ def score(predictor: Predictor, case: Case, available: Sequence[str]) -> list[fl
     )
     if loaded.labels is None:
         raise ValueError(f"{case.id} has no reference")
-    regions = {output.name: output.members for output in predictor.card.output_list() if output.label}
+    regions = {output.name: output.members for output in predictor.card.outputs if output.label}
     found = dice_by_region(predictor.predict_loaded(loaded).labels, loaded.labels, regions)
     return [1.0 if math.isnan(value) else value for value in found.values()]
 

@@ -120,12 +120,12 @@ def kept_by_crop(predictor: Predictor, case: Case) -> tuple[float, ...]:
     Raises:
         DataError: that image cannot be read.
     """
-    card, first = predictor.card, next(iter(case.images.values()))
-    if card.crop != "nonzero":
-        return (1.0,) * card.dims
+    config, first = predictor.card.preprocessing, next(iter(case.images.values()))
+    if config.crop != "nonzero":
+        return (1.0,) * predictor.card.dims
     volume = read_volume(first.path, first.channel)
-    start, stop = crop_box(np.asarray(volume.array)[None], card.crop)
-    axes = reorientation_to(volume.grid, card.orientation).axes
+    start, stop = crop_box(np.asarray(volume.array)[None], config.crop)
+    axes = reorientation_to(volume.grid, config.orientation).axes
     return tuple((stop[axis] - start[axis]) / volume.grid.shape[axis] for axis in axes)
 
 

@@ -60,7 +60,7 @@ def measure_whole(
             runs["by hand"].append(_by_hand(by_hand, run, case, folder))
             for backend in backends:
                 runs[backend].append(_infer(run, case, folder, backend))
-    outputs = {output.name: output.members for output in load_card(run).output_list() if output.label}
+    outputs = {output.name: output.members for output in load_card(run).outputs if output.label}
     yield _row("by hand", runs["by hand"], runs["by hand"], outputs)
     yield _row(f"{backends[0]}, cold", [cold], runs["by hand"][:1], outputs)
     for backend in backends:

@@ -55,9 +55,28 @@ Name = Annotated[str, AfterValidator(_is_shown)]
 LabelValue = Annotated[int, Field(ge=0, le=255)]
 Sha256 = Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]
 Size = Annotated[int, Field(ge=1, le=65536)]
+Context = Literal["none", "hole", "mirror"]
 
 
-class NetworkCard(Config):
+_UNUSED: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
+"""Values by which a card says that a model does without something."""
+
+
+class CardPart(Config):
+    """A part of the card. An unknown key, such as a later version adds, is ignored where its value is unused.
+
+    With any other value, a later version may compute the model in another way: the card is refused.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ignore_unused(cls, document: Any) -> Any:
+        if not isinstance(document, dict):
+            return document
+        return {key: value for key, value in document.items() if key in cls.model_fields or value not in _UNUSED}
+
+
+class NetworkCard(CardPart):
     """The network to build: a family and size of `segkit models`, its channels and its other arguments."""
 
     family: str
@@ -67,7 +86,7 @@ class NetworkCard(Config):
     arguments: Annotated[dict[str, Any], AfterValidator(_is_of_modest_size)] = Field(default_factory=dict)
 
 
-class OutputCard(Config):
+class OutputCard(CardPart):
     """One output: its name, the label value it paints, the label values it covers (empty: only `label`)."""
 
     name: Name
@@ -75,7 +94,7 @@ class OutputCard(Config):
     members: tuple[LabelValue, ...] = ()
 
 
-class SchemeCard(Config):
+class SchemeCard(CardPart):
     """The label scheme of the training data: tissue names with their values, background left out."""
 
     name: Name
@@ -93,7 +112,7 @@ class TrainingData(Config):
     cases: int = 0
 
 
-class GraphCard(Config):
+class GraphCard(CardPart):
     """One ONNX file of an export: one window in, logits out."""
 
     file: FileName
@@ -109,7 +128,7 @@ class GraphCard(Config):
     """Whether `--backend auto` may take it: fast enough and true enough. The fp32 graph always is."""
 
 
-class ExportCard(Config):
+class ExportCard(CardPart):
     """What `segkit export` wrote beside the card, and how it was checked."""
 
     opset: int
@@ -123,7 +142,7 @@ Part = Literal["component", "total"]
 """Each connected component by itself (voxels that touch at a corner are connected), or a region as a whole."""
 
 
-class SizeRule(Config):
+class SizeRule(CardPart):
     """What of one output is too small to be believed, and what not believing it did on the validation cases."""
 
     output: str
@@ -135,7 +154,7 @@ class SizeRule(Config):
     """Mean Dice of the output, and of those inside it, before and after."""
 
 
-class PostprocessingCard(Config):
+class PostprocessingCard(CardPart):
     """Rules applied to a label map one after the other; `segkit.inference.postprocessing` applies them."""
 
     rules: tuple[SizeRule, ...]
@@ -144,11 +163,57 @@ class PostprocessingCard(Config):
     """Validation cases that the rules were chosen on."""
 
 
-class ModelCard(Config):
+class PreprocessingCard(PreprocessingConfig):
+    """How a case is prepared for the network; nothing is left to planning."""
+
+    spacing_mm: tuple[Annotated[float, Field(ge=1e-3, le=1e3)], ...] | None = None
+    orientation: str = Field(default="RAS", pattern="^[RLAPSIJKrlapsijk]{3}$")
+    normalisation: Normalisation = "zscore-nonzero"
+    crop: Crop = "nonzero"
+
+
+class SegmentationCard(CardPart):
+    """How logits become a label map, and how the training prepared the network for it."""
+
+    mirror_axes: tuple[int, ...] | None = None
+    """Axes that training mirrored, which test-time mirroring may use; null means all of them."""
+    activation: Literal["sigmoid", "softmax"]
+    outputs: tuple[OutputCard, ...] = ()
+    """In painting order."""
+    label_scheme: SchemeCard
+    """The label scheme in which the outputs are defined."""
+    postprocessing: PostprocessingCard | None = None
+    """What is removed from a label map, chosen on the validation cases; null removes nothing."""
+    modality_dropout: float = 0.0
+    """Part of the training patches that lacked a modality; where it is 0, the network never was without one."""
+
+    @model_validator(mode="after")
+    def _paints_known_labels(self) -> SegmentationCard:
+        unknown = {output.label for output in self.outputs} - {0, *self.label_scheme.labels.values()}
+        if unknown:
+            raise ValueError(f"outputs paint {sorted(unknown)}, for which label_scheme has no names")
+        return self
+
+
+class InpaintingCard(CardPart):
+    """What an inpainting network is given besides the image, see `ModelCard.input_channels`."""
+
+    context: Context = "none"
+
+
+PARTS: dict[str, type[Config]] = {
+    "preprocessing": PreprocessingCard,
+    "segmentation": SegmentationCard,
+    "inpainting": InpaintingCard,
+}
+"""Parts of the card whose keys lie beside each other in `model.json`."""
+
+
+class ModelCard(CardPart):
     """The contents of `model.json`: everything needed to use the weights beside it.
 
     Sizes and patches are in voxels, spacings in mm, both in the axis order of `segkit.shapes` after orientation.
-    `activation`, `outputs` and `label_scheme` belong to segmentation only, `context` to inpainting.
+    The file has the keys of the parts `preprocessing`, `segmentation` and `inpainting` beside the others.
     """
 
     task: Literal["segmentation", "pretraining", "inpainting"] = "segmentation"
@@ -161,25 +226,12 @@ class ModelCard(Config):
     """Fraction of a window shared with its neighbour."""
     divisor: tuple[Size, ...]
     """The network takes sizes that are multiples of this."""
-    spacing_mm: tuple[Annotated[float, Field(ge=1e-3, le=1e3)], ...] | None = None
-    """Grid on which the network works; null keeps the spacing of the source."""
-    orientation: str = Field(default="RAS", pattern="^[RLAPSIJKrlapsijk]{3}$")
-    normalisation: Normalisation = "zscore-nonzero"
-    ct_window: tuple[float, float] | None = None
-    ct_mean: float | None = None
-    ct_std: float | None = None
-    crop: Crop = "nonzero"
-    mirror_axes: tuple[int, ...] | None = None
-    """Axes that training mirrored, which test-time mirroring may use; null means all of them."""
-    context: Literal["none", "hole", "mirror"] = "none"
-    """What an inpainting network is given besides the image, see `input_channels`."""
-    activation: Literal["sigmoid", "softmax"] | None = None
-    outputs: tuple[OutputCard, ...] = ()
-    label_scheme: SchemeCard | None = None
-    postprocessing: PostprocessingCard | None = None
-    """What is removed from a label map, chosen on the validation cases; null removes nothing."""
-    modality_dropout: float = 0.0
-    """Part of the training patches that lacked a modality; where it is 0, the network never was without one."""
+    preprocessing: PreprocessingCard
+    """`spacing_mm` is the grid on which the network works; null keeps the spacing of the source."""
+    segmentation: SegmentationCard | None = None
+    """None for the other tasks."""
+    inpainting: InpaintingCard | None = None
+    """None for the other tasks."""
     versions: dict[str, str] = Field(default_factory=dict)
     sha256: Sha256 = ""
     """Digest of `model.safetensors`."""
@@ -187,21 +239,37 @@ class ModelCard(Config):
     """The ONNX files beside the card, where `segkit export` wrote it."""
     training_data: TrainingData
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sort_into_parts(cls, document: Any) -> Any:
+        """The keys of `model.json` in the parts that the task has; those of other tasks are left out."""
+        if not isinstance(document, dict):
+            return document
+        in_parts = dict(document)
+        for name, part in PARTS.items():
+            if isinstance(document.get(name), Config):
+                continue
+            if document.get(name) is not None:
+                raise ValueError(f"`{name}` is not a key of a model card")
+            keys = {key: in_parts.pop(key) for key in part.model_fields if key in document}
+            is_used = name != "segmentation" or any(value not in _UNUSED for value in keys.values())
+            if is_used and name in ("preprocessing", document.get("task", "segmentation")):
+                in_parts[name] = keys
+        return in_parts
+
     @model_validator(mode="after")
     def _agrees(self) -> ModelCard:
         for key, values in {"patch_size": self.patch_size, "divisor": self.divisor}.items():
             if values and len(values) != self.dims:  # of a network that is yet to be built, sizes are not known
                 raise ValueError(f"{key} has {len(values)} values for {self.dims} axes")
-        if self.spacing_mm is not None and len(self.spacing_mm) not in (self.dims, 3):  # slices of a volume have 3
-            raise ValueError(f"spacing_mm has {len(self.spacing_mm)} values for {self.dims} axes")
+        spacing_mm = self.preprocessing.spacing_mm
+        if spacing_mm is not None and len(spacing_mm) not in (self.dims, 3):  # slices of a volume have 3
+            raise ValueError(f"spacing_mm has {len(spacing_mm)} values for {self.dims} axes")
         if prod(self.patch_size) > _LARGEST_PATCH_VOXELS:
             raise ValueError(f"patches of {self.patch_size} voxels are too large for any machine")
-        if self.mirror_axes and not set(self.mirror_axes) <= set(range(self.dims)):
-            raise ValueError(f"mirror_axes are {self.mirror_axes} of {self.dims} axes")
-        if self.label_scheme is not None:
-            unknown = {output.label for output in self.outputs} - {0, *self.label_scheme.labels.values()}
-            if unknown:
-                raise ValueError(f"outputs paint {sorted(unknown)}, for which label_scheme has no names")
+        mirror_axes = None if self.segmentation is None else self.segmentation.mirror_axes
+        if mirror_axes and not set(mirror_axes) <= set(range(self.dims)):
+            raise ValueError(f"mirror_axes are {mirror_axes} of {self.dims} axes")
         return self
 
     @property
@@ -210,19 +278,19 @@ class ModelCard(Config):
 
         Those of the image; for an inpainting network then the hole, and the mirrored image with where it is known.
         """
-        return self.network.in_channels + {"none": 0, "hole": 1, "mirror": 2 + self.network.in_channels}[self.context]
+        channels = self.network.in_channels
+        return channels + {"none": 0, "hole": 1, "mirror": 2 + channels}[self.context]
 
-    def preprocessing(self) -> PreprocessingConfig:
-        """How a case is prepared for this network."""
-        return PreprocessingConfig(
-            spacing_mm=self.spacing_mm,
-            orientation=self.orientation,
-            normalisation=self.normalisation,
-            ct_window=self.ct_window,
-            ct_mean=self.ct_mean,
-            ct_std=self.ct_std,
-            crop=self.crop,
-        )
+    @property
+    def context(self) -> Context:
+        """What the network is given besides the image; "none" unless the task is inpainting."""
+        return "none" if self.inpainting is None else self.inpainting.context
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """The outputs in painting order; none unless the task is segmentation."""
+        outputs = () if self.segmentation is None else self.segmentation.outputs
+        return tuple(Output(output.name, output.label, output.members or (output.label,)) for output in outputs)
 
     def scheme(self) -> LabelScheme:
         """The label scheme in which the outputs are defined.
@@ -230,22 +298,37 @@ class ModelCard(Config):
         Raises:
             CheckpointError: the task is not segmentation.
         """
-        if self.label_scheme is None:
-            raise CheckpointError(f"a {self.task} model has no label scheme", expected="a segmentation model")
-        return scheme_from_json(self.label_scheme.model_dump())
+        return scheme_from_json(self._segmentation().label_scheme.model_dump())
 
-    def output_list(self) -> tuple[Output, ...]:
-        """The outputs in painting order."""
-        return tuple(Output(output.name, output.label, output.members or (output.label,)) for output in self.outputs)
+    def with_postprocessing(self, rules: PostprocessingCard | None) -> ModelCard:
+        """The card with other rules for its label maps.
+
+        Raises:
+            CheckpointError: the task is not segmentation.
+        """
+        segmentation = self._segmentation().model_copy(update={"postprocessing": rules})
+        return self.model_copy(update={"segmentation": segmentation})
+
+    def _segmentation(self) -> SegmentationCard:
+        if self.segmentation is None:
+            raise CheckpointError(f"a {self.task} model has no label scheme", expected="a segmentation model")
+        return self.segmentation
 
     def to_json(self) -> dict[str, Any]:
         """The document written as `model.json`."""
-        document = self.model_dump(mode="json")
-        if self.export is None:
-            del document["export"]
-        if self.task != "inpainting":
-            del document["context"]
-        if self.task != "segmentation":
-            for key in ("activation", "outputs", "label_scheme", "postprocessing"):
-                del document[key]
+        unused: dict[str, Any] = {"mirror_axes": None}
+        if self.task == "segmentation":
+            unused |= {"activation": None, "outputs": [], "label_scheme": None, "postprocessing": None}
+        elif self.task == "inpainting":
+            unused["context"] = self.context
+        unused["modality_dropout"] = 0.0
+        document: dict[str, Any] = {}
+        for key, value in self.model_dump(mode="json", exclude={"inpainting"}).items():
+            if key == "preprocessing":
+                crop = value.pop("crop")
+                document |= {**value, "crop": crop}
+            elif key == "segmentation":
+                document |= value or unused
+            elif key != "export" or value is not None:
+                document[key] = value
         return document

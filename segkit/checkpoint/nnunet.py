@@ -13,7 +13,15 @@ from typing import Any
 
 from torch import Tensor
 
-from segkit.checkpoint.card import ModelCard, NetworkCard, OutputCard, SchemeCard, TrainingData
+from segkit.checkpoint.card import (
+    ModelCard,
+    NetworkCard,
+    OutputCard,
+    PreprocessingCard,
+    SchemeCard,
+    SegmentationCard,
+    TrainingData,
+)
 from segkit.checkpoint.nnunet_plans import MISFITS, ResultPlan, not_understood, read_plan
 from segkit.checkpoint.tensors import named_tensors, read_torch
 from segkit.errors import CheckpointError, DataError
@@ -105,13 +113,15 @@ def _make_card(path: Path) -> ModelCard:
         modalities=modalities,
         patch_size=plan.patch_size,
         divisor=tuple(prod(axis) for axis in zip(*plan.strides, strict=True)),
-        spacing_mm=plan.spacing_mm,
-        orientation=plan.orientation,
-        crop="nonzero",
-        mirror_axes=plan.mirror_axes,
-        activation="softmax" if outputs[0].label == 0 else "sigmoid",
-        outputs=outputs,
-        label_scheme=SchemeCard(name=scheme.name, labels=dict(scheme.values)),
+        preprocessing=PreprocessingCard(
+            spacing_mm=plan.spacing_mm, orientation=plan.orientation, crop="nonzero", **_normalisation(plan, path)
+        ),
+        segmentation=SegmentationCard(
+            mirror_axes=plan.mirror_axes,
+            activation="softmax" if outputs[0].label == 0 else "sigmoid",
+            outputs=outputs,
+            label_scheme=SchemeCard(name=scheme.name, labels=dict(scheme.values)),
+        ),
         versions={"nnunet": str(plan.version), "trainer": plan.trainer},
         sha256=file_sha256(path),
         training_data=TrainingData(
@@ -119,7 +129,6 @@ def _make_card(path: Path) -> ModelCard:
             licence=str(plan.dataset.get("licence") or plan.dataset.get("license") or "") or None,
             cases=int(plan.dataset.get("numTraining") or 0),
         ),
-        **_normalisation(plan, path),
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from segkit.checkpoint.card import ModelCard
+from segkit.checkpoint.card import PARTS, ModelCard, SegmentationCard
 from segkit.errors import CheckpointError, RequestError
 
 CARD_NAME = "model.json"
@@ -39,8 +39,8 @@ def load_card(run_dir: Path) -> ModelCard:
     raise CheckpointError(f"holds no {CARD_NAME}", where=run_dir, expected=RUN_FOLDER, remedy=remedy)
 
 
-def require_segmentation(card: ModelCard, where: Path | None = None) -> None:
-    """Refuse a model that paints no masks.
+def require_segmentation(card: ModelCard, where: Path | None = None) -> SegmentationCard:
+    """The part of the card that says how masks are made.
 
     Raises:
         RequestError: it was made by another task, or its card does not say how it paints.
@@ -52,8 +52,9 @@ def require_segmentation(card: ModelCard, where: Path | None = None) -> None:
             expected="a segmentation model of `segkit train`",
             remedy="Give its encoder to `segkit train --weights`",
         )
-    if card.activation is None or card.label_scheme is None:
+    if card.segmentation is None:
         raise RequestError(f"{CARD_NAME} lacks `activation` or `label_scheme`", where=where, remedy="Train again")
+    return card.segmentation
 
 
 def model_folders(path: Path) -> list[Path]:
@@ -92,10 +93,16 @@ def _read_card(path: Path) -> ModelCard:
     try:
         card = ModelCard.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        details = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'document'}: {e['msg']}" for e in error.errors())
+        details = "; ".join(f"{_key(problem['loc'])}: {problem['msg']}" for problem in error.errors())
         found = f"is not a model card this version can read ({details})"
         remedy = "Use the version of segkit that wrote it, or train again"
         raise CheckpointError(found, where=path, remedy=remedy) from error
     if not card.patch_size or not card.divisor:
         raise CheckpointError("does not say of what size patches are", where=path, expected="patch_size and divisor")
     return card
+
+
+def _key(location: tuple[int | str, ...]) -> str:
+    """The key of `model.json` that a part of the card was made from."""
+    keys = location[1:] if location and location[0] in PARTS else location
+    return ".".join(map(str, keys)) or "document"

@@ -63,7 +63,7 @@ class MeasuringCases:
     def mean_dice(self, predictors: Sequence[Predictor]) -> list[float]:
         """Mean Dice of each predictor over cases and outputs; NaN where no case has a reference."""
         card = predictors[0].card
-        regions = {output.name: output.members for output in card.output_list() if output.label}
+        regions = {output.name: output.members for output in card.outputs if output.label}
         scores: list[list[float]] = [[] for _ in predictors]
         for loaded in self.loaded(predictors[0]):
             if loaded.labels is None:

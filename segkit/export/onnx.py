@@ -164,7 +164,7 @@ def _export(folder: Path, card: ModelCard, target: Path, settings: ExportSetting
     write_graph(network, path, card.input_channels, card.patch_size)
     backends = [open_graph(path, name) for name in installed_backends()]
     real = [] if cases is None else cases.windows(Predictor(reference, card), _CALIBRATION_WINDOWS)
-    if card.activation is None:
+    if card.segmentation is None:
         holed = windows_with_holes(card.network.in_channels, card.context, card.patch_size, _HOLED_WINDOWS)
         windows = [window.stacked for window in holed]
         expected = [reference(window) for window in windows]
@@ -173,7 +173,9 @@ def _export(folder: Path, card: ModelCard, target: Path, settings: ExportSetting
         noise = random_windows(len(card.modalities), card.patch_size, _RANDOM_WINDOWS)
         windows = [*real[:_REAL_WINDOWS], *noise]
         expected = [reference(window) for window in windows]
-        compared = [check_parity(network, backend, windows, expected, card.activation) for backend in backends]
+        compared = [
+            check_parity(network, backend, windows, expected, card.segmentation.activation) for backend in backends
+        ]
     parity = {backend.name: result.to_json() for backend, result in zip(backends, compared, strict=True)}
     seconds = seconds_per_window([reference, *backends], windows[0])
     graphs = [_graph_card(path, "fp32", dict(zip(parity, seconds[1:], strict=True)))]

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -75,13 +75,14 @@ class Predictor:
     def __init__(
         self, backend: Backend, card: ModelCard, *, uses_tta: bool = False, uses_postprocessing: bool = True
     ) -> None:
-        require_segmentation(card)
+        segmentation = require_segmentation(card)
         self.backend = backend
         self.card = card
         self.uses_tta = uses_tta
-        self.rules = card.postprocessing if uses_postprocessing else None
+        self.rules = segmentation.postprocessing if uses_postprocessing else None
         self.scheme = card.scheme()
-        self.activation = cast(Activation, card.activation)
+        self.activation: Activation = segmentation.activation
+        self.segmentation = segmentation
         self.window = card.patch_size
         self._reopen: Callable[[tuple[int, ...]], Backend] | None = None
 
@@ -136,7 +137,7 @@ class Predictor:
         """Tells one way of predicting from another: short digests of the weights, mirroring, rules left out."""
         parts = sorted(digest[:16] for digest in self.digests)
         parts += ["tta"] * self.uses_tta
-        parts += ["unprocessed"] * (self.rules is None and self.card.postprocessing is not None)
+        parts += ["unprocessed"] * (self.rules is None and self.segmentation.postprocessing is not None)
         return "+".join(parts)
 
     def __call__(self, scan: Scan, *, with_probabilities: bool = False) -> Prediction:
@@ -175,7 +176,7 @@ class Predictor:
                 expected=f"{kinds[self.card.dims]}, as this model was trained on",
                 remedy="Choose another model, or convert the images",
             )
-        return prepare(loaded, self.card.preprocessing())
+        return prepare(loaded, self.card.preprocessing)
 
     def shrink(self) -> bool:
         """Go on with windows of half the size along their longest axis, which take less memory; False at the end.
@@ -199,8 +200,8 @@ class Predictor:
 
     def prepared_shape(self, grid: Grid) -> tuple[int, ...]:
         """Voxels per axis of a case of this grid once it is prepared, if nothing is cropped."""
-        turned = reoriented_grid(grid, reorientation_to(grid, self.card.orientation))
-        return resampled_shape(turned.shape, turned.spacing_mm, self.card.spacing_mm)
+        turned = reoriented_grid(grid, reorientation_to(grid, self.card.preprocessing.orientation))
+        return resampled_shape(turned.shape, turned.spacing_mm, self.card.preprocessing.spacing_mm)
 
     def plan(self, shape: Sequence[int], axis: int | None = None) -> WindowPlan:
         """The windows over a prepared volume (*spatial)."""
@@ -219,7 +220,7 @@ class Predictor:
             return decode(slabs, preparation, self.activation, self.values(scheme))
         labels = decode(slabs, preparation, self.activation, self.values(self.scheme))
         spacing_mm = preparation.source_grid.spacing_mm
-        labels = postprocess(labels, spacing_mm, self.card.output_list(), self.rules)
+        labels = postprocess(labels, spacing_mm, self.card.outputs, self.rules)
         return labels if scheme == self.scheme else translate(labels, self.scheme, scheme)
 
     def label_prepared(self, prepared: PreparedCase) -> LabelMap:
@@ -229,12 +230,12 @@ class Predictor:
 
     def values(self, scheme: LabelScheme) -> tuple[int, ...]:
         """What each output paints in the values of `scheme`."""
-        return tuple(painted_values(self.card.output_list(), self.scheme, scheme))
+        return tuple(painted_values(self.card.outputs, self.scheme, scheme))
 
     def can_paint(self, scheme: LabelScheme) -> bool:
         """Whether `scheme` has a value for every tissue that this model paints."""
         table = translation(self.scheme, scheme)
-        return all(table[output.label] for output in self.card.output_list() if output.label)
+        return all(table[output.label] for output in self.card.outputs if output.label)
 
     def _noted(self, slabs: Iterator[Slab], maps: Maps) -> Iterator[Slab]:
         for slab in slabs:
@@ -245,7 +246,8 @@ class Predictor:
         """The axes of *spatial along which inputs are mirrored and logits averaged; none without `uses_tta`."""
         if not self.uses_tta:
             return ()
-        return tuple(range(self.card.dims)) if self.card.mirror_axes is None else self.card.mirror_axes
+        trained = self.segmentation.mirror_axes
+        return tuple(range(self.card.dims)) if trained is None else trained
 
     def _load(self, scan: Scan) -> LoadedCase:
         if isinstance(scan, Volume):
@@ -281,7 +283,7 @@ class Ensemble(Predictor):
         first = members[0]
         super().__init__(first.backend, first.card, uses_tta=first.uses_tta)
         self.members = tuple(members)
-        self.rules = agreed_rules([member.rules for member in members], self.card.output_list())
+        self.rules = agreed_rules([member.rules for member in members], self.card.outputs)
 
     @property
     def digests(self) -> list[str]:
@@ -342,7 +344,8 @@ def check_agreement(cards: Sequence[ModelCard], names: Sequence[object]) -> None
         RequestError: two cards differ in what an ensemble must share, all differences named.
     """
     for card, name in zip(cards[1:], names[1:], strict=True):
-        different = [key for key in _SHARED_BY_MEMBERS if getattr(card, key) != getattr(cards[0], key)]
+        found, expected = card.to_json(), cards[0].to_json()
+        different = [key for key in _SHARED_BY_MEMBERS if found[key] != expected[key]]
         if different:
             raise RequestError(
                 f"differs from {names[0]} in {', '.join(different)}",

@@ -94,7 +94,7 @@ class InpaintingPredictor:
             )
         if not hole.any():
             return image.copy()
-        turn = reorientation_to(grid, self.card.orientation)
+        turn = reorientation_to(grid, self.card.preprocessing.orientation)
         missing = turn.apply(hole)
         known = np.where(missing, np.float32(0), turn.apply(image))
         start, stop = crop_box(np.concatenate((known, missing[None])), "nonzero")
@@ -114,7 +114,7 @@ class InpaintingPredictor:
     def _fill_at_spacing(self, image: Image, missing: Hole, spacing_mm: Sequence[float]) -> Image:
         """The same on the grid that the network learnt on."""
         shape = image.shape[1:]
-        target = resampled_shape(shape, spacing_mm, self.card.spacing_mm)
+        target = resampled_shape(shape, spacing_mm, self.card.preprocessing.spacing_mm)
         if target == shape:
             return self._fill_prepared(image, missing)
         share = resample_image(missing[None].astype(np.float32), target)[0]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from segkit.checkpoint.card import ModelCard
+from segkit.checkpoint.card import InpaintingCard, ModelCard
 from segkit.errors import RequestError
 from segkit.inpainting.config import InpaintingConfig
 from segkit.inpainting.dataset import HoleDataset, HoleRules
@@ -153,7 +153,8 @@ def _card(config: InpaintingConfig, cohorts: Sequence[SplitCohort]) -> ModelCard
     network, names = config.network, cohorts[0].cohort.modalities
     card = first_card("inpainting", network, cohorts, names, config.dims or 3, config.method)
     usual = "hole" if network.family == "generator" else "none"
-    return card.model_copy(update={"context": network.arguments.get("context", usual)})
+    part = InpaintingCard().model_copy(update={"context": network.arguments.get("context", usual)})
+    return card.model_copy(update={"inpainting": part})
 
 
 def _build_task(

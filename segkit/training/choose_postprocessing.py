@@ -103,9 +103,9 @@ def settle_postprocessing(
         cases are those it was chosen on, so the scores flatter it a little.
     """
     card = load_card(run)
-    outputs = card.output_list()
+    outputs = card.outputs
     chosen = choose_postprocessing(scored, outputs) if is_wanted else None
-    _write_card(run, card.model_copy(update={"postprocessing": chosen}))
+    _write_card(run, card.with_postprocessing(chosen))
     if chosen is None:
         return None
     for rule in chosen.rules:

@@ -15,9 +15,17 @@ from pathlib import Path
 
 from torch import nn
 
-from segkit.checkpoint.card import ModelCard, NetworkCard, OutputCard, SchemeCard, TrainingData
+from segkit.checkpoint.card import (
+    ModelCard,
+    NetworkCard,
+    OutputCard,
+    PreprocessingCard,
+    SchemeCard,
+    SegmentationCard,
+    TrainingData,
+)
 from segkit.checkpoint.model import load_model
-from segkit.checkpoint.run_folder import load_card
+from segkit.checkpoint.run_folder import load_card, require_segmentation
 from segkit.errors import DataError
 from segkit.inference.backends import TorchBackend
 from segkit.inference.predictor import Predictor
@@ -154,16 +162,18 @@ def _card(planned: PlannedRun) -> ModelCard:
         patch_size=config.planning.patch_size or (),
         overlap=config.overlap,
         divisor=(),
-        activation="sigmoid" if scheme.has_regions else "softmax",
-        outputs=tuple(OutputCard(name=o.name, label=o.label, members=o.members) for o in outputs),
-        label_scheme=SchemeCard(name=scheme.name, labels=dict(scheme.values)),
-        mirror_axes=config.augmentation.mirror_axes,
-        modality_dropout=(config.augmentation.modality_dropout or 0.0) if config.augmentation.enabled else 0.0,
+        preprocessing=PreprocessingCard(**config.preprocessing.model_dump()),
+        segmentation=SegmentationCard(
+            mirror_axes=config.augmentation.mirror_axes,
+            activation="sigmoid" if scheme.has_regions else "softmax",
+            outputs=tuple(OutputCard(name=o.name, label=o.label, members=o.members) for o in outputs),
+            label_scheme=SchemeCard(name=scheme.name, labels=dict(scheme.values)),
+            modality_dropout=(config.augmentation.modality_dropout or 0.0) if config.augmentation.enabled else 0.0,
+        ),
         versions=environment(),
         training_data=TrainingData(
             identity=f"{cohort.layout}: {cohort.root.name}", licence=cohort.licence, cases=len(planned.training_ids)
         ),
-        **{name: value for name, value in config.preprocessing.model_dump().items() if name in ModelCard.model_fields},
     )
 
 
@@ -270,7 +280,7 @@ def _build_task(
     return SegmentationTask(
         model=network,
         card=card,
-        loss_function=SegmentationLoss(card.activation or "sigmoid", outputs_of(planned.scheme), config.loss),
+        loss_function=SegmentationLoss(require_segmentation(card).activation, outputs_of(planned.scheme), config.loss),
         patches=PatchDataset(
             StoredCases([folders[case_id] for case_id in planned.training_ids if case_id in folders]),
             card.patch_size,
@@ -296,9 +306,9 @@ def _score(planned: PlannedRun, case_ids: Sequence[str]) -> tuple[CaseDice, Case
     The second is that with the post-processing which is then chosen on them and written in the card, None without any.
     """
     run = planned.request.run
-    card = load_card(run).model_copy(update={"postprocessing": None})  # a resumed run has chosen one already
+    card = load_card(run).with_postprocessing(None)  # a resumed run has chosen one already
     predictor = Predictor(TorchBackend(load_model(run, planned.request.device), planned.request.device), card)
-    regions = {output.name: output.members for output in card.output_list() if output.label != 0}
+    regions = {output.name: output.members for output in card.outputs if output.label != 0}
     names = {value: tissue for tissue, value in planned.scheme.values.items()}
 
     def score(numbered: tuple[int, Case]) -> tuple[CaseDice, ScoredCases]:

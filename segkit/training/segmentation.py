@@ -84,7 +84,7 @@ class SegmentationTask:
         save_model(run, weights, self.card.model_copy(update={"training_data": training}))
 
     def _regions(self) -> dict[str, tuple[int, ...]]:
-        return {output.name: output.members for output in self.card.output_list() if output.label != 0}
+        return {output.name: output.members for output in self.card.outputs if output.label != 0}
 
     def _dice(self, predictor: Predictor, case: PreparedCase) -> dict[str, float]:
         if case.labels is None:

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from segkit.checkpoint.card import ModelCard, NetworkCard, TrainingData
+from segkit.checkpoint.card import ModelCard, NetworkCard, PreprocessingCard, TrainingData
 from segkit.checkpoint.run_folder import load_card
 from segkit.errors import RequestError
 from segkit.models.slicewise import SlicewiseConfig
@@ -116,7 +116,6 @@ def first_card(
     method: str,
 ) -> ModelCard:
     """The card of a network that gives as many channels as it is given; patch and divisor are still to come."""
-    preprocessing = cohorts[0].preprocessing
     return ModelCard(
         task=task,
         network=NetworkCard(
@@ -130,13 +129,13 @@ def first_card(
         modalities=modalities,
         patch_size=(),
         divisor=(),
+        preprocessing=PreprocessingCard(**cohorts[0].preprocessing.model_dump()),
         versions=environment(),
         training_data=TrainingData(
             identity=f"{method}: " + ", ".join(found.name for found in cohorts),
             licence="; ".join(sorted({found.cohort.licence for found in cohorts if found.cohort.licence})) or None,
             cases=sum(len(found.training_ids) for found in cohorts),
         ),
-        **{name: value for name, value in preprocessing.model_dump().items() if name in ModelCard.model_fields},
     )
 
 

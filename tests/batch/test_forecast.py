@@ -86,7 +86,8 @@ def test_what_the_crop_leaves_of_the_first_case_is_what_is_forecast(
     fitted, _ = fit_memory(predictor, [task])
     assert fitted[0].predicted is not None
     assert fitted[0].predicted["seconds"] == pytest.approx(cropped.seconds, abs=0.01)
-    predictor.card = predictor.card.model_copy(update={"crop": "none"})
+    preprocessing = predictor.card.preprocessing.model_copy(update={"crop": "none"})
+    predictor.card = predictor.card.model_copy(update={"preprocessing": preprocessing})
     assert kept_by_crop(predictor, task.case) == (1.0, 1.0, 1.0)
 
 

@@ -111,8 +111,10 @@ def test_card_says_what_the_plans_say(tmp_path: Path) -> None:
     assert (card.network.family, card.network.in_channels, card.network.out_channels) == ("stunet", 1, 3)
     assert card.network.arguments == {"strides": OUR_STRIDES, "width": 2, "depth": 1}
     assert (card.modalities, card.patch_size, card.divisor) == (("t2f",), (16, 32, 32), (4, 8, 8))
-    assert (card.spacing_mm, card.orientation, card.mirror_axes) == ((3.0, 1.0, 1.0), "KJI", (0, 1, 2))
-    assert (card.normalisation, card.crop, card.activation) == ("zscore-nonzero", "nonzero", "softmax")
+    preprocessing, segmentation = card.preprocessing, card.segmentation
+    assert (preprocessing.spacing_mm, preprocessing.orientation) == ((3.0, 1.0, 1.0), "KJI")
+    assert (preprocessing.normalisation, preprocessing.crop) == ("zscore-nonzero", "nonzero")
+    assert (segmentation.mirror_axes, segmentation.activation) == ((0, 1, 2), "softmax")
     assert [(output.name, output.label) for output in card.outputs] == [("background", 0), ("left", 1), ("right", 2)]
     data = card.training_data
     assert (data.identity, data.licence, data.cases) == ("nnU-Net: Dataset007_Stairs", "CC0", 5)
@@ -161,7 +163,7 @@ def test_axes_are_those_that_the_reader_gave(
     tmp_path: Path, reader: str, transpose: list[int], orientation: str
 ) -> None:
     plans = {**make_plans(), "image_reader_writer": reader, "transpose_forward": transpose}
-    assert load_card(write_result(tmp_path / "result", plans=plans)).orientation == orientation
+    assert load_card(write_result(tmp_path / "result", plans=plans)).preprocessing.orientation == orientation
 
 
 @pytest.mark.parametrize(
@@ -174,8 +176,8 @@ def test_axes_are_those_that_the_reader_gave(
 )
 def test_normalisation(tmp_path: Path, schemes: list[str], masks: list[bool], expected: tuple[object, ...]) -> None:
     plans = make_plans(normalization_schemes=schemes, use_mask_for_norm=masks)
-    card = load_card(write_result(tmp_path / "result", plans=plans))
-    assert (card.normalisation, card.ct_window, card.ct_mean, card.ct_std) == expected
+    found = load_card(write_result(tmp_path / "result", plans=plans)).preprocessing
+    assert (found.normalisation, found.ct_window, found.ct_mean, found.ct_std) == expected
 
 
 @pytest.mark.parametrize(
@@ -207,7 +209,7 @@ def test_regions_are_painted_in_their_order(tmp_path: Path) -> None:
     }
     plans = make_plans(normalization_schemes=["ZScoreNormalization"] * 2, use_mask_for_norm=[True] * 2)
     card = load_card(write_result(tmp_path / "result", network=make_network(2), plans=plans, dataset=dataset))
-    assert card.activation == "sigmoid"
+    assert card.segmentation.activation == "sigmoid"
     assert [(output.name, output.label, output.members) for output in card.outputs] == [
         ("whole_tumor", 1, (1, 2, 3)),
         ("tumor_core", 2, (2, 3)),

@@ -65,8 +65,10 @@ def write_released(folder: Path, name: str = "small_ep4k", **changes: Any) -> Pa
 def test_released_weights_of_version_1(tmp_path: Path) -> None:
     card = load_card(write_released(tmp_path))
     assert card.network.arguments["strides"] == (*((2, 2, 2),) * 4, (1, 1, 2))
-    assert (card.patch_size, card.divisor, card.spacing_mm) == ((128, 128, 128), (16, 16, 32), (1.5, 1.5, 1.5))
-    assert (card.orientation, card.normalisation, card.mirror_axes) == ("KJI", "zscore", (0, 1, 2))
+    preprocessing = card.preprocessing
+    assert (card.patch_size, card.divisor) == ((128, 128, 128), (16, 16, 32))
+    assert (preprocessing.spacing_mm, preprocessing.orientation) == ((1.5, 1.5, 1.5), "KJI")
+    assert (preprocessing.normalisation, card.segmentation.mirror_axes) == ("zscore", (0, 1, 2))
     assert card.training_data.identity == "nnU-Net: Task101_TotalSegmentator"
     names = {output.label: output.name for output in card.outputs}
     assert (len(names), names[0], names[40], names[104]) == (105, "background", "liver", "vertebrae_T9")
@@ -88,8 +90,8 @@ def test_other_results_of_version_1_number_their_labels(tmp_path: Path) -> None:
 def test_ct_window_of_version_1(tmp_path: Path) -> None:
     measured = {"mean": 1.0, "sd": 2.0, "percentile_00_5": -3.0, "percentile_99_5": 4.0}
     changes = {"normalization_schemes": {0: "CT"}, "dataset_properties": {"intensityproperties": {0: measured}}}
-    card = load_card(write_released(tmp_path, **changes))
-    assert (card.normalisation, card.ct_window, card.ct_mean, card.ct_std) == ("ct-window", (-3.0, 4.0), 1.0, 2.0)
+    found = load_card(write_released(tmp_path, **changes)).preprocessing
+    assert (found.normalisation, found.ct_window, found.ct_mean, found.ct_std) == ("ct-window", (-3.0, 4.0), 1.0, 2.0)
 
 
 def test_plans_of_version_1_that_would_run_code(tmp_path: Path, burglar: Callable[[Path], object]) -> None:

@@ -206,14 +206,15 @@ def test_the_choice_is_written_told_and_scored(tmp_path: Path, caplog: pytest.Lo
         scores = settle_postprocessing(tmp_path, cases, TISSUES)
     assert scores == {case: {"WT": 1.0, "TC": 1.0, "ET": 1.0} for case in ("0", "1", "2")}
     card = load_card(tmp_path)
-    assert card.postprocessing == choose_postprocessing(cases, BRATS)
-    assert card.model_copy(update={"postprocessing": None}) == before
+    assert card.segmentation is not None
+    assert card.segmentation.postprocessing == choose_postprocessing(cases, BRATS)
+    assert card.with_postprocessing(None) == before
     assert caplog.messages == [
         "post-processing: ET components below 10 mm3 become NCR: mean Dice 0.941 -> 1.000",
     ]
 
     assert settle_postprocessing(tmp_path, cases, TISSUES, is_wanted=False) is None
-    assert load_card(tmp_path).postprocessing is None
+    assert load_card(tmp_path).segmentation.postprocessing is None
 
 
 def test_summary_of_folds_of_which_one_is_postprocessed(tmp_path: Path) -> None:

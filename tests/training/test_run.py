@@ -74,8 +74,11 @@ def test_card_says_what_inference_needs(finished: Path) -> None:
     card = load_card(finished)
     assert card.modalities == ("t1n", "t1c", "t2w", "t2f")
     assert [(output.name, output.label) for output in card.outputs] == [("WT", 2), ("TC", 1), ("ET", 3)]
-    assert (card.activation, card.normalisation, card.crop) == ("sigmoid", "zscore-nonzero", "nonzero")
-    assert (card.modality_dropout, card.postprocessing) == (0.2, None)  # one case is too few to choose on
+    segmentation, preprocessing = card.segmentation, card.preprocessing
+    assert segmentation is not None
+    assert (preprocessing.normalisation, preprocessing.crop) == ("zscore-nonzero", "nonzero")
+    assert (segmentation.activation, segmentation.modality_dropout) == ("sigmoid", 0.2)
+    assert segmentation.postprocessing is None  # one case is too few to choose on
     assert card.divisor == (2, 2, 2)
     assert load_model(finished).divisor == (2, 2, 2)
 
@@ -191,7 +194,7 @@ def test_cross_validation_scores_every_case_out_of_fold(
     document = json.loads((tmp_path / "validation.json").read_text())
     assert set(document["postprocessed"]["cases"]) == set(document["cases"]) == set(summary.cases)
     assert document["postprocessed"]["dice"] == {"WT": 0, "TC": 0, "ET": 0}
-    assert [load_card(tmp_path / f"fold_{k}").postprocessing for k in range(3)] == [rules] * 3
+    assert [load_card(tmp_path / f"fold_{k}").segmentation.postprocessing for k in range(3)] == [rules] * 3
     assert len(summary.cases) == 3
     validated = [json.loads((tmp_path / f"fold_{k}" / "split.json").read_text())["validation"] for k in range(3)]
     assert sorted(case_id for fold in validated for case_id in fold) == sorted(summary.cases)

@@ -21,9 +21,7 @@ def _card(folder: Path, path: Path) -> None:
     from segkit.checkpoint.run_folder import load_card
 
     card = load_card(folder)
-    card.preprocessing()
-    if card.task == "segmentation":
-        card.output_list()
+    assert len(card.outputs) == 0 or card.segmentation is not None
     card.to_json()
     document = json.loads(path.read_bytes())
     document["sha256"] = digest(folder / "model.safetensors")
