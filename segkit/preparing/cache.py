@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ from segkit.errors import DataError
 from segkit.labels import LabelScheme
 from segkit.preparing.preprocessing import Preparation, PreparedCase, PreprocessingConfig, load_case, prepare
 from segkit.reading.case import Case
+from segkit.reading.files import read_grid
+from segkit.runtime import available_cores, available_memory_gb, process_place
 from segkit.shapes import LabelMap
 
 _VERSION = 1
@@ -74,9 +77,12 @@ class PreparedStore:
         scheme: LabelScheme | None,
         config: PreprocessingConfig,
         *,
-        at_once: int = 1,
+        memory_gb: float | None = None,
     ) -> tuple[dict[str, Path], dict[str, str]]:
-        """The folders of the cases by id, `at_once` prepared at a time, and why others could not be, by id."""
+        """Prepare cases, several at a time: their folders by id, and by id why others cannot be used.
+
+        `memory_gb` is the memory in GiB that this process may use; None takes what is free.
+        """
 
         def entry(case: Case) -> Path | DataError:
             try:
@@ -84,7 +90,7 @@ class PreparedStore:
             except DataError as error:
                 return error
 
-        with ThreadPoolExecutor(at_once) as pool:
+        with ThreadPoolExecutor(cases_at_once(cases, modalities, memory_gb)) as pool:
             found = dict(zip((case.id for case in cases), pool.map(entry, cases), strict=True))
         folders = {case_id: folder for case_id, folder in found.items() if isinstance(folder, Path)}
         return folders, {case_id: str(error) for case_id, error in found.items() if isinstance(error, DataError)}
@@ -128,6 +134,24 @@ class StoredCases(Sequence[PreparedCase]):
         if isinstance(index, slice):
             return StoredCases(self.folders[index])
         return open_prepared(self.folders[index])
+
+
+def cases_at_once(cases: Sequence[Case], modalities: Sequence[str], memory_gb: float | None) -> int:
+    """How many cases are prepared at the same time: at most 8, as cores and half the memory in GiB allow.
+
+    A case is held as read, stacked and prepared, in float32; its size is that of the first case.
+    """
+    if not cases:
+        return 1
+    image = next(iter(cases[0].images.values()))
+    try:
+        voxels = math.prod(read_grid(image.path).shape)
+    except DataError:
+        return 1
+    case_gb = 4 * voxels * (2 * len(modalities) + 1) / 2**30
+    sharing = process_place().local_size
+    memory_gb = memory_gb or available_memory_gb() / sharing
+    return max(1, min(available_cores() // sharing, 8, int(0.5 * memory_gb / case_gb)))
 
 
 def open_prepared(folder: Path) -> PreparedCase:

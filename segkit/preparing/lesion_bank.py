@@ -32,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from scipy import ndimage
 
 from segkit.errors import DataError, RequestError, some
-from segkit.preparing.cache import PreparedStore, StoredCases
+from segkit.preparing.cache import PreparedStore, StoredCases, cases_at_once
 from segkit.preparing.preprocessing import PreparedCase, PreprocessingConfig
 from segkit.reading.case import Case, ImageFile
 from segkit.reading.files import read_labels
@@ -142,9 +142,9 @@ def prepare_copies(
     modalities: tuple[str, ...],
     config: PreprocessingConfig,
     *,
-    at_once: int = 1,
+    memory_gb: float | None = None,
 ) -> StoredCases:
-    """The copies prepared as the cases are, `at_once` at a time; those that cannot be used are named and left out.
+    """The copies prepared as the cases are, several at a time; those that cannot be used are named and left out.
 
     Args:
         copies: as `find_copies` gives them.
@@ -152,16 +152,16 @@ def prepare_copies(
         store: keeps the prepared copies, beside the cases.
         modalities: in channel order.
         config: the settings that the cases were prepared with.
-        at_once: how many are read at a time.
+        memory_gb: memory in GiB that this process may use; None takes what is free.
 
     Raises:
         DataError: none can be used.
     """
-    with ThreadPoolExecutor(at_once) as pool:
+    with ThreadPoolExecutor(cases_at_once(copies, modalities, memory_gb)) as pool:
         problems = pool.map(_lesion_left, copies, [training[copy.id] for copy in copies])
         skipped = {copy.id: problem for copy, problem in zip(copies, problems, strict=True) if problem is not None}
     free = [copy for copy in copies if copy.id not in skipped]
-    folders, unreadable = store.entries(free, modalities, None, config, at_once=at_once)
+    folders, unreadable = store.entries(free, modalities, None, config, memory_gb=memory_gb)
     skipped |= unreadable
     for reason in skipped.values():
         _log.warning("copy left out: %s", reason)

@@ -8,7 +8,6 @@ planning chose and why), `split.json`, `metrics.jsonl`, `model.safetensors` with
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,15 +37,12 @@ from segkit.preparing.memory import has_room_to_keep
 from segkit.preparing.patch_sampling import PatchDataset
 from segkit.preparing.preprocessing import PreprocessingConfig, load_case
 from segkit.reading.case import Case, Cohort
-from segkit.reading.files import read_grid
 from segkit.report.figures import overlay_figure
 from segkit.runtime import (
-    available_cores,
     available_memory_gb,
     environment,
     keep_freed_memory,
     peak_rss_mb,
-    process_place,
     return_freed_memory,
 )
 from segkit.training.batches import ENDLESS
@@ -225,7 +221,7 @@ def _lesion_bank(planned: PlannedRun, store: PreparedStore) -> LesionBank | None
         store,
         cohort.modalities,
         config.preprocessing,
-        at_once=cases_at_once(cohort, planned.request.memory_gb),
+        memory_gb=planned.request.memory_gb,
     )
     _log.info("%d lesion-free copies take part in the training", len(copies))
     shares = config.augmentation
@@ -240,27 +236,13 @@ def prepare_cases(
     memory_gb: float | None,
 ) -> tuple[dict[str, Path], dict[str, str]]:
     """Prepare cases of a cohort: their folders by id, and why others are left out; each process takes its part."""
-    at_once = cases_at_once(cohort, memory_gb)
     mine = cases[rank() :: size()]
-    parts = exchanged(store.entries(mine, cohort.modalities, cohort.scheme, config, at_once=at_once))
+    parts = exchanged(store.entries(mine, cohort.modalities, cohort.scheme, config, memory_gb=memory_gb))
     folders = {case_id: folder for found, _ in parts for case_id, folder in found.items()}
     skipped = {case_id: reason for _, reasons in parts for case_id, reason in reasons.items()}
     for reason in skipped.values():
         _log.warning("left out: %s", reason)
     return folders, skipped
-
-
-def cases_at_once(cohort: Cohort, memory_gb: float | None) -> int:
-    """As many as there are cores and memory for: a case is held as read, stacked and prepared, in float32."""
-    image = next(iter(cohort.cases[0].images.values()))
-    try:
-        voxels = math.prod(read_grid(image.path).shape)
-    except DataError:
-        return 1
-    case_gb = 4 * voxels * (2 * len(cohort.modalities) + 1) / 2**30
-    sharing = process_place().local_size
-    memory_gb = memory_gb or available_memory_gb() / sharing
-    return max(1, min(available_cores() // sharing, 8, int(0.5 * memory_gb / case_gb)))
 
 
 def _settle_freed_memory(planned: PlannedRun) -> None:

@@ -187,7 +187,7 @@ def test_copies_are_prepared_as_cases_are(tmp_path: Path, caplog: pytest.LogCapt
     copies = find_copies(tmp_path / "bank", list(cases.values()), ("t1n", "t2f"))
     store = PreparedStore(tmp_path / "cache")
 
-    usable = prepare_copies(copies, cases, store, ("t1n", "t2f"), PREPROCESSING, at_once=2)
+    usable = prepare_copies(copies, cases, store, ("t1n", "t2f"), PREPROCESSING)
 
     assert [(copy.id, copy.image.shape, copy.labels) for copy in usable] == [("a", (2, 4, 4, 4), None)]
     assert "1 voxels that the reference" in caplog.text
