@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from segkit.errors import DataError, RequestError, some
 from segkit.labels import SCHEMES, LabelScheme, classes_scheme
@@ -104,7 +105,7 @@ def pair_folders(
         found, ambiguous = match_files(cases, paths, predictions)
     if not found and not ambiguous:
         raise _nothing_paired(cases, paths, predictions, references)
-    declared = _declared_schemes(predictions)
+    declared = _schemes_in(predictions)
     predicted = told if prediction_scheme is None else _named_scheme(prediction_scheme)
     classes = LabelScheme(PLAIN_CLASSES, {})
     if told is None or predicted is None:
@@ -204,7 +205,7 @@ def _scheme_of_bare_masks(
 ) -> LabelScheme | None:
     if label_scheme is not None:
         return _named_scheme(label_scheme)
-    declared = {scheme.name: scheme for scheme in _declared_schemes(root).values()}
+    declared = {scheme.name: scheme for scheme in _schemes_in(root).values()}
     if len(declared) == 1:
         return next(iter(declared.values()))
     if challenge is not None and len(CHALLENGES[challenge]) == 1:
@@ -272,19 +273,26 @@ def _values_in(masks: Iterable[ImageFile]) -> set[int]:
     return values
 
 
-def _declared_schemes(folder: Path) -> dict[str, LabelScheme]:
-    """Case id -> label scheme, as the `manifest.json` of `segkit infer` tells it; own classes are not known by name."""
+def manifest_records(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Case id -> its entry in a manifest.json of `segkit infer`; entries of the last run come before earlier ones."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for key in ("cases", "earlier"):
+        listed = manifest.get(key)
+        for entry in listed if isinstance(listed, list) else []:
+            if isinstance(entry, dict) and "case" in entry:
+                found.setdefault(str(entry["case"]), entry)
+    return found
+
+
+def declared_schemes(manifest: Mapping[str, Any]) -> dict[str, LabelScheme]:
+    """Case id -> label scheme of its mask by a manifest of `segkit infer`, where it is one of `SCHEMES`."""
+    names = {case_id: str(entry.get("label_scheme")) for case_id, entry in manifest_records(manifest).items()}
+    return {case_id: SCHEMES[name] for case_id, name in names.items() if name in SCHEMES}
+
+
+def _schemes_in(folder: Path) -> dict[str, LabelScheme]:
     path = folder / "manifest.json"
-    if not path.is_file():
-        return {}
-    document = read_document(path)
-    listed = [document[key] for key in ("earlier", "cases") if isinstance(document.get(key), list)]
-    entries = [entry for entries in listed for entry in entries if isinstance(entry, dict)]
-    return {
-        str(entry["case"]): SCHEMES[str(entry["label_scheme"])]
-        for entry in entries
-        if "case" in entry and str(entry.get("label_scheme")) in SCHEMES
-    }
+    return declared_schemes(read_document(path)) if path.is_file() else {}
 
 
 def _chosen(cases: list[Case], case_ids: Collection[str] | None, root: Path) -> list[Case]:

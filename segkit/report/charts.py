@@ -2,29 +2,20 @@
 
 They take their colours from the style sheet (classes `c0` to `c6` are the palette of the regions), so that they follow
 light, dark and print.
-
-What the cases of a page took: seconds by stage and memory, as expected and as measured.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from segkit.report.figures import COLOURS
-from segkit.report.html import Child, Markup, element, plain_table
-from segkit.report.sources import Document, Findings, mapping, number, records_of
-from segkit.report.terms import MOST_ROWS, Section, section, written
-
-Points = Sequence[tuple[float, float]]
+from segkit.report.curves import FEW_POINTS, Points, thinned
+from segkit.report.html import Markup, colour_class, element, legend
 
 _WIDTH, _HEIGHT = 420.0, 220.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 10.0, 12.0, 30.0
-_MOST_BUCKETS = 200
-_FEW_POINTS = 30
 _ROW = 44.0
 _BAR = 15.0
 _GOLDEN = 0.618
@@ -47,26 +38,10 @@ def line_chart(
     across, up = _scale(xs, _LEFT, _WIDTH - _RIGHT, is_snug=True), _scale(ys, _HEIGHT - _BOTTOM, _TOP)
     parts = [*_y_axis(up), *_x_axis(across, _HEIGHT - _BOTTOM, x_label)]
     for class_, points in zip(classes, curves.values(), strict=True):
-        path = "M" + "L".join(f"{across.place(x):.1f} {up.place(y):.1f}" for x, y in thinned(points))
-        parts += [element("path", d=path, class_=f"{kind} {class_}") for kind in ("casing", "line")]
-        if len(points) < _FEW_POINTS:
-            dots = (element("circle", cx=_r(across.place(x)), cy=_r(up.place(y)), r="2.4") for x, y in points)
-            parts.append(element("g", *dots, class_=f"dot {class_}"))
-    told = "; ".join(f"{name} ends at {points[-1][1]:.4g}" for name, points in curves.items())
+        parts += _curve(thinned(points), across, up, class_, "2.4" if len(points) < FEW_POINTS else None)
+    description = "; ".join(f"{name} ends at {points[-1][1]:.4g}" for name, points in curves.items())
     key = legend(dict(zip(curves, classes, strict=True))) if len(curves) > 1 else None
-    return _figure(title, f"{title} by {x_label}: {told}", parts, _HEIGHT, key)
-
-
-def thinned(points: Points) -> list[tuple[float, float]]:
-    """At most some hundred points of a curve: the first, the least and the greatest of each stretch, in their order."""
-    if len(points) <= 3 * _MOST_BUCKETS:
-        return list(points)
-    kept: list[tuple[float, float]] = []
-    for stretch in np.array_split(np.arange(len(points)), _MOST_BUCKETS):
-        values = [points[index][1] for index in stretch]
-        chosen = {0, int(np.argmin(values)), int(np.argmax(values))}
-        kept += [points[int(stretch[offset])] for offset in sorted(chosen)]
-    return [*kept, points[-1]] if kept[-1] != points[-1] else kept
+    return _figure(title, f"{title} by {x_label}: {description}", parts, _HEIGHT, key)
 
 
 def strip_chart(title: str, values: Mapping[str, Mapping[str, float]]) -> Markup:
@@ -105,13 +80,13 @@ def strip_chart(title: str, values: Mapping[str, Mapping[str, float]]) -> Markup
             element("path", d=f"M{median:.1f} {middle - 15:.1f}v30", class_="median"),
         ]
     medians = (f"{name} median {np.median(list(cases.values())):.3g} of {len(cases)}" for name, cases in values.items())
-    told = f"{title} of every case: {'; '.join(medians)}"
+    description = f"{title} of every case: {'; '.join(medians)}"
     heading = f"{title}, {beyond} hollow dots lie further right" if beyond else title
-    return _figure(heading, told, parts, height)
+    return _figure(heading, description, parts, height)
 
 
 def _without_outliers(values: Mapping[str, Mapping[str, float]]) -> float:
-    """The largest value, or a smaller limit where a few cases lie so far out that the others would be one heap."""
+    """The upper end of the axis: the largest value, or less where a few outliers would squeeze all other cases."""
     largest, limit = -math.inf, -math.inf
     for cases in values.values():
         lower, upper = np.percentile(list(cases.values()), (25, 75))
@@ -121,21 +96,16 @@ def _without_outliers(values: Mapping[str, Mapping[str, float]]) -> float:
 
 
 def reliability_chart(title: str, curves: Mapping[str, Points]) -> Markup:
-    """How often a voxel belongs to a region against how probable the model called it; the diagonal is honest."""
+    """How often a voxel belongs to a region against how probable the model called it; the diagonal is perfect."""
     side = 260.0
     across, up = _Scale(0.0, 1.0, _LEFT, _LEFT + side, 0.2), _Scale(0.0, 1.0, _TOP + side, _TOP, 0.2)
     parts = [*_y_axis(up, _LEFT + side), *_x_axis(across, _TOP + side, "predicted probability")]
     parts.append(element("path", d=f"M{_LEFT} {_TOP + side}L{_LEFT + side} {_TOP}", class_="diagonal"))
     for position, points in enumerate(curves.values()):
-        if not points:
-            continue
-        path = "M" + "L".join(f"{across.place(x):.1f} {up.place(y):.1f}" for x, y in points)
-        parts += [element("path", d=path, class_=f"{kind} {colour_class(position)}") for kind in ("casing", "line")]
-        dots = (element("circle", cx=_r(across.place(x)), cy=_r(up.place(y)), r="3") for x, y in points)
-        parts.append(element("g", *dots, class_=f"dot {colour_class(position)}"))
-    told = f"{title}: observed share against predicted probability"
+        parts += _curve(points, across, up, colour_class(position), "3") if points else []
+    description = f"{title}: observed share against predicted probability"
     key = legend({name: colour_class(position) for position, name in enumerate(curves)})
-    return _figure(title, told, parts, _TOP + side + _BOTTOM, key)
+    return _figure(title, description, parts, _TOP + side + _BOTTOM, key)
 
 
 def bars_chart(title: str, stages: Sequence[str], rows: Mapping[str, Sequence[float]]) -> Markup:
@@ -145,7 +115,8 @@ def bars_chart(title: str, stages: Sequence[str], rows: Mapping[str, Sequence[fl
     parts = _x_axis(across, height - _BOTTOM, "seconds")
     for row, (case_id, values) in enumerate(rows.items()):
         top = _TOP + (_BAR + 5) * row
-        parts.append(element("text", _shortened(case_id), x="142", y=_r(top + 11), class_="end small"))
+        name = case_id if len(case_id) <= 20 else f"\u2026{case_id[-19:]}"
+        parts.append(element("text", name, x="142", y=_r(top + 11), class_="end small"))
         begin = 0.0
         for stage, value in enumerate(values):
             left, right = across.place(begin), across.place(begin + value)
@@ -154,23 +125,9 @@ def bars_chart(title: str, stages: Sequence[str], rows: Mapping[str, Sequence[fl
             parts.append(element("rect", tip, **bar, class_=f"s{stage}"))
             begin += value
     longest = max(rows.items(), key=lambda item: sum(item[1]))
-    told = f"seconds of each stage by case; the longest is {longest[0]} with {sum(longest[1]):.3g} s"
+    description = f"seconds of each stage by case; the longest is {longest[0]} with {sum(longest[1]):.3g} s"
     key = legend({stage: f"s{position}" for position, stage in enumerate(stages)})
-    return _figure(title, told, parts, height, key)
-
-
-def colour_class(position: int) -> str:
-    """The class of the region that comes at this position."""
-    return f"c{position % len(COLOURS)}"
-
-
-def legend(classes: Mapping[str, str]) -> Markup:
-    """Names (with the class of their colour) beside a sample of it."""
-    items = (
-        element("li", element("span", class_=f"swatch {class_}", aria_hidden="true"), name)
-        for name, class_ in classes.items()
-    )
-    return element("ul", *items, class_="legend")
+    return _figure(title, description, parts, height, key)
 
 
 class _Scale:
@@ -206,6 +163,17 @@ def _round_step(rough: float) -> float:
     return next(factor * power for factor in (1.0, 2.0, 5.0, 10.0) if factor * power >= rough * 0.999)
 
 
+def _curve(points: Points, across: _Scale, up: _Scale, class_: str, dot_radius: str | None) -> list[Markup]:
+    """A line with a casing that sets it off from others, and a dot at each point where `dot_radius` is given."""
+    places = [(f"{across.place(x):.1f}", f"{up.place(y):.1f}") for x, y in points]
+    path = "M" + "L".join(f"{x} {y}" for x, y in places)
+    parts = [element("path", d=path, class_=f"{kind} {class_}") for kind in ("casing", "line")]
+    if dot_radius is not None:
+        dots = (element("circle", cx=x, cy=y, r=dot_radius) for x, y in places)
+        parts.append(element("g", *dots, class_=f"dot {class_}"))
+    return parts
+
+
 def _y_axis(scale: _Scale, right: float = _WIDTH - _RIGHT) -> list[Markup]:
     parts = []
     for value, text in scale.ticks():
@@ -225,73 +193,11 @@ def _x_axis(scale: _Scale, y: float, label: str) -> list[Markup]:
     return parts
 
 
-def _figure(title: str, told: str, parts: Sequence[Markup], height: float, key: Markup | None = None) -> Markup:
+def _figure(title: str, description: str, parts: Sequence[Markup], height: float, key: Markup | None = None) -> Markup:
     box = f"0 0 {_WIDTH:g} {height + 4:g}"
-    picture = element("svg", *parts, viewBox=box, role="img", aria_label=told, class_="chart")
+    picture = element("svg", *parts, viewBox=box, role="img", aria_label=description, class_="chart")
     return element("figure", element("figcaption", title), picture, key)
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= 20 else f"\u2026{name[-19:]}"
 
 
 def _r(value: float) -> str:
     return f"{value:.1f}"
-
-
-_MOST_BARS = 30
-
-
-def timing_section(findings: Findings) -> Section | None:
-    """Seconds by stage and memory of each case, as expected and as measured."""
-    records = [record for output in findings.outputs for record in records_of(output.manifest)]
-    timed = [record for record in records if sum(_seconds(record).values()) > 0]
-    if not timed:
-        return None
-    stages = list(dict.fromkeys(stage for record in timed for stage in _seconds(record)))
-    longest = sorted(timed, key=lambda record: -sum(_seconds(record).values()))[:_MOST_BARS]
-    rows = {str(record["case"]): [_seconds(record).get(stage, 0.0) for stage in stages] for record in longest}
-    title = "Seconds by stage" + (f", the {_MOST_BARS} longest cases" if len(timed) > _MOST_BARS else "")
-    table = plain_table(
-        "Seconds and memory of each case",
-        ["case", *stages, "total s", "expected s", "peak MB", "expected MB"],
-        (_timing_row(record, stages) for record in timed[:MOST_ROWS]),
-    )
-    details = element("details", element("summary", f"All {len(timed)} cases"), table)
-    return section("Time and memory", "time", _forecasts(timed), bars_chart(title, stages, rows), details)
-
-
-def _forecasts(records: Sequence[Document]) -> Markup | None:
-    """How what was expected compares with what was measured, over all cases."""
-    told = []
-    for what, name in (("seconds", "time"), ("peak_rss_mb", "memory")):
-        pairs = [(number(mapping(record, "predicted").get(what)), _measured(record, what)) for record in records]
-        ratios = [measured / expected for expected, measured in pairs if expected and measured]
-        if ratios:
-            range_ = f"(from {min(ratios):.2f} to {max(ratios):.2f})"
-            told.append(f"{name} {statistics.median(ratios):.2f} of what was expected {range_}")
-    return element("p", f"Measured, in the median over cases: {'; '.join(told)}.") if told else None
-
-
-def _measured(record: Document, what: str) -> float | None:
-    return _total(record) if what == "seconds" else number(record.get(what))
-
-
-def _timing_row(record: Document, stages: Sequence[str]) -> list[Child]:
-    seconds, predicted = _seconds(record), mapping(record, "predicted")
-    times = [seconds.get(stage, 0.0) for stage in stages] + [_total(record)]
-    memory = [number(record.get("peak_rss_mb")), number(predicted.get("peak_rss_mb"))]
-    return [
-        str(record["case"]),
-        *(written(value, 2) for value in [*times, number(predicted.get("seconds"))]),
-        *(written(value or None, 0) for value in memory),
-    ]
-
-
-def _seconds(record: Document) -> dict[str, float]:
-    found = {str(stage): number(value) for stage, value in mapping(record, "seconds").items()}
-    return {stage: max(value, 0.0) for stage, value in found.items() if value is not None}
-
-
-def _total(record: Document) -> float:
-    return sum(_seconds(record).values())

@@ -1,11 +1,12 @@
-"""Where the images of a page are, and their arrays: scan, prediction, reference and uncertainty of a case.
+"""Images of the cases of a page: where their files are, and their arrays (scan, prediction, reference, uncertainty).
 
-Scans are looked for in the folder that the user names, else in the one that the documents tell (`data` of a manifest,
-`references` of scores.json, `data` of split.json; relative to the document), if it is on this machine.
+Scans are searched in the folder that the user names, else in those of the documents (`data` of a manifest, `references`
+of scores.json, `data` of split.json; relative to the document) that are on this machine.
 """
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from segkit.errors import DataError, as_request
-from segkit.evaluation.pairing import match_files
+from segkit.evaluation.pairing import declared_schemes, match_files
 from segkit.labels import SCHEMES, LabelScheme, scheme_from_json, translate
 from segkit.reading.case import Case, ImageFile
 from segkit.reading.files import read_labels, read_volume
@@ -21,8 +22,8 @@ from segkit.reading.geometry import same_grid
 from segkit.reading.layouts.listing import list_images
 from segkit.reading.layouts.table import find_cases
 from segkit.reading.volume import Grid
-from segkit.report.figures import BACKGROUNDS, label_colours
-from segkit.report.sources import Findings, mapping, records_of
+from segkit.report.planes import background_of, label_colours
+from segkit.report.sources import Findings, mapping
 from segkit.shapes import AnyArray, LabelMap
 
 _COMPANIONS = ("uncertainty", "probabilities", "figures")
@@ -43,7 +44,7 @@ class CaseFiles:
 
 @dataclass(frozen=True)
 class CaseArrays:
-    """The arrays of one case on one grid, label maps in one scheme; what the case lacks is None."""
+    """The arrays of one case on one grid, label maps in one scheme; None is what the case lacks."""
 
     modality: str
     grid: Grid
@@ -54,14 +55,14 @@ class CaseArrays:
 
     @property
     def masks(self) -> dict[str, LabelMap]:
-        """The label maps that there are, by what they are."""
+        """The label maps of the case by name: "prediction" and "reference"."""
         named = {"prediction": self.prediction, "reference": self.reference}
         return {name: mask for name, mask in named.items() if mask is not None}
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Files by case id, the label scheme to show them in, and what a reader should know of what was not found."""
+    """Files by case id, the label scheme to show them in, and notes on files that were not found."""
 
     files: Mapping[str, CaseFiles] = field(default_factory=dict)
     scheme: LabelScheme | None = None
@@ -73,16 +74,16 @@ class Gallery:
 
 
 def find_gallery(findings: Findings, ids: Collection[str], data: Path | None) -> Gallery:
-    """The images of the cases with these ids, in `data` or where the findings tell.
+    """The images of the cases with these ids, in `data` or in the folders that the findings name.
 
     Raises:
         RequestError: `data` was named and holds no images.
     """
-    scheme = _told_scheme(findings)
+    scheme = _label_scheme(findings)
     if not ids or not (findings.outputs or findings.evaluations):
         return Gallery(scheme=scheme)
     cases: list[Case] = []
-    for folder in [data] if data is not None else _told_folders(findings):
+    for folder in _data_folders(findings) if data is None else [data]:
         try:
             cohort = find_cases(folder)
         except DataError as error:
@@ -94,13 +95,11 @@ def find_gallery(findings: Findings, ids: Collection[str], data: Path | None) ->
             scheme = cohort.scheme or scheme
             break
     if not cases:
-        return Gallery(
-            scheme=scheme, notes=("The images of these cases were not found; name their folder with --data.",)
-        )
+        return Gallery({}, scheme, ("The images of these cases were not found; name their folder with --data.",))
     files = dict(_with_masks(cases, findings))
-    if any(found.prediction for found in files.values()):
-        return Gallery(files, scheme)
-    return Gallery(files, scheme, ("The masks were not found; name their folder beside that of the evaluation.",))
+    has_masks = any(found.prediction for found in files.values())
+    note = "The masks were not found; name their folder beside that of the evaluation."
+    return Gallery(files, scheme, () if has_masks else (note,))
 
 
 def load_arrays(files: CaseFiles, scheme: LabelScheme | None) -> CaseArrays:
@@ -127,27 +126,20 @@ def _with_masks(cases: list[Case], findings: Findings) -> Iterable[tuple[str, Ca
     masks: dict[str, Path] = {}
     uncertain: dict[str, Path] = {}
     schemes: dict[str, LabelScheme] = {}
-    folders = [output.folder for output in findings.outputs] or _told(findings, "predictions")
+    folders = [output.folder for output in findings.outputs] or _named_folders(findings, "predictions")
     for folder in dict.fromkeys(folders):
         listing = list_images(folder)
         listed = [path for path in listing.images if path.relative_to(listing.root).parts[0] not in _COMPANIONS]
         masks |= match_files(cases, listed, folder)[0]
         for case in cases:
-            found = sorted((folder / "uncertainty").glob(f"{_literal(case.id)}_entropy.*"))
+            found = sorted((folder / "uncertainty").glob(f"{glob.escape(case.id)}_entropy.*"))
             uncertain |= {case.id: found[0]} if found else {}
     for output in findings.outputs:
-        for record in records_of(output.manifest):
-            scheme = SCHEMES.get(str(record.get("label_scheme")))
-            schemes |= {} if scheme is None else {str(record["case"]): scheme}
+        schemes |= declared_schemes(output.manifest)
     for case in cases:
-        modality = next((name for name in BACKGROUNDS if name in case.images), next(iter(case.images)))
+        modality = background_of(case.images)
         own = (case.label, masks.get(case.id), uncertain.get(case.id), schemes.get(case.id))
         yield case.id, CaseFiles(modality, case.images[modality], *own)
-
-
-def _literal(name: str) -> str:
-    """A name as a glob pattern that matches nothing else."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 def _labels(file: ImageFile, grid: Grid) -> LabelMap:
@@ -162,7 +154,7 @@ def _require_same(own: Grid, grid: Grid, path: Path) -> None:
         raise DataError(difference, where=path)
 
 
-def _told_scheme(findings: Findings) -> LabelScheme | None:
+def _label_scheme(findings: Findings) -> LabelScheme | None:
     schemes = (scored.document.label_scheme for scored in findings.evaluations)
     documents: list[Mapping[str, object]] = [scheme.model_dump() for scheme in schemes if scheme is not None]
     documents += [mapping(run.card, "label_scheme") for run in findings.runs]
@@ -175,14 +167,14 @@ def _told_scheme(findings: Findings) -> LabelScheme | None:
     return next((SCHEMES[name] for name in names if name in SCHEMES), None)
 
 
-def _told_folders(findings: Findings) -> list[Path]:
+def _data_folders(findings: Findings) -> list[Path]:
     runs = [folder for run in findings.runs for folder in run.data if folder.is_dir()]
-    return list(dict.fromkeys([*_told(findings, "data"), *_told(findings, "references"), *runs]))
+    return list(dict.fromkeys([*_named_folders(findings, "data"), *_named_folders(findings, "references"), *runs]))
 
 
-def _told(findings: Findings, key: str) -> list[Path]:
-    """The folders that manifests and scores name under `key`, so far as they are on this machine."""
-    told = [(output.folder, output.manifest.get(key)) for output in findings.outputs]
-    told += [(scored.folder, getattr(scored.document, key, None)) for scored in findings.evaluations]
-    folders = [folder / name for folder, name in told if isinstance(name, str)]
+def _named_folders(findings: Findings, key: str) -> list[Path]:
+    """The folders that manifests and scores name under `key` and that are on this machine."""
+    named = [(output.folder, output.manifest.get(key)) for output in findings.outputs]
+    named += [(scored.folder, getattr(scored.document, key, None)) for scored in findings.evaluations]
+    folders = [folder / name for folder, name in named if isinstance(name, str)]
     return [folder for folder in folders if folder.is_dir()]

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, features
 
-from segkit.report.figures import View, intensity_window, views_of
 from segkit.report.html import Markup, element
 from segkit.report.images import CaseArrays
+from segkit.report.planes import MASK_OPACITY, View, intensity_window, views_of
 from segkit.shapes import AnyArray, LabelMap
 
 _SIZES = ((256, 72), (160, 60), (96, 50))
@@ -28,7 +28,6 @@ _SIZES_OF_ONE = ((640, 72), (400, 60), (256, 50))
 
 _WIDTH, _WIDEST = 1000.0, 320.0
 _GAP, _GUTTER, _HEAD = 8.0, 28.0, 28.0
-_OPACITY = 0.55
 _LAYERS = ("image", "prediction", "reference", "uncertainty")
 _UNCERTAIN = (0xE6, 0x9F, 0x00)
 _MOST_OUTLINE = 12_000
@@ -41,8 +40,8 @@ def case_picture(
     """The picture of a case, at the largest size that fits; None where none does.
 
     Args:
-        case_id: Said to those who cannot see the picture.
-        arrays: What there is of the case.
+        case_id: Part of the text alternative.
+        arrays: Image and masks of the case.
         colours: Label value -> name and colour.
         key: Distinguishes the parts of this picture from those of the others in a page.
         most_bytes: Its share of the page.
@@ -113,13 +112,13 @@ def _draw(
                 parts += [element("path", d=path, class_="outline")] if len(path) <= _MOST_OUTLINE else []
         top += height + _GAP
     planes = ", ".join(view.title for view in views if view.title)
-    told = f"{case_id}: {', '.join(layers)}" + (f" in the {planes} plane" if planes else "")
+    label = f"{case_id}: {', '.join(layers)}" + (f" in the {planes} plane" if planes else "")
     whole = _GUTTER + step * len(layers)
-    return element("svg", *parts, viewBox=f"0 0 {whole:.0f} {top:.0f}", role="img", aria_label=told, class_="planes")
+    return element("svg", *parts, viewBox=f"0 0 {whole:.0f} {top:.0f}", role="img", aria_label=label, class_="planes")
 
 
 def outline(mask: NDArray[np.bool_], left: float, top: float, factor: tuple[float, float]) -> str:
-    """The border of a mask (rows, columns) along the edges of its pixels, as the data of an SVG path.
+    """The border of a mask (rows, columns) along the edges of its pixels, as SVG path data.
 
     A pixel is `factor` (width, height) large, and the first one lies at (left, top).
     """
@@ -188,7 +187,7 @@ def _tint(mask: LabelMap, colours: Mapping[int, tuple[str, str]]) -> str:
         palette[value] = [int(colour[start : start + 2], 16) for start in (1, 3, 5)]
     picture.putpalette(palette.tobytes())
     opacity = np.zeros(256, np.uint8)
-    opacity[list(colours)] = round(255 * _OPACITY)
+    opacity[list(colours)] = round(255 * MASK_OPACITY)
     return _address(picture, "png", transparency=opacity.tobytes(), optimize=True)
 
 

@@ -1,68 +1,68 @@
-"""The sections of a page, from what was found; each gives its HTML, or None where there is nothing to tell."""
+"""The parts of a page about models and trainings, and its notes: each is HTML, or None where it is empty."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from segkit.errors import some
-from segkit.metrics.registry import METRICS
-from segkit.report.charts import line_chart, reliability_chart, strip_chart
-from segkit.report.figures import curves_of
-from segkit.report.html import Child, Markup, definitions, element, joined, plain_table
-from segkit.report.sources import CaseFacts, Discretion, Document, Findings, Run, mapping, number
-from segkit.report.terms import (
-    MOST_ROWS,
+from segkit.report.charts import line_chart, reliability_chart
+from segkit.report.curves import calibration_points, number, training_curves
+from segkit.report.html import (
+    Child,
+    Markup,
     Section,
+    colour_class,
+    definitions,
+    details,
     digits_of,
-    headline_metrics,
+    element,
+    joined,
     metric_name,
-    model_name,
+    plain_table,
     section,
     swatch,
     written,
 )
+from segkit.report.pictures import embedded_figure
+from segkit.report.sources import CaseFacts, Document, Findings, PathRedactor, Run, mapping
 
 _MOST_HEADLINES = 7
-_SPREADS = 2
+_MOST_FIGURES = 6
 _RELIABILITY = {"whole": "All voxels", "box": "Around the reference"}
-_NAMED = 20
-"""Cases that a note names; the rest is a number."""
 _ENVIRONMENT = ("python", "platform", "cores")
 
 
-def summary_section(findings: Findings, cases: Sequence[CaseFacts], tell: Discretion) -> Section:
-    """What was done with which model and data, and the scores in one table."""
+def summary_section(findings: Findings, cases: Sequence[CaseFacts], redact: PathRedactor) -> Section:
+    """Model, data and protocol, and the scores in one table."""
     facts: dict[str, Child] = {}
     if findings.runs:  # the folds of a cross-validation have all but their names in common
         run = next((run for run in findings.runs if run.card), findings.runs[0])
-        facts |= {"Run": ", ".join(run.name for run in findings.runs)} | _card_facts(run.card, tell) | _run_facts(run)
+        facts |= {"Run": ", ".join(run.name for run in findings.runs)} | _card_facts(run.card, redact) | _run_facts(run)
     for output in findings.outputs:
-        name = model_name(output.manifest)
+        name = output.model_name
         facts |= {} if name in {run.name for run in findings.runs} else {"Model": name}
         if output.card:
-            facts |= _card_facts(output.card, tell)
+            facts |= _card_facts(output.card, redact)
         facts |= _model_facts(mapping(output.manifest, "model"))
     for scored in findings.evaluations:
         document = scored.document
         facts["Protocol"] = _words(document.protocol, document.challenge, joint=" \u00b7 ")
         facts["Label scheme"] = None if document.label_scheme is None else document.label_scheme.name
-        facts["Region of interest"] = tell(document.roi or "")
+        facts["Region of interest"] = redact(document.roi or "")
     failed = sum(case.reason is not None for case in cases)
     if cases:
         facts["Cases"] = f"{len(cases)}" + (f", of which {failed} failed" if failed else "")
-    told = [scored.document.intervals for scored in findings.evaluations if scored.document.intervals]
-    interval = " with its 95 % interval" if told else ""
-    caption = ". ".join([f"Mean over cases{interval}, median below it", *told])
+    intervals = [scored.document.intervals for scored in findings.evaluations if scored.document.intervals]
+    caption = f"Mean over cases{' with its 95 % interval' if intervals else ''}, median below it"
+    caption = ". ".join([caption, *intervals])
     return section("Summary", "summary", definitions(facts), _headlines(findings, caption))
 
 
-def state_of_runs(runs: Sequence[Run], tell: Discretion, *, is_live: bool) -> Markup | None:
-    """Which trainings still go on or have stopped too early, and what goes on with them.
+def state_of_runs(runs: Sequence[Run], redact: PathRedactor, *, is_live: bool) -> Markup | None:
+    """Trainings that are running or stopped early, and the command that resumes them.
 
-    Of a live page, which is written again and again, the script says when that has not happened for too long.
+    A live page is written again and again; its script warns when that has not happened for too long.
     """
     parts = []
     for run in runs:
@@ -76,55 +76,39 @@ def state_of_runs(runs: Sequence[Run], tell: Discretion, *, is_live: bool) -> Ma
             parts.append(element("p", f"{run.name} was still training when this page was written."))
         elif run.is_cut_off:
             reason = run.interruption.get("reason")
-            why = ", and nothing tells why" if reason is None else f": {tell(str(reason))}"
-            told = f"{run.name} stopped after step {run.step:,}{why}. "
-            parts.append(element("p", told, go_on, class_="alarm"))
+            why = ", and nothing tells why" if reason is None else f": {redact(str(reason))}"
+            parts.append(element("p", f"{run.name} stopped after step {run.step:,}{why}. ", go_on, class_="alarm"))
     return element("div", *parts, class_="state", role="status") if parts else None
 
 
-def failures_section(cases: Sequence[CaseFacts], tell: Discretion) -> Section | None:
-    """The cases that failed, each with its reason."""
-    failed = [case for case in cases if case.reason is not None][:MOST_ROWS]
-    rows = (element("li", element("strong", case.id), " ", tell(str(case.reason))) for case in failed)
-    return section("Failed cases", "failed", element("ul", *rows, class_="failures")) if failed else None
-
-
-def spread_section(findings: Findings, cases: Sequence[CaseFacts]) -> Section | None:
-    """How the scores lie, case by case and region by region."""
-    charts = []
-    ranked = [metric for metric in headline_metrics(findings) if metric in METRICS and METRICS[metric].is_ranked]
-    for metric in ranked[:_SPREADS]:
-        values: dict[str, dict[str, float]] = {}
-        for case in cases:
-            for region, scores in case.regions.items():
-                if math.isfinite(scores.get(metric, math.nan)):
-                    values.setdefault(region, {})[case.id] = scores[metric]
-        if values:
-            charts.append(strip_chart(metric_name(metric), values))
-    if not charts:
-        return None
-    told = "Every dot is a case; the box holds the middle half of them, the line is the median."
-    return section("Spread over cases", "spread", element("p", told), element("div", *charts, class_="charts"))
-
-
 def curves_section(runs: Sequence[Run]) -> Section | None:
-    """The course of each training: loss, validation, learning rate."""
+    """Loss, validation scores and learning rate of each training."""
     parts: list[Markup] = []
     for run in runs:
-        panels = {title: curves for title, curves in curves_of(run.rows).items() if curves}
-        charts = [line_chart(title.capitalize(), curves, overall="score") for title, curves in panels.items()]
+        panels = training_curves(run.rows).items()
+        charts = [line_chart(title.capitalize(), curves, overall="score") for title, curves in panels]
         if charts:
             parts += [element("h3", run.name)] if len(runs) > 1 else []
             parts.append(element("div", *charts, class_="charts"))
     return section("Training", "training", *parts) if parts else None
 
 
-def reliability_section(findings: Findings) -> Section | None:
-    """How far probabilities can be believed, where the evaluation measured it.
+def figures_section(findings: Findings) -> Section | None:
+    """The pictures in the folder of a training, other than its curves."""
+    figures = []
+    for run in findings.runs:
+        paths = [path for path in sorted((run.folder / "figures").glob("*.png")) if path.stem != "curves"]
+        for path in paths[:_MOST_FIGURES]:
+            try:
+                picture = embedded_figure(path, f"{run.name}: {path.stem}")
+            except (OSError, ValueError):  # the training may be writing it
+                continue
+            figures.append(element("figure", element("figcaption", path.stem.replace("_", " ")), picture))
+    return section("Figures", "figures", element("div", *figures, class_="figures")) if figures else None
 
-    `reliability` of scores.json holds for each region "whole" and, of volumes with something to find, "box": the mean
-    probability (`confidence`) and the share of voxels in the region (`frequency`) by bin, and `ece`, `ace`, `brier`.
-    """
+
+def reliability_section(findings: Findings) -> Section | None:
+    """Calibration of probabilities, where the evaluation measured it; see `reliability_tables` for the tables."""
     tables = {
         (where, region): table
         for scored in findings.evaluations
@@ -134,64 +118,44 @@ def reliability_section(findings: Findings) -> Section | None:
     }
     charts, rows = [], []
     for where, title in _RELIABILITY.items():
-        curves = {region: _reliability_points(table) for (part, region), table in tables.items() if part == where}
+        curves = {region: calibration_points(table) for (part, region), table in tables.items() if part == where}
         charts += [reliability_chart(title, curves)] if any(curves.values()) else []
         for region in curves:
             measures = (number(tables[where, region].get(name)) for name in ("ece", "ace", "brier"))
             rows.append([f"{region}, {title.lower()}", *map(written, measures)])
     if not charts:
         return None
-    told = "How many of the voxels that are given a probability belong to the region; on the diagonal the two agree."
+    about = "How many of the voxels that are given a probability belong to the region; on the diagonal the two agree."
     table = plain_table("Calibration errors", ["", "ECE", "ACE", "Brier score"], rows)
-    return section("Reliability", "reliability", element("p", told), element("div", *charts, class_="charts"), table)
+    return section("Reliability", "reliability", element("p", about), element("div", *charts, class_="charts"), table)
 
 
-def settings_section(findings: Findings, tell: Discretion) -> Section | None:
+def settings_section(findings: Findings, redact: PathRedactor) -> Section | None:
     """The resolved configuration of each run with its comments, and the environments."""
     parts = []
     for run in findings.runs:
         if run.config:
-            parts.append(
-                element("details", element("summary", f"Configuration of {run.name}"), _yaml(tell(run.config)))
-            )
+            parts.append(details(f"Configuration of {run.name}", _yaml(redact(run.config))))
     for name, versions in _environments(findings):
         rows = {key: str(versions[key]) for key in sorted(versions, key=lambda key: (key not in _ENVIRONMENT, key))}
-        parts.append(element("details", element("summary", f"Environment of {name}"), definitions(rows)))
+        parts.append(details(f"Environment of {name}", definitions(rows)))
     return section("Configuration and environment", "settings", *parts) if parts else None
 
 
-def notes_section(notes: Iterable[str], tell: Discretion) -> Section | None:
-    """What a reader must know besides."""
-    items = [element("li", tell(note)) for note in notes]
+def notes_section(notes: Iterable[str], redact: PathRedactor) -> Section | None:
+    """What a reader must know."""
+    items = [element("li", redact(note)) for note in notes]
     return section("Notes", "notes", element("ul", *items)) if items else None
 
 
-def evaluation_notes(findings: Findings, cases: Sequence[CaseFacts]) -> list[str]:
-    """What the evaluation says of cases that are not in the scores, or in them with the worst ones."""
-    notes = []
-    missing = [case.id for case in cases if case.is_missing]
-    if missing:
-        notes.append(
-            f"Without a usable prediction and given the worst scores ({len(missing)}): {some(missing, _NAMED)}."
-        )
-    for scored in findings.evaluations:
-        for names, told in (
-            (scored.document.unscored, "References without a prediction, which are not in these scores"),
-            (scored.document.surplus, "Files that belong to no reference"),
-        ):
-            notes += [f"{told} ({len(names)}): {some(names, _NAMED)}."] if names else []
-        notes += scored.document.notes
-    return notes
-
-
-def _card_facts(card: Document, tell: Discretion) -> dict[str, Child]:
-    """What a model card says of the network and of what it has learnt from."""
+def _card_facts(card: Document, redact: PathRedactor) -> dict[str, Child]:
+    """The network of a model card and its training data."""
     network, trained = mapping(card, "network"), mapping(card, "training_data")
     return {
         "Task": card.get("task"),
         "Network": _words(network.get("family"), network.get("size")),
         "Input": _words(*_listed(card.get("modalities")), joint=", "),
-        "Trained on": tell(_words(trained.get("identity"), _count(trained.get("cases"), "cases"), joint=", ")),
+        "Trained on": redact(_words(trained.get("identity"), _count(trained.get("cases"), "cases"), joint=", ")),
         "Licence of the data": trained.get("licence"),
         "Patch": _words(*_listed(card.get("patch_size")), joint=" \u00d7 "),
         "Spacing (mm)": _words(
@@ -224,15 +188,15 @@ def _listed(value: object) -> list[Any]:
 
 
 def _headlines(findings: Findings, caption: str) -> Markup | None:
-    """Region by region the mean (with its confidence interval) and median of the metrics that people compare."""
+    """Mean (with its confidence interval) and median of the headline metrics, by region."""
     found = {region: scores for region, scores in findings.summary().items() if isinstance(scores, dict)}
-    wanted = headline_metrics(findings)
+    wanted = findings.headline_metrics()
     shown = [metric for metric in wanted if any(metric in scores for scores in found.values())][:_MOST_HEADLINES]
     if not shown:
         return None
     rows = [
         [
-            joined([swatch(position), region]),
+            joined([swatch(colour_class(position)), region]),
             *(_headline(mapping(scores, metric), digits_of(metric)) for metric in shown),
             _most(scores),
         ]
@@ -255,14 +219,6 @@ def _most(scores: Document) -> str:
     return str(max((int(number(mapping(scores, metric).get("n")) or 0) for metric in scores), default=0))
 
 
-def _reliability_points(table: Document) -> list[tuple[float, float]]:
-    """(mean probability, observed share) of the bins that hold any voxels."""
-    listed = [table.get(key) for key in ("confidence", "frequency")]
-    pairs = zip(*(values if isinstance(values, list) else [] for values in listed), strict=False)
-    points = [(number(confidence), number(frequency)) for confidence, frequency in pairs]
-    return [(x, y) for x, y in points if x is not None and y is not None]
-
-
 def _environments(findings: Findings) -> list[tuple[str, Mapping[str, Any]]]:
     named = [(run.name, mapping(run.card, "versions")) for run in findings.runs]
     named += [(output.name, mapping(output.manifest, "environment")) for output in findings.outputs]
@@ -270,7 +226,7 @@ def _environments(findings: Findings) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def _yaml(text: str) -> Markup:
-    """Settings as they stand in the file, comments set apart."""
+    """The text of a configuration with its comments marked."""
     lines = []
     for line in text.splitlines():
         setting, sign, comment = line.partition("# ")

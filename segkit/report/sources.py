@@ -1,8 +1,7 @@
-"""What a page tells of: training runs, inference outputs and evaluations, read from their folders.
+"""What a page is about: training runs, inference outputs and evaluations, read from their folders.
 
-Documents of runs and outputs may have been written by another version, so that any field may be missing; scores are
-read as comparisons read them. Absolute paths stay behind: a page is sent to others, and the folders of one's machine
-are nobody's business.
+Documents of runs and outputs may be of another version, so that any field may be missing; scores are validated as for
+comparisons. Absolute paths are left out: a page is sent to others.
 """
 
 from __future__ import annotations
@@ -19,28 +18,32 @@ from pathlib import Path
 from typing import Any
 
 from segkit.errors import RequestError
+from segkit.evaluation.pairing import manifest_records
 from segkit.evaluation.scores import SCORES_NAME, ScoresDocument, read_document, worst_first
 from segkit.evaluation.tables import summarise
+from segkit.metrics.registry import METRICS
+from segkit.report.curves import number
 
 _EXPECTED = "a run folder, an output folder of `segkit infer`, or one of `segkit evaluate -o`"
+_HEADLINES = ("dice", "hd95_mm", "nsd", "sensitivity", "precision", "auc")
+"""Metrics to compare by, where the scores do not name their own."""
 _ABSOLUTE = re.compile(
     r"(?<![\w.)\]}<>/~\u2026])(?:~|[A-Za-z]:)?[\\/](?:[^\s\\/'\"<>|:;,]+[\\/])+(?=[^\s\\/'\"<>|:;,]*)"
 )
 
 INTERRUPTED_NAME = "interrupted.json"
-"""In the folder of a run that ended before its time: the "reason". It is removed when the run goes on."""
+"""In the folder of a run that stopped early: the "reason". It is removed when the run is resumed."""
 
 _PATIENCE = 3.0
-"""A run may have stopped when it is silent for so many times as long as ever before."""
+"""A run counts as stopped after this multiple of the longest silence so far, and no sooner than after:"""
 _LEAST_PATIENCE_S = 180.0
-"""Silence that says nothing, however often a run tells of itself."""
 
 Document = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training run: its settings as text, its journal, the card of its model, and what validation found."""
+    """A training run: its settings as text, the rows of its journal, and its documents."""
 
     name: str
     folder: Path
@@ -51,37 +54,38 @@ class Run:
     split: Document = field(default_factory=dict)
     interruption: Document = field(default_factory=dict)
     silent_s: float = 0.0
-    """Since its journal has grown."""
+    """Seconds since the last row of the journal."""
 
     @property
     def data(self) -> list[Path]:
-        """The folders that it learns from, as it was told them."""
-        told = self.split.get("data")
-        return [Path(str(folder)) for folder in told] if isinstance(told, list) else []
+        """The folders with its data, as they were given."""
+        folders = self.split.get("data")
+        return [Path(str(folder)) for folder in folders] if isinstance(folders, list) else []
 
     @property
     def step(self) -> int:
-        """The last step that it has told of."""
+        """The last step of the journal."""
         return int(max((row["step"] for row in self.rows), default=0))
 
     @property
     def is_finished(self) -> bool:
-        """Whether its last scores are written; a pre-training writes those of its beginning early."""
+        """Whether its last scores are written; a pre-training writes its first ones early, without "minutes"."""
         return "minutes" in self.validation
 
     @property
     def is_running(self) -> bool:
-        """Whether it still seems to go on."""
-        return self._is_begun and not self.interruption and self.silent_s < self.patience_s
+        """Whether it seems to be running still."""
+        has_stopped = bool(self.interruption) or self.silent_s >= self.patience_s
+        return bool(self.rows) and not self.is_finished and not has_stopped
 
     @property
     def is_cut_off(self) -> bool:
-        """Whether it ended before its time, told or not."""
-        return self._is_begun and not self.is_running
+        """Whether it stopped early, with or without a reason."""
+        return bool(self.rows) and not self.is_finished and not self.is_running
 
     @property
     def patience_s(self) -> float:
-        """How long it may be silent: it tells of every epoch, when that and its validation are done."""
+        """How long it may be silent: the journal grows after each epoch and its validation."""
         ends = [0.0, *(row["seconds"] for row in self.rows if "epoch" in row and "seconds" in row)]
         ends += [row["seconds"] for row in self.rows[-1:] if "seconds" in row]
         longest = max((after - before for before, after in pairwise(ends)), default=0.0)
@@ -89,7 +93,7 @@ class Run:
 
     @property
     def resume_command(self) -> str:
-        """What goes on with it, with the names of its folders."""
+        """The command that resumes it, with the names of its folders."""
         verb = "pretrain" if re.search(r"^method:", self.config, re.MULTILINE) else "train"
         data = [folder.name for folder in self.data] or ["DATA"]
         folder = self.folder.resolve()
@@ -97,22 +101,29 @@ class Run:
         run = [folder.parent.name, "-f", "all"] if is_fold else [folder.name]
         return shlex.join(["segkit", verb, *data, "-o", *run, "--resume"])
 
-    @property
-    def _is_begun(self) -> bool:
-        return bool(self.rows) and not self.is_finished
-
 
 @dataclass(frozen=True)
 class Output:
-    """A folder of masks with the manifest of `segkit infer`, which is empty where others made them.
+    """A folder of masks with the manifest of `segkit infer`, which is empty for masks from elsewhere.
 
-    `card` is that of the model, or of the first of an ensemble, empty where it is not on this machine any more.
+    `card` is that of the model, or of the first of an ensemble, empty where it is no longer on this machine.
     """
 
     name: str
     folder: Path
     manifest: Document
     card: Document = field(default_factory=dict)
+
+    @property
+    def records(self) -> list[Document]:
+        """The entries of the manifest, each case once."""
+        return list(manifest_records(self.manifest).values())
+
+    @property
+    def model_name(self) -> str:
+        """The names of the folders of the models that made the masks."""
+        name = str(mapping(self.manifest, "model").get("name") or "")
+        return ", ".join(part.replace("\\", "/").rstrip("/").split("/")[-1] for part in name.split(", "))
 
 
 @dataclass(frozen=True)
@@ -126,10 +137,10 @@ class Scored:
 
 @dataclass(frozen=True)
 class CaseFacts:
-    """What is known of one case.
+    """One case of a page.
 
-    `regions` are its scores by region and metric, undefined ones left out and some of them infinite; `record` is its
-    entry in a manifest; `reason` says why it failed or could not be scored.
+    `regions` are its scores by region and metric, some of them infinite, without undefined ones; `record` is its entry
+    in a manifest; `reason` says why it failed or could not be scored.
     """
 
     id: str
@@ -151,7 +162,7 @@ class Findings:
         """All cases, worst first: those that failed, then by mean Dice, then by id."""
         found = {case_id: CaseFacts(case_id, regions) for case_id, regions in self._scores().items()}
         for output in self.outputs:
-            for record in records_of(output.manifest):
+            for record in output.records:
                 case = found.get(str(record["case"]), CaseFacts(str(record["case"])))
                 failed = record.get("error") if record.get("status") == "failed" else None
                 found[case.id] = replace(case, record=record, reason=None if failed is None else str(failed))
@@ -170,10 +181,19 @@ class Findings:
 
     def summary(self) -> Document:
         """Region -> metric -> mean, median, n (and `ci95` where the evaluation has it)."""
-        for scored in self.evaluations:
-            if scored.document.summary:
-                return scored.document.summary
-        return summarise(self._scores().values())
+        written = (scored.document.summary for scored in self.evaluations if scored.document.summary)
+        return next(written, None) or summarise(self._scores().values())
+
+    def headline_metrics(self) -> list[str]:
+        """The metrics to compare by: those of the protocols of the evaluations."""
+        named = dict.fromkeys(metric for scored in self.evaluations for metric in scored.document.headline)
+        return list(named or _HEADLINES)
+
+    def shown_metrics(self, cases: Iterable[CaseFacts]) -> list[str]:
+        """The metrics of the cases in the order of tables: those to compare by, then other known ones, then others."""
+        present = dict.fromkeys(name for case in cases for scores in case.regions.values() for name in scores)
+        order = dict.fromkeys((*self.headline_metrics(), *METRICS, *present))
+        return [metric for metric in order if metric in present]
 
     def _scores(self) -> dict[str, dict[str, dict[str, float]]]:
         """Case id -> region -> metric -> value, of the evaluations, or else of the validation of the runs."""
@@ -198,9 +218,9 @@ class Findings:
 
 
 def read_sources(paths: Sequence[Path]) -> Findings:
-    """What the folders hold; a file such as scores.json stands for its folder.
+    """Read folders; a file such as scores.json stands for its folder.
 
-    Beside an evaluation a folder without documents is taken for the masks that were evaluated.
+    Beside an evaluation, a folder without documents counts as the evaluated masks.
 
     Raises:
         RequestError: a folder is none of the three kinds, or a document in it cannot be read.
@@ -214,12 +234,9 @@ def read_sources(paths: Sequence[Path]) -> Findings:
         if not folder.is_dir():
             raise RequestError("there is no such folder", where=path, expected=_EXPECTED)
         folds = [fold for fold in sorted(folder.glob("fold_*")) if _is_run(fold)]
-        found_runs = [read_run(one) for one in ([folder] if _is_run(folder) else [])] + [
-            read_run(fold, f"{folder.resolve().name}/{fold.name}") for fold in folds
-        ]
-        manifests = sorted(folder.glob("manifest*.json"))
-        scores = folder / SCORES_NAME
-        name = folder.resolve().name
+        name, scores, manifests = folder.resolve().name, folder / SCORES_NAME, sorted(folder.glob("manifest*.json"))
+        found_runs = [read_run(folder)] if _is_run(folder) else []
+        found_runs += [read_run(fold, f"{name}/{fold.name}") for fold in folds]
         runs += found_runs
         outputs += [Output(name, folder, manifest, _card_of(manifest)) for manifest in map(_read_json, manifests)]
         evaluations += [Scored(name, folder, read_document(scores))] if scores.is_file() else []
@@ -232,7 +249,7 @@ def read_sources(paths: Sequence[Path]) -> Findings:
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:
-    """A run folder, finished or not; whatever is not there yet is left empty."""
+    """A run folder, finished or not; what is not there yet is empty."""
     config, journal = folder / "config.yaml", folder / "metrics.jsonl"
     rows = tuple(_journal(journal))
     return Run(
@@ -248,40 +265,17 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     )
 
 
-def records_of(manifest: Document) -> list[Document]:
-    """The entries of a manifest, each case once; what this run noted comes before what earlier ones did."""
-    found: dict[str, Document] = {}
-    for key in ("cases", "earlier"):
-        for entry in entries(manifest, key):
-            found.setdefault(str(entry["case"]), entry)
-    return list(found.values())
-
-
-def entries(document: Document, key: str) -> list[Document]:
-    """The list of cases under `key`, without whatever in it is no case."""
-    listed = document.get(key)
-    found = listed if isinstance(listed, list) else []
-    return [entry for entry in found if isinstance(entry, dict) and "case" in entry]
-
-
 def mapping(document: Document, key: str) -> Document:
     """The mapping under `key`, empty where there is none."""
     value = document.get(key)
     return value if isinstance(value, dict) else {}
 
 
-def number(value: object) -> float | None:
-    """A finite number, None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
+class PathRedactor:
+    """Removes the folders of this machine from texts.
 
-
-class Discretion:
-    """Takes the folders of this machine out of texts.
-
-    Of an absolute path the last name stays, and of one below a folder that the page was given, or the user's home, what
-    comes after that. Other folders with blanks in their names are not seen as a whole.
+    Of an absolute path the last name stays; of one below the parent of a given folder, or below the user's home, the
+    part after that. Other folders with blanks in their names are not recognised as a whole.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
@@ -302,7 +296,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _card_of(manifest: Document) -> Document:
-    """The model card that a manifest leads to, if its weights are those that made the masks."""
+    """The model card that a manifest names, if its weights are those that made the masks."""
     model = mapping(manifest, "model")
     path = Path(str(model.get("name") or "").split(", ")[0]) / "model.json"
     try:
@@ -314,7 +308,7 @@ def _card_of(manifest: Document) -> Document:
 
 
 def _journal(path: Path) -> list[Document]:
-    """The rows with a step, and of each its numbers; without a line that is being written or was cut off by a kill."""
+    """The numbers of the rows with a step; without a line that is incomplete, as while it is being written."""
     if not path.is_file():
         return []
     rows: list[Document] = []

@@ -1,8 +1,8 @@
 """The interactive viewer: NiiVue, and the volumes that it shows.
 
-NiiVue is not part of this repository. The package `ipyniivue` (extra `viewer`) carries it inside a bundle for
-notebooks; the bundle is read when a page is written, and its last line is rewritten so that it exports NiiVue itself.
-Compressed and in base64 it stands in the page as data, and becomes a script only when a reader opens the viewer.
+NiiVue is not part of this repository. The package `ipyniivue` (extra `viewer`) holds it in a bundle for notebooks; the
+bundle is read when a page is written, and its last line is rewritten so that it exports NiiVue itself. It is stored in
+the page as data, compressed and in base64, and becomes a script only when a reader opens the viewer.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segkit.reading.geometry import reorientation_to, reoriented_grid
-from segkit.report.figures import COLOURS, content_box, extent, intensity_window
 from segkit.report.images import CaseArrays
+from segkit.report.planes import COLOURS, content_box, extent, intensity_window
 from segkit.shapes import Affine, AnyArray, LabelMap
 
 _CLASS = re.compile(r'"Creating new Niivue instance"\).{0,300}?=\s*new ([\w$]+)\(', re.DOTALL)
@@ -32,8 +32,7 @@ _CLASS = re.compile(r'"Creating new Niivue instance"\).{0,300}?=\s*new ([\w$]+)\
 _EXPORT = re.compile(r"export\s*\{[^{}]*\}\s*;?\s*$")
 
 DIFFERENCES = {1: ("missed", COLOURS[5]), 2: ("surplus", COLOURS[3]), 3: ("other label", COLOURS[4])}
-"""Values of the layer that compares the prediction with the reference: what they are called, and their colours, which
-are not those of the first three labels."""
+"""Names and colours of the values of the difference layer; the colours are not those of the first three labels."""
 
 _MOST_VOXELS = 1_500_000
 _MARGIN_MM = 15.0
@@ -42,7 +41,7 @@ _SPARE_MM = 4.0
 
 @dataclass(frozen=True)
 class CaseVolumes:
-    """One case for the viewer: layer -> gzipped NIfTI in base64; the `facts` tell the viewer how to show them."""
+    """One case for the viewer: layer -> gzipped NIfTI in base64; `facts` are the settings to show them with."""
 
     layers: Mapping[str, str]
     facts: Mapping[str, Any]
@@ -72,7 +71,7 @@ def viewer_script() -> str | None:
 
 
 def viewer_licence() -> str | None:
-    """The licence under which NiiVue may be passed on, which has to go with it; None where it is not installed."""
+    """The licence of NiiVue, which must accompany it; None where it is not installed."""
     try:
         return metadata.distribution("ipyniivue").read_text("licenses/LICENSE")
     except metadata.PackageNotFoundError:
@@ -80,10 +79,10 @@ def viewer_licence() -> str | None:
 
 
 def case_volumes(arrays: CaseArrays) -> CaseVolumes | None:
-    """A volume and its masks around what matters, in bytes; None for pictures.
+    """A volume and its masks, cropped, in bytes; None for pictures.
 
-    The image is cropped to what it shows; where that is large, to the masks with a margin, and where that is large too,
-    every second or third voxel is kept. Intensities become 255 steps between their extremes without outliers.
+    The image is cropped to its content; where that is large, to the masks with a margin, and where that is large too,
+    every second or third voxel is kept. Intensities become 255 steps between the 0.05th and 99.95th percentile.
     """
     if arrays.grid.dims != 3:
         return None
@@ -121,13 +120,13 @@ def case_volumes(arrays: CaseArrays) -> CaseVolumes | None:
 
 
 def _difference(prediction: LabelMap, reference: LabelMap) -> LabelMap:
-    """The values of `DIFFERENCES`, 0 where both masks say the same."""
+    """The values of `DIFFERENCES`, 0 where both masks agree."""
     kinds = [(prediction == 0) & (reference > 0), (prediction > 0) & (reference == 0), prediction != reference]
     return np.select(kinds, [1, 2, 3], 0).astype(np.uint8)
 
 
 def _box(image: AnyArray, masks: list[AnyArray], spacing_mm: tuple[float, ...]) -> tuple[slice, ...]:
-    """What the image shows; where that is too much, what the masks mark; both with a margin."""
+    """The content of the image; where that is too large, the box of the masks; both with a margin."""
     shown = content_box(image)
     marked = np.any([mask > 0 for mask in masks], axis=0) if masks else np.zeros(1, np.bool_)
     if np.prod([part.stop - part.start for part in shown]) > _MOST_VOXELS and marked.any():
@@ -136,7 +135,7 @@ def _box(image: AnyArray, masks: list[AnyArray], spacing_mm: tuple[float, ...]) 
 
 
 def _centre_mm(marked: NDArray[np.bool_], affine: Affine) -> list[float]:
-    """The place where the crosshair begins: the middle of what is marked, or of the volume."""
+    """Where the crosshair starts: the middle of the marked voxels, or of the volume."""
     places = np.argwhere(marked)
     middle = np.median(places, axis=0) if len(places) else (np.array(marked.shape) - 1) / 2
     world = affine[:3, :3] @ middle + affine[:3, 3]

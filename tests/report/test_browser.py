@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from segkit.metrics.registry import METRICS
-from segkit.report.case_table import MOST_METRICS
+from segkit.report.cases import MOST_METRICS
 from segkit.report.page import write_page
 from segkit.report.viewer import viewer_script
 from tests.report.browser import Browser, find_browser, processes_of
@@ -113,7 +113,7 @@ def test_a_live_page_without_news_for_too_long_says_so(browser, tmp_path, monkey
     rows = [{"step": step, "loss": 1.0, "seconds": step * epoch_s, "epoch": step} for step in (1, 2)]
     (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     now = time.time()
-    monkeypatch.setattr("segkit.report.page.sections.time.time", lambda: now - 60 * minutes - 5)
+    monkeypatch.setattr("segkit.report.sections.time.time", lambda: now - 60 * minutes - 5)
     write_page([tmp_path / "run"], tmp_path / "report.html", with_viewer=False, is_live=True)
     browser.open(tmp_path / "report.html")
     shown = browser.value("document.querySelector('.state').innerText")

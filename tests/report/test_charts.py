@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from segkit.report.charts import bars_chart, line_chart, reliability_chart, strip_chart, thinned
+from segkit.report.charts import bars_chart, line_chart, reliability_chart, strip_chart
+from segkit.report.curves import thinned
 
 
 def numbers(svg: str, attribute: str) -> list[float]:

@@ -11,8 +11,10 @@ from PIL import Image
 
 from segkit.labels import SCHEMES
 from segkit.reading.volume import Grid
-from segkit.report import figures
-from segkit.report.figures import COLOURS, curves_figure, overlay_figure, views_of
+from segkit.report import planes as planes_module
+from segkit.report.curves import training_curves
+from segkit.report.figures import curves_figure, overlay_figure
+from segkit.report.planes import COLOURS, content_box, views_of
 
 RAS = np.eye(4)
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -64,15 +66,15 @@ def test_slice_that_shows_every_structure_wins_over_the_largest_one():
     labels[:, :, 1] = 1
     labels[:2, :, 4] = 1
     labels[2, 0, 4] = 2
-    assert figures._richest_slice([labels], axis=2) == 4
-    assert figures._richest_slice([np.zeros_like(labels)], axis=2) == 3
+    assert planes_module._richest_slice([labels], axis=2) == 4
+    assert planes_module._richest_slice([np.zeros_like(labels)], axis=2) == 3
 
 
 def test_view_is_cropped_to_the_content():
     image = np.zeros((8, 9, 7), np.float32)
     image[2:5, 3:4, 1:7] = 5
-    assert figures.content_box(image) == (slice(2, 5), slice(3, 4), slice(1, 7))
-    assert figures.content_box(np.zeros((3, 4, 5))) == (slice(0, 3), slice(0, 4), slice(0, 5))
+    assert content_box(image) == (slice(2, 5), slice(3, 4), slice(1, 7))
+    assert content_box(np.zeros((3, 4, 5))) == (slice(0, 3), slice(0, 4), slice(0, 5))
 
 
 def is_near(pixels: np.ndarray, colour: str) -> np.ndarray:
@@ -115,7 +117,7 @@ def test_curves_are_sorted_into_panels():
         {"step": 10, "epoch": 1, "loss": 1.0, "lr": 0.1, "seconds": 3.0},
         {"step": 20, "loss": float("nan"), "lr": 0.05, "score": 0.5, "dice": {"WT": 0.8, "ET": None}},
     ]
-    assert figures.curves_of(rows) == {
+    assert training_curves(rows) == {
         "loss": {"loss": [(10, 1.0)]},
         "validation": {"score": [(20, 0.5)], "WT": [(20, 0.8)]},
         "learning rate": {"lr": [(10, 0.1), (20, 0.05)]},

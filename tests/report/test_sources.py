@@ -12,17 +12,17 @@ import pytest
 from segkit.errors import RequestError
 from segkit.evaluation.scores import read_scores
 from segkit.report.page import write_page
-from segkit.report.sources import Discretion, read_run, read_sources
+from segkit.report.sources import PathRedactor, read_run, read_sources
 from tests.report.folders import write_json, write_masks, write_run, write_scores
 
 
 @pytest.fixture
-def tell():
-    return Discretion([Path("/data of jane/study/masks"), Path("/srv/run")])
+def redact():
+    return PathRedactor([Path("/data of jane/study/masks"), Path("/srv/run")])
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "redacted"),
     [
         ("/data of jane/study/x y.nii.gz: is truncated", "\u2026/x y.nii.gz: is truncated"),
         ("/srv/run and /srvice", "\u2026/run and /srvice"),
@@ -35,8 +35,8 @@ def tell():
         ("lr: 0.01  # 1/x per step", "lr: 0.01  # 1/x per step"),
     ],
 )
-def test_of_a_path_the_last_name_stays(tell, text, told):
-    assert tell(text) == told
+def test_of_a_path_the_last_name_stays(redact, text, redacted):
+    assert redact(text) == redacted
 
 
 @pytest.mark.parametrize(("epoch_s", "patience_s"), [(10, 180), (100, 300), (1000, 3000)])
