@@ -27,9 +27,8 @@ from segkit.inpainting.fill import FILLS, mirror_fill
 from segkit.inpainting.midline import find_midline, mirror_of
 from segkit.inpainting.predictor import InpaintingPredictor
 from segkit.metrics.synthesis import ssim_3d, synthesis_scores
-from segkit.preparing.holes import HoleMaker, HolesConfig, brain_mask, grow
+from segkit.preparing.holes import HoleMaker, HolesConfig, brain_mask, grow, tumour_components
 from segkit.preparing.preprocessing import load_case
-from segkit.preparing.tumour_holes import tumour_components
 from segkit.reading.geometry import reorientation_to, reoriented_grid
 from segkit.reading.layouts.table import PLAIN_CLASSES, find_cases
 from segkit.reading.volume import Grid

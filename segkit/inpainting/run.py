@@ -23,9 +23,8 @@ from segkit.inpainting.dataset import HoleDataset, HoleRules
 from segkit.inpainting.task import InpaintingTask, Restoration
 from segkit.models.generator import build_discriminator
 from segkit.preparing.cache import PreparedStore
-from segkit.preparing.holes import HoleMaker
+from segkit.preparing.holes import HoleMaker, tumour_components
 from segkit.preparing.preprocessing import PreparedCase
-from segkit.preparing.tumour_holes import tumour_components
 from segkit.reading.case import Cohort
 from segkit.reading.layouts.synthesis import SYNTHESIS_LAYOUT, find_known
 from segkit.reading.layouts.table import PLAIN_CLASSES, find_cases

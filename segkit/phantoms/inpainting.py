@@ -16,8 +16,7 @@ import numpy as np
 
 from segkit.phantoms.layouts import PHANTOM_LAYOUTS, require_empty
 from segkit.phantoms.phantom import make_phantom
-from segkit.preparing.holes import brain_mask
-from segkit.preparing.tumour_holes import ChallengeRules, challenge_hole, tumour_components, unhealthy_region
+from segkit.preparing.holes import ChallengeRules, brain_mask, challenge_hole, tumour_components, unhealthy_region
 from segkit.reading.files import write_image, write_labels
 from segkit.shapes import AnyArray
 

@@ -1,8 +1,7 @@
-"""Shapes of holes: boxes, strokes, blobs like tumours, given shapes flipped and turned; in two and three dimensions.
+"""Shapes of holes in 2D and 3D: boxes, strokes, tumour-like blobs, turned shapes; and the parts of masks.
 
-The size of a hole is told as the *diameter* in voxels of the ball (in a picture: the disc) that has as many voxels.
-Shapes lie in the middle of the array that is asked for; what does not fit into it is left out. Every draw comes from
-the generator that is passed in.
+The size of a hole is the *diameter* in voxels of the ball (in 2D the disc) that has as many voxels. Shapes are centred
+in an array of a given shape and cut at its edges. Every random number comes from the generator that is passed in.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def voxels_of(diameter: float, dims: int) -> float:
 
 
 def diameter_of(voxels: float, dims: int) -> float:
-    """The diameter in voxels of the ball, or of the disc, with so many voxels: the inverse of `voxels_of`."""
+    """The diameter in voxels of the ball, or of the disc, of that many voxels: the inverse of `voxels_of`."""
     return float((voxels / _BALL[dims]) ** (1 / dims))
 
 
@@ -130,13 +129,13 @@ def turned(mask: Mask, generator: np.random.Generator, scale: float = 1.0) -> Ma
 
 
 def cropped(mask: Mask) -> Mask:
-    """The smallest box about the True voxels of a mask that has any, contiguous."""
+    """The smallest box that holds all True voxels of a mask that has any, contiguous."""
     (box,) = ndimage.find_objects(mask.view(np.uint8))
     return np.ascontiguousarray(mask[box])
 
 
 def largest_component(mask: Mask) -> Mask:
-    """The largest of the parts of a mask (*spatial) that touch each other, if only at a corner."""
+    """The largest connected part of a mask (*spatial); touching corners connect."""
     found: Mask = cc3d.largest_k(zeros_and_ones(mask), k=1, connectivity=_EVERY_NEIGHBOUR[mask.ndim]) > 0
     return found
 
@@ -148,15 +147,14 @@ def without_specks(mask: Mask, smallest: int) -> Mask:
 
 
 def components(mask: Mask) -> list[Mask]:
-    """The parts of a mask (*spatial) that touch each other, if only at a corner, each cropped; largest first."""
+    """The connected parts of a mask (*spatial), each cropped, largest first; touching corners connect."""
     labels = cc3d.connected_components(zeros_and_ones(mask), connectivity=_EVERY_NEIGHBOUR[mask.ndim])
     parts = [labels[box] == number for number, box in enumerate(ndimage.find_objects(labels), start=1)]
     return sorted(parts, key=lambda part: -int(part.sum()))
 
 
 def without_cavities(mask: Mask) -> Mask:
-    """A mask (*spatial) together with what it encloses; the faces of voxels that touch close it."""
-    # The background's parts are numbered: what does not belong to the one outside is enclosed.
+    """A mask (*spatial) with its cavities filled: background not connected to the outside through voxel faces."""
     outside = np.pad(~mask, 1, constant_values=True)
     labels = cc3d.connected_components(zeros_and_ones(outside), connectivity=_FACES_ONLY[mask.ndim])
     inside: Mask = labels != labels[(0,) * mask.ndim]
@@ -201,7 +199,7 @@ def _smooth_field(
 
 
 def _paint_ball(hole: Mask, point: NDArray[np.float64], radius: float) -> int:
-    """Add the voxels within `radius` of a point, in place; how many are new."""
+    """Add the voxels within `radius` of a point, in place; the number of new voxels."""
     first = np.maximum(np.ceil(point - radius), 0).astype(int)
     last = np.minimum(np.floor(point + radius), np.asarray(hole.shape) - 1).astype(int)
     window = hole[tuple(slice(low, high + 1) for low, high in zip(first, last, strict=True))]

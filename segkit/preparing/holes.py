@@ -1,12 +1,17 @@
-"""Holes: where an image is to be made up, drawn at random away from what must not be learnt.
+"""Holes: regions of an image that a network learns to fill in, placed at random.
 
-A *hole* is a boolean array (*spatial), True where voxels are missing. `HoleMaker` draws one for a patch or a volume, of
-one of the kinds of `hole_shapes`; `holes_tumour` follows the procedure of the BraTS local-synthesis challenge.
+A *hole* is a boolean array (*spatial), True where voxels are missing. `HoleMaker` draws one for a training patch or a
+volume, with a shape of one of the kinds in `hole_shapes`. `challenge_hole` follows the BraTS local-synthesis challenge
+(arXiv 2305.08992): a hole in healthy tissue gets the shape of a tumour, often that of another patient. There the truth
+is known, so a synthesis can be scored. Large tumours get small holes and the other way round, so that there is room
+for both. *Unhealthy* is the whole tumour, without specks and cavities, and a margin around it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -15,19 +20,22 @@ from pydantic import Field, model_validator
 from scipy import ndimage
 
 from segkit.config import Config
+from segkit.errors import DataError
 from segkit.preparing.hole_shapes import (
     blob_hole,
     box_hole,
+    components,
     cropped,
     diameter_of,
     largest_component,
     stroke_hole,
     turned,
     without_cavities,
+    without_specks,
 )
 from segkit.shapes import AnyArray, Mask
 
-LEAST_IN_BRAIN = 0.75
+_LEAST_IN_BRAIN = 0.75
 """Share of a hole that must lie in the brain (BraTS local synthesis)."""
 
 _SHAPES = 10
@@ -35,7 +43,13 @@ _PLACES_PER_SHAPE = 5
 _SHRINKAGE = 0.82
 """How many shapes are tried, at how many places each, and how much smaller each further one is."""
 _ROOM = {"boxes": 1.5, "strokes": 2.0, "blobs": 1.9}
-"""Side of the array in which a shape is drawn, in diameters: strokes sprawl."""
+"""Side of the array in which a shape is drawn, in diameters: strokes need the most."""
+
+_STANDARD_SIDE = 240
+"""Voxels along the first two axes of a BraTS volume, to which the limits of the challenge apply."""
+
+_FEWEST_VOXELS = 64
+"""Parts of a tumour with fewer voxels are left out at any volume size."""
 
 _MAKERS: Mapping[str, Callable[[Sequence[int], np.random.Generator, float], Mask]] = {
     "boxes": box_hole,
@@ -46,7 +60,7 @@ _KINDS = (*_MAKERS, "tumours")
 
 
 class HolesConfig(Config):
-    """How often holes are of which kind, how large they are, and how far from lesions they stay."""
+    """Frequency of each kind of hole, sizes, and the distance to lesions."""
 
     boxes: float = Field(default=0.1, ge=0)
     """Relative frequency of boxes."""
@@ -60,11 +74,11 @@ class HolesConfig(Config):
     """Smallest and largest size in voxels: the diameter of the ball, or disc, of as many voxels. The default is 800 to
     62,000 voxels in a volume. Real tumours keep their size."""
     largest_share: float = Field(default=0.35, gt=0, le=0.9)
-    """Largest hole as a share of the voxels of the patch; larger ones are drawn, or made, smaller."""
+    """Largest hole as a share of the voxels of the patch; larger ones are drawn smaller or shrunk."""
     count_range: tuple[int, int] = (1, 1)
     """Fewest and most holes of a patch; several of them may touch each other."""
     margin_voxels: int = Field(default=5, ge=0)
-    """Distance from lesions within which nothing is made up, in voxels."""
+    """Distance from lesions within which there is no hole, in voxels."""
     min_voxels: int = Field(default=64, ge=1)
     """Fewest voxels of brain in a hole, as far as there are so many."""
 
@@ -106,8 +120,8 @@ class HoleMaker:
 
         Returns:
             (*spatial), True only where `allowed`. At least three quarters of the shape lie in the brain, and
-            `min_voxels` of what is left of it, after a number of attempts with ever smaller shapes; then it is a small
-            box about an allowed voxel. Empty only where nothing is allowed.
+            `min_voxels` of the rest. Where no place is found, smaller shapes are tried, and in the end a small box
+            around an allowed voxel. Empty only where nothing is allowed.
         """
         fewest, most = self.config.count_range
         hole = self._one(brain, allowed, generator)
@@ -127,7 +141,9 @@ class HoleMaker:
         for attempt in range(_SHAPES):
             smaller = _SHRINKAGE**attempt
             if source is None:
-                shape = _made(kind, smaller * diameter, brain.shape, generator)
+                side = max(3, int(np.ceil(_ROOM[kind] * smaller * diameter)))
+                room = [min(count, side) for count in brain.shape]
+                shape = cropped(_MAKERS[kind](room, generator, smaller * diameter))
             else:
                 shape = turned(source, generator, smaller * min(1.0, limit / diameter_of(source.sum(), source.ndim)))
             for _ in range(_PLACES_PER_SHAPE):
@@ -139,7 +155,7 @@ class HoleMaker:
     def _placed(
         self, shape: Mask, candidates: NDArray[np.intp], brain: Mask, allowed: Mask, generator: np.random.Generator
     ) -> Mask | None:
-        """The shape about one of the candidates (flat indices), moved inside where it fits; None if it must not be."""
+        """The shape centred on a random candidate (flat indices), moved inside; None if too little of it is usable."""
         centre = np.unravel_index(candidates[generator.integers(candidates.size)], brain.shape)
         where, part = [], []
         for middle, extent, size in zip(centre, shape.shape, brain.shape, strict=True):
@@ -149,7 +165,7 @@ class HoleMaker:
             part.append(slice((extent - used) // 2, (extent - used) // 2 + used))
         box = tuple(where)
         in_brain = shape[tuple(part)] & brain[box]
-        if np.count_nonzero(in_brain) < LEAST_IN_BRAIN * np.count_nonzero(shape):
+        if np.count_nonzero(in_brain) < _LEAST_IN_BRAIN * np.count_nonzero(shape):
             return None
         if np.count_nonzero(in_brain & allowed[box]) < self.config.min_voxels:
             return None
@@ -158,7 +174,7 @@ class HoleMaker:
         return hole
 
     def _small_box(self, allowed: Mask, candidates: NDArray[np.intp], generator: np.random.Generator) -> Mask:
-        """The allowed part of a box of at least `min_voxels` about one of the candidates, flat indices; or nothing."""
+        """The allowed part of a box of at least `min_voxels` centred on a random candidate (flat indices)."""
         hole = np.zeros(allowed.shape, np.bool_)
         if candidates.size:
             side = int(np.ceil(self.config.min_voxels ** (1 / allowed.ndim)))
@@ -171,7 +187,7 @@ class HoleMaker:
 def grow(mask: Mask, distance: float, spacing_mm: Sequence[float] | None = None) -> Mask:
     """A mask (*spatial) with everything within a distance of it, between voxel centres.
 
-    The distance is in voxels or, where `spacing_mm` tells their sides, in mm.
+    The distance is in voxels, or in mm where `spacing_mm` is given.
     """
     if distance <= 0 or not mask.any():
         return mask.copy()
@@ -189,7 +205,150 @@ def brain_mask(image: AnyArray) -> Mask:
     return without_cavities(largest_component(tissue)) if tissue.any() else tissue
 
 
-def _made(kind: str, diameter: float, shape: Sequence[int], generator: np.random.Generator) -> Mask:
-    """A shape of a kind, cropped, drawn in no more room than it takes and the patch has."""
-    room = [min(count, max(3, int(np.ceil(_ROOM[kind] * diameter)))) for count in shape]
-    return cropped(_MAKERS[kind](room, generator, diameter))
+@dataclass(frozen=True)
+class ChallengeRules:
+    """The limits of the procedure; the defaults are those of the challenge, for voxels of 1 mm."""
+
+    smallest_voxels: int = 800
+    """Connected parts of a tumour with fewer voxels are left out."""
+    margin_voxels: float = 5.0
+    """How far the unhealthy region reaches beyond the tumour, and how far a hole stays from that region."""
+    rank_window: float = 0.05
+    """How far the rank of a hole's size may be from the wanted one, either way, as a share of the pool."""
+    attempts: int = 500
+    """How many shapes and places are tried in one brain."""
+
+    def scaled_to(self, side: int) -> ChallengeRules:
+        """The same limits for volumes that show a whole head in `side` voxels instead of 240, such as phantoms."""
+        factor = side / _STANDARD_SIDE
+        smallest = max(_FEWEST_VOXELS, round(self.smallest_voxels * factor**3))
+        return replace(self, smallest_voxels=smallest, margin_voxels=max(1.0, self.margin_voxels * factor))
+
+
+CHALLENGE_RULES = ChallengeRules()
+
+
+@dataclass(frozen=True)
+class TumourShape:
+    """One connected part of a tumour, cropped, and its size as a share of its brain's voxels."""
+
+    mask: Mask
+    share: float
+
+
+def whole_tumour(tumour: Mask, rules: ChallengeRules = CHALLENGE_RULES) -> Mask:
+    """A tumour (*spatial), all its tissues together, without small parts and with its cavities."""
+    return without_specks(tumour, rules.smallest_voxels)
+
+
+def unhealthy_region(tumour: Mask, rules: ChallengeRules = CHALLENGE_RULES) -> Mask:
+    """The whole tumour (*spatial) and the margin around it: the hole whose healthy tissue is unknown."""
+    return grow(whole_tumour(tumour, rules), rules.margin_voxels)
+
+
+def tumour_components(tumour: Mask, brain: Mask, rules: ChallengeRules = CHALLENGE_RULES) -> list[TumourShape]:
+    """The connected parts of a tumour (*spatial), largest first; both masks are of one patient.
+
+    Raises:
+        DataError: the brain is empty.
+    """
+    size = np.count_nonzero(brain)
+    if not size:
+        raise DataError("the brain is empty", expected="a mask with True where the image is not 0")
+    return [TumourShape(part, float(part.sum() / size)) for part in components(whole_tumour(tumour, rules))]
+
+
+def inverse_ranks(shares: Sequence[float], share: float, window: float) -> range:
+    """Ranks in `shares` (ascending) of the sizes that are paired with a tumour of size `share`.
+
+    The k-th smallest tumour is paired with the k-th largest size, plus or minus `window` times the number of sizes.
+    """
+    count = len(shares)
+    wanted = min(max(count - 1 - int(np.searchsorted(shares, share)), 0), count - 1)
+    reach = math.floor(window * count)
+    return range(max(0, wanted - reach), min(count, wanted + reach + 1))
+
+
+def challenge_hole(
+    brain: Mask,
+    tumour: Mask,
+    pool: Sequence[TumourShape],
+    generator: np.random.Generator,
+    rules: ChallengeRules = CHALLENGE_RULES,
+) -> Mask:
+    """A hole in healthy tissue of a whole brain.
+
+    A shape whose size has the inverse rank of this tumour's (any shape, where there is no tumour) is flipped, turned
+    and centred on the one of two random points of the brain that is farther from the unhealthy region. It is accepted
+    if it lies inside the volume, at least three quarters of it in the brain and all of it at least the margin away
+    from the unhealthy region; otherwise shape and place are drawn again.
+
+    Args:
+        brain: (*spatial), see `brain_mask`.
+        tumour: (*spatial), all tissues of the tumour together; it may be empty.
+        pool: the shapes of all patients, see `tumour_components`.
+        generator: decides everything.
+        rules: the limits.
+
+    Raises:
+        DataError: the pool is empty, the tumour leaves no room, or nothing was accepted in all attempts.
+    """
+    if not pool:
+        raise DataError(
+            f"there is no tumour of {rules.smallest_voxels} or more voxels to give holes their shape",
+            remedy="Give references with tumours, or a smaller limit",
+        )
+    unhealthy = unhealthy_region(tumour, rules)
+    distance = _distance_to(unhealthy)
+    candidates = np.flatnonzero(brain & (distance > rules.margin_voxels))
+    if not candidates.size:
+        raise DataError(
+            f"no voxel of the brain lies farther than {rules.margin_voxels:g} voxels from the tumour and its margin",
+            expected="healthy tissue to lay a hole in",
+            remedy="Leave this case out",
+        )
+    ordered = sorted(pool, key=lambda shape: shape.share)
+    size = np.count_nonzero(whole_tumour(tumour, rules)) / np.count_nonzero(brain)
+    ranks = inverse_ranks([shape.share for shape in ordered], size, rules.rank_window) if size else range(len(ordered))
+    for _ in range(rules.attempts):
+        shape = turned(ordered[ranks[int(generator.integers(len(ranks)))]].mask, generator)
+        points = candidates[generator.integers(candidates.size, size=2)]
+        point = points[np.argmax(distance.ravel()[points])]
+        hole = _laid(shape, np.unravel_index(point, brain.shape), brain, distance, rules)
+        if hole is not None:
+            return hole
+    raise DataError(
+        f"no place for a healthy hole was found in {rules.attempts} attempts",
+        expected=f"room for a tumour's shape at least {rules.margin_voxels:g} voxels from the tumour and its margin",
+        remedy="Leave this case out, or give more tumours of other sizes",
+    )
+
+
+def _distance_to(region: Mask) -> NDArray[np.float64]:
+    """Distance of every voxel (*spatial) from a region, in voxels; infinite where there is no region."""
+    if not region.any():
+        return np.full(region.shape, np.inf)
+    distance: NDArray[np.float64] = ndimage.distance_transform_edt(~region)
+    return distance
+
+
+def _laid(
+    shape: Mask,
+    centre: Sequence[np.intp],
+    brain: Mask,
+    distance: NDArray[np.float64],
+    rules: ChallengeRules,
+) -> Mask | None:
+    """The shape centred on a voxel of the volume; None where the rules do not allow it."""
+    first = [int(place) - extent // 2 for place, extent in zip(centre, shape.shape, strict=True)]
+    last = [start + extent for start, extent in zip(first, shape.shape, strict=True)]
+    if min(first) < 0 or any(stop > size for stop, size in zip(last, brain.shape, strict=True)):
+        return None
+    box = tuple(slice(start, stop) for start, stop in zip(first, last, strict=True))
+    if np.count_nonzero(shape & brain[box]) < _LEAST_IN_BRAIN * np.count_nonzero(shape):
+        return None
+    if distance[box][shape].min() < rules.margin_voxels:
+        return None
+    hole = np.zeros(brain.shape, np.bool_)
+    hole[box] = shape
+    return hole

@@ -9,7 +9,7 @@ from scipy import ndimage
 from segkit.errors import DataError, RequestError
 from segkit.phantoms.inpainting import WrittenHoles, write_inpainting_phantoms
 from segkit.phantoms.phantom import make_phantom
-from segkit.preparing.tumour_holes import ChallengeRules, whole_tumour
+from segkit.preparing.holes import ChallengeRules, whole_tumour
 from segkit.reading.checks import check_cohort
 from segkit.reading.files import read_labels, read_volume
 from segkit.reading.geometry import reorientation_to

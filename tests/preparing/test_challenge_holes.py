@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from segkit.errors import DataError
-from segkit.preparing.tumour_holes import (
+from segkit.preparing.holes import (
     ChallengeRules,
     TumourShape,
     challenge_hole,
