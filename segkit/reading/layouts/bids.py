@@ -14,7 +14,6 @@ from pathlib import Path
 from segkit.errors import DataError
 from segkit.reading.case import Cohort, ImageFile
 from segkit.reading.layouts.dataset_json import require_label_values, require_shown
-from segkit.reading.layouts.grouping import common_modalities
 from segkit.reading.layouts.layout import (
     FolderOptions,
     FoundFile,
@@ -22,6 +21,7 @@ from segkit.reading.layouts.layout import (
     SchemeChoice,
     build_cases,
     build_cohort,
+    common_modalities,
     unused_files,
 )
 from segkit.reading.layouts.listing import Listing, bare_name, read_document

@@ -1,9 +1,8 @@
-"""A plain folder of volumes: no convention, only names that people give (see `grouping` and `modality`).
+"""Plain folders without a naming convention: `folder` for volumes, `folder2d` for pictures with masks.
 
-Folders of pictures with masks: images/ and masks/ with equal stems, or pairs such as x.jpg and x_1stHO.png.
-
-Colour pictures become three modalities, red, green and blue. Masks are PNG files of label values, 0 and 1, or 0 and
-255; a value of 255 stays what it is, so that predicted masks look like the reference.
+Files are grouped into cases by the names that people usually give (see `grouping`). Colour pictures become three
+modalities: red, green and blue. Masks of pictures are PNG files of label values, 0 and 1, or 0 and 255; a value of 255
+is kept, so that predicted masks look like the reference.
 """
 
 from __future__ import annotations
@@ -14,41 +13,56 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from segkit.errors import DataError, Problem
+from segkit.errors import Problem
 from segkit.labels import classes_scheme
 from segkit.reading.case import Cohort, ImageFile
-from segkit.reading.files import count_channels, suffix_of
-from segkit.reading.layouts.grouping import IMAGE, common_modalities, group_files, shared_suffix, without_nameless
+from segkit.reading.files import suffix_of
+from segkit.reading.layouts.grouping import IMAGE, group_files, shared_suffix
 from segkit.reading.layouts.layout import (
+    LEAST_SHARE,
     FolderOptions,
     FoundFile,
     Layout,
     SchemeChoice,
     build_cases,
     build_cohort,
+    channels_or_one,
+    common_modalities,
     unused_files,
 )
 from segkit.reading.layouts.listing import Listing, bare_name
 from segkit.reading.layouts.schemes import scheme_by_values
 from segkit.reading.modalities import IGNORED, LABEL, split_name
 
+_NAMELESS = re.compile(rf"^({IMAGE}|channel_\d+)$")
 _TASK01_NAME = re.compile(r"^BRATS_\d{3}$")
 _TASK01_CHANNELS = ("t2f", "t1n", "t1c", "t2w")
-"""Channel order of the Decathlon's Task01_BrainTumour, for its files on their own."""
+"""Channel order of the Decathlon's Task01_BrainTumour, for its files without their `dataset.json`."""
+
+_PLANES = ("red", "green", "blue")
+_PREFERENCE = (".tif", ".tiff", ".png", ".bmp", ".jpg", ".jpeg", ".gif")
+"""Which of two pictures with one stem is the image: beside a photograph, a GIF is a field-of-view mask."""
+
+_EYE = re.compile(r"^(?P<patient>.*\d)[-_. ]*(?P<side>L|R|OS|OD|left|right)$", re.IGNORECASE)
+_SIDES = {"l": "left", "os": "left", "left": "left", "r": "right", "od": "right", "right": "right"}
+"""Sides in names of eye photographs; OS and OD are oculus sinister and dexter."""
+
+_SECOND_READER = frozenset({"2ndho", "manual2"})
+_FIELD_OF_VIEW = frozenset({"fov", "fov mask"})
 
 
-def _recognise(listing: Listing) -> float:
+def _recognise_volumes(listing: Listing) -> float:
     if listing.volumes:
         return 0.3
     return 0.05 if any(path.is_dir() for path in listing.others) else 0.02
 
 
-def _read(listing: Listing, options: FolderOptions) -> Cohort:
-    channels = {name: int(pattern) for name, pattern in options.modalities.items() if pattern.isdigit()}
-    patterns = {name: pattern for name, pattern in options.modalities.items() if name not in channels}
+def _read_volumes(listing: Listing, options: FolderOptions) -> Cohort:
+    channels = {int(pattern): name for name, pattern in options.modalities.items() if pattern.isdigit()}
+    patterns = {name: pattern for name, pattern in options.modalities.items() if not pattern.isdigit()}
     grouping = group_files(listing.volumes, listing.root, patterns)
-    found, problems = _with_channels(grouping.files, channels)
-    files, nameless = without_nameless(found)
+    found, problems = _split_channels(grouping.files, channels)
+    files, nameless = _without_nameless(found)
     cases, more = build_cases(files, patient_of=lambda case_id: grouping.patients[case_id])
     modalities, rare = common_modalities(cases, named=options.modalities)
     if ignored := [file.image.path for file in files if file.kind == IGNORED]:
@@ -59,66 +73,53 @@ def _read(listing: Listing, options: FolderOptions) -> Cohort:
     return build_cohort(listing, "folder", cases, choice, modalities=modalities, problems=problems)
 
 
-def _with_channels(files: Iterable[FoundFile], named: Mapping[str, int]) -> tuple[list[FoundFile], list[Problem]]:
-    """Files of unknown modality that are 4D become one entry a channel, named by the user or by their number."""
+def _split_channels(files: Iterable[FoundFile], named: Mapping[int, str]) -> tuple[list[FoundFile], list[Problem]]:
+    """4D files of unknown modality as one entry for each channel, named by the user or by its number."""
     result: list[FoundFile] = []
     nameless: list[Path] = []
     for file in files:
-        count = _channel_count(file.image.path) if file.kind == IMAGE else 1
+        path = file.image.path
+        count = channels_or_one(path) if file.kind == IMAGE else 1
         if count == 1:
             result.append(file)
             continue
-        names = _channel_names(file.image.path, count, named)
+        names: Sequence[str] = [named.get(channel, f"channel_{channel}") for channel in range(count)]
+        if not named and count == len(_TASK01_CHANNELS) and _TASK01_NAME.match(bare_name(path)):
+            names = _TASK01_CHANNELS
         if names[0].startswith("channel_"):
-            nameless.append(file.image.path)
+            nameless.append(path)
         result += [
-            FoundFile(file.case_id, file.folder, name, ImageFile(file.image.path, channel))
-            for channel, name in enumerate(names)
+            FoundFile(file.case_id, file.folder, name, ImageFile(path, channel)) for channel, name in enumerate(names)
         ]
-    return result, [_nameless(nameless)] if nameless else []
+    if not nameless:
+        return result, []
+    note = "holds several channels, and nothing says which modality each of them is"
+    remedy = "Name them by their number, such as --modality t2f=0 --modality t1n=1 --modality t1c=2 --modality t2w=3"
+    return result, [Problem(str(nameless[0]), note, remedy, is_fatal=False)]
 
 
-def _channel_names(path: Path, count: int, named: Mapping[str, int]) -> Sequence[str]:
-    name_of = {channel: name for name, channel in named.items()}
-    if not named and count == len(_TASK01_CHANNELS) and _TASK01_NAME.match(bare_name(path)):
-        return _TASK01_CHANNELS
-    return [name_of.get(channel, f"channel_{channel}") for channel in range(count)]
-
-
-def _channel_count(path: Path) -> int:
-    try:
-        return count_channels(path)
-    except DataError:
-        return 1  # the check reads the file itself and tells what is wrong with it
-
-
-def _nameless(paths: Sequence[Path]) -> Problem:
-    return Problem(
-        str(paths[0]),
-        "holds several channels, and nothing says which modality each of them is",
-        "Name them by their number, such as --modality t2f=0 --modality t1n=1 --modality t1c=2 --modality t2w=3",
-        is_fatal=False,
-    )
+def _without_nameless(files: Sequence[FoundFile]) -> tuple[list[FoundFile], list[Problem]]:
+    """The files without images of unknown modality, where most cases have known ones; a warning about those removed."""
+    kinds: dict[str, set[str]] = defaultdict(set)
+    for file in files:
+        if file.kind not in (LABEL, IGNORED):
+            kinds[file.case_id].add(file.kind)
+    named = sum(1 for found in kinds.values() if any(not _NAMELESS.match(kind) for kind in found))
+    if named == 0 or named < LEAST_SHARE * len(kinds):
+        return list(files), []
+    kept = [file for file in files if not _NAMELESS.match(file.kind)]
+    paths = sorted({file.image.path for file in files} - {file.image.path for file in kept})
+    remedy = "Keep it with --modality NAME=SUFFIX"
+    return kept, [unused_files(paths, "as nothing tells their modality", remedy)] if paths else []
 
 
 FOLDER = Layout(
     "folder",
     "plain folder of volumes: a case a folder or a file, modalities by name or by --modality",
     "patient19/FLAIR.nii.gz, or p1_t1.nii.gz + p1_seg.nii.gz",
-    _recognise,
-    _read,
+    _recognise_volumes,
+    _read_volumes,
 )
-
-_PLANES = ("red", "green", "blue")
-_PREFERENCE = (".tif", ".tiff", ".png", ".bmp", ".jpg", ".jpeg", ".gif")
-"""Which of two pictures with one stem is the image: beside a photograph, a GIF is a field-of-view mask."""
-
-_EYE = re.compile(r"^(?P<patient>.*\d)[-_. ]*(?P<side>L|R|OS|OD|left|right)$", re.IGNORECASE)
-_SIDES = {"l": "left", "os": "left", "left": "left", "r": "right", "od": "right", "right": "right"}
-"""What photographs of eyes are called; OS and OD are oculus sinister and dexter."""
-
-_SECOND_READER = frozenset({"2ndho", "manual2"})
-_FIELD_OF_VIEW = frozenset({"fov", "fov mask"})
 
 
 def _recognise_pictures(listing: Listing) -> float:
@@ -130,53 +131,25 @@ def _recognise_pictures(listing: Listing) -> float:
 def _read_pictures(listing: Listing, options: FolderOptions) -> Cohort:
     pictures, doubles = _one_per_stem(listing.pictures)
     grouping = group_files(pictures, listing.root, options.modalities)
-    grouped, problems = grouping.files, list(grouping.problems)
-    if not options.modalities and not any(file.kind == LABEL for file in grouped):
-        suffix = shared_suffix(pictures)
-        if suffix is not None:
-            grouping = group_files(pictures, listing.root, {LABEL: suffix, IMAGE: "*"})
-            grouped = grouping.files
-            note = f"files that end in {suffix} are taken for the reference masks"
-            remedy = "Name another suffix with --modality label=SUFFIX --modality image=SUFFIX"
-            problems.append(Problem(str(listing.root), note, remedy, is_fatal=False))
+    problems = list(grouping.problems)
+    has_references = any(file.kind == LABEL for file in grouping.files)
+    if not options.modalities and not has_references and (suffix := shared_suffix(pictures)) is not None:
+        grouping = group_files(pictures, listing.root, {LABEL: suffix, IMAGE: "*"})
+        note = f"files that end in {suffix} are taken for the reference masks"
+        remedy = "Name another suffix with --modality label=SUFFIX --modality image=SUFFIX"
+        problems.append(Problem(str(listing.root), note, remedy, is_fatal=False))
     patients = join_both_eyes(grouping.patients)
-    cases, more = build_cases(_with_planes(grouped), patient_of=lambda case_id: patients[case_id], order=_order)
-    problems += _left_out([file.image.path for file in grouped if file.kind == IGNORED], doubles)
+    cases, more = build_cases(
+        _split_planes(grouping.files), patient_of=lambda case_id: patients[case_id], order=_plane_order
+    )
+    problems += _left_out([file.image.path for file in grouping.files if file.kind == IGNORED], doubles)
     choice = scheme_by_values(cases, options, listing.root)
     if choice.scheme is not None and list(choice.scheme.values) == ["label_1"]:
         choice = SchemeChoice(classes_scheme("classes", {"foreground": choice.scheme.values["label_1"]}))
-    if choice.scheme is not None and len(choice.scheme.values) > 1 and (lossy := _lossy_mask(grouped)):
+    if choice.scheme is not None and len(choice.scheme.values) > 1 and (lossy := _lossy_mask(grouping.files)):
         choice = SchemeChoice(None, (lossy,))
-    modalities = _order(modality for case in cases for modality in case.images)
+    modalities = _plane_order(modality for case in cases for modality in case.images)
     return build_cohort(listing, "folder2d", cases, choice, modalities=modalities, problems=(*problems, *more), dims=2)
-
-
-def _left_out(ignored: Sequence[Path], doubles: Sequence[Path]) -> list[Problem]:
-    """What is said of files that are neither images nor references: `doubles` have the stem of an image."""
-    words = {path: split_name(bare_name(path)).word for path in ignored}
-    readers = [path for path in ignored if words[path] in _SECOND_READER]
-    views = [path for path in ignored if words[path] in _FIELD_OF_VIEW]
-    views = sorted([*views, *(path for path in doubles if suffix_of(path) == ".gif")])
-    copies = [path for path in doubles if suffix_of(path) != ".gif"]
-    others = [path for path in ignored if path not in {*readers, *views}]
-    problems = []
-    if views:
-        ending = _common_ending(views)
-        remedy = f"`segkit evaluate --roi {shlex.quote(ending)}` scores inside them" if ending else ""
-        problems.append(unused_files(views, "fields of view by their names", remedy))
-    if readers:
-        problems.append(unused_files(readers, "drawn by a second reader; the first is the reference"))
-    if copies:
-        problems.append(unused_files(copies, "with the name of another image"))
-    if others:
-        problems.append(unused_files(others, "neither an image nor the reference by their names"))
-    return problems
-
-
-def _common_ending(paths: Sequence[Path]) -> str:
-    """How all names end from their last separator or suffix on (`.gif`, `_fov.png`), "" where they differ."""
-    endings = {path.name[len(split_name(bare_name(path)).rest) :] for path in paths}
-    return endings.pop() if len(endings) == 1 else ""
 
 
 def _one_per_stem(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
@@ -188,13 +161,12 @@ def _one_per_stem(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     return sorted(kept), sorted(path for path in paths if path not in kept)
 
 
-def _with_planes(files: Iterable[FoundFile]) -> Iterable[FoundFile]:
-    """Colour pictures of unknown modality as one entry a plane; if any is in colour, grey ones count as colour too.
+def _split_planes(files: Sequence[FoundFile]) -> Iterable[FoundFile]:
+    """Pictures of unknown modality as one entry for each plane if any of them is in colour, else as grey.
 
-    A grey picture has the same grey in all three planes, so that folders which mix both stay usable.
+    A grey picture has the same grey in all three planes, so that a folder may hold both.
     """
-    files = list(files)
-    is_colour = any(_is_colour(file.image.path) for file in files if file.kind == IMAGE)
+    is_colour = any(channels_or_one(file.image.path) == len(_PLANES) for file in files if file.kind == IMAGE)
     for file in files:
         if file.kind != IMAGE:
             yield file
@@ -205,11 +177,30 @@ def _with_planes(files: Iterable[FoundFile]) -> Iterable[FoundFile]:
             yield FoundFile(file.case_id, file.folder, "grey", file.image)
 
 
-def _is_colour(path: Path) -> bool:
-    try:
-        return count_channels(path) == len(_PLANES)
-    except DataError:
-        return False  # the check reads the file itself and tells what is wrong with it
+def _plane_order(modalities: Iterable[str]) -> tuple[str, ...]:
+    present = dict.fromkeys(modalities)
+    planes = [plane for plane in _PLANES if plane in present]
+    return (*planes, *(name for name in present if name not in _PLANES))
+
+
+def _left_out(ignored: Sequence[Path], doubles: Sequence[Path]) -> list[Problem]:
+    """Warnings about files that are neither images nor references; `doubles` have the stem of an image."""
+    words = {path: split_name(bare_name(path)).word for path in ignored}
+    readers = [path for path in ignored if words[path] in _SECOND_READER]
+    views = [path for path in ignored if words[path] in _FIELD_OF_VIEW]
+    views = sorted([*views, *(path for path in doubles if suffix_of(path) == ".gif")])
+    copies = [path for path in doubles if suffix_of(path) != ".gif"]
+    others = [path for path in ignored if path not in {*readers, *views}]
+    # How the names end from the last separator or suffix on (`.gif`, `_fov.png`).
+    endings = {path.name[len(split_name(bare_name(path)).rest) :] for path in views}
+    remedy = f"`segkit evaluate --roi {shlex.quote(*endings)}` scores inside them" if len(endings) == 1 else ""
+    reasons = (
+        (views, "fields of view by their names", remedy),
+        (readers, "drawn by a second reader; the first is the reference", ""),
+        (copies, "with the name of another image", ""),
+        (others, "neither an image nor the reference by their names", ""),
+    )
+    return [unused_files(paths, why, remedy) for paths, why, remedy in reasons if paths]
 
 
 def _lossy_mask(files: Iterable[FoundFile]) -> Problem | None:
@@ -221,16 +212,10 @@ def _lossy_mask(files: Iterable[FoundFile]) -> Problem | None:
     return Problem(str(jpeg), "the masks are JPEG pictures, whose compression changes label values", "Save them as PNG")
 
 
-def _order(modalities: Iterable[str]) -> tuple[str, ...]:
-    present = dict.fromkeys(modalities)
-    planes = [plane for plane in _PLANES if plane in present]
-    return (*planes, *(name for name in present if name not in _PLANES))
-
-
 def join_both_eyes(patients: Mapping[str, str]) -> dict[str, str]:
     """Case id -> patient, the same for both eyes of one person (`Image_01L` and `Image_01R`) where both are there.
 
-    A lone `scan_12L` keeps its own: a letter at the end says nothing as long as no case has the other.
+    A lone `scan_12L` keeps its own patient: without the other side, the letter may mean anything.
     """
     eyes = {case_id: match for case_id in patients if (match := _EYE.match(case_id))}
     sides: dict[str, set[str]] = defaultdict(set)

@@ -1,15 +1,12 @@
-"""Which files of a folder without convention belong to one case.
+"""Cases of a folder without naming convention: which files belong together, and the id and patient of each case.
 
-Three habits are understood: a folder for each case (`patient19/FLAIR.nii.gz`), all cases in one folder with suffixes
-(`p1_t1.nii.gz`, `p1_seg.nii.gz`), and a folder for each kind (`images/p1.png`, `masks/p1.png`, `T1/p1.nii.gz`). The
-folder for a kind may hold more folders (`images/train/p1.png`, `masks/train/p1.png`): without it, both lie in `train`.
+Three arrangements are recognised: a folder for each case (`patient19/FLAIR.nii.gz`), all cases in one folder with
+suffixes (`p1_t1.nii.gz`, `p1_seg.nii.gz`), and a folder for each kind (`images/p1.png`, `masks/p1.png`,
+`T1/p1.nii.gz`). The folder for a kind may hold subfolders (`images/train/p1.png`, `masks/train/p1.png`): files are
+compared as if it were left out of their path (`train/p1.png`).
 
-Case ids and patients from the folders that cases lie in, for data without any convention of names.
-
-An id is as short as it can be: the name of the case folder or file, with the folders above it put in front as far as it
-takes to tell it from others (`P1/MR` and `P2/MR` are `P1_MR` and `P2_MR`).
-
-Which of the modalities that turn up in a folder become input channels of every case.
+A case id is the name of the case folder or file, preceded by as many folders above it as make it unique (`P1/MR` and
+`P2/MR` are `P1_MR` and `P2_MR`).
 """
 
 from __future__ import annotations
@@ -18,19 +15,19 @@ import fnmatch
 import re
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from segkit.errors import Problem
-from segkit.reading.case import Case, ImageFile
+from segkit.reading.case import ImageFile
 from segkit.reading.layouts.layout import FoundFile, unused_files
 from segkit.reading.layouts.listing import bare_name
 from segkit.reading.layouts.schemes import patient_of
-from segkit.reading.modalities import IGNORED, LABEL, canonical_modality, in_channel_order, kind_of, split_name
+from segkit.reading.modalities import IGNORED, LABEL, canonical_modality, kind_of, split_name
 
 IMAGE = "image"
-"""The modality of a file whose name tells none."""
+"""The modality of a file whose name contains none."""
 
 _IMAGE_FOLDERS = frozenset({"image", "images", "img", "imgs", "imagestr", "imagests", "scans", "volumes", "input"})
 _LABEL_FOLDERS = frozenset(
@@ -39,15 +36,20 @@ _LABEL_FOLDERS = frozenset(
 )
 _KIND_FOLDERS = _IMAGE_FOLDERS | _LABEL_FOLDERS
 _LAST_CHOICE = frozenset({"mask", "masks"})
-"""Of several folders for references these lose: beside one of them they hold fields of view or masks of organs."""
+"""Not references where another folder for references exists: then they hold fields of view or masks of organs."""
 
 _SUBSET = re.compile(r"[-_. ]+(training|train|validation|val|testing|test)$", re.IGNORECASE)
-"""What names of images say of the part of the data they are in, and references do not (`21_training`, `21_manual1`)."""
+"""The part of the data in names of images, which references lack (`21_training`, `21_manual1`)."""
+
+_SESSION = re.compile(
+    r"^(ses|session|visit|tp|timepoint|time|scan|baseline|followup|week|month|year)[-_ ]?\d*$", re.IGNORECASE
+)
+_BARE_NUMBER = re.compile(r"^\d+([-_.]\d+)*$")
 
 
 @dataclass(frozen=True)
 class Grouping:
-    """Files told apart, the patient of each case id, and what is to be said about files left out."""
+    """Files with their case ids, the patient of each case id, and warnings about files left out."""
 
     files: list[FoundFile]
     patients: dict[str, str]
@@ -56,7 +58,10 @@ class Grouping:
 
 @dataclass(frozen=True)
 class _Item:
-    """A file, the folder that may hold its whole case, and what its name leaves when the kind is taken away."""
+    """A file, the folder that may hold its whole case, and its name without the kind (`rest`).
+
+    `kind_folder` is the folder for images or references that the file is in; `folder` is the path without that part.
+    """
 
     path: Path
     folder: Path
@@ -64,14 +69,21 @@ class _Item:
     rest: str
     is_leading: bool = False
     kind_folder: Path | None = None
-    """The folder for images or references that the file lies in; `folder` is then its path without that one."""
+
+    @property
+    def kind_name(self) -> str:
+        return "" if self.kind_folder is None else self.kind_folder.name.lower()
+
+    @property
+    def is_reference(self) -> bool:
+        return self.kind_name in _LABEL_FOLDERS
 
 
 def group_files(paths: Sequence[Path], root: Path, patterns: Mapping[str, str]) -> Grouping:
-    """Cases of files by their names and folders, and the patient of each case id.
+    """Group files into cases by their names and folders.
 
-    `patterns` (modality to suffix, or glob where it has `*`, `?` or `[`) replaces the synonyms where it is given;
-    files that no pattern fits are IGNORED. The kind of a file whose name tells nothing is IMAGE.
+    `patterns` (modality to suffix, or glob where it has `*`, `?` or `[`) replaces the known synonyms where it is given;
+    files that match no pattern are IGNORED. Files whose name contains no kind are of the kind IMAGE.
     """
     problems: list[Problem] = []
     if patterns:
@@ -80,7 +92,7 @@ def group_files(paths: Sequence[Path], root: Path, patterns: Mapping[str, str]) 
         items, problems = _pair_kind_folders([_by_name(path, root) for path in paths])
     folders: dict[Path, list[_Item]] = defaultdict(list)
     left = {item.path: item.folder for item in items}
-    for item in _tell_companions(items):
+    for item in _ignore_companions(items):
         if item.kind != IGNORED:
             folders[item.folder].append(item)
     groups = [
@@ -99,7 +111,7 @@ def group_files(paths: Sequence[Path], root: Path, patterns: Mapping[str, str]) 
 
 
 def shared_suffix(paths: Sequence[Path]) -> str | None:
-    """The one suffix that pairs files with others of the same folder (`_vessels`), where it fits half of them."""
+    """The suffix that most often pairs two files of a folder (`_vessels`); None where it pairs under 2/3 of them."""
     stems = {(path.parent, bare_name(path)) for path in paths}
     counts: Counter[str] = Counter()
     for folder, stem in stems:
@@ -144,41 +156,44 @@ def _by_name(path: Path, root: Path) -> _Item:
 
 
 def _pair_kind_folders(items: Sequence[_Item]) -> tuple[list[_Item], list[Problem]]:
-    """Give references and images that lie in folders for their kind the same rest of the name."""
-    sorted_in: dict[Path, list[_Item]] = defaultdict(list)
+    """Give references and images in folders for their kind the same `rest`; warn of those without a partner."""
+    by_folder: dict[Path, list[_Item]] = defaultdict(list)
     for item in items:
         if item.kind_folder is not None:
-            sorted_in[item.folder].append(item)
-    beaten = {name for members in sorted_in.values() for name in _beaten_folders(members)}
+            by_folder[item.folder].append(item)
+    unused_names: set[str] = set()
+    for members in by_folder.values():
+        names = {item.kind_name for item in members if item.is_reference}
+        if names - _LAST_CHOICE:
+            unused_names |= names & _LAST_CHOICE
     paired = [item for item in items if item.kind_folder is None]
-    losers: list[Path] = []
+    unused: list[Path] = []
     lonely: list[Path] = []
-    for members in sorted_in.values():
-        lost = {item.path for item in members if _is_reference(item) and _kind_name(item) in beaten}
-        losers += sorted(lost)
+    for members in by_folder.values():
+        lost = {item.path for item in members if item.kind_name in unused_names}
+        unused += sorted(lost)
         images, references = _paired([item for item in members if item.path not in lost])
         paired += [*images, *references]
         if lost:
             known = {item.rest for item in references}
             lonely += sorted(item.path for item in images if item.rest not in known)
     problems = []
-    if losers:
-        folder = shlex.quote(str(losers[0].parent))
+    if unused:
+        folder = shlex.quote(str(unused[0].parent))
         remedy = f"Where they are fields of view, `segkit evaluate --roi {folder}` scores inside them"
-        problems.append(unused_files(losers, "as another folder beside theirs holds the references", remedy))
+        problems.append(unused_files(unused, "as another folder beside theirs holds the references", remedy))
     if lonely:
         problems.append(unused_files(lonely, "in training: no reference in the folder of the references"))
     return paired, problems
 
 
 def _paired(items: Sequence[_Item]) -> tuple[list[_Item], list[_Item]]:
-    """Images and references of one folder, references by the whole name of their image where there is one."""
-    references = [item for item in items if _is_reference(item)]
-    images = [item for item in items if not _is_reference(item)]
-    named = [item for item in images if item.kind == LABEL]
-    images = [item for item in images if item.kind != LABEL]
+    """Images and references of one folder, each pair with the same `rest`."""
+    references = [item for item in items if item.is_reference]
+    named = [item for item in items if not item.is_reference and item.kind == LABEL]
+    images = [item for item in items if not item.is_reference and item.kind != LABEL]
     plain = set() if references else {(item.path.parent, item.rest) for item in images}
-    for item in named:  # a name alone makes no reference of a file among images; lying beside its image does
+    for item in named:  # in a folder for images, a file named as a reference is one only beside its image
         if (item.path.parent, item.rest) in plain:
             references.append(item)
         else:
@@ -186,30 +201,15 @@ def _paired(items: Sequence[_Item]) -> tuple[list[_Item], list[_Item]]:
     rest_of = {bare_name(item.path): item.rest for item in images}
     references = [replace(item, rest=rest_of.get(bare_name(item.path), item.rest)) for item in references]
     known = {item.rest for item in references}
-    return [_without_subset(item, known) for item in images], references
+    shorter = {item.path: _SUBSET.sub("", item.rest) for item in images}
+    return [
+        replace(item, rest=shorter[item.path]) if item.rest not in known and shorter[item.path] in known else item
+        for item in images
+    ], references
 
 
-def _without_subset(item: _Item, known: set[str]) -> _Item:
-    shorter = _SUBSET.sub("", item.rest)
-    return replace(item, rest=shorter) if item.rest not in known and shorter in known else item
-
-
-def _beaten_folders(items: Iterable[_Item]) -> set[str]:
-    names = {_kind_name(item) for item in items if _is_reference(item)}
-    return names & _LAST_CHOICE if names - _LAST_CHOICE else set()
-
-
-def _is_reference(item: _Item) -> bool:
-    return _kind_name(item) in _LABEL_FOLDERS
-
-
-def _kind_name(item: _Item) -> str:
-    return "" if item.kind_folder is None else item.kind_folder.name.lower()
-
-
-def _tell_companions(items: Iterable[_Item]) -> list[_Item]:
-    """Mark files named after another file plus something unknown (`scan1_prediction` beside `scan1`) as IGNORED."""
-    items = list(items)
+def _ignore_companions(items: Sequence[_Item]) -> list[_Item]:
+    """Mark files named after another file plus an unknown word (`scan1_prediction` beside `scan1`) as IGNORED."""
     images = {(item.path.parent, item.rest) for item in items if item.kind is None}
     return [
         replace(item, kind=IGNORED)
@@ -224,10 +224,9 @@ def _shorter_stems(stem: str) -> list[str]:
 
 
 def _keys(items: Sequence[_Item]) -> set[str]:
-    """The names that tell the cases of one folder apart, empty where it holds a single case."""
+    """The `rest` of each case in a folder; empty where the folder is a single case."""
     is_case = any(not item.rest and item.kind not in (None, LABEL) for item in items)  # T1.nii.gz, and DWI beside it
-    telling = [item for item in items if item.kind is not None or not is_case]
-    firm = {item.rest for item in telling if item.rest and not item.is_leading}
+    firm = {item.rest for item in items if item.rest and not item.is_leading and (item.kind is not None or not is_case)}
     leading = Counter(item.kind for item in items if item.is_leading)
     if firm or any(count > 1 for count in leading.values()):
         firm |= {item.rest for item in items if item.is_leading and item.rest}
@@ -244,16 +243,14 @@ def _cases_in(folder: Path, items: Sequence[_Item], root: Path) -> Iterable[tupl
     yield ("" if has_own_folder else (rests or [root.name])[0]), list(items)
 
 
-_SESSION = re.compile(
-    r"^(ses|session|visit|tp|timepoint|time|scan|baseline|followup|week|month|year)[-_ ]?\d*$", re.IGNORECASE
-)
-_BARE_NUMBER = re.compile(r"^\d+([-_.]\d+)*$")
-
-
 def name_cases(places: Sequence[tuple[Path, str]], root: Path) -> list[tuple[str, str]]:
     """(case id, patient) for each place: a folder and the name of the case in it, "" where the folder is the case."""
     paths = [(*_parts(folder, root), *((key,) if key else ())) or (root.name,) for folder, key in places]
-    least = [1 if key else _depth_to_patient(path) for path, (_, key) in zip(paths, places, strict=True)]
+    # Parts of each id: one, or down from the patient's folder where the case folder is a session in it.
+    least = [
+        1 if key else len(path) - _above_sessions(path, len(path) - 1)
+        for path, (_, key) in zip(paths, places, strict=True)
+    ]
     depths = _unique_depths(paths, least)
     named = []
     for (_, key), path, shortest, depth in zip(places, paths, least, depths, strict=True):
@@ -267,14 +264,13 @@ def name_cases(places: Sequence[tuple[Path, str]], root: Path) -> list[tuple[str
 
 
 def _parts(folder: Path, root: Path) -> tuple[str, ...]:
-    """The folders below `root`; a root that is a case itself goes by its own name."""
     if folder == root:
         return ()
     return folder.relative_to(root).parts if folder.is_relative_to(root) else (folder.name,)
 
 
 def _unique_depths(paths: Sequence[tuple[str, ...]], least: Sequence[int]) -> list[int]:
-    """How many parts of each path make its id; paths that end in the same name are lengthened together."""
+    """How many last parts of each path form its id; those that end in the same name are lengthened together."""
     depths = list(least)
     alike: dict[str, list[int]] = defaultdict(list)
     for index, path in enumerate(paths):
@@ -290,26 +286,20 @@ def _unique_depths(paths: Sequence[tuple[str, ...]], least: Sequence[int]) -> li
     return depths
 
 
-def _depth_to_patient(path: tuple[str, ...]) -> int:
-    """1 for a case folder, more for one that is a session of the patient whose folder lies above it."""
-    last = len(path) - 1
-    return 1 + last - _above_sessions(path, last)
-
-
 def _above_sessions(path: tuple[str, ...], index: int) -> int:
-    """Index of the nearest folder from `index` upwards that is no session of the one above it."""
+    """Index of the nearest folder from `index` upwards that is not a session of the one above it."""
     while index > 0 and _is_session(path[index], path[index - 1]):
         index -= 1
     return index
 
 
 def _is_session(name: str, above: str) -> bool:
-    """Plain numbers are sessions only in the folder of a patient: HGG/001 is a patient, P07/001 a visit."""
+    """Whether a folder is a session of the one above it; HGG/001 is a patient, P07/001 a session."""
     return bool(_SESSION.match(name)) or bool(_BARE_NUMBER.match(name) and _has_digit(above))
 
 
 def _patient(path: tuple[str, ...], depth: int, *, is_qualified: bool) -> str:
-    """Who a case folder belongs to; a name that occurs under many folders (MR) describes and does not identify."""
+    """The patient of a case folder; a name that occurs in many folders (MR) does not identify one."""
     index = len(path) - 1
     if is_qualified and index > 0 and (_has_digit(path[index - 1]) or not _has_digit(path[index])):
         index -= 1
@@ -319,47 +309,3 @@ def _patient(path: tuple[str, ...], depth: int, *, is_qualified: bool) -> str:
 
 def _has_digit(name: str) -> bool:
     return any(letter.isdigit() for letter in name)
-
-
-_LEAST_SHARE = 0.5
-"""A modality that fewer cases have is an extra of some: as a channel it would spoil all others."""
-
-_NAMELESS = re.compile(rf"^({IMAGE}|channel_\d+)$")
-
-
-def common_modalities(cases: Sequence[Case], named: Collection[str] = ()) -> tuple[tuple[str, ...], list[Problem]]:
-    """Modalities, in channel order, that at least half of the cases have or that the user named; notes on the others.
-
-    The cases keep their rare images, so that a model which knows the modality can use them.
-    """
-    counts = Counter(modality for case in cases for modality in case.images)
-    common = {name for name, count in counts.items() if name in named or count >= _LEAST_SHARE * len(cases)}
-    rare: dict[tuple[Path, ...], list[str]] = defaultdict(list)
-    for name in in_channel_order(name for name in counts if name not in common):
-        rare[tuple(case.images[name].path for case in cases if name in case.images)].append(name)
-    problems = [
-        unused_files(
-            paths,
-            f"in training: {len(paths)} of {len(cases)} cases have {', '.join(names)}",
-            f"Keep it with --modality {names[0]}=SUFFIX",
-        )
-        for paths, names in rare.items()
-    ]
-    return in_channel_order(name for case in cases for name in case.images if name in common), problems
-
-
-def without_nameless(files: Sequence[FoundFile]) -> tuple[list[FoundFile], list[Problem]]:
-    """The files without images of unknown modality, where most cases have known ones, and a note on what went."""
-    kinds: dict[str, set[str]] = defaultdict(set)
-    for file in files:
-        if file.kind not in (LABEL, IGNORED):
-            kinds[file.case_id].add(file.kind)
-    named = sum(1 for found in kinds.values() if any(not _NAMELESS.match(kind) for kind in found))
-    if named == 0 or named < _LEAST_SHARE * len(kinds):
-        return list(files), []
-    kept = [file for file in files if not _NAMELESS.match(file.kind)]
-    used = {file.image.path for file in kept}
-    paths: list[Path] = sorted({file.image.path for file in files} - used)
-    if not paths:
-        return kept, []
-    return kept, [unused_files(paths, "as nothing tells their modality", "Keep it with --modality NAME=SUFFIX")]

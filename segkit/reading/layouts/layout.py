@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,6 +13,9 @@ from segkit.reading.case import Case, Cohort, ImageFile
 from segkit.reading.files import count_channels
 from segkit.reading.layouts.listing import Listing
 from segkit.reading.modalities import IGNORED, LABEL, in_channel_order
+
+LEAST_SHARE = 0.5
+"""A modality of fewer cases is not a channel of the cohort: as one, it would make all other cases incomplete."""
 
 
 @dataclass(frozen=True)
@@ -162,3 +165,24 @@ def channels_or_one(path: Path) -> int:
         return count_channels(path)
     except DataError:
         return 1
+
+
+def common_modalities(cases: Sequence[Case], named: Collection[str] = ()) -> tuple[tuple[str, ...], list[Problem]]:
+    """Modalities, in channel order, that at least half of the cases have or that the user named; warnings about others.
+
+    The cases keep their rare images for models that were trained with them.
+    """
+    counts = Counter(modality for case in cases for modality in case.images)
+    common = {name for name, count in counts.items() if name in named or count >= LEAST_SHARE * len(cases)}
+    rare: dict[tuple[Path, ...], list[str]] = defaultdict(list)
+    for name in in_channel_order(name for name in counts if name not in common):
+        rare[tuple(case.images[name].path for case in cases if name in case.images)].append(name)
+    problems = [
+        unused_files(
+            paths,
+            f"in training: {len(paths)} of {len(cases)} cases have {', '.join(names)}",
+            f"Keep it with --modality {names[0]}=SUFFIX",
+        )
+        for paths, names in rare.items()
+    ]
+    return in_channel_order(name for case in cases for name in case.images if name in common), problems
