@@ -1,7 +1,11 @@
-"""`segkit check`: what a data folder holds, what is wrong with it, what training would need, what to type next."""
+"""`segkit check`: contents and problems of a data folder, the needs of a training, and the next command."""
 
 from __future__ import annotations
 
+import re
+import shlex
+import shutil
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -44,7 +48,6 @@ EstimateOption = Annotated[bool, typer.Option("--estimate/--no-estimate", help="
 _MOST_ROWS = 40
 _MOST_PROBLEMS = 60
 _MOST_LABELS = 8
-_FEWEST_PATIENTS = 2
 
 
 def check(
@@ -61,12 +64,12 @@ def check(
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Check a data folder: layout, labels, every problem at once, and the command to type next.
+    """Check a data folder: layout, labels, every problem at once, and the next command.
 
     Exit code 0: usable; 1: something cannot be used as it is; 2: nothing was recognised.
     """
     from segkit.errors import DataError, as_request
-    from segkit.reading.checks import usable_cases
+    from segkit.reading.checks import problem_to_json, too_few_patients, usable_cases
     from segkit.reading.layouts.table import find_cases
 
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
@@ -76,10 +79,10 @@ def check(
         cohort = find_cases(data, layout=layout, modalities=read_modalities(modality), label_scheme=label_scheme)
     except DataError as error:
         raise as_request(error) from error
-    reports = _look_at(cohort, read_voxels=not fast, is_quiet=quiet)
+    reports = _check_with_progress(cohort, read_voxels=not fast, is_quiet=quiet)
     usable = usable_cases(cohort, reports)
     needs = _estimate(usable, config, memory) if estimate and (json or not quiet) else None
-    problems = [*cohort.problems, *_too_few_patients(usable)]
+    problems = [*cohort.problems, *too_few_patients(usable)]
     training = ["--preset", preset, *(word for setting in settings or () for word in ("--set", setting))]
     training += [] if memory is None else ["--memory", memory]
     command = next_command(cohort, reports, usable, data, _given_options(layout, label_scheme, modality), training)
@@ -89,7 +92,7 @@ def check(
                 "layout": cohort.layout,
                 "label_scheme": None if cohort.scheme is None else cohort.scheme.to_json(),
                 "cases": [report.to_json() for report in reports],
-                "problems": [_problem_json(problem) for problem in problems],
+                "problems": [problem_to_json(problem) for problem in problems],
                 "estimate": needs,
                 "next_command": command,
             }
@@ -110,12 +113,10 @@ def next_command(
     reading: Sequence[str] = (),
     training: Sequence[str] = (),
 ) -> str:
-    """The command line to type after a check, quoted for a POSIX shell.
+    """The command line to run after a check, quoted for a POSIX shell.
 
-    `reading` are the options that say how the folder is read, `training` those that only `train` takes.
+    `reading` are the options for reading the folder, `training` those that only `train` has.
     """
-    import shlex
-
     from segkit.reading.checks import REPAIR_COMMAND
     from segkit.reading.layouts.synthesis import SYNTHESIS_LAYOUT
 
@@ -135,8 +136,7 @@ def next_command(
     return shlex.join(["segkit", "check", path, *reading])
 
 
-def _look_at(cohort: Cohort, *, read_voxels: bool, is_quiet: bool) -> list[CaseReport]:
-    """Check every case, with a progress bar on standard error."""
+def _check_with_progress(cohort: Cohort, *, read_voxels: bool, is_quiet: bool) -> list[CaseReport]:
     from rich.progress import Progress
 
     from segkit.reading.checks import check_cohort
@@ -153,9 +153,7 @@ def _look_at(cohort: Cohort, *, read_voxels: bool, is_quiet: bool) -> list[CaseR
 
 
 def _preset_of_this_machine() -> str:
-    """The preset for this machine's device; torch is asked only where there is an NVIDIA driver."""
-    import shutil
-
+    """The preset for this machine's device; torch is loaded only where there is an NVIDIA driver."""
     from segkit.runtime import pick_device
 
     if shutil.which("nvidia-smi") is None:
@@ -173,8 +171,6 @@ def _settings(preset: str, settings: list[str] | None) -> TrainConfig:
 
 def _estimate(cohort: Cohort, config: TrainConfig | None, memory: str | None) -> dict[str, float] | None:
     """Memory and minutes of training, by planning; None where nothing can be trained."""
-    from dataclasses import replace
-
     labelled = replace(cohort, cases=tuple(case for case in cohort.cases if case.label is not None))
     if config is None or labelled.scheme is None or not labelled.cases:
         return None
@@ -194,19 +190,6 @@ def _estimate(cohort: Cohort, config: TrainConfig | None, memory: str | None) ->
     return {"memory_gb": round(needs.memory_gb, 2), "minutes": round(needs.minutes, 1)}
 
 
-def _too_few_patients(usable: Cohort) -> list[Problem]:
-    """A warning where a model could be trained but for the number of patients."""
-    from segkit.errors import Problem
-
-    labelled = [case for case in usable.cases if case.label is not None]
-    patients = len({case.patient for case in labelled})
-    if not labelled or patients >= _FEWEST_PATIENTS:
-        return []
-    found = "references of one patient only: it would both train and validate, so scores would say nothing"
-    remedy = f"Add cases of other patients, at least {_FEWEST_PATIENTS} in all"
-    return [Problem(str(usable.root), found, remedy, is_fatal=False)]
-
-
 def _given_options(layout: str | None, scheme: str | None, modality: Sequence[str] | None) -> list[str]:
     options = [] if layout is None else ["--layout", layout]
     options += [] if scheme is None else ["--label-scheme", scheme]
@@ -217,16 +200,8 @@ def _given_options(layout: str | None, scheme: str | None, modality: Sequence[st
 
 def _first_choice(problems: Sequence[Problem]) -> str | None:
     """The first label scheme that a problem offers to choose."""
-    import re
-
     matches = (re.search(r"--label-scheme ([a-z0-9-]+)", problem.remedy) for problem in problems)
     return next((match.group(1) for match in matches if match), None)
-
-
-def _problem_json(problem: Problem) -> dict[str, object]:
-    from segkit.reading.checks import problem_to_json
-
-    return problem_to_json(problem)
 
 
 def _print_report(
