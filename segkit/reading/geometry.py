@@ -1,10 +1,9 @@
-"""Turning arrays to a common orientation and back, exactly, and telling whether two grids are the same.
+"""Reorientation of arrays, exact in both directions, and comparison of two grids.
 
 An *orientation* names the direction in which each voxel axis grows: "RAS" to the Right, Anterior, Superior. There are
 48 of them (6 orders of the axes, 8 combinations of directions); an oblique grid has the closest one. The letters I, J
-and K stand for the first, second and third axis of the file, whatever their direction: "KJI" is the file's own
-orientation in reversed order, in which programs built on SimpleITK arrays work. Reorienting permutes and flips axes and
-never interpolates.
+and K are the first, second and third axis of the file, in any direction: "KJI" is the file's own orientation with
+reversed axes, as in SimpleITK arrays. Reorienting permutes and flips axes and never interpolates.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from segkit.errors import RequestError
 from segkit.reading.volume import Grid
-from segkit.shapes import Affine, AnyArray
+from segkit.shapes import AnyArray
 
 _LARGEST_DRIFT = 1e-3
 """Accepted drift between two grids, as a share of the longest side: float32 headers differ in the 8th digit,
@@ -30,7 +29,7 @@ _LARGEST_DRIFT_VOXELS = 0.25
 class Reorientation:
     """New axis i is old axis `axes[i]`, reversed where `flips[i]`; `source_shape` is the shape before.
 
-    Works on the last axes, so that (D, H, W), (C, D, H, W) and (B, C, D, H, W) are all taken.
+    Works on the last axes: (D, H, W), (C, D, H, W) and (B, C, D, H, W) are all accepted.
     """
 
     axes: tuple[int, ...]
@@ -66,7 +65,7 @@ class Reorientation:
 
 
 def reorientation_to(grid: Grid, orientation: str = "RAS") -> Reorientation:
-    """How to turn an array on `grid` to the orientation, by the closest axes of an oblique grid; pictures stay.
+    """The reorientation of arrays on `grid`, by the closest axes of an oblique grid; none for pictures.
 
     Raises RequestError where `orientation` is not three letters: one of each pair L/R, A/P and I/S, or I, J and K.
     """
@@ -75,7 +74,8 @@ def reorientation_to(grid: Grid, orientation: str = "RAS") -> Reorientation:
     letters = orientation.upper()
     if sorted(letters) == ["I", "J", "K"]:
         return Reorientation(tuple("IJK".index(letter) for letter in letters), (False,) * 3, grid.shape)
-    if sorted("".join(sorted(pair)) for pair in zip(letters, _opposite(letters), strict=True)) != ["AP", "IS", "LR"]:
+    opposite = letters.translate(str.maketrans("LRAPIS", "RLPASI"))
+    if sorted("".join(sorted(pair)) for pair in zip(letters, opposite, strict=True)) != ["AP", "IS", "LR"]:
         raise RequestError(
             f"{orientation!r} is no orientation",
             expected="three letters, one of each pair L/R, A/P, I/S (or I, J, K: the axes of each file)",
@@ -93,7 +93,7 @@ def reorientation_to(grid: Grid, orientation: str = "RAS") -> Reorientation:
 
 
 def reoriented_grid(grid: Grid, reorientation: Reorientation) -> Grid:
-    """The grid of an array after `reorientation.apply`: every voxel keeps its place in the world."""
+    """The grid of an array after `reorientation.apply`: every voxel keeps its world position."""
     if grid.dims == 2:
         return grid
     to_old = np.zeros((4, 4))  # new voxel indices to old ones
@@ -110,21 +110,21 @@ def reoriented_grid(grid: Grid, reorientation: Reorientation) -> Grid:
 
 
 def same_grid(a: Grid, b: Grid) -> str | None:
-    """None where two grids are the same, else a sentence that says how they differ, in voxels or millimetres.
+    """None where two grids are the same, else a sentence on their difference, in voxels or millimetres.
 
-    Same means: equal shapes, and no corner of the volume drifts by more than a thousandth of its longest side or a
+    Same means: equal shapes, and no corner of the volume differs by more than a thousandth of its longest side or a
     quarter of the smallest voxel side, whichever is less.
     """
     first, second = _names(a, b)
     if a.shape != b.shape:
-        return f"{first} has {_times(a.shape)} voxels and {second} has {_times(b.shape)}"
+        return f"{first} has {format_size(a.shape)} voxels and {second} has {format_size(b.shape)}"
     drift_mm = float(np.linalg.norm(_corners_mm(a) - _corners_mm(b), axis=1).max())
     spacing = np.array(a.spacing_mm)
     longest_mm = float((spacing * a.shape).max())
     if drift_mm <= min(_LARGEST_DRIFT * longest_mm, _LARGEST_DRIFT_VOXELS * float(spacing.min())):
         return None
     for name, grid, other in ((first, a, b), (second, b, a)):
-        if _is_default(grid.affine) and not _is_default(other.affine):
+        if has_default_affine(grid) and not has_default_affine(other):
             return (
                 f"{name} has lost its position in the patient: its affine is the default that programs write when they "
                 f"drop the header, so that its voxels lie up to {drift_mm:.1f} mm away from those of "
@@ -136,30 +136,24 @@ def same_grid(a: Grid, b: Grid) -> str | None:
             f"{drift_mm:.1f} mm apart"
         )
     if not np.allclose(a.spacing_mm, b.spacing_mm, rtol=_LARGEST_DRIFT):
-        return (
-            f"the voxels of {first} measure {_times(a.spacing_mm)} mm and those of {second} {_times(b.spacing_mm)} mm"
-        )
+        return f"the voxels of {first} measure {format_size(a.spacing_mm)} mm and those of {second} {format_size(b.spacing_mm)} mm"
     return (
         f"{first} and {second} lie in different places: the same voxel is up to {drift_mm:.2f} mm "
         f"({drift_mm / float(spacing.min()):.1f} voxels) apart"
     )
 
 
-def _opposite(letters: str) -> str:
-    return letters.translate(str.maketrans("LRAPIS", "RLPASI"))
-
-
 def _corners_mm(grid: Grid) -> NDArray[np.float64]:
-    """World positions of the eight corner voxels, (8, 3); four different ones for a picture."""
+    """World positions of the eight corner voxels, (8, 3); four distinct ones for a picture."""
     last = [*(length - 1 for length in grid.shape), 0][:3]
     corners = np.array(list(product(*((0, end) for end in last))), np.float64)
     positions: NDArray[np.float64] = corners @ grid.affine[:3, :3].T + grid.affine[:3, 3]
     return positions
 
 
-def _is_default(affine: Affine) -> bool:
-    """Is the affine the identity, or the identity with axes reversed, that stands in for a lost one?"""
-    return bool(np.allclose(np.abs(affine), np.eye(4), atol=1e-6))
+def has_default_affine(grid: Grid) -> bool:
+    """Whether the affine is the identity, axes reversed or not, which programs write when they lose the header."""
+    return bool(np.allclose(np.abs(grid.affine), np.eye(4), atol=1e-6))
 
 
 def _names(a: Grid, b: Grid) -> tuple[str, str]:
@@ -170,5 +164,6 @@ def _names(a: Grid, b: Grid) -> tuple[str, str]:
     return first, second
 
 
-def _times(numbers: tuple[float, ...]) -> str:
+def format_size(numbers: tuple[float, ...]) -> str:
+    """Lengths of axes, such as "240 x 240 x 155"."""
     return " x ".join(f"{number:.4g}" for number in numbers)
