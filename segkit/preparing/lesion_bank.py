@@ -1,20 +1,19 @@
-"""A bank of lesion-free copies of scans, and what training makes of it: real lesions in other, healthy-looking brains.
+"""A bank of lesion-free copies of scans, and real lesions moved into them as training data.
 
 `segkit inpaint --bank` writes a bank; training only reads it and needs no inpainting model:
 
     bank.json                      modalities, cases with their patients, the model that made the copies
     CASE/CASE_MODALITY.nii.gz      the copy, on the grid of the scan
-    CASE/CASE_lesion.nii.gz        1 where voxels are made up
+    CASE/CASE_lesion.nii.gz        1 where voxels were filled in
 
-Only copies of cases that train are used. A copy of a validation case would show its brain to the network, and one
-with labelled voxels that were not made up would teach that a lesion is none.
+Only copies of training cases are used: a copy of a validation case would show its brain to the network. A copy with
+labelled voxels that were not filled in is refused, because it would show a lesion that is labelled as background.
 
-Moving a lesion into another brain: its image matched to what is around it there, its border blended, its labels.
-
-A *lesion* here is a connected part of the labelled voxels of a prepared case. *Tissue* are the voxels that are not
-exactly 0 in every modality: nothing is laid where either brain ends, so the background stays exactly 0. The idea is
-that of CarveMix (Zhang et al., MICCAI 2021, arXiv 2108.06883), which carves lesions from one labelled scan into
-another; matching and blending are our own.
+A *lesion* is a connected part of the labelled voxels of a prepared case. It is moved into the copy of another case: its
+image is matched to its new surroundings, its border is blended, and its labels go with it. *Tissue* are the voxels that
+are not 0 in every modality. A lesion is cut off where the tissue of either brain ends, so the background stays exactly
+0. The idea is that of CarveMix (Zhang et al., MICCAI 2021, arXiv 2108.06883), which moves lesions from one labelled
+scan into another; matching and blending are our own.
 """
 
 from __future__ import annotations
@@ -44,6 +43,15 @@ _log = logging.getLogger(__name__)
 BANK_NAME = "bank.json"
 _MAKE = "`segkit inpaint --bank`"
 
+_BORDER = 3
+"""Voxels around a lesion over which its image is blended into the other; fewer across thick slices."""
+_SHIFT = 0.25
+"""Largest shift of a lesion from its relative position, as a share of the volume's sides."""
+_TRIES = 8
+_ENOUGH_TISSUE, _LEAST_TISSUE = 0.9, 0.5
+"""Share of a lesion in tissue at which a place is taken at once, and below which the best place is not taken."""
+_MOST_VOXELS_TRIED = 1000
+
 
 class BankedCase(BaseModel):
     """A case of a bank."""
@@ -55,7 +63,7 @@ class BankedCase(BaseModel):
 
 
 class Bank(BaseModel):
-    """What `bank.json` says; `model` tells which model made the copies."""
+    """The content of `bank.json`; `model` describes the model that made the copies."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -71,15 +79,15 @@ def image_path(folder: Path, case_id: str, modality: str) -> Path:
 
 
 def lesion_path(folder: Path, case_id: str) -> Path:
-    """Where a bank keeps the mask of the voxels that are made up."""
+    """Where a bank keeps the mask of the voxels that were filled in."""
     return folder / case_id / f"{case_id}_lesion.nii.gz"
 
 
 def read_bank(folder: Path) -> Bank:
-    """What a bank says of itself.
+    """The `bank.json` of a bank.
 
     Raises:
-        RequestError: there is none here, or this version cannot read it.
+        RequestError: there is no bank in this folder, or this version cannot read it.
     """
     path = folder / BANK_NAME
     try:
@@ -95,9 +103,9 @@ def read_bank(folder: Path) -> Bank:
 
 
 def find_copies(folder: Path, training: Sequence[Case], modalities: Sequence[str]) -> list[Case]:
-    """The copies of training cases that a bank holds, with the mask of what is made up as their label.
+    """The copies of training cases that a bank holds, with the mask of the filled voxels as their label.
 
-    Copies of other cases, and of a case of that name of another patient, are left out with a message.
+    Copies of other cases, and of a case with the same name but another patient, are left out with a message.
 
     Raises:
         RequestError: the bank cannot be read, lacks a modality, or holds no copy of a training case.
@@ -171,11 +179,11 @@ def prepare_copies(
 
 
 class LesionBank:
-    """Puts other cases in the place of some of the training cases.
+    """Replaces some of the training cases by copies with or without a lesion.
 
-    For `lesion_share` of the draws a lesion of the case is moved into the copy of another case; for
-    `lesion_free_share` of them there is a copy alone, whose labels are all 0; else the case stays as it is. It also
-    stays where it has no lesion to move, and where no place in the other brain takes most of it.
+    For `lesion_share` of the draws a lesion of the case is moved into the copy of another case. For
+    `lesion_free_share` of them a copy is taken as it is, with labels that are all 0. Otherwise the case stays as it is,
+    also if it has no lesion to move or if no place in the other brain holds most of the lesion.
     """
 
     def __init__(self, copies: Sequence[PreparedCase], *, lesion_share: float, lesion_free_share: float) -> None:
@@ -184,9 +192,9 @@ class LesionBank:
         self.lesion_free_share = lesion_free_share
 
     def exchange(self, case: PreparedCase, generator: np.random.Generator) -> tuple[PreparedCase, Transplant | None]:
-        """The case to cut a patch from, and a lesion to lay over what was cut, if there is one.
+        """The case to cut a patch from, and the lesion to paste into that patch, if there is one.
 
-        The labels of an exchanged case are all 0; its `foreground` is that of the lesion.
+        The labels of a replaced case are all 0; its `foreground` is that of the lesion.
         """
         draw = generator.random()
         if draw < self.lesion_share:
@@ -216,7 +224,7 @@ def _unlabelled(copy: PreparedCase) -> PreparedCase:
 
 
 def _lesion_left(copy: Case, case: Case) -> str | None:
-    """Why a copy is not free of the lesions that the reference of its case marks; None if it is."""
+    """Why a copy still shows lesions of its case's reference; None if it shows none."""
     if copy.label is None or case.label is None:
         raise ValueError(f"case {case.id} or its copy has no mask")
     try:
@@ -235,23 +243,13 @@ def _lesion_left(copy: Case, case: Case) -> str | None:
     )
 
 
-_BORDER = 3
-"""Voxels around a lesion in which its image fades into the other one's; on thick slices fewer across them."""
-_SHIFT = 0.25
-"""Farthest that a lesion is moved from its own place, as a share of the volume's sides."""
-_TRIES = 8
-_ENOUGH_TISSUE, _LEAST_TISSUE = 0.9, 0.5
-"""Share of a lesion in tissue at which a place is taken at once, and below which the best place is not taken."""
-_MOST_VOXELS_TRIED = 1000
-
-
 @dataclass(frozen=True)
 class Transplant:
     """A lesion matched to its new surroundings.
 
-    corner: the voxel of the new volume on which the first voxel of the arrays comes to lie; image: (C, *box) float32;
-    labels: (*box) uint8, 0 outside the lesion; weight: (*box) float32, the share that `image` has in the result: 1 in
-    the lesion, falling to 0 around it.
+    corner: the voxel of the new volume at the first voxel of the arrays; image: (C, *box) float32; labels: (*box)
+    uint8, 0 outside the lesion; weight: (*box) float32, the share of `image` in the result: 1 in the lesion, falling to
+    0 around it.
     """
 
     corner: tuple[int, ...]
@@ -266,19 +264,19 @@ class Transplant:
         values = self.labels[voxels]
         return {int(value): flat[values == value] for value in np.unique(values)}
 
-    def laid_over(self, sample: Mapping[str, AnyArray], start: Sequence[int]) -> dict[str, AnyArray]:
-        """A sample with the lesion in it.
+    def paste_into(self, sample: Mapping[str, AnyArray], start: Sequence[int]) -> dict[str, AnyArray]:
+        """A copy of a sample with the lesion in it.
 
         Args:
             sample: "image" (C, *region) float32 and "labels" (1, *region) uint8, cut from the new volume; not changed.
             start: the region's first voxel in that volume.
         """
         image, labels = np.array(sample["image"]), np.array(sample["labels"])
-        ours, theirs = _overlap(self.corner, self.labels.shape, start, labels.shape[1:])
-        part = image[(slice(None), *theirs)]
-        part += self.weight[ours] * (self.image[(slice(None), *ours)] - part)
-        lesion = self.labels[ours]
-        np.copyto(labels[0][theirs], lesion, where=lesion > 0)
+        own, other = _overlap(self.corner, self.labels.shape, start, labels.shape[1:])
+        part = image[(slice(None), *other)]
+        part += self.weight[own] * (self.image[(slice(None), *own)] - part)
+        lesion = self.labels[own]
+        np.copyto(labels[0][other], lesion, where=lesion > 0)
         return {"image": image, "labels": labels}
 
 
@@ -287,7 +285,7 @@ class Lesion:
     """A lesion and the voxels around it.
 
     image, labels and weight are those of a `Transplant` before matching; `middle` is the middle of their box as a
-    share of the sides of the volume that they were cut from.
+    share of the sides of the source volume.
     """
 
     image: Image = field(repr=False)
@@ -298,7 +296,7 @@ class Lesion:
     def moved_into(self, volume: Image, generator: np.random.Generator) -> Transplant | None:
         """The lesion at a place in `volume` (C, *spatial) where most of it lies in tissue; None if there is none.
 
-        Places are drawn around the lesion's own, relative to the volume; its own is tried last.
+        Places are drawn around the lesion's own position, relative to the volume; the own position is tried last.
         """
         shape = np.array(volume.shape[1:])
         own = np.array(self.middle) * shape - np.array(self.labels.shape) / 2
@@ -316,13 +314,13 @@ class Lesion:
         return None if best is None else self.matched(volume, best)
 
     def matched(self, volume: Image, corner: Sequence[int]) -> Transplant:
-        """The lesion with its box's first voxel on `corner` of `volume` (C, *spatial), as far as there is tissue.
+        """The lesion with its first voxel at `corner` of `volume` (C, *spatial), cut off where there is no tissue.
 
         Each modality is shifted by the difference of the means of the two images around the lesion.
         """
-        ours, theirs = _overlap(corner, self.labels.shape, (0,) * len(corner), volume.shape[1:])
-        there, image, labels = volume[(slice(None), *theirs)], self.image[(slice(None), *ours)], self.labels[ours]
-        weight = self.weight[ours] * there.any(axis=0)
+        own, other = _overlap(corner, self.labels.shape, (0,) * len(corner), volume.shape[1:])
+        there, image, labels = volume[(slice(None), *other)], self.image[(slice(None), *own)], self.labels[own]
+        weight = self.weight[own] * there.any(axis=0)
         shell = (weight > 0) & (labels == 0)
         if shell.any():
             offset = there[:, shell].mean(axis=1) - image[:, shell].mean(axis=1)
@@ -352,7 +350,7 @@ def cut_lesion(case: PreparedCase, voxel: Sequence[int]) -> Lesion:
 
 
 def _share_in_tissue(volume: Image, voxels: NDArray[np.intp]) -> float:
-    """Share of the voxels (N, axes) that lie in tissue of `volume` (C, *spatial); those outside do not."""
+    """Share of the voxels (N, axes) that lie inside `volume` (C, *spatial) and in its tissue."""
     is_inside = ((voxels >= 0) & (voxels < volume.shape[1:])).all(axis=1)
     if not is_inside.any():
         return 0.0
@@ -363,11 +361,11 @@ def _share_in_tissue(volume: Image, voxels: NDArray[np.intp]) -> float:
 def _overlap(
     corner: Sequence[int], shape: Sequence[int], other_corner: Sequence[int], other_shape: Sequence[int]
 ) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """Where two boxes overlap, as an index into the first and into the second; empty where they do not."""
-    ours, theirs = [], []
-    for first, size, other, other_size in zip(corner, shape, other_corner, other_shape, strict=True):
-        low = max(first, other)
-        high = max(low, min(first + size, other + other_size))
-        ours.append(slice(low - first, high - first))
-        theirs.append(slice(low - other, high - other))
-    return tuple(ours), tuple(theirs)
+    """The overlap of two boxes, as an index into the first and into the second; empty if there is none."""
+    own, other = [], []
+    for first, size, other_first, other_size in zip(corner, shape, other_corner, other_shape, strict=True):
+        low = max(first, other_first)
+        high = max(low, min(first + size, other_first + other_size))
+        own.append(slice(low - first, high - first))
+        other.append(slice(low - other_first, high - other_first))
+    return tuple(own), tuple(other)

@@ -72,7 +72,7 @@ class PatchDataset(Dataset[dict[str, torch.Tensor]]):
         if case.labels is not None:
             sample["labels"] = case.labels[region][None]
         if lesion is not None:
-            sample = lesion.laid_over(sample, start)
+            sample = lesion.paste_into(sample, start)
         patch = self.augmentation(sample, seed, [middle - first for middle, first in zip(centre, start, strict=True)])
         if "labels" in patch:
             patch["labels"] = patch["labels"][0]

@@ -33,7 +33,7 @@ def cube() -> PreparedCase:
 
 def result_of(transplant: Transplant, volume: Image) -> tuple[Image, LabelMap]:
     sample = {"image": volume, "labels": np.zeros((1, *volume.shape[1:]), np.uint8)}
-    patch = transplant.laid_over(sample, (0,) * (volume.ndim - 1))
+    patch = transplant.paste_into(sample, (0,) * (volume.ndim - 1))
     return patch["image"], patch["labels"][0]
 
 
@@ -125,7 +125,7 @@ def test_a_patch_shows_the_part_that_lies_in_it(cube: PreparedCase) -> None:
     region = slice(11, 20), slice(2, 12), slice(13, 14)
 
     sample = {"image": volume[(slice(None), *region)], "labels": np.zeros((1, 9, 10, 1), np.uint8)}
-    patch = transplant.laid_over(sample, (11, 2, 13))
+    patch = transplant.paste_into(sample, (11, 2, 13))
 
     assert np.array_equal(patch["image"], whole_image[(slice(None), *region)])
     assert np.array_equal(patch["labels"][0], whole_labels[region])
