@@ -136,7 +136,8 @@ def same_grid(a: Grid, b: Grid) -> str | None:
             f"{drift_mm:.1f} mm apart"
         )
     if not np.allclose(a.spacing_mm, b.spacing_mm, rtol=_LARGEST_DRIFT):
-        return f"the voxels of {first} measure {format_size(a.spacing_mm)} mm and those of {second} {format_size(b.spacing_mm)} mm"
+        sizes = format_size(a.spacing_mm), format_size(b.spacing_mm)
+        return f"the voxels of {first} measure {sizes[0]} mm and those of {second} {sizes[1]} mm"
     return (
         f"{first} and {second} lie in different places: the same voxel is up to {drift_mm:.2f} mm "
         f"({drift_mm / float(spacing.min()):.1f} voxels) apart"
