@@ -38,9 +38,9 @@ from segkit.pretraining.graph_matching import GraphMatching, GraphMatchingConfig
 from segkit.pretraining.masked import MaskedReconstruction
 from segkit.runtime import current_rss_mb, peak_rss_mb
 from segkit.training.config import OptimiserConfig
-from segkit.training.distributed import data_parallel, exchanged, is_first, joined_processes, rank, size, summed
+from segkit.training.distributed import Ranks, joined_ranks
 from segkit.training.optim import build_optimiser
-from segkit.training.sharding import Shards, whole
+from segkit.training.sharding import Shards, data_parallel, whole
 
 CPU = torch.device("cpu")
 SMALLEST: dict[str, dict[str, object]] = {
@@ -143,7 +143,7 @@ def _inpainting() -> tuple[Trained, Mapping[str, Tensor]]:
     return Trained(Restoration(network, discriminator), loss), {"x": x, "image": image, "hole": hole}
 
 
-def gradients(precisions: Sequence[torch.dtype] = (torch.float32, torch.float64)) -> list[dict[str, Any]]:
+def gradients(ranks: Ranks, precisions: Sequence[torch.dtype] = (torch.float32, torch.float64)) -> list[dict[str, Any]]:
     """Half of every batch in each of two processes; in the first, beside it, a model that has the whole of it."""
     rows = []
     torch.manual_seed(0)
@@ -153,15 +153,15 @@ def gradients(precisions: Sequence[torch.dtype] = (torch.float32, torch.float64)
             task.model.to(precision)
             alone = task.twin()
             both = {key: value.to(precision) if value.is_floating_point() else value for key, value in batch.items()}
-            mine = {key: value.chunk(size())[rank()] for key, value in both.items()}
+            mine = {key: value.chunk(ranks.size)[ranks.rank] for key, value in both.items()}
             again = task.twin()
             with _without_rounding(is_wanted=precision == torch.float64):
-                spread = Shards(again, CPU).loss if again.in_parts else data_parallel(again)  # type: ignore[arg-type]
-                curve, found = _learn(partial(spread, mine), again.model)
-            curve = [total / size() for total in summed(*curve)]
-            if is_first():
+                spread = Shards(again, CPU, ranks).loss if again.in_parts else data_parallel(again, ranks)  # type: ignore[arg-type]
+                curve, found = _learn(partial(spread, mine), again.model, ranks.rank)
+            curve = [total / ranks.size for total in ranks.sum(*curve)]
+            if ranks.is_first:
                 with _without_rounding(is_wanted=precision == torch.float64):
-                    expected_curve, expected = _learn(partial(alone.loss, both), alone.model)
+                    expected_curve, expected = _learn(partial(alone.loss, both), alone.model, ranks.rank)
                 learning = {key for key, parameter in alone.model.named_parameters() if parameter.requires_grad}
                 row[str(precision)[6:]] = {
                     "gradient": _difference(found, expected),
@@ -184,14 +184,14 @@ def _difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
     return float(max((found[name] - expected[name]).abs().max() for name in expected) / largest)
 
 
-def _learn(loss: Callable[[], Tensor], model: nn.Module) -> tuple[list[float], dict[str, Tensor]]:
+def _learn(loss: Callable[[], Tensor], model: nn.Module, rank: int) -> tuple[list[float], dict[str, Tensor]]:
     """The losses of a few steps, and the gradients of the first."""
     model.train()
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     losses: list[float] = []
     first: dict[str, Tensor] = {}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(17 + rank())  # the first draws as a single process does, others have streams of their own
+        torch.manual_seed(17 + rank)  # the first draws as a single process does, others have streams of their own
         for _ in range(_STEPS):
             found = loss()
             torch.autograd.backward(found)
@@ -202,23 +202,23 @@ def _learn(loss: Callable[[], Tensor], model: nn.Module) -> tuple[list[float], d
     return losses, first
 
 
-def in_parts(size_name: str, steps: int, *, has_moments: bool = True) -> list[dict[str, Any]]:
+def in_parts(ranks: Ranks, size_name: str, steps: int, *, has_moments: bool = True) -> list[dict[str, Any]]:
     """Training steps of a STU-Net on 64 x 64 x 64 voxels, in parts if there are several processes.
 
     AdamW keeps two moments of every weight; without them it is plain gradient descent.
     """
     torch.manual_seed(0)
-    is_shared = size() > 1
-    with torch.device("meta") if not is_first() else nullcontext():
+    is_shared = ranks.size > 1
+    with torch.device("meta") if not ranks.is_first else nullcontext():
         network = build_model("stunet", in_channels=4, out_channels=3, size=size_name, mode="checkpoint")
     loss = SegmentationLoss("sigmoid", (Output("WT", 1, (1, 2, 3)), Output("TC", 2, (2, 3)), Output("ET", 3, (3,))))
     task = Trained(network, partial(_painting_loss, loss))
-    step = Shards(task, CPU).loss if is_shared else data_parallel(task)  # type: ignore[arg-type]
+    step = Shards(task, CPU, ranks).loss if is_shared else data_parallel(task, ranks)  # type: ignore[arg-type]
     built_mb = peak_rss_mb()
     descent = partial(torch.optim.SGD, task.model.parameters(), lr=1e-3)
     optimiser = build_optimiser(task.model, OptimiserConfig()) if has_moments else descent()
     network.train()
-    generator = torch.Generator().manual_seed(rank())
+    generator = torch.Generator().manual_seed(ranks.rank)
     labels = torch.randint(0, 4, (1, 64, 64, 64), generator=generator).byte()
     image = torch.randn(1, 4, 64, 64, 64, generator=generator)
     losses, seconds = [], 0.0
@@ -230,11 +230,11 @@ def in_parts(size_name: str, steps: int, *, has_moments: bool = True) -> list[di
         optimiser.step()
         optimiser.zero_grad()
         seconds = time.monotonic() - began
-        losses += [total / size() for total in summed(float(found.detach()))]
-    return exchanged(
+        losses += [total / ranks.size for total in ranks.sum(float(found.detach()))]
+    return ranks.exchange(
         {
             "name": f"STU-Net-{size_name}",
-            "processes": size(),
+            "processes": ranks.size,
             "built_mb": built_mb,
             "peak_mb": peak_rss_mb(),
             "now_mb": current_rss_mb(),
@@ -244,31 +244,31 @@ def in_parts(size_name: str, steps: int, *, has_moments: bool = True) -> list[di
     )
 
 
-def pace() -> list[dict[str, Any]]:
+def pace(ranks: Ranks) -> list[dict[str, Any]]:
     """Seconds per sample of a small RevMBUNet, on 48 x 48 x 48 voxels, one sample in each process and step."""
     torch.manual_seed(0)
     network = build_model("revmbunet", in_channels=4, out_channels=3, size="small").train()
     loss = SegmentationLoss("sigmoid", (Output("WT", 1, (1, 2, 3)), Output("TC", 2, (2, 3)), Output("ET", 3, (3,))))
     task = Trained(network, partial(_painting_loss, loss))
-    step = data_parallel(task)  # type: ignore[arg-type]
+    step = data_parallel(task, ranks)  # type: ignore[arg-type]
     optimiser = build_optimiser(network, OptimiserConfig())
     batch = {"image": torch.randn(1, 4, 48, 48, 48), "labels": torch.randint(0, 4, (1, 48, 48, 48)).byte()}
     times = []
     for _ in range(_PACED_STEPS):
-        summed(0.0)
+        ranks.sum(0.0)
         began = time.monotonic()
         torch.autograd.backward(step(batch))
         optimiser.step()
         optimiser.zero_grad()
-        times.append((time.monotonic() - began) / size())
-    return [{"processes": size(), "seconds": sorted(times)[len(times) // 2]}]
+        times.append((time.monotonic() - began) / ranks.size)
+    return [{"processes": ranks.size, "seconds": sorted(times)[len(times) // 2]}]
 
 
-MEASUREMENTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+MEASUREMENTS: dict[str, Callable[[Ranks], list[dict[str, Any]]]] = {
     "gradients": gradients,
     "time": pace,
-    "sharded": partial(in_parts, "L", steps=2),
-    "sharded-h": partial(in_parts, "H", steps=1, has_moments=False),
+    "sharded": partial(in_parts, size_name="L", steps=2),
+    "sharded-h": partial(in_parts, size_name="H", steps=1, has_moments=False),
 }
 """What a process does for each."""
 
@@ -328,8 +328,8 @@ def main() -> None:
     parser.add_argument("--as-process", action="store_true", help="be one of the processes that are measured")
     arguments = parser.parse_args()
     if arguments.as_process:
-        with joined_processes(CPU, 3600):
-            print(json.dumps(MEASUREMENTS[arguments.measurement]()))
+        with joined_ranks(CPU, 3600) as ranks:
+            print(json.dumps(MEASUREMENTS[arguments.measurement](ranks)))
     elif arguments.measurement == "gradients":
         print_gradients()
     elif arguments.measurement == "time":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -104,7 +105,7 @@ def pretrain(
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
     from segkit.config import build_config, preset_layers, read_yaml
     from segkit.runtime import pick_device
-    from segkit.training.distributed import joined_processes
+    from segkit.training.distributed import joined_ranks
 
     chosen_device = pick_device(device)
     if allow_changes and not resume:
@@ -139,17 +140,17 @@ def pretrain(
         device=chosen_device,
         memory_gb=None if memory is None else parse_gigabytes(memory),
         started_s=started_s,
-        is_resumed=resume,
-        may_overwrite=overwrite,
-        may_change=allow_changes,
-        tell=None if bar is None else bar.tell,
+        resume=resume,
+        overwrite=overwrite,
+        allow_changes=allow_changes,
+        on_progress=None if bar is None else bar.tell,
     )
     with (
-        joined_processes(request.device, request.config.training.rank_timeout_s),
+        joined_ranks(request.device, request.config.training.rank_timeout_s) as ranks,
         bar or nullcontext(),
         interruptible("segkit", "pretrain", *data, "-o", output, "--resume"),
     ):
-        summary = kind.run(request)
+        summary = kind.run(replace(request, ranks=ranks))
     _tell(summary, as_json=as_json, quiet=quiet)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,7 +101,7 @@ def train(
     from segkit.config import annotated_yaml, build_config, preset_layers, read_yaml
     from segkit.runtime import pick_device
     from segkit.training.config import TrainConfig
-    from segkit.training.distributed import joined_processes
+    from segkit.training.distributed import joined_ranks
     from segkit.training.folds import cross_validate
     from segkit.training.planned import plan_run
     from segkit.training.request import RunRequest
@@ -129,10 +130,10 @@ def train(
         device=chosen_device,
         memory_gb=None if memory is None else parse_gigabytes(memory),
         started_s=started_s,
-        is_resumed=resume,
-        may_overwrite=overwrite,
-        may_change=allow_changes,
-        tell=None if bar is None else bar.tell,
+        resume=resume,
+        overwrite=overwrite,
+        allow_changes=allow_changes,
+        on_progress=None if bar is None else bar.tell,
     )
     if dry_run:
         planned = plan_run(request)
@@ -146,10 +147,11 @@ def train(
         return
     folds = () if fold is None else ("-f", fold)
     with (
-        joined_processes(request.device, request.config.training.rank_timeout_s),
+        joined_ranks(request.device, request.config.training.rank_timeout_s) as ranks,
         bar or nullcontext(),
         interruptible("segkit", "train", data, "-o", output, *folds, "--resume"),
     ):
+        request = replace(request, ranks=ranks)
         summary = cross_validate(request) if fold == "all" else train_run(request)
     if as_json:
         print_json(summary.to_json())

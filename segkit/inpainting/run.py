@@ -30,7 +30,6 @@ from segkit.reading.layouts.synthesis import SYNTHESIS_LAYOUT, find_known
 from segkit.reading.layouts.table import PLAIN_CLASSES, find_cases
 from segkit.training.batches import ENDLESS
 from segkit.training.config import DataConfig
-from segkit.training.distributed import from_first
 from segkit.training.folder import settings_return_if_refused
 from segkit.training.request import UnlabelledRequest
 from segkit.training.unlabelled import (
@@ -72,10 +71,10 @@ def inpainting_run(request: InpaintingRequest) -> UnlabelledSummary:
     cohorts = [_find(folder, request.config) for folder in request.data]
     request = replace(request, config=_settled(request.config, cohorts))
     card = _card(request.config, cohorts)
-    begun = first_weights(card, request.config, request.run, is_resumed=request.is_resumed)
+    begun = first_weights(card, request.config, request.run, resume=request.resume)
     card = with_patch(begun.completed(card), request.config.patches.size or 0, "patches.size")
     open_run(request, cohorts, "inpainting of scans in")
-    from_first(lambda: begun.keep(request.run))
+    request.ranks.from_first(lambda: begun.keep(request.run))
     task, cases, skipped = _build_task(request, cohorts, card, begun.network)
     return learn(request, task, cases, skipped)
 
@@ -166,7 +165,7 @@ def _build_task(
     cases: dict[str, int] = {}
     skipped: dict[str, str] = {}
     for found in cohorts:
-        folders, reasons = prepare_cohort(found, store, request.memory_gb)
+        folders, reasons = prepare_cohort(found, store, request.memory_gb, request.ranks)
         skipped |= reasons
         learnt, _ = found.usable(found.training_ids, folders)
         training += learnt
@@ -205,6 +204,7 @@ def _build_task(
         supervision=config.supervision,
         adversarial_weight=config.adversarial.weight,
         workers=config.training.workers,
+        ranks=request.ranks,
     )
     return task, cases, skipped
 

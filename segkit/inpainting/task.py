@@ -18,7 +18,7 @@ from segkit.inpainting.dataset import HoleDataset
 from segkit.losses.restoration import RestorationConfig, adversarial_terms, restoration_loss, ssim_map
 from segkit.models.region_layers import RegionNormLearnable
 from segkit.training.batches import endless_batches
-from segkit.training.distributed import mapped
+from segkit.training.distributed import Ranks
 from segkit.training.task import Batch, Score, borrowed
 
 _NETWORK = "network."
@@ -53,6 +53,7 @@ class InpaintingTask:
     supervision: float = 0.0
     adversarial_weight: float = 0.0
     workers: int | None = None
+    ranks: Ranks = field(default_factory=Ranks)
     _held_out: dict[int, Batch] = field(default_factory=dict, repr=False)
 
     @property
@@ -62,7 +63,7 @@ class InpaintingTask:
 
     def batches(self, start: int) -> Iterator[Batch]:
         """Endless batches from the `start`-th on, see `HoleDataset`."""
-        return endless_batches(self.patches, self.batch_size, start, self.workers)
+        return endless_batches(self.patches, self.batch_size, start, self.workers, self.ranks)
 
     def loss(self, batch: Batch) -> Tensor:
         """Loss of a batch on the model's device."""
@@ -98,7 +99,7 @@ class InpaintingTask:
         """
         with borrowed(self.model, weights):
             self.model.eval()
-            of_each = mapped(self._sums_in_hole, range(len(self.held_out)))
+            of_each = self.ranks.map(self._sums_in_hole, range(len(self.held_out)))
         totals = {name: sum(sums[name] for sums in of_each) for name in of_each[0]}
         voxels = max(totals.pop("voxels"), 1.0)
         return {name: total / voxels for name, total in totals.items()}

@@ -20,7 +20,6 @@ from segkit.pretraining.methods import METHODS, PretrainConfig
 from segkit.pretraining.sources import GroupDataset, Source
 from segkit.pretraining.task import PretrainingTask
 from segkit.training.batches import ENDLESS
-from segkit.training.distributed import from_first
 from segkit.training.folder import settings_return_if_refused
 from segkit.training.request import UnlabelledRequest
 from segkit.training.unlabelled import (
@@ -62,10 +61,10 @@ def pretrain_run(request: PretrainRequest) -> UnlabelledSummary:
     config = request.config
     names = _modalities(config, cohorts)
     card = first_card("pretraining", config.network, cohorts, names, config.dims or 3, config.method)
-    begun = first_weights(card, request.config, request.run, is_resumed=request.is_resumed)
+    begun = first_weights(card, request.config, request.run, resume=request.resume)
     card = with_patch(begun.completed(card), request.config.views.size or 0, "views.size")
     open_run(request, cohorts, "unlabelled images in")
-    from_first(lambda: begun.keep(request.run))
+    request.ranks.from_first(lambda: begun.keep(request.run))
     task, skipped = _build_task(request, cohorts, card, begun.network)
 
     def draw() -> None:
@@ -117,7 +116,7 @@ def _build_task(
     held_out: list[Source] = []
     skipped: dict[str, str] = {}
     for found in cohorts:
-        folders, reasons = prepare_cohort(found, store, request.memory_gb)
+        folders, reasons = prepare_cohort(found, store, request.memory_gb, request.ranks)
         skipped |= reasons
         sources.append(Source(found.name, *found.usable(found.training_ids, folders)))
         if any(case_id in folders for case_id in found.held_out_ids):
@@ -133,6 +132,7 @@ def _build_task(
         groups_per_batch=config.batch_size // nodes,
         keeps_decoder=entry.keeps_decoder,
         workers=config.training.workers,
+        ranks=request.ranks,
     ), skipped
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from segkit.pretraining.encoder import encode, retrieval_accuracy, to_device
 from segkit.pretraining.methods import Method
 from segkit.pretraining.sources import GroupDataset
 from segkit.training.batches import endless_batches
-from segkit.training.distributed import from_first
+from segkit.training.distributed import Ranks
 from segkit.training.task import Batch, Score, borrowed
 
 METHOD_WEIGHTS = "method.safetensors"
@@ -43,6 +43,7 @@ class PretrainingTask:
     keeps_decoder: bool
     """Whether what lies behind the encoder was trained, too, and is worth keeping; heads never are."""
     workers: int | None = None
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def method(self) -> Method:
@@ -51,7 +52,7 @@ class PretrainingTask:
 
     def batches(self, start: int) -> Iterator[Batch]:
         """Endless batches of (B, ...) tensors from the `start`-th on, groups one after the other."""
-        for batch in endless_batches(self.groups, self.groups_per_batch, start, self.workers):
+        for batch in endless_batches(self.groups, self.groups_per_batch, start, self.workers, self.ranks):
             yield {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
 
     def loss(self, batch: Batch) -> Tensor:
@@ -69,7 +70,7 @@ class PretrainingTask:
         That is the share of held-out images whose nearest view, by the mean over the deepest feature map, is their own.
         All held-out images are compared with each other, so of several processes the first one measures.
         """
-        return from_first(lambda: self._measured(weights))
+        return self.ranks.from_first(lambda: self._measured(weights))
 
     @torch.no_grad()
     def _measured(self, weights: Mapping[str, Tensor]) -> dict[str, float]:

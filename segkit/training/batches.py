@@ -1,7 +1,7 @@
 """Endless batches of a dataset whose items are decided by their index.
 
-Of w processes with batches of b items, rank r takes its part of the batch of w b items that one process would have:
-together they see the same items in the same order, and none twice.
+Of w ranks with batches of b items, each takes its part of the batch of w b items that one process would have: together
+they see the same items in the same order, and none twice.
 """
 
 from __future__ import annotations
@@ -18,25 +18,28 @@ from torch.utils.data import DataLoader, Dataset
 
 from segkit.errors import TrainingError
 from segkit.runtime import available_cores, process_place
-from segkit.training.distributed import rank, size
+from segkit.training.distributed import Ranks
 from segkit.training.interruption import ignore_signals
 from segkit.training.task import Batch
 
 ENDLESS = 2**40
-"""Length of a training dataset: items are drawn as long as the run lasts."""
+"""Length of a training dataset."""
 
 
 def endless_batches(
-    dataset: Dataset[dict[str, Tensor]], batch_size: int, start: int, workers: int | None
+    dataset: Dataset[dict[str, Tensor]], batch_size: int, start: int, workers: int | None, ranks: Ranks
 ) -> Iterator[Batch]:
-    """Batches from the `start`-th on, the n-th always of the same items; `workers` None suits them to the cores.
+    """Batches from the `start`-th on, the n-th always of the same items; `workers` None chooses by the cores.
 
     `batch_size` is that of this process.
+
+    Raises:
+        TrainingError: a worker was killed.
     """
     count = _worker_count(workers)
     loader: DataLoader[Any] = DataLoader(
         dataset,
-        batch_sampler=_indices(batch_size, start, rank(), size()),
+        batch_sampler=_indices(batch_size, start, ranks.rank, ranks.size),
         num_workers=count,
         persistent_workers=count > 0,
         pin_memory=torch.cuda.is_available(),
@@ -53,21 +56,21 @@ def endless_batches(
             raise _lost_worker(error) from error
         raise
     finally:
-        if started:  # they do not heed signals, so nothing else would end them
+        if started:  # they ignore signals, so nothing else would end them
             iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
 @contextmanager
 def drawn_from(batches: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
-    """Batches for a while: the processes that prepare them end with it.
+    """Batches whose worker processes end with the block.
 
     Raises:
-        TrainingError: such a process was killed. torch tells it wherever the training just is.
+        TrainingError: a worker was killed. torch raises that wherever the training just is.
     """
     try:
         yield batches
     except Exception as error:
-        if isinstance(error, TrainingError) or not tells_of_a_lost_worker(error):
+        if isinstance(error, TrainingError) or not is_lost_worker(error):
             raise
         raise _lost_worker(error) from error
     finally:
@@ -75,16 +78,16 @@ def drawn_from(batches: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
             batches.close()
 
 
-def tells_of_a_lost_worker(error: Exception) -> bool:
-    """Whether torch raised it, amid whatever was being done, since a process that prepares batches was killed."""
+def is_lost_worker(error: Exception) -> bool:
+    """Whether torch raised this, wherever the training was, since a worker was killed."""
     return "DataLoader worker" in str(error)
 
 
 def _lost_worker(error: Exception) -> TrainingError:
     cause = error.__cause__ or error
-    seen = f"{type(cause).__name__}: {str(cause).strip()}"
     return TrainingError(
-        f"a process that prepared batches was killed, probably because memory ran out ({seen})",
+        "a process that prepared batches was killed, probably because memory ran out "
+        f"({type(cause).__name__}: {str(cause).strip()})",
         remedy="The last checkpoint is kept: go on with --resume, and with fewer training.workers if it happens again",
     )
 
@@ -96,8 +99,7 @@ def _indices(batch_size: int, start: int, rank: int, size: int) -> Iterator[list
 
 
 def _worker_count(requested: int | None) -> int:
-    """On one or two cores preparing patches in between steps is faster than competing with them."""
     if requested is not None:
         return requested
-    cores = available_cores() // process_place().local_size
+    cores = available_cores() // process_place().local_size  # on up to two, workers would compete with the training
     return 0 if cores <= 2 else min(cores - 1, 8)

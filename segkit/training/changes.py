@@ -50,14 +50,14 @@ class Change:
         return f"{self.name} {self.old} -> {self.new}"
 
 
-def settle_settings(run: Path, config: Config, *, is_resumed: bool, may_change: bool) -> list[Change]:
+def settle_settings(run: Path, config: Config, *, resume: bool, allow_changes: bool) -> list[Change]:
     """Write down what a run is done with from now on; gives back what a resumed one does otherwise than before.
 
     Raises:
         RequestError: settings are others than before, and they may not change, or what they were cannot be read.
     """
-    changes = _found(run, config) if is_resumed else []
-    if changes and not may_change:
+    changes = _found(run, config) if resume else []
+    if changes and not allow_changes:
         raise RequestError(
             f"the settings are not those of the run: {', '.join(map(str, changes))}",
             where=run,

@@ -1,14 +1,13 @@
-"""Training in several processes: who is who, what the first one decides for all, and one loss of a spread batch.
+"""Training in several processes: `Ranks` is what one of them knows of the others, and how it talks to them.
 
-Processes are started by torchrun, or by `segkit train --gpus N`, which is torchrun on this machine. Each runs the whole
-command. The first (rank 0) plans and writes; the others take over what it decided. Objects travel through the store by
-which the processes found each other, where one may wait for another as long as that one lives; tensors travel through
-the process group, gloo on CPUs and NCCL between GPUs. In a single process everything here is the identity.
+torchrun, or `segkit train --gpus N`, starts the processes, and each runs the whole command. Rank 0 plans and writes;
+the others take over its decisions. Objects travel through the store by which the processes found each other, where a
+process may wait for another as long as that one lives; tensors travel through the process group, gloo on CPUs and NCCL
+between GPUs.
 """
 
 from __future__ import annotations
 
-import logging
 import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -20,50 +19,29 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
-from torch.nn.parallel import DistributedDataParallel
 
 from segkit.errors import SegkitError, TrainingError
-from segkit.losses.global_batch import spread_batch
 from segkit.runtime import process_place
-from segkit.training.heartbeat import Store, Watch
+from segkit.training.heartbeat import Heartbeat
 from segkit.training.interruption import InterruptedTrainingError
-from segkit.training.task import Batch, Task
-
-_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Item = TypeVar("Item")
 
-_NOTHING: Any = object()
+_MISSING: Any = object()
 
 _GRACE_S = 60.0
-"""By how much the process group's own timeout is longer than the watch, whose sentence says more."""
-_TOGETHER_S = 2.0
-"""Time within which an error of all processes is one of the first, too, which then tells it."""
+"""By how much the process group's own timeout is longer than that of the heartbeat, whose error says more."""
+_SAME_ERROR_S = 2.0
+"""If rank 0 reports the same error within this time, the other ranks leave it to rank 0."""
 _SIGNS_OF_THE_GROUP = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Broken pipe", "store")
+"""Parts of the messages with which torch reports that another process is gone."""
 
 
-@dataclass
-class _Group:
-    """The processes that this one has joined."""
-
-    rank: int
-    size: int
-    store: Store
-    watch: Watch
-    exchanges: int = 0
-    is_to_end: Callable[[], bool] = lambda: False
-    """Whether this process was asked to end, so that work in parts may be cut short."""
-
-
-_joined: _Group | None = None
-
-
-class OthersError(SegkitError):
-    """What another process has said already; this one ends with the same exit code and without a word."""
+class RemoteRankError(SegkitError):
+    """An error that another rank has already reported; this process ends silently with the same exit code."""
 
     is_told = True
 
@@ -72,17 +50,124 @@ class OthersError(SegkitError):
         self.exit_code = error.exit_code
 
 
+@dataclass
+class Ranks:
+    """The processes that train together, seen by one of them. `Ranks()` is a single process: each method is identity.
+
+    All ranks have to call the same methods in the same order.
+    """
+
+    rank: int = 0
+    size: int = 1
+    store: Store | None = None
+    heartbeat: Heartbeat | None = None
+    _exchanges: int = 0
+    _should_stop: Callable[[], bool] = lambda: False
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def mark(self, stage: str, step: int | None = None) -> None:
+        """Set what this process does now, for the others to see: a stage of `segkit.training.heartbeat`."""
+        if self.heartbeat is not None:
+            self.heartbeat.mark(stage, step)
+
+    def exchange(self, value: T) -> list[T]:
+        """The values of all processes, by rank; waits for the others as long as they live."""
+        if self.store is None or self.heartbeat is None:
+            return [value]
+        number, stage = self._exchanges, self.heartbeat.stage
+        self._exchanges += 1
+        keys = [f"exchange/{number}/{other}" for other in range(self.size)]
+        self.store.set(keys[self.rank], pickle.dumps(value))  # type: ignore[arg-type]
+        if number >= 2:
+            self.store.delete_key(f"exchange/{number - 2}/{self.rank}")  # all have read it before their next exchange
+        self.heartbeat.mark("waiting")
+        _wait_for(self.store, keys)
+        self.heartbeat.mark(stage)
+        return [pickle.loads(self.store.get(key)) for key in keys]
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """The result of `make` in rank 0, for all ranks.
+
+        Raises:
+            RemoteRankError: in the other ranks, where `make` raises an error of segkit in rank 0.
+        """
+        if self.size == 1:
+            return make()
+        made: T | SegkitError | None = None
+        if self.is_first:
+            try:
+                made = make()
+            except SegkitError as error:
+                self.exchange(error)
+                raise
+        found = self.exchange(made)[0]
+        if isinstance(found, SegkitError):
+            raise RemoteRankError(found)
+        return found  # type: ignore[return-value]
+
+    def first_before_others(self, make: Callable[[], T]) -> T:
+        """The result of `make` in each rank; rank 0 runs it before the others do, since it may repair files.
+
+        Raises:
+            RemoteRankError: in the other ranks, where `make` raises an error of segkit in rank 0.
+        """
+        made: list[T] = []
+        self.from_first(lambda: made.append(make()))
+        return made[0] if made else make()
+
+    def map(self, function: Callable[[Item], T], items: Iterable[Item]) -> list[T]:
+        """`function` of every item, in order, in all ranks; each rank computes its part.
+
+        Raises:
+            KeyboardInterrupt: in all ranks, where one of them was asked to stop before its part was done.
+        """
+        if self.heartbeat is None:
+            return [function(item) for item in items]
+        mine: list[T] = []
+        is_cut = False
+        for item in islice(items, self.rank, None, self.size):
+            is_cut = self._should_stop()
+            if is_cut:
+                break
+            self.heartbeat.mark(self.heartbeat.stage)
+            mine.append(function(item))
+        parts = self.exchange((is_cut, mine))
+        if any(is_cut for is_cut, _ in parts):
+            raise KeyboardInterrupt
+        in_turn = zip_longest(*(part for _, part in parts), fillvalue=_MISSING)
+        return [result for results in in_turn for result in results if result is not _MISSING]
+
+    @contextmanager
+    def stopping_when(self, should_stop: Callable[[], bool]) -> Iterator[None]:
+        """Let `map` stop between two items where this process is asked to stop."""
+        self._should_stop = should_stop
+        try:
+            yield
+        finally:
+            self._should_stop = lambda: False
+
+    def sum(self, *values: float) -> list[float]:
+        """The sum over ranks of each number, by one small message."""
+        if self.size == 1:
+            return list(values)
+        numbers = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(numbers)
+        return numbers.tolist()
+
+
 @contextmanager
-def joined_processes(device: torch.device, timeout_s: float) -> Iterator[None]:
+def joined_ranks(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
     """Join the processes that torchrun started beside this one, and leave them together.
 
     Raises:
         TrainingError: another process failed, is gone, or has held up the others for longer than `timeout_s`.
     """
-    global _joined
-    place = process_place()
-    if place.size == 1 or _joined is not None:
-        yield
+    if process_place().size == 1:
+        yield Ranks()
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -90,34 +175,33 @@ def joined_processes(device: torch.device, timeout_s: float) -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     limit = timedelta(seconds=timeout_s + _GRACE_S)
     dist.init_process_group(backend, store=PrefixStore("group", store), rank=rank, world_size=size, timeout=limit)
-    watch = Watch(store.clone(), rank, size, timeout_s)
-    _joined = _Group(rank, size, store, watch)
-    watch.start()
+    heartbeat = Heartbeat(store.clone(), rank, size, timeout_s)
+    ranks = Ranks(rank, size, store, heartbeat)
+    heartbeat.start()
     try:
-        yield
-        _leave(_joined)
+        yield ranks
+        _leave(ranks, store, heartbeat)
     except InterruptedTrainingError as error:  # in all of them, after the same step
-        _leave(_joined)
-        if rank == 0:
+        _leave(ranks, store, heartbeat)
+        if ranks.is_first:
             raise
-        raise OthersError(error) from error
+        raise RemoteRankError(error) from error
     except BaseException as error:
-        _end_with(error, watch)
+        _report_error(error, heartbeat)
         raise
     finally:
-        watch.stop()
-        _joined = None
+        heartbeat.stop()
         dist.destroy_process_group()
 
 
-def _leave(group: _Group) -> None:
-    """End together; the first one, which holds the store, last."""
-    exchanged(None)
-    group.watch.stop()
-    if group.rank:
-        group.store.set(f"left/{group.rank}", "")
+def _leave(ranks: Ranks, store: Store, heartbeat: Heartbeat) -> None:
+    """Leave together; rank 0, which holds the store, last."""
+    ranks.exchange(None)
+    heartbeat.stop()
+    if ranks.is_first:
+        _wait_for(store, [f"left/{other}" for other in range(1, ranks.size)])
     else:
-        _wait_for(group.store, [f"left/{other}" for other in range(1, group.size)])
+        store.set(f"left/{ranks.rank}", "")
 
 
 def _wait_for(store: Store, keys: list[str]) -> None:
@@ -127,172 +211,16 @@ def _wait_for(store: Store, keys: list[str]) -> None:
         pause_s = min(2 * pause_s, 0.1)
 
 
-def _end_with(error: BaseException, watch: Watch) -> None:
-    """Tell the others of an error, or be told by them whose it really is."""
-    if isinstance(error, OthersError):
+def _report_error(error: BaseException, heartbeat: Heartbeat) -> None:
+    """Tell the other ranks of an error; where another rank caused it, raise that cause instead."""
+    if isinstance(error, RemoteRankError):
         return
     is_of_group = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS_OF_THE_GROUP)
-    fault = watch.fault_of_another(watch.silence_s + 2 * watch.interval_s) if is_of_group else None
-    watch.fail(fault or str(error) or type(error).__name__)
-    if isinstance(error, SegkitError) and watch.rank and watch.has_failed_alike(str(error), _TOGETHER_S):
-        raise OthersError(error) from error
+    fault = heartbeat.fault_of_another(heartbeat.silence_s + 2 * heartbeat.interval_s) if is_of_group else None
+    heartbeat.fail(fault or str(error) or type(error).__name__)
+    if isinstance(error, SegkitError) and heartbeat.rank and heartbeat.has_failed_alike(str(error), _SAME_ERROR_S):
+        raise RemoteRankError(error) from error
     if fault is not None:
         raise TrainingError(
-            f"{fault} (told by rank {watch.rank})", remedy="Start all processes again with --resume"
+            f"{fault} (told by rank {heartbeat.rank})", remedy="Start all processes again with --resume"
         ) from error
-
-
-def rank() -> int:
-    """The number of this process, 0 where it is alone."""
-    return 0 if _joined is None else _joined.rank
-
-
-def size() -> int:
-    """How many processes learn together."""
-    return 1 if _joined is None else _joined.size
-
-
-def is_first() -> bool:
-    """Whether this process is the one that writes."""
-    return rank() == 0
-
-
-def mark(stage: str, step: int | None = None) -> None:
-    """Tell the others what this process does now: a stage of `segkit.training.heartbeat`."""
-    if _joined is not None:
-        _joined.watch.mark(stage, step)
-
-
-def exchanged(value: T) -> list[T]:
-    """What each process gave, by rank, in all of them; waits for the others as long as they live."""
-    if _joined is None:
-        return [value]
-    group, number = _joined, _joined.exchanges
-    group.exchanges += 1
-    before = group.watch.stage
-    keys = [f"exchange/{number}/{other}" for other in range(group.size)]
-    group.store.set(keys[group.rank], pickle.dumps(value))
-    if number >= 2:
-        group.store.delete_key(f"exchange/{number - 2}/{group.rank}")  # all have gone on to the one after it
-    group.watch.mark("waiting")
-    _wait_for(group.store, keys)
-    group.watch.mark(before)
-    return [pickle.loads(group.store.get(key)) for key in keys]
-
-
-def from_first(make: Callable[[], T]) -> T:
-    """What the first process makes, in all of them; the others wait, and fail where it fails.
-
-    Raises:
-        OthersError: in the others, an error of segkit that the first one raises.
-    """
-    if _joined is None:
-        return make()
-    made: T | SegkitError | None = None
-    if _joined.rank == 0:
-        try:
-            made = make()
-        except SegkitError as error:
-            exchanged(error)
-            raise
-    found = exchanged(made)[0]
-    if isinstance(found, SegkitError):
-        raise OthersError(found)
-    return found  # type: ignore[return-value]
-
-
-def mapped(function: Callable[[Item], T], items: Iterable[Item]) -> list[T]:
-    """`function` of every item, in their order: each process does its part, and all get all results.
-
-    Raises:
-        KeyboardInterrupt: in all of them, where one was asked to end before its part was done.
-    """
-    if _joined is None:
-        return [function(item) for item in items]
-    mine: list[T] = []
-    is_cut = False
-    for item in islice(items, _joined.rank, None, _joined.size):
-        is_cut = _joined.is_to_end()
-        if is_cut:
-            break
-        _joined.watch.mark(_joined.watch.stage)
-        mine.append(function(item))
-    parts = exchanged((is_cut, mine))
-    if any(is_cut for is_cut, _ in parts):
-        raise KeyboardInterrupt
-    in_turn = zip_longest(*(part for _, part in parts), fillvalue=_NOTHING)
-    return [result for results in in_turn for result in results if result is not _NOTHING]
-
-
-@contextmanager
-def cut_short_when(is_to_end: Callable[[], bool]) -> Iterator[None]:
-    """Let `mapped` stop between two items when this process is asked to end."""
-    if _joined is not None:
-        _joined.is_to_end = is_to_end
-    try:
-        yield
-    finally:
-        if _joined is not None:
-            _joined.is_to_end = lambda: False
-
-
-def first_before_others(make: Callable[[], T]) -> T:
-    """What each process makes itself, the first one before the others: it may tidy up what all read.
-
-    Raises:
-        OthersError: in the others, an error of segkit that the first one raises.
-    """
-    made: list[T] = []
-    from_first(lambda: made.append(make()))
-    return made[0] if made else make()
-
-
-def summed(*values: float) -> list[float]:
-    """The sums over processes of a few numbers; one small message."""
-    if _joined is None:
-        return list(values)
-    numbers = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(numbers)
-    return numbers.tolist()
-
-
-class LossOfPart(nn.Module):
-    """A task's loss as the forward pass of a module, which is what data parallelism wraps.
-
-    The parameters are the model's, and the model is called as the task calls it: through its own forward pass, its
-    encoder alone, or beside a discriminator.
-    """
-
-    def __init__(self, task: Task) -> None:
-        super().__init__()
-        self.model = task.model
-        self._task = task
-
-    def forward(self, batch: Batch) -> Tensor:
-        """The loss of this process's part of a batch, a scalar."""
-        with spread_batch():
-            return self._task.loss(batch)
-
-
-def data_parallel(task: Task) -> nn.Module:
-    """The task's loss of a batch, whose backward pass leaves the mean gradient of all processes in the model.
-
-    All processes begin with the weights of the first. Batch norms take their statistics from the whole batch on GPUs;
-    on CPUs, for which torch has no such layer, from the part of each process.
-    """
-    if _joined is None:
-        return LossOfPart(task)
-    if next(task.model.parameters()).is_cuda:
-        task.model = nn.SyncBatchNorm.convert_sync_batchnorm(task.model)  # type: ignore[no-untyped-call]
-    loss = LossOfPart(task)
-    return DistributedDataParallel(loss, gradient_as_bucket_view=True)
-
-
-@contextmanager
-def without_exchange(loss: nn.Module, *, is_wanted: bool) -> Iterator[None]:
-    """Let gradients of several batches add up in each process, until those of the last are exchanged."""
-    if is_wanted and isinstance(loss, DistributedDataParallel):
-        with loss.no_sync():
-            yield
-    else:
-        yield

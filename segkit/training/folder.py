@@ -21,7 +21,6 @@ from segkit.errors import RequestError
 from segkit.reading.files import remove_leftovers
 from segkit.training.changes import CHANGES_NAME, SETTINGS_NAME, settle_settings
 from segkit.training.config import TrainConfig
-from segkit.training.distributed import is_first
 from segkit.training.journal import METRICS_NAME
 from segkit.training.live_report import PAGE_NAME
 from segkit.training.request import TrainingRequest
@@ -41,7 +40,7 @@ _OF_ONE_RUN = (
 )
 
 
-def require_usable(run: Path, trackers: Sequence[str], *, is_resumed: bool, may_overwrite: bool) -> None:
+def require_usable(run: Path, trackers: Sequence[str], *, resume: bool, overwrite: bool) -> None:
     """Refuse to mix two runs in one folder, to resume what never began, and trackers that are not installed.
 
     Nothing is changed.
@@ -52,9 +51,9 @@ def require_usable(run: Path, trackers: Sequence[str], *, is_resumed: bool, may_
     require_trackers(trackers)
     if run.exists() and not run.is_dir():
         raise RequestError("is a file", where=run, expected="a folder, or a name that is free")
-    if is_resumed and not has_state(run):
+    if resume and not has_state(run):
         raise RequestError("there is nothing to resume", where=run, remedy="Start it without --resume")
-    if has_state(run) and not is_resumed and not may_overwrite:
+    if has_state(run) and not resume and not overwrite:
         raise RequestError(
             "holds a run already",
             where=run,
@@ -67,7 +66,7 @@ def has_state(run: Path) -> bool:
     return (run / LAST_NAME).exists() or (run / PREVIOUS_NAME).exists()
 
 
-def open_folder(run: Path, config: Config, *, is_resumed: bool, may_change: bool = False) -> None:
+def open_folder(run: Path, config: Config, *, resume: bool, allow_changes: bool = False) -> None:
     """Make the folder; unless the run is resumed, remove what another run left in it, and keep its settings.
 
     Raises:
@@ -77,9 +76,9 @@ def open_folder(run: Path, config: Config, *, is_resumed: bool, may_change: bool
     try:
         (run / "figures").mkdir(parents=True, exist_ok=True)
         remove_leftovers(run)
-        for name in () if is_resumed else _OF_ONE_RUN:
+        for name in () if resume else _OF_ONE_RUN:
             (run / name).unlink(missing_ok=True)
-        settle_settings(run, config, is_resumed=is_resumed, may_change=may_change)
+        settle_settings(run, config, resume=resume, allow_changes=allow_changes)
     except OSError as error:
         raise RequestError(f"cannot be written to ({error.strerror})", where=run) from error
 
@@ -97,7 +96,7 @@ def settings_return_if_refused(go: Callable[[RequestT], SummaryT]) -> Callable[[
         try:
             return go(request)
         except RequestError:
-            for path in filter(Path.is_file, paths) if is_first() else ():
+            for path in filter(Path.is_file, paths) if request.ranks.is_first else ():
                 if path not in before:
                     path.unlink()
                 elif path.read_bytes() != before[path]:

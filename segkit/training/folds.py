@@ -12,7 +12,6 @@ from typing import Any
 
 from segkit.errors import RequestError
 from segkit.training.changes import Change, settle_settings, with_changes
-from segkit.training.distributed import from_first, is_first
 from segkit.training.folder import (
     SCORES_NAME,
     has_state,
@@ -48,14 +47,14 @@ def cross_validate(request: RunRequest) -> RunSummary:
     folds = min(request.config.data.folds, patients)
     cache = request.config.data.cache or request.run / "cache"
     request = replace(request, config=with_values(request.config, "data", folds=folds, cache=cache))
-    changes = from_first(lambda: _open_folds(request))
+    changes = request.ranks.from_first(lambda: _open_folds(request))
     documents = []
     for fold in range(folds):
         _log.info("fold %d of %d", fold + 1, folds)
-        document = from_first(partial(_finished_fold, request, fold))
+        document = request.ranks.from_first(partial(_finished_fold, request, fold))
         documents.append(document or train_run(_fold_request(request, fold, folds - fold, changes)).to_json())
     summary = summarise_folds(request.run, documents, (time.monotonic() - request.started_s) / 60)
-    if is_first():
+    if request.ranks.is_first:
         write_json(request.run / SCORES_NAME, summary.to_json())
     return summary
 
@@ -63,14 +62,14 @@ def cross_validate(request: RunRequest) -> RunSummary:
 def _open_folds(request: RunRequest) -> list[Change]:
     """Make the folder of a cross-validation; gives back what a resumed one does otherwise than before."""
     request.run.mkdir(parents=True, exist_ok=True)
-    changes = settle_settings(request.run, request.config, is_resumed=request.is_resumed, may_change=request.may_change)
+    changes = settle_settings(request.run, request.config, resume=request.resume, allow_changes=request.allow_changes)
     write_config(request.run, request.config, {}, f"cross-validation of {request.data}")
     return changes
 
 
 def _finished_fold(request: RunRequest, fold: int) -> dict[str, Any] | None:
     path = request.run / f"fold_{fold}" / SCORES_NAME
-    if not request.is_resumed or not path.exists():
+    if not request.resume or not path.exists():
         return None
     document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return document
@@ -83,11 +82,11 @@ def _fold_request(request: RunRequest, fold: int, folds_left: int, changes: Sequ
     """
     run = request.run / f"fold_{fold}"
     now = time.monotonic()
-    if request.is_resumed and has_state(run):
+    if request.resume and has_state(run):
         of_all = [change for change in changes if change.name not in _OF_A_FOLD]
         return replace(request, run=run, config=with_changes(read_config(run), of_all), started_s=now)
     config = with_values(request.config, "data", fold=fold)
     if config.training.budget_minutes is not None:
         left = config.training.budget_minutes - (now - request.started_s) / 60
         config = with_values(config, "training", budget_minutes=max(left / folds_left, 0.1))
-    return replace(request, run=run, config=config, started_s=now, is_resumed=False)
+    return replace(request, run=run, config=config, started_s=now, resume=False)

@@ -1,8 +1,8 @@
-"""Which process of a training holds up the others, and where it was last seen.
+"""Which process of a training holds up the others, and what it was doing.
 
-Processes that learn together wait for each other in every step, so one that is stuck or dead makes all of them hang
-without a word. Each has a thread here that tells the others, through the store by which they found each other, how far
-its process is, and looks how far they are. What it finds ends the process with a sentence.
+The processes wait for each other in every step, so one that is stuck or dead stops all of them without any message.
+Each has a thread here that publishes its progress in the store by which the processes found each other, and reads that
+of the others. A fault that it finds ends the process with a message that names the rank.
 """
 
 from __future__ import annotations
@@ -14,45 +14,30 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Protocol
+
+from torch.distributed.distributed_c10d import Store
 
 from segkit.errors import printable
 
 _log = logging.getLogger(__name__)
 
 _STAGES = ("preparing", "loading a batch", "computing", "updating the weights", "in validation", "writing", "waiting")
-"""What a process does in a step, in this order."""
+"""Stages of a step, in order."""
 
 _UNLIMITED = ("preparing", "waiting")
-"""Stages that may take as long as they like: data are large, and who waits holds up nobody."""
+"""Stages without a time limit: data may be large, and a waiting process holds up none."""
 
 _MOST_BETWEEN_BEATS_S = 5.0
 _MOST_SILENCE_S = 60.0
 
 
-class Store(Protocol):
-    """What is used of `torch.distributed.Store`."""
-
-    def set(self, key: str, value: str | bytes) -> None:
-        """Keep a value."""
-
-    def get(self, key: str) -> bytes:
-        """The value of a key that is there."""
-
-    def check(self, keys: list[str]) -> bool:
-        """Whether all keys are there."""
-
-    def delete_key(self, key: str) -> bool:
-        """Forget a value; whether it was there."""
-
-
 @dataclass(frozen=True)
 class Sign:
-    """What a process tells of itself; `beats` grows as long as it lives, `marks` as long as it gets on."""
+    """What a process publishes: `beats` grows as long as it lives, `marks` as long as it makes progress."""
 
     step: int = 0
     stage: str = "preparing"
@@ -62,17 +47,17 @@ class Sign:
     process: int = 0
     failure: str = ""
     verdict: str = ""
-    """The sentence with which it gave up on another process, or on itself."""
+    """The fault for which it ended itself."""
 
     @property
     def place(self) -> tuple[int, int]:
-        """How far the process is: of two the smaller one is behind."""
+        """How far the process is: the smaller one is behind."""
         return self.step, _STAGES.index(self.stage)
 
 
 @dataclass
 class Seen:
-    """The last sign of a process, and when its beats and its marks last changed, by the clock of this one."""
+    """The last sign of a process, and when its beats and marks last changed, by the clock of this process."""
 
     sign: Sign
     beaten_s: float
@@ -80,7 +65,7 @@ class Seen:
 
 
 def find_fault(seen: Mapping[int, Seen], now_s: float, timeout_s: float, silence_s: float) -> str | None:
-    """A sentence that names the rank to blame, None as long as all get on."""
+    """A sentence that names the rank at fault, None as long as all make progress."""
     if verdicts := [other.sign.verdict for other in seen.values() if other.sign.verdict]:
         return verdicts[0]
     for rank, other in seen.items():
@@ -96,7 +81,7 @@ def find_fault(seen: Mapping[int, Seen], now_s: float, timeout_s: float, silence
     furthest_back = min(other.sign.place for other in held.values())
     ranks = [rank for rank, other in still.items() if other.sign.place == furthest_back]
     if not ranks:
-        return None  # whoever is behind still gets on
+        return None  # the one behind still makes progress
     sign = still[ranks[0]].sign
     names = " and ".join(f"rank {rank}" for rank in ranks)
     have = "has" if len(ranks) == 1 else "have"
@@ -104,30 +89,30 @@ def find_fault(seen: Mapping[int, Seen], now_s: float, timeout_s: float, silence
 
 
 def _is_dead(sign: Sign) -> bool:
-    """Whether a process that this one could see is no more; of others nothing is known."""
+    """Whether a process on the same host has ended; unknown, so False, for those on other hosts."""
     if not sign.host or sign.host != _host():
         return False
     status = Path("/proc", str(sign.process), "stat")
     try:
-        return status.read_text().rpartition(")")[2].split()[0] == "Z"  # ended, and not buried yet
+        return status.read_text().rpartition(")")[2].split()[0] == "Z"  # a zombie
     except OSError:
         return True
 
 
 @cache
 def _host() -> str:
-    """The machine and, within it, the container in which a number of a process means something; "" where unknown."""
+    """The machine and PID namespace in which a process id is valid; "" where unknown."""
     try:
         return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
         return ""
 
 
-class Watch:
-    """Tells the others how far this process is, and gives up when one of them holds up all.
+class Heartbeat:
+    """Publishes how far this process is, and ends it when another one holds up all.
 
-    `give_up` is called in the thread of the watch with the sentence, by default to end the process at once: the main
-    thread waits inside a library and hears of nothing.
+    `give_up` is called in the heartbeat's thread with the fault; by default it ends the process at once, since the main
+    thread is blocked inside a library.
     """
 
     def __init__(
@@ -138,7 +123,7 @@ class Watch:
         self.size = size
         self.timeout_s = timeout_s
         self.interval_s = min(_MOST_BETWEEN_BEATS_S, timeout_s / 6)
-        self.silence_s = min(_MOST_SILENCE_S, timeout_s / 2)  # who is dead is not taken for stuck
+        self.silence_s = min(_MOST_SILENCE_S, timeout_s / 2)  # shorter than the timeout: dead is not taken for stuck
         self.give_up = give_up or self._end_process
         self._mark = (0, "preparing", 0)
         self._beats = 0
@@ -147,65 +132,66 @@ class Watch:
         self._seen: dict[int, Seen] = {}
         self._is_over = threading.Event()
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Begin to tell and to look."""
-        self._tell()
+        """Start the thread."""
+        self._publish()
         self._thread.start()
 
     def stop(self) -> None:
-        """Leave in peace: all processes have come to their end."""
+        """Stop the thread."""
         self._is_over.set()
         self._thread.join(timeout=2 * self.interval_s)
 
     def mark(self, stage: str, step: int | None = None) -> None:
-        """Say what the process does now; costs nothing, the thread sends it."""
+        """Set what the process does now; the thread publishes it later."""
         before, _, marks = self._mark
         self._mark = (before if step is None else step, stage, marks + 1)
 
     @property
     def stage(self) -> str:
-        """What was marked last."""
+        """The stage marked last."""
         return self._mark[1]
 
-    def fail(self, sentence: str) -> None:
-        """Tell the others why this process ends."""
+    def fail(self, message: str) -> None:
+        """Publish why this process ends."""
         self._is_over.set()
-        self._failure = _first_line(sentence)
-        self._tell()
+        self._failure = _first_line(message)
+        self._publish()
 
     def fault_of_another(self, within_s: float) -> str | None:
-        """What is wrong with another process, as soon as it shows; None if nothing does in that time."""
-        until = time.monotonic() + within_s
-        while time.monotonic() < until:
-            self._look()
+        """The fault of another process as soon as it shows; None if none does in that time."""
+        for now_s in self._looking(within_s):
             others = {rank: seen for rank, seen in self._seen.items() if rank != self.rank}
-            if (fault := find_fault(others, time.monotonic(), self.timeout_s, self.silence_s)) is not None:
+            if (fault := find_fault(others, now_s, self.timeout_s, self.silence_s)) is not None:
                 return fault
-            time.sleep(min(0.1, self.interval_s))
         return None
 
-    def has_failed_alike(self, sentence: str, within_s: float) -> bool:
-        """Whether the first process ended with the same sentence, or does so in that time."""
-        until = time.monotonic() + within_s
-        while time.monotonic() < until:
+    def has_failed_alike(self, message: str, within_s: float) -> bool:
+        """Whether rank 0 fails with the same message within that time."""
+        return any(
+            0 in self._seen and self._seen[0].sign.failure == _first_line(message) for _ in self._looking(within_s)
+        )
+
+    def _looking(self, within_s: float) -> Iterator[float]:
+        """The time after each look at the other processes."""
+        until_s = time.monotonic() + within_s
+        while time.monotonic() < until_s:
             self._look()
-            if 0 in self._seen and self._seen[0].sign.failure == _first_line(sentence):
-                return True
+            yield time.monotonic()
             time.sleep(min(0.1, self.interval_s))
-        return False
 
     def _run(self) -> None:
         while not self._is_over.wait(self.interval_s):
-            self._tell()
+            self._publish()
             self._look()
             fault = find_fault(self._seen, time.monotonic(), self.timeout_s, self.silence_s)
             if fault is not None:
-                # The main thread may just hear of it, too, and knows more.
+                # The main thread may just get the error, too, and reports more.
                 if not self._is_over.wait(self.interval_s):
                     self._verdict = fault
-                    self._tell()
+                    self._publish()
                     self.give_up(fault)
                 return
 
@@ -214,7 +200,7 @@ class Watch:
         step, stage, marks = self._mark
         return Sign(step, stage, self._beats, marks, _host(), os.getpid(), self._failure, self._verdict)
 
-    def _tell(self) -> None:
+    def _publish(self) -> None:
         with self._lock:
             self._beats += 1
             self._quietly(lambda: self.store.set(_key(self.rank), json.dumps(vars(self._sign))))
@@ -237,10 +223,9 @@ class Watch:
         self._seen[rank] = Seen(sign, beaten_s, marked_s)
 
     def _quietly(self, ask: Callable[[], None]) -> None:
-        """A store that does not answer is the end of the process that held it, which silence shows soon enough."""
         try:
             ask()
-        except RuntimeError as error:
+        except RuntimeError as error:  # the process that holds the store has ended; its silence will show that
             _log.debug("the store does not answer: %s", error)
 
     def _end_process(self, sentence: str) -> None:

@@ -137,8 +137,8 @@ class ProgressLines:
         self.first: float | None = None
         self.last = 0.0
 
-    def tell(self, done: float, message: str) -> None:
-        """Say where the run is: `done` in 0 to 1."""
+    def show(self, done: float, message: str) -> None:
+        """Log where the run is: `done` in 0 to 1."""
         now = time.monotonic()
         if self.first is None:
             self.first, self.started = done, now  # a resumed run begins in the middle

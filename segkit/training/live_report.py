@@ -11,7 +11,6 @@ from pathlib import Path
 
 from segkit.errors import RequestError, SegkitError
 from segkit.report.figures import curves_figure
-from segkit.training.distributed import is_first
 from segkit.training.journal import Curves
 
 _log = logging.getLogger(__name__)
@@ -57,9 +56,6 @@ class LiveView:
         """
         from segkit.report.sources import INTERRUPTED_NAME
 
-        if not is_first():
-            yield
-            return
         note = self.run / INTERRUPTED_NAME
         before = note.read_bytes() if note.exists() else None
         note.unlink(missing_ok=True)

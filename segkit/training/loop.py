@@ -1,10 +1,8 @@
-"""The training loop, for every task: read it from top to bottom.
+"""The training loop of every task: `fit` reads from top to bottom, its phases follow in the order in which they run.
 
-A run is measured by its progress from 0 to 1: steps done, or under a budget the part of the time that is spent. The
-learning rate follows progress, so a budgeted run ends with a finished schedule on any machine.
-
-Several processes run this side by side (`segkit.training.distributed`): after each step they agree how to go on, and
-the first one writes.
+A run is measured by its progress from 0 to 1: steps done or, under a budget, the part of the time that is spent. The
+learning rate follows the progress (`lr_schedule.get_lr`), so a budgeted run ends with a finished schedule on any
+machine. Several ranks run this loop side by side: after each step they agree on its `Status`, and rank 0 writes.
 """
 
 from __future__ import annotations
@@ -13,57 +11,65 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from segkit.checkpoint.state import load_state, save_state
 from segkit.errors import CheckpointError, RequestError, TrainingError
 from segkit.runtime import pick_precision, random_states, seed_everything, set_random_states
-from segkit.training.batches import drawn_from, tells_of_a_lost_worker
+from segkit.training.batches import drawn_from, is_lost_worker
 from segkit.training.config import LoopConfig, OptimiserConfig
-from segkit.training.distributed import (
-    cut_short_when,
-    data_parallel,
-    exchanged,
-    first_before_others,
-    is_first,
-    mark,
-    rank,
-    size,
-    summed,
-    without_exchange,
-)
+from segkit.training.distributed import Ranks
 from segkit.training.interruption import Interruption, listening
 from segkit.training.journal import Journal, ProgressLines
 from segkit.training.live_report import LiveView
-from segkit.training.lr_schedule import Clock
-from segkit.training.optim import MovingAverage, build_optimiser, rate_at, restore_optimiser, set_rate
-from segkit.training.sharding import Shards, parts_like, require_units, take_parts, whole, whole_for_first
+from segkit.training.lr_schedule import Clock, get_lr
+from segkit.training.optim import MovingAverage, build_optimiser, restore_optimiser, set_lr
+from segkit.training.sharding import (
+    Shards,
+    accumulating,
+    data_parallel,
+    parts_like,
+    require_units,
+    take_parts,
+    whole,
+    whole_for_first,
+)
 from segkit.training.task import Batch, Score, Task
 
 _log = logging.getLogger(__name__)
 
 _FORMAT = 2
-"""Of the state; 1 had epochs instead of steps in its journal."""
+"""Of the checkpoint; 1 had epochs instead of steps in its journal."""
+
+Row = dict[str, Any]
+"""A line of metrics.jsonl: step, lr and loss; at the end of an epoch its number, and the scores of a validation."""
 
 
 @dataclass
 class State:
-    """What a resumed run needs besides the tensors of model, average and optimiser, and the random numbers.
-
-    `row` is the journal's row of the last step, where the validation that belongs to it is still to come.
-    """
+    """What a resumed run needs besides tensors and random numbers."""
 
     step: int = 0
     best: float = -math.inf
     elapsed_s: float = 0.0
     validation_s: float = 0.0
-    row: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far the run is and what there is time for, the same in all ranks."""
+
+    progress: float
+    may_validate: bool
+    is_checkpoint_due: bool
+    is_checkpoint_due_first: bool
+    """Whether a checkpoint would be too old after a validation."""
 
 
 def fit(
@@ -73,219 +79,229 @@ def fit(
     optimisation: OptimiserConfig,
     *,
     device: torch.device,
+    ranks: Ranks | None = None,
     deadline_s: float | None = None,
     final_validations: float = 1.0,
     resume: bool = False,
-    may_change: bool = False,
-    tell: Callable[[float, str], None] | None = None,
+    allow_changes: bool = False,
+    on_progress: Callable[[float, str], None] | None = None,
 ) -> State:
     """Train a task until its steps or its deadline (`time.monotonic` seconds) are spent.
 
-    A resumed run has spent the time of its earlier sessions; with `may_change` it may have other processes.
-    `final_validations`: see `Clock`. `tell` is called after each step with the progress (0 to 1) and what there is to
-    say; without it, log lines do.
-    Writes metrics.jsonl, figures/curves.png, the best weights through `task.save`, and the state: at the end of each
+    A resumed run has spent the time of its earlier sessions; with `allow_changes` the number of ranks may differ.
+    `final_validations`: see `Clock`. `on_progress` is called after each step with the progress (0 to 1) and a message;
+    without it, log lines are written.
+    Writes metrics.jsonl, figures/curves.png, the best weights through `task.save`, and a checkpoint: at the end of each
     epoch, every `checkpoint_minutes`, and when a signal asks for it (see `interruption`). A resumed run equals one
-    that was never cut off, bit for bit on a CPU and without a deadline.
+    that was never interrupted, bit for bit on a CPU and without a deadline.
 
     Raises:
         InterruptedTrainingError: a signal asked the training to end; its state is kept.
         TrainingError: the loss is not finite any more, or a process that prepared batches was killed.
-        CheckpointError: `resume` found no state that can be used.
-        RequestError: the state does not fit the network, the optimiser or the processes of the settings.
+        CheckpointError: `resume` found no usable checkpoint.
+        RequestError: the checkpoint does not fit the network, the optimiser or the ranks of the settings.
     """
-    trainer, state = _Trainer.build(task, training, optimisation, device), State()
+    ranks = ranks or Ranks()
+    trainer = Trainer(task, training, optimisation, device, ranks)
+    state, row = State(), None
     if resume:
-        state = trainer.restore(first_before_others(lambda: load_state(run)), may_change=may_change)
+        state, row = trainer.restore(ranks.first_before_others(lambda: load_state(run)), allow_changes=allow_changes)
         _log.info("resumed at step %d", state.step)
-    began = time.monotonic() - state.elapsed_s
+    began_s = time.monotonic() - state.elapsed_s
     deadline_s = None if deadline_s is None else deadline_s - state.elapsed_s
-    clock = Clock(training.steps, deadline_s, began, final_validations, state.validation_s)
-    tell = tell or ProgressLines().tell
-
+    clock = Clock(training.steps, deadline_s, began_s, final_validations, state.validation_s)
+    rows_kept = state.step if row is None else state.step - 1
     with (
-        listening(is_shared=size() > 1) as asked,
-        cut_short_when(lambda: asked.stops_here),
-        _Writer.open(run, state, training) as writer,
+        listening(is_shared=ranks.size > 1) as signals,
+        ranks.stopping_when(lambda: signals.stops_here),
+        Journal(run, rows_kept, training.trackers) if ranks.is_first else nullcontext() as journal,
         drawn_from(task.batches(state.step * training.accumulate)) as batches,
     ):
-        way = _agree(clock, state, writer, asked)
-        while way.done < 1 or state.row:
-            if not state.row:
-                rate = rate_at(way.done, optimisation)
-                mark("loading a batch", state.step)
-                loss = trainer.step(batches, rate)
-                state.step += 1
-                state.row = {"step": state.step, "lr": rate, "loss": loss}
-                way = _agree(clock, state, writer, asked)
-                tell(min(way.done, 1.0), f"step {state.step}  loss {loss:.3f}")
-            epoch, steps_of_next = divmod(state.step, training.steps_per_epoch)
-            ends_epoch = steps_of_next == 0 or way.done >= 1
-            is_due = way.done >= 1 or (ends_epoch and epoch % training.validate_every == 0 and way.may_validate)
-            if ends_epoch:
-                state.row["epoch"] = epoch + (steps_of_next > 0)
-            if is_due and way.is_late_ahead:
-                writer.keep(trainer.snapshot(state))
-            if is_due and _validate(trainer, run, state, clock, asked):
-                is_due, way = False, _agree(clock, state, writer, asked)
-            state.elapsed_s = time.monotonic() - began
-            if not is_due:
-                writer.enter(state)
-            if ends_epoch or asked.is_wanted or way.is_late:
-                mark("writing", state.step)
-                writer.keep(trainer.snapshot(state))
-                asked.state_is_kept(run, state.step)
-                writer.draw()
-        writer.draw(is_last=True)
-        asked.state_is_kept(run, state.step)
+        loop = Loop(run, trainer, state, clock, signals, journal, on_progress or ProgressLines().show)
+        if row is not None:  # the last session ended before the validation of its last step
+            loop.finish_step(row)
+        while loop.status.progress < 1:
+            row = loop.train_step(batches)
+            loop.finish_step(row)
+        loop.draw(is_last=True)
+        signals.state_is_kept(run, state.step)
     return state
 
 
-@dataclass(frozen=True)
-class _Way:
-    """How to go on, the same for all processes: the progress, and what there is time for."""
-
-    done: float
-    may_validate: bool
-    is_late: bool
-    is_late_ahead: bool
-    """Whether the state will be late after a validation."""
-
-
-def _agree(clock: Clock, state: State, writer: _Writer, asked: Interruption) -> _Way:
-    """The first process's clock holds for all, and a signal to any of them counts for all."""
-    is_late, is_late_ahead = writer.is_late(), writer.is_late(ahead_s=clock.validation_s)
-    own = (clock.progress(state.step), clock.may_validate(), is_late, is_late_ahead)
-    of_first = own if is_first() else (0.0,) * len(own)
-    done, *others, stops, keeps = summed(*of_first, asked.stops_here, asked.keeps_here)
-    asked.agree(stop=stops > 0, keep=keeps > 0)
-    return _Way(done, *map(bool, others))
-
-
-def _validate(trainer: _Trainer, run: Path, state: State, clock: Clock, asked: Interruption) -> bool:
-    """Score the weights, keep the best, and enter the score in the row; False where a stop was asked for before."""
-    began = time.monotonic()
-    mark("in validation", state.step)
-    weights, randoms = trainer.weights(), random_states(trainer.device)
-    score = asked.unless_stopped(lambda: trainer.validate(weights))
-    if score is None:
-        set_random_states(randoms, trainer.device)
-        return False
-    if score.value >= state.best:  # of equals the later one, which has seen more
-        state.best = score.value
-        if is_first():
-            trainer.task.save(run, weights, {"step": state.step, "score": score.value})
-    clock.note_validation(began)
-    state.validation_s = clock.validation_s
-    state.row |= {"score": score.value, **score.details}
-    _log.info("step %d  validation %.4f  best %.4f", state.step, score.value, state.best)
-    return True
-
-
 @dataclass
-class _Writer:
-    """What goes to the run folder as a run goes on: rows, state, pictures. Only the first process has a journal."""
+class Loop:
+    """A run under way; only rank 0 has a journal."""
 
     run: Path
+    trainer: Trainer
+    state: State
+    clock: Clock
+    signals: Interruption
     journal: Journal | None
-    view: LiveView
-    interval_s: float
-    kept_s: float = field(default_factory=lambda: time.monotonic())
+    on_progress: Callable[[float, str], None]
 
-    @classmethod
-    @contextmanager
-    def open(cls, run: Path, state: State, training: LoopConfig) -> Iterator[_Writer]:
-        """Go on below the row of the last step of `state`; that row is still to come where its validation is."""
-        with Journal(run, state.step - bool(state.row), training.trackers) if is_first() else nullcontext() as journal:
-            yield cls(run, journal, LiveView(run, with_page=training.live_page), 60 * training.checkpoint_minutes)
+    def __post_init__(self) -> None:
+        self.training, self.ranks = self.trainer.training, self.trainer.ranks
+        self.view = LiveView(self.run, with_page=self.training.live_page)
+        self.checkpoint_s = time.monotonic()
+        self.status = self.agree()
 
-    def enter(self, state: State) -> None:
-        """Write the row of the last step, to which nothing more will be added."""
+    def agree(self) -> Status:
+        """The clock of rank 0 holds for all ranks, and a signal to any of them counts for all."""
+        interval_s, age_s = 60 * self.training.checkpoint_minutes, time.monotonic() - self.checkpoint_s
+        own = (
+            self.clock.progress(self.state.step),
+            self.clock.may_validate(),
+            age_s >= interval_s,
+            age_s + self.clock.validation_s >= interval_s,
+        )
+        of_first = own if self.ranks.is_first else (0.0,) * len(own)
+        progress, *others, stop, keep = self.ranks.sum(*of_first, self.signals.stops_here, self.signals.keeps_here)
+        self.signals.agree(stop=stop > 0, keep=keep > 0)
+        return Status(progress, *map(bool, others))
+
+    def train_step(self, batches: Iterator[Batch]) -> Row:
+        """One optimisation step and its row."""
+        lr = get_lr(self.status.progress, self.trainer.optimisation)
+        self.ranks.mark("loading a batch", self.state.step)
+        loss = self.trainer.step(batches, lr)
+        self.state.step += 1
+        self.status = self.agree()
+        self.on_progress(min(self.status.progress, 1.0), f"step {self.state.step}  loss {loss:.3f}")
+        row = {"step": self.state.step, "lr": lr, "loss": loss}
+        if self.ends_epoch:
+            row["epoch"] = math.ceil(self.state.step / self.training.steps_per_epoch)
+        return row
+
+    @property
+    def ends_epoch(self) -> bool:
+        """Whether the last step ended an epoch; the last step of a run always does."""
+        return self.status.progress >= 1 or self.state.step % self.training.steps_per_epoch == 0
+
+    def finish_step(self, row: Row) -> None:
+        """What follows a step, or comes first in a session that resumes one."""
+        self.validate_if_due(row)
+        self.write_row(row)
+        self.checkpoint_if_due()
+
+    def validate_if_due(self, row: Row) -> None:
+        """Score the weights, keep the best, and add the score to the row.
+
+        Raises:
+            InterruptedTrainingError: a signal cut the validation short; a resumed run begins with it.
+        """
+        epoch = self.state.step // self.training.steps_per_epoch
+        is_due = self.ends_epoch and epoch % self.training.validate_every == 0 and self.status.may_validate
+        if not is_due and self.status.progress < 1:
+            return
+        if self.status.is_checkpoint_due_first:
+            self.checkpoint(row)
+        began_s, device = time.monotonic(), self.trainer.device
+        self.ranks.mark("in validation", self.state.step)
+        weights, randoms = self.trainer.weights(), random_states(device)
+        score = self.signals.unless_stopped(lambda: self.trainer.validate(weights))
+        if score is None:
+            set_random_states(randoms, device)
+            self.checkpoint(row)
+            self.signals.state_is_kept(self.run, self.state.step)
+            return
+        if score.value >= self.state.best:  # of equals the later one, which has seen more
+            self.state.best = score.value
+            if self.ranks.is_first:
+                self.trainer.task.save(self.run, weights, {"step": self.state.step, "score": score.value})
+        self.clock.note_validation(began_s)
+        self.state.validation_s = self.clock.validation_s
+        row.update({"score": score.value, **score.details})
+        _log.info("step %d  validation %.4f  best %.4f", self.state.step, score.value, self.state.best)
+        self.status = self.agree()
+
+    def write_row(self, row: Row) -> None:
+        """Add the row of the last step to the journal."""
+        elapsed_s = time.monotonic() - self.clock.started_s
         if self.journal is not None:
-            self.journal.write({**state.row, "seconds": round(state.elapsed_s, 2)})
-        state.row = {}
+            self.journal.write({**row, "seconds": round(elapsed_s, 2)})
 
-    def is_late(self, ahead_s: float = 0.0) -> bool:
-        """Whether the state on disk is as old as it may become, or will be after what takes `ahead_s`."""
-        return time.monotonic() + ahead_s - self.kept_s >= self.interval_s
+    def checkpoint_if_due(self) -> None:
+        """Write a checkpoint at the end of an epoch, when one is due, or when a signal asked for it, and stop then.
 
-    def keep(self, snapshot: Mapping[str, Any]) -> None:
-        """Bring rows and state to the disk, in this order: no row is ever missing below a state."""
+        Raises:
+            InterruptedTrainingError: a signal asked the training to end.
+        """
+        if self.ends_epoch or self.signals.is_wanted or self.status.is_checkpoint_due:
+            self.checkpoint()
+            self.signals.state_is_kept(self.run, self.state.step)
+            self.draw()
+
+    def checkpoint(self, unfinished: Row | None = None) -> None:
+        """Write journal rows, then the checkpoint: no row is ever missing below a checkpoint.
+
+        `unfinished` is the row of the last step where its validation is still due.
+        """
+        self.ranks.mark("writing", self.state.step)
+        self.state.elapsed_s = time.monotonic() - self.clock.started_s
+        snapshot = self.trainer.snapshot(self.state, unfinished)
+
+        def write(journal: Journal) -> None:
+            journal.keep()
+            save_state(self.run, snapshot)
+
         if self.journal is not None:
             try:
-                self._keep(self.journal, snapshot)
+                write(self.journal)
             except Exception as error:
-                if tells_of_a_lost_worker(error):  # the training ends, but its state is whole
-                    self._keep(self.journal, snapshot)
+                if is_lost_worker(error):  # the training ends, but its state is whole
+                    write(self.journal)
                 raise
-        self.kept_s = time.monotonic()
-
-    def _keep(self, journal: Journal, snapshot: Mapping[str, Any]) -> None:
-        journal.keep()
-        save_state(self.run, snapshot)
+        self.checkpoint_s = time.monotonic()
 
     def draw(self, *, is_last: bool = False) -> None:
-        """Show how far the run is, if there is time for it."""
+        """Update curves and page, if there is time for it."""
         if self.journal is not None:
             self.view.refresh(self.journal.curves, is_last=is_last)
 
 
-@dataclass
-class _Trainer:
-    """Model, optimiser and average, and the one step that they take together."""
+class Trainer:
+    """Model, optimiser and moving average, and the step that they take together."""
 
-    task: Task
-    training: LoopConfig
-    optimisation: OptimiserConfig
-    device: torch.device
-    loss: nn.Module
-    optimiser: torch.optim.Optimizer
-    average: MovingAverage | None
-    precision: torch.dtype
-    scaler: torch.amp.GradScaler
-    shards: Shards | None = None
-
-    @classmethod
-    def build(cls, task: Task, training: LoopConfig, optimisation: OptimiserConfig, device: torch.device) -> _Trainer:
-        precision = pick_precision(training.precision, device)
-        shards = None
+    def __init__(
+        self, task: Task, training: LoopConfig, optimisation: OptimiserConfig, device: torch.device, ranks: Ranks
+    ) -> None:
+        self.task, self.training, self.optimisation = task, training, optimisation
+        self.device, self.ranks = device, ranks
+        self.precision = pick_precision(training.precision, device)
+        self.shards: Shards | None = None
         if training.sharding == "full":
-            require_units(task.model, precision)
-            shards = Shards(task, device)
+            require_units(task.model, self.precision, ranks)
+            self.shards = Shards(task, device, ranks)
         else:
             task.model.to(device)
-        loss = data_parallel(task) if shards is None else shards.loss
-        if rank() > 0:
-            seed_everything(training.seed + rank())  # its dropout is another than that of the first
-        return cls(
-            task,
-            training,
-            optimisation,
-            device,
-            loss,
-            optimiser=build_optimiser(task.model, optimisation),
-            average=MovingAverage(task.model, training.ema_decay) if training.ema_decay else None,
-            precision=precision,
-            scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
-            shards=shards,
-        )
+        self.loss = data_parallel(task, ranks) if self.shards is None else self.shards.loss
+        if not ranks.is_first:
+            seed_everything(training.seed + ranks.rank)  # each rank has a dropout of its own
+        self.optimiser = build_optimiser(task.model, optimisation)
+        self.average = MovingAverage(task.model, training.ema_decay) if training.ema_decay else None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
 
-    def step(self, batches: Iterator[Batch], rate: float) -> float:
-        """One optimisation step over `accumulate` batches; the mean loss."""
-        set_rate(self.optimiser, rate)
+    def step(self, batches: Iterator[Batch], lr: float) -> float:
+        """One optimisation step over `accumulate` batches; the mean loss over batches and ranks.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        set_lr(self.optimiser, lr)
         self.task.model.train()
-        total = 0.0
-        for number in range(1, self.training.accumulate + 1):
+        count, total = self.training.accumulate, 0.0
+        for number in range(1, count + 1):
             batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in next(batches).items()}
-            mark("computing")
+            self.ranks.mark("computing")
             is_full = self.precision == torch.float32
-            with without_exchange(self.loss, is_wanted=number < self.training.accumulate):
+            with accumulating(self.loss, is_last=number == count):
                 with nullcontext() if is_full else torch.autocast(self.device.type, self.precision):
-                    loss = self.loss(batch) / self.training.accumulate
+                    loss = self.loss(batch) / count
                 torch.autograd.backward(self.scaler.scale(loss))
-            total += float(loss.detach()) / size()
-        (total,) = summed(total)
-        mark("updating the weights")
+            total += float(loss.detach()) / self.ranks.size
+        (total,) = self.ranks.sum(total)
+        self.ranks.mark("updating the weights")
         if not math.isfinite(total):
             raise TrainingError(
                 f"the loss became {total}",
@@ -301,19 +317,18 @@ class _Trainer:
             self.average.update(self.task.model)
         return total
 
-    def weights(self) -> Mapping[str, torch.Tensor]:
-        """The weights to validate and keep: the moving average where there is one."""
-        weights = self.average.average if self.average else self.task.model.state_dict()
-        whole_weights: Mapping[str, torch.Tensor] = weights if self.shards is None else whole(weights)
-        return whole_weights
+    def weights(self) -> Mapping[str, Tensor]:
+        """The weights to validate and keep, whole: the moving average where there is one."""
+        weights: Mapping[str, Tensor] = whole(self.average.average if self.average else self.task.model.state_dict())
+        return weights
 
-    def validate(self, weights: Mapping[str, torch.Tensor]) -> Score:
+    def validate(self, weights: Mapping[str, Tensor]) -> Score:
         """The task's score of whole weights."""
         with nullcontext() if self.shards is None else self.shards.lending(self.task, weights):
             return self.task.validate(weights)
 
-    def snapshot(self, state: State) -> dict[str, Any]:
-        """Everything that an exact resume needs."""
+    def snapshot(self, state: State, unfinished: Row | None) -> dict[str, Any]:
+        """Everything that an exact resume needs, with the row of a step whose validation is still due."""
         tensors = {
             "model": self.task.model.state_dict(),
             "average": self.average.state_dict() if self.average else None,
@@ -321,19 +336,19 @@ class _Trainer:
         }
         return {
             "format": _FORMAT,
-            "progress": vars(state).copy(),
-            **(tensors if self.shards is None else whole_for_first(tensors)),
+            "progress": {**vars(state), "row": unfinished or {}},
+            **whole_for_first(tensors, self.ranks),
             "scaler": self.scaler.state_dict(),
-            "random": exchanged(random_states(self.device)),
+            "random": self.ranks.exchange(random_states(self.device)),
         }
 
-    def restore(self, snapshot: Mapping[str, Any], *, may_change: bool) -> State:
-        """Take over a snapshot; with `may_change` also that of more or fewer processes.
+    def restore(self, snapshot: Mapping[str, Any], *, allow_changes: bool) -> tuple[State, Row | None]:
+        """Take over a snapshot, with `allow_changes` also one of another number of ranks: state and unfinished row.
 
         Raises:
             CheckpointError: another version of segkit wrote it.
-            RequestError: it is of another network, of an optimiser that moved other weights, or of more or fewer
-                processes.
+            RequestError: it is of another network, of an optimiser that moved other weights, or of another number of
+                ranks.
         """
         if snapshot.get("format") != _FORMAT:
             raise CheckpointError(
@@ -341,29 +356,27 @@ class _Trainer:
                 remedy="Go on with that version, or begin a new run with --weights and this run folder",
             )
         streams = snapshot["random"]
-        if len(streams) != size() and not may_change:
+        if len(streams) != self.ranks.size and not allow_changes:
             raise RequestError(
-                f"the run was trained by {len(streams)} processes, now there are {size()}",
+                f"the run was trained by {len(streams)} processes, now there are {self.ranks.size}",
                 remedy="Start as many, or go on with another batch by --allow-changes",
             )
         try:
-            if self.shards is None:
-                self.task.model.load_state_dict(snapshot["model"])
-            else:
-                take_parts(self.task.model.state_dict(), snapshot["model"])
+            take_parts(self.task.model.state_dict(), snapshot["model"])
         except RuntimeError as error:
             raise RequestError(
-                f"the state of the run is of another network ({str(error).splitlines()[-1].strip()})",
+                f"the state of the run is of another network ({error})",
                 remedy="Resume with the network that the run began with",
             ) from error
         if self.average and snapshot["average"] is not None:
-            self.average.load_state_dict(snapshot["average"], take=None if self.shards is None else take_parts)
+            self.average.load_state_dict(snapshot["average"])
         moments = snapshot["optimiser"]
-        if self.shards is not None:
-            listed = (parameter for group in self.optimiser.param_groups for parameter in group["params"])
-            moments = {**moments, "state": parts_like(moments["state"], dict(enumerate(listed)))}
+        listed = (parameter for group in self.optimiser.param_groups for parameter in group["params"])
+        moments = {**moments, "state": parts_like(moments["state"], dict(enumerate(listed)))}
         restore_optimiser(self.optimiser, moments)
         self.scaler.load_state_dict(snapshot["scaler"])
-        if rank() < len(streams):
-            set_random_states(streams[rank()], self.device)
-        return State(**snapshot["progress"])
+        if self.ranks.rank < len(streams):
+            set_random_states(streams[self.ranks.rank], self.device)
+        progress = dict(snapshot["progress"])
+        row = progress.pop("row", None) or None
+        return State(**progress), row

@@ -1,17 +1,35 @@
-"""How far a run is: by its steps, or by the time that it was given."""
+"""The learning rate of a step, and the progress of a run that it follows: steps, or the time of a budget."""
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 
+from segkit.training.config import OptimiserConfig
+
+_HALVINGS = 5
+"""Parts of a run between which the schedule "halving" halves the rate, four times in all."""
 _VALIDATION_SHARE = 0.1
 """Part of a budget that validations may take."""
 _LARGEST_RESERVE = 0.3
 """Largest part of a budget kept for what comes after the last step."""
 _FINISHING_S = 5.0
-"""Time kept for the last checkpoint and the pictures."""
+"""Time kept for the last checkpoint and the figures."""
 _ALMOST_DONE = 0.999
+
+
+def get_lr(progress: float, config: OptimiserConfig) -> float:
+    """Learning rate at a progress of 0 (start) to 1 (end): linear warm-up, then the decay of the schedule."""
+    progress = min(max(progress, 0.0), 1.0)
+    if progress < config.warmup:
+        return config.lr * max(progress / config.warmup, 0.01)
+    rest = (progress - config.warmup) / (1 - config.warmup)
+    if config.schedule == "poly":
+        return config.lr * math.pow(1 - rest, 0.9)
+    if config.schedule == "halving":
+        return config.lr * 0.5 ** min(int(_HALVINGS * rest), _HALVINGS - 1)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * rest))
 
 
 @dataclass
@@ -26,10 +44,12 @@ class Clock:
     started_s: float = field(default_factory=lambda: time.monotonic())
     final_validations: float = 1.0
     validation_s: float = 0.0
+    """How long the last validation took."""
     validated_s: float = field(default_factory=lambda: time.monotonic())
+    """When the last validation ended."""
 
     def progress(self, step: int) -> float:
-        """Part of the training that is done; the time for the last validations is not training.
+        """Part of the training that is done; time kept for the last validations does not count as training.
 
         A budget that is spent before the first step still gets that one, so that there is a model.
         """

@@ -1,28 +1,25 @@
-"""The optimiser, its schedule, and the moving average of the weights."""
+"""The optimiser and the moving average of the weights."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from segkit.errors import RequestError
 from segkit.training.config import OptimiserConfig
+from segkit.training.sharding import take_parts
 
 _SHARE = "share"
 """Key of a parameter group: its learning rate as a share of the optimiser's."""
 
-_PARTS = 5
-"""Parts of a run at whose borders the schedule "halving" halves the rate, four times in all."""
-
 
 def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
-    """AdamW over what learns; biases and norms (tensors of one axis) are not decayed.
+    """AdamW over trainable parameters; biases and norms (tensors of one axis) are not decayed.
 
-    Where `encoder_lr` is not 1, the encoder has groups of its own, which `set_rate` gives their share of the rate.
+    Where `encoder_lr` is not 1, the encoder has groups of its own, which `set_lr` gives their share of the rate.
 
     Raises:
         RequestError: the encoder is to have a rate of its own, and the model does not say which part that is.
@@ -64,23 +61,10 @@ def _by_decay(parameters: Iterable[nn.Parameter], config: OptimiserConfig, *, sh
     ]
 
 
-def rate_at(progress: float, config: OptimiserConfig) -> float:
-    """Learning rate at a progress of 0 (start) to 1 (end): linear warm-up, then the decay of the schedule."""
-    progress = min(max(progress, 0.0), 1.0)
-    if progress < config.warmup:
-        return config.lr * max(progress / config.warmup, 0.01)
-    rest = (progress - config.warmup) / (1 - config.warmup)
-    if config.schedule == "poly":
-        return config.lr * math.pow(1 - rest, 0.9)
-    if config.schedule == "halving":
-        return config.lr * 0.5 ** min(int(_PARTS * rest), _PARTS - 1)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * rest))
-
-
-def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of every group: its share of `rate`."""
+def set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every group: its share of `lr`."""
     for group in optimiser.param_groups:
-        group["lr"] = rate * group.get(_SHARE, 1.0)
+        group["lr"] = lr * group.get(_SHARE, 1.0)
 
 
 def restore_optimiser(optimiser: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
@@ -129,17 +113,15 @@ class MovingAverage:
         """What `load_state_dict` takes."""
         return {"updates": self.updates, "average": self.average}
 
-    def load_state_dict(
-        self, state: dict[str, object], take: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], None] | None = None
-    ) -> None:
-        """Take over what `state_dict` gave; `take` fills the first tensors with the second where a copy does not do."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave, tensors whole.
+
+        Raises:
+            TypeError: it is something else.
+            RuntimeError: its tensors have other names or shapes.
+        """
         updates, average = state["updates"], state["average"]
         if not isinstance(updates, int) or not isinstance(average, dict):
             raise TypeError("the state of the moving average holds `updates` and `average`")
         self.updates = updates
-        if take is not None:
-            take(self.average, average)
-            return
-        for name, value in average.items():
-            tensor: Tensor = self.average[name]
-            tensor.copy_(value)
+        take_parts(self.average, average)

@@ -21,7 +21,6 @@ from segkit.reading.case import Case, Cohort
 from segkit.reading.layouts.table import find_cases
 from segkit.runtime import available_memory_gb, process_place
 from segkit.training.config import NetworkConfig, TrainConfig
-from segkit.training.distributed import from_first, size
 from segkit.training.folder import read_plan, require_same_split
 from segkit.training.request import RunRequest
 
@@ -74,12 +73,12 @@ def plan_run(request: RunRequest) -> PlannedRun:
     cohort = find_cohort(request)
     request, ids_train, ids_validation = _split(request, cohort)
     copies = _lesion_free_copies(request, cohort, ids_train)
-    if request.is_resumed:
+    if request.resume:
         require_same_split(request.run, ids_train, ids_validation)
         config, (reasons, estimate) = request.config, read_plan(request.run)
     else:
         # Every fold is planned from the whole cohort, so that the folds can be one ensemble.
-        config, reasons, estimate = from_first(lambda: _decide(request, cohort, len(ids_validation)))
+        config, reasons, estimate = request.ranks.from_first(lambda: _decide(request, cohort, len(ids_validation)))
     return PlannedRun(request, config, cohort, tuple(ids_train), tuple(ids_validation), reasons, estimate, copies)
 
 
@@ -209,11 +208,11 @@ def _decide(
     fit = partial(plan_training, fingerprint, cohort.scheme, memory_gb=memory_gb, device=request.device)
     is_shared = config.training.sharding == "full"
     try:
-        plan = fit(replace(asked, shards=size() if is_shared else 1))
+        plan = fit(replace(asked, shards=request.ranks.size if is_shared else 1))
     except RequestError:
-        if config.training.sharding != "auto" or size() == 1 or not _has_units(config.network, cohort.dims):
+        if config.training.sharding != "auto" or request.ranks.size == 1 or not _has_units(config.network, cohort.dims):
             raise
-        plan, is_shared = fit(replace(asked, shards=size())), True
+        plan, is_shared = fit(replace(asked, shards=request.ranks.size)), True
         why = f"in a single process the network does not fit into {memory_gb:.1f} GB"
         plan = plan.model_copy(update={"reasons": {**plan.reasons, "training.sharding": why}})
     config = with_values(config, "planning", patch_size=plan.patch_size, batch_size=plan.batch_size)

@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 import torch
 
 from segkit.training.config import RunConfig, TrainConfig
+from segkit.training.distributed import Ranks
 
 DataT = TypeVar("DataT", Path, tuple[Path, ...])
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
@@ -26,12 +27,14 @@ class TrainingRequest(Generic[DataT, ConfigT]):
     device: torch.device
     memory_gb: float | None = None
     started_s: float = field(default_factory=time.monotonic)
-    is_resumed: bool = False
-    may_overwrite: bool = False
-    may_change: bool = False
+    resume: bool = False
+    overwrite: bool = False
+    allow_changes: bool = False
     """Whether a resumed run may have other settings than before."""
-    tell: Callable[[float, str], None] | None = None
-    """Shows the progress of the training, 0 to 1; None writes log lines."""
+    on_progress: Callable[[float, str], None] | None = None
+    """Called after each step with the progress, 0 to 1, and a message; None writes log lines."""
+    ranks: Ranks = field(default_factory=Ranks)
+    """The processes that train together."""
 
     @property
     def deadline_s(self) -> float | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from torch import nn
@@ -47,16 +48,7 @@ from segkit.runtime import (
 )
 from segkit.training.batches import ENDLESS
 from segkit.training.choose_postprocessing import ScoredCases, settle_postprocessing
-from segkit.training.distributed import (
-    exchanged,
-    first_before_others,
-    from_first,
-    is_first,
-    mapped,
-    mark,
-    rank,
-    size,
-)
+from segkit.training.distributed import Ranks
 from segkit.training.folder import (
     SCORES_NAME,
     open_folder,
@@ -96,31 +88,33 @@ def train_run(request: RunRequest) -> RunSummary:
         DataError: no case can be prepared.
         TrainingError: the training diverged.
     """
-    asked = {"is_resumed": request.is_resumed, "may_overwrite": request.may_overwrite}
-    from_first(lambda: require_usable(request.run, request.config.training.trackers, **asked))
+    asked = {"resume": request.resume, "overwrite": request.overwrite}
+    ranks = request.ranks
+    ranks.from_first(lambda: require_usable(request.run, request.config.training.trackers, **asked))
     planned = plan_run(request)
     card, begun = begin(planned)
     _settle_freed_memory(planned)
-    from_first(lambda: _open(planned, begun))
+    ranks.from_first(lambda: _open(planned, begun))
     store = PreparedStore(planned.config.data.cache or request.run / "cache")
     ids = (*planned.training_ids, *planned.validation_ids)
     folders, skipped = _prepare(planned, store, planned.cases(ids))
     validation_ids = [case_id for case_id in planned.validation_ids if case_id in folders]
-    bank = first_before_others(lambda: _lesion_bank(planned, store))
+    bank = ranks.first_before_others(lambda: _lesion_bank(planned, store))
     task = _build_task(planned, card, begun.network, folders, bank)
     view = LiveView(request.run, with_page=planned.config.training.live_page)
-    with view.until_finished():
+    with view.until_finished() if ranks.is_first else nullcontext():
         state = fit(
             task,
             request.run,
             planned.config.training,
             planned.config.optimiser,
             device=request.device,
+            ranks=ranks,
             deadline_s=request.deadline_s,
             final_validations=_FINAL_VALIDATIONS,
-            resume=request.is_resumed,
-            may_change=request.may_change,
-            tell=request.tell,
+            resume=request.resume,
+            allow_changes=request.allow_changes,
+            on_progress=request.on_progress,
         )
         most = len(validation_ids) if request.deadline_s is None else int(_FINAL_VALIDATIONS * len(task.validation))
         scored = validation_ids[:most]
@@ -136,8 +130,8 @@ def begin(planned: PlannedRun) -> tuple[ModelCard, FirstWeights]:
         RequestError: the weights to begin with cannot be read or do not fit.
     """
     card, request = _card(planned), planned.request
-    gets_parts = planned.config.training.sharding == "full" and not is_first()
-    begun = first_weights(card, planned.config, request.run, is_resumed=request.is_resumed, is_shape_only=gets_parts)
+    gets_parts = planned.config.training.sharding == "full" and not request.ranks.is_first
+    begun = first_weights(card, planned.config, request.run, resume=request.resume, is_shape_only=gets_parts)
     return begun.completed(card), begun
 
 
@@ -177,11 +171,11 @@ def _open(planned: PlannedRun, begun: FirstWeights) -> None:
     """Make the run folder, with the plan in it."""
     run = planned.request.run
     request = planned.request
-    open_folder(run, planned.config, is_resumed=request.is_resumed, may_change=request.may_change)
+    open_folder(run, planned.config, resume=request.resume, allow_changes=request.allow_changes)
     begun.keep(run)
     heading = f"{planned.cohort.layout} data in {planned.cohort.root}"
     write_config(run, planned.config, planned.reasons, heading)
-    if not planned.request.is_resumed:
+    if not planned.request.resume:
         write_plan(run, planned.reasons, planned.estimate)
         excluded = planned.config.data.exclude
         write_split(run, [planned.request.data], planned.training_ids, planned.validation_ids, excluded)
@@ -196,7 +190,7 @@ def _prepare(
         DataError: no training case, or no validation case, can be used.
     """
     folders, skipped = prepare_cases(
-        cases, planned.cohort, store, planned.config.preprocessing, planned.request.memory_gb
+        cases, planned.cohort, store, planned.config.preprocessing, planned.request.memory_gb, planned.request.ranks
     )
     for what, ids in (("training", planned.training_ids), ("validation", planned.validation_ids)):
         if not any(case_id in folders for case_id in ids):
@@ -234,10 +228,11 @@ def prepare_cases(
     store: PreparedStore,
     config: PreprocessingConfig,
     memory_gb: float | None,
+    ranks: Ranks,
 ) -> tuple[dict[str, Path], dict[str, str]]:
     """Prepare cases of a cohort: their folders by id, and why others are left out; each process takes its part."""
-    mine = cases[rank() :: size()]
-    parts = exchanged(store.entries(mine, cohort.modalities, cohort.scheme, config, memory_gb=memory_gb))
+    mine = cases[ranks.rank :: ranks.size]
+    parts = ranks.exchange(store.entries(mine, cohort.modalities, cohort.scheme, config, memory_gb=memory_gb))
     folders = {case_id: folder for found, _ in parts for case_id, folder in found.items()}
     skipped = {case_id: reason for _, reasons in parts for case_id, reason in reasons.items()}
     for reason in skipped.values():
@@ -275,6 +270,7 @@ def _build_task(
         validation=StoredCases(validation[: config.training.validation_cases]),
         batch_size=config.planning.batch_size or 1,
         workers=config.training.workers,
+        ranks=planned.request.ranks,
         frozen=encoder_of(network) if config.optimiser.encoder_lr == 0 else None,
         validation_limit_s=None
         if config.training.budget_minutes is None
@@ -309,12 +305,13 @@ def _score(planned: PlannedRun, case_ids: Sequence[str]) -> tuple[CaseDice, Case
 
     per_case: dict[str, Mapping[str, float]] = {}
     scored = ScoredCases()
-    mark("in validation")
-    for dice, kept in mapped(score, enumerate(planned.cases(case_ids))):
+    ranks = planned.request.ranks
+    ranks.mark("in validation")
+    for dice, kept in ranks.map(score, enumerate(planned.cases(case_ids))):
         per_case |= dice
         scored.take(kept)
     is_wanted = planned.config.postprocessing == "auto"
-    return per_case, from_first(lambda: settle_postprocessing(run, scored, names, is_wanted=is_wanted))
+    return per_case, ranks.from_first(lambda: settle_postprocessing(run, scored, names, is_wanted=is_wanted))
 
 
 def _finish(
@@ -326,7 +323,7 @@ def _finish(
     cleaned = None if postprocessed is None else without_undefined(postprocessed)
     summary = RunSummary(request.run, clean, steps, minutes, peak_rss_mb(), skipped, cleaned)
     estimate = {f"estimated_{key}": value for key, value in planned.estimate.items()}
-    if is_first():
+    if request.ranks.is_first:
         write_json(request.run / SCORES_NAME, {**summary.to_json(), **estimate})
         LiveView(request.run, with_page=planned.config.training.live_page).finish()
     _log.info(

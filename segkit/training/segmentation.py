@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from segkit.preparing.cache import StoredCases
 from segkit.preparing.patch_sampling import PatchDataset
 from segkit.preparing.preprocessing import PreparedCase
 from segkit.training.batches import endless_batches
-from segkit.training.distributed import from_first, mapped, size
+from segkit.training.distributed import Ranks
 from segkit.training.task import Batch, Score, borrowed
 
 
@@ -41,6 +41,7 @@ class SegmentationTask:
     """Longest time that a validation may take; fixes the number of cases at the first one."""
     frozen: nn.Module | None = None
     """Part of the model that does not learn: no gradient reaches it, and its norms keep their running statistics."""
+    ranks: Ranks = field(default_factory=Ranks)
 
     def __post_init__(self) -> None:
         if self.frozen is not None:
@@ -48,7 +49,7 @@ class SegmentationTask:
 
     def batches(self, start: int) -> Iterator[Batch]:
         """Endless batches {"image": (B, C, *patch), "labels": (B, *patch)} from the `start`-th on."""
-        return endless_batches(self.patches, self.batch_size, start, self.workers)
+        return endless_batches(self.patches, self.batch_size, start, self.workers, self.ranks)
 
     def loss(self, batch: Batch) -> Tensor:
         """Loss of a batch on the model's device."""
@@ -68,10 +69,10 @@ class SegmentationTask:
             if self.validation_limit_s is not None:
                 began = time.monotonic()
                 self._dice(predictor, self.validation[0])
-                count = size() * self.validation_limit_s / max(time.monotonic() - began, 1e-6)
-                self.validation = self.validation[: max(1, int(from_first(lambda: count)))]
+                count = self.ranks.size * self.validation_limit_s / max(time.monotonic() - began, 1e-6)
+                self.validation = self.validation[: max(1, int(self.ranks.from_first(lambda: count)))]
                 self.validation_limit_s = None
-            per_case = mapped(
+            per_case = self.ranks.map(
                 lambda number: self._dice(predictor, self.validation[number]), range(len(self.validation))
             )
         found = {name: [d[name] for d in per_case if not math.isnan(d[name])] for name in self._regions()}

@@ -1,15 +1,16 @@
-"""A network in parts: each process keeps its part of every weight, gradient, moment of Adam and moving average.
+"""The loss of a batch that is spread over ranks, with the whole network in each rank or with a part of it.
 
-PyTorch's `fully_shard` (FSDP2). A unit of the network (`StuNet.units`) is put together when it computes, forward and
-backward, and taken apart again behind it, so a process never holds more than its part and one unit, and between steps
-only its part. What leaves the training is whole: the state has the tensors of a single process, and so has the model.
+Either each rank has the whole network, and gradients are averaged (`DistributedDataParallel`), or each keeps its part
+of every weight, gradient, moment of Adam and moving average (`fully_shard`, FSDP2). Then a unit of the network
+(`StuNet.units`) is gathered while it computes, forward and backward, so a rank never holds more than its part and one
+unit. Checkpoints and models have whole tensors, those of a single process.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,19 +19,57 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from segkit.errors import RequestError
-from segkit.training.distributed import LossOfPart, is_first, size
-from segkit.training.task import Task
+from segkit.errors import RequestError, some
+from segkit.losses.global_batch import spread_batch
+from segkit.training.distributed import Ranks
+from segkit.training.task import Batch, Task
 
 
-def require_units(network: nn.Module, precision: torch.dtype) -> None:
-    """Refuse what cannot be trained in parts.
+class TaskLoss(nn.Module):
+    """A task's loss as the forward pass of a module, which is what data parallelism wraps.
+
+    The parameters are the model's, and the task calls the model as it likes: its own forward pass, its encoder alone,
+    or beside a discriminator.
+    """
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.model = task.model
+        self._task = task
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The loss of this rank's part of a batch, a scalar."""
+        with spread_batch():
+            return self._task.loss(batch)
+
+
+def data_parallel(task: Task, ranks: Ranks) -> nn.Module:
+    """The task's loss of a batch, whose backward pass leaves the mean gradient of all ranks in the model.
+
+    All ranks begin with the weights of rank 0. Batch norms take their statistics from the whole batch on GPUs; on CPUs,
+    for which torch has no such layer, from the part of each rank.
+    """
+    if ranks.size == 1:
+        return TaskLoss(task)
+    if next(task.model.parameters()).is_cuda:
+        task.model = nn.SyncBatchNorm.convert_sync_batchnorm(task.model)  # type: ignore[no-untyped-call]
+    return DistributedDataParallel(TaskLoss(task), gradient_as_bucket_view=True)
+
+
+def accumulating(loss: nn.Module, *, is_last: bool) -> AbstractContextManager[object]:
+    """Gradients of several batches add up in each rank; those of the last one are exchanged."""
+    return nullcontext() if is_last or not isinstance(loss, DistributedDataParallel) else loss.no_sync()
+
+
+def require_units(network: nn.Module, precision: torch.dtype, ranks: Ranks) -> None:
+    """Check that a network can be trained in parts.
 
     Raises:
         RequestError: the network does not name its units, there is one process only, or arithmetic is fp16.
     """
-    if size() == 1:
+    if ranks.size == 1:
         raise RequestError(
             "training.sharding=full shares a network between processes, but there is one",
             remedy="Start more with torchrun or --gpus, or leave it at auto",
@@ -46,30 +85,30 @@ def require_units(network: nn.Module, precision: torch.dtype) -> None:
 
 
 class Shards:
-    """A task's network in parts, with the loss that puts it together unit by unit.
+    """A task's network in parts, with the loss that gathers it unit by unit.
 
-    The network of the first process has weights, which are handed out; those of the others may lie on the meta device.
-    `whole` is the network as one, without weights: it validates with those that it is lent.
+    The network of rank 0 has weights, which are handed out; those of the others may lie on the meta device. `whole` is
+    the whole network without weights: it validates with weights that it is lent.
     """
 
-    def __init__(self, task: Task, device: torch.device) -> None:
+    def __init__(self, task: Task, device: torch.device, ranks: Ranks) -> None:
         network = task.model
-        first = dict(network.state_dict()) if is_first() else {}
+        first = dict(network.state_dict()) if ranks.is_first else {}
         self.whole = copy.deepcopy(network.to("meta"))
-        self.loss: nn.Module = LossOfPart(task)
-        mesh = init_device_mesh(device.type, (size(),))
+        self.loss: nn.Module = TaskLoss(task)
+        mesh = init_device_mesh(device.type, (ranks.size,))
         for unit in network.units():  # type: ignore[operator]
             fully_shard(unit, mesh=mesh)
         fully_shard(self.loss, mesh=mesh)
         network.to_empty(device=device)
         for name, part in network.state_dict().items():
-            given = first.pop(name) if is_first() else torch.empty(part.shape, dtype=part.dtype)
+            given = first.pop(name) if ranks.is_first else torch.empty(part.shape, dtype=part.dtype)
             _take(part, given.to(device), source=0)
             del given
 
     @contextmanager
     def lending(self, task: Task, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """The task with the network as one, which has these whole weights for a while."""
+        """The task with the whole network, which has these whole weights inside the block."""
         in_parts, task.model = task.model, self.whole
         self.whole.load_state_dict(weights, assign=True)
         try:
@@ -80,29 +119,35 @@ class Shards:
 
 
 def whole(tree: Any) -> Any:
-    """A nest of lists and dicts with every tensor whole, in all processes; all have to ask."""
-    return _mapped(tree, lambda tensor: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+    """Nested lists and dicts with every tensor whole, in all ranks; all have to call it."""
+    return _map_tensors(tree, lambda tensor: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
 
 
-def whole_for_first(tree: Any) -> Any:
-    """The same in the memory of the CPU, one tensor after the other, with nothing in place of tensors in the others."""
+def whole_for_first(tree: Any, ranks: Ranks) -> Any:
+    """The same with tensors that were in parts gathered one by one in the CPU memory of rank 0; None in the others."""
 
     def gather(tensor: Tensor) -> Tensor | None:
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        return full.cpu() if is_first() else None
+        if not isinstance(tensor, DTensor):
+            return tensor
+        full = tensor.full_tensor()
+        return full.cpu() if ranks.is_first else None
 
-    return _mapped(tree, gather)
+    return _map_tensors(tree, gather)
 
 
 @torch.no_grad()
 def take_parts(into: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    """Let each process take its part of whole tensors that all have.
+    """Copy each rank's part of whole tensors that all ranks have.
 
     Raises:
-        RuntimeError: they are others by name or shape, as `nn.Module.load_state_dict` has it.
+        RuntimeError: names or shapes differ.
     """
-    if into.keys() != given.keys() or any(into[name].shape != given[name].shape for name in into):
-        raise RuntimeError("tensors of other names or shapes")
+    differing = {
+        *(into.keys() ^ given.keys()),
+        *(name for name in into.keys() & given.keys() if into[name].shape != given[name].shape),
+    }
+    if differing:
+        raise RuntimeError(f"tensors of other names or shapes: {some(sorted(differing))}")
     for name, part in into.items():
         _take(part, given[name], source=None)
 
@@ -126,7 +171,7 @@ def _part(value: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _take(part: Tensor, given: Tensor, *, source: int | None) -> None:
-    """Fill a tensor with its part of a whole one: that of the process `source`, or None where each has it."""
+    """Fill a tensor with its part of a whole one: that of rank `source`, or None where each rank has it."""
     if isinstance(part, DTensor):
         part.copy_(distribute_tensor(given.to(part.device), part.device_mesh, part.placements, src_data_rank=source))
         return
@@ -136,11 +181,11 @@ def _take(part: Tensor, given: Tensor, *, source: int | None) -> None:
     part.copy_(whole)
 
 
-def _mapped(tree: Any, function: Any) -> Any:
+def _map_tensors(tree: Any, function: Any) -> Any:
     if isinstance(tree, Tensor):
         return function(tree)
     if isinstance(tree, Mapping):
-        return {key: _mapped(value, function) for key, value in tree.items()}
+        return {key: _map_tensors(value, function) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(_mapped(value, function) for value in tree)
+        return type(tree)(_map_tensors(value, function) for value in tree)
     return tree

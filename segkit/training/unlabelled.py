@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -19,7 +20,6 @@ from segkit.models.slicewise import SlicewiseConfig
 from segkit.models.table import MODELS, configure
 from segkit.runtime import environment, peak_rss_mb
 from segkit.training.config import NetworkConfig
-from segkit.training.distributed import from_first, is_first
 from segkit.training.folder import (
     SCORES_NAME,
     open_folder,
@@ -64,8 +64,8 @@ def require_usable_run(request: UnlabelledRequest[Any]) -> None:
     Raises:
         RequestError: as said.
     """
-    asked = {"is_resumed": request.is_resumed, "may_overwrite": request.may_overwrite}
-    from_first(lambda: require_usable(request.run, request.config.training.trackers, **asked))
+    asked = {"resume": request.resume, "overwrite": request.overwrite}
+    request.ranks.from_first(lambda: require_usable(request.run, request.config.training.trackers, **asked))
 
 
 def open_run(request: UnlabelledRequest[Any], cohorts: Sequence[SplitCohort], heading: str) -> None:
@@ -80,14 +80,14 @@ def open_run(request: UnlabelledRequest[Any], cohorts: Sequence[SplitCohort], he
     )
 
     def write() -> None:
-        if request.is_resumed:
+        if request.resume:
             require_same_split(request.run, training, held_out)
-        open_folder(request.run, request.config, is_resumed=request.is_resumed, may_change=request.may_change)
+        open_folder(request.run, request.config, resume=request.resume, allow_changes=request.allow_changes)
         write_config(request.run, request.config, {}, f"{heading} " + ", ".join(str(folder) for folder in request.data))
-        if not request.is_resumed:
+        if not request.resume:
             write_split(request.run, request.data, training, held_out, request.config.data.exclude)
 
-    from_first(write)
+    request.ranks.from_first(write)
 
 
 def axes_for(
@@ -173,7 +173,7 @@ def learn(
 ) -> UnlabelledSummary:
     """Measure, train, measure the best weights, which the model then has, draw, and write how it ended."""
     view = LiveView(request.run, with_page=request.config.training.live_page)
-    with view.until_finished():
+    with view.until_finished() if request.ranks.is_first else nullcontext():
         before = _measured_before(request, task)
         state = fit(
             task,
@@ -181,15 +181,16 @@ def learn(
             request.config.training,
             request.config.optimiser,
             device=request.device,
+            ranks=request.ranks,
             deadline_s=request.deadline_s,
-            resume=request.is_resumed,
-            may_change=request.may_change,
-            tell=request.tell,
+            resume=request.resume,
+            allow_changes=request.allow_changes,
+            on_progress=request.on_progress,
         )
         task.take_best(request.run)
         after = task.measure(task.model.state_dict())
         _log.info("best at step %s: %s", load_card(request.run).training_data.model_dump().get("step"), _shown(after))
-        if is_first():
+        if request.ranks.is_first:
             draw()
         summary = UnlabelledSummary(
             run=request.run,
@@ -202,7 +203,7 @@ def learn(
             images=images,
             skipped=skipped,
         )
-        if is_first():
+        if request.ranks.is_first:
             write_json(request.run / SCORES_NAME, summary.to_json())
             view.finish()
         return summary
@@ -211,7 +212,7 @@ def learn(
 def _measured_before(request: UnlabelledRequest[Any], task: MeasuredTask) -> dict[str, float]:
     """Measures of the weights that a run begins with; a resumed run keeps those of its beginning."""
     path = request.run / SCORES_NAME
-    if request.is_resumed:
+    if request.resume:
         try:
             kept: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))["before"]
         except (OSError, ValueError, KeyError):
@@ -220,7 +221,7 @@ def _measured_before(request: UnlabelledRequest[Any], task: MeasuredTask) -> dic
     task.model.to(request.device)
     before = task.measure(task.model.state_dict())
     _log.info("before: %s", _shown(before))
-    if is_first():
+    if request.ranks.is_first:
         write_json(path, {"before": before})
     return before
 

@@ -16,6 +16,7 @@ from segkit.preparing.splits import train_and_validation
 from segkit.reading.case import Case, Cohort
 from segkit.reading.layouts.table import find_cases
 from segkit.training.config import DataConfig
+from segkit.training.distributed import Ranks
 from segkit.training.run import prepare_cases
 
 _log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def find_split(
 
 
 def prepare_cohort(
-    cohort: SplitCohort, store: PreparedStore, memory_gb: float | None
+    cohort: SplitCohort, store: PreparedStore, memory_gb: float | None, ranks: Ranks
 ) -> tuple[dict[str, Path], dict[str, str]]:
     """Prepare every case: the folders by id, and why others are left out.
 
@@ -84,7 +85,7 @@ def prepare_cohort(
         DataError: no training case can be used.
     """
     found = cohort.cohort
-    folders, skipped = prepare_cases(found.cases, found, store, cohort.preprocessing, memory_gb)
+    folders, skipped = prepare_cases(found.cases, found, store, cohort.preprocessing, memory_gb, ranks)
     if not any(case_id in folders for case_id in cohort.training_ids):
         first = next(iter(skipped.values()), "there is none")
         raise DataError("no case to learn from can be used", where=found.root, remedy=f"The first: {first}")

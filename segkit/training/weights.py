@@ -52,7 +52,7 @@ class FirstWeights:
 
 
 def first_weights(
-    card: ModelCard, config: RunConfig, run: Path, *, is_resumed: bool, is_shape_only: bool = False
+    card: ModelCard, config: RunConfig, run: Path, *, resume: bool, is_shape_only: bool = False
 ) -> FirstWeights:
     """Build the network of a card and, for a run that is not resumed, load the weights that its settings name.
 
@@ -67,10 +67,10 @@ def first_weights(
             return FirstWeights(build_network(card))
     network = build_network(card)
     path = config.network.weights
-    if is_resumed or path is None:
-        if not is_resumed and config.optimiser.encoder_lr == 0 and not config.network.arguments.get("encoder_weights"):
+    if resume or path is None:
+        if not resume and config.optimiser.encoder_lr == 0 and not config.network.arguments.get("encoder_weights"):
             _log.warning("optimiser.encoder_lr=0 freezes an encoder of random weights: name others with --weights")
-        return FirstWeights(network, read_origin(run) if is_resumed else {})
+        return FirstWeights(network, read_origin(run) if resume else {})
     options = TransferOptions(
         input_adapt=config.network.input_adapt,
         is_strict=config.network.weights_share == 1,

@@ -40,16 +40,16 @@ def call(*arguments: object) -> int:
 def test_sigterm_ends_with_130_and_the_command_that_goes_on(
     verb: str, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rate_at = loop.rate_at
+    get_lr = loop.get_lr
     steps: list[int] = []
 
     def terminating(*arguments: object) -> float:
         steps.append(len(steps) + 1)
         if len(steps) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return rate_at(*arguments)  # type: ignore[arg-type]
+        return get_lr(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loop, "rate_at", terminating)
+    monkeypatch.setattr(loop, "get_lr", terminating)
     before = signal.getsignal(signal.SIGTERM)
     assert call(verb, phantoms, "-o", tmp_path / "run", *SMALL, *TASKS[verb]) == 130
     assert signal.getsignal(signal.SIGTERM) is before
@@ -69,6 +69,6 @@ def test_sigterm_ends_with_130_and_the_command_that_goes_on(
 
 
 @pytest.mark.parametrize("verb", TASKS)
-def test_changes_are_about_a_run_that_is_resumed(verb: str, phantoms: Path, tmp_path: Path) -> None:
+def test_changes_are_about_a_run_that_resume(verb: str, phantoms: Path, tmp_path: Path) -> None:
     assert call(verb, phantoms, "-o", tmp_path / "run", "--allow-changes", *SMALL, *TASKS[verb]) == 2
     assert not (tmp_path / "run").exists()

@@ -87,7 +87,7 @@ def test_a_resumed_run_goes_on_with_its_own_weights(begun: Path, phantoms: Path,
     shutil.copytree(begun, run)
     assert train(phantoms, run, "--resume", "--allow-changes", "--set", "training.steps=3", "-d", "cpu", "-q") == 0
     assert json.loads((run / "validation.json").read_text())["steps"] == 3
-    request = RunRequest(phantoms, run, read_config(run), torch.device("cpu"), is_resumed=True)
+    request = RunRequest(phantoms, run, read_config(run), torch.device("cpu"), resume=True)
     card, resumed = begin(plan_run(request))
     assert card.training_data.model_dump()["initial_weights"] == facts_of(begun)
     assert not resumed.report

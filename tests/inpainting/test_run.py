@@ -101,8 +101,8 @@ def test_a_run_that_was_cut_off_ends_with_the_same_weights(adversarial: float, p
             raise CutOffError
 
     with pytest.raises(CutOffError):
-        inpainting_run(InpaintingRequest(cut.data, cut.run, cut.config, cut.device, tell=fall))
-    resumed = inpainting_run(InpaintingRequest(cut.data, cut.run, cut.config, cut.device, is_resumed=True))
+        inpainting_run(InpaintingRequest(cut.data, cut.run, cut.config, cut.device, on_progress=fall))
+    resumed = inpainting_run(InpaintingRequest(cut.data, cut.run, cut.config, cut.device, resume=True))
     assert resumed.before
     states = [load_state(tmp_path / name)["model"] for name in ("whole", "cut")]
     assert any(name.startswith("discriminator.") for name in states[0]) == (adversarial > 0)

@@ -34,7 +34,8 @@ def test_on_a_cpu_the_first_process_holds_the_whole_state_to_write_it() -> None:
 
 def test_a_single_process_has_nobody_to_share_with() -> None:
     from segkit.models.table import build_model
+    from segkit.training.distributed import Ranks
     from segkit.training.sharding import require_units
 
     with pytest.raises(RequestError, match="shares a network between processes, but there is one"):
-        require_units(build_model("stunet", in_channels=1, out_channels=1, size="S", width=2), torch.float32)
+        require_units(build_model("stunet", in_channels=1, out_channels=1, size="S", width=2), torch.float32, Ranks())

@@ -94,8 +94,8 @@ def test_a_run_that_was_cut_off_ends_with_the_same_weights(method: str, phantoms
             raise CutOffError
 
     with pytest.raises(CutOffError):
-        pretrain_run(PretrainRequest(cut.data, cut.run, cut.config, cut.device, tell=fall))
-    resumed = pretrain_run(PretrainRequest(cut.data, cut.run, cut.config, cut.device, is_resumed=True))
+        pretrain_run(PretrainRequest(cut.data, cut.run, cut.config, cut.device, on_progress=fall))
+    resumed = pretrain_run(PretrainRequest(cut.data, cut.run, cut.config, cut.device, resume=True))
     assert resumed.before  # measured when the run began
     for name, tensor in load_state(tmp_path / "whole")["model"].items():
         assert torch.equal(tensor, load_state(tmp_path / "cut")["model"][name]), name

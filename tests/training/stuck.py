@@ -10,18 +10,18 @@ import time
 import torch
 
 from segkit.errors import SegkitError
-from segkit.training.distributed import joined_processes, mark, rank, summed
+from segkit.training.distributed import joined_ranks
 
 if __name__ == "__main__":
     try:
-        with joined_processes(torch.device("cpu"), timeout_s=6):
+        with joined_ranks(torch.device("cpu"), timeout_s=6) as ranks:
             for step in range(5):
-                mark("loading a batch", step)
-                if rank() == 1 and step == 2:
+                ranks.mark("loading a batch", step)
+                if ranks.rank == 1 and step == 2:
                     if sys.argv[1] == "killed":
                         os.kill(os.getpid(), signal.SIGKILL)
                     time.sleep(60)
-                mark("computing")
-                summed(1.0)
+                ranks.mark("computing")
+                ranks.sum(1.0)
     except SegkitError as error:
         sys.exit(f"Error: {error}")

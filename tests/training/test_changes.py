@@ -17,19 +17,19 @@ def config(**sections: object) -> TrainConfig:
     return build_config(TrainConfig, [("test", sections)])
 
 
-def settle(run: Path, asked: TrainConfig, *, may_change: bool = False) -> list[str]:
-    return [str(change) for change in settle_settings(run, asked, is_resumed=True, may_change=may_change)]
+def settle(run: Path, asked: TrainConfig, *, allow_changes: bool = False) -> list[str]:
+    return [str(change) for change in settle_settings(run, asked, resume=True, allow_changes=allow_changes)]
 
 
 def test_the_same_settings_are_no_change(tmp_path: Path) -> None:
     settings = config(data={"modalities": {"t1": "T1"}}, network={"arguments": {"widths": [8, 12]}})
-    settle_settings(tmp_path, settings, is_resumed=False, may_change=False)
+    settle_settings(tmp_path, settings, resume=False, allow_changes=False)
     assert settle(tmp_path, settings) == []
     assert not (tmp_path / "changes.jsonl").exists()
 
 
 def test_every_changed_setting_is_named_with_both_values(tmp_path: Path) -> None:
-    settle_settings(tmp_path, config(), is_resumed=False, may_change=False)
+    settle_settings(tmp_path, config(), resume=False, allow_changes=False)
     other = config(optimiser={"lr": 0.1}, network={"arguments": {"widths": [8]}}, training={"steps": 7})
     named = r"network.arguments {} -> {'widths': \[8\]}, optimiser.lr 0.002 -> 0.1, training.steps 50000 -> 7"
     with pytest.raises(RequestError, match=named):
@@ -39,16 +39,16 @@ def test_every_changed_setting_is_named_with_both_values(tmp_path: Path) -> None
 
 
 def test_changes_that_are_allowed_are_recorded_and_hold_from_then_on(tmp_path: Path) -> None:
-    settle_settings(tmp_path, config(), is_resumed=False, may_change=False)
-    assert settle(tmp_path, config(optimiser={"lr": 0.1}), may_change=True) == ["optimiser.lr 0.002 -> 0.1"]
+    settle_settings(tmp_path, config(), resume=False, allow_changes=False)
+    assert settle(tmp_path, config(optimiser={"lr": 0.1}), allow_changes=True) == ["optimiser.lr 0.002 -> 0.1"]
     assert settle(tmp_path, config(optimiser={"lr": 0.1})) == []
-    assert settle(tmp_path, config(), may_change=True) == ["optimiser.lr 0.1 -> 0.002"]
+    assert settle(tmp_path, config(), allow_changes=True) == ["optimiser.lr 0.1 -> 0.002"]
     lines = (tmp_path / "changes.jsonl").read_text().splitlines()
     assert [json.loads(line)["changes"]["optimiser.lr"]["new"] for line in lines] == [0.1, 0.002]
 
 
-def test_what_changes_nothing_that_is_learnt_may_change(tmp_path: Path) -> None:
-    settle_settings(tmp_path, config(), is_resumed=False, may_change=False)
+def test_what_changes_nothing_that_is_learnt_allow_changes(tmp_path: Path) -> None:
+    settle_settings(tmp_path, config(), resume=False, allow_changes=False)
     free = config(data={"cache": "elsewhere"}, training={"workers": 3, "checkpoint_minutes": 1})
     assert settle(tmp_path, free) == []
     known = {change.name for change in compared(config(), free)}

@@ -21,7 +21,8 @@ from segkit.errors import RequestError
 from segkit.models.table import MODELS
 from segkit.pretraining.methods import METHODS
 from segkit.runtime import ProcessPlace, process_place
-from segkit.training import batches
+from segkit.training.batches import endless_batches
+from segkit.training.distributed import Ranks
 from segkit.training.heartbeat import Seen, Sign, find_fault
 from segkit.training.interruption import Interruption
 
@@ -85,7 +86,7 @@ def test_processes_talk(together: tuple[Path, list[dict[str, Any]]]) -> None:
     assert (first["own"], second["own"]) == (0, 1)
     assert first["order"] == second["order"] == ["0", "1"]
     assert first["refused"] == ["RequestError", "here: no room", 2, False]
-    assert second["refused"] == ["OthersError", "here: no room", 2, True]
+    assert second["refused"] == ["RemoteRankError", "here: no room", 2, True]
 
 
 def test_runs_of_two_processes_equal_those_of_one_and_go_on_after_a_signal(
@@ -114,7 +115,7 @@ def test_runs_of_two_processes_equal_those_of_one_and_go_on_after_a_signal(
     assert type(parts["conv_blocks_context.0.0.conv1.weight"]) is torch.Tensor
     with pytest.raises(RequestError, match="trained by 2 processes, now there are 1"):
         train(TinyTask(small_unet(), 2), folder / "plain", resume=True)
-    train(TinyTask(small_unet(), 2), folder / "plain", resume=True, may_change=True, steps=7)
+    train(TinyTask(small_unet(), 2), folder / "plain", resume=True, allow_changes=True, steps=7)
     assert load_state(folder / "plain")["progress"]["step"] == 7
 
 
@@ -182,11 +183,9 @@ class Numbers(Dataset[dict[str, torch.Tensor]]):
 
 
 @pytest.mark.parametrize("start_at", [0, 3])
-def test_processes_share_the_batches_of_one(monkeypatch: pytest.MonkeyPatch, start_at: int) -> None:
+def test_processes_share_the_batches_of_one(start_at: int) -> None:
     def first_batches(rank: int, size: int, batch_size: int) -> list[list[int]]:
-        monkeypatch.setattr(batches, "rank", lambda: rank)
-        monkeypatch.setattr(batches, "size", lambda: size)
-        found = batches.endless_batches(Numbers(), batch_size, start_at, workers=0)
+        found = endless_batches(Numbers(), batch_size, start_at, 0, Ranks(rank, size))
         return [next(found)["number"].tolist() for _ in range(3)]
 
     alone = first_batches(0, 1, 6)

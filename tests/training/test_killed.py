@@ -68,11 +68,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def go(task: str, data: Path, run: Path, *, tell: Tell, workers: int = 0) -> None:
+def go(task: str, data: Path, run: Path, *, on_progress: Tell, workers: int = 0) -> None:
     """Begin a run, or go on with it."""
     loop = {**LOOP, "workers": workers}
     layers = [("test", {"network": NETWORK, "training": loop, "data": {"folds": 2}}), ("task", SETTINGS[task])]
-    common: dict[str, Any] = {"device": torch.device("cpu"), "is_resumed": run.exists(), "tell": tell}
+    common: dict[str, Any] = {"device": torch.device("cpu"), "resume": run.exists(), "on_progress": on_progress}
     if task == "segmentation":
         config = read_config(run) if run.exists() else build_config(TrainConfig, layers)
         config = config.model_copy(update={"training": config.training.model_copy(update={"workers": workers})})
@@ -149,7 +149,7 @@ def endure(task: str, data: Path, run: Path) -> dict[str, Any]:
         child = os.fork()
         if child == 0:
             try:
-                go(task, data, run, tell=session.tell, workers=session.workers)
+                go(task, data, run, on_progress=session.tell, workers=session.workers)
             except SegkitError as error:
                 (run / "told.txt").write_text(str(error))
                 os._exit(error.exit_code)
@@ -180,7 +180,7 @@ def test_a_battered_run_of_each_task_equals_one_that_nothing_befell(
     command = [sys.executable, __file__, str(data), str(tmp_path / "battered")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         for task in TASKS:
-            go(task, data, tmp_path / "whole" / task, tell=lambda done, message: None)
+            go(task, data, tmp_path / "whole" / task, on_progress=lambda done, message: None)
         output, log = process.communicate(timeout=200)
     assert process.returncode == 0, log
     ends = json.loads(output)
@@ -189,7 +189,7 @@ def test_a_battered_run_of_each_task_equals_one_that_nothing_befell(
             assert (ends[task][name]["code"], ends[task][name]["kept"]) == (session.code, session.kept), (task, name)
         assert "a process that prepared batches was killed" in ends[task]["a worker killed at step 31"]["told"]
         assert "interrupted by SIGTERM after step 27" in ends[task]["truncated, SIGTERM at step 27"]["told"]
-        go(task, data, tmp_path / "battered" / task, tell=lambda done, message: None)
+        go(task, data, tmp_path / "battered" / task, on_progress=lambda done, message: None)
         assert_same(tmp_path / "battered" / task, tmp_path / "whole" / task)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from segkit.errors import RequestError
 from segkit.training.config import OptimiserConfig
-from segkit.training.optim import MovingAverage, build_optimiser, encoder_of, restore_optimiser, set_rate
+from segkit.training.optim import MovingAverage, build_optimiser, encoder_of, restore_optimiser, set_lr
 
 
 class TwoParts(nn.Module):
@@ -38,7 +38,7 @@ def rates(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, tuple
 def test_the_encoder_has_its_share_of_the_rate() -> None:
     model = TwoParts()
     optimiser = build_optimiser(model, OptimiserConfig(encoder_lr=0.25, weight_decay=0.5))
-    set_rate(optimiser, 8.0)
+    set_lr(optimiser, 8.0)
     assert rates(model, optimiser) == {
         "down.0.weight": (2.0, 0.5),
         "down.0.bias": (2.0, 0.0),
@@ -50,14 +50,14 @@ def test_the_encoder_has_its_share_of_the_rate() -> None:
 def test_without_a_share_there_are_two_groups_as_in_runs_of_before() -> None:
     model = TwoParts()
     optimiser = build_optimiser(model, OptimiserConfig())
-    set_rate(optimiser, 8.0)
+    set_lr(optimiser, 8.0)
     assert [len(group["params"]) for group in optimiser.param_groups] == [2, 2]
     assert {rate for rate, _ in rates(model, optimiser).values()} == {8.0}
     for group in optimiser.param_groups:  # as such runs saved it
         del group["share"]
     resumed = build_optimiser(model, OptimiserConfig())
     restore_optimiser(resumed, optimiser.state_dict())
-    set_rate(resumed, 4.0)
+    set_lr(resumed, 4.0)
     assert {rate for rate, _ in rates(model, resumed).values()} == {4.0}
 
 
@@ -66,7 +66,7 @@ def test_a_step_moves_the_encoder_by_its_share() -> None:
     model = TwoParts()
     optimiser = build_optimiser(model, OptimiserConfig(encoder_lr=0.1, weight_decay=0))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    set_rate(optimiser, 0.01)
+    set_lr(optimiser, 0.01)
     torch.autograd.backward(model(torch.tensor([[1.0, 2.0]])).sum())
     optimiser.step()
     for name, parameter in model.named_parameters():
@@ -92,12 +92,12 @@ def test_a_network_without_a_known_encoder_is_refused() -> None:
         build_optimiser(nn.Linear(1, 1), OptimiserConfig(encoder_lr=0.5))
 
 
-def test_a_resumed_run_may_change_the_share_but_not_thaw_the_encoder() -> None:
+def test_a_resumed_run_allow_changes_the_share_but_not_thaw_the_encoder() -> None:
     model = TwoParts()
     state = build_optimiser(model, OptimiserConfig(encoder_lr=0.5)).state_dict()
     resumed = build_optimiser(model, OptimiserConfig(encoder_lr=0.25))
     restore_optimiser(resumed, state)
-    set_rate(resumed, 4.0)
+    set_lr(resumed, 4.0)
     assert rates(model, resumed)["down.0.weight"][0] == 1.0
     encoder_of(model).requires_grad_(False)
     frozen = build_optimiser(model, OptimiserConfig(encoder_lr=0))

@@ -128,10 +128,10 @@ def test_freed_memory_is_returned_where_the_plan_fills_the_memory(
 
 def test_resume_goes_on_to_more_steps(finished: Path, phantoms: Path) -> None:
     longer = _request(phantoms, finished)
-    longer = replace(longer, config=with_values(read_config(finished), "training", steps=6), is_resumed=True)
+    longer = replace(longer, config=with_values(read_config(finished), "training", steps=6), resume=True)
     with pytest.raises(RequestError, match=r"not those of the run: training\.steps 4 -> 6\. .*--allow-changes"):
         train_run(longer)
-    summary = train_run(replace(longer, may_change=True))
+    summary = train_run(replace(longer, allow_changes=True))
     assert summary.steps == 6
     changes = [json.loads(line)["changes"] for line in (finished / "changes.jsonl").read_text().splitlines()]
     assert changes == [{"training.steps": {"old": 4, "new": 6}}]
@@ -146,7 +146,7 @@ def test_changes_that_do_not_fit_leave_the_settings_as_they_were(finished: Path,
     before = {name: (finished / name).read_bytes() for name in names if (finished / name).exists()}
     kept = read_config(finished)
     wider = with_values(kept, "network", arguments={**kept.network.arguments, "widths": [8, 16]})
-    request = replace(_request(phantoms, finished), config=wider, is_resumed=True, may_change=True)
+    request = replace(_request(phantoms, finished), config=wider, resume=True, allow_changes=True)
     with pytest.raises(RequestError, match="the state of the run is of another network"):
         train_run(request)
     assert {name: (finished / name).read_bytes() for name in names if (finished / name).exists()} == before
@@ -154,7 +154,7 @@ def test_changes_that_do_not_fit_leave_the_settings_as_they_were(finished: Path,
 
 def test_resuming_with_another_fold_is_refused(finished: Path, phantoms: Path) -> None:
     """What validated would be trained on."""
-    request = replace(_request(phantoms, finished, data={"folds": 3, "fold": 1}), is_resumed=True)
+    request = replace(_request(phantoms, finished, data={"folds": 3, "fold": 1}), resume=True)
     with pytest.raises(RequestError, match="the training cases are not those that the run began with"):
         train_run(request)
 
@@ -165,9 +165,9 @@ def test_a_wrong_request_leaves_the_old_run_alone(phantoms: Path, tmp_path: Path
     before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
     wrong = _request(phantoms, run, network={"size": "tiny", "arguments": {"widht": 4}})
     with pytest.raises(RequestError, match="revmbunet: widht"):
-        train_run(replace(wrong, may_overwrite=True))
+        train_run(replace(wrong, overwrite=True))
     with pytest.raises(RequestError, match="no such file or folder"):
-        train_run(replace(_request(tmp_path / "nowhere", run), may_overwrite=True))
+        train_run(replace(_request(tmp_path / "nowhere", run), overwrite=True))
     assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
 
 
@@ -180,7 +180,7 @@ def test_a_file_is_no_run_folder(phantoms: Path, tmp_path: Path) -> None:
 
 def test_nothing_to_resume(phantoms: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="nothing to resume"):
-        train_run(replace(_request(phantoms, tmp_path / "new"), is_resumed=True))
+        train_run(replace(_request(phantoms, tmp_path / "new"), resume=True))
 
 
 def test_cross_validation_scores_every_case_out_of_fold(
@@ -215,13 +215,13 @@ def test_a_resumed_cross_validation_changes_the_folds_that_are_left(phantoms: Pa
             raise CutError
 
     shape: dict[str, object] = {"steps": 2, "steps_per_epoch": 1, "live_page": False}
-    request = replace(_request(phantoms, tmp_path, training=shape), tell=fall_in_the_second_fold)
+    request = replace(_request(phantoms, tmp_path, training=shape), on_progress=fall_in_the_second_fold)
     with pytest.raises(CutError):
         cross_validate(request)
-    slower = replace(_request(phantoms, tmp_path, training=shape, optimiser={"lr": 1e-4}), is_resumed=True)
+    slower = replace(_request(phantoms, tmp_path, training=shape, optimiser={"lr": 1e-4}), resume=True)
     with pytest.raises(RequestError, match=r"optimiser.lr 0.002 -> 0.0001"):
         cross_validate(slower)
-    cross_validate(replace(slower, may_change=True))
+    cross_validate(replace(slower, allow_changes=True))
     assert not (tmp_path / "fold_0" / "changes.jsonl").exists()
     assert '"optimiser.lr": {"old": 0.002, "new": 0.0001}' in (tmp_path / "fold_1" / "changes.jsonl").read_text()
     assert read_config(tmp_path / "fold_1").data.fold == 1

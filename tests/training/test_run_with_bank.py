@@ -97,7 +97,7 @@ def _cut_after_five(_: float, text: str) -> None:
         raise _SwitchedOffError
 
 
-def test_a_run_with_a_bank_is_resumed_exactly(
+def test_a_run_with_a_bank_resume_exactly(
     data: Path, bank: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ten steps at once, and five and five: the same weights, of patches of which half have a lesion moved."""
@@ -117,8 +117,8 @@ def test_a_run_with_a_bank_is_resumed_exactly(
     assert len(moved) >= 10
     assert 2 <= sum(moved[:10]) <= 8
     with pytest.raises(_SwitchedOffError):
-        train_run(replace(halves, tell=_cut_after_five))
+        train_run(replace(halves, on_progress=_cut_after_five))
     assert load_state(halves.run)["progress"]["step"] == 5
-    train_run(replace(halves, config=read_config(halves.run), is_resumed=True))
+    train_run(replace(halves, config=read_config(halves.run), resume=True))
     states = [load_state(request.run)["model"] for request in (whole, halves)]
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())

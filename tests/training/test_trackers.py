@@ -62,7 +62,7 @@ def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:
 
 def test_mlflow_goes_on_with_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    settle_settings(tmp_path, TrainConfig(), is_resumed=False, may_change=False)
+    settle_settings(tmp_path, TrainConfig(), resume=False, allow_changes=False)
     write(tmp_path, 0, ROWS[:3], "mlflow", is_cut=True)
     begun = json.loads((tmp_path / "mlflow.json").read_text())
     assert begun["tracking_uri"].startswith(("file:", "sqlite:"))
@@ -130,7 +130,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_done(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RequestError, match=r'not installed: tensorboard, mlflow.*pip install "segkit\[trackers\]"'):
-        require_usable(tmp_path / "run", ["tensorboard", "mlflow"], is_resumed=False, may_overwrite=False)
+        require_usable(tmp_path / "run", ["tensorboard", "mlflow"], resume=False, overwrite=False)
     assert not list(tmp_path.iterdir())
 
 

@@ -44,7 +44,7 @@ def begin(
             "training_data": {"identity": "test"},
         }
     )
-    return first_weights(card, config, path.parent / "run", is_resumed=False)
+    return first_weights(card, config, path.parent / "run", resume=False)
 
 
 def small_weights() -> dict[str, Tensor]:
@@ -115,7 +115,7 @@ def test_freezing_random_weights_is_told(tmp_path: Path, caplog: pytest.LogCaptu
             "training_data": {"identity": "test"},
         }
     )
-    first_weights(card, config, tmp_path / "run", is_resumed=False)
+    first_weights(card, config, tmp_path / "run", resume=False)
     assert "optimiser.encoder_lr=0 freezes an encoder of random weights" in caplog.text
 
 

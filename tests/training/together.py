@@ -19,15 +19,7 @@ from segkit.labels import Output
 from segkit.losses.compound import SegmentationLoss
 from segkit.models.table import build_model
 from segkit.training.config import LoopConfig, OptimiserConfig
-from segkit.training.distributed import (
-    exchanged,
-    first_before_others,
-    from_first,
-    joined_processes,
-    mapped,
-    rank,
-    size,
-)
+from segkit.training.distributed import Ranks, joined_ranks
 from segkit.training.interruption import InterruptedTrainingError
 from segkit.training.loop import fit
 from segkit.training.task import Score, borrowed
@@ -39,16 +31,23 @@ CPU = torch.device("cpu")
 class TinyTask:
     """A small network on random patches: items are decided by their number, and shared as `endless_batches` does."""
 
-    def __init__(self, model: nn.Module, batch_size: int, before_step: Callable[[int], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batch_size: int,
+        ranks: Ranks | None = None,
+        before_step: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self.model = model
         self.batch_size = batch_size
+        self.ranks = ranks or Ranks()
         self.before_step = before_step
         self._loss = SegmentationLoss("softmax", (Output("background", 0, (0,)), Output("one", 1, (1,))))
         self.saved: dict[str, Tensor] = {}
 
     def batches(self, start: int) -> Iterator[Mapping[str, Tensor]]:
         while True:
-            first = (start * size() + rank()) * self.batch_size
+            first = (start * self.ranks.size + self.ranks.rank) * self.batch_size
             items = [torch.Generator().manual_seed(number) for number in range(first, first + self.batch_size)]
             image = torch.stack([torch.randn(1, 16, 16, generator=item) for item in items])
             self.before_step(start)
@@ -61,7 +60,7 @@ class TinyTask:
     def validate(self, weights: Mapping[str, Tensor]) -> Score:
         with borrowed(self.model, weights), torch.no_grad():
             self.model.eval()
-            scores = mapped(self._score, range(3))
+            scores = self.ranks.map(self._score, range(3))
         return Score(sum(scores))
 
     def _score(self, number: int) -> float:
@@ -78,70 +77,83 @@ def small_unet() -> nn.Module:
     return build_model("stunet", in_channels=1, out_channels=2, dims=2, size="S", width=2, strides=strides)
 
 
-def train(task: TinyTask, run: Path, *, resume: bool = False, may_change: bool = False, **settings: Any) -> str:
+def train(task: TinyTask, run: Path, *, resume: bool = False, allow_changes: bool = False, **settings: Any) -> str:
     """Train for six steps, validated after three; the sentence of an interruption, or nothing."""
     (run / "figures").mkdir(parents=True, exist_ok=True)
     training = LoopConfig(**{"steps": 6, "steps_per_epoch": 3, "ema_decay": 0.5, "accumulate": 2, **settings})
     try:
-        fit(task, run, training, OptimiserConfig(lr=1e-3), device=CPU, resume=resume, may_change=may_change)
+        fit(
+            task,
+            run,
+            training,
+            OptimiserConfig(lr=1e-3),
+            device=CPU,
+            ranks=task.ranks,
+            resume=resume,
+            allow_changes=allow_changes,
+        )
     except InterruptedTrainingError as error:
         return str(error)
     return ""
 
 
-def talk(folder: Path) -> dict[str, Any]:
+def talk(folder: Path, ranks: Ranks) -> dict[str, Any]:
     """Everything that travels between processes."""
     log = folder / "order.txt"
 
     def note() -> int:
         with log.open("a") as file:
-            file.write(f"{rank()}\n")
-        return rank()
+            file.write(f"{ranks.rank}\n")
+        return ranks.rank
 
     def refuse() -> int:
         raise RequestError("no room", where="here")
 
     found: dict[str, Any] = {
-        "exchanged": exchanged(10 * rank()),
-        "mapped": mapped(lambda item: (item, rank()), range(5)),
-        "from_first": from_first(lambda: f"said by {rank()}"),
-        "own": first_before_others(note),
+        "exchanged": ranks.exchange(10 * ranks.rank),
+        "mapped": ranks.map(lambda item: (item, ranks.rank), range(5)),
+        "from_first": ranks.from_first(lambda: f"said by {ranks.rank}"),
+        "own": ranks.first_before_others(note),
     }
     try:
-        from_first(refuse)
+        ranks.from_first(refuse)
     except SegkitError as error:
         found["refused"] = [type(error).__name__, str(error), error.exit_code, error.is_told]
-    found["order"] = exchanged(None) and log.read_text().split()
+    found["order"] = ranks.exchange(None) and log.read_text().split()
     return found
 
 
-def learn(folder: Path) -> dict[str, Any]:
+def learn(folder: Path, ranks: Ranks) -> dict[str, Any]:
     """Runs of two processes, whole and in parts, cut off by a signal to one of them and gone on with."""
     found: dict[str, Any] = {}
 
     def stop_second(step: int) -> None:
-        if step == 6 and rank() == 1:  # two batches a step: while the fourth step begins
+        if step == 6 and ranks.rank == 1:  # two batches a step: while the fourth step begins
             os.kill(os.getpid(), signal.SIGTERM)
 
     for name, settings in (("plain", {}), ("parts", {"sharding": "full"})):
         cut, run = folder / f"{name}-cut", folder / name
-        train(TinyTask(small_unet(), 1), run, **settings)
-        found[name] = exchanged(train(TinyTask(small_unet(), 1, stop_second), cut, **settings))
+        train(TinyTask(small_unet(), 1, ranks), run, **settings)
+        found[name] = ranks.exchange(train(TinyTask(small_unet(), 1, ranks, stop_second), cut, **settings))
         found[f"{name} stopped at"] = load_state(cut)["progress"]["step"]
-        found[f"{name} resumed"] = train(TinyTask(small_unet(), 1), cut, resume=True, **settings)
+        found[f"{name} resumed"] = train(TinyTask(small_unet(), 1, ranks), cut, resume=True, **settings)
     return found
 
 
-def all_that_goes_well(folder: Path) -> dict[str, Any]:
+def all_that_goes_well(folder: Path, ranks: Ranks) -> dict[str, Any]:
     """In one start of the processes, for each costs seconds."""
     sys.path.insert(0, str(BENCHMARKS))
     import distributed  # benchmarks/distributed.py, which measures the same for people
 
-    return {"gradients": distributed.gradients([torch.float64]), "talk": talk(folder), "learn": learn(folder)}
+    return {
+        "gradients": distributed.gradients(ranks, [torch.float64]),
+        "talk": talk(folder, ranks),
+        "learn": learn(folder, ranks),
+    }
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    with joined_processes(CPU, 60):
-        (folder / f"{rank()}.json").write_text(json.dumps(all_that_goes_well(folder)))
+    with joined_ranks(CPU, 60) as ranks:
+        (folder / f"{ranks.rank}.json").write_text(json.dumps(all_that_goes_well(folder, ranks)))
