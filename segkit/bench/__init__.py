@@ -1,1 +1,1 @@
-"""The measured tables of the documents: memory and speed, each figure from a command that anyone can repeat."""
+"""The tables of memory and speed that `segkit bench` measures."""

@@ -1,4 +1,4 @@
-"""The same network run as one would write it by hand: nibabel, MONAI's sliding windows, nibabel. A yardstick.
+"""The same network run by hand with nibabel and MONAI's sliding windows, as a reference for `segkit bench speed`.
 
     python -m segkit.bench.by_hand RUN CASE_DIR OUT.nii.gz
 
@@ -19,7 +19,7 @@ _NAMES = {"t1n": {"t1n", "t1"}, "t1c": {"t1c", "t1ce", "t1gd"}, "t2w": {"t2w", "
 
 
 def main(run: Path, case: Path, out: Path) -> dict[str, Any]:
-    """Segment a case; seconds by stage, altogether, and the number of windows."""
+    """Segment a case; returns seconds by stage, in total, and the number of windows."""
     began = mark = _CLOCK()
     import nibabel as nib
     import numpy as np

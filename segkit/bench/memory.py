@@ -1,9 +1,8 @@
-"""How much memory a training step takes in each memory mode, and what one budget buys.
+"""Memory of a training step in each memory mode, and what fits into one budget.
 
-Setting of every table: RevMBUNet, expansion 2, four modalities, batch 1, float32. A figure is the peak of a process
-(resident memory, or what it allocated on a GPU) minus what it held once network and optimiser stood and a small patch
-had warmed it up; so it holds activations, scratch space and gradients. On a CPU freed memory goes back to the system at
-once, as in training where memory is short.
+Every table: RevMBUNet, expansion 2, four modalities, batch 1, float32. A figure is the peak of a process (resident
+memory, or allocated GPU memory) minus what it held after a step on a small patch: activations, scratch space and
+gradients. On a CPU freed memory goes back to the system at once, as in training where memory is short.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def depth(side: int, depths: Sequence[int], device: str) -> Iterator[Row]:
     first = None
     for blocks in depths:
         measured = measure(_step(blocks, _MODES["reversible"], (side,) * 3, device))
-        activations_mb = measured.step_mb - _megabytes(measured.parameters)
+        activations_mb = measured.step_mb - 4 * measured.parameters / 1024**2  # without gradients
         first = first or activations_mb
         yield _row(measured, table="depth", mode="reversible", blocks=blocks, patch=(side,) * 3) | {
             "without_gradients_mb": round(activations_mb, 1),
@@ -69,7 +68,7 @@ def budget(side: int, depths: Sequence[int], device: str) -> Iterator[Row]:
         yield _row(plain, table="budget", mode="plain", blocks=blocks, patch=(side,) * 3) | {"buys": "the budget"}
         for what, candidate in (("volume", _larger), ("channels", _wider), ("depth", _deeper)):
             steps = partial(candidate, blocks=blocks, side=side, device=device)
-            # Playing a deep network through takes longer than measuring it.
+            # An estimate of a deep network takes longer than measuring it.
             found = _largest(steps, limit_mb, len(_DEPTH_FACTORS) if what == "depth" else _estimated(steps, limit_mb))
             if found is None:
                 continue
@@ -111,7 +110,7 @@ def _deeper(size: int, blocks: int, side: int, device: str) -> tuple[Step, float
 
 _DEPTH_FACTORS = (2, 3, 4, 6, 8, 12, 16)
 _MOST = 31
-"""Larger volumes and wider networks than of this size are not tried."""
+"""Largest size of volumes and widths that is tried."""
 
 _Steps = Callable[[int], tuple[Step, float]]
 """Size, from 1 on, to a step and what it is a multiple of."""
@@ -129,24 +128,18 @@ def _largest(steps: _Steps, limit_mb: float, size: int) -> tuple[Step, Measured,
 
 
 def _estimated(steps: _Steps, limit_mb: float) -> int:
-    """The largest size whose step fits, as far as can be told without taking it."""
+    """The largest size whose step fits by estimate."""
     return bisect_right(range(1, _MOST + 1), limit_mb, key=lambda size: _estimate_mb(steps(size)[0]))
 
 
 def _estimate_mb(step: Step) -> float:
-    def build() -> torch.nn.Module:
-        return build_model(
-            step.family, in_channels=step.modalities, out_channels=3, dims=len(step.patch), **step.arguments
-        )
-
     def loss(levels: list[Tensor], labels: Tensor) -> Tensor:
         return torch.stack([functional.softplus(level).mean() for level in levels]).sum()
 
+    build = partial(
+        build_model, step.family, in_channels=step.modalities, out_channels=3, dims=len(step.patch), **step.arguments
+    )
     return step_bytes(build, (1, step.modalities, *step.patch), loss) / 1024**2
-
-
-def _megabytes(parameters: int) -> float:
-    return 4 * parameters / 1024**2
 
 
 def _row(measured: Measured, *, table: str, mode: str, blocks: int, patch: Sequence[int]) -> Row:

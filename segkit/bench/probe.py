@@ -1,16 +1,18 @@
-"""One training step in a process of its own, and what it took: a peak of memory can only be read once per process.
+"""Measurements in processes of their own: a process reports only one peak of memory.
 
-`python -m segkit.bench.probe SPEC` with a JSON document for SPEC prints one JSON document.
+`python -m segkit.bench.probe STEP` takes one training step; STEP is a `Step` in JSON, the output a `Measured` in JSON.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,11 +21,38 @@ from torch import Tensor, nn
 
 from segkit.errors import SegkitError
 from segkit.models.table import build_model
-from segkit.runtime import current_rss_mb, peak_rss_mb, return_freed_memory
+from segkit.runtime import current_rss_mb, peak_rss_mb, return_freed_memory, variables_with
 
 _OUTPUTS = 3
 _WARM_UP_SIDE = 32
 """Longest side of the patch that loads the kernels before memory is counted, in voxels."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a process wrote, its exit code, wall seconds and peak resident memory in MB."""
+
+    output: str
+    errors: str
+    code: int
+    seconds: float
+    peak_rss_mb: float
+
+
+def run_python(arguments: Sequence[str], **variables: str) -> Finished:
+    """Run Python with these arguments and these environment variables changed, to its end."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output, tempfile.TemporaryFile("w+") as errors:
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, *arguments], stdout=output, stderr=errors, env=variables_with(**variables)
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        errors.seek(0)
+        scale = 1024**2 if sys.platform == "darwin" else 1024
+        return Finished(output.read(), errors.read(), process.returncode, seconds, usage.ru_maxrss / scale)
 
 
 @dataclass(frozen=True)
@@ -39,7 +68,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a step took: MiB beyond the warm network and optimiser, peak of the process in MiB, seconds, parameters."""
+    """A step: MiB beyond the warm network and optimiser, peak of the process in MiB, seconds, parameters."""
 
     step_mb: float
     process_mb: float
@@ -53,17 +82,16 @@ def measure(step: Step) -> Measured:
     Raises:
         SegkitError: the process died, most often because the machine's memory was not enough.
     """
-    command = [sys.executable, "-m", "segkit.bench.probe", json.dumps(asdict(step))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["it was killed, as the kernel does when memory runs out"]
+    done = run_python(["-m", "segkit.bench.probe", json.dumps(asdict(step))])
+    if done.code:
+        last = done.errors.strip().splitlines()[-1:] or ["it was killed, as the kernel does when memory runs out"]
         found = f"the step on {' x '.join(map(str, step.patch))} voxels did not finish: {last[0]}"
         raise SegkitError(found, remedy="Measure a smaller patch, or on a machine with more memory")
-    return Measured(**json.loads(done.stdout))
+    return Measured(**json.loads(done.output))
 
 
 def take(step: Step) -> Measured:
-    """Take the step in this process: a small one first, then the one that counts."""
+    """Take the step in this process, after a small one that is not counted."""
     device = torch.device(step.device)
     return_freed_memory(device)  # as training does where memory is short
     torch.manual_seed(0)
@@ -80,7 +108,7 @@ def take(step: Step) -> Measured:
     began = time.perf_counter()
     _train(network, optimiser, x)
     seconds = time.perf_counter() - began
-    peak_mb = _memory_peak(device)
+    peak_mb = torch.cuda.max_memory_allocated(device) / 1024**2 if device.type == "cuda" else peak_rss_mb()
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return Measured(peak_mb - before_mb, peak_mb, seconds, parameters)
 
@@ -102,16 +130,11 @@ def _memory_now(device: torch.device) -> float:
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device) / 1024**2
     if sys.platform == "linux":
-        # What the warm-up has freed goes back to the system: else the step would use it again, uncounted.
-        ctypes.CDLL(None).malloc_trim(0)
+        ctypes.CDLL(None).malloc_trim(0)  # the step must not reuse what the warm-up has freed, which is not counted
     return current_rss_mb()
-
-
-def _memory_peak(device: torch.device) -> float:
-    return torch.cuda.max_memory_allocated(device) / 1024**2 if device.type == "cuda" else peak_rss_mb()
 
 
 if __name__ == "__main__":
     document = json.loads(sys.argv[1])
     document["patch"] = tuple(document["patch"])
-    print(json.dumps(asdict(take(Step(**document)))))  # noqa: T201  the answer of this process
+    print(json.dumps(asdict(take(Step(**document)))))  # noqa: T201

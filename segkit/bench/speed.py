@@ -1,8 +1,8 @@
-"""How fast a training step and an inference window are, against the same network made of PyTorch's own layers.
+"""Speed of a training step and of an inference window, against the same network made of PyTorch's own layers.
 
-Machines are shared and their clocks change, so variants run in turn (A B C, A B C, ...), each in a process of its own
-that lives as long as the table: what a process does with freed memory is part of its speed. The figure that counts is
-the ratio to the reference of the same round; the table gives its median.
+Variants run in turn (A B C, A B C, ...), because clocks of shared machines change, each in a process of its own that
+lives as long as the table: how a process reuses freed memory is part of its speed. Ratios are medians over the rounds
+of the ratio to the reference in the same round.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -20,23 +20,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
-from segkit.bench.reference import build_network, with_library_layers
-from segkit.inference.backends import OnnxRuntimeBackend, OpenvinoBackend
+from segkit.inference.backends import open_graph
 from segkit.inference.graph import write_graph
+from segkit.models.blocks import PointwiseConv3d
+from segkit.models.kernels.depthwise import DepthwiseConv3d
+from segkit.models.revmbunet import Encoder, InvertedBottleneck
+from segkit.models.table import build_model
 from segkit.runtime import keep_freed_memory
 
 Row = dict[str, Any]
 Work = Callable[[], Tensor]
-"""Something to time; gives the tensor by which variants are compared: gradients in a row, or logits."""
+"""Computes what is timed; returns the tensor by which variants are compared: all gradients, or logits."""
 
-_CHANNELS = 4
+_CHANNELS, _OUTPUTS = 4, 3
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to compute: what is computed, in which memory mode, in which layers, in which runtime."""
+    """One way to compute a training step or an inference window."""
 
     name: str
     task: str
@@ -61,8 +65,8 @@ TABLES: dict[str, tuple[Variant, ...]] = {
         Variant("openvino", "inference", runtime="openvino"),
     ),
 }
-"""Table name -> its variants; the first is the reference: every layer PyTorch's own, in a process as it comes. "grouped
-Conv3d" has PyTorch's depthwise layer alone and segkit's everything else."""
+"""Table name -> its variants; the first is the reference, with PyTorch's own layers and memory settings. "grouped
+Conv3d" has PyTorch's depthwise layers and segkit's others."""
 
 
 def measure(table: str, size: str, side: int, rounds: int, device: str) -> Iterator[Row]:
@@ -72,13 +76,13 @@ def measure(table: str, size: str, side: int, rounds: int, device: str) -> Itera
     with ExitStack() as stack:
         workers = []
         for variant in variants:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, variant, size, side, device), daemon=True)
+            worker, other_end = context.Pipe()
+            process = context.Process(target=_serve, args=(other_end, variant, size, side, device), daemon=True)
             process.start()
             stack.callback(process.terminate)
-            workers.append(ours)
-            # One at a time: the first computation of each is no part of the others' rounds.
-            ours.send("compare")
+            workers.append(worker)
+            # One at a time, so that no first computation disturbs another variant.
+            worker.send("compare")
         results = [torch.from_numpy(worker.recv()) for worker in workers]
         seconds: list[list[float]] = [[] for _ in workers]
         for _ in range(rounds):
@@ -108,7 +112,7 @@ def _can_run(variant: Variant, device: str) -> bool:
 
 
 def _serve(connection: Connection, variant: Variant, size: str, side: int, device: str) -> None:
-    """Compute once for comparison, then as often as asked, telling the seconds."""
+    """Answer each request with the seconds of a computation ("time") or its result ("compare")."""
     if variant.layers == "segkit":
         keep_freed_memory(torch.device(device))
     work = _work(variant, size, side, device)
@@ -128,7 +132,7 @@ def _work(variant: Variant, size: str, side: int, device: str) -> Work:
         return _training_step(network.train(), x)
     network.eval()
     if variant.runtime != "torch":
-        return _in_runtime(RUNTIMES[variant.runtime], network, x)
+        return _in_runtime(variant.runtime, network, x)
 
     def window() -> Tensor:
         with torch.inference_mode():
@@ -138,7 +142,7 @@ def _work(variant: Variant, size: str, side: int, device: str) -> Work:
     return window
 
 
-def _training_step(network: torch.nn.Module, x: Tensor) -> Work:
+def _training_step(network: nn.Module, x: Tensor) -> Work:
     def step() -> Tensor:
         network.zero_grad()
         levels = network(x)
@@ -148,17 +152,73 @@ def _training_step(network: torch.nn.Module, x: Tensor) -> Work:
     return step
 
 
-def _in_runtime(kind: type[OnnxRuntimeBackend] | type[OpenvinoBackend], network: torch.nn.Module, x: Tensor) -> Work:
+def _in_runtime(name: str, network: nn.Module, x: Tensor) -> Work:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.onnx"
         write_graph(network, path, _CHANNELS, x.shape[2:])
-        backend = kind(path)
+        backend = open_graph(path, name)
     array = x.numpy()
     return lambda: torch.from_numpy(backend(array))
 
 
-RUNTIMES: Mapping[str, type[OnnxRuntimeBackend] | type[OpenvinoBackend]] = {
-    "onnxruntime": OnnxRuntimeBackend,
-    "openvino": OpenvinoBackend,
-}
-"""Module name -> what computes a graph in it."""
+def build_network(size: str, mode: str = "plain") -> nn.Module:
+    """RevMBUNet of a named size, 4 inputs and 3 outputs, the same weights every time."""
+    torch.manual_seed(0)
+    network = build_model("revmbunet", in_channels=_CHANNELS, out_channels=_OUTPUTS, size=size, mode=mode)
+    # Blocks start as the identity: without a scale the depthwise kernels would get no gradient to compare.
+    for module in network.modules():
+        if isinstance(module, nn.GroupNorm):
+            nn.init.ones_(module.weight)
+    return network
+
+
+def with_library_layers(network: nn.Module, layers: str) -> nn.Module:
+    """The network, in place, with "segkit" layers, depthwise layers replaced ("grouped"), or all of them ("library").
+
+    "library" is `nn.Conv3d`, `nn.GroupNorm` and SiLU, one after the other.
+    """
+    if layers == "segkit":
+        return network
+    replaced = (DepthwiseConv3d,) if layers == "grouped" else (DepthwiseConv3d, PointwiseConv3d)
+    for parent in list(network.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, replaced):
+                setattr(parent, name, _library_convolution(layer))
+            elif layers == "library" and isinstance(layer, InvertedBottleneck):
+                setattr(parent, name, _LibraryBottleneck(layer))
+    if layers == "library":
+        encoder = network.encoder
+        network.encoder = _LibraryEncoder(encoder.stem, encoder.downs, encoder.stages)  # type: ignore[arg-type, union-attr]
+    return network
+
+
+def _library_convolution(layer: nn.Conv3d) -> nn.Conv3d:
+    kernel, padding = layer.kernel_size[0], layer.kernel_size[0] // 2
+    plain = nn.Conv3d(layer.in_channels, layer.out_channels, kernel, padding=padding, groups=layer.groups)
+    plain.weight, plain.bias = layer.weight, layer.bias
+    return plain
+
+
+class _LibraryBottleneck(nn.Module):
+    """An inverted bottleneck computed layer by layer."""
+
+    def __init__(self, bottleneck: InvertedBottleneck) -> None:
+        super().__init__()
+        self.bottleneck = bottleneck
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = self.bottleneck
+        x = functional.silu(layers.expand_norm(layers.expand(x)))
+        x = functional.silu(layers.depthwise_norm(layers.depthwise(x)))
+        result: Tensor = layers.project_norm(layers.project(x))
+        return result
+
+
+class _LibraryEncoder(Encoder):
+    """The encoder without segkit's memory layouts."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        features = [self.stages[0](self.stem(x))]
+        for down, stage in zip(self.downs, self.stages[1:], strict=True):
+            features.append(stage(down(features[-1])))
+        return features

@@ -1,19 +1,14 @@
-"""Whole commands: `segkit infer` on one case against the same network run by hand, files to mask.
+"""Whole commands from files to mask: `segkit infer` on one case against the same network run by hand.
 
-Commands run in turn (A B, A B, ...), each in a process of its own, and the figure that counts is the median of the
-ratios of the rounds. `segkit infer` runs once more before the rounds with an empty cache: that is the row "cold", which
-includes writing the network for the runtime.
+Commands run in turn (A B, A B, ...), each in a process of its own; ratios are medians over the rounds. The row "cold"
+is `segkit infer` once before the rounds, with an empty cache: it includes writing the network for the runtime.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from segkit.bench.probe import Finished, run_python
 from segkit.checkpoint.run_folder import load_card
 from segkit.errors import RequestError
 from segkit.metrics.overlap import dice_by_region
 from segkit.reading.files import read_labels
-from segkit.runtime import variables_with
 from segkit.shapes import LabelMap
 
 Row = dict[str, Any]
@@ -49,7 +44,7 @@ def measure_whole(
     `reference` is a script with the arguments of `segkit.bench.by_hand` to be used in its place.
 
     Raises:
-        RequestError: a command fails; what it said is told.
+        RequestError: a command fails; its error output is in the message.
     """
     by_hand = [str(reference)] if reference else ["-m", "segkit.bench.by_hand"]
     with tempfile.TemporaryDirectory() as name:
@@ -87,31 +82,23 @@ def _infer(run: Path, case: Path, folder: Path, backend: str) -> Outcome:
     out = folder / "masks"
     command = ["-m", "segkit", "infer", "-m", str(run), "-i", str(case), "-o", str(out)]
     options = ["-d", "cpu", "--backend", backend, "--no-postprocessing", "--overwrite", "-q", "--json"]
-    text, wall, peak = _timed([*command, *options], folder)
-    record = json.loads(text)["cases"][0]
+    done = _run([*command, *options], folder)
+    record = json.loads(done.output)["cases"][0]
     if record["status"] != "done":
         raise RequestError(f"the case failed: {record['error']}", where=case)
-    return Outcome(wall, peak, record["seconds"], read_labels(out / f"{record['case']}.nii.gz")[0])
+    mask = read_labels(out / f"{record['case']}.nii.gz")[0]
+    return Outcome(done.seconds, done.peak_rss_mb, record["seconds"], mask)
 
 
 def _by_hand(script: Sequence[str], run: Path, case: Path, folder: Path) -> Outcome:
     mask = folder / "by_hand.nii.gz"
-    text, wall, peak = _timed([*script, str(run), str(case), str(mask)], folder)
-    return Outcome(wall, peak, json.loads(text.splitlines()[-1])["seconds"], np.asarray(read_labels(mask)[0]))
+    done = _run([*script, str(run), str(case), str(mask)], folder)
+    stages = json.loads(done.output.splitlines()[-1])["seconds"]
+    return Outcome(done.seconds, done.peak_rss_mb, stages, np.asarray(read_labels(mask)[0]))
 
 
-def _timed(arguments: Sequence[str], folder: Path) -> tuple[str, float, float]:
-    """Standard output of a Python command, its wall seconds and peak resident memory in MB."""
-    environment = variables_with(SEGKIT_CACHE=str(folder / "cache"))
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as said, tempfile.TemporaryFile("w+") as complaints:
-        began = time.perf_counter()
-        process = subprocess.Popen([sys.executable, *arguments], stdout=said, stderr=complaints, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
-        wall = time.perf_counter() - began
-        process.returncode = os.waitstatus_to_exitcode(status)
-        said.seek(0)
-        complaints.seek(0)
-        if process.returncode:
-            raise RequestError(f"{' '.join(arguments)} ended with {process.returncode}: {complaints.read()[-500:]}")
-        scale = 1024**2 if sys.platform == "darwin" else 1024
-        return said.read(), wall, usage.ru_maxrss / scale
+def _run(arguments: Sequence[str], folder: Path) -> Finished:
+    done = run_python(arguments, SEGKIT_CACHE=str(folder / "cache"))
+    if done.code:
+        raise RequestError(f"{' '.join(arguments)} ended with {done.code}: {done.errors[-500:]}")
+    return done

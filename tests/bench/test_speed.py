@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from segkit.bench import speed
-from segkit.bench.reference import build_network, with_library_layers
+from segkit.bench.speed import build_network, with_library_layers
 from segkit.models.blocks import PointwiseConv3d
 from segkit.models.kernels.depthwise import DepthwiseConv3d
 
