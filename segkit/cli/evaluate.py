@@ -63,28 +63,30 @@ def evaluate(
     Exit code 1 where a case could not be scored, 2 where the request is wrong.
     """
     from segkit.errors import RequestError
-    from segkit.evaluation.pairing import pair_folders
-    from segkit.evaluation.score_folder import evaluate_pairs
+    from segkit.evaluation.score_folder import evaluate_folders
     from segkit.report.figures import draw_worst_cases, reliability_figure
 
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
     if figures and output is None:
         raise RequestError("--figures needs a folder to write to", remedy="Add -o OUT")
-    pairing = pair_folders(
+    evaluation = evaluate_folders(
         predictions,
         references,
+        protocol=protocol,
         challenge=challenge,
         case_ids=read_case_ids(cases),
+        missing=missing,
         label_scheme=label_scheme,
         prediction_scheme=prediction_scheme,
+        roi=roi,
+        probabilities=probabilities,
     )
-    evaluation = evaluate_pairs(pairing, protocol=protocol, missing=missing, roi=roi, probabilities=probabilities)
     if output is not None:
         evaluation.write(output)
         if evaluation.reliability:
             reliability_figure(output / "figures" / "reliability.png", evaluation.reliability)
         if figures:
-            draw_worst_cases(evaluation, pairing, output / "figures", figures)
+            draw_worst_cases(evaluation, output / "figures", figures)
     if json:
         print_json(evaluation.to_json())
     elif evaluation.cases:

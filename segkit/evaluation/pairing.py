@@ -36,7 +36,7 @@ _DECATHLON_IDS = re.compile(r"BRATS_\d{3}")
 _POST_TREATMENT_IDS = re.compile(r"BraTS-GLI-\d+-[1-9]\d\d", re.IGNORECASE)
 
 _MOST_CLASSES = 128
-"""A file with more different values than this is an image and no mask: its values make no classes."""
+"""A file with more distinct values is an image, not a mask."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class Pairing:
-    """The pairs of two folders in the order of their case ids, and what stayed alone.
+    """The pairs of two folders in the order of their case ids.
 
-    `scheme` is that of the references. `surplus` are predictions that belong to no reference. `ambiguous` maps a case
-    id to a sentence where several files could be its prediction, or where one could be that of several cases. `notes`
-    are sentences that a reader of the scores must know. `sources` is where "predictions" and "references" are.
+    `scheme` is that of the references. `surplus` are predictions without a reference. `ambiguous` maps a case id to a
+    sentence where several files could be its prediction, or where one could be that of several cases. `notes` are
+    sentences that a reader of the scores must know. `sources` is where "predictions" and "references" are.
     """
 
     pairs: tuple[Pair, ...]
@@ -77,38 +77,30 @@ def pair_folders(
 ) -> Pairing:
     """Pair the masks of two folders (or two files) by case id.
 
-    Where the references name no classes, every value that occurs in them or in the predictions is a class: a mask
-    that is empty on one side is what the rules of a protocol are for, and no error.
+    Where the references name no classes, every value that occurs in them or in the predictions is a class.
 
     Args:
         predictions: Folder of `<case>.nii.gz` (`<case>-seg.nii.gz`, `anything_<case>.nii.gz`), or one file. A
-            `manifest.json` of `segkit infer` beside them tells the label scheme of each case.
+            `manifest.json` of `segkit infer` beside them gives the label scheme of each case.
         references: A dataset in any layout, a folder of masks, or one file.
-        challenge: A name of `CHALLENGES`; None takes it from the case ids where they tell.
+        challenge: A name of `CHALLENGES`; None infers it from the case ids.
         case_ids: Only these cases; None takes all references.
-        label_scheme: Scheme of the references, where names do not tell: a name of `SCHEMES`, or "classes".
-        prediction_scheme: Scheme of the predictions, where it differs and no manifest tells.
+        label_scheme: Scheme of the references, a name of `SCHEMES` or "classes"; None infers it.
+        prediction_scheme: Scheme of the predictions, where it differs and no manifest gives it.
 
     Raises:
-        RequestError: nothing could be paired, an id or name is unknown, or the label scheme cannot be told.
+        RequestError: nothing could be paired, an id or name is unknown, or the label scheme cannot be inferred.
     """
     if challenge is not None and challenge not in CHALLENGES:
         raise RequestError(f"unknown challenge {challenge!r}", expected="one of " + ", ".join(CHALLENGES))
-    cases, told, notes = _references(references, label_scheme, challenge)
+    cases, scheme, notes = _references(references, label_scheme, challenge)
     cases = _chosen(cases, case_ids, references)
-    _require_fitting(challenge, PLAIN_CLASSES if told is None else told.name)
-    paths = _masks_like(cases[0], predictions)
-    ambiguous: dict[str, str] = {}
-    if predictions.is_file() and references.is_file():
-        found = {cases[0].id: predictions}
-    else:
-        found, ambiguous = match_files(cases, paths, predictions)
-    if not found and not ambiguous:
-        raise _nothing_paired(cases, paths, predictions, references)
+    _require_fitting(challenge, PLAIN_CLASSES if scheme is None else scheme.name)
+    found, ambiguous, surplus = _find_predictions(cases, predictions, references)
     declared = _schemes_in(predictions)
-    predicted = told if prediction_scheme is None else _named_scheme(prediction_scheme)
+    predicted = scheme if prediction_scheme is None else _named_scheme(prediction_scheme)
     classes = LabelScheme(PLAIN_CLASSES, {})
-    if told is None or predicted is None:
+    if scheme is None or predicted is None:
         nameless = [path for case_id, path in found.items() if predicted is None and case_id not in declared]
         classes, more = _classes_by_value(cases, nameless)
         notes += more
@@ -116,9 +108,9 @@ def pair_folders(
     pairs = [Pair(case, found.get(case.id), declared.get(case.id, default)) for case in cases]
     return Pairing(
         tuple(sorted(pairs, key=lambda pair: pair.reference.id)),
-        classes if told is None else told,
+        classes if scheme is None else scheme,
         challenge or challenge_of(case.id for case in cases),
-        () if case_ids else _surplus(cases, set(paths) - set(found.values())),
+        () if case_ids else surplus,
         ambiguous,
         notes,
         {"predictions": predictions, "references": references},
@@ -146,16 +138,16 @@ def _references(
             cohort = replace(cohort, cases=tuple(cases)) if cases else None
     if cohort is None:
         cases, notes = _bare_masks(root)
-        return cases, _scheme_of_bare_masks(cases, root, label_scheme, challenge), notes
-    cases = list(cohort.cases)
-    scheme = cohort.scheme
+        if label_scheme is not None:
+            return cases, _named_scheme(label_scheme), notes
+        declared = {scheme.name: scheme for scheme in _schemes_in(root).values()}
+        inferred = declared.popitem()[1] if len(declared) == 1 else _only_scheme(challenge) or _scheme_of_ids(cases)
+        return cases, inferred, notes
+    cases, scheme = list(cohort.cases), cohort.scheme
     if label_scheme == PLAIN_CLASSES or (scheme is not None and _is_nameless(scheme)):
         return cases, None, ()
-    if scheme is None and challenge is not None and len(CHALLENGES[challenge]) == 1:
-        scheme = SCHEMES[CHALLENGES[challenge][0]]
-    if scheme is None:
-        if not _values_in(case.label for case in cases if case.label) - {0}:  # nothing there that needs a name
-            return cases, None, ()
+    scheme = scheme or _only_scheme(challenge)
+    if scheme is None and _values_in(case.label for case in cases if case.label) - {0}:
         reasons = "; ".join(str(problem) for problem in cohort.problems if problem.is_fatal)
         raise RequestError(
             "the label scheme of the references cannot be told" + (f" ({reasons})" if reasons else ""),
@@ -166,7 +158,7 @@ def _references(
 
 
 def _labelled_cohort(root: Path, label_scheme: str | None) -> Cohort | None:
-    """The cohort of a dataset with references, None where `root` is no such thing."""
+    """The cohort of a dataset with references, None where `root` is no dataset."""
     if root.is_file():
         return None
     try:
@@ -176,9 +168,9 @@ def _labelled_cohort(root: Path, label_scheme: str | None) -> Cohort | None:
 
 
 def _bare_masks(root: Path) -> tuple[list[Case], tuple[str, ...]]:
-    """The masks below `root` as cases without images: those named as a segmentation where any is, else all.
+    """The masks below `root` as cases without images: those named as a segmentation, or all where none is.
 
-    In the first case a note names the others, which may be images and may be masks.
+    A note names the others, which may be images or masks.
     """
     paths = list_images(root).images
     named = [path for path in paths if _mask_id(path) != stem_of(path)]
@@ -200,21 +192,14 @@ def _bare_masks(root: Path) -> tuple[list[Case], tuple[str, ...]]:
     return cases, (note,) if others else ()
 
 
-def _scheme_of_bare_masks(
-    cases: Sequence[Case], root: Path, label_scheme: str | None, challenge: str | None
-) -> LabelScheme | None:
-    if label_scheme is not None:
-        return _named_scheme(label_scheme)
-    declared = {scheme.name: scheme for scheme in _schemes_in(root).values()}
-    if len(declared) == 1:
-        return next(iter(declared.values()))
-    if challenge is not None and len(CHALLENGES[challenge]) == 1:
-        return SCHEMES[CHALLENGES[challenge][0]]
-    return _scheme_of_ids(cases)
+def _only_scheme(challenge: str | None) -> LabelScheme | None:
+    """The scheme of a challenge that has used a single one."""
+    names = CHALLENGES.get(challenge or "", ())
+    return SCHEMES[names[0]] if len(names) == 1 else None
 
 
 def _scheme_of_ids(cases: Sequence[Case]) -> LabelScheme | None:
-    """The BraTS scheme that the names of the cases tell; the years that share names are told apart by value 4."""
+    """The BraTS scheme of the names of the cases; years that share names differ by whether value 4 occurs."""
     ids = [case.id for case in cases]
     if all(_DECATHLON_IDS.fullmatch(case_id) for case_id in ids):
         return SCHEMES["msd-brats"]
@@ -249,7 +234,7 @@ def _class_names(values: Iterable[int]) -> dict[str, int]:
 
 
 def _classes_by_value(cases: Sequence[Case], predictions: Sequence[Path]) -> tuple[LabelScheme, tuple[str, ...]]:
-    """A class of every value in references and predictions, value 1 where all are empty; a note on what is new."""
+    """A class of every value in references and predictions, value 1 where all are empty; a note on new values."""
     known = _values_in(case.label for case in cases if case.label) - {0}
     new = _values_in(ImageFile(path) for path in predictions) - known - {0}
     scheme = classes_scheme(PLAIN_CLASSES, _class_names(known | new or {1}))
@@ -260,7 +245,7 @@ def _classes_by_value(cases: Sequence[Case], predictions: Sequence[Path]) -> tup
 
 
 def _values_in(masks: Iterable[ImageFile]) -> set[int]:
-    """The values of all masks; unusable files are left to the scoring, which names them."""
+    """The values of all masks; unusable files are reported later, by the scoring."""
     values: set[int] = set()
     for mask in masks:
         try:
@@ -317,20 +302,40 @@ def _require_fitting(challenge: str | None, scheme: str) -> None:
         )
 
 
-def _masks_like(case: Case, root: Path) -> tuple[Path, ...]:
-    """The images below `root` that can be predictions: pictures where references are pictures, else volumes."""
-    listing = list_images(root)
-    is_picture = case.label is not None and suffix_of(case.label.path) in PICTURE_SUFFIXES
-    return listing.pictures if is_picture else listing.volumes
+def _find_predictions(
+    cases: Sequence[Case], predictions: Path, references: Path
+) -> tuple[dict[str, Path], dict[str, str], tuple[Path, ...]]:
+    """Case id -> prediction, complaints of `match_files`, and the files whose names hold the id of no case.
+
+    Predictions are pictures where references are pictures, else volumes.
+    """
+    listing, reference = list_images(predictions), cases[0].label
+    is_picture = reference is not None and suffix_of(reference.path) in PICTURE_SUFFIXES
+    paths = listing.pictures if is_picture else listing.volumes
+    ambiguous: dict[str, str] = {}
+    if predictions.is_file() and references.is_file():
+        found = {cases[0].id: predictions}
+    else:
+        found, ambiguous = match_files(cases, paths, predictions)
+    if not found and not ambiguous:
+        names = some(path.name for path in paths) or "no images at all"
+        raise RequestError(
+            f"no prediction belongs to any of the {len(cases)} references in {references}: found {names}",
+            where=predictions,
+            expected=f"names such as {cases[0].id}.nii.gz",
+        )
+    ids = [re.compile(rf"(?<![a-zA-Z0-9]){re.escape(case.id)}(?![a-zA-Z0-9])") for case in cases]
+    rest = sorted(set(paths) - set(found.values()))
+    return found, ambiguous, tuple(path for path in rest if not any(case_id.search(path.name) for case_id in ids))
 
 
 def match_files(
     cases: Sequence[Case], paths: Sequence[Path], root: Path, role: str = "prediction"
 ) -> tuple[dict[str, Path], dict[str, str]]:
-    """Case id -> file, and case id -> complaint where it is not one file, or not of one case.
+    """Case id -> file, and case id -> complaint where several files, or several cases, fit.
 
     A file has the name of its case, with or without `-seg`, `-mask` and the like, or ends with it; one with the name of
-    a case is never that of another. Complaints call it by its `role`.
+    a case never belongs to another. Complaints call it by its `role`.
     """
     by_name: dict[str, list[Path]] = defaultdict(list)
     for path in paths:
@@ -359,24 +364,9 @@ def match_files(
     return found, ambiguous
 
 
-def _surplus(cases: Sequence[Case], paths: Collection[Path]) -> tuple[Path, ...]:
-    """The files whose names hold the id of no case; further files of a case, such as probabilities, are not meant."""
-    ids = [re.compile(rf"(?<![a-zA-Z0-9]){re.escape(case.id)}(?![a-zA-Z0-9])") for case in cases]
-    return tuple(path for path in sorted(paths) if not any(case_id.search(path.name) for case_id in ids))
-
-
 def _mask_id(path: Path) -> str:
     """The case id of a mask file: its name without `-seg`, `_seg`, `_label` and the like at the end."""
     stem = stem_of(path)
     parts = split_name(stem)
     is_suffix = parts.kind == LABEL and parts.rest and stem.startswith(parts.rest)
     return parts.rest if is_suffix else stem
-
-
-def _nothing_paired(cases: Sequence[Case], paths: Sequence[Path], predictions: Path, references: Path) -> RequestError:
-    names = some([path.name for path in paths]) if paths else "no images at all"
-    return RequestError(
-        f"no prediction belongs to any of the {len(cases)} references in {references}: found {names}",
-        where=predictions,
-        expected=f"names such as {cases[0].id}.nii.gz",
-    )

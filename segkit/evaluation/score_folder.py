@@ -115,18 +115,7 @@ def evaluate_pairs(
             errors[case_id] = complaint
         if missing == "zero":
             cases.append(scorer.score_missing(pair, grid))
-    return Evaluation(
-        protocol=protocol,
-        challenge=pairing.challenge,
-        label_scheme=pairing.scheme,
-        cases=tuple(cases),
-        errors=errors,
-        unscored=tuple(unscored),
-        surplus=pairing.surplus,
-        remarks=pairing.notes,
-        roi=roi,
-        sources=pairing.sources,
-    )
+    return Evaluation(pairing, protocol, tuple(cases), errors, tuple(unscored), roi)
 
 
 @dataclass(frozen=True)

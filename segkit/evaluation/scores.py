@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -25,11 +25,13 @@ from segkit.evaluation.tables import (
     summary_rows,
     write_documents,
 )
-from segkit.labels import LabelScheme
 from segkit.metrics.lesions import Lesion, Scores
 from segkit.metrics.protocols import rules_of
 from segkit.reading.files import way_to
 from segkit.reading.layouts.schemes import patient_of
+
+if TYPE_CHECKING:
+    from segkit.evaluation.pairing import Pairing
 
 SCORES_NAME = "scores.json"
 
@@ -78,24 +80,18 @@ class CaseScores:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of a folder of masks.
+    """The scores of the pairs of two folders.
 
-    `errors` maps a case id to a sentence; `unscored` are references without a prediction that were left out;
-    `surplus` are predictions without a reference; `remarks` are the notes of the pairing. `roi` names the regions of
-    interest that scores were restricted to, None is the whole image. `sources` is where "predictions" and "references"
-    are.
+    `errors` maps a case id to a sentence; `unscored` are references without a prediction that were left out. `roi`
+    names the regions of interest that scores were restricted to, None is the whole image.
     """
 
+    pairing: Pairing
     protocol: str
-    challenge: str | None
-    label_scheme: LabelScheme
     cases: tuple[CaseScores, ...]
     errors: dict[str, str]
     unscored: tuple[str, ...] = ()
-    surplus: tuple[Path, ...] = ()
-    remarks: tuple[str, ...] = ()
     roi: str | None = None
-    sources: Mapping[str, Path] = field(default_factory=dict)
 
     @cached_property
     def summary(self) -> Summary:
@@ -111,9 +107,9 @@ class Evaluation:
         """The document of `segkit evaluate --json`, strict JSON, see `ScoresDocument`."""
         return {
             "protocol": self.protocol,
-            "challenge": self.challenge,
+            "challenge": self.pairing.challenge,
             "headline": self.headline(),
-            "label_scheme": self.label_scheme.to_json(),
+            "label_scheme": self.pairing.scheme.to_json(),
             "roi": self.roi,
             "cases": [case.to_json() for case in self.cases],
             "summary": self.summary,
@@ -121,14 +117,14 @@ class Evaluation:
             "reliability": self.reliability,
             "errors": [{"case": case, "error": error} for case, error in self.errors.items()],
             "unscored": list(self.unscored),
-            "surplus": [path.name for path in self.surplus],
-            "notes": list(self.remarks),
+            "surplus": [path.name for path in self.pairing.surplus],
+            "notes": list(self.pairing.notes),
         }
 
     def headline(self) -> list[str]:
         """The metrics of tables for people: those of the protocol, and those of probabilities where there are any."""
         present = {metric for case in self.cases for scores in case.regions.values() for metric in scores}
-        wanted = (*rules_of(self.protocol, self.challenge).headline, "auc", "ece_box")
+        wanted = (*rules_of(self.protocol, self.pairing.challenge).headline, "auc", "ece_box")
         return [metric for metric in wanted if metric in present]
 
     def where(self) -> str:
@@ -152,9 +148,9 @@ class Evaluation:
                 f"{len(self.unscored)} references have no prediction and are NOT in these scores: "
                 f"{some(self.unscored)}. Give them the worst scores with --missing zero"
             )
-        if self.surplus:
-            names = some(path.name for path in self.surplus)
-            notes.append(f"{len(self.surplus)} files belong to no reference and are not scored: {names}")
+        if self.pairing.surplus:
+            names = some(path.name for path in self.pairing.surplus)
+            notes.append(f"{len(self.pairing.surplus)} files belong to no reference and are not scored: {names}")
         infinite = Counter(
             f"{region} {metric}"
             for case in self.cases
@@ -164,7 +160,7 @@ class Evaluation:
         if infinite:
             counts = ", ".join(f"{name} in {count} cases" for name, count in infinite.items())
             notes.append(f"infinite values are not in the means: {counts}")
-        return [*notes, *self.remarks]
+        return [*notes, *self.pairing.notes]
 
     def write(self, folder: Path) -> None:
         """Write scores.json, scores.csv (a row per case and region) and summary.md into `folder`.
@@ -174,7 +170,9 @@ class Evaluation:
         Raises:
             DataError: the folder cannot be written.
         """
-        relative = {name: way for name, path in self.sources.items() if (way := way_to(path, folder)) is not None}
+        relative = {
+            name: way for name, path in self.pairing.sources.items() if (way := way_to(path, folder)) is not None
+        }
         heading = (
             f"Protocol {self.protocol}{markdown_text(self.where())}; mean (median) over cases. {self.intervals()}."
         )

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.legend import Legend
 
-    from segkit.evaluation.pairing import Pairing
     from segkit.evaluation.scores import Evaluation
 
 _log = logging.getLogger(__name__)
@@ -116,13 +115,14 @@ def overlay_figure(
     _save(figure, path)
 
 
-def draw_worst_cases(evaluation: Evaluation, pairing: Pairing, folder: Path, count: int) -> list[Path]:
+def draw_worst_cases(evaluation: Evaluation, folder: Path, count: int) -> list[Path]:
     """Draw the `count` cases with the lowest mean Dice over regions that have an image: `folder/<case>.png`.
 
     Raises:
         RequestError: the references are masks without images.
     """
-    pairs = {pair.reference.id: pair for pair in pairing.pairs if pair.reference.images and pair.prediction}
+    scheme = evaluation.pairing.scheme
+    pairs = {pair.reference.id: pair for pair in evaluation.pairing.pairs if pair.reference.images and pair.prediction}
     if not pairs:
         raise RequestError(
             "figures need images, and the references are masks only", remedy="Give the dataset folder as reference"
@@ -134,7 +134,7 @@ def draw_worst_cases(evaluation: Evaluation, pairing: Pairing, folder: Path, cou
         name = background_of(images)
         files = CaseFiles(name, images[name], pair.reference.label, pair.prediction, predicted_in=pair.scheme)
         try:
-            arrays = load_arrays(files, pairing.scheme)
+            arrays = load_arrays(files, scheme)
         except DataError as error:  # the scores stand without the picture
             _log.warning("no picture of %s: %s", case_id, error)
             continue
@@ -146,7 +146,7 @@ def draw_worst_cases(evaluation: Evaluation, pairing: Pairing, folder: Path, cou
             arrays.masks["prediction"],
             arrays.grid,
             reference=arrays.reference,
-            scheme=pairing.scheme,
+            scheme=scheme,
             title=f"{case_id} ({name})  Dice: {dice}",
         )
         paths.append(path)

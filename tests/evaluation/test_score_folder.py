@@ -190,7 +190,7 @@ def test_surplus_predictions_are_named(folders):
 def test_two_single_files_need_no_matching_names(tmp_path):
     prediction, reference = save(tmp_path / "mine.nii.gz", tumour()), save(tmp_path / "yours.nii.gz", tumour())
     evaluation = evaluate_folders(prediction, reference, label_scheme="brats2023")
-    assert evaluation.surplus == ()
+    assert evaluation.pairing.surplus == ()
     assert [case.case for case in evaluation.cases] == ["yours"]
     assert evaluation.summary["TC"]["dice"]["mean"] == 1
 
@@ -200,7 +200,7 @@ def test_folder_of_plain_masks_scores_each_value(tmp_path):
         save(tmp_path / folder / "organ_7.nii.gz", tumour(et=9))
     evaluation = evaluate_folders(tmp_path / "pred", tmp_path / "ref")
     assert list(evaluation.cases[0].regions) == ["label_1", "label_2", "label_9"]
-    assert evaluation.challenge is None
+    assert evaluation.pairing.challenge is None
 
 
 def block(*values: int) -> np.ndarray:
@@ -348,7 +348,7 @@ def test_worst_cases_are_drawn_over_the_images(tmp_path):
     root = decathlon(tmp_path / "Task09")
     save(tmp_path / "pred" / "spleen_1.nii.gz", np.roll(np.minimum(tumour(), 1), 2, axis=1))
     pairing = pair_folders(tmp_path / "pred", root)
-    paths = draw_worst_cases(evaluate_pairs(pairing), pairing, tmp_path / "figures", 3)
+    paths = draw_worst_cases(evaluate_pairs(pairing), tmp_path / "figures", 3)
     assert [path.name for path in paths] == ["spleen_1.png"]
     assert paths[0].stat().st_size > 1000
 
@@ -356,7 +356,7 @@ def test_worst_cases_are_drawn_over_the_images(tmp_path):
 def test_figures_need_images(tmp_path, folders):
     pairing = pair_folders(*folders)
     with pytest.raises(RequestError, match="the references are masks only"):
-        draw_worst_cases(evaluate_pairs(pairing), pairing, tmp_path, 1)
+        draw_worst_cases(evaluate_pairs(pairing), tmp_path, 1)
 
 
 def test_written_files_agree(tmp_path, folders):
@@ -463,7 +463,7 @@ def test_worst_cases_are_drawn_where_dice_is_undefined(tmp_path):
     save(tmp_path / "pred" / "spleen_1.nii.gz", np.zeros((10, 10, 10), np.uint8))
     pairing = pair_folders(tmp_path / "pred", root)
     evaluation = evaluate_pairs(pairing, protocol="brats2026")
-    assert draw_worst_cases(evaluation, pairing, tmp_path / "figures", 1)[0].name == "spleen_1.png"
+    assert draw_worst_cases(evaluation, tmp_path / "figures", 1)[0].name == "spleen_1.png"
 
 
 def test_wrong_requests(tmp_path, folders):
@@ -521,7 +521,7 @@ def test_real_case_against_itself_in_another_scheme(tmp_path, shared_data):
         "TC": (1.0, 0.0),
         "ET": (1.0, 0.0),
     }
-    assert evaluation.challenge == "gli"
+    assert evaluation.pairing.challenge == "gli"
 
 
 def test_worst_cases_come_first_and_what_is_undefined_last():

@@ -53,7 +53,7 @@ def test_what_evaluation_wrote_is_read_back(tmp_path):
     (scores,) = read_score_sets([tmp_path / "model"])
     assert (scores.name, scores.protocol, scores.challenge, scores.label_scheme) == (
         *("model", "brats2026", "gli"),
-        evaluation.label_scheme.name,
+        evaluation.pairing.scheme.name,
     )
     assert scores.value("BraTS-GLI-00001-000", "ET", "dice") == 1.0
     assert scores.value("BraTS-GLI-00001-001", "ET", "sq_hd95_mm") == math.inf

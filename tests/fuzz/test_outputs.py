@@ -23,6 +23,7 @@ from segkit.batch.manifest import CaseRecord
 from segkit.cli.options import print_json, print_table
 from segkit.cli.progress import CaseProgress, ProgressBar
 from segkit.errors import DataError, Problem, on_one_line, printable
+from segkit.evaluation.pairing import Pairing
 from segkit.evaluation.scores import CaseScores, Evaluation
 from segkit.evaluation.tables import markdown_table, markdown_text, scores_csv
 from segkit.labels import classes_scheme
@@ -329,7 +330,8 @@ def test_spreadsheets_compute_no_names(hostile_names: list[str]) -> None:
 def test_scores_of_hostile_names(tmp_path: Path, hostile_names: list[str]) -> None:
     scores = tuple(CaseScores(name, {"label_1": {"dice": 1.0}}, is_missing=True) for name in hostile_names)
     errors = {name: f"{name} is bad" for name in hostile_names}
-    evaluation = Evaluation("legacy", None, classes_scheme("classes", {"label_1": 1}), scores, errors)
+    pairing = Pairing((), classes_scheme("classes", {"label_1": 1}), challenge=None)
+    evaluation = Evaluation(pairing, "legacy", scores, errors)
     evaluation.write(tmp_path)
     document = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
     assert [case["case"] for case in document["cases"]] == hostile_names
