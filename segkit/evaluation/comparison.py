@@ -2,9 +2,8 @@
 
 Every pair of models gets, for each region and metric, the mean difference with its bootstrap interval, a Wilcoxon
 signed-rank test corrected by Holm's method over all tests of the comparison, and an effect size; all models together
-get the rank scores of `segkit.metrics.brats_ranking`. Where patients have several cases, they and not the cases are
-what is independent: intervals and exchanges draw whole patients, and the signed-rank test takes each patient's mean
-difference.
+get the rank scores of `segkit.metrics.brats_ranking`. Where patients have several cases, only patients are independent:
+intervals and exchanges draw whole patients, and the signed-rank test takes each patient's mean difference.
 """
 
 from __future__ import annotations
@@ -25,7 +24,8 @@ from segkit.metrics.paired import SignedRank, holm, signed_rank
 from segkit.metrics.registry import METRICS
 
 _RANKED = (("lesionwise_dice", "lesionwise_hd95_mm"), ("dice", "hd95_mm"), ("dice", "hd95_voxels"))
-"""What BraTS ranks by: from 2023 on over lesions, before over the whole volume. The first that all models have."""
+"""The metrics that BraTS ranks by: over lesions from 2023 on, before over the whole volume; the first that all models
+have counts."""
 
 _DECIMALS = 12
 """Scores that differ by less are equal."""
@@ -41,10 +41,9 @@ _REFERENCE = "reference_ml"
 class PairedComparison:
     """One model against another, the baseline, in one region by one metric, over the cases that both have scores of.
 
-    `difference` is the mean of model less baseline in the metric's own unit, `interval` its 95 % interval (None for
-    fewer than two patients). `better`, `equal` and `worse` count cases as the metric means it, so that with HD95 better
-    is less; the sign of `test.effect` too is positive where the model is better. `p_holm` is corrected for all tests of
-    the comparison.
+    `difference` is the mean of model less baseline in the metric's unit, `interval` its 95 % interval (None for fewer
+    than two patients). `better`, `equal` and `worse` count cases in the sense of the metric (less is better with HD95);
+    `test.effect` is positive where the model is better. `p_holm` is corrected for all tests of the comparison.
     """
 
     model: str
@@ -65,7 +64,7 @@ class PairedComparison:
 
 @dataclass(frozen=True)
 class Ranked:
-    """A model in the ranking: its final rank score, 1 at best, with the 95 % interval over patients, and its place."""
+    """A model in the ranking: its place, and its final rank score (1 is best) with the 95 % interval over patients."""
 
     model: str
     place: int
@@ -75,7 +74,7 @@ class Ranked:
 
 @dataclass(frozen=True)
 class Exchange:
-    """How likely chance sets the rank scores of two models as far apart; one-sided, in favour of `model`."""
+    """A permutation test of the difference of two rank scores; one-sided, in favour of `model`."""
 
     model: str
     baseline: str
@@ -85,7 +84,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare_scores` found; `ranking` is in the order of places, `notes` are what a reader must know."""
+    """The result of `compare_scores`; `ranking` is in the order of places, `notes` are what a reader must know."""
 
     models: tuple[ScoreSet, ...]
     regions: tuple[str, ...]
@@ -102,9 +101,9 @@ def compare_scores(models: Sequence[ScoreSet], metrics: Sequence[str] | None = N
     """Compare two or more models by the cases that all of them were given.
 
     Args:
-        models: At least two; of each pair the one that comes first is the baseline.
-        metrics: What to compare by; None takes Dice and HD95, over lesions where the protocol counts them.
-        seed: Of the bootstrap and of the exchanges.
+        models: At least two; the first of each pair is the baseline.
+        metrics: The metrics to compare by; None takes Dice and HD95, over lesions where the protocol counts them.
+        seed: Seed of the bootstrap and of the exchanges.
 
     Raises:
         RequestError: fewer than two models, or they cannot be compared: other protocols, challenges, references or
@@ -115,7 +114,7 @@ def compare_scores(models: Sequence[ScoreSet], metrics: Sequence[str] | None = N
     _require_same_rules(models)
     cases, notes = _common_cases(models)
     _require_same_references(models, cases)
-    regions, more_notes = _common_regions(models)
+    regions, notes_on_regions = _common_regions(models)
     chosen = _chosen_metrics(models, metrics)
     patients = [next(model.patients[case] for model in models if case in model.cases) for case in cases]
     count = number_patients(patients, len(cases))[1]
@@ -143,7 +142,7 @@ def compare_scores(models: Sequence[ScoreSet], metrics: Sequence[str] | None = N
         pairs=tuple(pairs),
         ranking=ranking,
         exchanges=_exchanges(models, ranks, ranking, patients, seed),
-        notes=(*notes, *more_notes, *_notes_on_data(models, values, cases, count, pairs)),
+        notes=(*notes, *notes_on_regions, *_notes_on_data(models, values, cases, count, pairs)),
     )
 
 
@@ -179,10 +178,6 @@ def _compare_pair(
     )
 
 
-def _count(cases: Collection[str]) -> str:
-    return f"{len(cases)} case" + ("s" if len(cases) != 1 else "")
-
-
 def _mean(values: NDArray[np.float64]) -> float:
     return float(values.mean()) if len(values) else math.nan
 
@@ -191,10 +186,10 @@ def _ranking(
     models: Sequence[ScoreSet], ranks: NDArray[np.float64], patients: Sequence[str], seed: int
 ) -> tuple[Ranked, ...]:
     scores = np.round(rank_scores(ranks), _DECIMALS)
-    found = []
-    for model, score, own in zip(models, scores, ranks, strict=True):
-        place = 1 + int(np.count_nonzero(scores < score))
-        found.append(Ranked(model.name, place, float(score), mean_interval(own, patients, seed=seed)))
+    found = [
+        Ranked(model.name, 1 + int((scores < score).sum()), float(score), mean_interval(own, patients, seed=seed))
+        for model, score, own in zip(models, scores, ranks, strict=True)
+    ]
     return tuple(sorted(found, key=lambda ranked: ranked.place))
 
 
@@ -208,15 +203,11 @@ def _exchanges(
     """Each model against every one that is ranked behind it."""
     p_values = exchange_p_values(ranks, patients, seed=seed)
     position = {model.name: index for index, model in enumerate(models)}
-    return tuple(
-        Exchange(
-            better.model,
-            worse.model,
-            better.score - worse.score,
-            float(p_values[position[better.model], position[worse.model]]),
-        )
-        for better, worse in combinations(ranking, 2)
-    )
+    found = []
+    for better, worse in combinations(ranking, 2):
+        p = float(p_values[position[better.model], position[worse.model]])
+        found.append(Exchange(better.model, worse.model, better.score - worse.score, p))
+    return tuple(found)
 
 
 def _require_same_rules(models: Sequence[ScoreSet]) -> None:
@@ -235,7 +226,7 @@ def _require_same_rules(models: Sequence[ScoreSet]) -> None:
 
 
 def _common_cases(models: Sequence[ScoreSet]) -> tuple[list[str], list[str]]:
-    """The cases that every model was given and at least one has scores of, and what is to be said of the others."""
+    """The cases that every model was given and at least one has scores of, and a note on the others."""
     given = [model.cases.keys() | model.failed for model in models]
     scored = {case for model in models for case in model.cases}
     common = set.intersection(*given) & scored
@@ -246,7 +237,7 @@ def _common_cases(models: Sequence[ScoreSet]) -> tuple[list[str], list[str]]:
         )
     order = dict.fromkeys(case for model in models for case in (*model.cases, *sorted(model.failed)))
     left_out = scored - common
-    notes = [f"left out: {_count(left_out)} that not all models were given; compared: {len(common)}"]
+    notes = [f"left out: {_cases(left_out)} that not all models were given; compared: {len(common)}"]
     return [case for case in order if case in common], notes if left_out else []
 
 
@@ -300,14 +291,14 @@ def _notes_on_data(
         failed = [case for case in cases if case in model.failed]
         if failed:
             notes.append(
-                f"{model.name} has no scores of {_count(failed)} ({', '.join(failed[:5])}): worst in the ranking, "
+                f"{model.name} has no scores of {_cases(failed)} ({', '.join(failed[:5])}): worst in the ranking, "
                 "left out of differences and tests"
             )
-        bare = [cases[index] for index in np.flatnonzero(~np.isfinite(own).all(axis=1)).tolist()]
-        undefined = [case for case in bare if case not in failed]
+        is_defined = np.isfinite(own).all(axis=1)
+        undefined = [case for case, known in zip(cases, is_defined, strict=True) if not known and case not in failed]
         if undefined:
             notes.append(
-                f"{model.name} has undefined or infinite scores in {_count(undefined)}: left out of differences and "
+                f"{model.name} has undefined or infinite scores in {_cases(undefined)}: left out of differences and "
                 "tests; in the ranking models tie where one is undefined, and infinite is worst"
             )
     if patients <= _TOO_FEW:
@@ -319,3 +310,7 @@ def _notes_on_data(
     if any(pair.test.method == "asymptotic" for pair in pairs):
         notes.append("p-values marked ~ are asymptotic, as more than 50 scores differ; the others are exact")
     return notes
+
+
+def _cases(cases: Collection[str]) -> str:
+    return f"{len(cases)} case" + ("s" if len(cases) != 1 else "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,7 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
             {"model": own.model, "place": own.place, "score": own.score, "ci95": _ends(own.interval)}
             for own in comparison.ranking
         ],
-        "exchanges": [
-            {"model": own.model, "baseline": own.baseline, "difference": own.difference, "p": own.p}
-            for own in comparison.exchanges
-        ],
+        "exchanges": [asdict(own) for own in comparison.exchanges],
         "pairs": [_pair_json(pair) for pair in comparison.pairs],
         "notes": list(comparison.notes),
     }
