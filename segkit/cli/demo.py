@@ -1,4 +1,4 @@
-"""`segkit demo`: the whole way from scans to scores on phantoms, as the commands that a user would type."""
+"""`segkit demo`: from scans to scores on phantoms, with the commands that a user would type."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import typer
 from segkit.cli.options import DeviceOption, QuietOption, VerboseOption, print_table, set_verbosity, tell, tell_aside
 
 if TYPE_CHECKING:
-    from segkit.evaluation.threshold_baseline import ThresholdScore
+    from segkit.phantoms.threshold_baseline import ThresholdScore
 
 _CASES, _HELD_OUT, _SIZE = 30, 6, 48
 _SEED = 1
-"""A seed whose held-out cases all enhance: the Dice of a region that is absent is all or nothing, luck on six cases."""
+"""A seed whose held-out cases all have an enhancing tumour: the Dice of an absent region is either 0 or 1."""
 
 
 def demo(
@@ -31,12 +31,11 @@ def demo(
 
     Takes minutes on two cores and no network. Every step is an ordinary command, printed before it runs.
     """
-    from segkit.errors import RequestError
     from segkit.inference.backend_loading import can_write_graphs
+    from segkit.phantoms.layouts import require_empty
 
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RequestError("there is something here already", where=output, remedy="Name a new or an empty folder")
+    require_empty(output)
     names = ("data", "run", "masks", "scores", "export", "report.html", "held-out.txt")
     data, run, masks, scores, exported, page, held_out = (output / name for name in names)
     on_device = [] if device is None else ["--device", device]
@@ -57,7 +56,7 @@ def demo(
         seconds[verb] = _run([verb, *(str(argument) for argument in arguments), *loudness], is_quiet=quiet)
         if verb == "phantom":
             _write_held_out(data, held_out, is_quiet=quiet)
-    _tell_result(output, seconds)
+    _report_result(output, seconds)
 
 
 def _run(command: list[str], *, is_quiet: bool) -> float:
@@ -82,7 +81,7 @@ def _run(command: list[str], *, is_quiet: bool) -> float:
 
 
 def _write_held_out(data: Path, path: Path, *, is_quiet: bool) -> None:
-    """List the last cases, which the training never sees."""
+    """List the last cases, which are kept out of the training."""
     from segkit.reading.layouts.table import find_cases
 
     case_ids = sorted(case.id for case in find_cases(data).cases)[-_HELD_OUT:]
@@ -93,12 +92,12 @@ def _write_held_out(data: Path, path: Path, *, is_quiet: bool) -> None:
 
 
 def _best_thresholds(data: Path, held_out: Path) -> dict[str, ThresholdScore]:
-    """For each region the best that any one intensity threshold can do on the held-out cases."""
+    """For each region the best result of a single intensity threshold on the held-out cases."""
     import numpy as np
 
     from segkit.cli.options import read_case_ids
-    from segkit.evaluation.threshold_baseline import best_single_thresholds
     from segkit.labels import outputs_of
+    from segkit.phantoms.threshold_baseline import best_single_thresholds
     from segkit.preparing.preprocessing import load_case
     from segkit.reading.layouts.table import find_cases
 
@@ -115,7 +114,7 @@ def _best_thresholds(data: Path, held_out: Path) -> dict[str, ThresholdScore]:
     )
 
 
-def _tell_result(output: Path, seconds: dict[str, float]) -> None:
+def _report_result(output: Path, seconds: dict[str, float]) -> None:
     summary = json.loads((output / "scores" / "scores.json").read_text(encoding="utf-8"))["summary"]
     rows = []
     for region, best in _best_thresholds(output / "data", output / "held-out.txt").items():
@@ -139,6 +138,5 @@ def _tell_result(output: Path, seconds: dict[str, float]) -> None:
         "export": "the model as model.onnx with model.json: `segkit infer -m` takes it, and needs no torch for it",
     }
     for name, meaning in files.items():
-        if not (output / name).exists():
-            continue
-        tell(f"  {output / name}: {meaning}")
+        if (output / name).exists():
+            tell(f"  {output / name}: {meaning}")

@@ -1,1 +1,1 @@
-"""Seeded phantoms: BraTS-like volumes in the layouts that data sets come in."""
+"""Phantoms: seeded BraTS-like volumes in the layouts of published data sets, and a baseline for them."""

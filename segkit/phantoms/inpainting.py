@@ -1,8 +1,8 @@
 """Phantoms in the folders of the BraTS local-synthesis challenge, with holes by its procedure.
 
 A case has the five files of the challenge's training folders and no segmentation. The patients are those of the other
-conventions. Phantoms show a whole head in few voxels, so the limits of the procedure, its margins and its smallest
-tumours, shrink with the size: 5 voxels of 240 are 1.3 of 64.
+conventions. Phantoms show a whole head in few voxels, so the margin and the smallest tumour of the procedure shrink
+with the size: 5 voxels of 240 are 1.3 of 64.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NAMES = PHANTOM_LAYOUTS["brats2023"]
 _HOLE_STREAM = 4
 """The stream of random numbers for the hole of a case; 0 to 3 make the phantom itself."""
 _DONORS = range(1, 9)
-"""The cases whose tumours give all holes their shapes, so that no case depends on which others are written."""
+"""The cases whose tumours give the shapes of all holes; fixed, so that a case does not depend on the others written."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Writing phantoms the way published data sets are written: their names, folders, labels, orientations, documents.
+"""Writing phantoms as published data sets are written: their names, folders, labels, orientations and documents.
 
 Case n of a seed is the same patient in every convention: turned to RAS its arrays are equal, voxel for voxel.
 """
@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -24,20 +25,20 @@ from segkit.shapes import AnyArray, LabelMap
 _log = logging.getLogger(__name__)
 
 _LICENCE = "CC0-1.0"
-_BRATS_2018 = {"t1n": "t1", "t1c": "t1ce", "t2w": "t2", "t2f": "flair"}
-_BRATS_2023 = {"t1n": "t1n", "t1c": "t1c", "t2w": "t2w", "t2f": "t2f"}
 STRAY_VALUE = 7
 """A label value that no scheme knows."""
+
+Document = str | dict[str, object]
+"""The text of a file, or what it holds as JSON."""
 
 
 @dataclass(frozen=True)
 class PhantomLayout:
     """How a data set names, turns and describes its files.
 
-    The template of a case knows {number}, those of files {case}, {grade} (HGG or LGG) and, for images, {suffix}. The
-    order of `suffixes` is the channel order; an image template without {suffix} is one 4D file with the channels on
-    its last axis. `origin_mm` gives the world position of the first voxel of the array in RAS order, from its shape.
-    `odd_labels` are label files that break the rule, by case number.
+    The template `case` has the field {number}; `image` and `label` have {case}, {grade} (HGG or LGG) and, for images,
+    {suffix}. The order of `suffixes` is the channel order. An image template without {suffix} is one 4D file with the
+    channels on its last axis.
     """
 
     scheme: str
@@ -46,9 +47,12 @@ class PhantomLayout:
     image: str
     label: str
     suffixes: Mapping[str, str]
-    origin_mm: Callable[[tuple[int, ...]], tuple[float, ...]]
-    documents: Callable[[Sequence[str]], dict[str, str]] = field(default=lambda _: {})
+    origin: Literal["atlas", "corner", "centre"]
+    """Where the world origin lies. atlas: as SRI24 in BraTS, whose first voxel in LPS order has x 0 and y 239; corner:
+    the first voxel along x and z and the last along y; centre: the middle of the volume."""
+    documents: Callable[[Sequence[str]], dict[str, Document]] = lambda _: {}
     odd_labels: Mapping[int, str] = field(default_factory=dict)
+    """Label files that break the rule, by case number."""
     resection_probability: float = 0.0
 
     @property
@@ -57,122 +61,106 @@ class PhantomLayout:
         return "{suffix}" not in self.image
 
     def place(self, shape: tuple[int, ...]) -> tuple[Reorientation, Grid]:
-        """How arrays of a shape in RAS order are turned for the files, and where their voxels then lie."""
+        """How arrays of a shape in RAS order are turned for the files, and the grid of the files."""
+        last = np.array(shape) - 1.0
+        first_voxel_mm = {"atlas": (-last[0], 0, 0), "corner": (0, -last[1], 0), "centre": tuple(-last / 2)}
         affine = np.eye(4)
-        affine[:3, 3] = self.origin_mm(shape)
+        affine[:3, 3] = first_voxel_mm[self.origin]
         upright = Grid(shape, affine)
         turn = reorientation_to(upright, self.orientation)
         return turn, reoriented_grid(upright, turn)
 
 
-def _atlas_origin(shape: tuple[int, ...]) -> tuple[float, ...]:
-    """Of SRI24 in BraTS: the first voxel, which is the rightmost and the rearmost in LPS order, has x 0 and y 239."""
-    return (-(shape[0] - 1.0), 0.0, 0.0)
-
-
-def _corner_origin(shape: tuple[int, ...]) -> tuple[float, ...]:
-    return (0.0, -(shape[1] - 1.0), 0.0)
-
-
-def _centred_origin(shape: tuple[int, ...]) -> tuple[float, ...]:
-    return tuple(-(count - 1.0) / 2 for count in shape)
-
-
-def _msd_documents(cases: Sequence[str]) -> dict[str, str]:
-    document = {
-        "name": "BRATS",
-        "description": "Gliomas segmentation in phantoms: oedema, necrotic core and enhancing tumour",
-        "reference": "segkit phantom",
-        "licence": _LICENCE,
-        "tensorImageSize": "4D",
-        "modality": {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"},
-        "labels": {"0": "background", "1": "edema", "2": "non-enhancing tumor", "3": "enhancing tumour"},
-        "numTraining": len(cases),
-        "numTest": 0,
-        "training": [{"image": f"./imagesTr/{case}.nii.gz", "label": f"./labelsTr/{case}.nii.gz"} for case in cases],
-        "test": [],
+def _msd_documents(cases: Sequence[str]) -> dict[str, Document]:
+    return {
+        "dataset.json": {
+            "name": "BRATS",
+            "description": "Gliomas segmentation in phantoms: oedema, necrotic core and enhancing tumour",
+            "reference": "segkit phantom",
+            "licence": _LICENCE,
+            "tensorImageSize": "4D",
+            "modality": {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"},
+            "labels": {"0": "background", "1": "edema", "2": "non-enhancing tumor", "3": "enhancing tumour"},
+            "numTraining": len(cases),
+            "numTest": 0,
+            "training": [
+                {"image": f"./imagesTr/{case}.nii.gz", "label": f"./labelsTr/{case}.nii.gz"} for case in cases
+            ],
+            "test": [],
+        }
     }
-    return {"dataset.json": _to_json(document)}
 
 
-def _nnunet_documents(cases: Sequence[str]) -> dict[str, str]:
-    document = {
-        "channel_names": {"0": "FLAIR", "1": "T1", "2": "T1ce", "3": "T2"},
-        "labels": {"background": 0, "whole tumor": [1, 2, 3], "tumor core": [2, 3], "enhancing tumor": [3]},
-        "regions_class_order": [1, 2, 3],
-        "numTraining": len(cases),
-        "file_ending": ".nii.gz",
-        "name": "Dataset137_Phantom",
-        "licence": _LICENCE,
+def _nnunet_documents(cases: Sequence[str]) -> dict[str, Document]:
+    return {
+        "dataset.json": {
+            "channel_names": {"0": "FLAIR", "1": "T1", "2": "T1ce", "3": "T2"},
+            "labels": {"background": 0, "whole tumor": [1, 2, 3], "tumor core": [2, 3], "enhancing tumor": [3]},
+            "regions_class_order": [1, 2, 3],
+            "numTraining": len(cases),
+            "file_ending": ".nii.gz",
+            "name": "Dataset137_Phantom",
+            "licence": _LICENCE,
+        }
     }
-    return {"dataset.json": _to_json(document)}
 
 
-def _bids_documents(cases: Sequence[str]) -> dict[str, str]:
-    raw = {"Name": "Phantoms", "BIDSVersion": "1.9.0", "DatasetType": "raw", "License": _LICENCE}
+def _bids_documents(cases: Sequence[str]) -> dict[str, Document]:
+    raw: dict[str, object] = {"Name": "Phantoms", "BIDSVersion": "1.9.0", "DatasetType": "raw", "License": _LICENCE}
     made_by = [{"Name": "segkit phantom", "Description": "the tissues that the images were made from"}]
     derived = {**raw, "Name": "Reference segmentations", "DatasetType": "derivative", "GeneratedBy": made_by}
     classes = (("NCR", "necrotic tumor core"), ("ED", "peritumoral edema"), ("ET", "enhancing tumor"))
     values = SCHEMES["brats2023"].values
     lookup = "".join(f"{values[short]}\t{name}\t{short}\n" for short, name in classes)
     return {
-        "dataset_description.json": _to_json(raw),
+        "dataset_description.json": raw,
         "participants.tsv": "participant_id\n" + "".join(f"{case}\n" for case in cases),
-        "derivatives/reference/dataset_description.json": _to_json(derived),
+        "derivatives/reference/dataset_description.json": derived,
         "derivatives/reference/dseg.tsv": "index\tname\tabbreviation\n" + lookup,
     }
 
 
-def _to_json(document: Mapping[str, object]) -> str:
-    return json.dumps(document, indent=2) + "\n"
-
+_BRATS_2021 = PhantomLayout(
+    scheme="brats2017",
+    orientation="LPS",
+    case="BraTS2021_{number:05d}",
+    image="{case}/{case}_{suffix}.nii.gz",
+    label="{case}/{case}_seg.nii.gz",
+    suffixes={"t1n": "t1", "t1c": "t1ce", "t2w": "t2", "t2f": "flair"},
+    origin="atlas",
+)
+_BRATS_2023 = PhantomLayout(
+    scheme="brats2023",
+    orientation="LPS",
+    case="BraTS-GLI-{number:05d}-000",
+    image="{case}/{case}-{suffix}.nii.gz",
+    label="{case}/{case}-seg.nii.gz",
+    suffixes={"t1n": "t1n", "t1c": "t1c", "t2w": "t2w", "t2f": "t2f"},
+    origin="atlas",
+)
 
 PHANTOM_LAYOUTS: dict[str, PhantomLayout] = {
-    "brats2018": PhantomLayout(
-        scheme="brats2017",
-        orientation="LPS",
+    "brats2018": replace(
+        _BRATS_2021,
         case="Brats18_PHANTOM_{number:03d}_1",
         image="{grade}/{case}/{case}_{suffix}.nii.gz",
         label="{grade}/{case}/{case}_seg.nii.gz",
-        suffixes=_BRATS_2018,
-        origin_mm=_atlas_origin,
     ),
-    "brats2020": PhantomLayout(
-        scheme="brats2017",
-        orientation="LPS",
+    "brats2020": replace(
+        _BRATS_2021,
         case="BraTS20_Training_{number:03d}",
         image="{case}/{case}_{suffix}.nii",
         label="{case}/{case}_seg.nii",
-        suffixes=_BRATS_2018,
-        origin_mm=_atlas_origin,
-        odd_labels={355: "{case}/W39_1998.09.19_Segm.nii"},  # so it was published, and many a loader fell over it
+        odd_labels={355: "{case}/W39_1998.09.19_Segm.nii"},  # as published; many loaders fail on it
     ),
-    "brats2021": PhantomLayout(
-        scheme="brats2017",
-        orientation="LPS",
-        case="BraTS2021_{number:05d}",
-        image="{case}/{case}_{suffix}.nii.gz",
-        label="{case}/{case}_seg.nii.gz",
-        suffixes=_BRATS_2018,
-        origin_mm=_atlas_origin,
-    ),
-    "brats2023": PhantomLayout(
-        scheme="brats2023",
-        orientation="LPS",
-        case="BraTS-GLI-{number:05d}-000",
-        image="{case}/{case}-{suffix}.nii.gz",
-        label="{case}/{case}-seg.nii.gz",
-        suffixes=_BRATS_2023,
-        origin_mm=_atlas_origin,
-    ),
-    "brats2024": PhantomLayout(
+    "brats2021": _BRATS_2021,
+    "brats2023": _BRATS_2023,
+    "brats2024": replace(
+        _BRATS_2023,
         scheme="brats2024",
         orientation="LAS",  # of the MNI152 template
         case="BraTS-GLI-{number:05d}-100",
-        image="{case}/{case}-{suffix}.nii.gz",
-        label="{case}/{case}-seg.nii.gz",
-        suffixes=_BRATS_2023,
-        origin_mm=_centred_origin,
+        origin="centre",
         resection_probability=0.6,
     ),
     "msd": PhantomLayout(
@@ -182,7 +170,7 @@ PHANTOM_LAYOUTS: dict[str, PhantomLayout] = {
         image="imagesTr/{case}.nii.gz",
         label="labelsTr/{case}.nii.gz",
         suffixes={"t2f": "FLAIR", "t1n": "T1w", "t1c": "T1gd", "t2w": "T2w"},
-        origin_mm=_corner_origin,
+        origin="corner",
         documents=_msd_documents,
     ),
     "nnunet": PhantomLayout(
@@ -192,7 +180,7 @@ PHANTOM_LAYOUTS: dict[str, PhantomLayout] = {
         image="imagesTr/{case}_{suffix}.nii.gz",
         label="labelsTr/{case}.nii.gz",
         suffixes={"t2f": "0000", "t1n": "0001", "t1c": "0002", "t2w": "0003"},
-        origin_mm=_centred_origin,
+        origin="centre",
         documents=_nnunet_documents,
     ),
     "bids": PhantomLayout(
@@ -202,7 +190,7 @@ PHANTOM_LAYOUTS: dict[str, PhantomLayout] = {
         image="{case}/anat/{case}_{suffix}.nii.gz",
         label="derivatives/reference/{case}/anat/{case}_dseg.nii.gz",
         suffixes={"t1n": "T1w", "t1c": "ce-gadolinium_T1w", "t2w": "T2w", "t2f": "FLAIR"},
-        origin_mm=_centred_origin,
+        origin="centre",
         documents=_bids_documents,
     ),
 }
@@ -221,7 +209,7 @@ class WrittenPhantom:
 
 @dataclass(frozen=True)
 class _Session:
-    """A phantom in the orientation and label values of a convention, ready to be written and, on demand, spoilt."""
+    """A phantom in the orientation and label values of a convention, as it is written."""
 
     images: Mapping[str, AnyArray]
     labels: LabelMap
@@ -244,14 +232,14 @@ def write_phantoms(
 def write_phantoms_with_problems(
     root: Path, numbers: Sequence[int], *, convention: str = "brats2021", size: int = 64, seed: int = 0
 ) -> tuple[list[WrittenPhantom], list[Problem]]:
-    """As `write_phantoms`, but four cases, drawn by the seed, are spoilt, each in a way of its own.
+    """As `write_phantoms`, but four cases, drawn by the seed, get one problem each.
 
     - missing modality: there is no contrast-enhanced T1 (a 4D file has three channels instead of four);
-    - flipped affine: the header of the T2 (of the image, where it is 4D) says left for right, its voxels do not;
+    - flipped affine: the header of the T2 (of the image, where it is 4D) exchanges left and right, its voxels do not;
     - truncated file: the FLAIR (or the 4D image) ends half-way;
     - stray label: some voxels of the reference hold `STRAY_VALUE`.
 
-    Returns the written cases and one Problem for each spoilt one.
+    Returns the written cases and the four problems.
 
     Raises:
         RequestError: fewer than four cases, or as for `write_phantoms`.
@@ -282,7 +270,7 @@ def _choose(convention: str, root: Path) -> PhantomLayout:
 
 
 def require_empty(root: Path) -> None:
-    """Refuse a folder that holds something; RequestError."""
+    """Raise a RequestError unless `root` is new or an empty folder."""
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise RequestError("there is something here already", where=root, remedy="Name a new or an empty folder")
 
@@ -295,15 +283,15 @@ def _write_all(
     seed: int,
     flaws: Mapping[int, Callable[[_Session], _Session]],
 ) -> list[WrittenPhantom]:
-    """Write the cases and the documents; `flaws` spoils the cases at some places of `numbers`."""
+    """Write the cases and the documents; `flaws` changes the cases at some places of `numbers`."""
     written = []
     for place, number in enumerate(numbers):
         phantom = make_phantom(number, size=size, seed=seed, resection_probability=layout.resection_probability)
         session = _as_session(layout, phantom)
         written.append(_write(root, layout, phantom, flaws[place](session) if place in flaws else session))
         _log.info("wrote phantom %s, %d of %d", written[-1].case, len(written), len(numbers))
-    for name, text in layout.documents([phantom.case for phantom in written]).items():
-        _write_text(root / name, text)
+    for name, document in layout.documents([phantom.case for phantom in written]).items():
+        _write_document(root / name, document)
     return written
 
 
@@ -332,7 +320,8 @@ def _write(root: Path, layout: PhantomLayout, phantom: Phantom, session: _Sessio
     return WrittenPhantom(case, phantom.number, paths, label)
 
 
-def _write_text(path: Path, text: str) -> None:
+def _write_document(path: Path, document: Document) -> None:
+    text = document if isinstance(document, str) else json.dumps(document, indent=2) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

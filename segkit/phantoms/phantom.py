@@ -1,18 +1,15 @@
-"""Phantoms: seeded volumes that look like small BraTS cases, to try, teach and test with where no data are at hand.
+"""Phantoms: seeded volumes that look like small BraTS cases with one glioma, to try, teach and test with.
 
-Contrasts follow a real case of BraTS 2021: for each sequence, how far each tissue lies from the mean of the brain in
-units of the brain's standard deviation. Then come what scanners add: partial volume, texture, a bias field, Rician
-noise and an intensity scale that differs from case to case and from sequence to sequence.
+First a map of tissues is drawn. Everything is in fractions of the volume, so that a case looks alike at every size: a
+voxel's *position* runs from -1 to 1 along each axis, right, front and top being positive. *Fields* are smooth random
+functions of position. *Depth* is 0 on the surface of the brain and grows inward to 1 at its centre. Beside the tumour,
+a brain holds tissues that no single intensity separates from it: white-matter hyperintensities (as bright on FLAIR as
+oedema), vessels and choroid plexus (as bright on contrast-enhanced T1 as enhancing tumour) and cerebrospinal fluid
+(brighter on T2 than any tumour). They differ from tumour in another sequence, in place or in shape.
 
-The anatomy of a phantom: a seeded map of tissues that looks like a small brain with one glioma.
-
-Everything is drawn in fractions of the volume, so that one case looks alike at every size: a voxel's *position* runs
-from -1 to 1 along each axis, right, front and top being positive. *Fields* are smooth random functions of position;
-*depth* is 0 on the surface of the brain and grows inward to 1 at its centre.
-
-Beside tumour, a brain holds look-alikes that no single intensity tells from it: white-matter hyperintensities (as
-bright on FLAIR as oedema), vessels and choroid plexus (as bright on contrast-enhanced T1 as enhancing tumour) and
-cerebrospinal fluid (brighter on T2 than any tumour). They differ from tumour in another sequence, in place, in shape.
+Then the sequences are simulated. Contrasts follow a real case of BraTS 2021: for each sequence, the distance of each
+tissue from the mean of the brain in standard deviations of the brain. Added are partial volume, texture, a bias field,
+Rician noise and an intensity scale that differs from case to case and from sequence to sequence.
 """
 
 from __future__ import annotations
@@ -30,8 +27,16 @@ from segkit.labels import SCHEMES, LabelScheme
 from segkit.reading.case import BRATS_MODALITIES
 from segkit.shapes import LabelMap, Mask
 
+Field = NDArray[np.float64]
+"""Values at the voxels of a volume, (D, H, W), or broadcastable to it."""
+TissueMap = NDArray[np.uint8]
+"""Values of `Tissue`, (D, H, W)."""
+
 PHANTOM_SCHEME: LabelScheme = SCHEMES["brats2024"]
-"""The label scheme of `Phantom.labels`: the one with a value for every tissue that a phantom may hold."""
+"""The label scheme of `Phantom.labels`, which has a value for every labelled tissue of a phantom."""
+
+MINIMUM_SIZE = 24
+"""Below this many voxels the parts of a brain are thinner than a voxel."""
 
 _BRAIN_RADII = (0.72, 0.92, 0.88)
 """Half axes of the brain as parts of the volume's: the proportions of SRI24 where the height is 0.8 of the width."""
@@ -51,6 +56,77 @@ class Tissue(IntEnum):
     NECROSIS = 8
     ENHANCING = 9
     CAVITY = 10
+
+
+_LABELLED = {Tissue.OEDEMA: "ED", Tissue.NECROSIS: "NCR", Tissue.ENHANCING: "ET", Tissue.CAVITY: "RC"}
+
+# Deviations from the mean of the brain, in standard deviations of the brain, by sequence.
+_CONTRASTS: dict[Tissue, tuple[float, float, float, float]] = {
+    #                         t1n   t1c   t2w   t2f
+    Tissue.FLUID: (-2.2, -1.1, 3.0, -1.8),
+    Tissue.GREY: (-0.3, -0.2, -0.1, 0.2),
+    Tissue.WHITE: (0.9, 0.2, -0.5, -0.4),
+    Tissue.HYPERINTENSITY: (0.4, 0.1, 0.4, 2.2),
+    Tissue.VESSEL: (-0.3, 3.2, -0.9, -0.6),
+    Tissue.CHOROID: (-1.0, 2.6, 1.9, 0.3),
+    Tissue.OEDEMA: (-0.3, -0.2, 1.4, 2.0),
+    Tissue.NECROSIS: (-1.0, -0.7, 2.1, 0.5),
+    Tissue.ENHANCING: (0.2, 3.2, 1.2, 2.0),
+    Tissue.CAVITY: (-2.0, -1.1, 2.8, -1.4),
+}
+_RELATIVE_DEVIATION = np.array([0.23, 0.44, 0.53, 0.44])  # of the brain, as a fraction of its mean, by sequence
+_TYPICAL_MEAN = np.array([900.0, 1200.0, 650.0, 800.0])
+
+
+@dataclass(frozen=True)
+class Phantom:
+    """One case: four skull-stripped sequences (D, H, W), int16, exactly 0 outside the brain, and its reference.
+
+    Axes are in RAS order with a spacing of 1 mm; `labels` is in `PHANTOM_SCHEME`.
+    """
+
+    number: int
+    images: Mapping[str, NDArray[np.int16]] = field(repr=False)
+    labels: LabelMap = field(repr=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Voxels to the right, to the front and to the top."""
+        return self.labels.shape
+
+    @property
+    def is_low_grade(self) -> bool:
+        """Whether no part of the tumour enhances."""
+        return not bool((self.labels == PHANTOM_SCHEME.values["ET"]).any())
+
+
+def make_phantom(
+    number: int,
+    *,
+    size: int = 64,
+    seed: int = 0,
+    low_grade_probability: float = 0.1,
+    resection_probability: float = 0.0,
+) -> Phantom:
+    """The case of (seed, number), with (size, size, 0.8 size) voxels of 1 mm.
+
+    With a `resection_probability` some cases have a resection cavity (RC) in place of part of the tumour core and are
+    otherwise the same, voxel for voxel.
+
+    Raises:
+        RequestError: a size below `MINIMUM_SIZE`, a negative number or seed.
+    """
+    if size < MINIMUM_SIZE:
+        raise RequestError(f"phantoms of {size} voxels are too small", expected=f"a size of {MINIMUM_SIZE} or more")
+    if number < 0 or seed < 0:
+        raise RequestError(f"case {number} of seed {seed} does not exist", expected="neither to be negative")
+    shape = (size, size, round(0.8 * size))
+    # One stream per purpose: what is drawn for one never shifts what is drawn for another.
+    grade, anatomy, surgery, scanner = (np.random.default_rng((seed, number, stream)) for stream in range(4))
+    tissues = _draw_tissues(shape, anatomy, is_low_grade=bool(grade.random() < low_grade_probability))
+    if surgery.random() < resection_probability:
+        _add_cavity(tissues, surgery)
+    return Phantom(number, _scan(tissues, scanner), _label(tissues))
 
 
 @dataclass(frozen=True)
@@ -84,7 +160,7 @@ class _Space:
         return standard
 
 
-def draw_tissues(shape: tuple[int, int, int], generator: np.random.Generator, *, is_low_grade: bool) -> TissueMap:
+def _draw_tissues(shape: tuple[int, int, int], generator: np.random.Generator, *, is_low_grade: bool) -> TissueMap:
     """A brain with one tumour, (D, H, W) in RAS order, values of `Tissue`.
 
     A low-grade tumour has a core that does not enhance. The draws do not depend on `shape`.
@@ -97,7 +173,7 @@ def draw_tissues(shape: tuple[int, int, int], generator: np.random.Generator, *,
     return tissues
 
 
-def add_cavity(tissues: TissueMap, generator: np.random.Generator) -> None:
+def _add_cavity(tissues: TissueMap, generator: np.random.Generator) -> None:
     """Turn part of the tumour core into a fluid-filled resection cavity, in place; the rest of the map stays."""
     core = np.isin(tissues, (Tissue.NECROSIS, Tissue.ENHANCING))
     inner = ndimage.distance_transform_edt(core)
@@ -185,94 +261,15 @@ def _add_tumour(
     tissues[necrosis & is_brain] = Tissue.NECROSIS
 
 
-MINIMUM_SIZE = 24
-"""Below this many voxels the parts of a brain are thinner than a voxel."""
-
-_LABELLED = {"OEDEMA": "ED", "NECROSIS": "NCR", "ENHANCING": "ET", "CAVITY": "RC"}
-
-# Deviations from the mean of the brain, in standard deviations of the brain, by sequence.
-_CONTRASTS: dict[Tissue, tuple[float, float, float, float]] = {
-    #                         t1n   t1c   t2w   t2f
-    Tissue.FLUID: (-2.2, -1.1, 3.0, -1.8),
-    Tissue.GREY: (-0.3, -0.2, -0.1, 0.2),
-    Tissue.WHITE: (0.9, 0.2, -0.5, -0.4),
-    Tissue.HYPERINTENSITY: (0.4, 0.1, 0.4, 2.2),
-    Tissue.VESSEL: (-0.3, 3.2, -0.9, -0.6),
-    Tissue.CHOROID: (-1.0, 2.6, 1.9, 0.3),
-    Tissue.OEDEMA: (-0.3, -0.2, 1.4, 2.0),
-    Tissue.NECROSIS: (-1.0, -0.7, 2.1, 0.5),
-    Tissue.ENHANCING: (0.2, 3.2, 1.2, 2.0),
-    Tissue.CAVITY: (-2.0, -1.1, 2.8, -1.4),
-}
-_RELATIVE_DEVIATION = np.array([0.23, 0.44, 0.53, 0.44])  # of the brain, as a fraction of its mean, by sequence
-_TYPICAL_MEAN = np.array([900.0, 1200.0, 650.0, 800.0])
-
-
-@dataclass(frozen=True)
-class Phantom:
-    """One case: four skull-stripped sequences (D, H, W), int16, exactly 0 outside the brain, and its reference.
-
-    Axes are in RAS order with a spacing of 1 mm; `labels` is in `PHANTOM_SCHEME`.
-    """
-
-    number: int
-    images: Mapping[str, NDArray[np.int16]] = field(repr=False)
-    labels: LabelMap = field(repr=False)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Voxels to the right, to the front and to the top."""
-        return self.labels.shape
-
-    @property
-    def is_low_grade(self) -> bool:
-        """Whether no part of the tumour enhances."""
-        return not bool((self.labels == PHANTOM_SCHEME.values["ET"]).any())
-
-
-def make_phantom(
-    number: int,
-    *,
-    size: int = 64,
-    seed: int = 0,
-    low_grade_probability: float = 0.1,
-    resection_probability: float = 0.0,
-) -> Phantom:
-    """The case that belongs to (seed, number), with (size, size, 0.8 size) voxels of 1 mm.
-
-    With a `resection_probability` some cases have a resection cavity (RC) in place of part of the tumour core and are
-    otherwise the same, voxel for voxel.
-
-    Raises:
-        RequestError: a size below `MINIMUM_SIZE`, a negative number or seed.
-    """
-    _refuse_impossible(number, size, seed)
-    shape = (size, size, round(0.8 * size))
-    # One stream per purpose: what is drawn for one never shifts what is drawn for another.
-    streams = (np.random.default_rng((seed, number, stream)) for stream in range(4))
-    grade, anatomy, surgery, scanner = streams
-    tissues = draw_tissues(shape, anatomy, is_low_grade=bool(grade.random() < low_grade_probability))
-    if surgery.random() < resection_probability:
-        add_cavity(tissues, surgery)
-    return Phantom(number, _scan(tissues, scanner), _label(tissues))
-
-
-def _refuse_impossible(number: int, size: int, seed: int) -> None:
-    if size < MINIMUM_SIZE:
-        raise RequestError(f"phantoms of {size} voxels are too small", expected=f"a size of {MINIMUM_SIZE} or more")
-    if number < 0 or seed < 0:
-        raise RequestError(f"case {number} of seed {seed} does not exist", expected="neither to be negative")
-
-
 def _label(tissues: TissueMap) -> LabelMap:
     lookup = np.zeros(len(Tissue), np.uint8)
     for tissue, name in _LABELLED.items():
-        lookup[Tissue[tissue]] = PHANTOM_SCHEME.values[name]
+        lookup[tissue] = PHANTOM_SCHEME.values[name]
     return lookup[tissues]
 
 
 def _scan(tissues: TissueMap, generator: np.random.Generator) -> dict[str, NDArray[np.int16]]:
-    """The four sequences of one scan session, each (D, H, W)."""
+    """The four sequences of one session, each (D, H, W)."""
     contrasts = np.zeros((len(Tissue), len(BRATS_MODALITIES)))
     for tissue, values in _CONTRASTS.items():
         contrasts[tissue] = values
@@ -287,10 +284,8 @@ def _scan(tissues: TissueMap, generator: np.random.Generator) -> dict[str, NDArr
     }
 
 
-def _acquire(
-    ideal: NDArray[np.float64], brain: NDArray[np.bool_], mean: float, channel: int, generator: np.random.Generator
-) -> NDArray[np.int16]:
-    """What a scanner makes of an ideal image (D, H, W) of mean 1."""
+def _acquire(ideal: Field, brain: Mask, mean: float, channel: int, generator: np.random.Generator) -> NDArray[np.int16]:
+    """The scanned image (D, H, W) of an ideal one with mean 1."""
     deviation = _RELATIVE_DEVIATION[channel]
     # Partial volume: neighbours mix, but nothing leaks in from outside the brain.
     weights = ndimage.gaussian_filter(brain.astype(np.float64), 0.55)
@@ -305,14 +300,10 @@ def _acquire(
     return np.where(brain, np.clip(np.rint(magnitude), 1, 32767), 0).astype(np.int16)
 
 
-def _bias_field(shape: tuple[int, ...], generator: np.random.Generator) -> NDArray[np.float64]:
+def _bias_field(shape: tuple[int, ...], generator: np.random.Generator) -> Field:
     """A smooth gain (D, H, W) about 1: a quadratic function of position, up to some 10 % at the corners."""
     positions = np.meshgrid(*(np.linspace(-1, 1, count) for count in shape), indexing="ij", sparse=True)
     gain = np.zeros(shape)
     for position in positions:
         gain = gain + generator.normal(0, 0.04) * position + generator.normal(0, 0.03) * position**2
     return np.exp(gain)
-
-
-Field = NDArray[np.float64]
-TissueMap = NDArray[np.uint8]

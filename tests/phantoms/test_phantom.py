@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from segkit.errors import DataError, RequestError
-from segkit.evaluation.threshold_baseline import best_single_thresholds
 from segkit.labels import SCHEMES, translate
 from segkit.phantoms.layouts import (
     PHANTOM_LAYOUTS,
@@ -20,6 +19,7 @@ from segkit.phantoms.layouts import (
     write_phantoms_with_problems,
 )
 from segkit.phantoms.phantom import PHANTOM_SCHEME, Phantom, make_phantom
+from segkit.phantoms.threshold_baseline import best_single_thresholds
 from segkit.reading.case import BRATS_MODALITIES
 from segkit.reading.checks import check_cohort
 from segkit.reading.files import read_labels, read_volume

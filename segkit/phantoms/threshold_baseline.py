@@ -1,7 +1,7 @@
-"""The score to beat: what the best single intensity threshold would give.
+"""A baseline for phantoms: the best Dice that a single intensity threshold can give.
 
-A network that learnt anything is well above a threshold on one sequence. The baseline is generous on purpose: its
-threshold is chosen on the very cases that it is scored on.
+A trained network must be well above it. The baseline is an upper bound: its threshold is chosen on the cases that it is
+scored on.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def best_single_thresholds(
 ) -> dict[str, ThresholdScore]:
     """For each region the one threshold on one sequence, in either direction, with the best mean Dice over all cases.
 
-    Each image (C, D, H, W) is z-scored per sequence within its brain (voxels where any sequence is not 0); a voxel
-    outside the brain is never chosen. `regions` gives the label values of each region. Dice is 1 where both the
+    Each image (C, D, H, W) is z-scored per sequence within its brain (voxels where any sequence is not 0); voxels
+    outside the brain are never chosen. `regions` gives the label values of each region. Dice is 1 where both the
     region and the choice are empty.
 
     Raises:
