@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from segkit.errors import RequestError
+from segkit.errors import RequestError, SegkitError, is_memory_error
 
 if TYPE_CHECKING:
     import torch
@@ -200,6 +200,23 @@ def current_rss_mb() -> float:
     if statm.exists():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1024**2
     return peak_rss_mb()
+
+
+def error_sentence(error: BaseException) -> str:
+    """One line about an error that a user without knowledge of Python understands."""
+    text = " ".join(str(error).split())
+    if isinstance(error, SegkitError):
+        return text
+    if is_memory_error(error):
+        return (
+            f"out of memory after {peak_rss_mb():.0f} MB. Close other programs, use a machine with more memory, "
+            "or a model with a smaller patch or fewer outputs"
+        )
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'a file'}: {error.strerror}"
+    return (
+        f"unexpected {type(error).__name__}: {text[:300]}. This is a fault of segkit: run again with -v for the trace"
+    )
 
 
 def keep_freed_memory(device: torch.device) -> None:

@@ -25,7 +25,7 @@ _AT_ONCE, _SHARE = 400, 20
 """Cases up to which the manifest is written anew after each; beyond, when a `_SHARE`-th of them has ended."""
 STAGES = ("read", "preprocess", "predict", "decode", "write")
 
-Task = Literal["segmentation", "inpainting"]
+TaskName = Literal["segmentation", "inpainting"]
 _VERBS: Mapping[str, str] = {"segmentation": "infer", "inpainting": "inpaint"}
 
 _log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class Manifest:
         identity: str,
         part: str | None = None,
         *,
-        task: Task = "segmentation",
+        task: TaskName = "segmentation",
     ) -> None:
         self.path = folder / (MANIFEST_NAME if part is None else f"manifest_{part}.json")
         self.task = task
@@ -171,7 +171,7 @@ class Manifest:
         self._has_file = True
 
 
-def _refuse_other_task(path: Path, document: Mapping[str, Any], task: Task) -> None:
+def _refuse_other_task(path: Path, document: Mapping[str, Any], task: TaskName) -> None:
     """Refuse what another verb wrote; manifests that do not name their task tell of holes where it is inpainting."""
     if "identity" not in document:
         return  # there is none, or none that can be read

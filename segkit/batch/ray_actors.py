@@ -12,9 +12,8 @@ import ray
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from segkit.batch.executor import Work
-from segkit.batch.ray_retries import Lost
-from segkit.batch.ray_worker import CaseActor, Orders, Reply, Share
+from segkit.batch.ray_executor import CaseActor, Lost, Orders, Reply, Share
+from segkit.batch.worker import CaseWorker
 from segkit.errors import ClusterError, DataError, RequestError, SegkitError
 
 _LOOK_SECONDS = 5.0
@@ -54,7 +53,7 @@ class RayWorker:
 class RayCrew:
     """The actors of one run over a folder; `limit` bounds their number."""
 
-    def __init__(self, work: Work[Any, Any], orders: Orders, share: Share, limit: int) -> None:
+    def __init__(self, work: CaseWorker[Any], orders: Orders, share: Share, limit: int) -> None:
         self.share, self.limit = share, limit
         self._work = work
         self._orders = ray.put(orders)
@@ -146,7 +145,7 @@ class RayCrew:
         try:
             reply.write()
         except DataError as error:
-            return self._work.begin(task).failed(error)
+            return self._work.start(task).failed(error)
         return reply.result
 
     def _refuse(self, node: Node, reason: str) -> None:

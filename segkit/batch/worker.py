@@ -1,6 +1,8 @@
-"""One case from its files to its mask, in three stages that a pipeline may overlap with those of other cases.
+"""The work on one case in three stages, read, compute and write, and the cases of a folder in this process.
 
-What jobs on cases have in common, whatever the task: the clock of their stages, and what they hold meanwhile.
+A `Task` (`segkit.batch.segment.Segment`, `segkit.inpainting.inpaint.Inpaint`) plans the files of a case and does the
+three stages. A `CaseWorker` times them, turns errors into records, and tries again with smaller windows where memory
+ran out. Executors call it: `LocalExecutor` here, `RayExecutor` in `segkit.batch.ray_executor`.
 """
 
 from __future__ import annotations
@@ -8,276 +10,342 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
-from segkit.batch.executor import run_whole
-from segkit.batch.manifest import STAGES, CaseRecord
-from segkit.errors import DataError, SegkitError, is_memory_error
-from segkit.inference.decode import Maps, outside_probabilities, probabilities, uncertainty
-from segkit.inference.predictor import Predictor
-from segkit.inference.sliding_window import Slab
-from segkit.labels import LabelScheme
-from segkit.preparing.preprocessing import PreparedCase, load_case
-from segkit.reading.case import Case, file_name_of
-from segkit.reading.dicom_seg import write_dicom_seg
-from segkit.reading.files import read_grid, stem_of, write_labels
+from segkit.batch.manifest import STAGES, CaseRecord, TaskName
+from segkit.errors import DataError, is_memory_error
+from segkit.inference.backends import Backend
+from segkit.inference.predictor import Stage
+from segkit.reading.case import Case, Cohort
+from segkit.reading.files import read_grid
 from segkit.reading.volume import Grid
-from segkit.runtime import peak_rss_mb
-
-PROBABILITIES, UNCERTAINTY = "probabilities", "uncertainty"
-"""Sub-folders of the output for `<case>_<output>` and for `<case>_entropy`, `<case>_disagreement`."""
-_UNCERTAINTIES = ("entropy", "disagreement")
+from segkit.runtime import error_sentence, peak_rss_mb
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class CaseTask:
-    """One case to segment: its images under the model's modality names, and where its mask goes, in which values."""
+@dataclass(frozen=True, kw_only=True)
+class CasePlan(ABC):
+    """The files to write for one case, whose images are under the model's modality names. Tasks add their own."""
 
     case: Case
-    target: Path
-    scheme: LabelScheme
     missing_modalities: tuple[str, ...] = ()
-    saves_probabilities: bool = False
-    saves_uncertainty: bool = False
-    dicom_target: Path | None = None
-    """Where the mask also goes as a DICOM SEG, for images that are DICOM."""
-    keeps_patient: bool = False
-    """Copy name, numbers and dates of the patient into the DICOM SEG."""
     predicted: Mapping[str, float] = field(default_factory=dict)
-    """What the case was expected to take, `peak_rss_mb` and `seconds`."""
+    """What the case is expected to take, `peak_rss_mb` and `seconds`."""
+
+    @property
+    def label_scheme(self) -> str | None:
+        """Name of the label scheme of the masks."""
+        return None
+
+    @abstractmethod
+    def results(self) -> list[Path]:
+        """The masks or images themselves; where one of them exists the case was done before."""
+
+    @abstractmethod
+    def paths(self) -> list[Path]:
+        """Every file that exists when the case is done."""
 
     def inputs(self) -> list[Path]:
         """The files that are read."""
         return [file.path for file in self.case.images.values()]
 
-    def moved_to(self, folders: Sequence[Path]) -> CaseTask:
-        """The same with everything that is written in another folder, the only one, under the same names."""
-        (folder,) = folders
-        dicom_target = None if self.dicom_target is None else folder / self.dicom_target.name
-        return replace(self, target=folder / self.target.name, dicom_target=dicom_target)
+    @abstractmethod
+    def moved_to(self, folders: Sequence[Path]) -> Self:
+        """The same with everything written to other folders, one for each folder of the executor."""
 
-
-@dataclass(frozen=True)
-class CaseWorker:
-    """Segments cases with one predictor."""
-
-    predictor: Predictor
-    uses_threads: bool = True
-    """Read the files of a case side by side."""
-
-    def begin(self, task: CaseTask) -> CaseJob:
-        """The work on one case, not yet started."""
-        return CaseJob(self.predictor, task, uses_threads=self.uses_threads)
-
-    def __call__(self, task: CaseTask) -> CaseRecord:
-        """All of the work on one case, without threads; never raises but for what ends the whole program."""
-        return run_whole(self.begin(task))
-
-
-class CaseJob:
-    """The stages of one case: `read`, then `compute` whose slabs go to `finish`, which may run at the same time."""
-
-    def __init__(self, predictor: Predictor, task: CaseTask, *, uses_threads: bool = True) -> None:
-        self.predictor = predictor
-        self.uses_threads = uses_threads
-        self.task = task
-        self.clock = StageClock()
-        self._prepared: PreparedCase | None = None
-        self._window = predictor.window
-
-    @functools.cached_property
-    def waiting_bytes(self) -> int:
-        """What the prepared image takes at most, as the header of its first file tells; 0 where it cannot be read."""
-        channels = len(self.predictor.card.modalities)
-        return image_bytes(self.task.case, channels, self.predictor.prepared_shape)
-
-    def read(self) -> None:
-        """Load and prepare the case.
+    @abstractmethod
+    def read_results(self) -> None:
+        """Read the results.
 
         Raises:
-            DataError: the files cannot be read or do not fit together.
+            DataError: one is damaged.
         """
-        task, predictor = self.task, self.predictor
-        with self.clock.timed("read"):
-            loaded = load_case(
-                task.case,
-                predictor.card.modalities,
-                None,
-                allow_missing=bool(task.missing_modalities),
-                uses_threads=self.uses_threads,
-            )
-        self.grid = loaded.grid
-        with self.clock.timed("preprocess"):
-            self._prepared = predictor.prepare(loaded)
-        self.preparation = self._prepared.preparation
 
-    def compute(self) -> Iterator[Slab]:
-        """Logits of the case, slab by slab; the prepared image is let go with the last."""
-        if self._prepared is None:
-            raise ValueError("nothing was read")
-        self._window = self.predictor.window
-        slabs = self.predictor.slabs(self._prepared)
-        self._prepared = None
-        while True:
-            with self.clock.timed("predict"):
-                slab = next(slabs, None)
-            if slab is None:
-                return
-            yield slab
 
-    def finish(self, slabs: Iterator[Slab]) -> CaseRecord:
-        """Paint the mask from the slabs and write it, with the maps that were asked for.
+P = TypeVar("P", bound=CasePlan)
+
+
+class Task(ABC, Generic[P]):
+    """What is done with every case of a folder. Survives pickling, to compute on other machines."""
+
+    name: ClassVar[TaskName]
+    record_class: ClassVar[type[CaseRecord]] = CaseRecord
+    foreign_result: ClassVar[str]
+    """Names a result that another model or other options made, for an error."""
+    predictor: Any
+    """What computes, with its `card` and `backend`."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """What results depend on: model and options."""
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        """Voxels of the windows, where there is one size."""
+        return ()
+
+    @abstractmethod
+    def backends(self) -> list[Backend]:
+        """Everything that computes."""
+
+    @abstractmethod
+    def with_backends(self, change: Callable[[Backend], Backend]) -> Self:
+        """The same task computed by `change(backend)` for each backend."""
+
+    @abstractmethod
+    def facts(self, model: str) -> dict[str, Any]:
+        """What the manifest says of model and options; `model` is the name of the model."""
+
+    @abstractmethod
+    def check(self, cohort: Cohort) -> None:
+        """Refuse a cohort that does not fit the model.
 
         Raises:
-            DataError: a file cannot be written.
+            RequestError: it does not.
         """
-        task, predictor = self.task, self.predictor
-        count = len(predictor.card.outputs)
-        shares = Maps(self.preparation, count) if task.saves_probabilities else None
-        doubts = Maps(self.preparation, len(_UNCERTAINTIES)) if task.saves_uncertainty else None
 
-        def noted() -> Iterator[Slab]:
-            while True:
-                with self.clock.paused("decode"):  # waiting, or computing, is not decoding
-                    slab = next(slabs, None)
-                if slab is None:
-                    return
-                if shares is not None:
-                    shares.add(probabilities(slab.logits, predictor.activation), slab)
-                if doubts is not None:
-                    doubts.add(uncertainty(slab, predictor.activation), slab)
-                yield slab
+    def label_scheme_for(self, case: Case, cohort: Cohort) -> str | None:
+        """Name of the label scheme of a case's mask."""
+        return None
 
-        with self.clock.timed("decode"):
-            labels = predictor.decode(noted(), self.preparation, task.scheme)
-        with self.clock.timed("write"):
-            if shares is not None:
-                shares.write(_probability_paths(task, predictor), self.grid, _outside(predictor))
-            if doubts is not None:
-                doubts.write(_uncertainty_paths(task, predictor), self.grid, (0, 0))
-            if task.dicom_target is not None:
-                series = next(iter(task.case.images.values())).path
-                segments = task.scheme.values
-                write_dicom_seg(
-                    task.dicom_target,
-                    labels,
-                    series,
-                    segments,
-                    model=predictor.identity,
-                    keeps_patient=task.keeps_patient,
-                )
-            write_labels(task.target, labels, self.grid)
-        return self._record(None)
+    @abstractmethod
+    def plan(self, case: Case, cohort: Cohort, output: Path) -> P:
+        """What is written for a case.
 
-    def again(self, error: BaseException) -> CaseJob | None:
-        """The work anew with smaller windows, where memory ran out and there are smaller ones."""
-        # The case before may have made them smaller while this one was computed.
-        if not is_memory_error(error) or (self._window == self.predictor.window and not self.predictor.shrink()):
-            return None
-        size = " x ".join(map(str, self.predictor.window))
-        _log.warning("%s: out of memory; once more, with windows of %s voxels", self.task.case.id, size)
-        return CaseJob(self.predictor, self.task, uses_threads=False)
+        Raises:
+            DataError: the case cannot be used.
+        """
 
-    def failed(self, error: BaseException) -> CaseRecord:
-        """The record of the case when a stage raised `error`; with -v the trace is told too."""
-        _log.debug("%s failed", self.task.case.id, exc_info=error)
-        return self._record(sentence(error))
+    def fit_memory(self, plans: list[P], memory_mb: float | None) -> tuple[Self, list[P], bool]:
+        """The task with windows that fit, plans with forecasts, and whether there is room for several cases at once."""
+        return self, plans, True
 
-    def _record(self, error: str | None) -> CaseRecord:
-        return CaseRecord(
-            self.task.case.id,
-            "done" if error is None else "failed",
-            error,
-            self.clock.rounded(),
-            round(peak_rss_mb(), 1),
-            self.predictor.backend.name,
-            label_scheme=self.task.scheme.name,
-            missing_modalities=self.task.missing_modalities,
-            model=self.predictor.identity,
-            window=self._window,
-            predicted=self.task.predicted,
-        )
+    def open_log(self, cohort: Cohort) -> Callable[[CaseRecord], None]:
+        """What is called with every record on the machine that writes the manifest.
 
+        Raises:
+            RequestError: a folder holds results of another model or of other options.
+        """
+        return lambda record: None
 
-def further_paths(task: CaseTask, predictor: Predictor) -> list[Path]:
-    """The files that a task writes beside its mask."""
-    shares = _probability_paths(task, predictor) if task.saves_probabilities else []
-    doubts = _uncertainty_paths(task, predictor) if task.saves_uncertainty else []
-    return shares + doubts + ([] if task.dicom_target is None else [task.dicom_target])
+    @abstractmethod
+    def waiting_bytes(self, plan: P) -> int:
+        """Memory that a case holds between reading and computing, as far as its headers tell."""
 
+    @abstractmethod
+    def read(self, plan: P, stage: Stage, *, uses_threads: bool) -> Any:
+        """Read and prepare the files, with `uses_threads` side by side."""
 
-def _probability_paths(task: CaseTask, predictor: Predictor) -> list[Path]:
-    return _paths(task, predictor, PROBABILITIES, [output.name for output in predictor.card.outputs])
+    @abstractmethod
+    def compute(self, plan: P, loaded: Any, stage: Stage) -> Any:
+        """The result, in memory."""
 
+    @abstractmethod
+    def write(self, plan: P, result: Any) -> dict[str, Any]:
+        """Write the result; gives further fields of the record."""
 
-def _uncertainty_paths(task: CaseTask, predictor: Predictor) -> list[Path]:
-    return _paths(task, predictor, UNCERTAINTY, _UNCERTAINTIES)
-
-
-def _paths(task: CaseTask, predictor: Predictor, folder: str, names: list[str] | tuple[str, ...]) -> list[Path]:
-    suffix = ".tif" if predictor.card.dims == 2 else ".nii.gz"
-    stem = stem_of(task.target)
-    return [task.target.parent / folder / f"{stem}_{file_name_of(name)}{suffix}" for name in names]
-
-
-def _outside(predictor: Predictor) -> list[float]:
-    return outside_probabilities(len(predictor.card.outputs), predictor.activation)
-
-
-def sentence(error: BaseException) -> str:
-    """One line that a user without knowledge of Python understands."""
-    text = " ".join(str(error).split())
-    if isinstance(error, SegkitError):
-        return text
-    if is_memory_error(error):
-        return (
-            f"out of memory after {peak_rss_mb():.0f} MB. Close other programs, use a machine with more memory, "
-            "or a model with a smaller patch or fewer outputs"
-        )
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'a file'}: {error.strerror}"
-    return (
-        f"unexpected {type(error).__name__}: {text[:300]}. This is a fault of segkit: run again with -v for the trace"
-    )
+    def with_smaller_window(self) -> Self | None:
+        """The same task with smaller windows, for less memory; None where there are none."""
+        return None
 
 
 class StageClock:
-    """The seconds of a case by stage, of `STAGES`."""
+    """The seconds of a case by stage (`STAGES`); a stage inside another is not counted twice."""
 
     def __init__(self) -> None:
-        self.seconds = dict.fromkeys(STAGES, 0.0)
-
-    def timed(self, stage: str) -> AbstractContextManager[None]:
-        """Add what is done meanwhile to a stage, also where it fails."""
-        return self._counted(stage, 1)
-
-    def paused(self, stage: str) -> AbstractContextManager[None]:
-        """Take what is done meanwhile off a stage that is being timed."""
-        return self._counted(stage, -1)
-
-    def rounded(self) -> dict[str, float]:
-        """The seconds as a manifest tells them."""
-        return {stage: round(value, 4) for stage, value in self.seconds.items()}
+        self._seconds = dict.fromkeys(STAGES, 0.0)
+        self._inner = 0.0
 
     @contextmanager
-    def _counted(self, stage: str, sign: int) -> Iterator[None]:
-        start = time.perf_counter()
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Time a stage, also where it fails."""
+        start, inner_before = time.perf_counter(), self._inner
+        self._inner = 0.0
         try:
             yield
         finally:
-            self.seconds[stage] += sign * (time.perf_counter() - start)
+            spent = time.perf_counter() - start
+            self._seconds[stage] += spent - self._inner
+            self._inner = inner_before + spent
+
+    def rounded(self) -> dict[str, float]:
+        """The seconds as the manifest has them."""
+        return {stage: round(value, 4) for stage, value in self._seconds.items()}
+
+
+class CaseWorker(Generic[P]):
+    """Does a task case by case. `task` is replaced by one with smaller windows where memory ran out."""
+
+    def __init__(self, task: Task[P], *, uses_threads: bool = True) -> None:
+        self.task = task
+        self.uses_threads = uses_threads
+
+    def start(self, plan: P) -> CaseJob[P]:
+        """The work on one case, to be done stage by stage."""
+        return CaseJob(self, plan, uses_threads=self.uses_threads)
+
+    def __call__(self, plan: P) -> CaseRecord:
+        """All of the work on one case; raises only what ends the whole program."""
+        return self.start(plan).run()
+
+    def shrink(self, used: Task[P]) -> bool:
+        """Use windows smaller than those of `used` from now on; False where there are none."""
+        if self.task is used:  # else a case before has done it
+            smaller = used.with_smaller_window()
+            if smaller is None:
+                return False
+            self.task = smaller
+        return True
+
+
+class CaseJob(Generic[P]):
+    """One case between its stages; `read` and `write` may run in other threads than `compute`."""
+
+    def __init__(self, worker: CaseWorker[P], plan: P, *, uses_threads: bool) -> None:
+        self.plan = plan
+        self._worker, self._task, self._uses_threads = worker, worker.task, uses_threads
+        self._clock = StageClock()
+        self._loaded: Any = None
+        self._result: Any = None
+
+    @functools.cached_property
+    def waiting_bytes(self) -> int:
+        """See `Task.waiting_bytes`."""
+        return self._task.waiting_bytes(self.plan)
+
+    def read(self) -> None:
+        """Get ready for `compute`."""
+        self._loaded = self._task.read(self.plan, self._clock, uses_threads=self._uses_threads)
+
+    def compute(self) -> None:
+        """Get ready for `write`."""
+        self._task = self._worker.task  # its windows may have become smaller since
+        loaded, self._loaded = self._loaded, None
+        self._result = self._task.compute(self.plan, loaded, self._clock)
+
+    def write(self) -> CaseRecord:
+        """Write the result."""
+        result, self._result = self._result, None
+        with self._clock("write"):
+            facts = self._task.write(self.plan, result)
+        return self._record(None, **facts)
+
+    def run(self) -> CaseRecord:
+        """All stages in this thread."""
+        try:
+            self.read()
+            self.compute()
+            return self.write()
+        except Exception as error:
+            return self.recover(error)
+
+    def recover(self, error: BaseException) -> CaseRecord:
+        """The record after a stage failed: of another try with smaller windows where memory ran out, else a failure."""
+        self._loaded = self._result = None
+        if not is_memory_error(error) or not self._worker.shrink(self._task):
+            return self.failed(error)
+        size = " x ".join(map(str, self._worker.task.window))
+        _log.warning("%s: out of memory; once more, with windows of %s voxels", self.plan.case.id, size)
+        return CaseJob(self._worker, self.plan, uses_threads=False).run()
+
+    def failed(self, error: BaseException) -> CaseRecord:
+        """The record of a case that failed with `error`; the trace is logged for -v."""
+        _log.debug("%s failed", self.plan.case.id, exc_info=error)
+        return self._record(error_sentence(error))
+
+    def _record(self, error: str | None, **facts: Any) -> CaseRecord:
+        return self._task.record_class(
+            self.plan.case.id,
+            "done" if error is None else "failed",
+            error,
+            self._clock.rounded(),
+            round(peak_rss_mb(), 1),
+            self._task.predictor.backend.name,
+            label_scheme=self.plan.label_scheme,
+            missing_modalities=self.plan.missing_modalities,
+            model=self._task.identity,
+            window=self._task.window,
+            predicted=self.plan.predicted,
+            **facts,
+        )
+
+
+class Executor(Protocol):
+    """Where cases are done."""
+
+    def map(self, worker: CaseWorker[Any], plans: Iterable[Any]) -> Iterator[CaseRecord]:
+        """The record of every plan, as it is ready, in any order."""
+        ...
+
+
+class LocalExecutor:
+    """In this process: `workers` threads read ahead and one writes behind; with 0 there are no threads.
+
+    Cases that were read wait for the network as long as they take no more than `waiting_bytes` together.
+    """
+
+    def __init__(self, workers: int = 0, waiting_bytes: int = 2**31) -> None:
+        self.workers = workers
+        self.waiting_bytes = waiting_bytes
+
+    def map(self, worker: CaseWorker[Any], plans: Iterable[Any]) -> Iterator[CaseRecord]:
+        """The records in the order of the plans."""
+        if self.workers == 0:
+            return (worker(plan) for plan in plans)
+        return self._overlapped(worker.start(plan) for plan in plans)
+
+    def _overlapped(self, jobs: Iterator[CaseJob[Any]]) -> Iterator[CaseRecord]:
+        waiting: deque[tuple[CaseJob[Any], Future[None]]] = deque()
+        writing: deque[tuple[CaseJob[Any], Future[CaseRecord]]] = deque()
+        following = next(jobs, None)
+        with ThreadPoolExecutor(self.workers) as readers, ThreadPoolExecutor(1) as writer:
+            while following is not None or waiting:
+                while following is not None and self._has_room(following, waiting):
+                    waiting.append((following, readers.submit(following.read)))
+                    following = next(jobs, None)
+                job, reading = waiting.popleft()
+                try:
+                    reading.result()
+                    job.compute()
+                except BaseException as error:
+                    yield from _written(writing)  # what is done is not lost
+                    if not isinstance(error, Exception):
+                        raise
+                    yield job.recover(error)
+                    continue
+                # One case may be written while the next is computed, not more: each holds a result in memory.
+                yield from _written(writing)
+                writing.append((job, writer.submit(job.write)))
+            yield from _written(writing)
+
+    def _has_room(self, job: CaseJob[Any], waiting: deque[tuple[CaseJob[Any], Future[None]]]) -> bool:
+        if not waiting:
+            return True
+        held = sum(one.waiting_bytes for one, _ in waiting)
+        return len(waiting) <= self.workers and held + job.waiting_bytes <= self.waiting_bytes
+
+
+def _written(writing: deque[tuple[CaseJob[Any], Future[CaseRecord]]]) -> Iterator[CaseRecord]:
+    while writing:
+        job, future = writing.popleft()
+        error = future.exception()
+        yield future.result() if error is None else job.recover(error)
 
 
 def image_bytes(case: Case, channels: int, shape_of: Callable[[Grid], tuple[int, ...]]) -> int:
-    """What an image of float32 takes, as the header of the case's first file tells; 0 where that cannot be read.
+    """Bytes of a float32 image of a case, as the header of its first file tells; 0 where that cannot be read.
 
-    `shape_of` tells how many voxels each axis of it has, of the grid of the file.
+    `shape_of` gives the voxels per axis of the image, of the grid of the file.
     """
     try:
         grid = read_grid(next(iter(case.images.values())).path)

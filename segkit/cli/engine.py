@@ -13,7 +13,7 @@ from segkit.cli.options import parse_gigabytes
 from segkit.errors import RequestError, is_memory_error
 
 if TYPE_CHECKING:
-    from segkit.batch.executor import Executor
+    from segkit.batch.worker import Executor
     from segkit.inference.backends import Backend
 
 WorkersOption = Annotated[
@@ -149,26 +149,27 @@ def choose_engine(
 
 
 def on_gpu(backend: Backend) -> Backend:
-    """The same backend for the GPU of whoever opens it."""
-    from segkit.inference.backends import TorchBackend
+    """The same backend for the GPU of the machine that opens it."""
+    from segkit.inference.backends import TorchBackend, torch_backend
 
-    return TorchBackend(backend.network, "cuda") if isinstance(backend, TorchBackend) else backend
+    found = torch_backend(backend)
+    return backend if found is None else TorchBackend(found.network, "cuda")
 
 
 def executor_of(engine: Engine, backends: Iterable[Backend], folders: Sequence[Path]) -> Executor:
-    """What maps the cases, which `backends` compute and whose results go to `folders`."""
+    """The executor of cases that `backends` compute and whose results go to `folders`."""
     from segkit.runtime import available_cores
 
     if not engine.is_ray:
-        from segkit.batch.executor import LocalExecutor
+        from segkit.batch.worker import LocalExecutor
 
         return LocalExecutor(min(1, available_cores() - 1) if engine.workers is None else engine.workers)
-    from segkit.batch.ray_executor import RayExecutor
-    from segkit.batch.ray_worker import Share
-    from segkit.inference.backends import TorchBackend
+    from segkit.batch.ray_executor import RayExecutor, Share
+    from segkit.inference.backends import torch_backend
 
     backends = list(backends)
-    uses_gpu = any(isinstance(backend, TorchBackend) and backend.device.type == "cuda" for backend in backends)
+    found = [torch_backend(backend) for backend in backends]
+    uses_gpu = any(one is not None and one.device.type == "cuda" for one in found)
     threads = engine.threads or (1 if uses_gpu else max(backend.threads for backend in backends))
     share = Share(threads, int(uses_gpu), engine.memory_mb)
     return RayExecutor(folders, share, engine.address, workers=engine.workers or None, results=engine.results)

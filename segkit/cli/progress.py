@@ -1,4 +1,4 @@
-"""What verbs have in common that take long: going on with a run folder, and showing how far they are."""
+"""What verbs that train share: resuming a run folder, interruption, and a progress bar."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from segkit.cli.options import console, tell_aside
+from segkit.cli.options import console
 from segkit.errors import RequestError, on_one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from segkit.batch.manifest import CaseRecord
 
 
 def resumed_layers(run: Path) -> list[tuple[str, Mapping[str, object]]]:
@@ -70,47 +68,3 @@ def progress_bar(*, is_quiet: bool) -> ProgressBar | None:
     """A bar where standard error is a terminal, None elsewhere: log lines tell then."""
     found = console()
     return ProgressBar(found) if found.is_terminal and not is_quiet else None
-
-
-class CaseProgress:
-    """How far a run over cases is: a bar on a terminal, one line a case elsewhere; failures are named in both."""
-
-    def __init__(self, doing: str, total: int, *, is_quiet: bool) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.doing = doing
-        self.total = total
-        self.counts = {"done": 0, "skipped": 0, "failed": 0}
-        self.is_quiet = is_quiet
-        self.console = console()
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=is_quiet or not self.console.is_terminal,
-        )
-
-    def __enter__(self) -> CaseProgress:
-        self.bar.start()
-        self.task = self.bar.add_task(self.doing, total=self.total)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-        if not self.is_quiet:
-            tell_aside(", ".join(f"{count} {status}" for status, count in self.counts.items()), above=self.console)
-
-    def show(self, record: CaseRecord) -> None:
-        """Count a case that ended, and tell about it."""
-        self.counts[record.status] += 1
-        self.bar.advance(self.task)
-        name = on_one_line(record.case)
-        if record.error is not None:
-            tell_aside(f"{name}: failed: {on_one_line(record.error)}", above=self.console)
-        elif not self.is_quiet and not self.console.is_terminal:
-            done = sum(self.counts.values())
-            stages = ", ".join(f"{stage} {value:.1f} s" for stage, value in record.seconds.items() if value)
-            line = f"[{done}/{self.total}] {name}: {record.status}" + (f" ({stages})" if stages else "")
-            tell_aside(line, above=self.console)

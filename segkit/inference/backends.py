@@ -145,23 +145,44 @@ class OpenvinoBackend:
         return _reopen_graph, (self.name, _files_of(self.path), self.threads)
 
 
-class LateBackend:
-    """A network that is opened when it is first asked: where there was no room for it, there may be some by then."""
+class ReopenableBackend:
+    """A backend whose memory can be released; the next call opens it again.
 
-    def __init__(self, reopen: Callable[[], Backend], name: str, threads: int) -> None:
-        self.name, self.threads = name, threads
+    A copy in another process is the opened backend alone.
+    """
+
+    def __init__(self, reopen: Callable[[], Backend], opened: Backend) -> None:
+        self.name, self.threads = opened.name, opened.threads
         self._reopen = reopen
-        self._opened: Backend | None = None
+        self._opened: Backend | None = opened
 
-    def __call__(self, windows: Array) -> Array:
-        """Logits (B, K, *window) of windows (B, C, *window).
+    @property
+    def opened(self) -> Backend:
+        """The backend itself, opened again where it was released.
 
         Raises:
-            MemoryError: there is still no room, or whatever the backend has for that.
+            MemoryError: there is no room for it, or whatever error the backend has for that.
         """
         if self._opened is None:
             self._opened = self._reopen()
-        return self._opened(windows)
+        return self._opened
+
+    def release(self) -> None:
+        """Free its memory."""
+        self._opened = None
+
+    def __call__(self, windows: Array) -> Array:
+        """Logits (B, K, *window) of windows (B, C, *window); raises what `opened` raises."""
+        return self.opened(windows)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _same, (self.opened,)
+
+
+def torch_backend(backend: Backend) -> TorchBackend | None:
+    """The torch backend behind `backend`; None where another runtime computes."""
+    opened = backend.opened if isinstance(backend, ReopenableBackend) else backend
+    return opened if isinstance(opened, TorchBackend) else None
 
 
 def installed_backends() -> tuple[str, ...]:
@@ -203,6 +224,10 @@ def _openvino_core() -> Any:
     import openvino
 
     return openvino.Core()
+
+
+def _same(backend: Backend) -> Backend:
+    return backend
 
 
 def _reopen_torch(network: torch.nn.Module, device: str, threads: int) -> TorchBackend:

@@ -30,7 +30,6 @@ from segkit.inference.sliding_window import Logits, Slab
 from segkit.preparing.preprocessing import Preparation
 from segkit.preparing.resampling import Neighbours, neighbours, resample_plane
 from segkit.reading.files import write_image
-from segkit.reading.volume import Grid
 from segkit.shapes import AnyArray, LabelMap
 
 Activation = Literal["sigmoid", "softmax"]
@@ -290,11 +289,11 @@ _IN_MEMORY_BYTES = 1 << 28
 
 
 class Maps:
-    """Several maps of one case, filled slab by slab."""
+    """Several maps of one case, filled slab by slab; outside the crop each has its value of `outside`, in 0..1."""
 
-    def __init__(self, preparation: Preparation, count: int) -> None:
-        self.preparation = preparation
-        shape = (count, *preparation.cropped_shape)
+    def __init__(self, preparation: Preparation, outside: Sequence[float]) -> None:
+        self.preparation, self.outside = preparation, tuple(outside)
+        shape = (len(self.outside), *preparation.cropped_shape)
         # Without a name, the file is gone with the process however that ends.
         is_large = 2 * prod(shape) > _IN_MEMORY_BYTES
         self._file = tempfile.TemporaryFile() if is_large else None  # noqa: SIM115  lives as long as the maps
@@ -318,9 +317,10 @@ class Maps:
                 between = plane[lower] + (plane[upper] - plane[lower]) * weight
                 box[index] = _fixed(resample_plane(between, box.shape[1:]))
 
-    def write(self, paths: Sequence[Path], grid: Grid, outside: Sequence[float]) -> None:
-        """Write each map to its file on the input's grid; outside the crop it has its value of `outside`."""
-        for path, box, value in zip(paths, self._boxes, outside, strict=True):
+    def write(self, paths: Sequence[Path]) -> None:
+        """Write each map to its file on the grid of the input."""
+        grid = self.preparation.source_grid
+        for path, box, value in zip(paths, self._boxes, self.outside, strict=True):
             whole = np.full(self.preparation.reoriented_shape, round(value * _STEPS), np.uint16)
             whole[self.preparation.crop_slices] = box
             source = to_source(whole, self.preparation)
@@ -329,9 +329,9 @@ class Maps:
             else:
                 write_image(path, source, grid, slope=1 / _STEPS)
 
-    def arrays(self, outside: Sequence[float]) -> Iterator[NDArray[np.float32]]:
+    def arrays(self) -> Iterator[NDArray[np.float32]]:
         """Each map in turn, (*source) float32."""
-        for box, value in zip(self._boxes, outside, strict=True):
+        for box, value in zip(self._boxes, self.outside, strict=True):
             whole = np.full(self.preparation.reoriented_shape, value, np.float32)
             whole[self.preparation.crop_slices] = box / np.float32(_STEPS)
             yield to_source(whole, self.preparation)

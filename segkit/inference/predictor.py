@@ -1,7 +1,8 @@
-"""The predictor: a network, its card, and the whole way from files to a mask on the grid of those files.
+"""The predictor: a network, its card, and all steps from the files of a case to a mask on their grid.
 
-The network only computes; geometry there and back is the predictor's. Validation during training, the folder runner
-and notebooks all go through the same three steps: `prepare`, `slabs`, `decode`.
+`read_case` reads and prepares, `slabs` computes logits, `decode` paints the mask; `predict_case` is all of it. The
+folder runner, notebooks, export and validation use these same steps. Predictors never change: one with smaller
+windows, or for another device, is a new predictor.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -19,7 +21,7 @@ from segkit.checkpoint.card import ModelCard
 from segkit.checkpoint.run_folder import load_card, model_folders, require_segmentation
 from segkit.errors import DataError, RequestError, is_memory_error
 from segkit.inference.backend_loading import open_backend
-from segkit.inference.backends import BACKENDS, Backend, LateBackend
+from segkit.inference.backends import BACKENDS, Backend, ReopenableBackend
 from segkit.inference.decode import (
     Activation,
     Maps,
@@ -28,6 +30,7 @@ from segkit.inference.decode import (
     merged,
     outside_probabilities,
     probabilities,
+    uncertainty,
 )
 from segkit.inference.postprocessing import agreed_rules, postprocess
 from segkit.inference.sliding_window import Slab, WindowPlan, plan_windows, predict_slabs
@@ -44,47 +47,73 @@ from segkit.shapes import Affine, Image, LabelMap
 if TYPE_CHECKING:
     import torch
 
+    from segkit.checkpoint.card import PostprocessingCard, SegmentationCard
+
 _SMALLEST_WINDOW = 16
 """Voxels along an axis below which a window sees too little to be worth a try."""
 
 Scan: TypeAlias = Volume | str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]]
 """One case: a volume in memory, a path to it (file or case folder), or paths by modality name."""
 
+Stage: TypeAlias = Callable[[str], AbstractContextManager[object]]
+"""Called with the name of a stage (read, preprocess, predict, decode), gives the context that it runs in: a clock."""
+
+UNCERTAINTIES = ("entropy", "disagreement")
+"""The maps of `uncertainty`, in order."""
+
+
+def _untimed(stage: str) -> AbstractContextManager[object]:
+    return nullcontext()
+
 
 @dataclass(frozen=True)
 class Prediction:
     """A mask on the grid of the input: labels (*source) uint8 in the values of `label_scheme`.
 
-    `probabilities` (K, *source) float32 in 0..1, one plane per output of the card, where they were asked for.
+    Where they were asked for, `probability_maps` has one map per output of the card, and `uncertainty_maps` those of
+    `UNCERTAINTIES`.
     """
 
     labels: LabelMap = field(repr=False)
     grid: Grid
     label_scheme: LabelScheme
-    probabilities: Image | None = field(default=None, repr=False)
+    probability_maps: Maps | None = field(default=None, repr=False)
+    uncertainty_maps: Maps | None = field(default=None, repr=False)
 
     @property
     def affine(self) -> Affine:
         """Voxel indices of `labels` to millimetres in RAS+ world space, (4, 4)."""
         return self.grid.affine
 
+    @functools.cached_property
+    def probabilities(self) -> Image | None:
+        """(K, *source) float32 in 0..1, one plane per output of the card; None where they were not asked for."""
+        return None if self.probability_maps is None else np.stack(list(self.probability_maps.arrays()))
 
+
+@dataclass(frozen=True, eq=False)
 class Predictor:
-    """One network with its card."""
+    """One network with its card.
 
-    def __init__(
-        self, backend: Backend, card: ModelCard, *, uses_tta: bool = False, uses_postprocessing: bool = True
-    ) -> None:
-        segmentation = require_segmentation(card)
-        self.backend = backend
-        self.card = card
-        self.uses_tta = uses_tta
-        self.rules = segmentation.postprocessing if uses_postprocessing else None
-        self.scheme = card.scheme()
-        self.activation: Activation = segmentation.activation
-        self.segmentation = segmentation
-        self.window = card.patch_size
-        self._reopen: Callable[[tuple[int, ...]], Backend] | None = None
+    Raises:
+        RequestError: the card is not that of a segmentation model.
+    """
+
+    backend: Backend
+    card: ModelCard
+    _: KW_ONLY
+    uses_tta: bool = False
+    """Average over mirrored inputs."""
+    uses_postprocessing: bool = True
+    """Apply the rules that training chose to the masks."""
+    window: tuple[int, ...] = ()
+    """Voxels of a window; by default the patch of the card."""
+    reopen: Callable[[tuple[int, ...]], Backend] | None = field(default=None, repr=False)
+    """Opens the network for windows of another size; None where there is only this one."""
+
+    def __post_init__(self) -> None:
+        require_segmentation(self.card)
+        object.__setattr__(self, "window", self.window or self.card.patch_size)
 
     @classmethod
     def load(
@@ -99,8 +128,7 @@ class Predictor:
     ) -> Predictor:
         """The predictor of a run folder or an export; of several, or of a cross-validation, their ensemble.
 
-        Without `uses_postprocessing`, masks stay as the network gives them, whatever rules training chose. On a CPU
-        the network is computed with `threads`; None is as many as there are cores.
+        On a CPU the network is computed with `threads`; None is as many as there are cores.
 
         Raises:
             CheckpointError: a model is missing or damaged.
@@ -117,28 +145,77 @@ class Predictor:
         members = []
         for folder, card in zip(folders, cards, strict=True):
             reopen = functools.partial(open_backend, folder, card, str(device), backend, threads=threads)
-            window, opened = _opened(reopen, card, card.patch_size)
-            member = Predictor(opened, card, uses_tta=uses_tta, uses_postprocessing=uses_postprocessing)
-            member.window, member._reopen = window, None if card.export is not None else reopen
-            members.append(member)
-        return members[0] if len(members) == 1 else Ensemble(members)
+            window, opened = _open_with_room(reopen, card, card.patch_size)
+            member = Predictor(
+                opened, card, uses_tta=uses_tta, uses_postprocessing=uses_postprocessing, window=window, reopen=reopen
+            )
+            members.append(member if card.export is None else replace(member, backend=opened.opened, reopen=None))
+        return members[0] if len(members) == 1 else Ensemble.of(members)
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the way to smaller windows: they are decided here, that masks are the same wherever they are made."""
-        return {**self.__dict__, "_reopen": None}
+        """All but `reopen`: windows are chosen where the model was loaded, so that masks are the same anywhere."""
+        return {**self.__dict__, "reopen": None}
+
+    @property
+    def members(self) -> tuple[Predictor, ...]:
+        """The predictors of single networks that this one consists of."""
+        return (self,)
+
+    @functools.cached_property
+    def scheme(self) -> LabelScheme:
+        """The label scheme of the training data."""
+        return self.card.scheme()
+
+    @property
+    def segmentation(self) -> SegmentationCard:
+        """The part of the card that says how masks are made."""
+        return require_segmentation(self.card)
+
+    @property
+    def activation(self) -> Activation:
+        """How logits become probabilities."""
+        return self.segmentation.activation
+
+    @property
+    def rules(self) -> PostprocessingCard | None:
+        """The postprocessing rules in use."""
+        return self.segmentation.postprocessing if self.uses_postprocessing else None
 
     @property
     def digests(self) -> list[str]:
         """SHA-256 of each weight file in use."""
-        return [self.card.sha256]
+        return [member.card.sha256 for member in self.members]
 
     @property
     def identity(self) -> str:
-        """Tells one way of predicting from another: short digests of the weights, mirroring, rules left out."""
+        """What masks depend on: short digests of the weights, whether inputs are mirrored, whether rules are used."""
         parts = sorted(digest[:16] for digest in self.digests)
         parts += ["tta"] * self.uses_tta
         parts += ["unprocessed"] * (self.rules is None and self.segmentation.postprocessing is not None)
         return "+".join(parts)
+
+    def with_backends(self, change: Callable[[Backend], Backend]) -> Predictor:
+        """The same predictor computed by `change(backend)`, of which only this window size is known."""
+        return replace(self, backend=change(self.backend), reopen=None)
+
+    def with_smaller_window(self) -> Predictor | None:
+        """The same with windows of half the size along their longest axis, for less memory; None where there is none.
+
+        The network of this one is released first, for its memory is needed; it is opened again if it is used again.
+        Networks that normalise over a window give slightly different logits with another size.
+        """
+        window = _smaller(self.window, self.card)
+        if self.reopen is None or window is None:
+            return None
+        if isinstance(self.backend, ReopenableBackend):
+            self.backend.release()
+        try:
+            window, backend = _open_with_room(self.reopen, self.card, window)
+        except Exception as error:
+            if is_memory_error(error):
+                return None
+            raise
+        return replace(self, window=window, backend=backend)
 
     def __call__(self, scan: Scan, *, with_probabilities: bool = False) -> Prediction:
         """Segment one case, in the label scheme of the training data.
@@ -146,21 +223,78 @@ class Predictor:
         Raises:
             DataError: the files cannot be read or are not what the network was trained on.
         """
-        return self.predict_loaded(self._load(scan), with_probabilities=with_probabilities)
+        if isinstance(scan, Volume):
+            return self.predict_loaded(self._load_volume(scan), with_probabilities=with_probabilities)
+        case = match_modalities(_case_of(scan), self.card.modalities)
+        return self.predict_case(case, with_probabilities=with_probabilities)
+
+    def predict_case(
+        self,
+        case: Case,
+        scheme: LabelScheme | None = None,
+        *,
+        with_probabilities: bool = False,
+        with_uncertainty: bool = False,
+    ) -> Prediction:
+        """Segment the files of a case, named as `match_modalities` does; see `predict_prepared`.
+
+        Raises:
+            DataError: the files cannot be read or are not what the network was trained on.
+        """
+        prepared = self.read_case(case)
+        return self.predict_prepared(
+            prepared, scheme, with_probabilities=with_probabilities, with_uncertainty=with_uncertainty
+        )
 
     def predict_loaded(
         self, loaded: LoadedCase, scheme: LabelScheme | None = None, *, with_probabilities: bool = False
     ) -> Prediction:
-        """Segment one case already in memory, in the values of `scheme` (default: that of the training data)."""
-        prepared = self.prepare(loaded)
-        slabs, planes = self.slabs(prepared), None
-        if with_probabilities:
-            maps = Maps(prepared.preparation, len(self.card.outputs))
-            slabs = self._noted(slabs, maps)
-        labels = self.decode(slabs, prepared.preparation, scheme)
-        if with_probabilities:
-            planes = np.stack(list(maps.arrays(outside_probabilities(len(self.card.outputs), self.activation))))
-        return Prediction(labels, loaded.grid, scheme or self.scheme, planes)
+        """Segment one case already in memory; see `predict_prepared`."""
+        return self.predict_prepared(self.prepare(loaded), scheme, with_probabilities=with_probabilities)
+
+    def predict_prepared(
+        self,
+        prepared: PreparedCase,
+        scheme: LabelScheme | None = None,
+        *,
+        with_probabilities: bool = False,
+        with_uncertainty: bool = False,
+        stage: Stage = _untimed,
+    ) -> Prediction:
+        """Segment a prepared case, in the values of `scheme` (default: that of the training data)."""
+        outside = outside_probabilities(len(self.card.outputs), self.activation)
+        shares = Maps(prepared.preparation, outside) if with_probabilities else None
+        doubts = Maps(prepared.preparation, (0,) * len(UNCERTAINTIES)) if with_uncertainty else None
+
+        def computed() -> Iterator[Slab]:
+            slabs = self.slabs(prepared)
+            while True:
+                with stage("predict"):
+                    slab = next(slabs, None)
+                if slab is None:
+                    return
+                if shares is not None:
+                    shares.add(probabilities(slab.logits, self.activation), slab)
+                if doubts is not None:
+                    doubts.add(uncertainty(slab, self.activation), slab)
+                yield slab
+
+        with stage("decode"):
+            labels = self.decode(computed(), prepared.preparation, scheme)
+        return Prediction(labels, prepared.preparation.source_grid, scheme or self.scheme, shares, doubts)
+
+    def read_case(
+        self, case: Case, *, allow_missing: bool = False, uses_threads: bool = True, stage: Stage = _untimed
+    ) -> PreparedCase:
+        """Read and prepare the files of a case, named as `match_modalities` does; see `load_case`.
+
+        Raises:
+            DataError: the files cannot be read or are not what the network was trained on.
+        """
+        with stage("read"):
+            loaded = load_case(case, self.card.modalities, None, allow_missing=allow_missing, uses_threads=uses_threads)
+        with stage("preprocess"):
+            return self.prepare(loaded)
 
     def prepare(self, loaded: LoadedCase) -> PreparedCase:
         """Orient, crop, normalise and resample one case as the training did.
@@ -177,26 +311,6 @@ class Predictor:
                 remedy="Choose another model, or convert the images",
             )
         return prepare(loaded, self.card.preprocessing)
-
-    def shrink(self) -> bool:
-        """Go on with windows of half the size along their longest axis, which take less memory; False at the end.
-
-        Networks that normalise over a window give slightly other logits so.
-        """
-        window = _smaller(self.window, self.card)
-        if self._reopen is None or window is None:
-            return False
-        # While it waits to be opened again it takes no memory, which is wanted now.
-        self.backend = LateBackend(
-            functools.partial(self._reopen, self.window), self.backend.name, self.backend.threads
-        )
-        try:
-            self.window, self.backend = _opened(self._reopen, self.card, window)
-        except Exception as error:
-            if is_memory_error(error):
-                return False
-            raise
-        return True
 
     def prepared_shape(self, grid: Grid) -> tuple[int, ...]:
         """Voxels per axis of a case of this grid once it is prepared, if nothing is cropped."""
@@ -237,32 +351,12 @@ class Predictor:
         table = translation(self.scheme, scheme)
         return all(table[output.label] for output in self.card.outputs if output.label)
 
-    def _noted(self, slabs: Iterator[Slab], maps: Maps) -> Iterator[Slab]:
-        for slab in slabs:
-            maps.add(probabilities(slab.logits, self.activation), slab)
-            yield slab
-
     def mirror_axes(self) -> tuple[int, ...]:
         """The axes of *spatial along which inputs are mirrored and logits averaged; none without `uses_tta`."""
         if not self.uses_tta:
             return ()
         trained = self.segmentation.mirror_axes
         return tuple(range(self.card.dims)) if trained is None else trained
-
-    def _load(self, scan: Scan) -> LoadedCase:
-        if isinstance(scan, Volume):
-            return self._load_volume(scan)
-        if isinstance(scan, Mapping):
-            images = {name: ImageFile(Path(path)) for name, path in scan.items()}
-            case = Case("case", "case", images)
-        else:
-            cohort = find_cases(Path(scan))
-            if len(cohort.cases) != 1:
-                raise DataError(
-                    f"holds {len(cohort.cases)} cases", where=Path(scan), expected="one", remedy="Use `segkit infer`"
-                )
-            case = cohort.cases[0]
-        return load_case(match_modalities(case, self.card.modalities), self.card.modalities, None)
 
     def _load_volume(self, volume: Volume) -> LoadedCase:
         if len(self.card.modalities) != 1:
@@ -276,24 +370,37 @@ class Predictor:
         return LoadedCase("volume", image, None, volume.grid, (True,))
 
 
+@dataclass(frozen=True, eq=False)
 class Ensemble(Predictor):
-    """Several networks for one task: the mean of their probabilities, slab by slab."""
+    """Several networks for one task: the mean of their probabilities, slab by slab. See `Ensemble.of`."""
 
-    def __init__(self, members: Sequence[Predictor]) -> None:
+    predictors: tuple[Predictor, ...] = ()
+
+    @classmethod
+    def of(cls, members: Sequence[Predictor]) -> Ensemble:
+        """The ensemble of these predictors; `backend`, `card` and `window` are those of the first."""
         first = members[0]
-        super().__init__(first.backend, first.card, uses_tta=first.uses_tta)
-        self.members = tuple(members)
-        self.rules = agreed_rules([member.rules for member in members], self.card.outputs)
+        return cls(first.backend, first.card, uses_tta=first.uses_tta, window=first.window, predictors=tuple(members))
 
     @property
-    def digests(self) -> list[str]:
-        """SHA-256 of each member's weight file."""
-        return [member.card.sha256 for member in self.members]
+    def members(self) -> tuple[Predictor, ...]:
+        """The predictors of single networks that this one consists of."""
+        return self.predictors
 
-    def shrink(self) -> bool:
-        """Shrink the windows of every member; False where one of them cannot."""
-        shrunk = [member.shrink() for member in self.members]  # all of them, whatever the first says
-        return all(shrunk)
+    @functools.cached_property
+    def rules(self) -> PostprocessingCard | None:
+        """The postprocessing rules that the members agree on."""
+        return agreed_rules([member.rules for member in self.members], self.card.outputs)
+
+    def with_backends(self, change: Callable[[Backend], Backend]) -> Predictor:
+        """See `Predictor.with_backends`."""
+        return Ensemble.of([member.with_backends(change) for member in self.members])
+
+    def with_smaller_window(self) -> Predictor | None:
+        """Every member with smaller windows; None where one of them has none."""
+        smaller = [member.with_smaller_window() for member in self.members]
+        members = [member for member in smaller if member is not None]
+        return Ensemble.of(members) if len(members) == len(smaller) else None
 
     def slabs(self, prepared: PreparedCase, axis: int | None = None) -> Iterator[Slab]:
         """Logits (K, *prepared) of the mean probability of all members, with their disagreement."""
@@ -302,18 +409,24 @@ class Ensemble(Predictor):
         return merged([member.slabs(prepared, axis) for member in self.members], self.activation)
 
 
-def members_of(predictor: Predictor) -> tuple[Predictor, ...]:
-    """The predictors of single networks that a predictor consists of."""
-    return predictor.members if isinstance(predictor, Ensemble) else (predictor,)
+def _case_of(scan: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]]) -> Case:
+    if isinstance(scan, Mapping):
+        return Case("case", "case", {name: ImageFile(Path(path)) for name, path in scan.items()})
+    cohort = find_cases(Path(scan))
+    if len(cohort.cases) != 1:
+        raise DataError(
+            f"holds {len(cohort.cases)} cases", where=Path(scan), expected="one", remedy="Use `segkit infer`"
+        )
+    return cohort.cases[0]
 
 
-def _opened(
+def _open_with_room(
     reopen: Callable[[tuple[int, ...]], Backend], card: ModelCard, window: tuple[int, ...]
-) -> tuple[tuple[int, ...], Backend]:
-    """The backend of a model with windows of this size, or with smaller ones where memory is too short for it."""
+) -> tuple[tuple[int, ...], ReopenableBackend]:
+    """The backend of a model with windows of this size, or of a smaller one where memory is too short for it."""
     while True:
         try:
-            return window, reopen(window)
+            return window, ReopenableBackend(functools.partial(reopen, window), reopen(window))
         except Exception as error:
             smaller = _smaller(window, card)
             if not is_memory_error(error) or smaller is None:
@@ -322,7 +435,7 @@ def _opened(
 
 
 def _smaller(window: tuple[int, ...], card: ModelCard) -> tuple[int, ...] | None:
-    """A window of half the size along its longest axis, of which a network may still make sense."""
+    """A window of half the size along its longest axis, as long as a network can make sense of it."""
     axis = max(range(len(window)), key=window.__getitem__)
     unit = card.divisor[axis]
     length = window[axis] // 2 // unit * unit

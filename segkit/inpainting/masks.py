@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from segkit.checkpoint.run_folder import model_folders
 from segkit.errors import CheckpointError, DataError, RequestError, as_request
 from segkit.evaluation.pairing import match_files
-from segkit.inference.predictor import Predictor, members_of
+from segkit.inference.predictor import Predictor
 from segkit.preparing.holes import grow
 from segkit.reading.case import Case, Cohort, ImageFile
 from segkit.reading.files import read_labels
@@ -50,10 +50,6 @@ class HoleSource:
         name = f"{zlib.crc32(str(Path(self.origin).absolute()).encode(errors='backslashreplace')):08x}"
         found_by = name if self.segmenter is None else self.segmenter.identity
         return f"{found_by}+{self.margin_mm:g}mm"
-
-    def networks(self) -> tuple[Predictor, ...]:
-        """The predictors of single networks that find lesions; none where masks tell."""
-        return () if self.segmenter is None else members_of(self.segmenter)
 
     def mask_of(self, case: Case) -> ImageFile:
         """The mask of a case, by its absolute path.

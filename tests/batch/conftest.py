@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -126,7 +127,7 @@ def _exported(digest: str) -> dict[str, object]:
 
 
 def _with_card(folder: Path, document: dict[str, object]) -> Path:
-    (folder / "model.json").write_text(ModelCard.model_validate(document).model_dump_json())
+    (folder / "model.json").write_text(json.dumps(ModelCard.model_validate(document).to_json()))
     return folder
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
 
-from segkit.batch.executor import LocalExecutor, run_whole
+from segkit.batch.worker import CaseJob, LocalExecutor
 
 
 @dataclass
@@ -46,42 +45,42 @@ class SpellingJob:
             self.log.waiting += 1
             self.log.most_waiting = max(self.log.most_waiting, self.log.waiting)
 
-    def compute(self) -> Iterator[str]:
+    def compute(self) -> None:
         with self.log.lock:
             self.log.waiting -= 1
+        self.spelt = ""
         for letter in self.word:
             self.log.note("compute", self.word)
             if letter == "!" and self.tries == 0:
                 raise MemoryError("too long")
             if letter == "^":
                 raise KeyboardInterrupt
-            yield letter
+            self.spelt += letter
 
-    def finish(self, parts: Iterator[str]) -> str:
-        spelt = ""
-        for letter in parts:
-            spelt += letter
-            self.log.note("finish", self.word)
+    def write(self) -> str:
+        for letter in self.spelt:
+            self.log.note("write", self.word)
             if letter == "?":
                 raise OSError("disk full")
-        return spelt
+        return self.spelt
 
-    def again(self, error: BaseException) -> SpellingJob | None:
-        return SpellingJob(self.word, self.log, 1) if isinstance(error, MemoryError) else None
-
-    def failed(self, error: BaseException) -> str:
+    def recover(self, error: BaseException) -> str:
+        if isinstance(error, MemoryError):
+            return SpellingJob(self.word, self.log, 1).run()
         return f"{self.word} failed: {error}"
+
+    run = CaseJob.run
 
 
 @dataclass
 class Spelling:
     log: Log = field(default_factory=Log)
 
-    def begin(self, task: str) -> SpellingJob:
-        return SpellingJob(task, self.log)
+    def start(self, word: str) -> SpellingJob:
+        return SpellingJob(word, self.log)
 
-    def __call__(self, task: str) -> str:
-        return run_whole(self.begin(task))
+    def __call__(self, word: str) -> str:
+        return self.start(word).run()
 
 
 WORDS = ["one", "two", "bad read", "three", "wh?at", "four", "too! long", "five"]
@@ -97,14 +96,14 @@ def test_without_workers_there_are_no_threads() -> None:
     work = Spelling()
     list(LocalExecutor(0).map(work, ["one", "two"]))
     assert set().union(*work.log.threads.values()) == {threading.get_ident()}
-    assert work.log.events[:3] == ["read one", "compute one", "finish one"]
+    assert work.log.events[:3] == ["read one", "compute one", "compute one"]
 
 
 def test_with_workers_only_the_network_stays_in_this_thread() -> None:
     work = Spelling()
     list(LocalExecutor(1).map(work, ["one", "two"]))
     assert work.log.threads["compute"] == {threading.get_ident()}
-    assert threading.get_ident() not in work.log.threads["read"] | work.log.threads["finish"]
+    assert threading.get_ident() not in work.log.threads["read"] | work.log.threads["write"]
 
 
 def test_the_next_case_is_read_while_one_is_computed() -> None:
@@ -116,13 +115,13 @@ def test_the_next_case_is_read_while_one_is_computed() -> None:
             if self.word == "second":
                 read_second.set()
 
-        def compute(self) -> Iterator[str]:
+        def compute(self) -> None:
             if self.word == "first":
                 assert read_second.wait(10), "the second case was not read meanwhile"
-            yield from super().compute()
+            super().compute()
 
     work = Spelling()
-    work.begin = lambda task: Watching(task, work.log)  # type: ignore[method-assign]
+    work.start = lambda word: Watching(word, work.log)  # type: ignore[method-assign]
     assert list(LocalExecutor(1).map(work, ["first", "second"])) == ["first", "second"]
 
 

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from segkit.batch.cases import InferenceSettings, find_input, plan_cases
-from segkit.batch.executor import LocalExecutor
+from segkit.batch.cases import find_input, plan_cases
 from segkit.batch.forecast import Forecaster, fit_memory, kept_by_crop, window_cost
-from segkit.batch.runner import infer_folder, open_manifest
-from segkit.batch.worker import CaseTask
+from segkit.batch.runner import open_manifest, run_folder
+from segkit.batch.segment import Segment, SegmentPlan
+from segkit.batch.worker import LocalExecutor
+from segkit.inference.backends import ReopenableBackend
 from segkit.inference.predictor import Predictor
 from segkit.runtime import cache_folder
 
@@ -31,10 +32,10 @@ def data(tmp_path: Path, scans: Any) -> Path:
     return tmp_path / "data"
 
 
-def tasks_of(predictor: Predictor, data: Path, out: Path) -> list[CaseTask]:
+def tasks_of(predictor: Predictor, data: Path, out: Path) -> list[SegmentPlan]:
     cohort = find_input(data)
-    manifest = open_manifest(predictor, cohort, out)
-    return plan_cases(predictor, cohort, out, InferenceSettings(), manifest)[0]
+    task = Segment(predictor)
+    return plan_cases(task, cohort, out, open_manifest(task, cohort, out))[0]
 
 
 def test_a_window_is_measured_once_for_each_model_and_size(make_run: MakeRun) -> None:
@@ -48,12 +49,11 @@ def test_a_window_is_measured_once_for_each_model_and_size(make_run: MakeRun) ->
             calls.append(windows.shape)
             return whole(windows)
 
-    predictor.backend = Counted()
+    predictor = replace(predictor, backend=Counted())
     first = window_cost(predictor)
     assert window_cost(predictor) == first
     assert calls == [(1, 1, 8, 8, 8)] * 2  # once to warm up
-    predictor.window = (4, 8, 8)
-    window_cost(predictor)
+    window_cost(replace(predictor, window=(4, 8, 8)))
     assert calls[2:] == [(1, 1, 4, 8, 8)] * 2
     assert len(list((cache_folder() / "costs").iterdir())) >= 2
 
@@ -83,16 +83,16 @@ def test_what_the_crop_leaves_of_the_first_case_is_what_is_forecast(
     whole = Forecaster(predictor).forecast(task.case)
     cropped = Forecaster(predictor, (0.5, 0.25, 1.0)).forecast(task.case)
     assert whole.read_mb - cropped.read_mb == pytest.approx(4 * (40 * 24 - 20 * 6) * 16 / MB)
-    fitted, _ = fit_memory(predictor, [task])
+    _, fitted, _ = fit_memory(predictor, [task])
     assert fitted[0].predicted is not None
     assert fitted[0].predicted["seconds"] == pytest.approx(cropped.seconds, abs=0.01)
     preprocessing = predictor.card.preprocessing.model_copy(update={"crop": "none"})
-    predictor.card = predictor.card.model_copy(update={"preprocessing": preprocessing})
-    assert kept_by_crop(predictor, task.case) == (1.0, 1.0, 1.0)
+    whole_image = replace(predictor, card=predictor.card.model_copy(update={"preprocessing": preprocessing}))
+    assert kept_by_crop(whole_image, task.case) == (1.0, 1.0, 1.0)
 
 
 def test_the_forecast_stands_beside_what_came_true(make_run: MakeRun, data: Path, tmp_path: Path) -> None:
-    manifest = infer_folder(Predictor.load(make_run()), find_input(data), tmp_path / "out")
+    manifest = run_folder(Segment(Predictor.load(make_run())), find_input(data), tmp_path / "out")
     for entry in manifest["cases"]:
         assert set(entry["predicted"]) == {"peak_rss_mb", "seconds"}
         assert entry["window"] == (8, 8, 8)
@@ -105,18 +105,19 @@ def test_short_memory_makes_windows_smaller(
 ) -> None:
     predictor = Predictor.load(make_run(patch_size=(64, 32, 32)))
     tasks = tasks_of(predictor, data, tmp_path / "out")
-    fitted, overlaps = fit_memory(predictor, tasks, limit_mb=1)
+    smaller, fitted, overlaps = fit_memory(predictor, tasks, memory_mb=1)
     assert not overlaps
-    assert predictor.window == (16, 16, 16)  # the smallest, and still it does not fit
+    assert predictor.window == (64, 32, 32)
+    assert smaller.window == (16, 16, 16)  # the smallest, and still it does not fit
     assert "it may fail" in caplog.text
     assert all(task.predicted["peak_rss_mb"] > 1 for task in fitted)
 
 
 def test_with_room_nothing_changes(make_run: MakeRun, data: Path, tmp_path: Path) -> None:
     predictor = Predictor.load(make_run())
-    fitted, overlaps = fit_memory(predictor, tasks_of(predictor, data, tmp_path / "out"))
+    same, fitted, overlaps = fit_memory(predictor, tasks_of(predictor, data, tmp_path / "out"))
     assert overlaps
-    assert predictor.window == (8, 8, 8)
+    assert same.window == (8, 8, 8)
     assert [replace(task, predicted={}) for task in fitted] == tasks_of(predictor, data, tmp_path / "out")
 
 
@@ -125,7 +126,7 @@ def test_out_of_memory_goes_on_with_smaller_windows(
     make_run: MakeRun, data: Path, tmp_path: Path, scans: Any, workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     predictor = Predictor.load(make_run(patch_size=(32, 16, 16)))
-    reopen = predictor._reopen
+    reopen = predictor.reopen
     assert reopen is not None
 
     class Full:
@@ -142,9 +143,9 @@ def test_out_of_memory_goes_on_with_smaller_windows(
             return self.whole(windows)
 
     window_cost(predictor)  # known from an earlier run, so that the cases are the first to find out
-    predictor._reopen, predictor.backend = Full, Full((32, 16, 16))
+    predictor = replace(predictor, reopen=Full, backend=Full((32, 16, 16)))
     out = tmp_path / "out"
-    manifest = infer_folder(predictor, find_input(data), out, executor=LocalExecutor(workers))
+    manifest = run_folder(Segment(predictor), find_input(data), out, executor=LocalExecutor(workers))
     assert [entry["status"] for entry in manifest["cases"]] == ["done", "done"]
     assert manifest["cases"][0]["window"] == (16, 16, 16)
     assert "out of memory; once more, with windows of 16 x 16 x 16 voxels" in caplog.text
@@ -155,7 +156,7 @@ def test_out_of_memory_goes_on_with_smaller_windows(
 def test_no_room_for_smaller_windows_costs_that_case_only(make_run: MakeRun, data: Path, tmp_path: Path) -> None:
     """The network that had to go is opened again for the next case, by when there is room for it."""
     predictor = Predictor.load(make_run(patch_size=(32, 16, 16)))
-    reopen = predictor._reopen
+    reopen = predictor.reopen
     assert reopen is not None
     opened: list[tuple[int, ...]] = []
 
@@ -172,8 +173,9 @@ def test_no_room_for_smaller_windows_costs_that_case_only(make_run: MakeRun, dat
             raise MemoryError
 
     window_cost(predictor)
-    predictor._reopen, predictor.backend = reopen_later, Full()
-    manifest = infer_folder(predictor, find_input(data), tmp_path / "out", executor=LocalExecutor(0))
+    backend = ReopenableBackend(lambda: reopen_later((32, 16, 16)), Full())
+    predictor = replace(predictor, reopen=reopen_later, backend=backend)
+    manifest = run_folder(Segment(predictor), find_input(data), tmp_path / "out", executor=LocalExecutor(0))
     assert [entry["status"] for entry in manifest["cases"]] == ["failed", "done"]
     assert "out of memory after" in manifest["cases"][0]["error"]
     assert opened == [(16, 16, 16), (32, 16, 16)]

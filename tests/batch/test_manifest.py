@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from segkit.batch.manifest import STAGES, CaseRecord, Manifest, Task
+from segkit.batch.manifest import STAGES, CaseRecord, Manifest, TaskName
 from segkit.errors import DataError, RequestError
 
 FACTS = {"model": {"name": "run"}, "environment": {"python": "3"}}
@@ -123,7 +123,7 @@ def test_the_journal_of_one_part_is_not_that_of_another(tmp_path: Path, monkeypa
 @pytest.mark.parametrize("names_task", [True, False])
 @pytest.mark.parametrize(("task", "other"), [("segmentation", "inpainting"), ("inpainting", "segmentation")])
 def test_the_folder_of_another_task_is_refused(
-    tmp_path: Path, task: Task, other: Task, names_task: bool, part: str | None
+    tmp_path: Path, task: TaskName, other: TaskName, names_task: bool, part: str | None
 ) -> None:
     facts = {**FACTS, "holes": {"from": "masks"}} if task == "inpainting" else FACTS
     Manifest(tmp_path, ["a"], facts, "m1", part, task=task).write()

@@ -19,10 +19,11 @@ import pytest
 import torch
 
 import segkit
-from segkit.batch import worker
+from segkit.batch import segment
 from segkit.batch.cases import find_input
-from segkit.batch.executor import LocalExecutor
-from segkit.batch.runner import infer_folder
+from segkit.batch.runner import run_folder
+from segkit.batch.segment import Segment
+from segkit.batch.worker import LocalExecutor
 from segkit.checkpoint.card import ModelCard
 from segkit.checkpoint.model import save_model
 from segkit.errors import DataError
@@ -65,7 +66,7 @@ def test_bad_cases_of_every_kind_are_named_and_the_others_done(
         if kind in KINDS:
             spoil(case, kind)
     predictor, out = Predictor.load(make_run(modalities=("t1c", "t2f"))), tmp_path / "out"
-    manifest = infer_folder(predictor, find_input(tmp_path / "data"), out, executor=LocalExecutor(workers))
+    manifest = run_folder(Segment(predictor), find_input(tmp_path / "data"), out, executor=LocalExecutor(workers))
     assert manifest["summary"]["done"] == 2
     reasons = {entry["case"][-1]: entry["error"] for entry in manifest["cases"] if entry["error"]}
     expected = (
@@ -87,15 +88,15 @@ def test_a_disk_that_is_full_costs_only_what_did_not_fit(
 ) -> None:
     for number in (1, 2, 3):
         scans.write_case(tmp_path / "data", f"BraTS2021_0000{number}", {"t1c": scans.stairs()})
-    whole = worker.write_labels
+    whole = segment.write_labels
 
     def full(path: Path, *arguments: Any) -> None:
         if path.name.startswith("BraTS2021_00002"):
             raise DataError("the disk is full", where=path) from OSError(errno.ENOSPC, "No space left on device")
         whole(path, *arguments)
 
-    monkeypatch.setattr(worker, "write_labels", full)
-    manifest = infer_folder(Predictor.load(make_run()), find_input(tmp_path / "data"), tmp_path / "out")
+    monkeypatch.setattr(segment, "write_labels", full)
+    manifest = run_folder(Segment(Predictor.load(make_run())), find_input(tmp_path / "data"), tmp_path / "out")
     assert [entry["status"] for entry in manifest["cases"]] == ["done", "failed", "done"]
     assert "the disk is full" in manifest["cases"][1]["error"]
 
@@ -136,7 +137,7 @@ def test_a_killed_run_leaves_whole_masks_and_goes_on(tmp_path: Path, scans: Any)
     assert 3 <= len(finished) < cases
     for path in finished:
         assert np.asarray(nib.load(path).dataobj).shape == (24, 24, 24)
-    manifest = infer_folder(Predictor.load(run), find_input(tmp_path / "data"), out)
+    manifest = run_folder(Segment(Predictor.load(run)), find_input(tmp_path / "data"), out)
     skipped = [entry["case"] for entry in manifest["cases"] if entry["status"] == "skipped"]
     assert manifest["summary"]["failed"] == 0
     assert len(finished) - 2 <= len(skipped) <= len(finished)  # the records of the last ones may be lost

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 import segkit.cli
-from segkit.batch.cases import InferenceSettings, find_input, plan_cases
+from segkit.batch.cases import find_input, plan_cases
 from segkit.batch.ray_executor import RayExecutor, Share
-from segkit.batch.runner import infer_folder, open_manifest
-from segkit.batch.worker import CaseTask, CaseWorker
+from segkit.batch.runner import open_manifest, run_folder
+from segkit.batch.segment import Segment, SegmentPlan
+from segkit.batch.worker import CaseWorker
 from segkit.errors import RequestError
 from segkit.inference.predictor import Predictor
 
@@ -31,14 +32,13 @@ def test_the_same_masks_as_here(
     export: Path, data: Path, tmp_path: Path, results: Any, voxels_and_headers: VoxelsAndHeaders
 ) -> None:
     predictor, cohort = Predictor.load(export, backend="onnxruntime", threads=1), find_input(data)
-    settings = InferenceSettings(saves_probabilities=True)
-    infer_folder(predictor, cohort, tmp_path / "local", settings)
+
+    run_folder(Segment(predictor, save_probabilities=True), cohort, tmp_path / "local")
     told: list[str] = []
-    manifest = infer_folder(
-        predictor,
+    manifest = run_folder(
+        Segment(predictor, save_probabilities=True),
         cohort,
         tmp_path / "ray",
-        settings,
         executor=RayExecutor([tmp_path / "ray"], ONE_CORE, results=results),
         on_record=lambda record: told.append(record.case),
     )
@@ -55,7 +55,7 @@ def test_the_same_masks_as_here(
 
 
 @dataclass(frozen=True)
-class DeadlyTask(CaseTask):
+class DeadlyPlan(SegmentPlan):
     """Ends the process that receives it."""
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -66,11 +66,11 @@ def test_a_case_that_kills_its_workers_fails_and_the_others_are_done(
     export: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     predictor, cohort = Predictor.load(export, backend="onnxruntime", threads=1), find_input(data)
-    manifest = open_manifest(predictor, cohort, tmp_path / "out")
-    tasks, _ = plan_cases(predictor, cohort, tmp_path / "out", InferenceSettings(), manifest)
-    deadly = DeadlyTask(**{field.name: getattr(tasks[1], field.name) for field in fields(CaseTask)})
+    task = Segment(predictor)
+    plans, _ = plan_cases(task, cohort, tmp_path / "out", open_manifest(task, cohort, tmp_path / "out"))
+    deadly = DeadlyPlan(**{field.name: getattr(plans[1], field.name) for field in fields(SegmentPlan)})
     executor = RayExecutor([tmp_path / "out"], ONE_CORE)
-    records = {record.case[-1]: record for record in executor.map(CaseWorker(predictor), [tasks[0], deadly, tasks[2]])}
+    records = {record.case[-1]: record for record in executor.map(CaseWorker(task), [plans[0], deadly, plans[2]])}
     assert {case: record.status for case, record in records.items()} == {"1": "done", "2": "failed", "3": "done"}
     error = records["2"].error
     assert error is not None
@@ -84,7 +84,7 @@ def test_an_image_that_is_gone_fails_its_case_and_names_the_node(export: Path, d
     path = data / "BraTS2021_00002" / "BraTS2021_00002_t1ce.nii.gz"
     path.unlink()
     executor = RayExecutor([tmp_path / "out"], ONE_CORE)
-    manifest = infer_folder(predictor, cohort, tmp_path / "out", executor=executor)
+    manifest = run_folder(Segment(predictor), cohort, tmp_path / "out", executor=executor)
     errors = {entry["case"][-1]: entry["error"] for entry in manifest["cases"]}
     assert (errors["1"], errors["3"]) == (None, None)
     assert "node" in errors["2"]
@@ -94,19 +94,25 @@ def test_an_image_that_is_gone_fails_its_case_and_names_the_node(export: Path, d
 def test_a_node_with_other_versions_is_named(
     export: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("segkit.batch.ray_worker.decisive_versions", lambda: {"numpy": "1.0"})
+    monkeypatch.setattr("segkit.batch.ray_executor.decisive_versions", lambda: {"numpy": "1.0"})
     executor = RayExecutor([tmp_path / "out"], ONE_CORE)
     with pytest.raises(RequestError, match=r"no node .* can do this: .*, node \w+\) has numpy .* instead of 1\.0"):
-        infer_folder(
-            Predictor.load(export, backend="onnxruntime"), find_input(data), tmp_path / "out", executor=executor
+        run_folder(
+            Segment(Predictor.load(export, backend="onnxruntime")),
+            find_input(data),
+            tmp_path / "out",
+            executor=executor,
         )
 
 
 def test_a_node_too_small_is_named(export: Path, data: Path, tmp_path: Path) -> None:
     executor = RayExecutor([tmp_path / "out"], Share(64))
     with pytest.raises(RequestError, match=r"no node .* has room .* has 2 CPUs, 0 GPUs; expected 64 CPUs on one node"):
-        infer_folder(
-            Predictor.load(export, backend="onnxruntime"), find_input(data), tmp_path / "out", executor=executor
+        run_folder(
+            Segment(Predictor.load(export, backend="onnxruntime")),
+            find_input(data),
+            tmp_path / "out",
+            executor=executor,
         )
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["summary"]["remaining"] == 4
 

@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 
 import segkit.cli
-from segkit.batch.executor import LocalExecutor
 from segkit.batch.ray_executor import RayExecutor, Share
-from segkit.inpainting.cases import InpaintingSettings
-from segkit.inpainting.folders import inpaint_folder
+from segkit.batch.runner import run_folder
+from segkit.batch.worker import LocalExecutor
+from segkit.inpainting.inpaint import Inpaint, InpaintPlan
 from segkit.inpainting.masks import masks_of_cohort
 from segkit.inpainting.predictor import InpaintingPredictor
-from segkit.inpainting.worker import FillingTask
 from segkit.phantoms.inpainting import write_inpainting_phantoms
 from segkit.reading.layouts.synthesis import find_voided
 
@@ -32,13 +31,13 @@ pytestmark = pytest.mark.usefixtures("cluster")
 
 
 @dataclass(frozen=True)
-class DeadlyOnce(FillingTask):
+class DeadlyOnce(InpaintPlan):
     """Ends the first process that receives it; `mark` is a file that tells the next ones."""
 
     mark: str = ""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        task = FillingTask(**{field.name: getattr(self, field.name) for field in fields(FillingTask)})
+        task = InpaintPlan(**{field.name: getattr(self, field.name) for field in fields(InpaintPlan)})
         # Classes and functions of a test module cannot be unpickled by name.
         received = "task if os.path.exists(mark) else os.close(os.open(mark, os.O_CREAT)) or os._exit(1)"
         return eval, (received, {"os": os, "mark": self.mark, "task": task})
@@ -53,7 +52,7 @@ class Killing:
 
     def map(self, work: Any, tasks: Iterable[Any]) -> Iterator[Any]:
         first, second, *others = tasks
-        known = {field.name: getattr(second, field.name) for field in fields(FillingTask)}
+        known = {field.name: getattr(second, field.name) for field in fields(InpaintPlan)}
         return self.executor.map(work, [first, DeadlyOnce(**known, mark=str(self.mark)), *others])
 
 
@@ -67,12 +66,11 @@ def test_the_same_images_maps_and_bank_as_here_though_a_worker_dies(
     for name in ("local", "ray"):
         out, bank = tmp_path / name / "out", tmp_path / name / "bank"
         remote = Killing(RayExecutor([out, bank], Share(1), workers=1, results="files"), tmp_path / "killed")
-        documents[name] = inpaint_folder(
-            predictor,
+        holes = masks_of_cohort(cohort, tmp_path / "scans")
+        documents[name] = run_folder(
+            Inpaint(predictor, holes, save_holes=True, anomaly=True, bank=bank),
             cohort,
             out,
-            masks_of_cohort(cohort, tmp_path / "scans"),
-            InpaintingSettings(writes_holes=True, writes_anomaly=True, bank=bank),
             executor=LocalExecutor() if name == "local" else remote,
         )
         assert json.loads((out / "manifest.json").read_text()) == json.loads(json.dumps(documents[name]))

@@ -14,7 +14,8 @@ import pytest
 from segkit.batch.cases import find_input
 from segkit.batch.manifest import CaseRecord
 from segkit.batch.ray_executor import RayExecutor, Share
-from segkit.batch.runner import infer_folder
+from segkit.batch.runner import run_folder
+from segkit.batch.segment import Segment
 from segkit.inference.predictor import Predictor
 
 CASES = 40
@@ -36,7 +37,7 @@ def test_a_node_that_dies_costs_no_case(export: Path, tmp_path: Path, monkeypatc
             values = np.random.default_rng(number).normal(500, 100, (48, 40, 36)).astype(np.float32)
             nib.save(nib.Nifti1Image(values, np.eye(4)), folder / f"{folder.name}_t1ce.nii.gz")
         predictor, cohort = Predictor.load(export, backend="onnxruntime", threads=1), find_input(tmp_path / "data")
-        infer_folder(predictor, cohort, tmp_path / "local")
+        run_folder(Segment(predictor), cohort, tmp_path / "local")
         told: list[str] = []
 
         def kill_second(record: CaseRecord) -> None:
@@ -46,7 +47,7 @@ def test_a_node_that_dies_costs_no_case(export: Path, tmp_path: Path, monkeypatc
                 cluster.remove_node(second, allow_graceful=False)
 
         executor = RayExecutor([tmp_path / "ray"], Share(1))
-        manifest = infer_folder(predictor, cohort, tmp_path / "ray", executor=executor, on_record=kill_second)
+        manifest = run_folder(Segment(predictor), cohort, tmp_path / "ray", executor=executor, on_record=kill_second)
     finally:
         ray.shutdown()
         cluster.shutdown()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from segkit.batch.ray_retries import Lost, distribute
+from segkit.batch.ray_executor import Lost, distribute
 from segkit.errors import ClusterError
 
 

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from segkit.batch.ray_executor import RayExecutor, Share
-from segkit.batch.ray_worker import CaseActor, Orders, Reply, decisive_versions, marked
+from segkit.batch.ray_executor import CaseActor, Orders, RayExecutor, Reply, Share, decisive_versions, marked
 from segkit.errors import DataError, RequestError
 from segkit.inference.backends import Backend, OnnxRuntimeBackend, OpenvinoBackend, TorchBackend
 from segkit.reading.case import Case, ImageFile

@@ -6,7 +6,7 @@ import json
 import pickle
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image as Picture
 
-from segkit.batch.cases import InferenceSettings, find_input
-from segkit.batch.executor import LocalExecutor
-from segkit.batch.runner import infer_folder
-from segkit.batch.worker import CaseWorker
+from segkit.batch.cases import find_input
+from segkit.batch.runner import run_folder
+from segkit.batch.segment import Segment
+from segkit.batch.worker import CaseWorker, LocalExecutor
 from segkit.errors import RequestError
 from segkit.inference.predictor import Predictor
 from segkit.inference.sliding_window import Slab
@@ -46,8 +46,12 @@ def errors(manifest: dict[str, Any]) -> dict[str, str]:
 def test_masks_and_manifest(make_run: MakeRun, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shown = []
-    manifest = infer_folder(
-        Predictor.load(make_run()), find_input(data), out, on_record=lambda record: shown.append(record.case), model="r"
+    manifest = run_folder(
+        Segment(Predictor.load(make_run())),
+        find_input(data),
+        out,
+        on_record=lambda record: shown.append(record.case),
+        model="r",
     )
     names = [f"BraTS2021_0000{number}" for number in (1, 2, 3)]
     assert sorted(path.name for path in out.iterdir()) == [*(f"{name}.nii.gz" for name in names), "manifest.json"]
@@ -68,7 +72,7 @@ def test_masks_and_manifest(make_run: MakeRun, data: Path, tmp_path: Path) -> No
 def test_mask_has_the_header_of_its_input(make_run: MakeRun, tmp_path: Path, scans: Any) -> None:
     oblique = np.array([[0, -1.9, 0.3, 5], [1.1, 0, 0, -7], [0, 0.3, 1.9, 9], [0, 0, 0, 1]])
     scans.write_case(tmp_path / "data", "BraTS2021_00001", {"t1c": scans.stairs()}, oblique)
-    infer_folder(Predictor.load(make_run()), find_input(tmp_path / "data"), tmp_path / "out")
+    run_folder(Segment(Predictor.load(make_run())), find_input(tmp_path / "data"), tmp_path / "out")
     image, labels = scans.read(tmp_path / "out" / "BraTS2021_00001.nii.gz")
     assert np.array_equal(labels, scans.labels())
     assert labels.dtype == np.uint8
@@ -86,7 +90,7 @@ def test_bad_cases_do_not_stop_the_others(make_run: MakeRun, data: Path, tmp_pat
     scans.write_case(data, "BraTS2021_00006", {"t2f": scans.stairs()})
     scans.write(data / "BraTS2021_00007" / "BraTS2021_00007_t1ce.nii.gz", scans.stairs())
     scans.write(data / "BraTS2021_00007" / "BraTS2021_00007_t1gd.nii.gz", scans.stairs())
-    manifest = infer_folder(Predictor.load(make_run()), find_input(data), tmp_path / "out")
+    manifest = run_folder(Segment(Predictor.load(make_run())), find_input(data), tmp_path / "out")
     assert statuses(manifest) == dict.fromkeys("123", "done") | dict.fromkeys("4567", "failed")
     reasons = errors(manifest)
     assert "BraTS2021_00004_t1ce.nii.gz" in reasons["4"]
@@ -98,10 +102,11 @@ def test_bad_cases_do_not_stop_the_others(make_run: MakeRun, data: Path, tmp_pat
     assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 3
 
 
+@dataclass(frozen=True, eq=False)
 class Stumbling(Predictor):
     """Fails in the way it is told, at the second case only."""
 
-    error: BaseException
+    error: BaseException = field(default_factory=KeyError)
 
     def slabs(self, prepared: PreparedCase, axis: int | None = None) -> Iterator[Slab]:
         if prepared.id.endswith("2"):
@@ -111,9 +116,7 @@ class Stumbling(Predictor):
 
 def stumbling(run: Path, error: BaseException) -> Stumbling:
     whole = Predictor.load(run)
-    predictor = Stumbling(whole.backend, whole.card)
-    predictor.error = error
-    return predictor
+    return Stumbling(whole.backend, whole.card, error=error)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +133,7 @@ def test_any_failure_of_one_case_is_a_sentence(
     make_run: MakeRun, data: Path, tmp_path: Path, error: BaseException, sentence: str, workers: int
 ) -> None:
     executor = LocalExecutor(workers)
-    manifest = infer_folder(stumbling(make_run(), error), find_input(data), tmp_path / "out", executor=executor)
+    manifest = run_folder(Segment(stumbling(make_run(), error)), find_input(data), tmp_path / "out", executor=executor)
     assert statuses(manifest) == {"1": "done", "2": "failed", "3": "done"}
     assert errors(manifest)["2"].startswith(sentence)
 
@@ -139,37 +142,39 @@ def test_any_failure_of_one_case_is_a_sentence(
 def test_interrupted_run_goes_on_where_it_stopped(make_run: MakeRun, data: Path, tmp_path: Path, workers: int) -> None:
     run, out = make_run(), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        infer_folder(stumbling(run, KeyboardInterrupt()), find_input(data), out, executor=LocalExecutor(workers))
+        run_folder(Segment(stumbling(run, KeyboardInterrupt())), find_input(data), out, executor=LocalExecutor(workers))
     kept = json.loads((out / "manifest.json").read_text())
     assert statuses(kept) == {"1": "done"}
     assert kept["remaining"] == ["BraTS2021_00002", "BraTS2021_00003"]
     (out / "BraTS2021_00002.nii.gz").write_bytes((out / "BraTS2021_00001.nii.gz").read_bytes())  # record was lost
-    again = infer_folder(Predictor.load(run), find_input(data), out)
+    again = run_folder(Segment(Predictor.load(run)), find_input(data), out)
     assert statuses(again) == {"1": "skipped", "2": "done", "3": "done"}
     assert again["cases"][0]["label_scheme"] == "brats2017"
 
 
 def test_second_run_skips_unless_told_to_overwrite(make_run: MakeRun, data: Path, tmp_path: Path) -> None:
     predictor, cohort, out = Predictor.load(make_run()), find_input(data), tmp_path / "out"
-    infer_folder(predictor, cohort, out)
+    run_folder(Segment(predictor), cohort, out)
     (out / "BraTS2021_00001.nii.gz").write_bytes(b"damaged")
     (out / "BraTS2021_00003.nii.gz").unlink()
-    assert statuses(infer_folder(predictor, cohort, out)) == {"1": "done", "2": "skipped", "3": "done"}
-    again = infer_folder(predictor, cohort, out, InferenceSettings(overwrites=True))
+    assert statuses(run_folder(Segment(predictor), cohort, out)) == {"1": "done", "2": "skipped", "3": "done"}
+    again = run_folder(Segment(predictor), cohort, out, overwrite=True)
     assert statuses(again) == dict.fromkeys("123", "done")
 
 
 def test_masks_of_another_model_are_not_replaced_silently(make_run: MakeRun, data: Path, tmp_path: Path) -> None:
     cohort, out = find_input(data), tmp_path / "out"
-    infer_folder(Predictor.load(make_run("first")), cohort, out)
+    run_folder(Segment(Predictor.load(make_run("first"))), cohort, out)
     before = (out / "BraTS2021_00001.nii.gz").read_bytes()
     second = Predictor.load(make_run("second", bias=-10.0))
-    manifest = infer_folder(second, cohort, out)
+    manifest = run_folder(Segment(second), cohort, out)
     assert statuses(manifest) == dict.fromkeys("123", "failed")
     assert "pass --overwrite to replace it" in errors(manifest)["1"]
     assert (out / "BraTS2021_00001.nii.gz").read_bytes() == before
-    assert statuses(infer_folder(Predictor.load(make_run("first")), cohort, out)) == dict.fromkeys("123", "skipped")
-    replaced = infer_folder(second, cohort, out, InferenceSettings(overwrites=True))
+    assert statuses(run_folder(Segment(Predictor.load(make_run("first"))), cohort, out)) == dict.fromkeys(
+        "123", "skipped"
+    )
+    replaced = run_folder(Segment(second), cohort, out, overwrite=True)
     assert statuses(replaced) == dict.fromkeys("123", "done")
     assert (out / "BraTS2021_00001.nii.gz").read_bytes() != before
 
@@ -177,8 +182,8 @@ def test_masks_of_another_model_are_not_replaced_silently(make_run: MakeRun, dat
 def test_the_input_itself_is_never_replaced(make_run: MakeRun, tmp_path: Path, scans: Any) -> None:
     scan = scans.write(tmp_path / "scan.nii.gz", scans.stairs())
     before = scan.read_bytes()
-    settings = InferenceSettings(overwrites=True)
-    manifest = infer_folder(Predictor.load(make_run()), find_input(scan), tmp_path, settings)
+
+    manifest = run_folder(Segment(Predictor.load(make_run())), find_input(scan), tmp_path, overwrite=True)
     assert "would take the place of a file of the case itself" in manifest["cases"][0]["error"]
     assert scan.read_bytes() == before
 
@@ -188,7 +193,7 @@ def test_case_ids_cannot_leave_the_output_folder(make_run: MakeRun, tmp_path: Pa
     scan = scans.write(tmp_path / "in" / "scan.nii.gz", scans.stairs())
     case = Case(case_id, "p", {"t1c": ImageFile(scan)})
     cohort = Cohort(tmp_path, "folder", None, ("t1c",), (case, replace(case, id="good")))
-    manifest = infer_folder(Predictor.load(make_run()), cohort, tmp_path / "out")
+    manifest = run_folder(Segment(Predictor.load(make_run())), cohort, tmp_path / "out")
     assert [entry["status"] for entry in manifest["cases"]] == ["failed", "done"]
     assert "cannot be used as a file name" in manifest["cases"][0]["error"]
     assert sorted(path.name for path in tmp_path.rglob("*.nii.gz")) == ["good.nii.gz", "scan.nii.gz"]
@@ -211,7 +216,7 @@ def test_input_that_is_not_there_is_a_wrong_request(tmp_path: Path) -> None:
 
 def test_one_unreadable_file_is_a_failed_case(make_run: MakeRun, tmp_path: Path) -> None:
     (tmp_path / "scan.nii.gz").write_bytes(b"no gzip")
-    manifest = infer_folder(Predictor.load(make_run()), find_input(tmp_path / "scan.nii.gz"), tmp_path / "out")
+    manifest = run_folder(Segment(Predictor.load(make_run())), find_input(tmp_path / "scan.nii.gz"), tmp_path / "out")
     (entry,) = manifest["cases"]
     assert (entry["case"], entry["status"]) == ("scan", "failed")
     assert "scan.nii.gz" in entry["error"]
@@ -219,7 +224,7 @@ def test_one_unreadable_file_is_a_failed_case(make_run: MakeRun, tmp_path: Path)
 
 def test_labels_follow_the_naming_of_the_input(make_run: MakeRun, data: Path, tmp_path: Path, scans: Any) -> None:
     trained_2023 = Predictor.load(make_run(scheme=SCHEMES["brats2023"]))
-    manifest = infer_folder(trained_2023, find_input(data), tmp_path / "out")
+    manifest = run_folder(Segment(trained_2023), find_input(data), tmp_path / "out")
     assert manifest["cases"][0]["label_scheme"] == "brats2017"
     assert np.array_equal(scans.read(tmp_path / "out" / "BraTS2021_00001.nii.gz")[1], scans.labels(painted=(2, 1, 4)))
 
@@ -228,30 +233,32 @@ def test_labels_stay_those_of_the_training_where_the_input_has_no_value_for_a_ti
     make_run: MakeRun, data: Path, tmp_path: Path, scans: Any
 ) -> None:
     organs = Predictor.load(make_run(scheme=classes_scheme("organs", {"liver": 5})))
-    manifest = infer_folder(organs, find_input(data), tmp_path / "out")
+    manifest = run_folder(Segment(organs), find_input(data), tmp_path / "out")
     assert manifest["cases"][0]["label_scheme"] == "organs"
     assert np.array_equal(scans.read(tmp_path / "out" / "BraTS2021_00001.nii.gz")[1], scans.labels(painted=(5, 5, 5)))
 
 
 def test_label_scheme_may_be_asked_for(make_run: MakeRun, data: Path, tmp_path: Path, scans: Any) -> None:
     predictor, cohort = Predictor.load(make_run()), find_input(data)
-    manifest = infer_folder(predictor, cohort, tmp_path / "out", InferenceSettings(label_scheme="msd-brats"))
-    assert "with these options is already there" in errors(infer_folder(predictor, cohort, tmp_path / "out"))["1"]
+    manifest = run_folder(Segment(predictor, label_scheme="msd-brats"), cohort, tmp_path / "out")
+    assert (
+        "with these options is already there" in errors(run_folder(Segment(predictor), cohort, tmp_path / "out"))["1"]
+    )
     assert manifest["cases"][0]["label_scheme"] == "msd-brats"
     assert np.array_equal(scans.read(tmp_path / "out" / "BraTS2021_00001.nii.gz")[1], scans.labels(painted=(1, 2, 3)))
     with pytest.raises(RequestError, match="'brats1999' is not known"):
-        infer_folder(predictor, cohort, tmp_path / "other", InferenceSettings(label_scheme="brats1999"))
+        run_folder(Segment(predictor, label_scheme="brats1999"), cohort, tmp_path / "other")
     with pytest.raises(RequestError, match="brats-men-rt has no value for some of what this model paints"):
-        infer_folder(predictor, cohort, tmp_path / "other", InferenceSettings(label_scheme="brats-men-rt"))
+        run_folder(Segment(predictor, label_scheme="brats-men-rt"), cohort, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
 def test_missing_modalities_are_zeros_when_allowed(make_run: MakeRun, data: Path, tmp_path: Path, scans: Any) -> None:
     predictor, cohort = Predictor.load(make_run(modalities=("t1c", "t2f"))), find_input(data)
-    refused = infer_folder(predictor, cohort, tmp_path / "out")
+    refused = run_folder(Segment(predictor), cohort, tmp_path / "out")
     assert statuses(refused) == dict.fromkeys("123", "failed")
     assert "pass --allow-missing" in errors(refused)["1"]
-    allowed = infer_folder(predictor, cohort, tmp_path / "out", InferenceSettings(allows_missing=True))
+    allowed = run_folder(Segment(predictor, allow_missing=True), cohort, tmp_path / "out")
     assert statuses(allowed) == dict.fromkeys("123", "done")
     assert tuple(allowed["cases"][0]["missing_modalities"]) == ("t2f",)
     assert np.array_equal(scans.read(tmp_path / "out" / "BraTS2021_00001.nii.gz")[1], scans.labels())
@@ -260,14 +267,14 @@ def test_missing_modalities_are_zeros_when_allowed(make_run: MakeRun, data: Path
 def test_probabilities_lie_beside_the_masks(make_run: MakeRun, data: Path, tmp_path: Path, scans: Any) -> None:
     predictor, out = Predictor.load(make_run()), tmp_path / "out"
     cohort = find_input(data, case_ids=["BraTS2021_00002"])
-    infer_folder(predictor, cohort, out)
-    settings = InferenceSettings(saves_probabilities=True)
-    assert statuses(infer_folder(predictor, cohort, out, settings)) == {"2": "done"}
+    run_folder(Segment(predictor), cohort, out)
+
+    assert statuses(run_folder(Segment(predictor, save_probabilities=True), cohort, out)) == {"2": "done"}
     names = sorted(path.name for path in (out / "probabilities").iterdir())
     assert names == [f"BraTS2021_00002_{region}.nii.gz" for region in ("ET", "TC", "WT")]
     plane = scans.read(out / "probabilities" / names[2])[1]
     np.testing.assert_allclose(plane[:, 0, 0], [0, 0.993307, 1, 1, 0, 0], atol=1e-5)  # 0 outside the crop
-    assert statuses(infer_folder(predictor, cohort, out, settings)) == {"2": "skipped"}
+    assert statuses(run_folder(Segment(predictor, save_probabilities=True), cohort, out)) == {"2": "skipped"}
 
 
 def test_pictures_get_masks_as_png(make_run: MakeRun, tmp_path: Path, scans: Any) -> None:
@@ -275,8 +282,10 @@ def test_pictures_get_masks_as_png(make_run: MakeRun, tmp_path: Path, scans: Any
     for name in ("a", "b"):
         Picture.fromarray(scans.stairs((6, 7)).astype(np.uint8)).save(tmp_path / "images" / f"{name}.png")
     run = make_run(modalities=("grey",), dims=2, scheme=classes_scheme("steps", {"low": 1, "high": 200}))
-    settings = InferenceSettings(saves_probabilities=True)
-    manifest = infer_folder(Predictor.load(run), find_input(tmp_path / "images"), tmp_path / "out", settings)
+
+    manifest = run_folder(
+        Segment(Predictor.load(run), save_probabilities=True), find_input(tmp_path / "images"), tmp_path / "out"
+    )
     assert statuses(manifest) == {"a": "done", "b": "done"}, errors(manifest)
     mask = np.asarray(Picture.open(tmp_path / "out" / "a.png"))
     assert np.array_equal(mask, scans.labels((6, 7), (1, 200, 200)))
@@ -288,13 +297,13 @@ def test_pictures_get_masks_as_png(make_run: MakeRun, tmp_path: Path, scans: Any
 
 def test_pictures_are_no_volumes(make_run: MakeRun, data: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="holds volumes; expected pictures"):
-        infer_folder(Predictor.load(make_run(dims=2)), find_input(data), tmp_path / "out")
+        run_folder(Segment(Predictor.load(make_run(dims=2))), find_input(data), tmp_path / "out")
 
 
 def test_two_references_do_not_hinder(make_run: MakeRun, data: Path, tmp_path: Path, scans: Any) -> None:
     for tail in ("seg", "segm"):
         scans.write(data / "BraTS2021_00001" / f"BraTS2021_00001_{tail}.nii.gz", scans.labels())
-    assert statuses(infer_folder(Predictor.load(make_run()), find_input(data), tmp_path / "out"))["1"] == "done"
+    assert statuses(run_folder(Segment(Predictor.load(make_run())), find_input(data), tmp_path / "out"))["1"] == "done"
 
 
 def test_work_may_be_done_elsewhere_in_any_order(make_run: MakeRun, data: Path, tmp_path: Path) -> None:
@@ -305,7 +314,7 @@ def test_work_may_be_done_elsewhere_in_any_order(make_run: MakeRun, data: Path, 
             return LocalExecutor().map(worker, reversed(copies))
 
     predictor = Predictor.load(make_run())
-    manifest = infer_folder(predictor, find_input(data), tmp_path / "out", executor=Backwards())
+    manifest = run_folder(Segment(predictor), find_input(data), tmp_path / "out", executor=Backwards())
     assert [entry["case"][-1] for entry in manifest["cases"]] == ["3", "2", "1"]
     assert statuses(manifest) == dict.fromkeys("123", "done")
 
@@ -313,7 +322,7 @@ def test_work_may_be_done_elsewhere_in_any_order(make_run: MakeRun, data: Path, 
 def test_unwritable_output_is_told_before_any_work(make_run: MakeRun, data: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file where the folder should be")
     with pytest.raises(RequestError, match="cannot be written"):
-        infer_folder(stumbling(make_run(), AssertionError()), find_input(data), tmp_path / "out")
+        run_folder(Segment(stumbling(make_run(), AssertionError())), find_input(data), tmp_path / "out")
 
 
 def test_without_workers_no_thread_is_started(
@@ -323,7 +332,7 @@ def test_without_workers_no_thread_is_started(
     started: list[str] = []
     whole = threading.Thread.start
     monkeypatch.setattr(threading.Thread, "start", lambda self: (started.append(self.name), whole(self))[1])
-    infer_folder(predictor, find_input(data), tmp_path / "none", executor=LocalExecutor(0))
+    run_folder(Segment(predictor), find_input(data), tmp_path / "none", executor=LocalExecutor(0))
     assert started == []
-    infer_folder(predictor, find_input(data), tmp_path / "some", executor=LocalExecutor(1))
+    run_folder(Segment(predictor), find_input(data), tmp_path / "some", executor=LocalExecutor(1))
     assert len(started) >= 2

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import segkit.cli
-from segkit.batch.executor import LocalExecutor
 from segkit.batch.ray_executor import RayExecutor, Share
+from segkit.batch.worker import LocalExecutor
 from segkit.cli.engine import choose_engine, executor_of, on_gpu
 from segkit.errors import RequestError
 from segkit.inference.backends import TorchBackend

@@ -52,10 +52,10 @@ def decode(logits: ArrayLike, way: Preparation, activation: Activation, values: 
 
 
 def probability_planes(logits: ArrayLike, way: Preparation, activation: Activation) -> list[NDArray[np.float32]]:
-    maps = Maps(way, np.shape(logits)[0])
+    maps = Maps(way, outside_probabilities(np.shape(logits)[0], activation))
     for slab in slabs(logits):
         maps.add(probabilities(slab.logits, activation), slab)
-    return list(maps.arrays(outside_probabilities(np.shape(logits)[0], activation)))
+    return list(maps.arrays())
 
 
 def preparation(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,7 @@ def test_mirroring_uses_the_axes_of_the_training(
             seen.append(1)
             return whole(windows)
 
-    predictor.backend = Counted()
-    prediction = predictor(Volume(scans.stairs(), Grid((6, 5, 4), LPS)))
+    prediction = replace(predictor, backend=Counted())(Volume(scans.stairs(), Grid((6, 5, 4), LPS)))
     assert len(seen) == calls
     assert np.array_equal(prediction.labels, scans.labels())
 

@@ -14,11 +14,11 @@ import pytest
 from numpy.typing import NDArray
 
 from segkit.batch.cases import find_input
-from segkit.batch.executor import LocalExecutor
+from segkit.batch.runner import run_folder
+from segkit.batch.worker import LocalExecutor
 from segkit.checkpoint.card import ModelCard
 from segkit.errors import RequestError
-from segkit.inpainting.cases import InpaintingSettings
-from segkit.inpainting.folders import inpaint_folder
+from segkit.inpainting.inpaint import Inpaint
 from segkit.inpainting.masks import HoleSource, enlarged, find_lesions, find_masks
 from segkit.preparing.lesion_bank import read_bank
 from segkit.reading.files import read_labels, read_volume
@@ -105,12 +105,12 @@ def masks(tmp_path: Path) -> Path:
 
 
 def run(
-    filler: Constant, data: Path, out: Path, masks: Path, settings: InpaintingSettings | None = None, workers: int = 0
+    filler: Constant, data: Path, out: Path, masks: Path, overwrite: bool = False, workers: int = 0, **options: Any
 ) -> dict[str, Any]:
     cohort = find_input(data, exclude=out)
-    document = inpaint_folder(
-        filler, cohort, out, find_masks(cohort, masks), settings, executor=LocalExecutor(workers), model="constant"
-    )
+    task = Inpaint(filler, find_masks(cohort, masks), **options)
+    executor = LocalExecutor(workers)
+    document = run_folder(task, cohort, out, overwrite=overwrite, executor=executor, model="constant")
     assert json.loads(json.dumps(document)) == json.loads((out / "manifest.json").read_text())
     return document
 
@@ -195,10 +195,9 @@ def test_again_and_again(data: Path, masks: Path, tmp_path: Path) -> None:
     assert filler.filled == [8, 8]
     (out / "p1_t1n-inference.nii.gz").write_bytes(b"torn")
     assert statuses(run(filler, data, out, masks)) == {"p1": "done", "p2": "skipped"}
-    with_map = InpaintingSettings(writes_anomaly=True)
-    assert statuses(run(filler, data, out, masks, with_map)) == {"p1": "done", "p2": "done"}
-    assert statuses(run(filler, data, out, masks, with_map)) == {"p1": "skipped", "p2": "skipped"}
-    assert statuses(run(filler, data, out, masks, InpaintingSettings(overwrites=True))) == {"p1": "done", "p2": "done"}
+    assert statuses(run(filler, data, out, masks, anomaly=True)) == {"p1": "done", "p2": "done"}
+    assert statuses(run(filler, data, out, masks, anomaly=True)) == {"p1": "skipped", "p2": "skipped"}
+    assert statuses(run(filler, data, out, masks, overwrite=True)) == {"p1": "done", "p2": "done"}
 
 
 def test_what_was_finished_before_an_interruption_is_kept(data: Path, masks: Path, tmp_path: Path) -> None:
@@ -238,7 +237,7 @@ def test_anomaly_needs_something_in_the_hole(data: Path, masks: Path, tmp_path: 
     voided = tissue(0)
     voided[HOLE] = 0
     save(data / "p1" / "p1_t1.nii.gz", voided)
-    document = run(Constant(), data, tmp_path / "out", masks, InpaintingSettings(writes_anomaly=True))
+    document = run(Constant(), data, tmp_path / "out", masks, anomaly=True)
     assert statuses(document) == {"p1": "failed", "p2": "done"}
     assert "is 0 all over the hole" in document["cases"][0]["error"]
     anomaly = nib.load(tmp_path / "out" / "p2_anomaly.nii.gz")
@@ -249,9 +248,9 @@ def test_anomaly_needs_something_in_the_hole(data: Path, masks: Path, tmp_path: 
 
 
 def test_a_bank_is_a_data_folder_without_lesions(data: Path, masks: Path, tmp_path: Path) -> None:
-    bank, settings = tmp_path / "bank", InpaintingSettings(bank=tmp_path / "bank")
+    bank = tmp_path / "bank"
     (masks / "p2-mask.nii.gz").unlink()
-    document = run(Constant(("t1n", "t2f")), data, tmp_path / "out", masks, settings)
+    document = run(Constant(("t1n", "t2f")), data, tmp_path / "out", masks, bank=bank)
     assert statuses(document) == {"p1": "done", "p2": "failed"}
     assert [case.case for case in read_bank(bank).cases] == ["p1"]
     assert read_bank(bank).modalities == ("t1n", "t2f")
@@ -262,7 +261,7 @@ def test_a_bank_is_a_data_folder_without_lesions(data: Path, masks: Path, tmp_pa
     copy = read_volume(bank / "p1" / "p1_t2f.nii.gz").array
     assert np.array_equal(copy, read_volume(tmp_path / "out" / "p1_t2f-inference.nii.gz").array)
     (bank / "p1" / "p1_t1n.nii.gz").unlink()
-    assert statuses(run(Constant(("t1n", "t2f")), data, tmp_path / "out", masks, settings))["p1"] == "done"
+    assert statuses(run(Constant(("t1n", "t2f")), data, tmp_path / "out", masks, bank=bank))["p1"] == "done"
     assert (bank / "p1" / "p1_t1n.nii.gz").exists()
 
 
@@ -288,8 +287,7 @@ def test_the_references_of_a_data_folder_are_lesions(data: Path, tmp_path: Path)
     cohort = find_input(data)
     holes = find_lesions(cohort, data, 1.0, "cpu", "torch")
     filler = Constant()
-    settings = InpaintingSettings(writes_holes=True)
-    document = inpaint_folder(filler, cohort, tmp_path / "out", holes, settings)
+    document = run_folder(Inpaint(filler, holes, save_holes=True), cohort, tmp_path / "out")
     assert document["holes"]["margin_mm"] == 1.0
     made_up, _ = read_labels(tmp_path / "out" / "p1_hole.nii.gz")
     # Voxels of 1 x 1 x 2 mm: the two labels, the ends of their row, and the tissue on either side of it.
@@ -334,8 +332,7 @@ def test_labels_that_are_named_like_their_images(tmp_path: Path) -> None:
 def test_results_never_take_the_place_of_input(data: Path, masks: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "p1_t1n-inference.nii.gz").symlink_to(data / "p1" / "p1_t1.nii.gz")
-    settings = InpaintingSettings(overwrites=True)
-    document = run(Constant(), data, tmp_path / "out", masks, settings)
+    document = run(Constant(), data, tmp_path / "out", masks, overwrite=True)
     assert statuses(document) == {"p1": "failed", "p2": "done"}
     assert "would take the place of a file of the case itself" in document["cases"][0]["error"]
 
@@ -355,13 +352,13 @@ def test_pictures(tmp_path: Path) -> None:
     cohort = find_input(tmp_path / "data")
     filler = Constant(cohort.modalities, dims=2)
     holes: HoleSource = find_masks(cohort, tmp_path / "mask.png")
-    document = inpaint_folder(filler, cohort, tmp_path / "out", holes)
+    document = run_folder(Inpaint(filler, holes), cohort, tmp_path / "out")
     assert statuses(document) == {"eye": "done"}
     found = np.asarray(PIL.Image.open(tmp_path / "out" / "eye-inference.png"))
     colours[mask > 0] = (7, 8, 9)
     assert np.array_equal(found, colours)
-    assert statuses(inpaint_folder(filler, cohort, tmp_path / "out", holes)) == {"eye": "skipped"}
+    assert statuses(run_folder(Inpaint(filler, holes), cohort, tmp_path / "out")) == {"eye": "skipped"}
     with pytest.raises(RequestError, match="expected volumes, for a bank"):
-        inpaint_folder(filler, cohort, tmp_path / "out", holes, InpaintingSettings(bank=tmp_path / "bank"))
+        run_folder(Inpaint(filler, holes, bank=tmp_path / "bank"), cohort, tmp_path / "out")
     with pytest.raises(RequestError, match="holds pictures; expected volumes"):
-        inpaint_folder(Constant(cohort.modalities), cohort, tmp_path / "out", holes)
+        run_folder(Inpaint(Constant(cohort.modalities), holes), cohort, tmp_path / "out")

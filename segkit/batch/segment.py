@@ -1,0 +1,247 @@
+"""Segmentation of the cases of a folder: which files a case gets, and how they are computed and written."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from segkit.batch.cases import refuse_other_dims
+from segkit.batch.forecast import fit_memory
+from segkit.batch.manifest import TaskName
+from segkit.batch.worker import CasePlan, Task, image_bytes
+from segkit.errors import RequestError
+from segkit.inference.backends import Backend
+from segkit.inference.predictor import UNCERTAINTIES, Prediction, Predictor, Stage
+from segkit.labels import SCHEMES, LabelScheme
+from segkit.preparing.preprocessing import PreparedCase
+from segkit.reading.case import Case, Cohort, file_name_of
+from segkit.reading.dicom_seg import is_dicom_source, write_dicom_seg
+from segkit.reading.files import read_labels, write_labels
+from segkit.reading.modalities import match_modalities
+
+PROBABILITIES, UNCERTAINTY = "probabilities", "uncertainty"
+"""Sub-folders of the output, for `<case>_<output>` and for `<case>_entropy`, `<case>_disagreement`."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentPlan(CasePlan):
+    """Where the mask of a case goes, in which values, and where maps and DICOM SEG go where they are wanted."""
+
+    target: Path
+    scheme: LabelScheme
+    probability_targets: tuple[Path, ...] = ()
+    uncertainty_targets: tuple[Path, ...] = ()
+    dicom_target: Path | None = None
+
+    @property
+    def label_scheme(self) -> str:
+        """Name of the label scheme of the mask."""
+        return self.scheme.name
+
+    def results(self) -> list[Path]:
+        """The mask."""
+        return [self.target]
+
+    def paths(self) -> list[Path]:
+        """The mask, the maps and the DICOM SEG."""
+        dicom = [] if self.dicom_target is None else [self.dicom_target]
+        return [self.target, *self.probability_targets, *self.uncertainty_targets, *dicom]
+
+    def moved_to(self, folders: Sequence[Path]) -> Self:
+        """The same with everything in another folder, under the same names."""
+        (folder,) = folders
+
+        def moved(path: Path) -> Path:
+            return folder / path.relative_to(self.target.parent)
+
+        return replace(
+            self,
+            target=moved(self.target),
+            probability_targets=tuple(map(moved, self.probability_targets)),
+            uncertainty_targets=tuple(map(moved, self.uncertainty_targets)),
+            dicom_target=None if self.dicom_target is None else moved(self.dicom_target),
+        )
+
+    def read_results(self) -> None:
+        """Read the mask.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        read_labels(self.target)
+
+
+@dataclass(frozen=True)
+class Segment(Task[SegmentPlan]):
+    """Segmentation with one predictor; the options are those of `segkit infer`."""
+
+    predictor: Predictor
+    allow_missing: bool = False
+    """Put zeros where a modality is missing; recorded."""
+    save_probabilities: bool = False
+    """Also write the probability of each output, as `probabilities/<case>_<output>`."""
+    uncertainty: bool = False
+    """Also write entropy and disagreement, as `uncertainty/<case>_entropy` and `uncertainty/<case>_disagreement`."""
+    keep_patient: bool = False
+    """Copy name, numbers and dates of the patient into DICOM SEG files."""
+    label_scheme: str | None = None
+    """Label scheme of the masks; None: that of the input's layout, else that of the training data."""
+
+    name: ClassVar[TaskName] = "segmentation"
+    foreign_result: ClassVar[str] = "a mask that was not made by this model with these options"
+
+    @property
+    def identity(self) -> str:
+        """That of the predictor."""
+        return self.predictor.identity
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        """Voxels of the predictor's windows."""
+        return self.predictor.window
+
+    def backends(self) -> list[Backend]:
+        """Those of the members of the ensemble."""
+        return [member.backend for member in self.predictor.members]
+
+    def with_backends(self, change: Callable[[Backend], Backend]) -> Self:
+        """The same task computed by `change(backend)` for each backend."""
+        return replace(self, predictor=self.predictor.with_backends(change))
+
+    def facts(self, model: str) -> dict[str, Any]:
+        """What the manifest says of the model."""
+        card = self.predictor.card
+        described = {
+            "name": model,
+            "family": card.network.family,
+            "size": card.network.size,
+            "modalities": list(card.modalities),
+            "label_scheme": self.predictor.scheme.name,
+            "sha256": self.predictor.digests,
+            "tta": self.predictor.uses_tta,
+            "backend": self.predictor.backend.name,
+        }
+        return {"model": described}
+
+    def check(self, cohort: Cohort) -> None:
+        """Refuse pictures for a model of volumes, the reverse, and a label scheme that the model cannot paint.
+
+        Raises:
+            RequestError: as said.
+        """
+        refuse_other_dims(cohort, self.predictor.card.dims)
+        self._requested_scheme()
+
+    def label_scheme_for(self, case: Case, cohort: Cohort) -> str:
+        """Name of the label scheme of a case's mask."""
+        return self._scheme_for(case, cohort).name
+
+    def _scheme_for(self, case: Case, cohort: Cohort) -> LabelScheme:
+        """The scheme asked for, or that of the input unless it lacks a tissue that the model paints, or training's."""
+        named = self._requested_scheme() or case.scheme or cohort.scheme
+        return self.predictor.scheme if named is None or not self.predictor.can_paint(named) else named
+
+    def _requested_scheme(self) -> LabelScheme | None:
+        name, predictor = self.label_scheme, self.predictor
+        if name is None:
+            return None
+        scheme = predictor.scheme if name == predictor.scheme.name else SCHEMES.get(name)
+        if scheme is None:
+            raise RequestError(f"label scheme {name!r} is not known", expected=f"one of {', '.join(SCHEMES)}")
+        if not predictor.can_paint(scheme):
+            raise RequestError(
+                f"label scheme {name} has no value for some of what this model paints"
+                f" ({', '.join(predictor.scheme.values)})",
+                expected=f"{predictor.scheme.name}, or another scheme with these tissues",
+            )
+        return scheme
+
+    def plan(self, case: Case, cohort: Cohort, output: Path) -> SegmentPlan:
+        """The files of a case below `output`.
+
+        Raises:
+            DataError: a modality is missing.
+        """
+        wanted = self.predictor.card.modalities
+        matched = match_modalities(case, wanted, allow_missing=self.allow_missing)
+        mask_suffix, map_suffix = (".png", ".tif") if cohort.dims == 2 else (".nii.gz", ".nii.gz")
+
+        def maps(folder: str, names: Sequence[str]) -> tuple[Path, ...]:
+            return tuple(output / folder / f"{case.id}_{file_name_of(name)}{map_suffix}" for name in names)
+
+        outputs = [one.name for one in self.predictor.card.outputs]
+        return SegmentPlan(
+            case=matched,
+            missing_modalities=tuple(name for name in wanted if name not in matched.images),
+            target=output / f"{case.id}{mask_suffix}",
+            scheme=self._scheme_for(case, cohort),
+            probability_targets=maps(PROBABILITIES, outputs) if self.save_probabilities else (),
+            uncertainty_targets=maps(UNCERTAINTY, UNCERTAINTIES) if self.uncertainty else (),
+            dicom_target=output / f"{case.id}.dcm" if _can_write_dicom_seg(matched) else None,
+        )
+
+    def fit_memory(self, plans: list[SegmentPlan], memory_mb: float | None) -> tuple[Self, list[SegmentPlan], bool]:
+        """See `segkit.batch.forecast.fit_memory`."""
+        predictor, plans, has_room = fit_memory(self.predictor, plans, memory_mb)
+        return replace(self, predictor=predictor), plans, has_room
+
+    def with_smaller_window(self) -> Self | None:
+        """The same with smaller windows; None where there are none."""
+        predictor = self.predictor.with_smaller_window()
+        return None if predictor is None else replace(self, predictor=predictor)
+
+    def waiting_bytes(self, plan: SegmentPlan) -> int:
+        """Bytes of the prepared image, at most."""
+        return image_bytes(plan.case, len(self.predictor.card.modalities), self.predictor.prepared_shape)
+
+    def read(self, plan: SegmentPlan, stage: Stage, *, uses_threads: bool) -> PreparedCase:
+        """The prepared case."""
+        allow_missing = bool(plan.missing_modalities)
+        return self.predictor.read_case(plan.case, allow_missing=allow_missing, uses_threads=uses_threads, stage=stage)
+
+    def compute(self, plan: SegmentPlan, loaded: PreparedCase, stage: Stage) -> Prediction:
+        """The mask, with the maps that are wanted."""
+        return self.predictor.predict_prepared(
+            loaded,
+            plan.scheme,
+            with_probabilities=bool(plan.probability_targets),
+            with_uncertainty=bool(plan.uncertainty_targets),
+            stage=stage,
+        )
+
+    def write(self, plan: SegmentPlan, result: Prediction) -> dict[str, Any]:
+        """Write the maps, the DICOM SEG and, last, the mask.
+
+        Raises:
+            DataError: a file cannot be written.
+        """
+        if result.probability_maps is not None:
+            result.probability_maps.write(plan.probability_targets)
+        if result.uncertainty_maps is not None:
+            result.uncertainty_maps.write(plan.uncertainty_targets)
+        if plan.dicom_target is not None:
+            write_dicom_seg(
+                plan.dicom_target,
+                result.labels,
+                next(iter(plan.case.images.values())).path,
+                plan.scheme.values,
+                model=self.identity,
+                keeps_patient=self.keep_patient,
+            )
+        write_labels(plan.target, result.labels, result.grid)
+        return {}
+
+
+def _can_write_dicom_seg(case: Case) -> bool:
+    if not is_dicom_source(case):
+        return False
+    if importlib.util.find_spec("highdicom") is None:
+        _log.info("%s: install segkit[dicom] for a DICOM SEG beside the mask", case.id)
+        return False
+    return True

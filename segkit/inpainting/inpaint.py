@@ -1,0 +1,325 @@
+"""Holes of the cases of a folder filled: which files a case gets, and how they are computed and written."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from segkit.batch.cases import refuse_other_dims
+from segkit.batch.manifest import CaseRecord, TaskName
+from segkit.batch.worker import CasePlan, Task, image_bytes
+from segkit.errors import DataError, RequestError
+from segkit.inference.backends import Backend
+from segkit.inference.predictor import Stage
+from segkit.inpainting.masks import HoleSource, enlarged, read_mask
+from segkit.inpainting.outputs import BankWriter, anomaly_map, copy_file, write_filled
+from segkit.inpainting.predictor import InpaintingPredictor
+from segkit.preparing.lesion_bank import image_path, lesion_path
+from segkit.preparing.preprocessing import LoadedCase, load_case
+from segkit.reading.case import Case, Cohort, ImageFile
+from segkit.reading.files import read_volume, suffix_of, write_image, write_labels
+from segkit.reading.layouts.synthesis import SYNTHESIS_LAYOUT
+from segkit.reading.modalities import match_modalities
+from segkit.reading.volume import Grid
+from segkit.shapes import Image
+
+NOTHING_MISSING = "nothing is missing: the image is unchanged"
+
+_VOIDED = re.compile("(?<=t1n)-voided", re.IGNORECASE)
+"""Part of the name of a voided scan of BraTS local synthesis that the whole one beside it lacks."""
+
+Loaded = tuple[LoadedCase, NDArray[np.bool_] | None, bool]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InpaintPlan(CasePlan):
+    """A file to write for each modality; those that are channels of one picture share it.
+
+    What is missing is marked by `mask` or, where that is None, found by the segmenter in `segmented`.
+    """
+
+    targets: Mapping[str, Path]
+    mask: ImageFile | None = None
+    segmented: Case | None = None
+    hole_target: Path | None = None
+    anomaly_target: Path | None = None
+    bank: Path | None = None
+    """Folder of a bank of lesion-free copies."""
+
+    def results(self) -> list[Path]:
+        """The filled images."""
+        return list(dict.fromkeys(self.targets.values()))
+
+    def paths(self) -> list[Path]:
+        """The filled images, mask of the hole, anomaly map and the copies in the bank."""
+        paths = [*self.results(), *(path for path in (self.hole_target, self.anomaly_target) if path)]
+        if self.bank is not None:
+            paths += [image_path(self.bank, self.case.id, modality) for modality in self.targets]
+            paths.append(lesion_path(self.bank, self.case.id))
+        return paths
+
+    def inputs(self) -> list[Path]:
+        """The files that are read."""
+        files = [*self.case.images.values(), *([self.mask] if self.mask else [])]
+        files += self.segmented.images.values() if self.segmented else []
+        return list(dict.fromkeys(file.path for file in files))
+
+    def moved_to(self, folders: Sequence[Path]) -> Self:
+        """The same with everything in other folders, under the same names: the output, and the bank."""
+        output, *banks = folders
+        return replace(
+            self,
+            targets={modality: output / path.name for modality, path in self.targets.items()},
+            hole_target=self.hole_target and output / self.hole_target.name,
+            anomaly_target=self.anomaly_target and output / self.anomaly_target.name,
+            bank=self.bank and banks[0],
+        )
+
+    def read_results(self) -> None:
+        """Read the filled images.
+
+        Raises:
+            DataError: one is damaged.
+        """
+        for path in self.results():
+            read_volume(path, None if len(self.results()) == len(self.targets) else 0)
+
+
+@dataclass(frozen=True)
+class InpaintRecord(CaseRecord):
+    """The record of a case with the number of voxels that were filled; `note` is what a user should know."""
+
+    made_up_voxels: int = 0
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Filled:
+    """An image (C, *spatial) with its hole (*spatial) filled, and the anomaly map (*spatial) where it is wanted."""
+
+    image: Image
+    hole: NDArray[np.bool_]
+    grid: Grid
+    anomaly: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True)
+class Inpaint(Task[InpaintPlan]):
+    """Filling with one model what `holes` tells; options are those of `segkit inpaint`."""
+
+    predictor: InpaintingPredictor
+    holes: HoleSource
+    save_holes: bool = False
+    """Also write what was filled, as the mask `<case>_hole`."""
+    anomaly: bool = False
+    """Also write the anomaly map, as `<case>_anomaly`."""
+    bank: Path | None = None
+    """Folder of a bank of lesion-free copies to write as well."""
+
+    name: ClassVar[TaskName] = "inpainting"
+    record_class: ClassVar[type[CaseRecord]] = InpaintRecord
+    foreign_result: ClassVar[str] = "an image that was not made by this model with these holes"
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """That of the model and of the holes."""
+        return f"{self.predictor.card.sha256[:16]}+{self.holes.identity}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With the identity, which depends on the working directory, and without the masks, which the plans have."""
+        holes = replace(self.holes, masks={}, complaints={})
+        return {**self.__dict__, "identity": self.identity, "holes": holes}
+
+    def backends(self) -> list[Backend]:
+        """Those of the model and of the segmenter."""
+        segmenter = self.holes.segmenter
+        return [self.predictor.backend, *(member.backend for member in (segmenter.members if segmenter else ()))]
+
+    def with_backends(self, change: Callable[[Backend], Backend]) -> Self:
+        """The same task computed by `change(backend)` for each backend."""
+        predictor = replace(self.predictor, backend=change(self.predictor.backend))
+        segmenter = self.holes.segmenter and self.holes.segmenter.with_backends(change)
+        return replace(self, predictor=predictor, holes=replace(self.holes, segmenter=segmenter))
+
+    def facts(self, model: str) -> dict[str, Any]:
+        """What the manifest says of model and holes."""
+        card = self.predictor.card
+        described = {
+            "name": model,
+            "family": card.network.family,
+            "size": card.network.size,
+            "modalities": list(card.modalities),
+            "sha256": [card.sha256],
+            "backend": self.predictor.backend.name,
+        }
+        return {"model": described, "holes": self.holes.to_json()}
+
+    def check(self, cohort: Cohort) -> None:
+        """Refuse pictures for a model of volumes, and a bank of pictures.
+
+        Raises:
+            RequestError: as said.
+        """
+        if not (self.predictor.card.dims == 2 and cohort.dims == 3):  # a model of slices fills volumes
+            refuse_other_dims(cohort, self.predictor.card.dims)
+        if self.bank is not None and cohort.dims == 2:
+            raise RequestError(
+                "holds pictures", where=cohort.root, expected="volumes, for a bank", remedy="Omit --bank"
+            )
+
+    def plan(self, case: Case, cohort: Cohort, output: Path) -> InpaintPlan:
+        """The files of a case below `output`.
+
+        Raises:
+            DataError: a modality or the mask is missing.
+        """
+        segmenter = self.holes.segmenter
+        segmented = None if segmenter is None else _matched(case, segmenter.card.modalities)
+        matched = _matched(case, self.predictor.card.modalities)
+        mask_suffix, map_suffix = (".nii.gz", ".nii.gz") if cohort.dims == 3 else (".png", ".tif")
+        return InpaintPlan(
+            case=_with_truth(matched) if self.anomaly and cohort.layout == SYNTHESIS_LAYOUT else matched,
+            targets=_targets(matched, output, cohort),
+            mask=None if segmenter else self.holes.mask_of(case),
+            segmented=segmented,
+            hole_target=output / f"{case.id}_hole{mask_suffix}" if self.save_holes else None,
+            anomaly_target=output / f"{case.id}_anomaly{map_suffix}" if self.anomaly else None,
+            bank=self.bank,
+        )
+
+    def open_log(self, cohort: Cohort) -> Callable[[CaseRecord], None]:
+        """Name cases in the bank as they are done, and log notes.
+
+        Raises:
+            RequestError: the folder of the bank holds a bank of another model or of other holes.
+        """
+        bank = None
+        if self.bank is not None:
+            holes = self.holes.to_json()
+            model = {"margin_mm": holes["margin_mm"], "lesions_sha256": holes["sha256"]}
+            card = self.predictor.card
+            bank = BankWriter(self.bank, card.modalities, {"sha256": card.sha256, **model})
+        cases = {case.id: case for case in cohort.cases}
+
+        def log(record: CaseRecord) -> None:
+            if bank is not None and record.status != "failed":
+                bank.add(cases[record.case])
+            if isinstance(record, InpaintRecord) and record.note is not None:
+                _log.warning("%s: %s", record.case, record.note)
+
+        return log
+
+    def waiting_bytes(self, plan: InpaintPlan) -> int:
+        """Bytes of the image."""
+        return image_bytes(plan.case, len(plan.targets), lambda grid: grid.shape)
+
+    def read(self, plan: InpaintPlan, stage: Stage, *, uses_threads: bool) -> Loaded:
+        """The image, the mask (*spatial) where there is one, and whether the segmenter may use threads to read."""
+        with stage("read"):
+            loaded = load_case(plan.case, tuple(plan.targets), None, uses_threads=uses_threads)
+            marked = None if plan.mask is None else read_mask(plan.mask, loaded.grid)
+        return loaded, marked, uses_threads
+
+    def compute(self, plan: InpaintPlan, loaded: Loaded, stage: Stage) -> Filled:
+        """The image with its hole filled.
+
+        Raises:
+            DataError: nothing is known of the image but its hole, or the model output is not finite.
+        """
+        case, marked, uses_threads = loaded
+        image, grid = case.image, case.grid
+        with stage("preprocess"):
+            if marked is None:
+                marked = self._find(plan, uses_threads=uses_threads)
+            hole = enlarged(marked, image, grid.spacing_mm, self.holes.margin_mm)
+        if plan.anomaly_target is not None and hole.any() and not image[:, hole].any():
+            raise DataError(
+                "the image is 0 all over the hole, so there is nothing to compare with",
+                where=plan.case.id,
+                expected="for an anomaly map, the image before anything was cut out of it",
+            )
+        with stage("predict"):
+            filled = self.predictor.fill(image, hole, grid)
+        if not np.isfinite(filled[:, hole]).all():
+            raise DataError("the model made up NaN or infinity", where=plan.case.id, remedy="Train it again")
+        anomaly = None
+        if plan.anomaly_target is not None:
+            with stage("decode"):
+                anomaly = anomaly_map(image, filled, hole, grid.spacing_mm)
+        return Filled(filled, hole, grid, anomaly)
+
+    def _find(self, plan: InpaintPlan, *, uses_threads: bool) -> NDArray[np.bool_]:
+        """What the segmenter marks, (*spatial)."""
+        segmenter = self.holes.segmenter
+        if segmenter is None or plan.segmented is None:
+            raise ValueError("there is neither a mask nor a segmenter")
+        prepared = segmenter.read_case(plan.segmented, uses_threads=uses_threads)
+        found: NDArray[np.bool_] = segmenter.predict_prepared(prepared).labels != 0
+        return found
+
+    def write(self, plan: InpaintPlan, result: Filled) -> dict[str, Any]:
+        """Write the images, with what else was asked for.
+
+        Raises:
+            DataError: a file cannot be written.
+        """
+        hole = result.hole.astype(np.uint8)
+        if plan.anomaly_target is not None and result.anomaly is not None:
+            write_image(plan.anomaly_target, result.anomaly, result.grid)
+        if plan.hole_target is not None:
+            write_labels(plan.hole_target, hole, result.grid)
+        write_filled(plan.case, plan.targets, result.image, result.hole, result.grid)
+        if plan.bank is not None:
+            for modality, target in plan.targets.items():
+                copy_file(target, image_path(plan.bank, plan.case.id, modality))
+            write_labels(lesion_path(plan.bank, plan.case.id), hole, result.grid)
+        count = int(np.count_nonzero(hole))
+        return {"made_up_voxels": count, "note": None if count else NOTHING_MISSING}
+
+
+def _matched(case: Case, wanted: tuple[str, ...]) -> Case:
+    """The case with its images under a model's modality names; none of them may be missing here."""
+    try:
+        return match_modalities(case, wanted)
+    except DataError as error:
+        remedy = "Add the files, or say which file is which with --modality NAME=SUFFIX"
+        raise DataError(error.found, expected=error.expected, remedy=remedy) from error
+
+
+def _targets(case: Case, output: Path, cohort: Cohort) -> dict[str, Path]:
+    """Modality -> the file it goes to; the colours of a picture go to one file."""
+    if cohort.dims == 3:
+        mark = "-" if cohort.layout == SYNTHESIS_LAYOUT else "_"
+        return {name: output / f"{case.id}{mark}{name}-inference.nii.gz" for name in case.images}
+    files = list(case.images.values())
+    # Other formats lose something of a picture, or cannot hold numbers of 32 bits.
+    suffix = ".tif" if any(suffix_of(file.path) in (".tif", ".tiff") for file in files) else ".png"
+    if [file.channel for file in files] == [0, 1, 2] and len({file.path for file in files}) == 1:
+        return dict.fromkeys(case.images, output / f"{case.id}-inference{suffix}")
+    return {name: output / f"{case.id}_{name}-inference{suffix}" for name in case.images}
+
+
+def _with_truth(case: Case) -> Case:
+    """A case of the challenge with the image before its hole was cut out of it, where that is beside it."""
+    images = {}
+    for name, file in case.images.items():
+        whole = file.path.with_name(_VOIDED.sub("", file.path.name))
+        if not whole.exists():
+            raise DataError(
+                "there is no image to compare with: in the voided one the hole is empty",
+                where=case.id,
+                expected=f"{whole.name} beside it, for an anomaly map",
+                remedy="Leave out --anomaly",
+            )
+        images[name] = replace(file, path=whole)
+    return replace(case, images=images)
