@@ -1,9 +1,12 @@
-"""Networks with their weights: written to a run folder, and built again from one."""
+"""Models on disk: run folders are written and loaded, and weights are read from any other source."""
 
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,17 +14,27 @@ from torch import Tensor, nn
 
 from segkit.checkpoint import nnunet
 from segkit.checkpoint.card import ModelCard
-from segkit.checkpoint.run_folder import CARD_NAME, RUN_FOLDER, WEIGHTS_NAME, load_card, only_fold
+from segkit.checkpoint.run_folder import CARD_NAME, RUN_FOLDER, WEIGHTS_NAME, load_card, model_folders, only_fold
 from segkit.checkpoint.tensors import load_weights_file, write_tensors
 from segkit.errors import CheckpointError
 from segkit.models.table import build_model
 from segkit.reading.files import file_sha256, written_atomically
 
 _SPARE_VALUES = 10_000_000
+"""A network may hold so many values more than its file: smaller differences are reported tensor by tensor."""
+
+_OF_LVM_MED = re.compile(r"lvm[-_ ]?med", re.IGNORECASE)
+"""File names of LVM-Med's weights: lvmmed_resnet.torch, lvmmed_vit.pth."""
+_LVM_MED_NOTICE = (
+    "LVM-Med's weights are for non-commercial use only "
+    "(its licence texts say CC BY-NC-ND 2.0, CC BY-NC-SA 4.0 and CC BY-NC 2.0)"
+)
+
+_log = logging.getLogger(__name__)
 
 
 def save_model(run_dir: Path, weights: Mapping[str, Tensor], card: ModelCard) -> ModelCard:
-    """Write `model.safetensors` and the card that fits it; gives back the card with its digest.
+    """Write `model.safetensors` and its card; returns the card with the digest of the weights.
 
     Raises:
         DataError: the folder cannot be written.
@@ -33,12 +46,12 @@ def save_model(run_dir: Path, weights: Mapping[str, Tensor], card: ModelCard) ->
         write_tensors(weights_path, weights)
         card = card.model_copy(update={"sha256": file_sha256(weights_path)})
         card_path.write_text(json.dumps(card.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    # Both were complete before either was moved, so they do not match only in the moment between two renames.
+    # Both files were complete before the first was renamed: they disagree only between the two renames.
     return card
 
 
 def load_model(run_dir: Path | str, device: torch.device | str = "cpu") -> nn.Module:
-    """The network of a run folder, or of nnU-Net's results, with its best weights, in evaluation mode.
+    """The network of a run folder, or of a result folder of nnU-Net, with its best weights, in evaluation mode.
 
     Raises:
         CheckpointError: card or weights are missing, damaged, do not belong together or do not fit the network.
@@ -61,23 +74,23 @@ def load_model(run_dir: Path | str, device: torch.device | str = "cpu") -> nn.Mo
 
 
 def _require_room_for(card: ModelCard, weights: Mapping[str, Tensor]) -> None:
-    """RuntimeError where a network is much larger than its weights: one line of a card can ask for all memory."""
+    """RuntimeError if the network is much larger than its weights: one line of a card can ask for all memory."""
     with torch.device("meta"):
         wanted = build_network(card, downloads=False).state_dict()
     values, stored = (sum(tensor.numel() for tensor in tensors.values()) for tensors in (wanted, weights))
-    if values > stored + _SPARE_VALUES:  # what differs by less is named tensor by tensor when it is loaded
+    if values > stored + _SPARE_VALUES:
         raise RuntimeError(f"the network holds {values} values and the file {stored}")
 
 
 def read_weights(run_dir: Path, card: ModelCard) -> tuple[dict[str, Tensor], Path]:
-    """The weights that a card describes, by name, and the file that they come from.
+    """The weights of a card, by name, and the file that they come from.
 
     Raises:
         CheckpointError: they are missing, damaged or not those of the card.
     """
     if not (run_dir / CARD_NAME).is_file() and nnunet.is_result(run_dir):
         checkpoint = nnunet.checkpoint_path(only_fold(run_dir))
-        return load_weights_file(checkpoint), checkpoint  # the card was made from it a moment ago
+        return load_weights_file(checkpoint), checkpoint  # the card was just made from it
     path = run_dir / WEIGHTS_NAME
     if not path.is_file():
         raise CheckpointError(f"holds no {WEIGHTS_NAME}", where=run_dir, expected=RUN_FOLDER)
@@ -88,10 +101,7 @@ def read_weights(run_dir: Path, card: ModelCard) -> tuple[dict[str, Tensor], Pat
 
 
 def build_network(card: ModelCard, *, downloads: bool = True) -> nn.Module:
-    """The network a card describes, with fresh weights; those of an encoder are fetched if the card asks for them.
-
-    Without `downloads` they are not: for a network that is given other weights at once.
-    """
+    """The network of a card with initial weights; with `downloads`, pretrained encoder weights that the card names."""
     network = card.network
     arguments = {k: v for k, v in network.arguments.items() if downloads or k != "encoder_weights"}
     return build_model(
@@ -102,3 +112,58 @@ def build_network(card: ModelCard, *, downloads: bool = True) -> nn.Module:
         size=network.size,
         **arguments,
     )
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Tensors by name, their file and, if there is one, their card."""
+
+    file: Path
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    card: ModelCard | None = None
+
+    @property
+    def notice(self) -> str | None:
+        """Licence terms for users of these weights, and of models trained from them; None if none are known."""
+        if self.card is None:
+            return _LVM_MED_NOTICE if _OF_LVM_MED.match(self.file.name) else None
+        initial: object = (self.card.training_data.model_extra or {}).get("initial_weights")
+        notice = initial.get("notice") if isinstance(initial, dict) else None
+        return notice if isinstance(notice, str) else None
+
+    def facts(self) -> dict[str, str]:
+        """What the card of a model trained from these weights records: file, digest, origin and, if known, licence."""
+        found = {"file": self.file.name, "sha256": file_sha256(self.file), "origin": "a weight file without a card"}
+        if self.card is not None:
+            network, data = self.card.network, self.card.training_data
+            size = f" {network.size}" if network.size else ""
+            found["origin"] = f"{network.family}{size} trained on {data.identity}"
+            if data.licence is not None:
+                found["licence"] = data.licence
+        return found if self.notice is None else {**found, "notice": self.notice}
+
+
+def read_source(path: Path) -> WeightSource:
+    """The weights of a folder with one model, or of a file; licence terms are logged as a warning.
+
+    Raises:
+        CheckpointError: nothing is there, several models are, or what is there is damaged or unsafe to read.
+    """
+    source = _read(path)
+    if source.notice is not None:
+        _log.warning("%s: %s", path, source.notice)
+    return source
+
+
+def _read(path: Path) -> WeightSource:
+    if path.name == WEIGHTS_NAME and (path.parent / CARD_NAME).is_file():
+        path = path.parent
+    if not path.is_dir():
+        return WeightSource(path, load_weights_file(path))
+    folders = model_folders(path)
+    if len(folders) > 1:
+        names = ", ".join(folder.name for folder in folders)
+        raise CheckpointError(f"holds {len(folders)} models ({names})", where=path, remedy="Name one of its folders")
+    card = load_card(folders[0])
+    tensors, file = read_weights(folders[0], card)
+    return WeightSource(file, tensors, card)

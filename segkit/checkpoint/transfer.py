@@ -1,15 +1,8 @@
-"""Weights from elsewhere into a network: all of them or none, and a report of what went where.
+"""Load weights into a network with other image channels, other outputs, or the same encoder only.
 
-Three things may differ between the network that was trained and the one at hand: its image channels, its outputs, and
-whether there is anything beyond an encoder. Everything else must agree by name and shape. What a network's tensors are
-for is said by its attributes, see `segkit.models.table`.
-
-The first kernels of a network, made for other image channels than they were trained with.
-
-Weights are (outputs, channels, *kernel). What each new channel sees is decided by its name where both sides are known,
-else by a rule.
-
-Which tensor of a file is which tensor of a network, when the file holds more, less, or other beginnings.
+Everything else must agree by name and shape. All tensors that fit are loaded, or none; a report says what was done with
+each. The roles of a network's tensors are its attributes `input_weights`, `head_prefixes` and `encoder_prefix`, see
+`segkit.models.table`.
 """
 
 from __future__ import annotations
@@ -23,20 +16,28 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from segkit.checkpoint.source import WeightSource, read_source
+from segkit.checkpoint.model import WeightSource, read_source
 from segkit.errors import CheckpointError, some
 from segkit.reading.modalities import canonical_modality
 
+InputAdapt = Literal["mean", "repeat", "zero"]
+"""How kernels are adapted to another number of image channels.
+
+mean: the old kernels in turn, scaled by old over new channels, and their sum for a single new channel: the output for
+an image that is the same in every channel stays the same (exactly so where one number of channels is a multiple of the
+other); repeat: the same unscaled, as in STU-Net's own fine-tuning; zero: the first channels keep their kernels, further
+ones start at zero.
+"""
 HeadRule = Literal["fit", "skip"]
-"""What becomes of segmentation heads. fit: taken where shape and, where known, output names agree; skip: left out."""
+"""Segmentation heads. fit: loaded where their shape and, where known, the output names agree; skip: never loaded."""
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of every tensor, by name.
+    """What was done with every tensor.
 
-    `loaded`, `adapted` (made for other image channels) and `missing` (kept as they were) are names of the network and
-    together all of them; `skipped` are the names of the file that were left out. `notes` give reasons.
+    `loaded`, `adapted` (to other image channels) and `missing` (not changed) are all names of the network; `skipped`
+    are the names in the file that were not used. `notes` give reasons.
     """
 
     loaded: tuple[str, ...]
@@ -46,7 +47,7 @@ class LoadReport:
     notes: tuple[str, ...] = ()
 
     def describe(self) -> str:
-        """The report in one line of plain words."""
+        """The report in one line."""
         parts = [f"{len(self.loaded)} tensors loaded"]
         for names, what in (
             (self.adapted, "made for other image channels"),
@@ -63,7 +64,7 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class TransferOptions:
-    """The choices of `load_weights`, which describes them."""
+    """The options of `load_weights`."""
 
     input_adapt: InputAdapt = "mean"
     heads: HeadRule = "fit"
@@ -86,30 +87,29 @@ def load_weights(
 ) -> LoadReport:
     """Load a run folder, a result folder of nnU-Net, a .safetensors file or a torch file into a network, in place.
 
-    The network is changed only when everything is found to fit. Its image channels and outputs may be others than
-    those of the file, and the file may hold an encoder alone; the rest then keeps its fresh weights.
+    The network is changed only if everything fits. A file may hold an encoder only; the rest then keeps its weights.
 
     Args:
         model: A network of `build_model`, or any other, whose names and shapes must then agree exactly.
         path: The folder or file.
-        input_adapt: How kernels are made for another number of image channels, see `InputAdapt`.
-        heads: Whether segmentation heads are taken where they fit, or never.
+        input_adapt: How kernels are adapted to another number of image channels, see `InputAdapt`.
+        heads: Whether segmentation heads are loaded where they fit, or never.
         is_strict: Whether every tensor that is neither head nor input kernel must be there in the same shape; else
-            those that are not are left out and reported.
+            those that are not are skipped and reported.
         source_modalities: Names of the channels that the file was trained with, in order; known of folders.
         modalities: Names of the channels of `model`, in order. Where both are known and `input_adapt` is "mean", a
             channel takes the kernel of its own modality.
-        outputs: Names of the outputs of `model`, in order; heads of a folder with other outputs are left out.
+        outputs: Names of the outputs of `model`, in order; heads of a folder with other outputs are skipped.
 
     Raises:
-        CheckpointError: the file is missing, damaged or unsafe, or does not fit; `model` is as it was.
+        CheckpointError: the file is missing, damaged or unsafe, or does not fit; `model` is not changed.
     """
     options = TransferOptions(input_adapt, heads, is_strict, source_modalities, modalities, outputs)
     return transfer(model, read_source(Path(path)), options)
 
 
 def transfer(model: nn.Module, source: WeightSource, options: TransferOptions | None = None) -> LoadReport:
-    """Load weights that were read before into a network, in place; see `load_weights`."""
+    """Load weights into a network, in place; see `load_weights`."""
     report, tensors = plan_transfer(model, source, options)
     state = model.state_dict()
     if any(state[name].is_meta for name in tensors):
@@ -123,7 +123,7 @@ def transfer(model: nn.Module, source: WeightSource, options: TransferOptions | 
 def plan_transfer(
     model: nn.Module, source: WeightSource, options: TransferOptions | None = None
 ) -> tuple[LoadReport, dict[str, Tensor]]:
-    """What `transfer` would do: the report, and the tensors to copy by the names of the network, which is left alone.
+    """The report of `transfer`, and the tensors to copy by their names in the network, which is not changed.
 
     Raises:
         CheckpointError: the weights do not fit.
@@ -154,9 +154,9 @@ def plan_transfer(
 
 @dataclass
 class _Transfer:
-    """The tensors of a file, sorted by what becomes of them.
+    """The tensors of a file, sorted by what is done with them.
 
-    Names are those of the network, but in `skipped` (known not to belong here) and `unknown` those of the file.
+    Names are those of the network, but in `skipped` (known not to belong to it) and `unknown` those of the file.
     """
 
     model: nn.Module
@@ -172,7 +172,7 @@ class _Transfer:
 
     def __post_init__(self) -> None:
         self.wanted: Mapping[str, Tensor] = self.model.state_dict()
-        # A network of somebody else's says nothing of its tensors: then all must agree.
+        # A network without these attributes takes files whose tensors all agree.
         self.input_weights: Sequence[str] = getattr(self.model, "input_weights", ())
         self.head_prefixes: tuple[str, ...] = tuple(getattr(self.model, "head_prefixes", ()))
         self.encoder_prefix: str = getattr(self.model, "encoder_prefix", "")
@@ -181,13 +181,13 @@ class _Transfer:
         return name.startswith(self.head_prefixes)
 
     def must_be_there(self, name: str, *, is_encoder: bool) -> bool:
-        """A file may lack heads, what an encoder has around it, and the batch counts that old torch did not keep."""
+        """False for heads, for what lies outside an encoder, and for batch counts, which old torch did not save."""
         is_counter = name.endswith(".num_batches_tracked")
         is_beyond = is_encoder and not name.startswith(self.encoder_prefix)
         return not (self.is_head(name) or is_counter or is_beyond)
 
     def leave_out(self, names: Iterable[str], *, is_encoder: bool) -> None:
-        """Sort names of the file that the network does not have: those known to be beside the point, and others."""
+        """Sort names that the network does not have: heads and known parts of encoder files are skipped."""
         for name in names:
             part = other_part(name) if is_encoder else None
             if part is not None:
@@ -195,7 +195,7 @@ class _Transfer:
             (self.skipped if part is not None or self.is_head(name) else self.unknown).append(name)
 
     def take_heads(self, heads: Mapping[str, Tensor]) -> None:
-        """Take heads that fit, each layer as a whole: a bias without its weight would be noise."""
+        """Take heads that fit, each layer as a whole: a bias is useless without its weight."""
         reason = self._why_no_heads() if heads else None
         layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for name, tensor in heads.items():
@@ -218,9 +218,10 @@ class _Transfer:
         return None
 
     def take(self, name: str, tensor: Tensor) -> None:
-        """Take a tensor, made for the image channels of the network where it looks at them."""
+        """Take a tensor; input kernels are adapted to the image channels of the network."""
         wanted = self.wanted[name]
-        if name in self.input_weights and _differ_in_channels_at_most(tensor, wanted):
+        kernels = [(kernel.dim(), kernel.shape[:1], kernel.shape[2:]) for kernel in (tensor, wanted)]
+        if name in self.input_weights and wanted.dim() > 1 and kernels[0] == kernels[1]:
             made = self._for_channels(tensor, wanted.shape[1])
             if made is not tensor:
                 self.adapted.append(name)
@@ -231,23 +232,20 @@ class _Transfer:
             self.misshapen[name] = f"{name}: {_kind(tensor)} in the file, {_kind(wanted)} in the network"
 
     def _for_channels(self, tensor: Tensor, channels: int) -> Tensor:
-        """The kernel itself where its channels are those of the network already."""
         before, after = self.options.source_modalities, self.options.modalities
         if before is None and self.source.card is not None:
             before = self.source.card.modalities
         if before is not None and after is not None and self.options.input_adapt == "mean":
-            by_name = _by_name(tensor, before, after, channels)
+            are_alike = [plain_name(name) for name in before] == [plain_name(name) for name in after]
+            are_of_channels = (len(before), len(after)) == (tensor.shape[1], channels)
+            by_name = adapt_by_modality(tensor, before, after) if are_of_channels and not are_alike else None
             if by_name is not None:
                 self.notes.append(f"channels {some(after)} made of {some(before)} by name")
                 return by_name
         return tensor if tensor.shape[1] == channels else adapt_channels(tensor, channels, self.options.input_adapt)
 
     def require_fit(self, absent: Sequence[str]) -> None:
-        """Refuse weights of another network: all of it must be there if strict, and something in any case.
-
-        Raises:
-            CheckpointError: as said, with the first names of each kind.
-        """
+        """Refuse weights of another network: nothing fits or, if strict, not everything does."""
         complaints = []
         if absent:
             complaints.append(f"tensors missing from the file: {len(absent)} ({some(absent)})")
@@ -277,37 +275,14 @@ class _Transfer:
         return f"Build the network that it was trained as: {', '.join([network.family, *size, *arguments])}"
 
 
-def _by_name(tensor: Tensor, before: Sequence[str], after: Sequence[str], channels: int) -> Tensor | None:
-    """Kernels by modality; None where the names are alike, have nothing in common or are not those of the channels."""
-    are_alike = [plain_name(name) for name in before] == [plain_name(name) for name in after]
-    are_of_channels = (len(before), len(after)) == (tensor.shape[1], channels)
-    return adapt_by_modality(tensor, before, after) if are_of_channels and not are_alike else None
-
-
-def _differ_in_channels_at_most(tensor: Tensor, wanted: Tensor) -> bool:
-    return (
-        tensor.dim() == wanted.dim() > 1 and tensor.shape[0] == wanted.shape[0] and tensor.shape[2:] == wanted.shape[2:]
-    )
-
-
 def _kind(tensor: Tensor) -> str:
-    """`16 x 4 x 3 x 3 x 3`, with the type where it is no floating-point number."""
+    """The shape as `16 x 4 x 3 x 3 x 3`, with the type of integers."""
     shape = " x ".join(str(size) for size in tensor.shape) or "a single number"
     return shape if tensor.is_floating_point() else f"{shape} of {str(tensor.dtype).removeprefix('torch.')}"
 
 
-InputAdapt = Literal["mean", "repeat", "zero"]
-"""How kernels are made for another number of channels.
-
-mean: old kernels in turn, scaled by old over new channels, and the sum of all for a single new one, so that the
-answer to an image that is the same in every channel stays what it was (exactly so where one number of channels is a
-multiple of the other); repeat: the same unscaled, which is what STU-Net's own fine-tuning does; zero: the first
-channels keep their kernels, further ones start at zero.
-"""
-
-
 def adapt_channels(weight: Tensor, channels: int, rule: InputAdapt) -> Tensor:
-    """Kernels (outputs, old, *kernel) for `channels` image channels: (outputs, channels, *kernel)."""
+    """Kernels (outputs, old, *kernel) adapted to image channels: (outputs, channels, *kernel)."""
     old = weight.shape[1]
     if rule == "zero":
         added = weight.new_zeros(weight.shape[0], max(channels - old, 0), *weight.shape[2:])
@@ -319,10 +294,9 @@ def adapt_channels(weight: Tensor, channels: int, rule: InputAdapt) -> Tensor:
 
 
 def adapt_by_modality(weight: Tensor, before: Sequence[str], after: Sequence[str]) -> Tensor | None:
-    """Kernels (outputs, len(before), *kernel) for channels named `after`; None where no name is on both sides.
+    """Kernels (outputs, len(before), *kernel) for channels named `after`; None if they have no modality in common.
 
-    A channel takes the kernel of the same modality, whatever either side calls it (`t1ce` is `t1c`), and the mean of
-    all kernels where there is none.
+    A channel takes the kernel of its modality (`t1ce` is `t1c`), else the mean of all kernels.
     """
     known = {plain_name(name): channel for channel, name in enumerate(before)}
     if not any(plain_name(name) in known for name in after):
@@ -333,12 +307,12 @@ def adapt_by_modality(weight: Tensor, before: Sequence[str], after: Sequence[str
 
 
 def plain_name(modality: str) -> str:
-    """A modality's canonical name, else its own in small letters."""
+    """A modality's canonical name, else its own in lower case."""
     return canonical_modality(modality) or modality.casefold()
 
 
-_BEGINNINGS = ("", "image_encoder.", "encoder.", "backbone.")
-"""What stands before an encoder's names in files that hold an encoder, or a network around another kind of decoder."""
+_PREFIXES = ("", "image_encoder.", "encoder.", "backbone.")
+"""Prefixes of an encoder's names in files of an encoder, or of a network with another kind of decoder."""
 
 _OTHER_PARTS = {
     "fc.": "the classifier that it was trained with",
@@ -347,24 +321,24 @@ _OTHER_PARTS = {
     "mask_decoder.": "SAM's mask decoder",
     "pos_embed": "a table of positions, which the encoder here does without",
 }
-"""Beginnings of names that lie beside the encoder in encoder files, and what they are."""
+"""Prefix of a name beside the encoder in encoder files, and what it is."""
 
 
 def match_names(file: Collection[str], network: Collection[str], encoder_prefix: str) -> dict[str, str]:
-    """Name in the file to name in the network: as it is or, for encoder files, below `encoder_prefix`.
+    """Match names in a file to names in a network: unchanged or, for encoder files, below `encoder_prefix`.
 
-    The reading under which most names meet is taken; names that meet none stay as they are.
+    Of the possible prefixes, that with most matches is used; names without a match stay unchanged.
     """
     known = set(network)
     readings: list[dict[str, str]] = [{name: name for name in file}]
-    for beginning in _BEGINNINGS if encoder_prefix else ():
-        below = {name: encoder_prefix + name.removeprefix(beginning) for name in file if name.startswith(beginning)}
+    for prefix in _PREFIXES if encoder_prefix else ():
+        below = {name: encoder_prefix + name.removeprefix(prefix) for name in file if name.startswith(prefix)}
         readings.append({name: below[name] if below.get(name) in known else name for name in file})
     return max(readings, key=lambda reading: sum(name in known for name in reading.values()))
 
 
 def other_part(name: str) -> str | None:
-    """What a tensor beside the encoder is part of, as a sentence; None where that is not known."""
-    plain = min((name.removeprefix(beginning) for beginning in _BEGINNINGS), key=len)
+    """A sentence on what a tensor beside the encoder belongs to; None if unknown."""
+    plain = min((name.removeprefix(prefix) for prefix in _PREFIXES), key=len)
     known = (f"{part.rstrip('.')} is {what}" for part, what in _OTHER_PARTS.items() if plain.startswith(part))
     return next(known, None)

@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from segkit.checkpoint.card import ModelCard
-from segkit.checkpoint.model import build_network
-from segkit.checkpoint.source import WeightSource, read_source
+from segkit.checkpoint.model import WeightSource, build_network, read_source
 from segkit.checkpoint.transfer import LoadReport, TransferOptions, transfer
 from segkit.errors import CheckpointError, RequestError, as_request, some
 from segkit.runtime import seed_everything

@@ -12,8 +12,8 @@ import torch
 import yaml
 
 import segkit
+from segkit.checkpoint.model import WeightSource
 from segkit.checkpoint.nnunet_plans import RELEASED_LABELS
-from segkit.checkpoint.source import WeightSource
 from segkit.checkpoint.transfer import plan_transfer
 from segkit.config import parse_overrides
 

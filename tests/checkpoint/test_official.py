@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import segkit
-from segkit.checkpoint.source import WeightSource
+from segkit.checkpoint.model import WeightSource
 from segkit.checkpoint.transfer import load_weights, plan_transfer
 from segkit.errors import CheckpointError
 

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from segkit.checkpoint.card import ModelCard
-from segkit.checkpoint.model import save_model
-from segkit.checkpoint.source import read_source
+from segkit.checkpoint.model import read_source, save_model
 from segkit.checkpoint.transfer import load_weights
 
 THEIRS = ["lvmmed_resnet.torch", "lvmmed_vit.pth", "LVM-Med_R50.pth", "lvm_med.pt"]

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 import segkit
 from segkit.checkpoint.card import ModelCard
-from segkit.checkpoint.model import save_model
-from segkit.checkpoint.source import read_source
+from segkit.checkpoint.model import read_source, save_model
 from segkit.checkpoint.transfer import LoadReport, load_weights, plan_transfer
 from segkit.errors import CheckpointError
 

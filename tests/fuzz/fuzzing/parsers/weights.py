@@ -30,7 +30,7 @@ def _network() -> Any:
 
 def _into_a_network(_: Path, path: Path) -> None:
     """Read weights, and load what fits of them into a network."""
-    from segkit.checkpoint.source import read_source
+    from segkit.checkpoint.model import read_source
     from segkit.checkpoint.transfer import TransferOptions, transfer
 
     source = read_source(path)
