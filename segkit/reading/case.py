@@ -1,4 +1,4 @@
-"""A case: the files of one scan session of one patient, and a cohort: the cases of one data folder."""
+"""Case: the files of one scan session of one patient. Cohort: the cases of one data folder."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class ImageFile:
 class Case:
     """Files of one case by modality, in the cohort's channel order; `label` where a reference exists.
 
-    `scheme` is the label scheme in which this case's reference is written and its mask is to be written.
-    `problems` are findings of the layout itself (two files for one modality, a missing modality ...).
+    `scheme` is the label scheme of this case's reference and of its predicted mask. `problems` are findings of the
+    layout itself (two files for one modality, a missing modality ...).
     """
 
     id: str
@@ -38,21 +38,21 @@ class Case:
 
 
 def is_file_name(text: str) -> bool:
-    """Whether a text, such as a case id that results are named by, is the name of a file and no way to another."""
+    """Whether a text, such as a case id, is a plain file name, without separators or control characters."""
     return text not in ("", ".", "..") and text.isprintable() and not any(letter in "/\\:" for letter in text)
 
 
 def file_name_of(name: str) -> str:
-    """A name, such as that of a tissue, as part of a file name: `a/b` is `a_b`, and `..` leads nowhere."""
+    """A name, such as that of a tissue, as part of a file name: `a/b` becomes `a_b`."""
     return "".join("_" if letter in "/\\:" or not letter.isprintable() else letter for letter in name)
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """What a data folder holds: its layout, its label scheme, its modalities in channel order, its cases.
+    """The cases of a data folder, with its layout, label scheme, and modalities in channel order.
 
-    `scheme` is None where the folder has no references or where they cannot be told from names and values; `problems`
-    then says what to type. `dims` is 3 for volumes and 2 for pictures.
+    `scheme` is None where the folder has no references, or where names and values do not determine it; `problems` then
+    names the option to pass. `dims` is 3 for volumes and 2 for pictures.
     """
 
     root: Path

@@ -1,10 +1,8 @@
-"""What a file name says: modality, reference mask, or neither.
+"""Modalities: their names in file names, their channel order, and the images of a case for a model's input channels.
 
-Names are cut into tokens at `-`, `_`, `.` and spaces, and compared without regard to case, so that `_t1` can never be
-taken for the beginning of `_t1ce`. Longer sequences of tokens are tried first (`T2-FLAIR` before `FLAIR`, `t1n-voided`
-before `t1n`). Synonyms are those of BraTS 2012-2026, UPENN-GBM, BIDS and common clinical exports.
-
-Which image of a case is which input channel of a model.
+File names are split into tokens at `-`, `_`, `.` and spaces and compared in lower case, so that `_t1` does not match
+the beginning of `_t1ce`. Longer sequences of tokens are tried first (`T2-FLAIR` before `FLAIR`). The synonyms are those
+of BraTS 2012-2026, UPENN-GBM, BIDS and common clinical exports.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ LABEL = "label"
 """The kind of a file that holds the reference mask."""
 
 IGNORED = "ignored"
-"""The kind of a file that is known and neither an image nor a reference, such as a brain mask."""
+"""The kind of a known file that is neither an image nor a reference, such as a brain mask."""
 
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "t1n": ("t1n", "t1", "t1w", "t1 native", "t1 pre", "t1pre"),
@@ -38,7 +36,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     ),
     IGNORED: ("brainmask", "brain mask", "bet mask", "mask brain", "fov", "fov mask", "2ndho", "manual2"),
 }
-"""Canonical name, or kind of file, to what people call it; a space stands for any separator."""
+"""Synonyms in lower case by canonical modality or kind of file; a space stands for any separator."""
 
 _SEPARATORS = re.compile(r"[-_.\s]+")
 _KIND_OF: dict[tuple[str, ...], str] = {
@@ -49,10 +47,10 @@ _LONGEST = max(len(sequence) for sequence in _KIND_OF)
 
 @dataclass(frozen=True)
 class NameParts:
-    """A file name taken apart: `kind` (a modality, LABEL, IGNORED or None) and the `rest` of the name.
+    """A file name split into its `kind` (a modality, LABEL, IGNORED or None) and the `rest` of the name.
 
-    `is_leading` says that the kind stood at the beginning, so that the rest describes rather than identifies; `word` is
-    what told the kind, in small letters and with spaces for separators.
+    `is_leading` says that the kind is at the beginning, where the rest describes and does not identify the case; `word`
+    is the synonym found, in lower case with spaces as separators.
     """
 
     kind: str | None
@@ -62,13 +60,13 @@ class NameParts:
 
 
 def canonical_modality(name: str) -> str | None:
-    """The canonical name (t1n, t1c, t2w, t2f) of what a person or a `dataset.json` calls a modality, else None."""
-    kind = _KIND_OF.get(tuple(token for token in _SEPARATORS.split(name.lower()) if token))
+    """The canonical name (t1n, t1c, t2w, t2f) of a modality in any spelling, else None."""
+    kind = kind_of(name)
     return kind if kind in BRATS_MODALITIES else None
 
 
 def kind_of(name: str) -> str | None:
-    """The kind that a whole name stands for ("t1ce" -> "t1c", "seg" -> LABEL), else None."""
+    """The kind that a whole name means ("t1ce" -> "t1c", "seg" -> LABEL), else None."""
     return _KIND_OF.get(tuple(token for token in _SEPARATORS.split(name.lower()) if token))
 
 
@@ -88,7 +86,7 @@ def split_name(stem: str) -> NameParts:
 
 
 def _windows(count: int) -> Iterable[tuple[int, int]]:
-    """Token windows (first, last) in order of trust: suffixes, prefixes, then anywhere; longest first in each."""
+    """Token windows (first, last) in order of preference: suffixes, prefixes, then others; longest first in each."""
     lengths = range(min(_LONGEST, count), 0, -1)
     yield from ((count - length, count) for length in lengths)
     yield from ((0, length) for length in lengths)
@@ -97,23 +95,22 @@ def _windows(count: int) -> Iterable[tuple[int, int]]:
 
 
 def in_channel_order(modalities: Iterable[str]) -> tuple[str, ...]:
-    """Each modality once: canonical ones in canonical order, then the others in the order in which they came."""
+    """Each modality once: canonical ones in canonical order, then the others in their order of appearance."""
     names: Sequence[str] = list(dict.fromkeys(modalities))
     canonical = [name for name in BRATS_MODALITIES if name in names]
     return (*canonical, *(name for name in names if name not in BRATS_MODALITIES))
 
 
 _UNSPECIFIC = ("image", "mr", "mri")
-"""Modalities of a model that say nothing of the sequence."""
+"""Modalities of a model that name no sequence."""
 
 
 def match_modalities(case: Case, wanted: Sequence[str], *, allow_missing: bool = False) -> Case:
-    """The case with its images under the names of the model's input channels, reference left out.
+    """The case with its images named as the model's input channels, without its reference.
 
-    Names are compared as they are, then by what they are called elsewhere (`t1ce` is `t1c`). A model of one modality
-    takes the only image of a case whatever its name, unless that is known to be another sequence. Images numbered 0,
-    1, 2 ... or channel_0, channel_1 ... (nnU-Net, Decathlon, 4D files) are taken in order where the model's own
-    modalities are not among the four of BraTS, whose numbers differ from source to source.
+    Synonyms match (`t1ce` is `t1c`). A model of one modality accepts the only image of a case under any name, unless it
+    is known to be another sequence. Images numbered 0, 1, 2 ... or channel_0, channel_1 ... (nnU-Net, Decathlon, 4D
+    files) are taken in order, except by models with BraTS modalities, whose numbers differ from source to source.
 
     Raises:
         DataError: a modality is missing (unless `allow_missing` and at least one is there).
@@ -151,5 +148,5 @@ def _may_take_in_order(case: Case, wanted: Sequence[str]) -> bool:
 
 
 def _is_number(name: str) -> bool:
-    """Whether a layout found a channel without a name: "0" or "channel_0"."""
+    """Whether a channel has no name: "0" or "channel_0"."""
     return name.removeprefix("channel_").isdigit()

@@ -30,10 +30,10 @@ LAYOUTS: dict[str, Layout] = {
     "folder": FOLDER,
     "folder2d": FOLDER2D,
 }
-"""Every layout by name; the names of `BRATS_LAYOUTS` are those of `conventions.CONVENTIONS`."""
+"""Every layout by name; the names of `BRATS_LAYOUTS` are those of `schemes.CONVENTIONS`."""
 
 PLAIN_CLASSES = "classes"
-"""`label_scheme` that makes a class of every value, whatever it may mean."""
+"""`label_scheme` with one class for every value of the references."""
 
 _LOWEST_SCORE = 0.1
 _COMMON = ("brats2021", "msd", "folder")
@@ -53,15 +53,15 @@ def find_cases(
     Args:
         root: the folder or file; links are followed, hidden files left out.
         layout: a name of `LAYOUTS`; None recognises it.
-        modalities: modality name to suffix, glob pattern or channel number of its files, where names do not tell;
-            the name `label` stands for the reference mask.
-        label_scheme: a name of `labels.SCHEMES`, or "classes" for one class a value; None tells it by names, then by
+        modalities: modality name to suffix, glob pattern or channel number of its files, where names are not
+            recognised; the name `label` stands for the reference mask.
+        label_scheme: a name of `labels.SCHEMES`, or "classes" for one class per value; None finds it by names, then by
             values.
         require_labels: leave out cases without a reference, and refuse a folder that has none.
-        exclude: a folder below `root` of which nothing is read, such as one for results.
+        exclude: a folder below `root` to leave out, such as one for results.
 
     Raises:
-        DataError: nothing there, nothing recognised, or no references where they are required.
+        DataError: nothing found, nothing recognised, or no references where they are required.
         RequestError: unknown layout or label scheme.
     """
     listing = list_images(Path(root), exclude)
@@ -72,7 +72,7 @@ def find_cases(
         raise _nothing_found(listing, f"no images that make a case of layout {chosen.name}")
     one = listing.root if listing.volumes == (listing.root,) else listing.only
     if one is not None and chosen is FOLDER and len(cohort.cases) == 1:
-        name = bare_name(one)  # of one file, or of one DICOM series, the name of the folder above says nothing
+        name = bare_name(one)  # not the name of the folder above one file, or one DICOM series
         cohort = replace(cohort, cases=(replace(cohort.cases[0], id=name, patient=name),))
     if label_scheme == PLAIN_CLASSES:
         cohort = _with_plain_classes(cohort)
@@ -80,7 +80,7 @@ def find_cases(
 
 
 def recognise(listing: Listing) -> list[tuple[float, Layout]]:
-    """Every layout with its score, best first; of equal scores those that people have most often."""
+    """Every layout with its score, best first; of equal scores the most common ones."""
     scored = [(layout.recognise(listing), layout) for layout in LAYOUTS.values()]
     return sorted(scored, key=lambda pair: (-pair[0], pair[1].name not in _COMMON))
 
@@ -125,19 +125,19 @@ def _labelled_only(cohort: Cohort) -> Cohort:
             expected=f"masks as in {LAYOUTS[cohort.layout].example}",
             remedy="Look at `segkit check` for what was found, or name the masks with --modality label=SUFFIX",
         )
-    without = [case for case in cohort.cases if case.label is None]
-    if not without:
+    paths = [next(iter(case.images.values())).path for case in cohort.cases if case.label is None]
+    if not paths:
         return cohort
-    paths = [image.path for case in without for image in list(case.images.values())[:1]]
-    return replace(
-        cohort, cases=labelled, problems=(*cohort.problems, unused_files(paths, "cases without a reference mask"))
-    )
+    problem = unused_files(paths, "cases without a reference mask")
+    return replace(cohort, cases=labelled, problems=(*cohort.problems, problem))
 
 
 def _nothing_found(listing: Listing, found: str, nearest: list[Layout] | None = None) -> DataError:
     layouts = nearest or [layout for _, layout in recognise(listing)[:3]]
+    counts = Counter(suffix_of(path) or "(no suffix)" for path in (*listing.images, *listing.others))
+    contents = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(5)) or "no files"
     return DataError(
-        f"{found}; the folder holds {_contents(listing)}",
+        f"{found}; the folder holds {contents}",
         where=listing.only or listing.root,
         expected="one of these layouts, the nearest ones: "
         + "; ".join(f"{layout.name} ({layout.example})" for layout in layouts),
@@ -145,13 +145,6 @@ def _nothing_found(listing: Listing, found: str, nearest: list[Layout] | None = 
         if any(is_archive(path) for path in listing.others)
         else "Point to the folder that holds the cases, or describe its files with --modality name=suffix",
     )
-
-
-def _contents(listing: Listing) -> str:
-    counts = Counter(suffix_of(path) or "(no suffix)" for path in (*listing.images, *listing.others))
-    if not counts:
-        return "no files"
-    return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(5))
 
 
 def _unknown(what: str, name: str, known: list[str]) -> RequestError:
