@@ -85,7 +85,8 @@ def unpacked(path: Path, into: Path, *, most_bytes: int = MOST_BYTES) -> Path:
             than `MOST_FILES` files. Nothing is written where this is known beforehand.
     """
     require_file(path)
-    target = into / (_stem(path) or "archive")
+    suffix = next((suffix for suffix in ARCHIVE_SUFFIXES if path.name.lower().endswith(suffix)), "")
+    target = into / (path.name[: len(path.name) - len(suffix)] or "archive")
     with _archive_errors(path):
         if target.exists():
             raise DataError("there is already something where the archive unpacks to", where=target)
@@ -263,11 +264,6 @@ def _no_plain_file(path: Path, place: PurePosixPath) -> DataError:
         expected="plain files",
         remedy="Pack the files themselves: `tar --dereference`, or zip without -y",
     )
-
-
-def _stem(path: Path) -> str:
-    name = path.name
-    return next((name[: -len(suffix)] for suffix in ARCHIVE_SUFFIXES if name.lower().endswith(suffix)), name)
 
 
 def _gigabytes(count: int) -> str:

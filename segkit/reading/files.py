@@ -201,7 +201,8 @@ def written_atomically(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        _flush(temporary)
+        with temporary.open("rb+") as stream:  # network disks report only here that they are full
+            os.fsync(stream.fileno())
         temporary.replace(path)
     except SegkitError:
         raise
@@ -252,12 +253,6 @@ def _is_alive(process: int) -> bool:
     except OSError:
         return True
     return True
-
-
-def _flush(path: Path) -> None:
-    # Network disks report only here that they are full.
-    with path.open("rb+") as stream:
-        os.fsync(stream.fileno())
 
 
 def _write_failure(path: Path, failure: OSError) -> DataError:

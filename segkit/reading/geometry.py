@@ -115,7 +115,10 @@ def same_grid(a: Grid, b: Grid) -> str | None:
     Same means: equal shapes, and no corner of the volume differs by more than a thousandth of its longest side or a
     quarter of the smallest voxel side, whichever is less.
     """
-    first, second = _names(a, b)
+    first = a.source.name if a.source else "the first image"
+    second = b.source.name if b.source else "the second image"
+    if first == second and a.source and b.source:
+        first, second = str(a.source), str(b.source)
     if a.shape != b.shape:
         return f"{first} has {format_size(a.shape)} voxels and {second} has {format_size(b.shape)}"
     drift_mm = float(np.linalg.norm(_corners_mm(a) - _corners_mm(b), axis=1).max())
@@ -155,14 +158,6 @@ def _corners_mm(grid: Grid) -> NDArray[np.float64]:
 def has_default_affine(grid: Grid) -> bool:
     """Whether the affine is the identity, axes reversed or not, which programs write when they lose the header."""
     return bool(np.allclose(np.abs(grid.affine), np.eye(4), atol=1e-6))
-
-
-def _names(a: Grid, b: Grid) -> tuple[str, str]:
-    first = a.source.name if a.source else "the first image"
-    second = b.source.name if b.source else "the second image"
-    if first == second and a.source and b.source:
-        return str(a.source), str(b.source)
-    return first, second
 
 
 def format_size(numbers: tuple[float, ...]) -> str:

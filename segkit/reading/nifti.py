@@ -11,7 +11,7 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import nibabel as nib
 import numpy as np
@@ -47,18 +47,6 @@ _LONGEST_QUATERNION = 1.001
 """A unit quaternion that was rounded may be a little longer than 1; nibabel allows single precision and no more."""
 _MM_PER_UNIT = {1: 1000.0, 3: 0.001}
 """Spatial unit codes of NIfTI (nifti1.h): 1 metre, 2 millimetre, 3 micrometre; 0, unknown, is taken for mm."""
-
-
-class _VoxelHeader(Protocol):
-    """The part that nibabel's headers of both families share."""
-
-    def get_data_shape(self) -> tuple[int, ...]: ...
-
-    def get_data_dtype(self) -> np.dtype[Any]: ...
-
-    def get_data_offset(self) -> int: ...
-
-    def get_slope_inter(self) -> tuple[float | None, float | None]: ...
 
 
 @dataclass(frozen=True)
@@ -184,7 +172,7 @@ def _nifti_header(path: Path) -> tuple[nib.Nifti1Header, bool]:
     )
 
 
-def _storage(path: Path, header: _VoxelHeader, size: int, is_compressed: bool) -> _Storage:
+def _storage(path: Path, header: Any, size: int, is_compressed: bool) -> _Storage:
     """Where the voxels lie, checked before anything is allocated."""
     shape = tuple(int(length) for length in header.get_data_shape())
     dtype, offset = header.get_data_dtype(), int(header.get_data_offset())

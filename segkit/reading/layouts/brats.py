@@ -45,6 +45,7 @@ _REFERENCE_WORDS = frozenset({"seg", "segm", "segmentation", "gtv", "ot", "otmul
 _GRADES = frozenset({"hgg", "lgg"})
 """Folders of 2012-2019; the files of one case may be in both."""
 
+_GLIOMA_TIMEPOINT = re.compile(r"^BraTS-GLI-\d+-(\d{3})$", re.IGNORECASE)
 _POST_TREATMENT = 100
 """BraTS-GLI time points from 100 on are scans after treatment (2024 and later)."""
 
@@ -60,7 +61,8 @@ def _recognise(convention: Convention, listing: Listing) -> float:
     is_inpainting = any(file.kind == _VOIDED for file in files)
     if is_inpainting != (convention.name == "brats-inpainting"):
         return 0.0
-    is_post_treatment = any(_timepoint(file.case_id) >= _POST_TREATMENT for file in files)
+    timepoints = [match for file in files if (match := _GLIOMA_TIMEPOINT.match(file.case_id))]
+    is_post_treatment = any(int(match[1]) >= _POST_TREATMENT for match in timepoints)
     match convention.name:
         case "brats2024":
             return share if is_post_treatment else 0.0
@@ -148,11 +150,6 @@ def _foreign_references(files: Sequence[FoundFile]) -> tuple[Path, ...]:
         return not all(folder.name == file.case_id and folder.parent.name.lower() in _GRADES for folder in folders)
 
     return tuple(file.image.path for file in files if is_foreign(file))
-
-
-def _timepoint(case_id: str) -> int:
-    match = re.match(r"^BraTS-GLI-\d+-(\d{3})$", case_id, re.IGNORECASE)
-    return int(match.group(1)) if match else 0
 
 
 def _channel_order(kinds: Iterable[str]) -> tuple[str, ...]:

@@ -112,18 +112,17 @@ def _build_case(
     by_kind: dict[str, list[ImageFile]] = defaultdict(list)
     for file in files:
         by_kind[file.kind].append(file.image)
-    problems = tuple(_several_files(kind, found) for kind, found in by_kind.items() if len(found) > 1)
+    problems = []
+    for kind, found in by_kind.items():
+        if len(found) > 1:
+            paths = sorted(image.path for image in found)
+            what = "reference mask" if kind == LABEL else f"modality {kind}"
+            names = f"{len(paths)} files for the {what}: {', '.join(path.name for path in paths)}"
+            remedy = f"Keep one of them, or name it with --modality {kind}=SUFFIX"
+            problems.append(Problem(str(paths[0].parent), names, remedy))
     first = {kind: min(found, key=lambda image: str(image.path)) for kind, found in by_kind.items()}
     label = first.pop(LABEL, None)
-    return Case(case_id, patient, {kind: first[kind] for kind in order(first)}, label, problems=problems)
-
-
-def _several_files(kind: str, found: Sequence[ImageFile]) -> Problem:
-    paths = sorted(image.path for image in found)
-    names = ", ".join(path.name for path in paths)
-    what = "reference mask" if kind == LABEL else f"modality {kind}"
-    remedy = f"Keep one of them, or name it with --modality {kind}=SUFFIX"
-    return Problem(str(paths[0].parent), f"{len(paths)} files for the {what}: {names}", remedy)
+    return Case(case_id, patient, {kind: first[kind] for kind in order(first)}, label, problems=tuple(problems))
 
 
 def build_cohort(

@@ -132,16 +132,12 @@ def _left_out(listing: Listing, files: Iterable[FoundFile], names: Sequence[str]
 
 
 def _channel_files(case_id: str, path: Path, channel: int, names: Sequence[str]) -> Iterable[FoundFile]:
-    if channel == 0 and len(names) > 1 and _is_colour_picture(path):
+    may_be_colour = channel == 0 and len(names) > 1 and path.suffix.lower() not in (".gz", ".nii", ".nrrd", ".mha")
+    if may_be_colour and channels_or_one(path) == 3:  # nnU-Net stores red, green and blue in one file
         for plane, name in enumerate(names[:3]):
             yield FoundFile(case_id, path.parent, name, ImageFile(path, plane))
     elif channel < len(names):
         yield FoundFile(case_id, path.parent, names[channel], ImageFile(path))
-
-
-def _is_colour_picture(path: Path) -> bool:
-    """Whether one file holds red, green and blue, as nnU-Net stores colour pictures."""
-    return path.suffix.lower() not in (".gz", ".nii", ".nrrd", ".mha") and channels_or_one(path) == 3
 
 
 def _sibling_labels(listing: Listing) -> Iterable[FoundFile]:

@@ -225,7 +225,13 @@ def scheme_by_values(cases: Sequence[Case], options: FolderOptions, where: Path)
     if not values:
         return SchemeChoice(None)
     if len(values) > _MOST_VALUES:
-        return SchemeChoice(None, (_not_labels(len(values), labelled[0], where),))
+        name = next(case.label.path.name for case in labelled if case.label)
+        note = (
+            f"what its name makes a reference mask (such as {name}) holds {len(values)} different values and looks "
+            "like an image"
+        )
+        remedy = "Name the reference masks with --modality label=SUFFIX and the images with --modality NAME=SUFFIX"
+        return SchemeChoice(None, (Problem(str(where), note, remedy),))
     modalities = {modality for case in cases for modality in case.images}
     tumour_like = modalities & set(BRATS_MODALITIES)
     if values == {1, 2, 4} and len(tumour_like) == 4:
@@ -248,15 +254,6 @@ def ambiguous(values: Iterable[int], where: Path) -> Problem:
         str(where),
         f"label values {listed} mean different tissues in different data sets, and no file or folder name tells which",
         f"Choose {options}, or --label-scheme classes to train on plain classes",
-    )
-
-
-def _not_labels(count: int, case: Case, where: Path) -> Problem:
-    name = "" if case.label is None else f" (such as {case.label.path.name})"
-    return Problem(
-        str(where),
-        f"what its name makes a reference mask{name} holds {count} different values and looks like an image",
-        "Name the reference masks with --modality label=SUFFIX and the images with --modality NAME=SUFFIX",
     )
 
 

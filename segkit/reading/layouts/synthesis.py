@@ -22,7 +22,7 @@ from pathlib import Path
 
 from segkit.errors import DataError, Problem
 from segkit.labels import LabelScheme, classes_scheme
-from segkit.reading.case import Case, Cohort, ImageFile
+from segkit.reading.case import Cohort, ImageFile
 from segkit.reading.files import VOLUME_SUFFIXES, suffix_of
 from segkit.reading.layouts.layout import FoundFile, SchemeChoice, build_cases, build_cohort
 from segkit.reading.layouts.listing import Listing, bare_name, list_images
@@ -117,11 +117,9 @@ def _as_cohort(listing: Listing, files: Iterable[FoundFile], nothing: str) -> Co
             expected=_EXPECTED,
             remedy="Give the holes of other scans by a mask of their own",
         )
-    cases = [case if case.label is not None else _with_missing_mask(case) for case in cases]
+    for index, case in enumerate(cases):
+        if case.label is None:
+            folder = str(next(iter(case.images.values())).path.parent)
+            problem = Problem(folder, f"case {case.id} has no mask", f"Add {case.id}-mask.nii.gz, 1 in the hole")
+            cases[index] = replace(case, problems=(*case.problems, problem))
     return build_cohort(listing, SYNTHESIS_LAYOUT, cases, SchemeChoice(HOLE_SCHEME), problems=problems)
-
-
-def _with_missing_mask(case: Case) -> Case:
-    image = next(iter(case.images.values())).path
-    problem = Problem(str(image.parent), f"case {case.id} has no mask", f"Add {case.id}-mask.nii.gz, 1 in the hole")
-    return replace(case, problems=(*case.problems, problem))
