@@ -74,7 +74,7 @@ def check(
 
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
     preset = preset or _preset_of_this_machine()
-    config = _settings(preset, settings) if estimate else None
+    config = _training_config(preset, settings) if estimate else None
     try:
         cohort = find_cases(data, layout=layout, modalities=read_modalities(modality), label_scheme=label_scheme)
     except DataError as error:
@@ -121,19 +121,23 @@ def next_command(
     from segkit.reading.layouts.synthesis import SYNTHESIS_LAYOUT
 
     fatal = [problem for report in reports for problem in report.problems if problem.is_fatal]
+    labelled = [case for case in usable.cases if case.label is not None]
+    offered = (re.search(r"--label-scheme ([a-z0-9-]+)", problem.remedy) for problem in cohort.problems)
+    choice = next((match[1] for match in offered if match), None)
     path = str(data)
     if fatal and all(REPAIR_COMMAND in problem.remedy for problem in fatal):
-        return shlex.join(["segkit", "convert", "headers", path, "-o", f"{data.absolute().name}-repaired"])
-    labelled = [case for case in usable.cases if case.label is not None]
-    if labelled and cohort.scheme is None and (choice := _first_choice(cohort.problems)):
-        return shlex.join(["segkit", "check", path, "--label-scheme", choice, *reading])
-    if labelled and cohort.scheme is not None:
-        return shlex.join(["segkit", "train", path, "-o", "run", *training, *reading])
-    if usable.cases and cohort.layout == SYNTHESIS_LAYOUT:
-        return shlex.join(["segkit", "inpaint", "-m", "run", "-i", path, "-o", "filled"])
-    if usable.cases:
-        return shlex.join(["segkit", "infer", "-m", "run", "-i", path, "-o", "masks", *reading])
-    return shlex.join(["segkit", "check", path, *reading])
+        words = ["convert", "headers", path, "-o", f"{data.absolute().name}-repaired"]
+    elif labelled and cohort.scheme is None and choice:
+        words = ["check", path, "--label-scheme", choice, *reading]
+    elif labelled and cohort.scheme is not None:
+        words = ["train", path, "-o", "run", *training, *reading]
+    elif usable.cases and cohort.layout == SYNTHESIS_LAYOUT:
+        words = ["inpaint", "-m", "run", "-i", path, "-o", "filled"]
+    elif usable.cases:
+        words = ["infer", "-m", "run", "-i", path, "-o", "masks", *reading]
+    else:
+        words = ["check", path, *reading]
+    return shlex.join(["segkit", *words])
 
 
 def _check_with_progress(cohort: Cohort, *, read_voxels: bool, is_quiet: bool) -> list[CaseReport]:
@@ -161,8 +165,8 @@ def _preset_of_this_machine() -> str:
     return preset_for(pick_device().type)
 
 
-def _settings(preset: str, settings: list[str] | None) -> TrainConfig:
-    """The settings to estimate for; mistakes in them are found before any data are read."""
+def _training_config(preset: str, settings: list[str] | None) -> TrainConfig:
+    """The settings to estimate for, which are checked before any data are read."""
     from segkit.config import build_config, preset_layers
     from segkit.training.config import TrainConfig
 
@@ -196,12 +200,6 @@ def _given_options(layout: str | None, scheme: str | None, modality: Sequence[st
     for pair in modality or ():
         options += ["--modality", pair]
     return options
-
-
-def _first_choice(problems: Sequence[Problem]) -> str | None:
-    """The first label scheme that a problem offers to choose."""
-    matches = (re.search(r"--label-scheme ([a-z0-9-]+)", problem.remedy) for problem in problems)
-    return next((match.group(1) for match in matches if match), None)
 
 
 def _print_report(
