@@ -1,4 +1,4 @@
-"""Result folders of nnU-Net 1 and 2 whose network is STU-Net, used as if they were run folders.
+"""Result folders of nnU-Net 1 and 2 with a STU-Net, used like run folders.
 
 A result folder holds `fold_0`, `fold_1` ... (or `fold_all`), each with a checkpoint; version 2 keeps `plans.json` and
 `dataset.json` beside the folds, version 1 a pickle of plans beside each checkpoint.
@@ -22,7 +22,7 @@ from segkit.checkpoint.card import (
     SegmentationCard,
     TrainingData,
 )
-from segkit.checkpoint.nnunet_plans import MISFITS, ResultPlan, not_understood, read_plan
+from segkit.checkpoint.nnunet_plans import ResultPlan, plans_understood, read_plan
 from segkit.checkpoint.tensors import named_tensors, read_torch
 from segkit.errors import CheckpointError, DataError
 from segkit.labels import LabelScheme
@@ -32,7 +32,7 @@ from segkit.reading.layouts.dataset_json import channel_names, document_scheme
 from segkit.reading.layouts.layout import FolderOptions
 
 _CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_best.pth", "model_final_checkpoint.model", "model_best.model")
-"""From the one to take first: version 2's, then version 1's."""
+"""In order of preference: version 2's, then version 1's."""
 
 _NORMALISATIONS = {
     "ZScoreNormalization": "zscore",
@@ -40,7 +40,7 @@ _NORMALISATIONS = {
     "CTNormalization": "ct-window",
     "CT": "ct-window",
 }
-"""Version 2's and version 1's names of what the house can do."""
+"""Names of versions 2 and 1 -> the same normalisation in segkit."""
 
 _MOST_LABELS = 256
 
@@ -51,7 +51,7 @@ def is_result(folder: Path) -> bool:
 
 
 def fold_folders(folder: Path) -> list[Path]:
-    """The folds to use: the folder itself, its numbered folds or, where there are none, `fold_all`.
+    """The folds to use: the folder itself, its numbered folds, else `fold_all`.
 
     Raises:
         CheckpointError: there is no fold with a checkpoint.
@@ -79,13 +79,11 @@ def make_card(fold: Path) -> ModelCard:
 
     Raises:
         CheckpointError: the network is not STU-Net, the plans are missing or unsafe to read, or the images are
-            normalised in a way that segkit has not.
+            normalised in a way that segkit does not have.
     """
     path = checkpoint_path(fold)
-    try:
+    with plans_understood(path):
         return _make_card(path)
-    except MISFITS as error:
-        raise not_understood(path, error) from error
 
 
 def _make_card(path: Path) -> ModelCard:
@@ -151,7 +149,7 @@ def _checkpoint(fold: Path) -> Path | None:
 
 
 def _network(tensors: Mapping[str, Tensor], plan: ResultPlan, path: Path) -> NetworkCard:
-    """The STU-Net whose tensors these are: shapes tell more than the trainer's name, which anyone may choose."""
+    """The STU-Net of these tensors, by their shapes: the trainer's name can be chosen freely."""
     first, last = tensors.get("conv_blocks_context.0.0.conv1.weight"), tensors.get("seg_outputs.4.weight")
     if first is None or last is None or first.dim() != 5 or last.dim() != 5:
         raise CheckpointError("holds no STU-Net of volumes, whatever its trainer is called", where=path)
@@ -168,7 +166,7 @@ def _network(tensors: Mapping[str, Tensor], plan: ResultPlan, path: Path) -> Net
 
 
 def _outputs(dataset: Mapping[str, Any], scheme: LabelScheme, path: Path) -> tuple[OutputCard, ...]:
-    """Regions in the order in which they are painted, or background and classes by value."""
+    """Regions in painting order, or background and classes by value."""
     labels = {name: value for name, value in dataset["labels"].items() if str(name).lower() != "ignore"}
     if any(isinstance(value, list) and len(value) > 1 for value in labels.values()):
         regions = {name: value if isinstance(value, list) else [value] for name, value in labels.items()}
@@ -184,10 +182,8 @@ def _outputs(dataset: Mapping[str, Any], scheme: LabelScheme, path: Path) -> tup
 
 
 def _require_channels(network: NetworkCard, channels: int, outputs: int, path: Path) -> None:
-    for found, expected, what in (
-        (network.in_channels, channels, "image channels"),
-        (network.out_channels, outputs, "outputs"),
-    ):
+    both = ((network.in_channels, channels, "image channels"), (network.out_channels, outputs, "outputs"))
+    for found, expected, what in both:
         if found != expected:
             raise CheckpointError(
                 f"the network has {found} {what}, but its dataset.json names {expected}",
@@ -197,10 +193,10 @@ def _require_channels(network: NetworkCard, channels: int, outputs: int, path: P
 
 
 def _normalisation(plan: ResultPlan, path: Path) -> dict[str, Any]:
-    """The card's way to normalise, the same for every channel.
+    """The normalisation as fields of the card.
 
     Raises:
-        CheckpointError: it is none of the house's, or differs between channels.
+        CheckpointError: segkit does not have it, or it differs between channels.
     """
     used = {(name, is_masked) for name, is_masked in zip(plan.normalisations, plan.masks, strict=True)}
     names = sorted({name for name, _ in used})

@@ -1,19 +1,14 @@
-"""What nnU-Net planned for a result, read from its version 1 or 2 into one form.
+"""Plans of nnU-Net versions 1 and 2, and label names of the released STU-Net weights.
 
-nnU-Net works on arrays whose axes are those of the file reversed (z, y, x), then permuted by `transpose_forward`, and
-turns them to no orientation unless its reader says so. Spacings, patches and strides of a plan are in that order; here
-it becomes an orientation, so that the network sees the axes that it was trained on.
-
-Label names of the released STU-Net weights, in the order of their output channels.
-
-From `label_orders.json` and `AbdomenAtlas/label_orders.json` of uni-medical/STU-Net. The 104 structures are those of
-TotalSegmentator's first version but in alphabetical order, so rib 10 comes before rib 2: TotalSegmentator's own numbers
-would name nearly every mask wrongly.
+nnU-Net's axes are those of the file reversed (z, y, x), then permuted by `transpose_forward`; they are not reoriented
+unless its reader does so. Spacings, patches and strides of a plan are in that order. Here it becomes an orientation, so
+that the network gets the axes that it was trained on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +18,16 @@ from segkit.errors import CheckpointError, DataError
 from segkit.labels import LabelScheme, classes_scheme
 from segkit.reading.layouts.listing import read_document
 
-MISFITS = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
-"""What plans raise that are not what nnU-Net writes; a configuration may even inherit from itself."""
+_MISFITS = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+"""Errors from plans that nnU-Net did not write; a configuration may even inherit from itself."""
 
 _STEPS = 5
-"""Steps down of a STU-Net, whatever the plan has."""
+"""Downsampling steps of a STU-Net, whatever the plan has."""
 
 
 @dataclass(frozen=True)
 class Intensities:
-    """Of the foreground voxels of the training data: mean, standard deviation, 0.5 and 99.5 percentile."""
+    """Foreground voxels of the training data: mean, standard deviation, 0.5 and 99.5 percentile."""
 
     mean: float
     std: float
@@ -44,8 +39,8 @@ class Intensities:
 class ResultPlan:
     """A result's plan; sizes in voxels and spacings in mm, in the axis order of `orientation`.
 
-    `normalisations` and `masks` (are statistics taken inside the patient alone?) have one entry a channel;
-    `intensities` as well where they were kept. `dataset` is the `dataset.json`, or what stands in for it.
+    `normalisations` and `masks` (statistics of nonzero voxels only) have one entry per channel, as have `intensities`
+    if the plan has them. `dataset` is the `dataset.json` or a substitute made from the plans.
     """
 
     version: int
@@ -63,21 +58,23 @@ class ResultPlan:
 
 
 def read_plan(checkpoint: Path, document: Mapping[str, Any]) -> ResultPlan:
-    """The plan of a fold from its checkpoint, whose contents are `document`, and the files around it.
+    """The plan of a fold from its checkpoint, whose contents are `document`, and the files beside it.
 
     Raises:
-        CheckpointError: plans are missing, unsafe to read, or not of a network of volumes that stands for itself.
+        CheckpointError: plans are missing, unsafe to read, not written by nnU-Net, or of slices or of a cascade.
     """
-    try:
+    with plans_understood(checkpoint):
         return _version_1(checkpoint) if checkpoint.suffix == ".model" else _version_2(checkpoint, document)
-    except MISFITS as error:
-        raise not_understood(checkpoint, error) from error
 
 
-def not_understood(checkpoint: Path, error: Exception) -> CheckpointError:
-    """What is said of plans that have other entries, or other kinds of entries, than nnU-Net writes."""
-    found = f"its plans cannot be understood ({type(error).__name__}: {error})"
-    return CheckpointError(found, where=checkpoint, expected="those of nnU-Net 1 or 2")
+@contextmanager
+def plans_understood(checkpoint: Path) -> Iterator[None]:
+    """Report plans that nnU-Net did not write as a CheckpointError."""
+    try:
+        yield
+    except _MISFITS as error:
+        found = f"its plans cannot be understood ({type(error).__name__}: {error})"
+        raise CheckpointError(found, where=checkpoint, expected="those of nnU-Net 1 or 2") from error
 
 
 def _version_2(checkpoint: Path, document: Mapping[str, Any]) -> ResultPlan:
@@ -113,14 +110,14 @@ def _version_2(checkpoint: Path, document: Mapping[str, Any]) -> ResultPlan:
 
 
 def _configuration(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A configuration with what it inherits from others."""
+    """A configuration, with the values that it inherits."""
     own = dict(plans["configurations"][name])
     parent = own.pop("inherits_from", None)
     return own if parent is None else {**_configuration(plans, parent), **own}
 
 
 def _version_1(checkpoint: Path) -> ResultPlan:
-    """Version 1 keeps the trainer's name and the plans in a pickle beside each checkpoint."""
+    """Version 1 has the trainer's name and the plans in a pickle beside each checkpoint."""
     beside = checkpoint.with_name(checkpoint.name + ".json")
     document = _read_json(beside) or read_plain_pickle(checkpoint.with_name(checkpoint.name + ".pkl"))
     plans = document["plans"]
@@ -147,19 +144,18 @@ def _version_1(checkpoint: Path) -> ResultPlan:
 
 
 def _classes(checkpoint: Path, trainer: str, values: Sequence[Any]) -> Mapping[str, int]:
-    """Label names, which version 1 keeps nowhere: known for the released weights, numbers for others."""
+    """Label names, which version 1 does not save: known for the released weights, numbers for others."""
+    released: Mapping[str, int] = {}
     if checkpoint.stem.endswith("_ep4k"):
         released = RELEASED_LABELS["stunet-totalsegmentator"].values
     elif trainer.endswith("_ep2k"):
         released = RELEASED_LABELS["stunet-abdomenatlas"].values
-    else:
-        released = {}
     is_released = sorted(released.values()) == [int(value) for value in values]
     return released if is_released else {f"label_{int(value)}": int(value) for value in values}
 
 
 def _read_json(path: Path) -> Any:
-    """A JSON document; None where there is no such file."""
+    """A JSON document; None if there is no such file."""
     if not path.is_file():
         return None
     try:
@@ -180,7 +176,7 @@ def _volume_sizes(sizes: Sequence[Any], where: Path) -> tuple[int, ...]:
 
 
 def _five(strides: Sequence[Sequence[Any]]) -> tuple[tuple[int, ...], ...]:
-    """Cut or filled up with ones to the steps of a STU-Net, as its trainers do."""
+    """Strides cut, or extended with ones, to the steps of a STU-Net, as its trainers do."""
     given = [tuple(int(step) for step in stride) for stride in strides][:_STEPS]
     return (*given, *((1, 1, 1),) * (_STEPS - len(given)))
 
@@ -224,4 +220,9 @@ RELEASED_LABELS: dict[str, LabelScheme] = {
         ("stunet-abdomenatlas", _ABDOMENATLAS),
     )
 }
-"""Scheme name -> the labels of one release: 104 structures (105 outputs) and 9 (10 outputs), background 0."""
+"""Scheme name -> labels of one release in the order of its outputs: 104 structures (105 outputs) and 9 (10 outputs).
+
+From `label_orders.json` and `AbdomenAtlas/label_orders.json` of uni-medical/STU-Net. The 104 structures are those of
+TotalSegmentator's first version in alphabetical order, so rib 10 comes before rib 2, and TotalSegmentator's own numbers
+would be wrong for nearly every mask.
+"""

@@ -1,7 +1,4 @@
-"""Folders with a trained model: our run folders, and nnU-Net's results where their network is STU-Net.
-
-What is read here is read without torch, which `segkit infer` needs only where it computes the network itself.
-"""
+"""Folders with a trained model: run folders of segkit, and results of nnU-Net with a STU-Net; read without torch."""
 
 from __future__ import annotations
 
@@ -22,10 +19,10 @@ RUN_FOLDER = "a run folder of `segkit train`"
 
 
 def load_card(run_dir: Path) -> ModelCard:
-    """The model card of a run folder, or that of a result folder of nnU-Net, made from its plans.
+    """The model card of a run folder, or of a result folder of nnU-Net, made from its plans.
 
     Raises:
-        CheckpointError: there is no card, or it is not one this version understands.
+        CheckpointError: there is no card, or this version cannot read it.
     """
     path = run_dir / CARD_NAME
     if path.is_file():
@@ -34,8 +31,8 @@ def load_card(run_dir: Path) -> ModelCard:
 
     if nnunet.is_result(run_dir):
         return nnunet.make_card(only_fold(run_dir))
-    is_begun = (run_dir / LAST_NAME).exists()
-    remedy = "Resume the training with --resume, up to its first validation" if is_begun else "Check the path"
+    has_state = (run_dir / LAST_NAME).exists()
+    remedy = "Resume the training with --resume, up to its first validation" if has_state else "Check the path"
     raise CheckpointError(f"holds no {CARD_NAME}", where=run_dir, expected=RUN_FOLDER, remedy=remedy)
 
 

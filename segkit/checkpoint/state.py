@@ -1,7 +1,7 @@
-"""The exact state of a training: `last.ckpt` and the one before it, whole or refused.
+"""The resume state of a training: `last.ckpt`, and `previous.ckpt` before it.
 
-Written to a temporary file first, brought to the disk and moved into place, so a killed process or a power cut leaves
-the old file or the new one, never half of one. Every tensor has a checksum, which is verified before it is used.
+Written to a temporary file, synced and renamed, so a killed process or a power cut leaves the old file or the new one.
+Every tensor has a checksum, which is verified before it is used.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _log = logging.getLogger(__name__)
 
 
 def save_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write the resume state as `last.ckpt`; the one before becomes `previous.ckpt`.
+    """Write the resume state as `last.ckpt`; the last one becomes `previous.ckpt`.
 
     Raises:
-        TypeError: the state holds something that could not be read back without running code.
+        TypeError: the state holds other than tensors, numbers, strings, lists and dicts.
         DataError: the folder cannot be written.
     """
     _check_plain(state, "state")
@@ -42,12 +42,12 @@ def save_state(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """The resume state, tensors on the CPU: `last.ckpt`, or `previous.ckpt` where the last one is damaged.
+    """The resume state, tensors on the CPU: `last.ckpt`, or `previous.ckpt` if that is damaged.
 
-    A damaged one is put aside as `damaged.ckpt`: it must not take the place of the whole one when the next is written.
+    A damaged `last.ckpt` is renamed to `damaged.ckpt`, so that the next save does not replace the intact one with it.
 
     Raises:
-        CheckpointError: neither is there and whole.
+        CheckpointError: both are missing or damaged.
     """
     reasons = []
     for name in (LAST_NAME, PREVIOUS_NAME):
@@ -69,7 +69,7 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Bring the new names to the disk too; where a folder cannot be opened (Windows), the system sees to it."""
+    """Write the new names to the disk; where a folder cannot be opened (Windows), the system does so."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

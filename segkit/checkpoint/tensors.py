@@ -1,7 +1,7 @@
-"""Tensors in files: the one place that reads what others have pickled, and it never runs any of it.
+"""Reading and writing tensor files: the only module that reads pickles, and it never runs code from them.
 
-The only caller of `torch.load`, always with `weights_only=True`. Everything is written to a temporary file first and
-moved into place, so a killed process leaves the old file or the new one, never half of one.
+The only caller of `torch.load`, always with `weights_only=True`. Files are written to a temporary file and renamed, so
+a killed process leaves the old file or the new one.
 """
 
 from __future__ import annotations
@@ -31,18 +31,17 @@ _NUMBERS = {
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
 }
-"""What weights and counts are kept in; of other types torch knows the name, and cannot copy all of them."""
+"""Types of weights and counts; torch cannot copy all others."""
 
 
 def load_weights_file(path: Path) -> dict[str, Tensor]:
-    """Tensors of a weight file by name, on the CPU: safetensors, or a torch file read without running its code.
+    """Tensors of a safetensors or torch file by name, on the CPU.
 
-    Of files that hold more than weights (nnU-Net's `state_dict` and `network_weights`, plain trainers' `model`) the
-    weights are taken; prefixes that wrappers add (`module.`, `_orig_mod.`) are dropped.
+    Weights may be below `state_dict`, `network_weights` (nnU-Net), `model_state_dict` or `model`; the prefixes of
+    wrappers (`module.`, `_orig_mod.`) are dropped.
 
     Raises:
-        CheckpointError: missing, damaged, holds no tensors or other than plain ones, or could only be read by running
-            code from it.
+        CheckpointError: missing, damaged, without tensors, with other than plain ones, or with code.
     """
     if not path.is_file():
         raise CheckpointError("is not a file", where=path, expected="a .safetensors or torch weight file")
@@ -56,7 +55,7 @@ def load_weights_file(path: Path) -> dict[str, Tensor]:
 
 
 def named_tensors(document: object, where: Path) -> dict[str, Tensor]:
-    """The weights in what a torch file holds, by the names that they have without wrappers.
+    """The weights in the contents of a torch file, by name without the prefixes of wrappers.
 
     Raises:
         CheckpointError: it holds no tensors by name, or other than plain ones.
@@ -75,7 +74,6 @@ def named_tensors(document: object, where: Path) -> dict[str, Tensor]:
 
 
 def _plain(tensors: dict[str, Tensor], where: Path) -> dict[str, Tensor]:
-    """The tensors, all of them of types that networks are kept in."""
     for name, tensor in tensors.items():
         if tensor.dtype not in _NUMBERS:
             raise CheckpointError(
@@ -88,9 +86,9 @@ def _plain(tensors: dict[str, Tensor], where: Path) -> dict[str, Tensor]:
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor]) -> str:
-    """Write tensors as safetensors, atomically; gives back the file's SHA-256.
+    """Write tensors as safetensors, atomically; returns the file's SHA-256.
 
-    Tensors that share memory are written once each, so every name can be loaded on its own.
+    Tensors that share memory are written separately, so every name can be loaded alone.
 
     Raises:
         DataError: the file cannot be written.
@@ -101,29 +99,29 @@ def save_weights(path: Path, weights: Mapping[str, Tensor]) -> str:
 
 
 def write_tensors(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors to a file that nobody reads yet."""
+    """Write tensors as safetensors, not atomically."""
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in weights.items():
         plain = tensor.detach().cpu().contiguous()
         address = plain.untyped_storage().data_ptr()
-        if address in storages:  # safetensors refuses tensors that share memory, such as tied weights
+        if address in storages:  # safetensors rejects shared memory, such as tied weights
             plain = plain.clone()
         storages.add(address)
         tensors[name] = plain
     path.touch()
-    permissions = path.stat().st_mode  # those of ordinary files; safetensors takes all but the owner's away
+    permissions = path.stat().st_mode  # safetensors would remove all but the owner's
     safetensors.torch.save_file(tensors, path)
     path.chmod(permissions)
 
 
 def read_torch(path: Path, *, is_mapped: bool = False) -> Any:
-    """What `torch.save` wrote, tensors on the CPU, after its checksums were verified; never runs its code.
+    """The contents of a file of `torch.save`, tensors on the CPU, after its checksums were verified.
 
-    `is_mapped` is for a look at what stands beside the tensors: they stay in the file, unread and unverified.
+    With `is_mapped` tensors stay in the file, unread and unverified: to look at the other contents.
 
     Raises:
-        CheckpointError: missing, damaged, or could only be read by running code from it.
+        CheckpointError: missing, damaged, or with code.
     """
     if not path.is_file():
         raise CheckpointError("is missing", where=path)
@@ -133,25 +131,25 @@ def read_torch(path: Path, *, is_mapped: bool = False) -> Any:
         if broken is None:
             makers: list[Any] = [(maker, f"{room}.{name}") for (room, name), maker in MAKERS.items()]
             with torch.serialization.safe_globals(makers), warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # about pickle protocols, ahead of the refusal itself
+                warnings.simplefilter("ignore", UserWarning)  # about pickle protocols
                 mapped = is_mapped and is_zip(path)
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
         raise _refused(path, "Convert it to safetensors where it was made") from error
-    except Exception as error:  # reading damaged files, torch and zipfile raise whatever they stumble over
+    except Exception as error:  # torch and zipfile raise many kinds for damaged files
         raise CheckpointError(f"is damaged ({type(error).__name__}: {error})", where=path) from error
     raise CheckpointError(f"is damaged (wrong checksum of {broken})", where=path)
 
 
 def read_plain_pickle(path: Path) -> Any:
-    """What a pickle holds, where that is nothing but numbers, text, lists, mappings and numpy arrays; runs no code.
+    """The contents of a pickle of numbers, text, lists, mappings and numpy arrays, such as nnU-Net 1's plans.
 
-    nnU-Net 1 keeps its plans this way. Every other class or function that the file names is refused unseen.
+    Any other class or function that the file names is rejected without being loaded.
 
     Raises:
-        CheckpointError: missing, damaged, or holds something else.
+        CheckpointError: missing, damaged, or with anything else.
     """
     if not path.is_file():
         raise CheckpointError("is missing", where=path)
@@ -161,17 +159,16 @@ def read_plain_pickle(path: Path) -> Any:
         return _PlainUnpickler(stream).load()
     except pickle.UnpicklingError as error:
         raise _refused(path, "Ask for the plans as JSON") from error
-    except Exception as error:  # damaged pickles fail in every way there is
+    except Exception as error:  # damaged pickles raise many kinds
         raise CheckpointError(f"is damaged ({type(error).__name__}: {error})", where=path) from error
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Knows the makers of plain numpy values and ordered dictionaries, and nothing else."""
+    """Knows plain numpy values and ordered dictionaries only."""
 
     _known = {("collections", "OrderedDict"): OrderedDict, **MAKERS}  # noqa: RUF012  never changed
 
     def find_class(self, module: str, name: str) -> Any:
-        """The maker of that name, where it is known to make plain values only."""
         try:
             return self._known[module, name]
         except KeyError:
@@ -188,7 +185,7 @@ def _refused(path: Path, remedy: str) -> CheckpointError:
 
 
 def _broken_part(path: Path) -> str | None:
-    """The first part whose checksum is wrong: torch does not look, and would load a flipped bit as a weight."""
+    """The first part with a wrong checksum, which torch does not verify."""
     if not is_zip(path):
         return None
     with zipfile.ZipFile(path) as archive:

@@ -1,13 +1,11 @@
-"""What a torch file claims, found out before torch reads it.
+"""Checks of untrusted torch files before torch reads them, and safe stand-ins for numpy's classes in pickles.
 
-torch looks whether a pickle names code, and believes the rest: it makes room for what packed parts unpack to, and takes
-six numbers for a million million, which fill the memory as soon as anything goes through them. So the pickle is read
-here once with everything it names left out.
+torch rejects pickles that name code, but trusts the rest: it allocates what compressed parts unpack to, and accepts
+tensors of far more values than their storage holds. So pickles are read here first, with every name replaced by a
+class that does nothing.
 
-Numpy values out of pickles that anyone may have made: numbers and arrays of numbers, and nothing else.
-
-Numpy's own makers trust their pickle: `numpy.ndarray` takes any bytes for the addresses of objects, and a type may be
-told to hold objects after it was made. What stands in for them here knows types of plain numbers alone.
+Numpy's classes trust their pickle as well: `numpy.ndarray` accepts any bytes as addresses of objects, and the type of
+an array can be changed to objects later. The stand-ins accept types of plain numbers only.
 """
 
 from __future__ import annotations
@@ -27,30 +25,30 @@ from segkit.errors import CheckpointError
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLES_OF_LEGACY_FILES = 5
-"""A number, a version, a machine, the contents and the keys of the storages, which come after them."""
+"""Magic number, version, machine, contents and storage keys; the storages follow."""
 _REBUILT = "torch._utils._rebuild_"
 _REBUILT_WITH_ATTRIBUTES = "torch._tensor._rebuild_from_type_v2"
-"""Is given one of the others, and with what to call it."""
+"""Called with one of the others and its arguments."""
 _MAKERS = {
     *("tensor", "tensor_v2", "tensor_v3", "parameter", "parameter_with_state"),
     *("device_tensor_from_cpu_tensor", "device_tensor_from_numpy"),
 }
-"""Those of tensors whose numbers are in the file; sparse ones and such as have no numbers are none of weights."""
+"""Those of tensors with values in the file, not of sparse or empty ones."""
 _MOST_SPREAD_VALUES = 10_000
-"""A number may stand for as many; networks keep small constants so."""
+"""Allowed size of a tensor expanded from fewer values, as small constants of networks are."""
 
 
 def is_zip(path: Path) -> bool:
-    """Whether torch takes a file for a zip archive, by its first bytes."""
+    """Whether torch reads a file as a zip archive: by its first bytes."""
     with path.open("rb") as stream:
         return stream.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
 
 
 def require_modest(path: Path) -> None:
-    """Do nothing if a torch file claims no more than it holds.
+    """Reject a torch file that claims more than it holds.
 
     Raises:
-        CheckpointError: parts of it are packed, or tensors are larger than their storages, or no plain ones.
+        CheckpointError: parts are compressed, or tensors are larger than their storages or not plain.
         pickle.UnpicklingError, OSError, zipfile.BadZipFile and others: it is damaged.
     """
     size = path.stat().st_size
@@ -64,13 +62,13 @@ def require_modest(path: Path) -> None:
             parts = archive.infolist()
             _require_unpacked(path, parts, size)
             for part in parts:
-                if part.filename.lower().endswith("data.pkl"):  # torch finds it in capitals as well
+                if part.filename.lower().endswith("data.pkl"):  # torch ignores case
                     with archive.open(part) as pickled:
                         _look_at(pickled, path, size)
 
 
 def require_dense_memo(stream: IO[bytes], size: int) -> None:
-    """UnpicklingError where values have larger numbers than the file has bytes: up to these, room would be made."""
+    """UnpicklingError if memo indices exceed the file's bytes: the unpickler would allocate up to them."""
     start = stream.tell()
     for opcode, argument, _ in pickletools.genops(stream):
         if opcode.name.endswith("PUT") and int(argument or 0) > size:
@@ -79,10 +77,10 @@ def require_dense_memo(stream: IO[bytes], size: int) -> None:
 
 
 def _require_one_directory(path: Path, stream: IO[bytes], size: int) -> None:
-    """Refuse a zip file whose directory does not end where its end begins: readers then find different ones in it.
+    """Reject a zip file whose directory does not end at the end record: different readers find different directories.
 
-    The end is a record of 22 bytes; of large files, and of all that torch writes, a wider one of 56 bytes stands before
-    it, and 20 bytes that say where that one is (APPNOTE.TXT 4.3.14 to 4.3.16).
+    The end record has 22 bytes; in large files, and all that torch writes, a ZIP64 record of 56 bytes and its locator
+    of 20 bytes precede it (APPNOTE.TXT 4.3.14 to 4.3.16).
     """
     stream.seek(max(0, size - 98))
     tail = stream.read()
@@ -95,7 +93,7 @@ def _require_one_directory(path: Path, stream: IO[bytes], size: int) -> None:
 
 
 def _require_unpacked(path: Path, parts: list[zipfile.ZipInfo], size: int) -> None:
-    """Refuse packed parts: torch never packs them, and a few kB would unpack to gigabytes."""
+    """Reject compressed parts: torch never writes them, and a few kB could unpack to gigabytes."""
     total = sum(part.file_size for part in parts)
     if total > size or any(part.compress_type != zipfile.ZIP_STORED for part in parts):
         raise CheckpointError(
@@ -120,11 +118,11 @@ def _look_at(stream: IO[bytes], path: Path, size: int) -> None:
 
 
 class _ClaimError(Exception):
-    """Something that the file cannot hold."""
+    """The file claims more than it can hold."""
 
 
 class _Outline(pickle.Unpickler):
-    """A pickle in which every name stands for something that does nothing, but for the claims of tensors."""
+    """Loads a pickle with classes that do nothing, and checks the claimed sizes of tensors."""
 
     def __init__(self, stream: IO[bytes], size: int) -> None:
         super().__init__(stream)
@@ -141,7 +139,7 @@ class _Outline(pickle.Unpickler):
 
 
 def _require_stored(arguments: tuple[Any, ...]) -> None:
-    """Refuse a tensor, (persistent id of its storage, offset, shape, strides ...), that is larger than its storage."""
+    """Reject a tensor, (persistent id of its storage, offset, shape, strides ...), larger than its storage."""
     match arguments:
         case ((_, _, _, _, int(values), *_), _, tuple(shape), tuple(_), *_) if {*map(type, shape)} <= {int}:
             if prod(max(1, length) for length in shape) > max(values, _MOST_SPREAD_VALUES):
@@ -154,7 +152,7 @@ def _require_stored(arguments: tuple[Any, ...]) -> None:
 
 
 class _Nothing:
-    """What a pickle makes of a name: it takes whatever it is given, and keeps nothing."""
+    """Stands in for a class or function of a pickle: accepts any arguments, keeps nothing."""
 
     path = ""
 
@@ -172,7 +170,6 @@ class _Nothing:
     def __init__(self, *_: Any) -> None: ...
 
     def __call__(self, *_: Any) -> _Nothing:
-        """A method, as code in a file calls it: torch refuses the name that it came by."""
         return self
 
     def __setstate__(self, _: Any) -> None: ...
@@ -185,11 +182,11 @@ class _Nothing:
 
 
 _CODES = {f"{kind}{size}" for kind, sizes in {"i": "1248", "u": "1248", "f": "248"}.items() for size in sizes} | {"b1"}
-"""Kind and bytes of every type of number that weights, plans and scores are kept in."""
+"""Kind and bytes of the number types of weights, plans and scores."""
 
 
 class NumberType:
-    """Stands in for `numpy.dtype`: made from a code such as "f8", then told its byte order."""
+    """Stands in for `numpy.dtype`: created with a code such as "f8"; its state has the byte order."""
 
     def __init__(self, code: object, *_: object) -> None:
         if not isinstance(code, str) or code not in _CODES:
@@ -201,10 +198,10 @@ class NumberType:
 
 
 class NumberArray(np.ndarray[Any, Any]):
-    """Stands in for `numpy.ndarray`: empty whatever it is asked for, until it is told its numbers."""
+    """Stands in for `numpy.ndarray`: created empty; its state has the values."""
 
     def __new__(cls, *_: object) -> NumberArray:
-        """An empty one."""
+        """An empty array, whatever is asked for."""
         return super().__new__(cls, (0,), np.uint8)
 
     def __setstate__(self, state: Any) -> None:
@@ -230,8 +227,8 @@ def number(kind: NumberType, raw: bytes) -> Any:
 MAKERS: dict[tuple[str, str], Any] = {
     ("numpy", "dtype"): NumberType,
     ("numpy", "ndarray"): NumberArray,
-    # Numpy renamed the room in version 2.
+    # Numpy 2 renamed the module.
     **{(room, "scalar"): number for room in ("numpy.core.multiarray", "numpy._core.multiarray")},
     **{(room, "_reconstruct"): number_array for room in ("numpy.core.multiarray", "numpy._core.multiarray")},
 }
-"""Stand-in by the module and name that a pickle gives."""
+"""(Module, name) in a pickle -> its stand-in."""
