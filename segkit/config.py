@@ -1,18 +1,16 @@
-"""Reading configurations: YAML files, presets and dotted overrides, with every problem reported at once.
+"""Configuration classes, and reading them from YAML files, presets and dotted overrides.
 
-YAML is read as plain values: no tags that make objects, no aliases of whole sections (a few lines of them can stand
-for gigabytes), no key twice. A preset or experiment is a YAML file in `configs/`; it travels in the wheel as
-`segkit/configs`.
-
-The base of every configuration class.
-
-Configuration classes live beside what they configure; their defaults are the product's defaults, and each field's
-description is what `segkit config show` prints above it.
+A configuration class lies beside the code that it configures. Its defaults are the defaults of the product, and the
+docstring of each field is what `segkit config show` prints above it. Every problem of a configuration is reported at
+once. YAML is read as plain values: no tags that make objects, no aliases of whole sections (a few lines of them can
+stand for gigabytes), no key twice. Presets are YAML files in `configs/`, which the wheel holds as `segkit/configs`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,7 +23,7 @@ from segkit.errors import ConfigError, Problem, RequestError
 
 
 class Config(BaseModel):
-    """A frozen, strict set of named settings; unknown keys are refused, and numbers that are none.
+    """A frozen set of named settings; unknown keys, NaN and infinity are refused.
 
     A field whose value is None is decided by planning, which records what it chose and why.
     """
@@ -42,13 +40,13 @@ PRESETS, PRETRAINING_PRESETS, INPAINTING_PRESETS = "presets", "pretraining", "in
 
 _END_OF_DOCUMENT = "...\n"
 _LARGEST_FILE_BYTES = 200_000
-"""Twenty times any configuration; PyYAML takes seconds for it, and minutes for what is much larger."""
+"""Twenty times the largest shipped configuration; PyYAML takes seconds for it, and minutes for larger ones."""
 _LONGEST_VALUE = 200
-"""Letters of a value that are shown in a message."""
+"""Characters of a value that are shown in a message."""
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Refuses aliases of mappings and lists, and keys that are given twice, of which one would be lost unseen."""
+    """Refuses aliases of mappings and lists, and keys that are given twice."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -72,12 +70,12 @@ def configs_folder() -> Path:
 
 
 def list_presets(kind: str = PRESETS) -> list[str]:
-    """Names that `--preset` takes."""
+    """The names of presets."""
     return sorted(path.stem for path in (configs_folder() / kind).glob("*.yaml"))
 
 
 def preset_path(name: str, kind: str = PRESETS) -> Path:
-    """The YAML file of a preset; `kind` is the folder of those of one verb.
+    """The YAML file of a preset; `kind` is the folder of the presets of one verb.
 
     Raises:
         RequestError: there is no such preset.
@@ -86,6 +84,11 @@ def preset_path(name: str, kind: str = PRESETS) -> Path:
     if not path.is_file():
         raise RequestError(f"preset {name!r} is not known", expected=f"one of {', '.join(list_presets(kind))}")
     return path
+
+
+def preset_layers(preset: str | None, kind: str = PRESETS) -> list[tuple[str, Mapping[str, Any]]]:
+    """The layer of a preset, for `build_config`; none for None."""
+    return [] if preset is None else [(f"preset {preset}", read_yaml(preset_path(preset, kind)))]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -133,12 +136,15 @@ def parse_overrides(settings: Iterable[str]) -> dict[str, Any]:
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
                 raise RequestError(f"--set {setting!r}: {section!r} was set to a value before")
-        target[last] = _number_or_same(value)
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = float(value)  # YAML 1.1 reads `1e-3` as text
+        target[last] = value
     return nested
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the keys of `over` laid over it, section by section."""
+    """`base` with the values of `over` in place of its own, section by section."""
     merged = dict(base)
     for key, value in over.items():
         both_sections = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
@@ -147,15 +153,13 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build_config(config_type: type[ConfigType], layers: Iterable[tuple[str, Mapping[str, Any]]]) -> ConfigType:
-    """A configuration from named layers (file or option, mapping), later over earlier.
+    """A configuration from named layers (file or option, mapping); later layers replace values of earlier ones.
 
     Raises:
-        ConfigError: with every problem: the layer it came from, its key path, the reason and the nearest known key.
+        ConfigError: lists every problem: the layer it came from, its key path, the reason and the nearest known key.
     """
     layers = list(layers)
-    merged: dict[str, Any] = {}
-    for _, layer in layers:
-        merged = merge(merged, layer)
+    merged: dict[str, Any] = functools.reduce(merge, (layer for _, layer in layers), {})
     try:
         return config_type(**merged)
     except ValidationError as error:
@@ -164,12 +168,12 @@ def build_config(config_type: type[ConfigType], layers: Iterable[tuple[str, Mapp
 
 
 def _parsed(text: str) -> Any:
-    """A YAML document; ValueError with the reason where it is none, or more than plain values."""
+    """A YAML document; a ValueError gives the reason if it is not YAML or not plain values."""
     try:
         return yaml.load(text, _PlainLoader)  # a SafeLoader, which makes no objects
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    except Exception as error:  # PyYAML's converters raise whatever they stumble over: KeyError, IndexError ...
+    except Exception as error:  # PyYAML's converters also raise KeyError, IndexError ...
         raise ValueError(" ".join(str(error).split())) from error
 
 
@@ -194,7 +198,7 @@ def _holds(layer: Mapping[str, Any], location: tuple[str, ...]) -> bool:
     value: Any = layer
     for part in location:
         if not isinstance(value, Mapping):
-            return True  # the layer set something above the place that the validator names
+            return True  # the layer set a section above the key that the validator names
         if part not in value:
             return False
         value = value[part]
@@ -212,21 +216,6 @@ def _known_keys(config_type: type[BaseModel], sections: tuple[str, ...]) -> list
             return []
         config_type = inner[0]
     return sorted(config_type.model_fields)
-
-
-def _number_or_same(value: Any) -> Any:
-    """YAML 1.1 reads `1e-3` as text; people mean the number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def preset_layers(preset: str | None, kind: str = PRESETS) -> list[tuple[str, Mapping[str, Any]]]:
-    """The layer of a preset, for `build_config`; none for None."""
-    return [] if preset is None else [(f"preset {preset}", read_yaml(preset_path(preset, kind)))]
 
 
 def annotated_yaml(config: BaseModel, reasons: Mapping[str, str] | None = None, *, has_help: bool = True) -> str:

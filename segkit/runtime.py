@@ -27,7 +27,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 
 @dataclass(frozen=True)
 class ProcessPlace:
-    """Which of the processes of a training this one is, from 0; `local` ones are those on this machine."""
+    """Rank of this process, from 0, among those of a training and among those on this machine (`local`)."""
 
     rank: int = 0
     size: int = 1
@@ -36,7 +36,7 @@ class ProcessPlace:
 
 
 def process_place() -> ProcessPlace:
-    """What torchrun tells in RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; without it this process is alone.
+    """The place that torchrun sets in RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; without it a single process.
 
     Raises:
         RequestError: they contradict each other.
@@ -58,9 +58,9 @@ def process_place() -> ProcessPlace:
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The device to compute on: the one named, else CUDA where there is one, else the CPU.
+    """The device to compute on: the one named, else CUDA if there is a GPU, else the CPU.
 
-    Of several processes on a machine each has a GPU of its own, unless the name has a number.
+    Each of several processes on a machine gets its own GPU, unless the name has a number.
 
     Raises:
         RequestError: the name is unknown or the machine lacks that device.
@@ -89,7 +89,7 @@ def pick_device(name: str | None = None) -> torch.device:
 
 
 def may_have_gpu() -> bool:
-    """Whether it is worth loading torch to ask for a GPU; on Linux the device files tell that there is none."""
+    """Whether loading torch to look for a GPU is worth its time; on Linux, whether there are device files of one."""
     if sys.platform != "linux":
         return True
     return any(Path("/dev").glob("nvidia[0-9]*")) or any(Path("/dev", name).exists() for name in ("kfd", "dxg"))
@@ -111,12 +111,12 @@ def seed_everything(seed: int) -> None:
     import torch
 
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002  libraries below us draw from the global state
+    np.random.seed(seed % 2**32)  # noqa: NPY002  libraries draw from the global state
     torch.manual_seed(seed)
 
 
 def random_states(device: torch.device) -> dict[str, Any]:
-    """Where the streams are that `seed_everything` begins, as plain values and tensors: Python, numpy, torch, GPUs."""
+    """The states of the generators that `seed_everything` seeds, as plain values and tensors."""
     import numpy as np
     import torch
 
@@ -131,7 +131,7 @@ def random_states(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
-    """Go on where `random_states` was called; a machine with another number of GPUs begins their streams anew."""
+    """Restore what `random_states` returned; GPU states only on a machine with the same number of GPUs."""
     import numpy as np
     import torch
 
@@ -145,47 +145,44 @@ def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
 
 
 def available_cores() -> int:
-    """Processor cores this process may use (its affinity mask, where the system has one)."""
+    """Processor cores that this process may use (its affinity mask, if the system has one)."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def available_memory_gb(device: torch.device | None = None) -> float:
-    """Memory this process may still take, in GiB: free GPU memory, else free RAM within the container's limit."""
+    """Memory that this process may still take, in GiB: free GPU memory, else free RAM within the container's limit."""
     if device is not None and device.type == "cuda":
         import torch
 
         return torch.cuda.mem_get_info(device)[0] / _GIB
     free = _free_ram_bytes()
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists():
-        text = limit.read_text().strip()
-        if text != "max":
-            free = min(free, int(text) - int(used.read_text()) + _reclaimable_bytes(limit.parent))
+    group = Path("/sys/fs/cgroup")
+    limit, used = group / "memory.max", group / "memory.current"
+    if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
+        page_cache = _number_after("inactive_file ", group / "memory.stat") or 0  # the kernel gives it up on demand
+        free = min(free, int(most) - int(used.read_text()) + page_cache)
     return free / _GIB
 
 
-def _reclaimable_bytes(group: Path) -> int:
-    """Files that the kernel keeps in memory only as long as nobody needs it."""
-    stat = group / "memory.stat"
-    lines = stat.read_text().splitlines() if stat.exists() else []
-    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
-
-
 def _free_ram_bytes() -> int:
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+    available_kb = _number_after("MemAvailable:", Path("/proc/meminfo"))
+    if available_kb is not None:
+        return available_kb * 1024
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return 8 * _GIB
 
 
+def _number_after(start: str, path: Path) -> int | None:
+    """The number in the line of a file of the kernel that starts so; None without the file or the line."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) for line in lines if line.startswith(start)), None)
+
+
 def peak_rss_mb() -> float:
-    """The largest resident memory this process has had so far, in MB; 0.0 where the system does not tell."""
+    """The largest resident memory of this process so far, in MB; 0.0 where the system does not report it."""
     try:
         import resource
     except ImportError:
@@ -195,7 +192,7 @@ def peak_rss_mb() -> float:
 
 
 def current_rss_mb() -> float:
-    """Resident memory of this process now, in MB; the peak where the system does not tell the present value."""
+    """Resident memory of this process now, in MB; the peak where the system reports only that."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1024**2
@@ -220,12 +217,11 @@ def error_sentence(error: BaseException) -> str:
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Let this process keep the memory that tensors on a CPU leave behind, for the next ones.
+    """Let this process keep the memory of freed CPU tensors for the next ones.
 
-    glibc gives every block above 32 MiB back to the system at once. A network asks for the same sizes at each step, and
-    the kernel has to clear the pages each time, which can take as long as the arithmetic (`segkit bench speed`). For
-    processes that do little else: the setting is the whole process's. Without glibc, or under a limit of memory,
-    nothing changes.
+    glibc returns every block above 32 MiB to the system at once. A network asks for the same sizes at each step, and
+    clearing the pages each time can take as long as the arithmetic (`segkit bench speed`). The setting holds for the
+    whole process. Without glibc, or under a memory limit, nothing changes.
     """
     if has_memory_limit():
         return
@@ -233,10 +229,10 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 def return_freed_memory(device: torch.device) -> None:
-    """Let this process give the memory of every large tensor on a CPU back as soon as it is freed.
+    """Let this process return the memory of every large CPU tensor as soon as it is freed.
 
-    Slower, but the least memory: as it comes, glibc puts blocks of up to 32 MiB between others on its heap, and what
-    they leave is not always filled again (`segkit bench memory`). Without glibc nothing changes.
+    Slower, but it takes the least memory: by default glibc puts blocks of up to 32 MiB between others on its heap, and
+    the gaps are not always filled again (`segkit bench memory`). Without glibc nothing changes.
     """
     _set_allocator(device, {_M_MMAP_THRESHOLD: 4 * 1024**2})
 
@@ -252,7 +248,7 @@ def _set_allocator(device: torch.device, parameters: Mapping[int, int]) -> None:
 
 
 def cache_folder() -> Path:
-    """Where segkit keeps what it can make again: SEGKIT_CACHE, else `segkit` in the cache folder of the user."""
+    """The folder of files that can be made again: SEGKIT_CACHE, else `segkit` in the cache folder of the user."""
     chosen = os.environ.get("SEGKIT_CACHE")
     if chosen:
         return Path(chosen)
@@ -261,43 +257,41 @@ def cache_folder() -> Path:
 
 
 def limit_memory(megabytes: float) -> None:
-    """Let this process ask the system for no more memory than this, so that too much fails where it can be dealt with.
-
-    Where the system has no such limit (Windows, macOS) nothing changes.
-    """
-    if sys.platform != "linux":
-        return
-    import resource
-
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    wanted = int(megabytes * 1024**2)
-    resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+    """Limit the memory of this process, so that a request for more raises a MemoryError; on Linux only."""
+    _set_memory_limit(int(megabytes * 1024**2))
 
 
 def lift_memory_limit() -> None:
-    """Take back what `limit_memory` set, so that there is room to say what was too large for it."""
+    """Undo `limit_memory`, so that there is memory for reporting what was too large for it."""
+    _set_memory_limit(None)
+
+
+def _set_memory_limit(wanted: int | None) -> None:
     if sys.platform != "linux":
         return
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+    if wanted is None:
+        wanted = hard
+    elif hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
 
 
 def room_mb() -> float:
-    """Memory this process may still ask for, in MB: what is free, or what `limit_memory` leaves of it."""
+    """Memory that this process may still ask for, in MB: what is free, within the memory limit."""
     free = 1024 * available_memory_gb()
     if not has_memory_limit():
         return free
     import resource
 
-    status = Path("/proc/self/status").read_text()
-    used_kb = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmData:"))
+    used_kb = _number_after("VmData:", Path("/proc/self/status")) or 0
     return min(free, resource.getrlimit(resource.RLIMIT_DATA)[0] / 1024**2 - used_kb / 1024)
 
 
 def has_memory_limit() -> bool:
-    """Whether `limit_memory`, or whoever started this process, has set a limit."""
+    """Whether `limit_memory`, or the program that started this process, has set a limit."""
     if sys.platform != "linux":
         return False
     import resource
@@ -306,17 +300,16 @@ def has_memory_limit() -> bool:
 
 
 def variables_with(**changes: str) -> dict[str, str]:
-    """The environment variables of this process with some changed, for a process to be started."""
+    """The environment variables of this process with changes, for starting another process."""
     return {**os.environ, **changes}
 
 
 def refuse_telemetry() -> None:
-    """Keep the libraries below us from telling their makers that, where and with what they are used.
+    """Switch off usage reports of libraries, which may not leave a clinic without consent.
 
-    Several do so unasked, some as soon as they are loaded: OpenVINO (to Google Analytics), ONNX Runtime (to Microsoft,
-    with an identity of the machine that it leaves in the cache folder of the user), Ray and MLflow. Where patients are
-    treated nothing leaves the house unasked. Whoever wants to report sets the variable otherwise; OpenVINO has none,
-    and does without where its reporter cannot be loaded.
+    Several report by default, some as soon as they are loaded: OpenVINO (to Google Analytics), ONNX Runtime (to
+    Microsoft, with a machine id that it keeps in the cache folder of the user), Ray and MLflow. Variables that the user
+    has set are kept. OpenVINO has none: it does not report if its telemetry package cannot be imported.
     """
     prefer_variables(
         HF_HUB_DISABLE_TELEMETRY="1",
@@ -324,7 +317,7 @@ def refuse_telemetry() -> None:
         ORT_DISABLE_TELEMETRY="1",
         RAY_USAGE_STATS_ENABLED="0",
     )
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # Python's way to say: not installed
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # as if not installed
 
 
 def prefer_variables(**values: str) -> None:
@@ -334,7 +327,7 @@ def prefer_variables(**values: str) -> None:
 
 
 def mlflow_server() -> str | None:
-    """Where MLFLOW_TRACKING_URI asks runs to be tracked; None keeps them in the run folder."""
+    """The address in MLFLOW_TRACKING_URI; None keeps runs in the run folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or None
 
 
