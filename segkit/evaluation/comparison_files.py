@@ -101,18 +101,17 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
         markdown_table(*pair_rows(comparison)),
         f"\n{_METHODS}{markdown_list(comparison.notes)}",
     ]
+    rows = []
+    for pair in comparison.pairs:
+        low, high = pair.interval or (None, None)
+        document = _pair_json(pair) | {"low": low, "high": high}
+        rows.append([document[column] for column in _COLUMNS])
     documents: dict[str, str | Mapping[str, Any]] = {
         "comparison.json": comparison_json(comparison),
-        "comparison.csv": csv_table(_COLUMNS, map(_csv_row, comparison.pairs)),
+        "comparison.csv": csv_table(_COLUMNS, rows),
         "comparison.md": "".join(text),
     }
     write_documents(folder, documents)
-
-
-def _csv_row(pair: PairedComparison) -> list[str | float | None]:
-    low, high = pair.interval or (None, None)
-    document = _pair_json(pair) | {"low": low, "high": high}
-    return [document[column] for column in _COLUMNS]
 
 
 def _pair_json(pair: PairedComparison) -> dict[str, Any]:

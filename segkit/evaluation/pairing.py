@@ -144,7 +144,8 @@ def _references(
         inferred = declared.popitem()[1] if len(declared) == 1 else _only_scheme(challenge) or _scheme_of_ids(cases)
         return cases, inferred, notes
     cases, scheme = list(cohort.cases), cohort.scheme
-    if label_scheme == PLAIN_CLASSES or (scheme is not None and _is_nameless(scheme)):
+    is_nameless = scheme is not None and dict(scheme.values) == _class_names(scheme.values.values())
+    if label_scheme == PLAIN_CLASSES or (scheme is not None and scheme.name == PLAIN_CLASSES and is_nameless):
         return cases, None, ()
     scheme = scheme or _only_scheme(challenge)
     if scheme is None and _values_in(case.label for case in cases if case.label) - {0}:
@@ -223,10 +224,6 @@ def _named_scheme(name: str) -> LabelScheme | None:
     if name not in SCHEMES:
         raise RequestError(f"unknown label scheme {name!r}", expected=f"one of {', '.join(SCHEMES)}, {PLAIN_CLASSES}")
     return SCHEMES[name]
-
-
-def _is_nameless(scheme: LabelScheme) -> bool:
-    return scheme.name == PLAIN_CLASSES and dict(scheme.values) == _class_names(scheme.values.values())
 
 
 def _class_names(values: Iterable[int]) -> dict[str, int]:

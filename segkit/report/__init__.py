@@ -1,1 +1,1 @@
-"""Scores and pictures of masks that exist: this room knows label maps and numbers, not models."""
+"""The HTML page of `segkit report` and the pictures in output folders: label maps and numbers, no models."""

@@ -18,7 +18,6 @@ from segkit.report.html import (
     details,
     digits_of,
     element,
-    joined,
     label_legend,
     metric_name,
     plain_table,
@@ -107,20 +106,20 @@ def pictures_section(
     shown = [case for case in cases if case.id in pictures]
     if not shown:
         return None
-    cards = [
-        element(
-            "details",
-            element("summary", element("strong", case.id), " ", element("span", _short_scores(case), class_="muted")),
-            pictures[case.id],
-            element("button", "Open in the viewer", type="button", data_view=viewable[case.id], class_="needs-viewer")
-            if case.id in viewable
-            else None,
-            id=anchors[case.id],
-            class_="card",
-            open=position < _OPEN,
+    cards = []
+    for position, case in enumerate(shown):
+        dice = {region: scores["dice"] for region, scores in case.regions.items() if "dice" in scores}
+        scores = [element("span", f"{region} {value:.3f}", class_="score") for region, value in dice.items()]
+        brief = element("span", *(scores if case.reason is None else ["failed"]), class_="muted")
+        heading = element("summary", element("strong", case.id), " ", brief)
+        button = None
+        if case.id in viewable:
+            name = viewable[case.id]
+            button = element("button", "Open in the viewer", type="button", data_view=name, class_="needs-viewer")
+        card = element(
+            "details", heading, pictures[case.id], button, id=anchors[case.id], class_="card", open=position < _OPEN
         )
-        for position, case in enumerate(shown)
-    ]
+        cards.append(card)
     about = "A white line over the prediction is the border of the reference."
     if has_planes:
         about = f"{_ABOUT_PLANES} {about}"
@@ -185,14 +184,6 @@ def _number_cell(value: float | None, digits: int) -> Markup:
     """A cell with the value by which it is sorted, as JavaScript reads it."""
     sorted_by = None if value is None else f"{value:.6g}" if math.isfinite(value) else "Infinity"
     return element("td", written(value, digits), data_value=sorted_by)
-
-
-def _short_scores(case: CaseFacts) -> Markup:
-    """The Dice of each region, none of which is broken across lines."""
-    if case.reason is not None:
-        return joined(["failed"])
-    dice = {region: scores["dice"] for region, scores in case.regions.items() if "dice" in scores}
-    return joined(element("span", f"{region} {value:.3f}", class_="score") for region, value in dice.items())
 
 
 def timing_section(findings: Findings) -> Section | None:

@@ -151,16 +151,11 @@ def _scale(values: Sequence[float], begin: float, end: float, *, is_snug: bool =
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     if high - low <= 1e-12 * max(abs(low), abs(high), 1e-300):
         low, high = (low - abs(low) * 0.5, high + abs(high) * 0.5) if high else (0.0, 1.0)
-    tick = _round_step((high - low) / 4)
+    power = 10.0 ** math.floor(math.log10((high - low) / 4))
+    tick = next(factor * power for factor in (1.0, 2.0, 5.0, 10.0) if factor * power >= (high - low) / 4 * 0.999)
     if not is_snug:
         low, high = math.floor(low / tick + 1e-9) * tick, math.ceil(high / tick - 1e-9) * tick
     return _Scale(low, high, begin, end, tick)
-
-
-def _round_step(rough: float) -> float:
-    """1, 2 or 5 times a power of ten, not below `rough`."""
-    power = 10.0 ** math.floor(math.log10(rough))
-    return next(factor * power for factor in (1.0, 2.0, 5.0, 10.0) if factor * power >= rough * 0.999)
 
 
 def _curve(points: Points, across: _Scale, up: _Scale, class_: str, dot_radius: str | None) -> list[Markup]:

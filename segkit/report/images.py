@@ -82,8 +82,10 @@ def find_gallery(findings: Findings, ids: Collection[str], data: Path | None) ->
     scheme = _label_scheme(findings)
     if not ids or not (findings.outputs or findings.evaluations):
         return Gallery(scheme=scheme)
+    named = [*_named_folders(findings, "data"), *_named_folders(findings, "references")]
+    named += [folder for run in findings.runs for folder in run.data if folder.is_dir()]
     cases: list[Case] = []
-    for folder in _data_folders(findings) if data is None else [data]:
+    for folder in dict.fromkeys(named) if data is None else [data]:
         try:
             cohort = find_cases(folder)
         except DataError as error:
@@ -165,11 +167,6 @@ def _label_scheme(findings: Findings) -> LabelScheme | None:
             continue
     names = [str(mapping(output.manifest, "model").get("label_scheme")) for output in findings.outputs]
     return next((SCHEMES[name] for name in names if name in SCHEMES), None)
-
-
-def _data_folders(findings: Findings) -> list[Path]:
-    runs = [folder for run in findings.runs for folder in run.data if folder.is_dir()]
-    return list(dict.fromkeys([*_named_folders(findings, "data"), *_named_folders(findings, "references"), *runs]))
 
 
 def _named_folders(findings: Findings, key: str) -> list[Path]:

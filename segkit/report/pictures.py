@@ -81,6 +81,7 @@ def _draw(
     widest = max(view.image.shape[1] for view in views)
     scale = min((_WIDTH - _GUTTER + _GAP) / len(layers) - _GAP, _WIDEST) / widest
     step = widest * scale + _GAP
+    low, high = window
     heads = [f"image ({modality})", *layers[1:]]
     parts = [
         element("text", head, x=f"{_GUTTER + (column + 0.5) * step - _GAP / 2:.1f}", y="18", class_="middle")
@@ -89,9 +90,9 @@ def _draw(
     top = _HEAD
     for row, view in enumerate(views):
         name, width, height = f"{key}-{row}", view.image.shape[1] * scale, view.image.shape[0] * view.aspect * scale
-        pixels = Image.fromarray(_grey(view.image, window))
+        grey = np.clip((view.image.astype(np.float32) - low) / (high - low) * 255, 0, 255).astype(np.uint8)
         size = {"width": f"{width:.1f}", "height": f"{height:.1f}", "preserveAspectRatio": "none"}
-        parts.append(element("defs", element("image", href=_photo(pixels, quality), id=name, **size)))
+        parts.append(element("defs", element("image", href=_photo(Image.fromarray(grey), quality), id=name, **size)))
         parts.append(
             element("text", view.title, class_="middle", transform=f"translate(14 {top + height / 2:.1f}) rotate(-90)")
         )
@@ -155,12 +156,6 @@ def _resized(array: AnyArray, shape: tuple[int, int], how: Image.Resampling) -> 
     return np.asarray(Image.fromarray(np.ascontiguousarray(array)).resize(shape, how))
 
 
-def _grey(image: AnyArray, window: tuple[float, float]) -> NDArray[np.uint8]:
-    low, high = window
-    grey: NDArray[np.uint8] = np.clip((image.astype(np.float32) - low) / (high - low) * 255, 0, 255).astype(np.uint8)
-    return grey
-
-
 def _letters(view: View, left: float, top: float, width: float, height: float) -> list[Markup]:
     places = (
         (5, height / 2 + 5, ""),
@@ -176,8 +171,7 @@ def _letters(view: View, left: float, top: float, width: float, height: float) -
 
 
 def _photo(picture: Image.Image, quality: int) -> str:
-    kind = "webp" if features.check("webp") else "jpeg"
-    return _address(picture, kind, quality=quality)
+    return _address(picture, "webp" if features.check("webp") else "jpeg", quality=quality)
 
 
 def _tint(mask: LabelMap, colours: Mapping[int, tuple[str, str]]) -> str:

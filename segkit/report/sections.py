@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 from segkit.report.charts import line_chart, reliability_chart
 from segkit.report.curves import calibration_points, number, training_curves
@@ -47,7 +46,7 @@ def summary_section(findings: Findings, cases: Sequence[CaseFacts], redact: Path
         facts |= _model_facts(mapping(output.manifest, "model"))
     for scored in findings.evaluations:
         document = scored.document
-        facts["Protocol"] = _words(document.protocol, document.challenge, joint=" \u00b7 ")
+        facts["Protocol"] = _listed([document.protocol, document.challenge], " \u00b7 ")
         facts["Label scheme"] = None if document.label_scheme is None else document.label_scheme.name
         facts["Region of interest"] = redact(document.roi or "")
     failed = sum(case.reason is not None for case in cases)
@@ -132,13 +131,12 @@ def reliability_section(findings: Findings) -> Section | None:
 
 def settings_section(findings: Findings, redact: PathRedactor) -> Section | None:
     """The resolved configuration of each run with its comments, and the environments."""
-    parts = []
-    for run in findings.runs:
-        if run.config:
-            parts.append(details(f"Configuration of {run.name}", _yaml(redact(run.config))))
-    for name, versions in _environments(findings):
+    parts = [details(f"Configuration of {run.name}", _yaml(redact(run.config))) for run in findings.runs if run.config]
+    environments = [(run.name, mapping(run.card, "versions")) for run in findings.runs]
+    environments += [(output.name, mapping(output.manifest, "environment")) for output in findings.outputs]
+    for name, versions in environments:
         rows = {key: str(versions[key]) for key in sorted(versions, key=lambda key: (key not in _ENVIRONMENT, key))}
-        parts.append(details(f"Environment of {name}", definitions(rows)))
+        parts += [details(f"Environment of {name}", definitions(rows))] if rows else []
     return section("Configuration and environment", "settings", *parts) if parts else None
 
 
@@ -151,16 +149,16 @@ def notes_section(notes: Iterable[str], redact: PathRedactor) -> Section | None:
 def _card_facts(card: Document, redact: PathRedactor) -> dict[str, Child]:
     """The network of a model card and its training data."""
     network, trained = mapping(card, "network"), mapping(card, "training_data")
+    count, spacing_mm = number(trained.get("cases")), card.get("spacing_mm")
+    trained_on = [trained.get("identity"), f"{count:.0f} cases" if count else None]
     return {
         "Task": card.get("task"),
-        "Network": _words(network.get("family"), network.get("size")),
-        "Input": _words(*_listed(card.get("modalities")), joint=", "),
-        "Trained on": redact(_words(trained.get("identity"), _count(trained.get("cases"), "cases"), joint=", ")),
+        "Network": _listed([network.get("family"), network.get("size")], " "),
+        "Input": _listed(card.get("modalities")),
+        "Trained on": redact(_listed(trained_on)),
         "Licence of the data": trained.get("licence"),
-        "Patch": _words(*_listed(card.get("patch_size")), joint=" \u00d7 "),
-        "Spacing (mm)": _words(
-            *(f"{number(side) or 0:g}" for side in _listed(card.get("spacing_mm"))), joint=" \u00d7 "
-        ),
+        "Patch": _listed(card.get("patch_size"), " \u00d7 "),
+        "Spacing (mm)": _listed(spacing_mm, " \u00d7 ", lambda side: f"{number(side) or 0:g}"),
         "Weights (SHA-256)": str(card.get("sha256") or "")[:16],
     }
 
@@ -176,15 +174,16 @@ def _run_facts(run: Run) -> dict[str, Child]:
 
 def _model_facts(model: Document) -> dict[str, Child]:
     return {
-        "Network": _words(model.get("family"), model.get("size")),
-        "Input": _words(*_listed(model.get("modalities")), joint=", "),
-        "Computed by": _words(model.get("backend"), "with mirrored inputs" if model.get("tta") else None, joint=", "),
-        "Weights (SHA-256)": _words(*(str(digest)[:16] for digest in _listed(model.get("sha256"))), joint=", "),
+        "Network": _listed([model.get("family"), model.get("size")], " "),
+        "Input": _listed(model.get("modalities")),
+        "Computed by": _listed([model.get("backend"), "with mirrored inputs" if model.get("tta") else None]),
+        "Weights (SHA-256)": _listed(model.get("sha256"), write=lambda digest: str(digest)[:16]),
     }
 
 
-def _listed(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []
+def _listed(values: object, joint: str = ", ", write: Callable[[object], str] = str) -> str:
+    """The known values of a list; empty for anything else."""
+    return joint.join(write(value) for value in values if value not in (None, "")) if isinstance(values, list) else ""
 
 
 def _headlines(findings: Findings, caption: str) -> Markup | None:
@@ -192,37 +191,21 @@ def _headlines(findings: Findings, caption: str) -> Markup | None:
     found = {region: scores for region, scores in findings.summary().items() if isinstance(scores, dict)}
     wanted = findings.headline_metrics()
     shown = [metric for metric in wanted if any(metric in scores for scores in found.values())][:_MOST_HEADLINES]
-    if not shown:
-        return None
-    rows = [
-        [
-            joined([swatch(colour_class(position)), region]),
-            *(_headline(mapping(scores, metric), digits_of(metric)) for metric in shown),
-            _most(scores),
-        ]
-        for position, (region, scores) in enumerate(found.items())
-    ]
-    return plain_table(caption, ["region", *(metric_name(metric) for metric in shown), "n"], rows)
+    rows: list[list[Child]] = []
+    for position, (region, scores) in enumerate(found.items()):
+        count = max((int(number(mapping(scores, metric).get("n")) or 0) for metric in scores), default=0)
+        cells = (_headline(mapping(scores, metric), digits_of(metric)) for metric in shown)
+        rows.append([joined([swatch(colour_class(position)), region]), *cells, str(count)])
+    return plain_table(caption, ["region", *map(metric_name, shown), "n"], rows) if shown else None
 
 
 def _headline(entry: Document, digits: int) -> Markup:
     mean, median = number(entry.get("mean")), number(entry.get("median"))
     interval = entry.get("ci95")
+    between = None
     if isinstance(interval, list | tuple) and len(interval) == 2 and all(number(end) is not None for end in interval):
         between = element("small", f"{written(interval[0], digits)} \u2013 {written(interval[1], digits)}")
-    else:
-        between = None
     return joined([element("b", written(mean, digits)), between, element("small", f"median {written(median, digits)}")])
-
-
-def _most(scores: Document) -> str:
-    return str(max((int(number(mapping(scores, metric).get("n")) or 0) for metric in scores), default=0))
-
-
-def _environments(findings: Findings) -> list[tuple[str, Mapping[str, Any]]]:
-    named = [(run.name, mapping(run.card, "versions")) for run in findings.runs]
-    named += [(output.name, mapping(output.manifest, "environment")) for output in findings.outputs]
-    return [(name, versions) for name, versions in named if versions]
 
 
 def _yaml(text: str) -> Markup:
@@ -232,12 +215,3 @@ def _yaml(text: str) -> Markup:
         setting, sign, comment = line.partition("# ")
         lines += [setting, element("span", f"# {comment}", class_="comment") if sign else None, "\n"]
     return element("pre", element("code", *lines), tabindex="0")
-
-
-def _words(*words: object, joint: str = " ") -> str:
-    return joint.join(str(word) for word in words if word not in (None, ""))
-
-
-def _count(value: object, what: str) -> str | None:
-    found = number(value)
-    return f"{found:.0f} {what}" if found else None
