@@ -5,7 +5,6 @@ A case is read file by file and released before the next one; only a few numbers
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,13 +16,11 @@ import numpy as np
 from segkit.errors import DataError, Problem
 from segkit.labels import SCHEMES
 from segkit.reading.case import BRATS_MODALITIES, Case, Cohort, ImageFile
+from segkit.reading.conversion import repair_command
 from segkit.reading.files import count_channels, read_grid, read_labels, read_volume
 from segkit.reading.geometry import same_grid
 from segkit.reading.volume import Grid
 from segkit.shapes import AnyArray
-
-REPAIR_COMMAND = "segkit convert headers"
-"""Part of the remedy of every problem that this verb can repair."""
 
 _PREPARE = (
     "If these are brain scans for a BraTS-like model, prepare them with brainles-preprocessing "
@@ -160,11 +157,9 @@ class _Findings:
 
 
 def _check_case(case: Case, cohort: Cohort, read_voxels: bool) -> _Findings:
-    root = str(cohort.root)
-    repair = f"{REPAIR_COMMAND} {shlex.quote(root)} -o {shlex.quote(cohort.root.name + '-repaired')}"
-    findings = _Findings(case, repair, list(case.problems))
+    findings = _Findings(case, repair_command(cohort.root), list(case.problems))
     if missing := [modality for modality in cohort.modalities if modality not in case.images]:
-        where = next((str(image.path.parent) for image in case.images.values()), root)
+        where = next((str(image.path.parent) for image in case.images.values()), str(cohort.root))
         found = f"case {case.id} has no {', '.join(missing)}"
         findings.problems.append(Problem(where, found, "Add the file, or use --allow-missing where a verb has it"))
     for modality, image in case.images.items():

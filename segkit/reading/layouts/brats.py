@@ -17,6 +17,7 @@ from pathlib import Path
 from segkit.errors import DataError, Problem
 from segkit.labels import SCHEMES
 from segkit.reading.case import BRATS_MODALITIES, Case, Cohort, ImageFile
+from segkit.reading.conversion import repair_command
 from segkit.reading.files import read_grid
 from segkit.reading.geometry import same_grid
 from segkit.reading.layouts.layout import (
@@ -216,14 +217,13 @@ def _with_algorithm_masks(cases: Sequence[Case], files: Iterable[FoundFile], roo
 
 def _mask_problems(case: Case, paths: Sequence[Path], root: Path) -> list[Problem]:
     """Which masks have lost their geometry, and where there is no reference, which ones could be copied as one."""
-    repair = f"segkit convert headers {shlex.quote(str(root))} -o {shlex.quote(root.name + '-repaired')}"
     misfits = {path: reason for path in paths if (reason := _misfit(case, path))}
     good = [path for path in paths if path not in misfits]
     problems = [
         Problem(
             str(path),
             f"segmentation by an algorithm whose geometry is lost: {reason}",
-            f"Repair a copy with `{repair}`, or leave it out",
+            f"Repair a copy with `{repair_command(root)}`, or leave it out",
             is_fatal=False,
         )
         for path, reason in misfits.items()

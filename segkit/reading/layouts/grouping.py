@@ -245,7 +245,10 @@ def _cases_in(folder: Path, items: Sequence[_Item], root: Path) -> Iterable[tupl
 
 def name_cases(places: Sequence[tuple[Path, str]], root: Path) -> list[tuple[str, str]]:
     """(case id, patient) for each place: a folder and the name of the case in it, "" where the folder is the case."""
-    paths = [(*_parts(folder, root), *((key,) if key else ())) or (root.name,) for folder, key in places]
+    paths = []
+    for folder, key in places:
+        parts = folder.relative_to(root).parts if folder.is_relative_to(root) else (folder.name,)
+        paths.append((*parts, *((key,) if key else ())) or (root.name,))
     # Parts of each id: one, or down from the patient's folder where the case folder is a session in it.
     least = [
         1 if key else len(path) - _above_sessions(path, len(path) - 1)
@@ -261,12 +264,6 @@ def name_cases(places: Sequence[tuple[Path, str]], root: Path) -> list[tuple[str
         else:
             named.append((case_id, patient_of(_patient(path, depth, is_qualified=depth > shortest))))
     return named
-
-
-def _parts(folder: Path, root: Path) -> tuple[str, ...]:
-    if folder == root:
-        return ()
-    return folder.relative_to(root).parts if folder.is_relative_to(root) else (folder.name,)
 
 
 def _unique_depths(paths: Sequence[tuple[str, ...]], least: Sequence[int]) -> list[int]:
