@@ -1,1 +1,1 @@
-"""A trained network as a folder that needs no torch: ONNX graphs, checked against it, and the card that tells all."""
+"""Exports of trained networks: ONNX graphs that were compared with the network, and the model card."""

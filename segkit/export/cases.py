@@ -21,28 +21,28 @@ from segkit.reading.modalities import match_modalities
 from segkit.shapes import Image
 
 MOST_OF_A_RUN = 20
-"""Validation cases of a run that are taken where nobody names cases."""
+"""Number of validation cases of a run that are used by default."""
 
 _FROM_A_CASE = 4
-"""Windows taken from one case."""
+"""Windows per case."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class MeasuringCases:
-    """Cases to measure with; `source` says in words where they come from."""
+    """Cases to measure with, and a description of their source."""
 
     cohort: Cohort
     source: str
 
     def loaded(self, predictor: Predictor) -> Iterator[LoadedCase]:
-        """Each case with its reference in the values of the model; those that cannot be read are named and left out."""
+        """Each case with its reference in the values of the model; unreadable ones are logged and skipped."""
         card = predictor.card
         for case in self.cohort.cases:
             try:
                 images = match_modalities(case, card.modalities)
-                # Matching drops the reference, which inference has no business with.
+                # match_modalities drops the reference.
                 case = replace(images, label=case.label, scheme=case.scheme or self.cohort.scheme)
                 yield load_case(case, card.modalities, predictor.scheme)
             except DataError as error:
@@ -75,10 +75,10 @@ class MeasuringCases:
 
 
 def named_cases(root: Path, case_ids: Sequence[str] | None = None) -> MeasuringCases:
-    """The cases of a data folder, or those of them that `case_ids` names.
+    """The cases of a data folder, or those named by `case_ids`.
 
     Raises:
-        RequestError: nothing is there, or an id is unknown.
+        RequestError: there are no cases, or an id is unknown.
     """
     try:
         cohort = find_cases(root)
@@ -93,7 +93,7 @@ def named_cases(root: Path, case_ids: Sequence[str] | None = None) -> MeasuringC
 
 
 def validation_cases(run: Path) -> MeasuringCases | None:
-    """The cases that a run validated on, at most twenty of them, where its data are still where they were."""
+    """At most twenty validation cases of a run; None if its data were moved."""
     try:
         cohort, ids = _data_of(run)
     except (SegkitError, OSError, ValueError, KeyError) as error:
@@ -127,7 +127,7 @@ def _evenly(cases: Sequence[Case], most: int) -> tuple[Case, ...]:
 
 
 def _window(image: Image, window: Sequence[int], rng: np.random.Generator | None) -> Array:
-    """A window (1, C, *window) of (C, *spatial): at random, or the middle one; zeros around what is smaller."""
+    """A window (1, C, *window) of (C, *spatial), random or the middle one; smaller images are padded with zeros."""
     pads, box = [(0, 0)], [slice(None)]
     for size, length in zip(image.shape[1:], window, strict=True):
         missing = max(length - size, 0)

@@ -1,7 +1,7 @@
-"""From a run folder to an export folder: write the graph, compare it with the network, measure, keep or leave nothing.
+"""Exports of run folders: the graph is written, compared with the network, measured and, if needed, shortened.
 
-Functions appear in the order in which they run. Everything is made in a hidden folder beside the target, which takes
-its name only when all of it was checked.
+Functions appear in the order in which they run. Everything is written to a hidden folder beside the target, which gets
+its name when all checks have passed.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from segkit.checkpoint.model import load_model
 from segkit.checkpoint.run_folder import CARD_NAME, load_card, model_folders, require_segmentation
 from segkit.errors import CheckpointError, RequestError, as_request
 from segkit.export.cases import MeasuringCases, validation_cases
-from segkit.export.parity import (
+from segkit.export.precision import write_fp16, write_int8
+from segkit.inference.backends import Array, Backend, TorchBackend, installed_backends, open_graph
+from segkit.inference.graph import OPSET, graph_files, require_onnx, write_graph
+from segkit.inference.parity import (
     check_parity,
     check_restored,
     random_windows,
     seconds_per_window,
     windows_with_holes,
 )
-from segkit.export.precision import write_fp16, write_int8
-from segkit.inference.backends import Array, Backend, TorchBackend, installed_backends, open_graph
-from segkit.inference.graph import OPSET, graph_files, require_onnx, write_graph
 from segkit.inference.predictor import Predictor
 from segkit.reading.files import file_sha256
 
@@ -40,9 +40,9 @@ Precision = Literal["fp32", "fp16", "int8"]
 GRAPH_NAMES: dict[Precision, str] = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
 
 LARGEST_DICE_LOSS = 0.005
-"""Of an approved graph against float32."""
+"""Allowed loss of mean Dice of an approved graph against float32."""
 SMALLEST_SPEED_UP = 1.5
-"""Of an approved int8 graph, in the fastest backend of each."""
+"""Speed of an approved int8 graph relative to float32, in the fastest backend of each."""
 
 _RANDOM_WINDOWS = 2
 _HOLED_WINDOWS = 4
@@ -55,24 +55,24 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What may be chosen about an export, apart from model and folder."""
+    """The options of an export."""
 
     precision: Precision = "fp32"
-    """fp32, or a shorter precision to write beside it."""
+    """fp32, or a shorter precision to write as well."""
     cases: MeasuringCases | None = None
-    """Cases to compare, calibrate and measure with; None takes the validation cases of the run, where they are."""
+    """Cases to compare, calibrate and measure with; None takes the validation cases of the run if they are there."""
     may_overwrite: bool = False
-    """Put the export in the place of another one."""
+    """Replace an export in the output folder."""
 
 
 def export_models(model: Path, output: Path, settings: ExportSettings | None = None) -> dict[str, Any]:
     """Write the export of a run folder; of a cross-validation one in each `fold_K` of `output`.
 
-    Gives what was written, for `--json`: `{"output", "models": [{"folder", "export", "cases"}]}`.
+    Returns the document of `--json`: `{"output", "models": [{"folder", "export", "cases"}]}`.
 
     Raises:
-        RequestError: something to export with is not installed, the model cannot be exported, or `output` is in use.
-        CheckpointError: a graph computes something else than its network; `output` is as it was before.
+        RequestError: a package is not installed, the model cannot be exported, or `output` is in use.
+        CheckpointError: a graph differs from its network; `output` is not changed.
         DataError: the folder cannot be written to.
     """
     settings = settings or ExportSettings()
@@ -91,7 +91,10 @@ def export_models(model: Path, output: Path, settings: ExportSettings | None = N
     _require_free(output, model, may_overwrite=settings.may_overwrite)
     staging = output.with_name(f".{output.name}-{secrets.token_hex(4)}")
     try:
-        _make(staging)
+        try:
+            staging.mkdir(parents=True)
+        except OSError as error:
+            raise RequestError(f"cannot be written to ({error.strerror})", where=staging.parent) from error
         written = []
         for folder, card in zip(folders, cards, strict=True):
             place = Path() if len(folders) == 1 else Path(folder.name)
@@ -118,11 +121,7 @@ def _require_exportable(card: ModelCard, folder: Path, settings: ExportSettings)
 
 
 def _require_free(output: Path, model: Path, *, may_overwrite: bool) -> None:
-    """Refuse a folder that is in use; with `may_overwrite` only one that is no export.
-
-    Raises:
-        RequestError: as said.
-    """
+    """Refuse a folder that is not empty; with `may_overwrite` only one that is not an export."""
     if output.resolve() in (model.resolve(), *model.resolve().parents):
         raise RequestError("is the model's own folder", where=output, remedy="Name another folder with -o")
     if not output.exists():
@@ -141,15 +140,8 @@ def _require_free(output: Path, model: Path, *, may_overwrite: bool) -> None:
         raise RequestError("holds something else than an export", where=output, remedy="Name another folder")
 
 
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise RequestError(f"cannot be written to ({error.strerror})", where=folder.parent) from error
-
-
 def _export(folder: Path, card: ModelCard, target: Path, settings: ExportSettings) -> tuple[ExportCard, str]:
-    """One model into `target`; gives its export card and where the real cases came from."""
+    """Export one model into `target`; returns its export card and the source of the real cases."""
     network = load_model(folder)
     reference = TorchBackend(network)
     cases = None if card.task == "inpainting" else settings.cases or validation_cases(folder)
@@ -195,7 +187,7 @@ def _shorter(
     cases: MeasuringCases,
     real: Sequence[Array],
 ) -> GraphCard:
-    """Write a graph of shorter numbers beside `path`; measure and judge it.
+    """Write the graph `path` in a shorter precision beside it; measure it and decide whether it is approved.
 
     Raises:
         RequestError: no case can be used, or none has a reference.
@@ -216,7 +208,7 @@ def _shorter(
         raise RequestError(
             f"no case has a reference to measure {precision} by", where=cases.source, remedy="Name others: -i DATA"
         )
-    change = min(others) - dice  # the backend that suffers most
+    change = min(others) - dice  # in the worst backend
     speed_up = min(before) / min(after)
     is_approved = change >= -LARGEST_DICE_LOSS and (precision == "fp16" or speed_up >= SMALLEST_SPEED_UP)
     if not is_approved:
@@ -249,7 +241,7 @@ def _write_card(target: Path, card: ModelCard, export: ExportCard) -> None:
 
 
 def _put_in_place(staging: Path, output: Path) -> None:
-    """Give the finished folder its name; one that was there before goes only now."""
+    """Rename the finished folder to `output`, then remove the previous one."""
     old = output.with_name(f".{output.name}-{secrets.token_hex(4)}")
     try:
         if output.exists():

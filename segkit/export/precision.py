@@ -1,11 +1,11 @@
-"""Graphs with shorter numbers, made from the float32 one; whether they are any good is measured elsewhere.
+"""Graphs in fp16 and int8, made from the float32 graph.
 
-fp16 keeps weights in 16 bits and computes in 32: half the file, the same speed on a CPU, no overflow of sums. Both
-runtimes turn the weights back into 32 bits when they load the file.
+fp16: weights in 16 bits, computation in 32. Half the file, the same speed on a CPU, no overflow of sums; both runtimes
+convert the weights to 32 bits when they load the file.
 
-int8 computes convolutions in 8 bits, weights scaled per channel, inputs between the extremes seen on windows of real
-cases; what comes out is float32 again, for norms are sensitive. Weights use 7 of the 8 bits, because processors
-without VNNI add up pairs of products in 16 bits and would saturate.
+int8: convolutions in 8 bits, weights scaled per channel, inputs scaled by their extremes on windows of real cases;
+outputs are float32, because norms are sensitive. Weights use 7 of the 8 bits, because processors without VNNI add
+pairs of products in 16 bits and would saturate.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from segkit.inference.backends import Array
 from segkit.inference.graph import INPUT, graph_files
 
 _WORTH_HALVING = 256
-"""Numbers in a weight below which it stays as it is: biases and norms are small and sensitive."""
+"""Smaller weights stay in 32 bits: biases and norms are sensitive."""
 
 
 def write_fp16(source: Path, target: Path) -> None:
-    """Write the graph `source` with its large weights in 16 bits; those beyond the range of 16 bits stay in 32."""
+    """Write the graph `source` with large weights in 16 bits; weights outside the range of 16 bits stay in 32."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
@@ -52,10 +52,10 @@ def write_fp16(source: Path, target: Path) -> None:
 
 
 def write_int8(source: Path, target: Path, windows: Sequence[Array]) -> None:
-    """Write the graph `source` with its convolutions in 8 bits, calibrated on windows (1, C, *window).
+    """Write the graph `source` with convolutions in 8 bits, calibrated on windows (1, C, *window).
 
     Raises:
-        RequestError: onnxruntime, which quantises, is not installed.
+        RequestError: onnxruntime is not installed.
     """
     try:
         from onnxruntime import quantization
@@ -82,7 +82,7 @@ def write_int8(source: Path, target: Path, windows: Sequence[Array]) -> None:
 
 
 class _Windows:
-    """Windows one after the other, as the quantiser asks for them."""
+    """Calibration data in the form that the quantiser expects."""
 
     def __init__(self, windows: Sequence[Array]) -> None:
         self._left = iter(windows)
@@ -95,7 +95,7 @@ class _Windows:
 
 @contextmanager
 def _without_log() -> Iterator[None]:
-    """The quantiser recommends, on the root of all logs, what is done already."""
+    """Silence the quantiser, which logs recommendations on the root logger."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

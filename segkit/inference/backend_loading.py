@@ -1,8 +1,8 @@
-"""From the folder of a model to what computes it.
+"""Opens the backend of a model folder.
 
-An export is read as it is. The network of a run folder is computed by torch, or, on a CPU where a faster runtime is
-installed, turned into an ONNX file once, checked against torch, and kept in the user's cache with what the runtime
-compiles from it; from then on torch is not even loaded.
+Exports are opened as they are. The network of a run folder is computed by torch or, on a CPU with a faster runtime
+installed, written once as an ONNX file, compared with torch, and kept in the user's cache together with what the
+runtime compiles from it; from then on torch is not loaded.
 """
 
 from __future__ import annotations
@@ -31,19 +31,17 @@ from segkit.inference.backends import (
     runtime_for,
 )
 from segkit.inference.graph_check import require_harmless
+from segkit.inference.parity import LARGEST_DIFFERENCE, random_windows, relative_difference
 from segkit.reading.files import file_sha256
 from segkit.runtime import cache_folder, has_memory_limit, keep_freed_memory, may_have_gpu, pick_device, room_mb
 
 GRAPH_NAME = "model.onnx"
 
 _EXPORTERS = ("onnx", "onnxscript")
-_LARGEST_DIFFERENCE = 1e-3
-"""Of logits between torch and a runtime, relative to the largest logit where that is above 1."""
 _LAYOUT = 1
-"""Part of the name in the cache: raise it when graphs are written in another way."""
-
+"""Part of the name in the cache: increase it when graphs are written in another way."""
 _TORCH_MB = 700
-"""Torch takes so much as it is loaded; where less is left it ends the process."""
+"""Memory that loading torch needs; with less it ends the process."""
 
 _log = logging.getLogger(__name__)
 
@@ -51,10 +49,10 @@ _log = logging.getLogger(__name__)
 def open_backend(
     folder: Path, card: ModelCard, device: str, name: str, window: Sequence[int], *, threads: int | None = None
 ) -> Backend:
-    """What computes the model of `folder` on windows of `window` voxels.
+    """The backend of the model in `folder` for windows of `window` voxels.
 
-    The device is cpu, cuda, cuda:N, mps or auto. Backend auto is torch on a GPU, and on a CPU the fastest of what is
-    installed. On a CPU it computes with `threads`; None is as many as there are cores.
+    The device is cpu, cuda, cuda:N, mps or auto. Backend auto is torch on a GPU, and on a CPU the fastest that is
+    installed. `threads` are those on a CPU; None is the number of cores.
 
     Raises:
         CheckpointError: the model is missing or damaged.
@@ -113,10 +111,10 @@ def _open_export(folder: Path, card: ModelCard, name: str, window: tuple[int, ..
 
 
 def _have_computed_elsewhere(path: Path, graph: GraphCard, shape: tuple[int, ...]) -> None:
-    """Let ONNX Runtime, where it is installed, compute a graph once before OpenVINO is given it.
+    """Compute an untrusted graph once in ONNX Runtime, if installed, before OpenVINO opens it.
 
-    It looks whether shapes fit each other, while OpenVINO believes them and writes past what it made room for. What was
-    computed is known from then on by its digest, in the user's cache.
+    ONNX Runtime checks that shapes agree; OpenVINO does not, and writes beyond the memory that it allocated. Checked
+    graphs are remembered in the user's cache by their digests.
     """
     if "onnxruntime" not in installed_backends():
         return
@@ -131,9 +129,9 @@ def _have_computed_elsewhere(path: Path, graph: GraphCard, shape: tuple[int, ...
 
 
 class GuardedBackend:
-    """The runtime of a graph from elsewhere; what it fails over becomes a sentence that names the file.
+    """The runtime of an exported graph; its failures, and outputs that are not `outputs` logits, name the file.
 
-    So does what it gives that is no logits of `outputs` classes: a single voxel would be spread over the window unseen.
+    Without the check of the shape a single voxel would be broadcast over the window.
     """
 
     def __init__(self, backend: Backend, path: Path, outputs: int) -> None:
@@ -163,7 +161,7 @@ class GuardedBackend:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Failures of a runtime, which has exceptions of its own, as a sentence; memory that ran out stays what it is."""
+    """Report any failure of a runtime as a CheckpointError; memory errors pass unchanged."""
     try:
         yield
     except Exception as error:
@@ -205,11 +203,7 @@ def _require_room_for_torch() -> None:
 
 
 def _require_room(card: ModelCard, window: tuple[int, ...]) -> None:
-    """Refuse windows that torch has no room to compute, before it tries; without a limit, let it try.
-
-    Raises:
-        MemoryError: as said.
-    """
+    """MemoryError if a memory limit is set and a window needs more than is left."""
     if not has_memory_limit():
         return
     from segkit.checkpoint.model import build_network
@@ -230,7 +224,7 @@ def _cache_of(folder: Path, card: ModelCard, window: tuple[int, ...]) -> Path:
 def _fill(
     cache: Path, folder: Path, card: ModelCard, name: str, window: tuple[int, ...], threads: int | None
 ) -> Backend | None:
-    """Write the network of a run folder into the cache; gives torch instead where that fails or differs from it."""
+    """Write the network of a run folder into the cache; returns the torch backend if that fails or differs from it."""
     _require_room_for_torch()
     from segkit.checkpoint.model import load_model
     from segkit.inference.graph import write_graph
@@ -243,8 +237,9 @@ def _fill(
     try:
         temporary.mkdir(parents=True)
         write_graph(network, temporary / GRAPH_NAME, card.input_channels, window)
-        difference = _difference(open_graph(temporary / GRAPH_NAME, name), torch_backend, card.input_channels, window)
-        if difference > _LARGEST_DIFFERENCE:
+        (noise,) = random_windows(card.input_channels, window, 1)
+        difference = relative_difference(open_graph(temporary / GRAPH_NAME, name), torch_backend, noise)
+        if difference > LARGEST_DIFFERENCE:
             _log.warning("the network differs by %.1e in another runtime; torch computes it", difference)
             return torch_backend
         if cache.exists():  # another process was faster
@@ -258,9 +253,3 @@ def _fill(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return None
-
-
-def _difference(backend: Backend, reference: Backend, channels: int, window: tuple[int, ...]) -> float:
-    noise = np.random.default_rng(0).normal(size=(1, channels, *window)).astype(np.float32)
-    expected = reference(noise)
-    return float(np.abs(backend(noise) - expected).max() / max(1.0, float(np.abs(expected).max())))

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from segkit.errors import CheckpointError
-from segkit.export.parity import (
+from segkit.inference.backends import Array
+from segkit.inference.parity import (
     HoledWindow,
     check_parity,
     check_restored,
     random_windows,
+    relative_difference,
     seconds_per_window,
     windows_with_holes,
 )
-from segkit.inference.backends import Array
 
 
 class _Same(nn.Module):
@@ -94,6 +95,12 @@ def test_background_of_a_softmax_is_no_mask() -> None:
     assert check_parity(_Same(), _Changed(5e-4), [window], [window], "softmax").dice == 1
     with pytest.raises(CheckpointError, match=r"Dice 0\.00000 only"):
         check_parity(_Same(), _Changed(-5e-4), [window], [window], "softmax")
+
+
+def test_differences_are_relative_to_logits_above_1() -> None:
+    small, large = _plus_minus(0.5), _plus_minus(4.0)
+    assert relative_difference(_Changed(0.125), _Changed(0.0), small) == 0.125
+    assert relative_difference(_Changed(0.125), _Changed(0.0), large) == 0.125 / 4
 
 
 def test_windows_and_times() -> None:

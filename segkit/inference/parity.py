@@ -1,4 +1,4 @@
-"""Whether a graph computes what the trained network computes of the same windows: logits and masks, or images."""
+"""Comparison of an ONNX graph with the trained network on the same windows: logits and masks, or filled holes."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ if TYPE_CHECKING:
     from torch import nn
 
 LARGEST_DIFFERENCE = 1e-3
-"""Of logits."""
+"""Largest allowed difference of logits."""
 LARGEST_SHARE = 1e-4
-"""Of the largest logit, which allows more where logits are larger than 10."""
+"""The same as a share of the largest logit; the larger of both limits holds."""
 SMALLEST_DICE = 0.9995
-"""Of the decoded masks."""
+"""Smallest allowed Dice of the decoded masks."""
 
 LARGEST_ODD_SHARE = 0.01
-"""Of the voxels of a filled hole that may differ by more than that; together they are bound by the next."""
+"""Share of the voxels of a filled hole that may differ by more than the limits of logits."""
 LARGEST_RMS = 0.01
-"""Root of the mean squared difference in a filled hole, of intensities whose deviation is 1."""
+"""Root mean square difference in a filled hole, of intensities whose standard deviation is 1."""
 
-_AS_INEXACT_AS_TORCH = 3.0
-"""A graph may be so many times as far from the network in float64 as the network in float32 is."""
+_LARGEST_ERROR_RATIO = 3.0
+"""Error of the graph against the network in float64, relative to the error of the network in float32."""
+_REMEDY = "Nothing was written. Use the run folder, and report the network and the versions at hand"
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How one backend compares: largest difference of a logit, the largest logit, Dice of the masks, windows.
+    """Comparison of one backend: largest difference of a logit, largest logit, Dice of the masks, number of windows.
 
-    Of an inpainting model the logits are intensities, and there is no Dice.
+    For inpainting the logits are intensities, and Dice is None.
     """
 
     largest_difference: float
@@ -47,7 +48,7 @@ class Parity:
     windows: int
 
     def to_json(self) -> dict[str, Any]:
-        """What the card keeps."""
+        """The entry of the model card."""
         return {
             "largest_difference": float(f"{self.largest_difference:.2e}"),
             "largest_logit": float(f"{self.largest_logit:.4g}"),
@@ -57,13 +58,19 @@ class Parity:
 
 
 def random_windows(channels: int, window: Sequence[int], count: int, seed: int = 0) -> list[Array]:
-    """Windows (1, channels, *window) of normal noise, which is what normalised images are closest to."""
+    """Windows (1, channels, *window) of normal noise, similar to normalised images."""
     rng = np.random.default_rng(seed)
     return [rng.standard_normal((1, channels, *window), np.float32) for _ in range(count)]
 
 
+def relative_difference(backend: Backend, reference: Backend, window: Array) -> float:
+    """Largest difference of the logits of a window (1, C, *window), relative to the largest logit if that exceeds 1."""
+    expected = reference(window)
+    return float(np.abs(backend(window) - expected).max() / max(1.0, float(np.abs(expected).max())))
+
+
 class HoledWindow(NamedTuple):
-    """What an inpainting network is given, (1, K, *window), and the hole in it, (*window)."""
+    """Input of an inpainting network, (1, K, *window), and its hole, (*window)."""
 
     stacked: Array
     hole: NDArray[np.bool_]
@@ -72,10 +79,10 @@ class HoledWindow(NamedTuple):
 def windows_with_holes(
     channels: int, context: Literal["none", "hole", "mirror"], window: Sequence[int], count: int, seed: int = 0
 ) -> list[HoledWindow]:
-    """Windows as an inpainting network is given them: normal noise in a ball, 0 around it, a box missing inside.
+    """Inputs of an inpainting network: normal noise in a ball, 0 outside it, a missing box inside.
 
-    By `context` the image of `channels` is followed by the hole, then by the image mirrored along its first axis and
-    where that is known.
+    Depending on `context`, the image of `channels` is followed by the hole, then by the image mirrored along its first
+    axis and the mask of its known voxels.
     """
     rng = np.random.default_rng(seed)
     places = np.meshgrid(*(np.linspace(-1, 1, length) for length in window), indexing="ij", sparse=True)
@@ -95,11 +102,11 @@ def windows_with_holes(
 
 
 def check_restored(backend: Backend, windows: Iterable[HoledWindow], expected: Iterable[Array]) -> Parity:
-    """Compare a backend with the images `expected` (1, C, *window) that a network makes of windows, in their holes.
+    """Compare a backend with the output `expected` (1, C, *window) of a network, inside the holes of windows.
 
-    A layer that decides for each voxel whether it belongs to a region may decide otherwise where it is undecided to the
-    last digit, and then some voxels around differ; so a few may, as long as all together the images are the same.
-    Outside the hole nothing is used, and where nothing at all is to be seen, rounding is all there is.
+    A layer that thresholds may decide differently for a voxel within rounding of the threshold, which changes some
+    voxels around it. So a few voxels may differ, if the root mean square difference is small. Voxels outside the hole
+    are not used.
 
     Raises:
         CheckpointError: the images differ by more than that.
@@ -117,7 +124,7 @@ def check_restored(backend: Backend, windows: Iterable[HoledWindow], expected: I
                 f"in {backend.name} the filled holes differ by {rms:.1e} (root of the mean square), and "
                 f"{odd_share:.1%} of their voxels by more than {LARGEST_DIFFERENCE}",
                 expected=f"at most {LARGEST_RMS} and {LARGEST_ODD_SHARE:.0%}",
-                remedy="Nothing was written. Use the run folder, and report the network and the versions at hand",
+                remedy=_REMEDY,
             )
         difference, largest = max(difference, float(gap.max())), max(largest, size)
     return Parity(difference, largest, None, count)
@@ -126,10 +133,10 @@ def check_restored(backend: Backend, windows: Iterable[HoledWindow], expected: I
 def check_parity(
     network: nn.Module, backend: Backend, windows: Iterable[Array], expected: Iterable[Array], activation: Activation
 ) -> Parity:
-    """Compare a backend with logits `expected` (1, K, *window) of windows (1, C, *window), those of `network`.
+    """Compare a backend with the logits `expected` (1, K, *window) of `network` for windows (1, C, *window).
 
-    Where the logits differ by more than is allowed, the network is computed in float64: norms of maps that are nearly
-    constant magnify rounding, and a graph that is as close to the exact result as torch itself is no worse.
+    If logits differ by more than the limits, both are compared with the network in float64: norms of nearly constant
+    maps magnify rounding, and a graph with an error like that of torch in float32 is accepted.
 
     Raises:
         CheckpointError: logits or masks differ by more than rounding explains.
@@ -152,26 +159,26 @@ def check_parity(
         raise CheckpointError(
             f"in {backend.name} the masks of the graph agree with those of the network to Dice {dice:.5f} only",
             expected=f"at least {SMALLEST_DICE}",
-            remedy="Nothing was written. Use the run folder, and report the network and the versions at hand",
+            remedy=_REMEDY,
         )
     return Parity(difference, largest, dice, count)
 
 
 def seconds_per_window(backends: Sequence[Backend], window: Array, rounds: int = 5) -> list[float]:
-    """Median seconds of a window (1, C, *window) in each backend, all of them in turn: clocks of machines change."""
+    """Median seconds of a window (1, C, *window) in each backend, run in turn because clock speeds change."""
     for backend in backends:
         backend(window)
     times: list[list[float]] = [[] for _ in backends]
     for _ in range(rounds):
         for backend, so_far in zip(backends, times, strict=True):
-            began = time.perf_counter()
+            start = time.perf_counter()
             backend(window)
-            so_far.append(time.perf_counter() - began)
+            so_far.append(time.perf_counter() - start)
     return [statistics.median(so_far) for so_far in times]
 
 
 def _masks(logits: Array, activation: Activation) -> NDArray[np.bool_]:
-    """What is painted, one mask an output, without the background of a softmax."""
+    """One mask per output, without the background of a softmax."""
     if activation == "sigmoid":
         return logits > 0
     outputs = np.arange(1, logits.shape[1]).reshape(1, -1, *(1,) * (logits.ndim - 2))
@@ -180,11 +187,7 @@ def _masks(logits: Array, activation: Activation) -> NDArray[np.bool_]:
 
 
 def _require_rounding(network: nn.Module, name: str, window: Array, found: Array, logits: Array) -> None:
-    """Refuse a graph that is further from the exact result than rounding in float32 brings torch itself.
-
-    Raises:
-        CheckpointError: as said.
-    """
+    """Refuse a graph whose error against the network in float64 is much larger than that of torch in float32."""
     import torch
 
     try:
@@ -193,9 +196,9 @@ def _require_rounding(network: nn.Module, name: str, window: Array, found: Array
     finally:
         network.float()
     of_graph, of_torch = (float(np.abs(result - exact).max()) for result in (found, logits))
-    if not of_graph <= _AS_INEXACT_AS_TORCH * of_torch:
+    if not of_graph <= _LARGEST_ERROR_RATIO * of_torch:
         raise CheckpointError(
             f"in {name} the graph is up to {of_graph:.1e} from the exact logits, the network itself {of_torch:.1e}",
             expected=f"differences of at most {LARGEST_DIFFERENCE} or {LARGEST_SHARE} of the largest logit",
-            remedy="Nothing was written. Use the run folder, and report the network and the versions at hand",
+            remedy=_REMEDY,
         )
