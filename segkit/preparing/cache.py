@@ -1,8 +1,8 @@
 """A disk cache of prepared cases, read through memory maps.
 
-One folder per case, named by the SHA-256 of everything the result depends on: the bytes of its files and the settings.
-A folder appears under that name only when it is complete, so an interrupted run resumes with the next case, and a
-changed file or setting simply has another name.
+One folder per case, named by the SHA-256 of everything that the result depends on: the bytes of its files and the
+settings. A folder gets this name only when it is complete, so an interrupted run resumes with the next case, and a
+changed file or setting leads to another folder.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MOST_FOREGROUND_VOXELS = 10_000
 
 
 class PreparedStore:
-    """Prepared cases below `folder`. Entries of other settings or older data may lie beside them; they do no harm."""
+    """Prepared cases below `folder`, which may also hold entries of other settings or older data."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -46,10 +46,8 @@ class PreparedStore:
         modalities: tuple[str, ...],
         scheme: LabelScheme | None,
         config: PreprocessingConfig,
-        *,
-        allow_missing: bool = False,
     ) -> Path:
-        """The folder of the prepared case; made now, in one atomic step, if it is not there yet.
+        """The folder of the prepared case, which is made in one atomic step if it does not exist yet.
 
         Raises:
             DataError: the case cannot be loaded (see `load_case`), or the cache cannot be written.
@@ -58,7 +56,7 @@ class PreparedStore:
         folder = self.folder / key
         if (folder / "case.json").exists():
             return folder
-        prepared = prepare(load_case(case, modalities, scheme, allow_missing=allow_missing), config)
+        prepared = prepare(load_case(case, modalities, scheme), config)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write_atomically(prepared, folder)
@@ -95,24 +93,12 @@ class PreparedStore:
         folders = {case_id: folder for case_id, folder in found.items() if isinstance(folder, Path)}
         return folders, {case_id: str(error) for case_id, error in found.items() if isinstance(error, DataError)}
 
-    def get_or_prepare(
-        self,
-        case: Case,
-        modalities: tuple[str, ...],
-        scheme: LabelScheme | None,
-        config: PreprocessingConfig,
-        *,
-        allow_missing: bool = False,
-    ) -> PreparedCase:
-        """The prepared case, its arrays memory-mapped; for many cases at once use `entry` and `StoredCases`."""
-        return open_prepared(self.entry(case, modalities, scheme, config, allow_missing=allow_missing))
-
 
 class StoredCases(Sequence[PreparedCase]):
-    """Prepared cases that are opened when asked for.
+    """Prepared cases that are opened on access.
 
-    An open memory map holds a file handle, and a thousand cases would hold more than a process may have; and a
-    sequence of paths travels to the workers of a data loader at no cost.
+    An open memory map holds a file handle, and a thousand cases would exceed the limit of a process. And a sequence of
+    paths is cheap to send to the workers of a data loader.
     """
 
     def __init__(self, folders: Sequence[Path]) -> None:
@@ -155,7 +141,7 @@ def cases_at_once(cases: Sequence[Case], modalities: Sequence[str], memory_gb: f
 
 
 def open_prepared(folder: Path) -> PreparedCase:
-    """A case that `PreparedStore.entry` made, its arrays memory-mapped and read-only.
+    """The case in a folder that `PreparedStore.entry` made, its arrays memory-mapped and read-only.
 
     Raises:
         DataError: the entry is damaged.
@@ -175,7 +161,7 @@ def open_prepared(folder: Path) -> PreparedCase:
 
 
 def foreground_voxels(labels: LabelMap, seed: int) -> dict[int, NDArray[np.int64]]:
-    """Flat C-order indices of the voxels of each label value but 0, at most 10000 a value, a seeded sample of them."""
+    """Flat C-order indices of voxels by label value, without 0: all of them, or a seeded sample of 10,000 per value."""
     flat = labels.ravel()
     places = np.flatnonzero(flat)
     values = flat[places]
@@ -192,11 +178,11 @@ def foreground_voxels(labels: LabelMap, seed: int) -> dict[int, NDArray[np.int64
 def _write_atomically(prepared: PreparedCase, folder: Path) -> None:
     partial = folder.parent / f".partial-{secrets.token_hex(6)}"
     try:
-        partial.mkdir()  # with the permissions of ordinary folders: `tempfile` would shut out the rest of a group
+        partial.mkdir()  # with the permissions of ordinary folders, unlike those of `tempfile`
         _write(prepared, partial, seed=int(folder.name[:8], 16))
         partial.rename(folder)
     except OSError:
-        if not (folder / "case.json").exists():  # else another process was faster, and wrote the same
+        if not (folder / "case.json").exists():  # else another process has written the same entry
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,9 +1,9 @@
-"""How much memory a training run takes, found out without taking it.
+"""The memory that a training run takes, counted without allocating it.
 
-A training step is played through with fake tensors, which have shapes but no contents, and every storage that is alive
-at the same time is added up: activations, what the backward pass recomputes, gradients. This holds for any network, and
-it sees the transient peak that counting saved tensors misses. Fake tensors instead of the meta device, because they say
-that they lie on the CPU, and networks choose their kernels and memory formats by that.
+A training step is traced with fake tensors, which have shapes but no contents, and the storages that are alive at the
+same time are added up: activations, recomputed activations, gradients. This works for any network, and it includes the
+transient peak, which saved tensors alone do not show. Fake tensors instead of the meta device, because they report the
+CPU as their device, by which networks choose kernels and memory formats.
 """
 
 from __future__ import annotations
@@ -25,28 +25,18 @@ GIB = 1024**3
 _FLOAT_BYTES = 4
 
 _PROCESS_BYTES = int(0.92 * GIB)
-"""The interpreter and the libraries that training loads, those that draw its pictures last; with torch 2.15."""
+"""The interpreter and the libraries that training loads, those for figures included; with torch 2.15."""
 
 _GPU_CONTEXT_BYTES = int(0.6 * GIB)
 
 _KERNEL_BYTES = int(0.18 * GIB)
 _KERNEL_SHARE = 0.6
-"""What storages do not show, on a CPU: compiled kernels and allocator reserve, and scratch space that grows with the
-transient part of a step. Fitted to the peak of real steps, 24 to 96 voxels, three networks, three memory modes, of
-which this explains all within 15 % (torch 2.15, x86)."""
+"""Memory that storages do not show, on a CPU: compiled kernels and allocator reserve, and scratch space that grows with
+the transient part of a step. Fitted to the peaks of real steps, 24 to 96 voxels, three networks, three memory modes;
+all are within 15 % of the fit (torch 2.15, x86)."""
 
 Loss = Callable[[Any, Tensor], Tensor]
-"""A network's training output and labels (B, *spatial) uint8 to a scalar."""
-
-
-def activation_bytes(build: Callable[[], nn.Module], input_shape: Sequence[int]) -> int:
-    """Bytes that one forward pass of (B, C, *spatial) keeps for the backward pass, parameters not counted.
-
-    `build` makes the network; nothing it makes takes memory. Storages are counted once however often they are saved.
-    Transient memory of the backward pass is not in it: see `step_bytes`.
-    """
-    with FakeTensorMode():
-        return _forward(build().train(), torch.empty(tuple(input_shape)))[1]
+"""From the training output of a network and labels (B, *spatial) uint8 to a scalar."""
 
 
 def step_bytes(build: Callable[[], nn.Module], input_shape: Sequence[int], loss: Loss) -> int:
@@ -62,12 +52,6 @@ def window_bytes(build: Callable[[], nn.Module], input_shape: Sequence[int]) -> 
     """Largest number of bytes alive while one inference window (B, C, *spatial) is computed, without weights."""
     with FakeTensorMode():
         return _trace_window(build().eval(), input_shape)
-
-
-def parameter_bytes(build: Callable[[], nn.Module]) -> int:
-    """Bytes of a network's parameters and buffers."""
-    with FakeTensorMode():
-        return _weight_bytes(build())
 
 
 @dataclass(frozen=True)
@@ -91,7 +75,8 @@ def step_cost(build: Callable[[], nn.Module], input_shape: Sequence[int], loss: 
         network = build().train()
         saved, peak = _trace_step(network, input_shape, loss)
         window = _trace_window(network.eval(), (1, *input_shape[1:]))
-        return StepCost(_weight_bytes(network), saved, peak, window)
+        weights = sum(tensor.nbytes for tensor in network.state_dict().values())
+        return StepCost(weights, saved, peak, window)
 
 
 def _trace_step(network: nn.Module, input_shape: Sequence[int], loss: Loss) -> tuple[int, int]:
@@ -130,16 +115,12 @@ def _forward(network: nn.Module, x: Tensor) -> tuple[Any, int]:
     return output, size
 
 
-def _weight_bytes(network: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in network.state_dict().values())
-
-
 def has_room_to_keep(arguments: Mapping[str, object], needed_gb: float, memory_gb: float) -> bool:
     """Whether training with these network arguments may keep the memory it frees, which is faster but takes more.
 
-    What is freed between blocks that stay is not always filled again. Plain and reversible training, which ask for the
-    same sizes at every step, took up to 1.3 times the memory of the whole process so; checkpointing and chunks up to
-    2.5 times.
+    Gaps between blocks that stay are not always filled again. Measured on whole processes: plain and reversible
+    training, with the same sizes at every step, took up to 1.3 times the memory; checkpointing and chunks up to 2.5
+    times.
     """
     has_gaps = arguments.get("mode") == "checkpoint" or arguments.get("chunks", 1) != 1
     return needed_gb * (_GAPS if has_gaps else _FEW_GAPS) <= memory_gb
@@ -150,7 +131,7 @@ _GAPS, _FEW_GAPS = 2.5, 1.3
 
 @dataclass(frozen=True)
 class Volumes:
-    """What else is held: channels of image and logits, voxels of the largest prepared case and of the largest file."""
+    """Channels of image and logits, and voxels of the largest prepared case and of the largest file."""
 
     channels: int
     outputs: int
@@ -166,16 +147,14 @@ def estimate_memory_gb(
     device: torch.device | None = None,
     shards: int = 1,
 ) -> float:
-    """Peak memory of a training run in GiB: resident memory of the process, or what it takes of a GPU.
+    """Peak memory of a training run in GiB: resident memory of the process, or memory of the GPU.
 
-    With `shards`, so many processes share the weights and all that is kept for them; for a validation each is lent the
-    whole, and the first one has the whole state in the memory of the CPU when it writes it.
-
-    The phases of a run do not come at the same time, so the largest counts: preparing a case, a training step (weights,
-    gradients, two moments of Adam, moving average, activations), a validation.
+    That is the memory of the largest phase: preparing a case, a training step (weights, gradients, two moments of Adam,
+    moving average, activations), a validation. `shards` processes share weights, gradients and optimiser state; for a
+    validation each holds all weights, and the first one holds the whole state on the CPU when it writes it.
     """
     copies = 4 if has_average else 3
-    # The image and its logits, and the sums of weights, planes and labels that blending and decoding need beside them.
+    # The image and its logits, and the sums of weights, planes and labels of blending and decoding.
     volume = _FLOAT_BYTES * volumes.prepared_voxels * (volumes.channels + volumes.outputs + 2)
     kept = cost.weights * copies // shards
     gradients_elsewhere = cost.weights - cost.weights // shards
@@ -194,7 +173,7 @@ def estimate_memory_gb(
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the storages that operations make, for as long as they live; those of `network` do not count."""
+    """Adds up the storages that operations make, as long as they are alive; those of `network` are left out."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

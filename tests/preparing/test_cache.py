@@ -14,7 +14,7 @@ import pytest
 
 from segkit.errors import DataError
 from segkit.labels import SCHEMES, classes_scheme
-from segkit.preparing.cache import PreparedStore, StoredCases, foreground_voxels
+from segkit.preparing.cache import PreparedStore, StoredCases, foreground_voxels, open_prepared
 from segkit.preparing.preprocessing import PreprocessingConfig
 from segkit.reading.case import Case, ImageFile
 
@@ -36,9 +36,9 @@ def case(tmp_path: Path) -> Case:
 
 def test_a_case_is_prepared_once_and_memory_mapped(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = PreparedStore(tmp_path / "cache")
-    first = store.get_or_prepare(case, ("t1c",), SCHEME, CONFIG)
+    first = open_prepared(store.entry(case, ("t1c",), SCHEME, CONFIG))
     monkeypatch.setattr("segkit.preparing.cache.prepare", None)  # a second preparation would fail
-    again = store.get_or_prepare(case, ("t1c",), SCHEME, CONFIG)
+    again = open_prepared(store.entry(case, ("t1c",), SCHEME, CONFIG))
 
     assert isinstance(again.image, np.memmap)
     assert again.id == "näme 1"
@@ -85,7 +85,12 @@ def test_an_interrupted_write_leaves_no_entry(case: Case, tmp_path: Path, monkey
 def test_stray_files_do_no_harm(case: Case, tmp_path: Path) -> None:
     (tmp_path / "cache" / ".partial-old").mkdir(parents=True)
 
-    assert PreparedStore(tmp_path / "cache").get_or_prepare(case, ("t1c",), SCHEME, CONFIG).image.shape == (1, 4, 4, 4)
+    assert open_prepared(PreparedStore(tmp_path / "cache").entry(case, ("t1c",), SCHEME, CONFIG)).image.shape == (
+        1,
+        4,
+        4,
+        4,
+    )
 
 
 def test_a_damaged_entry_names_its_folder(case: Case, tmp_path: Path) -> None:
@@ -95,11 +100,11 @@ def test_a_damaged_entry_names_its_folder(case: Case, tmp_path: Path) -> None:
     image.write_bytes(image.read_bytes()[:140])
 
     with pytest.raises(DataError, match=rf"{folder.name}: this prepared case is damaged.*Delete the folder"):
-        store.get_or_prepare(case, ("t1c",), SCHEME, CONFIG)
+        open_prepared(store.entry(case, ("t1c",), SCHEME, CONFIG))
 
 
 def test_a_case_without_reference_has_no_labels(case: Case, tmp_path: Path) -> None:
-    prepared = PreparedStore(tmp_path / "cache").get_or_prepare(case, ("t1c",), None, CONFIG)
+    prepared = open_prepared(PreparedStore(tmp_path / "cache").entry(case, ("t1c",), None, CONFIG))
 
     assert prepared.labels is None
     assert prepared.foreground == {}
@@ -151,7 +156,7 @@ def test_pictures_are_stored_too(tmp_path: Path) -> None:
     case = Case("p", "p", files, ImageFile(tmp_path / "mask.png"), vessel)
 
     config = PreprocessingConfig(normalisation="zscore", crop="none")
-    prepared = PreparedStore(tmp_path / "cache").get_or_prepare(case, ("red", "green"), vessel, config)
+    prepared = open_prepared(PreparedStore(tmp_path / "cache").entry(case, ("red", "green"), vessel, config))
 
     assert prepared.image.shape == (2, 8, 9)
     assert prepared.preparation.source_grid.shape == (8, 9)

@@ -17,11 +17,10 @@ from segkit.preparing.fingerprint import Fingerprint, Foreground, take_fingerpri
 from segkit.preparing.memory import (
     StepCost,
     Volumes,
-    activation_bytes,
     estimate_memory_gb,
     has_room_to_keep,
-    parameter_bytes,
     step_bytes,
+    step_cost,
     window_bytes,
 )
 from segkit.preparing.plan import Plan, PlanningRequest, plan_training
@@ -225,13 +224,16 @@ def test_bytes_by_hand() -> None:
     voxels = 10**3
     shape = (1, 1, 10, 10, 10)
 
-    assert parameter_bytes(TwoConvs) == 18 * 4
-    assert activation_bytes(TwoConvs, shape) == 4 * voxels * (1 + 4)  # input and ReLU output; one storage each
+    cost = step_cost(TwoConvs, shape, mean_loss)
+    assert cost.weights == 18 * 4
+    assert cost.saved == 4 * voxels * (1 + 4)  # input and ReLU output; one storage each
     # At the widest moment of inference the first layer's output and its ReLU live beside the input.
     assert window_bytes(TwoConvs, shape) == 4 * voxels * (1 + 4 + 4)
+    assert cost.window == window_bytes(TwoConvs, shape)
     # In the backward pass at the least: input and labels, ReLU output, its gradient, that of the logits.
     step = step_bytes(TwoConvs, shape, mean_loss)
     assert 4 * voxels * (1 + 4 + 4 + 2) < step < 4 * voxels * (1 + 4 + 4 + 4 + 2)
+    assert cost.peak == step
 
 
 def test_step_bytes_grow_with_the_patch_and_fall_with_checkpoints() -> None:
@@ -261,7 +263,7 @@ def test_step_bytes_grow_with_the_patch_and_fall_with_checkpoints() -> None:
 
 def test_counting_allocates_nothing() -> None:
     """2048^3 voxels in 4 channels would be 128 GiB."""
-    assert activation_bytes(TwoConvs, (1, 1, 2048, 2048, 2048)) == 4 * 2048**3 * 5
+    assert step_cost(TwoConvs, (1, 1, 2048, 2048, 2048), mean_loss).saved == 4 * 2048**3 * 5
 
 
 def test_scaled_cost_keeps_weights_and_gradients() -> None:
