@@ -32,14 +32,14 @@ def compare(
         str | None,
         typer.Option(help="Compare by these, e.g. dice,nsd; default: Dice and HD95, lesion-wise where scored so."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of bootstrap and permutations.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of bootstrap and permutations.")] = 0,
     json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Compare models on the same cases: differences with intervals and tests, and the BraTS ranking.
 
-    Exit code 2 where they do not compare: other protocols, other references, no case in common.
+    Exit code 2 where they cannot be compared: other protocols, other references, no case in common.
     """
     from segkit.evaluation.comparison import compare_scores
     from segkit.evaluation.comparison_files import comparison_json, write_comparison

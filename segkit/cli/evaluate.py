@@ -33,7 +33,7 @@ def evaluate(
         str, typer.Option(help="How empty masks and lesions are counted: legacy, brats2023 or brats2026.")
     ] = "legacy",
     challenge: Annotated[
-        str | None, typer.Option(help="gli, met, ped, men, men-rt, goat or ssa; default: as the names tell.")
+        str | None, typer.Option(help="gli, met, ped, men, men-rt, goat or ssa; default: inferred from case IDs.")
     ] = None,
     cases: CasesOption = None,
     missing: Annotated[
@@ -41,14 +41,16 @@ def evaluate(
         typer.Option(help="References without a prediction: leave out, or give the worst scores."),
     ] = "skip",
     label_scheme: Annotated[
-        str | None, typer.Option(help="Label scheme of the references, where names do not tell; `classes` for values.")
+        str | None, typer.Option(help="Label scheme of the references; default: inferred; `classes` scores each value.")
     ] = None,
     prediction_scheme: Annotated[
-        str | None, typer.Option(help="Label scheme of the predictions, where it differs and no manifest tells.")
+        str | None, typer.Option(help="Label scheme of the predictions, where it differs and no manifest names it.")
     ] = None,
     roi: Annotated[
         str | None,
-        typer.Option(help="Score inside these only: a folder of masks, or how their names beside the references end."),
+        typer.Option(
+            help="Score only inside these: a folder of masks, or the ending of their names beside the references."
+        ),
     ] = None,
     probabilities: Annotated[
         Path | None, typer.Option(help="Folder of probabilities as `segkit infer` saves them: adds AUC, ECE, Brier.")

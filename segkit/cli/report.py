@@ -13,11 +13,11 @@ from segkit.cli.options import JsonOption, QuietOption, VerboseOption, print_jso
 def report(
     sources: Annotated[
         list[Path],
-        typer.Argument(help="Folders of `train`, `infer` and `evaluate -o`; several are told of together."),
+        typer.Argument(help="Folders of `train`, `infer` and `evaluate -o`; several make one page."),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The page to write, such as page.html.")],
     data: Annotated[
-        Path | None, typer.Option("--data", help="Folder with the scans, where the documents do not lead to them.")
+        Path | None, typer.Option("--data", help="Folder with the scans, where the documents do not name it.")
     ] = None,
     title: Annotated[str | None, typer.Option("--title", help="Heading; default: the names of the folders.")] = None,
     viewer: Annotated[
@@ -29,7 +29,7 @@ def report(
 ) -> None:
     """Write one self-contained HTML page: scores, curves, pictures, times and settings.
 
-    It loads nothing from a network, and tells the names of folders but not the paths to them.
+    It loads nothing from a network, and contains the names of folders but no paths.
     """
     from segkit.errors import RequestError
     from segkit.report.page import write_page

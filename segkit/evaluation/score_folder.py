@@ -7,8 +7,7 @@ tissue. A case that cannot be scored becomes an error of its own and does not st
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -33,12 +32,12 @@ from segkit.reading.volume import Grid
 from segkit.shapes import LabelMap, Mask
 
 Missing = Literal["skip", "zero"]
-"""What a reference without a prediction is worth: left out of the scores, or the worst score of every metric."""
+"""The scores of a reference without a prediction: none, or the worst of every metric."""
 
 _log = logging.getLogger(__name__)
 
 _PED_TISSUES = {"NETC": ("NET",), "ED": ("ED",)}
-"""Regions that the paediatric challenge scores besides those a network has outputs for (BraTS-PED 2024 and later)."""
+"""Regions that the paediatric challenge scores and networks have no outputs for (BraTS-PED 2024 and later)."""
 
 
 def evaluate_folders(
@@ -88,7 +87,7 @@ def evaluate_pairs(
         RequestError: the protocol is unknown, or has no rules for the challenge; there are no regions of interest or
             probabilities of these cases, or two files for one case.
     """
-    scorer = _Scorer.of(pairing, protocol, roi, probabilities)
+    scorer = _Scorer(pairing, protocol, roi, probabilities)
     cases: list[CaseScores] = []
     errors: dict[str, str] = {}
     unscored: list[str] = []
@@ -103,14 +102,13 @@ def evaluate_pairs(
         except DataError as error:
             errors[case_id] = str(error)
             continue
-        if pair.prediction is not None:
-            try:
+        try:
+            if pair.prediction is not None:
                 cases.append(scorer.score(pair, reference, grid))
-            except DataError as error:
-                complaint = str(error)
-            else:
                 _log.debug("scored %s", case_id)
                 continue
+        except DataError as error:
+            complaint = str(error)
         if complaint is not None:
             errors[case_id] = complaint
         if missing == "zero":
@@ -118,31 +116,17 @@ def evaluate_pairs(
     return Evaluation(pairing, protocol, tuple(cases), errors, tuple(unscored), roi)
 
 
-@dataclass(frozen=True)
 class _Scorer:
-    """The rules, regions (name -> label values), regions of interest and probabilities that all cases are scored by."""
+    """Protocol, regions (name -> label values), regions of interest and probabilities of the cases of a pairing."""
 
-    protocol: str
-    challenge: str | None
-    scheme: LabelScheme
-    rois: Mapping[str, Path] | None
-    """Case id -> mask; None scores whole images."""
-    probabilities: Mapping[str, Mapping[str, Path]]
-    """Case id -> region -> image."""
-    regions: Mapping[str, tuple[int, ...]]
-
-    @classmethod
-    def of(cls, pairing: Pairing, protocol: str, roi: str | None, probabilities: Path | None) -> _Scorer:
-        scheme, challenge = pairing.scheme, pairing.challenge
+    def __init__(self, pairing: Pairing, protocol: str, roi: str | None, probabilities: Path | None) -> None:
         cases = [pair.reference for pair in pairing.pairs]
-        return cls(
-            protocol,
-            challenge,
-            scheme,
-            None if roi is None else find_rois(cases, roi, pairing.sources["references"]),
-            {} if probabilities is None else find_probabilities(cases, regions_of(scheme), probabilities),
-            scored_regions(scheme, protocol, challenge),
-        )
+        self.protocol, self.challenge, self.scheme = protocol, pairing.challenge, pairing.scheme
+        self.rois = None if roi is None else find_rois(cases, roi, pairing.sources["references"])
+        known = regions_of(self.scheme)
+        self.probabilities = {} if probabilities is None else find_probabilities(cases, known, probabilities)
+        self.ranked_regions = list(dict.fromkeys(region for own in self.probabilities.values() for region in own))
+        self.regions = scored_regions(self.scheme, protocol, self.challenge)
 
     def score(self, pair: Pair, reference: LabelMap, grid: Grid) -> CaseScores:
         """Scores of a prediction.
@@ -172,7 +156,7 @@ class _Scorer:
         )
         scores = {region: scored.scores for region, scored in found.items()}
         reliability: dict[str, RegionReliability] = {}
-        for region in self._ranked_regions():
+        for region in self.ranked_regions:
             path = self.probabilities[case_id].get(region)
             if path is None:
                 remedy = "Write them again with `segkit infer --save-probabilities --overwrite`"
@@ -188,13 +172,9 @@ class _Scorer:
         scores = score_absent(
             grid.shape, grid.spacing_mm, self.regions, protocol=self.protocol, challenge=self.challenge
         )
-        for region in self._ranked_regions():
+        for region in self.ranked_regions:
             scores[region] |= {metric: METRICS[metric].worst for metric in PROBABILITY_METRICS}
         return CaseScores(pair.reference.id, scores, is_missing=True, patient=pair.reference.patient)
-
-    def _ranked_regions(self) -> Iterable[str]:
-        """The regions for which any case has probabilities, in order of first appearance."""
-        return dict.fromkeys(region for own in self.probabilities.values() for region in own)
 
     def _read_roi(self, case_id: str, reference: LabelMap, grid: Grid) -> Mask | None:
         if self.rois is None:
@@ -206,13 +186,13 @@ class _Scorer:
 
 
 def regions_of(scheme: LabelScheme) -> dict[str, tuple[int, ...]]:
-    """What is scored in a label scheme: its regions, or its classes without the background -> label values."""
+    """The regions of a label scheme, or its classes without the background -> label values."""
     regions = {output.name: output.members for output in outputs_of(scheme) if output.label != 0}
     return regions | (_tissue_regions(scheme, _PED_TISSUES) if scheme.name == "brats-ped" else {})
 
 
 def scored_regions(scheme: LabelScheme, protocol: str, challenge: str | None) -> dict[str, tuple[int, ...]]:
-    """What a protocol scores in a label scheme: its regions, and the single tissues that it asks for besides.
+    """The regions (name -> label values) that a protocol scores in a label scheme, with its single tissues.
 
     Raises:
         RequestError: the protocol is unknown, or has no rules for the challenge.
