@@ -7,13 +7,14 @@ runtime compiles from it; from then on torch is not loaded.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import logging
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from segkit.inference.backends import (
     Array,
     Backend,
     OnnxRuntimeBackend,
+    ReopenableBackend,
     TorchBackend,
     installed_backends,
     open_graph,
@@ -42,6 +44,9 @@ _LAYOUT = 1
 """Part of the name in the cache: increase it when graphs are written in another way."""
 _TORCH_MB = 700
 """Memory that loading torch needs; with less it ends the process."""
+
+_SMALLEST_WINDOW = 16
+"""Voxels along an axis below which a window sees too little to be worth a try."""
 
 _log = logging.getLogger(__name__)
 
@@ -77,6 +82,30 @@ def open_backend(
         if checked is not None:
             return checked
     return open_graph(cache / GRAPH_NAME, name, cache, threads)
+
+
+def open_with_room(
+    reopen: Callable[[tuple[int, ...]], Backend], card: ModelCard, window: tuple[int, ...]
+) -> tuple[tuple[int, ...], ReopenableBackend]:
+    """The backend of a model with windows of this size, or of a smaller one where memory is too short for it."""
+    while True:
+        try:
+            return window, ReopenableBackend(functools.partial(reopen, window), reopen(window))
+        except Exception as error:
+            smaller = smaller_window(window, card)
+            if not is_memory_error(error) or smaller is None:
+                raise
+            window = smaller
+
+
+def smaller_window(window: tuple[int, ...], card: ModelCard) -> tuple[int, ...] | None:
+    """A window of half the size along its longest axis; None where a network would see too little of a case."""
+    axis = max(range(len(window)), key=window.__getitem__)
+    unit = card.divisor[axis]
+    length = window[axis] // 2 // unit * unit
+    if length < max(unit, _SMALLEST_WINDOW):
+        return None
+    return (*window[:axis], length, *window[axis + 1 :])
 
 
 def can_write_graphs() -> bool:

@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from segkit.checkpoint.card import ModelCard
+from segkit.checkpoint.card import ModelCard, PostprocessingCard, SegmentationCard
 from segkit.checkpoint.run_folder import load_card, model_folders, require_segmentation
 from segkit.errors import DataError, RequestError, is_memory_error
-from segkit.inference.backend_loading import open_backend
+from segkit.inference.backend_loading import open_backend, open_with_room, smaller_window
 from segkit.inference.backends import BACKENDS, Backend, ReopenableBackend
 from segkit.inference.decode import (
-    Activation,
     Maps,
     decode,
     decode_prepared,
@@ -47,11 +46,6 @@ from segkit.shapes import Affine, Image, LabelMap
 if TYPE_CHECKING:
     import torch
 
-    from segkit.checkpoint.card import PostprocessingCard, SegmentationCard
-
-_SMALLEST_WINDOW = 16
-"""Voxels along an axis below which a window sees too little to be worth a try."""
-
 Scan: TypeAlias = Volume | str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]]
 """One case: a volume in memory, a path to it (file or case folder), or paths by modality name."""
 
@@ -62,23 +56,17 @@ UNCERTAINTIES = ("entropy", "disagreement")
 """The maps of `uncertainty`, in order."""
 
 
-def _untimed(stage: str) -> AbstractContextManager[object]:
-    return nullcontext()
-
-
 @dataclass(frozen=True)
 class Prediction:
-    """A mask on the grid of the input: labels (*source) uint8 in the values of `label_scheme`.
-
-    Where they were asked for, `probability_maps` has one map per output of the card, and `uncertainty_maps` those of
-    `UNCERTAINTIES`.
-    """
+    """A mask on the grid of the input: labels (*source) uint8 in the values of `label_scheme`."""
 
     labels: LabelMap = field(repr=False)
     grid: Grid
     label_scheme: LabelScheme
     probability_maps: Maps | None = field(default=None, repr=False)
+    """One for each output of the card, where they were asked for."""
     uncertainty_maps: Maps | None = field(default=None, repr=False)
+    """Those of `UNCERTAINTIES`, where they were asked for."""
 
     @property
     def affine(self) -> Affine:
@@ -87,17 +75,13 @@ class Prediction:
 
     @functools.cached_property
     def probabilities(self) -> Image | None:
-        """(K, *source) float32 in 0..1, one plane per output of the card; None where they were not asked for."""
+        """(K, *source) float32 in 0..1, one plane for each map."""
         return None if self.probability_maps is None else np.stack(list(self.probability_maps.arrays()))
 
 
 @dataclass(frozen=True, eq=False)
 class Predictor:
-    """One network with its card.
-
-    Raises:
-        RequestError: the card is not that of a segmentation model.
-    """
+    """One network with its card; raises RequestError where the card is not that of a segmentation model."""
 
     backend: Backend
     card: ModelCard
@@ -145,7 +129,7 @@ class Predictor:
         members = []
         for folder, card in zip(folders, cards, strict=True):
             reopen = functools.partial(open_backend, folder, card, str(device), backend, threads=threads)
-            window, opened = _open_with_room(reopen, card, card.patch_size)
+            window, opened = open_with_room(reopen, card, card.patch_size)
             member = Predictor(
                 opened, card, uses_tta=uses_tta, uses_postprocessing=uses_postprocessing, window=window, reopen=reopen
             )
@@ -172,11 +156,6 @@ class Predictor:
         return require_segmentation(self.card)
 
     @property
-    def activation(self) -> Activation:
-        """How logits become probabilities."""
-        return self.segmentation.activation
-
-    @property
     def rules(self) -> PostprocessingCard | None:
         """The postprocessing rules in use."""
         return self.segmentation.postprocessing if self.uses_postprocessing else None
@@ -195,7 +174,7 @@ class Predictor:
         return "+".join(parts)
 
     def with_backends(self, change: Callable[[Backend], Backend]) -> Predictor:
-        """The same predictor computed by `change(backend)`, of which only this window size is known."""
+        """The same predictor computed by `change(backend)`, for this window size only."""
         return replace(self, backend=change(self.backend), reopen=None)
 
     def with_smaller_window(self) -> Predictor | None:
@@ -204,13 +183,13 @@ class Predictor:
         The network of this one is released first, for its memory is needed; it is opened again if it is used again.
         Networks that normalise over a window give slightly different logits with another size.
         """
-        window = _smaller(self.window, self.card)
+        window = smaller_window(self.window, self.card)
         if self.reopen is None or window is None:
             return None
         if isinstance(self.backend, ReopenableBackend):
             self.backend.release()
         try:
-            window, backend = _open_with_room(self.reopen, self.card, window)
+            window, backend = open_with_room(self.reopen, self.card, window)
         except Exception as error:
             if is_memory_error(error):
                 return None
@@ -224,33 +203,18 @@ class Predictor:
             DataError: the files cannot be read or are not what the network was trained on.
         """
         if isinstance(scan, Volume):
-            return self.predict_loaded(self._load_volume(scan), with_probabilities=with_probabilities)
-        case = match_modalities(_case_of(scan), self.card.modalities)
-        return self.predict_case(case, with_probabilities=with_probabilities)
+            prepared = self.prepare(self._load_volume(scan))
+        else:
+            prepared = self.read_case(match_modalities(_case_of(scan), self.card.modalities))
+        return self.predict_prepared(prepared, with_probabilities=with_probabilities)
 
-    def predict_case(
-        self,
-        case: Case,
-        scheme: LabelScheme | None = None,
-        *,
-        with_probabilities: bool = False,
-        with_uncertainty: bool = False,
-    ) -> Prediction:
-        """Segment the files of a case, named as `match_modalities` does; see `predict_prepared`.
+    def predict_case(self, case: Case, scheme: LabelScheme | None = None, *, uses_threads: bool = True) -> Prediction:
+        """`read_case`, then `predict_prepared`."""
+        return self.predict_prepared(self.read_case(case, uses_threads=uses_threads), scheme)
 
-        Raises:
-            DataError: the files cannot be read or are not what the network was trained on.
-        """
-        prepared = self.read_case(case)
-        return self.predict_prepared(
-            prepared, scheme, with_probabilities=with_probabilities, with_uncertainty=with_uncertainty
-        )
-
-    def predict_loaded(
-        self, loaded: LoadedCase, scheme: LabelScheme | None = None, *, with_probabilities: bool = False
-    ) -> Prediction:
-        """Segment one case already in memory; see `predict_prepared`."""
-        return self.predict_prepared(self.prepare(loaded), scheme, with_probabilities=with_probabilities)
+    def predict_loaded(self, loaded: LoadedCase, scheme: LabelScheme | None = None) -> Prediction:
+        """`prepare`, then `predict_prepared`."""
+        return self.predict_prepared(self.prepare(loaded), scheme)
 
     def predict_prepared(
         self,
@@ -259,10 +223,11 @@ class Predictor:
         *,
         with_probabilities: bool = False,
         with_uncertainty: bool = False,
-        stage: Stage = _untimed,
+        stage: Stage = nullcontext,
     ) -> Prediction:
         """Segment a prepared case, in the values of `scheme` (default: that of the training data)."""
-        outside = outside_probabilities(len(self.card.outputs), self.activation)
+        activation = self.segmentation.activation
+        outside = outside_probabilities(len(self.card.outputs), activation)
         shares = Maps(prepared.preparation, outside) if with_probabilities else None
         doubts = Maps(prepared.preparation, (0,) * len(UNCERTAINTIES)) if with_uncertainty else None
 
@@ -274,9 +239,9 @@ class Predictor:
                 if slab is None:
                     return
                 if shares is not None:
-                    shares.add(probabilities(slab.logits, self.activation), slab)
+                    shares.add(probabilities(slab.logits, activation), slab)
                 if doubts is not None:
-                    doubts.add(uncertainty(slab, self.activation), slab)
+                    doubts.add(uncertainty(slab, activation), slab)
                 yield slab
 
         with stage("decode"):
@@ -284,7 +249,7 @@ class Predictor:
         return Prediction(labels, prepared.preparation.source_grid, scheme or self.scheme, shares, doubts)
 
     def read_case(
-        self, case: Case, *, allow_missing: bool = False, uses_threads: bool = True, stage: Stage = _untimed
+        self, case: Case, *, allow_missing: bool = False, uses_threads: bool = True, stage: Stage = nullcontext
     ) -> PreparedCase:
         """Read and prepare the files of a case, named as `match_modalities` does; see `load_case`.
 
@@ -330,17 +295,16 @@ class Predictor:
     def decode(self, slabs: Iterable[Slab], preparation: Preparation, scheme: LabelScheme | None = None) -> LabelMap:
         """Label map (*source) uint8 on the grid of the input, in the values of `scheme` (default: training)."""
         scheme = scheme or self.scheme
-        if self.rules is None:
-            return decode(slabs, preparation, self.activation, self.values(scheme))
-        labels = decode(slabs, preparation, self.activation, self.values(self.scheme))
-        spacing_mm = preparation.source_grid.spacing_mm
-        labels = postprocess(labels, spacing_mm, self.card.outputs, self.rules)
-        return labels if scheme == self.scheme else translate(labels, self.scheme, scheme)
+        painted = scheme if self.rules is None else self.scheme
+        labels = decode(slabs, preparation, self.segmentation.activation, self.values(painted))
+        if self.rules is not None:
+            labels = postprocess(labels, preparation.source_grid.spacing_mm, self.card.outputs, self.rules)
+        return labels if scheme == painted else translate(labels, painted, scheme)
 
     def label_prepared(self, prepared: PreparedCase) -> LabelMap:
         """Label map (*prepared) uint8 on the grid that the network works on, in the values of the training data."""
         shape = prepared.image.shape[1:]
-        return decode_prepared(self.slabs(prepared), shape, self.activation, self.values(self.scheme))
+        return decode_prepared(self.slabs(prepared), shape, self.segmentation.activation, self.values(self.scheme))
 
     def values(self, scheme: LabelScheme) -> tuple[int, ...]:
         """What each output paints in the values of `scheme`."""
@@ -353,17 +317,15 @@ class Predictor:
 
     def mirror_axes(self) -> tuple[int, ...]:
         """The axes of *spatial along which inputs are mirrored and logits averaged; none without `uses_tta`."""
-        if not self.uses_tta:
-            return ()
         trained = self.segmentation.mirror_axes
-        return tuple(range(self.card.dims)) if trained is None else trained
+        every = tuple(range(self.card.dims)) if trained is None else trained
+        return every if self.uses_tta else ()
 
     def _load_volume(self, volume: Volume) -> LoadedCase:
         if len(self.card.modalities) != 1:
             wanted = ", ".join(self.card.modalities)
-            raise DataError(
-                "one volume was given", expected=f"{wanted}", remedy=f"Pass paths by name: {{{wanted!r}: path, ...}}"
-            )
+            remedy = f"Pass paths by name: {{{wanted!r}: path, ...}}"
+            raise DataError("one volume was given", expected=wanted, remedy=remedy)
         image = np.asarray(volume.array, np.float32)[None]
         if not np.isfinite(image).all():
             raise DataError("the volume holds NaN or infinity", expected="finite intensities")
@@ -374,18 +336,13 @@ class Predictor:
 class Ensemble(Predictor):
     """Several networks for one task: the mean of their probabilities, slab by slab. See `Ensemble.of`."""
 
-    predictors: tuple[Predictor, ...] = ()
+    members: tuple[Predictor, ...] = ()
 
     @classmethod
     def of(cls, members: Sequence[Predictor]) -> Ensemble:
         """The ensemble of these predictors; `backend`, `card` and `window` are those of the first."""
         first = members[0]
-        return cls(first.backend, first.card, uses_tta=first.uses_tta, window=first.window, predictors=tuple(members))
-
-    @property
-    def members(self) -> tuple[Predictor, ...]:
-        """The predictors of single networks that this one consists of."""
-        return self.predictors
+        return cls(first.backend, first.card, uses_tta=first.uses_tta, window=first.window, members=tuple(members))
 
     @functools.cached_property
     def rules(self) -> PostprocessingCard | None:
@@ -398,15 +355,13 @@ class Ensemble(Predictor):
 
     def with_smaller_window(self) -> Predictor | None:
         """Every member with smaller windows; None where one of them has none."""
-        smaller = [member.with_smaller_window() for member in self.members]
-        members = [member for member in smaller if member is not None]
-        return Ensemble.of(members) if len(members) == len(smaller) else None
+        smaller = [found for member in self.members if (found := member.with_smaller_window()) is not None]
+        return Ensemble.of(smaller) if len(smaller) == len(self.members) else None
 
     def slabs(self, prepared: PreparedCase, axis: int | None = None) -> Iterator[Slab]:
         """Logits (K, *prepared) of the mean probability of all members, with their disagreement."""
-        if axis is None:
-            axis = self.plan(prepared.image.shape[1:]).axis
-        return merged([member.slabs(prepared, axis) for member in self.members], self.activation)
+        axis = self.plan(prepared.image.shape[1:]).axis if axis is None else axis
+        return merged([member.slabs(prepared, axis) for member in self.members], self.segmentation.activation)
 
 
 def _case_of(scan: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]]) -> Case:
@@ -414,34 +369,9 @@ def _case_of(scan: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]]
         return Case("case", "case", {name: ImageFile(Path(path)) for name, path in scan.items()})
     cohort = find_cases(Path(scan))
     if len(cohort.cases) != 1:
-        raise DataError(
-            f"holds {len(cohort.cases)} cases", where=Path(scan), expected="one", remedy="Use `segkit infer`"
-        )
+        found = f"holds {len(cohort.cases)} cases"
+        raise DataError(found, where=Path(scan), expected="one", remedy="Use `segkit infer`")
     return cohort.cases[0]
-
-
-def _open_with_room(
-    reopen: Callable[[tuple[int, ...]], Backend], card: ModelCard, window: tuple[int, ...]
-) -> tuple[tuple[int, ...], ReopenableBackend]:
-    """The backend of a model with windows of this size, or of a smaller one where memory is too short for it."""
-    while True:
-        try:
-            return window, ReopenableBackend(functools.partial(reopen, window), reopen(window))
-        except Exception as error:
-            smaller = _smaller(window, card)
-            if not is_memory_error(error) or smaller is None:
-                raise
-            window = smaller
-
-
-def _smaller(window: tuple[int, ...], card: ModelCard) -> tuple[int, ...] | None:
-    """A window of half the size along its longest axis, as long as a network can make sense of it."""
-    axis = max(range(len(window)), key=window.__getitem__)
-    unit = card.divisor[axis]
-    length = window[axis] // 2 // unit * unit
-    if length < max(unit, _SMALLEST_WINDOW):
-        return None
-    return (*window[:axis], length, *window[axis + 1 :])
 
 
 _SHARED_BY_MEMBERS = (
