@@ -22,9 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from simple_fills import FILLS, mirror_fill
 
-from segkit.inpainting.fill import FILLS, mirror_fill
-from segkit.inpainting.midline import find_midline, mirror_of
+from segkit.inpainting.inputs import find_midline, mirror_of
 from segkit.inpainting.predictor import InpaintingPredictor
 from segkit.metrics.synthesis import ssim_3d, synthesis_scores
 from segkit.preparing.holes import HoleMaker, HolesConfig, brain_mask, grow, tumour_components

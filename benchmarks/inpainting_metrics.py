@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
+from simple_fills import harmonic_fill
 
-from segkit.inpainting.fill import harmonic_fill
 from segkit.metrics.synthesis import SYNTHESIS_SCORES, ssim_3d, synthesis_scores
 from segkit.phantoms.phantom import make_phantom
 from segkit.reading.files import read_volume

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from segkit.inpainting.boxes import Box
-from segkit.inpainting.midline import Context, Midline, find_midline, mirror_of, stack_inputs
+from segkit.inpainting.inputs import Context, Midline, find_midline, mirror_of, stack_inputs
+from segkit.inpainting.predictor import Box
 from segkit.preparing.holes import HoleMaker, grow
 from segkit.preparing.preprocessing import PreparedCase
 from segkit.shapes import AnyArray, Image

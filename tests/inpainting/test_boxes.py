@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from segkit.inpainting.boxes import Box, boxes_of
+from segkit.inpainting.predictor import Box, boxes_of
 
 
 def test_cut_gives_0_outside() -> None:

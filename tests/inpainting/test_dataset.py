@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from segkit.inpainting.dataset import HoleDataset, HoleRules
-from segkit.inpainting.fill import rough_fill
-from segkit.inpainting.midline import Context, Midline, mirror_of, stack_inputs
+from segkit.inpainting.inputs import Context, Midline, mirror_of, rough_fill, stack_inputs
 from segkit.preparing.holes import HoleMaker, HolesConfig
 from segkit.preparing.preprocessing import Preparation, PreparedCase
 from segkit.reading.geometry import Reorientation

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from segkit.errors import DataError
-from segkit.inpainting.fill import FILLS, biharmonic_fill, harmonic_fill, mean_fill, mirror_fill, rough_fill
+from segkit.inpainting.inputs import rough_fill
 from segkit.runtime import variables_with
+
+_SIMPLE = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "simple_fills.py"))
+FILLS, biharmonic_fill, harmonic_fill, mean_fill, mirror_fill = (
+    _SIMPLE[name] for name in ("FILLS", "biharmonic_fill", "harmonic_fill", "mean_fill", "mirror_fill")
+)
 
 SHAPES = [(12, 14), (9, 11, 10)]
 
@@ -155,7 +162,7 @@ def test_threads_do_not_change_a_bit():
     """More than 10,000 voxels, from which on a BLAS with several threads shares sums among them."""
     code = """
 import hashlib, numpy as np
-from segkit.inpainting.fill import rough_fill
+from segkit.inpainting.inputs import rough_fill
 image = np.random.default_rng(0).normal(500, 100, (1, 40, 40, 40)).astype(np.float32)
 hole = np.zeros((40, 40, 40), bool)
 hole[3:37, 3:37, 3:37] = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from segkit.inpainting.midline import Midline, find_midline
+from segkit.inpainting.inputs import Midline, find_midline
 
 
 def test_mirrored_by_hand() -> None:

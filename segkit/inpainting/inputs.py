@@ -1,17 +1,16 @@
-"""Fills that need no network: what a trained one has to beat.
+"""The input channels of an inpainting network: the image with its hole filled roughly, the hole, the mirrored image.
 
-A *hole* is a boolean array (*spatial), True where the image is to be made up. Every fill takes an image (C, *spatial),
-2D or 3D, ignores what it holds in the hole, and returns a copy in which the voxels of the hole are made up and all
-others are the same bit for bit. Each channel is filled by itself.
-
-Harmonic and biharmonic fills continue the known voxels smoothly: the first is a soap film, the solution of Laplace's
-equation; the second, which minimises the sum of squared Laplacians, a thin plate that also keeps the slope at the rim.
-Spacing is not taken into account. At the edge of the image both go on as if it were mirrored there.
+A *hole* is a boolean array (*spatial), True where the image is to be filled. A smooth fill takes an image
+(C, *spatial), 2D or 3D, ignores what it holds in the hole, and returns a copy in which all other voxels are the same
+bit for bit. Each channel is filled by itself, without regard to spacing. At the edge the image continues as if mirrored.
+The midline of a head is where its left half is the mirror image of its right half.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,102 +18,90 @@ from scipy import fft, ndimage, sparse
 from scipy.sparse.linalg import LaplacianNd, LinearOperator
 
 from segkit.errors import DataError
-from segkit.shapes import Image, Mask
+from segkit.shapes import AnyArray, Image, Mask
 
-_SHELL_VOXELS = 2
-"""Thickness of the shell around a hole in which a mirrored image is compared with the image."""
+_LARGEST_SHIFT = 0.15
+"""Of the midline from the middle of the array, as a share of its length."""
+_STEP = 2
+"""Every how many voxels along the other axes are compared."""
 _REACH_VOXELS = 2
 """How far from a hole's voxel its equation looks: twice the Laplacian's reach."""
 _RESIDUAL = 1e-8
 """Residual, relative to the known voxels' share, at which the solution counts as found."""
 _ROUGH_RESIDUAL = 1e-3
-"""The same for a fill that a network goes on from."""
+"""The same for a fill that a network starts from."""
 _STEPS_PER_VOXEL = 10
 """After so many steps for each voxel of a hole the solution is left as it is."""
 
-Box = tuple[slice, ...]
+Context = Literal["none", "hole", "mirror"]
 
 
-def mean_fill(image: Image, hole: Mask) -> Image:
-    """Fill with each channel's mean over the known voxels that are not 0, or with 0 where there is none.
-
-    Args:
-        image: Intensities (C, *spatial), float32, background exactly 0.
-        hole: Where to fill, (*spatial).
-
-    Raises:
-        DataError: If the shapes differ, nothing is known, or a known voxel is not finite.
-    """
-    filled = _to_fill(image, hole)
-    filled[:, hole] = _tissue_means(image, ~hole)[:, None]
-    return filled
-
-
-def mirror_fill(image: Image, hole: Mask, mirrored: Image, mirrored_is_known: Mask) -> Image:
-    """Fill with the other hemisphere where it is known, and with the mean of `mean_fill` elsewhere.
-
-    The mirrored tissue is shifted by one offset per channel, so that its mean over a shell of two voxels around the
-    hole agrees with the image's (tissue of both only; no offset where there is none). Mirrored background stays 0.
+def stack_inputs(
+    image: Image, missing: NDArray[np.bool_], context: Context, mirrored: tuple[Image, NDArray[np.bool_]] | None = None
+) -> Image:
+    """The channels in their order: the image, filled roughly, what is missing, the mirrored image, where that is known.
 
     Args:
-        image: Intensities (C, *spatial), float32, background exactly 0.
-        hole: Where to fill, (*spatial).
-        mirrored: The image mirrored at the midline, (C, *spatial).
-        mirrored_is_known: Where `mirrored` shows known voxels, (*spatial).
+        image: (C, *spatial), normalised; what it holds where it is missing is not shown.
+        missing: (*spatial).
+        context: none: the image alone; hole: also what is missing; mirror: all of it.
+        mirrored: of the same shapes as image and missing, as `mirror_of` gives them; for "mirror" only.
 
-    Raises:
-        DataError: If the shapes differ, nothing is known, or a known voxel is not finite.
+    Returns:
+        (C, ...), (C + 1, ...) or (2 C + 2, *spatial) float32.
     """
-    if mirrored.shape != image.shape or mirrored_is_known.shape != hole.shape:
-        raise DataError(
-            f"the mirrored image has the shape {mirrored.shape} and its mask {mirrored_is_known.shape}",
-            expected=f"{image.shape} and {hole.shape}",
-        )
-    filled = mean_fill(image, hole)
-    known_twice = mirrored_is_known & ~hole
-    shell = ndimage.binary_dilation(hole, iterations=_SHELL_VOXELS) & known_twice
-    for channel, other in zip(filled, mirrored, strict=True):
-        compared = shell & (channel != 0) & (other != 0)
-        offset = float(np.mean(channel[compared] - other[compared], dtype=np.float64)) if compared.any() else 0.0
-        source = hole & mirrored_is_known
-        channel[source] = np.where(other[source] != 0, other[source] + offset, 0)
-    return filled
+    channels: list[AnyArray] = [rough_fill(image, missing)]
+    if context != "none":
+        channels.append(missing[None])
+    if context == "mirror":
+        if mirrored is None:
+            raise ValueError("the mirrored image is wanted and was not given")
+        channels += [mirrored[0], mirrored[1][None]]
+    return np.concatenate(channels, dtype=np.float32)
 
 
-def harmonic_fill(image: Image, hole: Mask) -> Image:
-    """Fill with the solution of Laplace's equation whose boundary values are the known voxels beside the hole.
+def mirror_of(image: Image, missing: NDArray[np.bool_], midline: Midline) -> tuple[Image, NDArray[np.bool_]]:
+    """The image (C, D, H, W) mirrored, 0 where the opposite voxel is missing or background, and where it is not."""
+    is_known = midline.mirrored((image != 0).any(0) & ~missing)
+    return np.where(is_known, midline.mirrored(image), np.float32(0)), is_known
 
-    Each voxel becomes the mean of its face neighbours, so the fill stays between the lowest and highest of them.
 
-    Args:
-        image: Intensities (C, *spatial), float32.
-        hole: Where to fill, (*spatial).
+@dataclass(frozen=True)
+class Midline:
+    """Voxel i along the first spatial axis lies opposite voxel `total` - i; an odd total is between two voxels."""
 
-    Raises:
-        DataError: If the shapes differ, nothing is known, or a known voxel is not finite.
+    total: int
+
+    def mirrored(self, array: AnyArray) -> AnyArray:
+        """(..., D, H, W) mirrored; 0 where the opposite voxel lies outside the array."""
+        length = array.shape[-3]
+        first, last = max(0, self.total - length + 1), min(length - 1, self.total)
+        result = np.zeros_like(array)
+        opposite = array[..., self.total - last : self.total - first + 1, :, :]
+        result[..., first : last + 1, :, :] = opposite[..., ::-1, :, :]
+        return result
+
+
+def find_midline(image: Image) -> Midline:
+    """The midline of (C, D, H, W) whose D runs from left to right, by the largest correlation with its mirror image.
+
+    Voxels that are 0 are background or missing; the volume is taken as upright, as registered heads are.
     """
-    return _fill_smoothly(image, hole, 1, _RESIDUAL)
-
-
-def biharmonic_fill(image: Image, hole: Mask) -> Image:
-    """Fill such that the sum of squared Laplacians over the image is least; it may leave the range of its rim.
-
-    Args:
-        image: Intensities (C, *spatial), float32.
-        hole: Where to fill, (*spatial).
-
-    Raises:
-        DataError: If the shapes differ, nothing is known, or a known voxel is not finite.
-    """
-    return _fill_smoothly(image, hole, 2, _RESIDUAL)
-
-
-FILLS: dict[str, Callable[[Image, Mask], Image]] = {
-    "mean": mean_fill,
-    "harmonic": harmonic_fill,
-    "biharmonic": biharmonic_fill,
-}
-"""Fills that need nothing but an image and its hole."""
+    plane = image.mean(0, dtype=np.float32)[:, ::_STEP, ::_STEP]
+    is_known = (plane != 0).astype(np.float32)
+    plane = np.where(plane != 0, plane - plane[plane != 0].mean(), 0) if plane.any() else plane
+    length = len(plane)
+    reach = int(_LARGEST_SHIFT * length)
+    best, best_agreement = length - 1, -np.inf
+    for total in sorted(range(length - 1 - 2 * reach, length + 2 * reach), key=lambda one: abs(one - length + 1)):
+        first, last = max(0, total - length + 1), min(length - 1, total)
+        here, there = slice(first, last + 1), slice(total - last, total - first + 1)
+        # Agreement of the outline, then of what is inside it; each voxel counts once with its opposite.
+        both = float(np.vdot(is_known[here], is_known[there][::-1])) / max(float(is_known.sum()), 1.0)
+        inside = float(np.vdot(plane[here], plane[there][::-1])) / max(float(np.vdot(plane, plane)), 1e-12)
+        if both + inside > best_agreement:
+            best, best_agreement = total, both + inside
+    return Midline(best)
 
 
 def rough_fill(image: Image, hole: Mask) -> Image:
@@ -128,15 +115,29 @@ def rough_fill(image: Image, hole: Mask) -> Image:
     """
     if hole.all():
         return np.zeros_like(image)
-    filled = _fill_smoothly(image, hole, 2, _ROUGH_RESIDUAL)
+    filled = smooth_fill(image, hole, 2, _ROUGH_RESIDUAL)
     for channel in filled:
         known = channel[~hole]
         channel[hole] = np.clip(channel[hole], known.min(), known.max())
     return filled
 
 
-def _fill_smoothly(image: Image, hole: Mask, power: int, residual: float) -> Image:
-    filled = _to_fill(image, hole)
+def smooth_fill(image: Image, hole: Mask, power: int, residual: float = _RESIDUAL) -> Image:
+    """Fill with the solution of the Laplace (`power` 1) or biharmonic (2) equation, the known voxels beside it given.
+
+    The first, a soap film, stays within their range. The second, a thin plate, minimises the sum of squared Laplacians
+    and also keeps the slope at the rim.
+
+    Args:
+        image: Intensities (C, *spatial), float32.
+        hole: Where to fill, (*spatial).
+        power: Of the Laplacian.
+        residual: At which the solution counts as found, relative to the known voxels' share.
+
+    Raises:
+        DataError: If the shapes differ, nothing is known, or a known voxel is not finite.
+    """
+    filled = copy_to_fill(image, hole)
     for box, part in _independent_parts(hole):
         matrix, from_known = _equations(part, power)
         roughly = _box_inverse(part, power)
@@ -146,7 +147,7 @@ def _fill_smoothly(image: Image, hole: Mask, power: int, residual: float) -> Ima
     return filled
 
 
-def _independent_parts(hole: Mask) -> Iterator[tuple[Box, Mask]]:
+def _independent_parts(hole: Mask) -> Iterator[tuple[tuple[slice, ...], Mask]]:
     """The hole in parts that no equation joins, each in its box with the known voxels that it needs."""
     faces = ndimage.generate_binary_structure(hole.ndim, 1)
     parts, _ = ndimage.label(ndimage.binary_dilation(hole, faces), faces)  # neighbours of neighbours share an equation
@@ -217,15 +218,7 @@ def _box_inverse(part: Mask, power: int) -> LinearOperator:
     return LinearOperator((len(inside[inside]),) * 2, matvec=apply, dtype=np.float64)
 
 
-def _tissue_means(image: Image, known: Mask) -> NDArray[np.float64]:
-    tissue = known & (image != 0)
-    counts = tissue.reshape(len(image), -1).sum(axis=1)
-    sums = np.where(tissue, image, 0).reshape(len(image), -1).sum(axis=1, dtype=np.float64)
-    means: NDArray[np.float64] = sums / np.maximum(counts, 1)
-    return means
-
-
-def _to_fill(image: Image, hole: Mask) -> Image:
+def copy_to_fill(image: Image, hole: Mask) -> Image:
     """A copy of the image, after checks that hold for every fill."""
     if image.shape[1:] != hole.shape:
         raise DataError(f"the hole has the shape {hole.shape}", expected=f"{image.shape[1:]}, as the image has")
