@@ -1,4 +1,4 @@
-"""Actors on the nodes of a Ray cluster: as many as they have room for, replaced where they are lost."""
+"""Actors on the nodes of a Ray cluster: as many as the nodes have room for, replaced where they are lost."""
 
 from __future__ import annotations
 
@@ -19,156 +19,159 @@ from segkit.errors import ClusterError, DataError, RequestError, SegkitError
 _LOOK_SECONDS = 5.0
 """How often nodes that have joined are looked for."""
 _PATIENCE_SECONDS = 30.0
-"""After which it is told that all nodes are busy with other work."""
+"""After which a warning says that all nodes are busy with other work."""
 _STARTS, _LOSSES = 3, 10
-"""Workers in a row that may be lost on a node while they open the model, or in the midst of tasks."""
+"""Actors in a row that may be lost on a node while they open the model, or in the midst of plans."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Node:
-    """A machine of the cluster."""
-
+class _Node:
     id: str
     name: str
     room: int
+    """Actors that fit."""
 
 
 @dataclass(eq=False)
-class RayWorker:
-    """One actor; `task` is what it does at present."""
-
-    place: Node
-    actor: Any
+class _Actor:
+    place: _Node
+    handle: Any
     is_open: bool = False
-    task: Any = None
+    """Whether it has opened the model."""
+    plan: Any = None
+    """What it does at present."""
 
     @property
     def node(self) -> str:
         """The name of its machine."""
         return self.place.name
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether it waits for a plan."""
+        return self.is_open and self.plan is None
+
 
 class RayCrew:
     """The actors of one run over a folder; `limit` bounds their number."""
 
-    def __init__(self, work: CaseWorker[Any], orders: Orders, share: Share, limit: int) -> None:
+    def __init__(self, worker: CaseWorker[Any], orders: Orders, share: Share, limit: int) -> None:
         self.share, self.limit = share, limit
-        self._work = work
+        self._worker = worker
         self._orders = ray.put(orders)
-        self._workers: set[RayWorker] = set()
-        self._pending: dict[Any, RayWorker] = {}
+        self._actors: set[_Actor] = set()
+        self._pending: dict[Any, _Actor] = {}
         self._refused: dict[str, str] = {}
+        """Id of a node that gets nothing more to do -> why."""
         self._losses: Counter[str] = Counter()
-        self._has_begun = False
-        self._until = time.monotonic() + _PATIENCE_SECONDS
-        self._hire()
+        self._has_started = False
+        self._patience_ends = time.monotonic() + _PATIENCE_SECONDS
+        self._start_actors()
 
-    def idle(self) -> list[RayWorker]:
-        """Actors that have opened the model and have no task."""
-        return [worker for worker in self._workers if self._takes_tasks(worker) and worker.task is None]
+    def idle(self) -> list[_Actor]:
+        """Actors ready for a plan."""
+        return [actor for actor in self._actors if actor.is_idle and actor.place.id not in self._refused]
 
     def nodes(self) -> set[str]:
-        """Names of the nodes with an actor that has opened the model."""
-        return {worker.node for worker in self._workers if self._takes_tasks(worker)}
+        """Names of the nodes with an actor that takes plans, now or when it is done with its present one."""
+        return {actor.node for actor in self._actors if actor.is_open and actor.place.id not in self._refused}
 
-    def give(self, worker: RayWorker, task: Any) -> None:
-        """Let an actor begin a task."""
-        worker.task = task
-        self._has_begun = True
-        self._pending[worker.actor.run.remote(task)] = worker
+    def give(self, actor: _Actor, plan: Any) -> None:
+        """Let an idle actor start a plan."""
+        actor.plan = plan
+        self._has_started = True
+        self._pending[actor.handle.run.remote(plan)] = actor
 
-    def wait(self) -> list[tuple[RayWorker, Any]]:
-        """Results and losses since the last time; none where nodes have come or actors have opened.
+    def wait(self) -> list[tuple[_Actor, Any]]:
+        """Wait until something has happened: actors with the result of their plan or `Lost`, or none.
 
         Raises:
             RequestError: no node can take part; each is named with the reason.
             ClusterError: no node is left.
         """
-        if not self._workers:
-            self._hire()
-        if not self._workers:
-            raise self._nobody()
+        if not self._actors:
+            self._start_actors()
+        if not self._actors:
+            raise self._why_no_actor()
         references = list(self._pending)
         ready, _ = ray.wait(references, num_returns=1, timeout=_LOOK_SECONDS)
         if ready:
             ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
         outcomes = [outcome for reference in ready if (outcome := self._outcome(reference)) is not None]
         if time.monotonic() > self._look_again or any(isinstance(outcome, Lost) for _, outcome in outcomes):
-            self._hire()
-        if not self._has_begun and time.monotonic() > self._until:
-            self._until = float("inf")
+            self._start_actors()
+        if not self._has_started and time.monotonic() > self._patience_ends:
+            self._patience_ends = float("inf")
             _log.warning("still waiting for %s on a node: other work may take them", self.share)
         return outcomes
 
     def close(self) -> None:
         """End every actor, whatever it does."""
-        for worker in list(self._workers):
-            self._dismiss(worker)
+        for actor in list(self._actors):
+            self._dismiss(actor)
 
-    def _takes_tasks(self, worker: RayWorker) -> bool:
-        return worker.is_open and worker.place.id not in self._refused
-
-    def _outcome(self, reference: Any) -> tuple[RayWorker, Any] | None:
-        """What an answer means; None where it was not about a task."""
-        worker = self._pending.pop(reference, None)
-        if worker is None:
+    def _outcome(self, reference: Any) -> tuple[_Actor, Any] | None:
+        """What an answer means; None where it was not about a plan."""
+        actor = self._pending.pop(reference, None)
+        if actor is None:
             return None  # dismissed since
-        node = worker.place
+        node = actor.place
         try:
             answer = ray.get(reference)
         except RayError as error:
             reason = f"{node.name}: {_why_lost(error)}"
-            self._dismiss(worker)
+            self._dismiss(actor)
             self._losses[node.id] += 1
-            if self._losses[node.id] >= (_LOSSES if worker.is_open else _STARTS):
+            if self._losses[node.id] >= (_LOSSES if actor.is_open else _STARTS):
                 self._refuse(node, reason)
-            return (worker, Lost(reason)) if worker.is_open else None
+            return (actor, Lost(reason)) if actor.is_open else None
         self._losses[node.id] = 0
-        if worker.is_open:
-            return worker, self._result(worker, answer)
-        worker.is_open = answer is None
+        if actor.is_open:
+            return actor, self._result(actor, answer)
+        actor.is_open = answer is None
         if answer is not None:
             self._refuse(node, f"{node.name} {answer}")
         return None
 
-    def _result(self, worker: RayWorker, reply: Reply) -> Any:
-        task, worker.task = worker.task, None
+    def _result(self, actor: _Actor, reply: Reply) -> Any:
+        plan, actor.plan = actor.plan, None
         if reply.unseen is not None:
-            reason = f"{worker.node} has no file {reply.unseen}"
+            reason = f"{actor.node} has no file {reply.unseen}"
             if reply.unseen.exists():  # here it is, so it is the node that lacks it
-                self._refuse(worker.place, f"{reason}, expected on every node under the same path")
+                self._refuse(actor.place, f"{reason}, expected on every node under the same path")
             return Lost(reason)
-        if worker.place.id in self._refused:
-            self._dismiss(worker)
+        if actor.place.id in self._refused:
+            self._dismiss(actor)
         try:
             reply.write()
         except DataError as error:
-            return self._work.start(task).failed(error)
+            return self._worker.start(plan).failed(error)
         return reply.result
 
-    def _refuse(self, node: Node, reason: str) -> None:
+    def _refuse(self, node: _Node, reason: str) -> None:
         """Give a node nothing more to do; what its actors are doing is waited for."""
         if node.id not in self._refused:
             self._refused[node.id] = reason
             _log.warning("goes on without a node: %s", reason)
-        for worker in [worker for worker in self._workers if worker.place.id == node.id and worker.task is None]:
-            self._dismiss(worker)
+        for actor in [actor for actor in self._actors if actor.place.id == node.id and actor.plan is None]:
+            self._dismiss(actor)
 
-    def _dismiss(self, worker: RayWorker) -> None:
-        self._workers.discard(worker)
-        self._pending = {reference: other for reference, other in self._pending.items() if other is not worker}
-        ray.kill(worker.actor)
+    def _dismiss(self, actor: _Actor) -> None:
+        self._actors.discard(actor)
+        self._pending = {reference: other for reference, other in self._pending.items() if other is not actor}
+        ray.kill(actor.handle)
 
-    def _hire(self) -> None:
-        """Start actors wherever there is room, evenly; let go those that wait on nodes that are gone."""
+    def _start_actors(self) -> None:
+        """Start actors wherever there is room, evenly; end those that wait on nodes that are gone."""
         self._look_again = time.monotonic() + _LOOK_SECONDS
-        nodes = {node.id: node for node in nodes_with_room(self.share) if node.id not in self._refused}
-        for worker in [one for one in self._workers if one.place.id not in nodes and one.is_open and one.task is None]:
-            self._dismiss(worker)
-        taken = Counter(worker.place.id for worker in self._workers)
-        while len(self._workers) < self.limit:
+        found = [_Node(one["NodeID"], _name_of(one), self.share.room(one["Resources"])) for one in _alive()]
+        nodes = {node.id: node for node in found if node.room > 0 and node.id not in self._refused}
+        for actor in [one for one in self._actors if one.place.id not in nodes and one.is_idle]:
+            self._dismiss(actor)
+        taken = Counter(actor.place.id for actor in self._actors)
+        while len(self._actors) < self.limit:
             free = [node for node in nodes.values() if taken[node.id] < node.room]
             if not free:
                 return
@@ -176,7 +179,7 @@ class RayCrew:
             taken[node.id] += 1
             self._start(node)
 
-    def _start(self, node: Node) -> None:
+    def _start(self, node: _Node) -> None:
         options = {
             "num_cpus": self.share.threads,
             "num_gpus": self.share.gpus,
@@ -184,13 +187,13 @@ class RayCrew:
         }
         if self.share.memory_mb is not None:
             options["memory"] = int(self.share.memory_mb * 1024**2)
-        worker = RayWorker(node, ray.remote(CaseActor).options(**options).remote())
-        self._workers.add(worker)
-        self._pending[worker.actor.open.remote(self._orders)] = worker
+        actor = _Actor(node, ray.remote(CaseActor).options(**options).remote())
+        self._actors.add(actor)
+        self._pending[actor.handle.open.remote(self._orders)] = actor
 
-    def _nobody(self) -> SegkitError:
+    def _why_no_actor(self) -> SegkitError:
         reasons = "; ".join(self._refused.values())
-        if self._has_begun:
+        if self._has_started:
             found = "no node of the cluster is left" + (f": {reasons}" if reasons else "")
             return ClusterError(found, remedy="The same command goes on where this one stopped")
         if reasons:
@@ -204,12 +207,6 @@ class RayCrew:
             expected=f"{self.share} on one node",
             remedy="Pass a smaller --threads",
         )
-
-
-def nodes_with_room(share: Share) -> list[Node]:
-    """The nodes of the cluster that are alive and may hold at least one worker."""
-    found = [(node, share.room(node["Resources"])) for node in _alive()]
-    return [Node(node["NodeID"], _name_of(node), room) for node, room in found if room > 0]
 
 
 def _alive() -> list[dict[str, Any]]:

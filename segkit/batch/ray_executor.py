@@ -20,13 +20,16 @@ from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from segkit.batch.manifest import CaseRecord
 from segkit.batch.worker import CasePlan, CaseWorker
 from segkit.errors import ClusterError, RequestError
 from segkit.reading.files import remove_leftovers, written_atomically
 from segkit.runtime import error_sentence, prefer_variables
+
+if TYPE_CHECKING:
+    from segkit.batch.ray_actors import RayCrew
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -177,30 +180,6 @@ class Lost:
     reason: str
 
 
-class Crew(Protocol):
-    """Actors that do one plan at a time each, and have the name of their node as `node`. They come and go."""
-
-    def idle(self) -> list[Any]:
-        """Actors ready for a plan."""
-        ...
-
-    def nodes(self) -> set[str]:
-        """The nodes with an actor that takes plans, now or when it is done with its present one."""
-        ...
-
-    def give(self, actor: Any, task: Any) -> None:
-        """Let an idle actor start a plan."""
-        ...
-
-    def wait(self) -> list[tuple[Any, Any]]:
-        """Wait until something has happened: actors with the result of their plan or `Lost`, or none.
-
-        Raises:
-            SegkitError: no actor is left and none will come.
-        """
-        ...
-
-
 @dataclass
 class _Attempt(Generic[_T]):
     task: _T
@@ -210,7 +189,7 @@ class _Attempt(Generic[_T]):
 
 
 def distribute(
-    tasks: Iterable[_T], crew: Crew, give_up: Callable[[_T, list[str]], _R], *, tries: int = TRIES
+    tasks: Iterable[_T], crew: RayCrew, give_up: Callable[[_T, list[str]], _R], *, tries: int = TRIES
 ) -> Iterator[_R]:
     """The result of every task, as they come; `give_up` makes that of a task lost `tries` times, of the reasons.
 
@@ -242,7 +221,7 @@ def distribute(
                 yield give_up(attempt.task, attempt.reasons)
 
 
-def _take(again: deque[_Attempt[_T]], node: str, crew: Crew) -> _Attempt[_T] | None:
+def _take(again: deque[_Attempt[_T]], node: str, crew: RayCrew) -> _Attempt[_T] | None:
     """The first of the tasks to be tried again that an actor of this node may have."""
     nodes = crew.nodes() if again else set()
     for attempt in again:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,7 +14,6 @@ import typer
 
 from segkit.cli.engine import (
     AddressOption,
-    Engine,
     EngineOption,
     ResultsOption,
     ThreadsOption,
@@ -45,7 +44,7 @@ from segkit.cli.options import (
     set_verbosity,
     tell_aside,
 )
-from segkit.errors import on_one_line
+from segkit.errors import CheckpointError, DataError, as_request, on_one_line
 
 if TYPE_CHECKING:
     from segkit.batch.manifest import CaseRecord
@@ -157,7 +156,8 @@ def run_verb(options: FolderOptions, verb: FolderVerb) -> None:
         RequestError: something asked for is not there or does not fit.
         typer.Exit: code 1 where a case failed.
     """
-    from segkit.errors import CheckpointError, DataError, as_request
+    from segkit.batch.cases import plan_cases
+    from segkit.batch.runner import open_manifest, run_folder
     from segkit.reading.archives import opened
 
     o = options
@@ -176,54 +176,35 @@ def run_verb(options: FolderOptions, verb: FolderVerb) -> None:
             raise as_request(error) from error
         if place.has_gpus(o.device):
             task = task.with_backends(on_gpu)
-        run = _Run(task, cohort, output, part, input if verb.records_input and source == input else None)
         if o.dry_run:
-            _print_plan(run, verb, place, overwrite=o.overwrite, as_json=o.json)
+            manifest = open_manifest(task, cohort, output, verb.model, part)
+            plans, decided = plan_cases(task, cohort, output, manifest, overwrite=o.overwrite)
+            _, plans, _ = task.fit_memory(plans, place.memory_mb)
+            _print_plan(plans, decided, verb, as_json=o.json)
             return
-        document = _do(run, verb, place, overwrite=o.overwrite, is_quiet=o.quiet)
+        if not o.quiet:
+            tell_aside(verb.announce(task))
+        folders = [output, *([] if verb.bank is None else [place.path(verb.bank)])]
+        with CaseProgress(verb.doing, len(cohort.cases), is_quiet=o.quiet) as progress:
+            document = run_folder(
+                task,
+                cohort,
+                output,
+                overwrite=o.overwrite,
+                executor=executor_of(place, task.backends(), folders),
+                memory_mb=place.memory_mb,
+                on_record=progress.show,
+                model=verb.model,
+                part=part,
+                data=input if verb.records_input and source == input else None,
+            )
     if o.json:
         print_json(document)
     if document["summary"]["failed"]:
         raise typer.Exit(1)
 
 
-class _Run(NamedTuple):
-    task: Task[Any]
-    cohort: Cohort
-    output: Path
-    part: str | None
-    data: Path | None
-    """Where the images stay, for the manifest."""
-
-
-def _do(run: _Run, verb: FolderVerb, place: Engine, *, overwrite: bool, is_quiet: bool) -> dict[str, Any]:
-    from segkit.batch.runner import run_folder
-
-    if not is_quiet:
-        tell_aside(verb.announce(run.task))
-    folders = [run.output, *([] if verb.bank is None else [place.path(verb.bank)])]
-    with CaseProgress(verb.doing, len(run.cohort.cases), is_quiet=is_quiet) as progress:
-        return run_folder(
-            run.task,
-            run.cohort,
-            run.output,
-            overwrite=overwrite,
-            executor=executor_of(place, run.task.backends(), folders),
-            memory_mb=place.memory_mb,
-            on_record=progress.show,
-            model=verb.model,
-            part=run.part,
-            data=run.data,
-        )
-
-
-def _print_plan(run: _Run, verb: FolderVerb, place: Engine, *, overwrite: bool, as_json: bool) -> None:
-    from segkit.batch.cases import plan_cases
-    from segkit.batch.runner import open_manifest
-
-    manifest = open_manifest(run.task, run.cohort, run.output, verb.model, run.part)
-    plans, decided = plan_cases(run.task, run.cohort, run.output, manifest, overwrite=overwrite)
-    _, plans, _ = run.task.fit_memory(plans, place.memory_mb)
+def _print_plan(plans: Sequence[Any], decided: Sequence[CaseRecord], verb: FolderVerb, *, as_json: bool) -> None:
     if as_json:
         planned = [{"case": plan.case.id, "status": "planned", **verb.describe(plan)} for plan in plans]
         others = [{"case": record.case, "status": record.status, "error": record.error} for record in decided]

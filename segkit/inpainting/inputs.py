@@ -2,8 +2,8 @@
 
 A *hole* is a boolean array (*spatial), True where the image is to be filled. A smooth fill takes an image
 (C, *spatial), 2D or 3D, ignores what it holds in the hole, and returns a copy in which all other voxels are the same
-bit for bit. Each channel is filled by itself, without regard to spacing. At the edge the image continues as if mirrored.
-The midline of a head is where its left half is the mirror image of its right half.
+bit for bit. Each channel is filled by itself, without regard to spacing. At the edge the image continues as if
+mirrored. The midline of a head is where its left half is the mirror image of its right half.
 """
 
 from __future__ import annotations
