@@ -1,17 +1,11 @@
-"""From logits on the prepared grid to a label map, or probabilities, on the grid of the input file.
+"""Slabs of logits on the prepared grid to label maps, probabilities and uncertainty on the grid of the input file.
 
-The recorded preparation is walked back: logits are resampled linearly to the cropped box where the case was resampled,
-the box is put into the whole volume, and the orientation is undone. Logits come slab by slab and are painted as they
-come, so the only array as large as the input is the label map itself, one byte a voxel, whatever the number of labels.
+The preparation is undone: logits are resampled linearly to the cropped box if the case was resampled, the box is placed
+in the whole volume, and the orientation is restored. Slabs are decoded as they arrive, so the label map, one byte per
+voxel, is the only array of the size of the input.
 
-Most voxels need no resampling: where the eight prepared voxels around a voxel are painted alike, so is everything
-between them, for a linear interpolation of logits that all have one sign, or all one largest output, has it too.
-
-Maps of numbers from 0 to 1 on the grid of the input: probabilities and uncertainty.
-
-They are resampled slab by slab like masks, and kept as 16-bit fixed point: half the size of float32, exact to 1/131070,
-and read by every NIfTI program through the scale factor of the header. What a case has of them may be larger than
-memory, so they are put together in a file of their own.
+Most voxels need no resampling: where the eight prepared voxels around a voxel have the same label, the linear
+interpolation between them has it too, since their logits have the same sign or the same largest output.
 """
 
 from __future__ import annotations
@@ -35,7 +29,7 @@ from segkit.shapes import AnyArray, LabelMap
 Activation = Literal["sigmoid", "softmax"]
 
 _AT_ONCE = 4096
-"""Voxels interpolated together: their outputs stay in the cache of a core."""
+"""Voxels interpolated at a time, so that their outputs fit into the cache of a core."""
 
 
 def decode(slabs: Iterable[Slab], preparation: Preparation, activation: Activation, values: Sequence[int]) -> LabelMap:
@@ -45,7 +39,7 @@ def decode(slabs: Iterable[Slab], preparation: Preparation, activation: Activati
     later over earlier; softmax outputs where their logit is the largest, the first of equals. Outside the crop is 0.
 
     Raises:
-        CheckpointError: the logits hold NaN, or are not as many as the values.
+        CheckpointError: the logits contain NaN, or their number differs from that of the values.
     """
     whole = np.zeros(preparation.reoriented_shape, np.uint8)
     _paint(slabs, whole[preparation.crop_slices], preparation.resampled_shape, activation, values)
@@ -55,11 +49,7 @@ def decode(slabs: Iterable[Slab], preparation: Preparation, activation: Activati
 def decode_prepared(
     slabs: Iterable[Slab], shape: tuple[int, ...], activation: Activation, values: Sequence[int]
 ) -> LabelMap:
-    """Label map (*prepared) uint8 on the grid of the logits, of that shape, painted as `decode` paints.
-
-    Raises:
-        CheckpointError: the logits hold NaN, or are not as many as the values.
-    """
+    """Label map uint8 of this shape, that of the prepared grid, painted like `decode` and with its errors."""
     labels = np.zeros(shape, np.uint8)
     _paint(slabs, labels, shape, activation, values)
     return labels
@@ -81,11 +71,6 @@ def probabilities(logits: Logits, activation: Activation) -> Logits:
 
 
 def _check(slab: Slab, values: Sequence[int]) -> None:
-    """Refuse logits that cannot be painted.
-
-    Raises:
-        CheckpointError: they hold NaN, or are not as many as the values.
-    """
     if len(slab.logits) != len(values):
         raise CheckpointError(
             f"the network gave {len(slab.logits)} outputs", expected=f"the {len(values)} of its model card"
@@ -114,7 +99,7 @@ def _paint(
 
 
 class _Rule:
-    """How logits become labels, in two steps: a decision, which neighbours are compared by, and its label."""
+    """Logits to labels in two steps: a decision, by which neighbours are compared, and its label."""
 
     def __init__(self, activation: Activation, values: Sequence[int]) -> None:
         self.activation = activation
@@ -142,10 +127,7 @@ class _Rule:
 
 
 class SlabResampling:
-    """Linear resampling of slabs that come one after the other, as far as their voxels are there.
-
-    The axis of the slabs is taken to the front, so planes (*across) lie behind it.
-    """
+    """Linear resampling of slabs as they arrive; the axis of the slabs is the first, of planes (*across)."""
 
     def __init__(self, old: tuple[int, ...], new: tuple[int, ...], axis: int) -> None:
         self.axis = axis
@@ -156,7 +138,7 @@ class SlabResampling:
         self._first = 0
 
     def add(self, planes: Logits, stop: int) -> Logits:
-        """Planes (K, *spatial) that end before `stop`, with the last one of before: (K, n, *across)."""
+        """Planes (K, *spatial) that end before `stop`, with the last of the previous ones: (K, n, *across)."""
         planes = np.moveaxis(planes, self.axis + 1, 1)
         if self._kept is not None:
             planes = np.concatenate([self._kept, planes], 1)
@@ -165,7 +147,7 @@ class SlabResampling:
         return planes
 
     def ready(self, stop: int) -> Iterator[tuple[int, int, int, np.float32]]:
-        """New planes that lie between those added: index, positions of the two around it, weight of the second."""
+        """New planes between those added: index, positions of its two neighbours, weight of the second."""
         while self._ready < len(self.along.upper) and self.along.upper[self._ready] < stop:
             index, self._ready = self._ready, self._ready + 1
             lower, upper = int(self.along.lower[index]), int(self.along.upper[index])
@@ -181,11 +163,11 @@ class _ResamplingPainter:
         self.resampling = SlabResampling(shape, box.shape, axis)
 
     def add(self, slab: Slab) -> None:
-        """Paint what lies between the voxels of this slab, and between them and those before."""
+        """Paint the voxels within this slab, and between it and the previous one."""
         logits, across = self.resampling.add(slab.logits, slab.stop), self.resampling.across
         decided = self.rule.decide(logits)
         labels = self.rule.paint(decided)
-        side_by_side = np.ascontiguousarray(np.moveaxis(logits, 0, -1))  # the outputs of a voxel are fetched as one
+        side_by_side = np.ascontiguousarray(np.moveaxis(logits, 0, -1))  # (..., K): outputs of a voxel are adjacent
         last, alike = -1, np.empty(0, np.bool_)
         for index, lower, upper, weight in self.resampling.ready(slab.stop):
             if lower != last:
@@ -200,7 +182,7 @@ class _ResamplingPainter:
 
 
 def _alike(lower: AnyArray, upper: AnyArray) -> NDArray[np.bool_]:
-    """Whether the planes (*across) on both sides agree at each voxel and at its next neighbours along every axis."""
+    """Whether both planes (*across) agree at each voxel and at its next neighbours along every axis."""
     alike: NDArray[np.bool_] = lower == upper
     for axis in range(lower.ndim):
         here, there = ((slice(None),) * axis + (part,) for part in (slice(0, -1), slice(1, None)))
@@ -220,7 +202,7 @@ def _spread(plane: AnyArray, across: Sequence[Neighbours]) -> AnyArray:
 def _at(plane: Logits, places: tuple[NDArray[np.intp], ...], across: Sequence[Neighbours]) -> Logits:
     """Linear interpolation of (*across, K) at N places of the resampled plane, (N, K).
 
-    Whole lines along all axes but the last, as far as they hold a place, then the places on them.
+    All axes but the last are resampled for whole lines, those with a place on them; the last for the places only.
     """
     line = np.zeros(1, np.intp)
     for axis, (place, near) in enumerate(zip(places[:-1], across[:-1], strict=True)):
@@ -251,11 +233,11 @@ def _lines(plane: Logits, near: Neighbours, used: NDArray[np.intp], axis: int) -
 
 
 def merged(streams: Sequence[Iterator[Slab]], activation: Activation) -> Iterator[Slab]:
-    """Slabs of the mean probability of several models, as logits, with how far the models disagree.
+    """Slabs of the mean probability of several models, as logits, with the disagreement of the models.
 
-    For softmax they are log-probabilities, which have the same argmax and the same softmax. `spread` is the standard
-    deviation of the members' probabilities, the largest over the outputs, times 2: 0 where all agree, 1 where half of
-    them are sure of the opposite of the other half.
+    For softmax they are log-probabilities, which have the same argmax and softmax. `spread` is twice the standard
+    deviation of the members' probabilities, the largest over the outputs: 0 where all agree, 1 where half of them are
+    certain of the opposite of the other half.
     """
     for parts in _aligned(streams):
         members = [probabilities(part.logits, activation) for part in parts]
@@ -272,7 +254,7 @@ def merged(streams: Sequence[Iterator[Slab]], activation: Activation) -> Iterato
 
 
 def _aligned(streams: Sequence[Iterator[Slab]]) -> Iterator[list[Slab]]:
-    """Parts of the slabs of several streams that have the same bounds."""
+    """Parts of the slabs of several streams with the same bounds."""
     current: list[Slab | None] = [next(stream, None) for stream in streams]
     while all(slab is not None for slab in current):
         slabs = [slab for slab in current if slab is not None]
@@ -289,12 +271,16 @@ _IN_MEMORY_BYTES = 1 << 28
 
 
 class Maps:
-    """Several maps of one case, filled slab by slab; outside the crop each has its value of `outside`, in 0..1."""
+    """Several maps of one case in 0..1, filled slab by slab; outside the crop each has its value of `outside`.
+
+    Stored as 16-bit fixed point, exact to 1/131070, in a temporary file if they are large. NIfTI programs read it
+    through the scale factor of the header.
+    """
 
     def __init__(self, preparation: Preparation, outside: Sequence[float]) -> None:
         self.preparation, self.outside = preparation, tuple(outside)
         shape = (len(self.outside), *preparation.cropped_shape)
-        # Without a name, the file is gone with the process however that ends.
+        # The file has no name, so it is deleted however the process ends.
         is_large = 2 * prod(shape) > _IN_MEMORY_BYTES
         self._file = tempfile.TemporaryFile() if is_large else None  # noqa: SIM115  lives as long as the maps
         self._boxes: NDArray[np.uint16] = (
@@ -338,15 +324,15 @@ class Maps:
 
 
 def outside_probabilities(count: int, activation: Activation) -> list[float]:
-    """Probability of each output where the network did not look: 0 but for the background of a softmax, which is 1."""
+    """Probability of each output outside the crop: 1 for the background of a softmax, else 0."""
     return [float(activation == "softmax" and position == 0) for position in range(count)]
 
 
 def uncertainty(slab: Slab, activation: Activation) -> NDArray[np.float32]:
     """Two maps (2, *spatial) in 0..1 of a slab: entropy, and disagreement of the members of an ensemble.
 
-    Entropy is that of the class probabilities by its largest value, ln K, for softmax; for sigmoid the largest over
-    the outputs of their binary entropy by ln 2. Without an ensemble the disagreement is 0.
+    Softmax: entropy of the class probabilities, divided by its maximum ln K. Sigmoid: largest binary entropy of the
+    outputs, divided by ln 2. Without an ensemble the disagreement is 0.
     """
     share = np.clip(probabilities(slab.logits, activation), 1e-7, 1 - 1e-7)
     if activation == "softmax":

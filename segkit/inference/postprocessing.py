@@ -1,13 +1,12 @@
-"""What is too small to be believed is removed from a label map: components of a region, or a whole region.
+"""Removal of small components, or of small whole regions, from a label map.
 
-A network that is trained on voxels paints specks that no reader would draw, and a trace of enhancing tumour where there
-is none costs a case its whole score. Replacing an enhancing tumour below some size by necrosis is common practice in
-BraTS (Isensee et al., "nnU-Net for Brain Tumor Segmentation", arXiv 2011.00848); the sizes are chosen on validation
-cases by `segkit.training.choose_postprocessing` and travel in the model card.
+Replacing a small enhancing tumour by necrosis is common in BraTS, where a few false voxels cost the whole score of a
+case (Isensee et al., "nnU-Net for Brain Tumor Segmentation", arXiv 2011.00848). The sizes are chosen on validation
+cases by `segkit.training.choose_postprocessing` and saved in the model card.
 
-The label map is in the values of the label scheme that the outputs are defined in. Voxels removed from a nested region
-become what the region around it paints (ET becomes NCR, TC with all inside it becomes ED), those of the outermost
-region, and of exclusive classes, background.
+Label maps are in the scheme of the outputs. Voxels removed from a nested region get the label of the region around it
+(ET becomes NCR, TC with all inside it becomes ED); those of the outermost region and of exclusive classes become
+background.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ Box = tuple[slice, ...]
 PARTS: tuple[Part, ...] = ("component", "total")
 """In the order in which they are removed."""
 _ROUNDING = 1e-3
-"""Voxels of 0.9999 mm count as those of 1 mm: a volume this share below the limit is not below it."""
+"""Relative tolerance of the limit, for spacings such as 0.9999 mm."""
 
 
 def postprocess(
     labels: LabelMap, spacing_mm: Sequence[float], outputs: Sequence[Output], config: PostprocessingCard | None
 ) -> LabelMap:
-    """The label map with the rules of `config` applied in their order; the map itself where there is none.
+    """The label map after the rules of `config`, in their order; the map itself without rules.
 
     Args:
         labels: (D, H, W) or (H, W) uint8 in the values of the training scheme; not changed.
@@ -60,9 +59,9 @@ def postprocess(
 
 
 def agreed_rules(configs: Sequence[PostprocessingCard | None], outputs: Sequence[Output]) -> PostprocessingCard | None:
-    """What the members of an ensemble agree on: each limit is the (lower) median of theirs, 0 where one has none.
+    """The rules of an ensemble: each limit is the lower median of the members' limits, 0 for those without one.
 
-    So a rule needs more than half of the members, and two members take the milder one. The measured Dice is left out.
+    So a rule needs more than half of the members, and two members take the lower limit. Measured Dice is dropped.
     """
     rules = []
     for output in outputs:
@@ -74,24 +73,24 @@ def agreed_rules(configs: Sequence[PostprocessingCard | None], outputs: Sequence
 
 
 def label_beneath(output: Output, outputs: Sequence[Output]) -> int:
-    """The label that voxels removed from an output get: that of the smallest output around it, else 0."""
+    """The label of voxels removed from an output: that of the smallest output around it, else 0."""
     around = [o for o in outputs if set(output.members) < set(o.members) and o.label not in output.members]
     return min(around, key=lambda o: len(o.members)).label if around else 0
 
 
 def smallest_voxels(smallest_mm3: float, spacing_mm: Sequence[float]) -> int:
-    """The least number of voxels whose volume is not below a limit."""
+    """The smallest number of voxels whose volume is not below a limit."""
     return math.ceil(smallest_mm3 * (1 - _ROUNDING) / math.prod(spacing_mm))
 
 
 def label_boxes(labels: LabelMap) -> list[Box | None]:
-    """The smallest box that holds label value 1, 2 ... 255; None for those that are not in the map."""
+    """Bounding boxes of label values 1, 2 ... 255; None for values that are not in the map."""
     boxes: list[Box | None] = ndimage.find_objects(labels, max_label=255)
     return boxes
 
 
 def region_box(boxes: Sequence[Box | None], members: Iterable[int]) -> Box | None:
-    """The smallest box around the `label_boxes` of these values; None where there are none."""
+    """The smallest box around the `label_boxes` of these values; None if there are none."""
     found = [box for value in members if (box := boxes[value - 1]) is not None]
     if not found:
         return None
@@ -101,7 +100,7 @@ def region_box(boxes: Sequence[Box | None], members: Iterable[int]) -> Box | Non
 
 
 def connectivity(dims: int) -> int:
-    """Voxels that touch at a corner are connected: 26 neighbours in a volume, 8 in a picture."""
+    """Number of neighbours of a voxel, corners included: 26 in a volume, 8 in a picture."""
     return 26 if dims == 3 else 8
 
 

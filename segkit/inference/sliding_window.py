@@ -1,12 +1,11 @@
-"""Sliding windows: a volume of any size through a network that takes one patch size, slab by slab.
+"""Sliding-window inference: logits of a volume of any size, slab by slab.
 
-Windows overlap and are blended with a Gaussian weight, so a voxel is decided mostly by the windows that see it near
-their centre (Isensee et al., nnU-Net, Nature Methods 2021, supplement 4). A volume smaller than the window is padded
-with zeros, half on each side.
+Overlapping windows are blended with Gaussian weights (Isensee et al., nnU-Net, Nature Methods 2021, supplement 4). A
+volume smaller than the window is padded with zeros, half on each side.
 
-Windows are computed row by row along one axis. What no later row touches is finished and handed on as a slab, so only
-one window's depth of logits is held at a time, however many outputs and voxels there are. A window without contrast,
-all of each channel one value, gives the same logits wherever it lies and is computed once.
+Windows are computed row by row along one axis. Logits that no later row changes are yielded as a slab, so only one
+window's depth of them is in memory. Windows with one value per channel have the same logits everywhere and are computed
+once.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ Network: TypeAlias = Callable[[Logits], Logits]
 """Windows (B, C, *window) float32 to logits (B, K, *window) float32."""
 
 _SIGMA = 0.125
-"""Of the Gaussian, as a fraction of the window; as in nnU-Net and MONAI."""
+"""Standard deviation of the Gaussian as a fraction of the window, as in nnU-Net and MONAI."""
 _LOWEST_WEIGHT = 1e-3
 _SAMPLE_STEP = 16
-"""Every how many voxels a window is looked at first, before all of it is."""
+"""Step in voxels of the first test whether a window is constant."""
 
 
 @dataclass(frozen=True)
 class Slab:
-    """Finished logits (K, *spatial): all voxels whose index along `axis` is from `start` to before `stop`."""
+    """Final logits (K, *spatial) of all voxels with an index along `axis` from `start` to before `stop`."""
 
     axis: int
     start: int
@@ -53,13 +52,13 @@ class Slab:
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """Where the windows of one volume lie: `starts` per axis, in voxels of the volume padded to `shape`."""
+    """Positions of the windows of one volume: `starts` per axis, in voxels of the volume padded to `shape`."""
 
     shape: tuple[int, ...]
     window: tuple[int, ...]
     starts: tuple[tuple[int, ...], ...]
     axis: int
-    """Along which slabs follow one another: where a slab of one window's depth is the smallest."""
+    """Axis of the slabs; by default that with the smallest slabs of one window's depth."""
 
     @property
     def count(self) -> int:
@@ -68,12 +67,12 @@ class WindowPlan:
 
     @property
     def slab_voxels(self) -> int:
-        """Voxels held at a time, for each output."""
+        """Voxels per output that are in memory at a time."""
         return prod(self.shape) // self.shape[self.axis] * self.window[self.axis]
 
 
 def plan_windows(shape: Sequence[int], window: Sequence[int], overlap: float, axis: int | None = None) -> WindowPlan:
-    """Windows over (*spatial) voxels, each sharing the fraction `overlap` with the next; the last ends at the edge."""
+    """Windows over (*spatial) voxels that overlap by the fraction `overlap`; the last one ends at the edge."""
     padded = tuple(max(size, length) for size, length in zip(shape, window, strict=True))
     starts = []
     for size, length in zip(padded, window, strict=True):
@@ -92,10 +91,10 @@ def predict_slabs(
     batch_size: int = 1,
     mirror_axes: Sequence[int] = (),
 ) -> Iterator[Slab]:
-    """Logits of an image (C, *spatial) float32, slab by slab in the order of their voxels; axes count over *spatial.
+    """Logits of an image (C, *spatial) float32, slab by slab in the order of their voxels.
 
-    `mirror_axes` is test-time augmentation: logits are averaged over every combination of flips along these axes, so
-    each axis doubles the work.
+    `mirror_axes` (of *spatial) is test-time augmentation: logits are averaged over all combinations of flips along
+    these axes, so each axis doubles the time.
     """
     spatial = image.shape[1:]
     before = [(size - old) // 2 for size, old in zip(plan.shape, spatial, strict=True)]
@@ -103,7 +102,7 @@ def predict_slabs(
         after = [size - old - pad for size, old, pad in zip(plan.shape, spatial, before, strict=True)]
         image = np.pad(image, [(0, 0), *zip(before, after, strict=True)])
     inside = tuple(slice(pad, pad + old) for pad, old in zip(before, spatial, strict=True))
-    logits_of = _Remembering(_Mirrored(network, mirror_axes) if mirror_axes else network)
+    logits_of = _ConstantWindowCache(_Mirrored(network, mirror_axes) if mirror_axes else network)
     axis, rows = plan.axis, _Rows(plan)
     for start, following in itertools.pairwise((*plan.starts[axis], plan.shape[axis])):
         places = [
@@ -125,7 +124,7 @@ def predict_slabs(
 
 
 class _Rows:
-    """Weighted sums of the logits of one row of windows, as deep as a window; moves on as rows are finished."""
+    """Weighted sums of the logits of one row of windows; moves along the axis as rows are finished."""
 
     def __init__(self, plan: WindowPlan) -> None:
         self.plan = plan
@@ -136,7 +135,7 @@ class _Rows:
         self.scratch: Logits | None = None
 
     def add(self, place: tuple[int, ...], logits: Logits) -> None:
-        """Add the logits (K, *window) of the window that begins at `place`."""
+        """Add the logits (K, *window) of the window that starts at `place`."""
         if self.sums is None or self.scratch is None:
             self.sums = np.zeros((len(logits), *self.shape), np.float32)
             self.scratch = np.empty(self.plan.window, np.float32)
@@ -148,14 +147,14 @@ class _Rows:
         self.weights[box] += self.weight
 
     def finish(self, count: int) -> Logits:
-        """Blended logits (K, *spatial) of the first `count` voxels along the axis, which are then let go."""
+        """Blended logits (K, *spatial) of the first `count` voxels along the axis, which are then dropped."""
         if self.sums is None:
             raise ValueError("no window was added")
         finished = (*(slice(None),) * self.plan.axis, slice(0, count))
         done: Logits = self.sums[(slice(None), *finished)] / self.weights[finished]
         sums, weights = np.moveaxis(self.sums, self.plan.axis + 1, 0), np.moveaxis(self.weights, self.plan.axis, 0)
         length = len(weights)
-        for begin in range(0, length - count, count):  # parts no longer than the way they go do not overlap
+        for begin in range(0, length - count, count):  # source and target do not overlap
             end = min(begin + count, length - count)
             sums[begin:end] = sums[begin + count : end + count]
             weights[begin:end] = weights[begin + count : end + count]
@@ -164,8 +163,8 @@ class _Rows:
         return done
 
 
-class _Remembering:
-    """A network on a list of windows (C, *window), which remembers its logits for windows without contrast."""
+class _ConstantWindowCache:
+    """A network on a list of windows (C, *window), with a cache of logits for constant windows."""
 
     def __init__(self, network: Network) -> None:
         self.network = network
@@ -208,7 +207,7 @@ class _Mirrored:
 
 
 def _constant(window: Image) -> tuple[float, ...] | None:
-    """The value of each channel of (C, *window) where each has one only; None elsewhere."""
+    """The value of each channel of (C, *window) if all are constant, else None."""
     first = window[(slice(None), *(slice(0, 1),) * (window.ndim - 1))]
     sample = window[(slice(None), *(slice(None, None, _SAMPLE_STEP),) * (window.ndim - 1))]
     if (sample != first).any() or (window != first).any():
@@ -221,7 +220,7 @@ def _box(place: Sequence[int], window: Sequence[int]) -> tuple[slice, ...]:
 
 
 def _gaussian(window: Sequence[int]) -> NDArray[np.float32]:
-    """Weight of each voxel of a window, (*window), 1 in the middle."""
+    """Weight of each voxel, (*window), 1 in the centre."""
     weight = np.ones((), np.float64)
     for length in window:
         place = np.arange(length) - (length - 1) / 2
