@@ -1,19 +1,18 @@
 """Confidence intervals of a mean and a median over cases, by resampling patients.
 
 The interval is the percentile bootstrap (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13): the
-middle 95 % of the means, or medians, of as many patients drawn with replacement. It never leaves the range of the
-scores, so no Dice lies above 1. With few cases it is too narrow for a mean, by as much as a normal interval is narrower
-than Student's; its ends are moved outwards to make up for that (the expanded percentile interval: Hesterberg, What
-Teachers Should Know About the Bootstrap, The American Statistician 69, 2015). For a median they are not.
+middle 95 % of the means, or medians, of as many patients drawn with replacement. It stays in the range of the scores.
+With few cases it is too narrow for a mean, by as much as a normal interval is narrower than Student's; this is
+corrected (the expanded percentile interval: Hesterberg, What Teachers Should Know About the Bootstrap, The American
+Statistician 69, 2015), but not for a median.
 
-The corrected BCa interval is not taken: its acceleration comes from the jackknife, which is inconsistent for a median
-(Efron & Tibshirani, section 11.6), and of segmentation scores bootstrap methods other than the percentile can fail for
-medians altogether (André et al., Some Hidden Traps of Confidence Intervals in Medical Image Segmentation, 2025, where
-means are covered decently from about 50 cases on). `benchmarks/interval_coverage.py` measures how often ours hold the
-truth.
+The BCa interval is not used: its acceleration comes from the jackknife, which is inconsistent for a median (Efron &
+Tibshirani, section 11.6), and for medians of segmentation scores bootstrap methods other than the percentile can fail
+altogether (André et al., Some Hidden Traps of Confidence Intervals in Medical Image Segmentation, 2025, where means are
+covered decently from about 50 cases on). `benchmarks/interval_coverage.py` measures the coverage of these intervals.
 
-Cases of one patient are alike and no independent evidence. All of them are drawn with their patient (the cluster
-bootstrap: Davison & Hinkley, Bootstrap Methods and their Application, 1997, section 3.8), which widens the interval.
+Cases of one patient are not independent. All of them are drawn with their patient (the cluster bootstrap: Davison &
+Hinkley, Bootstrap Methods and their Application, 1997, section 3.8), which widens the interval.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ RESAMPLES = 5000
 """Efron & Tibshirani ask for 1000 or more where the ends of an interval are wanted."""
 
 _BLOCK = 1 << 21
-"""How many weights are held at a time: 16 MB, however many cases there are."""
+"""Weights that are held at a time: 16 MB, for any number of cases."""
 
 Interval = tuple[float, float]
 """Lower and upper end."""
@@ -42,16 +41,16 @@ def mean_interval(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval | None:
-    """Where the mean of all such cases lies, by these; None where fewer than two patients leave nothing to draw.
+    """Confidence interval of the mean over cases; None for fewer than two patients.
 
     The same values, patients and seed give the same interval.
 
     Args:
-        values: One finite number a case, (n,).
-        patients: Whose each case is, n of them; None takes every case for a patient of its own.
-        level: How often such intervals are to hold the truth, in (0, 1).
-        resamples: How many sets of patients are drawn.
-        seed: Of the drawing.
+        values: One finite number per case, (n,).
+        patients: The patient of each case, n of them; None: each case is a patient of its own.
+        level: Confidence level, in (0, 1).
+        resamples: Number of resamples.
+        seed: Seed of the resampling.
     """
     patient, count = number_patients(patients, len(np.asarray(values)))
     if count < 2:
@@ -68,7 +67,7 @@ def median_interval(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval | None:
-    """Where the median of all such cases lies; as `mean_interval`."""
+    """Confidence interval of the median over cases; arguments as for `mean_interval`."""
     patient, count = number_patients(patients, len(np.asarray(values)))
     if count < 2:
         return None

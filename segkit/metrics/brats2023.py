@@ -1,14 +1,15 @@
 """Protocol `brats2023`, the lesion-wise scores of BraTS 2023 and 2024.
 
-Every lesion counts alike, small or large, and every predicted component that belongs to none counts as a lesion with
-the worst scores. Written from the description of the challenge (Synapse syn51156910) and of its reference code:
+Every lesion has the same weight, small or large, and every predicted component that belongs to no lesion counts as a
+lesion with the worst scores. Written from the description of the challenge (Synapse syn51156910) and of its reference
+code:
 
-1. The reference is dilated `dilations` times with 18 neighbours; its components in there, 26-connected, are the
-   lesions: what lies closer together is one.
-2. A lesion, dilated as often once more, is found by every 26-connected component of the prediction that it touches, of
-   whatever size. Dice and HD95 compare the lesion as it is with the whole of these components; one of them may find
-   several lesions. A lesion that none touches gets Dice 0 and HD95 374 mm.
-3. Lesions of at most `ignored_mm3` are left out, found or not; a component that found one is still no false positive.
+1. The reference is dilated `dilations` times with 18 neighbours; the 26-connected components of the result, cut to the
+   reference, are the lesions: parts that are closer to each other are one.
+2. A lesion, dilated as often again, is found by every 26-connected component of the prediction that it touches, of any
+   size. Dice and HD95 compare the undilated lesion with all of these components; one component may find several
+   lesions. A lesion that none touches gets Dice 0 and HD95 374 mm.
+3. Lesions of at most `ignored_mm3` are left out, found or not; a component that found one is not a false positive.
 4. Lesion-wise Dice = sum of Dice / (lesions kept + false positives); HD95 likewise, with 374 mm for a false positive.
 
 | reference               | prediction | lesionwise_dice | lesionwise_hd95_mm | dice | hd95_mm |
@@ -21,12 +22,12 @@ the worst scores. Written from the description of the challenge (Synapse syn5115
 | ignored lesions only    | elsewhere  | 0               | 374                | 0    | by surfaces |
 | no file                 | or: absent | 0               | 374                | 0    | 374     |
 
-The fourth and fifth line are a quirk of the original that is kept: 0 / 0 counts as perfect, even if all was missed.
+The fourth and fifth line keep a peculiarity of the original: 0 / 0 counts as perfect, even if all was missed.
 
-Dilations are in voxels as in the original, which knows no spacing; so on a grid other than 1 mm lesions merge at other
+Dilations are in voxels as in the original, which ignores spacing; on a grid other than 1 mm lesions merge at other
 distances. Volumes are in mm^3 and distances in mm by the spacing of the grid, which agrees with the original at 1 mm.
-HD95 is measured between surface elements (`segkit.metrics.surface`) and comes without interpolation, hence
-differs a little from that of `legacy`. `dice`, `hd95_mm`, `sensitivity` and `specificity` are of the whole volume.
+HD95 is measured between surface elements (`element_hausdorff_mm`) without interpolation, hence differs a little from
+that of `legacy`. `dice`, `hd95_mm`, `sensitivity` and `specificity` are of the whole volume.
 """
 
 from __future__ import annotations
@@ -37,13 +38,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from segkit.metrics.legacy import one_sided, overlap_scores, volumes_ml
 from segkit.metrics.lesions import (
     Components,
     Lesion,
     RegionPair,
     RegionScores,
-    Scores,
     box_around,
     components_of,
     indexed,
@@ -54,8 +53,11 @@ from segkit.shapes import Mask
 
 HEADLINE = ("lesionwise_dice", "lesionwise_hd95_mm", "lesion_tp", "lesion_fp", "lesion_fn", "dice", "hd95_mm")
 
+ABSENT = ("lesionwise_dice", "dice", "sensitivity", "specificity", "lesionwise_hd95_mm", "hd95_mm")
+"""Metrics that a missing prediction gets."""
+
 PENALTY_MM = 374.0
-"""The worst distance: the HD95 of a lesion that was missed or made up, a millimetre more than the diagonal of BraTS."""
+"""The worst distance: the HD95 of a missed lesion or a false positive, 1 mm more than the diagonal of BraTS."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ METASTASES = LesionRules(dilations=1, ignored_mm3=2)
 
 
 def score(pair: RegionPair, rules: LesionRules) -> RegionScores:
-    """The scores of one region of a volume by the table above; `dice` and `hd95_mm` of a lesion are in its entry."""
+    """The scores of one region of a volume by the table above, and its lesions with their own scores."""
     predicted = components_of(pair.prediction)
     lesions, found_by = _found_lesions(pair, predicted, rules)
     counted = [lesion for lesion in lesions if lesion.volume_mm3 > rules.ignored_mm3]
@@ -81,7 +83,11 @@ def score(pair: RegionPair, rules: LesionRules) -> RegionScores:
     scored = len(counted) + false_positives
     dices = math.fsum(lesion.dice or 0.0 for lesion in counted)
     distances = math.fsum(pair.worst_mm if lesion.hd95_mm is None else lesion.hd95_mm for lesion in counted)
-    overlap = overlap_scores(pair)
+    if pair.has_empty_mask:
+        hd95_mm = pair.if_empty(0.0, pair.worst_mm)
+    else:
+        hd95_mm = element_hausdorff_mm(pair.prediction, pair.reference, pair.spacing_mm)
+    overlap = pair.overlap_scores()
     scores = {
         "lesionwise_dice": dices / scored if scored else 1.0,
         "lesionwise_hd95_mm": (distances + pair.worst_mm * false_positives) / scored if scored else 0.0,
@@ -89,26 +95,17 @@ def score(pair: RegionPair, rules: LesionRules) -> RegionScores:
         "lesion_fp": float(false_positives),
         "lesion_fn": float(len(counted) - matched),
         "dice": overlap["dice"],
-        "hd95_mm": _whole_hausdorff_mm(pair),
+        "hd95_mm": hd95_mm,
         "sensitivity": overlap["sensitivity"],
         "specificity": overlap["specificity"],
-        **volumes_ml(pair),
+        **pair.volumes_ml(),
     }
     return RegionScores(scores, tuple(lesions))
 
 
-def absent(worst_mm: float) -> Scores:
-    """The scores of a region whose prediction was never handed in; there is nothing to count lesions by."""
-    shares = ("lesionwise_dice", "dice", "sensitivity", "specificity")
-    return {**dict.fromkeys(shares, 0.0), "lesionwise_hd95_mm": worst_mm, "hd95_mm": worst_mm}
-
-
 def _found_lesions(pair: RegionPair, predicted: Components, rules: LesionRules) -> tuple[list[Lesion], set[int]]:
-    """Every lesion of the reference, and the components of the prediction that touch any.
-
-    What is too small to count is not measured.
-    """
-    # Within the box of both masks: what grows out of it meets outside only where it meets inside too.
+    """Every lesion of the reference (without scores if ignored), and the predicted components that touch any."""
+    # Within the box of both masks: two dilated parts that meet outside of it also meet inside.
     lesions = indexed(components_of(_dilated(pair.reference, rules.dilations)).ids * pair.reference)
     voxel_mm3 = math.prod(pair.spacing_mm)
     entries: list[Lesion] = []
@@ -133,9 +130,3 @@ def _dilated(mask: Mask, times: int) -> Mask:
     neighbours = ndimage.generate_binary_structure(mask.ndim, 2)
     grown: Mask = ndimage.binary_dilation(mask, neighbours, iterations=times)
     return grown
-
-
-def _whole_hausdorff_mm(pair: RegionPair) -> float:
-    if pair.prediction.any() and pair.reference.any():
-        return element_hausdorff_mm(pair.prediction, pair.reference, pair.spacing_mm)
-    return one_sided(pair, 0.0, pair.worst_mm)

@@ -1,29 +1,29 @@
 """Protocol `brats2026`, that of the package `brats-evaluation` 0.0.10 on `panoptica` 2.1.7, for BraTS 2026.
 
-The 26-connected components of a region are its lesions, of whatever size. Those of prediction and reference are matched
-one to one so that the sum of their Dice scores is largest; a pair that shares no voxel is no match (Kirillov et al.,
-Panoptic Segmentation, CVPR 2019, with Dice for IoU and without its threshold). Where two matchings have the same sum,
-as when a plane cuts a lesion into equal halves, the package may take the other one. From there:
+The 26-connected components of a region are its lesions, of any size. Those of prediction and reference are matched one
+to one so that the sum of their Dice scores is largest; pairs without a common voxel are not matched (Kirillov et al.,
+Panoptic Segmentation, CVPR 2019, with Dice for IoU and without its threshold). If two matchings have the same sum, as
+when a plane cuts a lesion into equal halves, the package may take the other one.
 
 - `lesion_tp`, `lesion_fp`, `lesion_fn`; precision, recall, and `lesion_f1`, the recognition quality RQ.
 - `sq_*`, the segmentation quality: mean over *matched* lesions of Dice, HD95 in mm and NSD at a tolerance of the
-  smallest spacing, each with its deviation over lesions. Neither misses nor false positives lower it; the official
+  smallest spacing, each with its deviation over lesions. Misses and false positives do not lower it; the official
   table calls it `lesionwise_*` outside the metastases challenge. `pq_dice` = RQ x SQ.
-- `dice`, `hd95_voxels`, `nsd_half_voxel`: the whole region. As in the original these know no spacing: distances are in
-  voxels, and the tolerance is half a voxel, which leaves the surface voxels that both masks have.
+- `dice`, `hd95_voxels`, `nsd_half_voxel`: the whole region. As in the original these ignore spacing: distances are in
+  voxels, and the tolerance is half a voxel, so only the surface voxels that both masks have count.
 
 HD95 is the percentile of both directions pooled, NSD the mean of both surfaces' shares; both differ from `legacy`.
 
-The original gives spacings to the axes in reverse: its arrays are (z, y, x) and its spacings x, y, z. So is it done
-here, for else nobody's numbers could be compared. Where voxels are no cubes, the distances of lesions are thus not what
-they are called, nor is NSD; volumes are right, and so is everything on a grid of 1 mm, as most challenges have it.
+The original applies spacings to the axes in reverse: its arrays are (z, y, x) and its spacings x, y, z. This is kept,
+so that numbers are comparable. With anisotropic voxels, distances and NSD of lesions are therefore not exact; volumes
+are right, and so is everything on a grid of 1 mm, as in most challenges.
 
-Challenge `met` parts large lesions, of at least 20 mm^3, from small ones:
+Challenge `met` separates large lesions, of at least 20 mm^3, from small ones:
 
 - `lesionwise_*`: mean and deviation over large lesions, with 0, 373 mm, 0 for each that has no match *and for every
-  false positive* of the region, of whatever size.
+  false positive* of the region, of any size.
 - `large_lesion_*` and `small_lesion_*`: lesions of each size that were found, that is whose match has Dice of at least
-  0.1, and missed; in both every false positive of the region counts. A match below 0.1 counts as missed here, yet
+  0.1, and missed; in both every false positive of the region counts. A match below 0.1 counts as missed here, but
   with its own scores in `lesionwise_*`.
 
 All of these are undefined where the reference has no lesion of that size.
@@ -42,8 +42,8 @@ All of these are undefined where the reference has no lesion of that size.
 | large, no small ones  | empty      | 0               | 373                | 0               | undefined       |
 | small, no large ones  | empty      | undefined       | undefined          | undefined       | 0               |
 
-Lesion precision is undefined where nothing is predicted, recall where nothing is there; those of large and small
-lesions are 0 instead. Undefined scores are left out of means. Whatever is infinite is told apart from them.
+Lesion precision is undefined without a predicted lesion, recall without a reference lesion; those of large and small
+lesions are 0 instead. Undefined scores are left out of means; infinite ones are not.
 """
 
 from __future__ import annotations
@@ -53,7 +53,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from segkit.metrics.legacy import volumes_ml
 from segkit.metrics.lesions import (
     Components,
     Lesion,
@@ -69,23 +68,43 @@ from segkit.metrics.overlap import dice
 from segkit.metrics.surface import surface_distances
 
 _MEASURED = {"dice": 0.0, "hd95_mm": math.inf, "nsd": 0.0}
-"""What is measured on a matched lesion, and its worth where none is matched."""
+"""Scores of a matched lesion, and their values where none is matched."""
+
+_COUNTED = ("tp", "fp", "fn", "precision", "recall", "f1")
+_WHOLE = ("dice", "hd95_voxels", "nsd_half_voxel")
 
 HEADLINE = ("dice", "hd95_voxels", "nsd_half_voxel", "sq_dice", "sq_hd95_mm", "sq_nsd", "lesion_f1")
 
 METASTASES_HEADLINE = ("lesionwise_dice", "lesionwise_hd95_mm", "lesionwise_nsd", "lesion_f1", "small_lesion_f1")
 
+
+def _lesion_names(prefix: str) -> tuple[str, ...]:
+    return tuple(f"{prefix}_{name}{suffix}" for name in _MEASURED for suffix in ("", "_std"))
+
+
+def _count_names(prefix: str) -> tuple[str, ...]:
+    return tuple(f"{prefix}_{name}" for name in _COUNTED)
+
+
+ABSENT = (*_WHOLE, *_count_names("lesion"), *_lesion_names("sq"), "pq_dice")
+"""Metrics that a missing prediction gets, counts included."""
+
+METASTASES_ABSENT = (
+    *_lesion_names("lesionwise"),
+    *ABSENT,
+    *_count_names("large_lesion"),
+    *_count_names("small_lesion"),
+)
+
 PENALTY_MM = 373.0
-"""The worst distance: what HD95 counts for where something was missed or made up."""
+"""The worst distance: the HD95 of a miss or a false positive."""
 
 LARGE_LESION_MM3 = 20.0
 FOUND_DICE = 0.1
-"""What the match of a large or small lesion has at least, to be counted as found."""
+"""Least Dice of a large or small lesion that counts as found."""
 
 _LEAST_DICE = 1e-6
-"""What a match has at least, and what a match more is worth against a larger sum."""
-
-_COUNTED = ("tp", "fp", "fn", "precision", "recall", "f1")
+"""Least Dice of a match, and the value of one match more against a larger sum."""
 
 
 def score(pair: RegionPair) -> RegionScores:
@@ -93,48 +112,27 @@ def score(pair: RegionPair) -> RegionScores:
     predicted = components_of(pair.prediction)
     lesions = _matched_lesions(pair, predicted, components_of(pair.reference))
     matched = [lesion for lesion in lesions if lesion.is_matched]
-    found, made_up, missed = len(matched), predicted.count - len(matched), len(lesions) - len(matched)
-    counts = _detection("lesion", found, made_up, missed)
+    counts = _detection("lesion", len(matched), predicted.count - len(matched), len(lesions) - len(matched))
     scores = {**_whole_scores(pair), **counts, **_matched_scores(matched, is_empty=not lesions and not predicted.count)}
     scores["pq_dice"] = scores["sq_dice"] * scores["lesion_f1"]
-    return RegionScores(scores | volumes_ml(pair), lesions)
+    return RegionScores(scores | pair.volumes_ml(), lesions)
 
 
 def score_metastases(pair: RegionPair) -> RegionScores:
     """The scores of `score`, and those of large and of small lesions by the second table above."""
     scored = score(pair)
-    made_up = int(scored.scores["lesion_fp"])
+    false_positives = int(scored.scores["lesion_fp"])
     large = [lesion for lesion in scored.lesions if lesion.volume_mm3 >= LARGE_LESION_MM3]
     small = [lesion for lesion in scored.lesions if lesion.volume_mm3 < LARGE_LESION_MM3]
     return RegionScores(
         {
-            **_lesionwise_scores(large, made_up, pair.worst_mm),
+            **_lesionwise_scores(large, false_positives, pair.worst_mm),
             **scored.scores,
-            **_sized_detection("large_lesion", large, made_up),
-            **_sized_detection("small_lesion", small, made_up),
+            **_sized_detection("large_lesion", large, false_positives),
+            **_sized_detection("small_lesion", small, false_positives),
         },
         scored.lesions,
     )
-
-
-def absent(worst_mm: float) -> Scores:
-    """The scores of a region whose prediction was never handed in: zeros, also for counts, and 373 for distances."""
-    whole = {"dice": 0.0, "hd95_voxels": worst_mm, "nsd_half_voxel": 0.0}
-    return whole | _absent_detection("lesion") | _absent_lesions("sq", worst_mm) | {"pq_dice": 0.0}
-
-
-def absent_metastases(worst_mm: float) -> Scores:
-    """The same, with large and small lesions."""
-    sized = _absent_detection("large_lesion") | _absent_detection("small_lesion")
-    return _absent_lesions("lesionwise", worst_mm) | absent(worst_mm) | sized
-
-
-def _absent_lesions(prefix: str, worst_mm: float) -> Scores:
-    return _means(prefix, {name: [worst_mm if name == "hd95_mm" else 0.0] for name in _MEASURED}, has_spread=True)
-
-
-def _absent_detection(prefix: str) -> Scores:
-    return {f"{prefix}_{name}": 0.0 for name in _COUNTED}
 
 
 def _matched_lesions(pair: RegionPair, predicted: Components, lesions: Components) -> tuple[Lesion, ...]:
@@ -168,18 +166,14 @@ def _matched_lesions(pair: RegionPair, predicted: Components, lesions: Component
 
 
 def _whole_scores(pair: RegionPair) -> Scores:
+    values: tuple[float, ...]
     if (pair.prediction & pair.reference).any():
         distances = surface_distances(pair.prediction, pair.reference, (1.0,) * pair.reference.ndim)
-        values = (
-            dice(pair.prediction, pair.reference),
-            distances.pooled_hausdorff_mm(95.0),
-            distances.mean_surface_share(0.5),
-        )
-    elif pair.prediction.any() or pair.reference.any():
-        values = (0.0, pair.worst_mm, 0.0)
+        overlap = dice(pair.prediction, pair.reference)
+        values = (overlap, distances.pooled_hausdorff_mm(95.0), distances.mean_surface_share(0.5))
     else:
-        values = (math.nan, math.nan, math.nan)
-    return dict(zip(("dice", "hd95_voxels", "nsd_half_voxel"), values, strict=True))
+        values = tuple(pair.if_empty(math.nan, worst) for worst in (0.0, pair.worst_mm, 0.0))
+    return dict(zip(_WHOLE, values, strict=True))
 
 
 def _matched_scores(matched: Sequence[Lesion], *, is_empty: bool) -> Scores:
@@ -193,14 +187,14 @@ def _matched_scores(matched: Sequence[Lesion], *, is_empty: bool) -> Scores:
     return _means("sq", values, has_spread=bool(matched))
 
 
-def _lesionwise_scores(large: Sequence[Lesion], made_up: int, worst_mm: float) -> Scores:
-    """Mean and deviation over large lesions, with the worst values for what was missed or made up."""
+def _lesionwise_scores(large: Sequence[Lesion], false_positives: int, worst_mm: float) -> Scores:
+    """Mean and deviation over large lesions, with the worst values for misses and false positives."""
     values = {name: [math.nan] for name in _MEASURED}
     if large:
         worst = dict(_MEASURED, hd95_mm=worst_mm)
         values = {
             name: [getattr(lesion, name) if lesion.is_matched else worst[name] for lesion in large]
-            + [worst[name]] * made_up
+            + [worst[name]] * false_positives
             for name in _MEASURED
         }
     return _means("lesionwise", values, has_spread=bool(large))
@@ -214,21 +208,23 @@ def _means(prefix: str, values: dict[str, list[float]], *, has_spread: bool) -> 
     return scores
 
 
-def _detection(prefix: str, found: int, made_up: int, missed: int) -> Scores:
-    return {
-        f"{prefix}_tp": float(found),
-        f"{prefix}_fp": float(made_up),
-        f"{prefix}_fn": float(missed),
-        f"{prefix}_precision": found / (found + made_up) if found + made_up else math.nan,
-        f"{prefix}_recall": found / (found + missed) if found + missed else math.nan,
-        f"{prefix}_f1": 2 * found / (2 * found + made_up + missed) if found + made_up + missed else math.nan,
-    }
+def _detection(prefix: str, found: int, false_positives: int, missed: int) -> Scores:
+    precision, recall, f1 = (
+        share * found / total if total else math.nan
+        for share, total in (
+            (1, found + false_positives),
+            (1, found + missed),
+            (2, 2 * found + false_positives + missed),
+        )
+    )
+    values = (float(found), float(false_positives), float(missed), precision, recall, f1)
+    return dict(zip(_count_names(prefix), values, strict=True))
 
 
-def _sized_detection(prefix: str, lesions: Sequence[Lesion], made_up: int) -> Scores:
-    """`_detection` of lesions of one size: all undefined where there are none, else a quotient of nothing is 0."""
+def _sized_detection(prefix: str, lesions: Sequence[Lesion], false_positives: int) -> Scores:
+    """`_detection` of lesions of one size: all undefined where there are none, else 0 / 0 is 0."""
     found = sum((lesion.dice or 0.0) >= FOUND_DICE for lesion in lesions)
-    scores = _detection(prefix, found, made_up, len(lesions) - found)
+    scores = _detection(prefix, found, false_positives, len(lesions) - found)
     if not lesions:
         return dict.fromkeys(scores, math.nan)
     return {name: 0.0 if math.isnan(value) else value for name, value in scores.items()}

@@ -1,18 +1,17 @@
-"""The ranking scheme of BraTS: models are ranked case by case, and their mean ranks are told from chance.
+"""The ranking scheme of BraTS: models are ranked case by case, and differences of mean ranks are tested.
 
 For each case, region and metric the models are ranked, 1 is best; the mean of a case's ranks over regions and metrics
 is its cumulative rank, and the mean over cases the final rank score (Bakas et al., arXiv 1811.02629, the section on
-ranking; the challenges since 2017 keep to it). Whether two models differ is then asked by a permutation test on their
-cumulative ranks: ranks are exchanged between the two at random, case by case, and p is how often the scores lie as far
-apart as they do.
+ranking; used by the challenges since 2017). A permutation test on cumulative ranks compares two models: ranks are
+exchanged between the two at random, case by case, and p is the share of exchanges with scores at least as far apart.
 
-Ours, as the paper leaves it open or could not be compared word by word:
+Our choices, which the paper leaves open:
 
 - p is one-sided, in favour of the better of the two: double it for a two-sided test. 100,000 exchanges are drawn.
 - Ties share their mean rank.
 - A case without a prediction has the worst rank, and so has an infinite distance; several of them share it.
-- Where a score is undefined for any model, as Dice of two empty masks is in some protocols, which is no fault, all
-  models with a prediction tie.
+- Where a score is undefined for any model, as Dice of two empty masks in some protocols, all models with a prediction
+  tie.
 - The observed ranks count as one of the permutations, so that p is never 0 (Phipson & Smyth, Statistical Applications
   in Genetics and Molecular Biology 9, 2010). Where all exchanges are fewer than those to be drawn, each is made once.
 - All cases of a patient are exchanged together.
@@ -42,8 +41,8 @@ def cumulative_ranks(
 
     Args:
         scores: (models, cases, columns), one column for each region and metric; NaN is undefined, infinity worst.
-        higher_is_better: What is good in each column.
-        failed: Boolean (models, cases): where a model has no prediction, whatever its scores say.
+        higher_is_better: The direction of each column.
+        failed: Boolean (models, cases): where a model has no prediction; its scores are ignored there.
     """
     from scipy.stats import rankdata
 
@@ -70,16 +69,16 @@ def exchange_p_values(
     exchanges: int = EXCHANGES,
     seed: int = 0,
 ) -> NDArray[np.float64]:
-    """How likely chance sets each two models' rank scores as far apart in this direction, (models, models) in (0, 1].
+    """p-values of the difference of each two models' rank scores, (models, models) in (0, 1].
 
-    The same exchanges are made for all pairs. The matrix is symmetric, since p is in favour of the better of a pair,
-    and 1 on its diagonal.
+    All pairs share the same exchanges. The matrix is symmetric, since p is in favour of the better of a pair, and 1 on
+    its diagonal.
 
     Args:
         ranks: Cumulative ranks, (models, cases).
-        patients: Whose each case is; None takes every case for a patient of its own.
-        exchanges: How many exchanges are drawn; if all are fewer, each is made once.
-        seed: Of the drawing.
+        patients: The patient of each case; None: each case is a patient of its own.
+        exchanges: Exchanges that are drawn; if there are fewer in all, each is made once.
+        seed: Seed of the exchanges.
     """
     patient, count = number_patients(patients, ranks.shape[1])
     sums = np.array([np.bincount(patient, own, minlength=count) for own in ranks])  # (models, patients)

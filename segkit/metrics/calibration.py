@@ -1,21 +1,17 @@
-"""Do probabilities mean what they say: of the voxels called 0.8, are eight in ten in the region?
+"""Quality of probabilities: calibration errors, the Brier score, and the area under the ROC curve.
 
 The expected calibration error (ECE) sorts voxels into bins by their probability and compares in each the mean
-probability with the share of voxels in the region, weighted by how many there are (Naeini, Cooper & Hauskrecht, AAAI
-2015; for networks Guo et al., arXiv 1706.04599, section 2). The Brier score is the mean squared difference between
-probability and truth (Brier, Monthly Weather Review 78, 1950); it also rewards telling voxels apart. Both are 0 at best
-and 1 at worst. Each region is a question of its own, in or out, so its own probability is judged, not the largest of
-several.
+probability with the share of voxels in the region, weighted by their number (Naeini, Cooper & Hauskrecht, AAAI 2015;
+for networks Guo et al., arXiv 1706.04599, section 2). The Brier score is the mean squared difference between
+probability and truth (Brier, Monthly Weather Review 78, 1950); it also rewards separating the classes. Both are 0 at
+best and 1 at worst. Each region is judged by its own probability.
 
-Of a whole volume nearly all voxels are background, of which any network is sure and right, and both numbers come out
-small whatever happens at the borders. Hence each is given twice, for all voxels and for a box around the reference
-(`surrounding_box`). The box is ours: it takes nothing from the prediction, so that different models are judged by the
-same voxels, and has twice the length of the region on each axis, so that in 3D at most about an eighth of it is region.
-Even there most voxels are certain. The average calibration error (ACE: Neumann, Zisserman & Vedaldi, 2018; for medical
-segmentation Barfoot et al., arXiv 2506.03942) gives every bin the same weight and is what the eye sees in a reliability
-diagram; with few voxels in a bin it is noisy, so pooled over cases it is worth more than case by case.
-
-How well probabilities rank voxels, whatever threshold is then chosen.
+Nearly all voxels of a volume are certain background, which makes both numbers small whatever happens at the borders.
+Hence each is given twice, for all voxels and for a box around the reference (`surrounding_box`). The box is our choice:
+it ignores the prediction, so that all models are judged by the same voxels, and has twice the length of the region on
+each axis, so that in 3D at most about an eighth of it is region. The average calibration error (ACE: Neumann, Zisserman
+& Vedaldi, 2018; for medical segmentation Barfoot et al., arXiv 2506.03942) gives every bin the same weight, as a
+reliability diagram shows it; with few voxels in a bin it is noisy, so it is better pooled over cases.
 """
 
 from __future__ import annotations
@@ -28,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from segkit.metrics.overlap import Box, box_of
 from segkit.shapes import Mask
 
 BINS = 15
@@ -40,7 +37,7 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class Reliability:
-    """Voxels by the bin of their probability; those of several cases add up.
+    """Voxels by the bin of their probability; results of several cases can be added.
 
     `count` are the voxels of each bin, `present` those of them in the region and `total` the sum of their
     probabilities, each (bins,); `squared_error` is summed over all voxels.
@@ -94,9 +91,7 @@ class Reliability:
 def measure_reliability(
     probabilities: NDArray[np.floating[Any]], reference: Mask, where: Mask | None = None, *, bins: int = BINS
 ) -> Reliability:
-    """Sort the voxels of one case by their probability.
-
-    A slab is looked at at a time, so that no second copy of a volume is made.
+    """Sort the voxels of one case by their probability, slab by slab, without a second copy of the volume.
 
     Args:
         probabilities: In [0, 1], (D, H, W) or (H, W).
@@ -124,22 +119,16 @@ def measure_reliability(
     return result
 
 
-def surrounding_box(region: Mask) -> tuple[slice, ...] | None:
+def surrounding_box(region: Mask) -> Box | None:
     """The box of a region, half as long again at both ends of each axis, cut to the image; None for an empty region."""
-    box = []
-    for axis in range(region.ndim):
-        others = tuple(other for other in range(region.ndim) if other != axis)
-        (hits,) = np.nonzero(region.any(axis=others))
-        if not len(hits):
-            return None
-        first, last = int(hits[0]), int(hits[-1])
-        margin = -(-(last - first + 1) // 2)
-        box.append(slice(max(0, first - margin), last + 1 + margin))
-    return tuple(box)
+    if (box := box_of(region)) is None:
+        return None
+    margins = [-(-(side.stop - side.start) // 2) for side in box]
+    return tuple(slice(max(0, s.start - margin), s.stop + margin) for s, margin in zip(box, margins, strict=True))
 
 
 def _shares(parts: NDArray[np.float64], whole: NDArray[np.int64]) -> NDArray[np.float64]:
-    """What part of each whole, NaN where there is none."""
+    """Each part over its whole, NaN where that is 0."""
     shares = np.full(len(whole), np.nan)
     np.divide(parts, whole, out=shares, where=whole > 0)
     return shares
@@ -156,7 +145,7 @@ def area_under_roc(probabilities: NDArray[np.floating[Any]], reference: Mask) ->
 
     It is the share of pairs of a voxel inside and a voxel outside the reference of which the one inside has the higher
     probability, pairs of equals counting half (Hanley & McNeil, Radiology 143, 1982, equation 1). Only the order of the
-    values matters, so logits give what their probabilities give. 0.5 is chance.
+    values matters, so logits and their probabilities give the same. 0.5 is chance.
 
     Args:
         probabilities: Any shape, finite.

@@ -1,13 +1,12 @@
-"""Single lesions: connected components, which of them meet, and the best one-to-one matching.
+"""One region of one case, and its lesions: connected components, their overlaps, the best one-to-one matching.
 
-Voxels that touch at a corner are connected: 26 neighbours in a volume, 8 in a picture. Everything is done inside the
-boxes of the components, so that a case of a hundred specks costs little more than one of a single lesion.
-
-What protocols score and what they give back: one region of one case.
+Voxels that touch at a corner are connected: 26 neighbours in a volume, 8 in a picture. All work is done inside the
+boxes of the components, so that a case of a hundred small lesions costs little more than one of a single lesion.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,9 +17,12 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from segkit.metrics.overlap import Box, dice, precision, sensitivity, specificity, volume_ml
 from segkit.shapes import AnyArray, Mask, zeros_and_ones
 
-Box = tuple[slice, ...]
+Scores = dict[str, float]
+"""Metric name -> value of one region of one case; `segkit.metrics.registry` has the units. NaN is undefined."""
+
 Pair = tuple[int, int]
 """A component of the reference and one of the prediction."""
 
@@ -28,10 +30,61 @@ _EVERY_NEIGHBOUR = {2: 8, 3: 26}
 
 
 @dataclass(frozen=True)
-class Lesion:
-    """One lesion of the reference and what was found of it.
+class RegionPair:
+    """Prediction and reference of one region, cut to the box that holds both: only False voxels are cut away.
 
-    `dice`, `hd95_mm` and `nsd` compare it with the prediction it was matched with, and are None where it was missed or
+    Attributes:
+        prediction: (D, H, W) or (H, W).
+        reference: The same shape.
+        spacing_mm: Voxel spacing of each axis.
+        judged_voxels: Voxels that are judged, before the cut: those of the volume or of the region of interest.
+        worst_mm: The distance in this protocol where only one mask is empty.
+    """
+
+    prediction: Mask
+    reference: Mask
+    spacing_mm: tuple[float, ...]
+    judged_voxels: int
+    worst_mm: float
+
+    @property
+    def has_empty_mask(self) -> bool:
+        """Whether at least one of the masks is empty."""
+        return not (self.prediction.any() and self.reference.any())
+
+    def if_empty(self, both: float, one: float) -> float:
+        """The value of a metric where both masks are empty, or one is."""
+        return one if self.prediction.any() or self.reference.any() else both
+
+    def overlap_scores(self) -> Scores:
+        """Dice, sensitivity, precision: 1 where both masks are empty, 0 where one is; and specificity.
+
+        Specificity is 1 where the reference fills everything that is judged.
+        """
+        names = ("dice", "sensitivity", "precision")
+        if self.has_empty_mask:
+            scores = dict.fromkeys(names, self.if_empty(1.0, 0.0))
+        else:
+            values = (score(self.prediction, self.reference) for score in (dice, sensitivity, precision))
+            scores = dict(zip(names, values, strict=True))
+        spared = specificity(self.prediction, self.reference, self.judged_voxels)
+        return scores | {"specificity": 1.0 if math.isnan(spared) else spared}
+
+    def volumes_ml(self) -> Scores:
+        """Both volumes; pictures have none."""
+        if self.reference.ndim < 3:
+            return {}
+        return {
+            "prediction_ml": volume_ml(self.prediction, self.spacing_mm),
+            "reference_ml": volume_ml(self.reference, self.spacing_mm),
+        }
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """One lesion of the reference and its scores.
+
+    `dice`, `hd95_mm` and `nsd` compare it with the prediction it is matched with; they are None where it was missed or
     the protocol does not measure them.
     """
 
@@ -55,6 +108,14 @@ class Lesion:
 
 
 @dataclass(frozen=True)
+class RegionScores:
+    """Scores of one region, and its lesions where the protocol scores single ones."""
+
+    scores: Scores
+    lesions: tuple[Lesion, ...] = ()
+
+
+@dataclass(frozen=True)
 class Components:
     """The connected components of a mask.
 
@@ -70,7 +131,7 @@ class Components:
 
     @property
     def count(self) -> int:
-        """How many components there are."""
+        """The number of components."""
         return len(self.voxels)
 
     def mask(self, component: int, box: Box) -> Mask:
@@ -103,17 +164,17 @@ def overlaps(prediction: Components, reference: Components) -> dict[Pair, int]:
 
 
 def match_one_to_one(scores: Mapping[Pair, float], bonus: float) -> dict[int, int]:
-    """Reference id -> prediction id of the matching with the largest sum of scores, each pair counting `bonus` more.
+    """Reference id -> prediction id of the matching with the largest sum of scores, `bonus` added for each pair.
 
-    An exact maximum, found for each group of components that meet one another by itself: thousands of specks are as
-    many small problems, and no table of all against all.
+    The maximum is exact. Each group of overlapping components is solved by itself, which avoids a table of all against
+    all.
 
     Args:
         scores: (reference id, prediction id) -> positive score; pairs that are not listed are never matched.
         bonus: Positive: more pairs are better than fewer of the same sum.
     """
     matching: dict[int, int] = {}
-    for pairs in _groups_that_meet(list(scores)):
+    for pairs in _overlapping_groups(list(scores)):
         references, predictions = np.array(pairs).T
         rows, row_of = np.unique(references, return_inverse=True)
         columns, column_of = np.unique(predictions, return_inverse=True)
@@ -125,8 +186,8 @@ def match_one_to_one(scores: Mapping[Pair, float], bonus: float) -> dict[int, in
     return matching
 
 
-def _groups_that_meet(pairs: Sequence[Pair]) -> list[list[Pair]]:
-    """The pairs in groups, so that no two groups have a component in common."""
+def _overlapping_groups(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    """The pairs in groups that have no component in common."""
     if not pairs:
         return []
     first, second = np.array(pairs).T
@@ -149,34 +210,3 @@ def box_around(boxes: Sequence[Box], shape: Sequence[int], margin: int = 0) -> B
         )
         for axis, size in enumerate(shape)
     )
-
-
-Scores = dict[str, float]
-"""Metric name -> value of one region of one case; `segkit.metrics.registry` has the units. NaN is undefined."""
-
-
-@dataclass(frozen=True)
-class RegionPair:
-    """Prediction and reference of one region, cut to the box that holds both: nothing but False was cut away.
-
-    Attributes:
-        prediction: (D, H, W) or (H, W).
-        reference: The same shape.
-        spacing_mm: Voxel spacing of each axis.
-        judged_voxels: How many voxels were judged before the cut: those of the volume or of the region of interest.
-        worst_mm: What a distance to nothing counts for in this protocol.
-    """
-
-    prediction: Mask
-    reference: Mask
-    spacing_mm: tuple[float, ...]
-    judged_voxels: int
-    worst_mm: float
-
-
-@dataclass(frozen=True)
-class RegionScores:
-    """Scores of one region, and its lesions where the protocol looks at single ones."""
-
-    scores: Scores
-    lesions: tuple[Lesion, ...] = ()

@@ -1,7 +1,7 @@
 """Overlap of two masks, counted in voxels.
 
-Every function takes two boolean masks of one shape, (D, H, W) or (H, W), and returns a plain float, which is NaN where
-the fraction is 0 / 0. What such a case is worth is a matter of convention, decided in `segkit.metrics.protocols`.
+Every score takes two boolean masks of one shape, (D, H, W) or (H, W), and returns a plain float, NaN where the fraction
+is 0 / 0. The value of such a case is a convention of each protocol (`segkit.metrics.protocols`).
 
 TP, FP, FN, TN are the voxels of the prediction against the reference (Taha & Hanbury, BMC Medical Imaging 2015,
 15:29, section 3).
@@ -15,6 +15,8 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from segkit.shapes import LabelMap, Mask
+
+Box = tuple[slice, ...]
 
 
 def dice(prediction: Mask, reference: Mask) -> float:
@@ -53,6 +55,17 @@ def region_mask(labels: LabelMap, values: Collection[int]) -> Mask:
     table = np.zeros(256, np.bool_)
     table[list(values)] = True
     return table[labels]
+
+
+def box_of(mask: LabelMap | Mask) -> Box | None:
+    """The smallest box that holds all voxels that are not 0; None if there are none."""
+    box = []
+    for axis in range(mask.ndim):
+        occupied = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
+        if not len(occupied):
+            return None
+        box.append(slice(int(occupied[0]), int(occupied[-1]) + 1))
+    return tuple(box)
 
 
 def dice_by_region(

@@ -1,9 +1,9 @@
-"""Two models on the same cases: is the difference more than chance, and how large is it?
+"""Comparison of two models on the same cases: signed-rank test, effect size, correction for many tests.
 
-The Wilcoxon signed-rank test asks whether differences lie around zero without taking them for normal, which scores that
-crowd below 1 are not (Wilcoxon, Biometrics Bulletin 1, 1945). Many tests at once are corrected by Holm's method
-(Scandinavian Journal of Statistics 6, 1979). The effect size is the matched-pairs rank-biserial correlation (Kerby,
-Comprehensive Psychology 3, 2014; King, Rosopa & Minium, Statistical Reasoning in the Behavioral Sciences, 2011).
+The Wilcoxon signed-rank test does not need normal differences, which scores close to 1 do not have (Wilcoxon,
+Biometrics Bulletin 1, 1945). Many tests are corrected by Holm's method (Scandinavian Journal of Statistics 6, 1979).
+The effect size is the matched-pairs rank-biserial correlation (Kerby, Comprehensive Psychology 3, 2014; King, Rosopa &
+Minium, Statistical Reasoning in the Behavioral Sciences, 2011).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _EXACT_UP_TO = 50
 
 @dataclass(frozen=True)
 class SignedRank:
-    """What the signed-rank test tells of differences.
+    """Result of the signed-rank test of differences.
 
     `p` is two-sided, NaN where there are no differences and 1 where all are zero. `effect` is the rank-biserial
     correlation in [-1, 1]: the share of ranks on the positive side less that on the negative side, 0 where all are
-    zero. `method` is how p came about: "exact", "asymptotic" (normal, corrected for ties) or "none".
-    `zeros` differences were left out, and `has_ties` says that others are equal in size.
+    zero. `method` gives p: "exact", "asymptotic" (normal, corrected for ties) or "none". `zeros` differences were left
+    out, and `has_ties` is True if others are equal in size.
     """
 
     p: float
@@ -74,10 +74,10 @@ def _exact_p(ranks: NDArray[np.float64], positive: float) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values that may be read against one threshold together: Holm's step-down adjustment, in the order given.
+    """p-values after Holm's step-down adjustment, in the order given.
 
     The smallest of m is multiplied by m, the next by m - 1, and so on; none becomes smaller than one before it, nor
-    larger than 1. NaN is no test: it stays and does not count.
+    larger than 1. NaN is not a test: it stays and does not count.
     """
     adjusted = list(p_values)
     tested = sorted((p, index) for index, p in enumerate(p_values) if not math.isnan(p))

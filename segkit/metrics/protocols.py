@@ -1,19 +1,19 @@
-"""Scoring protocols: which metrics a region gets, and what they are worth where a mask is empty.
+"""Scoring protocols: the metrics of a region, and their values where a mask is empty.
 
-| protocol    | whose                 | a region is scored                                       | rules in module     |
+| protocol    | source                | a region is scored                                       | rules in module     |
 |-------------|-----------------------|----------------------------------------------------------|---------------------|
 | `legacy`    | BraTS 2017 to 2022    | as a whole                                               | `metrics.legacy`    |
-| `brats2023` | BraTS 2023 and 2024   | lesion by lesion; what is missed or made up is the worst | `metrics.brats2023` |
-| `brats2026` | BraTS 2026, panoptica | lesions matched one to one, finding and outlining apart  | `metrics.brats2026` |
+| `brats2023` | BraTS 2023 and 2024   | lesion by lesion; misses and false positives are worst   | `metrics.brats2023` |
+| `brats2026` | BraTS 2026, panoptica | lesions matched one to one, detection apart from quality | `metrics.brats2026` |
 
-Each module has its rules for empty masks in a table. They are written for boolean masks, so a protocol is not bound to
-tumours; only `brats2023` needs to know the challenge, because its thresholds differ.
+Each module has its rules for empty masks in a table. They apply to any boolean masks, not only to tumours; only
+`brats2023` needs the challenge, because its thresholds differ.
 
-*Absent* is a prediction that was never handed in, where the caller asks for it to be scored (`score_absent`): it earns
-nothing, not even on regions that the reference lacks.
+*Absent* is a missing prediction that the caller asks to be scored (`score_absent`): it gets the worst values, also on
+regions that the reference lacks.
 
-Inside a region of interest (the field of view of a retinal picture, the brain) both masks are cut to it, surfaces end
-at its edge, and specificity counts its voxels alone: those outside are nobody's merit.
+With a region of interest (the field of view of a retinal picture, the brain) both masks are cut to it, surfaces end at
+its edge, and specificity counts only its voxels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ import numpy as np
 from segkit.errors import RequestError
 from segkit.metrics import brats2023, brats2026, legacy
 from segkit.metrics.lesions import RegionPair, RegionScores, Scores
-from segkit.metrics.overlap import region_mask
+from segkit.metrics.overlap import Box, box_of, region_mask
+from segkit.metrics.registry import METRICS
 from segkit.shapes import LabelMap, Mask
 
 BRATS_WORST_DISTANCE_MM = 373.13
@@ -43,15 +44,15 @@ class Rules:
 
     Attributes:
         score: The scores of a pair of masks.
-        absent: Those of a missing prediction, from the worst distance.
-        headline: The metrics that a table for people shows.
-        worst_mm: What a distance to nothing counts for; None is `worst_distance_mm`, which goes by region and grid.
+        absent: The metrics of a missing prediction: distances get `worst_mm`, all others 0.
+        headline: The metrics that a short table shows.
+        worst_mm: The distance where only one mask is empty; None is `worst_distance_mm`, from regions and grid.
         tissues: Regions of single tissues besides those that networks predict: name -> tissues of the label scheme.
         needs_volumes: Whether pictures cannot be scored.
     """
 
     score: Callable[[RegionPair], RegionScores]
-    absent: Callable[[float], Scores]
+    absent: tuple[str, ...]
     headline: tuple[str, ...]
     worst_mm: float | None = None
     tissues: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -60,7 +61,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Protocol:
-    """A protocol and its rules by challenge; those of None hold where there is no challenge, or one without its own."""
+    """A protocol and its rules by challenge; None is without a challenge, or for one without rules of its own."""
 
     name: str
     description: str
@@ -68,7 +69,7 @@ class Protocol:
 
 
 def rules_of(protocol: str, challenge: str | None) -> Rules:
-    """The rules of a protocol in a challenge (gli, met, ...; None where it is not known).
+    """The rules of a protocol in a challenge (gli, met, ...; None if unknown).
 
     Raises:
         RequestError: there is no such protocol, or it has no rules for the challenge.
@@ -104,11 +105,11 @@ def score_case(
         prediction: (D, H, W) or (H, W) label values.
         reference: Label values on the same grid.
         spacing_mm: Voxel spacing of each axis in mm.
-        regions: Region name -> label values of the reference that make it up.
+        regions: Region name -> its label values in the reference.
         protocol: A name of `PROTOCOLS`.
         challenge: Where a protocol has rules by challenge: gli, met, ped, men, men-rt, goat or ssa.
-        prediction_regions: The same where the prediction is written in another label scheme.
-        roi: Region of interest on the same grid: only there is anything scored. None is the whole volume.
+        prediction_regions: Its label values in the prediction, if that has another label scheme.
+        roi: Region of interest on the same grid, which alone is scored. None is the whole volume.
 
     Raises:
         RequestError: there is no such protocol, it has no rules for the challenge, or none for pictures.
@@ -146,9 +147,11 @@ def score_absent(
     protocol: str = "legacy",
     challenge: str | None = None,
 ) -> dict[str, Scores]:
-    """Scores of a case whose prediction was never handed in: the worst value of each metric in each region."""
+    """Scores of a case without a prediction: the worst value of each metric in each region, 0 for counts."""
     rules = rules_of(protocol, challenge)
-    return {name: rules.absent(_worst_mm(rules, regions, shape, spacing_mm)) for name in regions}
+    worst_mm = _worst_mm(rules, regions, shape, spacing_mm)
+    worst = {name: worst_mm if METRICS[name].is_distance else 0.0 for name in rules.absent}
+    return {name: dict(worst) for name in regions}
 
 
 def worst_distance_mm(regions: Collection[str], shape: Sequence[int], spacing_mm: Sequence[float]) -> float:
@@ -162,29 +165,18 @@ def _worst_mm(rules: Rules, regions: Collection[str], shape: Sequence[int], spac
     return worst_distance_mm(regions, shape, spacing_mm) if rules.worst_mm is None else rules.worst_mm
 
 
-def _box_of_either(prediction: LabelMap | Mask, reference: LabelMap | Mask) -> tuple[slice, ...]:
-    """The smallest box that holds all that is not 0 in either; one voxel where all is."""
-    either = prediction | reference
-    box = []
-    for axis in range(either.ndim):
-        others = tuple(other for other in range(either.ndim) if other != axis)
-        occupied = np.flatnonzero(either.any(axis=others))
-        box.append(slice(int(occupied[0]), int(occupied[-1]) + 1) if len(occupied) else slice(0, 1))
-    return tuple(box)
+def _box_of_either(prediction: LabelMap | Mask, reference: LabelMap | Mask) -> Box:
+    """The smallest box that holds all that is not 0 in either; one voxel if everything is 0."""
+    return box_of(prediction | reference) or (slice(0, 1),) * reference.ndim
 
 
-def _lesion_wise(rules: brats2023.LesionRules) -> Rules:
-    return Rules(
-        partial(brats2023.score, rules=rules),
-        brats2023.absent,
-        brats2023.HEADLINE,
-        worst_mm=brats2023.PENALTY_MM,
-        needs_volumes=True,
-    )
+def _lesion_wise(lesion_rules: brats2023.LesionRules) -> Rules:
+    score = partial(brats2023.score, rules=lesion_rules)
+    return Rules(score, brats2023.ABSENT, brats2023.HEADLINE, brats2023.PENALTY_MM, needs_volumes=True)
 
 
 def _panoptic(tissues: Mapping[str, tuple[str, ...]] | None = None) -> Rules:
-    return Rules(brats2026.score, brats2026.absent, brats2026.HEADLINE, brats2026.PENALTY_MM, tissues or {})
+    return Rules(brats2026.score, brats2026.ABSENT, brats2026.HEADLINE, brats2026.PENALTY_MM, tissues or {})
 
 
 _GLIOMA_TISSUES = {"NETC": ("NCR", "NET"), "SNFH": ("ED",)}
@@ -195,7 +187,7 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol(
             "legacy",
             "BraTS 2017 to 2022: Dice, HD95, sensitivity, specificity of whole regions; also precision, NSD, volumes",
-            {None: Rules(legacy.score, legacy.absent, legacy.HEADLINE)},
+            {None: Rules(legacy.score, legacy.ABSENT, legacy.HEADLINE)},
         ),
         Protocol(
             "brats2023",
@@ -217,7 +209,7 @@ PROTOCOLS: dict[str, Protocol] = {
                 "ssa": _panoptic(_GLIOMA_TISSUES),
                 "met": Rules(
                     brats2026.score_metastases,
-                    brats2026.absent_metastases,
+                    brats2026.METASTASES_ABSENT,
                     brats2026.METASTASES_HEADLINE,
                     brats2026.PENALTY_MM,
                 ),

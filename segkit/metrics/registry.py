@@ -1,6 +1,6 @@
-"""What is known of every metric that a protocol of `segkit.metrics.protocols` reports: unit, direction, worst value.
+"""Every metric of the protocols in `segkit.metrics.protocols`: title, unit, direction, worst value.
 
-Whoever sorts, colours or compares scores asks this table and never the name of a metric.
+Code that sorts, colours or compares scores uses this table instead of the name of a metric.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ class MetricFacts:
     Attributes:
         title: The name for a heading, with its unit.
         unit: "mm", "voxels", "ml", "lesions", or "" for a share or quotient.
-        higher_is_better: None where neither is: a volume is no merit.
-        worst: The worst value there is; infinite where a protocol says what it counts for.
-        is_ranked: Whether cases and models are compared by it. Spreads, volumes and plain counts are not: how many
-            lesions were found says nothing without how many there were.
+        higher_is_better: None where there is no direction, as for a volume.
+        worst: The worst possible value; infinite for distances, for which each protocol has a value.
+        is_ranked: Whether cases and models are compared by it; not by deviations, volumes and plain counts.
     """
 
     title: str
@@ -27,6 +26,11 @@ class MetricFacts:
     higher_is_better: bool | None = True
     worst: float = 0.0
     is_ranked: bool = True
+
+    @property
+    def is_distance(self) -> bool:
+        """Whether it is a distance, in mm or voxels."""
+        return self.unit in ("mm", "voxels") and self.is_ranked
 
 
 def _share(title: str) -> MetricFacts:

@@ -1,17 +1,13 @@
-"""Distances between the surfaces of two masks, in millimetres.
+"""Distances between the surfaces of two masks, in millimetres; for any spacing.
 
-The surface of a mask is its voxels with at least one face neighbour outside the mask; beyond the edge of the image is
-outside. Distances run between voxel centres. All functions work in 2D and 3D and with anisotropic spacing.
+`SurfaceDistances` counts surface voxels, in 2D and 3D: the voxels of a mask with at least one face neighbour outside
+it; beyond the edge of the image is outside. Distances are between voxel centres. They are looked up in a tree of
+surface voxels: a distance transform would fill the whole box around both masks to read a few percent of it.
 
-Distances are looked up in a tree of surface voxels: a distance transform would fill the whole box around both masks
-to read a few percent of it.
-
-Distances between two surfaces made of elements that have an area, as the BraTS 2023 tools measure them.
-
-A surface element lies at the corner where 2 x 2 x 2 voxels meet, some of them inside the mask and some not. Its area is
-that of the marching-cubes triangles in the cube between the eight voxel centres (Lorensen & Cline, SIGGRAPH 1987,
-vertices half-way between centres), and a percentile of the distances is one of area (Nikolov et al., arXiv 1809.04430,
-section 4.2). Far from each other, two masks get other percentiles than by counting voxels of their surfaces.
+`element_hausdorff_mm` weights by area, in 3D, as the BraTS 2023 tools do. A surface element is at the corner where
+2 x 2 x 2 voxels meet, some of them inside the mask and some not. Its area is that of the marching-cubes triangles in
+the cube between the eight voxel centres (Lorensen & Cline, SIGGRAPH 1987, vertices half-way between centres), and a
+percentile of the distances is one of area (Nikolov et al., arXiv 1809.04430, section 4.2).
 """
 
 from __future__ import annotations
@@ -29,6 +25,10 @@ from scipy.spatial import KDTree
 from segkit.shapes import Mask
 
 Distances = NDArray[np.float64]
+Corner = tuple[int, int, int]
+
+_CORNERS: tuple[Corner, ...] = tuple((x, y, z) for x in (0, 1) for y in (0, 1) for z in (0, 1))
+_ALL_INSIDE = 255
 
 
 @dataclass(frozen=True)
@@ -87,16 +87,6 @@ def surface_distances(prediction: Mask, reference: Mask, spacing_mm: Sequence[fl
     )
 
 
-def hd95_mm(prediction: Mask, reference: Mask, spacing_mm: Sequence[float]) -> float:
-    """The 95 % Hausdorff distance in mm; NaN where both masks are empty, infinite where exactly one is."""
-    return surface_distances(prediction, reference, spacing_mm).hausdorff_mm(95.0)
-
-
-def surface_dice(prediction: Mask, reference: Mask, spacing_mm: Sequence[float], tolerance_mm: float) -> float:
-    """The normalised surface Dice (NSD) at a tolerance in mm; NaN where both masks are empty, 0 where one is."""
-    return surface_distances(prediction, reference, spacing_mm).surface_dice(tolerance_mm)
-
-
 def surface_of(mask: Mask) -> Mask:
     """The voxels of a mask (D, H, W) or (H, W) with a face neighbour outside it."""
     inner = mask.copy()
@@ -116,7 +106,7 @@ def distances_to(target: Mask, source: Mask, spacing_mm: Sequence[float]) -> Dis
     distances = np.zeros(np.count_nonzero(source))
     if not len(distances):
         return distances
-    # Most surface voxels are on the other surface or one step beside it, where nothing needs to be searched.
+    # Most surface voxels are on the other surface or one step beside it, which needs no search.
     spacing = np.asarray(spacing_mm, np.float64)
     distances[~target[source]] = spacing.min()
     is_apart = ~_with_nearest_neighbours(target, spacing)[source]
@@ -128,7 +118,7 @@ def distances_to(target: Mask, source: Mask, spacing_mm: Sequence[float]) -> Dis
     # Leaves of 32 points were the fastest of 10 to 32 on the surfaces of tumours.
     tree = KDTree(targets * spacing, balanced_tree=False, compact_nodes=False, leafsize=32)
     _, nearest = tree.query(sources * spacing)
-    # From whole voxels once more: one step along an axis is then exactly its spacing, which tolerances are.
+    # Computed again from voxel indices: one step along an axis is then exactly its spacing, as tolerances are.
     distances[is_apart] = np.sqrt((((sources - targets[nearest]) * spacing) ** 2).sum(axis=1))
     return distances
 
@@ -147,12 +137,6 @@ def _percentile(distances: Distances, percentile: float) -> float:
     return float(np.percentile(distances, percentile)) if len(distances) else math.nan
 
 
-Corner = tuple[int, int, int]
-
-_CORNERS: tuple[Corner, ...] = tuple((x, y, z) for x in (0, 1) for y in (0, 1) for z in (0, 1))
-_ALL_INSIDE = 255
-
-
 def element_hausdorff_mm(
     prediction: Mask, reference: Mask, spacing_mm: Sequence[float], percentile: float = 95.0
 ) -> float:
@@ -162,7 +146,7 @@ def element_hausdorff_mm(
         prediction: (D, H, W).
         reference: The same shape.
         spacing_mm: Voxel spacing of each axis.
-        percentile: 0 to 100. The distance below which this part of a surface lies; never one between two elements.
+        percentile: 0 to 100, of the area of a surface; the distance is that of one element, not interpolated.
     """
     spacing = tuple(float(value) for value in spacing_mm)
     codes = [_corner_codes(mask) for mask in (prediction, reference)]
@@ -179,10 +163,10 @@ def element_hausdorff_mm(
 
 @lru_cache(maxsize=16)
 def element_areas_mm2(spacing_mm: tuple[float, float, float]) -> NDArray[np.float64]:
-    """(256,) area of the element of every pattern of eight voxels; bit i is set where voxel i is inside.
+    """(256,) area of the element of every pattern of eight voxels in C order; bit i is set where voxel i is inside.
 
-    Voxel i of the eight is the i-th in C order. The fewer of the inside and the outside voxels are what is wrapped,
-    each group that shares cube edges by itself; of four and four, the inside ones.
+    The triangles wrap the inside or the outside voxels, whichever are fewer (four and four: the inside ones), each
+    group that shares cube edges by itself.
     """
     inside_by_code = [[corner for i, corner in enumerate(_CORNERS) if code >> i & 1] for code in range(256)]
     areas = []
@@ -195,7 +179,7 @@ def element_areas_mm2(spacing_mm: tuple[float, float, float]) -> NDArray[np.floa
 
 
 def _wrapping_area(group: Sequence[Corner], spacing_mm: tuple[float, float, float]) -> float:
-    """Area of the triangles that part edge-connected corners of the unit cell, at most four, from the others.
+    """Area of the triangles that separate edge-connected corners of the unit cell, at most four, from the others.
 
     With a_k the area of the cell's face across axis k, a triangle at a corner has area |a| / 8, and the larger faces of
     the patch are multiples of |a|, of one a_k, or of sqrt(a_i^2 + a_j^2).

@@ -1,8 +1,8 @@
-"""Scores of made-up tissue: those of the BraTS local-synthesis challenge, and structural similarity in 3D.
+"""Scores of inpainted tissue: those of the BraTS local-synthesis challenge, and structural similarity in 3D.
 
-Both bring the intensities of prediction and reference to [0, 1] by the 0.5 and 99.5 percentiles of the voided image
-(all of its voxels, background too; the lower one is at least 0) and clip what lies beyond. The challenge then looks at
-the hole alone: every voxel outside it is 0 in both images, so a structural similarity near the rim compares zeros too.
+Both scale the intensities of prediction and reference to [0, 1] by the 0.5 and 99.5 percentiles of the voided image
+(all of its voxels, background too; the lower one is at least 0) and clip. The challenge then compares the hole alone:
+every voxel outside it is 0 in both images, so a structural similarity near the border compares zeros too.
 
 SSIM is Wang et al., IEEE TIP 13(4), 2004: a Gaussian window of 11 voxels and sigma 1.5, K1 = 0.01 and K2 = 0.03, images
 mirrored at their edges. The challenge's is two-dimensional, in the planes of the last two axes (sagittal ones of its
@@ -20,7 +20,7 @@ from scipy import ndimage
 from segkit.shapes import AnyArray, Mask
 
 SYNTHESIS_SCORES = ("ssim", "mse", "rmse", "msle", "mae", "psnr", "psnr_eps", "psnr_01", "psnr_01_eps")
-"""What `synthesis_scores` gives, named as the challenge names it."""
+"""Keys of `synthesis_scores`, with the challenge's names."""
 
 _PERCENTILES = (0.5, 99.5)
 _SIGMA, _RADIUS = 1.5, 5
@@ -76,9 +76,9 @@ def synthesis_scores(prediction: AnyArray, reference: AnyArray, hole: Mask, void
 def ssim_3d(prediction: AnyArray, reference: AnyArray, hole: Mask, voided: AnyArray) -> float:
     """Structural similarity in three dimensions, mean over the voxels of the hole, at most 1.
 
-    The window, 11 x 11 x 11 voxels, sees the images as they are, around the hole too; at the edge of the volume they
-    are mirrored. Intensities are scaled as for the challenge and their range is taken as 1, whatever the images hold.
-    So, but for that scale, nothing that is more than 5 voxels away from the hole changes the score.
+    The window, 11 x 11 x 11 voxels, sees the images also around the hole; at the edge of the volume they are mirrored.
+    Intensities are scaled as for the challenge, with a range of 1. Apart from that scale, voxels more than 5 voxels
+    from the hole do not change the score.
 
     Args:
         prediction: The image with its hole filled, (D, H, W), in the intensities of the file.

@@ -9,7 +9,17 @@ import pytest
 import torch
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 
-from segkit.metrics.surface import hd95_mm, surface_dice, surface_distances
+from segkit.metrics.surface import surface_distances
+
+
+def hd95_mm(prediction: np.ndarray, reference: np.ndarray, spacing_mm: tuple[float, ...]) -> float:
+    return surface_distances(prediction, reference, spacing_mm).hausdorff_mm(95.0)
+
+
+def surface_dice(
+    prediction: np.ndarray, reference: np.ndarray, spacing_mm: tuple[float, ...], tolerance_mm: float
+) -> float:
+    return surface_distances(prediction, reference, spacing_mm).surface_dice(tolerance_mm)
 
 
 def voxel(*index: int, shape: tuple[int, ...] = (9, 9, 9)) -> np.ndarray:
