@@ -19,8 +19,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from segkit.models.kernels.region_norm import region_norm
 from segkit.models.region_layers import RegionNormBasic, RegionNormLearnable
-from segkit.models.region_norm import region_norm
 from segkit.runtime import current_rss_mb, peak_rss_mb, return_freed_memory
 
 CHANNELS, SIDE, WARM_UP_SIDE, REPEATS = 64, 64, 8, 7

@@ -25,8 +25,7 @@ from torch.nn import functional
 
 from segkit.inference.backends import open_graph
 from segkit.inference.graph import write_graph
-from segkit.models.blocks import PointwiseConv3d
-from segkit.models.kernels.depthwise import DepthwiseConv3d
+from segkit.models.kernels.convolutions import DepthwiseConv3d, PointwiseConv3d
 from segkit.models.revmbunet import Encoder, InvertedBottleneck
 from segkit.models.table import build_model
 from segkit.runtime import keep_freed_memory

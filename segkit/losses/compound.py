@@ -1,4 +1,4 @@
-"""The segmentation losses: Dice plus cross-entropy, for nested regions and for exclusive classes.
+"""Dice plus cross-entropy, for nested regions and for exclusive classes.
 
 Both follow nnU-Net (Isensee et al., Nature Methods 2021, "Loss function"); regions with sigmoid outputs follow its
 BraTS 2020 entry (Isensee et al., arXiv 2011.00848, section 2.1).
@@ -19,7 +19,7 @@ from segkit.labels import Output
 from segkit.losses.dice import soft_dice_loss
 
 _LABEL_VALUES = 256
-"""Label maps are uint8, so a table of 256 entries answers for every value."""
+"""Label maps are uint8, so a table of 256 entries covers every value."""
 
 
 class LossConfig(Config):
@@ -73,9 +73,9 @@ class SegmentationLoss(nn.Module):
     """Dice + cross-entropy of a network's logits against label maps, with deep supervision.
 
     Level i of the logits (0 = full resolution) has weight 2^-i, renormalised to sum to 1 (Isensee et al., Nature
-    Methods 2021). Its target is the label map sampled at the voxel nearest to the centre of each coarse voxel. Pooling
-    was rejected: the maximum inflates every structure by up to a coarse voxel, and averaging needs a float plane per
-    class at full resolution, which is slow for many classes; sampling is also what the published scores were made with.
+    Methods 2021). Its target is the label map sampled at the voxel nearest to the centre of each coarse voxel, as for
+    the published scores. Maximum pooling would inflate every structure by up to a coarse voxel; averaging needs a float
+    plane per class at full resolution.
     """
 
     table: Tensor

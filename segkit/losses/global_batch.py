@@ -1,13 +1,12 @@
-"""Losses of a batch that is spread over processes: sums, features and random numbers of the whole of it.
+"""Sums, features and random numbers of a batch that is spread over processes.
 
-Data-parallel training averages the gradients of its processes. Where a loss is a mean over samples of one size, that is
-the gradient of the whole batch. Where it is not, as with Dice over the batch, a mean over the voxels of all holes, or
-one image against all others, each process has to see what the others have. With the functions here it computes the loss
-of the whole batch L(s), where s is a sum (or a gathering) over processes; all have the same L and dL/ds. The gradient
-of the whole is the sum over processes of dL/ds ds_r/dw, and as their mean will be taken, each gives `size` times its
-own part: backward needs no communication.
+Data-parallel training averages the gradients of its processes, which is the gradient of the whole batch if the loss is
+a mean over samples of one size. For other losses (Dice over the batch, a mean over the voxels of all holes, one image
+against all others) each process computes the loss of the whole batch L(s), where s is a sum or a gathering over
+processes; all have the same L and dL/ds. The gradient of the whole is the sum over processes of dL/ds ds_r/dw, and
+because their mean is taken, each gives `size` times its own part: backward needs no communication.
 
-Outside of `spread_batch` a batch is whole, in the same process group too: a validation is each process's own.
+Outside of `spread_batch` a batch is not spread, also within a process group: each process validates on its own.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -26,7 +25,7 @@ _is_spread = ContextVar("is_spread", default=False)
 
 @contextmanager
 def spread_batch() -> Iterator[None]:
-    """Take batches for parts of one batch, those of the process group in the order of their ranks."""
+    """Treat batches as parts of one batch, those of the process group in the order of their ranks."""
     token = _is_spread.set(dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
     try:
         yield
@@ -35,25 +34,19 @@ def spread_batch() -> Iterator[None]:
 
 
 def batch_sum(of_part: Tensor) -> Tensor:
-    """The sum over processes of what each has summed over its part of the batch, of any shape, with a gradient."""
-    if not _is_spread.get():
-        return of_part
-    result: Tensor = _Sum.apply(of_part)
-    return result
+    """The sum over processes of each process's sum over its part of the batch; any shape, with a gradient."""
+    return cast(Tensor, _Sum.apply(of_part)) if _is_spread.get() else of_part
 
 
 def batch_gather(part: Tensor) -> Tensor:
     """(B, ...) of each process to (size B, ...) of the whole batch, with a gradient; B is the same everywhere."""
-    if not _is_spread.get():
-        return part
-    result: Tensor = _Gather.apply(part)
-    return result
+    return cast(Tensor, _Gather.apply(part)) if _is_spread.get() else part
 
 
 def batch_rand(count: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(count, *shape) uniform numbers on the CPU: this process's part of those that one process would draw for all.
+    """(count, *shape) uniform numbers on the CPU: this process's part of the numbers for the whole batch.
 
-    The first process draws from torch's global generator, so dropout may have another stream in each.
+    The first process draws them from torch's global generator; the generators of the others may differ.
     """
     if not _is_spread.get():
         return torch.rand(count, *shape, dtype=dtype)

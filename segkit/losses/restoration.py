@@ -1,14 +1,11 @@
-"""The loss of made-up voxels: absolute and squared difference from the truth, and structural similarity.
+"""Losses of inpainting: L1, MSE and structural similarity in the hole, and adversarial terms.
 
-Every term looks at the hole alone. What a network gives elsewhere is thrown away, since known voxels are kept as they
-are, so nothing is asked of it there and no gradient reaches it.
+`restoration_loss` covers the hole alone: outside it the known voxels are kept, so no gradient comes from there.
 
-Adversarial terms: a discriminator learns to tell true images from made-up ones, a generator to deceive it.
-
-Both are the non-saturating ones of Goodfellow et al. 2014: binary cross-entropy of each patch's logit, the generator's
-against the verdict "true". MONAI's PatchAdversarialLoss with "bce" has the same values where logits are small, but
-takes the logarithm of a sigmoid in the precision that it gets: in float32 a logit of -40 teaches the generator nothing
-any more and one of 17 the discriminator nothing, just where each of them is most wrong.
+The adversarial terms are the non-saturating ones of Goodfellow et al. 2014: binary cross-entropy of each patch's logit,
+for the generator with the target "true". MONAI's PatchAdversarialLoss with "bce" has the same values for small logits,
+but takes the logarithm of a sigmoid in the input's precision: in float32 a logit of -40 gives the generator no gradient
+and one of 17 none to the discriminator, where each of them is most wrong.
 """
 
 from __future__ import annotations
@@ -27,7 +24,7 @@ from segkit.losses.global_batch import batch_sum
 
 
 class RestorationConfig(Config):
-    """How the terms are combined, and the scale of the intensities that structural similarity needs to know."""
+    """Weights of the terms, and the intensity scale for structural similarity."""
 
     l1: float = Field(default=1.0, ge=0)
     """Weight of the mean absolute difference."""
@@ -42,8 +39,8 @@ class RestorationConfig(Config):
     """Edge of the window in which SSIM compares, voxels, odd."""
 
     darkest: float = 0.0
-    """Intensity that SSIM takes for black. It compares means by their ratio, so it needs intensities from 0 on: of
-    intensities around 0, such as z-scores, a 0.1 for a -0.1 would cost as much as black for white."""
+    """Intensity that is black for SSIM. SSIM compares means by their ratio, so it needs intensities from 0 on: with
+    z-scores around 0, a 0.1 in place of a -0.1 would cost as much as black in place of white."""
 
     data_range: float = Field(default=6.0, gt=0)
     """Intensities from black to white; of a brain with deviation 1 about 6."""
@@ -59,16 +56,16 @@ class RestorationConfig(Config):
 def restoration_loss(
     found: Tensor | Sequence[Tensor], image: Tensor, hole: Tensor, config: RestorationConfig
 ) -> Tensor:
-    """Weighted L1 + (1 - SSIM) + MSE of what was made up in a hole.
+    """Weighted L1 + (1 - SSIM) + MSE in a hole.
 
-    Each term is a mean over the channels of all hole voxels of the batch, so that a small hole counts as little as it
-    is. SSIM is that of the truth and the truth with the hole filled: its windows see known voxels around a hole.
+    Each term is a mean over the channels of all hole voxels of the batch, so holes count by their size. SSIM compares
+    the truth with the truth with the hole filled: its windows see known voxels around a hole.
 
     Args:
-        found: (B, C, *spatial), any floating type, as the network gives it; of a list the first entry counts. The loss
+        found: Output of the network, (B, C, *spatial), any floating type; of a list the first entry is taken. The loss
             is computed in float32 also under autocast.
         image: The truth, (B, C, *spatial).
-        hole: (B, 1, *spatial) booleans, True where the image is to be made up.
+        hole: (B, 1, *spatial) booleans, True where the image is missing.
         config: The weights of the terms.
 
     Returns:
@@ -100,8 +97,8 @@ def ssim_map(x: Tensor, y: Tensor, *, window: int, data_range: float) -> Tensor:
 
         (2 mean_x mean_y + c1) (2 covariance + c2) / ((mean_x^2 + mean_y^2 + c1) (variance_x + variance_y + c2))
 
-    with c1 = (0.01 range)^2 and c2 = (0.03 range)^2. All voxels of a window count the same; at a border the window is
-    what of it lies in the image. MONAI convolves with the window in all its dimensions, without a border: on a CPU that
+    with c1 = (0.01 range)^2 and c2 = (0.03 range)^2. All voxels of a window have the same weight; at a border the
+    window is cut to the image. MONAI convolves with the window in all its dimensions, without a border: on a CPU that
     takes fifty times as long for a patch of 48 voxels an axis.
 
     Args:
@@ -125,8 +122,8 @@ def ssim_map(x: Tensor, y: Tensor, *, window: int, data_range: float) -> Tensor:
 def _local_mean(x: Tensor, window: int) -> Tensor:
     """Mean of the part of the window that lies in the image.
 
-    One axis after the other is moved to the end and multiplied by a matrix with a band of equal weights: four times as
-    fast as pooling on a CPU, though most of the products are with 0. After the last axis the order is the first again.
+    One axis after the other is moved to the end and multiplied by a band matrix of equal weights: on a CPU four times
+    as fast as pooling. After the last axis the original order is restored.
     """
     for _ in range(x.dim() - 2):
         places = torch.arange(x.shape[2], device=x.device)
@@ -136,36 +133,34 @@ def _local_mean(x: Tensor, window: int) -> Tensor:
 
 
 class AdversarialTerms(NamedTuple):
-    """Two float32 scalars to be added up with weights of their own."""
+    """The losses of generator and discriminator, float32 scalars."""
 
     generator: Tensor
-    """Small where the discriminator takes the made-up image for a true one."""
     discriminator: Tensor
-    """Small where the discriminator tells the two apart."""
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:
-    """Mean binary cross-entropy of the logits of made-up patches, of any shape, against "true": a float32 scalar."""
+    """Mean binary cross-entropy of the logits of generated patches, of any shape, with the target "true"; float32."""
     return functional.softplus(-fake_logits.float()).mean()
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Half the sum of the mean binary cross-entropies of true and made-up patches: a float32 scalar."""
+    """Half the sum of the mean binary cross-entropies of true and generated patches: a float32 scalar."""
     return (functional.softplus(-real_logits.float()).mean() + functional.softplus(fake_logits.float()).mean()) / 2
 
 
 def adversarial_terms(discriminator: nn.Module, found: Tensor, image: Tensor) -> AdversarialTerms:
     """Both terms such that one backward pass of any weighted sum of them trains both networks.
 
-    The generator's term gives the discriminator no gradient, whose own term gives the generator none.
+    The generator's term gives no gradient to the discriminator, and the discriminator's none to the generator.
 
     Args:
         discriminator: From images (B, C, *spatial) to logits of patches.
-        found: What the generator gives, (B, C, *spatial), hole or not: the released code of region normalisation judges
-            it so, rather than with the known voxels put back.
+        found: Output of the generator, (B, C, *spatial), without the known voxels put back, as in the released code of
+            region normalisation.
         image: True images, (B, C, *spatial).
     """
-    # In one batch and one precision: a discriminator could tell two roundings apart.
+    # In one batch and one precision: otherwise the discriminator could learn the rounding.
     logits = discriminator(torch.cat((image.to(found.dtype), found.detach())))
     real, fake = logits.chunk(2)
     fixed = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}

@@ -1,46 +1,22 @@
-"""Layers that exist in two and three dimensions, chosen by one number."""
+"""Parts that the networks share: layers in two and three dimensions, U-Net assembly, checkpointing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from math import prod
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 _CONVOLUTIONS: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
+Mode = Literal["plain", "checkpoint"]
+"""Memory mode: keep all activations, or keep the input of a block and compute the block again."""
+
 _STOCHASTIC = (nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.RReLU)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-
-def pointwise(dims: int, in_channels: int, out_channels: int, *, bias: bool = True) -> nn.Module:
-    """A convolution with kernel 1 on (B, in_channels, *spatial)."""
-    return _POINTWISE[dims](in_channels, out_channels, 1, bias=bias)
-
-
-class PointwiseConv3d(nn.Conv3d):
-    """A convolution with kernel 1; on a CPU, where channels lie innermost, computed as the matrix product that it is.
-
-    PyTorch has no kernel of its own for that case: it copies to channels outermost, which takes four times as long.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(B, C_in, D, H, W) to (B, C_out, D, H, W)."""
-        return pointwise_convolve(input, self.weight, self.bias)
-
-
-def pointwise_convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(B, C_in, *spatial) with weights (C_out, C_in, 1, ...) to (B, C_out, *spatial)."""
-    if weight.dim() == 4:
-        return functional.conv2d(x, weight, bias)
-    is_innermost = x.stride(1) == 1 and x.shape[1] > 1
-    is_recorded = torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
-    if not is_innermost or x.device.type != "cpu" or is_recorded:
-        return functional.conv3d(x, weight, bias)
-    return functional.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
 
 
 def convolution(
@@ -60,8 +36,24 @@ def convolution(
     return layer
 
 
+def check_levels(widths: Sequence[int], least_width: int, strides: Sequence[Sequence[int]] | None) -> None:
+    """Check the widths of the levels of a U-Net and the strides between them.
+
+    Raises:
+        ValueError: a number of entries or a value is not possible.
+    """
+    steps = len(widths) - 1
+    if steps < 1:
+        raise ValueError("widths must name at least two levels")
+    if min(widths) < least_width:
+        raise ValueError(f"widths must be at least {least_width}")
+    if strides is not None and len(strides) != steps:
+        raise ValueError(f"strides names {len(strides)} steps, but {steps + 1} widths need {steps}")
+    check_strides(strides)
+
+
 def check_strides(strides: Sequence[Sequence[int]] | None) -> None:
-    """Refuse strides that no network of two or three axes can have.
+    """Check that every stride has two or three entries.
 
     Raises:
         ValueError: one of them is not two or three whole numbers from 1 on.
@@ -72,7 +64,7 @@ def check_strides(strides: Sequence[Sequence[int]] | None) -> None:
 
 
 def strides_for(strides: Sequence[tuple[int, ...]] | None, steps: int, dims: int) -> Sequence[tuple[int, ...]]:
-    """The strides of a configuration, 2 everywhere where it names none.
+    """The strides of a configuration; None is 2 everywhere.
 
     Raises:
         ValueError: they are not for `dims` axes.
@@ -94,8 +86,8 @@ def group_norm(channels: int) -> nn.GroupNorm:
 class InstanceNorm(nn.Module):
     """Instance norm with scale and shift, without running statistics, for (B, C, *spatial).
 
-    Unlike PyTorch's own it takes a single voxel: a voxel is its own mean, which leaves the shift. On a CPU it is
-    computed as group norm with one group a channel, the same sum in a faster kernel.
+    Unlike PyTorch's it accepts a single voxel, which becomes the shift. On a CPU it is computed as group norm with one
+    group per channel, the same sum in a faster kernel.
     """
 
     def __init__(self, channels: int, epsilon: float = 1e-5) -> None:
@@ -113,26 +105,89 @@ class InstanceNorm(nn.Module):
         )
 
 
-_POINTWISE: dict[int, type[nn.Module]] = {2: nn.Conv2d, 3: PointwiseConv3d}
-
-
 def channels_innermost(x: Tensor) -> Tensor:
-    """The same (B, C, *spatial) with C innermost in memory where 3 x 3 x 3 kernels are faster so: in 3D on a CPU.
+    """The same (B, C, *spatial), with C innermost in memory in 3D on a CPU, where 3 x 3 x 3 kernels are then faster.
 
-    One channel lies both ways already and stays as it is, so call it behind the first layer rather than on the image.
+    One channel is in both orders already and stays unchanged, so call it after the first layer, not on the image.
     """
     if x.dim() == 5 and x.device.type == "cpu":
         return x.contiguous(memory_format=torch.channels_last_3d)
     return x
 
 
+class UNet(nn.Module):
+    """An encoder, a decoder, and a pointwise head for each supervised level."""
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        heads: Sequence[nn.Module],
+        strides: Sequence[Sequence[int]],
+        input_weights: str,
+    ) -> None:
+        """`heads` full resolution first; `input_weights` names the weights whose axis 1 is the image channels."""
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.heads = nn.ModuleList(heads)
+        self.divisor = divisor_of(strides)
+        self.input_weights = (input_weights,)
+        self.head_prefixes = ("heads.",)
+        self.encoder_prefix = "encoder."
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """(B, in_channels, *spatial) to one feature map per level, full resolution first."""
+        features: list[Tensor] = self.encoder(x)
+        return features
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """(B, in_channels, *spatial), each axis a multiple of `divisor`, to logits (B, out_channels, *spatial).
+
+        While training: a list, full resolution first, one entry per supervised level.
+        """
+        features = self.decoder(self.encode(x))
+        if self.training:
+            return [head(feature) for head, feature in zip(self.heads, features, strict=False)]
+        logits: Tensor = self.heads[0](features[0])
+        return logits
+
+
+def divisor_of(strides: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """What each axis must be a multiple of, in voxels."""
+    return tuple(prod(axis) for axis in zip(*strides, strict=True))
+
+
+def encode_levels(x: Tensor, downs: nn.ModuleList, stages: nn.ModuleList) -> list[Tensor]:
+    """(B, C, *spatial) to one feature map per stage, full resolution first; `downs` are the steps between stages."""
+    features = [stages[0](x)]
+    for down, stage in zip(downs, stages[1:], strict=True):
+        features.append(stage(down(features[-1])))
+    return features
+
+
+def decode_levels(
+    features: list[Tensor], ups: nn.ModuleList, stages: nn.ModuleList, join: Callable[[Tensor, Tensor], Tensor]
+) -> list[Tensor]:
+    """Encoder features to decoder features, both full resolution first, the latter without the deepest level.
+
+    From the deepest level up, each stage gets `join(skip, up(x))`.
+    """
+    x = features[-1]
+    decoded = []
+    for up, stage, skip in zip(reversed(ups), reversed(stages), features[-2::-1], strict=True):
+        x = stage(join(skip, up(x)))
+        decoded.append(x)
+    return decoded[::-1]
+
+
 def checkpointed(function: Callable[..., Any], *inputs: Tensor, within: nn.Module) -> Any:
-    """`function(*inputs)`, of which only the inputs are kept: it is computed again in the backward pass.
+    """`function(*inputs)`, which keeps only the inputs and is computed again in the backward pass.
 
     `within` is the module that computes it; its batch norms count the batch once, its dropout draws the same numbers.
     """
     more: dict[str, Any] = {"preserve_rng_state": is_stochastic(within)}
-    # A compiled pass computes again without running the module, so nothing counts twice there.
+    # A compiled pass computes again without running the module, so no statistics count twice.
     if not torch.compiler.is_compiling():
         more["context_fn"] = lambda: (nullcontext(), without_statistics(within))
     return checkpoint(function, *inputs, use_reentrant=False, **more)
@@ -147,8 +202,8 @@ def is_stochastic(module: nn.Module) -> bool:
 def without_statistics(module: nn.Module) -> Iterator[None]:
     """Keep the batch norms of a module from counting a recomputed pass as another batch.
 
-    They count into copies meanwhile. Switching `track_running_stats` off instead would save other tensors than the
-    first pass did, which `torch.utils.checkpoint` takes for an error.
+    They count into copies meanwhile. With `track_running_stats` off, other tensors would be saved than in the first
+    pass, which is an error for `torch.utils.checkpoint`.
     """
     norms = [m for m in module.modules() if isinstance(m, _BATCH_NORMS) and m.training and m.track_running_stats]
     kept = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]

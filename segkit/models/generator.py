@@ -40,8 +40,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm
 
+from segkit.models.kernels.region_norm import Rule, Statistics
 from segkit.models.region_layers import RegionNormBasic, RegionNormLearnable
-from segkit.models.region_norm import Rule, Statistics
 from segkit.models.slicewise import SlicewiseConfig
 
 REFERENCE = "Yu et al. 2020, arXiv 1911.10375"

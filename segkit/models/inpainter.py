@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from segkit.config import Config
-from segkit.models.blocks import InstanceNorm, channels_innermost, convolution, pointwise
+from segkit.models.blocks import InstanceNorm, channels_innermost, convolution
+from segkit.models.kernels.convolutions import pointwise
+from segkit.models.kernels.region_norm import Rule, Statistics
 from segkit.models.region_layers import Learning, RegionNormBasic, RegionNormLearnable
-from segkit.models.region_norm import Rule, Statistics
 
 REFERENCE = "Yu et al. 2020, arXiv 1911.10375 (region normalisation)"
 

@@ -7,30 +7,25 @@ up-sampling, five levels.
 
     unit -> [max pool -> unit] x steps down -> [up, skip concatenated -> unit] x steps up -> head
 
-A unit projects to its level's width with a 1 x 1 (x 1) convolution and runs two recurrent layers on the result.
-
-Recurrent convolutions and the units made of them, in two and three dimensions.
-
-A recurrent layer (Liang and Hu 2015, "Recurrent convolutional neural network for object recognition", as used by
-R2U-Net, arXiv 1802.06955) answers its own output a few times over. With the feed-forward kernel f, the recurrent
-kernel r, norm n_s of step s and t steps:
+A unit projects to its level's width with a 1 x 1 (x 1) convolution and applies two recurrent layers. A recurrent layer
+(Liang and Hu 2015, "Recurrent convolutional neural network for object recognition") is applied to its own output for t
+steps. With the feed-forward kernel f, the recurrent kernel r and the norm n_s of step s:
 
     h_0 = ReLU(n_0(f(x)));   h_s = ReLU(n_s(f(x) + r(h_{s-1})))   for s = 1..t
 
 f(x) does not change between steps and is computed once. In the tied form r is f, which is linear, so that the popular
 f(x + h) is f(x) + f(h) with the bias counted once.
 
-The trap of the popular code is one batch norm for all steps: step 0 sees f(x), later steps the larger f(x) + r(h), the
-running averages mix the two, and the network in evaluation is another one than was trained (`benchmarks/norm_trap.py`).
-Here each step has a norm of its own, as in the public code of the recurrent layer's authors; "batch_shared" rebuilds
-the popular form for comparison only.
+The popular code has one batch norm for all steps: step 0 sees f(x), later steps the larger f(x) + r(h), and the running
+averages mix the two, so that evaluation differs from training (`benchmarks/norm_trap.py`). Here each step has its own
+norm, as in the public code of the recurrent layer's authors; "batch_shared" rebuilds the popular form for comparison.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from math import pi, prod, sqrt
+from math import pi, sqrt
 from typing import Any, Literal, cast
 
 import torch
@@ -41,20 +36,31 @@ from torch.nn import functional
 from segkit.config import Config
 from segkit.models.blocks import (
     InstanceNorm,
+    Mode,
+    UNet,
     channels_innermost,
-    check_strides,
+    check_levels,
     checkpointed,
     convolution,
+    decode_levels,
+    encode_levels,
     group_norm,
-    pointwise,
     strides_for,
 )
-from segkit.models.kernels.strided_conv import step_up
+from segkit.models.kernels.convolutions import pointwise, step_up
 
 REFERENCE = "Alom et al. 2018, arXiv 1802.06955"
 
+Share = Literal["separate", "tied"]
+"""Whether the recurrent kernel is one of its own, as Liang and Hu have it, or the feed-forward one (popular code)."""
+
+Norm = Literal["instance", "group", "batch_per_step", "batch_shared", "none"]
+"""Norm of a recurrent layer; "batch_shared" is wrong in evaluation, see above."""
+
 _LAYERS_PER_UNIT = 2
 _MAX_POOLS: dict[int, Any] = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
+_BATCH_NORMS: dict[int, Any] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+_CONVOLVE: dict[int, Callable[..., Tensor]] = {4: functional.conv2d, 5: functional.conv3d}
 
 
 class R2UNetConfig(Config):
@@ -88,16 +94,10 @@ class R2UNetConfig(Config):
 
     @model_validator(mode="after")
     def _agrees(self) -> R2UNetConfig:
+        check_levels(self.widths, 1, self.strides)
         steps = len(self.widths) - 1
-        if steps < 1:
-            raise ValueError("widths must name at least two levels")
-        if min(self.widths) < 1:
-            raise ValueError("widths must be at least 1")
         if self.supervised_levels > steps:
             raise ValueError(f"supervised_levels is {self.supervised_levels}, but {steps + 1} widths give {steps}")
-        if self.strides is not None and len(self.strides) != steps:
-            raise ValueError(f"strides names {len(self.strides)} steps, but {steps + 1} widths need {steps}")
-        check_strides(self.strides)
         return self
 
 
@@ -118,14 +118,14 @@ SIZES: dict[str, dict[str, object]] = {
 """Size name -> the configuration it stands for.
 
 "parity" is the most copied public implementation, in 2D with 3 inputs and 1 output 39,091,393 parameters. Its shared
-batch norm makes evaluation differ from training; use it to compare, not to work with.
+batch norm makes evaluation differ from training; use it for comparison only.
 """
 
 RUNET_SIZES: dict[str, dict[str, object]] = {size: {**values, "residual": False} for size, values in SIZES.items()}
 """The same without the residual."""
 
 
-def build_r2unet(config: R2UNetConfig, in_channels: int, out_channels: int, dims: int) -> R2UNet:
+def build_r2unet(config: R2UNetConfig, in_channels: int, out_channels: int, dims: int) -> UNet:
     """An R2U-Net (RU-Net where `config.residual` is off) for (B, in_channels, *spatial) of `dims` spatial axes."""
     strides = strides_for(config.strides, len(config.widths) - 1, dims)
     entering = [in_channels, *config.widths]
@@ -139,14 +139,16 @@ def build_r2unet(config: R2UNetConfig, in_channels: int, out_channels: int, dims
         units=[_unit(config, dims, 2 * width, width) for width in config.widths[:-1]],
     )
     heads = [pointwise(dims, width, out_channels) for width in config.widths[: config.supervised_levels]]
-    return R2UNet(encoder, decoder, heads, strides)
+    has_projection = not isinstance(encoder.units[0].projection, nn.Identity)
+    sees_image = "projection" if has_projection else "layers.0.feed_forward"
+    return UNet(encoder, decoder, heads, strides, f"encoder.units.0.{sees_image}.weight")
 
 
 def _unit(config: R2UNetConfig, dims: int, in_channels: int, channels: int) -> RecurrentUnit:
     projection: nn.Module = nn.Identity()
     if in_channels != channels or config.projection == "always":
         projection = pointwise(dims, in_channels, channels)
-        # The residual stream passes through; a linear map is to leave its size alone.
+        # The residual stream passes here: a linear map keeps its scale.
         nn.init.kaiming_normal_(cast(Tensor, projection.weight), nonlinearity="linear")
     layers = [
         build_recurrent_convolution(
@@ -189,10 +191,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(B, in_channels, *spatial) to one feature map per level, full resolution first."""
-        features = [self.units[0](x)]
-        for pool, unit in zip(self.pools, self.units[1:], strict=True):
-            features.append(unit(pool(features[-1])))
-        return features
+        return encode_levels(x, self.pools, self.units)
 
 
 class Decoder(nn.Module):
@@ -205,59 +204,7 @@ class Decoder(nn.Module):
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         """Encoder features, full resolution first, to decoder features in the same order without the deepest."""
-        x = features[-1]
-        decoded = []
-        for up, unit, skip in zip(reversed(self.ups), reversed(self.units), features[-2::-1], strict=True):
-            x = unit(torch.cat((skip, up(x)), dim=1))
-            decoded.append(x)
-        return decoded[::-1]
-
-
-class R2UNet(nn.Module):
-    """The network of this file's drawing, assembled from built parts."""
-
-    def __init__(
-        self, encoder: Encoder, decoder: Decoder, heads: Sequence[nn.Module], strides: Sequence[Sequence[int]]
-    ) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.decoder = decoder
-        self.heads = nn.ModuleList(heads)
-        self.divisor = tuple(prod(axis) for axis in zip(*strides, strict=True))
-        first = encoder.units[0]
-        sees_image = "layers.0.feed_forward" if isinstance(first.projection, nn.Identity) else "projection"
-        self.input_weights = (f"encoder.units.0.{sees_image}.weight",)
-        self.head_prefixes = ("heads.",)
-        self.encoder_prefix = "encoder."
-
-    def encode(self, x: Tensor) -> list[Tensor]:
-        """(B, in_channels, *spatial) to one feature map per level, full resolution first."""
-        features: list[Tensor] = self.encoder(x)
-        return features
-
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """(B, in_channels, *spatial), each axis a multiple of `divisor`, to logits (B, out_channels, *spatial).
-
-        While training: a list, full resolution first, one entry per supervised level.
-        """
-        features = self.decoder(self.encode(x))
-        if self.training:
-            return [head(feature) for head, feature in zip(self.heads, features, strict=False)]
-        logits: Tensor = self.heads[0](features[0])
-        return logits
-
-
-Mode = Literal["plain", "checkpoint"]
-"""How a layer spends memory: keep all t + 1 activations, or only its input."""
-
-Share = Literal["separate", "tied"]
-"""Whether the recurrent kernel is one of its own, as Liang and Hu have it, or the feed-forward one (popular code)."""
-
-Norm = Literal["instance", "group", "batch_per_step", "batch_shared", "none"]
-"""What normalises; "batch_shared" is the trap described above."""
-
-_CONVOLVE: dict[int, Callable[..., Tensor]] = {4: functional.conv2d, 5: functional.conv3d}
-_BATCH_NORMS: dict[int, Any] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+        return decode_levels(features, self.ups, self.units, lambda skip, x: torch.cat((skip, x), dim=1))
 
 
 def build_norm(kind: Norm, channels: int, dims: int) -> nn.Module:
@@ -283,12 +230,12 @@ def build_recurrent_convolution(
     accumulate: bool = False,
     mode: Mode = "plain",
 ) -> RecurrentConvolution:
-    """A recurrent layer with 3 x 3 (x 3) kernels on (B, channels, *spatial), its loop stable from the start.
+    """A recurrent layer with 3 x 3 (x 3) kernels on (B, channels, *spatial), stable from the start.
 
-    Kernels are drawn as by He et al. 2015, which keeps the mean square of what a ReLU hands on, and then made smaller
-    so that without a norm, too, the output keeps the size of the input whatever the number of steps. A recurrent
-    kernel is divided by sqrt(steps + 1). A tied kernel meets x + h, whose mean square is 2 + 2 / pi times that of x,
-    because what leaves a ReLU has a mean: it is divided by the root of that.
+    Kernels are drawn as by He et al. 2015, which keeps the mean square behind a ReLU, and then scaled so that also
+    without a norm the output keeps the size of the input for any number of steps. A recurrent kernel is divided by
+    sqrt(steps + 1). A tied kernel is applied to x + h, whose mean square is 2 + 2 / pi times that of x because the
+    output of a ReLU has a mean; it is divided by the root of that.
     """
     feed_forward = convolution(dims, channels, channels, bias=bias)
     recurrent = convolution(dims, channels, channels, bias=False) if share == "separate" and steps else None
@@ -315,7 +262,7 @@ def _draw(layer: nn.Module, gain: float) -> None:
 
 
 class RecurrentConvolution(nn.Module):
-    """The recurrent layer of this file's formulae: t + 1 activations, of which the last leaves.
+    """The recurrent layer of the formulae above: t + 1 activations, of which the last is the output.
 
     Args:
         feed_forward: Convolution that keeps channels and size; its bias, if any, counts once per step.
@@ -350,8 +297,7 @@ class RecurrentConvolution(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *spatial) to the same shape."""
         if self.mode == "checkpoint" and torch.is_grad_enabled():
-            result: Tensor = checkpointed(self._unfold, x, within=self)
-            return result
+            return cast(Tensor, checkpointed(self._unfold, x, within=self))
         return self._unfold(x)
 
     def _unfold(self, x: Tensor) -> Tensor:
@@ -366,9 +312,8 @@ class RecurrentConvolution(nn.Module):
 
     def _recur(self, h: Tensor) -> Tensor:
         if self.recurrent is not None:
-            answer: Tensor = self.recurrent(h)
-            return answer
-        # Not through the module: its bias is in f(x) already.
+            return cast(Tensor, self.recurrent(h))
+        # Without its bias, which is in f(x) already.
         return _CONVOLVE[h.dim()](h, self.feed_forward.weight, padding=self.feed_forward.padding)
 
     def _norm(self, step: int) -> nn.Module:
@@ -390,5 +335,5 @@ class RecurrentUnit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, *spatial) to (B, C_out, *spatial)."""
         projected = channels_innermost(self.projection(x))
-        answer: Tensor = self.layers(projected)
-        return projected + answer if self.residual else answer
+        result: Tensor = self.layers(projected)
+        return projected + result if self.residual else result

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from segkit.models.blocks import convolution
-from segkit.models.region_norm import Rule, masks_of, normalise_regions, pool_channels
+from segkit.models.kernels.region_norm import Rule, masks_of, normalise_regions, pool_channels
 
 Learning = Literal["affine", "straight-through", "supervised"]
 """What teaches RN-L where its region is.

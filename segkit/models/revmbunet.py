@@ -1,22 +1,21 @@
-"""RevMBUNet: a U-Net of reversible MobileNetV2 inverted bottlenecks.
+"""RevMBUNet: a U-Net of reversible MobileNetV2 inverted bottlenecks, in two and three dimensions.
 
-After Pendse et al. 2021 (arXiv 2104.09648), who make the inverted bottlenecks of a 3D U-Net reversible. The paper
-publishes no code; levels, widths, normalisation and skips here are segkit's own design:
+After Pendse et al. 2021 (arXiv 2104.09648), who make the inverted bottlenecks (Sandler et al. 2018, section 3.3) of a
+3D U-Net reversible. The paper publishes no code; levels, widths, normalisation and skips are segkit's own design:
 
     stem -> [ReversibleSequence -> down] x levels -> ReversibleSequence -> [up + skip -> ReversibleSequence] x levels
 
-Channel changes happen in stem, down and up, outside the reversible sequences. Group normalisation makes training and
-evaluation alike at batch size 1.
-
-The inverted bottleneck of MobileNetV2 (Sandler et al. 2018, section 3.3) in two and three dimensions.
+Channels change in stem, down and up, outside the reversible sequences. Group normalisation gives the same results in
+training and evaluation at batch size 1.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Sequence
-from math import gcd, prod
+from math import gcd
 from typing import Literal, cast
 
 import torch
@@ -25,18 +24,25 @@ from torch import Tensor, nn
 
 from segkit.config import Config
 from segkit.models.blocks import (
+    UNet,
     channels_innermost,
-    check_strides,
+    check_levels,
     checkpointed,
     convolution,
+    decode_levels,
+    encode_levels,
     group_norm,
-    pointwise,
-    pointwise_convolve,
     strides_for,
 )
-from segkit.models.kernels.depthwise import depthwise_conv, depthwise_convolve
+from segkit.models.kernels.convolutions import (
+    depthwise_conv,
+    depthwise_convolve,
+    pointwise,
+    pointwise_convolve,
+    step_down,
+    step_up,
+)
 from segkit.models.kernels.fused_group_norm import normalise, normalise_and_activate
-from segkit.models.kernels.strided_conv import step_down, step_up
 from segkit.models.reversible import Mode, ReversibleBlock, ReversibleSequence
 
 REFERENCE = "Pendse et al. 2021, arXiv 2104.09648; our design"
@@ -67,18 +73,12 @@ class RevMBUNetConfig(Config):
     def _agrees(self) -> RevMBUNetConfig:
         if odd := [width for width in self.widths if width % 2]:
             raise ValueError(f"widths must be even to be split in halves; {odd[0]} is odd")
+        check_levels(self.widths, 2, self.strides)
         steps = len(self.widths) - 1
-        if steps < 1:
-            raise ValueError("widths must name at least two levels")
         if isinstance(self.blocks, tuple) and len(self.blocks) != steps + 1:
             raise ValueError(f"blocks names {len(self.blocks)} levels, widths {steps + 1}")
         if isinstance(self.decoder_blocks, tuple) and len(self.decoder_blocks) != steps:
             raise ValueError(f"decoder_blocks names {len(self.decoder_blocks)} levels, but there are {steps}")
-        if min(self.widths) < 2:
-            raise ValueError("widths must be at least 2")
-        if self.strides is not None and len(self.strides) != steps:
-            raise ValueError(f"strides names {len(self.strides)} steps, but {steps + 1} widths need {steps}")
-        check_strides(self.strides)
         return self
 
 
@@ -91,7 +91,7 @@ SIZES: dict[str, dict[str, object]] = {
 """Size name -> the configuration it stands for."""
 
 
-def build_revmbunet(config: RevMBUNetConfig, in_channels: int, out_channels: int, dims: int) -> RevMBUNet:
+def build_revmbunet(config: RevMBUNetConfig, in_channels: int, out_channels: int, dims: int) -> UNet:
     """A RevMBUNet for (B, in_channels, *spatial) inputs of `dims` spatial axes."""
     strides = strides_for(config.strides, len(config.widths) - 1, dims)
     blocks = _per_level(config.blocks, len(config.widths))
@@ -121,7 +121,11 @@ def build_revmbunet(config: RevMBUNetConfig, in_channels: int, out_channels: int
     )
     supervised = config.widths[: min(config.supervised_levels, len(steps))]
     heads = [pointwise(dims, width, out_channels) for width in supervised]
-    return RevMBUNet(encoder, decoder, heads, strides)
+    return UNet(encoder, decoder, heads, strides, "encoder.stem.weight")
+
+
+def _per_level(value: int | tuple[int, ...], levels: int) -> tuple[int, ...]:
+    return (value,) * levels if isinstance(value, int) else value
 
 
 class Encoder(nn.Module):
@@ -135,10 +139,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(B, in_channels, *spatial) to one feature map per level, full resolution first."""
-        features = [self.stages[0](channels_innermost(self.stem(channels_innermost(x))))]
-        for down, stage in zip(self.downs, self.stages[1:], strict=True):
-            features.append(stage(down(features[-1])))
-        return features
+        return encode_levels(channels_innermost(self.stem(channels_innermost(x))), self.downs, self.stages)
 
 
 class Decoder(nn.Module):
@@ -151,55 +152,15 @@ class Decoder(nn.Module):
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         """Encoder features, full resolution first, to decoder features in the same order without the deepest."""
-        x = features[-1]
-        decoded = []
-        for up, stage, skip in zip(reversed(self.ups), reversed(self.stages), features[-2::-1], strict=True):
-            x = stage(skip + up(x))  # the sum lies in memory as its first summand does, channels innermost
-            decoded.append(x)
-        return decoded[::-1]
-
-
-class RevMBUNet(nn.Module):
-    """The network of this file's drawing, assembled from built parts."""
-
-    def __init__(
-        self, encoder: Encoder, decoder: Decoder, heads: Sequence[nn.Module], strides: Sequence[Sequence[int]]
-    ) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.decoder = decoder
-        self.heads = nn.ModuleList(heads)
-        self.divisor = tuple(prod(axis) for axis in zip(*strides, strict=True))
-        self.input_weights = ("encoder.stem.weight",)
-        self.head_prefixes = ("heads.",)
-        self.encoder_prefix = "encoder."
-
-    def encode(self, x: Tensor) -> list[Tensor]:
-        """(B, in_channels, *spatial) to one feature map per level, full resolution first."""
-        features: list[Tensor] = self.encoder(x)
-        return features
-
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """(B, in_channels, *spatial), each axis a multiple of `divisor`, to logits (B, out_channels, *spatial).
-
-        While training: a list, full resolution first, one entry per supervised level.
-        """
-        features = self.decoder(self.encode(x))
-        if self.training:
-            return [head(feature) for head, feature in zip(self.heads, features, strict=False)]
-        logits: Tensor = self.heads[0](features[0])
-        return logits
-
-
-def _per_level(value: int | tuple[int, ...], levels: int) -> tuple[int, ...]:
-    return (value,) * levels if isinstance(value, int) else value
+        # A sum has the memory order of its first summand: channels innermost.
+        return decode_levels(features, self.ups, self.stages, operator.add)
 
 
 class InvertedBottleneck(nn.Module):
     """Expand 1 -> depthwise 3 -> project 1 (Sandler et al. 2018), each followed by group norm; linear at the end.
 
-    Every group of hidden channels is normalised by itself and meets the others in the projection only, as a sum. So
-    the groups can be computed one after another, exactly: nothing of a part is kept but what it adds to that sum.
+    Groups of hidden channels are normalised independently and are only summed in the projection. So they can be
+    computed one after another, with the same result; only the sum is kept.
     """
 
     def __init__(self, channels: int, expansion: int, dims: int, chunks: int = 1) -> None:
@@ -239,7 +200,7 @@ class InvertedBottleneck(nn.Module):
         return summed
 
     def _part(self, part: slice, x: Tensor) -> Tensor:
-        """What the hidden channels `part` add to the projection, (B, C, *spatial)."""
+        """The contribution of the hidden channels `part` to the projection, (B, C, *spatial)."""
         x = pointwise_convolve(x, _weight(self.expand)[part])
         x = normalise_and_activate(x, self.expand_norm, part)
         x = depthwise_convolve(x, _weight(self.depthwise)[part])

@@ -5,16 +5,14 @@ After Huang et al. 2023 (arXiv 2304.06716) and the released code of uni-medical/
 
     stage 0 -> stage 1 -> ... -> stage 5 -> [upsample, skip, stage] x 5, with a head after each of the last five
 
-Down is the stride of a stage's first block, up is a pointwise convolution and nearest-neighbour upsampling: neither
-has weights that depend on the stride, so that one set of weights serves every spacing. Names and shapes of the weights
-are those of the released files.
+Down is the stride of a stage's first block, up is a pointwise convolution and nearest-neighbour upsampling: no weights
+depend on the stride, so one set of weights fits every spacing. Names and shapes of the weights are those of the
+released files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import prod
-from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -23,7 +21,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from segkit.config import Config
-from segkit.models.blocks import InstanceNorm, check_strides, convolution, pointwise, strides_for
+from segkit.models.blocks import InstanceNorm, Mode, check_strides, convolution, divisor_of, strides_for
+from segkit.models.kernels.convolutions import pointwise
 
 REFERENCE = "Huang et al. 2023, arXiv 2304.06716"
 
@@ -32,9 +31,6 @@ _MULTIPLES = (1, 2, 4, 8, 16, 16)
 
 _STEPS = len(_MULTIPLES) - 1
 _SLOPE = 0.01
-
-Mode = Literal["plain", "checkpoint"]
-"""How blocks spend memory: keep every activation, or keep a block's input and compute the block again."""
 
 
 class StuNetConfig(Config):
@@ -89,7 +85,7 @@ def build_stunet(config: StuNetConfig, in_channels: int, out_channels: int, dims
         upsamplings=[Upsampling(pointwise(dims, below, width)) for below, width in ups],
         decoder=[stage(2 * width, width, here) for _, width in ups],
         heads=[pointwise(dims, width, out_channels) for _, width in ups],
-        divisor=tuple(prod(axis) for axis in zip(*strides, strict=True)),
+        divisor=divisor_of(strides),
         mode=config.mode,
         supervised_levels=config.supervised_levels,
     )
@@ -122,7 +118,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, *spatial) to (B, width, *spatial / stride)."""
-        # In place where backward does not need what is overwritten: a norm keeps its input, a leaky ReLU its output.
+        # In place where backward does not need the input: a norm keeps its input, a leaky ReLU its output.
         y = functional.leaky_relu_(self.norm1(self.conv1(x)), _SLOPE)
         y = self.norm2(self.conv2(y))
         y += x if self.conv3 is None else self.conv3(x)
@@ -147,7 +143,7 @@ class Upsampling(nn.Module):
 
 
 class StuNet(nn.Module):
-    """The network of this file's drawing, assembled from built parts; its attributes carry the released names."""
+    """STU-Net, assembled from built parts; its attributes have the released names."""
 
     def __init__(
         self,
@@ -172,11 +168,11 @@ class StuNet(nn.Module):
         self.head_prefixes = ("seg_outputs.",)
         self.encoder_prefix = "conv_blocks_context."
         for head in heads[: self.first_supervised]:
-            # No gradient ever reaches them, and data-parallel training refuses to wait for one in vain.
+            # They get no gradient, which data-parallel training would wait for.
             head.requires_grad_(False)
 
     def units(self) -> list[nn.Module]:
-        """Parts with nearly all of the weights that compute one after the other, for whoever keeps weights in parts."""
+        """The blocks, which hold nearly all weights and run one after the other, for sharding."""
         return [module for module in self.modules() if isinstance(module, ResidualBlock)]
 
     def encode(self, x: Tensor) -> list[Tensor]:
@@ -197,7 +193,7 @@ class StuNet(nn.Module):
         levels = []
         for step, (stage, head) in enumerate(zip(self.conv_blocks_localization, self.seg_outputs, strict=True)):
             first, *others = stage.children()
-            # Joining belongs to the unit, so that checkpointing does not keep the joined map with its twofold width.
+            # Joining is inside the checkpoint, so that the joined map of twice the width is not kept.
             x = self._run(self._join, self.upsample_layers[step], first, x, skips.pop())
             for block in others:
                 x = self._run(block, x)

@@ -1,27 +1,25 @@
 """A vision transformer of the Segment Anything kind, with a light decoder, for images and for slices of volumes.
 
 The encoder is the image encoder of Kirillov et al. 2023 (arXiv 2304.02643, appendix A; after ViTDet, Li et al. 2022)
-without absolute position embedding, which is the form that LVM-Med publishes: patches of 16 x 16 pixels become tokens,
-most blocks attend inside windows, some globally, each with decomposed relative positions, and a convolutional neck
-narrows the result. Below "encoder." the state-dict names are those of the public ImageEncoderViT.
+without absolute position embedding, as LVM-Med publishes it: patches of 16 x 16 pixels become tokens, most blocks
+attend inside windows, some globally, each with decomposed relative positions, and a convolutional neck reduces the
+channels. Below "encoder." the state-dict names are those of the public ImageEncoderViT.
 
-The decoder is segkit's own: four transposed convolutions back to full resolution, where one convolution of the image
-itself adds the detail that tokens of 16 x 16 pixels have lost.
+The decoder is segkit's own: four transposed convolutions back to full resolution, where a convolution of the image adds
+fine detail.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
-from segkit.models.blocks import convolution, group_norm, pointwise
-from segkit.models.kernels.strided_conv import step_up
+from segkit.models.blocks import Mode, checkpointed, convolution, group_norm
+from segkit.models.kernels.convolutions import pointwise, step_up
 from segkit.models.slicewise import SlicewiseConfig
 
 REFERENCE = "Kirillov et al. 2023, arXiv 2304.02643; LVM-Med, arXiv 2306.11925; our decoder"
@@ -30,8 +28,6 @@ _PATCH = 16
 """Pixels of a token's side, part of the published weights."""
 _EPSILON = 1e-6
 """Of every layer norm of the published encoder."""
-
-VitMode = Literal["plain", "checkpoint"]
 
 
 class VitConfig(SlicewiseConfig):
@@ -53,7 +49,7 @@ class VitConfig(SlicewiseConfig):
     """Channels of the encoder's result."""
     decoder_widths: tuple[int, int, int, int] = (128, 64, 32, 16)
     """Channels of the decoder at 1/8, 1/4, 1/2 and full resolution."""
-    mode: VitMode = "plain"
+    mode: Mode = "plain"
     """Memory mode: keep every activation, or one per transformer block; weights and results are the same."""
 
     @model_validator(mode="after")
@@ -223,12 +219,12 @@ def convolutional_neck(width: int, channels: int) -> nn.Sequential:
 class VitEncoder(nn.Module):
     """Patch embedding, transformer blocks, neck; names as in the public ImageEncoderViT."""
 
-    def __init__(self, patch_embed: nn.Module, blocks: Sequence[nn.Module], neck: nn.Module, mode: VitMode) -> None:
+    def __init__(self, patch_embed: nn.Module, blocks: Sequence[nn.Module], neck: nn.Module, mode: Mode) -> None:
         super().__init__()
         self.patch_embed = patch_embed
         self.blocks = nn.ModuleList(blocks)
         self.neck = neck
-        self.mode: VitMode = mode
+        self.mode: Mode = mode
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
@@ -239,7 +235,7 @@ class VitEncoder(nn.Module):
         is_checkpointed = self.mode == "checkpoint" and self.training
         x = self.patch_embed(x)
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if is_checkpointed else block(x)
+            x = checkpointed(block, x, within=block) if is_checkpointed else block(x)
         result: Tensor = self.neck(x.permute(0, 3, 1, 2))
         return result
 

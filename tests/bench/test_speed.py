@@ -7,8 +7,7 @@ from torch import nn
 
 from segkit.bench import speed
 from segkit.bench.speed import build_network, with_library_layers
-from segkit.models.blocks import PointwiseConv3d
-from segkit.models.kernels.depthwise import DepthwiseConv3d
+from segkit.models.kernels.convolutions import DepthwiseConv3d, PointwiseConv3d
 
 
 def test_training_variants_have_the_same_gradients() -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from segkit.models.blocks import InstanceNorm, PointwiseConv3d, channels_innermost, pointwise, without_statistics
+from segkit.models.blocks import InstanceNorm, channels_innermost, without_statistics
+from segkit.models.kernels.convolutions import PointwiseConv3d, pointwise
 
 
 def _innermost(x: Tensor) -> bool:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from segkit.models.kernels.depthwise import DepthwiseConv3d
+from segkit.models.kernels.convolutions import DepthwiseConv3d
 
 
 def _pair(channels: int, kernel: int) -> tuple[nn.Conv3d, DepthwiseConv3d]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from segkit.models.kernels.strided_conv import StepDown3d, StepUp3d, step_down, step_up
+from segkit.models.kernels.convolutions import StepDown3d, StepUp3d, step_down, step_up
 
 
 def _pair(kind: str, stride: tuple[int, int, int]) -> tuple[nn.Module, nn.Module, Tensor]:

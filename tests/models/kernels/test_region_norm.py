@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from segkit.models import region_norm as region_norm_module
-from segkit.models.region_layers import RegionNormBasic, RegionNormLearnable, resize_regions
-from segkit.models.region_norm import (
+from segkit.models.kernels.region_norm import (
     Rule,
     Statistics,
     _by_formula,
@@ -20,6 +19,7 @@ from segkit.models.region_norm import (
     pool_channels,
     region_norm,
 )
+from segkit.models.region_layers import RegionNormBasic, RegionNormLearnable, resize_regions
 
 _EPSILON = 1e-5
 
