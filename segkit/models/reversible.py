@@ -1,15 +1,15 @@
-"""Reversible sequences: blocks whose inputs are recomputed from their outputs, so memory does not grow with depth.
+"""Reversible sequences: block inputs are recomputed from outputs, so memory does not grow with depth.
 
 Additive coupling (Gomez et al. 2017, "The Reversible Residual Network", section 3.1): channels split in halves,
 y1 = x1 + F(x2), y2 = x2 + G(y1); inverse x2 = y2 - G(y1), x1 = y1 - F(x2). Backward:
 dx1 = dy1 + J_G(y1)^T dy2 and dx2 = dy2 + J_F(x2)^T dx1.
 
-One autograd Function serves a whole sequence and saves its output only. Parameters are passed to it explicitly, so
+One autograd Function covers a whole sequence and saves only its output. Parameters are passed to it explicitly, so
 frozen parameters, inputs without gradient, `torch.autograd.grad`, accumulation and DDP behave as with plain layers.
-Under autocast the stream between blocks stays in float32: adding in bfloat16 loses the bits that the inversion needs.
-`torch.compile` compiles what lies around a sequence and each F and G by itself; give such a network no dropout inside
-F and G, because the two compiled passes need not draw the same numbers. Double backward and torch.func transforms are
-not supported; use mode "plain" for them.
+Under autocast the stream between blocks stays in float32: sums in bfloat16 lose the bits that the inversion needs.
+`torch.compile` compiles the code around a sequence and each F and G by itself; then F and G must not contain dropout,
+because the two compiled passes may draw different numbers. Double backward and torch.func transforms are not supported;
+use mode "plain" for them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from segkit.models.blocks import checkpointed, is_stochastic, without_statistics
 
 Mode = Literal["plain", "checkpoint", "reversible"]
-"""How a sequence spends memory: keep every activation, keep one per block, keep one per sequence."""
+"""Memory mode of a sequence: keep every activation, one per block, or one per sequence."""
 
 
 class ReversibleBlock(nn.Module):
@@ -90,7 +90,7 @@ class _Reversible(torch.autograd.Function):
             for name in ("f", "g"):
                 if draws:
                     ctx.random_states.append(_random_state(x.device))
-                # A half is replaced, never edited: the skip connection may hold the tensor it is a view of.
+                # Not in place: the skip connection may hold the tensor that a half is a view of.
                 if name == "f":
                     x1 = x1 + block.f(x2)
                 else:
@@ -155,7 +155,7 @@ def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
 
 @contextmanager
 def _random_state_of(state: tuple[Tensor, Tensor | None] | None, device: torch.device) -> Iterator[None]:
-    """Draw the same random numbers as in the forward pass, then go on as if nothing had been drawn."""
+    """Draw the same random numbers as in the forward pass, then restore the generators."""
     if state is None:
         yield
         return

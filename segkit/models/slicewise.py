@@ -1,11 +1,11 @@
-"""Two-dimensional networks on volumes: every slice is an image, the segmented slices are stacked again.
+"""Two-dimensional networks on volumes: every slice is an image, and the segmented slices are stacked again.
 
-The wrapper has no weights. It keeps the parts of the two-dimensional network as its own children, so that state-dict
-names are the same in both forms and a checkpoint of one loads into the other.
+The wrapper has no weights. It has the parts of the 2D network as its own children, so that state-dict names are the
+same in both forms and a checkpoint of one loads into the other.
 
-With `neighbours` = n a slice comes with the n slices on each side as further channels ("2.5D"): first all channels of
-slice z - n, then of z - n + 1, up to z + n. Beyond the border the outermost slice is repeated. One channel with one
-neighbour on each side makes three channels, which is what encoders pre-trained on colour pictures take.
+With `neighbours` = n a slice has the n slices on each side as further channels ("2.5D"): first all channels of slice
+z - n, then of z - n + 1, up to z + n. Beyond the border the outermost slice is repeated. One channel with one neighbour
+on each side gives three channels, as encoders pre-trained on colour pictures have.
 """
 
 from __future__ import annotations
@@ -18,80 +18,80 @@ from segkit.config import Config
 
 
 class SlicewiseConfig(Config):
-    """How a two-dimensional network meets volumes; without meaning for images."""
+    """How a 2D network is applied to volumes; without effect for images."""
 
     slice_axis: int | None = Field(default=None, ge=0, le=2)
     """Spatial axis across which volumes are sliced, 0 is the first after the channels; None is 0 or planned."""
     neighbours: int = Field(default=0, ge=0)
     """Slices on each side that a slice sees as further channels."""
     slices_at_once: int = Field(default=16, ge=1)
-    """Slices that are computed together in evaluation; training takes all of a patch together."""
+    """Slices that are computed together in evaluation; training computes all of a patch together."""
 
     def image_channels(self, in_channels: int, dims: int) -> int:
-        """Channels of the images that the two-dimensional network gets, for data of `in_channels` and `dims` axes.
+        """Image channels of the 2D network, for data of `in_channels` and `dims` axes.
 
         Raises:
-            ValueError: slices are asked for, but the data have two axes.
+            ValueError: slices are set, but the data have two axes.
         """
         if dims == 2 and (self.neighbours or self.slice_axis is not None):
             raise ValueError("slice_axis and neighbours need data of three axes")
         return in_channels * (2 * self.neighbours + 1)
 
-    def applied_to(self, planar: nn.Module, dims: int) -> nn.Module:
-        """`planar` itself for images, its slice-wise form for volumes."""
+    def applied_to(self, network: nn.Module, dims: int) -> nn.Module:
+        """`network` itself for images, its slice-wise form for volumes."""
         if dims == 2:
-            return planar
-        return Slicewise(planar, self.slice_axis or 0, self.neighbours, self.slices_at_once)
+            return network
+        return Slicewise(network, self.slice_axis or 0, self.neighbours, self.slices_at_once)
 
 
 class Slicewise(nn.Module):
-    """A built two-dimensional network, applied to each slice of (B, C, *spatial) across one axis.
+    """A 2D network, applied to each slice of (B, C, *spatial) across one axis.
 
-    `planar` takes (B, C * (2 * neighbours + 1), H, W) and has the attributes that every network of the table has.
+    `network` takes (B, C * (2 * neighbours + 1), H, W) and has the attributes of `SegmentationNetwork`.
     """
 
-    def __init__(self, planar: nn.Module, axis: int = 0, neighbours: int = 0, slices_at_once: int = 16) -> None:
+    def __init__(self, network: nn.Module, axis: int = 0, neighbours: int = 0, slices_at_once: int = 16) -> None:
         super().__init__()
-        for name, part in planar.named_children():
+        for name, part in network.named_children():
             self.add_module(name, part)
         # In a tuple, because a registered module would add its name to the names of the weights.
-        self._planar = (planar,)
+        self._network = (network,)
         self.axis = axis
         self.neighbours = neighbours
         self.slices_at_once = slices_at_once
-        height, width = planar.divisor  # type: ignore[misc]
+        height, width = network.divisor  # type: ignore[misc]
         self.divisor = (*(height, width)[:axis], 1, *(height, width)[axis:])
-        self.input_weights: tuple[str, ...] = planar.input_weights  # type: ignore[assignment]
-        self.head_prefixes: tuple[str, ...] = planar.head_prefixes  # type: ignore[assignment]
-        self.encoder_prefix: str = planar.encoder_prefix  # type: ignore[assignment]
+        self.input_weights: tuple[str, ...] = network.input_weights  # type: ignore[assignment]
+        self.head_prefixes: tuple[str, ...] = network.head_prefixes  # type: ignore[assignment]
+        self.encoder_prefix: str = network.encoder_prefix  # type: ignore[assignment]
 
     def train(self, mode: bool = True) -> Slicewise:
-        """Training or evaluation mode, also of the network that the parts belong to."""
+        """Set training or evaluation mode, also of the 2D network itself."""
         super().train(mode)
-        self._planar[0].train(mode)
+        self._network[0].train(mode)
         return self
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(B, C, *spatial) to logits of the same spatial size; a list of them in training mode."""
-        (planar,) = self._planar
+        (network,) = self._network
         slices = x.movedim(2 + self.axis, 1)  # (B, S, C, H, W)
         if self.training:
-            levels: list[Tensor] = planar(self._images(slices, 0, slices.shape[1]))
+            levels: list[Tensor] = network(self._images(slices, 0, slices.shape[1]))
             return [self._volume(level, len(x)) for level in levels]
         if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():  # of which the batch is not known
-            return self._volume(planar(self._images(slices, 0, slices.shape[1])), x.shape[0])
+            return self._volume(network(self._images(slices, 0, slices.shape[1])), x.shape[0])
         step = max(1, self.slices_at_once // len(x))
         parts = [
-            self._volume(planar(self._images(slices, start, min(start + step, slices.shape[1]))), len(x))
+            self._volume(network(self._images(slices, start, min(start + step, slices.shape[1]))), len(x))
             for start in range(0, slices.shape[1], step)
         ]
         return torch.cat(parts, dim=2 + self.axis)
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """(B, C, *spatial) to the feature maps of its slices, stacked again: the slice axis keeps its length."""
-        (planar,) = self._planar
+        """(B, C, *spatial) to the feature maps of its slices, stacked again; the slice axis keeps its length."""
+        (network,) = self._network
         slices = x.movedim(2 + self.axis, 1)  # (B, S, C, H, W)
-        levels: list[Tensor] = planar.encode(self._images(slices, 0, slices.shape[1]))  # type: ignore[operator]
+        levels: list[Tensor] = network.encode(self._images(slices, 0, slices.shape[1]))  # type: ignore[operator]
         return [self._volume(level, len(x)) for level in levels]
 
     def _images(self, slices: Tensor, start: int, stop: int) -> Tensor:

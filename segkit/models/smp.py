@@ -1,12 +1,12 @@
 """Two-dimensional networks of segmentation-models-pytorch, for images and, slice by slice, for volumes.
 
 Unet (Ronneberger et al. 2015), UnetPlusPlus (Zhou et al. 2018), FPN (Kirillov et al. 2019), DeepLabV3Plus (Chen et al.
-2018) and Segformer (Xie et al. 2021) on any encoder that the library knows, its own and timm's ("tu-" before the name).
+2018) and Segformer (Xie et al. 2021) on any encoder of the library, its own and timm's ("tu-" before the name).
 State-dict names are the library's: "encoder.", "decoder.", "segmentation_head.". With "resnet50" at depth 5 the names
-below "encoder." are those of torchvision's ResNet-50 without its classifier, which is how LVM-Med publishes its file.
+below "encoder." are those of torchvision's ResNet-50 without its classifier, as in the file of LVM-Med.
 
-Most encoders have batch norm: evaluation uses running statistics, so its output differs from that of training. Where a
-batch norm meets one value per channel in training, it uses its running statistics: `smp.make_single_values_safe`.
+Most encoders have batch norm, so the output of evaluation differs from that of training. A batch norm with one value
+per channel in training uses its running statistics (`make_single_values_safe`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _WIDTHS: dict[Architecture, tuple[int, ...]] = {
 _NESTED: tuple[Architecture, ...] = ("unet", "unetplusplus")
 
 
-class PlanarConfig(SlicewiseConfig):
+class SmpConfig(SlicewiseConfig):
     """A decoder on an encoder of segmentation-models-pytorch."""
 
     architecture: Architecture = "unet"
@@ -71,7 +71,7 @@ class PlanarConfig(SlicewiseConfig):
     """Dilations of the pyramid of deeplabv3plus."""
 
     @model_validator(mode="after")
-    def _agrees(self) -> PlanarConfig:
+    def _agrees(self) -> SmpConfig:
         expected = len(self._widths())
         if self.decoder_channels is not None and len(self.decoder_channels) != expected:
             raise ValueError(
@@ -135,39 +135,39 @@ SIZES: dict[str, dict[str, object]] = {
 """Size name -> the configuration it stands for."""
 
 
-def build_planar(config: PlanarConfig, in_channels: int, out_channels: int, dims: int) -> nn.Module:
+def build_smp(config: SmpConfig, in_channels: int, out_channels: int, dims: int) -> nn.Module:
     """The network for images (B, in_channels, H, W), or its slice-wise form for volumes.
 
     Raises:
-        ValueError: the encoder is not known, does not suit the decoder, or its weights cannot be had.
+        ValueError: the encoder is unknown, does not fit the decoder, or its weights are not available.
     """
     require_known_encoder(config.encoder)
     channels = config.image_channels(in_channels, dims)
     network = _library_network(config, config.encoder_weights, channels, out_channels)
-    # One channel more tells which weights belong to the channels, a training step which weights take part.
+    # Another channel count shows which weights depend on the channels, a training step which weights are used.
     trial = _trial(config, channels + 1, out_channels)
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name not in trial.unused)
     input_weights = tuple(
         name for name, tensor in network.state_dict().items() if tuple(tensor.shape) != trial.tensors[name]
     )
-    return config.applied_to(PlanarNetwork(network, trial.image[-2], input_weights), dims)
+    return config.applied_to(SmpNetwork(network, trial.image[-2], input_weights), dims)
 
 
-def _library_network(config: PlanarConfig, weights: str | None, in_channels: int, out_channels: int) -> nn.Module:
+def _library_network(config: SmpConfig, weights: str | None, in_channels: int, out_channels: int) -> nn.Module:
     options = {**config.library_options(), "in_channels": in_channels, "classes": out_channels}
     return build_library_network(_CLASSES[config.architecture], config.encoder, weights, options)
 
 
-@lru_cache(maxsize=32)  # planning builds the same network again and again
-def _trial(config: PlanarConfig, in_channels: int, out_channels: int) -> Sketch:
+@lru_cache(maxsize=32)  # planning builds the same network many times
+def _trial(config: SmpConfig, in_channels: int, out_channels: int) -> Sketch:
     """A training step on an image as high as the divisor and twice as wide.
 
-    The divisor is the encoder's output stride, but where its deeper layers need larger maps (SegFormer's encoders pool
-    tokens 8 x 8) it is two or four times as much.
+    The divisor is the encoder's output stride, or two or four times as much if its deeper layers need larger maps
+    (SegFormer's encoders pool tokens 8 x 8).
 
     Raises:
-        ValueError: the network does not work on such images, or logits of another size come out.
+        ValueError: the network does not work on such images, or its logits have another size.
     """
 
     def images(network: nn.Module) -> list[tuple[int, ...]]:
@@ -184,10 +184,10 @@ def _trial(config: PlanarConfig, in_channels: int, out_channels: int) -> Sketch:
     return trial
 
 
-class PlanarNetwork(nn.Module):
+class SmpNetwork(nn.Module):
     """Encoder, decoder and head of a network of the library, under the library's names.
 
-    Weights that the chosen depth does not use are kept, so that files of the whole encoder load, but are frozen.
+    Weights beyond the chosen depth are kept, so that files of the whole encoder load, but are frozen.
     """
 
     def __init__(self, network: nn.Module, divisor: int, input_weights: tuple[str, ...]) -> None:

@@ -1,6 +1,6 @@
-"""What segkit asks of segmentation-models-pytorch: known encoder names, networks also without contents, safe norms.
+"""Access to segmentation-models-pytorch: encoder names, networks with or without contents, safe batch norms.
 
-The library is imported inside functions, so that segkit runs where it, or its matching torchvision, is missing.
+The library is imported inside functions, so that segkit also runs without it or without a matching torchvision.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _TIMM = "tu-"
 
 
 def require_known_encoder(name: str) -> None:
-    """Do nothing if the library has an encoder `name`: one of its own, or "tu-" and the name of a timm network.
+    """Check that the library has an encoder `name`: one of its own, or "tu-" and the name of a timm network.
 
     Raises:
-        ValueError: it has not, and the message holds close matches; or the library cannot be imported.
+        ValueError: it has none (the message names close matches), or the library cannot be imported.
     """
     encoders = _library().encoders
     import timm
@@ -43,12 +43,12 @@ def require_known_encoder(name: str) -> None:
 def build_library_network(
     architecture: str, encoder: str, encoder_weights: str | None, options: Mapping[str, object]
 ) -> nn.Module:
-    """The library's network of class `architecture`; nothing is downloaded where `encoder_weights` is None.
+    """The library's network of class `architecture`; nothing is downloaded if `encoder_weights` is None.
 
-    Inside the meta device or fake tensors it has shapes but no contents, and no weights are fetched.
+    On the meta device or with fake tensors it has shapes but no contents, and nothing is downloaded.
 
     Raises:
-        ValueError: the library refuses the options, has no such weights or cannot fetch them.
+        ValueError: the library rejects the options, has no such weights or cannot download them.
     """
     kind = getattr(_library(), architecture)
 
@@ -59,7 +59,7 @@ def build_library_network(
     try:
         if not _has_contents():
             return _without_contents(lambda: make(None))
-        # timm fixes the weights by the network's name and takes a yes or no.
+        # timm has the weights in the network's name and takes a boolean.
         return make(True if encoder_weights and encoder.startswith(_TIMM) else encoder_weights)
     except (AssertionError, KeyError, OSError, RuntimeError, TypeError) as error:
         raise ValueError(
@@ -69,7 +69,7 @@ def build_library_network(
 
 @dataclass(frozen=True)
 class Sketch:
-    """What a network without contents tells: its tensors' shapes, the parameters it never uses, images it works on."""
+    """Result of a training step without contents: shapes of image, logits and tensors, and unused parameters."""
 
     image: tuple[int, ...]
     logits: tuple[int, ...]
@@ -78,12 +78,12 @@ class Sketch:
 
 
 def sketch(make: Callable[[], nn.Module], images: Callable[[nn.Module], Sequence[tuple[int, ...]]]) -> Sketch:
-    """Take a network through one training step on the meta device, allocating nothing.
+    """Run one training step of a network on the meta device, without allocating memory.
 
-    `images` gives shapes (B, C, H, W) for the network; the first that it works on is taken.
+    `images` gives shapes (B, C, H, W) for the network; the first that works is taken.
 
     Raises:
-        ValueError: it works on none of them; the message is about the last.
+        ValueError: none of them works; the message is about the last.
     """
     with unset_fake_temporarily(), torch.device("meta"), torch.inference_mode(mode=False), torch.enable_grad():
         network = _without_contents(make).train()
@@ -102,10 +102,10 @@ def sketch(make: Callable[[], nn.Module], images: Callable[[nn.Module], Sequence
 
 
 def make_single_values_safe(network: nn.Module) -> None:
-    """Let batch norms that meet a single value per channel in training use their running statistics for that pass.
+    """Let batch norms that get a single value per channel in training use their running statistics for that pass.
 
-    A batch of one leaves one value per channel where the deepest map is 1 x 1 and after global pooling (DeepLab).
-    torch refuses it, because the variance of one value does not exist; evaluation would use running statistics too.
+    A batch of one has one value per channel if the deepest map is 1 x 1, and after global pooling (DeepLab). torch
+    rejects it, because one value has no variance; evaluation uses running statistics too.
     """
     for module in network.modules():
         if isinstance(module, _BatchNorm):
@@ -126,7 +126,7 @@ def _return_to_training(module: nn.Module, inputs: tuple[Tensor, ...], output: o
 def _library() -> Any:
     try:
         import segmentation_models_pytorch
-    except (ImportError, RuntimeError) as error:  # the latter where torch and torchvision are no matching pair
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torch and torchvision do not match
         raise ValueError(
             f"segmentation-models-pytorch cannot be imported ({error}); "
             "install it, with a torchvision that was made for the torch at hand"
@@ -140,10 +140,10 @@ def _has_contents() -> bool:
 
 
 def _without_contents(make: Callable[[], nn.Module]) -> nn.Module:
-    """`make()` with tensors of the surrounding device or mode, which allocates nothing.
+    """`make()` with tensors of the surrounding device or mode, without allocating memory.
 
-    Networks of the library read numbers off tensors while they are built and place some weights on the CPU whatever
-    was asked for, so they are built on the meta device, and then each tensor is replaced by one of its shape.
+    The library reads numbers from tensors while it builds networks and always places some weights on the CPU, so the
+    network is built on the meta device, and then each tensor is replaced by one of its shape.
     """
     with unset_fake_temporarily(), torch.device("meta"), _RatesOnCpu():
         network = make()
@@ -157,7 +157,7 @@ def _without_contents(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 class _RatesOnCpu(TorchFunctionMode):
-    """Rates of stochastic depth are read off a `linspace`, which has to have contents for that."""
+    """Give `linspace` contents: rates of stochastic depth are read from one."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -1,7 +1,4 @@
-"""The networks segkit knows: one visible table, name to configuration class and builder.
-
-What every network of the table promises besides computing: which of its tensors are for what.
-"""
+"""The table of networks: family name to configuration, builder and sizes; and the interface that all networks have."""
 
 from __future__ import annotations
 
@@ -15,8 +12,7 @@ from torch import Tensor, nn
 
 from segkit.config import Config
 from segkit.errors import RequestError
-from segkit.models import generator, inpainter, r2unet, revmbunet, stunet, vit
-from segkit.models import smp as planar
+from segkit.models import generator, inpainter, r2unet, revmbunet, smp, stunet, vit
 
 
 @dataclass(frozen=True)
@@ -64,11 +60,11 @@ MODELS: dict[str, ModelEntry] = {
         default_size="B",
     ),
     "smp": ModelEntry(
-        config=planar.PlanarConfig,
-        build=planar.build_planar,
-        sizes=planar.SIZES,
+        config=smp.SmpConfig,
+        build=smp.build_smp,
+        sizes=smp.SIZES,
         dims=(2, 3),
-        reference=planar.REFERENCE,
+        reference=smp.REFERENCE,
         default_size="unet",
     ),
     "vit": ModelEntry(
@@ -99,7 +95,7 @@ MODELS: dict[str, ModelEntry] = {
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What `segkit models` tells of one size of one family, in 3D where the family has it.
+    """One size of one family, in 3D where the family has it.
 
     `parameters` counts numbers, `tensors` the entries of the state dict, running statistics included.
     """
@@ -114,7 +110,7 @@ class ModelInfo:
 
 
 def configure(family: str, size: str | None = None, arguments: Mapping[str, object] | None = None) -> Config:
-    """The configuration of a family: its named size, with `arguments` over it.
+    """The configuration of a family: its named size, with `arguments` in place of its values.
 
     Raises:
         RequestError: the family, the size or an argument is unknown or out of range.
@@ -144,8 +140,8 @@ def build_model(
 ) -> nn.Module:
     """A network with fresh weights: (B, in_channels, *spatial) to logits (B, out_channels, *spatial).
 
-    In training mode it returns a list of logits, full resolution first (deep supervision). `model.divisor` is what
-    each spatial axis must be a multiple of, in voxels; `segkit.models.table` lists all that a network promises.
+    In training mode it returns a list of logits, full resolution first (deep supervision). Each spatial axis must be a
+    multiple of its entry of `model.divisor`, in voxels; `SegmentationNetwork` has the other attributes.
 
     Raises:
         RequestError: the family, the size, an argument or `dims` is not offered.
@@ -161,7 +157,7 @@ def build_model(
 
 
 def list_models(in_channels: int = 4, out_channels: int = 3) -> list[ModelInfo]:
-    """Every size of every family at so many channels, counted without allocating weights."""
+    """Every size of every family with these channels, counted without allocating weights."""
     found = []
     for family, entry in MODELS.items():
         for size in entry.sizes:
@@ -178,23 +174,19 @@ def list_models(in_channels: int = 4, out_channels: int = 3) -> list[ModelInfo]:
 
 @runtime_checkable
 class SegmentationNetwork(Protocol):
-    """A network that `build_model` makes.
-
-    Called with (B, in_channels, *spatial) it gives logits (B, out_channels, *spatial); while training a list of them,
-    full resolution first. The names are those of its state dict, by which weights of other networks find their place.
-    """
+    """The interface of a network from `build_model`; names are those of its state dict, for transfer of weights."""
 
     divisor: tuple[int, ...]
     """Each axis of *spatial must be a multiple of its entry, in voxels."""
     input_weights: tuple[str, ...]
     """Names of the tensors whose axis 1 is the image channels."""
     head_prefixes: tuple[str, ...]
-    """Beginnings of the names of the segmentation heads."""
+    """Prefixes of the names of the segmentation heads."""
     encoder_prefix: str
-    """Beginning of the names of the encoder, such as "encoder."."""
+    """Prefix of the names of the encoder, such as "encoder."."""
 
     def __call__(self, x: Tensor) -> Tensor | list[Tensor]:
-        """Logits of a batch of patches."""
+        """(B, in_channels, *spatial) to logits (B, out_channels, *spatial); in training a list, finest first."""
         ...
 
     def encode(self, x: Tensor) -> list[Tensor]:

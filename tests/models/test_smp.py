@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from segkit.errors import RequestError
-from segkit.models.smp import SIZES, PlanarConfig, build_planar
+from segkit.models.smp import SIZES, SmpConfig, build_smp
 from segkit.models.table import build_model
 
 _CHEAP: dict[str, object] = {"encoder": "tu-regnetx_002", "encoder_depth": 3, "decoder_channels": (16, 8, 8)}
@@ -172,16 +172,16 @@ def test_sketches_have_the_shapes_of_the_network(arguments: dict[str, object]) -
 def test_sizes_are_what_they_are_called() -> None:
     assert SIZES["unet"] == {}
     for size, values in SIZES.items():
-        assert PlanarConfig(**values).architecture == size.partition("-")[0]  # type: ignore[arg-type]
+        assert SmpConfig(**values).architecture == size.partition("-")[0]  # type: ignore[arg-type]
 
 
 def test_looking_at_the_network_uses_up_no_random_numbers() -> None:
-    config = PlanarConfig(**_CHEAP, dropout=None)  # type: ignore[arg-type]
+    config = SmpConfig(**_CHEAP, dropout=None)  # type: ignore[arg-type]
     torch.manual_seed(3)
-    build_planar(config, 7, 2, 2)
+    build_smp(config, 7, 2, 2)
     first = torch.rand(4)
     torch.manual_seed(3)
-    build_planar(config, 7, 2, 2)  # this time the look is remembered
+    build_smp(config, 7, 2, 2)  # this time the look is remembered
     assert torch.equal(torch.rand(4), first)
 
 

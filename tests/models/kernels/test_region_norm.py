@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from segkit.models import region_norm as region_norm_module
+from segkit.models.kernels import region_norm as region_norm_module
 from segkit.models.kernels.region_norm import (
     Rule,
     Statistics,
