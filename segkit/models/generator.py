@@ -1,31 +1,32 @@
-"""The generator of Yu et al. 2020 (arXiv 1911.10375): EdgeConnect's network with region normalisation.
+"""The generator and the discriminator of Yu et al. 2020 (arXiv 1911.10375).
 
-    what                 kernel          channels     norm  then
+The generator is EdgeConnect's with region normalisation (RN-B, RN-L: `region_layers`):
+
+    part                 kernel          channels     norm  then
     encoder.0            7               C -> 64      RN-B  ReLU
     encoder.1            4, stride 2     64 -> 128    RN-B  ReLU
     encoder.2            4, stride 2     128 -> 256   RN-B  ReLU
     middle, 8 blocks of  3, dilation 2   256 -> 256   RN-L  ReLU
-                         3               256 -> 256   RN-L  + what the block began with
+                         3               256 -> 256   RN-L  + input of the block
     decoder.0            3               256 -> 512         pixel shuffle to 128, RN-L, ReLU
     decoder.1            3               128 -> 256         pixel shuffle to 64, RN-L, ReLU
     head                 7               64 -> C            (tanh + 1) / 2
 
-At 3 channels these are 11.60 million parameters. Kernels of 7 and those of the blocks see the image mirrored at its
-border, the others zeros. In the encoder, which is told the hole (RN-B), the released code scales hole and image apart;
-from there on each layer finds its region itself (RN-L). The hole is no channel of the input: the network sees it as
-voxels of one value.
+At 3 channels it has 11.60 million parameters. Kernels of 7 and those of the blocks see the image mirrored at its
+border, the others zeros. The encoder gets the hole for its norms (RN-B); from there on each layer detects its region
+(RN-L). The hole is not an input channel: the network sees voxels of one value.
 
-The released code has images from 0 to 1, holes filled with 1: `output="unit"`. Scans have no brightest value to stand
-for a hole and no bounds: by default holes are 0, as background is, and there is no tanh.
+The released code has images from 0 to 1, holes filled with 1: `output="unit"`. Scans have neither bounds nor a
+brightest value: by default holes are 0, as background is, and there is no tanh.
 
-The discriminator of Yu et al. 2020 (arXiv 1911.10375): which patches of 70 pixels an axis look made up.
+The discriminator classifies patches of 70 pixels along each axis as true or generated:
 
     kernel 4, stride 2     C -> 64, 64 -> 128, 128 -> 256     leaky ReLU of slope 0.2
     kernel 4               256 -> 512                         leaky ReLU of slope 0.2
     kernel 4               512 -> 1
 
-This is MONAI's patch discriminator without norms, each kernel divided by its largest singular value (spectral norm,
-Miyato et al. 2018), with no biases. In 3D all kernels have a third axis.
+This is MONAI's patch discriminator without norms and biases, each kernel divided by its largest singular value
+(spectral norm, Miyato et al. 2018). In 3D all kernels have a third axis.
 """
 
 from __future__ import annotations
@@ -50,16 +51,17 @@ Output = Literal["linear", "unit"]
 
 
 class GeneratorConfig(SlicewiseConfig):
-    """Sizes of the generator and what it takes from the paper."""
+    """Sizes of the generator, and which variants of the paper it has."""
 
     width: int = Field(default=64, ge=1)
-    """Channels at full resolution; half of it has twice, a quarter four times as many."""
+    """Channels at full resolution; twice as many at half, four times at a quarter of the resolution."""
     blocks: int = Field(default=8, ge=0)
     """Residual blocks at a quarter of the resolution."""
     output: Output = "linear"
-    """linear: any intensity, holes come in as 0; unit: intensities from 0 to 1, holes come in as 1, as released."""
+    """linear: any intensity, holes are filled with 0; unit: intensities from 0 to 1, holes filled with 1, as
+    released."""
     statistics: Statistics = "instance"
-    """Whether regions are normalised in each image by itself or over the batch, as in the released code."""
+    """Whether regions are normalised in each image or over the batch, as in the released code."""
     paper_affine: bool = True
     """Each region has its own shift; without it RN-B adds the shifts of both everywhere, as the released code does."""
     threshold: float = Field(default=0.8, gt=0, lt=1)
@@ -86,13 +88,13 @@ def build_generator(config: GeneratorConfig, in_channels: int, out_channels: int
 
     def down(conv: nn.Conv2d) -> Down:
         norm = RegionNormBasic(conv.out_channels, rule=rule, paper_affine=config.paper_affine)
-        return Down(_started(conv), norm)
+        return Down(_initialised(conv), norm)
 
     def learnable() -> RegionNormLearnable:
         return RegionNormLearnable(2, threshold=config.threshold, rule=rule)
 
     def block() -> ResidualBlock:
-        conv1, conv2 = (_started(MirroredConv2d(quarter, quarter, 3, dilation)) for dilation in (2, 1))
+        conv1, conv2 = (_initialised(MirroredConv2d(quarter, quarter, 3, dilation)) for dilation in (2, 1))
         return ResidualBlock(conv1, learnable(), conv2, learnable())
 
     generator = Generator(
@@ -103,19 +105,19 @@ def build_generator(config: GeneratorConfig, in_channels: int, out_channels: int
         ],
         middle=[block() for _ in range(config.blocks)],
         decoder=[
-            Up(_started(nn.Conv2d(below, 4 * width, 3, padding=1)), learnable())
+            Up(_initialised(nn.Conv2d(below, 4 * width, 3, padding=1)), learnable())
             for below, width in ((quarter, half), (half, full))
         ],
-        head=_started(MirroredConv2d(full, out_channels, 7)),
+        head=_initialised(MirroredConv2d(full, out_channels, 7)),
         output=config.output,
     )
     return config.applied_to(generator, dims)
 
 
 class MirroredConv2d(nn.Conv2d):
-    """A convolution of odd kernel that keeps the size of (B, C, H, W), the image mirrored at its border.
+    """A convolution of odd kernel that keeps the size of (B, C, H, W), with the image mirrored at its border.
 
-    Of a map too small for that the outermost pixels are repeated.
+    If a map is too small for that, its outermost pixels are repeated.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, dilation: int = 1) -> None:
@@ -128,8 +130,8 @@ class MirroredConv2d(nn.Conv2d):
         return super().forward(functional.pad(input, (self.margin,) * 4, mode=mode))
 
 
-def _started(conv: nn.Conv2d) -> nn.Conv2d:
-    """He-normal weights and zero biases; the released code's biases have deviation 1, by an argument left out."""
+def _initialised(conv: nn.Conv2d) -> nn.Conv2d:
+    """He-normal weights and zero biases; in the released code biases have deviation 1, by a missing argument."""
     nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
     nn.init.zeros_(conv.get_parameter("bias"))
     return conv
@@ -166,7 +168,7 @@ class ResidualBlock(nn.Module):
 
 
 class Up(nn.Module):
-    """A convolution to four times the channels, which become four pixels, then RN-L and ReLU."""
+    """A convolution, pixel shuffle by 2, RN-L and ReLU."""
 
     def __init__(self, conv: nn.Module, norm: RegionNormLearnable) -> None:
         super().__init__()
@@ -179,7 +181,7 @@ class Up(nn.Module):
 
 
 class Generator(nn.Module):
-    """The network of this file's table, assembled from built parts."""
+    """The generator, assembled from built parts."""
 
     def __init__(
         self,
@@ -217,13 +219,11 @@ class Generator(nn.Module):
         """An image, alone or with its hole, to (B, out_channels, H, W).
 
         Args:
-            x: (B, channels, H, W), each axis a multiple of 4. With as many channels as the image has, nothing is
-                missing. The next channel is the hole, 1 in it, else 0; what the image holds there does not matter.
-                Further channels are not looked at.
+            x: (B, channels, H, W), each axis a multiple of 4: the channels of the image, then optionally the hole, 1 in
+                it, else 0. Image values in the hole and further channels are ignored.
 
         Returns:
-            The restored image, made up everywhere: known pixels are to be put back. While training a list that holds
-            it.
+            The generated image, in known pixels too. While training a list that holds it.
         """
         y = self.head(self.decoder(self.middle(self.encode(x)[-1])))
         if self.output == "unit":
@@ -235,21 +235,21 @@ _HALVINGS = 2
 """Layers with stride 2 behind the first."""
 
 _SMALLEST = 24
-"""Voxels an axis that leave a logit behind the layers."""
+"""Fewest voxels along an axis that give a logit."""
 
 
 class Discriminator(nn.Module):
-    """The layers of this file's table; MONAI's gives all of their maps."""
+    """The layers of the table above; MONAI's module returns the maps of all of them."""
 
     def __init__(self, layers: nn.Module) -> None:
         super().__init__()
         self.layers = layers
 
     def forward(self, image: Tensor) -> Tensor:
-        """How real each patch of (B, C, *spatial) is: logits (B, 1, *), each axis about an eighth as long.
+        """(B, C, *spatial) to logits of its patches being true, (B, 1, *), each axis about an eighth as long.
 
         Raises:
-            ValueError: an axis is shorter than 24 voxels, which leaves no patch.
+            ValueError: an axis is shorter than 24 voxels.
         """
         if min(image.shape[2:]) < _SMALLEST:
             raise ValueError(
@@ -261,13 +261,7 @@ class Discriminator(nn.Module):
 
 
 def build_discriminator(channels: int, dims: int, width: int = 64) -> Discriminator:
-    """A discriminator for images (B, channels, *spatial) of `dims` spatial axes.
-
-    Args:
-        channels: Channels of an image.
-        dims: 2 or 3.
-        width: Channels of the first layer; the next three have two, four and eight times as many.
-    """
+    """A discriminator for images (B, channels, *spatial) of 2 or 3 spatial axes; its first layer has `width` channels."""
     layers = PatchDiscriminator(
         spatial_dims=dims, channels=width, in_channels=channels, num_layers_d=_HALVINGS + 1, norm=None
     )

@@ -1,13 +1,12 @@
-"""A U-Net that restores what is missing of an image: region normalisation in place of instance norm.
+"""An inpainting U-Net with region normalisation in place of instance norm, in 2D and 3D.
 
-Region normalisation is that of Yu et al. 2020 (arXiv 1911.10375); the U-Net around it is ours, for 2D and 3D:
+Region normalisation is that of Yu et al. 2020 (arXiv 1911.10375); the U-Net is our own design:
 
     stem -> stage 0 -> stage 1 -> ... -> [upsample, skip, stage] x (stages - 1) -> head -> + image
 
-On the way down the hole is known (RN-B: background, tissue and hole by themselves), on the way up each layer finds out
-which of its voxels still look like a hole (RN-L). The image comes with its hole filled roughly, and the network adds to
-it: its first answer continues the surroundings, and it learns what that lacks. Called with an image alone it is an
-encoder and decoder like any other: with no hole, RN-B normalises background and tissue by themselves.
+The encoder gets the hole (RN-B normalises background, tissue and hole separately), the decoder detects which of its
+voxels still look like a hole (RN-L). The input has its hole filled roughly, and the network adds a correction. With an
+image alone it is a usual encoder and decoder: RN-B then normalises background and tissue separately.
 """
 
 from __future__ import annotations
@@ -42,17 +41,17 @@ class InpainterConfig(Config):
     widths: tuple[int, ...] = Field(default=(32, 64, 128, 256), min_length=2)
     """Channels of each stage, full resolution first; each further one halves the resolution."""
     context: Context = "none"
-    """What the first layer sees besides the image. hole: which voxels are missing; mirror: that, and the image mirrored
-    at the midline with the voxels where it is known; none: nothing, for networks that only segment."""
+    """Further input of the first layer. hole: which voxels are missing; mirror: that, the image mirrored at the midline
+    and the voxels where the mirrored image is known; none: nothing, for networks that only segment."""
     encoder_norm: Literal["region", "instance"] = "region"
-    """region: RN-B, told the hole; instance: instance norm, as a baseline."""
+    """region: RN-B, which gets the hole; instance: instance norm, as a baseline."""
     decoder_norm: DecoderNorm = "learnable"
     """learnable: RN-L, which detects its region; region: RN-B; instance: instance norm."""
     statistics: Statistics = "instance"
-    """Whether regions are normalised in each image by itself or over the batch, as in the released code."""
+    """Whether regions are normalised in each image or over the batch, as in the released code."""
     learning: Learning = "affine"
-    """What teaches RN-L its region: its affine alone, as in the released code; straight-through: also what the region
-    does to the norm; supervised: the hole itself, by a loss of its own (inpainting only)."""
+    """How RN-L learns its region. affine: by its affine alone, as in the released code; straight-through: also by the
+    effect of the region on the norm; supervised: by a loss of its own against the hole (inpainting only)."""
     threshold: float = Field(default=0.8, gt=0, lt=1)
     """Response from which on a voxel belongs to RN-L's region."""
 
@@ -126,7 +125,7 @@ def _normed(norm: nn.Module, x: Tensor, regions: Tensor) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """The way down: what is seen, then one feature map for each stage."""
+    """Stem with context, then one feature map for each stage."""
 
     def __init__(
         self, stem: nn.Module, context: nn.Module | None, norm: nn.Module, stages: Sequence[Sequence[nn.Module]]
@@ -139,7 +138,7 @@ class Encoder(nn.Module):
         self.stages = nn.ModuleList(nn.ModuleList(stage) for stage in stages)
 
     def forward(self, image: Tensor, context: Tensor | None, regions: Tensor) -> list[Tensor]:
-        """Feature maps, full resolution first; `context` is left out where nothing is missing."""
+        """Feature maps, full resolution first; `context` is None if nothing is missing."""
         x = self.stem(image)
         if self.context is not None:
             seen = self.context.get_parameter("weight").shape[1]
@@ -156,7 +155,7 @@ class Encoder(nn.Module):
 
 
 class Inpainter(nn.Module):
-    """The network of this file's drawing, assembled from built parts."""
+    """The U-Net, assembled from built parts."""
 
     def __init__(
         self,
@@ -176,7 +175,7 @@ class Inpainter(nn.Module):
         self.input_weights = ("encoder.stem.weight",)
         self.head_prefixes = ("head.",)
         self.encoder_prefix = "encoder."
-        # The first answer is nearly the image as it came; of weights that are 0 nothing before the head would learn.
+        # The first output is nearly the input image; with weights of 0 no layer before the head would learn.
         nn.init.normal_(head.get_parameter("weight"), std=1e-3)
         nn.init.zeros_(head.get_parameter("bias"))
 
@@ -185,16 +184,12 @@ class Inpainter(nn.Module):
         return self._encoded(x)[0]
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """An image, alone or with what is missing of it, to (B, out_channels, *spatial).
+        """An image, alone or with its hole, to (B, out_channels, *spatial); while training a list that holds it.
 
         Args:
-            x: (B, channels, *spatial), each axis a multiple of `divisor`. With as many channels as the image has,
-                nothing is missing, and the output is that of a network for segmentation. The next channel is the hole,
-                1 in it, else 0; then the image comes with a rough fill of it and the output is the restored image. Then
-                may follow the mirrored image and, as one channel more, where it is known.
-
-        Returns:
-            The output; while training a list that holds it.
+            x: (B, channels, *spatial), each axis a multiple of `divisor`. The image alone: the output is a
+                segmentation. The image with its hole filled roughly, then the hole, 1 in it, else 0: the output is the
+                restored image. The mirrored image may follow and, as another channel, where it is known.
         """
         features, regions = self._encoded(x)
         y = features.pop()

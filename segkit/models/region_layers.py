@@ -1,10 +1,10 @@
 """The two layers of region normalisation (Yu et al. 2020, arXiv 1911.10375), in 2D and 3D.
 
-RN-B, for the encoder, is told the regions: those of the picture, brought to the size of its map. RN-L, for the decoder,
-finds a region itself, because behind some layers the border of the hole is no longer where it was: the mean and the
-largest of the channels of a voxel are convolved to a response from 0 to 1, and what responds at least `threshold` is
-one region, everything else the other. Numbers of regions: 0 and 1 are valid and hole; with a background it is 0, then
-valid, then hole, so that of two regions that fall on one voxel of a small map the larger number can win.
+RN-B, for the encoder, gets the regions of the image, resized to its map. RN-L, for the decoder, detects a region,
+because after some layers the border of the hole has moved: the mean and the largest of the channels of a voxel are
+convolved to a response from 0 to 1; voxels with at least `threshold` are one region, all others the other. Numbers of
+regions: 0 valid and 1 hole, or 0 background, 1 valid and 2 hole, so that of two regions on one voxel of a small map the
+larger number can win.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from segkit.models.blocks import convolution
 from segkit.models.kernels.region_norm import Rule, masks_of, normalise_regions, pool_channels
 
 Learning = Literal["affine", "straight-through", "supervised"]
-"""What teaches RN-L where its region is.
+"""How RN-L learns its region.
 
-"affine": the pixel-wise affine, which is made of the same response, as in the released code; nothing tells the response
-which split normalises well. "straight-through": also the split, as though the region were the response itself.
-"supervised": a loss of its own against the true hole (`RegionNormLearnable.supervise`).
+"affine": by the voxel-wise affine, which is computed from the same response, as in the released code; the split itself
+gives no gradient. "straight-through": also by the split, as if the region were the response. "supervised": by a loss
+of its own against the true hole (`RegionNormLearnable.supervise`).
 """
 
 
 class RegionNormBasic(nn.Module):
     """RN-B: region norm with a scale 1 + gamma and a shift beta per region and channel, all of them 0 at first.
 
-    `paper_affine` gives each region its own shift; without it every shift is added everywhere, as the released code
-    does. `keeps_thin` resizes regions so that a thin hole stays a hole; nearest neighbours can miss it altogether.
+    `paper_affine` gives each region its own shift; without it all shifts are added everywhere, as in the released code.
+    `keeps_thin` resizes regions so that a thin hole stays a hole; nearest neighbours can miss it.
     """
 
     def __init__(
@@ -68,9 +68,9 @@ class RegionNormBasic(nn.Module):
 class RegionNormLearnable(nn.Module):
     """RN-L: region norm of a region that the layer detects, with scale 1 + gamma and shift beta per voxel.
 
-    Gamma and beta are convolutions of the response, one map for all channels. As long as no voxel reaches the
-    threshold, which at first is so, the layer is instance (or batch) norm. `detected_share` is the share of voxels in
-    the region in the last training pass, for the journal.
+    Gamma and beta are convolutions of the response, one map for all channels. While no voxel reaches the threshold, as
+    at first, the layer is instance (or batch) norm. `detected_share` is the share of voxels in the region in the last
+    training pass, for the journal.
     """
 
     detected_share: Tensor
@@ -120,10 +120,10 @@ class RegionNormLearnable(nn.Module):
         """Mean binary cross-entropy of the last training pass's response, to be added to the loss; once per pass.
 
         Args:
-            hole: (B, 1, *) of any size, 1 where the picture has its hole, else 0.
+            hole: (B, 1, *) of any size, 1 in the hole of the image, else 0.
 
         Raises:
-            ValueError: the layer does not learn so, or has made no training pass since.
+            ValueError: `learning` is not "supervised", or there was no training pass since the last call.
         """
         if self._logits is None:
             raise ValueError(
@@ -138,7 +138,7 @@ class RegionNormLearnable(nn.Module):
 def resize_regions(regions: Tensor, size: torch.Size, *, keeps_thin: bool = False) -> Tensor:
     """Regions (B, 1, *) on a grid of another size, (B, 1, *size), of the same type.
 
-    Each voxel takes the number at its nearest neighbour or, with `keeps_thin`, the largest number that falls on it.
+    Each voxel gets the number of its nearest neighbour or, with `keeps_thin`, the largest number within it.
     """
     if regions.shape[2:] == size:
         return regions
@@ -150,6 +150,6 @@ def resize_regions(regions: Tensor, size: torch.Size, *, keeps_thin: bool = Fals
         }[len(size)]
         steps = [int(old) // int(new) for old, new in zip(regions.shape[2:], size, strict=True)]
         if [int(new) * step for new, step in zip(size, steps, strict=True)] == list(regions.shape[2:]):
-            return pool(numbers, steps).to(regions.dtype)  # the same, and what ONNX has
+            return pool(numbers, steps).to(regions.dtype)  # the same result, and ONNX has it
         return adaptive(numbers, list(size)).to(regions.dtype)
     return functional.interpolate(numbers, list(size), mode="nearest").to(regions.dtype)

@@ -1,17 +1,16 @@
-"""Group norm, with or without SiLU behind it, in one step, for CPUs and channels that lie innermost in memory.
+"""Group norm, optionally followed by SiLU, in one step, for CPUs and channels innermost in memory.
 
 PyTorch's backward of group norm copies such tensors to channels outermost and back, and its forward adds up so many
-squares one after the other that float32 keeps four digits of a gradient where channels lie innermost. Per
-channel, group norm is z = scale x + shift, with scale and shift made of the group's moments (Wu and He 2018, "Group
-Normalization", eqs. 1 to 6), and its backward is again one multiple of the gradient plus one of x plus a constant.
-Written so, each is two passes over memory, in parts that stay in the processor's cache from one operation to the next;
-z is computed again instead of kept.
+squares in sequence that a gradient in float32 keeps four digits. Per channel, group norm is z = scale x + shift, with
+scale and shift from the group's moments (Wu and He 2018, "Group Normalization", eqs. 1 to 6), and its backward is a
+multiple of the gradient plus a multiple of x plus a constant. Each is two passes over memory here, in parts that fit
+into the processor's cache; z is computed again in the backward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,32 +19,30 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 _PART_BYTES = 256 * 1024
-"""What each core works on at a time, well within its second-level cache."""
+"""Size of a part for each core, well within its second-level cache."""
 
 
 def normalise(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     """Group norm of (B, C, *spatial); the same results as PyTorch's layer."""
-    if not _is_ours(x, norm):
+    if not _is_supported(x, norm):
         return functional.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
-    result: Tensor = _Normalise.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps, False)
-    return result
+    return cast(Tensor, _Normalise.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps, False))
 
 
 def normalise_and_activate(x: Tensor, norm: nn.GroupNorm, part: slice | None = None) -> Tensor:
     """SiLU of the group norm of (B, C, *spatial); the same results as PyTorch's two layers.
 
-    With `part`, x has those channels of the norm only, which are whole groups of it.
+    With `part`, x has only those channels of the norm, which must be whole groups.
     """
     channels = part or slice(None)
     weight, bias = norm.weight[channels], norm.bias[channels]
     groups = norm.num_groups * x.shape[1] // norm.num_channels
-    if not _is_ours(x, norm):
+    if not _is_supported(x, norm):
         return functional.silu(functional.group_norm(x, groups, weight, bias, norm.eps))
-    result: Tensor = _Normalise.apply(x, weight, bias, groups, norm.eps, True)
-    return result
+    return cast(Tensor, _Normalise.apply(x, weight, bias, groups, norm.eps, True))
 
 
-def _is_ours(x: Tensor, norm: nn.GroupNorm) -> bool:
+def _is_supported(x: Tensor, norm: nn.GroupNorm) -> bool:
     innermost = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
     if x.device.type != "cpu" or x.dtype != norm.weight.dtype or x.shape[1] == 1:
         return False
@@ -117,11 +114,11 @@ def _affine(mean: Tensor, rate: Tensor, weight: Tensor, bias: Tensor) -> tuple[T
 
 
 def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same voxels of each of several (B, voxels, C), as many at a time as the caches of the cores hold."""
+    """The same voxels of each of several (B, voxels, C), in parts that fit into the caches."""
     _, voxels, channels = tensors[0].shape
     size = max(_PART_BYTES * torch.get_num_threads() // (channels * tensors[0].element_size()), 1)
     if isinstance(tensors[0], FakeTensor):
-        voxels = min(size, voxels)  # without contents one part tells everything
+        voxels = min(size, voxels)  # without contents one part is enough
     for start in range(0, voxels, size):
         yield tuple(tensor[:, start : start + size] for tensor in tensors)
 

@@ -1,15 +1,14 @@
 """Region normalisation: each region of a feature map by its own mean and deviation (Yu et al. 2020, arXiv 1911.10375).
 
-Of a picture with a hole, one mean over everything mixes what is known with what is made up. So the voxels of each
-region k, S of the N of a map, are normalised among themselves:
+One mean over an image with a hole mixes known and generated voxels. So the voxels of each region k, S of the N of a
+map, are normalised separately:
 
     y = (x - mean_k) / sqrt(variance_k + epsilon N / S)
 
-The released code fills the other regions with the mean, applies batch norm and multiplies by sqrt(S / N); that is this
-formula, and where the factor N / S comes from: it damps what few voxels say. Here the moments are masked sums, that is
-products of the map with one row of numbers per region, in parts that stay in the processor's cache; scale and shift of
-a voxel are products again. Whatever the number of regions, no second map is made, and y is computed again where the
-backward needs it.
+The released code fills the other regions with the mean, applies batch norm and multiplies by sqrt(S / N), which is this
+formula; the factor N / S damps small regions. Here the moments are masked sums, that is products of the map with one
+row of numbers per region, in parts that fit into the processor's cache; scale and shift of a voxel are products again.
+No second map is made for any number of regions, and y is computed again in the backward.
 """
 
 from __future__ import annotations
@@ -24,20 +23,20 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 Statistics = Literal["instance", "batch"]
-"""Whether mean and deviation are those of a region in one picture, or in all pictures of the batch together."""
+"""Whether mean and deviation are those of a region in one image, or in all images of the batch."""
 
 _PART_BYTES = {"cpu": 1024**2, "cuda": 16 * 1024**2}
-"""What is worked on at a time: on a CPU about a second-level cache (`benchmarks/region_norm.py` takes a fifth longer
-with a quarter of it), on a GPU little beside the map."""
+"""Size of a part: on a CPU about a second-level cache (`benchmarks/region_norm.py` takes a fifth longer with a quarter
+of it), on a GPU little compared with the map."""
 
 
 class Rule(NamedTuple):
-    """How moments become a norm."""
+    """Settings of the norm."""
 
     stats: Statistics = "instance"
     epsilon: float = 1e-5
     min_voxels: int = 8
-    """A region of fewer voxels takes the moments of all regions together; its own would say nothing of its texture."""
+    """A region of fewer voxels gets the moments of all regions together."""
 
 
 def region_norm(x: Tensor, regions: Tensor, count: int = 2, *, rule: Rule | None = None) -> Tensor:
@@ -45,10 +44,10 @@ def region_norm(x: Tensor, regions: Tensor, count: int = 2, *, rule: Rule | None
 
     Args:
         x: The feature map, of any floating type; sums are taken in float32 at least.
-        regions: Which region a voxel is in, (B, 1, *spatial), booleans or whole numbers from 0 to `count` - 1. Regions
-            cannot overlap so, and take a byte a voxel. A voxel with any other number is in no region and comes out 0.
-        count: How many regions there are; any of them may be empty.
-        rule: Whose statistics, which epsilon, from how many voxels on.
+        regions: The region of each voxel, (B, 1, *spatial), booleans or whole numbers from 0 to `count` - 1. A voxel
+            with any other number is in no region and becomes 0.
+        count: Number of regions; any of them may be empty.
+        rule: Statistics, epsilon, least voxels.
 
     Returns:
         (B, C, *spatial) like x.
@@ -84,12 +83,12 @@ def normalise_regions(x: Tensor, masks: Tensor, weights: Tensor, gain: Tensor, b
 
     Args:
         x: (B, C, *spatial).
-        masks: Of whose voxels the moments are, (B, R, voxels), one-hot over R; a gradient reaches them.
-        weights: What is taken of each region's result, (B, R, voxels), most often the masks. With a row more, that row
-            is added to every channel.
+        masks: The voxels of each region, for the moments, (B, R, voxels), one-hot over R; they get a gradient.
+        weights: Factors of each region's result, (B, R, voxels), usually the masks. An additional row is added to every
+            channel.
         gain: (C, R).
         bias: (C, R).
-        rule: Whose statistics, which epsilon, from how many voxels on.
+        rule: Statistics, epsilon, least voxels.
 
     Returns:
         (B, C, *spatial) like x.
@@ -106,10 +105,10 @@ def normalise_regions(x: Tensor, masks: Tensor, weights: Tensor, gain: Tensor, b
 
 
 def pool_channels(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and largest of the channels of each voxel, (B, 2, *spatial), and x itself, for a region norm behind them.
+    """X itself, and the mean and largest of the channels of each voxel, (B, 2, *spatial), for a following region norm.
 
-    Taken from the x that is returned, the norm hands its gradient on to this function, which adds that of the pooled
-    maps in place: one map fewer in the backward.
+    If the norm uses the returned x, its gradient arrives here and that of the pooled maps is added in place: one map
+    fewer in the backward.
     """
     if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
         return x, torch.cat((x.mean(1, keepdim=True), x.amax(1, keepdim=True)), 1)
@@ -130,14 +129,14 @@ def _by_formula(x: Tensor, masks: Tensor, weights: Tensor, gain: Tensor, bias: T
 
 
 class _Moments(NamedTuple):
-    """Of each picture, channel and region: mean, sum of squared differences from it, number of voxels."""
+    """Of each image, channel and region: mean, sum of squared differences from it, number of voxels."""
 
     means: Tensor  # (B, C, R)
     squares: Tensor  # (B, C, R)
     sizes: Tensor  # (B, 1, R)
 
     def pooled(self, axis: int) -> _Moments:
-        """Those of all pictures (axis 0) or regions (axis 2) together; that axis stays, with one entry."""
+        """Those of all images (axis 0) or regions (axis 2) together; that axis stays, with one entry."""
         total = self.sizes.sum(axis, keepdim=True)
         mean = (self.means * self.sizes).sum(axis, keepdim=True) / total.clamp(min=1)
         squares = self.squares + self.sizes * (self.means - mean).square()
@@ -237,7 +236,7 @@ def _sum_moments(x: Tensor, masks: Tensor) -> _Moments:
         sums[image] += _sum_over(part.to(mask.dtype), mask)
     means = sums / sizes.clamp(min=1)
     centres = means.to(masks.dtype)
-    # The difference of sums, which saves this second pass, keeps no digit where the mean is a thousand deviations.
+    # A difference of sums would save this second pass, but loses all digits if the mean is a thousand deviations.
     for image, part, mask in _parts(x, masks):
         centred = torch.addmm(part.to(mask.dtype), centres[image], mask, alpha=-1)
         squares[image] += _sum_over(centred.square_(), mask)
@@ -276,7 +275,7 @@ def _sum_over(values: Tensor, rows: Tensor) -> Tensor:
 
 
 def _multiply_add(offset: Tensor, values: Tensor, factor: Tensor, to: Tensor) -> None:
-    """Write offset + values x factor, without another copy where nothing is rounded to half precision."""
+    """Write offset + values x factor, without another copy unless it is rounded to half precision."""
     if to.dtype == offset.dtype:
         torch.addcmul(offset, values, factor, out=to)
     else:
@@ -284,21 +283,21 @@ def _multiply_add(offset: Tensor, values: Tensor, factor: Tensor, to: Tensor) ->
 
 
 def _parts(x: Tensor, *others: Tensor) -> Iterator[tuple[Any, ...]]:
-    """The number of a picture, and the same voxels of each map, (rows, part): what the caches of the cores hold."""
+    """The number of an image, and the same voxels of each map, (rows, part), in parts that fit into the caches."""
     maps = [value if value.dim() == 3 else value.flatten(2) for value in (x, *others)]
     batch, channels, voxels = maps[0].shape
     cores = torch.get_num_threads() if x.device.type == "cpu" else 1
     bytes_at_a_time = _PART_BYTES.get(x.device.type, _PART_BYTES["cuda"]) * cores
     size = max(bytes_at_a_time // (channels * others[0].element_size()), 1)
     if isinstance(x, FakeTensor):
-        batch, voxels = min(batch, 1), min(size, voxels)  # without contents one part tells everything
+        batch, voxels = min(batch, 1), min(size, voxels)  # without contents one part is enough
     for image in range(batch):
         for start in range(0, voxels, size):
             yield image, *(value[image, :, start : start + size] for value in maps)
 
 
 def _dense(x: Tensor) -> Tensor:
-    """The map in an order of memory in which its voxels are one axis, channels outermost or innermost."""
+    """The map in a memory order in which its voxels are one axis, channels outermost or innermost."""
     innermost = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
     return x if x.is_contiguous(memory_format=innermost) else x.contiguous()
 
