@@ -261,7 +261,7 @@ class Discriminator(nn.Module):
 
 
 def build_discriminator(channels: int, dims: int, width: int = 64) -> Discriminator:
-    """A discriminator for images (B, channels, *spatial) of 2 or 3 spatial axes; its first layer has `width` channels."""
+    """A discriminator for images (B, channels, *spatial) of 2 or 3 spatial axes; `width` is that of its first layer."""
     layers = PatchDiscriminator(
         spatial_dims=dims, channels=width, in_channels=channels, num_layers_d=_HALVINGS + 1, norm=None
     )

@@ -1,12 +1,12 @@
-"""Graphs of images and how well two of them fit: LVM-Med (arXiv 2306.11925), sections 3.2.1 to 3.2.3 and appendix A.
+"""Graphs of images and their affinities: LVM-Med (arXiv 2306.11925), sections 3.2.1 to 3.2.3 and appendix A.
 
-N images of a group, each in two views, make two graphs of N nodes. A node has a feature vector, edges lead from it to
-its nearest neighbours in the same view, and message passing lets a node know its neighbours. Affinities are cosines,
-so all of them lie in [-1, 1]: between nodes globally (of their features) and locally (of matched cells of their feature
-maps), between edges of their node differences.
+N images of a group, each in two views, make two graphs of N nodes. A node has a feature vector and edges to its nearest
+neighbours in the same view; message passing adds information about the neighbours. Affinities are cosines, in [-1, 1]:
+between nodes globally (of their features) and locally (of matched cells of their feature maps), between edges of their
+node differences.
 
 G is the number of graphs, N of nodes, K of neighbours, F of features, D of channels, P of cells of a feature map.
-Where the paper leaves something open, the choice is said to be ours.
+Choices that the paper leaves open are marked as ours.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Affinities:
-    """What is known about the matching of two graphs.
+    """Affinities and edges of G pairs of graphs.
 
     `vertex` (G, N, N): node i of the first view with node a of the second. `edge` (G, N, K, N, K): the m-th edge of i
-    with the l-th edge of a, or None where edges do not count. `first`, `second` (G, N, K) int64: where edges lead.
+    with the l-th edge of a, or None if edges are not used. `first`, `second` (G, N, K) int64: the heads of the edges.
     """
 
     vertex: Tensor
@@ -32,7 +32,7 @@ class Affinities:
     second: Tensor
 
     def dense_edges(self, edge: Tensor) -> Tensor:
-        """Edge affinities (G, N, K, N, K) as the solver takes them, (G, N * N, N * N), 0 where there are no edges.
+        """Edge affinities (G, N, K, N, K) in the solver's form, (G, N * N, N * N), 0 where there are no edges.
 
         Row i * N + a, column j * N + b: edge (i, j) of the first graph with edge (a, b) of the second.
         """
@@ -57,7 +57,7 @@ class Affinities:
 
 
 def nearest_neighbours(features: Tensor, count: int) -> Tensor:
-    """Indices (G, N, K) of the nodes nearest to each node of (G, N, F) by cosine, itself left out (cosine is ours)."""
+    """Indices (G, N, K) of the nodes nearest to each node of (G, N, F) by cosine, without itself (cosine is ours)."""
     unit = functional.normalize(features.detach(), dim=-1)
     similarity = unit @ unit.transpose(1, 2)
     similarity.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
@@ -67,14 +67,13 @@ def nearest_neighbours(features: Tensor, count: int) -> Tensor:
 class MessagePassing(nn.Module):
     """Graph convolutions (Kipf & Welling, arXiv 1609.02907, equation 2; LVM-Med, equation 1), of one width.
 
-    Edges are taken both ways and the degree counts the self-loop; ReLU between layers, none after the last (ours).
-    So is that a node keeps its own features and adds what it hears: the convolution alone is an average over most of
-    so small a graph, in which the nodes that must be told apart become one, and nothing is learnt
-    (`docs/benchmarks.md`).
+    Edges count in both directions and the degree includes the self-loop; ReLU between layers, none after the last
+    (ours). Also ours: a node adds the messages to its own features, because the convolution alone averages over most
+    of so small a graph, which makes the nodes equal, and nothing is learnt (`docs/benchmarks.md`).
     """
 
     def __init__(self, width: int, layers: int, *, residual: bool = True) -> None:
-        """No layers pass features on as they are; `residual` off is the equation to the letter."""
+        """Without layers features stay unchanged; `residual` off is the equation to the letter."""
         super().__init__()
         self.residual = residual
         self.layers = nn.ModuleList([nn.Linear(width, width, bias=False) for _ in range(layers)])
@@ -89,12 +88,12 @@ class MessagePassing(nn.Module):
         adjacency = torch.maximum(adjacency, adjacency.transpose(1, 2))
         scale = adjacency.sum(2).rsqrt()
         adjacency = scale[:, :, None] * adjacency * scale[:, None, :]
-        heard = features
+        messages = features
         for number, layer in enumerate(self.layers):
-            heard = adjacency @ layer(heard)
+            messages = adjacency @ layer(messages)
             if number < len(self.layers) - 1:
-                heard = functional.relu(heard)
-        return features + heard if self.residual else heard
+                messages = functional.relu(messages)
+        return features + messages if self.residual else messages
 
 
 def global_affinity(first: Tensor, second: Tensor) -> Tensor:
@@ -120,19 +119,19 @@ def _differences(features: Tensor, neighbours: Tensor) -> Tensor:
 def local_affinity(
     first: Tensor, second: Tensor, first_places: Tensor, second_places: Tensor, best: int, *, both_ways: bool = True
 ) -> Tensor:
-    """How alike matched cells of two feature maps are, for all pairs of images: (G, N, N).
+    """Mean cosines of matched cells of two feature maps, for all pairs of images: (G, N, N).
 
-    Each cell of one map is matched to the cell of the other that lies nearest in the original image, and again to the
+    Each cell of one map is matched to the cell of the other that is nearest in the original image, and again to the
     cell with the nearest feature vector; of each kind the `best` matches with the smallest distance count, and their
     mean cosines are averaged (the pseudo-code of appendix A; equation 2 has the sum over all cells). `both_ways` is the
-    average of both directions, as in equation 3; else cells of the first view look for theirs in the second.
+    average of both directions, as in equation 3; else only cells of the first view look for a match.
 
     Args:
         first: Feature maps (G, N, P, D) of the first view.
         second: The same of the second view.
-        first_places: Where their cells lie in the image, mm in its own frame, (G, N, P, dims).
+        first_places: Positions of their cells in the image, mm in its own frame, (G, N, P, dims).
         second_places: The same of the second view.
-        best: Matches of each kind that count; where there are fewer cells, all of them.
+        best: Matches of each kind that count, or all if there are fewer cells.
         both_ways: See above.
     """
     graphs, nodes, cells, width = first.shape

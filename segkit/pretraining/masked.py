@@ -1,8 +1,8 @@
 """Pre-training by masked reconstruction: blocks of an image are hidden, and the network fills them from the rest.
 
 After He et al. 2022 (arXiv 2111.06377), on convolutional networks as in Wald et al. 2025 (arXiv 2410.23132): hidden
-voxels are set to 0 and the whole network, decoder included, is trained by the squared error on them alone. Where the
-network has heads on coarser levels, each is compared with the image averaged to its resolution.
+voxels are set to 0 and the whole network, decoder included, is trained by the squared error on them alone. Heads on
+coarser levels are compared with the image averaged to their resolution.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from segkit.models.table import SegmentationNetwork
 from segkit.training.task import Batch
 
 _FEWEST_BLOCKS = 4
-"""Blocks that fit along an axis at least, where the block is not asked for."""
+"""Fewest blocks along an axis, if no block is given."""
 _SMALLEST_BLOCK = 4
-"""Side of a block in voxels below which no divisor takes it: single voxels are guessed from their neighbours."""
+"""Smallest side of a block in voxels, for any divisor: single voxels could be guessed from their neighbours."""
 _MEASURED_AT_ONCE = 8
-"""Held-out images that go through the network side by side, so that memory does not grow with their number."""
+"""Held-out images that are computed together, so that memory does not grow with their number."""
 
 
 class MaskedConfig(Config):
-    """What is hidden."""
+    """Settings of the hidden blocks."""
 
     share: float = Field(default=0.6, gt=0, lt=1)
     """Part of the blocks of an image that is hidden."""
     block: tuple[Annotated[int, Field(ge=1)], ...] | None = None
-    """Sides of a block in voxels, one for each axis; None is what the network divides sizes by, 4 or more, halved until
-    four blocks fit along the axis."""
+    """Sides of a block in voxels, one for each axis; None is the divisor of the network, 4 or more, halved until four
+    blocks fit along the axis."""
 
 
 class MaskedReconstruction(nn.Module):
-    """The whole network, whose outputs are as many as its image channels, and the error of what it fills in."""
+    """The whole network, with as many outputs as image channels, and the error of the hidden voxels."""
 
     views = 1
     score = "explained"
@@ -63,11 +63,10 @@ class MaskedReconstruction(nn.Module):
 
     @torch.no_grad()
     def measures(self, batch: Batch) -> dict[str, float]:
-        """`error`: mean squared error of the hidden voxels; `explained`: 1 minus its part in their variance.
+        """`error`: mean squared error of the hidden voxels; `explained`: 1 minus its share of their variance.
 
-        1 is perfect, 0 as good as the mean of each channel. Channels whose hidden voxels are all alike explain nothing
-        and are left out; without any other it is 0. What is hidden of an image depends on the image alone ("stack" and
-        "place"), not on the batch that it comes in.
+        1 is perfect, 0 as good as the mean of each channel. Channels with constant hidden voxels are left out; if all
+        are, it is 0. The hidden blocks of an image depend on the image alone ("stack" and "place"), not on its batch.
         """
         parts = [self._moments(image, hidden) for image, hidden in self._hidden_parts(batch)]
         count, error, total, squares = (torch.stack(each).sum(0) for each in zip(*parts, strict=True))
@@ -100,8 +99,8 @@ class MaskedReconstruction(nn.Module):
         seeds = [1_000_003 * int(stack) + round(1000 * place) for stack, place in which]
         numbers = torch.stack([torch.rand(grid, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
         hidden = hidden_voxels(numbers, patch, sides, self.config.share).to(images.device)
-        at_once = _MEASURED_AT_ONCE
-        yield from zip(torch.split(images, at_once), torch.split(hidden, at_once), strict=True)
+        parts = (torch.split(tensor, _MEASURED_AT_ONCE) for tensor in (images, hidden))
+        yield from zip(*parts, strict=True)
 
     def _moments(self, image: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of hidden voxels, float64: their number, and by channel sums of squared errors, values, squared values."""
@@ -110,13 +109,14 @@ class MaskedReconstruction(nn.Module):
         _require_like(output, image)
         axes = (0, *range(2, image.dim()))
         squared = (output - image).square()
-        sums = ((values * hidden).sum(axes) for values in (squared, image.double(), image.double().square()))
-        error, total, squares = sums
+        error, total, squares = (
+            (values * hidden).sum(axes) for values in (squared, image.double(), image.double().square())
+        )
         return hidden.sum().double(), error, total, squares
 
 
 def block_sides(patch: Sequence[int], divisor: Sequence[int]) -> tuple[int, ...]:
-    """Sides of a block in voxels: of the divisor or 4, whichever is more, halved until four fit along the axis."""
+    """Sides of a block in voxels: the divisor or 4, whichever is larger, halved until four fit along the axis."""
     sides = []
     for length, step in zip(patch, divisor, strict=True):
         side = max(step, _SMALLEST_BLOCK)
@@ -127,18 +127,18 @@ def block_sides(patch: Sequence[int], divisor: Sequence[int]) -> tuple[int, ...]
 
 
 def block_grid(patch: Sequence[int], sides: Sequence[int]) -> tuple[int, ...]:
-    """Blocks along each axis; the last may reach over the end of the patch."""
+    """Blocks along each axis; the last may extend beyond the patch."""
     return tuple(math.ceil(length / side) for length, side in zip(patch, sides, strict=True))
 
 
 def hidden_voxels(numbers: Tensor, patch: Sequence[int], sides: Sequence[int], share: float) -> Tensor:
-    """Which voxels are hidden, boolean (B, 1, *patch): in each image as many blocks, those of the lowest numbers.
+    """Hidden voxels, boolean (B, 1, *patch): in each image the same number of blocks, those of the lowest numbers.
 
     Args:
         numbers: (B, *grid), a random number for each block of `block_grid`.
         patch: Size of the images in voxels.
         sides: Sides of a block in voxels.
-        share: Part of the blocks to hide; one is hidden and one is left in any case.
+        share: Part of the blocks to hide; at least one is hidden and one is left.
 
     Raises:
         ValueError: the patch is a single block.

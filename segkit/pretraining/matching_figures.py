@@ -31,7 +31,7 @@ def draw_matching(folder: Path, task: PretrainingTask) -> None:
     """Draw pairs.png and graph.png of the first held-out group into `folder`.
 
     Raises:
-        TypeError: the task is not one of graph matching.
+        TypeError: the method is not graph matching.
     """
     method = task.model
     if not isinstance(method, GraphMatching):
@@ -54,10 +54,10 @@ def pairs_figure(path: Path, first: AnyArray, second: AnyArray, partners: Sequen
     """Draw two rows of views with a line from each image of the first row to its partner in the second.
 
     Args:
-        path: The picture to write.
+        path: The file to write.
         first: One view of N images, (N, H, W), or (N, D, H, W), of which the middle slices are drawn.
         second: The other view of the same images, in the same order.
-        partners: For each image of the first row, which one of the second it was paired with; its own is right.
+        partners: The matched image of the second row for each one of the first; its own is right.
         title: The title of the figure.
     """
     from matplotlib.figure import Figure
@@ -91,11 +91,11 @@ def graph_figure(
 ) -> None:
     """Draw the graphs of both views side by side: images where their features lie, joined with their neighbours.
 
-    Places are the first two principal components of both views' features together, at unit length as cosines see
-    them, so alike places mean alike images in both panels.
+    Positions are the first two principal components of both views' features, scaled to unit length: the same position
+    means similar images in both panels.
 
     Args:
-        path: The picture to write.
+        path: The file to write.
         images: Both views of N images, (N, H, W) or (N, D, H, W).
         features: The features of their nodes, (N, F).
         edges: The neighbours of each node, (N, K).
@@ -131,7 +131,7 @@ def _draw_graph(axes: Axes, pictures: Sequence[AnyArray], nodes: Points, heads: 
 
 
 def _planes(images: AnyArray) -> list[AnyArray]:
-    """Pictures (H, W) of images (N, H, W) or (N, D, H, W), turned so that a second axis to the front points up."""
+    """Slices (H, W) of images (N, H, W) or (N, D, H, W), rotated so that a second axis to the front points up."""
     planes = images if images.ndim == 3 else images[:, images.shape[1] // 2]
     return [np.rot90(np.asarray(plane, np.float32)) for plane in planes]
 
