@@ -27,67 +27,22 @@ class ModelEntry:
     default_size: str = "base"
 
 
+_DIMS = (2, 3)
+
 MODELS: dict[str, ModelEntry] = {
     "revmbunet": ModelEntry(
-        config=revmbunet.RevMBUNetConfig,
-        build=revmbunet.build_revmbunet,
-        sizes=revmbunet.SIZES,
-        dims=(2, 3),
-        reference=revmbunet.REFERENCE,
+        revmbunet.RevMBUNetConfig, revmbunet.build_revmbunet, revmbunet.SIZES, _DIMS, revmbunet.REFERENCE
     ),
-    "r2unet": ModelEntry(
-        config=r2unet.R2UNetConfig,
-        build=r2unet.build_r2unet,
-        sizes=r2unet.SIZES,
-        dims=(2, 3),
-        reference=r2unet.REFERENCE,
-        default_size="small",
-    ),
-    "runet": ModelEntry(
-        config=r2unet.R2UNetConfig,
-        build=r2unet.build_r2unet,
-        sizes=r2unet.RUNET_SIZES,
-        dims=(2, 3),
-        reference=r2unet.REFERENCE,
-        default_size="small",
-    ),
-    "stunet": ModelEntry(
-        config=stunet.StuNetConfig,
-        build=stunet.build_stunet,
-        sizes=stunet.SIZES,
-        dims=(2, 3),
-        reference=stunet.REFERENCE,
-        default_size="B",
-    ),
-    "smp": ModelEntry(
-        config=smp.SmpConfig,
-        build=smp.build_smp,
-        sizes=smp.SIZES,
-        dims=(2, 3),
-        reference=smp.REFERENCE,
-        default_size="unet",
-    ),
-    "vit": ModelEntry(
-        config=vit.VitConfig,
-        build=vit.build_vit,
-        sizes=vit.SIZES,
-        dims=(2, 3),
-        reference=vit.REFERENCE,
-    ),
+    "r2unet": ModelEntry(r2unet.R2UNetConfig, r2unet.build_r2unet, r2unet.SIZES, _DIMS, r2unet.REFERENCE, "small"),
+    "runet": ModelEntry(r2unet.R2UNetConfig, r2unet.build_r2unet, r2unet.RUNET_SIZES, _DIMS, r2unet.REFERENCE, "small"),
+    "stunet": ModelEntry(stunet.StuNetConfig, stunet.build_stunet, stunet.SIZES, _DIMS, stunet.REFERENCE, "B"),
+    "smp": ModelEntry(smp.SmpConfig, smp.build_smp, smp.SIZES, _DIMS, smp.REFERENCE, "unet"),
+    "vit": ModelEntry(vit.VitConfig, vit.build_vit, vit.SIZES, _DIMS, vit.REFERENCE),
     "inpainter": ModelEntry(
-        config=inpainter.InpainterConfig,
-        build=inpainter.build_inpainter,
-        sizes=inpainter.SIZES,
-        dims=(2, 3),
-        reference=inpainter.REFERENCE,
+        inpainter.InpainterConfig, inpainter.build_inpainter, inpainter.SIZES, _DIMS, inpainter.REFERENCE
     ),
     "generator": ModelEntry(
-        config=generator.GeneratorConfig,
-        build=generator.build_generator,
-        sizes=generator.SIZES,
-        dims=(2, 3),
-        reference=generator.REFERENCE,
-        default_size="paper",
+        generator.GeneratorConfig, generator.build_generator, generator.SIZES, _DIMS, generator.REFERENCE, "paper"
     ),
 }
 """Family name -> entry."""
