@@ -1,7 +1,7 @@
-"""The model card `model.json`: what a weight file is, and everything needed to use it.
+"""The model card `model.json`, which describes a weight file and how to use it.
 
-A card comes from whoever made the model, so that its numbers are held to what a network can have before anything is
-built from them, and the files it names are files beside it.
+Cards are untrusted: their numbers are limited to what networks can have before anything is built from them, and the
+files that they name must be beside them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from segkit.preparing.preprocessing import Crop, Normalisation, PreprocessingCon
 from segkit.reading.case import is_file_name
 
 _LARGEST_ARGUMENT = 8192
-"""Beyond any width, depth or number of steps; a network of more would fill the memory before its weights are read."""
+"""More than any width, depth or number of steps: a larger network could fill the memory before weights are read."""
 _MOST_CHANNELS = 1024
 _LARGEST_PATCH_VOXELS = 2**30
 
@@ -57,15 +57,14 @@ Sha256 = Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]
 Size = Annotated[int, Field(ge=1, le=65536)]
 Context = Literal["none", "hole", "mirror"]
 
-
 _UNUSED: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
-"""Values by which a card says that a model does without something."""
+"""Values of a key whose feature the model does not use."""
 
 
 class CardPart(Config):
-    """A part of the card. An unknown key, such as a later version adds, is ignored where its value is unused.
+    """A part of the card. Unknown keys, such as those of a later version, are ignored if their value is unused.
 
-    With any other value, a later version may compute the model in another way: the card is refused.
+    With any other value the later version may compute the model differently, so the card is refused.
     """
 
     @model_validator(mode="before")
@@ -102,12 +101,12 @@ class SchemeCard(CardPart):
 
 
 class TrainingData(Config):
-    """What the weights were trained on; further facts (fold, seed ...) may be added."""
+    """What the weights were trained on; other facts (fold, seed ...) may be added."""
 
     model_config = ConfigDict(extra="allow")
 
     identity: str
-    """Name or digest by which the data can be told again."""
+    """Name or digest of the data."""
     licence: str | None = None
     cases: int = 0
 
@@ -119,48 +118,48 @@ class GraphCard(CardPart):
     """Name of the ONNX file in the folder of the card."""
     precision: Literal["fp32", "fp16", "int8"]
     sha256: dict[FileName, Sha256]
-    """Digest of the file, and of each file with its external data, by name."""
+    """Digest of the file, and of its files of external data, by name."""
     dice_change: float | None = None
-    """Mean Dice against the reference minus that of fp32, on the cases it was measured on; null where none was."""
+    """Mean Dice minus that of fp32 on the cases of the export; null if it was not measured."""
     seconds: dict[str, float] = Field(default_factory=dict)
     """Seconds of one window by backend, measured at export."""
     is_approved: bool = True
-    """Whether `--backend auto` may take it: fast enough and true enough. The fp32 graph always is."""
+    """Whether `--backend auto` may use it: fast and accurate enough. The fp32 graph always is."""
 
 
 class ExportCard(CardPart):
-    """What `segkit export` wrote beside the card, and how it was checked."""
+    """Graphs that `segkit export` wrote beside the card, and their checks."""
 
     opset: int
     graphs: tuple[GraphCard, ...] = Field(min_length=1)
     """fp32 first."""
     parity: dict[str, Any] = Field(default_factory=dict)
-    """Largest logit difference to the trained network and Dice of the decoded masks, by backend."""
+    """Comparison with the trained network by backend: largest difference of logits, Dice of the decoded masks."""
 
 
 Part = Literal["component", "total"]
-"""Each connected component by itself (voxels that touch at a corner are connected), or a region as a whole."""
+"""Each connected component (voxels that touch at a corner are connected), or a region as a whole."""
 
 
 class SizeRule(CardPart):
-    """What of one output is too small to be believed, and what not believing it did on the validation cases."""
+    """Removal of small parts of one output, and its effect on the validation cases."""
 
     output: str
     """Name of the output whose region is measured."""
     part: Part
     smallest_mm3: float = Field(gt=0)
-    """Volumes below this are removed, in mm³; on pictures, which have no spacing, in pixels."""
+    """Smaller volumes are removed, in mm³; on pictures in pixels."""
     dice: tuple[float, float] | None = None
-    """Mean Dice of the output, and of those inside it, before and after."""
+    """Mean Dice of the output and those inside it, before and after."""
 
 
 class PostprocessingCard(CardPart):
-    """Rules applied to a label map one after the other; `segkit.inference.postprocessing` applies them."""
+    """Rules that `segkit.inference.postprocessing` applies to a label map in their order."""
 
     rules: tuple[SizeRule, ...]
     """Outer regions before those inside them."""
     cases: int = 0
-    """Validation cases that the rules were chosen on."""
+    """Number of validation cases on which the rules were chosen."""
 
 
 class PreprocessingCard(PreprocessingConfig):
@@ -185,7 +184,7 @@ class SegmentationCard(CardPart):
     postprocessing: PostprocessingCard | None = None
     """What is removed from a label map, chosen on the validation cases; null removes nothing."""
     modality_dropout: float = 0.0
-    """Part of the training patches that lacked a modality; where it is 0, the network never was without one."""
+    """Share of the training patches without one of the modalities; at 0 training always had all of them."""
 
     @model_validator(mode="after")
     def _paints_known_labels(self) -> SegmentationCard:
@@ -196,7 +195,7 @@ class SegmentationCard(CardPart):
 
 
 class InpaintingCard(CardPart):
-    """What an inpainting network is given besides the image, see `ModelCard.input_channels`."""
+    """Further input channels of an inpainting network, see `ModelCard.input_channels`."""
 
     context: Context = "none"
 
@@ -206,14 +205,14 @@ PARTS: dict[str, type[Config]] = {
     "segmentation": SegmentationCard,
     "inpainting": InpaintingCard,
 }
-"""Parts of the card whose keys lie beside each other in `model.json`."""
+"""Parts of the card that are not nested in `model.json`: their keys are on its top level."""
 
 
 class ModelCard(CardPart):
-    """The contents of `model.json`: everything needed to use the weights beside it.
+    """The contents of `model.json`.
 
     Sizes and patches are in voxels, spacings in mm, both in the axis order of `segkit.shapes` after orientation.
-    The file has the keys of the parts `preprocessing`, `segmentation` and `inpainting` beside the others.
+    In the file the keys of `preprocessing`, `segmentation` and `inpainting` are on the top level.
     """
 
     task: Literal["segmentation", "pretraining", "inpainting"] = "segmentation"
@@ -225,9 +224,9 @@ class ModelCard(CardPart):
     overlap: float = Field(default=0.5, ge=0, lt=1)
     """Fraction of a window shared with its neighbour."""
     divisor: tuple[Size, ...]
-    """The network takes sizes that are multiples of this."""
+    """Sizes of windows must be multiples of this."""
     preprocessing: PreprocessingCard
-    """`spacing_mm` is the grid on which the network works; null keeps the spacing of the source."""
+    """`spacing_mm` is that of the network's input; null keeps the spacing of the source."""
     segmentation: SegmentationCard | None = None
     """None for the other tasks."""
     inpainting: InpaintingCard | None = None
@@ -236,13 +235,13 @@ class ModelCard(CardPart):
     sha256: Sha256 = ""
     """Digest of `model.safetensors`."""
     export: ExportCard | None = None
-    """The ONNX files beside the card, where `segkit export` wrote it."""
+    """The ONNX files beside the card, if `segkit export` wrote it."""
     training_data: TrainingData
 
     @model_validator(mode="before")
     @classmethod
     def _sort_into_parts(cls, document: Any) -> Any:
-        """The keys of `model.json` in the parts that the task has; those of other tasks are left out."""
+        """Move the keys of `model.json` into the parts of the task; those of other tasks are dropped."""
         if not isinstance(document, dict):
             return document
         in_parts = dict(document)
@@ -260,10 +259,10 @@ class ModelCard(CardPart):
     @model_validator(mode="after")
     def _agrees(self) -> ModelCard:
         for key, values in {"patch_size": self.patch_size, "divisor": self.divisor}.items():
-            if values and len(values) != self.dims:  # of a network that is yet to be built, sizes are not known
+            if values and len(values) != self.dims:  # empty before the network is built
                 raise ValueError(f"{key} has {len(values)} values for {self.dims} axes")
         spacing_mm = self.preprocessing.spacing_mm
-        if spacing_mm is not None and len(spacing_mm) not in (self.dims, 3):  # slices of a volume have 3
+        if spacing_mm is not None and len(spacing_mm) not in (self.dims, 3):  # 3 for slices of volumes
             raise ValueError(f"spacing_mm has {len(spacing_mm)} values for {self.dims} axes")
         if prod(self.patch_size) > _LARGEST_PATCH_VOXELS:
             raise ValueError(f"patches of {self.patch_size} voxels are too large for any machine")
@@ -274,16 +273,16 @@ class ModelCard(CardPart):
 
     @property
     def input_channels(self) -> int:
-        """Channels of the one tensor that the network is called with.
+        """Channels of the network's input: the image and, for inpainting, its `context`.
 
-        Those of the image; for an inpainting network then the hole, and the mirrored image with where it is known.
+        Context hole adds the hole; mirror adds the hole, the mirrored image and the mask of its known voxels.
         """
         channels = self.network.in_channels
         return channels + {"none": 0, "hole": 1, "mirror": 2 + channels}[self.context]
 
     @property
     def context(self) -> Context:
-        """What the network is given besides the image; "none" unless the task is inpainting."""
+        """Further input of an inpainting network; "none" for other tasks."""
         return "none" if self.inpainting is None else self.inpainting.context
 
     @property

@@ -1,10 +1,7 @@
-"""What computes a network: torch, ONNX Runtime or OpenVINO, behind one call from windows to logits.
+"""Backends: torch, ONNX Runtime and OpenVINO behind one call from windows to logits, both numpy arrays.
 
-Arrays are numpy's on both sides, so that everything around the network is the same whatever computes it, and torch,
-which takes seconds and half a gigabyte to load, is loaded only by the backend that needs it.
-
-Backends survive pickling, network and all: what comes out elsewhere computes with as many threads, for sums may round
-differently with another number of them.
+Only the torch backend loads torch, which takes seconds and half a gigabyte. Backends can be pickled with their network;
+a copy computes with the same number of threads, because sums may round differently with another.
 """
 
 from __future__ import annotations
@@ -29,21 +26,21 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "torch", "onnxruntime", "openvino")
 _FASTEST_FIRST = ("openvino", "onnxruntime")
-"""On a CPU; `segkit bench speed` measures them."""
+"""On a CPU, as `segkit bench speed` measures."""
 
 _CORE_LOCK = threading.Lock()
-"""Threads that open networks side by side wait for the one core."""
+"""For threads that open networks at the same time."""
 
 Array = NDArray[np.float32]
 
 
 class Backend(Protocol):
-    """A network ready to compute."""
+    """A network, ready to compute."""
 
     name: str
     """torch, onnxruntime or openvino."""
     threads: int
-    """Cores that it computes with on a CPU."""
+    """Number of threads on a CPU."""
 
     def __call__(self, windows: Array) -> Array:
         """Logits (B, K, *window) float32 of windows (B, C, *window) float32."""
@@ -51,9 +48,9 @@ class Backend(Protocol):
 
 
 class TorchBackend:
-    """A torch module, on a CPU or a GPU; its training mode is left as it was found.
+    """A torch module on a CPU or a GPU; its training mode is restored after each call.
 
-    `threads` on a CPU are those of the whole process, as torch has it; None leaves them as they are.
+    `threads` on a CPU are set for the whole process; None leaves them unchanged.
     """
 
     name = "torch"
@@ -70,12 +67,12 @@ class TorchBackend:
             torch.set_num_threads(threads)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy on the CPU, to be moved to the device where it is opened."""
+        """A copy on the CPU, moved to the device when it is unpickled."""
         network = self.network if self.device.type == "cpu" else copy.deepcopy(self.network).cpu()
         return _reopen_torch, (network, str(self.device), self.threads)
 
     def __call__(self, windows: Array) -> Array:
-        """Logits (B, K, *window) of windows (B, C, *window); of a network that gives a list, the first."""
+        """Logits (B, K, *window) of windows (B, C, *window); of a list of logits, the first."""
         import torch
 
         was_training = self.network.training
@@ -110,7 +107,7 @@ class OnnxRuntimeBackend:
         return result
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """The file goes along."""
+        """The file is pickled too."""
         return _reopen_graph, (self.name, _files_of(self.path), self.threads)
 
 
@@ -132,16 +129,16 @@ class OpenvinoBackend:
             settings["CACHE_DIR"] = str(cache)
         model = core.read_model(path)
         shape = model.input("image").partial_shape
-        shape[0] = 1  # a batch left free keeps OpenVINO from choosing layouts, and takes twice as long
+        shape[0] = 1  # a free batch size takes twice as long: OpenVINO then does not choose layouts
         model.reshape({"image": shape})
         self._network: Any = core.compile_model(model, "CPU", settings)
 
     def __call__(self, windows: Array) -> Array:
-        """Logits (B, K, *window) of windows (B, C, *window), one after the other."""
+        """Logits (B, K, *window) of windows (B, C, *window), computed one by one."""
         return np.concatenate([self._network({"image": window[None]})["logits"] for window in windows])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """The file goes along."""
+        """The file is pickled too."""
         return _reopen_graph, (self.name, _files_of(self.path), self.threads)
 
 
@@ -191,14 +188,14 @@ def installed_backends() -> tuple[str, ...]:
 
 
 def runtime_for(name: str) -> str:
-    """The runtime that "auto" stands for, which is the fastest that is installed; any other name is its own."""
+    """The fastest installed runtime for "auto", else the name itself."""
     return next(iter(installed_backends()), "onnxruntime") if name == "auto" else name
 
 
 def open_graph(path: Path, name: str, cache: Path | None = None, threads: int | None = None) -> Backend:
-    """The backend `name` with the network of an ONNX file; auto is the fastest that is installed.
+    """The backend `name` with an ONNX file; auto is the fastest that is installed.
 
-    It computes with `threads`, by default with as many as there are cores.
+    `threads` defaults to the number of cores.
 
     Raises:
         RequestError: that backend, or any, is not installed.
@@ -215,11 +212,11 @@ def open_graph(path: Path, name: str, cache: Path | None = None, threads: int | 
 
 @functools.cache
 def _openvino_core() -> Any:
-    """What all networks in OpenVINO share, to the end of the process.
+    """The one OpenVINO core, kept to the end of the process.
 
-    Its part for CPUs gives the thread that loads it a stack for signals, and takes the memory back when it goes. Of
-    several that do not go in the reverse order of their coming, the thread is left with a stack that is no more: the
-    next signal (Ctrl-C, the end of a worker) then kills the process. So there is one, and it stays.
+    Its CPU plugin gives the thread that loads it a signal stack, and frees that memory when it is unloaded. If several
+    are unloaded in another than the reverse order, the thread keeps a freed signal stack, and the next signal (Ctrl-C,
+    the end of a worker) kills the process.
     """
     import openvino
 
@@ -245,6 +242,6 @@ def _reopen_graph(name: str, files: Mapping[str, bytes], threads: int) -> Backen
 
 
 def _files_of(graph: Path) -> dict[str, bytes]:
-    """An ONNX file and, after it, the one beside it with its weights, where they are apart."""
+    """The contents of an ONNX file and, if there is one, of its file of weights."""
     weights = graph.with_name(f"{graph.name}.data")
     return {path.name: path.read_bytes() for path in (graph, weights) if path is graph or path.exists()}

@@ -1,8 +1,8 @@
-"""A network as an ONNX file: one window in, logits out; everything around the network stays outside.
+"""Writing a network as an ONNX file: windows to logits.
 
-Torch's exporter writes group norm as instance norm between two changes of shape, for which OpenVINO turns the whole
-map from channels innermost to channels outermost and back: half of the time of a network of such norms. Here it is
-written as sums over the axes of a window and arithmetic on numbers per channel, which leave the map as it lies.
+Torch's exporter writes group norm as instance norm between two reshapes, for which OpenVINO converts the whole map from
+channels-last to channels-first and back: half of the time of a network with such norms. Here it is written as sums over
+the axes of a window and arithmetic per channel, which keep the layout.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ INPUT, OUTPUT = "image", "logits"
 """Names of the graph's input (B, C, *window) and output (B, K, *window), both float32, B free."""
 
 LARGEST_FILE_BYTES = 1_900_000_000
-"""Weights beyond this go into a file of their own: the format ends at 2 GiB."""
+"""Larger weights are written to a separate file: the format is limited to 2 GiB."""
 
 OPSET = 20
 _NOISY = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")
@@ -38,10 +38,11 @@ _log = logging.getLogger(__name__)
 def write_graph(
     network: nn.Module, path: Path, channels: int, window: Sequence[int], *, external_data: bool | None = None
 ) -> None:
-    """Write a network as it is in evaluation, for windows (B, channels, *window); of a list of logits, the first.
+    """Write a network in evaluation mode for windows (B, channels, *window); of a list of logits, the first.
 
-    The file appears when it is complete. With `external_data` the weights are in `<name>.data` beside it; None decides
-    by their size. The network's training mode is left as it was found.
+    The file is written atomically. With `external_data` the weights are in `<name>.data` beside it; None decides by their
+    size. The network's
+    training mode is restored.
 
     Raises:
         RequestError: onnx or onnxscript is not installed.
@@ -65,17 +66,13 @@ def write_graph(
 
 
 def graph_files(path: Path) -> list[Path]:
-    """The files of a graph: the ONNX file and, where its weights are outside, the file that has them."""
+    """The files of a graph: the ONNX file and, if there is one, its file of weights."""
     data = path.with_name(path.name + ".data")
     return [path, data] if data.is_file() else [path]
 
 
 def require_onnx() -> None:
-    """Do nothing if graphs can be written.
-
-    Raises:
-        RequestError: onnx or onnxscript is not installed.
-    """
+    """RequestError if onnx or onnxscript is not installed."""
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -86,14 +83,14 @@ def require_onnx() -> None:
 
 
 def _export(network: nn.Module, path: Path, channels: int, window: Sequence[int], *, is_split: bool) -> None:
-    """Write the graph, at the second try with the older exporter; quietly.
+    """Write the graph, with the older exporter if the newer one fails.
 
     Raises:
-        CheckpointError: neither can.
+        CheckpointError: both fail.
     """
     import torch
 
-    # A batch of one would be taken for a fixed size.
+    # A batch size of 1 would become fixed.
     device = next(itertools.chain(network.parameters(), network.buffers())).device
     image = torch.zeros(2, channels, *window, device=device)
     with _quiet(), torch.no_grad(), _evaluating(network), _without_layouts():
@@ -128,15 +125,15 @@ def _by_capture(network: nn.Module, image: Tensor, path: Path, *, is_split: bool
         opset_version=OPSET,
         dynamic_shapes=({0: "batch"},),
         custom_translation_table={torch.ops.aten.group_norm.default: _group_norm},
-        # Looking for patterns to rewrite takes half of the time, and the runtimes look for them again.
+        # Optimising takes half of the time, and the runtimes do it again.
         optimize=False,
         verbose=False,
     )
     optimizer.fold_constants(program.model)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(program.model)
     for node in program.model.graph:
-        node.metadata_props.clear()  # the lines of code, with paths, that each came from
-        # Convolutions without a bias are given one of zeros, in 3D of a shape that OpenVINO refuses.
+        node.metadata_props.clear()  # lines of code, with paths
+        # The exporter gives convolutions without a bias one of zeros, in 3D of a shape that OpenVINO rejects.
         if node.op_type == "Conv" and not (node.inputs[2] is None or node.inputs[2].const_value.numpy().any()):
             node.resize_inputs(2)
     optimizer.remove_unused_nodes(program.model)
@@ -147,7 +144,7 @@ def _by_tracing(network: nn.Module, image: Tensor, path: Path, *, is_split: bool
     import onnx
     import torch
 
-    folder = path.parent / "traced"  # weights beyond 2 GiB come as one file each
+    folder = path.parent / "traced"  # weights beyond 2 GiB are written as one file each
     folder.mkdir()
     torch.onnx.export(
         network,
@@ -168,11 +165,11 @@ def _by_tracing(network: nn.Module, image: Tensor, path: Path, *, is_split: bool
 def _group_norm(x: Any, num_groups: int, weight: Any, bias: Any, eps: float = 1e-5, cudnn_enabled: bool = True) -> Any:
     """Group norm of (B, C, *window) in ONNX operators, with scale and shift (C,).
 
-    Moments are taken axis by axis. Both runtimes add up in float32, one after the other: a sum over a plane of 64 x 64
-    voxels keeps four digits where most of them are alike, as beside the patient, three sums of 64 keep seven. Means
-    and a sum alternate, because OpenVINO joins means that follow one another. The variance is the mean square less the
-    square of the mean, which saves a pass over the map and keeps a relative 1e-7 (mean / deviation)^2 of it: six
-    digits where a group's mean is three deviations from 0, three where it is a hundred.
+    Moments are computed axis by axis: both runtimes add sequentially in float32, so a sum over 64 x 64 nearly equal
+    voxels, such as background, keeps four digits, and sums over 64 keep seven. Means and a sum alternate, because
+    OpenVINO fuses consecutive means. The variance is the mean square minus the squared mean, which saves a pass over
+    the map; its relative error is 1e-7 (mean / deviation)^2: six digits for a group's mean of 3 deviations, three for
+    100.
     """
     from onnxscript import opset20 as op
 
@@ -205,7 +202,7 @@ def _group_norm(x: Any, num_groups: int, weight: Any, bias: Any, eps: float = 1e
 
 @contextmanager
 def _without_layouts() -> Iterator[None]:
-    """Leave out what only moves a map in memory, and give numbers of groups as numbers, which tracing needs."""
+    """Skip changes of memory layout, and pass numbers of groups as integers, which tracing needs."""
     import torch
     from torch import Tensor
     from torch.nn import functional
@@ -228,7 +225,7 @@ def _without_layouts() -> Iterator[None]:
 
 @contextmanager
 def _evaluating(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode and one tensor of logits, as long as the block lasts."""
+    """Evaluation mode and one tensor of logits within the block."""
     was_training = network.training
     hook = network.register_forward_hook(lambda _, __, out: out[0] if isinstance(out, list | tuple) else out)
     network.eval()
@@ -241,7 +238,7 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings and no log of the exporters, which talk about themselves."""
+    """Silence warnings, logs and output of the exporters."""
     loggers = [logging.getLogger(name) for name in _NOISY]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,8 +1,8 @@
-"""What an ONNX file may ask its runtime to open, found out before any runtime opens the file itself.
+"""Checks of untrusted ONNX files before a runtime opens them.
 
-Weights may lie in files of their own, which the graph names by path: a runtime would follow `../../etc/passwd`.
-OpenVINO besides tries one format after another on what is no ONNX file. So the file is walked here as the protocol
-buffer that it has to be (field numbers of onnx.proto, encoding of protobuf.dev), without any library.
+A graph can name files of weights by path, and a runtime would follow `../../etc/passwd`; OpenVINO tries other formats
+on files that are not ONNX. So the file is parsed here as a protocol buffer (field numbers of onnx.proto, encoding of
+protobuf.dev), without a library.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ _PARTS: Mapping[str, Mapping[int, str]] = {
     "sparse": {1: "tensor", 2: "tensor"},
     "tensor": {13: "entry"},
 }
-"""Message -> number of a field -> the message in it, for all that can lead to a tensor, and for versions."""
+"""Message -> field number -> message in it, for all that can contain a tensor or a version."""
 _DIMENSIONS, _KEY, _VALUE, _INPUT, _OPERATOR, _DOMAIN, _VERSION = 1, 1, 2, 1, 4, 1, 2
 _OPSETS = range(11, 1000)
-"""Versions of ONNX's own operators: those before pad otherwise, and OpenVINO goes through all up to a graph's."""
+"""Versions of ONNX's own operators: earlier ones pad differently, and OpenVINO iterates up to the graph's version."""
 _FEWEST_INPUTS = {
     **dict.fromkeys((b"Conv", b"Pad"), 2),
     **dict.fromkeys((b"GlobalAveragePool", b"GlobalMaxPool", b"LogSoftmax", b"Max", b"Mean", b"Min", b"Sum"), 1),
     b"Normalizer": 1,
 }
-"""Of the operators whose inputs OpenVINO reads without a look whether they are there, which ends the process."""
+"""Operators with inputs that OpenVINO reads unchecked: if they are missing, the process crashes."""
 _VARINT, _EIGHT_BYTES, _TEXT, _FOUR_BYTES = 0, 1, 2, 5
 _DEEPEST = 64
 _MOST_VALUES_PER_BYTE = 2
-"""Of the narrowest type, of 4 bits."""
+"""Of the smallest type, with 4 bits."""
 
 
 def require_harmless(path: Path, files: Collection[str]) -> None:
-    """Do nothing if a graph reads no file but those named, all beside it, and claims no more weights than they hold.
+    """Check that a graph reads only the named files beside it, and claims no more weights than they hold.
 
     Raises:
-        CheckpointError: as said, or it loops, is no ONNX file, or would end a runtime that does not check it.
+        CheckpointError: it does not, contains a loop, is not an ONNX file, or would crash a runtime.
     """
     stored = sum((path.parent / name).stat().st_size for name in {path.name, *files})
     if path.stat().st_size == 0:
@@ -62,7 +62,7 @@ class _Walk:
         self.path, self.data, self.files, self.stored = path, data, files, stored
 
     def message(self, kind: str, place: int, end: int, depth: int) -> None:
-        """Walk over a message and what it holds."""
+        """Check a message and the messages in it."""
         if depth > _DEEPEST:
             raise ValueError("nested too deeply")
         parts = _PARTS.get(kind, {})
@@ -113,7 +113,7 @@ class _Walk:
             raise ValueError("an operator without its inputs")
 
     def _fields(self, place: int, end: int) -> Iterator[tuple[int, int | None, int, int]]:
-        """Number and value of each field of a message; of a text instead of a value where it starts and stops."""
+        """Number and value of each field of a message; of a text no value, but its start and stop."""
         while place < end:
             key, place = self._varint(place)
             number, kind = key >> 3, key & 7
