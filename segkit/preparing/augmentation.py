@@ -1,12 +1,11 @@
 """Random changes to training patches, computed with MONAI's transforms.
 
-The recipe is nnU-Net's (Isensee et al. 2021, supplementary note 2) with two choices of our own. A voxel that is exactly
-0 stays 0: that is the background of skull-stripped images, the padding and a missing modality, all of which are exactly
-0 at inference too. And whole modalities are set to 0 now and then, so that the network copes with whichever is
-missing: modality dropout (Neverova et al., "ModDrop", IEEE PAMI 38(8), 2016, arXiv 1501.00102), here with every
-incomplete set of modalities equally likely.
+The recipe is nnU-Net's (Isensee et al. 2021, supplementary note 2) with two additions. A voxel that is exactly 0 stays
+0: that is the background of skull-stripped images, the padding or a missing modality, which are exactly 0 at inference
+too. And whole modalities are set to 0 at random, so that the network works without them: modality dropout (Neverova et
+al., "ModDrop", IEEE PAMI 38(8), 2016, arXiv 1501.00102), with every incomplete set of modalities equally likely.
 
-Every draw comes from a generator seeded by the caller, never from a global or a worker's state.
+Every random number comes from a generator seeded by the caller.
 """
 
 from __future__ import annotations
@@ -133,7 +132,7 @@ class Augmentation:
         self.dims = len(self.patch_size)
 
     def reach(self, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Voxels needed before and after the centre, per axis, so that the patch of this seed has no empty corners."""
+        """Voxels needed before and after the centre, per axis, for a patch of this seed without empty corners."""
         matrix = self._spatial_matrix(seed)
         if matrix is None:
             return tuple(size // 2 for size in self.patch_size), tuple(size - size // 2 for size in self.patch_size)
@@ -149,7 +148,7 @@ class Augmentation:
         Args:
             sample: "image" (C, *spatial) float32 and possibly "labels" (1, *spatial) uint8, of any size; not changed.
             seed: decides everything random.
-            centre: voxel of the sample that comes to lie on voxel `patch_size // 2`; the middle if not given.
+            centre: voxel of the sample at voxel `patch_size // 2` of the patch; by default the middle.
 
         Returns:
             The same keys, (C, *patch_size) and (1, *patch_size); zeros where the patch leaves the sample.
@@ -170,7 +169,7 @@ class Augmentation:
         return patch
 
     def _spatial_matrix(self, seed: int) -> NDArray[np.float64] | None:
-        """Rotation and scale from patch offsets to sample offsets, in voxels; None where this seed draws neither."""
+        """Rotation and scale from patch offsets to sample offsets, in voxels; None if this seed draws neither."""
         config = self.config
         generator = np.random.default_rng((seed, 0))
         matrix = np.eye(self.dims)
@@ -211,7 +210,7 @@ class Augmentation:
 
 
 def change_intensities(image: torch.Tensor, config: IntensityConfig, generator: np.random.Generator) -> torch.Tensor:
-    """(C, *spatial) float32, each modality changed in place on its own; what was 0 is 0 again afterwards."""
+    """(C, *spatial) float32, each modality changed in place; voxels that were 0 stay 0."""
     with _plain_tensors():
         for plane in image:
             changed = _change_plane(plane[None], config, generator)
@@ -222,7 +221,7 @@ def change_intensities(image: torch.Tensor, config: IntensityConfig, generator: 
 
 @contextmanager
 def _plain_tensors() -> Iterator[None]:
-    """MONAI's transforms give plain tensors inside; its MetaTensor costs more than most of the transforms."""
+    """Make MONAI's transforms return plain tensors; MetaTensor costs more time than most of the transforms."""
     before = get_track_meta()
     set_track_meta(False)
     try:
@@ -232,7 +231,7 @@ def _plain_tensors() -> Iterator[None]:
 
 
 def rotation_planes(patch_size: Sequence[int]) -> list[tuple[int, int]]:
-    """Pairs of axes to rotate in: all of them, or the slice plane alone where one axis of the patch is thin."""
+    """Pairs of axes to rotate in: all of them, or only the slice plane if one axis of the patch is thin."""
     dims = len(patch_size)
     if dims == 2:
         return [(0, 1)]
@@ -244,7 +243,7 @@ def rotation_planes(patch_size: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _either_side_of_one(generator: np.random.Generator, limits: Range) -> float:
-    """A factor below or above 1 with equal chance, so that a lopsided range does not favour its longer side."""
+    """A factor below or above 1 with equal probability, also in an asymmetric range."""
     low, high = limits
     if low < 1 and (high <= 1 or generator.random() < 0.5):
         return float(generator.uniform(low, min(high, 1.0)))
@@ -252,7 +251,7 @@ def _either_side_of_one(generator: np.random.Generator, limits: Range) -> float:
 
 
 def _crop(array: AnyArray, start: Sequence[int], size: Sequence[int]) -> AnyArray:
-    """A copy of (C, *spatial) from voxel `start` on, `size` voxels; zeros where it leaves the array."""
+    """A copy of (C, *spatial) from voxel `start`, `size` voxels; zeros outside the array."""
     patch = np.zeros((len(array), *size), array.dtype)
     source, target = [slice(None)], [slice(None)]
     for first, length, available in zip(start, size, array.shape[1:], strict=True):
@@ -267,7 +266,7 @@ def _crop(array: AnyArray, start: Sequence[int], size: Sequence[int]) -> AnyArra
 def _change_plane(
     original: torch.Tensor, config: IntensityConfig, generator: np.random.Generator
 ) -> torch.Tensor | None:
-    """One modality (1, *spatial) through the intensity recipe, each step with its probability; None if none fires."""
+    """One modality (1, *spatial) after the intensity changes, each with its probability; None if none is drawn."""
     plane = original
     if generator.random() < config.noise_probability:
         std = generator.uniform(*config.noise_std_range)
@@ -290,10 +289,7 @@ def _change_plane(
 
 
 def _drop_modalities(image: torch.Tensor, probability: float, generator: np.random.Generator) -> None:
-    """Set a random part of the modalities of (C, *spatial) to 0, in place; some of those that hold anything are left.
-
-    It comes after the intensity changes, which are computed with each modality as it was.
-    """
+    """Set a random part of the modalities of (C, *spatial) to 0, in place; at least one that is not 0 is kept."""
     if generator.random() >= probability:
         return
     present = np.flatnonzero(image.flatten(1).any(dim=1).numpy())
@@ -306,14 +302,14 @@ def _drop_modalities(image: torch.Tensor, probability: float, generator: np.rand
 
 
 def _blur(plane: torch.Tensor, sigma: float) -> torch.Tensor:
-    """What MONAI's `GaussianSmooth` gives, in a third of its time for a slice: it builds a module for each call."""
+    """As MONAI's `GaussianSmooth`, which builds a module in each call and takes three times as long for a slice."""
     kernel = gaussian_1d(torch.tensor(sigma), truncated=4.0, approx="erf")
     blurred: torch.Tensor = separable_filtering(plane[None], [kernel] * (plane.ndim - 1))[0]
     return blurred
 
 
 def _lower_resolution(plane: torch.Tensor, fraction: float) -> torch.Tensor:
-    """Down by nearest neighbour and up again by linear interpolation, as a coarser scan would look."""
+    """Down by nearest neighbour and up again by linear interpolation, like a coarser scan."""
     shape = plane.shape[1:]
     coarse = [max(1, round(size * fraction)) for size in shape]
     small = functional.interpolate(plane[None], size=coarse, mode="nearest-exact")

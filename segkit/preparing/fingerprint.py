@@ -1,4 +1,4 @@
-"""The fingerprint of a cohort: the few numbers from which a training run is planned (nnU-Net's term)."""
+"""The fingerprint of a cohort: the numbers from which a training run is planned (nnU-Net's term)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SAMPLED_VOXELS = 10_000
 """Foreground voxels of one case that go into the intensity statistics."""
 
 _AIR_HU = -200.0
-"""CT has air far below this, while stored MR and pictures hardly ever have values so low."""
+"""Air in CT is far below this; MR and pictures almost never have such low values."""
 
 
 class Foreground(Config):
@@ -37,7 +37,7 @@ class Foreground(Config):
 
 
 class Fingerprint(Config):
-    """What planning needs to know of a cohort, from a sample of its cases; axes are those after orientation to RAS."""
+    """What planning needs of a cohort, from a sample of its cases; axes are those after orientation to RAS."""
 
     cases: int
     """Cases in the cohort."""
@@ -127,7 +127,7 @@ def _sample(loaded: LoadedCase) -> _Sample:
 
 
 def _foreground_intensities(loaded: LoadedCase) -> NDArray[np.float32]:
-    """A sample of the labelled voxels of all modalities; of all voxels above air where there is no reference."""
+    """A sample of the labelled voxels of all modalities; without a reference, of all voxels above air."""
     is_inside = loaded.image.max(axis=0) > _AIR_HU if loaded.labels is None else loaded.labels > 0
     places = np.flatnonzero(is_inside)
     if len(places) > _SAMPLED_VOXELS:
@@ -143,7 +143,7 @@ def _foreground(intensities: NDArray[np.float32]) -> Foreground:
 
 
 def _is_ct(modalities: Sequence[str], lowest: Sequence[float]) -> bool:
-    """Named so, or one unnamed modality with air in Hounsfield units."""
+    """Whether the modality is called CT, or there is only one and it has air in Hounsfield units."""
     names = {name.lower() for name in modalities}
     return names == {"ct"} or (len(names) == 1 and float(np.median(lowest)) < _AIR_HU)
 

@@ -1,4 +1,4 @@
-"""Training patches: which case, which place, which augmentation, all decided by (seed, index)."""
+"""Training patches: the case, the place and the augmentation follow from (seed, index)."""
 
 from __future__ import annotations
 
@@ -14,21 +14,19 @@ from segkit.preparing.preprocessing import PreparedCase
 from segkit.shapes import AnyArray
 
 _JITTER = 0.25
-"""How far, as a share of the patch, a chosen foreground voxel may lie from the middle of its patch."""
+"""Largest distance of a chosen foreground voxel from the middle of its patch, as a share of the patch."""
 
 
 class PatchDataset(Dataset[dict[str, torch.Tensor]]):
     """Random patches of prepared cases.
 
-    Item i depends on (seed, i) and on nothing else, so any number of workers gives the same items in the same order,
-    and a resumed run goes on where it stopped. Each pass over `len(prepared)` items visits every case once, in an
-    order of its own.
+    Item i depends on (seed, i) only, so any number of workers gives the same items in the same order, and a resumed run
+    continues where it stopped. Each pass over `len(prepared)` items visits every case once, in a new random order.
 
-    With probability `foreground_fraction` a patch is centred, within a jitter, on a voxel of a label value picked
-    with equal chance among those present in the case; else it lies anywhere inside the volume. A volume smaller than
-    the patch is padded with zeros on both sides.
-
-    With a `bank` some patches show a lesion of their case in another brain, or no lesion at all.
+    With probability `foreground_fraction` a patch is centred, within a jitter, on a voxel of a label value drawn
+    uniformly from those present in the case; otherwise it lies anywhere inside the volume. A volume smaller than the
+    patch is padded with zeros on both sides. With a `bank` some patches show a lesion of their case in another
+    brain, or no lesion.
     """
 
     def __init__(
@@ -84,7 +82,7 @@ class PatchDataset(Dataset[dict[str, torch.Tensor]]):
         return int(order[place])
 
     def _centre(self, case: PreparedCase, generator: np.random.Generator) -> list[int]:
-        """The voxel that comes to lie on voxel `patch_size // 2` of the patch."""
+        """The voxel of the case at voxel `patch_size // 2` of the patch."""
         shape = case.image.shape[1:]
         limits = [_centre_limits(size, patch) for size, patch in zip(shape, self.patch_size, strict=True)]
         values = sorted(case.foreground)
@@ -101,7 +99,7 @@ class PatchDataset(Dataset[dict[str, torch.Tensor]]):
 
 
 def _centre_limits(size: int, patch: int) -> tuple[int, int]:
-    """First and last centre for which the patch stays inside; the middle alone where the volume is the smaller one."""
+    """First and last centre for which the patch stays inside; only the middle if the volume is smaller."""
     if size <= patch:
         middle = patch // 2 - (patch - size) // 2
         return middle, middle

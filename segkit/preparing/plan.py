@@ -42,12 +42,12 @@ _MEMORY_MODES: tuple[dict[str, object], ...] = (
     {"mode": "reversible"},
     {"mode": "reversible", "chunks": 4},
 )
-"""Network arguments from fast and large to slow and small; a family takes those it has."""
+"""Network arguments from fast with much memory to slow with little; those that a family has are tried."""
 
 
 @dataclass(frozen=True)
 class PlanningRequest:
-    """What the caller has decided; None leaves it to planning. Sizes in voxels.
+    """What the caller has decided; None is left to planning. Sizes in voxels.
 
     A run takes `steps` optimisation steps of `accumulate` batches, or `budget_minutes` instead, and validates
     `validations` times on `validation_cases` cases.
@@ -216,7 +216,7 @@ def _refuse_unsuitable(patch: Shape | None, divisor: Shape) -> None:
 def plan_preprocessing(
     fingerprint: Fingerprint, asked: PreprocessingConfig, reasons: dict[str, str]
 ) -> PreprocessingConfig:
-    """Settings with nothing left open; why each was chosen is added to `reasons`."""
+    """Settings without None; the reason for each choice is added to `reasons`."""
     chosen: dict[str, Any] = {}
     if asked.spacing_mm is None:
         chosen["spacing_mm"], reasons["preprocessing.spacing_mm"] = target_spacing(fingerprint.spacings_mm)

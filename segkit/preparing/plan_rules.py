@@ -1,6 +1,6 @@
-"""The rules of planning, one function each: from numbers of the data to a choice and the sentence that explains it.
+"""The rules of planning, one function each: from numbers of the data to a choice and a sentence that explains it.
 
-They follow nnU-Net (Isensee et al., Nature Methods 2021, "Automated method configuration") where nothing else is said.
+Unless stated otherwise they follow nnU-Net (Isensee et al., Nature Methods 2021, "Automated method configuration").
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ _BACKGROUND_SHARE = 0.25
 _SMALLEST_FEATURE_MAP = 4
 _STRIDE_RATIO = 2.0
 _PICTURE_FACTOR = 2
-"""A picture's patch may be that many times longer than a volume's, and that many times as many make a batch: there is
-one axis less to pay for. Longer patches instead of more learn more slowly (`docs/benchmarks.md`)."""
+"""Patches of pictures may be this many times longer than those of volumes, and a batch may have this many times more:
+they have one axis less. Even longer patches instead of more learn more slowly (`docs/benchmarks.md`)."""
 _MODALITY_DROPOUT = 0.2
-"""Part of the patches that lack a modality: most still show all of them, which is what most scans have."""
+"""Share of the patches that lack a modality: most scans have all of them."""
 _SIDES = {"left", "right", "l", "r", "lh", "rh"}
 
 
 def target_spacing(spacings_mm: Sequence[Spacing]) -> tuple[Spacing, str]:
     """The median spacing; on an axis more than 3 times coarser than the finest, the 10th percentile of that axis.
 
-    The exception keeps cases with thin slices from losing most of them. Pictures have no spacing.
+    Without the exception, cases with thin slices would lose most of them. Pictures have no spacing.
     """
     spacings = np.array(spacings_mm)
     median = np.median(spacings, axis=0)
@@ -58,7 +58,7 @@ def target_spacing(spacings_mm: Sequence[Spacing]) -> tuple[Spacing, str]:
 def choose_normalisation(fingerprint: Fingerprint) -> tuple[Normalisation, str]:
     """ct-window for Hounsfield units, zscore-nonzero where more than a quarter of a volume is exactly 0, else zscore.
 
-    In pictures 0 is a colour: the blue of a retina is 0 over wide areas.
+    In pictures 0 is a colour: the blue channel of a retina is 0 over large areas.
     """
     share = f"{fingerprint.zero_fraction:.0%} of the voxels are exactly 0"
     if fingerprint.is_ct:
@@ -72,7 +72,7 @@ def choose_normalisation(fingerprint: Fingerprint) -> tuple[Normalisation, str]:
 
 
 def choose_mirror_axes(scheme: LabelScheme, dims: int) -> tuple[Shape, str]:
-    """All axes for tumour regions and pictures, left-right alone for organs, nothing where labels tell sides apart.
+    """All axes for tumour regions and pictures, left-right for organs, none where label names distinguish sides.
 
     nnU-Net mirrors organs on every axis too; in a short run on a CPU that learnt more slowly (`docs/benchmarks.md`).
     """
@@ -88,9 +88,9 @@ def choose_mirror_axes(scheme: LabelScheme, dims: int) -> tuple[Shape, str]:
 
 
 def choose_modality_dropout(modalities: Sequence[str]) -> tuple[float, str]:
-    """One patch in five lacks a modality where all are MRI sequences of BraTS; elsewhere none does.
+    """One patch in five lacks a modality if all are MRI sequences of BraTS; otherwise none does.
 
-    Of other channels, such as the colours of a picture, nobody knows whether one can be missing.
+    Other channels, such as the colours of a picture, are not known to be missing in practice.
     """
     if len(modalities) < 2:
         return 0.0, "there is one modality"
@@ -105,7 +105,7 @@ def choose_strides(shape: Shape, spacing_mm: Spacing, steps: int) -> tuple[Shape
     strides = []
     for _ in range(steps):
         is_long = [size >= 2 * _SMALLEST_FEATURE_MAP for size in sizes]
-        # Axes that are too short to shrink further must not hold the others back.
+        # Axes that are too short to shrink further are left out.
         finest = min((mm for mm, may_shrink in zip(spacing, is_long, strict=True) if may_shrink), default=0.0)
         stride = tuple(
             2 if may_shrink and mm < _STRIDE_RATIO * finest else 1
@@ -118,7 +118,7 @@ def choose_strides(shape: Shape, spacing_mm: Spacing, steps: int) -> tuple[Shape
 
 
 def choose_slice_axis(shape: Shape, spacing_mm: Spacing) -> int:
-    """The axis across which a network of slices sees a volume as a stack: the coarsest; of equal ones the shortest."""
+    """The axis along which a volume is a stack of slices for a 2D network: the coarsest; of equal ones the shortest."""
     return max(range(len(shape)), key=lambda axis: (round(spacing_mm[axis], 2), -shape[axis]))
 
 
@@ -131,7 +131,7 @@ def patch_limits(spacing_mm: Spacing, limit: int) -> Shape:
 
 
 def largest_batch(dims: int, limit: int) -> int:
-    """Most patches of a step: `limit`, and twice that of pictures."""
+    """Largest batch: `limit`, twice that for pictures."""
     return limit * _PICTURE_FACTOR if dims == 2 else limit
 
 
@@ -144,7 +144,7 @@ def largest_patch(median: Shape, limits: Shape, divisor: Shape) -> Shape:
 
 
 def smaller_patches(patch: Shape, median: Shape, divisor: Shape) -> Iterator[Shape]:
-    """The patch, then ever smaller ones: each time the axis shrinks that covers most of the median case."""
+    """The patch and then smaller ones: in each step the axis shrinks that covers most of the median case."""
     smallest = [min(size, 2 * step) for size, step in zip(patch, divisor, strict=True)]
     sizes = list(patch)
     while True:

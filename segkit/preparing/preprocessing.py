@@ -1,9 +1,8 @@
-"""From files to the array that a network sees, with the way back recorded.
+"""From the files of a case to the input array of a network, with the way back recorded.
 
-*Loading* puts the modalities of one case into one array in the orientation of its files and refuses what does not fit
-together. *Preparing* turns it to one orientation, crops it to the voxels that hold signal, normalises each modality
-and resamples it where its spacing asks for it. Each step is recorded in a `Preparation`, so that decoding can return
-to the grid of the input exactly.
+*Loading* puts the modalities of one case into one array in the orientation of its files and rejects files that do not
+fit together. *Preparing* reorients it, crops it to the voxels with signal, normalises each modality and resamples it to
+the target spacing. Each step is recorded in a `Preparation`, so that decoding returns exactly to the grid of the input.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _MOST_VOXELS = 2**31
 
 
 class PreprocessingConfig(Config):
-    """How a loaded case becomes a network's input. None is decided by planning."""
+    """How a loaded case becomes the input of a network. None is decided by planning."""
 
     spacing_mm: tuple[float, ...] | None = None
     """Voxel spacing to resample to, in mm, in the axis order after orientation; None keeps the spacing of each case."""
@@ -49,14 +48,14 @@ class PreprocessingConfig(Config):
     normalisation: Normalisation | None = None
     """zscore-nonzero: mean 0 and deviation 1 over the voxels that are not 0, which stay 0 (skull-stripped MRI);
     zscore: over all voxels; ct-window: Hounsfield units clipped to `ct_window`, then `ct_mean` and `ct_std`;
-    scale-nonzero: divided by the deviation over the voxels that are not 0, so that background keeps its distance from
-    tissue, as inpainting needs it."""
+    scale-nonzero: divided by the deviation over the voxels that are not 0, so that background and tissue stay apart, as
+    inpainting needs it."""
 
     crop: Crop | None = None
     """nonzero: crop to the box of voxels that are not 0 in any modality; none: keep the whole volume."""
 
     ct_window: tuple[float, float] | None = None
-    """Lowest and highest value kept by ct-window; training data's 0.5 and 99.5 percentiles of the foreground."""
+    """Lowest and highest value of ct-window: the 0.5 and 99.5 percentiles of the foreground of the training data."""
 
     ct_mean: float | None = None
     """Mean that ct-window subtracts: that of the foreground voxels of the training data."""
@@ -70,7 +69,7 @@ class LoadedCase:
     """One case in the orientation of its files.
 
     image: (C, *spatial) float32, a missing modality is all 0; labels: (*spatial) uint8 in the values of the cohort's
-    scheme, None where there is no reference or none was asked for; available: per modality, whether there was a file.
+    scheme, None without a reference or a scheme; available: per modality, whether it has a file.
     """
 
     id: str
@@ -88,9 +87,9 @@ def load_case(
     allow_missing: bool = False,
     uses_threads: bool = True,
 ) -> LoadedCase:
-    """Read the files of one case; the reference only when a `scheme` is given, in whose values it is returned.
+    """Read the files of one case; the reference only if a `scheme` is given, and in the values of that scheme.
 
-    With `uses_threads` the files are read side by side, which holds one of them for each core besides the image.
+    With `uses_threads` the files are read in parallel, which holds one of them per core besides the image.
 
     Raises:
         DataError: a file cannot be read or holds NaN or infinity, a modality is missing (unless `allow_missing`),
@@ -113,7 +112,7 @@ def load_case(
 
 
 def _read_image(case: Case, modalities: tuple[str, ...], *, uses_threads: bool) -> tuple[Image, Grid]:
-    """All modalities as one array; most of the time of reading goes into unpacking."""
+    """All modalities as one array, and their grid."""
     files = [(channel, case.images[name]) for channel, name in enumerate(modalities) if name in case.images]
     with ExitStack() as stack:
         read_all: Callable[..., Iterable[Volume]] = map
@@ -175,11 +174,10 @@ def _read_reference(case: Case, file: ImageFile, grid: Grid, scheme: LabelScheme
 
 @dataclass(frozen=True)
 class Preparation:
-    """The recorded way from a case's own grid to the prepared array, for going back exactly.
+    """The steps from the grid of a case to the prepared array; taken in reverse, they lead back exactly.
 
-    Order of the steps: `reorientation` of the array of `source_grid`; crop to `crop` = (start, stop), voxels per
-    reoriented axis, stop excluded; resampling from `cropped_shape` to `resampled_shape`, whose voxels measure
-    `spacing_mm`. Going back takes them in reverse.
+    `reorientation` of the array of `source_grid`; crop to `crop` = (start, stop), voxels per reoriented axis, stop
+    excluded; resampling from `cropped_shape` to `resampled_shape`, whose voxels measure `spacing_mm`.
     """
 
     source_grid: Grid
@@ -246,8 +244,8 @@ class Preparation:
 class PreparedCase:
     """One case as the network sees it: image (C, *spatial) float32, labels (*spatial) uint8, the way back.
 
-    `foreground` maps each label value present (0 left out) to flat C-order indices of voxels that have it, possibly a
-    sample of them; it is what patch sampling draws from, and empty where nobody trains.
+    `foreground` maps each label value present (without 0) to flat C-order indices of voxels that have it, possibly a
+    sample of them. Patch sampling draws from it; outside training it is empty.
     """
 
     id: str
@@ -260,12 +258,12 @@ class PreparedCase:
 def prepare(loaded: LoadedCase, config: PreprocessingConfig) -> PreparedCase:
     """Orient, crop, normalise and, where the spacing differs by more than 1 %, resample one case.
 
-    Statistics of the normalisation are those of the cropped volume, so over the voxels that are not 0 they are those
-    of the whole volume. A missing modality stays 0 whatever the normalisation.
+    Statistics of the normalisation are those of the cropped volume; over the voxels that are not 0 these equal those of
+    the whole volume. A missing modality stays 0 with every normalisation.
 
     Raises:
-        RequestError: the configuration still has something left to planning.
-        DataError: the spacing of the case asks for an absurd number of voxels.
+        RequestError: normalisation or crop is still None.
+        DataError: resampling would give more than 2 ** 31 voxels.
     """
     if config.normalisation is None or config.crop is None:
         raise RequestError("normalisation or crop is not decided", remedy="Set both, or let planning choose them")
@@ -310,13 +308,13 @@ def normalise(plane: NDArray[np.float32], config: PreprocessingConfig) -> None:
 
 
 def deviation_of_tissue(plane: NDArray[np.float32]) -> float:
-    """Standard deviation over the voxels that are not 0; 1 where they are all alike."""
+    """Standard deviation over the voxels that are not 0; 1 if they are all equal."""
     values = plane[plane != 0]
     return (float(values.std(dtype=np.float64)) if values.size else 0.0) or 1.0
 
 
 def crop_box(image: Image, crop: Crop) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Start and stop per axis of the box to keep of (C, *spatial); everything where all of it is 0."""
+    """Start and stop per axis of the box to keep of (C, *spatial); the whole volume if all of it is 0."""
     whole = (0,) * (image.ndim - 1), image.shape[1:]
     if crop == "none":
         return whole

@@ -1,8 +1,8 @@
 """Resampling to another spacing: linear for intensities, linear per label value for label maps.
 
-The outer faces of the volume are aligned (not the centres of its corner voxels), so that going there and back covers
-the same part of the patient; beyond the centres of the outermost voxels their value holds. That is what
-`torch.nn.functional.interpolate` does with `align_corners=False`, computed here axis by axis, without torch.
+The outer faces of the volume are aligned (not the centres of its corner voxels), so that resampling there and back
+covers the same part of the patient; beyond the centres of the outermost voxels their values are repeated. This equals
+`torch.nn.functional.interpolate` with `align_corners=False`, computed axis by axis and without torch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def resampled_shape(
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Where the voxels of a resampled axis lie on the axis before: between `lower` and `upper`, `weight` towards upper.
+    """Positions of the voxels of a resampled axis on the old axis: between `lower` and `upper`, `weight` towards upper.
 
     All (new,): lower and upper are voxel indices, upper at most one higher; weight is float32 in 0..1.
     """
@@ -60,7 +60,7 @@ def resample_plane(plane: NDArray[np.float32], shape: Sequence[int]) -> NDArray[
 
 
 def resample_image(image: Image, shape: Sequence[int]) -> Image:
-    """Linear resampling of (C, *spatial) to (C, *shape); the image itself where the shape is already right."""
+    """Linear resampling of (C, *spatial) to (C, *shape); the image itself if it has this shape already."""
     if image.shape[1:] == tuple(shape):
         return image
     resampled = np.empty((len(image), *shape), np.float32)
@@ -72,8 +72,8 @@ def resample_image(image: Image, shape: Sequence[int]) -> Image:
 def resample_labels(labels: LabelMap, shape: Sequence[int]) -> LabelMap:
     """Resample (*spatial) to `shape`: each value's mask is resampled linearly and the largest wins.
 
-    This gives smooth borders, unlike nearest neighbour, and never invents a value between two others. On a tie the
-    smaller value wins.
+    This gives smooth borders, unlike nearest neighbour, and no values between two others. On a tie the smaller value
+    wins.
     """
     if labels.shape == tuple(shape):
         return labels
@@ -88,7 +88,7 @@ def resample_labels(labels: LabelMap, shape: Sequence[int]) -> LabelMap:
 
 
 def _resample_axis(plane: NDArray[np.float32], axis: int, size: int) -> NDArray[np.float32]:
-    """(*spatial) with `axis` resampled, slab by slab, so that what is in between stays small."""
+    """(*spatial) with `axis` resampled, slab by slab to keep temporary arrays small."""
     near = neighbours(plane.shape[axis], size)
     result = np.empty((*plane.shape[:axis], size, *plane.shape[axis + 1 :]), np.float32)
     weight = near.weight.reshape(-1, *(1,) * (plane.ndim - axis - 1))

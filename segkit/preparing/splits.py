@@ -1,4 +1,4 @@
-"""Splits by patient: time points of one patient never lie on both sides."""
+"""Splits by patient: time points of one patient are never in both training and validation."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from segkit.reading.case import Case
 def patient_folds(cases: Sequence[Case], folds: int, seed: int) -> list[list[str]]:
     """Case ids of each fold, sorted; every case is in exactly one fold, and all cases of a patient in the same.
 
-    Depends on the ids, `folds` and `seed` only, not on the order of `cases`. Patients are shuffled, and those with
-    most cases go first to the fold with fewest, so that folds differ by no more than one patient's cases.
+    Depends on the ids, `folds` and `seed` only, not on the order of `cases`. Patients are shuffled and assigned to
+    the fold with the fewest cases, those with most cases first, so that folds differ by at most one patient.
 
     Raises:
         RequestError: fewer than two folds, or fewer patients than folds.
