@@ -40,9 +40,8 @@ def write_graph(
 ) -> None:
     """Write a network in evaluation mode for windows (B, channels, *window); of a list of logits, the first.
 
-    The file is written atomically. With `external_data` the weights are in `<name>.data` beside it; None decides by their
-    size. The network's
-    training mode is restored.
+    The file is written atomically. With `external_data` the weights are in `<name>.data` beside it; None decides by
+    their size. The network's training mode is restored.
 
     Raises:
         RequestError: onnx or onnxscript is not installed.
