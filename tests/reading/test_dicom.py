@@ -65,6 +65,12 @@ def test_real_series_lie_where_they_should(real_data: Path, name: str) -> None:
         np.testing.assert_allclose(ours.apply(volume.array), theirs.apply(truth.array), atol=2e-4)
 
 
+def test_hidden_files_beside_the_slices_are_left_out(tmp_path: Path) -> None:
+    folder = series(tmp_path / "series", [0, 1, 2, 3])
+    (folder / ".2.dcm").write_bytes((folder / "2.dcm").read_bytes())
+    assert read_volume(folder).array[0, 0].tolist() == [100, 101, 102, 103]
+
+
 @pytest.mark.parametrize(
     ("name", "match"),
     [("slicecount", "slices are missing: the series has only 2"), ("sliceorientation", "the slices are not parallel")],
