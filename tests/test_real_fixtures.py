@@ -34,7 +34,8 @@ def contents(path: Path) -> np.ndarray:
     if path.suffix == ".dcm":
         return np.asarray(pytest.importorskip("pydicom").dcmread(path).pixel_array)
     if path.suffix in (".gif", ".jpg", ".png"):
-        return np.asarray(PIL.Image.open(path))
+        with PIL.Image.open(path) as picture:
+            return np.asarray(picture)
     return np.frombuffer(path.read_bytes(), np.uint8)
 
 

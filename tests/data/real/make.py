@@ -120,10 +120,9 @@ def make_pictures(source: Path, target: Path) -> None:
     """All pictures at one eighth: colours as the mean of the pixels, masks as the pixel in the middle."""
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
-        picture = PIL.Image.open(file)
-        width, height = -(-picture.width // SHRINK), -(-picture.height // SHRINK)
         filter_ = PIL.Image.Resampling.BOX if file.suffix == ".jpg" else PIL.Image.Resampling.NEAREST
-        small = picture.resize((width, height), filter_)
+        with PIL.Image.open(file) as picture:
+            small = picture.resize((-(-picture.width // SHRINK), -(-picture.height // SHRINK)), filter_)
         small.save(target / file.name, **({"quality": 90} if file.suffix == ".jpg" else {}))
 
 
