@@ -9,17 +9,11 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from segkit.cli import main
 from segkit.reading.files import read_volume
+from tests.helpers import run_segkit
 
 _TINY = ["--preset", "tiny", "--set", "network.arguments={widths: [8, 12]}", "--set", "training.steps=30"]
 _SHORT = ["--set", "training.steps_per_epoch=30", "--set", "planning.patch_limit=16", "-d", "cpu", "-q"]
-
-
-def _segkit(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as leave:
-        main([str(argument) for argument in arguments])
-    return int(leave.value.code or 0)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +36,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_check_tells_pictures_readers_and_fields_of_view(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _segkit("check", data, "--json", "--no-estimate") == 0
+    assert run_segkit("check", data, "--json", "--no-estimate") == 0
     document = json.loads(capsys.readouterr().out)
     assert document["layout"] == "folder2d"
     assert document["label_scheme"] == {"name": "classes", "labels": {"foreground": 1}}
@@ -58,14 +52,14 @@ def test_check_tells_pictures_readers_and_fields_of_view(data: Path, capsys: pyt
 def test_from_pictures_to_scores(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     held_out, run, masks = tmp_path / "test.txt", tmp_path / "run", tmp_path / "masks"
     held_out.write_text("Image_03L\nImage_03R\n", encoding="utf-8")
-    assert _segkit("train", data, "-o", run, "--exclude", held_out, *_TINY, *_SHORT) == 0
+    assert run_segkit("train", data, "-o", run, "--exclude", held_out, *_TINY, *_SHORT) == 0
     split = json.loads((run / "split.json").read_text(encoding="utf-8"))
     for side in ("training", "validation"):  # two children, two eyes each: one child learns, the other validates
         assert len(split[side]) == len({case_id[-1] for case_id in split[side]}) == 2
         assert len({case_id[:-1] for case_id in split[side]}) == 1
 
     chosen = ["--cases", held_out, "-q"]
-    assert _segkit("infer", "-m", run, "-i", data, "-o", masks, *chosen, "--save-probabilities", "-d", "cpu") == 0
+    assert run_segkit("infer", "-m", run, "-i", data, "-o", masks, *chosen, "--save-probabilities", "-d", "cpu") == 0
     assert sorted(path.name for path in masks.glob("*.png")) == ["Image_03L.png", "Image_03R.png"]
     probabilities = read_volume(masks / "probabilities" / "Image_03L_foreground.tif")
     assert (probabilities.array.dtype, probabilities.array.shape) == (np.float32, (40, 48))
@@ -74,12 +68,12 @@ def test_from_pictures_to_scores(data: Path, tmp_path: Path, capsys: pytest.Capt
 
     capsys.readouterr()
     evaluate = ["evaluate", "-p", masks, "-r", data, *chosen, "--json"]
-    assert _segkit(*evaluate, "--roi", ".gif", "--probabilities", masks / "probabilities") == 0
+    assert run_segkit(*evaluate, "--roi", ".gif", "--probabilities", masks / "probabilities") == 0
     inside = json.loads(capsys.readouterr().out)["summary"]["foreground"]
     assert inside["dice"]["n"] == inside["auc"]["n"] == 2
     assert inside["dice"]["mean"] > 0.6
     assert inside["auc"]["mean"] > 0.9
-    assert _segkit(*evaluate) == 0
+    assert run_segkit(*evaluate) == 0
     everywhere = json.loads(capsys.readouterr().out)["summary"]["foreground"]
     assert "auc" not in everywhere
     assert everywhere["specificity"]["mean"] != inside["specificity"]["mean"]  # the black around counts here
@@ -90,14 +84,14 @@ def test_a_second_reader_is_scored_like_a_prediction(
 ) -> None:
     for path in data.glob("*_2ndHO.png"):
         (tmp_path / path.name.replace("_2ndHO", "")).write_bytes(path.read_bytes())
-    assert _segkit("evaluate", "-p", tmp_path, "-r", data, "--roi", ".gif", "--json", "-q") == 0
+    assert run_segkit("evaluate", "-p", tmp_path, "-r", data, "--roi", ".gif", "--json", "-q") == 0
     scores = json.loads(capsys.readouterr().out)["summary"]["foreground"]
     assert scores["dice"]["n"] == 6
     assert 0.5 < scores["dice"]["mean"] < 1
 
 
 def test_real_retina_pictures_are_checked(real_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _segkit("check", real_data / "chase_db1", "--json", "--fast", "--no-estimate") == 0
+    assert run_segkit("check", real_data / "chase_db1", "--json", "--fast", "--no-estimate") == 0
     document = json.loads(capsys.readouterr().out)
     assert (document["layout"], len(document["cases"])) == ("folder2d", 20)
     assert all(case["shape"] == [120, 125] for case in document["cases"])

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-import segkit.cli
 from segkit.batch.cases import find_input, plan_cases
 from segkit.batch.ray_executor import RayExecutor, Share
 from segkit.batch.runner import open_manifest, run_folder
@@ -19,6 +18,7 @@ from segkit.batch.segment import Segment, SegmentPlan
 from segkit.batch.worker import CaseWorker
 from segkit.errors import RequestError
 from segkit.inference.predictor import Predictor
+from tests.helpers import run_segkit
 
 VoxelsAndHeaders = Callable[[Path], dict[str, tuple[bytes, bytes]]]
 
@@ -120,12 +120,9 @@ def test_a_node_too_small_is_named(export: Path, data: Path, tmp_path: Path) -> 
 def test_as_a_user_types_it(export: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = ["infer", "-m", export, "-i", data, "-o", tmp_path / "out", "-d", "cpu", "--json"]
     options = ["--engine", "ray", "--threads", "1", "--workers", "1"]
-    with pytest.raises(SystemExit) as leave:
-        segkit.cli.main([*map(str, command), *options])
-    assert leave.value.code == 1  # for the case that is no image
+    assert run_segkit(*command, *options) == 1  # for the case that is no image
     captured = capfd.readouterr()
     assert json.loads(captured.out)["summary"]["done"] == 3
     assert "3 done, 0 skipped, 1 failed" in captured.err
-    with pytest.raises(SystemExit):
-        segkit.cli.main([*map(str, command), *options])
+    run_segkit(*command, *options)
     assert json.loads(capfd.readouterr().out)["summary"]["skipped"] == 3

@@ -13,7 +13,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-import segkit.cli
 from segkit.batch.ray_executor import RayExecutor, Share
 from segkit.batch.runner import run_folder
 from segkit.batch.worker import LocalExecutor
@@ -22,6 +21,7 @@ from segkit.inpainting.masks import masks_of_cohort
 from segkit.inpainting.predictor import InpaintingPredictor
 from segkit.phantoms.inpainting import write_inpainting_phantoms
 from segkit.reading.layouts.synthesis import find_voided
+from tests.helpers import run_segkit
 
 WriteInpainter = Callable[[str], Path]
 VoxelsAndHeaders = Callable[[Path], dict[str, tuple[bytes, bytes]]]
@@ -122,9 +122,7 @@ def test_lesions_that_a_model_finds_as_a_user_types_it(
     remote = ["--engine", "ray", "--workers", "1", "--results", "store"]
     documents = []
     for options in (["-o", "local"], ["-o", "ray", *remote], ["-o", "ray"], ["-o", "local", *remote]):
-        with pytest.raises(SystemExit) as leave:
-            segkit.cli.main([*command, *options])
-        assert leave.value.code == 1  # for the case that is no image
+        assert run_segkit(*command, *options) == 1  # for the case that is no image
         documents.append(json.loads(capfd.readouterr().out))
     counts = [{status: document["summary"][status] for status in ("done", "skipped")} for document in documents]
     assert counts == [{"done": 3, "skipped": 0}] * 2 + [{"done": 0, "skipped": 3}] * 2

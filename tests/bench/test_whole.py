@@ -3,46 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
 
-import segkit
 from segkit.bench.whole import measure_whole
-from segkit.checkpoint.card import ModelCard
-from segkit.checkpoint.model import save_model
 from segkit.errors import RequestError
-from segkit.labels import SCHEMES, outputs_of
+from segkit.labels import SCHEMES
+from tests.helpers import save_nifti, write_segmentation_run
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    scheme = SCHEMES["brats2017"]
-    network = segkit.build_model("revmbunet", size="tiny", in_channels=1, out_channels=3)
-    torch.nn.init.normal_(network.heads[0].weight, std=3.0)
-    document: dict[str, Any] = {
-        "network": {"family": "revmbunet", "size": "tiny", "in_channels": 1, "out_channels": 3},
-        "modalities": ["t1c"],
-        "patch_size": [16, 16, 16],
-        "divisor": list(network.divisor),
-        "activation": "sigmoid",
-        "outputs": [{"name": o.name, "label": o.label, "members": o.members} for o in outputs_of(scheme)],
-        "label_scheme": scheme.to_json(),
-        "training_data": {"identity": "none", "cases": 0},
-    }
-    save_model(tmp_path / "run", network.state_dict(), ModelCard.model_validate(document))
-    return tmp_path / "run"
+    return write_segmentation_run(
+        tmp_path / "run",
+        ("t1c",),
+        SCHEMES["brats2017"],
+        change=lambda network: torch.nn.init.normal_(network.heads[0].weight, std=3.0),
+    )
 
 
 @pytest.fixture
 def case(tmp_path: Path) -> Path:
     folder = tmp_path / "BraTS2021_00001"
-    folder.mkdir()
     values = np.random.default_rng(0).normal(500, 100, (20, 22, 18)).astype(np.float32)
-    nib.save(nib.Nifti1Image(values, np.diag([-1.0, -1.0, 1.0, 1.0])), folder / f"{folder.name}_t1ce.nii.gz")
+    save_nifti(folder / f"{folder.name}_t1ce.nii.gz", values)
     return folder
 
 

@@ -20,6 +20,7 @@ from segkit.checkpoint.transfer import load_weights
 from segkit.errors import CheckpointError, RequestError
 from segkit.preparing.preprocessing import LoadedCase
 from segkit.reading.volume import Grid
+from tests.helpers import run_segkit
 
 PLANNED_STRIDES = [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2]]
 OUR_STRIDES = ((1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 1, 1), (1, 1, 1))
@@ -273,12 +274,6 @@ def test_a_result_is_a_place_to_begin_from(tmp_path: Path) -> None:
     assert len(load_weights(network, result, outputs=["background", "left", "right"]).loaded) == 128
 
 
-def call(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as leave:
-        segkit.cli.main([str(argument) for argument in arguments])
-    return int(leave.value.code or 0)
-
-
 @pytest.fixture
 def scan(tmp_path: Path) -> Path:
     """A brain of noise in a box of zeros, turned and anisotropic: axes I, J, K of 1 x 1 x 3 mm."""
@@ -305,7 +300,7 @@ def test_the_network_sees_the_axes_of_its_training(tmp_path: Path, scan: Path) -
 def test_infer_paints_what_the_network_says(tmp_path: Path, scan: Path) -> None:
     network = make_network()
     result = write_result(tmp_path / "result", network=network)
-    assert call("infer", "-m", result, "-i", scan.parent, "-o", tmp_path / "masks", "-d", "cpu", "-q") == 0
+    assert run_segkit("infer", "-m", result, "-i", scan.parent, "-o", tmp_path / "masks", "-d", "cpu", "-q") == 0
     image, mask = nib.load(scan), nib.load(tmp_path / "masks" / "case.nii.gz")
     np.testing.assert_allclose(mask.affine, image.affine)
     box = np.asarray(image.dataobj).transpose(2, 1, 0)[1:11, 1:26, 2:27]
@@ -323,7 +318,7 @@ def test_infer_paints_what_the_network_says(tmp_path: Path, scan: Path) -> None:
 def test_infer_with_the_folds_of_a_cross_validation(tmp_path: Path, scan: Path) -> None:
     result = write_result(tmp_path / "result", ("fold_0", "fold_1"))
     out = tmp_path / "masks"
-    assert call("infer", "-m", result, "-i", scan.parent, "-o", out, "-d", "cpu", "-q") == 0
+    assert run_segkit("infer", "-m", result, "-i", scan.parent, "-o", out, "-d", "cpu", "-q") == 0
     assert json.loads((out / "manifest.json").read_text())["summary"]["done"] == 1
 
 
@@ -331,7 +326,7 @@ def test_infer_with_another_network_of_nnunet_is_a_wrong_request(
     tmp_path: Path, scan: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = write_result(tmp_path / "result", trainer="nnUNetTrainer")
-    assert call("infer", "-m", result, "-i", scan.parent, "-o", tmp_path / "masks", "-d", "cpu") == 2
+    assert run_segkit("infer", "-m", result, "-i", scan.parent, "-o", tmp_path / "masks", "-d", "cpu") == 2
     assert "the network of nnUNetTrainer is not STU-Net" in capsys.readouterr().err
     assert not (tmp_path / "masks").exists()
 

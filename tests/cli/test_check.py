@@ -7,25 +7,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import pytest
 
-from segkit.cli import main
 from segkit.config import build_config, preset_layers
 from segkit.labels import LabelScheme
 from segkit.preparing.plan import PlanningRequest
 from segkit.reading.case import Cohort
 from segkit.training.config import TrainConfig
-
-LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+from tests.helpers import LPS, run_segkit, save_nifti
 
 
 def _save(path: Path, affine: Any = LPS, values: tuple[int, ...] = (5, 6)) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     array = np.zeros((4, 4, 4), np.uint8)
     array[1, 1, : len(values)] = values
-    nib.Nifti1Image(array, affine).to_filename(path)
+    save_nifti(path, array, affine)
 
 
 def _brats(root: Path, number: int = 1) -> Path:
@@ -37,10 +33,9 @@ def _brats(root: Path, number: int = 1) -> Path:
 
 
 def _check(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as exit_:
-        main(["check", "--no-estimate", *arguments])
+    code = run_segkit("check", "--no-estimate", *arguments)
     captured = capsys.readouterr()
-    return int(exit_.value.code or 0), captured.out, captured.err
+    return code, captured.out, captured.err
 
 
 def test_json_is_the_contract_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,8 +68,7 @@ def test_estimate_comes_from_planning(
     monkeypatch.setattr("segkit.training.estimate.estimate_training", estimate_training)
     for number in range(1, 7):
         _brats(tmp_path, number)
-    with pytest.raises(SystemExit):
-        main(["check", str(tmp_path), "--memory", "8G", "--json"])
+    run_segkit("check", tmp_path, "--memory", "8G", "--json")
     assert json.loads(capsys.readouterr().out)["estimate"] == {"memory_gb": 3.14, "minutes": 12.3}
     family = build_config(TrainConfig, preset_layers("cpu")).network.family
     assert asked == [(6, "brats2017", family, 2, 8.0)]
@@ -94,8 +88,7 @@ def test_estimate_is_for_the_preset_and_settings_asked_for(
     monkeypatch.setattr("segkit.training.estimate.estimate_training", estimate_training)
     _brats(tmp_path, 1)
     _brats(tmp_path, 2)
-    with pytest.raises(SystemExit):
-        main(["check", str(tmp_path), "--preset", "tiny", "--set", "training.steps=7", "--json"])
+    run_segkit("check", tmp_path, "--preset", "tiny", "--set", "training.steps=7", "--json")
     assert asked == [("tiny", 7)]
     assert json.loads(capsys.readouterr().out)["next_command"].endswith("--preset tiny --set training.steps=7")
 

@@ -8,17 +8,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from segkit.cli import main
 from segkit.reading.layouts.table import find_cases
-
-LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+from tests.helpers import LPS, run_segkit, save_nifti
 
 
 def _save(path: Path, affine: Any = LPS, values: tuple[int, ...] = (5, 6)) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     array = np.zeros((4, 4, 4), np.int16)
     array[1, 1, : len(values)] = values
-    nib.Nifti1Image(array, affine).to_filename(path)
+    save_nifti(path, array, affine)
 
 
 def _brats2024(root: Path) -> Path:
@@ -30,10 +27,9 @@ def _brats2024(root: Path) -> Path:
 
 
 def _convert(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as exit_:
-        main(["convert", *arguments])
+    code = run_segkit("convert", *arguments)
     captured = capsys.readouterr()
-    return int(exit_.value.code or 0), captured.out, captured.err
+    return code, captured.out, captured.err
 
 
 def _first_values(path: Path, count: int = 4) -> list[int]:

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import segkit.cli
 from segkit.batch.ray_executor import RayExecutor, Share
 from segkit.batch.worker import LocalExecutor
 from segkit.cli.engine import choose_engine, executor_of, on_gpu
 from segkit.errors import RequestError
 from segkit.inference.backends import TorchBackend
+from tests.helpers import run_segkit
 
 FOLDERS = [Path("out").absolute(), Path("bank").absolute()]
 
@@ -29,9 +29,7 @@ def test_without_ray_it_is_told_what_to_install(
     verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit) as leave:
-        segkit.cli.main([verb, "-m", "run", "-i", str(tmp_path), "-o", str(tmp_path / "out"), "--engine", "ray"])
-    assert leave.value.code == 2
+    assert run_segkit(verb, "-m", "run", "-i", tmp_path, "-o", tmp_path / "out", "--engine", "ray") == 2
     assert 'Ray is not installed. pip install "segkit[ray]", on every node' in capsys.readouterr().err
 
 

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 import segkit
 import segkit.cli
-from segkit.checkpoint.card import ModelCard
-from segkit.checkpoint.model import save_model
 from segkit.inference import graph
-from segkit.labels import SCHEMES, outputs_of
+from tests.helpers import run_segkit, write_segmentation_run
 
 
 @pytest.fixture(autouse=True)
@@ -26,33 +22,16 @@ def _only_this_verb(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run folder with a small network whose weights are random."""
-    torch.manual_seed(0)
-    scheme = SCHEMES["brats2023"]
-    network = segkit.build_model("revmbunet", size="tiny", widths=(4, 8), in_channels=4, out_channels=3)
-    document: dict[str, Any] = {
-        "network": {
-            "family": "revmbunet",
-            "size": "tiny",
-            "in_channels": 4,
-            "out_channels": 3,
-            "arguments": {"widths": (4, 8)},
-        },
-        "modalities": ("t1n", "t1c", "t2w", "t2f"),
-        "patch_size": (8, 8, 8),
-        "divisor": (2, 2, 2),
-        "activation": "sigmoid",
-        "outputs": [{"name": o.name, "label": o.label, "members": o.members} for o in outputs_of(scheme)],
-        "label_scheme": scheme.to_json(),
-        "training_data": {"identity": "none", "licence": "CC-BY 4.0"},
-    }
-    save_model(tmp_path / "run", network.state_dict(), ModelCard.model_validate(document))
-    return tmp_path / "run"
+    return write_segmentation_run(
+        tmp_path / "run",
+        widths=(4, 8),
+        patch_size=(8, 8, 8),
+        training_data={"identity": "none", "licence": "CC-BY 4.0"},
+    )
 
 
 def call(*arguments: object, verb: str = "export") -> int:
-    with pytest.raises(SystemExit) as leave:
-        segkit.cli.main([verb, *(str(argument) for argument in arguments)])
-    return int(leave.value.code or 0)
+    return run_segkit(verb, *arguments)
 
 
 def test_json_document(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

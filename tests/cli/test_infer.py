@@ -16,12 +16,10 @@ import torch
 
 import segkit
 import segkit.cli
-from segkit.checkpoint.card import ModelCard
-from segkit.checkpoint.model import save_model
 from segkit.inference.predictor import Predictor
-from segkit.labels import SCHEMES, outputs_of, translate
+from segkit.labels import SCHEMES, translate
+from tests.helpers import run_segkit, save_nifti, write_segmentation_run
 
-MODALITIES = ("t1n", "t1c", "t2w", "t2f")
 SUFFIXES = ("t1", "t1ce", "t2", "flair")
 
 
@@ -32,27 +30,7 @@ def _only_these_verbs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    return write_run(tmp_path / "run", seed=0)
-
-
-def write_run(folder: Path, seed: int) -> Path:
-    """A run folder with a small network whose weights are random."""
-    torch.manual_seed(seed)
-    scheme = SCHEMES["brats2023"]
-    network = segkit.build_model("revmbunet", size="tiny", in_channels=4, out_channels=3)
-    divisor: tuple[int, ...] = network.divisor  # type: ignore[assignment]
-    document: dict[str, Any] = {
-        "network": {"family": "revmbunet", "size": "tiny", "in_channels": 4, "out_channels": 3},
-        "modalities": MODALITIES,
-        "patch_size": tuple(max(16, size) for size in divisor),
-        "divisor": divisor,
-        "activation": "sigmoid",
-        "outputs": [{"name": o.name, "label": o.label, "members": o.members} for o in outputs_of(scheme)],
-        "label_scheme": scheme.to_json(),
-        "training_data": {"identity": "none", "cases": 0},
-    }
-    save_model(folder, network.state_dict(), ModelCard.model_validate(document))
-    return folder
+    return write_segmentation_run(tmp_path / "run")
 
 
 @pytest.fixture
@@ -66,7 +44,7 @@ def data(tmp_path: Path) -> Path:
         for suffix in SUFFIXES[: 3 if number == 3 else 4]:
             values = np.zeros((20, 22, 18), np.float32)
             values[2:18, 3:19, 1:17] = rng.normal(500, 100, (16, 16, 16))
-            nib.save(nib.Nifti1Image(values, np.diag([-1.0, -1.0, 1.0, 1.0])), folder / f"{name}_{suffix}.nii.gz")
+            save_nifti(folder / f"{name}_{suffix}.nii.gz", values)
     return tmp_path / "data"
 
 
@@ -74,9 +52,7 @@ def call(*arguments: object, verb: str = "infer") -> int:
     """The exit code; torch computes unless another backend is named, for it needs no preparation."""
     if verb == "infer" and "--backend" not in arguments:
         arguments = (*arguments, "--backend", "torch")
-    with pytest.raises(SystemExit) as leave:
-        segkit.cli.main([verb, *(str(argument) for argument in arguments)])
-    return int(leave.value.code or 0)
+    return run_segkit(verb, *arguments)
 
 
 def test_folder_of_cases(run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,7 +141,7 @@ def test_dry_run_writes_nothing(run: Path, data: Path, tmp_path: Path, capsys: p
 
 
 def test_several_models_are_an_ensemble(data: Path, tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / name, seed) for seed, name in enumerate(("a", "b"))]
+    runs = [write_segmentation_run(tmp_path / name, seed=seed) for seed, name in enumerate(("a", "b"))]
     options = ("-i", data / "BraTS2021_00001", "-d", "cpu", "-q", "--tta", "--save-probabilities")
     assert call("-m", runs[0], "-m", runs[1], "-o", tmp_path / "both", *options) == 0
     for name, folder in zip("ab", runs, strict=True):

@@ -6,27 +6,23 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 import segkit
 import segkit.cli
 from segkit.batch.manifest import Manifest
-from segkit.checkpoint.card import ModelCard
-from segkit.checkpoint.model import save_model
 from segkit.inference import graph
 from segkit.inference.backends import Backend
 from segkit.inpainting.predictor import InpaintingPredictor
-from segkit.labels import SCHEMES, outputs_of
 from segkit.phantoms.phantom import make_phantom
 from segkit.reading.files import read_grid
+from tests.helpers import read_voxels, run_segkit, save_nifti, write_inpainting_run, write_segmentation_run
 
-LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 SIZE = 24
 
 
@@ -38,9 +34,7 @@ def _only_these_verbs(monkeypatch: pytest.MonkeyPatch) -> None:
 def call(*arguments: object, verb: str = "inpaint") -> int:
     if verb == "inpaint" and "-d" not in arguments:
         arguments = (*arguments, "-d", "cpu")
-    with pytest.raises(SystemExit) as leave:
-        segkit.cli.main([verb, *(str(argument) for argument in arguments)])
-    return int(leave.value.code or 0)
+    return run_segkit(verb, *arguments)
 
 
 class SameWindows:
@@ -55,73 +49,17 @@ class SameWindows:
         return self.backend(windows)
 
 
-def write_run(
-    folder: Path, modalities: tuple[str, ...] = ("t1n",), context: str = "mirror", family: str = "inpainter"
-) -> Path:
-    """A run folder with a small network whose weights are random."""
-    torch.manual_seed(0)
-    count = len(modalities)
-    sizes: dict[str, dict[str, Any]] = {
-        "inpainter": {"widths": (4, 8), "context": context},
-        "generator": {"width": 4, "blocks": 1},
-    }
-    chosen = sizes[family]
-    network = segkit.build_model(family, in_channels=count, out_channels=count, **chosen)
-    for parameter in network.parameters():
-        if not parameter.any():  # scales, shifts and the head, which begin at 0
-            torch.nn.init.normal_(parameter, std=0.2)
-    if family == "generator":  # which begins from nothing: its answer is somewhere near tissue
-        torch.nn.init.constant_(dict(network.named_parameters())[f"{network.head_prefixes[0]}bias"], 4.0)
-    document: dict[str, Any] = {
-        "task": "inpainting",
-        "network": {"family": family, "in_channels": count, "out_channels": count, "arguments": chosen},
-        "modalities": modalities,
-        "patch_size": (16, 16, 16),
-        "divisor": network.divisor,
-        "context": context,
-        "training_data": {"identity": "none", "cases": 0},
-    }
-    save_model(folder, network.state_dict(), ModelCard.model_validate(document))
-    return folder
-
-
 def write_segmenter(folder: Path) -> Path:
     """A run folder of a network of FLAIR whose weights are random but for a bias, so that it marks a few voxels."""
-    torch.manual_seed(0)
-    scheme = SCHEMES["brats2023"]
-    network = segkit.build_model("revmbunet", size="tiny", widths=(4, 8), in_channels=1, out_channels=3).eval()
-    with torch.no_grad():
-        noise = torch.randn(1, 1, 16, 16, 16)
-        bias = network.get_parameter("heads.0.bias")
-        bias -= network(noise).flatten(2).quantile(0.97, 2)[0]
-    document: dict[str, Any] = {
-        "network": {
-            "family": "revmbunet",
-            "size": "tiny",
-            "in_channels": 1,
-            "out_channels": 3,
-            "arguments": {"widths": (4, 8)},
-        },
-        "modalities": ("t2f",),
-        "patch_size": (16, 16, 16),
-        "divisor": network.divisor,
-        "activation": "sigmoid",
-        "outputs": [{"name": o.name, "label": o.label, "members": o.members} for o in outputs_of(scheme)],
-        "label_scheme": scheme.to_json(),
-        "training_data": {"identity": "none"},
-    }
-    save_model(folder, network.state_dict(), ModelCard.model_validate(document))
-    return folder
 
+    def mark_few(network: nn.Module) -> None:
+        network.eval()
+        with torch.no_grad():
+            noise = torch.randn(1, 1, 16, 16, 16)
+            bias = network.get_parameter("heads.0.bias")
+            bias -= network(noise).flatten(2).quantile(0.97, 2)[0]
 
-def save(path: Path, values: NDArray[Any]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(values, LPS), path)
-    return path
-
-
-def voxels(path: Path) -> NDArray[Any]:
-    return np.asarray(nib.load(path).dataobj)
+    return write_segmentation_run(folder, ("t2f",), widths=(4, 8), change=mark_few)
 
 
 def hole() -> NDArray[np.uint8]:
@@ -132,7 +70,7 @@ def hole() -> NDArray[np.uint8]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_run(tmp_path_factory.mktemp("model") / "run")
+    return write_inpainting_run(tmp_path_factory.mktemp("model") / "run")
 
 
 @pytest.fixture
@@ -141,10 +79,12 @@ def challenge(tmp_path: Path) -> Path:
     for number in (1, 2):
         name = f"BraTS-GLI-0000{number}-000"
         image = make_phantom(number, size=SIZE).images["t1n"]
-        save(tmp_path / "challenge" / name / f"{name}-t1n-voided.nii.gz", np.where(hole(), 0, image).astype(np.int16))
-        save(tmp_path / "challenge" / name / f"{name}-mask.nii.gz", hole())
+        save_nifti(
+            tmp_path / "challenge" / name / f"{name}-t1n-voided.nii.gz", np.where(hole(), 0, image).astype(np.int16)
+        )
+        save_nifti(tmp_path / "challenge" / name / f"{name}-mask.nii.gz", hole())
         if number == 1:
-            save(tmp_path / "challenge" / name / f"{name}-t1n.nii.gz", image)
+            save_nifti(tmp_path / "challenge" / name / f"{name}-t1n.nii.gz", image)
     return tmp_path / "challenge"
 
 
@@ -155,7 +95,7 @@ def scans(tmp_path: Path) -> Path:
         name = f"BraTS-GLI-0000{number}-000"
         images = make_phantom(number, size=SIZE).images
         for modality in ("t1n", "t2f"):
-            save(tmp_path / "scans" / name / f"{name}-{modality}.nii.gz", images[modality])
+            save_nifti(tmp_path / "scans" / name / f"{name}-{modality}.nii.gz", images[modality])
     return tmp_path / "scans"
 
 
@@ -169,8 +109,8 @@ def test_the_challenge(run: Path, challenge: Path, tmp_path: Path, capsys: pytes
     assert "[2/2] BraTS-GLI-00002-000: done (read" in captured.err
     name = "BraTS-GLI-00002-000"
     before, after = (
-        voxels(challenge / name / f"{name}-t1n-voided.nii.gz"),
-        voxels(out / f"{name}-t1n-inference.nii.gz"),
+        read_voxels(challenge / name / f"{name}-t1n-voided.nii.gz"),
+        read_voxels(out / f"{name}-t1n-inference.nii.gz"),
     )
     assert after.dtype == before.dtype
     assert np.array_equal(after[hole() == 0], before[hole() == 0])
@@ -187,42 +127,43 @@ def test_anomaly_of_the_challenge_needs_the_whole_image(
     assert (
         "BraTS-GLI-00002-000: failed: BraTS-GLI-00002-000: there is no image to compare with" in capsys.readouterr().err
     )
-    anomaly = voxels(out / "BraTS-GLI-00001-000_anomaly.nii.gz")
+    anomaly = read_voxels(out / "BraTS-GLI-00001-000_anomaly.nii.gz")
     assert anomaly[hole() == 1].max() > 0
     assert not (out / "BraTS-GLI-00002-000-t1n-inference.nii.gz").exists()
 
 
 def test_one_scan_with_one_mask(run: Path, scans: Path, tmp_path: Path) -> None:
     scan = scans / "BraTS-GLI-00001-000" / "BraTS-GLI-00001-000-t1n.nii.gz"
-    mask = save(tmp_path / "drawn.nii.gz", hole())
+    mask = save_nifti(tmp_path / "drawn.nii.gz", hole())
     assert call("-m", run, "-i", scan, "-o", tmp_path / "out", "--mask", mask, "-q") == 0
     (found,) = (tmp_path / "out").glob("*.nii.gz")
     assert found.name == "BraTS-GLI-00001-000_t1n-inference.nii.gz"
-    changed = voxels(found) != voxels(scan)
+    changed = read_voxels(found) != read_voxels(scan)
     assert changed.any()
     assert not changed[hole() == 0].any()
 
 
 def test_lesions_that_a_model_finds(scans: Path, tmp_path: Path) -> None:
     """The model of lesions sees FLAIR, the other one T1."""
-    run, segmenter, bank = write_run(tmp_path / "run"), write_segmenter(tmp_path / "segmenter"), tmp_path / "bank"
+    run, segmenter = write_inpainting_run(tmp_path / "run"), write_segmenter(tmp_path / "segmenter")
+    bank = tmp_path / "bank"
     options = ("--lesions", segmenter, "--margin", 2, "--anomaly", "--bank", bank, "--backend", "torch", "-q")
     assert call("-m", run, "-i", scans, "-o", tmp_path / "out", *options) == 0
     document = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert document["holes"]["margin_mm"] == 2
     assert len(document["holes"]["sha256"][0]) == 64
     name = "BraTS-GLI-00002-000"
-    made_up = voxels(tmp_path / "out" / f"{name}_hole.nii.gz")
+    made_up = read_voxels(tmp_path / "out" / f"{name}_hole.nii.gz")
     scan, filled = (
-        voxels(scans / name / f"{name}-t1n.nii.gz"),
-        voxels(tmp_path / "out" / f"{name}_t1n-inference.nii.gz"),
+        read_voxels(scans / name / f"{name}-t1n.nii.gz"),
+        read_voxels(tmp_path / "out" / f"{name}_t1n-inference.nii.gz"),
     )
     marked = segkit.Predictor.load(segmenter)(scans / name).labels != 0
     assert 0 < marked.sum() < made_up.sum()
     assert made_up[marked].all()
     assert np.array_equal(scan[made_up == 0], filled[made_up == 0])
-    assert np.array_equal(voxels(bank / name / f"{name}_t1n.nii.gz"), filled)
-    assert np.array_equal(voxels(bank / name / f"{name}_lesion.nii.gz"), made_up)
+    assert np.array_equal(read_voxels(bank / name / f"{name}_t1n.nii.gz"), filled)
+    assert np.array_equal(read_voxels(bank / name / f"{name}_lesion.nii.gz"), made_up)
     banked = json.loads((bank / "bank.json").read_text())
     assert [case["patient"] for case in banked["cases"]] == ["BraTS-GLI-00001", "BraTS-GLI-00002"]
 
@@ -247,7 +188,7 @@ def test_dry_run_writes_nothing(run: Path, challenge: Path, tmp_path: Path, caps
 def test_wrong_requests_run_nothing(
     run: Path, scans: Path, challenge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mask, out = save(tmp_path / "drawn.nii.gz", hole()), tmp_path / "out"
+    mask, out = save_nifti(tmp_path / "drawn.nii.gz", hole()), tmp_path / "out"
     segmenter = write_segmenter(tmp_path / "segmenter")
     (tmp_path / "list.txt").write_text("BraTS-GLI-00009-000\n")
     requests: list[tuple[tuple[object, ...], str]] = [
@@ -320,7 +261,7 @@ def test_an_export_fills_as_the_network_does(
 ) -> None:
     monkeypatch.setattr(graph, "_by_capture", graph._by_tracing)  # takes seconds, and cannot write the other family
     modalities = ("t1n", "t2f")
-    run, exported = write_run(tmp_path / "run", modalities, "hole", "generator"), tmp_path / "export"
+    run, exported = write_inpainting_run(tmp_path / "run", modalities, "hole", "generator"), tmp_path / "export"
     _compare_with_export(run, exported, scans, tmp_path, capsys)
 
 
@@ -329,7 +270,7 @@ def test_an_export_fills_as_the_network_does(
 def test_an_export_of_the_inpainter_fills_as_the_network_does(
     scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], modalities: tuple[str, ...], context: str
 ) -> None:
-    run, exported = write_run(tmp_path / "run", modalities, context), tmp_path / "export"
+    run, exported = write_inpainting_run(tmp_path / "run", modalities, context), tmp_path / "export"
     _compare_with_export(run, exported, scans, tmp_path, capsys)
 
 
@@ -344,11 +285,11 @@ def _compare_with_export(
     assert parity["onnxruntime"]["windows"] == 4
     mask = np.zeros(hole().shape, np.uint8)
     mask[11:13, 11:13, 9:11] = 1
-    save(tmp_path / "masks" / "BraTS-GLI-00001-000.nii.gz", mask)
+    save_nifti(tmp_path / "masks" / "BraTS-GLI-00001-000.nii.gz", mask)
     predictor = InpaintingPredictor.load(run, "cpu", "torch")
     scan = scans / "BraTS-GLI-00001-000"
     names = predictor.card.modalities
-    image = np.stack([voxels(scan / f"{scan.name}-{name}.nii.gz") for name in names]).astype(np.float32)
+    image = np.stack([read_voxels(scan / f"{scan.name}-{name}.nii.gz") for name in names]).astype(np.float32)
     grid = read_grid(scan / f"{scan.name}-{names[0]}.nii.gz")
     predictor = replace(predictor, backend=SameWindows(predictor.backend))
     expected = np.rint(predictor.fill(image, mask > 0, grid))
@@ -358,7 +299,7 @@ def _compare_with_export(
         document = json.loads((tmp_path / backend / "manifest.json").read_text())
         assert document["cases"][0]["backend"] == backend
         for name, plane in zip(names, expected, strict=True):
-            found = voxels(tmp_path / backend / f"{scan.name}_{name}-inference.nii.gz")
+            found = read_voxels(tmp_path / backend / f"{scan.name}_{name}-inference.nii.gz")
             assert np.abs(found - plane).max() <= 1  # rounded to integers
             assert len(np.unique(found[mask > 0])) > 1
 

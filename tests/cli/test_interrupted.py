@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-import segkit.cli
 from segkit.checkpoint.state import load_state
 from segkit.phantoms.layouts import write_phantoms
 from segkit.training import loop
+from tests.helpers import run_segkit
 
 pytestmark = pytest.mark.usefixtures("signals_of_a_new_process")
 
@@ -30,12 +30,6 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def call(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as leave:
-        segkit.cli.main([str(argument) for argument in arguments])
-    return int(leave.value.code or 0)
-
-
 @pytest.mark.parametrize("verb", TASKS)
 def test_sigterm_ends_with_130_and_the_command_that_goes_on(
     verb: str, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -51,7 +45,7 @@ def test_sigterm_ends_with_130_and_the_command_that_goes_on(
 
     monkeypatch.setattr(loop, "get_lr", terminating)
     before = signal.getsignal(signal.SIGTERM)
-    assert call(verb, phantoms, "-o", tmp_path / "run", *SMALL, *TASKS[verb]) == 130
+    assert run_segkit(verb, phantoms, "-o", tmp_path / "run", *SMALL, *TASKS[verb]) == 130
     assert signal.getsignal(signal.SIGTERM) is before
     assert load_state(tmp_path / "run")["progress"]["step"] == 2
     told = capsys.readouterr().err
@@ -62,7 +56,7 @@ def test_sigterm_ends_with_130_and_the_command_that_goes_on(
     assert f"segkit {verb} data -o run --resume" in page
     command = shlex.split(told.strip().splitlines()[-1].partition("Go on with: ")[2])
     assert command[0] == "segkit"
-    assert call(*command[1:], "-q") == 0
+    assert run_segkit(*command[1:], "-q") == 0
     assert load_state(tmp_path / "run")["progress"]["step"] == 4
     assert "stopped after step" not in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert steps == [1, 2, 3, 4]
@@ -70,5 +64,5 @@ def test_sigterm_ends_with_130_and_the_command_that_goes_on(
 
 @pytest.mark.parametrize("verb", TASKS)
 def test_changes_are_about_a_run_that_resume(verb: str, phantoms: Path, tmp_path: Path) -> None:
-    assert call(verb, phantoms, "-o", tmp_path / "run", "--allow-changes", *SMALL, *TASKS[verb]) == 2
+    assert run_segkit(verb, phantoms, "-o", tmp_path / "run", "--allow-changes", *SMALL, *TASKS[verb]) == 2
     assert not (tmp_path / "run").exists()

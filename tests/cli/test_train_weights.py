@@ -22,6 +22,7 @@ from segkit.training.folder import read_config
 from segkit.training.planned import plan_run
 from segkit.training.request import RunRequest
 from segkit.training.run import begin
+from tests.helpers import run_segkit
 
 SMALL = (
     *("--preset", "tiny", "-d", "cpu", "-q", "--set", "network.arguments.widths=[8, 12]"),
@@ -47,10 +48,7 @@ def first(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(data: Path, run: Path, *more: object) -> int:
-    arguments = ["train", data, "-o", run, *(() if "--resume" in more else SMALL), *more]
-    with pytest.raises(SystemExit) as leave:
-        segkit.cli.main([str(argument) for argument in arguments])
-    return int(leave.value.code or 0)
+    return run_segkit("train", data, "-o", run, *(() if "--resume" in more else SMALL), *more)
 
 
 def facts_of(run: Path) -> dict[str, str]:

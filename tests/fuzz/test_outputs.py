@@ -30,8 +30,7 @@ from segkit.labels import classes_scheme
 from segkit.reading.case import file_name_of
 from segkit.reading.volume import Grid
 from segkit.report.figures import curves_figure, overlay_figure
-from tests.cli.test_infer import write_run as segmentation_run
-from tests.cli.test_inpaint import write_run as inpainting_run
+from tests.helpers import run_segkit, write_inpainting_run, write_segmentation_run
 
 _COMMANDS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\ud800-\udfff]")
 """What a terminal obeys, or what changes how other letters are shown; a line feed is none."""
@@ -128,8 +127,7 @@ def test_verbs_print_in_one_way_only() -> None:
 
 
 def _printed(arguments: Sequence[object], capfd: pytest.CaptureFixture[str]) -> tuple[str, str]:
-    with pytest.raises(SystemExit):
-        segkit.cli.main([str(argument) for argument in arguments])
+    run_segkit(*arguments)
     captured = capfd.readouterr()
     assert not _COMMANDS.search(captured.out + captured.err)
     return captured.out, captured.err
@@ -235,8 +233,8 @@ def test_scans_of_hostile_names_are_segmented_and_filled(tmp_path: Path, capfd: 
     spoilt = tmp_path / "data" / names[0] / f"{names[0]} t1n.nii.gz"
     spoilt.write_bytes(spoilt.read_bytes()[:40])
     segmenting, filling = tmp_path / "run [red]\x1b[31m", tmp_path / "filler [red]\x1b[31m"
-    segmentation_run(segmenting, seed=0)
-    inpainting_run(filling)
+    write_segmentation_run(segmenting)
+    write_inpainting_run(filling)
     verbs: tuple[tuple[object, ...], ...] = (
         ("infer", "-m", segmenting),
         ("inpaint", "-m", filling, "--mask", holes, "--modality", "t1n= t1n"),
@@ -299,8 +297,7 @@ def test_a_folder_of_hostile_names_is_checked(
             made += 1
     assert made > 25
     for arguments in (["check", str(tmp_path / "data"), "--no-estimate"], ["check", str(tmp_path / "none\x1b[31m")]):
-        with pytest.raises(SystemExit):
-            segkit.cli.main(arguments)
+        run_segkit(*arguments)
         printed = capfd.readouterr()
         assert not _COMMANDS.search(printed.out + printed.err)
         assert "\\u001b[31m" in printed.out + printed.err

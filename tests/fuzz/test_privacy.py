@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from fuzzing import seeds
 
-import segkit.cli
 from segkit.errors import DataError
 from segkit.reading.files import read_grid, read_volume, rewrite_image, write_image, write_labels
+from tests.helpers import run_segkit
 
 SECRET = "Xq7Zmustermann"
 """Stands in every field of the input that takes free text; 14 letters fit into the shortest of them."""
@@ -158,14 +158,12 @@ def test_a_run_of_the_command_line_does_not_tell(
     (tmp_path / "in" / "broken.nii.gz").write_bytes(talkative_nifti(tmp_path / "b.nii").read_bytes()[:600])
     talkative_series(tmp_path / "series" / "mr")
     for source in ("in", "series"):
-        arguments = ["-i", str(tmp_path / source), "-o", str(tmp_path / "out" / source), "-d", "cpu", "-v", "--json"]
-        with pytest.raises(SystemExit):
-            segkit.cli.main(["infer", "-m", str(model), *arguments, "--backend", "torch", "--save-probabilities"])
+        arguments = ["-i", tmp_path / source, "-o", tmp_path / "out" / source, "-d", "cpu", "-v", "--json"]
+        run_segkit("infer", "-m", model, *arguments, "--backend", "torch", "--save-probabilities")
     masks = [str(path) for path in (tmp_path / "out").rglob("*.nii.gz")]
     assert len(masks) >= 4
     assert (tmp_path / "out" / "series" / "mr.dcm").is_file()
-    with pytest.raises(SystemExit):
-        segkit.cli.main(["evaluate", "-p", masks[0], "-r", masks[0], "-o", str(tmp_path / "out" / "scores")])
+    run_segkit("evaluate", "-p", masks[0], "-r", masks[0], "-o", tmp_path / "out" / "scores")
     manifest = json.loads((tmp_path / "out" / "in" / "manifest.json").read_text())
     assert {case["status"] for case in manifest["cases"]} == {"done", "failed"}
     printed: Any = capfd.readouterr()

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import segkit.cli
 from segkit.checkpoint.run_folder import load_card
 from segkit.checkpoint.state import load_state
 from segkit.config import build_config
@@ -24,6 +23,7 @@ from segkit.phantoms.layouts import write_phantoms
 from segkit.reading.pictures import save_picture
 from segkit.reading.volume import Grid
 from segkit.training.unlabelled import UnlabelledSummary
+from tests.helpers import run_segkit
 
 SETTINGS = {
     "network": {"family": "inpainter", "size": "tiny", "arguments": {"widths": [4, 8], "context": "mirror"}},
@@ -183,9 +183,7 @@ def test_segmentation_begins_with_it(trained: tuple[Path, UnlabelledSummary], ph
     command = ["train", str(phantoms), "-o", str(tmp_path / "run"), "--weights", str(trained[0]), "--preset", "tiny"]
     settings = ["training.steps=1", "planning.patch_size=[16,16,16]", "planning.batch_size=1"]
     command += [*(f"--set={setting}" for setting in settings), "-d", "cpu", "--quiet"]
-    with pytest.raises(SystemExit) as ended:
-        segkit.cli.main(command)
-    assert ended.value.code == 0
+    assert run_segkit(*command) == 0
     card = load_card(tmp_path / "run")
     assert card.network.family == "inpainter"
     report = json.loads((tmp_path / "run" / "weights.json").read_text())["report"]
@@ -194,25 +192,20 @@ def test_segmentation_begins_with_it(trained: tuple[Path, UnlabelledSummary], ph
 
 
 def test_the_verb_trains_resumes_and_tells(phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def command(*arguments: object) -> int:
-        with pytest.raises(SystemExit) as ended:
-            segkit.cli.main([str(argument) for argument in arguments])
-        return int(ended.value.code or 0)
-
     base = ("pretrain", phantoms, "-o", tmp_path / "run", "-d", "cpu")
     small = ("network.arguments={widths: [4, 8]}", "patches.size=16", "validation_holes=2", "training.steps=1")
     sets = [part for setting in small for part in ("--set", setting)]
-    assert command(*base, "--method", "inpainting", "--preset", "tiny", *sets, "--json", "-q") == 0
+    assert run_segkit(*base, "--method", "inpainting", "--preset", "tiny", *sets, "--json", "-q") == 0
     summary = json.loads(capsys.readouterr().out)
     assert (summary["method"], summary["steps"], summary["images"]) == ("inpainting", 1, {"data": 3})
-    assert command(*base, "--resume", "--set", "training.steps=2") == 2
+    assert run_segkit(*base, "--resume", "--set", "training.steps=2") == 2
     assert "training.steps 1 -> 2" in capsys.readouterr().err
     more = ("--resume", "--allow-changes", "--set", "training.steps=2")
-    assert command(*base, *more) == 0  # the run folder tells the method
+    assert run_segkit(*base, *more) == 0  # the run folder tells the method
     shown = capsys.readouterr().out
     assert "mse_rough" in shown
     assert f"segkit inpaint -m {tmp_path / 'run'}" in "".join(shown.splitlines())
-    assert command(*base, "--method", "nonsense") == 2
+    assert run_segkit(*base, "--method", "nonsense") == 2
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import segkit.cli
 from segkit.checkpoint.run_folder import load_card
 from segkit.checkpoint.state import load_state
 from segkit.config import build_config
@@ -20,6 +19,7 @@ from segkit.phantoms.layouts import write_phantoms
 from segkit.pretraining.methods import PretrainConfig
 from segkit.pretraining.run import PretrainRequest, pretrain_run
 from segkit.training.unlabelled import UnlabelledSummary
+from tests.helpers import run_segkit
 
 SETTINGS = {
     "network": {"family": "revmbunet", "size": "tiny", "arguments": {"widths": [8, 12]}},
@@ -113,18 +113,12 @@ def test_masked_learning_keeps_the_decoder_but_no_head(phantoms: Path, tmp_path:
     assert {name.partition(".")[0] for name in names} == {"encoder", "decoder"}
 
 
-def command(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as leave:
-        segkit.cli.main([str(argument) for argument in arguments])
-    return int(leave.value.code or 0)
-
-
 def test_training_begins_with_the_encoder_and_its_network(phantoms: Path, tmp_path: Path) -> None:
     pretrain_run(request(phantoms, tmp_path / "encoder"))
     options = ("--preset", "tiny", "-d", "cpu", "-q", "--set", "training.steps=1", "--set", "optimiser.lr=1e-12")
     few = ("--set", "training.ema_decay=0", "--set", "planning.patch_limit=16", "--set", "data.folds=2")
     run = tmp_path / "run"
-    assert command("train", phantoms, "-o", run, "--weights", tmp_path / "encoder", *options, *few) == 0
+    assert run_segkit("train", phantoms, "-o", run, "--weights", tmp_path / "encoder", *options, *few) == 0
     assert load_card(run).network.arguments["widths"] == [8, 12]  # not those of the preset
     encoder, trained = load_file(tmp_path / "encoder" / "model.safetensors"), load_file(run / "model.safetensors")
     for name, tensor in encoder.items():
@@ -138,7 +132,7 @@ def test_training_begins_with_the_encoder_and_its_network(phantoms: Path, tmp_pa
 def test_an_encoder_paints_no_masks(
     matched: tuple[Path, UnlabelledSummary], phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command("infer", "-m", matched[0], "-i", phantoms, "-o", tmp_path / "out", "-q") == 2
+    assert run_segkit("infer", "-m", matched[0], "-i", phantoms, "-o", tmp_path / "out", "-q") == 2
     assert "a pretraining model" in capsys.readouterr().err
 
 
@@ -160,10 +154,10 @@ def test_the_command_line_tells_what_was_learnt(
         "-d",
         "cpu",
     )
-    assert command(*arguments, *shapes, *groups, *length, "--method", "contrastive", "--json", "-q") == 0
+    assert run_segkit(*arguments, *shapes, *groups, *length, "--method", "contrastive", "--json", "-q") == 0
     summary = json.loads(capsys.readouterr().out)
     assert (summary["method"], summary["steps"]) == ("contrastive", 1)
-    assert command(*arguments) == 2
+    assert run_segkit(*arguments) == 2
     assert "holds a run already" in capsys.readouterr().err
 
 
