@@ -6,12 +6,15 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from segkit.phantoms.layouts import write_phantoms
 
 pytest_plugins = ["tests.step_models"]
 
@@ -53,6 +56,19 @@ def hostile_names() -> list[str]:
     text = (Path(__file__).resolve().parent / "fuzz" / "hostile_names.json").read_text(encoding="utf-8")
     names: list[str] = json.loads(text)
     return names
+
+
+@pytest.fixture(scope="session")
+def phantom_data(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Folder of the first so many phantoms of 24 voxels, in the layout of BraTS 2023: to be read, not changed."""
+
+    @cache
+    def write(cases: int) -> Path:
+        folder = tmp_path_factory.mktemp("my phantoms") / "data"
+        write_phantoms(folder, range(1, cases + 1), convention="brats2023", size=24)
+        return folder
+
+    return write
 
 
 @pytest.fixture(autouse=True)

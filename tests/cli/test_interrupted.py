@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from segkit.checkpoint.state import load_state
-from segkit.phantoms.layouts import write_phantoms
 from segkit.training import loop
 from tests.helpers import run_segkit
 
@@ -24,10 +24,8 @@ TASKS = {
 
 
 @pytest.fixture(scope="module")
-def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("my phantoms") / "data"
-    write_phantoms(folder, range(1, 3), convention="brats2023", size=24)
-    return folder
+def phantoms(phantom_data: Callable[[int], Path]) -> Path:
+    return phantom_data(2)
 
 
 @pytest.mark.parametrize("verb", TASKS)

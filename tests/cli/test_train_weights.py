@@ -16,7 +16,6 @@ from torch import Tensor
 import segkit
 import segkit.cli
 from segkit.checkpoint.state import load_state
-from segkit.phantoms.layouts import write_phantoms
 from segkit.reading.files import file_sha256
 from segkit.training.folder import read_config
 from segkit.training.planned import plan_run
@@ -33,10 +32,8 @@ STANDING_STILL = ("--set", "optimiser.lr=1e-12", "--set", "training.ema_decay=0"
 
 
 @pytest.fixture(scope="module")
-def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("phantoms") / "data"
-    write_phantoms(folder, range(1, 3), convention="brats2023", size=24)
-    return folder
+def phantoms(phantom_data: Callable[[int], Path]) -> Path:
+    return phantom_data(2)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,6 @@ import torch
 
 from segkit.config import build_config
 from segkit.inference import graph
-from segkit.phantoms.layouts import write_phantoms
 from segkit.training.config import TrainConfig
 from segkit.training.request import RunRequest
 from segkit.training.run import train_run
@@ -23,10 +23,8 @@ _SETTINGS = {
 
 
 @pytest.fixture(scope="session")
-def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("phantoms") / "data"
-    write_phantoms(folder, range(1, 4), convention="brats2023", size=24)
-    return folder
+def phantoms(phantom_data: Callable[[int], Path]) -> Path:
+    return phantom_data(3)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -19,7 +20,6 @@ from segkit.inpainting.config import InpaintingConfig
 from segkit.inpainting.predictor import InpaintingPredictor
 from segkit.inpainting.run import InpaintingRequest, inpainting_run
 from segkit.phantoms.inpainting import write_inpainting_phantoms
-from segkit.phantoms.layouts import write_phantoms
 from segkit.reading.pictures import save_picture
 from segkit.reading.volume import Grid
 from segkit.training.unlabelled import UnlabelledSummary
@@ -37,10 +37,8 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("phantoms") / "data"
-    write_phantoms(folder, range(1, 5), convention="brats2023", size=24)
-    return folder
+def phantoms(phantom_data: Callable[[int], Path]) -> Path:
+    return phantom_data(4)
 
 
 def request(folder: Path, run: Path, **settings: object) -> InpaintingRequest:

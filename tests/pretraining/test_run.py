@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -15,7 +16,6 @@ from segkit.checkpoint.run_folder import load_card
 from segkit.checkpoint.state import load_state
 from segkit.config import build_config
 from segkit.errors import RequestError
-from segkit.phantoms.layouts import write_phantoms
 from segkit.pretraining.methods import PretrainConfig
 from segkit.pretraining.run import PretrainRequest, pretrain_run
 from segkit.training.unlabelled import UnlabelledSummary
@@ -34,10 +34,8 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("phantoms") / "data"
-    write_phantoms(folder, range(1, 5), convention="brats2023", size=24)
-    return folder
+def phantoms(phantom_data: Callable[[int], Path]) -> Path:
+    return phantom_data(4)
 
 
 def request(folder: Path, run: Path, **settings: object) -> PretrainRequest:

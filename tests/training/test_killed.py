@@ -26,7 +26,6 @@ from segkit.config import build_config
 from segkit.errors import SegkitError
 from segkit.inpainting.config import InpaintingConfig
 from segkit.inpainting.run import InpaintingRequest, inpainting_run
-from segkit.phantoms.layouts import write_phantoms
 from segkit.pretraining.methods import PretrainConfig
 from segkit.pretraining.run import PretrainRequest, pretrain_run
 from segkit.training import live_report as live
@@ -166,10 +165,8 @@ def endure(task: str, data: Path, run: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("phantoms") / "data"
-    write_phantoms(folder, range(1, 3), convention="brats2023", size=24)
-    return folder
+def data(phantom_data: Callable[[int], Path]) -> Path:
+    return phantom_data(2)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")

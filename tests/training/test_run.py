@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,10 +39,8 @@ _SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("phantoms") / "data"
-    write_phantoms(folder, range(1, 4), convention="brats2023", size=24)
-    return folder
+def phantoms(phantom_data: Callable[[int], Path]) -> Path:
+    return phantom_data(3)
 
 
 def _request(folder: Path, run: Path, /, **sections: dict[str, object]) -> RunRequest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,6 @@ import torch
 from segkit.checkpoint.state import load_state
 from segkit.config import build_config
 from segkit.errors import RequestError
-from segkit.phantoms.layouts import write_phantoms
 from segkit.preparing.lesion_bank import Bank, BankedCase, LesionBank, Transplant, image_path, lesion_path
 from segkit.preparing.preprocessing import PreparedCase
 from segkit.reading.files import read_labels, read_volume, write_image, write_labels
@@ -27,10 +27,8 @@ MODALITIES = ("t1n", "t1c", "t2w", "t2f")
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("phantoms") / "data"
-    write_phantoms(folder, range(1, 5), convention="brats2023", size=24)
-    return folder
+def data(phantom_data: Callable[[int], Path]) -> Path:
+    return phantom_data(4)
 
 
 @pytest.fixture(scope="module")
