@@ -1,7 +1,7 @@
 """Every entry of the corpus is refused or read, and so are a few hundred fresh inputs of each parser.
 
-A defect is: an error that is no sentence, a crash, more than 5 seconds, more than half a gigabyte, a file written
-outside the folder, code that was run. `python tests/fuzz/run.py` looks for more of them.
+A defect is: an error that is no sentence, a crash, more than 5 seconds of processor time, more than half a gigabyte, a
+file written outside the folder, code that was run. `python tests/fuzz/run.py` looks for more of them.
 """
 
 from __future__ import annotations

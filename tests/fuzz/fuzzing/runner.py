@@ -6,6 +6,7 @@ import json
 import os
 import re
 import selectors
+import signal
 import subprocess
 import sys
 import time
@@ -15,8 +16,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-SECONDS_AN_INPUT = 5.0
+from fuzzing.worker import SECONDS_AN_INPUT
+
 _SECONDS_TO_PREPARE = 120.0
+_SECONDS_ASLEEP = 60.0
+"""For an input, by the clock on the wall: a process that waits for something uses no time of the processor."""
 
 
 @dataclass
@@ -94,7 +98,7 @@ def _run_worker(jobs: list[list[Any]], tallies: dict[str, Tally], cache: str) ->
         elif kind == "begin":
             name, text = rest.rsplit(" ", 1)
             number = int(text)
-            clock.limit_s = SECONDS_AN_INPUT
+            clock.limit_s = _SECONDS_ASLEEP
         else:
             outcome, _, words = rest.partition(" ")
             tallies[name].note(int(number or 0), outcome, json.loads(words))
@@ -105,8 +109,8 @@ def _run_worker(jobs: list[list[Any]], tallies: dict[str, Tally], cache: str) ->
         return []
     if number is None:
         raise RuntimeError(f"the worker ended with {status} before it read an input of {name}")
-    took_too_long = status == -9
-    words = f"took more than {clock.limit_s:.0f} s" if took_too_long else f"the process died (status {status})"
+    limits_s = {-signal.SIGPROF: SECONDS_AN_INPUT, -signal.SIGKILL: clock.limit_s}
+    words = f"took more than {limits_s[status]:.0f} s" if status in limits_s else f"the process died (status {status})"
     tallies[name].note(number, "defect", words)
     return _after(jobs, name, number)
 

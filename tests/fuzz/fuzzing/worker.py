@@ -11,6 +11,7 @@ import logging
 import os
 import random
 import resource
+import signal
 import sys
 import traceback
 import warnings
@@ -27,6 +28,8 @@ CORPUS = "corpus "
 """In front of the name of a parser that reads entries of the corpus."""
 CANARY = "canary"
 """The folder that code in a hostile file would make where the process stands, outside the folder of the input."""
+SECONDS_AN_INPUT = 5.0
+"""Of the processor: the time that others keep it busy does not count. SIGPROF ends the process afterwards."""
 MOST_RESIDENT_BYTES = 512 * 1024**2
 """More than an input of a few kilobytes may take, above what the process took before it."""
 _MOST_ADDRESS_BYTES = 16 * 1024**3
@@ -48,7 +51,9 @@ def main() -> None:
         inputs = _made(parser, honest, seed, *which) if seed is not None else _stored(honest, which[0])
         for number, files in inputs:
             out.write(f"begin {name} {number}\n")
+            signal.setitimer(signal.ITIMER_PROF, SECONDS_AN_INPUT)
             outcome, words = _outcome(parser, {**kept, **files}, next(iter(files)))
+            signal.setitimer(signal.ITIMER_PROF, 0)
             out.write(f"end {outcome} {json.dumps(words)}\n")
 
 
