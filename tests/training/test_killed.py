@@ -1,6 +1,6 @@
 """Processes that are really killed: the run that is left behind goes on as if nothing had happened, bit for bit.
 
-As a script this file is such a process: `python test_killed.py DATA FOLDER` trains a run of each task in sessions that
+As a script this file is such a process: `python test_killed.py DATA RUN TASK` trains a run of a task in sessions that
 all come to a bad end.
 """
 
@@ -36,8 +36,8 @@ from segkit.training.run import train_run
 
 Tell = Callable[[float, str], None]
 TASKS = ("segmentation", "pretraining", "inpainting")
-STEPS = 60
-LOOP = {"steps": STEPS, "steps_per_epoch": 10, "validate_every": 2, "ema_decay": 0.9}
+STEPS = 30
+LOOP = {"steps": STEPS, "steps_per_epoch": 5, "validate_every": 2, "ema_decay": 0.9}
 NETWORK = {"family": "revmbunet", "size": "tiny", "arguments": {"widths": [4, 8]}}
 SETTINGS: dict[str, dict[str, Any]] = {
     "segmentation": {
@@ -115,8 +115,8 @@ def flip_bits(path: Path) -> None:
 
 
 def warned_then_killed(done: float, message: str) -> None:
-    at(45, send(signal.SIGUSR1))(done, message)
-    at(47, send(signal.SIGKILL))(done, message)
+    at(23, send(signal.SIGUSR1))(done, message)
+    at(24, send(signal.SIGKILL))(done, message)
 
 
 class Session(NamedTuple):
@@ -132,10 +132,10 @@ class Session(NamedTuple):
 
 
 SESSIONS = {
-    "kill -9 at step 23": Session(at(23, send(signal.SIGKILL)), -signal.SIGKILL, 20),
-    "a worker killed at step 31": Session(at(31, kill_a_worker), 1, 30, workers=1),
-    "truncated, SIGTERM at step 27": Session(at(27, send(signal.SIGTERM)), 130, 27, truncate),
-    "flipped, SIGUSR1 at step 45, kill -9 at step 47": Session(warned_then_killed, -signal.SIGKILL, 45, flip_bits),
+    "kill -9 at step 12": Session(at(12, send(signal.SIGKILL)), -signal.SIGKILL, 10),
+    "a worker killed at step 16": Session(at(16, kill_a_worker), 1, 15, workers=1),
+    "truncated, SIGTERM at step 14": Session(at(14, send(signal.SIGTERM)), 130, 14, truncate),
+    "flipped, SIGUSR1 at step 23, kill -9 at step 24": Session(warned_then_killed, -signal.SIGKILL, 23, flip_bits),
 }
 
 
@@ -170,24 +170,24 @@ def data(phantom_data: Callable[[int], Path]) -> Path:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
+@pytest.mark.parametrize("task", TASKS)
 def test_a_battered_run_of_each_task_equals_one_that_nothing_befell(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    task: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(live, "curves_figure", lambda path, rows: None)
-    command = [sys.executable, __file__, str(data), str(tmp_path / "battered")]
+    battered, whole = tmp_path / "battered", tmp_path / "whole"
+    command = [sys.executable, __file__, str(data), str(battered), task]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        for task in TASKS:
-            go(task, data, tmp_path / "whole" / task, on_progress=lambda done, message: None)
+        go(task, data, whole, on_progress=lambda done, message: None)
         output, log = process.communicate(timeout=200)
     assert process.returncode == 0, log
     ends = json.loads(output)
-    for task in TASKS:
-        for name, session in SESSIONS.items():
-            assert (ends[task][name]["code"], ends[task][name]["kept"]) == (session.code, session.kept), (task, name)
-        assert "a process that prepared batches was killed" in ends[task]["a worker killed at step 31"]["told"]
-        assert "interrupted by SIGTERM after step 27" in ends[task]["truncated, SIGTERM at step 27"]["told"]
-        go(task, data, tmp_path / "battered" / task, on_progress=lambda done, message: None)
-        assert_same(tmp_path / "battered" / task, tmp_path / "whole" / task)
+    for name, session in SESSIONS.items():
+        assert (ends[name]["code"], ends[name]["kept"]) == (session.code, session.kept), name
+    assert "a process that prepared batches was killed" in ends["a worker killed at step 16"]["told"]
+    assert "interrupted by SIGTERM after step 14" in ends["truncated, SIGTERM at step 14"]["told"]
+    go(task, data, battered, on_progress=lambda done, message: None)
+    assert_same(battered, whole)
 
 
 def assert_same(run: Path, whole: Path) -> None:
@@ -206,7 +206,7 @@ def assert_same(run: Path, whole: Path) -> None:
         del row["seconds"]
     assert rows[0] == rows[1]
     assert [row["step"] for row in rows[0]] == list(range(1, STEPS + 1))
-    assert [row["step"] for row in rows[0] if "score" in row] == [20, 40, 60]
+    assert [row["step"] for row in rows[0] if "score" in row] == [10, 20, 30]
 
 
 def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -223,5 +223,4 @@ def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 if __name__ == "__main__":
     pytest.MonkeyPatch().setattr(live, "curves_figure", lambda path, rows: None)
-    folders = Path(sys.argv[1]), Path(sys.argv[2])
-    sys.stdout.write(json.dumps({task: endure(task, folders[0], folders[1] / task) for task in TASKS}))
+    sys.stdout.write(json.dumps(endure(sys.argv[3], Path(sys.argv[1]), Path(sys.argv[2]))))
