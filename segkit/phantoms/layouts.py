@@ -226,7 +226,7 @@ def write_phantoms(
         RequestError: the convention is unknown, `root` holds something already, or the size is too small.
         DataError: the disk is full or `root` cannot be written to.
     """
-    return _write_all(root, _choose(convention, root), numbers, size, seed, flaws={})
+    return _write_all(root, convention, numbers, size, seed, flaws={})
 
 
 def write_phantoms_with_problems(
@@ -247,26 +247,18 @@ def write_phantoms_with_problems(
     """
     if len(numbers) < 4:
         raise RequestError(f"{len(numbers)} cases cannot hold four problems", expected="4 cases or more")
-    layout = _choose(convention, root)
     chosen = np.random.default_rng((seed, len(numbers))).permutation(len(numbers))[:4].tolist()
     flaws = dict(zip(chosen, (_without_t1c, _with_flipped_affine, _with_stray_label), strict=False))
-    written = _write_all(root, layout, numbers, size, seed, flaws)
+    written = _write_all(root, convention, numbers, size, seed, flaws)
     bare, flipped, stray, truncated = (written[place] for place in chosen)
-    _truncate(truncated.images["t2f"])
+    content = truncated.images["t2f"].read_bytes()
+    truncated.images["t2f"].write_bytes(content[: len(content) // 2])
     return written, [
         Problem(bare.case, "missing modality: there is no t1c"),
         Problem(str(flipped.images["t2w"]), "flipped affine: the header says left for right"),
         Problem(str(truncated.images["t2f"]), "truncated file: it ends half-way"),
         Problem(str(stray.label), f"stray label: some voxels hold {STRAY_VALUE}"),
     ]
-
-
-def _choose(convention: str, root: Path) -> PhantomLayout:
-    layout = PHANTOM_LAYOUTS.get(convention)
-    if layout is None:
-        raise RequestError(f"convention {convention!r} is not known", expected="one of " + ", ".join(PHANTOM_LAYOUTS))
-    require_empty(root)
-    return layout
 
 
 def require_empty(root: Path) -> None:
@@ -277,32 +269,38 @@ def require_empty(root: Path) -> None:
 
 def _write_all(
     root: Path,
-    layout: PhantomLayout,
+    convention: str,
     numbers: Sequence[int],
     size: int,
     seed: int,
     flaws: Mapping[int, Callable[[_Session], _Session]],
 ) -> list[WrittenPhantom]:
     """Write the cases and the documents; `flaws` changes the cases at some places of `numbers`."""
+    layout = PHANTOM_LAYOUTS.get(convention)
+    if layout is None:
+        raise RequestError(f"convention {convention!r} is not known", expected="one of " + ", ".join(PHANTOM_LAYOUTS))
+    require_empty(root)
     written = []
     for place, number in enumerate(numbers):
         phantom = make_phantom(number, size=size, seed=seed, resection_probability=layout.resection_probability)
-        session = _as_session(layout, phantom)
+        turn, grid = layout.place(phantom.shape)
+        session = _Session(
+            images={modality: turn.apply(phantom.images[modality]) for modality in layout.suffixes},
+            labels=turn.apply(translate(phantom.labels, PHANTOM_SCHEME, SCHEMES[layout.scheme])),
+            image_grids=dict.fromkeys(layout.suffixes, grid),
+            label_grid=grid,
+        )
         written.append(_write(root, layout, phantom, flaws[place](session) if place in flaws else session))
         _log.info("wrote phantom %s, %d of %d", written[-1].case, len(written), len(numbers))
     for name, document in layout.documents([phantom.case for phantom in written]).items():
-        _write_document(root / name, document)
+        path = root / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text = document if isinstance(document, str) else json.dumps(document, indent=2) + "\n"
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise DataError(f"the file cannot be written: {error.strerror}", where=path) from error
     return written
-
-
-def _as_session(layout: PhantomLayout, phantom: Phantom) -> _Session:
-    turn, grid = layout.place(phantom.shape)
-    return _Session(
-        images={modality: turn.apply(phantom.images[modality]) for modality in layout.suffixes},
-        labels=turn.apply(translate(phantom.labels, PHANTOM_SCHEME, SCHEMES[layout.scheme])),
-        image_grids=dict.fromkeys(layout.suffixes, grid),
-        label_grid=grid,
-    )
 
 
 def _write(root: Path, layout: PhantomLayout, phantom: Phantom, session: _Session) -> WrittenPhantom:
@@ -320,15 +318,6 @@ def _write(root: Path, layout: PhantomLayout, phantom: Phantom, session: _Sessio
     return WrittenPhantom(case, phantom.number, paths, label)
 
 
-def _write_document(path: Path, document: Document) -> None:
-    text = document if isinstance(document, str) else json.dumps(document, indent=2) + "\n"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"the file cannot be written: {error.strerror}", where=path) from error
-
-
 def _without_t1c(session: _Session) -> _Session:
     return replace(session, images={name: array for name, array in session.images.items() if name != "t1c"})
 
@@ -344,8 +333,3 @@ def _with_stray_label(session: _Session) -> _Session:
     stray = np.argwhere(labels == labels.max())[:5]
     labels[tuple(stray.T)] = STRAY_VALUE
     return replace(session, labels=labels)
-
-
-def _truncate(path: Path) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])

@@ -14,7 +14,7 @@ Rician noise and an intensity scale that differs from case to case and from sequ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -126,7 +126,10 @@ def make_phantom(
     tissues = _draw_tissues(shape, anatomy, is_low_grade=bool(grade.random() < low_grade_probability))
     if surgery.random() < resection_probability:
         _add_cavity(tissues, surgery)
-    return Phantom(number, _scan(tissues, scanner), _label(tissues))
+    values = np.zeros(len(Tissue), np.uint8)
+    for tissue, name in _LABELLED.items():
+        values[tissue] = PHANTOM_SCHEME.values[name]
+    return Phantom(number, _scan(tissues, scanner), values[tissues])
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ class _Space:
         x, y, z = (2 * (np.arange(count) + 0.5) / count - 1 for count in shape)
         return cls(x[:, None, None], y[None, :, None], z[None, None, :])
 
-    def distance(self, centre: tuple[float, float, float], radii: tuple[float, float, float]) -> Field:
+    def distance(self, centre: Sequence[float], radii: Sequence[float]) -> Field:
         """Distance from an ellipsoid's centre as a multiple of its radii, (D, H, W): 1 on its surface."""
         offsets = zip((self.x, self.y, self.z), centre, radii, strict=True)
         squared: Field = sum(((axis - middle) / radius) ** 2 for axis, middle, radius in offsets)  # type: ignore[assignment]
@@ -166,7 +169,8 @@ def _draw_tissues(shape: tuple[int, int, int], generator: np.random.Generator, *
     A low-grade tumour has a core that does not enhance. The draws do not depend on `shape`.
     """
     space = _Space.of(shape)
-    depth = _draw_depth(space, generator)
+    radii = [radius * generator.uniform(0.93, 1.0) for radius in _BRAIN_RADII]
+    depth = 1 - space.distance((0, 0, 0), radii) * (1 + 0.03 * space.field(generator, 3))
     tissues = _draw_healthy(space, depth, generator)
     _add_lookalikes(tissues, space, depth, generator)
     _add_tumour(tissues, space, depth, generator, is_low_grade=is_low_grade)
@@ -178,11 +182,6 @@ def _add_cavity(tissues: TissueMap, generator: np.random.Generator) -> None:
     core = np.isin(tissues, (Tissue.NECROSIS, Tissue.ENHANCING))
     inner = ndimage.distance_transform_edt(core)
     tissues[inner > inner.max() * generator.uniform(0.25, 0.5)] = Tissue.CAVITY
-
-
-def _draw_depth(space: _Space, generator: np.random.Generator) -> Field:
-    right, front, top = (radius * generator.uniform(0.93, 1.0) for radius in _BRAIN_RADII)
-    return 1 - space.distance((0, 0, 0), (right, front, top)) * (1 + 0.03 * space.field(generator, 3))
 
 
 def _draw_healthy(space: _Space, depth: Field, generator: np.random.Generator) -> TissueMap:
@@ -259,13 +258,6 @@ def _add_tumour(
     tissues[swollen & is_brain] = Tissue.OEDEMA
     tissues[core & is_brain] = Tissue.NECROSIS if is_low_grade else Tissue.ENHANCING
     tissues[necrosis & is_brain] = Tissue.NECROSIS
-
-
-def _label(tissues: TissueMap) -> LabelMap:
-    lookup = np.zeros(len(Tissue), np.uint8)
-    for tissue, name in _LABELLED.items():
-        lookup[tissue] = PHANTOM_SCHEME.values[name]
-    return lookup[tissues]
 
 
 def _scan(tissues: TissueMap, generator: np.random.Generator) -> dict[str, NDArray[np.int16]]:

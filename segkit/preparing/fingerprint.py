@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from segkit.config import Config
 from segkit.errors import DataError
 from segkit.preparing.preprocessing import LoadedCase, crop_box, load_case
-from segkit.reading.case import Case, Cohort
+from segkit.reading.case import Cohort
 from segkit.reading.geometry import reorientation_to, reoriented_grid
 
 _log = logging.getLogger(__name__)
@@ -69,11 +69,13 @@ def take_fingerprint(cohort: Cohort, *, max_cases: int = 24) -> Fingerprint:
     Raises:
         DataError: no case can be read.
     """
-    chosen = _spread(cohort.cases, max_cases)
+    cases = cohort.cases
+    if len(cases) > max_cases:
+        cases = tuple(cases[round(index * (len(cases) - 1) / (max_cases - 1))] for index in range(max_cases))
     began = time.perf_counter()
     samples: list[_Sample] = []
     errors: list[DataError] = []
-    for case in chosen:
+    for case in cases:
         try:
             samples.append(_sample(load_case(case, cohort.modalities, cohort.scheme, allow_missing=True)))
         except DataError as error:
@@ -81,58 +83,51 @@ def take_fingerprint(cohort: Cohort, *, max_cases: int = 24) -> Fingerprint:
             errors.append(error)
     if not samples:
         raise DataError(
-            f"none of the {len(chosen)} cases looked at can be read",
+            f"none of the {len(cases)} cases looked at can be read",
             where=cohort.root,
             expected="at least one usable case",
             remedy=f"The first one: {errors[0]}" if errors else "Check the folder",
         )
+    shapes, cropped_shapes, spacings_mm, zero_fractions, lowest, intensities = zip(*samples, strict=True)
     return Fingerprint(
         cases=len(cohort.cases),
         dims=cohort.dims,
         modalities=cohort.modalities,
-        shapes=tuple(sample.shape for sample in samples),
-        cropped_shapes=tuple(sample.cropped_shape for sample in samples),
-        spacings_mm=tuple(sample.spacing_mm for sample in samples),
-        zero_fraction=float(np.median([sample.zero_fraction for sample in samples])),
-        is_ct=_is_ct(cohort.modalities, [sample.lowest for sample in samples]),
-        foreground=_foreground(np.concatenate([sample.intensities for sample in samples])),
+        shapes=shapes,
+        cropped_shapes=cropped_shapes,
+        spacings_mm=spacings_mm,
+        zero_fraction=float(np.median(zero_fractions)),
+        is_ct=_is_ct(cohort.modalities, float(np.median(lowest))),
+        foreground=_foreground(np.concatenate(intensities)),
         seconds_per_case=(time.perf_counter() - began) / len(samples),
     )
 
 
-@dataclass(frozen=True)
-class _Sample:
+class _Sample(NamedTuple):
     shape: tuple[int, ...]
     cropped_shape: tuple[int, ...]
     spacing_mm: tuple[float, ...]
     zero_fraction: float
     lowest: float
     intensities: NDArray[np.float32]
+    """Of a sample of the labelled voxels, all modalities; without a reference, of all voxels above air."""
 
 
 def _sample(loaded: LoadedCase) -> _Sample:
-    turn = reorientation_to(loaded.grid)
-    start, stop = crop_box(loaded.image, "nonzero")
-    outside = np.ones(loaded.image.shape[1:], bool)
-    for plane in loaded.image:
-        outside &= plane == 0
+    image, turn = loaded.image, reorientation_to(loaded.grid)
+    start, stop = crop_box(image, "nonzero")
+    is_inside = image.max(axis=0) > _AIR_HU if loaded.labels is None else loaded.labels > 0
+    places = np.flatnonzero(is_inside)
+    if len(places) > _SAMPLED_VOXELS:
+        places = np.random.default_rng(0).choice(places, _SAMPLED_VOXELS, replace=False)
     return _Sample(
         shape=turn.target_shape,
         cropped_shape=tuple(stop[axis] - start[axis] for axis in turn.axes),
         spacing_mm=reoriented_grid(loaded.grid, turn).spacing_mm,
-        zero_fraction=float(outside.mean()),
-        lowest=float(loaded.image.min()),
-        intensities=_foreground_intensities(loaded),
+        zero_fraction=float((~image.any(axis=0)).mean()),
+        lowest=float(image.min()),
+        intensities=image.reshape(len(image), -1)[:, places].ravel(),
     )
-
-
-def _foreground_intensities(loaded: LoadedCase) -> NDArray[np.float32]:
-    """A sample of the labelled voxels of all modalities; without a reference, of all voxels above air."""
-    is_inside = loaded.image.max(axis=0) > _AIR_HU if loaded.labels is None else loaded.labels > 0
-    places = np.flatnonzero(is_inside)
-    if len(places) > _SAMPLED_VOXELS:
-        places = np.random.default_rng(0).choice(places, _SAMPLED_VOXELS, replace=False)
-    return loaded.image.reshape(len(loaded.image), -1)[:, places].ravel()
 
 
 def _foreground(intensities: NDArray[np.float32]) -> Foreground:
@@ -142,13 +137,7 @@ def _foreground(intensities: NDArray[np.float32]) -> Foreground:
     return Foreground(low=float(low), high=float(high), mean=float(intensities.mean()), std=float(intensities.std()))
 
 
-def _is_ct(modalities: Sequence[str], lowest: Sequence[float]) -> bool:
+def _is_ct(modalities: Sequence[str], lowest: float) -> bool:
     """Whether the modality is called CT, or there is only one and it has air in Hounsfield units."""
     names = {name.lower() for name in modalities}
-    return names == {"ct"} or (len(names) == 1 and float(np.median(lowest)) < _AIR_HU)
-
-
-def _spread(cases: Sequence[Case], count: int) -> list[Case]:
-    if len(cases) <= count:
-        return list(cases)
-    return [cases[round(index * (len(cases) - 1) / (count - 1))] for index in range(count)]
+    return names == {"ct"} or (len(names) == 1 and lowest < _AIR_HU)
