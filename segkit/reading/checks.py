@@ -16,9 +16,8 @@ import numpy as np
 from segkit.errors import DataError, Problem
 from segkit.labels import SCHEMES
 from segkit.reading.case import BRATS_MODALITIES, Case, Cohort, ImageFile
-from segkit.reading.conversion import repair_command
 from segkit.reading.files import count_channels, read_grid, read_labels, read_volume
-from segkit.reading.geometry import same_grid
+from segkit.reading.geometry import repair_command, same_grid
 from segkit.reading.volume import Grid
 from segkit.shapes import AnyArray
 

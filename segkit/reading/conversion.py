@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -24,9 +23,6 @@ from segkit.reading.files import (
 )
 from segkit.reading.geometry import format_size, has_default_affine, same_grid
 from segkit.reading.volume import Grid, list_folder
-
-REPAIR_COMMAND = "segkit convert headers"
-"""Part of the remedy of every problem that this verb can repair."""
 
 _WRITTEN_AS = {".nii": ".nii", ".nrrd": ".nrrd", ".mha": ".mha", ".mgz": ".mgz", ".mhd": ".mha"}
 """Formats that are kept; all others are written as .nii.gz, pictures as .png."""
@@ -59,11 +55,6 @@ def translate_reference(case: Case, target: LabelScheme, output: Path, *, dims: 
     write_labels(path, translate(values, case.scheme, target), grid)
     lost = [tissue for tissue, value in case.scheme.values.items() if value in present and table[value] == 0]
     return f"{target.name} has no {', '.join(lost)}: now background" if lost else ""
-
-
-def repair_command(root: Path) -> str:
-    """The command that copies a data folder and repairs its headers, quoted for a POSIX shell."""
-    return f"{REPAIR_COMMAND} {shlex.quote(str(root))} -o {shlex.quote(root.name + '-repaired')}"
 
 
 def files_of(case: Case) -> list[Path]:

@@ -8,8 +8,10 @@ reversed axes, as in SimpleITK arrays. Reorienting permutes and flips axes and n
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -18,6 +20,9 @@ from numpy.typing import NDArray
 from segkit.errors import RequestError
 from segkit.reading.volume import Grid
 from segkit.shapes import AnyArray
+
+REPAIR_COMMAND = "segkit convert headers"
+"""Part of the remedy of every problem that this verb can repair."""
 
 _LARGEST_DRIFT = 1e-3
 """Accepted drift between two grids, as a share of the longest side: float32 headers differ in the 8th digit,
@@ -153,6 +158,11 @@ def _corners_mm(grid: Grid) -> NDArray[np.float64]:
     corners = np.array(list(product(*((0, end) for end in last))), np.float64)
     positions: NDArray[np.float64] = corners @ grid.affine[:3, :3].T + grid.affine[:3, 3]
     return positions
+
+
+def repair_command(root: Path) -> str:
+    """The command that copies a data folder and repairs headers with a wrong affine, quoted for a POSIX shell."""
+    return f"{REPAIR_COMMAND} {shlex.quote(str(root))} -o {shlex.quote(root.name + '-repaired')}"
 
 
 def has_default_affine(grid: Grid) -> bool:

@@ -17,9 +17,8 @@ from pathlib import Path
 from segkit.errors import DataError, Problem
 from segkit.labels import SCHEMES
 from segkit.reading.case import BRATS_MODALITIES, Case, Cohort, ImageFile
-from segkit.reading.conversion import repair_command
 from segkit.reading.files import read_grid
-from segkit.reading.geometry import same_grid
+from segkit.reading.geometry import repair_command, same_grid
 from segkit.reading.layouts.layout import (
     FolderOptions,
     FoundFile,
