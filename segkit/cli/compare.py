@@ -43,7 +43,7 @@ def compare(
     """
     from segkit.evaluation.comparison import compare_scores
     from segkit.evaluation.comparison_files import comparison_json, write_comparison
-    from segkit.evaluation.scores import read_score_sets
+    from segkit.evaluation.score_files import read_score_sets
 
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
     chosen = None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()]

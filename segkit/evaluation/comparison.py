@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segkit.errors import RequestError
-from segkit.evaluation.scores import ScoreSet
+from segkit.evaluation.score_files import ScoreSet
 from segkit.metrics.bootstrap import Interval, mean_interval, number_patients
 from segkit.metrics.brats_ranking import cumulative_ranks, exchange_p_values, rank_scores
 from segkit.metrics.paired import SignedRank, holm, signed_rank
