@@ -18,10 +18,9 @@ from segkit.inference.backends import Backend
 from segkit.inference.predictor import UNCERTAINTIES, Prediction, Predictor, Stage
 from segkit.labels import SCHEMES, LabelScheme
 from segkit.preparing.preprocessing import PreparedCase
-from segkit.reading.case import Case, Cohort, file_name_of
+from segkit.reading.case import Case, Cohort, file_name_of, match_modalities
 from segkit.reading.dicom_seg import is_dicom_source, write_dicom_seg
 from segkit.reading.files import read_labels, write_labels
-from segkit.reading.modalities import match_modalities
 
 PROBABILITIES, UNCERTAINTY = "probabilities", "uncertainty"
 """Sub-folders of the output, for `<case>_<output>` and for `<case>_entropy`, `<case>_disagreement`."""

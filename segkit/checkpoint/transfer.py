@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from segkit.checkpoint.model import WeightSource, read_source
 from segkit.errors import CheckpointError, some
-from segkit.reading.modalities import canonical_modality
+from segkit.reading.case import canonical_modality
 
 InputAdapt = Literal["mean", "repeat", "zero"]
 """How kernels are adapted to another number of image channels.

@@ -11,12 +11,11 @@ from typing import Any
 
 from segkit.errors import DataError, RequestError, some
 from segkit.labels import SCHEMES, LabelScheme, classes_scheme
-from segkit.reading.case import Case, Cohort, ImageFile
+from segkit.reading.case import LABEL, Case, Cohort, ImageFile, split_name
 from segkit.reading.files import read_labels, stem_of, suffix_of
 from segkit.reading.layouts.listing import list_images, read_document
 from segkit.reading.layouts.schemes import CONVENTIONS, patient_of, present_values, values_of
 from segkit.reading.layouts.table import PLAIN_CLASSES, find_cases
-from segkit.reading.modalities import LABEL, split_name
 from segkit.reading.pictures import PICTURE_SUFFIXES
 
 CHALLENGES: dict[str, tuple[str, ...]] = {

@@ -15,9 +15,8 @@ from segkit.inference.backends import Array
 from segkit.inference.predictor import Predictor
 from segkit.metrics.overlap import dice_by_region
 from segkit.preparing.preprocessing import LoadedCase, load_case
-from segkit.reading.case import Case, Cohort
+from segkit.reading.case import Case, Cohort, match_modalities
 from segkit.reading.layouts.table import find_cases
-from segkit.reading.modalities import match_modalities
 from segkit.shapes import Image
 
 MOST_OF_A_RUN = 20

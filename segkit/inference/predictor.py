@@ -36,10 +36,9 @@ from segkit.inference.sliding_window import Slab, WindowPlan, plan_windows, pred
 from segkit.labels import LabelScheme, painted_values, translate, translation
 from segkit.preparing.preprocessing import LoadedCase, Preparation, PreparedCase, load_case, prepare
 from segkit.preparing.resampling import resampled_shape
-from segkit.reading.case import Case, ImageFile
+from segkit.reading.case import Case, ImageFile, match_modalities
 from segkit.reading.geometry import reorientation_to, reoriented_grid
 from segkit.reading.layouts.table import find_cases
-from segkit.reading.modalities import match_modalities
 from segkit.reading.volume import Grid, Volume
 from segkit.shapes import Affine, Image, LabelMap
 

@@ -24,10 +24,9 @@ from segkit.inpainting.outputs import BankWriter, anomaly_map, copy_file, write_
 from segkit.inpainting.predictor import InpaintingPredictor
 from segkit.preparing.lesion_bank import image_path, lesion_path
 from segkit.preparing.preprocessing import LoadedCase, load_case
-from segkit.reading.case import Case, Cohort, ImageFile
+from segkit.reading.case import Case, Cohort, ImageFile, match_modalities
 from segkit.reading.files import read_volume, suffix_of, write_image, write_labels
 from segkit.reading.layouts.synthesis import SYNTHESIS_LAYOUT
-from segkit.reading.modalities import match_modalities
 from segkit.reading.volume import Grid
 from segkit.shapes import Image
 

@@ -1,16 +1,54 @@
-"""Case: the files of one scan session of one patient. Cohort: the cases of one data folder."""
+"""Case: the files of one scan session of one patient. Cohort: the cases of one data folder. And modality names.
+
+File names are split into tokens at `-`, `_`, `.` and spaces and compared in lower case, so that `_t1` does not match
+the beginning of `_t1ce`. Longer sequences of tokens are tried first (`T2-FLAIR` before `FLAIR`). The synonyms of
+modalities are those of BraTS 2012-2026, UPENN-GBM, BIDS and common clinical exports.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from segkit.errors import Problem
+from segkit.errors import DataError, Problem
 from segkit.labels import LabelScheme
 
 BRATS_MODALITIES = ("t1n", "t1c", "t2w", "t2f")
 """Canonical names and canonical channel order of the four BraTS sequences."""
+
+LABEL = "label"
+"""The kind of a file that holds the reference mask."""
+
+IGNORED = "ignored"
+"""The kind of a known file that is neither an image nor a reference, such as a brain mask."""
+
+SYNONYMS: dict[str, tuple[str, ...]] = {
+    "t1n": ("t1n", "t1", "t1w", "t1 native", "t1 pre", "t1pre"),
+    "t1c": (
+        *("t1c", "t1ce", "t1gd", "t1gad", "t1post", "t1km", "t1wce", "ct1", "t1cw", "ce t1", "ce t1w", "gd t1"),
+        *("t1 c", "t1 ce", "t1 gd", "t1 gad", "t1 post", "t1 km", "t1w ce", "t1w gd", "t1w post", "t1gd w", "t1w gad"),
+    ),
+    "t2w": ("t2w", "t2", "t2 w"),
+    "t2f": ("t2f", "flair", "fla", "fl", "t2flair", "t2 flair", "t2w flair", "flairw"),
+    LABEL: (
+        *("seg", "segm", "segmentation", "label", "labels", "lesion", "lesions", "gt", "ground truth", "groundtruth"),
+        *("truth", "manual", "manual1", "1stho", "dseg", "annotation", "gtv", "tumor", "tumour", "mask", "ot"),
+        *("otmulticlass", "lesion mask", "tumor mask", "tumour mask", "seg mask", "lesion seg", "tumor seg", "msk"),
+    ),
+    IGNORED: ("brainmask", "brain mask", "bet mask", "mask brain", "fov", "fov mask", "2ndho", "manual2"),
+}
+"""Synonyms in lower case by canonical modality or kind of file; a space stands for any separator."""
+
+_SEPARATORS = re.compile(r"[-_.\s]+")
+_KIND_OF: dict[tuple[str, ...], str] = {
+    tuple(synonym.split()): kind for kind, synonyms in SYNONYMS.items() for synonym in synonyms
+}
+_LONGEST = max(len(sequence) for sequence in _KIND_OF)
+
+_UNSPECIFIC = ("image", "mr", "mri")
+"""Modalities of a model that name no sequence."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +75,6 @@ class Case:
     problems: tuple[Problem, ...] = ()
 
 
-def is_file_name(text: str) -> bool:
-    """Whether a text, such as a case id, is a plain file name, without separators or control characters."""
-    return text not in ("", ".", "..") and text.isprintable() and not any(letter in "/\\:" for letter in text)
-
-
-def file_name_of(name: str) -> str:
-    """A name, such as that of a tissue, as part of a file name: `a/b` becomes `a_b`."""
-    return "".join("_" if letter in "/\\:" or not letter.isprintable() else letter for letter in name)
-
-
 @dataclass(frozen=True)
 class Cohort:
     """The cases of a data folder, with its layout, label scheme, and modalities in channel order.
@@ -63,3 +91,116 @@ class Cohort:
     problems: tuple[Problem, ...] = ()
     dims: int = 3
     licence: str | None = None
+
+
+def is_file_name(text: str) -> bool:
+    """Whether a text, such as a case id, is a plain file name, without separators or control characters."""
+    return text not in ("", ".", "..") and text.isprintable() and not any(letter in "/\\:" for letter in text)
+
+
+def file_name_of(name: str) -> str:
+    """A name, such as that of a tissue, as part of a file name: `a/b` becomes `a_b`."""
+    return "".join("_" if letter in "/\\:" or not letter.isprintable() else letter for letter in name)
+
+
+@dataclass(frozen=True)
+class NameParts:
+    """A file name split into its `kind` (a modality, LABEL, IGNORED or None) and the `rest` of the name.
+
+    `is_leading` says that the kind is at the beginning, where the rest describes and does not identify the case; `word`
+    is the synonym found, in lower case with spaces as separators.
+    """
+
+    kind: str | None
+    rest: str
+    is_leading: bool = False
+    word: str = ""
+
+
+def canonical_modality(name: str) -> str | None:
+    """The canonical name (t1n, t1c, t2w, t2f) of a modality in any spelling, else None."""
+    kind = kind_of(name)
+    return kind if kind in BRATS_MODALITIES else None
+
+
+def kind_of(name: str) -> str | None:
+    """The kind that a whole name means ("t1ce" -> "t1c", "seg" -> LABEL), else None."""
+    return _KIND_OF.get(tuple(token for token in _SEPARATORS.split(name.lower()) if token))
+
+
+def split_name(stem: str) -> NameParts:
+    """Find the kind in a file name without suffix: at its end, else at its start, else once in its middle."""
+    spans = [match.span() for match in re.finditer(r"[^-_.\s]+", stem)]
+    tokens = [stem[start:stop].lower() for start, stop in spans]
+    for first, last in _windows(len(tokens)):
+        kind = _KIND_OF.get(tuple(tokens[first:last]))
+        if kind is None:
+            continue
+        before = stem[: spans[first][0]].rstrip("-_. ")
+        after = stem[spans[last - 1][1] :].lstrip("-_. ")
+        rest = "_".join(part for part in (before, after) if part)
+        return NameParts(kind, rest, first == 0 and last < len(tokens), " ".join(tokens[first:last]))
+    return NameParts(None, stem)
+
+
+def _windows(count: int) -> Iterable[tuple[int, int]]:
+    """Token windows (first, last) in order of preference: suffixes, prefixes, then others; longest first in each."""
+    lengths = range(min(_LONGEST, count), 0, -1)
+    yield from ((count - length, count) for length in lengths)
+    yield from ((0, length) for length in lengths)
+    for length in lengths:
+        yield from ((first, first + length) for first in range(1, count - length))
+
+
+def in_channel_order(modalities: Iterable[str]) -> tuple[str, ...]:
+    """Each modality once: canonical ones in canonical order, then the others in their order of appearance."""
+    names: Sequence[str] = list(dict.fromkeys(modalities))
+    canonical = [name for name in BRATS_MODALITIES if name in names]
+    return (*canonical, *(name for name in names if name not in BRATS_MODALITIES))
+
+
+def match_modalities(case: Case, wanted: Sequence[str], *, allow_missing: bool = False) -> Case:
+    """The case with its images named as the model's input channels, without its reference.
+
+    Synonyms match (`t1ce` is `t1c`). A model of one modality accepts the only image of a case under any name, unless it
+    is known to be another sequence. Images numbered 0, 1, 2 ... or channel_0, channel_1 ... (nnU-Net, Decathlon, 4D
+    files) are taken in order, except by models with BraTS modalities, whose numbers differ from source to source.
+
+    Raises:
+        DataError: a modality is missing (unless `allow_missing` and at least one is there).
+    """
+    by_name = {_plain_name(name): file for name, file in case.images.items()}
+    images = {name: by_name[_plain_name(name)] for name in wanted if _plain_name(name) in by_name}
+    if not images and _may_take_in_order(case, wanted):
+        images = dict(zip(wanted, case.images.values(), strict=True))
+    missing = [name for name in wanted if name not in images]
+    if missing and not (allow_missing and images):
+        several = len(missing) > 1
+        raise DataError(
+            f"modalit{'ies' if several else 'y'} {', '.join(missing)} {'are' if several else 'is'} missing"
+            f" (found: {', '.join(case.images) or 'no image'})",
+            expected=f"{', '.join(wanted)}, as this model was trained on",
+            remedy="Add the file" + ("s" if several else "") + ", say which file is which with --modality NAME=SUFFIX"
+            + (", or pass --allow-missing to go on without" if images else ""),
+        )  # fmt: skip
+    return replace(case, images=images, label=None)
+
+
+def _plain_name(name: str) -> str:
+    return canonical_modality(name) or name.casefold()
+
+
+def _may_take_in_order(case: Case, wanted: Sequence[str]) -> bool:
+    if len(case.images) != len(wanted):
+        return False
+    if len(wanted) == 1:
+        (found,) = case.images
+        says_nothing = wanted[0].casefold() in _UNSPECIFIC or _is_number(wanted[0])
+        return canonical_modality(found) is None or says_nothing
+    is_numbered = all(_is_number(name) for name in case.images)
+    return is_numbered and not any(name in BRATS_MODALITIES for name in wanted)
+
+
+def _is_number(name: str) -> bool:
+    """Whether a channel has no name: "0" or "channel_0"."""
+    return name.removeprefix("channel_").isdigit()

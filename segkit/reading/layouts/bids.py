@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from segkit.errors import DataError
-from segkit.reading.case import Cohort, ImageFile
+from segkit.reading.case import IGNORED, LABEL, Cohort, ImageFile, canonical_modality
 from segkit.reading.layouts.dataset_json import require_label_values, require_shown
 from segkit.reading.layouts.layout import (
     FolderOptions,
@@ -26,7 +26,6 @@ from segkit.reading.layouts.layout import (
 )
 from segkit.reading.layouts.listing import Listing, bare_name, read_document
 from segkit.reading.layouts.schemes import scheme_by_values, scheme_from_names
-from segkit.reading.modalities import IGNORED, LABEL, canonical_modality
 
 _NAME = re.compile(r"^sub-(?P<subject>[A-Za-z0-9]+)(?:_.*)?_(?P<suffix>[A-Za-z0-9]+)$")
 _ENTITY = re.compile(r"([a-z]+)-([A-Za-z0-9+]+)")

@@ -16,7 +16,17 @@ from pathlib import Path
 
 from segkit.errors import DataError, Problem
 from segkit.labels import SCHEMES
-from segkit.reading.case import BRATS_MODALITIES, Case, Cohort, ImageFile
+from segkit.reading.case import (
+    BRATS_MODALITIES,
+    IGNORED,
+    LABEL,
+    Case,
+    Cohort,
+    ImageFile,
+    in_channel_order,
+    kind_of,
+    split_name,
+)
 from segkit.reading.files import read_grid
 from segkit.reading.geometry import repair_command, same_grid
 from segkit.reading.layouts.layout import (
@@ -30,7 +40,6 @@ from segkit.reading.layouts.layout import (
 )
 from segkit.reading.layouts.listing import Listing, bare_name, list_images
 from segkit.reading.layouts.schemes import CONVENTIONS, Convention, patient_of, values_of
-from segkit.reading.modalities import IGNORED, LABEL, in_channel_order, kind_of, split_name
 
 _VOIDED = "t1n-voided"
 _INPAINTING_KINDS = (_VOIDED, "mask", "mask-healthy", "mask-unhealthy")

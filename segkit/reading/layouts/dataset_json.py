@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from segkit.errors import DataError, Problem
+from segkit.reading.case import canonical_modality, in_channel_order
 from segkit.reading.layouts.layout import FolderOptions, SchemeChoice
 from segkit.reading.layouts.listing import Listing, bare_name, read_document
 from segkit.reading.layouts.schemes import scheme_from_names, scheme_from_regions
-from segkit.reading.modalities import canonical_modality, in_channel_order
 
 CHANNEL_NAME = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 """nnU-Net's file names without suffix: case, underscore, channel number of four digits."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from segkit.errors import Problem
 from segkit.labels import classes_scheme
-from segkit.reading.case import Cohort, ImageFile
+from segkit.reading.case import IGNORED, LABEL, Cohort, ImageFile, split_name
 from segkit.reading.files import suffix_of
 from segkit.reading.layouts.grouping import IMAGE, group_files, shared_suffix
 from segkit.reading.layouts.layout import (
@@ -32,7 +32,6 @@ from segkit.reading.layouts.layout import (
 )
 from segkit.reading.layouts.listing import Listing, bare_name
 from segkit.reading.layouts.schemes import scheme_by_values
-from segkit.reading.modalities import IGNORED, LABEL, split_name
 
 _NAMELESS = re.compile(rf"^({IMAGE}|channel_\d+)$")
 _TASK01_NAME = re.compile(r"^BRATS_\d{3}$")

@@ -20,11 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from segkit.errors import Problem
-from segkit.reading.case import ImageFile
+from segkit.reading.case import IGNORED, LABEL, ImageFile, canonical_modality, kind_of, split_name
 from segkit.reading.layouts.layout import FoundFile, unused_files
 from segkit.reading.layouts.listing import bare_name
 from segkit.reading.layouts.schemes import patient_of
-from segkit.reading.modalities import IGNORED, LABEL, canonical_modality, kind_of, split_name
 
 IMAGE = "image"
 """The modality of a file whose name contains none."""

@@ -9,10 +9,9 @@ from pathlib import Path
 
 from segkit.errors import DataError, Problem, some
 from segkit.labels import LabelScheme
-from segkit.reading.case import Case, Cohort, ImageFile
+from segkit.reading.case import IGNORED, LABEL, Case, Cohort, ImageFile, in_channel_order
 from segkit.reading.files import count_channels
 from segkit.reading.layouts.listing import Listing
-from segkit.reading.modalities import IGNORED, LABEL, in_channel_order
 
 LEAST_SHARE = 0.5
 """A modality of fewer cases is not a channel of the cohort: as one, it would make all other cases incomplete."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.errors import DataError, Problem
-from segkit.reading.case import Cohort, ImageFile
+from segkit.reading.case import LABEL, Cohort, ImageFile, in_channel_order
 from segkit.reading.layouts.dataset_json import (
     channel_names,
     document_scheme,
@@ -26,7 +26,6 @@ from segkit.reading.layouts.dataset_json import (
 from segkit.reading.layouts.layout import FolderOptions, FoundFile, Layout, build_cases, build_cohort, unused_files
 from segkit.reading.layouts.listing import Listing, bare_name, read_document
 from segkit.reading.layouts.schemes import patient_of
-from segkit.reading.modalities import LABEL, in_channel_order
 
 
 def _recognise(listing: Listing) -> float:

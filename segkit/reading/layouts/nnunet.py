@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.errors import DataError, Problem
-from segkit.reading.case import Cohort, ImageFile, is_file_name
+from segkit.reading.case import LABEL, Cohort, ImageFile, in_channel_order, is_file_name
 from segkit.reading.layouts.dataset_json import (
     CHANNEL_NAME,
     channel_names,
@@ -38,7 +38,6 @@ from segkit.reading.layouts.layout import (
 )
 from segkit.reading.layouts.listing import Listing, bare_name, read_document
 from segkit.reading.layouts.schemes import patient_of, scheme_by_values
-from segkit.reading.modalities import LABEL, in_channel_order
 from segkit.reading.volume import list_folder
 
 _MOST_CHANNELS = 16

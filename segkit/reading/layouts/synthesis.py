@@ -22,12 +22,11 @@ from pathlib import Path
 
 from segkit.errors import DataError, Problem
 from segkit.labels import LabelScheme, classes_scheme
-from segkit.reading.case import Cohort, ImageFile
+from segkit.reading.case import LABEL, Cohort, ImageFile
 from segkit.reading.files import VOLUME_SUFFIXES, suffix_of
 from segkit.reading.layouts.layout import FoundFile, SchemeChoice, build_cases, build_cohort
 from segkit.reading.layouts.listing import Listing, bare_name, list_images
 from segkit.reading.layouts.schemes import patient_of
-from segkit.reading.modalities import LABEL
 from segkit.reading.volume import list_folder
 
 SYNTHESIS_LAYOUT = "brats-inpainting"

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from segkit.reading.modalities import (
+from segkit.reading.case import (
     IGNORED,
     LABEL,
     canonical_modality,
