@@ -181,7 +181,7 @@ def _estimate(cohort: Cohort, config: TrainConfig | None, memory: str | None) ->
     from segkit.errors import SegkitError
     from segkit.runtime import pick_device
     from segkit.training.estimate import estimate_training
-    from segkit.training.planned import memory_to_plan_for, planning_request
+    from segkit.training.segmentation_plan import memory_to_plan_for, planning_request
 
     request = planning_request(config, -(-len(labelled.cases) // config.data.folds))
     device = pick_device()

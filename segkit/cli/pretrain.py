@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -21,36 +18,24 @@ from segkit.cli.options import (
     QuietOption,
     SetOption,
     VerboseOption,
-    parse_gigabytes,
-    parse_minutes,
-    parse_settings,
-    preset_for,
-    print_json,
     print_table,
-    read_case_ids,
-    read_modalities,
-    set_verbosity,
     tell,
-    tell_aside,
 )
-from segkit.cli.processes import GpusOption, spread_over
-from segkit.cli.progress import interruptible, progress_bar, resumed_layers
-from segkit.cli.train import (
+from segkit.cli.training import (
     BudgetOption,
     ChangesOption,
     ConfigOption,
     ExcludeOption,
+    GpusOption,
     ResumeOption,
     RunOption,
     StartAgainOption,
+    TrainingCommand,
 )
-from segkit.errors import RequestError
-from segkit.runtime import process_place
 
 if TYPE_CHECKING:
-    from segkit.config import Config
-    from segkit.training.request import UnlabelledRequest
-    from segkit.training.unlabelled import UnlabelledSummary
+    from segkit.training.config import RunConfig
+    from segkit.training.task import Kind, Summary, TrainingRequest
 
 FoldersArgument = Annotated[
     list[Path], typer.Argument(help="Folders with images, in any layout; references are not looked at.")
@@ -99,82 +84,49 @@ def pretrain(
     patient in five is held out to measure what was learnt. With --method inpainting the network learns to fill holes,
     and `segkit inpaint -m RUN` does so.
     """
-    started_s = time.monotonic()
-    spread_over(gpus, device)
-    quiet, as_json = quiet or process_place().rank > 0, as_json and process_place().rank == 0
-    set_verbosity(is_quiet=quiet, is_verbose=verbose)
-    from segkit.config import build_config, preset_layers, read_yaml
-    from segkit.runtime import pick_device
-    from segkit.training.distributed import joined_ranks
+    command = TrainingCommand(
+        output, config, preset, settings, budget, memory, weights, exclude, layout, modality,
+        resume, allow_changes, overwrite, device, gpus, as_json, quiet, verbose,
+    )  # fmt: skip
+    from segkit.training.run import train
 
-    chosen_device = pick_device(device)
-    if allow_changes and not resume:
-        raise RequestError("--allow-changes is about a run that is resumed", remedy="Add --resume, or leave it out")
-    if resume and (preset, weights) != (None, None):
-        raise RequestError("--resume goes on as the run was begun", remedy="Leave out --preset and --weights")
-    layers = resumed_layers(output) if resume else []
-    if config is not None:
-        layers.append((str(config), read_yaml(config)))
-    for _, layer in layers:
+    own = [*command.resumed_layers(), *command.file_layers()]
+    for _, layer in own:
         method = method or str(layer.get("method") or "") or None
-    kind = _kind_of(method)
-    if not resume:
-        begun = preset_layers(preset or preset_for(chosen_device.type), kind.presets)
-        if encoder is not None:
-            begun = [(name, {**layer, "network": _network(encoder)}) for name, layer in begun]
-        layers = [*begun, *layers]
-    options: dict[str, dict[str, Any]] = {
-        "data": {"layout": layout, "modalities": read_modalities(modality), "exclude": read_case_ids(exclude)},
-        "network": {"weights": None if weights is None else weights.absolute()},
-        "training": {"budget_minutes": None if budget is None else parse_minutes(budget)},
-    }
-    given: dict[str, Any] = {
-        section: {key: value for key, value in keys.items() if value is not None} for section, keys in options.items()
-    }
-    layers += [("--set", parse_settings(settings)), ("options", given | ({"method": method} if method else {}))]
-    bar = progress_bar(is_quiet=quiet)
-    request: UnlabelledRequest[Any] = kind.request(
-        data=tuple(data),
-        run=output,
-        config=build_config(kind.config, layers),
-        device=chosen_device,
-        memory_gb=None if memory is None else parse_gigabytes(memory),
-        started_s=started_s,
-        resume=resume,
-        overwrite=overwrite,
-        allow_changes=allow_changes,
-        on_progress=None if bar is None else bar.tell,
-    )
-    with (
-        joined_ranks(request.device, request.config.training.rank_timeout_s) as ranks,
-        bar or nullcontext(),
-        interruptible("segkit", "pretrain", *data, "-o", output, "--resume"),
-    ):
-        summary = kind.run(replace(request, ranks=ranks))
-    _tell(summary, as_json=as_json, quiet=quiet)
+    choice = _choice_of(method)
+    presets = command.preset_layers(choice.presets)
+    if encoder is not None:
+        presets = [(name, {**layer, "network": _network(encoder)}) for name, layer in presets]
+    layers = [*presets, *own, *command.option_layers(method=method)]
+    request = command.request(data, choice.config, layers)
+
+    def work(request: TrainingRequest[Any]) -> Summary:
+        return train(request, choice.kind)
+
+    summary = command.run(work, request, "segkit", "pretrain", *data, "-o", output, "--resume")
+    command.finish(summary, _show)
 
 
-class _Kind(NamedTuple):
-    """What a group of methods has of its own."""
+class _Choice(NamedTuple):
+    """A kind of training with its settings and the folder of its presets."""
 
     presets: str
-    config: type[Config]
-    request: Callable[..., UnlabelledRequest[Any]]
-    run: Callable[[Any], UnlabelledSummary]
+    config: type[RunConfig]
+    kind: Kind[Any, Any]
 
 
-def _kind_of(method: str | None) -> _Kind:
+def _choice_of(method: str | None) -> _Choice:
     from segkit.config import INPAINTING_PRESETS, PRETRAINING_PRESETS
 
     if method == "inpainting":
         from segkit.inpainting.config import InpaintingConfig
-        from segkit.inpainting.run import InpaintingRequest, inpainting_run
+        from segkit.inpainting.run import InpaintingKind
 
-        return _Kind(INPAINTING_PRESETS, InpaintingConfig, InpaintingRequest, inpainting_run)
+        return _Choice(INPAINTING_PRESETS, InpaintingConfig, InpaintingKind())
     from segkit.pretraining.methods import PretrainConfig
-    from segkit.pretraining.run import PretrainRequest, pretrain_run
+    from segkit.pretraining.run import PretrainingKind
 
-    return _Kind(PRETRAINING_PRESETS, PretrainConfig, PretrainRequest, pretrain_run)
+    return _Choice(PRETRAINING_PRESETS, PretrainConfig, PretrainingKind())
 
 
 def _network(encoder: str) -> Mapping[str, Any]:
@@ -186,18 +138,10 @@ def _network(encoder: str) -> Mapping[str, Any]:
     return {"family": "smp", "size": "unet", "arguments": {"encoder": encoder}}
 
 
-def _tell(summary: UnlabelledSummary, *, as_json: bool, quiet: bool) -> None:
-    if as_json:
-        print_json(summary.to_json())
-    elif not quiet:
-        rows = [
-            (name, f"{summary.before.get(name, float('nan')):.3f}", f"{v:.3f}") for name, v in summary.after.items()
-        ]
-        print_table("Held-out images", ("measure", "before", "after"), rows)
-        if summary.method == "inpainting":
-            tell(f"Network: {summary.run}  ->  segkit inpaint -m {summary.run} -i SCANS -o OUT")
-        tell(f"Encoder: {summary.run}  ->  segkit train DATA -o RUN --weights {summary.run}")
-    if summary.skipped:
-        for reason in summary.skipped.values():
-            tell_aside(f"left out: {reason}")
-        raise typer.Exit(1)
+def _show(summary: Summary) -> None:
+    before, after = summary.scores["before"], summary.scores["after"]
+    rows = [(name, f"{before.get(name, float('nan')):.3f}", f"{value:.3f}") for name, value in after.items()]
+    print_table("Held-out images", ("measure", "before", "after"), rows)
+    if summary.scores["method"] == "inpainting":
+        tell(f"Network: {summary.run}  ->  segkit inpaint -m {summary.run} -i SCANS -o OUT")
+    tell(f"Encoder: {summary.run}  ->  segkit train DATA -o RUN --weights {summary.run}")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,41 +20,34 @@ from segkit.cli.options import (
     SchemeOption,
     SetOption,
     VerboseOption,
-    parse_gigabytes,
-    parse_minutes,
-    parse_settings,
-    preset_for,
     print_json,
     print_table,
-    read_case_ids,
-    read_modalities,
-    set_verbosity,
     tell,
-    tell_aside,
 )
-from segkit.cli.processes import GpusOption, spread_over
-from segkit.cli.progress import interruptible, progress_bar, resumed_layers
+from segkit.cli.training import (
+    BudgetOption,
+    ChangesOption,
+    ConfigOption,
+    ExcludeOption,
+    GpusOption,
+    ResumeOption,
+    RunOption,
+    StartAgainOption,
+    TrainingCommand,
+)
 from segkit.errors import RequestError
-from segkit.runtime import process_place
 
-RunOption = Annotated[Path, typer.Option("-o", "--output", help="Run folder to write.")]
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file laid over the preset.")]
+if TYPE_CHECKING:
+    from segkit.training.config import TrainConfig
+    from segkit.training.task import Summary, TrainingRequest
+
 FoldOption = Annotated[
     str | None, typer.Option("-f", "--fold", help="Fold that validates, from 0; or all for cross-validation.")
 ]
-BudgetOption = Annotated[str | None, typer.Option("--budget", help="Wall time of the whole command, e.g. 30m or 2h.")]
 WeightsOption = Annotated[
     Path | None,
     typer.Option("--weights", help="Weights to begin with: run folder, nnU-Net results, .safetensors, .pth, .model."),
 ]
-ExcludeOption = Annotated[
-    Path | None, typer.Option("--exclude", help="Text file of case ids to keep out of the run altogether.")
-]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on where the run folder stopped.")]
-ChangesOption = Annotated[
-    bool, typer.Option("--allow-changes", help="Let --resume go on with other settings than before; they are recorded.")
-]
-StartAgainOption = Annotated[bool, typer.Option("--overwrite", help="Start again in a used run folder.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Plan, print the settings, train nothing.")]
 
 
@@ -94,74 +84,49 @@ def train(
     Patch, batch, spacing and normalisation are planned from the data and the memory at hand; config.yaml in the run
     folder says what was chosen and why. Settings are taken from the preset, then --config, then the options.
     """
-    started_s = time.monotonic()
-    spread_over(gpus, device)
-    quiet, as_json = quiet or process_place().rank > 0, as_json and process_place().rank == 0
-    set_verbosity(is_quiet=quiet, is_verbose=verbose)
-    from segkit.config import annotated_yaml, build_config, preset_layers, read_yaml
-    from segkit.runtime import pick_device
+    command = TrainingCommand(
+        output, config, preset, settings, budget, memory, weights, exclude, layout, modality,
+        resume, allow_changes, overwrite, device, gpus, as_json, quiet, verbose,
+    )  # fmt: skip
     from segkit.training.config import TrainConfig
-    from segkit.training.distributed import joined_ranks
-    from segkit.training.folds import cross_validate
-    from segkit.training.planned import plan_run
-    from segkit.training.request import RunRequest
-    from segkit.training.run import begin, train_run
+    from segkit.training.run import cross_validate
+    from segkit.training.run import train as train_kind
+    from segkit.training.segmentation import SegmentationKind
 
-    chosen_device = pick_device(device)
-    if allow_changes and not resume:
-        raise RequestError("--allow-changes is about a run that is resumed", remedy="Add --resume, or leave it out")
-    if resume and preset is not None:
-        raise RequestError("--preset cannot be changed by --resume", remedy="Leave it out, or start a new run")
-    if resume and weights is not None:
-        raise RequestError("--resume goes on with the run's own weights", remedy="Leave out --weights")
-    layers = resumed_layers(output) if resume else preset_layers(preset or preset_for(chosen_device.type))
-    layers += _network_of(weights)
-    if config is not None:
-        layers.append((str(config), read_yaml(config)))
-    layers += [
-        ("--set", parse_settings(settings)),
-        ("options", _options(layout, label_scheme, modality, exclude, fold, budget, weights)),
-    ]
-    bar = progress_bar(is_quiet=quiet)
-    request = RunRequest(
-        data=data,
-        run=output,
-        config=build_config(TrainConfig, layers),
-        device=chosen_device,
-        memory_gb=None if memory is None else parse_gigabytes(memory),
-        started_s=started_s,
-        resume=resume,
-        overwrite=overwrite,
-        allow_changes=allow_changes,
-        on_progress=None if bar is None else bar.tell,
-    )
+    layers = [*command.resumed_layers(), *command.preset_layers(), *_network_of(weights), *command.file_layers()]
+    layers += command.option_layers({"label_scheme": label_scheme, "fold": _fold_number(fold)})
+    request = command.request([data], TrainConfig, layers)
     if dry_run:
-        planned = plan_run(request)
-        if planned.config.network.weights is not None:
-            begin(planned)  # weights that do not fit are told now
-        if as_json:
-            plan = {"config": planned.config.model_dump(mode="json"), "reasons": planned.reasons}
-            print_json({**plan, "estimate": planned.estimate})
-        else:
-            tell(annotated_yaml(planned.config, planned.reasons, has_help=False).removesuffix("\n"))
+        _show_plan(request, as_json=command.as_json)
         return
-    folds = () if fold is None else ("-f", fold)
-    with (
-        joined_ranks(request.device, request.config.training.rank_timeout_s) as ranks,
-        bar or nullcontext(),
-        interruptible("segkit", "train", data, "-o", output, *folds, "--resume"),
-    ):
-        request = replace(request, ranks=ranks)
-        summary = cross_validate(request) if fold == "all" else train_run(request)
-    if as_json:
-        print_json(summary.to_json())
-    elif not quiet:
-        print_table("Validation", ("output", "Dice"), [(k, f"{v:.4f}") for k, v in summary.dice.items()])
+
+    def work(request: TrainingRequest[TrainConfig]) -> Summary:
+        return cross_validate(request) if fold == "all" else train_kind(request, SegmentationKind())
+
+    def show(summary: Summary) -> None:
+        rows = [(name, f"{value:.4f}") for name, value in summary.scores["dice"].items()]
+        print_table("Validation", ("output", "Dice"), rows)
         tell(f"Model: {output}  ->  segkit infer -m {output} -i SCANS -o MASKS")
-    if summary.skipped:
-        for reason in summary.skipped.values():
-            tell_aside(f"left out: {reason}")
-        raise typer.Exit(1)
+
+    folds = () if fold is None else ("-f", fold)
+    summary = command.run(work, request, "segkit", "train", data, "-o", output, *folds, "--resume")
+    command.finish(summary, show)
+
+
+def _show_plan(request: TrainingRequest[TrainConfig], *, as_json: bool) -> None:
+    """Print the settings with what planning chose and why."""
+    from segkit.config import annotated_yaml
+    from segkit.training.run import begin, plan_run
+    from segkit.training.segmentation import SegmentationKind
+
+    plan = plan_run(request, SegmentationKind())
+    if plan.config.network.weights is not None:
+        begin(plan, SegmentationKind())  # weights that do not fit are reported now
+    if as_json:
+        document = {"config": plan.config.model_dump(mode="json"), "reasons": plan.reasons, "estimate": plan.estimate}
+        print_json(document)
+    else:
+        tell(annotated_yaml(plan.config, plan.reasons, has_help=False).removesuffix("\n"))
 
 
 def _network_of(weights: Path | None) -> list[tuple[str, Mapping[str, Any]]]:
@@ -176,31 +141,6 @@ def _network_of(weights: Path | None) -> list[tuple[str, Mapping[str, Any]]]:
     network = load_card(model_folders(weights)[0]).network
     arguments = {name: value for name, value in network.arguments.items() if name not in _OF_MEMORY}
     return [(str(weights), {"network": {"family": network.family, "size": network.size, "arguments": arguments}})]
-
-
-def _options(
-    layout: str | None,
-    label_scheme: str | None,
-    modality: list[str] | None,
-    exclude: Path | None,
-    fold: str | None,
-    budget: str | None,
-    weights: Path | None,
-) -> dict[str, dict[str, object]]:
-    """The options that are settings too, as a layer over the others; what was not given is left out."""
-    of_data = {
-        "layout": layout,
-        "label_scheme": label_scheme,
-        "modalities": read_modalities(modality),
-        "exclude": read_case_ids(exclude),
-        "fold": _fold_number(fold),
-    }
-    of_network = {"weights": None if weights is None else weights.absolute()}
-    of_training = {"budget_minutes": None if budget is None else parse_minutes(budget)}
-    return {
-        section: {key: value for key, value in given.items() if value is not None}
-        for section, given in (("data", of_data), ("network", of_network), ("training", of_training))
-    }
 
 
 def _fold_number(text: str | None) -> int | None:

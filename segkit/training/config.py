@@ -7,7 +7,7 @@ holds what was chosen and why.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -144,6 +144,9 @@ class RunConfig(Config):
     training: LoopConfig = LoopConfig()
 
 
+RunConfigT = TypeVar("RunConfigT", bound=RunConfig)
+
+
 class TrainConfig(RunConfig):
     """A whole training run."""
 
@@ -156,3 +159,9 @@ class TrainConfig(RunConfig):
     postprocessing: Literal["auto", "none"] = "auto"
     """auto: sizes below which a component or a whole region is removed are tried on the validation cases after the
     training, and kept where they help; none: masks are left as they are painted."""
+
+
+def with_values(config: RunConfigT, section: str, **values: Any) -> RunConfigT:
+    """The settings with some values of one section changed."""
+    changed = getattr(config, section).model_copy(update=values)
+    return config.model_copy(update={section: changed})

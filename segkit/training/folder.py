@@ -1,52 +1,58 @@
-"""The run folder: who may use it, and the plan that is kept in it.
+"""The files of a run folder, but for weights and checkpoints.
 
-`config.yaml` is for people (every setting, and why planning chose it), `settings.json` for comparing them when the run
-is resumed; `plan.json` keeps the reasons and the estimate for a resumed run, which never plans again; `split.json`
-keeps who trains and who validates; `weights.json` keeps where the weights came from that the run began with, if it did
-not begin with random ones.
+`config.yaml` is for people, who may edit it: every setting, and why planning chose it. `settings.json` has the settings
+to compare when the run is resumed; what was changed then is in `changes.jsonl`, a line for each time. `plan.json` keeps
+the reasons and the estimate for a resumed run, which is not planned again; `split.json` the training and validation
+cases; `weights.json` the origin of the first weights, if they were not random.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
+
+from pydantic import BaseModel
 
 from segkit.checkpoint.run_folder import CARD_NAME, DAMAGED_NAME, LAST_NAME, PREVIOUS_NAME, WEIGHTS_NAME
 from segkit.config import Config, annotated_yaml, build_config, read_yaml
 from segkit.errors import RequestError
 from segkit.reading.files import remove_leftovers
-from segkit.training.changes import CHANGES_NAME, SETTINGS_NAME, settle_settings
 from segkit.training.config import TrainConfig
-from segkit.training.journal import METRICS_NAME
-from segkit.training.live_report import PAGE_NAME
-from segkit.training.request import TrainingRequest
-from segkit.training.trackers import MLFLOW_RUN_NAME, require_trackers
+from segkit.training.journal import METRICS_NAME, PAGE_NAME
+from segkit.training.trackers import MLFLOW_RUN_NAME, SETTINGS_NAME, require_trackers
 
 _log = logging.getLogger(__name__)
 
-RequestT = TypeVar("RequestT", bound=TrainingRequest[Any, Any])
-SummaryT = TypeVar("SummaryT")
+ConfigT = TypeVar("ConfigT", bound=Config)
 
-CONFIG_NAME = "config.yaml"
-SCORES_NAME = "validation.json"
+CONFIG_NAME, CHANGES_NAME, SCORES_NAME = "config.yaml", "changes.jsonl", "validation.json"
 _PLAN_NAME, _SPLIT_NAME, _ORIGIN_NAME = "plan.json", "split.json", "weights.json"
 _OF_ONE_RUN = (
     *(LAST_NAME, PREVIOUS_NAME, DAMAGED_NAME, CARD_NAME, WEIGHTS_NAME),
     *(METRICS_NAME, SCORES_NAME, SETTINGS_NAME, CHANGES_NAME, _PLAN_NAME, _ORIGIN_NAME, PAGE_NAME, MLFLOW_RUN_NAME),
 )
+FREE_SETTINGS = (
+    "data.cache",
+    "training.checkpoint_minutes",
+    "training.live_page",
+    "training.rank_timeout_s",
+    "training.trackers",
+    "training.workers",
+)
+"""Settings that do not affect what is learned: a resumed run may change them."""
 
 
 def require_usable(run: Path, trackers: Sequence[str], *, resume: bool, overwrite: bool) -> None:
-    """Refuse to mix two runs in one folder, to resume what never began, and trackers that are not installed.
-
-    Nothing is changed.
+    """Check that a run may use a folder; nothing is changed.
 
     Raises:
-        RequestError: as said.
+        RequestError: it holds another run, or none that could be resumed, or a tracker is not installed.
     """
     require_trackers(trackers)
     if run.exists() and not run.is_dir():
@@ -62,16 +68,15 @@ def require_usable(run: Path, trackers: Sequence[str], *, resume: bool, overwrit
 
 
 def has_state(run: Path) -> bool:
-    """Whether a training began in the folder, so that it can be resumed."""
+    """Whether the folder has a checkpoint."""
     return (run / LAST_NAME).exists() or (run / PREVIOUS_NAME).exists()
 
 
 def open_folder(run: Path, config: Config, *, resume: bool, allow_changes: bool = False) -> None:
-    """Make the folder; unless the run is resumed, remove what another run left in it, and keep its settings.
+    """Make the folder with the settings of the run; unless that is resumed, remove the files of another run.
 
     Raises:
-        RequestError: it cannot be written to, or a resumed run is to have other settings than before, by name, and
-            they may not change.
+        RequestError: it cannot be written to, or a resumed run has other settings than before, which may not change.
     """
     try:
         (run / "figures").mkdir(parents=True, exist_ok=True)
@@ -83,27 +88,23 @@ def open_folder(run: Path, config: Config, *, resume: bool, allow_changes: bool 
         raise RequestError(f"cannot be written to ({error.strerror})", where=run) from error
 
 
-def settings_return_if_refused(go: Callable[[RequestT], SummaryT]) -> Callable[[RequestT], SummaryT]:
-    """What does a run, made so that a request which turns out to be wrong leaves the settings in its folder as before.
+@contextmanager
+def restore_config_on_error(run: Path, *, is_first: bool) -> Iterator[None]:
+    """Restore the settings in a run folder if the request turns out to be wrong; only rank 0 writes.
 
-    Whether the state of a run goes with other settings is known only once its network and its optimiser are built.
+    Whether the checkpoint of a run fits other settings is known only once network and optimiser are built.
     """
-
-    @functools.wraps(go)
-    def go_or_undo(request: RequestT) -> SummaryT:
-        paths = [request.run / name for name in (CONFIG_NAME, SETTINGS_NAME, CHANGES_NAME)]
-        before = {path: path.read_bytes() for path in paths if path.is_file()}
-        try:
-            return go(request)
-        except RequestError:
-            for path in filter(Path.is_file, paths) if request.ranks.is_first else ():
-                if path not in before:
-                    path.unlink()
-                elif path.read_bytes() != before[path]:
-                    path.write_bytes(before[path])
-            raise
-
-    return go_or_undo
+    paths = [run / name for name in (CONFIG_NAME, SETTINGS_NAME, CHANGES_NAME)]
+    before = {path: path.read_bytes() for path in paths if path.is_file()}
+    try:
+        yield
+    except RequestError:
+        for path in filter(Path.is_file, paths) if is_first else ():
+            if path not in before:
+                path.unlink()
+            elif path.read_bytes() != before[path]:
+                path.write_bytes(before[path])
+        raise
 
 
 def write_config(run: Path, config: Config, reasons: Mapping[str, str], heading: str) -> None:
@@ -116,21 +117,21 @@ def read_config(run: Path) -> TrainConfig:
     """The settings of a segmentation run.
 
     Raises:
-        RequestError: the file is missing or was spoilt by editing.
+        RequestError: the file is missing or not valid.
     """
     path = run / CONFIG_NAME
     return build_config(TrainConfig, [(str(path), read_yaml(path))])
 
 
 def write_plan(run: Path, reasons: Mapping[str, str], estimate: Mapping[str, float]) -> None:
-    """Keep why planning chose what it chose, and what it expects."""
+    """Keep the reasons and the estimate of planning."""
     write_json(run / _PLAN_NAME, {"reasons": dict(reasons), "estimate": dict(estimate)})
     for key, reason in reasons.items():
         _log.info("%s: %s", key, reason)
 
 
 def read_plan(run: Path) -> tuple[Mapping[str, str], Mapping[str, float]]:
-    """What `write_plan` kept: reasons by dotted key, and the estimate; empty where it was lost."""
+    """Reasons by dotted key, and the estimate, as `write_plan` kept them; empty where the file is missing."""
     try:
         document = json.loads((run / _PLAN_NAME).read_text(encoding="utf-8"))
         return dict(document["reasons"]), dict(document["estimate"])
@@ -139,12 +140,12 @@ def read_plan(run: Path) -> tuple[Mapping[str, str], Mapping[str, float]]:
 
 
 def write_origin(run: Path, facts: Mapping[str, str], report: Mapping[str, Any]) -> None:
-    """Keep where the first weights came from, and what became of each of their tensors."""
+    """Keep the origin of the first weights, with the report of loading them."""
     write_json(run / _ORIGIN_NAME, {**facts, "report": dict(report)})
 
 
 def read_origin(run: Path) -> dict[str, str]:
-    """The facts that `write_origin` kept; empty where the run began with random weights."""
+    """The facts that `write_origin` kept; empty for random weights."""
     try:
         document = json.loads((run / _ORIGIN_NAME).read_text(encoding="utf-8"))
         return {name: value for name, value in document.items() if isinstance(value, str)}
@@ -155,7 +156,7 @@ def read_origin(run: Path) -> dict[str, str]:
 def write_split(
     run: Path, data: Sequence[Path], training: Sequence[str], validation: Sequence[str], excluded: Sequence[str]
 ) -> None:
-    """Keep who trains and who validates, and in which folders they are."""
+    """Keep the ids of training and validation cases, and their folders."""
     split = {
         "data": [str(folder.absolute()) for folder in data],
         "training": list(training),
@@ -166,7 +167,7 @@ def write_split(
 
 
 def require_same_split(run: Path, training: Sequence[str], validation: Sequence[str]) -> None:
-    """Refuse to go on with other cases: what validated would be trained on.
+    """Check that a resumed run has the same cases; else it could train on its validation cases.
 
     Raises:
         RequestError: the split differs from that of the run.
@@ -190,3 +191,81 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write one strict JSON document."""
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting with another value than before; `key` is its path."""
+
+    key: tuple[str, ...]
+    old: Any
+    new: Any
+
+    @property
+    def name(self) -> str:
+        """The setting as `--set` writes it."""
+        return ".".join(self.key)
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.old} -> {self.new}"
+
+
+def settle_settings(run: Path, config: Config, *, resume: bool, allow_changes: bool) -> list[Change]:
+    """Write the settings of a run; returns those that a resumed one changes.
+
+    Raises:
+        RequestError: settings differ and may not change, or the former ones cannot be read.
+    """
+    changes = _changes_of(run, config) if resume else []
+    if changes and not allow_changes:
+        raise RequestError(
+            f"the settings are not those of the run: {', '.join(map(str, changes))}",
+            where=run,
+            remedy="Leave them as they were, or go on with the new ones by --allow-changes",
+        )
+    if changes:
+        changed = {change.name: {"old": change.old, "new": change.new} for change in changes}
+        line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "changes": changed}
+        with (run / CHANGES_NAME).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    text = json.dumps(config.model_dump(mode="json"), indent=2)
+    (run / SETTINGS_NAME).write_text(text + "\n", encoding="utf-8")
+    return changes
+
+
+def _changes_of(run: Path, config: Config) -> list[Change]:
+    path = run / SETTINGS_NAME
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestError("cannot be read, so the run cannot be resumed", where=path) from error
+    before = build_config(type(config), [(str(path), document)])  # newer settings have their default
+    return [change for change in compare(before, config) if change.name not in FREE_SETTINGS]
+
+
+def compare(before: ConfigT, after: ConfigT) -> list[Change]:
+    """The differences between two sets of settings, in their order."""
+    pairs = zip(_leaves(before), _leaves(after), strict=True)
+    return [Change(key, old, new) for (key, old), (_, new) in pairs if old != new]
+
+
+def with_changes(config: ConfigT, changes: list[Change]) -> ConfigT:
+    """The settings with these changes."""
+    document = config.model_dump(mode="json")
+    for change in changes:
+        section = document
+        for part in change.key[:-1]:
+            section = section[part]
+        section[change.key[-1]] = change.new
+    return build_config(type(config), [("changes", document)])
+
+
+def _leaves(config: BaseModel, key: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every setting by its path, with its value as in a file."""
+    document = config.model_dump(mode="json")
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            yield from _leaves(value, (*key, name))
+        else:
+            yield (*key, name), document[name]

@@ -1,4 +1,4 @@
-"""What a run writes as it goes: `metrics.jsonl`, the points of its curves, and progress on a terminal or in a log."""
+"""What a run writes as it goes: rows of `metrics.jsonl`, curves, page, and progress in the log."""
 
 from __future__ import annotations
 
@@ -6,35 +6,39 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from segkit.errors import RequestError, SegkitError
 from segkit.reading.files import written_atomically
+from segkit.report.figures import curves_figure
 from segkit.training.trackers import Trackers
 
 _log = logging.getLogger("segkit.training")
 
-METRICS_NAME = "metrics.jsonl"
+METRICS_NAME, PAGE_NAME = "metrics.jsonl", "report.html"
 _FLUSH_S = 3.0
-"""Rows are on their way to the disk for so long at most, for those who watch the file."""
+"""Longest time until a row is written, for those who watch the file."""
 _MOST_POINTS = 1000
-"""Points of a curve: as many as a picture can show."""
+"""Points of a curve: as many as a figure can show."""
+_DRAWING_SHARE = 0.05
+"""Part of the time that drawing may take."""
+_EXPECTED_DRAWING_S = 1.0
+"""How long drawing takes until it was measured."""
 
 
 class Journal:
-    """Rows of `metrics.jsonl`, one JSON object a line, each step once even after a resume.
-
-    `curves` has what there is to draw. Closed, it has written everything.
-    """
+    """Rows of `metrics.jsonl`, one JSON object a line, each step once even after a resume; `curves` has its points."""
 
     def __init__(self, run: Path, step: int, trackers: Sequence[str] = ()) -> None:
-        """Keep the rows up to `step`; what a cut-off run wrote beyond its state is done again.
+        """Keep the rows up to `step`; later ones, of an interrupted session, are written again.
 
         Args:
             run: The run folder.
-            step: The last step that the state of the run has seen; 0 begins anew.
+            step: The last step of the checkpoint; 0 for a new run.
             trackers: Names from `TRACKERS`, to which the rows go as well.
 
         Raises:
@@ -154,3 +158,69 @@ def _minutes(seconds: float) -> str:
     if seconds != seconds:
         return "?"
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+class LiveView:
+    """Updates `figures/curves.png` and `report.html` during a run; a failure never ends the training."""
+
+    def __init__(self, run: Path, *, with_page: bool) -> None:
+        self.run = run
+        self.with_page = with_page
+        self._took_s = _EXPECTED_DRAWING_S
+        self._drawn_s = time.monotonic()
+        self._failed: set[str] = set()
+
+    def refresh(self, curves: Curves, *, is_last: bool = False) -> None:
+        """Update figure and page, unless the last time was too recent for how long it took; always at the end."""
+        began = time.monotonic()
+        if began - self._drawn_s < self._took_s / _DRAWING_SHARE and not is_last:
+            return
+        self._attempt("curves.png", lambda: curves_figure(self.run / "figures" / "curves.png", curves.rows()))
+        if self.with_page:
+            self._attempt(PAGE_NAME, lambda: _write_page(self.run, is_live=True))
+        self._drawn_s = time.monotonic()
+        self._took_s = self._drawn_s - began
+
+    def finish(self) -> None:
+        """Update the page for the last time, once the scores are written."""
+        if self.with_page:
+            self._attempt(PAGE_NAME, lambda: _write_page(self.run, is_live=False))
+
+    @contextmanager
+    def until_finished(self) -> Iterator[None]:
+        """Show why the run stopped, if the block ends by an error or a signal, but not by a wrong request."""
+        from segkit.report.sources import INTERRUPTED_NAME
+
+        note = self.run / INTERRUPTED_NAME
+        before = note.read_bytes() if note.exists() else None
+        note.unlink(missing_ok=True)
+        if self.with_page and (self.run / PAGE_NAME).exists():  # it may show that the run has stopped
+            self._attempt(PAGE_NAME, lambda: _write_page(self.run, is_live=True))
+        try:
+            yield
+        except BaseException as error:
+            reason = (json.dumps({"reason": _reason(error)}) + "\n").encode()
+            if note_text := before if isinstance(error, RequestError) else reason:
+                self._attempt(INTERRUPTED_NAME, lambda: note.write_bytes(note_text))
+                self.finish()
+            raise
+
+    def _attempt(self, name: str, show: Callable[[], object]) -> None:
+        try:
+            show()
+        except Exception as error:
+            if name not in self._failed:
+                _log.warning("%s cannot be written (%s); the training goes on", self.run / name, error)
+            self._failed.add(name)
+
+
+def _write_page(run: Path, *, is_live: bool) -> None:
+    from segkit.report.page import write_page
+
+    write_page([run], run / PAGE_NAME, with_viewer=False, is_live=is_live)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, SegkitError):
+        return error.found
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}".rstrip(": ")

@@ -26,8 +26,7 @@ from segkit.training.batches import drawn_from, is_lost_worker
 from segkit.training.config import LoopConfig, OptimiserConfig
 from segkit.training.distributed import Ranks
 from segkit.training.interruption import Interruption, listening
-from segkit.training.journal import Journal, ProgressLines
-from segkit.training.live_report import LiveView
+from segkit.training.journal import Journal, LiveView, ProgressLines
 from segkit.training.lr_schedule import Clock, get_lr
 from segkit.training.optim import MovingAverage, build_optimiser, restore_optimiser, set_lr
 from segkit.training.sharding import (

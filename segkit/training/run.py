@@ -1,336 +1,284 @@
-"""From a data folder to a run folder: find, split, plan, prepare, fit, score.
+"""From data folders to a run folder, for every kind of training.
 
-Functions appear in the order in which they run. A run folder keeps everything: `config.yaml` (every setting, with what
-planning chose and why), `split.json`, `metrics.jsonl`, `model.safetensors` with `model.json`, `validation.json`,
-`figures/`, and the resume state.
+Find, split, plan, card, first weights, prepare, fit, score: functions appear in the order in which they run.
+Cross-validation, which runs this for each fold, comes last.
+
+A run folder keeps everything: `config.yaml` (every setting, with what planning chose and why), `split.json`,
+`metrics.jsonl`, `model.safetensors` with `model.json`, `validation.json`, `figures/`, and the checkpoints.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from torch import nn
-
-from segkit.checkpoint.card import (
-    ModelCard,
-    NetworkCard,
-    OutputCard,
-    PreprocessingCard,
-    SchemeCard,
-    SegmentationCard,
-    TrainingData,
-)
-from segkit.checkpoint.model import load_model
-from segkit.checkpoint.run_folder import load_card, require_segmentation
-from segkit.errors import DataError
-from segkit.inference.backends import TorchBackend
-from segkit.inference.predictor import Predictor
-from segkit.labels import outputs_of
-from segkit.losses.compound import SegmentationLoss
-from segkit.metrics.overlap import dice_by_region
-from segkit.preparing.cache import PreparedStore, StoredCases
-from segkit.preparing.lesion_bank import LesionBank, prepare_copies
+from segkit.checkpoint.card import ModelCard
+from segkit.errors import DataError, RequestError
+from segkit.preparing.cache import PreparedStore
 from segkit.preparing.memory import has_room_to_keep
-from segkit.preparing.patch_sampling import PatchDataset
-from segkit.preparing.preprocessing import PreprocessingConfig, load_case
-from segkit.reading.case import Case, Cohort
-from segkit.report.figures import overlay_figure
 from segkit.runtime import (
     available_memory_gb,
-    environment,
     keep_freed_memory,
     peak_rss_mb,
     return_freed_memory,
 )
-from segkit.training.batches import ENDLESS
-from segkit.training.choose_postprocessing import ScoredCases, settle_postprocessing
-from segkit.training.distributed import Ranks
+from segkit.training.config import TrainConfig, with_values
 from segkit.training.folder import (
     SCORES_NAME,
+    Change,
+    has_state,
     open_folder,
+    read_config,
+    require_same_split,
     require_usable,
-    settings_return_if_refused,
+    restore_config_on_error,
+    settle_settings,
+    with_changes,
     write_config,
     write_json,
     write_plan,
     write_split,
 )
-from segkit.training.live_report import LiveView
+from segkit.training.journal import LiveView
 from segkit.training.loop import fit
-from segkit.training.optim import encoder_of
-from segkit.training.planned import PlannedRun, plan_run
-from segkit.training.request import RunRequest
-from segkit.training.segmentation import SegmentationTask
-from segkit.training.summary import CaseDice, RunSummary, without_undefined
+from segkit.training.segmentation import SegmentationKind, dice_scores
+from segkit.training.segmentation_plan import find_cohort, patients_of
+from segkit.training.task import ConfigT, Kind, PreparedData, RunPlan, Summary, TaskT, TrainingRequest
 from segkit.training.weights import FirstWeights, first_weights
 
 _log = logging.getLogger(__name__)
 
-_LONGEST_VALIDATION = 0.05
-"""Part of a budget that one validation may take."""
-_FINAL_VALIDATIONS = 2.0
-"""Cases scored at the end of a budget, as a multiple of those validated on the way."""
-_PICTURES = 3
-"""Validation cases drawn at the end of a run."""
+_OF_A_FOLD = ("data.fold", "training.budget_minutes")
+"""Settings that each fold of a cross-validation has its own value of."""
 
 
-@settings_return_if_refused
-def train_run(request: RunRequest) -> RunSummary:
-    """Train one fold and write its run folder.
+def train(request: TrainingRequest[ConfigT], kind: Kind[ConfigT, TaskT]) -> Summary:
+    """Train a network and write its run folder.
 
     Raises:
-        RequestError: the folder is in use, the weights to begin with do not fit, or nothing can be trained on as
-            asked; nothing was changed.
+        RequestError: the folder is in use, settings, data and first weights do not fit each other; nothing was changed.
         DataError: no case can be prepared.
         TrainingError: the training diverged.
     """
-    asked = {"resume": request.resume, "overwrite": request.overwrite}
-    ranks = request.ranks
-    ranks.from_first(lambda: require_usable(request.run, request.config.training.trackers, **asked))
-    planned = plan_run(request)
-    card, begun = begin(planned)
-    _settle_freed_memory(planned)
-    ranks.from_first(lambda: _open(planned, begun))
-    store = PreparedStore(planned.config.data.cache or request.run / "cache")
-    ids = (*planned.training_ids, *planned.validation_ids)
-    folders, skipped = _prepare(planned, store, planned.cases(ids))
-    validation_ids = [case_id for case_id in planned.validation_ids if case_id in folders]
-    bank = ranks.first_before_others(lambda: _lesion_bank(planned, store))
-    task = _build_task(planned, card, begun.network, folders, bank)
-    view = LiveView(request.run, with_page=planned.config.training.live_page)
-    with view.until_finished() if ranks.is_first else nullcontext():
-        state = fit(
-            task,
-            request.run,
-            planned.config.training,
-            planned.config.optimiser,
-            device=request.device,
-            ranks=ranks,
-            deadline_s=request.deadline_s,
-            final_validations=_FINAL_VALIDATIONS,
-            resume=request.resume,
-            allow_changes=request.allow_changes,
-            on_progress=request.on_progress,
-        )
-        most = len(validation_ids) if request.deadline_s is None else int(_FINAL_VALIDATIONS * len(task.validation))
-        scored = validation_ids[:most]
-        if len(scored) < len(validation_ids):
-            _log.warning("the budget is spent: %d of %d validation cases are scored", len(scored), len(validation_ids))
-        return _finish(planned, *_score(planned, scored), state.step, skipped)
+    run, ranks = request.run, request.ranks
+    with restore_config_on_error(run, is_first=ranks.is_first):
+        trackers = request.config.training.trackers
+        ranks.from_first(lambda: require_usable(run, trackers, resume=request.resume, overwrite=request.overwrite))
+        plan = plan_run(request, kind)
+        card, weights = begin(plan, kind)
+        _keep_or_return_freed_memory(plan)
+        ranks.from_first(lambda: _open(plan, kind, weights))
+        store = PreparedStore(plan.config.data.cache or run / "cache")
+        data, skipped = _prepare(plan, kind, store)
+        task = kind.build_task(plan, card, weights.network, data, store)
+        view = LiveView(run, with_page=plan.config.training.live_page)
+        with view.until_finished() if ranks.is_first else nullcontext():
+            before = kind.measure_before(plan, task)
+            state = fit(
+                task,
+                run,
+                plan.config.training,
+                plan.config.optimiser,
+                device=request.device,
+                ranks=ranks,
+                deadline_s=plan.request.deadline_s,
+                final_validations=kind.final_validations,
+                resume=request.resume,
+                allow_changes=request.allow_changes,
+                on_progress=request.on_progress,
+            )
+            scores = kind.score(plan, task, data, before)
+            minutes = (time.monotonic() - request.started_s) / 60
+            summary = Summary(run, scores, state.step, minutes, peak_rss_mb(), skipped)
+            if ranks.is_first:
+                estimate = {f"estimated_{key}": value for key, value in plan.estimate.items()}
+                write_json(run / SCORES_NAME, {**summary.to_json(), **estimate})
+                view.finish()
+    expected = f" (estimated {plan.estimate['memory_gb']:.2f} GB)" if "memory_gb" in plan.estimate else ""
+    peak_gb = summary.peak_rss_mb / 1024
+    _log.info("%d steps in %.1f min, peak %.2f GB%s", state.step, minutes, peak_gb, expected)
+    return summary
 
 
-def begin(planned: PlannedRun) -> tuple[ModelCard, FirstWeights]:
+def plan_run(request: TrainingRequest[ConfigT], kind: Kind[ConfigT, TaskT]) -> RunPlan[ConfigT]:
+    """Find and split the cases and complete the settings; nothing is written.
+
+    Raises:
+        RequestError: data and settings do not fit, or a resumed run would get other cases.
+    """
+    plan = kind.plan(request)
+    if request.resume:
+        require_same_split(request.run, *_split_ids(plan, kind))
+    return plan
+
+
+def _split_ids(plan: RunPlan[ConfigT], kind: Kind[ConfigT, TaskT]) -> tuple[list[str], list[str]]:
+    """Ids of the training and the validation cases, with the name of their folder where there may be several."""
+
+    def named(ids: str) -> list[str]:
+        return [
+            case_id if kind.is_supervised else f"{split.name}/{case_id}"
+            for split in plan.data
+            for case_id in getattr(split, ids)
+        ]
+
+    return named("training_ids"), named("validation_ids")
+
+
+def begin(plan: RunPlan[ConfigT], kind: Kind[ConfigT, TaskT]) -> tuple[ModelCard, FirstWeights]:
     """The card of a run and its network before the first step; nothing is written.
 
     Raises:
-        RequestError: the weights to begin with cannot be read or do not fit.
+        RequestError: the weights to begin with cannot be read or do not fit, or the patch does not suit the network.
     """
-    card, request = _card(planned), planned.request
-    gets_parts = planned.config.training.sharding == "full" and not request.ranks.is_first
-    begun = first_weights(card, planned.config, request.run, resume=request.resume, is_shape_only=gets_parts)
-    return begun.completed(card), begun
+    request, card = plan.request, kind.card(plan)
+    gets_parts = kind.is_supervised and plan.config.training.sharding == "full" and not request.ranks.is_first
+    weights = first_weights(card, plan.config, request.run, resume=request.resume, is_shape_only=gets_parts)
+    card = weights.completed(card)
+    setting, size = kind.patch_size(plan.config)
+    patch = (size,) * card.dims if isinstance(size, int) else size
+    if len(patch) != card.dims or any(length % step for length, step in zip(patch, card.divisor, strict=False)):
+        shown, steps = (" x ".join(map(str, numbers)) for numbers in (patch, card.divisor))
+        raise RequestError(f"{setting} {shown} does not suit the network", expected=f"multiples of {steps}")
+    return card.model_copy(update={"patch_size": patch}), weights
 
 
-def _card(planned: PlannedRun) -> ModelCard:
-    config, cohort, scheme = planned.config, planned.cohort, planned.scheme
-    outputs = outputs_of(scheme)
-    return ModelCard(
-        task="segmentation",
-        network=NetworkCard(
-            family=config.network.family,
-            size=config.network.size,
-            in_channels=len(cohort.modalities),
-            out_channels=len(outputs),
-            arguments=config.network.arguments,
-        ),
-        dims=2 if cohort.dims == 2 else 3,
-        modalities=cohort.modalities,
-        patch_size=config.planning.patch_size or (),
-        overlap=config.overlap,
-        divisor=(),
-        preprocessing=PreprocessingCard(**config.preprocessing.model_dump()),
-        segmentation=SegmentationCard(
-            mirror_axes=config.augmentation.mirror_axes,
-            activation="sigmoid" if scheme.has_regions else "softmax",
-            outputs=tuple(OutputCard(name=o.name, label=o.label, members=o.members) for o in outputs),
-            label_scheme=SchemeCard(name=scheme.name, labels=dict(scheme.values)),
-            modality_dropout=(config.augmentation.modality_dropout or 0.0) if config.augmentation.enabled else 0.0,
-        ),
-        versions=environment(),
-        training_data=TrainingData(
-            identity=f"{cohort.layout}: {cohort.root.name}", licence=cohort.licence, cases=len(planned.training_ids)
-        ),
-    )
-
-
-def _open(planned: PlannedRun, begun: FirstWeights) -> None:
-    """Make the run folder, with the plan in it."""
-    run = planned.request.run
-    request = planned.request
-    open_folder(run, planned.config, resume=request.resume, allow_changes=request.allow_changes)
-    begun.keep(run)
-    heading = f"{planned.cohort.layout} data in {planned.cohort.root}"
-    write_config(run, planned.config, planned.reasons, heading)
-    if not planned.request.resume:
-        write_plan(run, planned.reasons, planned.estimate)
-        excluded = planned.config.data.exclude
-        write_split(run, [planned.request.data], planned.training_ids, planned.validation_ids, excluded)
-
-
-def _prepare(
-    planned: PlannedRun, store: PreparedStore, cases: Sequence[Case]
-) -> tuple[dict[str, Path], dict[str, str]]:
-    """Prepare every case, several at a time; those that cannot be used are named and left out.
-
-    Raises:
-        DataError: no training case, or no validation case, can be used.
-    """
-    folders, skipped = prepare_cases(
-        cases, planned.cohort, store, planned.config.preprocessing, planned.request.memory_gb, planned.request.ranks
-    )
-    for what, ids in (("training", planned.training_ids), ("validation", planned.validation_ids)):
-        if not any(case_id in folders for case_id in ids):
-            first = next(iter(skipped.values()), "there is none")
-            raise DataError(f"no {what} case can be used", where=planned.request.data, remedy=f"The first: {first}")
-    _log.info("%d cases prepared in %s", len(folders), store.folder)
-    return folders, skipped
-
-
-def _lesion_bank(planned: PlannedRun, store: PreparedStore) -> LesionBank | None:
-    """The bank that the settings name, its copies prepared as the cases are.
-
-    Raises:
-        DataError: none of its copies can be used.
-    """
-    if not planned.copies:
-        return None
-    config, cohort = planned.config, planned.cohort
-    copies = prepare_copies(
-        planned.copies,
-        {case.id: case for case in cohort.cases},
-        store,
-        cohort.modalities,
-        config.preprocessing,
-        memory_gb=planned.request.memory_gb,
-    )
-    _log.info("%d lesion-free copies take part in the training", len(copies))
-    shares = config.augmentation
-    return LesionBank(copies, lesion_share=shares.lesion_share, lesion_free_share=shares.lesion_free_share)
-
-
-def prepare_cases(
-    cases: Sequence[Case],
-    cohort: Cohort,
-    store: PreparedStore,
-    config: PreprocessingConfig,
-    memory_gb: float | None,
-    ranks: Ranks,
-) -> tuple[dict[str, Path], dict[str, str]]:
-    """Prepare cases of a cohort: their folders by id, and why others are left out; each process takes its part."""
-    mine = cases[ranks.rank :: ranks.size]
-    parts = ranks.exchange(store.entries(mine, cohort.modalities, cohort.scheme, config, memory_gb=memory_gb))
-    folders = {case_id: folder for found, _ in parts for case_id, folder in found.items()}
-    skipped = {case_id: reason for _, reasons in parts for case_id, reason in reasons.items()}
-    for reason in skipped.values():
-        _log.warning("left out: %s", reason)
-    return folders, skipped
-
-
-def _settle_freed_memory(planned: PlannedRun) -> None:
-    device, needed_gb = planned.request.device, planned.estimate.get("memory_gb", 0.0)
-    memory_gb = planned.request.memory_gb or available_memory_gb()
-    if has_room_to_keep(planned.config.network.arguments, needed_gb, memory_gb):
+def _keep_or_return_freed_memory(plan: RunPlan[ConfigT]) -> None:
+    if "memory_gb" not in plan.estimate:
+        return
+    device, memory_gb = plan.request.device, plan.request.memory_gb or available_memory_gb()
+    if has_room_to_keep(plan.config.network.arguments, plan.estimate["memory_gb"], memory_gb):
         keep_freed_memory(device)
     else:
         return_freed_memory(device)
 
 
-def _build_task(
-    planned: PlannedRun, card: ModelCard, network: nn.Module, folders: Mapping[str, Path], bank: LesionBank | None
-) -> SegmentationTask:
-    config = planned.config
-    validation = [folders[case_id] for case_id in planned.validation_ids if case_id in folders]
-    return SegmentationTask(
-        model=network,
-        card=card,
-        loss_function=SegmentationLoss(require_segmentation(card).activation, outputs_of(planned.scheme), config.loss),
-        patches=PatchDataset(
-            StoredCases([folders[case_id] for case_id in planned.training_ids if case_id in folders]),
-            card.patch_size,
-            config.augmentation,
-            foreground_fraction=config.training.foreground_fraction,
-            seed=config.training.seed,
-            length=ENDLESS,
-            bank=bank,
-        ),
-        validation=StoredCases(validation[: config.training.validation_cases]),
-        batch_size=config.planning.batch_size or 1,
-        workers=config.training.workers,
-        ranks=planned.request.ranks,
-        frozen=encoder_of(network) if config.optimiser.encoder_lr == 0 else None,
-        validation_limit_s=None
-        if config.training.budget_minutes is None
-        else 60 * config.training.budget_minutes * _LONGEST_VALIDATION,
-    )
+def _open(plan: RunPlan[ConfigT], kind: Kind[ConfigT, TaskT], weights: FirstWeights) -> None:
+    """Make the run folder, with settings, plan and split."""
+    request, config = plan.request, plan.config
+    open_folder(request.run, config, resume=request.resume, allow_changes=request.allow_changes)
+    weights.keep(request.run)
+    write_config(request.run, config, plan.reasons, kind.heading(plan))
+    if not request.resume:
+        if plan.estimate:
+            write_plan(request.run, plan.reasons, plan.estimate)
+        write_split(request.run, request.data, *_split_ids(plan, kind), config.data.exclude)
 
 
-def _score(planned: PlannedRun, case_ids: Sequence[str]) -> tuple[CaseDice, CaseDice | None]:
-    """Dice of the best weights on the validation cases, each on its own grid, with pictures of three of them.
+def _prepare(
+    plan: RunPlan[ConfigT], kind: Kind[ConfigT, TaskT], store: PreparedStore
+) -> tuple[list[PreparedData], dict[str, str]]:
+    """Prepare every case, several at a time: the cases of each folder, and why others are left out.
 
-    The second is that with the post-processing which is then chosen on them and written in the card, None without any.
+    Raises:
+        DataError: no training case, or no validation case of a supervised training, can be used.
     """
-    run = planned.request.run
-    card = load_card(run).with_postprocessing(None)  # a resumed run has chosen one already
-    predictor = Predictor(TorchBackend(load_model(run, planned.request.device), planned.request.device), card)
-    regions = {output.name: output.members for output in card.outputs if output.label != 0}
-    names = {value: tissue for tissue, value in planned.scheme.values.items()}
-
-    def score(numbered: tuple[int, Case]) -> tuple[CaseDice, ScoredCases]:
-        number, case = numbered
-        loaded, kept = load_case(case, planned.cohort.modalities, planned.scheme), ScoredCases()
-        if loaded.labels is None:
-            return {}, kept
-        labels = predictor.predict_loaded(loaded).labels
-        kept.add(case.id, labels, loaded.labels, loaded.grid.spacing_mm)
-        if number < _PICTURES:
-            path = run / "figures" / f"validation_{number}.png"
-            image, title = loaded.image[-1], case.id
-            scheme = planned.scheme
-            overlay_figure(path, image, labels, loaded.grid, reference=loaded.labels, scheme=scheme, title=title)
-        return {case.id: dice_by_region(labels, loaded.labels, regions)}, kept
-
-    per_case: dict[str, Mapping[str, float]] = {}
-    scored = ScoredCases()
-    ranks = planned.request.ranks
-    ranks.mark("in validation")
-    for dice, kept in ranks.map(score, enumerate(planned.cases(case_ids))):
-        per_case |= dice
-        scored.take(kept)
-    is_wanted = planned.config.postprocessing == "auto"
-    return per_case, ranks.from_first(lambda: settle_postprocessing(run, scored, names, is_wanted=is_wanted))
+    prepared: list[PreparedData] = []
+    skipped: dict[str, str] = {}
+    for split in plan.data:
+        cohort, ranks = split.cohort, plan.request.ranks
+        mine, memory_gb = cohort.cases[ranks.rank :: ranks.size], plan.request.memory_gb
+        parts = ranks.exchange(
+            store.entries(mine, cohort.modalities, cohort.scheme, split.preprocessing, memory_gb=memory_gb)
+        )
+        reasons = {case_id: reason for _, left_out in parts for case_id, reason in left_out.items()}
+        for reason in reasons.values():
+            _log.warning("left out: %s", reason)
+        found = PreparedData(split, {case_id: folder for folders, _ in parts for case_id, folder in folders.items()})
+        for what, ids in (("training", found.training_ids), ("validation", found.validation_ids)):
+            if not ids and (what == "training" or kind.is_supervised):
+                first = next(iter(reasons.values()), "there is none")
+                raise DataError(f"no {what} case can be used", where=cohort.root, remedy=f"The first: {first}")
+        _log.info("%d cases prepared in %s", len(found.folders), store.folder)
+        prepared.append(found)
+        skipped |= reasons
+    return prepared, skipped
 
 
-def _finish(
-    planned: PlannedRun, dice: CaseDice, postprocessed: CaseDice | None, steps: int, skipped: Mapping[str, str]
-) -> RunSummary:
-    request = planned.request
-    minutes = (time.monotonic() - request.started_s) / 60
-    clean = without_undefined(dice)
-    cleaned = None if postprocessed is None else without_undefined(postprocessed)
-    summary = RunSummary(request.run, clean, steps, minutes, peak_rss_mb(), skipped, cleaned)
-    estimate = {f"estimated_{key}": value for key, value in planned.estimate.items()}
-    if request.ranks.is_first:
-        write_json(request.run / SCORES_NAME, {**summary.to_json(), **estimate})
-        LiveView(request.run, with_page=planned.config.training.live_page).finish()
-    _log.info(
-        "%d steps in %.1f min, peak %.2f GB (estimated %.2f GB)",
-        steps,
-        minutes,
-        summary.peak_rss_mb / 1024,
-        planned.estimate.get("memory_gb", float("nan")),
-    )
-    return summary
+def cross_validate(request: TrainingRequest[TrainConfig]) -> Summary:
+    """Train every fold into `RUN/fold_K`; the out-of-fold scores are those of the whole cohort, `RUN` an ensemble.
+
+    A budget is shared equally between the folds that are left. Folds that are finished are not trained again on
+    `--resume`.
+
+    Raises:
+        RequestError: there is one patient only, or as for `train`.
+    """
+    run, ranks = request.run, request.ranks
+    with restore_config_on_error(run, is_first=ranks.is_first):
+        patients = patients_of(find_cohort(request))
+        if patients == 1:
+            where = request.data[0]
+            raise RequestError("one patient cannot be cross-validated", where=where, remedy="Train without -f all")
+        folds = min(request.config.data.folds, patients)
+        cache = request.config.data.cache or run / "cache"
+        request = replace(request, config=with_values(request.config, "data", folds=folds, cache=cache))
+        changes = ranks.from_first(lambda: _open_folds(request))
+        documents = []
+        for fold in range(folds):
+            _log.info("fold %d of %d", fold + 1, folds)
+            document = ranks.from_first(partial(_finished_fold, request, fold))
+            if document is None:
+                document = train(_fold_request(request, fold, folds - fold, changes), SegmentationKind()).to_json()
+            documents.append(document)
+        summary = summarise_folds(run, documents, (time.monotonic() - request.started_s) / 60)
+        if ranks.is_first:
+            write_json(run / SCORES_NAME, summary.to_json())
+        return summary
+
+
+def _open_folds(request: TrainingRequest[TrainConfig]) -> list[Change]:
+    """Make the folder of a cross-validation; returns the settings that a resumed one changes."""
+    run = request.run
+    run.mkdir(parents=True, exist_ok=True)
+    changes = settle_settings(run, request.config, resume=request.resume, allow_changes=request.allow_changes)
+    write_config(run, request.config, {}, f"cross-validation of {request.data[0]}")
+    return changes
+
+
+def _finished_fold(request: TrainingRequest[TrainConfig], fold: int) -> dict[str, Any] | None:
+    path = request.run / f"fold_{fold}" / SCORES_NAME
+    if not request.resume or not path.exists():
+        return None
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return document
+
+
+def _fold_request(
+    request: TrainingRequest[TrainConfig], fold: int, folds_left: int, changes: Sequence[Change]
+) -> TrainingRequest[TrainConfig]:
+    """One fold: a started one is resumed as it was planned, with the changes; a new one gets its share of the time."""
+    run = request.run / f"fold_{fold}"
+    now_s = time.monotonic()
+    if request.resume and has_state(run):
+        of_all = [change for change in changes if change.name not in _OF_A_FOLD]
+        return replace(request, run=run, config=with_changes(read_config(run), of_all), started_s=now_s)
+    config = with_values(request.config, "data", fold=fold)
+    if config.training.budget_minutes is not None:
+        left = config.training.budget_minutes - (now_s - request.started_s) / 60
+        config = with_values(config, "training", budget_minutes=max(left / folds_left, 0.1))
+    return replace(request, run=run, config=config, started_s=now_s, resume=False)
+
+
+def summarise_folds(run: Path, folds: Sequence[Mapping[str, Any]], minutes: float) -> Summary:
+    """One summary from those of the folds of a cross-validation, each as `Summary.to_json` gives it.
+
+    A fold that chose no post-processing has the same scores with it as without.
+    """
+    cases: dict[str, Mapping[str, float]] = {}
+    postprocessed: dict[str, Mapping[str, float]] = {}
+    skipped: dict[str, str] = {}
+    for fold in folds:
+        cases |= fold["cases"]
+        skipped |= fold["skipped"]
+        postprocessed |= (fold.get("postprocessed") or fold)["cases"]
+    is_any = any(fold.get("postprocessed") for fold in folds)
+    scores = dice_scores(cases, postprocessed if is_any else None)
+    return Summary(run, scores, sum(fold["steps"] for fold in folds), minutes, peak_rss_mb(), skipped)

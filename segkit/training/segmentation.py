@@ -1,10 +1,11 @@
-"""The segmentation task: patches and labels in, masks scored by the product's own predictor."""
+"""Segmentation: patches and labels in, masks scored by the product's own predictor."""
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,48 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from segkit.checkpoint.card import ModelCard
-from segkit.checkpoint.model import save_model
+from segkit.checkpoint.card import (
+    ModelCard,
+    NetworkCard,
+    OutputCard,
+    PreprocessingCard,
+    SchemeCard,
+    SegmentationCard,
+    TrainingData,
+)
+from segkit.checkpoint.model import load_model, save_model
+from segkit.checkpoint.run_folder import load_card, require_segmentation
 from segkit.inference.backends import TorchBackend
 from segkit.inference.predictor import Predictor
+from segkit.labels import LabelScheme, outputs_of
 from segkit.losses.compound import SegmentationLoss
 from segkit.metrics.overlap import dice_by_region
-from segkit.preparing.cache import StoredCases
+from segkit.preparing.cache import PreparedStore, StoredCases
+from segkit.preparing.lesion_bank import LesionBank, prepare_copies
 from segkit.preparing.patch_sampling import PatchDataset
-from segkit.preparing.preprocessing import PreparedCase
-from segkit.training.batches import endless_batches
+from segkit.preparing.preprocessing import PreparedCase, load_case
+from segkit.reading.case import Case
+from segkit.report.figures import overlay_figure
+from segkit.runtime import environment
+from segkit.training.batches import ENDLESS, endless_batches
+from segkit.training.choose_postprocessing import ScoredCases, settle_postprocessing
+from segkit.training.config import TrainConfig
 from segkit.training.distributed import Ranks
-from segkit.training.task import Batch, Score, borrowed
+from segkit.training.optim import encoder_of
+from segkit.training.segmentation_plan import plan_segmentation
+from segkit.training.task import Batch, Kind, PreparedData, RunPlan, Score, TrainingRequest, borrowed
+
+_log = logging.getLogger(__name__)
+
+_LONGEST_VALIDATION = 0.05
+"""Part of a budget that one validation may take."""
+_FINAL_VALIDATIONS = 2.0
+"""Cases scored at the end of a budget, as a multiple of those validated on the way."""
+_FIGURES = 3
+"""Validation cases drawn at the end of a run."""
+
+CaseDice = Mapping[str, Mapping[str, float]]
+"""Case id -> output -> Dice; NaN, or left out, where the output is neither in the prediction nor in the reference."""
 
 
 @dataclass
@@ -75,7 +106,7 @@ class SegmentationTask:
             per_case = self.ranks.map(
                 lambda number: self._dice(predictor, self.validation[number]), range(len(self.validation))
             )
-        found = {name: [d[name] for d in per_case if not math.isnan(d[name])] for name in self._regions()}
+        found = {name: [d[name] for d in per_case if not math.isnan(d[name])] for name in _regions(self.card)}
         by_output = {name: sum(values) / len(values) for name, values in found.items() if values}
         return Score(sum(by_output.values()) / len(by_output) if by_output else 1.0, {"dice": by_output})
 
@@ -84,11 +115,185 @@ class SegmentationTask:
         training = self.card.training_data.model_copy(update=dict(facts))
         save_model(run, weights, self.card.model_copy(update={"training_data": training}))
 
-    def _regions(self) -> dict[str, tuple[int, ...]]:
-        return {output.name: output.members for output in self.card.outputs if output.label != 0}
-
     def _dice(self, predictor: Predictor, case: PreparedCase) -> dict[str, float]:
         if case.labels is None:
             raise ValueError(f"validation case {case.id} has no reference")
-        labels = predictor.label_prepared(case)
-        return dice_by_region(labels, np.asarray(case.labels), self._regions())
+        return dice_by_region(predictor.label_prepared(case), np.asarray(case.labels), _regions(self.card))
+
+
+def _regions(card: ModelCard) -> dict[str, tuple[int, ...]]:
+    return {output.name: output.members for output in card.outputs if output.label != 0}
+
+
+class SegmentationKind(Kind[TrainConfig, SegmentationTask]):
+    """A network that learns from label maps; its scores are Dice of the validation cases."""
+
+    is_supervised = True
+    final_validations = _FINAL_VALIDATIONS
+
+    def plan(self, request: TrainingRequest[TrainConfig]) -> RunPlan[TrainConfig]:
+        """See `plan_segmentation`."""
+        return plan_segmentation(request)
+
+    def card(self, plan: RunPlan[TrainConfig]) -> ModelCard:
+        """The card with the outputs of the label scheme."""
+        config, (data,), scheme = plan.config, plan.data, _scheme(plan)
+        cohort, outputs = data.cohort, outputs_of(scheme)
+        return ModelCard(
+            task="segmentation",
+            network=NetworkCard(
+                family=config.network.family,
+                size=config.network.size,
+                in_channels=len(cohort.modalities),
+                out_channels=len(outputs),
+                arguments=config.network.arguments,
+            ),
+            dims=2 if cohort.dims == 2 else 3,
+            modalities=cohort.modalities,
+            patch_size=(),
+            overlap=config.overlap,
+            divisor=(),
+            preprocessing=PreprocessingCard(**config.preprocessing.model_dump()),
+            segmentation=SegmentationCard(
+                mirror_axes=config.augmentation.mirror_axes,
+                activation="sigmoid" if scheme.has_regions else "softmax",
+                outputs=tuple(OutputCard(name=o.name, label=o.label, members=o.members) for o in outputs),
+                label_scheme=SchemeCard(name=scheme.name, labels=dict(scheme.values)),
+                modality_dropout=(config.augmentation.modality_dropout or 0.0) if config.augmentation.enabled else 0.0,
+            ),
+            versions=environment(),
+            training_data=TrainingData(
+                identity=f"{cohort.layout}: {cohort.root.name}", licence=cohort.licence, cases=len(data.training_ids)
+            ),
+        )
+
+    def patch_size(self, config: TrainConfig) -> tuple[str, int | tuple[int, ...]]:
+        """As planning chose it."""
+        return "planning.patch_size", config.planning.patch_size or ()
+
+    def heading(self, plan: RunPlan[TrainConfig]) -> str:
+        """Layout and folder."""
+        cohort = plan.data[0].cohort
+        return f"{cohort.layout} data in {cohort.root}"
+
+    def build_task(
+        self,
+        plan: RunPlan[TrainConfig],
+        card: ModelCard,
+        network: nn.Module,
+        data: Sequence[PreparedData],
+        store: PreparedStore,
+    ) -> SegmentationTask:
+        """Patches of the training cases, with the lesions and copies of a bank where the settings name one."""
+        config, (cases,), ranks = plan.config, data, plan.request.ranks
+        budget = config.training.budget_minutes
+        return SegmentationTask(
+            model=network,
+            card=card,
+            loss_function=SegmentationLoss(
+                require_segmentation(card).activation, outputs_of(_scheme(plan)), config.loss
+            ),
+            patches=PatchDataset(
+                cases.stored(cases.training_ids),
+                card.patch_size,
+                config.augmentation,
+                foreground_fraction=config.training.foreground_fraction,
+                seed=config.training.seed,
+                length=ENDLESS,
+                bank=ranks.first_before_others(lambda: _lesion_bank(plan, store)),
+            ),
+            validation=cases.stored(cases.validation_ids[: config.training.validation_cases]),
+            batch_size=config.planning.batch_size or 1,
+            workers=config.training.workers,
+            frozen=encoder_of(network) if config.optimiser.encoder_lr == 0 else None,
+            validation_limit_s=None if budget is None else 60 * budget * _LONGEST_VALIDATION,
+            ranks=ranks,
+        )
+
+    def score(
+        self,
+        plan: RunPlan[TrainConfig],
+        task: SegmentationTask,
+        data: Sequence[PreparedData],
+        before: Mapping[str, float],
+    ) -> dict[str, Any]:
+        """Dice of the best weights on the validation cases, on their own grids, with figures of three of them.
+
+        The post-processing is chosen on these very cases and written into the card; the scores with it flatter it a
+        little.
+        """
+        request, (cases,), scheme = plan.request, data, _scheme(plan)
+        run, ranks, ids = request.run, request.ranks, cases.validation_ids
+        if request.deadline_s is not None and len(ids) > (most := int(_FINAL_VALIDATIONS * len(task.validation))):
+            _log.warning("the budget is spent: %d of %d validation cases are scored", most, len(ids))
+            ids = ids[:most]
+        card = load_card(run).with_postprocessing(None)  # a resumed run has chosen one already
+        predictor = Predictor(TorchBackend(load_model(run, request.device), request.device), card)
+
+        def score_case(numbered: tuple[int, Case]) -> tuple[CaseDice, ScoredCases]:
+            number, case = numbered
+            loaded, kept = load_case(case, cases.split.cohort.modalities, scheme), ScoredCases()
+            if loaded.labels is None:
+                return {}, kept
+            labels = predictor.predict_loaded(loaded).labels
+            kept.add(case.id, labels, loaded.labels, loaded.grid.spacing_mm)
+            if number < _FIGURES:
+                path, reference = run / "figures" / f"validation_{number}.png", loaded.labels
+                image, grid = loaded.image[-1], loaded.grid
+                overlay_figure(path, image, labels, grid, reference=reference, scheme=scheme, title=case.id)
+            return {case.id: dice_by_region(labels, loaded.labels, _regions(card))}, kept
+
+        per_case: dict[str, Mapping[str, float]] = {}
+        scored = ScoredCases()
+        ranks.mark("in validation")
+        for dice, kept in ranks.map(score_case, enumerate(cases.split.cases(ids))):
+            per_case |= dice
+            scored.take(kept)
+        names = {value: tissue for tissue, value in scheme.values.items()}
+        is_wanted = plan.config.postprocessing == "auto"
+        postprocessed = ranks.from_first(lambda: settle_postprocessing(run, scored, names, is_wanted=is_wanted))
+        return dice_scores(per_case, postprocessed)
+
+
+def dice_scores(cases: CaseDice, postprocessed: CaseDice | None) -> dict[str, Any]:
+    """The scores of a summary: "dice", the mean by output, and "cases"; "postprocessed" has both, or is None."""
+
+    def means(dice: CaseDice) -> dict[str, Any]:
+        defined = {
+            case_id: {name: value for name, value in found.items() if not math.isnan(value)}
+            for case_id, found in dice.items()
+        }
+        names = list(dict.fromkeys(name for found in defined.values() for name in found))
+        values = {name: [found[name] for found in defined.values() if name in found] for name in names}
+        return {"dice": {name: sum(found) / len(found) for name, found in values.items()}, "cases": defined}
+
+    return {**means(cases), "postprocessed": None if postprocessed is None else means(postprocessed)}
+
+
+def _scheme(plan: RunPlan[TrainConfig]) -> LabelScheme:
+    scheme = plan.data[0].cohort.scheme
+    if scheme is None:
+        raise ValueError("a planned run has a label scheme")
+    return scheme
+
+
+def _lesion_bank(plan: RunPlan[TrainConfig], store: PreparedStore) -> LesionBank | None:
+    """The bank that the settings name, its copies prepared as the cases are.
+
+    Raises:
+        DataError: none of its copies can be used.
+    """
+    if not plan.copies:
+        return None
+    config, cohort = plan.config, plan.data[0].cohort
+    copies = prepare_copies(
+        plan.copies,
+        {case.id: case for case in cohort.cases},
+        store,
+        cohort.modalities,
+        config.preprocessing,
+        memory_gb=plan.request.memory_gb,
+    )
+    _log.info("%d lesion-free copies take part in the training", len(copies))
+    shares = config.augmentation
+    return LesionBank(copies, lesion_share=shares.lesion_share, lesion_free_share=shares.lesion_free_share)

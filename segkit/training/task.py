@@ -1,16 +1,144 @@
-"""What `fit()` asks of a task: batches, a loss, a validation."""
+"""What the trainings share and what each kind of training decides.
+
+`segkit.training.run.train` serves every kind: it turns a `TrainingRequest` into a run folder and a `Summary`. A `Kind`
+(segmentation, pre-training, inpainting) finds the cases, completes the settings and builds a `Task`; the task is what
+the training loop sees of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
+from segkit.checkpoint.card import ModelCard
+from segkit.preparing.cache import PreparedStore, StoredCases
+from segkit.preparing.preprocessing import PreprocessingConfig
+from segkit.reading.case import Case, Cohort
+from segkit.training.config import RunConfig
+from segkit.training.distributed import Ranks
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+TaskT = TypeVar("TaskT", bound="Task")
+
 Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TrainingRequest(Generic[ConfigT]):
+    """What a user asks for: data folders, run folder, settings, and the machine to train on."""
+
+    data: tuple[Path, ...]
+    run: Path
+    config: ConfigT
+    device: torch.device
+    memory_gb: float | None = None
+    started_s: float = field(default_factory=time.monotonic)
+    resume: bool = False
+    overwrite: bool = False
+    allow_changes: bool = False
+    """Whether a resumed run may have other settings than before."""
+    on_progress: Callable[[float, str], None] | None = None
+    """Called after each step with the progress, 0 to 1, and a message; None writes log lines."""
+    ranks: Ranks = field(default_factory=Ranks)
+    """The processes that train together."""
+
+    @property
+    def deadline_s(self) -> float | None:
+        """When the budget is spent, as `time.monotonic` seconds; None without a budget."""
+        budget = self.config.training.budget_minutes
+        return None if budget is None else self.started_s + 60 * budget
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended: its scores, which each kind of training has its own of, and what it cost."""
+
+    run: Path
+    scores: Mapping[str, Any]
+    steps: int
+    minutes: float
+    peak_rss_mb: float
+    skipped: Mapping[str, str]
+    """Why cases were left out, by id."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The document printed by `--json` and kept as validation.json."""
+        return {
+            "run": str(self.run),
+            **self.scores,
+            "steps": self.steps,
+            "minutes": round(self.minutes, 2),
+            "peak_rss_mb": round(self.peak_rss_mb),
+            "skipped": dict(self.skipped),
+        }
+
+
+@dataclass(frozen=True)
+class SplitData:
+    """One data folder: its cases, how they are prepared, and the ids of those that train and those that validate."""
+
+    cohort: Cohort
+    preprocessing: PreprocessingConfig
+    training_ids: tuple[str, ...]
+    validation_ids: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The name of the folder."""
+        return self.cohort.root.resolve().name
+
+    def cases(self, ids: Sequence[str]) -> list[Case]:
+        """The cases of these ids, in their order."""
+        by_id = {case.id: case for case in self.cohort.cases}
+        return [by_id[case_id] for case_id in ids]
+
+
+@dataclass(frozen=True)
+class RunPlan(Generic[ConfigT]):
+    """A run before anything is computed: its data are split, and its settings complete."""
+
+    request: TrainingRequest[ConfigT]
+    data: tuple[SplitData, ...]
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    """Why planning chose a setting, by dotted key."""
+    estimate: Mapping[str, float] = field(default_factory=dict)
+    copies: tuple[Case, ...] = ()
+    """Lesion-free copies of training cases, where the settings name a bank."""
+
+    @property
+    def config(self) -> ConfigT:
+        """The settings."""
+        return self.request.config
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """The prepared cases of one data folder, with the folder of each by its id."""
+
+    split: SplitData
+    folders: Mapping[str, Path]
+
+    @property
+    def training_ids(self) -> list[str]:
+        """Ids of the training cases that could be prepared."""
+        return [case_id for case_id in self.split.training_ids if case_id in self.folders]
+
+    @property
+    def validation_ids(self) -> list[str]:
+        """Ids of the validation cases that could be prepared."""
+        return [case_id for case_id in self.split.validation_ids if case_id in self.folders]
+
+    def stored(self, ids: Sequence[str]) -> StoredCases:
+        """The prepared cases of these ids."""
+        return StoredCases([self.folders[case_id] for case_id in ids])
 
 
 @dataclass(frozen=True)
@@ -22,7 +150,7 @@ class Score:
 
 
 class Task(Protocol):
-    """Segmentation, pre-training and inpainting look like this to the training loop."""
+    """What the training loop asks for: batches, a loss, a validation."""
 
     model: nn.Module
 
@@ -39,9 +167,59 @@ class Task(Protocol):
         """Write model.safetensors and model.json atomically; `facts` are the loop's (step, score)."""
 
 
+class Kind(ABC, Generic[ConfigT, TaskT]):
+    """What a kind of training decides; the methods are called in this order."""
+
+    is_supervised = False
+    """Whether it needs references, and so cases to validate on."""
+    final_validations = 1.0
+    """How long `score` takes, in validations of the training loop."""
+
+    @abstractmethod
+    def plan(self, request: TrainingRequest[ConfigT]) -> RunPlan[ConfigT]:
+        """Find the cases, split them by patient, and complete the settings; nothing is written.
+
+        Raises:
+            RequestError: data or settings do not fit.
+        """
+
+    @abstractmethod
+    def card(self, plan: RunPlan[ConfigT]) -> ModelCard:
+        """The card before the network is built: patch and divisor are still missing."""
+
+    @abstractmethod
+    def patch_size(self, config: ConfigT) -> tuple[str, int | tuple[int, ...]]:
+        """The name of the setting with the patch size, and its value in voxels."""
+
+    @abstractmethod
+    def heading(self, plan: RunPlan[ConfigT]) -> str:
+        """The first line of config.yaml: what the run is trained on."""
+
+    @abstractmethod
+    def build_task(
+        self,
+        plan: RunPlan[ConfigT],
+        card: ModelCard,
+        network: nn.Module,
+        data: Sequence[PreparedData],
+        store: PreparedStore,
+    ) -> TaskT:
+        """The task of the training loop."""
+
+    def measure_before(self, plan: RunPlan[ConfigT], task: TaskT) -> dict[str, float]:
+        """Measures of the weights before the first step; empty where there are none."""
+        return {}
+
+    @abstractmethod
+    def score(
+        self, plan: RunPlan[ConfigT], task: TaskT, data: Sequence[PreparedData], before: Mapping[str, float]
+    ) -> dict[str, Any]:
+        """The scores of the best weights, for the summary, and figures of them."""
+
+
 @contextmanager
 def borrowed(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model with other weights for a while; it has its own again whenever a signal may cut that short."""
+    """The model with other weights inside the block; it has its own again even if a signal interrupts that."""
     present = model.state_dict()
     if all(present[name] is value or present[name].data_ptr() == value.data_ptr() for name, value in weights.items()):
         yield

@@ -19,10 +19,10 @@ from typing import Any, Protocol
 
 from segkit.errors import RequestError
 from segkit.runtime import mlflow_server, prefer_variables
-from segkit.training.changes import SETTINGS_NAME
 
 _log = logging.getLogger(__name__)
 
+SETTINGS_NAME = "settings.json"
 TENSORBOARD_NAME, MLFLOW_NAME, MLFLOW_RUN_NAME = "tensorboard", "mlflow", "mlflow.json"
 _NOT_SHOWN = ("step", "seconds", "epoch")
 _EXPERIMENT = "segkit"

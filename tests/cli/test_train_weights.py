@@ -18,9 +18,9 @@ import segkit.cli
 from segkit.checkpoint.state import load_state
 from segkit.reading.files import file_sha256
 from segkit.training.folder import read_config
-from segkit.training.planned import plan_run
-from segkit.training.request import RunRequest
-from segkit.training.run import begin
+from segkit.training.run import begin, plan_run
+from segkit.training.segmentation import SegmentationKind
+from segkit.training.task import TrainingRequest
 from tests.helpers import run_segkit
 
 SMALL = (
@@ -82,8 +82,8 @@ def test_a_resumed_run_goes_on_with_its_own_weights(begun: Path, phantoms: Path,
     shutil.copytree(begun, run)
     assert train(phantoms, run, "--resume", "--allow-changes", "--set", "training.steps=3", "-d", "cpu", "-q") == 0
     assert json.loads((run / "validation.json").read_text())["steps"] == 3
-    request = RunRequest(phantoms, run, read_config(run), torch.device("cpu"), resume=True)
-    card, resumed = begin(plan_run(request))
+    request = TrainingRequest((phantoms,), run, read_config(run), torch.device("cpu"), resume=True)
+    card, resumed = begin(plan_run(request, SegmentationKind()), SegmentationKind())
     assert card.training_data.model_dump()["initial_weights"] == facts_of(begun)
     assert not resumed.report
     assert train(phantoms, run, "--resume", "--weights", begun) == 2

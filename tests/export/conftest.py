@@ -11,8 +11,9 @@ import torch
 from segkit.config import build_config
 from segkit.inference import graph
 from segkit.training.config import TrainConfig
-from segkit.training.request import RunRequest
-from segkit.training.run import train_run
+from segkit.training.run import train
+from segkit.training.segmentation import SegmentationKind
+from segkit.training.task import TrainingRequest
 
 _SETTINGS = {
     "network": {"size": "tiny", "arguments": {"widths": [8, 12]}},
@@ -32,7 +33,8 @@ def run(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of four steps on three phantoms, one of which validates."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     config = build_config(TrainConfig, [("test", {**_SETTINGS})])
-    train_run(RunRequest(data=phantoms, run=folder, config=config, device=torch.device("cpu")))
+    request = TrainingRequest(data=(phantoms,), run=folder, config=config, device=torch.device("cpu"))
+    train(request, SegmentationKind())
     return folder
 
 

@@ -18,11 +18,12 @@ from segkit.config import build_config
 from segkit.errors import RequestError
 from segkit.inpainting.config import InpaintingConfig
 from segkit.inpainting.predictor import InpaintingPredictor
-from segkit.inpainting.run import InpaintingRequest, inpainting_run
+from segkit.inpainting.run import InpaintingKind
 from segkit.phantoms.inpainting import write_inpainting_phantoms
 from segkit.reading.pictures import save_picture
 from segkit.reading.volume import Grid
-from segkit.training.unlabelled import UnlabelledSummary
+from segkit.training.run import train
+from segkit.training.task import Summary, TrainingRequest
 from tests.helpers import run_segkit
 
 SETTINGS = {
@@ -41,39 +42,44 @@ def phantoms(phantom_data: Callable[[int], Path]) -> Path:
     return phantom_data(4)
 
 
-def request(folder: Path, run: Path, **settings: object) -> InpaintingRequest:
+def request(folder: Path, run: Path, **settings: object) -> TrainingRequest[InpaintingConfig]:
     config = build_config(InpaintingConfig, [("test", SETTINGS), ("changes", settings)])
-    return InpaintingRequest((folder,), run, config, torch.device("cpu"))
+    return TrainingRequest((folder,), run, config, torch.device("cpu"))
+
+
+def inpainting_run(request: TrainingRequest[InpaintingConfig]) -> Summary:
+    return train(request, InpaintingKind())
 
 
 @pytest.fixture(scope="module")
-def trained(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, UnlabelledSummary]:
+def trained(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Summary]:
     run = tmp_path_factory.mktemp("inpainting") / "run"
     return run, inpainting_run(request(phantoms, run))
 
 
-def test_a_run_folder_holds_the_network_and_what_it_does(trained: tuple[Path, UnlabelledSummary]) -> None:
+def test_a_run_folder_holds_the_network_and_what_it_does(trained: tuple[Path, Summary]) -> None:
     run, summary = trained
     card = load_card(run)
     assert (card.task, card.dims, card.patch_size, card.context) == ("inpainting", 3, (16, 16, 16), "mirror")
     assert card.modalities == ("t1n", "t1c", "t2w", "t2f")
     assert card.input_channels == 10
     assert "outputs" not in json.loads((run / "model.json").read_text())
-    assert set(summary.before) == set(summary.after) == {"ssim", "mae", "mse", "mse_rough"}
-    assert summary.before["mse"] == pytest.approx(summary.before["mse_rough"], rel=0.05)  # at first it is the fill
-    assert summary.after["mse"] != summary.before["mse"]
-    assert summary.after["mse_rough"] == summary.before["mse_rough"]
+    assert set(summary.scores["before"]) == set(summary.scores["after"]) == {"ssim", "mae", "mse", "mse_rough"}
+    before, after = summary.scores["before"], summary.scores["after"]
+    assert before["mse"] == pytest.approx(before["mse_rough"], rel=0.05)  # at first it is the fill
+    assert after["mse"] != before["mse"]
+    assert after["mse_rough"] == before["mse_rough"]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     validated = [row for row in rows if "score" in row]
     assert [row["step"] for row in validated] == [2, 4]
     assert all(0 <= row["measures"]["detected_share"] <= 1 for row in validated)
-    assert summary.after["ssim"] == pytest.approx(max(row["score"] for row in validated))
+    assert summary.scores["after"]["ssim"] == pytest.approx(max(row["score"] for row in validated))
     split = json.loads((run / "split.json").read_text())
     assert len(split["training"]) == len(split["validation"]) == 2
 
 
-def test_its_network_fills_a_scan(trained: tuple[Path, UnlabelledSummary]) -> None:
+def test_its_network_fills_a_scan(trained: tuple[Path, Summary]) -> None:
     image = np.random.default_rng(0).uniform(1, 2, (4, 24, 24, 24)).astype(np.float32)
     hole = np.zeros((24,) * 3, bool)
     hole[8:13, 9:14, 10:12] = True
@@ -99,9 +105,9 @@ def test_a_run_that_was_cut_off_ends_with_the_same_weights(adversarial: float, p
             raise CutOffError
 
     with pytest.raises(CutOffError):
-        inpainting_run(InpaintingRequest(cut.data, cut.run, cut.config, cut.device, on_progress=fall))
-    resumed = inpainting_run(InpaintingRequest(cut.data, cut.run, cut.config, cut.device, resume=True))
-    assert resumed.before
+        inpainting_run(TrainingRequest(cut.data, cut.run, cut.config, cut.device, on_progress=fall))
+    resumed = inpainting_run(TrainingRequest(cut.data, cut.run, cut.config, cut.device, resume=True))
+    assert resumed.scores["before"]
     states = [load_state(tmp_path / name)["model"] for name in ("whole", "cut")]
     assert any(name.startswith("discriminator.") for name in states[0]) == (adversarial > 0)
     for name, tensor in states[0].items():
@@ -134,10 +140,10 @@ def test_other_networks_learn_it_too(
     config = build_config(
         InpaintingConfig, [("test", {k: v for k, v in SETTINGS.items() if k != "network"}), ("changes", settings)]
     )
-    summary = inpainting_run(InpaintingRequest((phantoms,), tmp_path / "run", config, torch.device("cpu")))
+    summary = inpainting_run(TrainingRequest((phantoms,), tmp_path / "run", config, torch.device("cpu")))
     card = load_card(tmp_path / "run")
     assert (card.dims, card.input_channels) == (dims, channels)
-    assert summary.after["mae"] > 0
+    assert summary.scores["after"]["mae"] > 0
 
 
 @pytest.mark.parametrize("learning", ["straight-through", "supervised"])
@@ -168,7 +174,7 @@ def test_folders_of_the_challenge_are_learnt_from_outside_their_tumours(tmp_path
     write_inpainting_phantoms(tmp_path / "data", range(1, 3), size=32)
     summary = inpainting_run(request(tmp_path / "data", tmp_path / "run"))
     assert load_card(tmp_path / "run").modalities == ("t1n",)
-    assert summary.images == {"data": 1}
+    assert summary.scores["images"] == {"data": 1}
     (cached,) = {path.parent for path in (tmp_path / "run" / "cache").glob("*/labels.npy")} & {
         path.parent for path in (tmp_path / "run" / "cache").glob("*/case.json") if "00001" in path.read_text()
     }
@@ -177,7 +183,7 @@ def test_folders_of_the_challenge_are_learnt_from_outside_their_tumours(tmp_path
     assert marked.sum() == np.asarray(whole.dataobj).sum()
 
 
-def test_segmentation_begins_with_it(trained: tuple[Path, UnlabelledSummary], phantoms: Path, tmp_path: Path) -> None:
+def test_segmentation_begins_with_it(trained: tuple[Path, Summary], phantoms: Path, tmp_path: Path) -> None:
     command = ["train", str(phantoms), "-o", str(tmp_path / "run"), "--weights", str(trained[0]), "--preset", "tiny"]
     settings = ["training.steps=1", "planning.patch_size=[16,16,16]", "planning.batch_size=1"]
     command += [*(f"--set={setting}" for setting in settings), "-d", "cpu", "--quiet"]

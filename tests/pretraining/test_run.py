@@ -17,8 +17,9 @@ from segkit.checkpoint.state import load_state
 from segkit.config import build_config
 from segkit.errors import RequestError
 from segkit.pretraining.methods import PretrainConfig
-from segkit.pretraining.run import PretrainRequest, pretrain_run
-from segkit.training.unlabelled import UnlabelledSummary
+from segkit.pretraining.run import PretrainingKind
+from segkit.training.run import train
+from segkit.training.task import Summary, TrainingRequest
 from tests.helpers import run_segkit
 
 SETTINGS = {
@@ -38,19 +39,23 @@ def phantoms(phantom_data: Callable[[int], Path]) -> Path:
     return phantom_data(4)
 
 
-def request(folder: Path, run: Path, **settings: object) -> PretrainRequest:
+def request(folder: Path, run: Path, **settings: object) -> TrainingRequest[PretrainConfig]:
     config = build_config(PretrainConfig, [("test", SETTINGS), ("changes", settings)])
-    return PretrainRequest((folder,), run, config, torch.device("cpu"))
+    return TrainingRequest((folder,), run, config, torch.device("cpu"))
+
+
+def pretrain_run(request: TrainingRequest[PretrainConfig]) -> Summary:
+    return train(request, PretrainingKind())
 
 
 @pytest.fixture(scope="module")
-def matched(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, UnlabelledSummary]:
+def matched(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Summary]:
     """A finished run of graph matching on slices."""
     run = tmp_path_factory.mktemp("matched") / "run"
     return run, pretrain_run(request(phantoms, run, dims=2))
 
 
-def test_a_run_folder_holds_the_encoder_and_what_it_learnt(matched: tuple[Path, UnlabelledSummary]) -> None:
+def test_a_run_folder_holds_the_encoder_and_what_it_learnt(matched: tuple[Path, Summary]) -> None:
     run, summary = matched
     card = load_card(run)
     assert (card.task, card.dims, card.modalities, card.patch_size) == ("pretraining", 2, ("image",), (8, 8))
@@ -58,18 +63,22 @@ def test_a_run_folder_holds_the_encoder_and_what_it_learnt(matched: tuple[Path, 
     assert names
     assert all(name.startswith("encoder.") for name in names)
     assert summary.steps == 4
-    assert set(summary.before) == set(summary.after) == {"matching", "noisy", "retrieval", "encoder_retrieval"}
-    assert all(0 <= value <= 1 for value in summary.after.values())
+    assert (
+        set(summary.scores["before"])
+        == set(summary.scores["after"])
+        == {"matching", "noisy", "retrieval", "encoder_retrieval"}
+    )
+    assert all(0 <= value <= 1 for value in summary.scores["after"].values())
     kept = json.loads((run / "validation.json").read_text())
-    assert kept["before"] == summary.before
+    assert kept["before"] == summary.scores["before"]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     best = max(row["score"] for row in rows if "score" in row)
-    assert summary.after["matching"] == pytest.approx(best)  # the best weights, measured as they were then
+    assert summary.scores["after"]["matching"] == pytest.approx(best)  # the best weights, measured as they were then
     assert {path.name for path in (run / "figures").iterdir()} == {"curves.png", "graph.png", "pairs.png"}
 
 
-def test_nobody_held_out_is_learnt_from(matched: tuple[Path, UnlabelledSummary]) -> None:
+def test_nobody_held_out_is_learnt_from(matched: tuple[Path, Summary]) -> None:
     split = json.loads((matched[0] / "split.json").read_text())
     assert len(split["training"]) == len(split["validation"]) == 2
     assert not set(split["training"]) & set(split["validation"])
@@ -92,9 +101,9 @@ def test_a_run_that_was_cut_off_ends_with_the_same_weights(method: str, phantoms
             raise CutOffError
 
     with pytest.raises(CutOffError):
-        pretrain_run(PretrainRequest(cut.data, cut.run, cut.config, cut.device, on_progress=fall))
-    resumed = pretrain_run(PretrainRequest(cut.data, cut.run, cut.config, cut.device, resume=True))
-    assert resumed.before  # measured when the run began
+        pretrain_run(TrainingRequest(cut.data, cut.run, cut.config, cut.device, on_progress=fall))
+    resumed = pretrain_run(TrainingRequest(cut.data, cut.run, cut.config, cut.device, resume=True))
+    assert resumed.scores["before"]  # measured when the run began
     for name, tensor in load_state(tmp_path / "whole")["model"].items():
         assert torch.equal(tensor, load_state(tmp_path / "cut")["model"][name]), name
     rows = [(tmp_path / run / "metrics.jsonl").read_text().count("\n") for run in ("whole", "cut")]
@@ -103,7 +112,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_weights(method: str, phantoms
 
 def test_masked_learning_keeps_the_decoder_but_no_head(phantoms: Path, tmp_path: Path) -> None:
     summary = pretrain_run(request(phantoms, tmp_path / "run", method="masked", images={"channels": "all"}))
-    assert set(summary.after) == {"explained", "error"}
+    assert set(summary.scores["after"]) == {"explained", "error"}
     card = load_card(tmp_path / "run")
     assert card.modalities == ("t1n", "t1c", "t2w", "t2f")
     assert card.dims == 3
@@ -128,7 +137,7 @@ def test_training_begins_with_the_encoder_and_its_network(phantoms: Path, tmp_pa
 
 
 def test_an_encoder_paints_no_masks(
-    matched: tuple[Path, UnlabelledSummary], phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    matched: tuple[Path, Summary], phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_segkit("infer", "-m", matched[0], "-i", phantoms, "-o", tmp_path / "out", "-q") == 2
     assert "a pretraining model" in capsys.readouterr().err
@@ -190,7 +199,7 @@ def test_folders_with_different_modalities_are_images_of_one_channel_or_refused(
     write_single_modality(tmp_path / "other")
     both = request(phantoms, tmp_path / "run", images={"channels": "all"})
     with pytest.raises(RequestError, match=r"different modalities.*images.channels=each"):
-        pretrain_run(PretrainRequest((phantoms, tmp_path / "other"), both.run, both.config, both.device))
+        pretrain_run(TrainingRequest((phantoms, tmp_path / "other"), both.run, both.config, both.device))
     each = request(phantoms, tmp_path / "run")
-    summary = pretrain_run(PretrainRequest((phantoms, tmp_path / "other"), each.run, each.config, each.device))
-    assert set(summary.images) == {"data", "other"}
+    summary = pretrain_run(TrainingRequest((phantoms, tmp_path / "other"), each.run, each.config, each.device))
+    assert set(summary.scores["images"]) == {"data", "other"}

@@ -9,8 +9,8 @@ import pytest
 
 from segkit.config import build_config
 from segkit.errors import RequestError
-from segkit.training.changes import FREE_SETTINGS, Change, compared, settle_settings, with_changes
 from segkit.training.config import TrainConfig
+from segkit.training.folder import FREE_SETTINGS, Change, compare, settle_settings, with_changes
 
 
 def config(**sections: object) -> TrainConfig:
@@ -51,7 +51,7 @@ def test_what_changes_nothing_that_is_learnt_allow_changes(tmp_path: Path) -> No
     settle_settings(tmp_path, config(), resume=False, allow_changes=False)
     free = config(data={"cache": "elsewhere"}, training={"workers": 3, "checkpoint_minutes": 1})
     assert settle(tmp_path, free) == []
-    known = {change.name for change in compared(config(), free)}
+    known = {change.name for change in compare(config(), free)}
     assert known <= set(FREE_SETTINGS)
 
 

@@ -22,7 +22,9 @@ from segkit.training.choose_postprocessing import (
     describe_rule,
     settle_postprocessing,
 )
-from segkit.training.summary import RunSummary, summarise_folds
+from segkit.training.run import summarise_folds
+from segkit.training.segmentation import dice_scores
+from segkit.training.task import Summary
 
 NCR, ED, ET = 1, 2, 3
 BRATS = outputs_of(SCHEMES["brats2023"])
@@ -218,12 +220,12 @@ def test_the_choice_is_written_told_and_scored(tmp_path: Path, caplog: pytest.Lo
 
 
 def test_summary_of_folds_of_which_one_is_postprocessed(tmp_path: Path) -> None:
-    first = RunSummary(tmp_path, {"a": {"ET": 0.5}}, 2, 0.1, 10, {}, {"a": {"ET": 0.75}})
-    second = RunSummary(tmp_path, {"b": {"ET": 0.25}}, 3, 0.1, 10, {"c": "damaged"})
+    first = Summary(tmp_path, dice_scores({"a": {"ET": 0.5}}, {"a": {"ET": 0.75}}), 2, 0.1, 10, {})
+    second = Summary(tmp_path, dice_scores({"b": {"ET": 0.25}}, None), 3, 0.1, 10, {"c": "damaged"})
     documents = [first.to_json(), second.to_json()]
     assert documents[0]["postprocessed"] == {"dice": {"ET": 0.75}, "cases": {"a": {"ET": 0.75}}}
     assert documents[1]["postprocessed"] is None
     both = summarise_folds(tmp_path, documents, 1.0)
-    assert (both.steps, both.skipped, both.dice) == (5, {"c": "damaged"}, {"ET": 0.375})
+    assert (both.steps, both.skipped, both.scores["dice"]) == (5, {"c": "damaged"}, {"ET": 0.375})
     assert both.to_json()["postprocessed"] == {"dice": {"ET": 0.5}, "cases": {"a": {"ET": 0.75}, "b": {"ET": 0.25}}}
-    assert summarise_folds(tmp_path, documents[1:], 1.0).postprocessed is None
+    assert summarise_folds(tmp_path, documents[1:], 1.0).scores["postprocessed"] is None

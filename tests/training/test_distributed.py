@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from segkit.checkpoint.state import load_state
-from segkit.cli.processes import spread_over
+from segkit.cli.training import spread_over
 from segkit.errors import RequestError
 from segkit.models.table import MODELS
 from segkit.pretraining.methods import METHODS

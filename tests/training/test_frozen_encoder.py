@@ -45,7 +45,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("segkit.training.live_report.curves_figure", lambda path, rows: None)
+    monkeypatch.setattr("segkit.training.journal.curves_figure", lambda path, rows: None)
 
 
 class Discs(SegmentationTask):

@@ -30,7 +30,7 @@ LOOP = LoopConfig(steps=STEPS, steps_per_epoch=5, ema_decay=0.5, accumulate=2)
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("segkit.training.live_report.curves_figure", lambda path, rows: None)
+    monkeypatch.setattr("segkit.training.journal.curves_figure", lambda path, rows: None)
 
 
 class Line:

@@ -25,14 +25,15 @@ from segkit.checkpoint.state import load_state
 from segkit.config import build_config
 from segkit.errors import SegkitError
 from segkit.inpainting.config import InpaintingConfig
-from segkit.inpainting.run import InpaintingRequest, inpainting_run
+from segkit.inpainting.run import InpaintingKind
 from segkit.pretraining.methods import PretrainConfig
-from segkit.pretraining.run import PretrainRequest, pretrain_run
-from segkit.training import live_report as live
+from segkit.pretraining.run import PretrainingKind
+from segkit.training import journal as live
 from segkit.training.config import TrainConfig
 from segkit.training.folder import read_config
-from segkit.training.request import RunRequest
-from segkit.training.run import train_run
+from segkit.training.run import train
+from segkit.training.segmentation import SegmentationKind
+from segkit.training.task import TrainingRequest
 
 Tell = Callable[[float, str], None]
 TASKS = ("segmentation", "pretraining", "inpainting")
@@ -75,11 +76,11 @@ def go(task: str, data: Path, run: Path, *, on_progress: Tell, workers: int = 0)
     if task == "segmentation":
         config = read_config(run) if run.exists() else build_config(TrainConfig, layers)
         config = config.model_copy(update={"training": config.training.model_copy(update={"workers": workers})})
-        train_run(RunRequest(data, run, config, **common))
+        train(TrainingRequest((data,), run, config, **common), SegmentationKind())
     elif task == "pretraining":
-        pretrain_run(PretrainRequest((data,), run, build_config(PretrainConfig, layers), **common))
+        train(TrainingRequest((data,), run, build_config(PretrainConfig, layers), **common), PretrainingKind())
     else:
-        inpainting_run(InpaintingRequest((data,), run, build_config(InpaintingConfig, layers), **common))
+        train(TrainingRequest((data,), run, build_config(InpaintingConfig, layers), **common), InpaintingKind())
 
 
 def at(step: int, act: Callable[[], object]) -> Tell:

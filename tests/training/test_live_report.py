@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from segkit.errors import RequestError, TrainingError
-from segkit.training import live_report as live
-from segkit.training.journal import Curves
-from segkit.training.live_report import LiveView
+from segkit.training import journal as live
+from segkit.training.journal import Curves, LiveView
 
 
 class FakeTime:

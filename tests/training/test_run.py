@@ -23,12 +23,11 @@ from segkit.inference.predictor import Predictor
 from segkit.phantoms.layouts import write_phantoms
 from segkit.training import choose_postprocessing as postprocessing
 from segkit.training import run as run_module
-from segkit.training.config import TrainConfig
+from segkit.training.config import TrainConfig, with_values
 from segkit.training.folder import read_config
-from segkit.training.folds import cross_validate
-from segkit.training.planned import plan_run, with_values
-from segkit.training.request import RunRequest
-from segkit.training.run import train_run
+from segkit.training.run import cross_validate, plan_run, train
+from segkit.training.segmentation import SegmentationKind
+from segkit.training.task import Summary, TrainingRequest
 
 _SETTINGS = {
     "network": {"size": "tiny", "arguments": {"widths": [8, 12]}},
@@ -43,9 +42,19 @@ def phantoms(phantom_data: Callable[[int], Path]) -> Path:
     return phantom_data(3)
 
 
-def _request(folder: Path, run: Path, /, **sections: dict[str, object]) -> RunRequest:
+def _request(folder: Path, run: Path, /, **sections: dict[str, object]) -> TrainingRequest[TrainConfig]:
     config = build_config(TrainConfig, [("test", {**_SETTINGS}), ("over", sections)])
-    return RunRequest(data=folder, run=run, config=config, device=torch.device("cpu"))
+    return TrainingRequest(data=(folder,), run=run, config=config, device=torch.device("cpu"))
+
+
+def train_run(request: TrainingRequest[TrainConfig]) -> Summary:
+    return train(request, SegmentationKind())
+
+
+def split_of(request: TrainingRequest[TrainConfig]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The ids that train and the ids that validate, as planned."""
+    (data,) = plan_run(request, SegmentationKind()).data
+    return data.training_ids, data.validation_ids
 
 
 @pytest.fixture(scope="module")
@@ -189,15 +198,15 @@ def test_cross_validation_scores_every_case_out_of_fold(
     rules = PostprocessingCard(rules=(SizeRule(output="WT", part="total", smallest_mm3=1e9),), cases=1)
     monkeypatch.setattr(postprocessing, "choose_postprocessing", lambda scored, outputs: rules)
     summary = cross_validate(_request(phantoms, tmp_path, training={"steps": 2, "steps_per_epoch": 2}))
-    assert summary.dice["WT"] > 0.01
+    assert summary.scores["dice"]["WT"] > 0.01
     document = json.loads((tmp_path / "validation.json").read_text())
-    assert set(document["postprocessed"]["cases"]) == set(document["cases"]) == set(summary.cases)
+    assert set(document["postprocessed"]["cases"]) == set(document["cases"]) == set(summary.scores["cases"])
     assert document["postprocessed"]["dice"] == {"WT": 0, "TC": 0, "ET": 0}
     assert [load_card(tmp_path / f"fold_{k}").segmentation.postprocessing for k in range(3)] == [rules] * 3
-    assert len(summary.cases) == 3
+    assert len(summary.scores["cases"]) == 3
     validated = [json.loads((tmp_path / f"fold_{k}" / "split.json").read_text())["validation"] for k in range(3)]
-    assert sorted(case_id for fold in validated for case_id in fold) == sorted(summary.cases)
-    assert json.loads((tmp_path / "validation.json").read_text())["dice"] == pytest.approx(dict(summary.dice))
+    assert sorted(case_id for fold in validated for case_id in fold) == sorted(summary.scores["cases"])
+    assert json.loads((tmp_path / "validation.json").read_text())["dice"] == pytest.approx(summary.scores["dice"])
     ensemble = Predictor.load(tmp_path)
     assert len(ensemble.digests) == 3
 
@@ -230,7 +239,7 @@ def test_a_resumed_cross_validation_changes_the_folds_that_are_left(phantoms: Pa
 def test_cross_validation_of_few_patients(phantoms: Path, tmp_path: Path) -> None:
     """Three patients and five folds asked for: three folds; one patient: refused."""
     few = _request(phantoms, tmp_path / "few", data={"folds": 5}, training={"steps": 2, "steps_per_epoch": 2})
-    assert len(cross_validate(few).cases) == 3
+    assert len(cross_validate(few).scores["cases"]) == 3
     one = ["BraTS-GLI-00001-000", "BraTS-GLI-00002-000"]
     with pytest.raises(RequestError, match="one patient cannot be cross-validated"):
         cross_validate(_request(phantoms, tmp_path / "one", data={"exclude": one}))
@@ -238,11 +247,11 @@ def test_cross_validation_of_few_patients(phantoms: Path, tmp_path: Path) -> Non
 
 def test_excluded_cases_touch_nothing(phantoms: Path, tmp_path: Path) -> None:
     excluded = "BraTS-GLI-00002-000"
-    planned = plan_run(_request(phantoms, tmp_path, data={"exclude": [excluded], "folds": 2}))
-    assert excluded not in {*planned.training_ids, *planned.validation_ids}
-    assert len({*planned.training_ids, *planned.validation_ids}) == 2
+    training, validation = split_of(_request(phantoms, tmp_path, data={"exclude": [excluded], "folds": 2}))
+    assert excluded not in {*training, *validation}
+    assert len({*training, *validation}) == 2
     with pytest.raises(RequestError, match="cases to exclude do not exist: nobody"):
-        plan_run(_request(phantoms, tmp_path, data={"exclude": ["nobody"]}))
+        split_of(_request(phantoms, tmp_path, data={"exclude": ["nobody"]}))
 
 
 def test_a_bad_case_is_left_out_and_named(phantoms: Path, tmp_path: Path) -> None:
@@ -267,8 +276,7 @@ def test_one_patient_trains_and_validates_with_a_warning(tmp_path: Path, caplog:
     data = tmp_path / "data"
     write_phantoms(data, [1], convention="brats2021", size=24)
     caplog.set_level("WARNING", logger="segkit")
-    planned = plan_run(_request(data, tmp_path / "run"))
-    assert planned.training_ids == planned.validation_ids == ("BraTS2021_00001",)
+    assert split_of(_request(data, tmp_path / "run")) == (("BraTS2021_00001",), ("BraTS2021_00001",))
     assert "scores say nothing about other patients" in caplog.text
 
 
@@ -277,11 +285,11 @@ def test_the_other_eye_of_an_excluded_one_is_told(tmp_path: Path, caplog: pytest
     for stem in ("1L", "1R", "2L", "2R", "3L", "3R"):
         Image.fromarray(picture).save(tmp_path / f"{stem}.png")
         Image.fromarray(picture > 99).save(tmp_path / f"{stem}_mask.png")
-    plan_run(_request(tmp_path, tmp_path / "run", data={"exclude": ["1L", "1R"]}))
+    split_of(_request(tmp_path, tmp_path / "run", data={"exclude": ["1L", "1R"]}))
     assert "same patient" not in caplog.text
-    planned = plan_run(_request(tmp_path, tmp_path / "run", data={"exclude": ["1L", "3R"]}))
+    training, _ = split_of(_request(tmp_path, tmp_path / "run", data={"exclude": ["1L", "3R"]}))
     assert "others of the same patient in training; exclude these too: 1R, 3L" in caplog.text
-    sides = {case_id in planned.training_ids for case_id in ("2L", "2R")}
+    sides = {case_id in training for case_id in ("2L", "2R")}
     assert len(sides) == 1
 
 
@@ -299,4 +307,4 @@ def test_pictures_train_too(tmp_path: Path) -> None:
     summary = train_run(_request(data, run, training={"steps": 2, "steps_per_epoch": 2}))
     assert load_card(run).dims == 2
     assert load_card(run).modalities == ("red", "green", "blue")
-    assert len(summary.cases) == 1
+    assert len(summary.scores["cases"]) == 1

@@ -17,12 +17,13 @@ from segkit.errors import RequestError
 from segkit.preparing.lesion_bank import Bank, BankedCase, LesionBank, Transplant, image_path, lesion_path
 from segkit.preparing.preprocessing import PreparedCase
 from segkit.reading.files import read_labels, read_volume, write_image, write_labels
-from segkit.training.config import TrainConfig
+from segkit.training.config import TrainConfig, with_values
 from segkit.training.folder import read_config
-from segkit.training.planned import plan_run, with_values
-from segkit.training.request import RunRequest
-from segkit.training.run import train_run
+from segkit.training.run import plan_run, train
+from segkit.training.segmentation import SegmentationKind
+from segkit.training.task import TrainingRequest
 
+KIND = SegmentationKind()
 MODALITIES = ("t1n", "t1c", "t2w", "t2f")
 
 
@@ -49,7 +50,7 @@ def bank(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _request(data: Path, run: Path, bank: Path, steps: int = 10) -> RunRequest:
+def _request(data: Path, run: Path, bank: Path, steps: int = 10) -> TrainingRequest[TrainConfig]:
     config = build_config(
         TrainConfig,
         [
@@ -59,30 +60,30 @@ def _request(data: Path, run: Path, bank: Path, steps: int = 10) -> RunRequest:
             ("test", {"augmentation": {"lesion_bank": bank, "lesion_share": 0.5, "lesion_free_share": 0.2}}),
         ],
     )
-    return RunRequest(data=data, run=run, config=config, device=torch.device("cpu"))
+    return TrainingRequest(data=(data,), run=run, config=config, device=torch.device("cpu"))
 
 
 def test_only_copies_of_training_cases_take_part(data: Path, bank: Path, tmp_path: Path) -> None:
-    planned = plan_run(_request(data, tmp_path / "run", bank))
-    assert sorted(copy.id for copy in planned.copies) == sorted(planned.training_ids)
+    planned = plan_run(_request(data, tmp_path / "run", bank), KIND)
+    assert sorted(copy.id for copy in planned.copies) == sorted(planned.data[0].training_ids)
     assert len(planned.copies) == 3
     off = with_values(planned.request.config, "augmentation", enabled=False)
-    assert plan_run(replace(planned.request, config=off)).copies == ()
+    assert plan_run(replace(planned.request, config=off), KIND).copies == ()
 
 
 def test_a_bank_that_leaks_or_is_none_is_refused_before_the_run_folder_is_made(
     data: Path, bank: Path, tmp_path: Path
 ) -> None:
     request = _request(data, tmp_path / "run", bank)
-    (validating,) = plan_run(request).validation_ids
+    (validating,) = plan_run(request, KIND).data[0].validation_ids
     document = json.loads((bank / "bank.json").read_text())
     document["cases"] = [entry for entry in document["cases"] if entry["case"] == validating]
     (tmp_path / "leak").mkdir()
     (tmp_path / "leak" / "bank.json").write_text(json.dumps(document))
     with pytest.raises(RequestError, match="none of its 1 copies is of a case that trains"):
-        train_run(_request(data, tmp_path / "run", tmp_path / "leak"))
+        train(_request(data, tmp_path / "run", tmp_path / "leak"), KIND)
     with pytest.raises(RequestError, match=r"nowhere: holds no bank\.json"):
-        train_run(_request(data, tmp_path / "run", tmp_path / "nowhere"))
+        train(_request(data, tmp_path / "run", tmp_path / "nowhere"), KIND)
     assert not (tmp_path / "run").exists()
 
 
@@ -111,12 +112,12 @@ def test_a_run_with_a_bank_resume_exactly(
 
     monkeypatch.setattr(LesionBank, "exchange", recorded)
     whole, halves = (_request(data, tmp_path / name, bank) for name in ("whole", "halves"))
-    train_run(whole)
+    train(whole, KIND)
     assert len(moved) >= 10
     assert 2 <= sum(moved[:10]) <= 8
     with pytest.raises(_SwitchedOffError):
-        train_run(replace(halves, on_progress=_cut_after_five))
+        train(replace(halves, on_progress=_cut_after_five), KIND)
     assert load_state(halves.run)["progress"]["step"] == 5
-    train_run(replace(halves, config=read_config(halves.run), resume=True))
+    train(replace(halves, config=read_config(halves.run), resume=True), KIND)
     states = [load_state(request.run)["model"] for request in (whole, halves)]
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())

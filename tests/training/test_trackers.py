@@ -14,9 +14,8 @@ import pytest
 
 from segkit.errors import RequestError
 from segkit.training import trackers
-from segkit.training.changes import settle_settings
 from segkit.training.config import LoopConfig, TrainConfig
-from segkit.training.folder import require_usable
+from segkit.training.folder import require_usable, settle_settings
 from segkit.training.journal import Journal
 from segkit.training.trackers import TRACKERS, numbers_in
 

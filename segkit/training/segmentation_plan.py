@@ -1,17 +1,15 @@
-"""What a run will do, decided before anything is computed: cohort, split, and every setting with its reason."""
+"""The plan of a segmentation run: its cases, their split, and every setting with its reason."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 
 from segkit.errors import DataError, RequestError, as_request, some
-from segkit.labels import LabelScheme
 from segkit.models.table import build_model, configure
 from segkit.preparing.fingerprint import take_fingerprint
 from segkit.preparing.lesion_bank import find_copies
@@ -20,9 +18,9 @@ from segkit.preparing.splits import train_and_validation
 from segkit.reading.case import Case, Cohort
 from segkit.reading.layouts.table import find_cases
 from segkit.runtime import available_memory_gb, process_place
-from segkit.training.config import NetworkConfig, TrainConfig
-from segkit.training.folder import read_plan, require_same_split
-from segkit.training.request import RunRequest
+from segkit.training.config import NetworkConfig, TrainConfig, with_values
+from segkit.training.folder import read_plan
+from segkit.training.task import RunPlan, SplitData, TrainingRequest
 
 _log = logging.getLogger(__name__)
 
@@ -30,65 +28,38 @@ _SHARE_OF_FREE_MEMORY = 0.9
 """Planning leaves some of what is free to other programs."""
 
 
-@dataclass(frozen=True)
-class PlannedRun:
-    """A request with everything decided: the cohort, who trains and who validates, the settings and their reasons.
-
-    `copies` are lesion-free copies of training cases, where the settings name a bank.
-    """
-
-    request: RunRequest
-    config: TrainConfig
-    cohort: Cohort
-    training_ids: tuple[str, ...]
-    validation_ids: tuple[str, ...]
-    reasons: Mapping[str, str]
-    estimate: Mapping[str, float]
-    copies: tuple[Case, ...] = ()
-
-    @property
-    def scheme(self) -> LabelScheme:
-        """The label scheme of the cohort, which `find_cohort` has made sure of."""
-        if self.cohort.scheme is None:
-            raise ValueError("a planned run has a label scheme")
-        return self.cohort.scheme
-
-    def cases(self, ids: Sequence[str]) -> list[Case]:
-        """The cases of these ids, in their order."""
-        by_id = {case.id: case for case in self.cohort.cases}
-        return [by_id[case_id] for case_id in ids]
-
-
-def plan_run(request: RunRequest) -> PlannedRun:
+def plan_segmentation(request: TrainingRequest[TrainConfig]) -> RunPlan[TrainConfig]:
     """Find the cases, split them by patient, and let planning decide what the settings leave open.
 
     A resumed run keeps its plan: patch, batch and mode may not change with the memory that happens to be free.
 
     Raises:
-        RequestError: the folder or its label values cannot be made out, an id to exclude does not exist, a setting
-            or the lesion bank does not fit, or a resumed run would get other cases.
+        RequestError: the folder or its label values cannot be made out, an id to exclude does not exist, or a setting
+            or the lesion bank does not fit.
     """
     network = request.config.network
     configure(network.family, network.size, network.arguments)  # a mistyped argument is found before data are read
     cohort = find_cohort(request)
-    request, ids_train, ids_validation = _split(request, cohort)
-    copies = _lesion_free_copies(request, cohort, ids_train)
+    request, training_ids, validation_ids = _split(request, cohort)
+    copies = _lesion_free_copies(request, cohort, training_ids)
     if request.resume:
-        require_same_split(request.run, ids_train, ids_validation)
         config, (reasons, estimate) = request.config, read_plan(request.run)
     else:
         # Every fold is planned from the whole cohort, so that the folds can be one ensemble.
-        config, reasons, estimate = request.ranks.from_first(lambda: _decide(request, cohort, len(ids_validation)))
-    return PlannedRun(request, config, cohort, tuple(ids_train), tuple(ids_validation), reasons, estimate, copies)
+        config, reasons, estimate = request.ranks.from_first(lambda: _decide(request, cohort, len(validation_ids)))
+    split = SplitData(cohort, config.preprocessing, tuple(training_ids), tuple(validation_ids))
+    return RunPlan(replace(request, config=config), (split,), reasons, estimate, copies)
 
 
 def patients_of(cohort: Cohort) -> int:
-    """How many patients there are."""
+    """Number of patients."""
     return len({case.patient for case in cohort.cases})
 
 
-def _split(request: RunRequest, cohort: Cohort) -> tuple[RunRequest, list[str], list[str]]:
-    """Who trains and who validates; fewer patients than folds make fewer folds, and one patient does both."""
+def _split(
+    request: TrainingRequest[TrainConfig], cohort: Cohort
+) -> tuple[TrainingRequest[TrainConfig], list[str], list[str]]:
+    """Ids that train and ids that validate; fewer patients than folds make fewer folds, and one patient does both."""
     data = request.config.data
     patients = patients_of(cohort)
     if patients == 1:
@@ -103,7 +74,7 @@ def _split(request: RunRequest, cohort: Cohort) -> tuple[RunRequest, list[str], 
     return request, training, validation
 
 
-def _lesion_free_copies(request: RunRequest, cohort: Cohort, ids: Sequence[str]) -> tuple[Case, ...]:
+def _lesion_free_copies(request: TrainingRequest[TrainConfig], cohort: Cohort, ids: Sequence[str]) -> tuple[Case, ...]:
     augmentation = request.config.augmentation
     if augmentation.lesion_bank is None or not augmentation.enabled:
         return ()
@@ -111,7 +82,7 @@ def _lesion_free_copies(request: RunRequest, cohort: Cohort, ids: Sequence[str])
     return tuple(find_copies(augmentation.lesion_bank, training, cohort.modalities))
 
 
-def find_cohort(request: RunRequest) -> Cohort:
+def find_cohort(request: TrainingRequest[TrainConfig]) -> Cohort:
     """The cases with a reference that a run may use, without those that are excluded or cannot be used.
 
     Raises:
@@ -120,7 +91,7 @@ def find_cohort(request: RunRequest) -> Cohort:
     data = request.config.data
     try:
         cohort = find_cases(
-            request.data,
+            request.data[0],
             layout=data.layout,
             modalities=data.modalities,
             label_scheme=data.label_scheme,
@@ -132,12 +103,12 @@ def find_cohort(request: RunRequest) -> Cohort:
         problem = next((problem for problem in cohort.problems if problem.is_fatal), None)
         raise RequestError(
             problem.found if problem else "the label scheme cannot be told",
-            where=request.data,
+            where=request.data[0],
             remedy=problem.remedy if problem else "Name it with --label-scheme",
         )
     known = {case.id for case in cohort.cases}
     if unknown := [case_id for case_id in data.exclude if case_id not in known]:
-        raise RequestError(f"cases to exclude do not exist: {', '.join(unknown[:5])}", where=request.data)
+        raise RequestError(f"cases to exclude do not exist: {', '.join(unknown[:5])}", where=request.data[0])
     cases = tuple(case for case in cohort.cases if case.id not in set(data.exclude))
     _warn_of_split_patients(cohort, cases)
     usable = tuple(case for case in cases if not any(problem.is_fatal for problem in case.problems))
@@ -145,12 +116,12 @@ def find_cohort(request: RunRequest) -> Cohort:
         for problem in case.problems:
             _log.warning("%s", problem)
     if not usable:
-        raise RequestError("no case is left to train on", where=request.data, remedy="See `segkit check`")
+        raise RequestError("no case is left to train on", where=request.data[0], remedy="See `segkit check`")
     return replace(cohort, cases=usable)
 
 
 def _warn_of_split_patients(cohort: Cohort, kept: Sequence[Case]) -> None:
-    """Say which cases stay although another one of their patient is kept out, such as the other eye."""
+    """Warn of cases that train although another case of their patient is excluded, such as the other eye."""
     ids = {case.id for case in kept}
     patients = {case.patient for case in cohort.cases if case.id not in ids}
     related = [case.id for case in kept if case.patient in patients]
@@ -162,7 +133,7 @@ def _warn_of_split_patients(cohort: Cohort, kept: Sequence[Case]) -> None:
 
 
 def planning_request(config: TrainConfig, validation_cases: int) -> PlanningRequest:
-    """What planning needs of the settings; `validation_cases` is the size of the fold that validates."""
+    """The settings that planning needs; `validation_cases` is the size of the fold that validates."""
     training = config.training
     epochs = -(-training.steps // training.steps_per_epoch)
     return PlanningRequest(
@@ -187,13 +158,13 @@ def planning_request(config: TrainConfig, validation_cases: int) -> PlanningRequ
 
 
 def memory_to_plan_for(asked_gb: float | None, device: torch.device) -> float:
-    """GiB that planning may fill in each process: what was asked for, else most of its part of what is free."""
+    """GiB that planning may fill in each process: those asked for, else most of its part of the free memory."""
     parts = 1 if device.type == "cuda" else process_place().local_size
     return asked_gb or _SHARE_OF_FREE_MEMORY * available_memory_gb(device) / parts
 
 
 def _decide(
-    request: RunRequest, cohort: Cohort, validation_cases: int
+    request: TrainingRequest[TrainConfig], cohort: Cohort, validation_cases: int
 ) -> tuple[TrainConfig, Mapping[str, str], Mapping[str, float]]:
     """Settings with nothing left open, why each was chosen, and what the run is expected to take."""
     config = request.config
@@ -230,9 +201,3 @@ def _has_units(network: NetworkConfig, dims: int) -> bool:
             network.family, in_channels=1, out_channels=1, dims=dims, size=network.size, **network.arguments
         )
     return hasattr(built, "units")
-
-
-def with_values(config: TrainConfig, section: str, **values: Any) -> TrainConfig:
-    """The settings with some values of one section changed."""
-    changed = getattr(config, section).model_copy(update=values)
-    return config.model_copy(update={section: changed})

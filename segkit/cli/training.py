@@ -1,0 +1,222 @@
+"""What `segkit train` and `segkit pretrain` share: options, settings in layers, several processes, and the results."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from segkit.cli.options import (
+    parse_gigabytes,
+    parse_minutes,
+    parse_settings,
+    preset_for,
+    print_json,
+    read_case_ids,
+    read_modalities,
+    set_verbosity,
+    tell_aside,
+)
+from segkit.cli.progress import interruptible, progress_bar, resumed_layers
+from segkit.errors import RequestError
+from segkit.runtime import process_place
+
+if TYPE_CHECKING:
+    import torch
+
+    from segkit.training.task import ConfigT, Summary, TrainingRequest
+
+RunOption = Annotated[Path, typer.Option("-o", "--output", help="Run folder to write.")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file laid over the preset.")]
+BudgetOption = Annotated[str | None, typer.Option("--budget", help="Wall time of the whole command, e.g. 30m or 2h.")]
+ExcludeOption = Annotated[
+    Path | None, typer.Option("--exclude", help="Text file of case ids to keep out of the run altogether.")
+]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on where the run folder stopped.")]
+ChangesOption = Annotated[
+    bool, typer.Option("--allow-changes", help="Let --resume go on with other settings than before; they are recorded.")
+]
+StartAgainOption = Annotated[bool, typer.Option("--overwrite", help="Start again in a used run folder.")]
+GpusOption = Annotated[
+    int | None, typer.Option("--gpus", help="GPUs of this machine to train on together; torchrun starts more.", min=1)
+]
+
+Layer = tuple[str, Mapping[str, Any]]
+"""Where settings come from, and the settings."""
+
+
+@dataclass
+class TrainingCommand:
+    """The options of a verb that trains, and what it does with them; made first, it starts further processes."""
+
+    output: Path
+    config: Path | None
+    preset: str | None
+    settings: list[str] | None
+    budget: str | None
+    memory: str | None
+    weights: Path | None
+    exclude: Path | None
+    layout: str | None
+    modality: list[str] | None
+    resume: bool
+    allow_changes: bool
+    overwrite: bool
+    device_name: str | None
+    gpus: int | None
+    as_json: bool
+    quiet: bool
+    verbose: bool
+    started_s: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        spread_over(self.gpus, self.device_name)
+        is_first = process_place().rank == 0
+        self.quiet, self.as_json = self.quiet or not is_first, self.as_json and is_first
+        set_verbosity(is_quiet=self.quiet, is_verbose=self.verbose)
+        from segkit.runtime import pick_device
+
+        self.device: torch.device = pick_device(self.device_name)
+        if self.allow_changes and not self.resume:
+            raise RequestError("--allow-changes is about a run that is resumed", remedy="Add --resume, or leave it out")
+        if self.resume and self.preset is not None:
+            raise RequestError("--preset cannot be changed by --resume", remedy="Leave it out, or start a new run")
+        if self.resume and self.weights is not None:
+            raise RequestError("--resume goes on with the run's own weights", remedy="Leave out --weights")
+
+    def resumed_layers(self) -> list[Layer]:
+        """The settings of the run that is resumed."""
+        return resumed_layers(self.output) if self.resume else []
+
+    def preset_layers(self, presets: str | None = None) -> list[Layer]:
+        """The preset, of the folder `presets`; nothing for a run that is resumed."""
+        from segkit.config import preset_layers
+
+        folder = () if presets is None else (presets,)
+        return [] if self.resume else preset_layers(self.preset or preset_for(self.device.type), *folder)
+
+    def file_layers(self) -> list[Layer]:
+        """The settings of --config."""
+        from segkit.config import read_yaml
+
+        return [] if self.config is None else [(str(self.config), read_yaml(self.config))]
+
+    def option_layers(self, of_data: Mapping[str, Any] | None = None, method: str | None = None) -> list[Layer]:
+        """The settings of --set, and the options that are settings too; `of_data` are further ones of the data."""
+        sections = {
+            "data": {
+                "layout": self.layout,
+                "modalities": read_modalities(self.modality),
+                "exclude": read_case_ids(self.exclude),
+                **(of_data or {}),
+            },
+            "network": {"weights": None if self.weights is None else self.weights.absolute()},
+            "training": {"budget_minutes": None if self.budget is None else parse_minutes(self.budget)},
+        }
+        given: dict[str, Any] = {
+            section: {key: value for key, value in options.items() if value is not None}
+            for section, options in sections.items()
+        }
+        return [("--set", parse_settings(self.settings)), ("options", given | ({"method": method} if method else {}))]
+
+    def request(
+        self, data: Sequence[Path], config_type: type[ConfigT], layers: Sequence[Layer]
+    ) -> TrainingRequest[ConfigT]:
+        """The request of these data and settings."""
+        from segkit.config import build_config
+        from segkit.training.task import TrainingRequest
+
+        return TrainingRequest(
+            data=tuple(data),
+            run=self.output,
+            config=build_config(config_type, layers),
+            device=self.device,
+            memory_gb=None if self.memory is None else parse_gigabytes(self.memory),
+            started_s=self.started_s,
+            resume=self.resume,
+            overwrite=self.overwrite,
+            allow_changes=self.allow_changes,
+        )
+
+    def run(
+        self,
+        work: Callable[[TrainingRequest[ConfigT]], Summary],
+        request: TrainingRequest[ConfigT],
+        *command: object,
+    ) -> Summary:
+        """Train with the other processes and a progress bar; `command` is the one that resumes the run."""
+        from segkit.training.distributed import joined_ranks
+
+        bar = progress_bar(is_quiet=self.quiet)
+        with (
+            joined_ranks(request.device, request.config.training.rank_timeout_s) as ranks,
+            bar or nullcontext(),
+            interruptible(*command),
+        ):
+            return work(replace(request, ranks=ranks, on_progress=None if bar is None else bar.tell))
+
+    def finish(self, summary: Summary, show: Callable[[Summary], None]) -> None:
+        """Print the summary, as JSON or by `show`, and the cases that were left out.
+
+        Raises:
+            typer.Exit: with code 1, if any was.
+        """
+        if self.as_json:
+            print_json(summary.to_json())
+        elif not self.quiet:
+            show(summary)
+        if summary.skipped:
+            for reason in summary.skipped.values():
+                tell_aside(f"left out: {reason}")
+            raise typer.Exit(1)
+
+
+def spread_over(gpus: int | None, device: str | None) -> None:
+    """Start this command once for each GPU and exit with it, unless it was already started so.
+
+    Raises:
+        RequestError: the machine has fewer, or another number was started.
+        typer.Exit: all of them have ended.
+    """
+    from segkit.runtime import may_have_gpu
+
+    if gpus is None:
+        return
+    size = process_place().size
+    if size > 1:
+        if size != gpus:
+            raise RequestError(f"--gpus {gpus}, but torchrun started {size} processes", remedy="Leave out --gpus")
+        return
+    if device is not None and device != "cuda":
+        raise RequestError(f"--gpus {gpus} and --device {device} contradict each other", remedy="Leave out one of them")
+    found = 0
+    if may_have_gpu():
+        import torch
+
+        found = torch.cuda.device_count()
+    if found < gpus:
+        raise RequestError(
+            f"--gpus {gpus}, but this machine has {found or 'none'}",
+            remedy="Ask for fewer, or train on CPUs with torchrun --nproc-per-node=N -m segkit train ... -d cpu",
+        )
+    if gpus > 1:
+        raise typer.Exit(_start_processes(gpus, sys.argv[1:]))
+
+
+def _start_processes(count: int, arguments: Sequence[str]) -> int:
+    """Run `python -m segkit` so many times side by side, as torchrun does: the exit code of the first to fail."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        run.main(["--standalone", f"--nproc-per-node={count}", "-m", "segkit", *arguments])
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else 1
+    return 0
