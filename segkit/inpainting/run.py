@@ -18,14 +18,13 @@ from segkit.inpainting.config import InpaintingConfig
 from segkit.inpainting.dataset import HoleDataset, HoleRules
 from segkit.inpainting.task import InpaintingTask, Restoration
 from segkit.models.generator import build_discriminator
-from segkit.preparing.cache import PreparedStore
 from segkit.preparing.holes import HoleMaker, tumour_components
 from segkit.preparing.preprocessing import PreparedCase
 from segkit.reading.case import Cohort
 from segkit.reading.layouts.synthesis import SYNTHESIS_LAYOUT, find_known
 from segkit.reading.layouts.table import PLAIN_CLASSES, find_cases
 from segkit.training.batches import ENDLESS
-from segkit.training.task import PreparedData, RunPlan, SplitData
+from segkit.training.task import RunPlan, SplitData
 from segkit.training.unlabelled import UnlabelledKind, choose_dims, find_split, unlabelled_card
 
 _log = logging.getLogger(__name__)
@@ -40,6 +39,8 @@ _MOST_SHAPES = 200
 
 class InpaintingKind(UnlabelledKind[InpaintingConfig, InpaintingTask]):
     """A network that learns to fill holes in healthy tissue."""
+
+    what = "inpainting of scans"
 
     def find(self, folder: Path, config: InpaintingConfig) -> SplitData:
         """The cases of a folder; what any reference marks, of whatever value, is not healthy."""
@@ -88,10 +89,6 @@ class InpaintingKind(UnlabelledKind[InpaintingConfig, InpaintingTask]):
             update={"dims": dims, "network": network, "patches": patches.model_copy(update=updates)}
         )
 
-    def method(self, config: InpaintingConfig) -> str:
-        """Always "inpainting"."""
-        return config.method
-
     def card(self, plan: RunPlan[InpaintingConfig]) -> ModelCard:
         """The card, with what the network is given besides the image."""
         network, names = plan.config.network, plan.data[0].cohort.modalities
@@ -100,26 +97,15 @@ class InpaintingKind(UnlabelledKind[InpaintingConfig, InpaintingTask]):
         part = InpaintingCard().model_copy(update={"context": network.arguments.get("context", usual)})
         return card.model_copy(update={"inpainting": part})
 
-    def patch_size(self, config: InpaintingConfig) -> tuple[str, int | tuple[int, ...]]:
+    def patch(self, config: InpaintingConfig) -> tuple[str, int | tuple[int, ...]]:
         """The size of the patches."""
         return "patches.size", config.patches.size or 0
 
-    def heading(self, plan: RunPlan[InpaintingConfig]) -> str:
-        """The folders."""
-        return "inpainting of scans in " + ", ".join(str(folder) for folder in plan.request.data)
-
-    def build_task(
-        self,
-        plan: RunPlan[InpaintingConfig],
-        card: ModelCard,
-        network: nn.Module,
-        data: Sequence[PreparedData],
-        store: PreparedStore,
-    ) -> InpaintingTask:
+    def build_task(self, plan: RunPlan[InpaintingConfig], card: ModelCard, network: nn.Module) -> InpaintingTask:
         """Patches with holes of the cases of all folders, and a discriminator where the settings want one."""
         config = plan.config
-        training = [case for found in data for case in found.stored(found.training_ids)]
-        held_out = [case for found in data for case in found.stored(found.validation_ids)]
+        training = [case for data in plan.data for case in data.prepared(data.training_ids)]
+        held_out = [case for data in plan.data for case in data.prepared(data.validation_ids)]
         if not held_out:
             _log.warning("no patient can be held out: what is measured says nothing about other patients")
         shapes = lesion_shapes(training) if card.dims == 3 else ()
@@ -144,11 +130,8 @@ class InpaintingKind(UnlabelledKind[InpaintingConfig, InpaintingTask]):
             adversarial_weight=adversarial.weight,
             workers=config.training.workers,
             ranks=plan.request.ranks,
+            images={data.name: len(data.training_ids) for data in plan.data},
         )
-
-    def count_images(self, task: InpaintingTask, data: Sequence[PreparedData]) -> dict[str, int]:
-        """Training cases of each folder."""
-        return {found.split.name: len(found.training_ids) for found in data}
 
 
 def _only(cohort: Cohort, modalities: tuple[str, ...]) -> Cohort:

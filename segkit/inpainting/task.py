@@ -54,6 +54,9 @@ class InpaintingTask:
     adversarial_weight: float = 0.0
     workers: int | None = None
     ranks: Ranks = field(default_factory=Ranks)
+    images: Mapping[str, int] = field(default_factory=dict)
+    """Number of training cases, by data folder."""
+    method_name: str = "inpainting"
     _held_out: dict[int, Batch] = field(default_factory=dict, repr=False)
 
     @property

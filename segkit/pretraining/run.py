@@ -10,7 +10,6 @@ from torch import nn
 
 from segkit.checkpoint.card import ModelCard
 from segkit.errors import DataError, RequestError
-from segkit.preparing.cache import PreparedStore
 from segkit.pretraining.graph_matching import GraphMatching
 from segkit.pretraining.matching_figures import draw_matching
 from segkit.pretraining.methods import METHODS, PretrainConfig
@@ -18,7 +17,7 @@ from segkit.pretraining.sources import GroupDataset, Source
 from segkit.pretraining.task import PretrainingTask
 from segkit.reading.layouts.table import find_cases
 from segkit.training.batches import ENDLESS
-from segkit.training.task import PreparedData, RunPlan, SplitData
+from segkit.training.task import RunPlan, SplitData
 from segkit.training.unlabelled import UnlabelledKind, choose_dims, find_split, unlabelled_card
 
 _log = logging.getLogger(__name__)
@@ -31,6 +30,8 @@ _HELD_OUT_SEED = 2**31
 
 class PretrainingKind(UnlabelledKind[PretrainConfig, PretrainingTask]):
     """An encoder that learns by one of `segkit.pretraining.methods`."""
+
+    what = "unlabelled images"
 
     def find(self, folder: Path, config: PretrainConfig) -> SplitData:
         """The cases of a folder in any layout, without their references."""
@@ -56,41 +57,27 @@ class PretrainingKind(UnlabelledKind[PretrainConfig, PretrainingTask]):
         views = config.views if config.views.size else config.views.model_copy(update={"size": _VIEW_SIZE[dims]})
         return config.model_copy(update={"dims": dims, "views": views})
 
-    def method(self, config: PretrainConfig) -> str:
-        """As the settings say."""
-        return config.method
-
     def card(self, plan: RunPlan[PretrainConfig]) -> ModelCard:
         """The card of a network for the image channels of the data."""
         config = plan.config
         names = _modalities(config, plan.data)
         return unlabelled_card("pretraining", config.network, plan.data, names, config.dims or 3, config.method)
 
-    def patch_size(self, config: PretrainConfig) -> tuple[str, int | tuple[int, ...]]:
+    def patch(self, config: PretrainConfig) -> tuple[str, int | tuple[int, ...]]:
         """The size of the views."""
         return "views.size", config.views.size or 0
 
-    def heading(self, plan: RunPlan[PretrainConfig]) -> str:
-        """The folders."""
-        return "unlabelled images in " + ", ".join(str(folder) for folder in plan.request.data)
-
-    def build_task(
-        self,
-        plan: RunPlan[PretrainConfig],
-        card: ModelCard,
-        network: nn.Module,
-        data: Sequence[PreparedData],
-        store: PreparedStore,
-    ) -> PretrainingTask:
+    def build_task(self, plan: RunPlan[PretrainConfig], card: ModelCard, network: nn.Module) -> PretrainingTask:
         """The method around the network, with groups of images of all folders."""
         config = plan.config
-        sources = [_source(found, found.training_ids) for found in data]
-        held_out = [_source(found, found.validation_ids) for found in data if found.validation_ids]
+        sources = [_source(data, data.training_ids) for data in plan.data]
+        held_out = [_source(data, data.validation_ids) for data in plan.data if data.validation_ids]
         entry = METHODS[config.method]
         groups = _groups(config, card, sources, entry.views, seed=config.training.seed, length=ENDLESS)
         _log.info("images: %s", ", ".join(f"{count} of {name}" for name, count in groups.image_counts.items()))
         return PretrainingTask(
             model=entry.build(config, network, card),
+            method_name=config.method,
             card=card,
             groups=groups,
             held_out=_held_out_groups(config, card, held_out, sources),
@@ -104,10 +91,6 @@ class PretrainingKind(UnlabelledKind[PretrainConfig, PretrainingTask]):
         """Figures of graph matching."""
         if isinstance(task.model, GraphMatching):
             draw_matching(folder, task)
-
-    def count_images(self, task: PretrainingTask, data: Sequence[PreparedData]) -> dict[str, int]:
-        """Images of the groups."""
-        return dict(task.groups.image_counts)
 
 
 def _modalities(config: PretrainConfig, data: Sequence[SplitData]) -> tuple[str, ...]:
@@ -126,9 +109,8 @@ def _modalities(config: PretrainConfig, data: Sequence[SplitData]) -> tuple[str,
     return first if names == {first[:1]} else ("image",)
 
 
-def _source(data: PreparedData, ids: Sequence[str]) -> Source:
-    patients = {case.id: case.patient for case in data.split.cohort.cases}
-    return Source(data.split.name, data.stored(ids), tuple(patients[case_id] for case_id in ids))
+def _source(data: SplitData, ids: Sequence[str]) -> Source:
+    return Source(data.name, data.prepared(ids), tuple(case.patient for case in data.cases(ids)))
 
 
 def _groups(

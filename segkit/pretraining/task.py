@@ -36,6 +36,7 @@ class PretrainingTask:
 
     model: nn.Module
     """A `Method`."""
+    method_name: str
     card: ModelCard
     groups: GroupDataset
     held_out: GroupDataset
@@ -44,6 +45,11 @@ class PretrainingTask:
     """Whether what lies behind the encoder was trained, too, and is worth keeping; heads never are."""
     workers: int | None = None
     ranks: Ranks = field(default_factory=Ranks)
+
+    @property
+    def images(self) -> Mapping[str, int]:
+        """Number of training images, by data folder."""
+        return self.groups.image_counts
 
     @property
     def method(self) -> Method:

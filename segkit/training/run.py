@@ -21,7 +21,6 @@ from typing import Any
 
 from segkit.checkpoint.card import ModelCard
 from segkit.errors import DataError, RequestError
-from segkit.preparing.cache import PreparedStore
 from segkit.preparing.memory import has_room_to_keep
 from segkit.runtime import (
     available_memory_gb,
@@ -50,7 +49,7 @@ from segkit.training.journal import LiveView
 from segkit.training.loop import fit
 from segkit.training.segmentation import SegmentationKind, dice_scores
 from segkit.training.segmentation_plan import find_cohort, patients_of
-from segkit.training.task import ConfigT, Kind, PreparedData, RunPlan, Summary, TaskT, TrainingRequest
+from segkit.training.task import ConfigT, Kind, RunPlan, SplitData, Summary, TaskT, TrainingRequest
 from segkit.training.weights import FirstWeights, first_weights
 
 _log = logging.getLogger(__name__)
@@ -75,9 +74,8 @@ def train(request: TrainingRequest[ConfigT], kind: Kind[ConfigT, TaskT]) -> Summ
         card, weights = begin(plan, kind)
         _keep_or_return_freed_memory(plan)
         ranks.from_first(lambda: _open(plan, kind, weights))
-        store = PreparedStore(plan.config.data.cache or run / "cache")
-        data, skipped = _prepare(plan, kind, store)
-        task = kind.build_task(plan, card, weights.network, data, store)
+        plan, skipped = _prepare(plan, kind)
+        task = kind.build_task(plan, card, weights.network)
         view = LiveView(run, with_page=plan.config.training.live_page)
         with view.until_finished() if ranks.is_first else nullcontext():
             before = kind.measure_before(plan, task)
@@ -94,7 +92,7 @@ def train(request: TrainingRequest[ConfigT], kind: Kind[ConfigT, TaskT]) -> Summ
                 allow_changes=request.allow_changes,
                 on_progress=request.on_progress,
             )
-            scores = kind.score(plan, task, data, before)
+            scores = kind.score(plan, task, before)
             minutes = (time.monotonic() - request.started_s) / 60
             summary = Summary(run, scores, state.step, minutes, peak_rss_mb(), skipped)
             if ranks.is_first:
@@ -142,11 +140,11 @@ def begin(plan: RunPlan[ConfigT], kind: Kind[ConfigT, TaskT]) -> tuple[ModelCard
     gets_parts = kind.is_supervised and plan.config.training.sharding == "full" and not request.ranks.is_first
     weights = first_weights(card, plan.config, request.run, resume=request.resume, is_shape_only=gets_parts)
     card = weights.completed(card)
-    setting, size = kind.patch_size(plan.config)
+    size = plan.patch_size
     patch = (size,) * card.dims if isinstance(size, int) else size
     if len(patch) != card.dims or any(length % step for length, step in zip(patch, card.divisor, strict=False)):
         shown, steps = (" x ".join(map(str, numbers)) for numbers in (patch, card.divisor))
-        raise RequestError(f"{setting} {shown} does not suit the network", expected=f"multiples of {steps}")
+        raise RequestError(f"{plan.patch_setting} {shown} does not suit the network", expected=f"multiples of {steps}")
     return card.model_copy(update={"patch_size": patch}), weights
 
 
@@ -165,41 +163,42 @@ def _open(plan: RunPlan[ConfigT], kind: Kind[ConfigT, TaskT], weights: FirstWeig
     request, config = plan.request, plan.config
     open_folder(request.run, config, resume=request.resume, allow_changes=request.allow_changes)
     weights.keep(request.run)
-    write_config(request.run, config, plan.reasons, kind.heading(plan))
+    write_config(request.run, config, plan.reasons, plan.heading)
     if not request.resume:
         if plan.estimate:
             write_plan(request.run, plan.reasons, plan.estimate)
         write_split(request.run, request.data, *_split_ids(plan, kind), config.data.exclude)
 
 
-def _prepare(
-    plan: RunPlan[ConfigT], kind: Kind[ConfigT, TaskT], store: PreparedStore
-) -> tuple[list[PreparedData], dict[str, str]]:
-    """Prepare every case, several at a time: the cases of each folder, and why others are left out.
+def _prepare(plan: RunPlan[ConfigT], kind: Kind[ConfigT, TaskT]) -> tuple[RunPlan[ConfigT], dict[str, str]]:
+    """Prepare every case: the plan with those that can be used, and why others are left out.
 
     Raises:
         DataError: no training case, or no validation case of a supervised training, can be used.
     """
-    prepared: list[PreparedData] = []
+    prepared: list[SplitData] = []
     skipped: dict[str, str] = {}
+    ranks, memory_gb, store = plan.request.ranks, plan.request.memory_gb, plan.store
     for split in plan.data:
-        cohort, ranks = split.cohort, plan.request.ranks
-        mine, memory_gb = cohort.cases[ranks.rank :: ranks.size], plan.request.memory_gb
-        parts = ranks.exchange(
-            store.entries(mine, cohort.modalities, cohort.scheme, split.preprocessing, memory_gb=memory_gb)
-        )
+        cohort, config = split.cohort, split.preprocessing
+        mine = cohort.cases[ranks.rank :: ranks.size]
+        parts = ranks.exchange(store.entries(mine, cohort.modalities, cohort.scheme, config, memory_gb=memory_gb))
+        folders = {case_id: folder for found, _ in parts for case_id, folder in found.items()}
         reasons = {case_id: reason for _, left_out in parts for case_id, reason in left_out.items()}
         for reason in reasons.values():
             _log.warning("left out: %s", reason)
-        found = PreparedData(split, {case_id: folder for folders, _ in parts for case_id, folder in folders.items()})
-        for what, ids in (("training", found.training_ids), ("validation", found.validation_ids)):
+        training, validation = (
+            tuple(case_id for case_id in ids if case_id in folders)
+            for ids in (split.training_ids, split.validation_ids)
+        )
+        for what, ids in (("training", training), ("validation", validation)):
             if not ids and (what == "training" or kind.is_supervised):
                 first = next(iter(reasons.values()), "there is none")
                 raise DataError(f"no {what} case can be used", where=cohort.root, remedy=f"The first: {first}")
-        _log.info("%d cases prepared in %s", len(found.folders), store.folder)
-        prepared.append(found)
+        _log.info("%d cases prepared in %s", len(folders), store.folder)
+        prepared.append(replace(split, training_ids=training, validation_ids=validation, folders=folders))
         skipped |= reasons
-    return prepared, skipped
+    return replace(plan, data=tuple(prepared)), skipped
 
 
 def cross_validate(request: TrainingRequest[TrainConfig]) -> Summary:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from segkit.inference.predictor import Predictor
 from segkit.labels import LabelScheme, outputs_of
 from segkit.losses.compound import SegmentationLoss
 from segkit.metrics.overlap import dice_by_region
-from segkit.preparing.cache import PreparedStore, StoredCases
+from segkit.preparing.cache import StoredCases
 from segkit.preparing.lesion_bank import LesionBank, prepare_copies
 from segkit.preparing.patch_sampling import PatchDataset
 from segkit.preparing.preprocessing import PreparedCase, load_case
@@ -42,7 +42,7 @@ from segkit.training.config import TrainConfig
 from segkit.training.distributed import Ranks
 from segkit.training.optim import encoder_of
 from segkit.training.segmentation_plan import plan_segmentation
-from segkit.training.task import Batch, Kind, PreparedData, RunPlan, Score, TrainingRequest, borrowed
+from segkit.training.task import Batch, Kind, RunPlan, Score, TrainingRequest, borrowed
 
 _log = logging.getLogger(__name__)
 
@@ -167,25 +167,9 @@ class SegmentationKind(Kind[TrainConfig, SegmentationTask]):
             ),
         )
 
-    def patch_size(self, config: TrainConfig) -> tuple[str, int | tuple[int, ...]]:
-        """As planning chose it."""
-        return "planning.patch_size", config.planning.patch_size or ()
-
-    def heading(self, plan: RunPlan[TrainConfig]) -> str:
-        """Layout and folder."""
-        cohort = plan.data[0].cohort
-        return f"{cohort.layout} data in {cohort.root}"
-
-    def build_task(
-        self,
-        plan: RunPlan[TrainConfig],
-        card: ModelCard,
-        network: nn.Module,
-        data: Sequence[PreparedData],
-        store: PreparedStore,
-    ) -> SegmentationTask:
+    def build_task(self, plan: RunPlan[TrainConfig], card: ModelCard, network: nn.Module) -> SegmentationTask:
         """Patches of the training cases, with the lesions and copies of a bank where the settings name one."""
-        config, (cases,), ranks = plan.config, data, plan.request.ranks
+        config, (data,), ranks = plan.config, plan.data, plan.request.ranks
         budget = config.training.budget_minutes
         return SegmentationTask(
             model=network,
@@ -194,15 +178,15 @@ class SegmentationKind(Kind[TrainConfig, SegmentationTask]):
                 require_segmentation(card).activation, outputs_of(_scheme(plan)), config.loss
             ),
             patches=PatchDataset(
-                cases.stored(cases.training_ids),
+                data.prepared(data.training_ids),
                 card.patch_size,
                 config.augmentation,
                 foreground_fraction=config.training.foreground_fraction,
                 seed=config.training.seed,
                 length=ENDLESS,
-                bank=ranks.first_before_others(lambda: _lesion_bank(plan, store)),
+                bank=ranks.first_before_others(lambda: _lesion_bank(plan)),
             ),
-            validation=cases.stored(cases.validation_ids[: config.training.validation_cases]),
+            validation=data.prepared(data.validation_ids[: config.training.validation_cases]),
             batch_size=config.planning.batch_size or 1,
             workers=config.training.workers,
             frozen=encoder_of(network) if config.optimiser.encoder_lr == 0 else None,
@@ -210,20 +194,14 @@ class SegmentationKind(Kind[TrainConfig, SegmentationTask]):
             ranks=ranks,
         )
 
-    def score(
-        self,
-        plan: RunPlan[TrainConfig],
-        task: SegmentationTask,
-        data: Sequence[PreparedData],
-        before: Mapping[str, float],
-    ) -> dict[str, Any]:
+    def score(self, plan: RunPlan[TrainConfig], task: SegmentationTask, before: Mapping[str, float]) -> dict[str, Any]:
         """Dice of the best weights on the validation cases, on their own grids, with figures of three of them.
 
         The post-processing is chosen on these very cases and written into the card; the scores with it flatter it a
         little.
         """
-        request, (cases,), scheme = plan.request, data, _scheme(plan)
-        run, ranks, ids = request.run, request.ranks, cases.validation_ids
+        request, (data,), scheme = plan.request, plan.data, _scheme(plan)
+        run, ranks, ids = request.run, request.ranks, data.validation_ids
         if request.deadline_s is not None and len(ids) > (most := int(_FINAL_VALIDATIONS * len(task.validation))):
             _log.warning("the budget is spent: %d of %d validation cases are scored", most, len(ids))
             ids = ids[:most]
@@ -232,7 +210,7 @@ class SegmentationKind(Kind[TrainConfig, SegmentationTask]):
 
         def score_case(numbered: tuple[int, Case]) -> tuple[CaseDice, ScoredCases]:
             number, case = numbered
-            loaded, kept = load_case(case, cases.split.cohort.modalities, scheme), ScoredCases()
+            loaded, kept = load_case(case, data.cohort.modalities, scheme), ScoredCases()
             if loaded.labels is None:
                 return {}, kept
             labels = predictor.predict_loaded(loaded).labels
@@ -246,7 +224,7 @@ class SegmentationKind(Kind[TrainConfig, SegmentationTask]):
         per_case: dict[str, Mapping[str, float]] = {}
         scored = ScoredCases()
         ranks.mark("in validation")
-        for dice, kept in ranks.map(score_case, enumerate(cases.split.cases(ids))):
+        for dice, kept in ranks.map(score_case, enumerate(data.cases(ids))):
             per_case |= dice
             scored.take(kept)
         names = {value: tissue for tissue, value in scheme.values.items()}
@@ -277,7 +255,7 @@ def _scheme(plan: RunPlan[TrainConfig]) -> LabelScheme:
     return scheme
 
 
-def _lesion_bank(plan: RunPlan[TrainConfig], store: PreparedStore) -> LesionBank | None:
+def _lesion_bank(plan: RunPlan[TrainConfig]) -> LesionBank | None:
     """The bank that the settings name, its copies prepared as the cases are.
 
     Raises:
@@ -289,7 +267,7 @@ def _lesion_bank(plan: RunPlan[TrainConfig], store: PreparedStore) -> LesionBank
     copies = prepare_copies(
         plan.copies,
         {case.id: case for case in cohort.cases},
-        store,
+        plan.store,
         cohort.modalities,
         config.preprocessing,
         memory_gb=plan.request.memory_gb,

@@ -48,7 +48,9 @@ def plan_segmentation(request: TrainingRequest[TrainConfig]) -> RunPlan[TrainCon
         # Every fold is planned from the whole cohort, so that the folds can be one ensemble.
         config, reasons, estimate = request.ranks.from_first(lambda: _decide(request, cohort, len(validation_ids)))
     split = SplitData(cohort, config.preprocessing, tuple(training_ids), tuple(validation_ids))
-    return RunPlan(replace(request, config=config), (split,), reasons, estimate, copies)
+    heading, patch = f"{cohort.layout} data in {cohort.root}", config.planning.patch_size or ()
+    request = replace(request, config=config)
+    return RunPlan(request, (split,), heading, "planning.patch_size", patch, reasons, estimate, copies)
 
 
 def patients_of(cohort: Cohort) -> int:

@@ -89,6 +89,8 @@ class SplitData:
     preprocessing: PreprocessingConfig
     training_ids: tuple[str, ...]
     validation_ids: tuple[str, ...]
+    folders: Mapping[str, Path] = field(default_factory=dict)
+    """Folder of each prepared case, by id; once they are prepared, others are no longer among the ids."""
 
     @property
     def name(self) -> str:
@@ -100,13 +102,23 @@ class SplitData:
         by_id = {case.id: case for case in self.cohort.cases}
         return [by_id[case_id] for case_id in ids]
 
+    def prepared(self, ids: Sequence[str]) -> StoredCases:
+        """The prepared cases of these ids."""
+        return StoredCases([self.folders[case_id] for case_id in ids])
+
 
 @dataclass(frozen=True)
 class RunPlan(Generic[ConfigT]):
-    """A run before anything is computed: its data are split, and its settings complete."""
+    """A run whose data are split and whose settings are complete."""
 
     request: TrainingRequest[ConfigT]
     data: tuple[SplitData, ...]
+    heading: str
+    """What the run is trained on: the first line of config.yaml."""
+    patch_setting: str
+    """Name of the setting that is `patch_size`."""
+    patch_size: int | tuple[int, ...]
+    """Voxels along each axis, or along all."""
     reasons: Mapping[str, str] = field(default_factory=dict)
     """Why planning chose a setting, by dotted key."""
     estimate: Mapping[str, float] = field(default_factory=dict)
@@ -118,27 +130,10 @@ class RunPlan(Generic[ConfigT]):
         """The settings."""
         return self.request.config
 
-
-@dataclass(frozen=True)
-class PreparedData:
-    """The prepared cases of one data folder, with the folder of each by its id."""
-
-    split: SplitData
-    folders: Mapping[str, Path]
-
     @property
-    def training_ids(self) -> list[str]:
-        """Ids of the training cases that could be prepared."""
-        return [case_id for case_id in self.split.training_ids if case_id in self.folders]
-
-    @property
-    def validation_ids(self) -> list[str]:
-        """Ids of the validation cases that could be prepared."""
-        return [case_id for case_id in self.split.validation_ids if case_id in self.folders]
-
-    def stored(self, ids: Sequence[str]) -> StoredCases:
-        """The prepared cases of these ids."""
-        return StoredCases([self.folders[case_id] for case_id in ids])
+    def store(self) -> PreparedStore:
+        """Where prepared cases are."""
+        return PreparedStore(self.config.data.cache or self.request.run / "cache")
 
 
 @dataclass(frozen=True)
@@ -188,32 +183,15 @@ class Kind(ABC, Generic[ConfigT, TaskT]):
         """The card before the network is built: patch and divisor are still missing."""
 
     @abstractmethod
-    def patch_size(self, config: ConfigT) -> tuple[str, int | tuple[int, ...]]:
-        """The name of the setting with the patch size, and its value in voxels."""
-
-    @abstractmethod
-    def heading(self, plan: RunPlan[ConfigT]) -> str:
-        """The first line of config.yaml: what the run is trained on."""
-
-    @abstractmethod
-    def build_task(
-        self,
-        plan: RunPlan[ConfigT],
-        card: ModelCard,
-        network: nn.Module,
-        data: Sequence[PreparedData],
-        store: PreparedStore,
-    ) -> TaskT:
-        """The task of the training loop."""
+    def build_task(self, plan: RunPlan[ConfigT], card: ModelCard, network: nn.Module) -> TaskT:
+        """The task of the training loop, once the cases are prepared."""
 
     def measure_before(self, plan: RunPlan[ConfigT], task: TaskT) -> dict[str, float]:
         """Measures of the weights before the first step; empty where there are none."""
         return {}
 
     @abstractmethod
-    def score(
-        self, plan: RunPlan[ConfigT], task: TaskT, data: Sequence[PreparedData], before: Mapping[str, float]
-    ) -> dict[str, Any]:
+    def score(self, plan: RunPlan[ConfigT], task: TaskT, before: Mapping[str, float]) -> dict[str, Any]:
         """The scores of the best weights, for the summary, and figures of them."""
 
 

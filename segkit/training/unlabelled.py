@@ -25,13 +25,20 @@ from segkit.reading.case import Case, Cohort
 from segkit.runtime import environment
 from segkit.training.config import DataConfig, NetworkConfig, RunConfig
 from segkit.training.folder import SCORES_NAME, write_json
-from segkit.training.task import Kind, PreparedData, RunPlan, SplitData, Task, TrainingRequest
+from segkit.training.task import Kind, RunPlan, SplitData, Task, TrainingRequest
 
 _log = logging.getLogger(__name__)
 
 
 class MeasuredTask(Task, Protocol):
     """A task with measures of its weights on held-out images."""
+
+    method_name: str
+
+    @property
+    def images(self) -> Mapping[str, int]:
+        """Number of training images, by data folder."""
+        ...
 
     def measure(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
         """The measures of these weights."""
@@ -49,13 +56,18 @@ TaskT = TypeVar("TaskT", bound=MeasuredTask)
 class UnlabelledKind(Kind[ConfigT, TaskT]):
     """A training without label maps; what it learns is measured on held-out patients."""
 
+    what: str
+    """What it trains on, for config.yaml."""
+
     def plan(self, request: TrainingRequest[ConfigT]) -> RunPlan[ConfigT]:
         """Find and split the cases of every folder, and complete the settings."""
         try:
             data = tuple(self.find(folder, request.config) for folder in request.data)
         except DataError as error:
             raise as_request(error) from error
-        return RunPlan(replace(request, config=self.settle(request.config, data)), data)
+        request = replace(request, config=self.settle(request.config, data))
+        folders = ", ".join(str(folder) for folder in request.data)
+        return RunPlan(request, data, f"{self.what} in {folders}", *self.patch(request.config))
 
     @abstractmethod
     def find(self, folder: Path, config: ConfigT) -> SplitData:
@@ -70,8 +82,8 @@ class UnlabelledKind(Kind[ConfigT, TaskT]):
         """
 
     @abstractmethod
-    def method(self, config: ConfigT) -> str:
-        """The name of the method."""
+    def patch(self, config: ConfigT) -> tuple[str, int | tuple[int, ...]]:
+        """The name of the setting with the patch size, and the size in voxels."""
 
     def measure_before(self, plan: RunPlan[ConfigT], task: TaskT) -> dict[str, float]:
         """Measures of the first weights, which validation.json keeps for a resumed run."""
@@ -89,9 +101,7 @@ class UnlabelledKind(Kind[ConfigT, TaskT]):
             write_json(path, {"before": before})
         return before
 
-    def score(
-        self, plan: RunPlan[ConfigT], task: TaskT, data: Sequence[PreparedData], before: Mapping[str, float]
-    ) -> dict[str, Any]:
+    def score(self, plan: RunPlan[ConfigT], task: TaskT, before: Mapping[str, float]) -> dict[str, Any]:
         """Measures of the best weights, which the model then has."""
         run = plan.request.run
         task.take_best(run)
@@ -100,15 +110,10 @@ class UnlabelledKind(Kind[ConfigT, TaskT]):
         _log.info("best at step %s: %s", best, _on_one_line(after))
         if plan.request.ranks.is_first:
             self.draw(run / "figures", task)
-        images = self.count_images(task, data)
-        return {"method": self.method(plan.config), "before": before, "after": after, "images": images}
+        return {"method": task.method_name, "before": before, "after": after, "images": dict(task.images)}
 
     def draw(self, folder: Path, task: TaskT) -> None:
         """Write figures of the result; none by default."""
-
-    @abstractmethod
-    def count_images(self, task: TaskT, data: Sequence[PreparedData]) -> dict[str, int]:
-        """Number of training images by data folder."""
 
 
 def find_split(
