@@ -1,9 +1,9 @@
-"""Post-processing chosen on the validation cases of a run: which sizes are too small to be believed.
+"""Post-processing chosen on the validation cases of a run: sizes below which a component or a region is removed.
 
 Outer regions come before those inside them. For each output, limits for its components and then for the whole region
-are tried, and the best is kept where it earns its place: the mean Dice rises by more than 0.001, and no more cases get
-worse than better. The Dice is that of the output and of those inside it, which removing takes along, with the
-convention of BraTS for empty masks: 1 where prediction and reference are both empty, 0 where only one is.
+are tried, and the best is kept if the mean Dice rises by more than 0.001, and no more cases get worse than better. The
+Dice is that of the output and of those inside it, which are removed with it, with the convention of BraTS for empty
+masks: 1 where prediction and reference are both empty, 0 where only one is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import cc3d
 import numpy as np
 from numpy.typing import NDArray
 
-from segkit.checkpoint.card import ModelCard, Part, PostprocessingCard, SizeRule
+from segkit.checkpoint.card import Part, PostprocessingCard, SizeRule
 from segkit.checkpoint.run_folder import CARD_NAME, load_card
 from segkit.inference.postprocessing import (
     PARTS,
@@ -42,70 +42,60 @@ _LEAST_GAIN = 1e-3
 _SAME = 1e-6
 """Dice values closer than this are equal."""
 _LIMITS_VOXELS = (5, 10, 20, 50, 100, 200, 500, 1000)
-"""Limits that are tried, in voxels of the middle case: a network errs by voxels, whatever they measure."""
+"""Limits that are tried, in voxels of the median spacing."""
 
 Scored = tuple[LabelMap, LabelMap, tuple[float, ...]]
-"""Prediction and reference, one shape and one scheme, and their spacing in mm."""
+"""Prediction and reference, of one shape and scheme, and their spacing in mm."""
 
 
 @dataclass
 class ScoredCases:
-    """Predictions with their references, kept in little memory: the box with all labels, compressed.
-
-    A BraTS case takes some 0.1 MB, so a fold of hundreds of cases is no burden.
-    """
+    """Predictions and references in little memory (BraTS: 0.1 MB a case): the box with all labels, compressed."""
 
     ids: list[str] = field(default_factory=list)
-    _packed: list[tuple[bytes, bytes, tuple[int, ...], tuple[float, ...]]] = field(default_factory=list, repr=False)
+    spacings_mm: list[tuple[float, ...]] = field(default_factory=list)
+    _packed: list[tuple[bytes, bytes, tuple[int, ...]]] = field(default_factory=list, repr=False)
 
     def add(self, case_id: str, prediction: LabelMap, reference: LabelMap, spacing_mm: Sequence[float]) -> None:
         """Keep one case; both maps (D, H, W) or (H, W) uint8, spacing of each axis in mm."""
         box = region_box(label_boxes(prediction | reference), range(1, 256)) or (slice(0, 1),) * prediction.ndim
         predicted, expected = (zlib.compress(labels[box].tobytes(), 1) for labels in (prediction, reference))
         self.ids.append(case_id)
-        self._packed.append((predicted, expected, prediction[box].shape, tuple(spacing_mm)))
+        self.spacings_mm.append(tuple(spacing_mm))
+        self._packed.append((predicted, expected, prediction[box].shape))
 
     def take(self, others: ScoredCases) -> None:
         """Keep those cases, too."""
         self.ids += others.ids
+        self.spacings_mm += others.spacings_mm
         self._packed += others._packed
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __iter__(self) -> Iterator[Scored]:
-        for predicted, expected, shape, spacing_mm in self._packed:
-            yield _unpacked(predicted, shape), _unpacked(expected, shape), spacing_mm
-
-    @property
-    def spacings_mm(self) -> list[tuple[float, ...]]:
-        """Voxel spacing of each case."""
-        return [spacing_mm for *_, spacing_mm in self._packed]
-
-
-def _unpacked(packed: bytes, shape: tuple[int, ...]) -> LabelMap:
-    return np.frombuffer(zlib.decompress(packed), np.uint8).reshape(shape)
+        for (predicted, expected, shape), spacing_mm in zip(self._packed, self.spacings_mm, strict=True):
+            prediction, reference = (
+                np.frombuffer(zlib.decompress(packed), np.uint8).reshape(shape) for packed in (predicted, expected)
+            )
+            yield prediction, reference, spacing_mm
 
 
 def settle_postprocessing(
     run: Path, scored: ScoredCases, tissues: Mapping[int, str], *, is_wanted: bool = True
 ) -> dict[str, dict[str, float]] | None:
-    """Choose the post-processing of a run, write it in its model.json, and tell what it does.
-
-    Args:
-        run: Run folder with a model.
-        scored: Predictions without post-processing.
-        tissues: Name of each label value, for the message.
-        is_wanted: Whether there may be any; without it the card is left with none.
+    """Choose the post-processing of a run and write it into its model.json; none unless `is_wanted`.
 
     Returns:
-        Dice of each case and output with it (NaN where a region is in neither map), None where none is chosen. The
-        cases are those it was chosen on, so the scores flatter it a little.
+        Dice of each case and output with it (NaN where a region is in neither map), None where none is chosen. They
+        are a little too high, since the cases are those it was chosen on.
     """
     card = load_card(run)
     outputs = card.outputs
     chosen = choose_postprocessing(scored, outputs) if is_wanted else None
-    _write_card(run, card.with_postprocessing(chosen))
+    with written_atomically(run / CARD_NAME) as path:
+        document = card.with_postprocessing(chosen).to_json()
+        path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if chosen is None:
         return None
     for rule in chosen.rules:
@@ -129,7 +119,7 @@ def describe_rule(rule: SizeRule, outputs: Sequence[Output], tissues: Mapping[in
 
 
 def choose_postprocessing(scored: ScoredCases, outputs: Sequence[Output]) -> PostprocessingCard | None:
-    """The rules that earn their place on these cases; None where none does, or with fewer than three cases."""
+    """The rules that help on these cases; None where none does, or with fewer than three cases."""
     if len(scored) < _FEWEST_CASES:
         return None
     voxel_mm3 = float(np.median([np.prod(spacing) for spacing in scored.spacings_mm]))
@@ -153,7 +143,7 @@ def choose_postprocessing(scored: ScoredCases, outputs: Sequence[Output]) -> Pos
 
 
 def _rounds(outputs: Sequence[Output]) -> list[list[Output]]:
-    """Outputs that do not lie inside one another, together; outer ones first. Background is no output here."""
+    """Outputs without the background, by how many others they lie inside; outer ones first."""
     rounds: dict[int, list[Output]] = {}
     for output in outputs:
         if output.label != 0:
@@ -164,7 +154,7 @@ def _rounds(outputs: Sequence[Output]) -> list[list[Output]]:
 
 @dataclass(frozen=True)
 class _Parts:
-    """The components of one output in one case, and what each holds of the output and of the outputs inside it.
+    """The components of one output in one case, and their voxels of the output and of the outputs inside it.
 
     voxels (N,); predicted and overlap (N, K): voxels of component n in region k of the prediction, and of those the
     ones in region k of the reference; expected (K,): voxels of region k of the reference.
@@ -207,7 +197,7 @@ def _find_parts(
 
 
 def _count_labels(labels: LabelMap) -> NDArray[np.int64]:
-    """Voxels of each value, (256,); slice by slice, for counting turns what it counts into 64-bit numbers."""
+    """Voxels of each value, (256,); slice by slice, since bincount converts its input to 64-bit numbers."""
     counts = np.zeros(256, np.int64)
     for plane in labels:
         counts += np.bincount(plane.ravel(), minlength=256)
@@ -230,8 +220,3 @@ def _rules_for(output: Output, cases: Sequence[_Parts], limits_mm3: Sequence[flo
             rules.append(SizeRule(output=output.name, part=part, smallest_mm3=best_limit, dice=dice))
             now, chosen[part] = best, best_limit
     return rules
-
-
-def _write_card(run: Path, card: ModelCard) -> None:
-    with written_atomically(run / CARD_NAME) as path:
-        path.write_text(json.dumps(card.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

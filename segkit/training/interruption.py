@@ -1,8 +1,7 @@
-"""What others may ask of a training while it runs: that it keeps its state, and that it ends.
+"""Signals to a training: SIGTERM and Ctrl-C end it once its state is on disk, SIGUSR1 writes the state.
 
-SIGTERM and Ctrl-C end it once its state is on disk. SIGUSR1 keeps the state and goes on: batch systems send it some
-time before they end a job (SLURM: `--signal=USR1@120`). A signal only leaves a note here; the loop looks at it between
-two steps.
+Batch systems send SIGUSR1 some time before they end a job (SLURM: `--signal=USR1@120`). A signal is only noted here;
+the training loop looks at it between two steps.
 """
 
 from __future__ import annotations
@@ -26,58 +25,56 @@ Handler = Callable[[int, FrameType | None], object]
 
 
 class InterruptedTrainingError(SegkitError):
-    """A training was asked to end; its state is on disk."""
+    """A signal asked the training to end; its state is on disk."""
 
     exit_code = 130
 
 
 @dataclass
 class Interruption:
-    """What was asked for since the training began.
+    """What signals asked for: `stop` to end, `keep` to write the state.
 
-    `stop` says that it is to end, `keep` that its state is to be written. Where the training is shared between
-    processes, they stay as they are until `agree` tells what any of them was asked for: all have to end after the same
-    step.
+    With `is_shared` several ranks train; then `agree` sets both, so that all ranks end after the same step.
     """
 
     stop: bool = False
     keep: bool = False
     is_shared: bool = False
     before: Mapping[int, Handler] = field(default_factory=dict)
-    """Handlers that others had installed, by signal; they are called once the state is kept."""
+    """Handlers installed earlier, by signal; they are called once the state is kept."""
     _received: list[int] = field(default_factory=list)
     _may_cut: bool = False
 
     @property
     def is_wanted(self) -> bool:
-        """Whether the state is to be written now."""
+        """Whether the state has to be written now."""
         return self.stop or self.keep
 
     @property
     def stops_here(self) -> bool:
-        """Whether this process was asked to end, agreed upon or not."""
+        """Whether this process was asked to end, even if the others do not know yet."""
         return self.stop or any(number in _STOPS for number in self._received)
 
     @property
     def keeps_here(self) -> bool:
-        """Whether this process was asked to write the state, agreed upon or not."""
+        """Whether this process was asked to write the state, even if the others do not know yet."""
         return self.keep or any(number in _KEEPS for number in self._received)
 
     def agree(self, *, stop: bool, keep: bool) -> None:
-        """Take what any of the processes was asked for."""
+        """Set what any of the ranks was asked for."""
         self.stop, self.keep = self.stop or stop, self.keep or keep
 
     def unless_stopped(self, work: Callable[[], Result]) -> Result | None:
-        """What `work` gives; None where the training was asked to end before it was done, which cuts it short.
+        """The result of `work`; None where a signal to end came first or interrupted it.
 
-        For what leaves nothing half done that matters: a validation may take longer than a batch system waits.
+        For work that may be interrupted anywhere: a validation may take longer than a batch system waits.
         """
         try:
             self._may_cut = True
             return None if self.stop else work()
         except KeyboardInterrupt:
             if self.is_shared:
-                self.stop = True  # all processes cut their part short together
+                self.stop = True  # all ranks are interrupted together
             if not self.stop:
                 raise
             return None
@@ -85,7 +82,7 @@ class Interruption:
             self._may_cut = False
 
     def state_is_kept(self, run: Path, step: int) -> None:
-        """Tell that everything up to `step` is on disk.
+        """Act on the signals, now that everything up to `step` is on disk.
 
         Raises:
             InterruptedTrainingError: the training was asked to end.
@@ -94,7 +91,7 @@ class Interruption:
             return
         received, self._received = self._received, []
         if self.is_shared and not self.stop:
-            self._received = [number for number in received if number in _STOPS]  # not agreed upon yet
+            self._received = [number for number in received if number in _STOPS]  # not agreed on yet
         self.keep = False
         for number in received:
             if number in self.before:
@@ -105,7 +102,7 @@ class Interruption:
             raise InterruptedTrainingError(found, where=run, remedy="Go on with --resume")
 
     def note(self, number: int, frame: FrameType | None = None) -> None:
-        """Take note of a signal; a second Ctrl-C does not wait for the state to be written."""
+        """The handler: note a signal; a second Ctrl-C does not wait for the state to be written."""
         is_impatient = number == signal.SIGINT and number in self._received
         self._received.append(number)
         if self.is_shared and not is_impatient:
@@ -115,41 +112,36 @@ class Interruption:
             return
         self.stop = True
         if self._may_cut or is_impatient:
-            self._may_cut = False  # once: what was begun must be able to clean up
+            self._may_cut = False  # once: cleaning up must not be interrupted
             raise KeyboardInterrupt
 
 
 @contextmanager
 def listening(*, is_shared: bool = False) -> Iterator[Interruption]:
-    """Note signals instead of dying of them, in the main thread of a process; elsewhere nothing is ever asked for.
+    """Handle signals inside the block, in the main thread of a process; in other threads none are handled.
 
-    `is_shared` says that other processes take part, see `Interruption`.
-
-    A signal that the process was told to ignore, as `nohup` does, stays ignored. The handlers that there were are put
-    back in the end.
+    A signal that the process ignores, as under `nohup`, stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield Interruption(is_shared=is_shared)
         return
     found = {number: signal.getsignal(number) for number in (*_STOPS, *_KEEPS)}
-    heard = {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
-    own = (signal.SIG_DFL, signal.default_int_handler)
-    asked = Interruption(
-        is_shared=is_shared,
-        before={n: handler for n, handler in heard.items() if callable(handler) and handler not in own},
-    )
-    for number in heard:
-        signal.signal(number, asked.note)
+    handled = {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
+    default = (signal.SIG_DFL, signal.default_int_handler)
+    before = {n: handler for n, handler in handled.items() if callable(handler) and handler not in default}
+    signals = Interruption(is_shared=is_shared, before=before)
+    for number in handled:
+        signal.signal(number, signals.note)
     try:
-        yield asked
+        yield signals
     finally:
-        for number, handler in heard.items():
+        for number, handler in handled.items():
             signal.signal(number, handler)
 
 
 @contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
-    """Let SIGTERM do what Ctrl-C does before and after the training itself, where nothing needs to be kept."""
+    """Let SIGTERM do what Ctrl-C does, for the time before and after the training loop."""
     before = signal.getsignal(signal.SIGTERM)
     if before is not signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
         yield
@@ -162,9 +154,9 @@ def terminated_as_interrupted() -> Iterator[None]:
 
 
 def ignore_signals(_worker: int = 0) -> None:
-    """Let a process that prepares batches leave signals to the one that trains, which a whole group is often sent.
+    """Ignore signals in a data-loading worker, since a signal often goes to the whole process group.
 
-    It ends when the one that trains is done, or gone.
+    It ends with the process that trains.
     """
     for number in (*_STOPS, *_KEEPS):
         signal.signal(number, signal.SIG_IGN)

@@ -62,19 +62,19 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-        self._trackers.end(is_finished=kind is None)
+        self._trackers.each(lambda tracker: tracker.end(is_finished=kind is None))
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append the row of a step; it holds `step` and numbers."""
         self.curves.add(row)
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._trackers.add(row)
+        self._trackers.each(lambda tracker: tracker.add(row))
         if time.monotonic() - self._flushed_s > _FLUSH_S:
             self._flush()
 
     def keep(self) -> None:
-        """Bring every row to the disk, so that none is missing below a state that is written next."""
-        self._trackers.keep()
+        """Write every row to the disk: a checkpoint is written next."""
+        self._trackers.each(lambda tracker: tracker.keep())
         self._flush()
         os.fsync(self._file.fileno())
 
@@ -98,7 +98,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class Curves:
-    """What there is to draw of a run, however long it is: means of the loss over equal numbers of steps, and scores."""
+    """The points of a run's curves, of limited number: means of the loss over equal numbers of steps, and scores."""
 
     def __init__(self) -> None:
         self._width = 1
@@ -107,7 +107,7 @@ class Curves:
         self._scores: list[Mapping[str, Any]] = []
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Take in the row of one step."""
+        """Add the row of one step."""
         if "score" in row:
             self._scores.append({name: value for name, value in row.items() if name not in ("loss", "lr")})
         if "loss" not in row:
@@ -133,7 +133,7 @@ def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 class ProgressLines:
-    """Plain lines with the remaining time, at most one every `interval_s` seconds."""
+    """Log lines with the remaining time, at most one every `interval_s` seconds."""
 
     def __init__(self, interval_s: float = 10.0) -> None:
         self.interval_s = interval_s

@@ -168,7 +168,7 @@ def memory_to_plan_for(asked_gb: float | None, device: torch.device) -> float:
 def _decide(
     request: TrainingRequest[TrainConfig], cohort: Cohort, validation_cases: int
 ) -> tuple[TrainConfig, Mapping[str, str], Mapping[str, float]]:
-    """Settings with nothing left open, why each was chosen, and what the run is expected to take."""
+    """The complete settings, why each was chosen, and the memory the run is expected to take."""
     config = request.config
     if cohort.scheme is None:
         raise ValueError("planning needs a label scheme")

@@ -1,8 +1,7 @@
-"""What others show runs with: TensorBoard and MLflow, fed with the rows of the journal.
+"""TensorBoard and MLflow, fed with the rows of the journal.
 
 Both write into the run folder (`tensorboard/`, `mlflow/`) and nothing leaves the machine, unless MLFLOW_TRACKING_URI
-names a server. A resumed run goes on in the same curves, each step once. A tracker that fails is dropped with a
-warning: it is no reason to lose a training.
+names a server. A resumed run continues the same curves, each step once. A tracker that fails is dropped with a warning.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,54 +33,51 @@ _LONGEST_PARAMETER = 500
 
 
 class Tracker(Protocol):
-    """Takes the rows of the journal as they come."""
+    """Takes the rows of the journal."""
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """The row of a step; it may wait for `keep`."""
+        """Take the row of a step; it may wait for `keep`."""
 
     def keep(self) -> None:
-        """Bring what was added to where it lasts: the state of the training is written next."""
+        """Store what was added: a checkpoint is written next."""
 
     def end(self, *, is_finished: bool) -> None:
-        """The session is over, and the training with it or not."""
+        """End the session; `is_finished` says whether the training ended with it."""
 
 
 class TensorBoardTracker:
-    """Event files: `tensorboard --logdir RUN`."""
+    """Event files: `tensorboard --logdir RUN`; see `Tracker`."""
 
     def __init__(self, run: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # Readers leave out whatever earlier sessions wrote from that step on.
+        # Readers leave out what earlier sessions wrote from that step on.
         self.writer = SummaryWriter(run / TENSORBOARD_NAME, purge_step=step + 1)
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Write each number of the row under its name."""
+    def add(self, row: Mapping[str, Any]) -> None:  # noqa: D102
         for name, value in numbers_in(row):
             self.writer.add_scalar(name, value, row["step"])
 
-    def keep(self) -> None:
-        """Write the events out."""
+    def keep(self) -> None:  # noqa: D102
         self.writer.flush()
 
-    def end(self, *, is_finished: bool) -> None:
-        """Close the file."""
+    def end(self, *, is_finished: bool) -> None:  # noqa: D102
         self.writer.close()
 
 
 class MlflowTracker:
-    """A run of the experiment "segkit", with the settings as its parameters; `mlflow.json` tells which."""
+    """A run of the experiment "segkit", with the settings as its parameters; its id is in `mlflow.json`."""
 
     def __init__(self, run: Path, step: int) -> None:
         prefer_variables(MLFLOW_ALLOW_FILE_STORE="true")
         from mlflow.tracking import MlflowClient
 
         path = run / MLFLOW_RUN_NAME
-        begun = json.loads(path.read_text(encoding="utf-8")) if step > 0 and path.exists() else None
-        uri = begun["tracking_uri"] if begun else mlflow_server() or _local_store(run)
+        earlier = json.loads(path.read_text(encoding="utf-8")) if step > 0 and path.exists() else None
+        uri = earlier["tracking_uri"] if earlier else mlflow_server() or _local_store(run)
         self.client = MlflowClient(tracking_uri=uri)
-        if begun:
-            self.run_id: str = begun["run_id"]
+        if earlier:
+            self.run_id: str = earlier["run_id"]
             self.client.update_run(self.run_id, status="RUNNING")
         else:
             self.run_id = self._begin(run)
@@ -97,12 +94,11 @@ class MlflowTracker:
         return run_id
 
     def _known_steps(self) -> dict[str, int]:
-        """The last step of each metric: what a session that was killed wrote beyond its state is not written again."""
+        """The last step of each metric; earlier ones are not sent again."""
         names = self.client.get_run(self.run_id).data.metrics
         return {name: max(m.step for m in self.client.get_metric_history(self.run_id, name)) for name in names}
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Take note of each number of the row."""
+    def add(self, row: Mapping[str, Any]) -> None:  # noqa: D102
         from mlflow.entities import Metric
 
         now_ms = round(1000 * time.time())
@@ -111,14 +107,12 @@ class MlflowTracker:
             if row["step"] > self.known.get(key, -1):
                 self.waiting.append(Metric(key, value, now_ms, row["step"]))
 
-    def keep(self) -> None:
-        """Send what was added."""
+    def keep(self) -> None:  # noqa: D102
         while self.waiting:
             self.client.log_batch(self.run_id, metrics=self.waiting[:_MOST_AT_ONCE])
             self.waiting = self.waiting[_MOST_AT_ONCE:]
 
-    def end(self, *, is_finished: bool) -> None:
-        """Say how the session ended."""
+    def end(self, *, is_finished: bool) -> None:  # noqa: D102
         self.keep()
         self.client.set_terminated(self.run_id, "FINISHED" if is_finished else "KILLED")
 
@@ -127,14 +121,14 @@ TRACKERS: dict[str, tuple[str, Callable[[Path, int], Tracker]]] = {
     "tensorboard": ("tensorboard", TensorBoardTracker),
     "mlflow": ("mlflow", MlflowTracker),
 }
-"""Name -> the package that it needs, and what makes it for a run folder and the last step of its journal."""
+"""Name to package and constructor (run folder, last step of the journal)."""
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers whose packages are not installed.
+    """Check that the packages of trackers are installed.
 
     Raises:
-        RequestError: as said.
+        RequestError: they are not.
     """
     missing = [TRACKERS[name][0] for name in names if importlib.util.find_spec(TRACKERS[name][0]) is None]
     if missing:
@@ -145,32 +139,25 @@ def require_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """All the trackers of a run; one that fails is dropped."""
+    """All the trackers of a run; one that fails is dropped with a warning."""
 
     def __init__(self, names: Sequence[str], run: Path, step: int) -> None:
         self._open: dict[str, Tracker] = {}
         for name in names:
-            self._attempt(name, lambda name=name: self._open.update({name: TRACKERS[name][1](run, step)}))  # type: ignore[misc]
+            with self._dropped_on_error(name):
+                self._open[name] = TRACKERS[name][1](run, step)
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Hand on the row of a step."""
+    def each(self, work: Callable[[Tracker], object]) -> None:
+        """Call something on every tracker."""
         for name, tracker in list(self._open.items()):
-            self._attempt(name, lambda tracker=tracker: tracker.add(row))  # type: ignore[misc]
+            with self._dropped_on_error(name):
+                work(tracker)
 
-    def keep(self) -> None:
-        """Have all of them keep what they were told."""
-        for name, tracker in list(self._open.items()):
-            self._attempt(name, tracker.keep)
-
-    def end(self, *, is_finished: bool) -> None:
-        """Tell all of them that the session is over."""
-        for name, tracker in list(self._open.items()):
-            self._attempt(name, lambda tracker=tracker: tracker.end(is_finished=is_finished))  # type: ignore[misc]
-
-    def _attempt(self, name: str, work: Callable[[], object]) -> None:
+    @contextmanager
+    def _dropped_on_error(self, name: str) -> Iterator[None]:
         try:
-            work()
-        except Exception as error:  # whatever befalls a tracker or its server, the training goes on
+            yield
+        except Exception as error:
             _log.warning("%s is left out from here on: %s", name, " ".join(str(error).split()))
             self._open.pop(name, None)
 

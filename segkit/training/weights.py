@@ -26,10 +26,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FirstWeights:
-    """A network before its first step.
+    """A network before its first step, with the origin of its weights.
 
-    `facts` tell where its weights came from (empty: random ones); `report` has the names of all tensors by what became
-    of them, with the share of the encoder that was found; it is empty for a resumed run, whose own weights come.
+    `facts` is empty for random weights. `report` has the names of all tensors by how they were loaded, and the share of
+    the encoder that was found; it is empty for a resumed run, which loads its own weights later.
     """
 
     network: nn.Module = field(repr=False)
@@ -37,7 +37,7 @@ class FirstWeights:
     report: Mapping[str, Any] = field(default_factory=dict)
 
     def completed(self, card: ModelCard) -> ModelCard:
-        """The card with what is known once its network is built: the divisor, and where the weights came from."""
+        """The card with the divisor of the network and the origin of its weights."""
         divisor: tuple[int, ...] = tuple(self.network.divisor)  # type: ignore[arg-type]
         data = card.training_data
         if self.facts:
@@ -45,7 +45,7 @@ class FirstWeights:
         return card.model_copy(update={"divisor": divisor, "training_data": data})
 
     def keep(self, run: Path) -> None:
-        """Write `weights.json`, where there is something to tell."""
+        """Write `weights.json`, unless the weights are random."""
         if self.report:
             write_origin(run, self.facts, self.report)
 
@@ -53,9 +53,9 @@ class FirstWeights:
 def first_weights(
     card: ModelCard, config: RunConfig, run: Path, *, resume: bool, is_shape_only: bool = False
 ) -> FirstWeights:
-    """Build the network of a card and, for a run that is not resumed, load the weights that its settings name.
+    """Build the network of a card and, unless the run is resumed, load the weights that its settings name.
 
-    With `is_shape_only` it lies on the meta device, where it takes no memory, and another process has its weights.
+    With `is_shape_only` it is on the meta device, without memory, and rank 0 has its weights.
 
     Raises:
         RequestError: the weights cannot be read or do not fit the network, or too little of the encoder is in them.
@@ -96,7 +96,7 @@ def encoder_share(network: nn.Module, names: Collection[str]) -> float:
 
 
 def percent(share: float) -> str:
-    """`99.9 %`, rounded down, so that what is short of a limit never looks as if it reached it."""
+    """`99.9 %`, rounded down, so that a share below a limit is not shown as the limit."""
     return f"{math.floor(1000 * share + 1e-9) / 10:g} %"
 
 
