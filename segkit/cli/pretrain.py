@@ -4,38 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from segkit.cli.options import (
-    DeviceOption,
-    JsonOption,
-    LayoutOption,
-    MemoryOption,
-    ModalitiesOption,
-    PresetOption,
-    QuietOption,
-    SetOption,
-    VerboseOption,
-    print_table,
-    tell,
-)
-from segkit.cli.training import (
-    BudgetOption,
-    ChangesOption,
-    ConfigOption,
-    ExcludeOption,
-    GpusOption,
-    ResumeOption,
-    RunOption,
-    StartAgainOption,
-    TrainingCommand,
-)
+from segkit.cli import options, training
+from segkit.cli.options import print_table, tell
 
 if TYPE_CHECKING:
-    from segkit.training.config import RunConfig
-    from segkit.training.task import Kind, Summary, TrainingRequest
+    from segkit.training.task import Kind, Summary
 
 FoldersArgument = Annotated[
     list[Path], typer.Argument(help="Folders with images, in any layout; references are not looked at.")
@@ -57,26 +34,26 @@ BeginOption = Annotated[
 
 def pretrain(
     data: FoldersArgument,
-    output: RunOption,
+    output: training.RunOption,
     method: MethodOption = None,
     encoder: EncoderOption = None,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    settings: SetOption = None,
-    budget: BudgetOption = None,
-    memory: MemoryOption = None,
+    config: training.ConfigOption = None,
+    preset: options.PresetOption = None,
+    settings: options.SetOption = None,
+    budget: training.BudgetOption = None,
+    memory: options.MemoryOption = None,
     weights: BeginOption = None,
-    exclude: ExcludeOption = None,
-    layout: LayoutOption = None,
-    modality: ModalitiesOption = None,
-    resume: ResumeOption = False,
-    allow_changes: ChangesOption = False,
-    overwrite: StartAgainOption = False,
-    device: DeviceOption = None,
-    gpus: GpusOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
+    exclude: training.ExcludeOption = None,
+    layout: options.LayoutOption = None,
+    modality: options.ModalitiesOption = None,
+    resume: training.ResumeOption = False,
+    allow_changes: training.ChangesOption = False,
+    overwrite: training.StartAgainOption = False,
+    device: options.DeviceOption = None,
+    gpus: training.GpusOption = None,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+    verbose: options.VerboseOption = False,
 ) -> None:
     """Train an encoder on images without labels; `segkit train --weights RUN` begins with it.
 
@@ -84,7 +61,7 @@ def pretrain(
     patient in five is held out to measure what was learnt. With --method inpainting the network learns to fill holes,
     and `segkit inpaint -m RUN` does so.
     """
-    command = TrainingCommand(
+    command = training.TrainingCommand(
         output, config, preset, settings, budget, memory, weights, exclude, layout, modality,
         resume, allow_changes, overwrite, device, gpus, as_json, quiet, verbose,
     )  # fmt: skip
@@ -93,40 +70,29 @@ def pretrain(
     own = [*command.resumed_layers(), *command.file_layers()]
     for _, layer in own:
         method = method or str(layer.get("method") or "") or None
-    choice = _choice_of(method)
-    presets = command.preset_layers(choice.presets)
+    kind, folder = _kind_of(method)
+    presets = command.preset_layers(folder)
     if encoder is not None:
         presets = [(name, {**layer, "network": _network(encoder)}) for name, layer in presets]
     layers = [*presets, *own, *command.option_layers(method=method)]
-    request = command.request(data, choice.config, layers)
-
-    def work(request: TrainingRequest[Any]) -> Summary:
-        return train(request, choice.kind)
-
-    summary = command.run(work, request, "segkit", "pretrain", *data, "-o", output, "--resume")
+    request = command.request(data, kind, layers)
+    summary = command.run(
+        lambda request: train(request, kind), request, "segkit", "pretrain", *data, "-o", output, "--resume"
+    )
     command.finish(summary, _show)
 
 
-class _Choice(NamedTuple):
-    """A kind of training with its settings and the folder of its presets."""
-
-    presets: str
-    config: type[RunConfig]
-    kind: Kind[Any, Any]
-
-
-def _choice_of(method: str | None) -> _Choice:
+def _kind_of(method: str | None) -> tuple[Kind[Any, Any], str]:
+    """The kind of training, and the folder of its presets."""
     from segkit.config import INPAINTING_PRESETS, PRETRAINING_PRESETS
 
     if method == "inpainting":
-        from segkit.inpainting.config import InpaintingConfig
         from segkit.inpainting.run import InpaintingKind
 
-        return _Choice(INPAINTING_PRESETS, InpaintingConfig, InpaintingKind())
-    from segkit.pretraining.methods import PretrainConfig
+        return InpaintingKind(), INPAINTING_PRESETS
     from segkit.pretraining.run import PretrainingKind
 
-    return _Choice(PRETRAINING_PRESETS, PretrainConfig, PretrainingKind())
+    return PretrainingKind(), PRETRAINING_PRESETS
 
 
 def _network(encoder: str) -> Mapping[str, Any]:

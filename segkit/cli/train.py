@@ -8,37 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from segkit.cli.options import (
-    DataArgument,
-    DeviceOption,
-    JsonOption,
-    LayoutOption,
-    MemoryOption,
-    ModalitiesOption,
-    PresetOption,
-    QuietOption,
-    SchemeOption,
-    SetOption,
-    VerboseOption,
-    print_json,
-    print_table,
-    tell,
-)
-from segkit.cli.training import (
-    BudgetOption,
-    ChangesOption,
-    ConfigOption,
-    ExcludeOption,
-    GpusOption,
-    ResumeOption,
-    RunOption,
-    StartAgainOption,
-    TrainingCommand,
-)
+from segkit.cli import options, training
+from segkit.cli.options import print_json, print_table, tell
 from segkit.errors import RequestError
 
 if TYPE_CHECKING:
     from segkit.training.config import TrainConfig
+    from segkit.training.segmentation import SegmentationKind
     from segkit.training.task import Summary, TrainingRequest
 
 FoldOption = Annotated[
@@ -56,52 +32,51 @@ _OF_MEMORY = ("mode", "chunks", "encoder_weights")
 
 
 def train(
-    data: DataArgument,
-    output: RunOption,
-    config: ConfigOption = None,
-    preset: PresetOption = None,
-    settings: SetOption = None,
+    data: options.DataArgument,
+    output: training.RunOption,
+    config: training.ConfigOption = None,
+    preset: options.PresetOption = None,
+    settings: options.SetOption = None,
     fold: FoldOption = None,
-    budget: BudgetOption = None,
-    memory: MemoryOption = None,
+    budget: training.BudgetOption = None,
+    memory: options.MemoryOption = None,
     weights: WeightsOption = None,
-    exclude: ExcludeOption = None,
-    layout: LayoutOption = None,
-    label_scheme: SchemeOption = None,
-    modality: ModalitiesOption = None,
-    resume: ResumeOption = False,
-    allow_changes: ChangesOption = False,
-    overwrite: StartAgainOption = False,
+    exclude: training.ExcludeOption = None,
+    layout: options.LayoutOption = None,
+    label_scheme: options.SchemeOption = None,
+    modality: options.ModalitiesOption = None,
+    resume: training.ResumeOption = False,
+    allow_changes: training.ChangesOption = False,
+    overwrite: training.StartAgainOption = False,
     dry_run: DryRunOption = False,
-    device: DeviceOption = None,
-    gpus: GpusOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
+    device: options.DeviceOption = None,
+    gpus: training.GpusOption = None,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+    verbose: options.VerboseOption = False,
 ) -> None:
     """Train a network on DATA and write a run folder.
 
     Patch, batch, spacing and normalisation are planned from the data and the memory at hand; config.yaml in the run
     folder says what was chosen and why. Settings are taken from the preset, then --config, then the options.
     """
-    command = TrainingCommand(
+    command = training.TrainingCommand(
         output, config, preset, settings, budget, memory, weights, exclude, layout, modality,
         resume, allow_changes, overwrite, device, gpus, as_json, quiet, verbose,
     )  # fmt: skip
-    from segkit.training.config import TrainConfig
-    from segkit.training.run import cross_validate
-    from segkit.training.run import train as train_kind
+    from segkit.training import run
     from segkit.training.segmentation import SegmentationKind
 
+    kind = SegmentationKind()
     layers = [*command.resumed_layers(), *command.preset_layers(), *_network_of(weights), *command.file_layers()]
     layers += command.option_layers({"label_scheme": label_scheme, "fold": _fold_number(fold)})
-    request = command.request([data], TrainConfig, layers)
+    request = command.request([data], kind, layers)
     if dry_run:
-        _show_plan(request, as_json=command.as_json)
+        _show_plan(request, kind, as_json=command.as_json)
         return
 
     def work(request: TrainingRequest[TrainConfig]) -> Summary:
-        return cross_validate(request) if fold == "all" else train_kind(request, SegmentationKind())
+        return run.cross_validate(request) if fold == "all" else run.train(request, kind)
 
     def show(summary: Summary) -> None:
         rows = [(name, f"{value:.4f}") for name, value in summary.scores["dice"].items()]
@@ -113,15 +88,14 @@ def train(
     command.finish(summary, show)
 
 
-def _show_plan(request: TrainingRequest[TrainConfig], *, as_json: bool) -> None:
+def _show_plan(request: TrainingRequest[TrainConfig], kind: SegmentationKind, *, as_json: bool) -> None:
     """Print the settings with what planning chose and why."""
     from segkit.config import annotated_yaml
     from segkit.training.run import begin, plan_run
-    from segkit.training.segmentation import SegmentationKind
 
-    plan = plan_run(request, SegmentationKind())
+    plan = plan_run(request, kind)
     if plan.config.network.weights is not None:
-        begin(plan, SegmentationKind())  # weights that do not fit are reported now
+        begin(plan, kind)  # weights that do not fit are reported now
     if as_json:
         document = {"config": plan.config.model_dump(mode="json"), "reasons": plan.reasons, "estimate": plan.estimate}
         print_json(document)

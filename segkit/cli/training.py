@@ -30,7 +30,7 @@ from segkit.runtime import process_place
 if TYPE_CHECKING:
     import torch
 
-    from segkit.training.task import ConfigT, Summary, TrainingRequest
+    from segkit.training.task import ConfigT, Kind, Summary, TrainingRequest
 
 RunOption = Annotated[Path, typer.Option("-o", "--output", help="Run folder to write.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file laid over the preset.")]
@@ -126,7 +126,7 @@ class TrainingCommand:
         return [("--set", parse_settings(self.settings)), ("options", given | ({"method": method} if method else {}))]
 
     def request(
-        self, data: Sequence[Path], config_type: type[ConfigT], layers: Sequence[Layer]
+        self, data: Sequence[Path], kind: Kind[ConfigT, Any], layers: Sequence[Layer]
     ) -> TrainingRequest[ConfigT]:
         """The request of these data and settings."""
         from segkit.config import build_config
@@ -135,7 +135,7 @@ class TrainingCommand:
         return TrainingRequest(
             data=tuple(data),
             run=self.output,
-            config=build_config(config_type, layers),
+            config=build_config(kind.config_type, layers),
             device=self.device,
             memory_gb=None if self.memory is None else parse_gigabytes(self.memory),
             started_s=self.started_s,

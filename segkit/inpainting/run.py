@@ -40,6 +40,7 @@ _MOST_SHAPES = 200
 class InpaintingKind(UnlabelledKind[InpaintingConfig, InpaintingTask]):
     """A network that learns to fill holes in healthy tissue."""
 
+    config_type = InpaintingConfig
     what = "inpainting of scans"
 
     def find(self, folder: Path, config: InpaintingConfig) -> SplitData:

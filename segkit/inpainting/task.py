@@ -22,11 +22,11 @@ from segkit.training.distributed import Ranks
 from segkit.training.task import Batch, Score, borrowed
 
 _NETWORK = "network."
-"""Beginning of the names of the network's tensors among those of a restoration."""
+"""Prefix of the network's tensors in a `Restoration`."""
 
 
 class Restoration(nn.Module):
-    """A network and, where it is to be convincing, too, the discriminator that learns beside it."""
+    """A network and, for adversarial training, the discriminator that learns beside it."""
 
     def __init__(self, network: nn.Module, discriminator: nn.Module | None = None) -> None:
         super().__init__()
@@ -59,11 +59,6 @@ class InpaintingTask:
     method_name: str = "inpainting"
     _held_out: dict[int, Batch] = field(default_factory=dict, repr=False)
 
-    @property
-    def as_restoration(self) -> Restoration:
-        """The model as what it is."""
-        return cast(Restoration, self.model)
-
     def batches(self, start: int) -> Iterator[Batch]:
         """Endless batches from the `start`-th on, see `HoleDataset`."""
         return endless_batches(self.patches, self.batch_size, start, self.workers, self.ranks)
@@ -72,12 +67,12 @@ class InpaintingTask:
         """Loss of a batch on the model's device."""
         found = self.model(batch["x"])
         loss = restoration_loss(found, batch["image"], batch["hole"], self.restoration)
-        told = [layer for layer in self._detectors() if layer.learning == "supervised"]
-        for layer in told:
-            # Also what is missing without a known truth looks like a hole to the layer.
+        supervised = [layer for layer in self._detectors() if layer.learning == "supervised"]
+        for layer in supervised:
+            # To the layer, what is missing without a known truth is a hole as well.
             missing = batch["x"][:, batch["image"].shape[1] :][:, :1]
-            loss = loss + self.supervision / len(told) * layer.supervise(missing)
-        discriminator = self.as_restoration.discriminator
+            loss = loss + self.supervision / len(supervised) * layer.supervise(missing)
+        discriminator = cast(Restoration, self.model).discriminator
         if discriminator is not None:
             # One backward pass serves both: neither term's gradient reaches the other's network.
             convinced, told_apart = adversarial_terms(discriminator, found, batch["image"])
@@ -85,20 +80,21 @@ class InpaintingTask:
         return loss
 
     def validate(self, weights: Mapping[str, Tensor]) -> Score:
-        """SSIM in the holes of held-out patients with these weights; with squared errors, and RN-L's regions."""
-        measures = self.measure(weights)
-        return Score(measures["ssim"], {"measures": measures | self.detected_shares()})
+        """SSIM in the holes of held-out patients with these weights.
 
-    def detected_shares(self) -> dict[str, float]:
-        """Share of voxels in the region that RN-L found in the last training pass, mean over its layers."""
+        Details are the measures, and the share of voxels in the region that RN-L found in the last training pass, mean
+        over its layers.
+        """
+        measures = self.measure(weights)
         shares = [float(layer.detected_share) for layer in self._detectors()]
-        return {"detected_share": sum(shares) / len(shares)} if shares else {}
+        detected = {"detected_share": sum(shares) / len(shares)} if shares else {}
+        return Score(measures["ssim"], {"measures": measures | detected})
 
     @torch.no_grad()
     def measure(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
         """Means over the voxels of all held-out holes, in units of the normalised image.
 
-        "ssim", "mae" and "mse" of the network, and "mse_rough" of the fill that it goes on from.
+        "ssim", "mae" and "mse" of the network, and "mse_rough" of the first fill, which it refines.
         """
         with borrowed(self.model, weights):
             self.model.eval()
@@ -109,12 +105,15 @@ class InpaintingTask:
 
     def _sums_in_hole(self, number: int) -> dict[str, float]:
         """Sums over the voxels of one held-out hole, and how many there are."""
-        device = next(self.model.parameters()).device
-        x, image, hole = (self._held_out_patch(number)[name].to(device) for name in ("x", "image", "hole"))
+        if number not in self._held_out:
+            self._held_out[number] = {name: value[None] for name, value in self.held_out[number].items()}
+        device, settings = next(self.model.parameters()).device, self.restoration
+        x, image, hole = (self._held_out[number][name].to(device) for name in ("x", "image", "hole"))
         found = torch.where(hole, self.model(x).float(), image)
         error = (found - image).abs()
+        window, data_range = settings.ssim_window, settings.data_range
         maps = {
-            "ssim": self._similarity(found, image),
+            "ssim": ssim_map(found - settings.darkest, image - settings.darkest, window=window, data_range=data_range),
             "mae": error,
             "mse": error.square(),
             "mse_rough": (x[:, : image.shape[1]] - image).square(),
@@ -125,24 +124,12 @@ class InpaintingTask:
     def _detectors(self) -> list[RegionNormLearnable]:
         return [layer for layer in self.model.modules() if isinstance(layer, RegionNormLearnable)]
 
-    def _similarity(self, found: Tensor, image: Tensor) -> Tensor:
-        """SSIM around each voxel, (B, C, *spatial), as the loss has it."""
-        settings = self.restoration
-        first, second = found - settings.darkest, image - settings.darkest
-        return ssim_map(first, second, window=settings.ssim_window, data_range=settings.data_range)
-
     def save(self, run: Path, weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Write model.safetensors and model.json; a discriminator is of no use behind the training."""
+        """Write model.safetensors, without a discriminator, and model.json."""
         kept = {name.removeprefix(_NETWORK): value for name, value in weights.items() if name.startswith(_NETWORK)}
         training = self.card.training_data.model_copy(update=dict(facts))
         save_model(run, kept, self.card.model_copy(update={"training_data": training}))
 
     def take_best(self, run: Path) -> None:
-        """Take over the network's weights that `save` wrote last."""
-        self.as_restoration.network.load_state_dict(load_weights_file(run / WEIGHTS_NAME))
-
-    def _held_out_patch(self, number: int) -> Batch:
-        """A held-out patch as a batch, drawn once."""
-        if number not in self._held_out:
-            self._held_out[number] = {name: value[None] for name, value in self.held_out[number].items()}
-        return self._held_out[number]
+        """Load the network's weights that `save` wrote last."""
+        cast(Restoration, self.model).network.load_state_dict(load_weights_file(run / WEIGHTS_NAME))

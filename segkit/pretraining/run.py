@@ -31,6 +31,7 @@ _HELD_OUT_SEED = 2**31
 class PretrainingKind(UnlabelledKind[PretrainConfig, PretrainingTask]):
     """An encoder that learns by one of `segkit.pretraining.methods`."""
 
+    config_type = PretrainConfig
     what = "unlabelled images"
 
     def find(self, folder: Path, config: PretrainConfig) -> SplitData:

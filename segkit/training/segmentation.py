@@ -128,6 +128,7 @@ def _regions(card: ModelCard) -> dict[str, tuple[int, ...]]:
 class SegmentationKind(Kind[TrainConfig, SegmentationTask]):
     """A network that learns from label maps; its scores are Dice of the validation cases."""
 
+    config_type = TrainConfig
     is_supervised = True
     final_validations = _FINAL_VALIDATIONS
 

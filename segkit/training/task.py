@@ -165,6 +165,8 @@ class Task(Protocol):
 class Kind(ABC, Generic[ConfigT, TaskT]):
     """What a kind of training decides; the methods are called in this order."""
 
+    config_type: type[ConfigT]
+    """Its settings."""
     is_supervised = False
     """Whether it needs references, and so cases to validate on."""
     final_validations = 1.0
