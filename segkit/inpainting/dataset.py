@@ -1,4 +1,4 @@
-"""Training patches with holes: which case, which place, which hole, all decided by (seed, index)."""
+"""Training patches with holes; case, place and hole are decided by (seed, index)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from segkit.preparing.preprocessing import PreparedCase
 from segkit.shapes import AnyArray, Image
 
 _JITTER = 0.125
-"""How far, as a share of the patch, the chosen voxel may lie from the middle of its patch."""
+"""Largest distance of the chosen voxel from the middle of its patch, as a share of the patch."""
 _TRIES = 100
 _SLICE_AXIS = 2
-"""Of a volume in RAS the axis across which it is cut into slices: axial ones."""
+"""Axis of a volume in RAS that axial slices have not."""
 
 
 @dataclass(frozen=True)
 class HoleRules:
-    """What a patch may hide, and how it is changed; see `InpaintingConfig`."""
+    """Holes and changes of a patch; see `InpaintingConfig`."""
 
     maker: HoleMaker = field(repr=False)
     margin_voxels: int
@@ -39,8 +39,8 @@ class HoleRules:
 class HoleDataset(Dataset[dict[str, torch.Tensor]]):
     """Patches of prepared cases with a hole in healthy tissue.
 
-    Item i depends on (seed, i) and on nothing else. The labels of a case, where it has any, mark what is not healthy or
-    not known: no hole reaches it. Cases of volumes give slices where the patch has two axes.
+    Item i depends only on (seed, i). The labels of a case, where it has any, mark what is not healthy or not known: no
+    hole reaches it. Volumes give slices where the patch has two axes.
     """
 
     def __init__(
@@ -90,11 +90,8 @@ class HoleDataset(Dataset[dict[str, torch.Tensor]]):
         if mirrored is not None:
             mirrored = np.where(mirrored[1], gain * mirrored[0] + shift, mirrored[0]), mirrored[1]
         flips = tuple(axis - len(self.patch_size) for axis in self.rules.mirror_axes if generator.random() < 0.5)
-        arrays: dict[str, AnyArray] = {
-            "x": stack_inputs(image, missing, self.context, mirrored),
-            "image": image,
-            "hole": hole[None],
-        }
+        x = stack_inputs(image, missing, self.context, mirrored)
+        arrays: dict[str, AnyArray] = {"x": x, "image": image, "hole": hole[None]}
         outer = tuple(1 + axis for axis in squeeze)
         return {
             name: torch.from_numpy(np.ascontiguousarray(np.flip(array.squeeze(outer), flips)))
@@ -122,20 +119,19 @@ class HoleDataset(Dataset[dict[str, torch.Tensor]]):
         return Box(tuple(start), size)
 
     def _lesion(self, case: PreparedCase, box: Box) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """What is marked in a box, (*size), and that with the margin around it, which no hole may touch."""
+        """The marked voxels of a box, (*size), and those with the margin around them, which no hole may touch."""
         if case.labels is None:
             return np.zeros(box.size, bool), np.zeros(box.size, bool)
         is_slice = len(box.size) > len(self.patch_size)
         halo = [0 if is_slice and length == 1 else self.rules.margin_voxels for length in box.size]
         start = tuple(first - more for first, more in zip(box.start, halo, strict=True))
-        wide = Box(start, tuple(length + 2 * more for length, more in zip(box.size, halo, strict=True))).cut(
-            case.labels
-        )
+        size = tuple(length + 2 * more for length, more in zip(box.size, halo, strict=True))
+        wide = Box(start, size).cut(case.labels)
         inner = tuple(slice(more, more + length) for more, length in zip(halo, box.size, strict=True))
         return wide[inner] > 0, np.ascontiguousarray(grow(wide > 0, self.rules.margin_voxels)[inner])
 
     def _mirrored(self, number: int, box: Box, missing: NDArray[np.bool_]) -> tuple[Image, NDArray[np.bool_]]:
-        """The box of the mirrored volume; what is missing in the box is not known on the other side of it."""
+        """The box of the mirrored volume, and where it is known: not opposite of missing voxels."""
         image = self.prepared[number].image
         if number not in self._midlines:
             self._midlines[number] = find_midline(image)
@@ -152,5 +148,5 @@ class HoleDataset(Dataset[dict[str, torch.Tensor]]):
 
 
 def _is_voided(image: Image, marked: NDArray[np.bool_]) -> bool:
-    """Whether the image has nothing where it is marked: most of it is exactly 0."""
+    """Whether most of the marked voxels are exactly 0."""
     return bool(marked.any()) and float((image[:, marked] != 0).mean()) < 0.5

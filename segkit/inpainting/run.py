@@ -24,8 +24,8 @@ from segkit.reading.case import Cohort
 from segkit.reading.layouts.synthesis import SYNTHESIS_LAYOUT, find_known
 from segkit.reading.layouts.table import PLAIN_CLASSES, find_cases
 from segkit.training.batches import ENDLESS
-from segkit.training.task import RunPlan, SplitData
-from segkit.training.unlabelled import UnlabelledKind, choose_dims, find_split, unlabelled_card
+from segkit.training.task import RunPlan, SplitData, build_card
+from segkit.training.unlabelled import UnlabelledKind, choose_dims, find_split
 
 _log = logging.getLogger(__name__)
 
@@ -92,11 +92,18 @@ class InpaintingKind(UnlabelledKind[InpaintingConfig, InpaintingTask]):
 
     def card(self, plan: RunPlan[InpaintingConfig]) -> ModelCard:
         """The card, with what the network is given besides the image."""
-        network, names = plan.config.network, plan.data[0].cohort.modalities
-        card = unlabelled_card("inpainting", network, plan.data, names, plan.config.dims or 3, plan.config.method)
-        usual = "hole" if network.family == "generator" else "none"
-        part = InpaintingCard().model_copy(update={"context": network.arguments.get("context", usual)})
-        return card.model_copy(update={"inpainting": part})
+        config, names = plan.config, plan.data[0].cohort.modalities
+        usual = "hole" if config.network.family == "generator" else "none"
+        context = config.network.arguments.get("context", usual)
+        return build_card(
+            plan,
+            task="inpainting",
+            dims=config.dims or 3,
+            modalities=names,
+            out_channels=len(names),
+            identity=f"{config.method}: " + ", ".join(split.name for split in plan.data),
+            inpainting=InpaintingCard().model_copy(update={"context": context}),
+        )
 
     def patch(self, config: InpaintingConfig) -> tuple[str, int | tuple[int, ...]]:
         """The size of the patches."""

@@ -17,8 +17,8 @@ from segkit.pretraining.sources import GroupDataset, Source
 from segkit.pretraining.task import PretrainingTask
 from segkit.reading.layouts.table import find_cases
 from segkit.training.batches import ENDLESS
-from segkit.training.task import RunPlan, SplitData
-from segkit.training.unlabelled import UnlabelledKind, choose_dims, find_split, unlabelled_card
+from segkit.training.task import RunPlan, SplitData, build_card
+from segkit.training.unlabelled import UnlabelledKind, choose_dims, find_split
 
 _log = logging.getLogger(__name__)
 
@@ -60,9 +60,16 @@ class PretrainingKind(UnlabelledKind[PretrainConfig, PretrainingTask]):
 
     def card(self, plan: RunPlan[PretrainConfig]) -> ModelCard:
         """The card of a network for the image channels of the data."""
-        config = plan.config
-        names = _modalities(config, plan.data)
-        return unlabelled_card("pretraining", config.network, plan.data, names, config.dims or 3, config.method)
+        config, names = plan.config, _modalities(plan.config, plan.data)
+        identity = f"{config.method}: " + ", ".join(split.name for split in plan.data)
+        return build_card(
+            plan,
+            task="pretraining",
+            dims=config.dims or 3,
+            modalities=names,
+            out_channels=len(names),
+            identity=identity,
+        )
 
     def patch(self, config: PretrainConfig) -> tuple[str, int | tuple[int, ...]]:
         """The size of the views."""

@@ -24,10 +24,10 @@ from segkit.training.distributed import Ranks
 from segkit.training.task import Batch, Score, borrowed
 
 METHOD_WEIGHTS = "method.safetensors"
-"""The best weights of what a method adds to the encoder, for its measures and pictures; nothing else needs them."""
+"""The best weights of the parts that a method adds to the network, for its measures and figures."""
 
 _NETWORK = "network."
-"""Beginning of the names of the network's tensors among those of a method."""
+"""Prefix of the network's tensors in a method."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class PretrainingTask:
     held_out: GroupDataset
     groups_per_batch: int
     keeps_decoder: bool
-    """Whether what lies behind the encoder was trained, too, and is worth keeping; heads never are."""
+    """Whether the decoder was trained, too, and is kept; heads never are."""
     workers: int | None = None
     ranks: Ranks = field(default_factory=Ranks)
 
@@ -53,7 +53,7 @@ class PretrainingTask:
 
     @property
     def method(self) -> Method:
-        """The model as what it is."""
+        """The model."""
         return cast(Method, self.model)
 
     def batches(self, start: int) -> Iterator[Batch]:
@@ -66,15 +66,15 @@ class PretrainingTask:
         return self.method.loss(batch)
 
     def validate(self, weights: Mapping[str, Tensor]) -> Score:
-        """The method's measures on the held-out groups with these weights; its own score among them."""
+        """The method's measures on the held-out groups with these weights; one of them is the score."""
         measures = self.measure(weights)
         return Score(measures[self.method.score], {"measures": measures})
 
     def measure(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
-        """The method's measures, and `encoder_retrieval`, which is the same for every method that has two views.
+        """The method's measures and, of methods with two views, `encoder_retrieval`.
 
         That is the share of held-out images whose nearest view, by the mean over the deepest feature map, is their own.
-        All held-out images are compared with each other, so of several processes the first one measures.
+        All held-out images are compared with each other, so rank 0 measures for all.
         """
         return self.ranks.from_first(lambda: self._measured(weights))
 
@@ -96,7 +96,7 @@ class PretrainingTask:
         return {name: tensor.flatten(0, 1) for name, tensor in collated.items()}
 
     def save(self, run: Path, weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Write model.safetensors, which holds what is worth transferring, method.safetensors and model.json."""
+        """Write model.safetensors with the weights to transfer, method.safetensors and model.json."""
         kept = {name.removeprefix(_NETWORK): value for name, value in weights.items() if self._is_kept(name)}
         others = {name: value for name, value in weights.items() if not self._is_kept(name)}
         save_weights(run / METHOD_WEIGHTS, others)
@@ -104,13 +104,13 @@ class PretrainingTask:
         save_model(run, kept, self.card.model_copy(update={"training_data": training}))
 
     def take_best(self, run: Path) -> None:
-        """Take over the weights that `save` wrote last."""
+        """Load the weights that `save` wrote last."""
         weights = load_weights_file(run / METHOD_WEIGHTS)
         weights |= {f"{_NETWORK}{name}": value for name, value in load_weights_file(run / WEIGHTS_NAME).items()}
         self.model.load_state_dict(weights)
 
     def _is_kept(self, name: str) -> bool:
-        """Whether a tensor of the method is one of the encoder, or of the decoder where that was trained, too."""
+        """Whether a tensor belongs to the encoder, or to a decoder that was trained, too."""
         network = cast(SegmentationNetwork, self.method.network)
         own = name.removeprefix(_NETWORK)
         if own == name or own.startswith(network.head_prefixes):

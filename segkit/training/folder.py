@@ -157,13 +157,8 @@ def write_split(
     run: Path, data: Sequence[Path], training: Sequence[str], validation: Sequence[str], excluded: Sequence[str]
 ) -> None:
     """Keep the ids of training and validation cases, and their folders."""
-    split = {
-        "data": [str(folder.absolute()) for folder in data],
-        "training": list(training),
-        "validation": list(validation),
-        "excluded": list(excluded),
-    }
-    write_json(run / _SPLIT_NAME, split)
+    ids = {"training": list(training), "validation": list(validation), "excluded": list(excluded)}
+    write_json(run / _SPLIT_NAME, {"data": [str(folder.absolute()) for folder in data], **ids})
 
 
 def require_same_split(run: Path, training: Sequence[str], validation: Sequence[str]) -> None:

@@ -13,15 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from segkit.checkpoint.card import (
-    ModelCard,
-    NetworkCard,
-    OutputCard,
-    PreprocessingCard,
-    SchemeCard,
-    SegmentationCard,
-    TrainingData,
-)
+from segkit.checkpoint.card import ModelCard, OutputCard, SchemeCard, SegmentationCard
 from segkit.checkpoint.model import load_model, save_model
 from segkit.checkpoint.run_folder import load_card, require_segmentation
 from segkit.inference.backends import TorchBackend
@@ -35,14 +27,13 @@ from segkit.preparing.patch_sampling import PatchDataset
 from segkit.preparing.preprocessing import PreparedCase, load_case
 from segkit.reading.case import Case
 from segkit.report.figures import overlay_figure
-from segkit.runtime import environment
 from segkit.training.batches import ENDLESS, endless_batches
 from segkit.training.choose_postprocessing import ScoredCases, settle_postprocessing
 from segkit.training.config import TrainConfig
 from segkit.training.distributed import Ranks
 from segkit.training.optim import encoder_of
 from segkit.training.segmentation_plan import plan_segmentation
-from segkit.training.task import Batch, Kind, RunPlan, Score, TrainingRequest, borrowed
+from segkit.training.task import Batch, Kind, RunPlan, Score, TrainingRequest, borrowed, build_card
 
 _log = logging.getLogger(__name__)
 
@@ -138,33 +129,22 @@ class SegmentationKind(Kind[TrainConfig, SegmentationTask]):
 
     def card(self, plan: RunPlan[TrainConfig]) -> ModelCard:
         """The card with the outputs of the label scheme."""
-        config, (data,), scheme = plan.config, plan.data, _scheme(plan)
-        cohort, outputs = data.cohort, outputs_of(scheme)
-        return ModelCard(
+        config, cohort, scheme = plan.config, plan.data[0].cohort, _scheme(plan)
+        outputs, augmentation = outputs_of(scheme), config.augmentation
+        return build_card(
+            plan,
             task="segmentation",
-            network=NetworkCard(
-                family=config.network.family,
-                size=config.network.size,
-                in_channels=len(cohort.modalities),
-                out_channels=len(outputs),
-                arguments=config.network.arguments,
-            ),
-            dims=2 if cohort.dims == 2 else 3,
+            dims=cohort.dims,
             modalities=cohort.modalities,
-            patch_size=(),
+            out_channels=len(outputs),
+            identity=f"{cohort.layout}: {cohort.root.name}",
             overlap=config.overlap,
-            divisor=(),
-            preprocessing=PreprocessingCard(**config.preprocessing.model_dump()),
             segmentation=SegmentationCard(
-                mirror_axes=config.augmentation.mirror_axes,
+                mirror_axes=augmentation.mirror_axes,
                 activation="sigmoid" if scheme.has_regions else "softmax",
                 outputs=tuple(OutputCard(name=o.name, label=o.label, members=o.members) for o in outputs),
                 label_scheme=SchemeCard(name=scheme.name, labels=dict(scheme.values)),
-                modality_dropout=(config.augmentation.modality_dropout or 0.0) if config.augmentation.enabled else 0.0,
-            ),
-            versions=environment(),
-            training_data=TrainingData(
-                identity=f"{cohort.layout}: {cohort.root.name}", licence=cohort.licence, cases=len(data.training_ids)
+                modality_dropout=(augmentation.modality_dropout or 0.0) if augmentation.enabled else 0.0,
             ),
         )
 

@@ -18,10 +18,11 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from segkit.checkpoint.card import ModelCard
+from segkit.checkpoint.card import ModelCard, NetworkCard, PreprocessingCard, TrainingData
 from segkit.preparing.cache import PreparedStore, StoredCases
 from segkit.preparing.preprocessing import PreprocessingConfig
 from segkit.reading.case import Case, Cohort
+from segkit.runtime import environment
 from segkit.training.config import RunConfig
 from segkit.training.distributed import Ranks
 
@@ -182,7 +183,7 @@ class Kind(ABC, Generic[ConfigT, TaskT]):
 
     @abstractmethod
     def card(self, plan: RunPlan[ConfigT]) -> ModelCard:
-        """The card before the network is built: patch and divisor are still missing."""
+        """The card before the network is built, see `build_card`."""
 
     @abstractmethod
     def build_task(self, plan: RunPlan[ConfigT], card: ModelCard, network: nn.Module) -> TaskT:
@@ -195,6 +196,37 @@ class Kind(ABC, Generic[ConfigT, TaskT]):
     @abstractmethod
     def score(self, plan: RunPlan[ConfigT], task: TaskT, before: Mapping[str, float]) -> dict[str, Any]:
         """The scores of the best weights, for the summary, and figures of them."""
+
+
+def build_card(
+    plan: RunPlan[Any], *, dims: int, modalities: tuple[str, ...], out_channels: int, identity: str, **others: Any
+) -> ModelCard:
+    """The card of a run before its network is built: patch and divisor are still missing.
+
+    `identity` names the data that the run is trained on; `others` are further fields of `ModelCard`.
+    """
+    network, licences = plan.config.network, {split.cohort.licence for split in plan.data if split.cohort.licence}
+    return ModelCard(
+        network=NetworkCard(
+            family=network.family,
+            size=network.size,
+            in_channels=len(modalities),
+            out_channels=out_channels,
+            arguments=network.arguments,
+        ),
+        dims=2 if dims == 2 else 3,
+        modalities=modalities,
+        patch_size=(),
+        divisor=(),
+        preprocessing=PreprocessingCard(**plan.data[0].preprocessing.model_dump()),
+        versions=environment(),
+        training_data=TrainingData(
+            identity=identity,
+            licence="; ".join(sorted(licences)) or None,
+            cases=sum(len(split.training_ids) for split in plan.data),
+        ),
+        **others,
+    )
 
 
 @contextmanager

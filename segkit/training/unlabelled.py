@@ -12,7 +12,6 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
-from segkit.checkpoint.card import ModelCard, NetworkCard, PreprocessingCard, TrainingData
 from segkit.checkpoint.run_folder import load_card
 from segkit.errors import DataError, RequestError, as_request
 from segkit.models.slicewise import SlicewiseConfig
@@ -22,7 +21,6 @@ from segkit.preparing.plan import plan_preprocessing
 from segkit.preparing.preprocessing import PreprocessingConfig
 from segkit.preparing.splits import train_and_validation
 from segkit.reading.case import Case, Cohort
-from segkit.runtime import environment
 from segkit.training.config import DataConfig, NetworkConfig, RunConfig
 from segkit.training.folder import SCORES_NAME, write_json
 from segkit.training.task import Kind, RunPlan, SplitData, Task, TrainingRequest
@@ -167,38 +165,6 @@ def choose_dims(
     if dims == 3 and not are_volumes:
         raise RequestError(f"pictures have no {what} in three dimensions", remedy="Set dims=2, or name volumes only")
     return dims
-
-
-def unlabelled_card(
-    task: Literal["pretraining", "inpainting"],
-    network: NetworkConfig,
-    data: Sequence[SplitData],
-    modalities: tuple[str, ...],
-    dims: Literal[2, 3],
-    method: str,
-) -> ModelCard:
-    """The card of a network with as many output channels as input channels; patch and divisor are still missing."""
-    return ModelCard(
-        task=task,
-        network=NetworkCard(
-            family=network.family,
-            size=network.size,
-            in_channels=len(modalities),
-            out_channels=len(modalities),
-            arguments=network.arguments,
-        ),
-        dims=dims,
-        modalities=modalities,
-        patch_size=(),
-        divisor=(),
-        preprocessing=PreprocessingCard(**data[0].preprocessing.model_dump()),
-        versions=environment(),
-        training_data=TrainingData(
-            identity=f"{method}: " + ", ".join(split.name for split in data),
-            licence="; ".join(sorted({split.cohort.licence for split in data if split.cohort.licence})) or None,
-            cases=sum(len(split.training_ids) for split in data),
-        ),
-    )
 
 
 def _on_one_line(measures: Mapping[str, float]) -> str:
