@@ -36,12 +36,16 @@ def endless_batches(
     Raises:
         TrainingError: a worker was killed.
     """
-    count = _worker_count(workers)
+    if workers is None:
+        cores = available_cores() // process_place().local_size  # on up to two, workers would compete with the training
+        workers = 0 if cores <= 2 else min(cores - 1, 8)
+    stride = ranks.size * batch_size
+    firsts = range(start * stride + ranks.rank * batch_size, ENDLESS - batch_size + 1, stride)
     loader: DataLoader[Any] = DataLoader(
         dataset,
-        batch_sampler=_indices(batch_size, start, ranks.rank, ranks.size),
-        num_workers=count,
-        persistent_workers=count > 0,
+        batch_sampler=(list(range(first, first + batch_size)) for first in firsts),
+        num_workers=workers,
+        persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # its own: a loader would draw its seed from the stream that dropout uses
@@ -90,16 +94,3 @@ def _lost_worker(error: Exception) -> TrainingError:
         f"({type(cause).__name__}: {str(cause).strip()})",
         remedy="The last checkpoint is kept: go on with --resume, and with fewer training.workers if it happens again",
     )
-
-
-def _indices(batch_size: int, start: int, rank: int, size: int) -> Iterator[list[int]]:
-    """The items of each batch of a rank."""
-    firsts = range((start * size + rank) * batch_size, ENDLESS - batch_size + 1, size * batch_size)
-    return (list(range(first, first + batch_size)) for first in firsts)
-
-
-def _worker_count(requested: int | None) -> int:
-    if requested is not None:
-        return requested
-    cores = available_cores() // process_place().local_size  # on up to two, workers would compete with the training
-    return 0 if cores <= 2 else min(cores - 1, 8)

@@ -150,14 +150,9 @@ class ProgressLines:
             return
         self.last = now
         gained = done - self.first
-        left = (now - self.started) / gained * (1 - done) if gained > 0.005 else float("nan")
-        _log.info("%3.0f%%  %s  %s left", 100 * done, message, _minutes(left))
-
-
-def _minutes(seconds: float) -> str:
-    if seconds != seconds:
-        return "?"
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+        left_s = int((now - self.started) / gained * (1 - done)) if gained > 0.005 else None
+        left = "?" if left_s is None else f"{left_s // 60}:{left_s % 60:02d}"
+        _log.info("%3.0f%%  %s  %s left", 100 * done, message, left)
 
 
 class LiveView:

@@ -119,15 +119,9 @@ def plan_run(request: TrainingRequest[ConfigT], kind: Kind[ConfigT, TaskT]) -> R
 
 def _split_ids(plan: RunPlan[ConfigT], kind: Kind[ConfigT, TaskT]) -> tuple[list[str], list[str]]:
     """Ids of the training and the validation cases, with the name of their folder where there may be several."""
-
-    def named(ids: str) -> list[str]:
-        return [
-            case_id if kind.is_supervised else f"{split.name}/{case_id}"
-            for split in plan.data
-            for case_id in getattr(split, ids)
-        ]
-
-    return named("training_ids"), named("validation_ids")
+    named = [("" if kind.is_supervised else f"{split.name}/", split) for split in plan.data]
+    training = [prefix + case_id for prefix, split in named for case_id in split.training_ids]
+    return training, [prefix + case_id for prefix, split in named for case_id in split.validation_ids]
 
 
 def begin(plan: RunPlan[ConfigT], kind: Kind[ConfigT, TaskT]) -> tuple[ModelCard, FirstWeights]:

@@ -41,7 +41,11 @@ def plan_segmentation(request: TrainingRequest[TrainConfig]) -> RunPlan[TrainCon
     configure(network.family, network.size, network.arguments)  # a mistyped argument is found before data are read
     cohort = find_cohort(request)
     request, training_ids, validation_ids = _split(request, cohort)
-    copies = _lesion_free_copies(request, cohort, training_ids)
+    augmentation = request.config.augmentation
+    copies: tuple[Case, ...] = ()
+    if augmentation.lesion_bank is not None and augmentation.enabled:
+        training = [case for case in cohort.cases if case.id in set(training_ids)]
+        copies = tuple(find_copies(augmentation.lesion_bank, training, cohort.modalities))
     if request.resume:
         config, (reasons, estimate) = request.config, read_plan(request.run)
     else:
@@ -74,14 +78,6 @@ def _split(
         data = request.config.data
     training, validation = train_and_validation(cohort.cases, data.fold, data.folds, data.split_seed)
     return request, training, validation
-
-
-def _lesion_free_copies(request: TrainingRequest[TrainConfig], cohort: Cohort, ids: Sequence[str]) -> tuple[Case, ...]:
-    augmentation = request.config.augmentation
-    if augmentation.lesion_bank is None or not augmentation.enabled:
-        return ()
-    training = [case for case in cohort.cases if case.id in set(ids)]
-    return tuple(find_copies(augmentation.lesion_bank, training, cohort.modalities))
 
 
 def find_cohort(request: TrainingRequest[TrainConfig]) -> Cohort:

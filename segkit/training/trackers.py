@@ -82,7 +82,10 @@ class MlflowTracker:
         else:
             self.run_id = self._begin(run)
             path.write_text(json.dumps({"tracking_uri": uri, "run_id": self.run_id}) + "\n", encoding="utf-8")
-        self.known = self._known_steps()
+        names = self.client.get_run(self.run_id).data.metrics
+        histories = {name: self.client.get_metric_history(self.run_id, name) for name in names}
+        self.known = {name: max(metric.step for metric in history) for name, history in histories.items()}
+        """The last step of each metric; earlier ones are not sent again."""
         self.waiting: list[Any] = []
 
     def _begin(self, run: Path) -> str:
@@ -92,11 +95,6 @@ class MlflowTracker:
         for name, value in _parameters(run):
             self.client.log_param(run_id, name, value)
         return run_id
-
-    def _known_steps(self) -> dict[str, int]:
-        """The last step of each metric; earlier ones are not sent again."""
-        names = self.client.get_run(self.run_id).data.metrics
-        return {name: max(m.step for m in self.client.get_metric_history(self.run_id, name)) for name in names}
 
     def add(self, row: Mapping[str, Any]) -> None:  # noqa: D102
         from mlflow.entities import Metric
