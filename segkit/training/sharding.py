@@ -156,14 +156,14 @@ def parts_like(tree: Any, parameters: Mapping[int, Tensor]) -> Any:
     """The state of an optimiser, by number of the parameter, in parts as its parameters are."""
     return {
         number: {
-            key: _part(value, parameters[number]) if isinstance(value, Tensor) and value.dim() else value
+            key: _part(value, parameters.get(number)) if isinstance(value, Tensor) and value.dim() else value
             for key, value in moments.items()
         }
         for number, moments in tree.items()
     }
 
 
-def _part(value: Tensor, like: Tensor) -> Tensor:
+def _part(value: Tensor, like: Tensor | None) -> Tensor:
     if not isinstance(like, DTensor):
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -128,6 +128,16 @@ def test_a_resumed_run_cannot_thaw_its_encoder(
     assert "Resume with the optimiser.encoder_lr that the run began with" in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_resumed_run_cannot_freeze_its_encoder(
+    first: Path, phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(first, run)
+    frozen = ("--set", "optimiser.encoder_lr=0", "--set", "training.steps=3")
+    assert train(phantoms, run, "--resume", "--allow-changes", *frozen, "-d", "cpu", "-q") == 2
+    assert "Resume with the optimiser.encoder_lr that the run began with" in " ".join(capsys.readouterr().err.split())
+
+
 def test_the_least_share_of_the_encoder(
     first: Path, phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
