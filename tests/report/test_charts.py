@@ -1,4 +1,4 @@
-"""Charts: places, ticks, thinning and colours, read from the SVG."""
+"""Charts: places, ticks and colours, read from the SVG."""
 
 from __future__ import annotations
 
@@ -12,18 +12,6 @@ from segkit.report.curves import thinned
 
 def numbers(svg: str, attribute: str) -> list[float]:
     return [float(found) for found in re.findall(rf' {attribute}="([-\d.]+)"', svg)]
-
-
-def test_a_long_curve_keeps_its_spikes_and_its_ends():
-    points = [(float(step), 1.0) for step in range(100_000)]
-    points[54_321] = (54_321.0, 9.0)
-    points[54_322] = (54_322.0, -9.0)
-    kept = thinned(points)
-    assert len(kept) <= 601
-    assert kept[0] == points[0]
-    assert kept[-1] == points[-1]
-    assert {points[54_321], points[54_322]} <= set(kept)
-    assert [step for step, _ in kept] == sorted(step for step, _ in kept)
 
 
 def test_a_short_curve_is_drawn_as_it_is():

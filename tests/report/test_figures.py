@@ -1,4 +1,4 @@
-"""Pictures: what is drawn where, seen through the planes and curves, and that files are real pictures."""
+"""Pictures in output folders: that files are real pictures, with colours and legends."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from PIL import Image
 
 from segkit.labels import SCHEMES
 from segkit.reading.volume import Grid
-from segkit.report import planes as planes_module
-from segkit.report.curves import training_curves
 from segkit.report.figures import curves_figure, overlay_figure
-from segkit.report.planes import COLOURS, content_box, views_of
+from segkit.report.planes import COLOURS
 
 RAS = np.eye(4)
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -24,57 +22,6 @@ def volume() -> np.ndarray:
     """Brightness tells the place: 100 x + 10 y + z + 1."""
     x, y, z = np.indices((4, 5, 6))
     return (100 * x + 10 * y + z + 1).astype(np.float32)
-
-
-def planes(affine, labels, spacing=(1.0, 1.0, 1.0)):
-    grid = Grid((4, 5, 6), affine @ np.diag([*spacing, 1.0]))
-    return {view.title: view for view in views_of(volume(), (labels,), grid)}
-
-
-def one_voxel() -> np.ndarray:
-    labels = np.zeros((4, 5, 6), np.uint8)
-    labels[1, 2, 4] = 1
-    return labels
-
-
-def test_planes_cut_through_the_structure_in_radiological_view():
-    views = planes(RAS, one_voxel())
-    axial = views["axial"].image  # z = 4; rows from the front (y = 4) back, columns from the right (x = 3) to the left
-    assert axial.shape == (5, 4)
-    assert axial[0, 0] == 100 * 3 + 10 * 4 + 4 + 1
-    assert axial[-1, -1] == 4 + 1
-    assert views["axial"].letters == ("R", "L", "A", "P")
-    coronal = views["coronal"].image  # y = 2; rows from the top (z = 5) down
-    assert coronal[0, 0] == 100 * 3 + 10 * 2 + 5 + 1
-    sagittal = views["sagittal"].image  # x = 1; columns from the front (y = 4) back
-    assert sagittal[0, 0] == 100 * 1 + 10 * 4 + 5 + 1
-    assert [int(view.masks[0].sum()) for view in views.values()] == [1, 1, 1]
-
-
-def test_other_orientation_shows_the_same_anatomy():
-    turned = planes(LPS, one_voxel())["axial"].image  # x grows to the left, y to the back
-    assert turned[0, 0] == 4 + 1  # voxel (0, 0, 4) is now the rightmost and foremost
-
-
-def test_aspect_follows_the_spacing():
-    views = planes(RAS, one_voxel(), spacing=(1.0, 2.0, 6.0))
-    assert [view.aspect for view in views.values()] == pytest.approx([2.0, 6.0, 3.0])  # height by width of a pixel
-
-
-def test_slice_that_shows_every_structure_wins_over_the_largest_one():
-    labels = np.zeros((3, 3, 6), np.uint8)
-    labels[:, :, 1] = 1
-    labels[:2, :, 4] = 1
-    labels[2, 0, 4] = 2
-    assert planes_module._richest_slice([labels], axis=2) == 4
-    assert planes_module._richest_slice([np.zeros_like(labels)], axis=2) == 3
-
-
-def test_view_is_cropped_to_the_content():
-    image = np.zeros((8, 9, 7), np.float32)
-    image[2:5, 3:4, 1:7] = 5
-    assert content_box(image) == (slice(2, 5), slice(3, 4), slice(1, 7))
-    assert content_box(np.zeros((3, 4, 5))) == (slice(0, 3), slice(0, 4), slice(0, 5))
 
 
 def is_near(pixels: np.ndarray, colour: str) -> np.ndarray:
@@ -110,18 +57,6 @@ def test_empty_masks_and_flat_images_are_drawn_without_warnings(tmp_path):
     empty = np.zeros((4, 5, 6), np.uint8)
     overlay_figure(tmp_path / "e.png", np.zeros((4, 5, 6)), empty, Grid((4, 5, 6), RAS), reference=empty)
     assert (tmp_path / "e.png").stat().st_size > 0
-
-
-def test_curves_are_sorted_into_panels():
-    rows = [
-        {"step": 10, "epoch": 1, "loss": 1.0, "lr": 0.1, "seconds": 3.0},
-        {"step": 20, "loss": float("nan"), "lr": 0.05, "score": 0.5, "dice": {"WT": 0.8, "ET": None}},
-    ]
-    assert training_curves(rows) == {
-        "loss": {"loss": [(10, 1.0)]},
-        "validation": {"score": [(20, 0.5)], "WT": [(20, 0.8)]},
-        "learning rate": {"lr": [(10, 0.1), (20, 0.05)]},
-    }
 
 
 def test_curves_are_written_also_before_anything_is_recorded(tmp_path):

@@ -15,7 +15,7 @@ from PIL import Image
 from segkit.labels import SCHEMES
 from segkit.reading.volume import Grid
 from segkit.report import viewer
-from segkit.report.images import CaseArrays, Gallery
+from segkit.report.images import CaseArrays
 from segkit.report.pictures import case_picture, outline
 from segkit.report.planes import label_colours
 from segkit.report.viewer import case_volumes, viewer_script
@@ -134,16 +134,3 @@ def test_a_still_shrinks_to_its_share_or_is_left_out():
     small = case_picture("case", arrays, {}, "p0", len(large) - 1)
     assert len(small) < len(large)
     assert case_picture("case", arrays, {}, "p0", 100) is None
-
-
-def test_without_a_scheme_labels_are_told_apart_by_value():
-    colours = Gallery().colours()
-    assert colours[1] == ("label 1", "#56B4E9")
-    assert colours[8] == ("label 8", "#56B4E9")
-    assert len(colours) == 255
-
-
-def test_tissues_share_the_colours_of_the_regions_that_they_paint():
-    colours = label_colours(SCHEMES["brats2017"])
-    assert [name for name, _ in colours.values()] == ["ED", "NCR", "ET"]
-    assert [colour for _, colour in colours.values()] == ["#56B4E9", "#D55E00", "#F0E442"]
