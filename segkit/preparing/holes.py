@@ -299,7 +299,7 @@ def challenge_hole(
             remedy="Give references with tumours, or a smaller limit",
         )
     unhealthy = unhealthy_region(tumour, rules)
-    distance = _distance_to(unhealthy)
+    distance = ndimage.distance_transform_edt(~unhealthy) if unhealthy.any() else np.full(unhealthy.shape, np.inf)
     candidates = np.flatnonzero(brain & (distance > rules.margin_voxels))
     if not candidates.size:
         raise DataError(
@@ -322,14 +322,6 @@ def challenge_hole(
         expected=f"room for a tumour's shape at least {rules.margin_voxels:g} voxels from the tumour and its margin",
         remedy="Leave this case out, or give more tumours of other sizes",
     )
-
-
-def _distance_to(region: Mask) -> NDArray[np.float64]:
-    """Distance of every voxel (*spatial) from a region, in voxels; infinite where there is no region."""
-    if not region.any():
-        return np.full(region.shape, np.inf)
-    distance: NDArray[np.float64] = ndimage.distance_transform_edt(~region)
-    return distance
 
 
 def _laid(

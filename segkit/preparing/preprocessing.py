@@ -27,7 +27,7 @@ from segkit.reading.files import read_labels, read_volume
 from segkit.reading.geometry import Reorientation, reorientation_to, reoriented_grid, same_grid
 from segkit.reading.volume import Grid, Volume
 from segkit.runtime import available_cores
-from segkit.shapes import AnyArray, Image, LabelMap
+from segkit.shapes import Image, LabelMap
 
 Normalisation = Literal["zscore-nonzero", "zscore", "ct-window", "scale-nonzero"]
 Crop = Literal["nonzero", "none"]
@@ -126,7 +126,13 @@ def _read_image(case: Case, modalities: tuple[str, ...], *, uses_threads: bool) 
                 image = np.zeros((len(modalities), *grid.shape), np.float32)
             _refuse_other_grid(grid, first, volume.grid, file.path)
             image[channel] = volume.array
-            _refuse_non_finite(image[channel], file.path)
+            if count := image[channel].size - int(np.count_nonzero(np.isfinite(image[channel]))):
+                raise DataError(
+                    f"{count} voxels are NaN or infinite",
+                    where=file.path,
+                    expected="finite intensities",
+                    remedy="Export the image again, or replace those voxels by 0 if they lie outside the patient",
+                )
     return image, grid
 
 
@@ -139,17 +145,6 @@ def _refuse_other_grid(grid: Grid, path: Path, other: Grid, other_path: Path) ->
             expected="all files of a case on one grid",
             remedy="Register and resample them to one another first (for brain tumours: BraTS-Toolkit), or repair a "
             "wrong header with `segkit convert headers`",
-        )
-
-
-def _refuse_non_finite(plane: AnyArray, path: Path) -> None:
-    count = plane.size - int(np.count_nonzero(np.isfinite(plane)))
-    if count:
-        raise DataError(
-            f"{count} voxels are NaN or infinite",
-            where=path,
-            expected="finite intensities",
-            remedy="Export the image again, or replace those voxels by 0 if they lie outside the patient",
         )
 
 
