@@ -18,6 +18,7 @@ from segkit.checkpoint.model import save_model
 from segkit.config import Config
 from segkit.labels import SCHEMES, LabelScheme, outputs_of
 from segkit.models.table import MODELS, ModelEntry
+from tests.helpers import LPS
 
 MakeRun = Callable[..., Path]
 
@@ -43,7 +44,6 @@ class Steps(nn.Module):
         return [logits + self.bias] if self.training else logits + self.bias
 
 
-LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 BRATS_SUFFIXES = {"t1n": "t1", "t1c": "t1ce", "t2w": "t2", "t2f": "flair"}
 
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from segkit.cli.report import report
 from segkit.errors import RequestError
 from segkit.evaluation.score_folder import evaluate_folders
-from tests.report.folders import write_data, write_masks, write_run, write_scores
+from tests.report_folders import write_data, write_masks, write_run, write_scores
 
 app = typer.Typer()
 app.command()(report)

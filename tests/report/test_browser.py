@@ -15,7 +15,7 @@ from segkit.report.cases import MOST_METRICS
 from segkit.report.page import write_page
 from segkit.report.viewer import viewer_script
 from tests.report.browser import Browser, find_browser, processes_of
-from tests.report.folders import write_data, write_json, write_masks, write_run, write_scores
+from tests.report_folders import write_data, write_json, write_masks, write_run, write_scores
 
 IDS = ["BraTS2021_00001", "BraTS2021_00002", "BraTS2021_00003"]
 EXECUTABLE = find_browser()

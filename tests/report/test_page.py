@@ -18,7 +18,7 @@ import pytest
 from segkit.errors import RequestError
 from segkit.report import page as page_module
 from segkit.report.page import write_page
-from tests.report.folders import (
+from tests.report_folders import (
     LPS,
     Parsed,
     write_data,

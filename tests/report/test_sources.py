@@ -13,7 +13,7 @@ from segkit.errors import RequestError
 from segkit.evaluation.score_files import read_scores
 from segkit.report.page import write_page
 from segkit.report.sources import PathRedactor, read_run, read_sources
-from tests.report.folders import write_json, write_masks, write_run, write_scores
+from tests.report_folders import write_json, write_masks, write_run, write_scores
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import json
 from html.parser import HTMLParser
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 
-LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+from tests.helpers import save_nifti
+
 REGIONS = ("WT", "TC", "ET")
 
 
@@ -66,8 +66,8 @@ def write_data(folder: Path, ids: list[str]) -> None:
         own = folder / case_id
         own.mkdir(parents=True)
         for kind in ("t1", "t1ce", "t2", "flair"):
-            nib.save(nib.Nifti1Image(image.astype(np.float32), LPS), own / f"{case_id}_{kind}.nii.gz")
-        nib.save(nib.Nifti1Image(labels, LPS), own / f"{case_id}_seg.nii.gz")
+            save_nifti(own / f"{case_id}_{kind}.nii.gz", image.astype(np.float32))
+        save_nifti(own / f"{case_id}_seg.nii.gz", labels)
 
 
 def write_masks(folder: Path, ids: list[str], failed: dict[str, str] | None = None) -> None:
@@ -76,9 +76,9 @@ def write_masks(folder: Path, ids: list[str], failed: dict[str, str] | None = No
     records = []
     for position, case_id in enumerate(ids):
         labels = np.roll(labels_of(position), 1, axis=0)
-        nib.save(nib.Nifti1Image(labels, LPS), folder / f"{case_id}.nii.gz")
+        save_nifti(folder / f"{case_id}.nii.gz", labels)
         entropy = np.where(labels > 0, 0.5, 0.0).astype(np.float32)
-        nib.save(nib.Nifti1Image(entropy, LPS), folder / "uncertainty" / f"{case_id}_entropy.nii.gz")
+        save_nifti(folder / "uncertainty" / f"{case_id}_entropy.nii.gz", entropy)
         stages = {"read": 0.5, "preprocess": 0.25, "predict": 2.0, "decode": 0.125, "write": 0.125}
         predicted = {"peak_rss_mb": 800.0, "seconds": 2.0}
         record = {"case": case_id, "status": "done", "error": None, "seconds": stages, "peak_rss_mb": 1000.0}
