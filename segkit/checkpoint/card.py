@@ -6,6 +6,7 @@ files that they name must be beside them.
 
 from __future__ import annotations
 
+import json
 from math import prod
 from typing import Annotated, Any, Literal
 
@@ -312,6 +313,10 @@ class ModelCard(CardPart):
         if self.segmentation is None:
             raise CheckpointError(f"a {self.task} model has no label scheme", expected="a segmentation model")
         return self.segmentation
+
+    def to_text(self) -> str:
+        """The text of `model.json`."""
+        return json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
 
     def to_json(self) -> dict[str, Any]:
         """The document written as `model.json`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from segkit.checkpoint import nnunet
 from segkit.checkpoint.card import ModelCard
-from segkit.checkpoint.run_folder import CARD_NAME, RUN_FOLDER, WEIGHTS_NAME, load_card, model_folders, only_fold
+from segkit.checkpoint.run_folder import CARD_NAME, RUN_FOLDER, WEIGHTS_NAME, load_card, only_folder
 from segkit.checkpoint.tensors import load_weights_file, write_tensors
 from segkit.errors import CheckpointError
 from segkit.models.table import build_model
@@ -45,7 +44,7 @@ def save_model(run_dir: Path, weights: Mapping[str, Tensor], card: ModelCard) ->
     ):
         write_tensors(weights_path, weights)
         card = card.model_copy(update={"sha256": file_sha256(weights_path)})
-        card_path.write_text(json.dumps(card.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        card_path.write_text(card.to_text(), encoding="utf-8")
     # Both files were complete before the first was renamed: they disagree only between the two renames.
     return card
 
@@ -89,7 +88,7 @@ def read_weights(run_dir: Path, card: ModelCard) -> tuple[dict[str, Tensor], Pat
         CheckpointError: they are missing, damaged or not those of the card.
     """
     if not (run_dir / CARD_NAME).is_file() and nnunet.is_result(run_dir):
-        checkpoint = nnunet.checkpoint_path(only_fold(run_dir))
+        checkpoint = nnunet.checkpoint_path(only_folder(run_dir))
         return load_weights_file(checkpoint), checkpoint  # the card was just made from it
     path = run_dir / WEIGHTS_NAME
     if not path.is_file():
@@ -160,10 +159,7 @@ def _read(path: Path) -> WeightSource:
         path = path.parent
     if not path.is_dir():
         return WeightSource(path, load_weights_file(path))
-    folders = model_folders(path)
-    if len(folders) > 1:
-        names = ", ".join(folder.name for folder in folders)
-        raise CheckpointError(f"holds {len(folders)} models ({names})", where=path, remedy="Name one of its folders")
-    card = load_card(folders[0])
-    tensors, file = read_weights(folders[0], card)
+    folder = only_folder(path)
+    card = load_card(folder)
+    tensors, file = read_weights(folder, card)
     return WeightSource(file, tensors, card)

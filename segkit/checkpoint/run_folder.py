@@ -30,7 +30,7 @@ def load_card(run_dir: Path) -> ModelCard:
     from segkit.checkpoint import nnunet
 
     if nnunet.is_result(run_dir):
-        return nnunet.make_card(only_fold(run_dir))
+        return nnunet.make_card(only_folder(run_dir))
     has_state = (run_dir / LAST_NAME).exists()
     remedy = "Resume the training with --resume, up to its first validation" if has_state else "Check the path"
     raise CheckpointError(f"holds no {CARD_NAME}", where=run_dir, expected=RUN_FOLDER, remedy=remedy)
@@ -75,15 +75,17 @@ def model_folders(path: Path) -> list[Path]:
     return folds
 
 
-def only_fold(result: Path) -> Path:
-    """The one fold of a result folder of nnU-Net."""
-    from segkit.checkpoint import nnunet
+def only_folder(path: Path) -> Path:
+    """The one folder of `model_folders`.
 
-    folds = nnunet.fold_folders(result)
-    if len(folds) > 1:
-        names = ", ".join(fold.name for fold in folds)
-        raise CheckpointError(f"holds {len(folds)} models ({names})", where=result, remedy="Name one of its folders")
-    return folds[0]
+    Raises:
+        CheckpointError: there is none, or several.
+    """
+    folders = model_folders(path)
+    if len(folders) > 1:
+        names = ", ".join(folder.name for folder in folders)
+        raise CheckpointError(f"holds {len(folders)} models ({names})", where=path, remedy="Name one of its folders")
+    return folders[0]
 
 
 def _read_card(path: Path) -> ModelCard:

@@ -185,7 +185,7 @@ def _refused(path: Path, remedy: str) -> CheckpointError:
 
 
 def _broken_part(path: Path) -> str | None:
-    """The first part with a wrong checksum, which torch does not verify."""
+    """The first part of a zip archive with a wrong checksum, which torch does not verify."""
     if not is_zip(path):
         return None
     with zipfile.ZipFile(path) as archive:

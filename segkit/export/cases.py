@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from segkit.errors import DataError, RequestError, SegkitError, as_request
+from segkit.batch.cases import choose_cases
+from segkit.errors import DataError, SegkitError, as_request
 from segkit.inference.backends import Array
 from segkit.inference.predictor import Predictor
 from segkit.metrics.overlap import dice_by_region
@@ -83,18 +84,23 @@ def named_cases(root: Path, case_ids: Sequence[str] | None = None) -> MeasuringC
         cohort = find_cases(root)
     except DataError as error:
         raise as_request(error) from error
-    if case_ids is not None:
-        known = {case.id: case for case in cohort.cases}
-        if unknown := [case_id for case_id in case_ids if case_id not in known]:
-            raise RequestError(f"cases asked for are not there: {', '.join(unknown[:5])}", where=root)
-        cohort = replace(cohort, cases=tuple(known[case_id] for case_id in case_ids))
-    return MeasuringCases(cohort, str(root))
+    return MeasuringCases(choose_cases(cohort, case_ids), str(root))
 
 
 def validation_cases(run: Path) -> MeasuringCases | None:
     """At most twenty validation cases of a run; None if its data were moved."""
+    from segkit.training.folder import read_config
+
     try:
-        cohort, ids = _data_of(run)
+        split = json.loads((run / "split.json").read_text(encoding="utf-8"))
+        data, ids = read_config(run).data, set(split["validation"])
+        cohort = find_cases(
+            Path(split["data"][0]),
+            layout=data.layout,
+            modalities=data.modalities,
+            label_scheme=data.label_scheme,
+            require_labels=True,
+        )
     except (SegkitError, OSError, ValueError, KeyError) as error:
         _log.debug("no validation cases of %s: %s", run, error)
         return None
@@ -102,21 +108,6 @@ def validation_cases(run: Path) -> MeasuringCases | None:
     if not chosen:
         return None
     return MeasuringCases(replace(cohort, cases=_evenly(chosen, MOST_OF_A_RUN)), f"validation cases of {run}")
-
-
-def _data_of(run: Path) -> tuple[Cohort, set[str]]:
-    from segkit.training.folder import read_config
-
-    split = json.loads((run / "split.json").read_text(encoding="utf-8"))
-    data = read_config(run).data
-    cohort = find_cases(
-        Path(split["data"][0]),
-        layout=data.layout,
-        modalities=data.modalities,
-        label_scheme=data.label_scheme,
-        require_labels=True,
-    )
-    return cohort, set(split["validation"])
 
 
 def _evenly(cases: Sequence[Case], most: int) -> tuple[Case, ...]:

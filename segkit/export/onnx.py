@@ -6,7 +6,6 @@ its name when all checks have passed.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import secrets
@@ -236,8 +235,7 @@ def _write_card(target: Path, card: ModelCard, export: ExportCard) -> None:
     installed = {distribution.metadata["Name"].lower() for distribution in metadata.distributions()}
     versions = {name: metadata.version(name) for name in _VERSIONS if name in installed}
     card = card.model_copy(update={"export": export, "versions": {**card.versions, **versions}})
-    text = json.dumps(card.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
-    (target / CARD_NAME).write_text(text + "\n", encoding="utf-8")
+    (target / CARD_NAME).write_text(card.to_text(), encoding="utf-8")
 
 
 def _put_in_place(staging: Path, output: Path) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segkit.errors import RequestError
+from segkit.inference.graph import INPUT, OUTPUT, graph_files
 from segkit.runtime import available_cores, keep_freed_memory, pick_device
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class OnnxRuntimeBackend:
 
     def __call__(self, windows: Array) -> Array:
         """Logits (B, K, *window) of windows (B, C, *window)."""
-        result: Array = self._session.run(["logits"], {"image": windows})[0]
+        result: Array = self._session.run([OUTPUT], {INPUT: windows})[0]
         return result
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -128,14 +129,14 @@ class OpenvinoBackend:
         if cache is not None:
             settings["CACHE_DIR"] = str(cache)
         model = core.read_model(path)
-        shape = model.input("image").partial_shape
+        shape = model.input(INPUT).partial_shape
         shape[0] = 1  # a free batch size takes twice as long: OpenVINO then does not choose layouts
-        model.reshape({"image": shape})
+        model.reshape({INPUT: shape})
         self._network: Any = core.compile_model(model, "CPU", settings)
 
     def __call__(self, windows: Array) -> Array:
         """Logits (B, K, *window) of windows (B, C, *window), computed one by one."""
-        return np.concatenate([self._network({"image": window[None]})["logits"] for window in windows])
+        return np.concatenate([self._network({INPUT: window[None]})[OUTPUT] for window in windows])
 
     def __reduce__(self) -> tuple[Any, ...]:
         """The file is pickled too."""
@@ -242,6 +243,4 @@ def _reopen_graph(name: str, files: Mapping[str, bytes], threads: int) -> Backen
 
 
 def _files_of(graph: Path) -> dict[str, bytes]:
-    """The contents of an ONNX file and, if there is one, of its file of weights."""
-    weights = graph.with_name(f"{graph.name}.data")
-    return {path.name: path.read_bytes() for path in (graph, weights) if path is graph or path.exists()}
+    return {path.name: path.read_bytes() for path in graph_files(graph)}

@@ -8,7 +8,6 @@ masks: 1 where prediction and reference are both empty, 0 where only one is.
 
 from __future__ import annotations
 
-import json
 import logging
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -94,8 +93,7 @@ def settle_postprocessing(
     outputs = card.outputs
     chosen = choose_postprocessing(scored, outputs) if is_wanted else None
     with written_atomically(run / CARD_NAME) as path:
-        document = card.with_postprocessing(chosen).to_json()
-        path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(card.with_postprocessing(chosen).to_text(), encoding="utf-8")
     if chosen is None:
         return None
     for rule in chosen.rules:
