@@ -181,13 +181,12 @@ def _estimate(cohort: Cohort, config: TrainConfig | None, memory: str | None) ->
     from segkit.errors import SegkitError
     from segkit.runtime import pick_device
     from segkit.training.estimate import estimate_training
-    from segkit.training.segmentation_plan import memory_to_plan_for, planning_request
+    from segkit.training.segmentation_plan import memory_to_plan_for
 
-    request = planning_request(config, -(-len(labelled.cases) // config.data.folds))
     device = pick_device()
     memory_gb = memory_to_plan_for(None if memory is None else parse_gigabytes(memory), device)
     try:
-        needs = estimate_training(labelled, labelled.scheme, request, memory_gb, device)
+        needs = estimate_training(labelled, labelled.scheme, config, memory_gb, device)
     except SegkitError as error:
         tell_aside(f"No estimate: {error}", style="yellow")
         return None

@@ -47,11 +47,7 @@ _MEMORY_MODES: tuple[dict[str, object], ...] = (
 
 @dataclass(frozen=True)
 class PlanningRequest:
-    """What the caller has decided; None is left to planning. Sizes in voxels.
-
-    A run takes `steps` optimisation steps of `accumulate` batches, or `budget_minutes` instead, and validates
-    `validations` times on `validation_cases` cases.
-    """
+    """What the caller has decided; None is left to planning. Sizes in voxels."""
 
     family: str
     size: str | None = None
@@ -63,13 +59,8 @@ class PlanningRequest:
     preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
     mirror_axes: tuple[int, ...] | None = None
     modality_dropout: float | None = None
-    overlap: float = 0.5
     has_average: bool = True
-    steps: int = 1000
-    accumulate: int = 1
-    budget_minutes: float | None = None
-    validations: int = 1
-    validation_cases: int = 1
+    """Whether a moving average of the weights is kept."""
     shards: int = 1
     """Number of processes that share the weights, their gradients and the optimiser state."""
 

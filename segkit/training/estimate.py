@@ -13,8 +13,10 @@ from segkit.inference.sliding_window import plan_windows
 from segkit.labels import LabelScheme
 from segkit.preparing.candidate_network import CandidateNetwork
 from segkit.preparing.fingerprint import Fingerprint, take_fingerprint
-from segkit.preparing.plan import Plan, PlanningRequest, plan_training, prepared_shapes
+from segkit.preparing.plan import Plan, plan_training, prepared_shapes
 from segkit.reading.case import Cohort
+from segkit.training.config import TrainConfig
+from segkit.training.segmentation_plan import planning_request
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Estimate:
 
 
 def estimate_training(
-    cohort: Cohort, scheme: LabelScheme, request: PlanningRequest, memory_gb: float, device: torch.device | None = None
+    cohort: Cohort, scheme: LabelScheme, config: TrainConfig, memory_gb: float, device: torch.device | None = None
 ) -> Estimate:
     """Plan a run on a cohort, time one training step and one inference window, and estimate how long the run takes.
 
@@ -35,31 +37,35 @@ def estimate_training(
         DataError: no case can be read.
         RequestError: see `plan_training`.
     """
-    fingerprint = take_fingerprint(cohort)
+    fingerprint, request = take_fingerprint(cohort), planning_request(config)
     plan = plan_training(fingerprint, scheme, request, memory_gb, device)
     network = replace(request, arguments=plan.arguments).network(fingerprint, scheme)
     device = device or torch.device("cpu")
     step_s = seconds_of(_trial_step(network, plan.patch_size, plan.batch_size, device))
     window_s = seconds_of(_trial_window(network, plan.patch_size, device))
-    return Estimate(plan.memory_gb, estimate_minutes(fingerprint, plan, request, step_s, window_s), plan)
+    return Estimate(plan.memory_gb, estimate_minutes(fingerprint, plan, config, step_s, window_s), plan)
 
 
 def estimate_minutes(
     fingerprint: Fingerprint,
     plan: Plan,
-    request: PlanningRequest,
+    config: TrainConfig,
     seconds_per_step: float,
     seconds_per_window: float,
 ) -> float:
     """Minutes of a run: preparing all cases, the steps and the validations; with a budget, the budget."""
-    if request.budget_minutes is not None:
-        return request.budget_minutes
+    training = config.training
+    if training.budget_minutes is not None:
+        return training.budget_minutes
     sizes = prepared_shapes(fingerprint, plan.preprocessing)
-    windows = float(np.mean([plan_windows(size, plan.patch_size, request.overlap).count for size in sizes]))
+    windows = float(np.mean([plan_windows(size, plan.patch_size, config.overlap).count for size in sizes]))
+    epochs = -(-training.steps // training.steps_per_epoch)
+    validations = -(-epochs // training.validate_every)
+    fold = -(-fingerprint.cases // config.data.folds)
     seconds = (
         fingerprint.cases * fingerprint.seconds_per_case
-        + request.steps * request.accumulate * seconds_per_step
-        + request.validations * request.validation_cases * windows * seconds_per_window
+        + training.steps * training.accumulate * seconds_per_step
+        + validations * min(fold, training.validation_cases or fold) * windows * seconds_per_window
     )
     return seconds / 60
 

@@ -50,7 +50,7 @@ def plan_segmentation(request: TrainingRequest[TrainConfig]) -> RunPlan[TrainCon
         config, (reasons, estimate) = request.config, read_plan(request.run)
     else:
         # Every fold is planned from the whole cohort, so that the folds can be one ensemble.
-        config, reasons, estimate = request.ranks.from_first(lambda: _decide(request, cohort, len(validation_ids)))
+        config, reasons, estimate = request.ranks.from_first(lambda: _decide(request, cohort))
     split = SplitData(cohort, config.preprocessing, tuple(training_ids), tuple(validation_ids))
     heading, patch = f"{cohort.layout} data in {cohort.root}", config.planning.patch_size or ()
     request = replace(request, config=config)
@@ -130,10 +130,8 @@ def _warn_of_split_patients(cohort: Cohort, kept: Sequence[Case]) -> None:
         )
 
 
-def planning_request(config: TrainConfig, validation_cases: int) -> PlanningRequest:
-    """The settings that planning needs; `validation_cases` is the size of the fold that validates."""
-    training = config.training
-    epochs = -(-training.steps // training.steps_per_epoch)
+def planning_request(config: TrainConfig) -> PlanningRequest:
+    """The settings that planning needs."""
     return PlanningRequest(
         family=config.network.family,
         size=config.network.size,
@@ -145,13 +143,7 @@ def planning_request(config: TrainConfig, validation_cases: int) -> PlanningRequ
         preprocessing=config.preprocessing,
         mirror_axes=config.augmentation.mirror_axes,
         modality_dropout=config.augmentation.modality_dropout,
-        overlap=config.overlap,
-        has_average=training.ema_decay > 0,
-        steps=training.steps,
-        accumulate=training.accumulate,
-        budget_minutes=training.budget_minutes,
-        validations=-(-epochs // training.validate_every),
-        validation_cases=min(validation_cases, training.validation_cases or validation_cases),
+        has_average=config.training.ema_decay > 0,
     )
 
 
@@ -162,7 +154,7 @@ def memory_to_plan_for(asked_gb: float | None, device: torch.device) -> float:
 
 
 def _decide(
-    request: TrainingRequest[TrainConfig], cohort: Cohort, validation_cases: int
+    request: TrainingRequest[TrainConfig], cohort: Cohort
 ) -> tuple[TrainConfig, Mapping[str, str], Mapping[str, float]]:
     """The complete settings, why each was chosen, and the memory the run is expected to take."""
     config = request.config
@@ -173,7 +165,7 @@ def _decide(
         fingerprint = take_fingerprint(cohort)
     except DataError as error:
         raise as_request(error) from error
-    asked = planning_request(config, validation_cases)
+    asked = planning_request(config)
     fit = partial(plan_training, fingerprint, cohort.scheme, memory_gb=memory_gb, device=request.device)
     is_shared = config.training.sharding == "full"
     try:

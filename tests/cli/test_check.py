@@ -12,7 +12,6 @@ import pytest
 
 from segkit.config import build_config, preset_layers
 from segkit.labels import LabelScheme
-from segkit.preparing.plan import PlanningRequest
 from segkit.reading.case import Cohort
 from segkit.training.config import TrainConfig
 from tests.helpers import LPS, run_segkit, save_nifti
@@ -57,12 +56,12 @@ def test_json_is_the_contract_and_nothing_else(tmp_path: Path, capsys: pytest.Ca
 def test_estimate_comes_from_planning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[int, str, str, int, float]] = []
+    asked: list[tuple[int, str, str, float]] = []
 
     def estimate_training(
-        cohort: Cohort, scheme: LabelScheme, request: PlanningRequest, memory_gb: float, device: object
+        cohort: Cohort, scheme: LabelScheme, config: TrainConfig, memory_gb: float, device: object
     ) -> SimpleNamespace:
-        asked.append((len(cohort.cases), scheme.name, request.family, request.validation_cases, memory_gb))
+        asked.append((len(cohort.cases), scheme.name, config.network.family, memory_gb))
         return SimpleNamespace(memory_gb=3.14159, minutes=12.34)
 
     monkeypatch.setattr("segkit.training.estimate.estimate_training", estimate_training)
@@ -71,7 +70,7 @@ def test_estimate_comes_from_planning(
     run_segkit("check", tmp_path, "--memory", "8G", "--json")
     assert json.loads(capsys.readouterr().out)["estimate"] == {"memory_gb": 3.14, "minutes": 12.3}
     family = build_config(TrainConfig, preset_layers("cpu")).network.family
-    assert asked == [(6, "brats2017", family, 2, 8.0)]
+    assert asked == [(6, "brats2017", family, 8.0)]
 
 
 def test_estimate_is_for_the_preset_and_settings_asked_for(
@@ -80,9 +79,9 @@ def test_estimate_is_for_the_preset_and_settings_asked_for(
     asked: list[tuple[str | None, int]] = []
 
     def estimate_training(*arguments: object) -> SimpleNamespace:
-        request = arguments[2]
-        assert isinstance(request, PlanningRequest)
-        asked.append((request.size, request.steps))
+        config = arguments[2]
+        assert isinstance(config, TrainConfig)
+        asked.append((config.network.size, config.training.steps))
         return SimpleNamespace(memory_gb=1, minutes=2)
 
     monkeypatch.setattr("segkit.training.estimate.estimate_training", estimate_training)

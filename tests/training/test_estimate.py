@@ -12,6 +12,7 @@ from segkit.labels import SCHEMES, classes_scheme
 from segkit.preparing.fingerprint import Fingerprint, Foreground
 from segkit.preparing.plan import PlanningRequest, plan_training
 from segkit.reading.case import Case, Cohort, ImageFile
+from segkit.training.config import DataConfig, NetworkConfig, PlanningConfig, TrainConfig, TrainingConfig
 from segkit.training.estimate import estimate_minutes, estimate_training, seconds_of
 
 BRATS = SCHEMES["brats2023"]
@@ -35,18 +36,27 @@ def fingerprint(shape: tuple[int, ...] = (40, 50, 60)) -> Fingerprint:
 
 def test_minutes_by_hand() -> None:
     plan = plan_training(fingerprint((64, 32, 32)), BRATS, TINY, memory_gb=4.0)
-    request = PlanningRequest("revmbunet", steps=120, accumulate=2, validations=3, validation_cases=4, overlap=0.5)
+    training = TrainingConfig(steps=120, accumulate=2, steps_per_epoch=20, validate_every=2, validation_cases=4)
+    config = TrainConfig(training=training, data=DataConfig(folds=2), overlap=0.5)
 
     # 10 cases x 6 s to prepare; 240 batches x 0.5 s; 3 x 4 cases x 3 windows (64 voxels, 32 each, half over) x 1 s
     assert plan.patch_size == (32, 32, 32)
-    assert estimate_minutes(fingerprint((64, 32, 32)), plan, request, 0.5, 1.0) == pytest.approx((60 + 120 + 36) / 60)
+    assert estimate_minutes(fingerprint((64, 32, 32)), plan, config, 0.5, 1.0) == pytest.approx((60 + 120 + 36) / 60)
+
+
+def test_all_cases_of_the_fold_validate_without_a_limit() -> None:
+    plan = plan_training(fingerprint((64, 32, 32)), BRATS, TINY, memory_gb=4.0)
+    config = TrainConfig(training=TrainingConfig(steps=1), data=DataConfig(folds=4))
+
+    # One validation of 10 / 4 cases, rounded up to 3, of 3 windows
+    assert estimate_minutes(fingerprint((64, 32, 32)), plan, config, 0.0, 1.0) == pytest.approx((60 + 9) / 60)
 
 
 def test_a_budget_is_the_estimate() -> None:
     plan = plan_training(fingerprint(), BRATS, TINY, memory_gb=4.0)
-    request = PlanningRequest("revmbunet", budget_minutes=30)
+    config = TrainConfig(training=TrainingConfig(budget_minutes=30))
 
-    assert estimate_minutes(fingerprint(), plan, request, 1e9, 1e9) == 30
+    assert estimate_minutes(fingerprint(), plan, config, 1e9, 1e9) == 30
 
 
 def test_seconds_of_leaves_the_warm_up_out() -> None:
@@ -66,9 +76,13 @@ def test_estimate_of_a_cohort(tmp_path: Path) -> None:
     scheme = classes_scheme("organ", {"organ": 1})
     case = Case("0", "0", {"t1c": ImageFile(files[0])}, ImageFile(files[1]), scheme)
     data = Cohort(tmp_path, "folder", scheme, ("t1c",), (case,))
-    request = PlanningRequest("revmbunet", "tiny", patch_limit=16, steps=100)
+    config = TrainConfig(
+        network=NetworkConfig(family="revmbunet", size="tiny"),
+        planning=PlanningConfig(patch_limit=16),
+        training=TrainingConfig(steps=100),
+    )
 
-    estimate = estimate_training(data, scheme, request, memory_gb=4.0)
+    estimate = estimate_training(data, scheme, config, memory_gb=4.0)
 
     assert estimate.plan.patch_size == (4, 3, 4)  # what is not 0; too short for any stride
     assert estimate.memory_gb == estimate.plan.memory_gb
