@@ -33,9 +33,9 @@ def spread_batch() -> Iterator[None]:
         _is_spread.reset(token)
 
 
-def batch_sum(of_part: Tensor) -> Tensor:
-    """The sum over processes of each process's sum over its part of the batch; any shape, with a gradient."""
-    return cast(Tensor, _Sum.apply(of_part)) if _is_spread.get() else of_part
+def batch_sum(*sums: Tensor) -> tuple[Tensor, ...]:
+    """Sums over the whole batch, with a gradient, of each process's sums over its part; all of one shape and type."""
+    return cast(Tensor, _Sum.apply(torch.stack(sums))).unbind() if _is_spread.get() else sums
 
 
 def batch_gather(part: Tensor) -> Tensor:

@@ -88,8 +88,8 @@ def restoration_loss(
         filled = torch.where(hole, found, image) - config.darkest
         similarity = ssim_map(filled, image - config.darkest, window=config.ssim_window, data_range=config.data_range)
         error = error + config.ssim * torch.where(hole, 1 - similarity, 0.0).sum()
-    sums = batch_sum(torch.stack((error, hole.sum().to(error.dtype))))
-    return sums[0] / (sums[1].clamp(min=1) * image.shape[1])
+    error, voxels = batch_sum(error, hole.sum().to(error.dtype))
+    return error / (voxels.clamp(min=1) * image.shape[1])
 
 
 def ssim_map(x: Tensor, y: Tensor, *, window: int, data_range: float) -> Tensor:

@@ -1,1 +1,1 @@
-"""Scores: pure functions of two masks, and the protocols that say what an empty mask is worth."""
+"""Scores: pure functions of two masks, the protocols with their rules for empty masks, and statistics over cases."""

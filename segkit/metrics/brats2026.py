@@ -177,7 +177,7 @@ def _whole_scores(pair: RegionPair) -> Scores:
 
 
 def _matched_scores(matched: Sequence[Lesion], *, is_empty: bool) -> Scores:
-    """Mean and deviation over matched lesions of what was measured on each."""
+    """Mean and deviation of each score over matched lesions."""
     if matched:
         values = {name: [getattr(lesion, name) for lesion in matched] for name in _MEASURED}
     elif is_empty:

@@ -103,7 +103,7 @@ def _all_signs(count: int) -> Iterator[NDArray[np.float64]]:
 
 
 def _random_signs(count: int, rows: int, seed: int, wide: int) -> Iterator[NDArray[np.float64]]:
-    """Random patterns of +1 and -1, block by block of (rows, count); what is computed of each row is `wide`."""
+    """Random patterns of +1 and -1, in blocks (rows, count); results have `wide` entries per row."""
     generator = np.random.default_rng(seed)
     size = max(1, _BLOCK // wide)
     for start in range(0, rows, size):

@@ -43,7 +43,7 @@ def signed_rank(differences: ArrayLike) -> SignedRank:
     """Wilcoxon's signed-rank test of finite differences (n,), two-sided.
 
     Zeros are left out, as Wilcoxon did and as R and SciPy do by default; equal sizes share their mean rank. Of up to 50
-    differences p is exact, given the ranks as they are, ties included, for which SciPy falls back on the normal law.
+    differences p is exact, also with ties, for which SciPy uses the normal approximation.
     """
     from scipy import stats
 

@@ -1,4 +1,4 @@
-"""The encoder that is pre-trained, and how well its features tell images apart."""
+"""The encoder that is pre-trained, and a measure of how well its features identify images."""
 
 from __future__ import annotations
 

@@ -172,8 +172,7 @@ def reconstruction_loss(found: Tensor | Sequence[Tensor], image: Tensor, hidden:
     for weight, level in zip(deep_supervision_weights(len(levels)), levels, strict=True):
         target, part = (_averaged(plane.float(), level.shape[2:]) for plane in (image, hidden))
         _require_like(level, target)
-        error = ((level.float() - target).square() * part).sum()
-        error, voxels = batch_sum(torch.stack((error, part.sum())))
+        error, voxels = batch_sum(((level.float() - target).square() * part).sum(), part.sum())
         terms.append(weight * error / (voxels * image.shape[1]))
     return torch.stack(terms).sum()
 

@@ -1,4 +1,4 @@
-"""Stacks: the images of one case that lie side by side, and the place of each of them in the case."""
+"""Stacks: the images of one case side by side, and their positions in the case."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ class ImagesConfig(Config):
 class Stack:
     """The images of one case and one modality (or all modalities).
 
-    source, case: their numbers; channels: first one and the one after the last; axis: across which the slices lie,
-    None for crops and pictures; starts: (images, axes of the case) first voxel of each image; extent: voxels of an
-    image along each axis of the case, 1 across slices; spacing_mm: of the case.
+    source, case: their numbers; channels: first one and the one after the last; axis: the axis of the slices, None for
+    crops and pictures; starts: (images, axes of the case) first voxel of each image; extent: voxels of an image along
+    each axis of the case, 1 across slices; spacing_mm: of the case.
     """
 
     source: int
@@ -98,14 +98,14 @@ class Stack:
         return image if self.axis is None else image.squeeze(self.axis + 1)
 
     def place_mm(self, number: int) -> float:
-        """Where the image lies along the axis of the slices, for crops where its middle lies along axis 0."""
+        """Position along the axis of the slices; for crops that of the middle along axis 0; 0 for pictures."""
         if len(self.spacing_mm) == 2:
             return 0.0
         axis = self.axis or 0
         return float((self.starts[number][axis] + (self.extent[axis] - 1) / 2) * self.spacing_mm[axis])
 
     def slices_per_step(self, step_mm: float) -> int:
-        """How many slices on the next one of a group lies; 1 for crops and pictures."""
+        """Distance in slices to the next one of a group; 1 for crops and pictures."""
         return 1 if self.axis is None else max(1, math.ceil(step_mm / self.spacing_mm[self.axis] - 1e-6))
 
     def neighbours(self, count: int, step: int, generator: np.random.Generator) -> NDArray[np.int64]:

@@ -127,7 +127,7 @@ def draw_view(
 
 
 def cell_positions(frame: torch.Tensor, view_shape: Sequence[int], map_shape: Sequence[int]) -> torch.Tensor:
-    """Where the cells of a feature map lie in the image that its view was cut from.
+    """Positions of the cells of a feature map in the image that its view was cut from.
 
     A cell covers `view_shape / map_shape` voxels of the view along each axis, and its position is that of its centre.
 
