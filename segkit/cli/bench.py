@@ -1,4 +1,4 @@
-"""`segkit bench`: the measured tables of the documents, made anew on this machine."""
+"""`segkit bench`: tables of memory and speed, measured on this machine."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from segkit.cli.options import (
     set_verbosity,
     tell_aside,
 )
+from segkit.errors import RequestError
 
 app = typer.Typer(no_args_is_help=True, help="Measure memory and speed on this machine.")
 
@@ -96,7 +97,6 @@ def speed(
     """
     from segkit.bench.speed import TABLES, measure
     from segkit.bench.whole import measure_whole
-    from segkit.errors import RequestError
     from segkit.runtime import pick_device
 
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
@@ -127,8 +127,6 @@ def _show(title: str, rows: Iterable[dict[str, Any]], *, as_json: bool, is_quiet
 
 
 def _chosen(asked: list[str] | None, known: Iterable[str]) -> list[str]:
-    from segkit.errors import RequestError
-
     names = list(known)
     if unknown := [name for name in asked or () if name not in names]:
         raise RequestError(f"table {unknown[0]!r} is not known", expected=f"one of {', '.join(names)}")
@@ -136,11 +134,7 @@ def _chosen(asked: list[str] | None, known: Iterable[str]) -> list[str]:
 
 
 def _numbers(text: str | None) -> tuple[int, ...] | None:
-    from segkit.errors import RequestError
-
-    if text is None:
-        return None
-    parts = text.split(",")
+    parts = [] if text is None else text.split(",")
     if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
         raise RequestError(f"--blocks {text!r} cannot be read", expected="whole numbers such as 1,2,4")
-    return tuple(int(part) for part in parts)
+    return tuple(int(part) for part in parts) or None

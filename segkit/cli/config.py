@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from segkit.cli.options import QuietOption, SetOption, VerboseOption, parse_settings, set_verbosity, tell
+from segkit.errors import ConfigError, Problem, RequestError
 
 if TYPE_CHECKING:
     from segkit.training.config import RunConfig
@@ -43,20 +44,17 @@ def show(
     verbose: VerboseOption = False,
 ) -> None:
     """Print the settings of a run as YAML, each with what it means; null is decided by planning."""
-    from segkit.config import (
-        INPAINTING_PRESETS,
-        PRESETS,
-        PRETRAINING_PRESETS,
-        annotated_yaml,
-        build_config,
-        preset_layers,
-    )
+    from segkit import config as configs
 
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
-    presets = {Verb.TRAIN: PRESETS, Verb.PRETRAIN: PRETRAINING_PRESETS, Verb.INPAINTING: INPAINTING_PRESETS}
-    layers = preset_layers(preset, presets[verb])
-    config = build_config(_config_of(verb), [*layers, ("--set", parse_settings(settings))])
-    tell(annotated_yaml(config).removesuffix("\n"))
+    presets = {
+        Verb.TRAIN: configs.PRESETS,
+        Verb.PRETRAIN: configs.PRETRAINING_PRESETS,
+        Verb.INPAINTING: configs.INPAINTING_PRESETS,
+    }
+    layers = configs.preset_layers(preset, presets[verb])
+    config = configs.build_config(_config_of(verb), [*layers, ("--set", parse_settings(settings))])
+    tell(configs.annotated_yaml(config).removesuffix("\n"))
 
 
 @app.command()
@@ -69,7 +67,6 @@ def validate(
 ) -> None:
     """Check configuration files; every problem is reported at once, with file, key and reason."""
     from segkit.config import build_config, read_yaml
-    from segkit.errors import ConfigError, Problem, RequestError
     from segkit.models.table import configure
 
     set_verbosity(is_quiet=quiet, is_verbose=verbose)

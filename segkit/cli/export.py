@@ -18,6 +18,7 @@ from segkit.cli.options import (
     read_case_ids,
     set_verbosity,
 )
+from segkit.errors import RequestError
 
 RunOption = Annotated[Path, typer.Option("-m", "--model", help="Run folder, cross-validation or nnU-Net's results.")]
 PrecisionOption = Annotated[
@@ -51,7 +52,6 @@ def export(
 
     `segkit infer -m OUTPUT`, or of an inpainting model `segkit inpaint`, runs it with ONNX Runtime or OpenVINO.
     """
-    from segkit.errors import RequestError
     from segkit.export.cases import named_cases
     from segkit.export.onnx import ExportSettings, export_models
 
@@ -72,17 +72,10 @@ def _print(written: dict[str, Any]) -> None:
     for graph in export["graphs"]:
         for backend, seconds in graph["seconds"].items():
             of_fp32 = export["parity"][backend] if graph["precision"] == "fp32" else {}
-            change = graph["dice_change"]
-            rows.append(
-                (
-                    graph["file"],
-                    backend,
-                    f"{seconds:.4f}",
-                    of_fp32.get("largest_difference", ""),
-                    "" if change is None else f"{change:+.4f}",
-                    "yes" if graph["is_approved"] else "no",
-                )
-            )
+            change = "" if graph["dice_change"] is None else f"{graph['dice_change']:+.4f}"
+            approved = "yes" if graph["is_approved"] else "no"
+            difference = of_fp32.get("largest_difference", "")
+            rows.append((graph["file"], backend, f"{seconds:.4f}", difference, change, approved))
     rows.append(("torch, to compare", "torch", f"{export['parity']['torch']['seconds']:.4f}", "", "", ""))
     columns = ("graph", "backend", "s a window", "largest logit difference", "Dice change", "approved")
     print_table(f"{written['folder']} (real cases: {written['cases']})", columns, rows)
