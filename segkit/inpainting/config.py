@@ -28,7 +28,7 @@ class PatchesConfig(Config):
 
 
 class AdversarialConfig(Config):
-    """A discriminator that learns to tell made-up images from true ones, beside the network."""
+    """A discriminator that learns, beside the network, to distinguish filled images from real ones."""
 
     weight: float = Field(default=0.0, ge=0)
     """Weight of its verdict in the network's loss; 0 builds none, 0.1 is the released code of region normalisation."""
@@ -62,7 +62,7 @@ class InpaintingConfig(RunConfig):
     lesions are to be filled; it never counts in the loss. Where the image has nothing there it always is."""
     loss: RestorationConfig = RestorationConfig()
     supervision: float = Field(default=0.1, ge=0)
-    """Weight of the loss that tells RN-L where the hole is, with network.arguments.learning=supervised."""
+    """Weight of the loss by which RN-L learns where the hole is, with network.arguments.learning=supervised."""
     adversarial: AdversarialConfig = AdversarialConfig()
     validation_holes: int = Field(default=24, ge=1)
     """Holes in images of held-out patients that are filled to choose the best weights."""

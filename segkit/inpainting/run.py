@@ -58,7 +58,7 @@ class InpaintingKind(UnlabelledKind[InpaintingConfig, InpaintingTask]):
         """The settings with axes, patch and what the network sees decided.
 
         Raises:
-            RequestError: the folders do not go together, or the network cannot be told what it is to see.
+            RequestError: the folders or the settings of the network do not fit each other.
         """
         names = {split.cohort.modalities for split in data}
         if len(names) > 1:

@@ -52,7 +52,7 @@ class NetworkConfig(Config):
     """Weights to begin with: a run folder, nnU-Net's results, a .safetensors, .pth or .model file; None is random."""
     input_adapt: InputAdapt = "mean"
     """How those weights are made for other image channels. mean: kernels of the same modality where both sides name
-    theirs, else in turn and scaled so that the answer keeps its size; repeat: in turn, unscaled (STU-Net's own way);
+    theirs, else repeated and scaled so that the output keeps its size; repeat: repeated, unscaled (as STU-Net does);
     zero: further channels start at zero."""
     weights_share: float = Field(default=1.0, ge=0, le=1)
     """Least share of the encoder, by number of parameters, that those weights must hold. 1: everything must fit, of the
@@ -91,12 +91,12 @@ class OptimiserConfig(Config):
 
 
 class LoopConfig(Config):
-    """How long the training loop goes on, and what it keeps; the same for every task."""
+    """Length of a training and what it keeps; the same for every task."""
 
     steps: int = Field(default=50_000, ge=1)
     """Optimisation steps; a budget replaces them."""
     budget_minutes: float | None = Field(default=None, gt=0)
-    """Wall time of the whole command; the schedule fits itself to it."""
+    """Wall time of the whole command, which the schedule follows."""
     steps_per_epoch: int = Field(default=250, ge=1)
     """Steps of an epoch, which ends with a checkpoint."""
     checkpoint_minutes: float = Field(default=10.0, gt=0)
@@ -112,17 +112,16 @@ class LoopConfig(Config):
     rank_timeout_s: float = Field(default=600.0, gt=0)
     """Longest time that one of several processes may hold up the others, within a step or a case that is validated."""
     sharding: Literal["auto", "none", "full"] = "auto"
-    """Whether each of several processes keeps a part of the network and of what the optimiser knows, instead of all of
-    it; for stunet. auto: where it does not fit otherwise."""
+    """full: each of several processes keeps a part of the network and of the optimiser's state (stunet); none: each
+    keeps all of it; auto: a part where all of it does not fit."""
     workers: int | None = Field(default=None, ge=0)
-    """Processes that prepare patches; None suits them to the cores, 0 works in the training process."""
+    """Processes that prepare patches; None chooses by the cores, 0 prepares them in the training process."""
     seed: int = 0
     """Seed of weights, sampling and augmentation."""
     live_page: bool = True
-    """Whether report.html in the run folder shows the training while it goes on."""
+    """Whether report.html in the run folder is updated during the training."""
     trackers: tuple[Literal["tensorboard", "mlflow"], ...] = ()
-    """Programs that the course of the run is written for as well, into the run folder; MLflow takes another place from
-    MLFLOW_TRACKING_URI."""
+    """Programs that also get the metrics, in the run folder; MLflow uses MLFLOW_TRACKING_URI instead, if set."""
 
 
 class TrainingConfig(LoopConfig):
@@ -135,7 +134,7 @@ class TrainingConfig(LoopConfig):
 
 
 class RunConfig(Config):
-    """What every task of the training loop can be told."""
+    """The settings that every kind of training has."""
 
     data: DataConfig = DataConfig()
     network: NetworkConfig = NetworkConfig()

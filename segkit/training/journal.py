@@ -84,7 +84,7 @@ class Journal:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`, without a line that a kill cut off; none where there is no file."""
+    """The rows of a `metrics.jsonl`, without incomplete lines; none where there is no file."""
     if not path.exists():
         return
     with path.open(encoding="utf-8", errors="replace") as file:

@@ -72,7 +72,8 @@ def train(request: TrainingRequest[ConfigT], kind: Kind[ConfigT, TaskT]) -> Summ
         ranks.from_first(lambda: require_usable(run, trackers, resume=request.resume, overwrite=request.overwrite))
         plan = plan_run(request, kind)
         card, weights = begin(plan, kind)
-        _keep_or_return_freed_memory(plan)
+        if kind.is_supervised:  # the others are not planned for the memory at hand
+            _keep_or_return_freed_memory(plan)
         ranks.from_first(lambda: _open(plan, kind, weights))
         plan, skipped = _prepare(plan, kind)
         task = kind.build_task(plan, card, weights.network)
@@ -143,10 +144,8 @@ def begin(plan: RunPlan[ConfigT], kind: Kind[ConfigT, TaskT]) -> tuple[ModelCard
 
 
 def _keep_or_return_freed_memory(plan: RunPlan[ConfigT]) -> None:
-    if "memory_gb" not in plan.estimate:
-        return
     device, memory_gb = plan.request.device, plan.request.memory_gb or available_memory_gb()
-    if has_room_to_keep(plan.config.network.arguments, plan.estimate["memory_gb"], memory_gb):
+    if has_room_to_keep(plan.config.network.arguments, plan.estimate.get("memory_gb", 0.0), memory_gb):
         keep_freed_memory(device)
     else:
         return_freed_memory(device)
