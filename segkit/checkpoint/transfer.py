@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from segkit.checkpoint.model import WeightSource, read_source
 from segkit.errors import CheckpointError, some
-from segkit.reading.case import canonical_modality
+from segkit.reading.case import plain_name
 
 InputAdapt = Literal["mean", "repeat", "zero"]
 """How kernels are adapted to another number of image channels.
@@ -304,11 +304,6 @@ def adapt_by_modality(weight: Tensor, before: Sequence[str], after: Sequence[str
     mean = weight.mean(1)
     channels = [known.get(plain_name(name)) for name in after]
     return torch.stack([mean if channel is None else weight[:, channel] for channel in channels], dim=1)
-
-
-def plain_name(modality: str) -> str:
-    """A modality's canonical name, else its own in lower case."""
-    return canonical_modality(modality) or modality.casefold()
 
 
 _PREFIXES = ("", "image_encoder.", "encoder.", "backbone.")

@@ -169,8 +169,8 @@ def match_modalities(case: Case, wanted: Sequence[str], *, allow_missing: bool =
     Raises:
         DataError: a modality is missing (unless `allow_missing` and at least one is there).
     """
-    by_name = {_plain_name(name): file for name, file in case.images.items()}
-    images = {name: by_name[_plain_name(name)] for name in wanted if _plain_name(name) in by_name}
+    by_name = {plain_name(name): file for name, file in case.images.items()}
+    images = {name: by_name[plain_name(name)] for name in wanted if plain_name(name) in by_name}
     if not images and _may_take_in_order(case, wanted):
         images = dict(zip(wanted, case.images.values(), strict=True))
     missing = [name for name in wanted if name not in images]
@@ -186,7 +186,8 @@ def match_modalities(case: Case, wanted: Sequence[str], *, allow_missing: bool =
     return replace(case, images=images, label=None)
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A modality's canonical name, else its own in lower case."""
     return canonical_modality(name) or name.casefold()
 
 
