@@ -125,7 +125,11 @@ RUNET_SIZES: dict[str, dict[str, object]] = {size: {**values, "residual": False}
 """The same without the residual."""
 
 
-def build_r2unet(config: R2UNetConfig, in_channels: int, out_channels: int, dims: int) -> UNet:
+class R2UNet(UNet):
+    """A U-Net of recurrent units, under the name that error messages use."""
+
+
+def build_r2unet(config: R2UNetConfig, in_channels: int, out_channels: int, dims: int) -> R2UNet:
     """An R2U-Net (RU-Net where `config.residual` is off) for (B, in_channels, *spatial) of `dims` spatial axes."""
     strides = strides_for(config.strides, len(config.widths) - 1, dims)
     entering = [in_channels, *config.widths]
@@ -141,7 +145,7 @@ def build_r2unet(config: R2UNetConfig, in_channels: int, out_channels: int, dims
     heads = [pointwise(dims, width, out_channels) for width in config.widths[: config.supervised_levels]]
     has_projection = not isinstance(encoder.units[0].projection, nn.Identity)
     sees_image = "projection" if has_projection else "layers.0.feed_forward"
-    return UNet(encoder, decoder, heads, strides, f"encoder.units.0.{sees_image}.weight")
+    return R2UNet(encoder, decoder, heads, strides, f"encoder.units.0.{sees_image}.weight")
 
 
 def _unit(config: R2UNetConfig, dims: int, in_channels: int, channels: int) -> RecurrentUnit:

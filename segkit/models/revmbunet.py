@@ -91,7 +91,11 @@ SIZES: dict[str, dict[str, object]] = {
 """Size name -> the configuration it stands for."""
 
 
-def build_revmbunet(config: RevMBUNetConfig, in_channels: int, out_channels: int, dims: int) -> UNet:
+class RevMBUNet(UNet):
+    """A U-Net of reversible blocks, under the name that error messages use."""
+
+
+def build_revmbunet(config: RevMBUNetConfig, in_channels: int, out_channels: int, dims: int) -> RevMBUNet:
     """A RevMBUNet for (B, in_channels, *spatial) inputs of `dims` spatial axes."""
     strides = strides_for(config.strides, len(config.widths) - 1, dims)
     blocks = _per_level(config.blocks, len(config.widths))
@@ -121,7 +125,7 @@ def build_revmbunet(config: RevMBUNetConfig, in_channels: int, out_channels: int
     )
     supervised = config.widths[: min(config.supervised_levels, len(steps))]
     heads = [pointwise(dims, width, out_channels) for width in supervised]
-    return UNet(encoder, decoder, heads, strides, "encoder.stem.weight")
+    return RevMBUNet(encoder, decoder, heads, strides, "encoder.stem.weight")
 
 
 def _per_level(value: int | tuple[int, ...], levels: int) -> tuple[int, ...]:
