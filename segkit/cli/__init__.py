@@ -18,7 +18,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from segkit.cli.options import tell, tell_aside
+from segkit.cli.options import print_stderr, print_stdout
 from segkit.errors import SegkitError, on_one_line, printable
 
 VERBS: dict[str, str] = {
@@ -81,17 +81,17 @@ def main(arguments: list[str] | None = None) -> None:
         build_app()(arguments)
     except SegkitError as error:
         if wants_trace:
-            tell_aside(traceback.format_exc().rstrip())
+            print_stderr(traceback.format_exc().rstrip())
         prefix = "" if error.exit_code == _INTERRUPTED else "Error: "
         if not error.is_told:
-            tell_aside(f"{prefix}{error}")
+            print_stderr(f"{prefix}{error}")
         raise SystemExit(error.exit_code) from None
     except SystemExit as leave:
         if leave.code == _INTERRUPTED:
-            tell_aside("Interrupted; what was finished is kept.")
+            print_stderr("Interrupted; what was finished is kept.")
         raise
     except Exception:  # a mistake of ours, or of a library: its message may hold names as well
-        tell_aside(traceback.format_exc().rstrip())
+        print_stderr(traceback.format_exc().rstrip())
         raise SystemExit(1) from None
 
 
@@ -146,5 +146,5 @@ def _root(
     if version:
         from importlib import metadata
 
-        tell(metadata.version("segkit"))
+        print_stdout(metadata.version("segkit"))
         raise typer.Exit

@@ -14,9 +14,9 @@ from segkit.cli.options import (
     QuietOption,
     VerboseOption,
     print_json,
+    print_stderr,
     print_table,
     set_verbosity,
-    tell_aside,
 )
 from segkit.errors import RequestError
 
@@ -118,7 +118,7 @@ def _show(title: str, rows: Iterable[dict[str, Any]], *, as_json: bool, is_quiet
     for row in rows:
         found.append(row)
         if not (as_json or is_quiet):
-            tell_aside(", ".join(f"{key} {value}" for key, value in row.items()))
+            print_stderr(", ".join(f"{key} {value}" for key, value in row.items()))
     if as_json:
         print_json({"rows": found, "environment": environment()})
         return

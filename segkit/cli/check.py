@@ -26,11 +26,11 @@ from segkit.cli.options import (
     parse_settings,
     preset_for,
     print_json,
+    print_stderr,
+    print_stdout,
     print_table,
     read_modalities,
     set_verbosity,
-    tell,
-    tell_aside,
 )
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def _estimate(cohort: Cohort, config: TrainConfig | None, memory: str | None) ->
     try:
         needs = estimate_training(labelled, labelled.scheme, config, memory_gb, device)
     except SegkitError as error:
-        tell_aside(f"No estimate: {error}", style="yellow")
+        print_stderr(f"No estimate: {error}", style="yellow")
         return None
     return {"memory_gb": round(needs.memory_gb, 2), "minutes": round(needs.minutes, 1)}
 
@@ -210,14 +210,14 @@ def _print_report(
 ) -> None:
     from segkit.reading.layouts.table import LAYOUTS
 
-    tell(f"Layout: {cohort.layout} - {LAYOUTS[cohort.layout].description}")
+    print_stdout(f"Layout: {cohort.layout} - {LAYOUTS[cohort.layout].description}")
     if cohort.scheme is None:
-        tell("Label scheme: none")
+        print_stdout("Label scheme: none")
     else:
         labels = ", ".join(f"{value} {tissue}" for tissue, value in cohort.scheme.values.items())
-        tell(f"Label scheme: {cohort.scheme.name} ({labels})")
+        print_stdout(f"Label scheme: {cohort.scheme.name} ({labels})")
     labelled = sum(case.label is not None for case in cohort.cases)
-    tell(f"Cases: {len(reports)}, {labelled} with a reference; modalities: {', '.join(cohort.modalities)}")
+    print_stdout(f"Cases: {len(reports)}, {labelled} with a reference; modalities: {', '.join(cohort.modalities)}")
     shown = sorted(reports, key=lambda report: (report.is_usable, not report.problems))[:_MOST_ROWS]
     print_table(
         "Cases" if len(shown) == len(reports) else f"Cases (the {len(shown)} that need attention first)",
@@ -226,8 +226,8 @@ def _print_report(
     )
     _print_problems(_all_problems(problems, reports))
     if needs is not None:
-        tell(f"Training needs about {needs['memory_gb']:g} GB and {needs['minutes']:g} minutes")
-    tell(f"Next: {command}")
+        print_stdout(f"Training needs about {needs['memory_gb']:g} GB and {needs['minutes']:g} minutes")
+    print_stdout(f"Next: {command}")
 
 
 def _all_problems(problems: Sequence[Problem], reports: Sequence[CaseReport]) -> list[Problem]:
@@ -238,9 +238,9 @@ def _all_problems(problems: Sequence[Problem], reports: Sequence[CaseReport]) ->
 
 def _print_problems(problems: Sequence[Problem]) -> None:
     for problem in problems[:_MOST_PROBLEMS]:
-        tell(f"{'ERROR' if problem.is_fatal else 'note '} {problem}")
+        print_stdout(f"{'ERROR' if problem.is_fatal else 'note '} {problem}")
     if len(problems) > _MOST_PROBLEMS:
-        tell(f"... and {len(problems) - _MOST_PROBLEMS} more; `--json` lists all of them")
+        print_stdout(f"... and {len(problems) - _MOST_PROBLEMS} more; `--json` lists all of them")
 
 
 def _row(report: CaseReport) -> tuple[str, ...]:

@@ -12,9 +12,9 @@ from segkit.cli.options import (
     QuietOption,
     VerboseOption,
     print_json,
+    print_stderr,
     print_table,
     set_verbosity,
-    tell_aside,
 )
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def compare(
         _print(comparison)
     if not quiet:
         for note in comparison.notes:
-            tell_aside(note, style="yellow")
+            print_stderr(note, style="yellow")
 
 
 def _print(comparison: Comparison) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from segkit.cli.options import QuietOption, SetOption, VerboseOption, parse_settings, set_verbosity, tell
+from segkit.cli.options import QuietOption, SetOption, VerboseOption, parse_settings, print_stdout, set_verbosity
 from segkit.errors import ConfigError, Problem, RequestError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def show(
     }
     layers = configs.preset_layers(preset, presets[verb])
     config = configs.build_config(_config_of(verb), [*layers, ("--set", parse_settings(settings))])
-    tell(configs.annotated_yaml(config).removesuffix("\n"))
+    print_stdout(configs.annotated_yaml(config).removesuffix("\n"))
 
 
 @app.command()
@@ -82,7 +82,7 @@ def validate(
     if problems:
         raise ConfigError(problems)
     if not quiet:
-        tell(f"{len(files)} file{'s' if len(files) != 1 else ''} valid")
+        print_stdout(f"{len(files)} file{'s' if len(files) != 1 else ''} valid")
 
 
 def _config_of(verb: Verb) -> type[RunConfig]:

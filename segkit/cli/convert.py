@@ -18,10 +18,10 @@ from segkit.cli.options import (
     SchemeOption,
     VerboseOption,
     print_json,
+    print_stderr,
     print_table,
     read_modalities,
     set_verbosity,
-    tell_aside,
 )
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _run(cases: Sequence[Case], convert: Callable[[Case], str], *, title: str, a
     elif shown:
         print_table(title, ("case", "status", "detail"), [tuple(row.values()) for row in shown])
     if failed:
-        tell_aside(f"{len(failed)} of {len(rows)} cases failed", style="red")
+        print_stderr(f"{len(failed)} of {len(rows)} cases failed", style="red")
     return len(failed)
 
 

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from segkit.cli.options import DeviceOption, QuietOption, VerboseOption, print_table, set_verbosity, tell, tell_aside
+from segkit.cli.options import (
+    DeviceOption,
+    QuietOption,
+    VerboseOption,
+    print_stderr,
+    print_stdout,
+    print_table,
+    set_verbosity,
+)
 
 if TYPE_CHECKING:
     from segkit.phantoms.threshold_baseline import ThresholdScore
@@ -49,7 +57,7 @@ def demo(
     }
     if not can_write_graphs():
         del steps["export"]
-        tell_aside("without export, for ONNX is not installed: pip install 'segkit[onnx]'")
+        print_stderr("without export, for ONNX is not installed: pip install 'segkit[onnx]'")
     loudness = [option for option, is_given in (("-q", quiet), ("-v", verbose)) if is_given]
     seconds: dict[str, float] = {}
     for verb, arguments in steps.items():
@@ -68,15 +76,15 @@ def _run(command: list[str], *, is_quiet: bool) -> float:
     from segkit.cli import build_app
 
     if not is_quiet:
-        tell_aside(f"\n$ segkit {shlex.join(command)}", style="bold")
+        print_stderr(f"\n$ segkit {shlex.join(command)}", style="bold")
     started_s = time.perf_counter()
     code = build_app()(command, standalone_mode=False)
     if code:
-        tell_aside(f"{command[0]} failed (exit code {code}); the demo stops here")
+        print_stderr(f"{command[0]} failed (exit code {code}); the demo stops here")
         raise typer.Exit(code)
     took_s = time.perf_counter() - started_s
     if not is_quiet:
-        tell_aside(f"{command[0]}: {took_s:.0f} s")
+        print_stderr(f"{command[0]}: {took_s:.0f} s")
     return took_s
 
 
@@ -88,7 +96,7 @@ def _write_held_out(data: Path, path: Path, *, is_quiet: bool) -> None:
     lines = ["# cases kept out of the training", *case_ids]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     if not is_quiet:
-        tell_aside(f"held out: {', '.join(case_ids)}")
+        print_stderr(f"held out: {', '.join(case_ids)}")
 
 
 def _best_thresholds(data: Path, held_out: Path) -> dict[str, ThresholdScore]:
@@ -121,14 +129,14 @@ def _report_result(output: Path, seconds: dict[str, float]) -> None:
         dice = float(summary[region]["dice"]["mean"])
         rule = f"{best.modality} {best.direction} {best.threshold:.1f} sd"
         rows.append((region, f"{dice:.3f}", f"{best.dice:.3f}", rule, f"{dice - best.dice:+.3f}"))
-    tell("")
+    print_stdout("")
     print_table(
         f"Mean Dice on {_HELD_OUT} held-out phantoms",
         ("region", "trained network", "best single threshold", "(which, chosen on these cases)", "difference"),
         rows,
     )
     took = ", ".join(f"{verb} {value:.0f} s" for verb, value in seconds.items())
-    tell(f"{took}; in all {sum(seconds.values()):.0f} s")
+    print_stdout(f"{took}; in all {sum(seconds.values()):.0f} s")
     files = {
         "data": "30 phantoms in the layout of BraTS 2021; those of held-out.txt were not trained on",
         "run": "the trained model, its settings, and figures of the training",
@@ -139,4 +147,4 @@ def _report_result(output: Path, seconds: dict[str, float]) -> None:
     }
     for name, meaning in files.items():
         if (output / name).exists():
-            tell(f"  {output / name}: {meaning}")
+            print_stdout(f"  {output / name}: {meaning}")

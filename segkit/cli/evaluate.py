@@ -13,10 +13,10 @@ from segkit.cli.options import (
     QuietOption,
     VerboseOption,
     print_json,
+    print_stderr,
     print_table,
     read_case_ids,
     set_verbosity,
-    tell_aside,
 )
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def evaluate(
         _print_summary(evaluation)
     if not quiet:
         for note in evaluation.notes():
-            tell_aside(note, style="yellow")
+            print_stderr(note, style="yellow")
     if evaluation.errors:
         raise typer.Exit(1)
 

@@ -38,11 +38,11 @@ from segkit.cli.options import (
     VerboseOption,
     console,
     print_json,
+    print_stderr,
     print_table,
     read_case_ids,
     read_modalities,
     set_verbosity,
-    tell_aside,
 )
 from segkit.errors import CheckpointError, DataError, as_request, on_one_line
 
@@ -183,7 +183,7 @@ def run_verb(options: FolderOptions, verb: FolderVerb) -> None:
             _print_plan(plans, decided, verb, as_json=o.json)
             return
         if not o.quiet:
-            tell_aside(verb.announce(task))
+            print_stderr(verb.announce(task))
         folders = [output, *([] if verb.bank is None else [place.path(verb.bank)])]
         with CaseProgress(verb.doing, len(cohort.cases), is_quiet=o.quiet) as progress:
             document = run_folder(
@@ -238,7 +238,7 @@ class CaseProgress:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
         if not self.is_quiet:
-            tell_aside(", ".join(f"{count} {status}" for status, count in self.counts.items()), above=self.console)
+            print_stderr(", ".join(f"{count} {status}" for status, count in self.counts.items()), above=self.console)
 
     def show(self, record: CaseRecord) -> None:
         """Count a case that ended, and print a line about it."""
@@ -246,9 +246,9 @@ class CaseProgress:
         self.bar.advance(self.task)
         name = on_one_line(record.case)
         if record.error is not None:
-            tell_aside(f"{name}: failed: {on_one_line(record.error)}", above=self.console)
+            print_stderr(f"{name}: failed: {on_one_line(record.error)}", above=self.console)
         elif not self.is_quiet and not self.console.is_terminal:
             done = sum(self.counts.values())
             stages = ", ".join(f"{stage} {value:.1f} s" for stage, value in record.seconds.items() if value)
             line = f"[{done}/{self.total}] {name}: {record.status}" + (f" ({stages})" if stages else "")
-            tell_aside(line, above=self.console)
+            print_stderr(line, above=self.console)

@@ -92,13 +92,13 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     out.print(table)
 
 
-def tell(text: str) -> None:
+def print_stdout(text: str) -> None:
     """Print lines on standard output; names in them are shown and never obeyed."""
     typer.echo(printable(text))
 
 
-def tell_aside(text: str, style: str = "", *, above: Console | None = None) -> None:
-    """Print lines on standard error, `above` the progress bar of a console where there is one; see `tell`."""
+def print_stderr(text: str, style: str = "", *, above: Console | None = None) -> None:
+    """Print lines on standard error, `above` the progress bar of a console where there is one; see `print_stdout`."""
     (above or console()).print(printable(text), style=style, soft_wrap=True)
 
 

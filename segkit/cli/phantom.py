@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from segkit.cli.options import QuietOption, VerboseOption, set_verbosity, tell
+from segkit.cli.options import QuietOption, VerboseOption, print_stdout, set_verbosity
 
 _CONVENTIONS = "brats2018, brats2020, brats2021, brats2023, brats2024, msd, nnunet or bids"
 _DEFAULT = "brats2021"
@@ -54,13 +54,13 @@ def phantom(
         convention = convention or _DEFAULT
         _, problems = write_phantoms_with_problems(output, numbers, convention=convention, size=size, seed=seed)
         for problem in () if quiet else problems:
-            tell(f"Planted in {problem}")
+            print_stdout(f"Planted in {problem}")
     else:
         convention = convention or _DEFAULT
         write_phantoms(output, numbers, convention=convention, size=size, seed=seed)
     if not quiet:
         folder = shlex.quote(str(output))
-        tell(f"Wrote {cases} phantoms in the convention {convention}. Next: segkit check {folder}")
+        print_stdout(f"Wrote {cases} phantoms in the convention {convention}. Next: segkit check {folder}")
 
 
 def _refuse_conflicts(convention: str | None, with_problems: bool) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from segkit.cli import options, training
-from segkit.cli.options import print_table, tell
+from segkit.cli.options import print_stdout, print_table
 
 if TYPE_CHECKING:
     from segkit.training.task import Kind, Summary
@@ -109,5 +109,5 @@ def _show(summary: Summary) -> None:
     rows = [(name, f"{before.get(name, float('nan')):.3f}", f"{value:.3f}") for name, value in after.items()]
     print_table("Held-out images", ("measure", "before", "after"), rows)
     if summary.scores["method"] == "inpainting":
-        tell(f"Network: {summary.run}  ->  segkit inpaint -m {summary.run} -i SCANS -o OUT")
-    tell(f"Encoder: {summary.run}  ->  segkit train DATA -o RUN --weights {summary.run}")
+        print_stdout(f"Network: {summary.run}  ->  segkit inpaint -m {summary.run} -i SCANS -o OUT")
+    print_stdout(f"Encoder: {summary.run}  ->  segkit train DATA -o RUN --weights {summary.run}")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def resumed_layers(run: Path) -> list[tuple[str, Mapping[str, object]]]:
-    """A run goes on with its own settings; --set and the options still lie over them."""
+    """The recorded settings of a run, as the layer below --set and the other options."""
     from segkit.config import read_yaml
 
     path = run / "config.yaml"
@@ -27,11 +27,7 @@ def resumed_layers(run: Path) -> list[tuple[str, Mapping[str, object]]]:
 
 @contextmanager
 def interruptible(*command: object) -> Iterator[None]:
-    """Let a verb that trains end on SIGTERM as on Ctrl-C, and tell with which command it goes on.
-
-    Raises:
-        InterruptedTrainingError: with that command.
-    """
+    """End a training on SIGTERM as on Ctrl-C, with an InterruptedTrainingError that names the command to resume it."""
     from segkit.training.interruption import InterruptedTrainingError, terminated_as_interrupted
 
     try:
@@ -59,12 +55,12 @@ class ProgressBar:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
-    def tell(self, done: float, message: str) -> None:
+    def update(self, done: float, message: str) -> None:
         """Show how far the training is."""
         self.bar.update(self.task, completed=done, description=on_one_line(message))
 
 
 def progress_bar(*, is_quiet: bool) -> ProgressBar | None:
-    """A bar where standard error is a terminal, None elsewhere: log lines tell then."""
+    """A bar where standard error is a terminal; None elsewhere, where log lines show the progress."""
     found = console()
     return ProgressBar(found) if found.is_terminal and not is_quiet else None

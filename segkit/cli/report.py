@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from segkit.cli.options import JsonOption, QuietOption, VerboseOption, print_json, set_verbosity, tell, tell_aside
+from segkit.cli.options import (
+    JsonOption,
+    QuietOption,
+    VerboseOption,
+    print_json,
+    print_stderr,
+    print_stdout,
+    set_verbosity,
+)
 
 
 def report(
@@ -43,6 +51,6 @@ def report(
         print_json({**document, "stills": facts.stills, "volumes": facts.volumes, "notes": list(facts.notes)})
     elif not quiet:
         counted = f"{facts.cases} cases, {facts.stills} with pictures, {facts.volumes} in the viewer"
-        tell(f"{facts.path}: {facts.size_bytes / 1e6:.1f} MB, {counted}")
+        print_stdout(f"{facts.path}: {facts.size_bytes / 1e6:.1f} MB, {counted}")
         for note in facts.notes:
-            tell_aside(note, style="yellow")
+            print_stderr(note, style="yellow")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from segkit.cli import options, training
-from segkit.cli.options import print_json, print_table, tell
+from segkit.cli.options import print_json, print_stdout, print_table
 from segkit.errors import RequestError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def train(
     def show(summary: Summary) -> None:
         rows = [(name, f"{value:.4f}") for name, value in summary.scores["dice"].items()]
         print_table("Validation", ("output", "Dice"), rows)
-        tell(f"Model: {output}  ->  segkit infer -m {output} -i SCANS -o MASKS")
+        print_stdout(f"Model: {output}  ->  segkit infer -m {output} -i SCANS -o MASKS")
 
     folds = () if fold is None else ("-f", fold)
     summary = command.run(work, request, "segkit", "train", data, "-o", output, *folds, "--resume")
@@ -100,7 +100,7 @@ def _show_plan(request: TrainingRequest[TrainConfig], kind: SegmentationKind, *,
         document = {"config": plan.config.model_dump(mode="json"), "reasons": plan.reasons, "estimate": plan.estimate}
         print_json(document)
     else:
-        tell(annotated_yaml(plan.config, plan.reasons, has_help=False).removesuffix("\n"))
+        print_stdout(annotated_yaml(plan.config, plan.reasons, has_help=False).removesuffix("\n"))
 
 
 def _network_of(weights: Path | None) -> list[tuple[str, Mapping[str, Any]]]:

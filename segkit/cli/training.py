@@ -18,10 +18,10 @@ from segkit.cli.options import (
     parse_settings,
     preset_for,
     print_json,
+    print_stderr,
     read_case_ids,
     read_modalities,
     set_verbosity,
-    tell_aside,
 )
 from segkit.cli.progress import interruptible, progress_bar, resumed_layers
 from segkit.errors import RequestError
@@ -159,7 +159,7 @@ class TrainingCommand:
             bar or nullcontext(),
             interruptible(*command),
         ):
-            return work(replace(request, ranks=ranks, on_progress=None if bar is None else bar.tell))
+            return work(replace(request, ranks=ranks, on_progress=None if bar is None else bar.update))
 
     def finish(self, summary: Summary, show: Callable[[Summary], None]) -> None:
         """Print the summary, as JSON or by `show`, and the cases that were left out.
@@ -173,7 +173,7 @@ class TrainingCommand:
             show(summary)
         if summary.skipped:
             for reason in summary.skipped.values():
-                tell_aside(f"left out: {reason}")
+                print_stderr(f"left out: {reason}")
             raise typer.Exit(1)
 
 

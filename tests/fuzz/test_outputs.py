@@ -97,7 +97,7 @@ def test_a_bar_on_a_terminal_shows_names_as_they_are(hostile_names: list[str]) -
     bar = ProgressBar(Console(file=screen, force_terminal=True, markup=False, emoji=False, width=300))
     with bar:
         for name in hostile_names:
-            bar.tell(0.5, name)
+            bar.update(0.5, name)
             bar.bar.refresh()
     drawn = screen.getvalue()
     assert "\x1b]" not in drawn  # neither a title nor a link
@@ -107,7 +107,7 @@ def test_a_bar_on_a_terminal_shows_names_as_they_are(hostile_names: list[str]) -
 
 
 def test_verbs_print_in_one_way_only() -> None:
-    """`tell`, `tell_aside`, `print_table` and `print_json` of `segkit.cli.options` make names harmless."""
+    """`print_stdout`, `print_stderr`, `print_table` and `print_json` of `segkit.cli.options` make names harmless."""
     package = Path(segkit.cli.__file__).parents[1]
     found = set()
     for path in sorted(package.rglob("*.py")):
