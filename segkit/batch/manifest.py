@@ -1,8 +1,8 @@
-"""The manifest of an output folder: what became of every case, on disk after each one so that nothing is lost.
+"""The manifest of an output folder: the result of every case, on disk after each one so that nothing is lost.
 
-A manifest of many cases takes long to write. Beyond some hundreds it is written anew only when a twentieth of them has
-ended, so that what a case costs does not grow with their number; what came since is in a journal beside it, one line a
-case, which whoever goes on with the folder reads as well. At the end of a run there is no journal.
+A manifest of many cases takes long to write. Beyond some hundreds it is written again only when a twentieth of them has
+ended; the records since then are in a journal beside it, one line a case, which the next run reads too. At the end of a
+run there is no journal.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from segkit.reading.files import written_atomically
 MANIFEST_NAME = "manifest.json"
 _LISTS = ("cases", "remaining", "replacing", "earlier")
 _AT_ONCE, _SHARE = 400, 20
-"""Cases up to which the manifest is written anew after each; beyond, when a `_SHARE`-th of them has ended."""
+"""Cases up to which the manifest is written after each; beyond, when a `_SHARE`-th of them has ended."""
 STAGES = ("read", "preprocess", "predict", "decode", "write")
 
 TaskName = Literal["segmentation", "inpainting"]
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CaseRecord:
-    """What became of one case. `seconds` by stage (of `STAGES`), memory in MB, `model` tells how it was predicted."""
+    """The result of one case: `seconds` by stage (of `STAGES`), memory in MB; `model` is the identity of the task."""
 
     case: str
     status: Literal["done", "failed", "skipped"]
@@ -45,9 +45,9 @@ class CaseRecord:
     missing_modalities: tuple[str, ...] = ()
     model: str = ""
     window: tuple[int, ...] = ()
-    """Voxels of the windows that were computed; smaller than the model's patch where memory was short."""
+    """Voxels of the windows; smaller than the model's patch where memory was short."""
     predicted: Mapping[str, float] = field(default_factory=dict)
-    """What the case was expected to take: `peak_rss_mb` of the process and `seconds`."""
+    """What it was expected to take: `peak_rss_mb` of the process and `seconds`."""
 
 
 class Manifest:
@@ -105,11 +105,11 @@ class Manifest:
         )
 
     def was_cut_short(self, case_id: str) -> bool:
-        """Whether a run of the same model was killed before it could note this case: a mask that is there is its."""
+        """Whether a run of the same model was killed before it could record this case, whose result may be there."""
         return case_id in self._cut_short
 
     def add(self, *records: CaseRecord) -> None:
-        """Note what became of cases, on disk at once.
+        """Record cases, on disk at once.
 
         Raises:
             DataError: the folder cannot be written.
@@ -124,7 +124,7 @@ class Manifest:
             with self._journal.open("a", encoding="utf-8", errors="backslashreplace") as stream:
                 stream.writelines(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
         except OSError:
-            self.write()  # it tells what is wrong with the folder
+            self.write()  # its error says what is wrong with the folder
 
     def close(self) -> None:
         """Put what is in the journal into the file.
@@ -156,7 +156,7 @@ class Manifest:
         }
 
     def write(self) -> None:
-        """Write all of it anew, atomically, and remove the journal.
+        """Write all of it, atomically, and remove the journal.
 
         Raises:
             DataError: the folder cannot be written.
@@ -165,14 +165,14 @@ class Manifest:
             text = json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
             # File names that are not UTF-8 reach Python as lone surrogates; `\udce9` is JSON's own escape for them.
             temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-        with suppress(OSError):  # what it holds is known twice then, which does no harm
+        with suppress(OSError):  # its records are then known twice, which does no harm
             self._journal.unlink()
         self._unwritten = 0
         self._has_file = True
 
 
 def _refuse_other_task(path: Path, document: Mapping[str, Any], task: TaskName) -> None:
-    """Refuse what another verb wrote; manifests that do not name their task tell of holes where it is inpainting."""
+    """Refuse what another verb wrote; old manifests do not name their task, but those of inpainting have `holes`."""
     if "identity" not in document:
         return  # there is none, or none that can be read
     other = str(document.get("task", "inpainting" if "holes" in document else "segmentation"))
@@ -190,13 +190,13 @@ def _names_case(entry: Mapping[str, Any]) -> bool:
 
 
 def _still_counts(entry: Mapping[str, Any], ended: Mapping[str, str]) -> bool:
-    """Whether an earlier record still tells of the mask on disk: a failure leaves the mask before it in place."""
+    """Whether an earlier record still describes the result on disk: a failure leaves the result before it in place."""
     now = ended.get(entry["case"])
     return now is None or (now == "failed" and entry.get("status") != "failed")
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The manifest of a run with what its journal adds to it; an empty one where there is none."""
+    """The manifest of a run with the records of its journal; an empty one where there is none."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
