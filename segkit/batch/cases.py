@@ -153,7 +153,7 @@ def _refuse_unusable(case: Case) -> None:
 
 def _refuse_to_replace_input(case: Case, plan: CasePlan) -> None:
     files = [*plan.inputs(), *(file.path for file in case.images.values()), *([case.label.path] if case.label else [])]
-    for path in plan.paths():
+    for path in plan.all_paths():
         if path.exists() and any(file.exists() and path.samefile(file) for file in files):
             raise DataError(
                 "the result would take the place of a file of the case itself",
@@ -165,7 +165,7 @@ def _refuse_to_replace_input(case: Case, plan: CasePlan) -> None:
 def _is_done(plan: CasePlan, manifest: Manifest, task: Task[Any]) -> bool:
     """Whether the case was done before in the same way; refuses to replace results that were not made so."""
     case_id = plan.case.id
-    there = [path for path in plan.results() if path.exists()]
+    there = [path for path in plan.paths("results") if path.exists()]
     if not there or manifest.was_cut_short(case_id):
         return False
     if not manifest.was_made(case_id, plan.label_scheme, plan.missing_modalities):
@@ -174,10 +174,10 @@ def _is_done(plan: CasePlan, manifest: Manifest, task: Task[Any]) -> bool:
             where=there[0],
             remedy="Choose another output folder, or pass --overwrite to replace it",
         )
-    if not all(path.exists() for path in plan.paths()):
+    if not all(path.exists() for path in plan.all_paths()):
         return False
     try:
-        plan.read_results()
+        task.read_results(plan)
     except DataError:
         return False
     return True

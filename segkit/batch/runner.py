@@ -52,7 +52,7 @@ def run_folder(
         remove_leftovers(folder)
     for problem in cohort.problems:
         _log.info("%s", problem)
-    manifest.replacing = {plan.case.id for plan in plans if any(path.exists() for path in plan.results())}
+    manifest.replacing = {plan.case.id for plan in plans if any(path.exists() for path in plan.paths("results"))}
     try:
         manifest.add(*decided)
     except DataError as error:

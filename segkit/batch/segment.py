@@ -22,58 +22,20 @@ from segkit.reading.case import Case, Cohort, file_name_of, match_modalities
 from segkit.reading.dicom_seg import is_dicom_source, write_dicom_seg
 from segkit.reading.files import read_labels, write_labels
 
-PROBABILITIES, UNCERTAINTY = "probabilities", "uncertainty"
-"""Sub-folders of the output, for `<case>_<output>` and for `<case>_entropy`, `<case>_disagreement`."""
-
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentPlan(CasePlan):
-    """Where the mask of a case goes, in which values, and where maps and DICOM SEG go where they are wanted."""
+    """The files of a case, of the kinds results, probabilities, uncertainty and dicom."""
 
-    target: Path
     scheme: LabelScheme
-    probability_targets: tuple[Path, ...] = ()
-    uncertainty_targets: tuple[Path, ...] = ()
-    dicom_target: Path | None = None
+    """That of the mask."""
 
     @property
     def label_scheme(self) -> str:
         """Name of the label scheme of the mask."""
         return self.scheme.name
-
-    def results(self) -> list[Path]:
-        """The mask."""
-        return [self.target]
-
-    def paths(self) -> list[Path]:
-        """The mask, the maps and the DICOM SEG."""
-        dicom = [] if self.dicom_target is None else [self.dicom_target]
-        return [self.target, *self.probability_targets, *self.uncertainty_targets, *dicom]
-
-    def moved_to(self, folders: Sequence[Path]) -> Self:
-        """The same with everything in another folder, under the same names."""
-        (folder,) = folders
-
-        def moved(path: Path) -> Path:
-            return folder / path.relative_to(self.target.parent)
-
-        return replace(
-            self,
-            target=moved(self.target),
-            probability_targets=tuple(map(moved, self.probability_targets)),
-            uncertainty_targets=tuple(map(moved, self.uncertainty_targets)),
-            dicom_target=None if self.dicom_target is None else moved(self.dicom_target),
-        )
-
-    def read_results(self) -> None:
-        """Read the mask.
-
-        Raises:
-            DataError: it is damaged.
-        """
-        read_labels(self.target)
 
 
 @dataclass(frozen=True)
@@ -172,18 +134,18 @@ class Segment(Task[SegmentPlan]):
         mask_suffix, map_suffix = (".png", ".tif") if cohort.dims == 2 else (".nii.gz", ".nii.gz")
 
         def maps(folder: str, names: Sequence[str]) -> tuple[Path, ...]:
-            return tuple(output / folder / f"{case.id}_{file_name_of(name)}{map_suffix}" for name in names)
+            return tuple(Path(folder, f"{case.id}_{file_name_of(name)}{map_suffix}") for name in names)
 
-        outputs = [one.name for one in self.predictor.card.outputs]
-        return SegmentPlan(
-            case=matched,
-            missing_modalities=tuple(name for name in wanted if name not in matched.images),
-            target=output / f"{case.id}{mask_suffix}",
-            scheme=self._scheme_for(case, cohort),
-            probability_targets=maps(PROBABILITIES, outputs) if self.save_probabilities else (),
-            uncertainty_targets=maps(UNCERTAINTY, UNCERTAINTIES) if self.uncertainty else (),
-            dicom_target=output / f"{case.id}.dcm" if _can_write_dicom_seg(matched) else None,
-        )
+        files: dict[str, tuple[Path, ...]] = {"results": (Path(f"{case.id}{mask_suffix}"),)}
+        if self.save_probabilities:
+            files["probabilities"] = maps("probabilities", [one.name for one in self.predictor.card.outputs])
+        if self.uncertainty:
+            files["uncertainty"] = maps("uncertainty", UNCERTAINTIES)
+        if _can_write_dicom_seg(matched):
+            files["dicom"] = (Path(f"{case.id}.dcm"),)
+        missing = tuple(name for name in wanted if name not in matched.images)
+        scheme = self._scheme_for(case, cohort)
+        return SegmentPlan(case=matched, folders=(output,), files=files, missing_modalities=missing, scheme=scheme)
 
     def fit_memory(self, plans: list[SegmentPlan], memory_mb: float | None) -> tuple[Self, list[SegmentPlan], bool]:
         """See `segkit.batch.forecast.fit_memory`."""
@@ -209,8 +171,8 @@ class Segment(Task[SegmentPlan]):
         return self.predictor.predict_prepared(
             loaded,
             plan.scheme,
-            with_probabilities=bool(plan.probability_targets),
-            with_uncertainty=bool(plan.uncertainty_targets),
+            with_probabilities="probabilities" in plan.files,
+            with_uncertainty="uncertainty" in plan.files,
             stage=stage,
         )
 
@@ -221,20 +183,25 @@ class Segment(Task[SegmentPlan]):
             DataError: a file cannot be written.
         """
         if result.probability_maps is not None:
-            result.probability_maps.write(plan.probability_targets)
+            result.probability_maps.write(plan.paths("probabilities"))
         if result.uncertainty_maps is not None:
-            result.uncertainty_maps.write(plan.uncertainty_targets)
-        if plan.dicom_target is not None:
-            write_dicom_seg(
-                plan.dicom_target,
-                result.labels,
-                next(iter(plan.case.images.values())).path,
-                plan.scheme.values,
-                model=self.identity,
-                keeps_patient=self.keep_patient,
-            )
-        write_labels(plan.target, result.labels, result.grid)
+            result.uncertainty_maps.write(plan.paths("uncertainty"))
+        for path in plan.paths("dicom"):
+            series = next(iter(plan.case.images.values())).path
+            labels, values = result.labels, plan.scheme.values
+            write_dicom_seg(path, labels, series, values, model=self.identity, keeps_patient=self.keep_patient)
+        (target,) = plan.paths("results")
+        write_labels(target, result.labels, result.grid)
         return {}
+
+    def read_results(self, plan: SegmentPlan) -> None:
+        """Read the mask.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        (target,) = plan.paths("results")
+        read_labels(target)
 
 
 def _can_write_dicom_seg(case: Case) -> bool:

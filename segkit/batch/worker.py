@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
@@ -33,10 +33,16 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CasePlan(ABC):
-    """The files to write for one case, whose images are under the model's modality names. Tasks add their own."""
+class CasePlan:
+    """The files to write for one case, whose images are under the model's modality names."""
 
     case: Case
+    folders: tuple[Path, ...]
+    """The output folder; then that of a bank, where there is one."""
+    files: Mapping[str, tuple[Path, ...]]
+    """Kind -> files, relative to the output folder, those of the kind "bank" to the bank.
+
+    "results" are the masks or images themselves; where one of them exists the case was done before."""
     missing_modalities: tuple[str, ...] = ()
     predicted: Mapping[str, float] = field(default_factory=dict)
     """What the case is expected to take, `peak_rss_mb` and `seconds`."""
@@ -46,29 +52,21 @@ class CasePlan(ABC):
         """Name of the label scheme of the masks."""
         return None
 
-    @abstractmethod
-    def results(self) -> list[Path]:
-        """The masks or images themselves; where one of them exists the case was done before."""
+    def paths(self, kind: str) -> list[Path]:
+        """The files of a kind; none where it is not wanted."""
+        return [self.folders[1 if kind == "bank" else 0] / path for path in self.files.get(kind, ())]
 
-    @abstractmethod
-    def paths(self) -> list[Path]:
+    def all_paths(self) -> list[Path]:
         """Every file that exists when the case is done."""
+        return list(dict.fromkeys(path for kind in self.files for path in self.paths(kind)))
 
     def inputs(self) -> list[Path]:
         """The files that are read."""
         return [file.path for file in self.case.images.values()]
 
-    @abstractmethod
     def moved_to(self, folders: Sequence[Path]) -> Self:
-        """The same with everything written to other folders, one for each folder of the executor."""
-
-    @abstractmethod
-    def read_results(self) -> None:
-        """Read the results.
-
-        Raises:
-            DataError: one is damaged.
-        """
+        """The same with everything written to other folders, one for each of those of the plan."""
+        return replace(self, folders=tuple(folders))
 
 
 P = TypeVar("P", bound=CasePlan)
@@ -149,6 +147,14 @@ class Task(ABC, Generic[P]):
     @abstractmethod
     def compute(self, plan: P, loaded: Any, stage: Stage) -> Any:
         """The result, in memory."""
+
+    @abstractmethod
+    def read_results(self, plan: P) -> None:
+        """Read the results of a case that was done before.
+
+        Raises:
+            DataError: one is damaged.
+        """
 
     @abstractmethod
     def write(self, plan: P, result: Any) -> dict[str, Any]:

@@ -81,12 +81,12 @@ def infer(
         load=load,
         announce=_announce,
         describe=lambda plan: {
-            "mask": str(plan.target),
+            "mask": str(*plan.paths("results")),
             "label_scheme": plan.label_scheme,
             "predicted": dict(plan.predicted),
         },
         files="mask",
-        file_names=lambda plan: str(plan.target),
+        file_names=lambda plan: str(*plan.paths("results")),
         records_input=True,
     )
     run_verb(options, verb)

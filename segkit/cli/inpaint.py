@@ -96,9 +96,9 @@ def inpaint(
         find=find,
         load=load,
         announce=lambda task: f"{task.predictor.backend.name} fills holes from {task.holes.origin}",
-        describe=lambda plan: {"files": [str(path) for path in plan.paths()]},
+        describe=lambda plan: {"files": [str(path) for path in plan.all_paths()]},
         files="files",
-        file_names=lambda plan: ", ".join(path.name for path in plan.paths()),
+        file_names=lambda plan: ", ".join(path.name for path in plan.all_paths()),
         bank=bank,
     )
     run_verb(options, verb)

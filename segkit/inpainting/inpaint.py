@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -42,56 +42,21 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class InpaintPlan(CasePlan):
-    """A file to write for each modality; those that are channels of one picture share it.
+    """The files of a case, of the kinds results, hole, anomaly and bank.
 
-    What is missing is marked by `mask` or, where that is None, found by the segmenter in `segmented`.
+    There is one result for each modality; those that are channels of one picture share it.
     """
 
-    targets: Mapping[str, Path]
     mask: ImageFile | None = None
+    """Marks what is missing."""
     segmented: Case | None = None
-    hole_target: Path | None = None
-    anomaly_target: Path | None = None
-    bank: Path | None = None
-    """Folder of a bank of lesion-free copies."""
-
-    def results(self) -> list[Path]:
-        """The filled images."""
-        return list(dict.fromkeys(self.targets.values()))
-
-    def paths(self) -> list[Path]:
-        """The filled images, mask of the hole, anomaly map and the copies in the bank."""
-        paths = [*self.results(), *(path for path in (self.hole_target, self.anomaly_target) if path)]
-        if self.bank is not None:
-            paths += [image_path(self.bank, self.case.id, modality) for modality in self.targets]
-            paths.append(lesion_path(self.bank, self.case.id))
-        return paths
+    """Where there is no mask: the images in which the segmenter finds what is missing."""
 
     def inputs(self) -> list[Path]:
         """The files that are read."""
         files = [*self.case.images.values(), *([self.mask] if self.mask else [])]
         files += self.segmented.images.values() if self.segmented else []
         return list(dict.fromkeys(file.path for file in files))
-
-    def moved_to(self, folders: Sequence[Path]) -> Self:
-        """The same with everything in other folders, under the same names: the output, and the bank."""
-        output, *banks = folders
-        return replace(
-            self,
-            targets={modality: output / path.name for modality, path in self.targets.items()},
-            hole_target=self.hole_target and output / self.hole_target.name,
-            anomaly_target=self.anomaly_target and output / self.anomaly_target.name,
-            bank=self.bank and banks[0],
-        )
-
-    def read_results(self) -> None:
-        """Read the filled images.
-
-        Raises:
-            DataError: one is damaged.
-        """
-        for path in self.results():
-            read_volume(path, None if len(self.results()) == len(self.targets) else 0)
 
 
 @dataclass(frozen=True)
@@ -182,18 +147,24 @@ class Inpaint(Task[InpaintPlan]):
         Raises:
             DataError: a modality or the mask is missing.
         """
-        segmenter = self.holes.segmenter
+        modalities, segmenter = self.predictor.card.modalities, self.holes.segmenter
         segmented = None if segmenter is None else _matched(case, segmenter.card.modalities)
-        matched = _matched(case, self.predictor.card.modalities)
+        matched = _matched(case, modalities)
         mask_suffix, map_suffix = (".nii.gz", ".nii.gz") if cohort.dims == 3 else (".png", ".tif")
+        files = {"results": _targets(matched, cohort)}
+        if self.save_holes:
+            files["hole"] = (Path(f"{case.id}_hole{mask_suffix}"),)
+        if self.anomaly:
+            files["anomaly"] = (Path(f"{case.id}_anomaly{map_suffix}"),)
+        if self.bank is not None:
+            images = (image_path(Path(), case.id, modality) for modality in modalities)
+            files["bank"] = (*images, lesion_path(Path(), case.id))
         return InpaintPlan(
             case=_with_truth(matched) if self.anomaly and cohort.layout == SYNTHESIS_LAYOUT else matched,
-            targets=_targets(matched, output, cohort),
+            folders=(output,) if self.bank is None else (output, self.bank),
+            files=files,
             mask=None if segmenter else self.holes.mask_of(case),
             segmented=segmented,
-            hole_target=output / f"{case.id}_hole{mask_suffix}" if self.save_holes else None,
-            anomaly_target=output / f"{case.id}_anomaly{map_suffix}" if self.anomaly else None,
-            bank=self.bank,
         )
 
     def open_log(self, cohort: Cohort) -> Callable[[CaseRecord], None]:
@@ -220,12 +191,12 @@ class Inpaint(Task[InpaintPlan]):
 
     def waiting_bytes(self, plan: InpaintPlan) -> int:
         """Bytes of the image."""
-        return image_bytes(plan.case, len(plan.targets), lambda grid: grid.shape)
+        return image_bytes(plan.case, len(plan.case.images), lambda grid: grid.shape)
 
     def read(self, plan: InpaintPlan, stage: Stage, *, uses_threads: bool) -> Loaded:
         """The image, the mask (*spatial) where there is one, and whether the segmenter may use threads to read."""
         with stage("read"):
-            loaded = load_case(plan.case, tuple(plan.targets), None, uses_threads=uses_threads)
+            loaded = load_case(plan.case, tuple(plan.case.images), None, uses_threads=uses_threads)
             marked = None if plan.mask is None else read_mask(plan.mask, loaded.grid)
         return loaded, marked, uses_threads
 
@@ -241,7 +212,7 @@ class Inpaint(Task[InpaintPlan]):
             if marked is None:
                 marked = self._find(plan, uses_threads=uses_threads)
             hole = enlarged(marked, image, grid.spacing_mm, self.holes.margin_mm)
-        if plan.anomaly_target is not None and hole.any() and not image[:, hole].any():
+        if "anomaly" in plan.files and hole.any() and not image[:, hole].any():
             raise DataError(
                 "the image is 0 all over the hole, so there is nothing to compare with",
                 where=plan.case.id,
@@ -252,7 +223,7 @@ class Inpaint(Task[InpaintPlan]):
         if not np.isfinite(filled[:, hole]).all():
             raise DataError("the model made up NaN or infinity", where=plan.case.id, remedy="Train it again")
         anomaly = None
-        if plan.anomaly_target is not None:
+        if "anomaly" in plan.files:
             with stage("decode"):
                 anomaly = anomaly_map(image, filled, hole, grid.spacing_mm)
         return Filled(filled, hole, grid, anomaly)
@@ -271,18 +242,30 @@ class Inpaint(Task[InpaintPlan]):
         Raises:
             DataError: a file cannot be written.
         """
-        hole = result.hole.astype(np.uint8)
-        if plan.anomaly_target is not None and result.anomaly is not None:
-            write_image(plan.anomaly_target, result.anomaly, result.grid)
-        if plan.hole_target is not None:
-            write_labels(plan.hole_target, hole, result.grid)
-        write_filled(plan.case, plan.targets, result.image, result.hole, result.grid)
-        if plan.bank is not None:
-            for modality, target in plan.targets.items():
-                copy_file(target, image_path(plan.bank, plan.case.id, modality))
-            write_labels(lesion_path(plan.bank, plan.case.id), hole, result.grid)
+        hole, images = result.hole.astype(np.uint8), plan.paths("results")
+        if result.anomaly is not None:
+            (anomaly,) = plan.paths("anomaly")
+            write_image(anomaly, result.anomaly, result.grid)
+        for path in plan.paths("hole"):
+            write_labels(path, hole, result.grid)
+        write_filled(list(plan.case.images.values()), images, result.image, result.hole, result.grid)
+        if "bank" in plan.files:
+            *copies, lesion = plan.paths("bank")
+            for image, copy in zip(images, copies, strict=True):
+                copy_file(image, copy)
+            write_labels(lesion, hole, result.grid)
         count = int(np.count_nonzero(hole))
         return {"made_up_voxels": count, "note": None if count else NOTHING_MISSING}
+
+    def read_results(self, plan: InpaintPlan) -> None:
+        """Read the filled images.
+
+        Raises:
+            DataError: one is damaged.
+        """
+        paths = plan.paths("results")
+        for path in dict.fromkeys(paths):
+            read_volume(path, None if len(set(paths)) == len(paths) else 0)
 
 
 def _matched(case: Case, wanted: tuple[str, ...]) -> Case:
@@ -294,17 +277,17 @@ def _matched(case: Case, wanted: tuple[str, ...]) -> Case:
         raise DataError(error.found, expected=error.expected, remedy=remedy) from error
 
 
-def _targets(case: Case, output: Path, cohort: Cohort) -> dict[str, Path]:
-    """Modality -> the file it goes to; the colours of a picture go to one file."""
+def _targets(case: Case, cohort: Cohort) -> tuple[Path, ...]:
+    """The file of each modality, below the output; the colours of a picture go to one file."""
     if cohort.dims == 3:
         mark = "-" if cohort.layout == SYNTHESIS_LAYOUT else "_"
-        return {name: output / f"{case.id}{mark}{name}-inference.nii.gz" for name in case.images}
+        return tuple(Path(f"{case.id}{mark}{name}-inference.nii.gz") for name in case.images)
     files = list(case.images.values())
     # Other formats lose something of a picture, or cannot hold numbers of 32 bits.
     suffix = ".tif" if any(suffix_of(file.path) in (".tif", ".tiff") for file in files) else ".png"
     if [file.channel for file in files] == [0, 1, 2] and len({file.path for file in files}) == 1:
-        return dict.fromkeys(case.images, output / f"{case.id}-inference{suffix}")
-    return {name: output / f"{case.id}_{name}-inference{suffix}" for name in case.images}
+        return (Path(f"{case.id}-inference{suffix}"),) * len(files)
+    return tuple(Path(f"{case.id}_{name}-inference{suffix}") for name in case.images)
 
 
 def _with_truth(case: Case) -> Case:

@@ -19,7 +19,7 @@ from segkit.errors import RequestError
 from segkit.preparing.holes import brain_mask
 from segkit.preparing.lesion_bank import BANK_NAME, Bank, BankedCase, read_bank
 from segkit.preparing.preprocessing import deviation_of_tissue
-from segkit.reading.case import Case
+from segkit.reading.case import Case, ImageFile
 from segkit.reading.files import read_volume, rewrite_image, write_image, written_atomically
 from segkit.reading.volume import Grid, in_type
 from segkit.shapes import Image
@@ -31,19 +31,18 @@ _TRUNCATED = 4.0
 """Standard deviations at which the Gaussian ends."""
 
 
-def write_filled(case: Case, targets: Mapping[str, Path], filled: Image, hole: NDArray[np.bool_], grid: Grid) -> None:
-    """Write the images (C, *spatial), in the order of `targets`, in type and geometry of their files.
+def write_filled(
+    files: Sequence[ImageFile], targets: Sequence[Path], filled: Image, hole: NDArray[np.bool_], grid: Grid
+) -> None:
+    """Write images (C, *spatial), each to its target, in type and geometry of its file.
 
-    Voxels outside the hole (*spatial) are those of the files. Modalities with one target are channels of a picture.
+    Voxels outside the hole (*spatial) are those of the files. Images with one target are channels of a picture.
 
     Raises:
         DataError: a file cannot be written.
     """
-    by_target: dict[Path, list[int]] = {}
-    for index, target in enumerate(targets.values()):
-        by_target.setdefault(target, []).append(index)
-    files = [case.images[modality] for modality in targets]
-    for target, indices in by_target.items():
+    for target in dict.fromkeys(targets):
+        indices = [index for index, one in enumerate(targets) if one == target]
         if len(indices) == 1:
             file = files[indices[0]]
             rewrite_image(target, file.path, hole, filled[indices[0], hole], file.channel)
