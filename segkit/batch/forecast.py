@@ -200,7 +200,7 @@ def window_cost(predictor: Predictor) -> WindowCost:
         with written_atomically(path) as temporary:
             temporary.write_text(json.dumps(asdict(cost)), encoding="utf-8")
     except DataError as error:
-        _log.debug("what a window takes is not kept: %s", error)
+        _log.debug("the cost of a window is not kept: %s", error)
     return cost
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 from segkit.batch.cases import refuse_other_dims
 from segkit.batch.forecast import fit_memory
 from segkit.batch.manifest import TaskName
-from segkit.batch.worker import CasePlan, Task, image_bytes
+from segkit.batch.worker import CasePlan, Task
 from segkit.errors import RequestError
 from segkit.inference.backends import Backend
 from segkit.inference.predictor import UNCERTAINTIES, Prediction, Predictor, Stage
@@ -21,6 +21,7 @@ from segkit.preparing.preprocessing import PreparedCase
 from segkit.reading.case import Case, Cohort, file_name_of, match_modalities
 from segkit.reading.dicom_seg import is_dicom_source, write_dicom_seg
 from segkit.reading.files import read_labels, write_labels
+from segkit.reading.volume import Grid
 
 _log = logging.getLogger(__name__)
 
@@ -77,18 +78,9 @@ class Segment(Task[SegmentPlan]):
 
     def facts(self, model: str) -> dict[str, Any]:
         """What the manifest says of the model."""
-        card = self.predictor.card
-        described = {
-            "name": model,
-            "family": card.network.family,
-            "size": card.network.size,
-            "modalities": list(card.modalities),
-            "label_scheme": self.predictor.scheme.name,
-            "sha256": self.predictor.digests,
-            "tta": self.predictor.uses_tta,
-            "backend": self.predictor.backend.name,
-        }
-        return {"model": described}
+        predictor, facts = self.predictor, super().facts(model)
+        more = {"label_scheme": predictor.scheme.name, "sha256": predictor.digests, "tta": predictor.uses_tta}
+        return {"model": {**facts["model"], **more}}
 
     def check(self, cohort: Cohort) -> None:
         """Refuse pictures for a model of volumes, the reverse, and a label scheme that the model cannot paint.
@@ -157,9 +149,9 @@ class Segment(Task[SegmentPlan]):
         predictor = self.predictor.with_smaller_window()
         return None if predictor is None else replace(self, predictor=predictor)
 
-    def waiting_bytes(self, plan: SegmentPlan) -> int:
-        """Bytes of the prepared image, at most."""
-        return image_bytes(plan.case, len(self.predictor.card.modalities), self.predictor.prepared_shape)
+    def prepared_shape(self, grid: Grid) -> tuple[int, ...]:
+        """Voxels per axis of the prepared image, at most."""
+        return self.predictor.prepared_shape(grid)
 
     def read(self, plan: SegmentPlan, stage: Stage, *, uses_threads: bool) -> PreparedCase:
         """The prepared case."""

@@ -100,9 +100,18 @@ class Task(ABC, Generic[P]):
     def with_backends(self, change: Callable[[Backend], Backend]) -> Self:
         """The same task computed by `change(backend)` for each backend."""
 
-    @abstractmethod
     def facts(self, model: str) -> dict[str, Any]:
         """What the manifest says of model and options; `model` is the name of the model."""
+        card = self.predictor.card
+        described = {
+            "name": model,
+            "family": card.network.family,
+            "size": card.network.size,
+            "modalities": list(card.modalities),
+            "sha256": [card.sha256],
+            "backend": self.predictor.backend.name,
+        }
+        return {"model": described}
 
     @abstractmethod
     def check(self, cohort: Cohort) -> None:
@@ -136,9 +145,17 @@ class Task(ABC, Generic[P]):
         """
         return lambda record: None
 
-    @abstractmethod
+    def prepared_shape(self, grid: Grid) -> tuple[int, ...]:
+        """Voxels per axis of the image that `read` gives for a file of this grid, at most."""
+        return grid.shape
+
     def waiting_bytes(self, plan: P) -> int:
-        """Memory that a case holds between reading and computing, as far as its headers tell."""
+        """Bytes of the image that waits to be computed, as the header of its first file says; 0 if it is damaged."""
+        try:
+            grid = read_grid(next(iter(plan.case.images.values())).path)
+        except DataError:
+            return 0
+        return 4 * len(self.predictor.card.modalities) * prod(self.prepared_shape(grid))
 
     @abstractmethod
     def read(self, plan: P, stage: Stage, *, uses_threads: bool) -> Any:
@@ -346,15 +363,3 @@ def _written(writing: deque[tuple[CaseJob[Any], Future[CaseRecord]]]) -> Iterato
         job, future = writing.popleft()
         error = future.exception()
         yield future.result() if error is None else job.recover(error)
-
-
-def image_bytes(case: Case, channels: int, shape_of: Callable[[Grid], tuple[int, ...]]) -> int:
-    """Bytes of a float32 image of a case, as the header of its first file tells; 0 where that cannot be read.
-
-    `shape_of` gives the voxels per axis of the image, of the grid of the file.
-    """
-    try:
-        grid = read_grid(next(iter(case.images.values())).path)
-    except DataError:
-        return 0
-    return 4 * channels * prod(shape_of(grid))

@@ -1,4 +1,4 @@
-"""Where the cases of a folder are done, this machine or a Ray cluster: the options for that, and what they ask for."""
+"""Options for where the cases of a folder are done, on this machine or a Ray cluster, and the executor for them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ ResultsOption = Annotated[
 
 
 _LEAST_ROOM_MB = 64
-"""What the smallest case takes, with the libraries that are loaded for it."""
+"""Memory of the smallest case, with the libraries that are loaded for it."""
 
 
 class Engine(NamedTuple):
@@ -66,24 +66,19 @@ class Engine(NamedTuple):
     threads: int | None
     memory_mb: float | None
 
-    @property
-    def limit_mb(self) -> float | None:
-        """What this process has to keep to; None where nothing was said, or it is said of nodes."""
-        return None if self.is_ray else self.memory_mb
-
     @contextmanager
     def limited(self) -> Iterator[None]:
-        """Keep this process, if it is the one that computes, to its memory from now on, with models being opened.
+        """Keep this process to its memory from now on, while models are opened; with Ray the memory is that of nodes.
 
         Raises:
             RequestError: what is loaded before, or meanwhile, takes more by itself.
         """
-        if self.limit_mb is None:
+        if self.memory_mb is None or self.is_ray:
             yield
             return
         from segkit.runtime import lift_memory_limit, limit_memory
 
-        limit_memory(self.limit_mb)
+        limit_memory(self.memory_mb)
         try:
             _require_room()
             yield
@@ -93,7 +88,7 @@ class Engine(NamedTuple):
                 raise
             lift_memory_limit()
             raise RequestError(
-                f"the models and what computes them take more than {self.limit_mb:.0f} MB",
+                f"the models and what computes them take more than {self.memory_mb:.0f} MB",
                 remedy="Pass a larger --memory; exported models take less than run folders, as they need no torch",
             ) from error
 

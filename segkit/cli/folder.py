@@ -144,7 +144,7 @@ class FolderVerb:
     """Heading of the files in the table of `--dry-run`."""
     file_names: Callable[[Any], str]
     bank: Path | None = None
-    """A second folder that results go to."""
+    """A second folder that results go to, absolute for Ray."""
     records_input: bool = False
     """Whether the manifest says where the images are."""
 
@@ -184,7 +184,7 @@ def run_verb(options: FolderOptions, verb: FolderVerb) -> None:
             return
         if not o.quiet:
             print_stderr(verb.announce(task))
-        folders = [output, *([] if verb.bank is None else [place.path(verb.bank)])]
+        folders = [output, *([] if verb.bank is None else [verb.bank])]
         with CaseProgress(verb.doing, len(cohort.cases), is_quiet=o.quiet) as progress:
             document = run_folder(
                 task,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from segkit.batch.cases import refuse_other_dims
 from segkit.batch.manifest import CaseRecord, TaskName
-from segkit.batch.worker import CasePlan, Task, image_bytes
+from segkit.batch.worker import CasePlan, Task
 from segkit.errors import DataError, RequestError
 from segkit.inference.backends import Backend
 from segkit.inference.predictor import Stage
@@ -117,16 +117,7 @@ class Inpaint(Task[InpaintPlan]):
 
     def facts(self, model: str) -> dict[str, Any]:
         """What the manifest says of model and holes."""
-        card = self.predictor.card
-        described = {
-            "name": model,
-            "family": card.network.family,
-            "size": card.network.size,
-            "modalities": list(card.modalities),
-            "sha256": [card.sha256],
-            "backend": self.predictor.backend.name,
-        }
-        return {"model": described, "holes": self.holes.to_json()}
+        return {**super().facts(model), "holes": self.holes.to_json()}
 
     def check(self, cohort: Cohort) -> None:
         """Refuse pictures for a model of volumes, and a bank of pictures.
@@ -188,10 +179,6 @@ class Inpaint(Task[InpaintPlan]):
                 _log.warning("%s: %s", record.case, record.note)
 
         return log
-
-    def waiting_bytes(self, plan: InpaintPlan) -> int:
-        """Bytes of the image."""
-        return image_bytes(plan.case, len(plan.case.images), lambda grid: grid.shape)
 
     def read(self, plan: InpaintPlan, stage: Stage, *, uses_threads: bool) -> Loaded:
         """The image, the mask (*spatial) where there is one, and whether the segmenter may use threads to read."""
