@@ -52,8 +52,8 @@ def export(
 
     `segkit infer -m OUTPUT`, or of an inpainting model `segkit inpaint`, runs it with ONNX Runtime or OpenVINO.
     """
-    from segkit.export.cases import named_cases
-    from segkit.export.onnx import ExportSettings, export_models
+    from segkit.exporting.cases import named_cases
+    from segkit.exporting.onnx import ExportSettings, export_models
 
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
     if cases is not None and input is None:

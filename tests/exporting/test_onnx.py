@@ -15,9 +15,9 @@ from torch import nn
 
 from segkit.checkpoint.run_folder import load_card, model_folders
 from segkit.errors import CheckpointError, RequestError
-from segkit.export import onnx
-from segkit.export.cases import named_cases
-from segkit.export.onnx import ExportSettings, export_models
+from segkit.exporting import onnx
+from segkit.exporting.cases import named_cases
+from segkit.exporting.onnx import ExportSettings, export_models
 from segkit.inference.graph import write_graph
 from segkit.inference.predictor import Predictor
 from segkit.reading.files import file_sha256

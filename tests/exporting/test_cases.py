@@ -12,7 +12,7 @@ import pytest
 from segkit.checkpoint.model import load_model
 from segkit.checkpoint.run_folder import load_card
 from segkit.errors import RequestError
-from segkit.export.cases import _evenly, _window, named_cases, validation_cases
+from segkit.exporting.cases import _evenly, _window, named_cases, validation_cases
 from segkit.inference.backends import TorchBackend
 from segkit.inference.predictor import Predictor
 

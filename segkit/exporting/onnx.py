@@ -20,8 +20,8 @@ from segkit.checkpoint.card import ExportCard, GraphCard, ModelCard
 from segkit.checkpoint.model import load_model
 from segkit.checkpoint.run_folder import CARD_NAME, load_card, model_folders, require_segmentation
 from segkit.errors import CheckpointError, RequestError, as_request
-from segkit.export.cases import MeasuringCases, validation_cases
-from segkit.export.precision import write_fp16, write_int8
+from segkit.exporting.cases import MeasuringCases, validation_cases
+from segkit.exporting.precision import write_fp16, write_int8
 from segkit.inference.backends import Array, Backend, TorchBackend, installed_backends, open_graph
 from segkit.inference.graph import OPSET, graph_files, require_onnx, write_graph
 from segkit.inference.parity import (

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from segkit.export.precision import write_fp16, write_int8
+from segkit.exporting.precision import write_fp16, write_int8
 from segkit.inference import graph
 from segkit.inference.backends import Array, OnnxRuntimeBackend, OpenvinoBackend
 from segkit.inference.graph import graph_files, write_graph
