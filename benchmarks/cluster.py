@@ -1,4 +1,4 @@
-"""What a Ray cluster costs and withstands: a node killed in the midst, what a case costs, 1,000 nodes on paper.
+"""The cost and robustness of a Ray cluster: a node killed during work, the cost of a case, 1,000 nodes by arithmetic.
 
 Run with `python benchmarks/cluster.py DATA/Task04_Hippocampus OUT`, segkit[ray] installed; six minutes on two cores.
 All on one machine, the first two parts with the hippocampus weights that are in this repository:
@@ -145,7 +145,7 @@ def fill_holes(out: Path) -> None:
         made_up += np.count_nonzero(differs & is_missing)
         others += np.count_nonzero(differs & ~is_missing)
     print(f"\n{FILLED_CASES} phantoms: {equal} of {len(names)} images of segkit inpaint are equal with both engines,")
-    print(f"bank.json is the same: {has_same_bank}; {made_up:,} voxels were made up, {others} others changed")
+    print(f"bank.json is the same: {has_same_bank}; {made_up:,} voxels were filled, {others} others changed")
 
 
 def manifest_cost(count: int) -> tuple[float, float]:
@@ -264,7 +264,7 @@ def wait_for_port(port: int) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody uses."""
+    """A free TCP port."""
     with socket.socket() as one:
         one.bind(("", 0))
         return int(one.getsockname()[1])

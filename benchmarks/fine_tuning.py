@@ -25,7 +25,7 @@ STEPS = 240
 STEPS_PER_EPOCH = 20
 GIVEN_DICE = (0.70, 0.75, 0.80, 0.82, 0.85)
 RECIPE = ("--preset", "cpu", "--config", str(ROOT / "configs/stunet.yaml"), "-d", "cpu")
-# A short run: the moving average of the weights has to keep up, and a dozen cases tell where it stands.
+# A short run: the moving average of the weights has to keep up, and a dozen cases suffice to follow it.
 SETTINGS = ("training.ema_decay=0.9", "training.validation_cases=12")
 
 

@@ -2,7 +2,7 @@
 
 Run with `python benchmarks/inpainting_metrics.py CASE --official PYTHON`: a folder of the challenge that holds `-t1n`,
 `-t1n-voided` and `-mask`, and an interpreter that has the package, which lives in an environment of its own because of
-its licence: `python -m venv official && official/bin/pip install inpainting==0.0.12`. The prediction is made up, a
+its licence: `python -m venv official && official/bin/pip install inpainting==0.0.12`. The prediction is a
 harmonic fill with seeded noise, and `-mask` stands in for the healthy mask, which the challenge keeps. Five phantoms
 follow, each with a ball of another place and size. One minute.
 """
@@ -35,7 +35,7 @@ print(json.dumps(compute_image_quality_metrics(**json.loads(sys.argv[1]))))
 
 
 class Trial(NamedTuple):
-    """Four volumes (D, H, W): what was made up, the truth, where, and what the maker saw."""
+    """Four volumes (D, H, W): the prediction, the truth, the mask, and the voided image."""
 
     name: str
     prediction: np.ndarray

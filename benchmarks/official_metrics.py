@@ -4,7 +4,7 @@ Run with `python benchmarks/official_metrics.py --official PYTHON [--pair CHALLE
 interpreter that has the package, which lives in an environment of its own because of its licence (`python -m venv
 official && official/bin/pip install brats-evaluation==0.0.10`), and pairs of masks in the label values of 2024 and
 later. Seeded phantoms follow: first one for each way to have nothing in common, then random ones with lesions that the
-prediction splits, merges, misses, shifts and makes up, half of them on grids that are not of 1 mm.
+prediction splits, merges, misses, shifts and invents, half of them on grids that are not of 1 mm.
 
 Every number of the package's documents is compared, those of each lesion too: NaN and infinity must stand in the same
 places and the others differ by at most 1e-6. One kind of disagreement is known, and rare: where two matchings have the
@@ -129,12 +129,12 @@ def phantoms(count: int, seed: int) -> Iterator[Trial]:
     for challenge in challenges:
         for what, prediction, reference in (
             ("empty, empty", nothing, nothing),
-            ("made up", lesion, nothing),
+            ("invented", lesion, nothing),
             ("missed", nothing, lesion),
             ("apart", speck, lesion),
             ("speck missed", nothing, speck),
             ("speck found", speck, speck),
-            ("speck and made up", speck | lesion, speck),
+            ("speck and invented", speck | lesion, speck),
         ):
             yield Trial(f"{challenge}: {what}", challenge, prediction, reference, np.eye(4))
     for number in range(count):
@@ -153,14 +153,14 @@ def random_pair(generator: np.random.Generator, labels: int) -> tuple[np.ndarray
     for _ in range(generator.integers(2, 14)):
         centre, radii = generator.integers(0, shape), generator.uniform(0.6, 9, 3)
         tissue = generator.permutation(np.arange(1, labels + 1))
-        kind = generator.choice(["shift", "split", "merge", "miss", "made up", "exact"])
-        if kind != "made up":
+        kind = generator.choice(["shift", "split", "merge", "miss", "invented", "exact"])
+        if kind != "invented":
             paint(reference, centre, radii, tissue)
         if kind == "merge":  # a second lesion close by, and one prediction over both
             offset = np.array([0, 0, round(2.4 * radii[2]) + 2])
             paint(reference, centre + offset, radii, tissue)
             paint(prediction, centre + offset // 2, radii * (1, 1, 2.6), tissue)
-        elif kind in ("shift", "made up"):
+        elif kind in ("shift", "invented"):
             paint(prediction, centre + generator.integers(-2, 3, 3), radii * generator.uniform(0.7, 1.3, 3), tissue)
         elif kind != "miss":
             paint(prediction, centre, radii, tissue)

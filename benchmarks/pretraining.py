@@ -4,7 +4,7 @@ Run with `python benchmarks/pretraining.py DATA/Task04_Hippocampus OUT [3d 2d ab
 an hour on one core for each of the three. Each method learns for the same time from the 160 images that are not held
 out, then ten labelled cases fine-tune its network with three seeds (the ablation: one), and so they do random weights.
 Scores are those of the 40 held-out cases on their own grid. What is finished is not done again, so a run that was
-interrupted goes on with the same command; without it, only the table is printed.
+interrupted is continued by the same command; without it, only the table is printed.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def score(data: Path, run: Path, held_out: Path) -> None:
 
 
 def segkit(*arguments: str) -> str:
-    """Run a command, let it tell what it does, and give back what it prints."""
+    """What a command prints to standard output; its log is shown."""
     command = [sys.executable, "-m", "segkit", *arguments]
     print("$ segkit", *arguments, file=sys.stderr, flush=True)
     if arguments[0] in ("train", "pretrain", "infer"):
@@ -167,7 +167,7 @@ def print_table(folder: Path, part: Part) -> None:
 
 
 def measured(folder: Path, arm: str) -> str:
-    """The measures of a pre-training run that tell most."""
+    """The most informative measures of a pre-training run."""
     path = folder / arm.replace(" ", "-") / "validation.json"
     if not path.exists():
         return ""

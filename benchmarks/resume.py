@@ -1,9 +1,9 @@
-"""Nothing of a training is lost: runs that come to every bad end, against runs that nothing befell. Linux only.
+"""Resumed trainings equal uninterrupted ones: runs that are killed or damaged, against whole runs. Linux only.
 
 Run with `python benchmarks/resume.py OUT [segmentation pretraining inpainting]`; some minutes on one core. For each
 task one command trains on phantoms from beginning to end. Another run is killed by `kill -9`, loses a data-loading
 process, has its last checkpoint truncated and gets SIGTERM, has a byte amid its last checkpoint turned over and gets
-SIGUSR1, and goes on with `--resume` each time, wherever it just was. In the end every tensor of model, moving average,
+SIGUSR1, and is resumed with `--resume` each time. In the end every tensor of model, moving average,
 optimiser and random numbers, the best weights, and every row of metrics.jsonl but for its seconds must be the same.
 """
 
@@ -96,7 +96,7 @@ BLOWS = (
 
 
 def main() -> None:
-    """Read the command line, make phantoms, and tell of each task."""
+    """Read the command line, make phantoms, and report on each task."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("out", type=Path)
     parser.add_argument("tasks", nargs="*", choices=[*COMMANDS, []], default=[])
@@ -111,7 +111,7 @@ def main() -> None:
 
 
 def segkit(*command: object) -> subprocess.Popen[bytes]:
-    """A command of segkit on one core, begun; its last words are in the file that follows `-o`."""
+    """A started command of segkit on one core; its log is in the file that follows `-o`."""
     words = [str(part) for part in command]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, "-m", "segkit", *words], env=environment, stderr=subprocess.PIPE)
@@ -147,7 +147,7 @@ def strike(process: subprocess.Popen[bytes], run: Path, blow: Blow) -> tuple[int
     target = children(process.pid)[-1] if blow.to_worker else process.pid
     os.kill(target, blow.number)
     began = time.monotonic()
-    if blow.number == signal.SIGUSR1:  # it goes on; end it when it has gone on for a while
+    if blow.number == signal.SIGUSR1:  # it continues; end it some steps later
         wait_for(process, run, blow.at + 20)
         process.kill()
     _, errors = process.communicate()
@@ -159,7 +159,7 @@ def strike(process: subprocess.Popen[bytes], run: Path, blow: Blow) -> tuple[int
 
 
 def wait_for(process: subprocess.Popen[bytes], run: Path, rows: int) -> None:
-    """Wait until the journal on the disk has so many rows, and there is a state to go on from."""
+    """Wait until the journal on the disk has so many rows, and a state to resume from."""
     path = run / "metrics.jsonl"
     while process.poll() is None:
         if (run / "last.ckpt").exists() and path.read_bytes().count(b"\n") >= rows:
@@ -179,7 +179,7 @@ def tell(blow: Blow, code: int, seconds: float, words: str) -> None:
 
 
 def finish(process: subprocess.Popen[bytes], *, may_fail: bool = False) -> str:
-    """Wait for a command; what it told of a failure."""
+    """Wait for a command; its error output."""
     _, errors = process.communicate()
     if process.returncode and not may_fail:
         sys.exit(errors.decode(errors="replace"))

@@ -1,4 +1,4 @@
-"""Does uncertainty tell where a mask is wrong?
+"""Does uncertainty show where a mask is wrong?
 
     segkit infer -m RUN -i DATA -o OUT --uncertainty --cases IDS
     python benchmarks/uncertainty.py OUT REFERENCES
