@@ -30,7 +30,8 @@ def test_configurations_and_assets_travel_in_the_wheel(wheel: Path) -> None:
     assert len(shipped) >= 4
     assert shipped <= names
     assert "segkit/py.typed" in names
-    assert {f"segkit/report/assets/{name}" for name in ("page.css", "page.js", "viewer.html", "viewer.js")} <= names
+    templates = ("chart.html", "legend.html", "page.html", "planes.html", "sections.html", "viewer.html")
+    assert {f"segkit/report/assets/{name}" for name in (*templates, "page.css", "page.js", "viewer.js")} <= names
     assert not any(name.startswith(("tests/", "docs/", "benchmarks/")) for name in names)
 
 

@@ -13,15 +13,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
 
 from segkit.errors import DataError, RequestError
 from segkit.reading.files import written_atomically
-from segkit.report import cases as about_cases
 from segkit.report import sections
-from segkit.report.html import Markup, asset, element, joined, json_for_script, label_legend
 from segkit.report.images import Gallery, find_gallery, load_arrays
 from segkit.report.pictures import case_picture
 from segkit.report.sources import CaseFacts, Findings, PathRedactor, read_sources
+from segkit.report.templates import asset, render
 from segkit.report.viewer import DIFFERENCES, CaseVolumes, case_volumes, viewer_script
 
 MOST_BYTES = 15_000_000
@@ -32,7 +34,6 @@ _STILL_BYTES = 120_000
 _MOST_STILLS = 200
 _VIEWED_CASES = 10
 _SPARE_BYTES = 20_000
-_REFRESH_S = 30
 _WITHOUT_VIEWER = "The interactive viewer is left out: pip install 'segkit[viewer]' and write the page again."
 
 
@@ -80,14 +81,21 @@ def write_page(
     gallery = find_gallery(findings, {case.id for case in cases}, data)
     script = viewer_script() if with_viewer and gallery.files else None
     media = _gather(cases, gallery, with_volumes=script is not None)
-    notes = about_cases.evaluation_notes(findings, cases)
-    notes += [*gallery.notes, *about_cases.table_notes(findings, cases)]
+    notes = sections.evaluation_notes(findings, cases)
+    notes += [*gallery.notes, *sections.table_notes(findings, cases)]
     if with_viewer and gallery.files and script is None:
         notes.append(_WITHOUT_VIEWER)
-    page = _Page(findings, cases, gallery, media, title or _heading(findings), redact, script, is_live=is_live)
+    common = {
+        "heading": title or _heading(findings),
+        "version": metadata.version("segkit"),
+        "written": time.strftime("%Y-%m-%d %H:%M"),
+        "is_live": is_live,
+        "states": sections.state_of_runs(findings.runs, redact, is_live=is_live),
+    }
     while True:
         all_notes = [*notes, *media.notes()]
-        text = page.to_html(all_notes).encode("utf-8")
+        parts = _sections(findings, cases, gallery, media, all_notes, redact)
+        text = _html(common, parts, _viewer_data(media, gallery, script or "")).encode("utf-8")
         if len(text) <= MOST_BYTES or not (media.volumes or media.stills):
             break
         media.drop(len(text) - MOST_BYTES + _SPARE_BYTES)
@@ -159,89 +167,54 @@ def _gather(cases: Sequence[CaseFacts], gallery: Gallery, *, with_volumes: bool)
     return media
 
 
-@dataclass(frozen=True)
-class _Page:
-    """Everything that is in a page but its notes; `script` is that of the viewer."""
+def _sections(
+    findings: Findings,
+    cases: Sequence[CaseFacts],
+    gallery: Gallery,
+    media: _Media,
+    notes: Sequence[str],
+    redact: PathRedactor,
+) -> list[sections.Section]:
+    anchors = {case_id: f"case-{position}" for position, case_id in enumerate(media.stills)}
+    viewable = {case_id: f"v{position}" for position, case_id in enumerate(media.volumes)}
+    labels = [] if gallery.scheme is None else list(gallery.colours().values())
+    are_scored = any(case.regions for case in cases)
+    parts = [
+        sections.summary_section(findings, cases, redact),
+        sections.failures_section(cases, redact),
+        sections.training_section(findings.runs),
+        sections.spread_section(findings, cases),
+        sections.cases_section(findings, cases, anchors),
+        sections.viewer_section(viewable, labels, len(media.stills), are_scored=are_scored),
+        sections.pictures_section(cases, media.stills, anchors, labels, viewable, has_planes=media.has_planes),
+        sections.figures_section(findings),
+        sections.timing_section(findings),
+        sections.reliability_section(findings),
+        sections.settings_section(findings, redact),
+        sections.notes_section(notes, redact),
+    ]
+    return [part for part in parts if part is not None]
 
-    findings: Findings
-    cases: Sequence[CaseFacts]
-    gallery: Gallery
-    media: _Media
-    heading: str
-    redact: PathRedactor
-    script: str | None
-    is_live: bool
 
-    def to_html(self, notes: Sequence[str]) -> str:
-        """The whole document."""
-        scripts, stores = [asset("page.js")], []
-        if self.media.volumes:
-            scripts.append(asset("viewer.js"))
-            stores = self._stores()
-        style = asset("page.css")
-        refresh = element("noscript", element("meta", http_equiv="refresh", content=_REFRESH_S))
-        head = [
-            element("meta", charset="utf-8"),
-            element("meta", http_equiv="Content-Security-Policy", content=_policy(scripts, style)),
-            element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-            element("meta", name="color-scheme", content="light dark"),
-            element("meta", name="referrer", content="no-referrer"),
-            refresh if self.is_live else None,
-            element("title", self.heading),
-            element("style", style),
-        ]
-        running = (element("script", text) for text in scripts)
-        body = element("body", self._body(notes), *stores, *running)
-        return f"<!DOCTYPE html>\n{element('html', element('head', *head), body, lang='en')}\n"
+def _viewer_data(media: _Media, gallery: Gallery, script: str) -> dict[str, Any] | None:
+    """NiiVue, the volumes by the id of their element, and how to show them; None without volumes."""
+    if not media.volumes:
+        return None
+    volumes = {f"v{position}": (case_id, own) for position, (case_id, own) in enumerate(media.volumes.items())}
+    facts = {
+        "labels": _colours(gallery.colours()),
+        "differences": _colours(DIFFERENCES),
+        "cases": [{"id": case_id, "key": key, **own.facts} for key, (case_id, own) in volumes.items()],
+    }
+    layers = {f"{key}-{layer}": text for key, (_, own) in volumes.items() for layer, text in own.layers.items()}
+    return {"module": script, "facts": facts, "volumes": layers}
 
-    def _body(self, notes: Sequence[str]) -> Markup:
-        findings, cases, media, redact = self.findings, self.cases, self.media, self.redact
-        anchors = {case_id: f"case-{position}" for position, case_id in enumerate(media.stills)}
-        viewable = {case_id: f"v{position}" for position, case_id in enumerate(media.volumes)}
-        key = label_legend([] if self.gallery.scheme is None else self.gallery.colours().values())
-        are_scored = any(case.regions for case in cases)
-        parts = [
-            sections.summary_section(findings, cases, redact),
-            about_cases.failures_section(cases, redact),
-            sections.curves_section(findings.runs),
-            about_cases.spread_section(findings, cases),
-            about_cases.cases_section(findings, cases, anchors),
-            about_cases.viewer_section(viewable, key, len(media.stills), are_scored=are_scored),
-            about_cases.pictures_section(cases, media.stills, anchors, key, viewable, has_planes=media.has_planes),
-            sections.figures_section(findings),
-            about_cases.timing_section(findings),
-            sections.reliability_section(findings),
-            sections.settings_section(findings, redact),
-            sections.notes_section(notes, redact),
-        ]
-        present = [part for part in parts if part is not None]
-        links = (element("a", part.title, href=f"#{part.key}") for part in present)
-        written = time.strftime("%Y-%m-%d %H:%M")
-        header = element(
-            "header",
-            element("h1", self.heading),
-            element("p", f"Written by segkit {metadata.version('segkit')} on {written}.", class_="muted"),
-            element("nav", *links, aria_label="Sections"),
-            sections.state_of_runs(findings.runs, redact, is_live=self.is_live),
-        )
-        footer = element("footer", element("p", "segkit is no medical device; no finding may rest on this page alone."))
-        return joined([header, element("main", *(part.to_html() for part in present)), footer])
 
-    def _stores(self) -> list[Markup]:
-        """The data of the viewer, which no browser runs: NiiVue, the volumes, and how to show them."""
-        volumes = {f"v{position}": (case_id, own) for position, (case_id, own) in enumerate(self.media.volumes.items())}
-        facts = {
-            "labels": _colours(self.gallery.colours()),
-            "differences": _colours(DIFFERENCES),
-            "cases": [{"id": case_id, "key": key, **dict(own.facts)} for key, (case_id, own) in volumes.items()],
-        }
-        binary = {"viewer-module": self.script or ""} | {
-            f"{key}-{layer}": text for key, (_, own) in volumes.items() for layer, text in own.layers.items()
-        }
-        module, *layers = (
-            element("script", Markup(text), type="application/octet-stream", id=key) for key, text in binary.items()
-        )
-        return [module, element("script", json_for_script(facts), type="application/json", id="viewer-facts"), *layers]
+def _html(common: Mapping[str, Any], parts: Sequence[sections.Section], viewer: Mapping[str, Any] | None) -> str:
+    """The whole document."""
+    scripts, style = [asset("page.js"), *([asset("viewer.js")] if viewer else [])], asset("page.css")
+    parts_of_all = {"scripts": scripts, "style": style, "policy": _policy(scripts, style)}
+    return f"{render('page.html', sections=parts, viewer=viewer, **common, **parts_of_all)}\n"
 
 
 def _colours(labels: Mapping[int, tuple[str, str]]) -> dict[str, dict[str, str]]:

@@ -13,12 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image, features
 
-from segkit.report.html import Markup, element
 from segkit.report.images import CaseArrays
 from segkit.report.planes import MASK_OPACITY, View, intensity_window, views_of
+from segkit.report.templates import render
 from segkit.shapes import AnyArray, LabelMap
 
 _SIZES = ((256, 72), (160, 60), (96, 50))
@@ -58,13 +59,11 @@ def case_picture(
     return None
 
 
-def embedded_figure(path: Path, alternative: str, most_side: int = 1100) -> Markup:
-    """A picture file of a run as an `img` with its data inside."""
+def embedded_figure(path: Path, most_side: int = 1100) -> dict[str, object]:
+    """A picture file of a run as the address (with its data inside) and the size of an `img`."""
     with Image.open(path) as picture:
         picture.thumbnail((most_side, most_side))
-        address = _photo(picture.convert("RGB"), 72)
-        width, height = picture.size
-    return element("img", src=address, alt=alternative, width=width, height=height)
+        return {"address": _photo(picture.convert("RGB"), 72), "width": picture.width, "height": picture.height}
 
 
 def _draw(
@@ -82,40 +81,58 @@ def _draw(
     scale = min((_WIDTH - _GUTTER + _GAP) / len(layers) - _GAP, _WIDEST) / widest
     step = widest * scale + _GAP
     low, high = window
-    heads = [f"image ({modality})", *layers[1:]]
-    parts = [
-        element("text", head, x=f"{_GUTTER + (column + 0.5) * step - _GAP / 2:.1f}", y="18", class_="middle")
-        for column, head in enumerate(heads)
-    ]
+    rows = []
     top = _HEAD
     for row, view in enumerate(views):
-        name, width, height = f"{key}-{row}", view.image.shape[1] * scale, view.image.shape[0] * view.aspect * scale
+        width, height = view.image.shape[1] * scale, view.image.shape[0] * view.aspect * scale
+        left = _GUTTER + (step - _GAP - width) / 2
+        boxes = [(left + column * step, top, width, height) for column in range(len(layers))]
         grey = np.clip((view.image.astype(np.float32) - low) / (high - low) * 255, 0, 255).astype(np.uint8)
-        size = {"width": f"{width:.1f}", "height": f"{height:.1f}", "preserveAspectRatio": "none"}
-        parts.append(element("defs", element("image", href=_photo(Image.fromarray(grey), quality), id=name, **size)))
-        parts.append(
-            element("text", view.title, class_="middle", transform=f"translate(14 {top + height / 2:.1f}) rotate(-90)")
+        rows.append(
+            {
+                "key": f"{key}-{row}",
+                "photo": _photo(Image.fromarray(grey), quality),
+                "title": view.title,
+                "middle": top + height / 2,
+                "width": width,
+                "height": height,
+                "tiles": [_tile(layer, view, masks, colours, box) for layer, box in zip(layers, boxes, strict=True)],
+            }
         )
-        for column, layer in enumerate(layers):
-            left = _GUTTER + column * step + (step - _GAP - width) / 2
-            place = {"x": f"{left:.1f}", "y": f"{top:.1f}"}
-            parts.append(element("use", href=f"#{name}", **place))
-            if layer == "image":
-                parts += _letters(view, left, top, width, height)
-            elif layer == "uncertainty":
-                parts.append(element("image", href=_heat(view.maps[0]), **place, **size))
-            else:
-                tint = _tint(view.masks[masks.index(layer)], colours)
-                parts.append(element("image", href=tint, class_="mask", **place, **size))
-            if layer == "prediction" and "reference" in masks:
-                pixel = (width / view.image.shape[1], height / view.image.shape[0])
-                path = outline(view.masks[masks.index("reference")] > 0, left, top, pixel)
-                parts += [element("path", d=path, class_="outline")] if len(path) <= _MOST_OUTLINE else []
         top += height + _GAP
     planes = ", ".join(view.title for view in views if view.title)
-    label = f"{case_id}: {', '.join(layers)}" + (f" in the {planes} plane" if planes else "")
-    whole = _GUTTER + step * len(layers)
-    return element("svg", *parts, viewBox=f"0 0 {whole:.0f} {top:.0f}", role="img", aria_label=label, class_="planes")
+    names = [f"image ({modality})", *layers[1:]]
+    return render(
+        "planes.html",
+        width=f"{_GUTTER + step * len(layers):.0f}",
+        height=f"{top:.0f}",
+        label=f"{case_id}: {', '.join(layers)}" + (f" in the {planes} plane" if planes else ""),
+        heads=[(_GUTTER + (column + 0.5) * step - _GAP / 2, name) for column, name in enumerate(names)],
+        rows=rows,
+    )
+
+
+def _tile(
+    layer: str,
+    view: View,
+    masks: Sequence[str],
+    colours: Mapping[int, tuple[str, str]],
+    box: tuple[float, float, float, float],
+) -> dict[str, object]:
+    """One layer of a plane in `box` (left, top, width, height): what lies over the image there."""
+    left, top, width, height = box
+    tile: dict[str, object] = {"letters": (), "overlay": None, "is_mask": layer in masks, "outline": None}
+    if layer == "image":
+        tile["letters"] = _letters(view, left, top, width, height)
+    elif layer == "uncertainty":
+        tile["overlay"] = _heat(view.maps[0])
+    else:
+        tile["overlay"] = _tint(view.masks[masks.index(layer)], colours)
+    if layer == "prediction" and "reference" in masks:
+        pixel = (width / view.image.shape[1], height / view.image.shape[0])
+        path = outline(view.masks[masks.index("reference")] > 0, left, top, pixel)
+        tile["outline"] = path if len(path) <= _MOST_OUTLINE else None
+    return {"x": left, "y": top, **tile}
 
 
 def outline(mask: NDArray[np.bool_], left: float, top: float, factor: tuple[float, float]) -> str:
@@ -156,15 +173,15 @@ def _resized(array: AnyArray, shape: tuple[int, int], how: Image.Resampling) -> 
     return np.asarray(Image.fromarray(np.ascontiguousarray(array)).resize(shape, how))
 
 
-def _letters(view: View, left: float, top: float, width: float, height: float) -> list[Markup]:
+def _letters(view: View, left: float, top: float, width: float, height: float) -> list[dict[str, object]]:
     places = (
-        (5, height / 2 + 5, ""),
-        (width - 5, height / 2 + 5, "end"),
-        (width / 2, 17, "middle"),
-        (width / 2, height - 6, "middle"),
+        (5, height / 2 + 5, "letter"),
+        (width - 5, height / 2 + 5, "letter end"),
+        (width / 2, 17, "letter middle"),
+        (width / 2, height - 6, "letter middle"),
     )
     return [
-        element("text", letter, x=f"{left + x:.1f}", y=f"{top + y:.1f}", class_=f"letter {kind}".strip())
+        {"text": letter, "x": left + x, "y": top + y, "kind": kind}
         for letter, (x, y, kind) in zip(view.letters, places, strict=True)
         if letter
     ]

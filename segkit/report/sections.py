@@ -1,40 +1,52 @@
-"""The parts of a page about models and trainings, and its notes: each is HTML, or None where it is empty."""
+"""The sections of the page: each is plain data for the macro of its key in `assets/sections.html`, or None if empty."""
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from segkit.report.charts import line_chart, reliability_chart
+from markupsafe import Markup
+
+from segkit.errors import some
+from segkit.metrics.registry import METRICS
+from segkit.report.charts import bars_chart, line_chart, reliability_chart, strip_chart
 from segkit.report.curves import calibration_points, number, training_curves
-from segkit.report.html import (
-    Child,
-    Markup,
-    Section,
-    colour_class,
-    definitions,
-    details,
-    digits_of,
-    element,
-    joined,
-    metric_name,
-    plain_table,
-    section,
-    swatch,
-    written,
-)
 from segkit.report.pictures import embedded_figure
+from segkit.report.planes import COLOURS
 from segkit.report.sources import CaseFacts, Document, Findings, PathRedactor, Run, mapping
+from segkit.report.templates import colour_class, digits_of, metric_name, written
+from segkit.report.viewer import DIFFERENCES, viewer_licence
 
+MOST_ROWS = 1000
+"""Cases in a table."""
+MOST_METRICS = 12
+_MEAN_OF_REGIONS = "mean"
 _MOST_HEADLINES = 7
 _MOST_FIGURES = 6
+_SPREADS = 2
+_MOST_BARS = 30
+_NAMED = 20
+"""Cases that a note names."""
+_OPEN = 3
+"""Cases whose pictures are open at first."""
 _RELIABILITY = {"whole": "All voxels", "box": "Around the reference"}
 _ENVIRONMENT = ("python", "platform", "cores")
 
 
+class Section(NamedTuple):
+    """A part of the page: its key (the macro and the anchor), its heading and its data."""
+
+    key: str
+    title: str
+    content: Mapping[str, Any]
+
+
 def summary_section(findings: Findings, cases: Sequence[CaseFacts], redact: PathRedactor) -> Section:
-    """Model, data and protocol, and the scores in one table."""
-    facts: dict[str, Child] = {}
+    """Model, data and protocol, and a table of means and medians by region."""
+    facts: dict[str, object] = {}
     if findings.runs:  # the folds of a cross-validation have all but their names in common
         run = next((run for run in findings.runs if run.card), findings.runs[0])
         facts |= {"Run": ", ".join(run.name for run in findings.runs)} | _card_facts(run.card, redact) | _run_facts(run)
@@ -54,42 +66,218 @@ def summary_section(findings: Findings, cases: Sequence[CaseFacts], redact: Path
         facts["Cases"] = f"{len(cases)}" + (f", of which {failed} failed" if failed else "")
     intervals = [scored.document.intervals for scored in findings.evaluations if scored.document.intervals]
     caption = f"Mean over cases{' with its 95 % interval' if intervals else ''}, median below it"
-    caption = ". ".join([caption, *intervals])
-    return section("Summary", "summary", definitions(facts), _headlines(findings, caption))
+    scores = {region: metrics for region, metrics in findings.summary().items() if isinstance(metrics, dict)}
+    wanted = findings.headline_metrics()
+    shown = [metric for metric in wanted if any(metric in metrics for metrics in scores.values())][:_MOST_HEADLINES]
+    rows = [
+        {
+            "region": region,
+            "colour": colour_class(position),
+            "cells": [_headline(mapping(metrics, metric), digits_of(metric)) for metric in shown],
+            "count": max((int(number(mapping(metrics, metric).get("n")) or 0) for metric in metrics), default=0),
+        }
+        for position, (region, metrics) in enumerate(scores.items())
+    ]
+    content = {
+        "facts": _known(facts),
+        "caption": ". ".join([caption, *intervals]),
+        "columns": ["region", *map(metric_name, shown), "n"],
+        "rows": rows if shown else (),
+    }
+    return Section("summary", "Summary", content)
 
 
-def state_of_runs(runs: Sequence[Run], redact: PathRedactor, *, is_live: bool) -> Markup | None:
-    """Trainings that are running or stopped early, and the command that resumes them.
+def _card_facts(card: Document, redact: PathRedactor) -> dict[str, object]:
+    """The network of a model card and its training data."""
+    network, trained = mapping(card, "network"), mapping(card, "training_data")
+    count = number(trained.get("cases"))
+    return {
+        "Task": card.get("task"),
+        "Network": _listed([network.get("family"), network.get("size")], " "),
+        "Input": _listed(card.get("modalities")),
+        "Trained on": redact(_listed([trained.get("identity"), f"{count:.0f} cases" if count else None])),
+        "Licence of the data": trained.get("licence"),
+        "Patch": _listed(card.get("patch_size"), " \u00d7 "),
+        "Spacing (mm)": _listed(card.get("spacing_mm"), " \u00d7 ", lambda side: f"{number(side) or 0:g}"),
+        "Weights (SHA-256)": str(card.get("sha256") or "")[:16],
+    }
 
-    A live page is written again and again; its script warns when that has not happened for too long.
+
+def _run_facts(run: Run) -> dict[str, object]:
+    minutes, memory = number(run.validation.get("minutes")), number(run.validation.get("peak_rss_mb"))
+    return {
+        "Steps": f"{run.step:,}" if run.rows else None,
+        "Training took": None if minutes is None else f"{minutes:.1f} minutes",
+        "Peak memory of the training": None if memory is None else f"{memory:,.0f} MB",
+    }
+
+
+def _model_facts(model: Document) -> dict[str, object]:
+    return {
+        "Network": _listed([model.get("family"), model.get("size")], " "),
+        "Input": _listed(model.get("modalities")),
+        "Computed by": _listed([model.get("backend"), "with mirrored inputs" if model.get("tta") else None]),
+        "Weights (SHA-256)": _listed(model.get("sha256"), write=lambda digest: str(digest)[:16]),
+    }
+
+
+def _listed(values: object, joint: str = ", ", write: Callable[[object], str] = str) -> str:
+    """The known values of a list; empty for anything else."""
+    return joint.join(write(value) for value in values if value not in (None, "")) if isinstance(values, list) else ""
+
+
+def _known(facts: Mapping[str, object]) -> dict[str, object]:
+    return {term: fact for term, fact in facts.items() if fact not in (None, "")}
+
+
+def _headline(entry: Document, digits: int) -> dict[str, str | None]:
+    interval = entry.get("ci95")
+    between = None
+    if isinstance(interval, list | tuple) and len(interval) == 2 and all(number(end) is not None for end in interval):
+        between = f"{written(interval[0], digits)} \u2013 {written(interval[1], digits)}"
+    mean, median = (written(number(entry.get(name)), digits) for name in ("mean", "median"))
+    return {"mean": mean, "interval": between, "median": median}
+
+
+def state_of_runs(runs: Sequence[Run], redact: PathRedactor, *, is_live: bool) -> list[dict[str, str]]:
+    """Runs in progress or stopped early, with the command that resumes them.
+
+    A live page is updated again and again; its script warns if that has not happened for too long.
     """
-    parts = []
+    states = []
     for run in runs:
-        go_on = joined(["Go on with the command that began it and --resume: ", element("code", run.resume_command)])
+        common = {"name": run.name, "resume_command": run.resume_command}
         if is_live:
-            parts.append(element("p", "Training. This page is written anew as it goes on and loads itself.", id="live"))
-            silent = joined(["No news for ", element("span", id="silent-minutes"), " minutes: it may have stopped. "])
-            facts = {"data_written": f"{time.time():.0f}", "data_patience": f"{run.patience_s:.0f}"}
-            parts.append(element("p", silent, go_on, id="silent", class_="alarm", hidden=True, **facts))
+            times = {"written": f"{time.time():.0f}", "patience": f"{run.patience_s:.0f}"}
+            states.append({"kind": "live", **common, **times})
         elif run.is_running:
-            parts.append(element("p", f"{run.name} was still training when this page was written."))
+            states.append({"kind": "running", **common})
         elif run.is_cut_off:
             reason = run.interruption.get("reason")
-            why = ", and nothing tells why" if reason is None else f": {redact(str(reason))}"
-            parts.append(element("p", f"{run.name} stopped after step {run.step:,}{why}. ", go_on, class_="alarm"))
-    return element("div", *parts, class_="state", role="status") if parts else None
+            why = " for an unknown reason" if reason is None else f": {redact(str(reason))}"
+            states.append({"kind": "stopped", **common, "step": f"{run.step:,}", "reason": why})
+    return states
 
 
-def curves_section(runs: Sequence[Run]) -> Section | None:
+def failures_section(cases: Sequence[CaseFacts], redact: PathRedactor) -> Section | None:
+    """The cases that failed, each with its reason."""
+    reasons = [(case.id, redact(case.reason)) for case in cases if case.reason is not None][:MOST_ROWS]
+    return Section("failed", "Failed cases", {"reasons": reasons}) if reasons else None
+
+
+def training_section(runs: Sequence[Run]) -> Section | None:
     """Loss, validation scores and learning rate of each training."""
-    parts: list[Markup] = []
+    drawn = []
     for run in runs:
         panels = training_curves(run.rows).items()
         charts = [line_chart(title.capitalize(), curves, overall="score") for title, curves in panels]
-        if charts:
-            parts += [element("h3", run.name)] if len(runs) > 1 else []
-            parts.append(element("div", *charts, class_="charts"))
-    return section("Training", "training", *parts) if parts else None
+        drawn += [(run.name, charts)] if charts else []
+    return Section("training", "Training", {"has_names": len(runs) > 1, "runs": drawn}) if drawn else None
+
+
+def spread_section(findings: Findings, cases: Sequence[CaseFacts]) -> Section | None:
+    """The distribution of scores over cases, by region."""
+    charts = []
+    ranked = [metric for metric in findings.headline_metrics() if metric in METRICS and METRICS[metric].is_ranked]
+    for metric in ranked[:_SPREADS]:
+        values: dict[str, dict[str, float]] = {}
+        for case in cases:
+            for region, scores in case.regions.items():
+                if math.isfinite(scores.get(metric, math.nan)):
+                    values.setdefault(region, {})[case.id] = scores[metric]
+        charts += [strip_chart(metric_name(metric), values)] if values else []
+    return Section("spread", "Spread over cases", {"charts": charts}) if charts else None
+
+
+def cases_section(findings: Findings, cases: Sequence[CaseFacts], anchors: Mapping[str, str]) -> Section | None:
+    """A row for each case and region, worst first; `anchors` maps case ids to the anchors of their pictures."""
+    if not cases:
+        return None
+    regions = list(dict.fromkeys(region for case in cases for region in case.regions))
+    metrics = findings.shown_metrics(cases)[:MOST_METRICS]
+    has_times = any("predict" in _seconds(case.record) for case in cases)
+    views = [_MEAN_OF_REGIONS, *regions] if len(regions) > 1 else regions or [_MEAN_OF_REGIONS]
+    names = [*map(metric_name, metrics), *(("seconds", "peak MB") if has_times else ())]
+    columns = [(name, "text") for name in ("case", "region")] + [(name, "number") for name in names]
+    rows = []
+    for case in cases[:MOST_ROWS]:
+        common = {
+            "name": case.id,
+            "anchor": anchors.get(case.id),
+            "state": "failed" if case.reason is not None else "no prediction" if case.is_missing else None,
+        }
+        seconds, memory = sum(_seconds(case.record).values()), number(case.record.get("peak_rss_mb"))
+        times = [_cell(seconds or None, 2), _cell(memory or None, 0)] if has_times else []
+        for view in views:
+            scores = [_cell(_score(case, view, metric), digits_of(metric)) for metric in metrics]
+            rows.append({**common, "view": view, "is_hidden": view != views[0], "cells": scores + times})
+    dice = metric_name("dice")  # the order at first
+    headings = [
+        {"name": name, "kind": kind, "order": "ascending" if name == dice else "none"} for name, kind in columns
+    ]
+    return Section("cases", "Cases", {"views": views, "columns": headings, "rows": rows})
+
+
+def _score(case: CaseFacts, view: str, metric: str) -> float | None:
+    """The score of a region, or the mean over regions."""
+    found = [scores[metric] for scores in case.regions.values() if metric in scores]
+    if view == _MEAN_OF_REGIONS and found:
+        return statistics.fmean(found)
+    return case.regions.get(view, {}).get(metric)
+
+
+def _cell(value: float | None, digits: int) -> tuple[str, str | None]:
+    """A number as text, and as JavaScript reads it to sort by."""
+    order = None if value is None else f"{value:.6g}" if math.isfinite(value) else "Infinity"
+    return written(value, digits), order
+
+
+def viewer_section(
+    viewable: Mapping[str, str], labels: Iterable[tuple[str, str]], pictures: int, *, are_scored: bool
+) -> Section | None:
+    """The viewer of the cases with volumes (case id -> key); `pictures` is the number of cases with pictures."""
+    if not viewable:
+        return None
+    which = "all" if len(viewable) >= pictures else "the worst" if are_scored else "the first"
+    content = {
+        "about": f"Here are {which} {len(viewable)} cases" if len(viewable) > 1 else "The case",
+        "choices": list(viewable.items()),
+        "labels": _legend(labels),
+        "differences": _legend(DIFFERENCES.values()),
+        "licence": viewer_licence() or "",
+    }
+    return Section("viewer", "Viewer", content)
+
+
+def pictures_section(
+    cases: Sequence[CaseFacts],
+    pictures: Mapping[str, Markup],
+    anchors: Mapping[str, str],
+    labels: Iterable[tuple[str, str]],
+    viewable: Mapping[str, str],
+    *,
+    has_planes: bool,
+) -> Section | None:
+    """The stills of each case, worst first, and a button for those in the viewer (`viewable`: case id -> key)."""
+    cards = [
+        {
+            "name": case.id,
+            "anchor": anchors[case.id],
+            "is_open": position < _OPEN,
+            "has_failed": case.reason is not None,
+            "scores": [f"{name} {scores['dice']:.3f}" for name, scores in case.regions.items() if "dice" in scores],
+            "picture": pictures[case.id],
+            "view": viewable.get(case.id),
+        }
+        for position, case in enumerate(case for case in cases if case.id in pictures)
+    ]
+    content = {"has_planes": has_planes, "labels": _legend(labels), "cards": cards}
+    return Section("pictures", "Pictures", content) if cards else None
+
+
+def _legend(labels: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Names and colours -> names and the classes of the colours."""
+    return [(name, colour_class(COLOURS.index(colour))) for name, colour in dict(labels).items()]
 
 
 def figures_section(findings: Findings) -> Section | None:
@@ -99,11 +287,59 @@ def figures_section(findings: Findings) -> Section | None:
         paths = [path for path in sorted((run.folder / "figures").glob("*.png")) if path.stem != "curves"]
         for path in paths[:_MOST_FIGURES]:
             try:
-                picture = embedded_figure(path, f"{run.name}: {path.stem}")
+                picture = embedded_figure(path)
             except (OSError, ValueError):  # the training may be writing it
                 continue
-            figures.append(element("figure", element("figcaption", path.stem.replace("_", " ")), picture))
-    return section("Figures", "figures", element("div", *figures, class_="figures")) if figures else None
+            texts = {"title": path.stem.replace("_", " "), "alternative": f"{run.name}: {path.stem}"}
+            figures.append(picture | texts)
+    return Section("figures", "Figures", {"figures": figures}) if figures else None
+
+
+def timing_section(findings: Findings) -> Section | None:
+    """Seconds by stage and memory of each case, as expected and as measured."""
+    records = [record for output in findings.outputs for record in output.records]
+    timed = [(record, seconds) for record in records if sum((seconds := _seconds(record)).values()) > 0]
+    if not timed:
+        return None
+    stages = list(dict.fromkeys(stage for _, seconds in timed for stage in seconds))
+    longest = sorted(timed, key=lambda entry: -sum(entry[1].values()))[:_MOST_BARS]
+    bars = {str(record["case"]): [seconds.get(stage, 0.0) for stage in stages] for record, seconds in longest}
+    title = "Seconds by stage" + (f", the {_MOST_BARS} longest cases" if len(timed) > _MOST_BARS else "")
+    rows = []
+    for record, seconds in timed[:MOST_ROWS]:
+        expected = mapping(record, "predicted")
+        times = [*(seconds.get(stage, 0.0) for stage in stages), sum(seconds.values())]
+        memory = [number(record.get("peak_rss_mb")), number(expected.get("peak_rss_mb"))]
+        cells = [written(value, 2) for value in [*times, number(expected.get("seconds"))]]
+        rows.append([str(record["case"]), *cells, *(written(value or None, 0) for value in memory)])
+    content = {
+        "forecasts": _forecasts(timed),
+        "chart": bars_chart(title, stages, bars),
+        "count": len(timed),
+        "columns": ["case", *stages, "total s", "expected s", "peak MB", "expected MB"],
+        "rows": rows,
+    }
+    return Section("time", "Time and memory", content)
+
+
+def _seconds(record: Document) -> dict[str, float]:
+    found = {str(stage): number(value) for stage, value in mapping(record, "seconds").items()}
+    return {stage: max(value, 0.0) for stage, value in found.items() if value is not None}
+
+
+def _forecasts(timed: Sequence[tuple[Document, Mapping[str, float]]]) -> str:
+    """Measured divided by expected, over all cases."""
+    found = []
+    for key, name in (("seconds", "time"), ("peak_rss_mb", "memory")):
+        ratios = []
+        for record, seconds in timed:
+            measured = sum(seconds.values()) if key == "seconds" else number(record.get(key))
+            expected = number(mapping(record, "predicted").get(key))
+            ratios += [measured / expected] if measured and expected else []
+        if ratios:
+            range_ = f"(from {min(ratios):.2f} to {max(ratios):.2f})"
+            found.append(f"{name} {statistics.median(ratios):.2f} of what was expected {range_}")
+    return "; ".join(found)
 
 
 def reliability_section(findings: Findings) -> Section | None:
@@ -122,96 +358,60 @@ def reliability_section(findings: Findings) -> Section | None:
         for region in curves:
             measures = (number(tables[where, region].get(name)) for name in ("ece", "ace", "brier"))
             rows.append([f"{region}, {title.lower()}", *map(written, measures)])
-    if not charts:
-        return None
-    about = "How many of the voxels that are given a probability belong to the region; on the diagonal the two agree."
-    table = plain_table("Calibration errors", ["", "ECE", "ACE", "Brier score"], rows)
-    return section("Reliability", "reliability", element("p", about), element("div", *charts, class_="charts"), table)
+    return Section("reliability", "Reliability", {"charts": charts, "rows": rows}) if charts else None
 
 
 def settings_section(findings: Findings, redact: PathRedactor) -> Section | None:
     """The resolved configuration of each run with its comments, and the environments."""
-    parts = [details(f"Configuration of {run.name}", _yaml(redact(run.config))) for run in findings.runs if run.config]
+    configurations = []
+    for run in findings.runs:
+        parts = (line.partition("# ") for line in redact(run.config).splitlines())
+        lines = [(setting, comment if sign else None) for setting, sign, comment in parts]
+        configurations += [(run.name, lines)] if run.config else []
     environments = [(run.name, mapping(run.card, "versions")) for run in findings.runs]
     environments += [(output.name, mapping(output.manifest, "environment")) for output in findings.outputs]
-    for name, versions in environments:
-        rows = {key: str(versions[key]) for key in sorted(versions, key=lambda key: (key not in _ENVIRONMENT, key))}
-        parts += [details(f"Environment of {name}", definitions(rows))] if rows else []
-    return section("Configuration and environment", "settings", *parts) if parts else None
+    content = {
+        "configurations": configurations,
+        "environments": [(name, _environment(versions)) for name, versions in environments if versions],
+    }
+    return Section("settings", "Configuration and environment", content) if any(content.values()) else None
+
+
+def _environment(versions: Document) -> dict[str, object]:
+    order = sorted(versions, key=lambda key: (key not in _ENVIRONMENT, key))
+    return _known({key: str(versions[key]) for key in order})
 
 
 def notes_section(notes: Iterable[str], redact: PathRedactor) -> Section | None:
     """What a reader must know."""
-    items = [element("li", redact(note)) for note in notes]
-    return section("Notes", "notes", element("ul", *items)) if items else None
+    listed = [redact(note) for note in notes]
+    return Section("notes", "Notes", {"notes": listed}) if listed else None
 
 
-def _card_facts(card: Document, redact: PathRedactor) -> dict[str, Child]:
-    """The network of a model card and its training data."""
-    network, trained = mapping(card, "network"), mapping(card, "training_data")
-    count, spacing_mm = number(trained.get("cases")), card.get("spacing_mm")
-    trained_on = [trained.get("identity"), f"{count:.0f} cases" if count else None]
-    return {
-        "Task": card.get("task"),
-        "Network": _listed([network.get("family"), network.get("size")], " "),
-        "Input": _listed(card.get("modalities")),
-        "Trained on": redact(_listed(trained_on)),
-        "Licence of the data": trained.get("licence"),
-        "Patch": _listed(card.get("patch_size"), " \u00d7 "),
-        "Spacing (mm)": _listed(spacing_mm, " \u00d7 ", lambda side: f"{number(side) or 0:g}"),
-        "Weights (SHA-256)": str(card.get("sha256") or "")[:16],
-    }
+def evaluation_notes(findings: Findings, cases: Sequence[CaseFacts]) -> list[str]:
+    """Cases that are not in the scores, or in them with the worst ones, and the notes of the evaluations."""
+    notes = []
+    missing = [case.id for case in cases if case.is_missing]
+    if missing:
+        notes.append(
+            f"Without a usable prediction and given the worst scores ({len(missing)}): {some(missing, _NAMED)}."
+        )
+    for scored in findings.evaluations:
+        for names, what in (
+            (scored.document.unscored, "References without a prediction, which are not in these scores"),
+            (scored.document.surplus, "Files that belong to no reference"),
+        ):
+            notes += [f"{what} ({len(names)}): {some(names, _NAMED)}."] if names else []
+        notes += scored.document.notes
+    return notes
 
 
-def _run_facts(run: Run) -> dict[str, Child]:
-    minutes, memory = number(run.validation.get("minutes")), number(run.validation.get("peak_rss_mb"))
-    return {
-        "Steps": f"{run.step:,}" if run.rows else None,
-        "Training took": None if minutes is None else f"{minutes:.1f} minutes",
-        "Peak memory of the training": None if memory is None else f"{memory:,.0f} MB",
-    }
-
-
-def _model_facts(model: Document) -> dict[str, Child]:
-    return {
-        "Network": _listed([model.get("family"), model.get("size")], " "),
-        "Input": _listed(model.get("modalities")),
-        "Computed by": _listed([model.get("backend"), "with mirrored inputs" if model.get("tta") else None]),
-        "Weights (SHA-256)": _listed(model.get("sha256"), write=lambda digest: str(digest)[:16]),
-    }
-
-
-def _listed(values: object, joint: str = ", ", write: Callable[[object], str] = str) -> str:
-    """The known values of a list; empty for anything else."""
-    return joint.join(write(value) for value in values if value not in (None, "")) if isinstance(values, list) else ""
-
-
-def _headlines(findings: Findings, caption: str) -> Markup | None:
-    """Mean (with its confidence interval) and median of the headline metrics, by region."""
-    found = {region: scores for region, scores in findings.summary().items() if isinstance(scores, dict)}
-    wanted = findings.headline_metrics()
-    shown = [metric for metric in wanted if any(metric in scores for scores in found.values())][:_MOST_HEADLINES]
-    rows: list[list[Child]] = []
-    for position, (region, scores) in enumerate(found.items()):
-        count = max((int(number(mapping(scores, metric).get("n")) or 0) for metric in scores), default=0)
-        cells = (_headline(mapping(scores, metric), digits_of(metric)) for metric in shown)
-        rows.append([joined([swatch(colour_class(position)), region]), *cells, str(count)])
-    return plain_table(caption, ["region", *map(metric_name, shown), "n"], rows) if shown else None
-
-
-def _headline(entry: Document, digits: int) -> Markup:
-    mean, median = number(entry.get("mean")), number(entry.get("median"))
-    interval = entry.get("ci95")
-    between = None
-    if isinstance(interval, list | tuple) and len(interval) == 2 and all(number(end) is not None for end in interval):
-        between = element("small", f"{written(interval[0], digits)} \u2013 {written(interval[1], digits)}")
-    return joined([element("b", written(mean, digits)), between, element("small", f"median {written(median, digits)}")])
-
-
-def _yaml(text: str) -> Markup:
-    """The text of a configuration with its comments marked."""
-    lines = []
-    for line in text.splitlines():
-        setting, sign, comment = line.partition("# ")
-        lines += [setting, element("span", f"# {comment}", class_="comment") if sign else None, "\n"]
-    return element("pre", element("code", *lines), tabindex="0")
+def table_notes(findings: Findings, cases: Sequence[CaseFacts]) -> list[str]:
+    """Scores that the table does not show."""
+    notes = []
+    if len(cases) > MOST_ROWS:
+        notes.append(f"Tables have the first {MOST_ROWS} of {len(cases)} cases, the worst of them.")
+    more = findings.shown_metrics(cases)[MOST_METRICS:]
+    if more:
+        notes.append(f"Metrics that are in scores.csv and not in the table: {', '.join(map(metric_name, more))}.")
+    return notes

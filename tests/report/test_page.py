@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
+import html
 import json
 import os
 import re
@@ -18,15 +19,8 @@ import pytest
 from segkit.errors import RequestError
 from segkit.report import page as page_module
 from segkit.report.page import write_page
-from tests.report_folders import (
-    LPS,
-    Parsed,
-    write_data,
-    write_json,
-    write_masks,
-    write_run,
-    write_scores,
-)
+from tests.helpers import LPS
+from tests.report_folders import Parsed, write_data, write_json, write_masks, write_run, write_scores
 
 IDS = ["BraTS2021_00001", "BraTS2021_00002", "BraTS2021_00003"]
 HOSTILE = [
@@ -111,7 +105,7 @@ def test_nothing_is_loaded_from_anywhere(folders):
 
 def test_the_policy_allows_just_the_scripts_of_the_page(folders):
     _, text, _ = written(folders / "page.html", folders / "masks", folders / "scores", data=folders / "data")
-    policy = re.search(r"script-src ([^;]*);", text.replace("&#x27;", "'"))[1]
+    policy = re.search(r"script-src ([^;]*);", html.unescape(text))[1]
     scripts = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
     digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     assert policy.split() == [*(f"'sha256-{digest}'" for digest in digests), "blob:"]
@@ -192,7 +186,7 @@ def test_without_the_viewer_package_the_stills_remain(folders, monkeypatch):
     monkeypatch.setattr(page_module, "viewer_script", lambda: None)
     facts, text, page = written(folders / "page.html", folders / "masks", folders / "scores", data=folders / "data")
     assert (facts.stills, facts.volumes) == (3, 0)
-    assert "pip install &#x27;segkit[viewer]&#x27;" in text
+    assert "pip install 'segkit[viewer]'" in html.unescape(text)
     assert not [attributes for attributes in page.all("script") if attributes]
     assert len(page.all("script")) == 1
 
@@ -242,7 +236,7 @@ def test_a_page_of_a_run_in_progress_refreshes_itself_without_a_script_too(tmp_p
     _, text, page = written(tmp_path / "page.html", tmp_path / "run", with_viewer=False, is_live=True)
     assert [meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "refresh"] == ["30"]
     assert "<noscript><meta http-equiv" in text
-    assert "This page is written anew as it goes on" in text
+    assert "This page is updated during the training" in text
     _, text, page = written(tmp_path / "page.html", tmp_path / "run", with_viewer=False)
     assert not [meta for meta in page.all("meta") if meta.get("http-equiv") == "refresh"]
     assert "run was still training when this page was written" in text
@@ -257,12 +251,12 @@ def test_a_run_that_was_interrupted_tells_where_why_and_what_goes_on_with_it(tmp
     write_json(tmp_path / "my run" / "interrupted.json", {"reason": "/srv/scans/private/x.nii.gz vanished"})
     _, text, _ = written(tmp_path / "page.html", tmp_path / "my run", with_viewer=False)
     assert "my run stopped after step 40: \u2026/private/x.nii.gz vanished." in text
-    assert "<code>segkit train gli -o &#x27;my run&#x27; --resume</code>" in text
+    assert "<code>segkit train gli -o 'my run' --resume</code>" in html.unescape(text)
     assert "/srv/scans" not in text
     (tmp_path / "my run" / "interrupted.json").unlink()
     os.utime(tmp_path / "my run" / "metrics.jsonl", (0, 0))
     _, text, _ = written(tmp_path / "page.html", tmp_path / "my run", with_viewer=False)
-    assert "my run stopped after step 40, and nothing tells why." in text
+    assert "my run stopped after step 40 for an unknown reason." in text
 
 
 def test_validation_of_a_run_is_scored_where_no_evaluation_is_given(tmp_path):
