@@ -37,3 +37,24 @@ AnyArray: TypeAlias = NDArray[Any]
 def zeros_and_ones(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
     """A mask as integers, without a copy: cc3d 4.1.1 numbers booleans wrongly where voxels touch at corners."""
     return mask.view(np.uint8)
+
+
+def connectivity(dims: int) -> int:
+    """Neighbours of a voxel in cc3d's terms, those at corners included: 26 in a volume, 8 in a picture."""
+    return 26 if dims == 3 else 8
+
+
+def label_components(mask: Mask) -> AnyArray:
+    """The connected components of a mask (*spatial), numbered from 1; voxels that touch at a corner are connected."""
+    import cc3d  # only some of the code that imports this module needs it
+
+    labels: AnyArray = cc3d.connected_components(zeros_and_ones(mask), connectivity=connectivity(mask.ndim))
+    return labels
+
+
+def without_small_components(mask: Mask, smallest: int) -> Mask:
+    """A mask (*spatial) without its connected components of fewer than `smallest` voxels."""
+    import cc3d
+
+    kept: Mask = cc3d.dust(zeros_and_ones(mask), threshold=smallest, connectivity=connectivity(mask.ndim)) > 0
+    return kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from segkit.cli.options import (
+    console,
     parse_gigabytes,
     parse_minutes,
     parse_settings,
@@ -23,12 +25,12 @@ from segkit.cli.options import (
     read_modalities,
     set_verbosity,
 )
-from segkit.cli.progress import interruptible, progress_bar, resumed_layers
-from segkit.errors import RequestError
+from segkit.errors import RequestError, on_one_line
 from segkit.runtime import process_place
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
 
     from segkit.training.task import ConfigT, Kind, Summary, TrainingRequest
 
@@ -91,8 +93,15 @@ class TrainingCommand:
             raise RequestError("--resume goes on with the run's own weights", remedy="Leave out --weights")
 
     def resumed_layers(self) -> list[Layer]:
-        """The settings of the run that is resumed."""
-        return resumed_layers(self.output) if self.resume else []
+        """The recorded settings of the run that is resumed; none for a new run."""
+        from segkit.config import read_yaml
+
+        if not self.resume:
+            return []
+        path = self.output / "config.yaml"
+        if not path.exists():
+            raise RequestError("there is nothing to resume", where=self.output, remedy="Start it without --resume")
+        return [(str(path), read_yaml(path))]
 
     def preset_layers(self, presets: str | None = None) -> list[Layer]:
         """The preset, of the folder `presets`; nothing for a run that is resumed."""
@@ -150,16 +159,25 @@ class TrainingCommand:
         request: TrainingRequest[ConfigT],
         *command: object,
     ) -> Summary:
-        """Train with the other processes and a progress bar; `command` is the one that resumes the run."""
-        from segkit.training.distributed import joined_ranks
+        """Train with the other processes, and with a progress bar where standard error is a terminal.
 
-        bar = progress_bar(is_quiet=self.quiet)
-        with (
-            joined_ranks(request.device, request.config.training.rank_timeout_s) as ranks,
-            bar or nullcontext(),
-            interruptible(*command),
-        ):
-            return work(replace(request, ranks=ranks, on_progress=None if bar is None else bar.update))
+        SIGTERM ends the training as Ctrl-C does.
+
+        Raises:
+            InterruptedTrainingError: a signal ended it; `command` is named as the one that resumes the run.
+        """
+        from segkit.training.distributed import joined_ranks
+        from segkit.training.interruption import InterruptedTrainingError, terminated_as_interrupted
+
+        screen = console()
+        bar = ProgressBar(screen) if screen.is_terminal and not self.quiet else None
+        timeout_s = request.config.training.rank_timeout_s
+        with joined_ranks(request.device, timeout_s) as ranks, bar or nullcontext(), terminated_as_interrupted():
+            try:
+                return work(replace(request, ranks=ranks, on_progress=None if bar is None else bar.update))
+            except InterruptedTrainingError as error:
+                remedy = f"Resume with: {shlex.join(map(str, command))}"
+                raise InterruptedTrainingError(error.found, where=error.where, remedy=remedy) from None
 
     def finish(self, summary: Summary, show: Callable[[Summary], None]) -> None:
         """Print the summary, as JSON or by `show`, and the cases that were left out.
@@ -175,6 +193,28 @@ class TrainingCommand:
             for reason in summary.skipped.values():
                 print_stderr(f"left out: {reason}")
             raise typer.Exit(1)
+
+
+class ProgressBar:
+    """A bar with the remaining time, for a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        text = TextColumn("{task.description}", markup=False)
+        self.bar = Progress(text, BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), console=console)
+        self.task = self.bar.add_task("planning", total=1.0)
+
+    def __enter__(self) -> ProgressBar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def update(self, done: float, message: str) -> None:
+        """Show the completed share, 0 to 1, and a message."""
+        self.bar.update(self.task, completed=done, description=on_one_line(message))
 
 
 def spread_over(gpus: int | None, device: str | None) -> None:

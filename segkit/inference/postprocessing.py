@@ -22,7 +22,7 @@ from segkit.checkpoint.card import Part, PostprocessingCard, SizeRule
 from segkit.errors import CheckpointError
 from segkit.labels import Output
 from segkit.metrics.overlap import region_mask
-from segkit.shapes import LabelMap, Mask, zeros_and_ones
+from segkit.shapes import LabelMap, Mask, without_small_components
 
 Box = tuple[slice, ...]
 """An index of (D, H, W) or (H, W)."""
@@ -99,19 +99,11 @@ def region_box(boxes: Sequence[Box | None], members: Iterable[int]) -> Box | Non
     )
 
 
-def connectivity(dims: int) -> int:
-    """Number of neighbours of a voxel, corners included: 26 in a volume, 8 in a picture."""
-    return 26 if dims == 3 else 8
-
-
 def _too_small(mask: Mask, rule: SizeRule, spacing_mm: Sequence[float]) -> Mask:
     smallest = smallest_voxels(rule.smallest_mm3, spacing_mm)
     if rule.part == "total":
         return mask if np.count_nonzero(mask) < smallest else np.zeros_like(mask)
-    import cc3d  # most models have no rule and need not load it
-
-    kept: Mask = cc3d.dust(zeros_and_ones(mask), threshold=smallest, connectivity=connectivity(mask.ndim)) > 0
-    return mask & ~kept
+    return mask & ~without_small_components(mask, smallest)
 
 
 def _limit_of(output: Output, part: Part, config: PostprocessingCard | None) -> float:

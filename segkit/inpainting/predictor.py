@@ -27,7 +27,7 @@ from segkit.preparing.preprocessing import crop_box, deviation_of_tissue
 from segkit.preparing.resampling import resample_image, resampled_shape
 from segkit.reading.geometry import reorientation_to, reoriented_grid
 from segkit.reading.volume import Grid
-from segkit.shapes import Image, zeros_and_ones
+from segkit.shapes import Image, label_components
 
 _SURROUNDINGS = 16
 """Voxels around a hole that a window shows at least, where it may be as large as it must."""
@@ -201,8 +201,7 @@ class Box:
 
 def boxes_of(hole: NDArray[np.bool_]) -> list[Box]:
     """The bounding boxes of the separate parts of (*spatial); parts whose boxes touch go together."""
-    labels = cc3d.connected_components(zeros_and_ones(hole if hole.ndim == 3 else hole[..., None]))
-    slices = [found for found in cc3d.statistics(labels)["bounding_boxes"][1:] if found is not None]
+    slices = [found for found in cc3d.statistics(label_components(hole))["bounding_boxes"][1:] if found is not None]
     open_ = [[(int(one.start), int(one.stop)) for one in found][: hole.ndim] for found in slices]
     done: list[Box] = []
     while open_:

@@ -18,15 +18,13 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from segkit.metrics.overlap import Box, dice, precision, sensitivity, specificity, volume_ml
-from segkit.shapes import AnyArray, Mask, zeros_and_ones
+from segkit.shapes import AnyArray, Mask, label_components
 
 Scores = dict[str, float]
 """Metric name -> value of one region of one case; `segkit.metrics.registry` has the units. NaN is undefined."""
 
 Pair = tuple[int, int]
 """A component of the reference and one of the prediction."""
-
-_EVERY_NEIGHBOUR = {2: 8, 3: 26}
 
 
 @dataclass(frozen=True)
@@ -142,8 +140,7 @@ class Components:
 
 def components_of(mask: Mask) -> Components:
     """The connected components of a mask (D, H, W) or (H, W)."""
-    numbers = zeros_and_ones(np.ascontiguousarray(mask))
-    return indexed(cc3d.connected_components(numbers, connectivity=_EVERY_NEIGHBOUR[mask.ndim]))
+    return indexed(label_components(np.ascontiguousarray(mask)))
 
 
 def indexed(ids: AnyArray) -> Components:

@@ -14,12 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from segkit.shapes import Mask, zeros_and_ones
+from segkit.shapes import Mask, connectivity, label_components, without_small_components, zeros_and_ones
 
 _BALL = {2: math.pi / 4, 3: math.pi / 6}
 """Area of the disc and volume of the ball of diameter 1."""
-_EVERY_NEIGHBOUR = {2: 8, 3: 26}
-"""Voxels that touch at a corner are connected."""
 _FACES_ONLY = {2: 4, 3: 6}
 
 _STRETCH = 0.25
@@ -136,19 +134,18 @@ def cropped(mask: Mask) -> Mask:
 
 def largest_component(mask: Mask) -> Mask:
     """The largest connected part of a mask (*spatial); touching corners connect."""
-    found: Mask = cc3d.largest_k(zeros_and_ones(mask), k=1, connectivity=_EVERY_NEIGHBOUR[mask.ndim]) > 0
+    found: Mask = cc3d.largest_k(zeros_and_ones(mask), k=1, connectivity=connectivity(mask.ndim)) > 0
     return found
 
 
 def without_specks(mask: Mask, smallest: int) -> Mask:
     """A mask (*spatial) without its connected parts of fewer than `smallest` voxels, and then with its cavities."""
-    kept = cc3d.dust(zeros_and_ones(mask), threshold=smallest, connectivity=_EVERY_NEIGHBOUR[mask.ndim])
-    return without_cavities(np.asarray(kept, np.bool_))
+    return without_cavities(without_small_components(mask, smallest))
 
 
 def components(mask: Mask) -> list[Mask]:
     """The connected parts of a mask (*spatial), each cropped, largest first; touching corners connect."""
-    labels = cc3d.connected_components(zeros_and_ones(mask), connectivity=_EVERY_NEIGHBOUR[mask.ndim])
+    labels = label_components(mask)
     parts = [labels[box] == number for number, box in enumerate(ndimage.find_objects(labels), start=1)]
     return sorted(parts, key=lambda part: -int(part.sum()))
 

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import cc3d
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,7 +21,6 @@ from segkit.checkpoint.card import Part, PostprocessingCard, SizeRule
 from segkit.checkpoint.run_folder import CARD_NAME, load_card
 from segkit.inference.postprocessing import (
     PARTS,
-    connectivity,
     label_beneath,
     label_boxes,
     postprocess,
@@ -32,7 +30,7 @@ from segkit.inference.postprocessing import (
 from segkit.labels import Output
 from segkit.metrics.overlap import dice_by_region, region_mask
 from segkit.reading.files import written_atomically
-from segkit.shapes import LabelMap, zeros_and_ones
+from segkit.shapes import LabelMap, label_components
 
 _log = logging.getLogger(__name__)
 
@@ -180,9 +178,8 @@ def _find_parts(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """`voxels`, `predicted` and `overlap` of `_Parts`, from the box around the output in both maps."""
     mask = region_mask(prediction, output.members)
-    components, count = cc3d.connected_components(
-        zeros_and_ones(mask), connectivity=connectivity(mask.ndim), return_N=True
-    )
+    components = label_components(mask)
+    count = int(components.max(initial=0))
     number, labels, truth = components[mask], prediction[mask], reference[mask]  # each (voxels of the region,)
 
     def count_each(where: NDArray[np.bool_]) -> NDArray[np.int64]:

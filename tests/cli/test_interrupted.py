@@ -47,12 +47,12 @@ def test_sigterm_ends_with_130_and_the_command_that_goes_on(
     assert signal.getsignal(signal.SIGTERM) is before
     assert load_state(tmp_path / "run")["progress"]["step"] == 2
     told = capsys.readouterr().err
-    assert "interrupted by SIGTERM after step 2; the state is kept. Go on with: " in told
+    assert "interrupted by SIGTERM after step 2; the state is kept. Resume with: " in told
     assert "Error" not in told
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "run stopped after step 2: interrupted by SIGTERM after step 2; the state is kept." in page
     assert f"segkit {verb} data -o run --resume" in page
-    command = shlex.split(told.strip().splitlines()[-1].partition("Go on with: ")[2])
+    command = shlex.split(told.strip().splitlines()[-1].partition("Resume with: ")[2])
     assert command[0] == "segkit"
     assert run_segkit(*command[1:], "-q") == 0
     assert load_state(tmp_path / "run")["progress"]["step"] == 4

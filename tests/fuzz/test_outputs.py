@@ -22,7 +22,7 @@ import segkit.cli
 from segkit.batch.manifest import CaseRecord
 from segkit.cli.folder import CaseProgress
 from segkit.cli.options import print_json, print_table
-from segkit.cli.progress import ProgressBar
+from segkit.cli.training import ProgressBar
 from segkit.errors import DataError, Problem, on_one_line, printable
 from segkit.evaluation.pairing import Pairing
 from segkit.evaluation.scores import CaseScores, Evaluation
