@@ -1,6 +1,6 @@
-"""From a data fingerprint and a memory budget to a plan: spacing, normalisation, patch, strides, batch, memory mode.
+"""Planning: spacing, normalisation, patch, strides, batch and memory mode, from a data fingerprint and a memory budget.
 
-What the user has chosen stays. Each choice made here comes with a sentence that says why. `plan_rules` has the rules,
+Settings of the user stay. Each choice has a reason, which is written to config.yaml. `plan_rules` has the rules, and
 `memory` counts what a choice costs.
 """
 
@@ -10,23 +10,27 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from segkit.config import Config
 from segkit.errors import RequestError
 from segkit.labels import LabelScheme, outputs_of
-from segkit.preparing.candidate_network import CandidateNetwork
+from segkit.losses.compound import SegmentationLoss
+from segkit.models.table import build_model, configure
 from segkit.preparing.fingerprint import Fingerprint
-from segkit.preparing.memory import StepCost, Volumes, estimate_memory_gb
+from segkit.preparing.memory import StepCost, Volumes, estimate_memory_gb, step_cost
 from segkit.preparing.plan_rules import (
     Shape,
     choose_mirror_axes,
     choose_modality_dropout,
     choose_normalisation,
+    choose_slice_axis,
+    choose_strides,
     largest_batch,
     largest_patch,
     patch_limits,
@@ -43,6 +47,77 @@ _MEMORY_MODES: tuple[dict[str, object], ...] = (
     {"mode": "reversible", "chunks": 4},
 )
 """Network arguments from fast with much memory to slow with little; those that a family has are tried."""
+
+_COSTS: dict[str, StepCost] = {}
+"""What `CandidateNetwork.cost` has counted, by network, patch and number of threads."""
+
+
+@dataclass(frozen=True)
+class CandidateNetwork:
+    """A network family with a size and arguments, for the channels, labels and axes of the data."""
+
+    family: str
+    size: str | None
+    arguments: dict[str, Any]
+    channels: int
+    scheme: LabelScheme
+    dims: int
+
+    def build(self) -> nn.Module:
+        """The network with fresh weights."""
+        channels = {"in_channels": self.channels, "out_channels": len(outputs_of(self.scheme))}
+        return build_model(self.family, dims=self.dims, size=self.size, **channels, **self.arguments)
+
+    @cached_property
+    def divisor(self) -> Shape:
+        """The number that each side of a patch must be a multiple of, per axis."""
+        with torch.device("meta"):
+            divisor: Shape = self.build().divisor  # type: ignore[assignment]
+        return divisor
+
+    def with_arguments(self, arguments: Mapping[str, object]) -> CandidateNetwork:
+        """The same network with more arguments."""
+        return replace(self, arguments={**self.arguments, **arguments})
+
+    def _is_open(self, argument: str) -> bool:
+        known = type(configure(self.family, self.size, self.arguments)).model_fields
+        return argument in known and argument not in self.arguments
+
+    def can_take(self, arguments: Mapping[str, object]) -> bool:
+        """Whether the family has all these arguments with these values, and none of them is set already."""
+        if not all(self._is_open(name) for name in arguments):
+            return False
+        try:
+            configure(self.family, self.size, {**self.arguments, **arguments})
+        except RequestError:
+            return False
+        return True
+
+    def suited_to(self, shape: Shape, spacing_mm: tuple[float, ...]) -> CandidateNetwork:
+        """With the strides, or the slice axis, that suit patches of `shape`, where the family has such an argument.
+
+        Strides that are 2 everywhere are not set: they are the default of every family.
+        """
+        if self._is_open("slice_axis") and self.dims == 3:
+            return self.with_arguments({"slice_axis": choose_slice_axis(shape, spacing_mm)})
+        if not self._is_open("strides"):
+            return self
+        strides = choose_strides(shape, spacing_mm, round(math.log2(max(self.divisor))))
+        is_default = all(factor == 2 for stride in strides for factor in stride)
+        return self if is_default else self.with_arguments({"strides": strides})
+
+    def loss_function(self) -> SegmentationLoss:
+        """The training loss for the label scheme."""
+        return SegmentationLoss("sigmoid" if self.scheme.has_regions else "softmax", outputs_of(self.scheme))
+
+    def cost(self, patch: Shape) -> StepCost:
+        """Cost of a step on a batch of one patch. Counting takes seconds, so each cost is counted once per process."""
+        # The number of threads is part of the key: it sets the size of the parts in which a CPU computes a norm.
+        key = repr((self, patch, torch.get_num_threads()))
+        if key not in _COSTS:
+            shape = (1, self.channels, *patch)
+            _COSTS[key] = step_cost(self.build, shape, lambda *tensors: self.loss_function()(*tensors))
+        return _COSTS[key]
 
 
 @dataclass(frozen=True)
@@ -65,7 +140,7 @@ class PlanningRequest:
     """Number of processes that share the weights, their gradients and the optimiser state."""
 
     def network(self, fingerprint: Fingerprint, scheme: LabelScheme) -> CandidateNetwork:
-        """The network that is asked for, for these data."""
+        """The requested network, for these data."""
         channels = len(fingerprint.modalities)
         return CandidateNetwork(self.family, self.size, dict(self.arguments), channels, scheme, fingerprint.dims)
 
@@ -95,7 +170,7 @@ def plan_training(
 ) -> Plan:
     """Decide everything the request leaves open, so that the run fits into `memory_gb` GiB.
 
-    The largest patch that the data and the limit allow comes first; to make it fit, memory modes are tried from fast
+    The largest patch that the data and the limit allow is tried first; to make it fit, memory modes are tried from fast
     to small, then smaller batches, then smaller patches.
 
     Raises:
@@ -122,14 +197,10 @@ def plan_training(
         prepared_voxels=max(math.prod(size) for size in sizes),
         source_voxels=max(math.prod(shape) for shape in fingerprint.shapes),
     )
-    fit = partial(
-        estimate_memory_gb,
-        volumes=volumes,
-        has_average=request.has_average,
-        device=device,
-        shards=request.shards,
+    estimate = partial(
+        estimate_memory_gb, volumes=volumes, has_average=request.has_average, device=device, shards=request.shards
     )
-    choice = _first_that_fits(network, request, median, limits, memory_gb, fit)
+    choice = _first_that_fits(network, request, median, limits, memory_gb, estimate)
     _explain(choice, request, median, limits, memory_gb, reasons)
     return Plan(
         patch_size=choice.patch,
@@ -153,8 +224,7 @@ def prepared_shapes(fingerprint: Fingerprint, preprocessing: PreprocessingConfig
     ]
 
 
-@dataclass(frozen=True)
-class _Choice:
+class _Choice(NamedTuple):
     network: CandidateNetwork
     patch: Shape
     batch: int
@@ -167,11 +237,12 @@ def _first_that_fits(
     median: Shape,
     limits: Shape,
     memory_gb: float,
-    fit: Callable[[StepCost], float],
+    estimate_gb: Callable[[StepCost], float],
 ) -> _Choice:
     """The best combination of patch, batch and memory mode whose expected peak is within the memory."""
     divisor = network.divisor
-    _refuse_unsuitable(request.patch_size, divisor)
+    if request.patch_size is not None:
+        _refuse_unsuitable(request.patch_size, divisor)
     largest = request.patch_size or largest_patch(median, limits, divisor)
     patches = [largest] if request.patch_size else list(smaller_patches(largest, median, divisor))
     batches = [request.batch_size] if request.batch_size else list(range(request.batch_limit, 0, -1))
@@ -179,7 +250,7 @@ def _first_that_fits(
 
     smallest_gb = math.inf
     for patch, batch, candidate in itertools.product(patches, batches, networks):
-        needed_gb = fit(candidate.cost(largest).scaled(batch * math.prod(patch) / math.prod(largest)))
+        needed_gb = estimate_gb(candidate.cost(largest).scaled(batch * math.prod(patch) / math.prod(largest)))
         if needed_gb <= memory_gb:
             return _Choice(candidate, patch, batch, needed_gb)
         smallest_gb = min(smallest_gb, needed_gb)
@@ -189,9 +260,7 @@ def _first_that_fits(
     )
 
 
-def _refuse_unsuitable(patch: Shape | None, divisor: Shape) -> None:
-    if patch is None:
-        return
+def _refuse_unsuitable(patch: Shape, divisor: Shape) -> None:
     if len(patch) != len(divisor):
         raise RequestError(
             f"planning.patch_size has {len(patch)} sizes", expected=f"{len(divisor)}, one for each axis of the data"
@@ -218,56 +287,42 @@ def plan_preprocessing(
     if asked.crop is None:
         has_background = normalisation in ("zscore-nonzero", "scale-nonzero")
         chosen["crop"] = "nonzero" if has_background else "none"
-        reasons["preprocessing.crop"] = (
-            "the background holds nothing" if has_background else "0 is an intensity here like any other"
-        )
+        why = "the background contains no signal" if has_background else "0 is an intensity like any other"
+        reasons["preprocessing.crop"] = why
     if normalisation == "ct-window":
-        foreground = fingerprint.foreground
-        measured = {
-            "ct_window": (foreground.low, foreground.high),
-            "ct_mean": foreground.mean,
-            "ct_std": foreground.std,
-        }
-        for name, value in measured.items():
+        measured = fingerprint.foreground
+        settings = {"ct_window": (measured.low, measured.high), "ct_mean": measured.mean, "ct_std": measured.std}
+        for name, value in settings.items():
             if getattr(asked, name) is None:
                 chosen[name], reasons[f"preprocessing.{name}"] = value, "measured in the labelled voxels"
     return asked.model_copy(update=chosen)
 
 
 def _explain(
-    choice: _Choice,
-    request: PlanningRequest,
-    median: Shape,
-    limits: Shape,
-    memory_gb: float,
-    reasons: dict[str, str],
+    choice: _Choice, request: PlanningRequest, median: Shape, limits: Shape, memory_gb: float, reasons: dict[str, str]
 ) -> None:
-    """Sentences for patch, batch and network arguments."""
+    """Add the reasons for patch, batch and network arguments."""
     divisor, use = choice.network.divisor, f"needs about {choice.memory_gb:.1f} of {memory_gb:.1f} GB"
     if request.patch_size is None:
         largest = largest_patch(median, limits, divisor)
-        what = (
+        why = (
             f"the median case ({_times(median)}) up to the limit ({_times(limits)}), in multiples of {_times(divisor)}"
         )
-        reasons["planning.patch_size"] = (
-            what if choice.patch == largest else f"{what}, made smaller than {_times(largest)} to fit; {use}"
-        )
+        if choice.patch != largest:
+            why += f", made smaller than {_times(largest)} to fit; {use}"
+        reasons["planning.patch_size"] = why
     if request.batch_size is None:
-        is_limit = choice.batch == request.batch_limit
-        reasons["planning.batch_size"] = f"the limit; {use}" if is_limit else f"what fits; {use}"
+        reasons["planning.batch_size"] = f"{'the limit' if choice.batch == request.batch_limit else 'what fits'}; {use}"
     added = {name: value for name, value in choice.network.arguments.items() if name not in request.arguments}
-    sentences = []
-    if "strides" in added:
-        sentences.append("strides spare axes that are coarse or short already")
-    if "slice_axis" in added:
-        sentences.append(f"slices lie across axis {added['slice_axis']}, the coarsest or shortest")
-    if "mode" in added:
-        sentences.append(f"mode {added['mode']} is the fastest that fits")
-    if "chunks" in added:
-        sentences.append(f"{added['chunks']} chunks spare transient memory")
-    if sentences:
-        reasons["network.arguments"] = "; ".join(sentences)
+    sentences = {
+        "strides": "strides of 1 on axes that are coarse or short already",
+        "slice_axis": f"slices lie across axis {added.get('slice_axis')}, the coarsest or shortest",
+        "mode": f"mode {added.get('mode')} is the fastest that fits",
+        "chunks": f"{added.get('chunks')} chunks reduce the transient memory",
+    }
+    if why := "; ".join(sentence for name, sentence in sentences.items() if name in added):
+        reasons["network.arguments"] = why
 
 
 def _times(numbers: Shape) -> str:
-    return " x ".join(str(number) for number in numbers)
+    return " x ".join(map(str, numbers))

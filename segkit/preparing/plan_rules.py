@@ -1,4 +1,4 @@
-"""The rules of planning, one function each: from numbers of the data to a choice and a sentence that explains it.
+"""The rules of planning: each function returns a choice, most with a sentence that explains it.
 
 Unless stated otherwise they follow nnU-Net (Isensee et al., Nature Methods 2021, "Automated method configuration").
 """
@@ -26,10 +26,10 @@ _BACKGROUND_SHARE = 0.25
 _SMALLEST_FEATURE_MAP = 4
 _STRIDE_RATIO = 2.0
 _PICTURE_FACTOR = 2
-"""Patches of pictures may be this many times longer than those of volumes, and a batch may have this many times more:
-they have one axis less. Even longer patches instead of more learn more slowly (`docs/benchmarks.md`)."""
+"""Patches of pictures may be this many times longer than those of volumes, and batches this many times larger, as they
+have one axis less. Longer patches instead of larger batches learn more slowly (`docs/benchmarks.md`)."""
 _MODALITY_DROPOUT = 0.2
-"""Share of the patches that lack a modality: most scans have all of them."""
+"""Share of the patches that lack a modality; most scans have all of them."""
 _SIDES = {"left", "right", "l", "r", "lh", "rh"}
 
 
@@ -65,7 +65,7 @@ def choose_normalisation(fingerprint: Fingerprint) -> tuple[Normalisation, str]:
         low, high = fingerprint.foreground.low, fingerprint.foreground.high
         return "ct-window", f"CT: clipped to the labelled tissue's range, {low:.0f} to {high:.0f} HU"
     if fingerprint.dims == 2:
-        return "zscore", "pictures have no value that stands for background alone"
+        return "zscore", "in pictures 0 is a colour, not background"
     if fingerprint.zero_fraction > _BACKGROUND_SHARE:
         return "zscore-nonzero", f"{share}: background, kept out of the statistics"
     return "zscore", f"{share}: too few for a background"
@@ -79,12 +79,12 @@ def choose_mirror_axes(scheme: LabelScheme, dims: int) -> tuple[Shape, str]:
     words = {word for name in scheme.values for word in re.split(r"[^a-z]+", name.lower())}
     sides = sorted(words & _SIDES)
     if sides:
-        return (), f"label names tell left from right ({', '.join(sides)})"
+        return (), f"label names distinguish left and right ({', '.join(sides)})"
     if scheme.has_regions:
         return tuple(range(dims)), "tumour regions may lie anywhere and look alike from every side"
     if dims == 2:
-        return (0, 1), "the labels of these pictures name no side"
-    return (0,), "left and right are alike, but top and bottom, front and back of the body are not"
+        return (0, 1), "no label of these pictures names a side"
+    return (0,), "the body looks alike on the left and right, but not at top and bottom or front and back"
 
 
 def choose_modality_dropout(modalities: Sequence[str]) -> tuple[float, str]:
@@ -100,12 +100,12 @@ def choose_modality_dropout(modalities: Sequence[str]) -> tuple[float, str]:
 
 
 def choose_strides(shape: Shape, spacing_mm: Spacing, steps: int) -> tuple[Shape, ...]:
-    """Stride per step and axis: 2, but 1 where the axis would shrink below 4, or is twice as coarse as the finest."""
+    """Stride per step and axis: 2, or 1 on axes that would shrink below 4 or are twice as coarse as the finest."""
     sizes, spacing = list(shape), list(spacing_mm)
     strides = []
     for _ in range(steps):
         is_long = [size >= 2 * _SMALLEST_FEATURE_MAP for size in sizes]
-        # Axes that are too short to shrink further are left out.
+        # Without the axes that are too short to shrink further.
         finest = min((mm for mm, may_shrink in zip(spacing, is_long, strict=True) if may_shrink), default=0.0)
         stride = tuple(
             2 if may_shrink and mm < _STRIDE_RATIO * finest else 1
@@ -144,7 +144,7 @@ def largest_patch(median: Shape, limits: Shape, divisor: Shape) -> Shape:
 
 
 def smaller_patches(patch: Shape, median: Shape, divisor: Shape) -> Iterator[Shape]:
-    """The patch and then smaller ones: in each step the axis shrinks that covers most of the median case."""
+    """The patch, then smaller ones: each step shrinks the axis that covers most of the median case."""
     smallest = [min(size, 2 * step) for size, step in zip(patch, divisor, strict=True)]
     sizes = list(patch)
     while True:

@@ -11,9 +11,8 @@ import torch
 
 from segkit.inference.sliding_window import plan_windows
 from segkit.labels import LabelScheme
-from segkit.preparing.candidate_network import CandidateNetwork
 from segkit.preparing.fingerprint import Fingerprint, take_fingerprint
-from segkit.preparing.plan import Plan, plan_training, prepared_shapes
+from segkit.preparing.plan import CandidateNetwork, Plan, plan_training, prepared_shapes
 from segkit.reading.case import Cohort
 from segkit.training.config import TrainConfig
 from segkit.training.segmentation_plan import planning_request

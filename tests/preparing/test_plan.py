@@ -387,7 +387,7 @@ def test_short_axes_get_strides_of_their_own() -> None:
 
     assert plan.arguments["strides"] == ((2, 2, 1), (2, 2, 1))
     assert plan.patch_size == (32, 32, 6)
-    assert "strides spare axes" in plan.reasons["network.arguments"]
+    assert "strides of 1 on axes" in plan.reasons["network.arguments"]
 
 
 def test_pictures_are_planned_in_two_axes() -> None:
