@@ -100,8 +100,9 @@ def take(step: Step) -> Measured:
     )
     network.to(device).train()
     optimiser = torch.optim.AdamW(network.parameters(), lr=1e-4)
-    divisor: tuple[int, ...] = network.divisor  # type: ignore[assignment]
-    warm_up = [min(size, max(_WARM_UP_SIDE // part, 1) * part) for size, part in zip(step.patch, divisor, strict=True)]
+    warm_up = [
+        min(size, max(_WARM_UP_SIDE // part, 1) * part) for size, part in zip(step.patch, network.divisor, strict=True)
+    ]
     _train(network, optimiser, torch.randn(1, step.modalities, *warm_up, device=device))
     before_mb = _memory_now(device)
     x = torch.randn(1, step.modalities, *step.patch, device=device)

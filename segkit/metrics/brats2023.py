@@ -38,15 +38,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from segkit.metrics.lesions import (
-    Components,
-    Lesion,
-    RegionPair,
-    RegionScores,
-    box_around,
-    components_of,
-    indexed,
-)
+from segkit.metrics.lesions import Components, Lesion, RegionPair, RegionScores, box_around, components_of, indexed
 from segkit.metrics.overlap import dice
 from segkit.metrics.surface import element_hausdorff_mm
 from segkit.shapes import Mask

@@ -63,11 +63,7 @@ def rank_scores(ranks: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def exchange_p_values(
-    ranks: NDArray[np.float64],
-    patients: Sequence[Hashable] | None = None,
-    *,
-    exchanges: int = EXCHANGES,
-    seed: int = 0,
+    ranks: NDArray[np.float64], patients: Sequence[Hashable] | None = None, *, exchanges: int = EXCHANGES, seed: int = 0
 ) -> NDArray[np.float64]:
     """p-values of the difference of each two models' rank scores, (models, models) in (0, 1].
 

@@ -1,4 +1,4 @@
-"""Parts that the networks share: layers in two and three dimensions, U-Net assembly, checkpointing."""
+"""What the networks share: their base class, layers in two and three dimensions, U-Net assembly, checkpointing."""
 
 from __future__ import annotations
 
@@ -19,6 +19,27 @@ _STOCHASTIC = (nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.RReLU
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
+class SegmentationNetwork(nn.Module):
+    """The base class of the networks; the names in its attributes are those of the state dict, to transfer weights."""
+
+    divisor: tuple[int, ...]
+    """Each axis of *spatial must be a multiple of its entry, in voxels."""
+    input_weights: tuple[str, ...]
+    """Names of the tensors whose axis 1 is the image channels."""
+    head_prefixes: tuple[str, ...] = ("heads.",)
+    """Prefixes of the names of the segmentation heads."""
+    encoder_prefix: str = "encoder."
+    """Prefix of the names of the encoder."""
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """(B, in_channels, *spatial) to logits (B, out_channels, *spatial); in training a list, finest first."""
+        raise NotImplementedError
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """Feature maps of the encoder alone, (B, width, *spatial / stride) each, finest first, deepest last."""
+        raise NotImplementedError
+
+
 def convolution(
     dims: int,
     in_channels: int,
@@ -37,11 +58,7 @@ def convolution(
 
 
 def check_levels(widths: Sequence[int], least_width: int, strides: Sequence[Sequence[int]] | None) -> None:
-    """Check the widths of the levels of a U-Net and the strides between them.
-
-    Raises:
-        ValueError: a number of entries or a value is not possible.
-    """
+    """Raise ValueError if the widths of a U-Net's levels, or the strides between them, are not possible."""
     steps = len(widths) - 1
     if steps < 1:
         raise ValueError("widths must name at least two levels")
@@ -53,22 +70,14 @@ def check_levels(widths: Sequence[int], least_width: int, strides: Sequence[Sequ
 
 
 def check_strides(strides: Sequence[Sequence[int]] | None) -> None:
-    """Check that every stride has two or three entries.
-
-    Raises:
-        ValueError: one of them is not two or three whole numbers from 1 on.
-    """
+    """Raise ValueError if a stride is not two or three whole numbers from 1 on."""
     for stride in strides or ():
         if len(stride) not in (2, 3) or min(stride) < 1:
             raise ValueError(f"stride {stride} is not two or three whole numbers from 1 on")
 
 
 def strides_for(strides: Sequence[tuple[int, ...]] | None, steps: int, dims: int) -> Sequence[tuple[int, ...]]:
-    """The strides of a configuration; None is 2 everywhere.
-
-    Raises:
-        ValueError: they are not for `dims` axes.
-    """
+    """The strides of a configuration; None is 2 everywhere. Raises ValueError if they are not for `dims` axes."""
     strides = strides or ((2,) * dims,) * steps
     if any(len(stride) != dims for stride in strides):
         raise ValueError(f"strides {strides} do not have {dims} entries each")
@@ -86,8 +95,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 class InstanceNorm(nn.Module):
     """Instance norm with scale and shift, without running statistics, for (B, C, *spatial).
 
-    Unlike PyTorch's it accepts a single voxel, which becomes the shift. On a CPU it is computed as group norm with one
-    group per channel, the same sum in a faster kernel.
+    Unlike PyTorch's it accepts a single voxel, which becomes the shift. On a CPU group norm is the faster kernel.
     """
 
     def __init__(self, channels: int, epsilon: float = 1e-5) -> None:
@@ -108,15 +116,15 @@ class InstanceNorm(nn.Module):
 def channels_innermost(x: Tensor) -> Tensor:
     """The same (B, C, *spatial), with C innermost in memory in 3D on a CPU, where 3 x 3 x 3 kernels are then faster.
 
-    One channel is in both orders already and stays unchanged, so call it after the first layer, not on the image.
+    One channel is in both orders already and stays unchanged.
     """
     if x.dim() == 5 and x.device.type == "cpu":
         return x.contiguous(memory_format=torch.channels_last_3d)
     return x
 
 
-class UNet(nn.Module):
-    """An encoder, a decoder, and a pointwise head for each supervised level."""
+class UNet(SegmentationNetwork):
+    """An encoder, a decoder, and a pointwise head for each supervised level, full resolution first."""
 
     def __init__(
         self,
@@ -126,26 +134,20 @@ class UNet(nn.Module):
         strides: Sequence[Sequence[int]],
         input_weights: str,
     ) -> None:
-        """`heads` full resolution first; `input_weights` names the weights whose axis 1 is the image channels."""
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
         self.heads = nn.ModuleList(heads)
         self.divisor = divisor_of(strides)
         self.input_weights = (input_weights,)
-        self.head_prefixes = ("heads.",)
-        self.encoder_prefix = "encoder."
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """(B, in_channels, *spatial) to one feature map per level, full resolution first."""
+        """One feature map per level."""
         features: list[Tensor] = self.encoder(x)
         return features
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """(B, in_channels, *spatial), each axis a multiple of `divisor`, to logits (B, out_channels, *spatial).
-
-        While training: a list, full resolution first, one entry per supervised level.
-        """
+        """In training one entry per supervised level."""
         features = self.decoder(self.encode(x))
         if self.training:
             return [head(feature) for head, feature in zip(self.heads, features, strict=False)]
@@ -169,10 +171,7 @@ def encode_levels(x: Tensor, downs: nn.ModuleList, stages: nn.ModuleList) -> lis
 def decode_levels(
     features: list[Tensor], ups: nn.ModuleList, stages: nn.ModuleList, join: Callable[[Tensor, Tensor], Tensor]
 ) -> list[Tensor]:
-    """Encoder features to decoder features, both full resolution first, the latter without the deepest level.
-
-    From the deepest level up, each stage gets `join(skip, up(x))`.
-    """
+    """Encoder features to decoder features, full resolution first, without the deepest: stage(join(skip, up(x)))."""
     x = features[-1]
     decoded = []
     for up, stage, skip in zip(reversed(ups), reversed(stages), features[-2::-1], strict=True):
@@ -182,9 +181,9 @@ def decode_levels(
 
 
 def checkpointed(function: Callable[..., Any], *inputs: Tensor, within: nn.Module) -> Any:
-    """`function(*inputs)`, which keeps only the inputs and is computed again in the backward pass.
+    """`function(*inputs)` of the module `within`, keeping only the inputs and computed again in the backward pass.
 
-    `within` is the module that computes it; its batch norms count the batch once, its dropout draws the same numbers.
+    Batch norms count the batch once, dropout draws the same numbers.
     """
     more: dict[str, Any] = {"preserve_rng_state": is_stochastic(within)}
     # A compiled pass computes again without running the module, so no statistics count twice.
@@ -200,10 +199,9 @@ def is_stochastic(module: nn.Module) -> bool:
 
 @contextmanager
 def without_statistics(module: nn.Module) -> Iterator[None]:
-    """Keep the batch norms of a module from counting a recomputed pass as another batch.
+    """Keep the batch norms of a module from counting a recomputed pass as another batch: they count into copies.
 
-    They count into copies meanwhile. With `track_running_stats` off, other tensors would be saved than in the first
-    pass, which is an error for `torch.utils.checkpoint`.
+    With `track_running_stats` off, other tensors would be saved than in the first pass, which `checkpoint` rejects.
     """
     norms = [m for m in module.modules() if isinstance(m, _BATCH_NORMS) and m.training and m.track_running_stats]
     kept = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]

@@ -13,11 +13,9 @@ The generator is EdgeConnect's with region normalisation (RN-B, RN-L: `region_la
     head                 7               64 -> C            (tanh + 1) / 2
 
 At 3 channels it has 11.60 million parameters. Kernels of 7 and those of the blocks see the image mirrored at its
-border, the others zeros. The encoder gets the hole for its norms (RN-B); from there on each layer detects its region
-(RN-L). The hole is not an input channel: the network sees voxels of one value.
-
-The released code has images from 0 to 1, holes filled with 1: `output="unit"`. Scans have neither bounds nor a
-brightest value: by default holes are 0, as background is, and there is no tanh.
+border, the others zeros. The encoder gets the hole for its norms (RN-B), not as an input channel; from there on each
+layer detects its region (RN-L). The released code has images from 0 to 1, holes filled with 1: `output="unit"`. Scans
+have no such bounds: by default holes are 0, as background is, and there is no tanh.
 
 The discriminator classifies patches of 70 pixels along each axis as true or generated:
 
@@ -31,7 +29,6 @@ This is MONAI's patch discriminator without norms and biases, each kernel divide
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -41,6 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm
 
+from segkit.models.blocks import SegmentationNetwork
 from segkit.models.kernels.region_norm import Rule, Statistics
 from segkit.models.region_layers import RegionNormBasic, RegionNormLearnable
 from segkit.models.slicewise import SlicewiseConfig
@@ -74,44 +72,13 @@ class GeneratorConfig(SlicewiseConfig):
         return self
 
 
-SIZES: dict[str, dict[str, object]] = {
-    "paper": {},
-    "tiny": {"width": 16, "blocks": 2},
-}
+SIZES: dict[str, dict[str, object]] = {"paper": {}, "tiny": {"width": 16, "blocks": 2}}
 """Size name -> the configuration it stands for."""
 
 
-def build_generator(config: GeneratorConfig, in_channels: int, out_channels: int, dims: int) -> nn.Module:
+def build_generator(config: GeneratorConfig, in_channels: int, out_channels: int, dims: int) -> SegmentationNetwork:
     """A generator for images (B, in_channels, H, W) or, slice by slice, volumes (B, in_channels, D, H, W)."""
-    rule = Rule(stats=config.statistics)
-    full, half, quarter = (config.width * multiple for multiple in (1, 2, 4))
-
-    def down(conv: nn.Conv2d) -> Down:
-        norm = RegionNormBasic(conv.out_channels, rule=rule, paper_affine=config.paper_affine)
-        return Down(_initialised(conv), norm)
-
-    def learnable() -> RegionNormLearnable:
-        return RegionNormLearnable(2, threshold=config.threshold, rule=rule)
-
-    def block() -> ResidualBlock:
-        conv1, conv2 = (_initialised(MirroredConv2d(quarter, quarter, 3, dilation)) for dilation in (2, 1))
-        return ResidualBlock(conv1, learnable(), conv2, learnable())
-
-    generator = Generator(
-        encoder=[
-            down(MirroredConv2d(in_channels, full, 7)),
-            down(nn.Conv2d(full, half, 4, stride=2, padding=1)),
-            down(nn.Conv2d(half, quarter, 4, stride=2, padding=1)),
-        ],
-        middle=[block() for _ in range(config.blocks)],
-        decoder=[
-            Up(_initialised(nn.Conv2d(below, 4 * width, 3, padding=1)), learnable())
-            for below, width in ((quarter, half), (half, full))
-        ],
-        head=_initialised(MirroredConv2d(full, out_channels, 7)),
-        output=config.output,
-    )
-    return config.applied_to(generator, dims)
+    return config.applied_to(Generator(config, in_channels, out_channels), dims)
 
 
 class MirroredConv2d(nn.Conv2d):
@@ -180,28 +147,44 @@ class Up(nn.Module):
         return functional.relu_(self.norm(functional.pixel_shuffle(self.conv(x), 2)))
 
 
-class Generator(nn.Module):
-    """The generator, assembled from built parts."""
+class Generator(SegmentationNetwork):
+    """The generator for images (B, in_channels, H, W)."""
 
-    def __init__(
-        self,
-        encoder: Sequence[Down],
-        middle: Sequence[nn.Module],
-        decoder: Sequence[nn.Module],
-        head: nn.Conv2d,
-        output: Output,
-    ) -> None:
+    divisor = (4, 4)
+    input_weights = ("encoder.0.conv.weight",)
+    head_prefixes = ("head.",)
+
+    def __init__(self, config: GeneratorConfig, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.encoder = nn.ModuleList(encoder)
-        self.middle = nn.Sequential(*middle)
-        self.decoder = nn.Sequential(*decoder)
-        self.head = head
-        self.output: Output = output
-        self.channels = encoder[0].conv.in_channels
-        self.divisor = (4, 4)
-        self.input_weights = ("encoder.0.conv.weight",)
-        self.head_prefixes = ("head.",)
-        self.encoder_prefix = "encoder."
+        rule = Rule(stats=config.statistics)
+        full, half, quarter = (config.width * multiple for multiple in (1, 2, 4))
+
+        def down(conv: nn.Conv2d) -> Down:
+            norm = RegionNormBasic(conv.out_channels, rule=rule, paper_affine=config.paper_affine)
+            return Down(_initialised(conv), norm)
+
+        def learnable() -> RegionNormLearnable:
+            return RegionNormLearnable(2, threshold=config.threshold, rule=rule)
+
+        def block() -> ResidualBlock:
+            conv1, conv2 = (_initialised(MirroredConv2d(quarter, quarter, 3, dilation)) for dilation in (2, 1))
+            return ResidualBlock(conv1, learnable(), conv2, learnable())
+
+        def up(below: int, width: int) -> Up:
+            return Up(_initialised(nn.Conv2d(below, 4 * width, 3, padding=1)), learnable())
+
+        self.encoder = nn.ModuleList(
+            [
+                down(MirroredConv2d(in_channels, full, 7)),
+                down(nn.Conv2d(full, half, 4, stride=2, padding=1)),
+                down(nn.Conv2d(half, quarter, 4, stride=2, padding=1)),
+            ]
+        )
+        self.middle = nn.Sequential(*(block() for _ in range(config.blocks)))
+        self.decoder = nn.Sequential(up(quarter, half), up(half, full))
+        self.head = _initialised(MirroredConv2d(full, out_channels, 7))
+        self.output: Output = config.output
+        self.channels = in_channels
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """Feature maps of the encoder, full resolution first; x as in `forward`."""
@@ -216,23 +199,16 @@ class Generator(nn.Module):
         return features
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """An image, alone or with its hole, to (B, out_channels, H, W).
+        """The generated image (B, out_channels, H, W), in known pixels too; in training a list that holds it.
 
-        Args:
-            x: (B, channels, H, W), each axis a multiple of 4: the channels of the image, then optionally the hole, 1 in
-                it, else 0. Image values in the hole and further channels are ignored.
-
-        Returns:
-            The generated image, in known pixels too. While training a list that holds it.
+        x is (B, channels, H, W), each axis a multiple of 4: the channels of the image, then optionally the hole, 1 in
+        it, else 0. Image values in the hole and further channels are ignored.
         """
         y = self.head(self.decoder(self.middle(self.encode(x)[-1])))
         if self.output == "unit":
             y = (y.tanh() + 1) / 2
         return [y] if self.training else y
 
-
-_HALVINGS = 2
-"""Layers with stride 2 behind the first."""
 
 _SMALLEST = 24
 """Fewest voxels along an axis that give a logit."""
@@ -262,9 +238,7 @@ class Discriminator(nn.Module):
 
 def build_discriminator(channels: int, dims: int, width: int = 64) -> Discriminator:
     """A discriminator for images (B, channels, *spatial) of 2 or 3 spatial axes; `width` is that of its first layer."""
-    layers = PatchDiscriminator(
-        spatial_dims=dims, channels=width, in_channels=channels, num_layers_d=_HALVINGS + 1, norm=None
-    )
+    layers = PatchDiscriminator(spatial_dims=dims, channels=width, in_channels=channels, num_layers_d=3, norm=None)
     for module in layers.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):
             module.bias = None

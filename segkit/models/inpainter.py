@@ -5,8 +5,8 @@ Region normalisation is that of Yu et al. 2020 (arXiv 1911.10375); the U-Net is 
     stem -> stage 0 -> stage 1 -> ... -> [upsample, skip, stage] x (stages - 1) -> head -> + image
 
 The encoder gets the hole (RN-B normalises background, tissue and hole separately), the decoder detects which of its
-voxels still look like a hole (RN-L). The input has its hole filled roughly, and the network adds a correction. With an
-image alone it is a usual encoder and decoder: RN-B then normalises background and tissue separately.
+voxels still look like a hole (RN-L). The input has its hole filled roughly, and the network adds a correction. An image
+without a hole may be given alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from segkit.config import Config
-from segkit.models.blocks import InstanceNorm, channels_innermost, convolution
+from segkit.models.blocks import InstanceNorm, SegmentationNetwork, channels_innermost, convolution
 from segkit.models.kernels.convolutions import pointwise
 from segkit.models.kernels.region_norm import Rule, Statistics
 from segkit.models.region_layers import Learning, RegionNormBasic, RegionNormLearnable
@@ -63,47 +63,6 @@ SIZES: dict[str, dict[str, object]] = {
     "large": {"widths": (32, 64, 128, 256, 512)},
 }
 """Size name -> the configuration it stands for."""
-
-
-def build_inpainter(config: InpainterConfig, in_channels: int, out_channels: int, dims: int) -> Inpainter:
-    """An inpainting U-Net for images (B, in_channels, *spatial) of `dims` spatial axes."""
-    rule = Rule(stats=config.statistics)
-
-    def region(width: int) -> nn.Module:
-        return RegionNormBasic(width, 3, rule=rule, keeps_thin=True)
-
-    encoder_norm: Callable[[int], nn.Module] = region if config.encoder_norm == "region" else InstanceNorm
-    decoder_norms: dict[DecoderNorm, Callable[[int], nn.Module]] = {
-        "learnable": lambda _: RegionNormLearnable(
-            dims, threshold=config.threshold, learning=config.learning, rule=rule
-        ),
-        "region": region,
-        "instance": InstanceNorm,
-    }
-    decoder_norm = decoder_norms[config.decoder_norm]
-    first, *further = config.widths
-    context_channels = {"none": 0, "hole": 1, "mirror": 2 + in_channels}[config.context]
-    stages = [[Unit(dims, first, first, encoder_norm(first))]]
-    for above, width in zip(config.widths, further, strict=False):
-        stages.append(
-            [Unit(dims, above, width, encoder_norm(width), stride=2), Unit(dims, width, width, encoder_norm(width))]
-        )
-    ups = list(zip(config.widths[:0:-1], config.widths[-2::-1], strict=True))  # (from below, this stage)
-    return Inpainter(
-        encoder=Encoder(
-            stem=convolution(dims, in_channels, first),
-            context=convolution(dims, context_channels, first, bias=False) if context_channels else None,
-            norm=encoder_norm(first),
-            stages=stages,
-        ),
-        upsamplings=[pointwise(dims, below, width) for below, width in ups],
-        decoder=[
-            [Unit(dims, 2 * width, width, decoder_norm(width)), Unit(dims, width, width, decoder_norm(width))]
-            for _, width in ups
-        ],
-        head=pointwise(dims, first, out_channels),
-        divisor=(2 ** len(further),) * dims,
-    )
 
 
 class Unit(nn.Module):
@@ -154,42 +113,63 @@ class Encoder(nn.Module):
         return features
 
 
-class Inpainter(nn.Module):
-    """The U-Net, assembled from built parts."""
+class Inpainter(SegmentationNetwork):
+    """The U-Net for images (B, in_channels, *spatial) of `dims` spatial axes; its decoder is coarsest first."""
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        upsamplings: Sequence[nn.Module],
-        decoder: Sequence[Sequence[nn.Module]],
-        head: nn.Module,
-        divisor: tuple[int, ...],
-    ) -> None:
-        """`upsamplings` and `decoder` coarsest first."""
+    input_weights = ("encoder.stem.weight",)
+    head_prefixes = ("head.",)
+
+    def __init__(self, config: InpainterConfig, in_channels: int, out_channels: int, dims: int) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.upsamplings = nn.ModuleList(upsamplings)
-        self.decoder = nn.ModuleList(nn.ModuleList(stage) for stage in decoder)
-        self.head = head
-        self.divisor = divisor
-        self.input_weights = ("encoder.stem.weight",)
-        self.head_prefixes = ("head.",)
-        self.encoder_prefix = "encoder."
+        rule = Rule(stats=config.statistics)
+
+        def region(width: int) -> nn.Module:
+            return RegionNormBasic(width, 3, rule=rule, keeps_thin=True)
+
+        def learnable(_: int) -> nn.Module:
+            return RegionNormLearnable(dims, threshold=config.threshold, learning=config.learning, rule=rule)
+
+        norms: dict[DecoderNorm, Callable[[int], nn.Module]] = {
+            "learnable": learnable,
+            "region": region,
+            "instance": InstanceNorm,
+        }
+        encoder_norm, decoder_norm = norms[config.encoder_norm], norms[config.decoder_norm]
+        first, *further = config.widths
+        context_channels = {"none": 0, "hole": 1, "mirror": 2 + in_channels}[config.context]
+        stages = [[Unit(dims, first, first, encoder_norm(first))]]
+        for above, width in zip(config.widths, further, strict=False):
+            stages.append(
+                [Unit(dims, above, width, encoder_norm(width), stride=2), Unit(dims, width, width, encoder_norm(width))]
+            )
+        ups = list(zip(config.widths[:0:-1], config.widths[-2::-1], strict=True))  # (from below, this stage)
+        self.encoder = Encoder(
+            stem=convolution(dims, in_channels, first),
+            context=convolution(dims, context_channels, first, bias=False) if context_channels else None,
+            norm=encoder_norm(first),
+            stages=stages,
+        )
+        self.upsamplings = nn.ModuleList(pointwise(dims, *up) for up in ups)
+        self.decoder = nn.ModuleList(
+            nn.ModuleList(Unit(dims, inputs, width, decoder_norm(width)) for inputs in (2 * width, width))
+            for _, width in ups
+        )
+        self.head = pointwise(dims, first, out_channels)
+        self.divisor = (2 ** len(further),) * dims
         # The first output is nearly the input image; with weights of 0 no layer before the head would learn.
-        nn.init.normal_(head.get_parameter("weight"), std=1e-3)
-        nn.init.zeros_(head.get_parameter("bias"))
+        nn.init.normal_(self.head.get_parameter("weight"), std=1e-3)
+        nn.init.zeros_(self.head.get_parameter("bias"))
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """Feature maps of the encoder, full resolution first; x as in `forward`."""
         return self._encoded(x)[0]
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """An image, alone or with its hole, to (B, out_channels, *spatial); while training a list that holds it.
+        """An image, alone or with its hole, to (B, out_channels, *spatial); in training a list that holds it.
 
-        Args:
-            x: (B, channels, *spatial), each axis a multiple of `divisor`. The image alone: the output is a
-                segmentation. The image with its hole filled roughly, then the hole, 1 in it, else 0: the output is the
-                restored image. The mirrored image may follow and, as another channel, where it is known.
+        x is (B, channels, *spatial), each axis a multiple of `divisor`. The image alone: the output is a segmentation.
+        The image with its hole filled roughly, then the hole, 1 in it, else 0: the output is the restored image. The
+        mirrored image may follow and, as another channel, where it is known.
         """
         features, regions = self._encoded(x)
         y = features.pop()

@@ -57,7 +57,6 @@ Share = Literal["separate", "tied"]
 Norm = Literal["instance", "group", "batch_per_step", "batch_shared", "none"]
 """Norm of a recurrent layer; "batch_shared" is wrong in evaluation, see above."""
 
-_LAYERS_PER_UNIT = 2
 _MAX_POOLS: dict[int, Any] = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
 _BATCH_NORMS: dict[int, Any] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {4: functional.conv2d, 5: functional.conv3d}
@@ -117,8 +116,7 @@ SIZES: dict[str, dict[str, object]] = {
 }
 """Size name -> the configuration it stands for.
 
-"parity" is the most copied public implementation, in 2D with 3 inputs and 1 output 39,091,393 parameters. Its shared
-batch norm makes evaluation differ from training; use it for comparison only.
+"parity" has 39,091,393 parameters in 2D with 3 inputs and 1 output. Use it for comparison only: see `Norm`.
 """
 
 RUNET_SIZES: dict[str, dict[str, object]] = {size: {**values, "residual": False} for size, values in SIZES.items()}
@@ -165,7 +163,7 @@ def _unit(config: R2UNetConfig, dims: int, in_channels: int, channels: int) -> R
             accumulate=config.accumulate,
             mode=config.mode,
         )
-        for _ in range(_LAYERS_PER_UNIT)
+        for _ in range(2)
     ]
     return RecurrentUnit(projection, layers, residual=config.residual)
 
@@ -236,10 +234,9 @@ def build_recurrent_convolution(
 ) -> RecurrentConvolution:
     """A recurrent layer with 3 x 3 (x 3) kernels on (B, channels, *spatial), stable from the start.
 
-    Kernels are drawn as by He et al. 2015, which keeps the mean square behind a ReLU, and then scaled so that also
-    without a norm the output keeps the size of the input for any number of steps. A recurrent kernel is divided by
-    sqrt(steps + 1). A tied kernel is applied to x + h, whose mean square is 2 + 2 / pi times that of x because the
-    output of a ReLU has a mean; it is divided by the root of that.
+    Kernels are drawn as by He et al. 2015 and scaled so that also without a norm the output keeps the size of the
+    input for any number of steps: a recurrent kernel is divided by sqrt(steps + 1); a tied one is applied to x + h,
+    whose mean square is 2 + 2 / pi times that of x because the output of a ReLU has a mean, and is divided by its root.
     """
     feed_forward = convolution(dims, channels, channels, bias=bias)
     recurrent = convolution(dims, channels, channels, bias=False) if share == "separate" and steps else None
@@ -266,15 +263,9 @@ def _draw(layer: nn.Module, gain: float) -> None:
 
 
 class RecurrentConvolution(nn.Module):
-    """The recurrent layer of the formulae above: t + 1 activations, of which the last is the output.
+    """The recurrent layer of the formulae above for t = `steps`; `norms` one per activation, or a single one for all.
 
-    Args:
-        feed_forward: Convolution that keeps channels and size; its bias, if any, counts once per step.
-        recurrent: The same without bias; None ties it to `feed_forward`.
-        norms: One per activation, t + 1 in all, or a single one for all of them.
-        steps: t, the number of recurrent steps, from 0 on.
-        accumulate: Return the sum of all activations instead of the last.
-        mode: "checkpoint" keeps only the input and unfolds the loop again in the backward pass.
+    `recurrent` None ties it to `feed_forward`. `accumulate` returns the sum of all activations instead of the last.
     """
 
     def __init__(
@@ -305,11 +296,12 @@ class RecurrentConvolution(nn.Module):
         return self._unfold(x)
 
     def _unfold(self, x: Tensor) -> Tensor:
+        norms = list(self.norms) if len(self.norms) > 1 else [self.norms[0]] * (self.steps + 1)
         driven = self.feed_forward(x)
-        h: Tensor = self.activation(self._norm(0)(driven))
+        h: Tensor = self.activation(norms[0](driven))
         total = h
         for step in range(1, self.steps + 1):
-            h = self.activation(self._norm(step)(driven + self._recur(h)))
+            h = self.activation(norms[step](driven + self._recur(h)))
             if self.accumulate:
                 total = total + h
         return total if self.accumulate else h
@@ -320,15 +312,9 @@ class RecurrentConvolution(nn.Module):
         # Without its bias, which is in f(x) already.
         return _CONVOLVE[h.dim()](h, self.feed_forward.weight, padding=self.feed_forward.padding)
 
-    def _norm(self, step: int) -> nn.Module:
-        return self.norms[step if len(self.norms) > 1 else 0]
-
 
 class RecurrentUnit(nn.Module):
-    """Projection, then recurrent layers; with `residual` the projection is added to their output (R2U-Net).
-
-    Without `residual` it is the unit of RU-Net, with the same weights.
-    """
+    """Projection, then recurrent layers; with `residual` (R2U-Net) the projection is added to their output."""
 
     def __init__(self, projection: nn.Module, layers: Sequence[nn.Module], *, residual: bool) -> None:
         super().__init__()

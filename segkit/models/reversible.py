@@ -7,9 +7,8 @@ dx1 = dy1 + J_G(y1)^T dy2 and dx2 = dy2 + J_F(x2)^T dx1.
 One autograd Function covers a whole sequence and saves only its output. Parameters are passed to it explicitly, so
 frozen parameters, inputs without gradient, `torch.autograd.grad`, accumulation and DDP behave as with plain layers.
 Under autocast the stream between blocks stays in float32: sums in bfloat16 lose the bits that the inversion needs.
-`torch.compile` compiles the code around a sequence and each F and G by itself; then F and G must not contain dropout,
-because the two compiled passes may draw different numbers. Double backward and torch.func transforms are not supported;
-use mode "plain" for them.
+With `torch.compile` F and G must not contain dropout: their two compiled passes may draw different numbers. Double
+backward and torch.func transforms need mode "plain".
 """
 
 from __future__ import annotations
@@ -83,7 +82,12 @@ class _Reversible(torch.autograd.Function):
     def forward(ctx: Any, blocks: tuple[ReversibleBlock, ...], x: Tensor, *parameters: Tensor) -> Tensor:
         draws = any(is_stochastic(block) for block in blocks)
         ctx.blocks = blocks
-        ctx.autocast = _autocast_state(x.device.type)
+        ctx.autocast = {
+            "device_type": x.device.type,
+            "enabled": torch.is_autocast_enabled(x.device.type),
+            "dtype": torch.get_autocast_dtype(x.device.type),
+            "cache_enabled": False,
+        }
         ctx.random_states = []
         x1, x2 = x.chunk(2, dim=1)
         for block in blocks:
@@ -138,15 +142,6 @@ def _undo(
     of_parameters = tuple(next(of_trained) if parameter.requires_grad else None for parameter in parameters)
     d_total = d_given if found[0] is None else d_given + found[0]
     return result - output.detach(), d_total, of_parameters
-
-
-def _autocast_state(device_type: str) -> dict[str, Any]:
-    return {
-        "device_type": device_type,
-        "enabled": torch.is_autocast_enabled(device_type),
-        "dtype": torch.get_autocast_dtype(device_type),
-        "cache_enabled": False,
-    }
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -101,17 +101,12 @@ def build_revmbunet(config: RevMBUNetConfig, in_channels: int, out_channels: int
     blocks = _per_level(config.blocks, len(config.widths))
     decoder_blocks = _per_level(config.decoder_blocks, len(config.widths) - 1)
 
+    def bottleneck(width: int) -> InvertedBottleneck:
+        return InvertedBottleneck(width // 2, config.expansion, dims, config.chunks)
+
     def sequence(width: int, count: int) -> ReversibleSequence:
-        return ReversibleSequence(
-            [
-                ReversibleBlock(
-                    InvertedBottleneck(width // 2, config.expansion, dims, config.chunks),
-                    InvertedBottleneck(width // 2, config.expansion, dims, config.chunks),
-                )
-                for _ in range(count)
-            ],
-            config.mode,
-        )
+        blocks = [ReversibleBlock(bottleneck(width), bottleneck(width)) for _ in range(count)]
+        return ReversibleSequence(blocks, config.mode)
 
     steps = list(zip(itertools.pairwise(config.widths), strides, strict=True))
     encoder = Encoder(
@@ -163,8 +158,7 @@ class Decoder(nn.Module):
 class InvertedBottleneck(nn.Module):
     """Expand 1 -> depthwise 3 -> project 1 (Sandler et al. 2018), each followed by group norm; linear at the end.
 
-    Groups of hidden channels are normalised independently and are only summed in the projection. So they can be
-    computed one after another, with the same result; only the sum is kept.
+    Groups of hidden channels are independent until the projection sums them, so they can be computed one by one.
     """
 
     def __init__(self, channels: int, expansion: int, dims: int, chunks: int = 1) -> None:

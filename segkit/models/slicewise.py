@@ -1,7 +1,6 @@
 """Two-dimensional networks on volumes: every slice is an image, and the segmented slices are stacked again.
 
-The wrapper has no weights. It has the parts of the 2D network as its own children, so that state-dict names are the
-same in both forms and a checkpoint of one loads into the other.
+The wrapper has the parts of the 2D network as its own children, so that a checkpoint of one loads into the other.
 
 With `neighbours` = n a slice has the n slices on each side as further channels ("2.5D"): first all channels of slice
 z - n, then of z - n + 1, up to z + n. Beyond the border the outermost slice is repeated. One channel with one neighbour
@@ -12,9 +11,10 @@ from __future__ import annotations
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from segkit.config import Config
+from segkit.models.blocks import SegmentationNetwork
 
 
 class SlicewiseConfig(Config):
@@ -37,20 +37,19 @@ class SlicewiseConfig(Config):
             raise ValueError("slice_axis and neighbours need data of three axes")
         return in_channels * (2 * self.neighbours + 1)
 
-    def applied_to(self, network: nn.Module, dims: int) -> nn.Module:
+    def applied_to(self, network: SegmentationNetwork, dims: int) -> SegmentationNetwork:
         """`network` itself for images, its slice-wise form for volumes."""
         if dims == 2:
             return network
         return Slicewise(network, self.slice_axis or 0, self.neighbours, self.slices_at_once)
 
 
-class Slicewise(nn.Module):
-    """A 2D network, applied to each slice of (B, C, *spatial) across one axis.
+class Slicewise(SegmentationNetwork):
+    """A 2D network of (B, C * (2 * neighbours + 1), H, W), applied to each slice of (B, C, *spatial) across an axis."""
 
-    `network` takes (B, C * (2 * neighbours + 1), H, W) and has the attributes of `SegmentationNetwork`.
-    """
-
-    def __init__(self, network: nn.Module, axis: int = 0, neighbours: int = 0, slices_at_once: int = 16) -> None:
+    def __init__(
+        self, network: SegmentationNetwork, axis: int = 0, neighbours: int = 0, slices_at_once: int = 16
+    ) -> None:
         super().__init__()
         for name, part in network.named_children():
             self.add_module(name, part)
@@ -59,11 +58,10 @@ class Slicewise(nn.Module):
         self.axis = axis
         self.neighbours = neighbours
         self.slices_at_once = slices_at_once
-        height, width = network.divisor  # type: ignore[misc]
-        self.divisor = (*(height, width)[:axis], 1, *(height, width)[axis:])
-        self.input_weights: tuple[str, ...] = network.input_weights  # type: ignore[assignment]
-        self.head_prefixes: tuple[str, ...] = network.head_prefixes  # type: ignore[assignment]
-        self.encoder_prefix: str = network.encoder_prefix  # type: ignore[assignment]
+        self.divisor = (*network.divisor[:axis], 1, *network.divisor[axis:])
+        self.input_weights = network.input_weights
+        self.head_prefixes = network.head_prefixes
+        self.encoder_prefix = network.encoder_prefix
 
     def train(self, mode: bool = True) -> Slicewise:
         """Set training or evaluation mode, also of the 2D network itself."""
@@ -72,12 +70,11 @@ class Slicewise(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """(B, C, *spatial) to logits of the same spatial size; a list of them in training mode."""
+        """(B, C, *spatial) to logits of the same spatial size; in training a list of them."""
         (network,) = self._network
         slices = x.movedim(2 + self.axis, 1)  # (B, S, C, H, W)
         if self.training:
-            levels: list[Tensor] = network(self._images(slices, 0, slices.shape[1]))
-            return [self._volume(level, len(x)) for level in levels]
+            return [self._volume(level, len(x)) for level in network(self._images(slices, 0, slices.shape[1]))]
         if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():  # of which the batch is not known
             return self._volume(network(self._images(slices, 0, slices.shape[1])), x.shape[0])
         step = max(1, self.slices_at_once // len(x))
@@ -89,9 +86,8 @@ class Slicewise(nn.Module):
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """(B, C, *spatial) to the feature maps of its slices, stacked again; the slice axis keeps its length."""
-        (network,) = self._network
         slices = x.movedim(2 + self.axis, 1)  # (B, S, C, H, W)
-        levels: list[Tensor] = network.encode(self._images(slices, 0, slices.shape[1]))  # type: ignore[operator]
+        levels = self._network[0].encode(self._images(slices, 0, slices.shape[1]))
         return [self._volume(level, len(x)) for level in levels]
 
     def _images(self, slices: Tensor, start: int, stop: int) -> Tensor:

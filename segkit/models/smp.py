@@ -5,26 +5,27 @@ Unet (Ronneberger et al. 2015), UnetPlusPlus (Zhou et al. 2018), FPN (Kirillov e
 State-dict names are the library's: "encoder.", "decoder.", "segmentation_head.". With "resnet50" at depth 5 the names
 below "encoder." are those of torchvision's ResNet-50 without its classifier, as in the file of LVM-Med.
 
-Most encoders have batch norm, so the output of evaluation differs from that of training. A batch norm with one value
-per channel in training uses its running statistics (`make_single_values_safe`).
+Most encoders have batch norm, so the output of evaluation differs from that of training. The library is imported inside
+functions, so that segkit also runs without it or without a matching torchvision.
 """
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 
+from segkit.models.blocks import SegmentationNetwork
 from segkit.models.slicewise import SlicewiseConfig
-from segkit.models.smp_encoders import (
-    Sketch,
-    build_library_network,
-    make_single_values_safe,
-    require_known_encoder,
-    sketch,
-)
 
 REFERENCE = "segmentation-models-pytorch: Unet, UnetPlusPlus, FPN, DeepLabV3Plus, Segformer"
 
@@ -45,6 +46,8 @@ _WIDTHS: dict[Architecture, tuple[int, ...]] = {
     "segformer": (256,),
 }
 _NESTED: tuple[Architecture, ...] = ("unet", "unetplusplus")
+_TIMM = "tu-"
+"""Prefix of the encoders that come from timm."""
 
 
 class SmpConfig(SlicewiseConfig):
@@ -72,7 +75,7 @@ class SmpConfig(SlicewiseConfig):
 
     @model_validator(mode="after")
     def _agrees(self) -> SmpConfig:
-        expected = len(self._widths())
+        expected = len(self._library_widths())
         if self.decoder_channels is not None and len(self.decoder_channels) != expected:
             raise ValueError(
                 f"decoder_channels names {len(self.decoder_channels)} widths, but {self.architecture} "
@@ -92,14 +95,13 @@ class SmpConfig(SlicewiseConfig):
             raise ValueError("the second of fpn's decoder_channels is a multiple of 32, the groups of its norms")
         return self
 
-    def _widths(self) -> tuple[int, ...]:
-        """The library's own decoder widths."""
+    def _library_widths(self) -> tuple[int, ...]:
         widths = _WIDTHS[self.architecture]
         return widths[-self.encoder_depth :] if self.architecture in _NESTED else widths
 
     def library_options(self) -> dict[str, object]:
         """Keyword arguments of the library's class, without encoder name, weights and channel counts."""
-        widths = self.decoder_channels or self._widths()
+        widths = self.decoder_channels or self._library_widths()
         options: dict[str, object] = {"encoder_depth": self.encoder_depth}
         if self.architecture in _NESTED:
             return {**options, "decoder_channels": widths, "decoder_attention_type": self.decoder_attention}
@@ -135,7 +137,7 @@ SIZES: dict[str, dict[str, object]] = {
 """Size name -> the configuration it stands for."""
 
 
-def build_smp(config: SmpConfig, in_channels: int, out_channels: int, dims: int) -> nn.Module:
+def build_smp(config: SmpConfig, in_channels: int, out_channels: int, dims: int) -> SegmentationNetwork:
     """The network for images (B, in_channels, H, W), or its slice-wise form for volumes.
 
     Raises:
@@ -154,9 +156,33 @@ def build_smp(config: SmpConfig, in_channels: int, out_channels: int, dims: int)
     return config.applied_to(SmpNetwork(network, trial.image[-2], input_weights), dims)
 
 
-def _library_network(config: SmpConfig, weights: str | None, in_channels: int, out_channels: int) -> nn.Module:
+def _library_network(config: SmpConfig, encoder_weights: str | None, in_channels: int, out_channels: int) -> nn.Module:
+    """The library's network; nothing is downloaded if `encoder_weights` is None.
+
+    On the meta device or with fake tensors it has shapes but no contents, and nothing is downloaded.
+
+    Raises:
+        ValueError: the library rejects the options, has no such weights or cannot download them.
+    """
+    architecture, encoder = _CLASSES[config.architecture], config.encoder
+    kind = getattr(_library(), architecture)
+
     options = {**config.library_options(), "in_channels": in_channels, "classes": out_channels}
-    return build_library_network(_CLASSES[config.architecture], config.encoder, weights, options)
+
+    def make(weights: object) -> nn.Module:
+        network: nn.Module = kind(encoder_name=encoder, encoder_weights=weights, **options)
+        return network
+
+    probe = torch.empty(0)
+    try:
+        if probe.is_meta or isinstance(probe, FakeTensor):
+            return _without_contents(lambda: make(None))
+        # timm has the weights in the network's name and takes a boolean.
+        return make(True if encoder_weights and encoder.startswith(_TIMM) else encoder_weights)
+    except (AssertionError, KeyError, OSError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{architecture} on {encoder} cannot be built: {str(error) or type(error).__name__}"
+        ) from error
 
 
 @lru_cache(maxsize=32)  # planning builds the same network many times
@@ -184,11 +210,13 @@ def _trial(config: SmpConfig, in_channels: int, out_channels: int) -> Sketch:
     return trial
 
 
-class SmpNetwork(nn.Module):
+class SmpNetwork(SegmentationNetwork):
     """Encoder, decoder and head of a network of the library, under the library's names.
 
     Weights beyond the chosen depth are kept, so that files of the whole encoder load, but are frozen.
     """
+
+    head_prefixes = ("segmentation_head.",)
 
     def __init__(self, network: nn.Module, divisor: int, input_weights: tuple[str, ...]) -> None:
         super().__init__()
@@ -197,19 +225,128 @@ class SmpNetwork(nn.Module):
         self.segmentation_head: nn.Module = network.segmentation_head  # type: ignore[assignment]
         self.divisor = (divisor, divisor)
         self.input_weights = input_weights
-        self.head_prefixes = ("segmentation_head.",)
-        self.encoder_prefix = "encoder."
         make_single_values_safe(self)
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """(B, in_channels, H, W) to one feature map per halving of the resolution, the deepest last."""
+        """One feature map per halving of the resolution."""
         _image, *features = self.encoder(x)
         return [level for level in features if level.shape[1]]  # SegFormer's encoders have nothing at half resolution
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """(B, in_channels, H, W), H and W multiples of `divisor`, to logits (B, out_channels, H, W).
-
-        While training: a list of them, its only entry in full resolution.
-        """
+        """In training the list has one entry, in full resolution."""
         logits: Tensor = self.segmentation_head(self.decoder(self.encoder(x)))
         return [logits] if self.training else logits
+
+
+def require_known_encoder(name: str) -> None:
+    """Check that the library has an encoder `name`: one of its own, or "tu-" and the name of a timm network.
+
+    Raises:
+        ValueError: it has none (the message names close matches), or the library cannot be imported.
+    """
+    encoders = _library().encoders
+    import timm
+
+    own: list[str] = encoders.get_encoder_names()
+    if name in own or encoders.is_equivalent_to_timm_universal(name):
+        return
+    if name.startswith(_TIMM) and timm.is_model(name.removeprefix(_TIMM).partition(".")[0]):
+        return
+    known = [*own, *(_TIMM + model for model in timm.list_models())]
+    close = difflib.get_close_matches(name, known, n=4)
+    hint = f"close are {', '.join(close)}" if close else f"known are {', '.join(own[:8])} and more, also tu-<timm name>"
+    raise ValueError(f"encoder {name!r} is not known; {hint}")
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Result of a training step without contents: shapes of image, logits and tensors, and unused parameters."""
+
+    image: tuple[int, ...]
+    logits: tuple[int, ...]
+    tensors: Mapping[str, tuple[int, ...]]
+    unused: frozenset[str]
+
+
+def sketch(make: Callable[[], nn.Module], images: Callable[[nn.Module], Sequence[tuple[int, ...]]]) -> Sketch:
+    """Run one training step of a network on the meta device, without allocating memory.
+
+    `images` gives shapes (B, C, H, W) for the network; the first that works is taken.
+
+    Raises:
+        ValueError: none of them works; the message is about the last.
+    """
+    with unset_fake_temporarily(), torch.device("meta"), torch.inference_mode(mode=False), torch.enable_grad():
+        network = _without_contents(make).train()
+        *others, last = images(network)
+        for image in (*others, last):
+            try:
+                logits: Tensor = network(torch.empty(image))
+                break
+            except (AssertionError, RuntimeError) as error:
+                if image == last:
+                    raise ValueError(f"images of {image[-2]} x {image[-1]} pixels fail: {error}") from error
+        torch.autograd.backward(logits.sum())
+        tensors = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    unused = frozenset(name for name, parameter in network.named_parameters() if parameter.grad is None)
+    return Sketch(image, tuple(logits.shape), tensors, unused)
+
+
+def make_single_values_safe(network: nn.Module) -> None:
+    """Let batch norms that get a single value per channel in training use their running statistics for that pass.
+
+    A batch of one has one value per channel if the deepest map is 1 x 1, and after global pooling (DeepLab). torch
+    rejects it, because one value has no variance; evaluation uses running statistics too.
+    """
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            module.register_forward_pre_hook(_leave_training_for_one_value)
+            module.register_forward_hook(_return_to_training, always_call=True)
+
+
+def _leave_training_for_one_value(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    if module.training and inputs[0].numel() == inputs[0].shape[1] and isinstance(module.running_mean, Tensor):
+        module.training, module.is_interrupted = False, True  # type: ignore[assignment]
+
+
+def _return_to_training(module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
+    if getattr(module, "is_interrupted", False):
+        module.training, module.is_interrupted = True, False  # type: ignore[assignment]
+
+
+def _library() -> Any:
+    try:
+        import segmentation_models_pytorch
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torch and torchvision do not match
+        raise ValueError(
+            f"segmentation-models-pytorch cannot be imported ({error}); "
+            "install it, with a torchvision that was made for the torch at hand"
+        ) from error
+    return segmentation_models_pytorch
+
+
+def _without_contents(make: Callable[[], nn.Module]) -> nn.Module:
+    """`make()` with tensors of the surrounding device or mode, without allocating memory.
+
+    The library reads numbers from tensors while it builds networks and always places some weights on the CPU, so the
+    network is built on the meta device, and then each tensor is replaced by one of its shape.
+    """
+    with unset_fake_temporarily(), torch.device("meta"), _RatesOnCpu():
+        network = make()
+    for module in network.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+            setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+    return network
+
+
+class _RatesOnCpu(TorchFunctionMode):
+    """Give `linspace` contents: rates of stochastic depth are read from one."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **({"device": "cpu", **kwargs} if func is torch.linspace else kwargs))

@@ -21,7 +21,15 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from segkit.config import Config
-from segkit.models.blocks import InstanceNorm, Mode, check_strides, convolution, divisor_of, strides_for
+from segkit.models.blocks import (
+    InstanceNorm,
+    Mode,
+    SegmentationNetwork,
+    check_strides,
+    convolution,
+    divisor_of,
+    strides_for,
+)
 from segkit.models.kernels.convolutions import pointwise
 
 REFERENCE = "Huang et al. 2023, arXiv 2304.06716"
@@ -65,33 +73,6 @@ SIZES: dict[str, dict[str, object]] = {
 """Size name -> the configuration it stands for."""
 
 
-def build_stunet(config: StuNetConfig, in_channels: int, out_channels: int, dims: int) -> StuNet:
-    """A STU-Net for (B, in_channels, *spatial) inputs of `dims` spatial axes."""
-    strides = strides_for(config.strides, _STEPS, dims)
-    widths = [config.width * multiple for multiple in _MULTIPLES]
-
-    def stage(inputs: int, width: int, stride: Sequence[int]) -> nn.Sequential:
-        first = ResidualBlock(dims, inputs, width, stride)
-        return nn.Sequential(first, *(ResidualBlock(dims, width, width) for _ in range(config.depth - 1)))
-
-    here = (1,) * dims
-    # Way up, coarsest first, as the released names count: (channels from below, channels of the skip and the stage).
-    ups = list(zip(widths[:0:-1], widths[-2::-1], strict=True))
-    model = StuNet(
-        encoder=[
-            stage(inputs, width, stride)
-            for inputs, width, stride in zip((in_channels, *widths), widths, (here, *strides), strict=False)
-        ],
-        upsamplings=[Upsampling(pointwise(dims, below, width)) for below, width in ups],
-        decoder=[stage(2 * width, width, here) for _, width in ups],
-        heads=[pointwise(dims, width, out_channels) for _, width in ups],
-        divisor=divisor_of(strides),
-        mode=config.mode,
-        supervised_levels=config.supervised_levels,
-    )
-    return model.apply(_initialise)
-
-
 def _initialise(module: nn.Module) -> None:
     """He-normal weights and zero biases for convolutions: the first release's; the second left PyTorch's default."""
     if isinstance(module, nn.Conv2d | nn.Conv3d):
@@ -128,8 +109,7 @@ class ResidualBlock(nn.Module):
 class Upsampling(nn.Module):
     """A pointwise convolution, then nearest-neighbour upsampling to the size of the skip.
 
-    The released code upsamples first. Upsampling only copies voxels, so the order does not change the result, but
-    convolving first costs an eighth.
+    The released code upsamples first, which gives the same result at eight times the cost.
     """
 
     def __init__(self, conv: nn.Module) -> None:
@@ -142,32 +122,35 @@ class Upsampling(nn.Module):
         return x if x.shape[2:] == size else functional.interpolate(x, size=tuple(size), mode="nearest")
 
 
-class StuNet(nn.Module):
-    """STU-Net, assembled from built parts; its attributes have the released names."""
+class StuNet(SegmentationNetwork):
+    """STU-Net for `dims` spatial axes; its attributes have the released names."""
 
-    def __init__(
-        self,
-        encoder: Sequence[nn.Sequential],
-        upsamplings: Sequence[nn.Module],
-        decoder: Sequence[nn.Sequential],
-        heads: Sequence[nn.Module],
-        divisor: tuple[int, ...],
-        mode: Mode,
-        supervised_levels: int,
-    ) -> None:
-        """`encoder` full resolution first; `upsamplings`, `decoder` and `heads` coarsest first."""
+    input_weights = ("conv_blocks_context.0.0.conv1.weight", "conv_blocks_context.0.0.conv3.weight")
+    head_prefixes = ("seg_outputs.",)
+    encoder_prefix = "conv_blocks_context."
+
+    def __init__(self, config: StuNetConfig, in_channels: int, out_channels: int, dims: int) -> None:
         super().__init__()
-        self.conv_blocks_context = nn.ModuleList(encoder)
-        self.upsample_layers = nn.ModuleList(upsamplings)
-        self.conv_blocks_localization = nn.ModuleList(decoder)
-        self.seg_outputs = nn.ModuleList(heads)
-        self.divisor = divisor
-        self.mode: Mode = mode
-        self.first_supervised = len(heads) - supervised_levels
-        self.input_weights = ("conv_blocks_context.0.0.conv1.weight", "conv_blocks_context.0.0.conv3.weight")
-        self.head_prefixes = ("seg_outputs.",)
-        self.encoder_prefix = "conv_blocks_context."
-        for head in heads[: self.first_supervised]:
+        strides = strides_for(config.strides, _STEPS, dims)
+        widths = [config.width * multiple for multiple in _MULTIPLES]
+        here = (1,) * dims
+
+        def stage(inputs: int, width: int, stride: Sequence[int]) -> nn.Sequential:
+            first = ResidualBlock(dims, inputs, width, stride)
+            return nn.Sequential(first, *(ResidualBlock(dims, width, width) for _ in range(config.depth - 1)))
+
+        downs = zip((in_channels, *widths), widths, (here, *strides), strict=False)
+        # Coarsest first, as the released names count: (channels from below, channels of the skip and the stage).
+        ups = list(zip(widths[:0:-1], widths[-2::-1], strict=True))
+        self.conv_blocks_context = nn.ModuleList(stage(*down) for down in downs)
+        self.upsample_layers = nn.ModuleList(Upsampling(pointwise(dims, *up)) for up in ups)
+        self.conv_blocks_localization = nn.ModuleList(stage(2 * width, width, here) for _, width in ups)
+        self.seg_outputs = nn.ModuleList(pointwise(dims, width, out_channels) for _, width in ups)
+        self.divisor = divisor_of(strides)
+        self.mode: Mode = config.mode
+        self.first_supervised = _STEPS - config.supervised_levels
+        self.apply(_initialise)
+        for head in self.seg_outputs[: self.first_supervised]:
             # They get no gradient, which data-parallel training would wait for.
             head.requires_grad_(False)
 
@@ -176,7 +159,7 @@ class StuNet(nn.Module):
         return [module for module in self.modules() if isinstance(module, ResidualBlock)]
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """(B, in_channels, *spatial) to the feature map of each stage of the way down, full resolution first."""
+        """One feature map per stage of the way down."""
         features = []
         for stage in self.conv_blocks_context:
             for block in stage.children():
@@ -185,10 +168,7 @@ class StuNet(nn.Module):
         return features
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """(B, in_channels, *spatial), each axis a multiple of `divisor`, to logits (B, out_channels, *spatial).
-
-        While training: a list, full resolution first, one entry per supervised level, each at its own resolution.
-        """
+        """In training one entry per supervised level, each at its own resolution."""
         *skips, x = self.encode(x)
         levels = []
         for step, (stage, head) in enumerate(zip(self.conv_blocks_localization, self.seg_outputs, strict=True)):

@@ -1,18 +1,18 @@
-"""The table of networks: family name to configuration, builder and sizes; and the interface that all networks have."""
+"""The table of networks: family name to configuration, builder and sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
 
 from segkit.config import Config
 from segkit.errors import RequestError
 from segkit.models import generator, inpainter, r2unet, revmbunet, smp, stunet, vit
+from segkit.models.blocks import SegmentationNetwork
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class ModelEntry:
     """One family: its configuration, its builder (config, in_channels, out_channels, dims), its named sizes."""
 
     config: type[Config]
-    build: Callable[[Any, int, int, int], nn.Module]
+    build: Callable[[Any, int, int, int], SegmentationNetwork]
     sizes: Mapping[str, Mapping[str, object]]
     dims: tuple[int, ...]
     reference: str
@@ -35,11 +35,11 @@ MODELS: dict[str, ModelEntry] = {
     ),
     "r2unet": ModelEntry(r2unet.R2UNetConfig, r2unet.build_r2unet, r2unet.SIZES, _DIMS, r2unet.REFERENCE, "small"),
     "runet": ModelEntry(r2unet.R2UNetConfig, r2unet.build_r2unet, r2unet.RUNET_SIZES, _DIMS, r2unet.REFERENCE, "small"),
-    "stunet": ModelEntry(stunet.StuNetConfig, stunet.build_stunet, stunet.SIZES, _DIMS, stunet.REFERENCE, "B"),
+    "stunet": ModelEntry(stunet.StuNetConfig, stunet.StuNet, stunet.SIZES, _DIMS, stunet.REFERENCE, "B"),
     "smp": ModelEntry(smp.SmpConfig, smp.build_smp, smp.SIZES, _DIMS, smp.REFERENCE, "unet"),
     "vit": ModelEntry(vit.VitConfig, vit.build_vit, vit.SIZES, _DIMS, vit.REFERENCE),
     "inpainter": ModelEntry(
-        inpainter.InpainterConfig, inpainter.build_inpainter, inpainter.SIZES, _DIMS, inpainter.REFERENCE
+        inpainter.InpainterConfig, inpainter.Inpainter, inpainter.SIZES, _DIMS, inpainter.REFERENCE
     ),
     "generator": ModelEntry(
         generator.GeneratorConfig, generator.build_generator, generator.SIZES, _DIMS, generator.REFERENCE, "paper"
@@ -85,18 +85,12 @@ def configure(family: str, size: str | None = None, arguments: Mapping[str, obje
 
 
 def build_model(
-    family: str,
-    *,
-    in_channels: int,
-    out_channels: int,
-    dims: int = 3,
-    size: str | None = None,
-    **arguments: object,
-) -> nn.Module:
+    family: str, *, in_channels: int, out_channels: int, dims: int = 3, size: str | None = None, **arguments: object
+) -> SegmentationNetwork:
     """A network with fresh weights: (B, in_channels, *spatial) to logits (B, out_channels, *spatial).
 
     In training mode it returns a list of logits, full resolution first (deep supervision). Each spatial axis must be a
-    multiple of its entry of `model.divisor`, in voxels; `SegmentationNetwork` has the other attributes.
+    multiple of its entry of `model.divisor`, in voxels.
 
     Raises:
         RequestError: the family, the size, an argument or `dims` is not offered.
@@ -120,30 +114,6 @@ def list_models(in_channels: int = 4, out_channels: int = 3) -> list[ModelInfo]:
                 model = build_model(
                     family, in_channels=in_channels, out_channels=out_channels, dims=entry.dims[-1], size=size
                 )
-            parameters = sum(parameter.numel() for parameter in model.parameters())
-            divisor: tuple[int, ...] = model.divisor  # type: ignore[assignment]
-            tensors = len(model.state_dict())
-            found.append(ModelInfo(family, size, parameters, divisor, entry.dims, entry.reference, tensors))
+            parameters, tensors = sum(parameter.numel() for parameter in model.parameters()), len(model.state_dict())
+            found.append(ModelInfo(family, size, parameters, model.divisor, entry.dims, entry.reference, tensors))
     return found
-
-
-@runtime_checkable
-class SegmentationNetwork(Protocol):
-    """The interface of a network from `build_model`; names are those of its state dict, for transfer of weights."""
-
-    divisor: tuple[int, ...]
-    """Each axis of *spatial must be a multiple of its entry, in voxels."""
-    input_weights: tuple[str, ...]
-    """Names of the tensors whose axis 1 is the image channels."""
-    head_prefixes: tuple[str, ...]
-    """Prefixes of the names of the segmentation heads."""
-    encoder_prefix: str
-    """Prefix of the names of the encoder, such as "encoder."."""
-
-    def __call__(self, x: Tensor) -> Tensor | list[Tensor]:
-        """(B, in_channels, *spatial) to logits (B, out_channels, *spatial); in training a list, finest first."""
-        ...
-
-    def encode(self, x: Tensor) -> list[Tensor]:
-        """Feature maps of the encoder alone, (B, width, *spatial / stride) each, finest first, deepest last."""
-        ...

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from segkit.models.blocks import Mode, checkpointed, convolution, group_norm
+from segkit.models.blocks import Mode, SegmentationNetwork, checkpointed, convolution, group_norm
 from segkit.models.kernels.convolutions import pointwise, step_up
 from segkit.models.slicewise import SlicewiseConfig
 
@@ -81,19 +81,9 @@ SIZES: dict[str, dict[str, object]] = {
 """Size name -> the configuration it stands for."""
 
 
-def build_vit(config: VitConfig, in_channels: int, out_channels: int, dims: int) -> nn.Module:
+def build_vit(config: VitConfig, in_channels: int, out_channels: int, dims: int) -> SegmentationNetwork:
     """The network for images (B, in_channels, H, W), or its slice-wise form for volumes."""
-    channels = config.image_channels(in_channels, dims)
-    tokens = config.image_size // _PATCH
-    blocks = [
-        TransformerBlock(config.width, config.heads, 0 if index in config.global_blocks else config.window, tokens)
-        for index in range(config.depth)
-    ]
-    embedding = PatchEmbedding(channels, config.width)
-    encoder = VitEncoder(embedding, blocks, convolutional_neck(config.width, config.neck), config.mode)
-    decoder = TokenDecoder(channels, config.neck, config.decoder_widths)
-    head = pointwise(2, config.decoder_widths[-1], out_channels)
-    return config.applied_to(VitNetwork(encoder, decoder, head), dims)
+    return config.applied_to(VitNetwork(config, config.image_channels(in_channels, dims), out_channels), dims)
 
 
 class PatchEmbedding(nn.Module):
@@ -206,25 +196,25 @@ class ChannelNorm(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def convolutional_neck(width: int, channels: int) -> nn.Sequential:
-    """Two convolutions with a norm each, (B, width, H, W) to (B, channels, H, W)."""
-    return nn.Sequential(
-        nn.Conv2d(width, channels, 1, bias=False),
-        ChannelNorm(channels, eps=_EPSILON),
-        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-        ChannelNorm(channels, eps=_EPSILON),
-    )
-
-
 class VitEncoder(nn.Module):
-    """Patch embedding, transformer blocks, neck; names as in the public ImageEncoderViT."""
+    """Patch embedding, transformer blocks, convolutional neck; names as in the public ImageEncoderViT."""
 
-    def __init__(self, patch_embed: nn.Module, blocks: Sequence[nn.Module], neck: nn.Module, mode: Mode) -> None:
+    def __init__(self, config: VitConfig, in_channels: int) -> None:
         super().__init__()
-        self.patch_embed = patch_embed
+        tokens = config.image_size // _PATCH
+        blocks = [
+            TransformerBlock(config.width, config.heads, 0 if index in config.global_blocks else config.window, tokens)
+            for index in range(config.depth)
+        ]
+        self.patch_embed = PatchEmbedding(in_channels, config.width)
         self.blocks = nn.ModuleList(blocks)
-        self.neck = neck
-        self.mode: Mode = mode
+        self.neck = nn.Sequential(
+            nn.Conv2d(config.width, config.neck, 1, bias=False),
+            ChannelNorm(config.neck, eps=_EPSILON),
+            nn.Conv2d(config.neck, config.neck, 3, padding=1, bias=False),
+            ChannelNorm(config.neck, eps=_EPSILON),
+        )
+        self.mode: Mode = config.mode
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
@@ -262,27 +252,23 @@ class TokenDecoder(nn.Module):
         return result
 
 
-class VitNetwork(nn.Module):
+class VitNetwork(SegmentationNetwork):
     """Encoder, decoder and head for images."""
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, head: nn.Module) -> None:
+    divisor = (_PATCH, _PATCH)
+    input_weights = ("encoder.patch_embed.proj.weight", "decoder.detail.0.weight")
+
+    def __init__(self, config: VitConfig, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.decoder = decoder
-        self.heads = nn.ModuleList([head])
-        self.divisor = (_PATCH, _PATCH)
-        self.input_weights = ("encoder.patch_embed.proj.weight", "decoder.detail.0.weight")
-        self.head_prefixes = ("heads.",)
-        self.encoder_prefix = "encoder."
+        self.encoder = VitEncoder(config, in_channels)
+        self.decoder = TokenDecoder(in_channels, config.neck, config.decoder_widths)
+        self.heads = nn.ModuleList([pointwise(2, config.decoder_widths[-1], out_channels)])
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """(B, in_channels, H, W) to the one feature map that a transformer has, (B, neck, H / 16, W / 16)."""
+        """The one feature map of a transformer, (B, neck, H / 16, W / 16)."""
         return [self.encoder(x)]
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """(B, in_channels, H, W), H and W multiples of 16, to logits (B, out_channels, H, W).
-
-        While training: a list of them, its only entry in full resolution.
-        """
+        """In training the list has one entry, in full resolution."""
         logits: Tensor = self.heads[0](self.decoder(self.encoder(x), x))
         return [logits] if self.training else logits

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from segkit.models.table import SegmentationNetwork
+from segkit.models.blocks import SegmentationNetwork
 from segkit.training.task import Batch
 
 

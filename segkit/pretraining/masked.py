@@ -20,7 +20,7 @@ from segkit.config import Config
 from segkit.errors import RequestError
 from segkit.losses.compound import deep_supervision_weights
 from segkit.losses.global_batch import batch_rand, batch_sum
-from segkit.models.table import SegmentationNetwork
+from segkit.models.blocks import SegmentationNetwork
 from segkit.training.task import Batch
 
 _FEWEST_BLOCKS = 4
@@ -74,10 +74,7 @@ class MaskedReconstruction(nn.Module):
         variance = squares - mean**2
         varies = variance > 1e-9 * squares
         explained = 1 - error[varies] / variance[varies]
-        return {
-            "explained": float(explained.mean()) if len(explained) else 0.0,
-            "error": float(error.mean()),
-        }
+        return {"explained": float(explained.mean()) if len(explained) else 0.0, "error": float(error.mean())}
 
     def _sides(self, patch: Sequence[int]) -> tuple[int, ...]:
         if self.config.block is None:

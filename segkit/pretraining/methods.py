@@ -82,9 +82,7 @@ METHODS: dict[MethodName, MethodEntry] = {
         keeps_decoder=False,
     ),
     "masked": MethodEntry(
-        build=lambda config, network, _: MaskedReconstruction(network, config.masked),
-        views=1,
-        keeps_decoder=True,
+        build=lambda config, network, _: MaskedReconstruction(network, config.masked), views=1, keeps_decoder=True
     ),
     "contrastive": MethodEntry(
         build=lambda config, network, card: Contrast(network, config.contrastive, card.network.in_channels, card.dims),

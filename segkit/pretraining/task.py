@@ -15,7 +15,7 @@ from segkit.checkpoint.card import ModelCard
 from segkit.checkpoint.model import save_model
 from segkit.checkpoint.run_folder import WEIGHTS_NAME
 from segkit.checkpoint.tensors import load_weights_file, save_weights
-from segkit.models.table import SegmentationNetwork
+from segkit.models.blocks import SegmentationNetwork
 from segkit.pretraining.encoder import encode, retrieval_accuracy, to_device
 from segkit.pretraining.methods import Method
 from segkit.pretraining.sources import GroupDataset

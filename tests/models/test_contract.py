@@ -13,7 +13,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from segkit.config import build_config, configs_folder, read_yaml
 from segkit.errors import RequestError
-from segkit.models.table import MODELS, SegmentationNetwork, build_model, list_models
+from segkit.models.blocks import SegmentationNetwork
+from segkit.models.table import MODELS, build_model, list_models
 from segkit.training.config import TrainConfig
 
 _SMALLEST = {

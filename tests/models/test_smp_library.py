@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from segkit.models.smp_encoders import make_single_values_safe, sketch
+from segkit.models.smp import make_single_values_safe, sketch
 
 
 class _Halved(nn.Module):
