@@ -16,7 +16,7 @@ from typing import Any
 from segkit.checkpoint.tensors import read_plain_pickle
 from segkit.errors import CheckpointError, DataError
 from segkit.labels import LabelScheme, classes_scheme
-from segkit.reading.layouts.listing import read_document
+from segkit.reading.files import read_json
 
 _MISFITS = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 """Errors from plans that nnU-Net did not write; a configuration may even inherit from itself."""
@@ -159,7 +159,7 @@ def _read_json(path: Path) -> Any:
     if not path.is_file():
         return None
     try:
-        return read_document(path)
+        return read_json(path)
     except DataError as error:
         raise CheckpointError(error.found, where=path, expected=error.expected) from error
 

@@ -12,8 +12,8 @@ from typing import Any
 from segkit.errors import DataError, RequestError, some
 from segkit.labels import SCHEMES, LabelScheme, classes_scheme
 from segkit.reading.case import LABEL, Case, Cohort, ImageFile, split_name
-from segkit.reading.files import read_labels, stem_of, suffix_of
-from segkit.reading.layouts.listing import list_images, read_document
+from segkit.reading.files import read_json, read_labels, stem_of, suffix_of
+from segkit.reading.layouts.listing import list_images
 from segkit.reading.layouts.schemes import CONVENTIONS, patient_of, present_values, values_of
 from segkit.reading.layouts.table import PLAIN_CLASSES, find_cases
 from segkit.reading.pictures import PICTURE_SUFFIXES
@@ -273,7 +273,7 @@ def declared_schemes(manifest: Mapping[str, Any]) -> dict[str, LabelScheme]:
 
 def _schemes_in(folder: Path) -> dict[str, LabelScheme]:
     path = folder / "manifest.json"
-    return declared_schemes(read_document(path)) if path.is_file() else {}
+    return declared_schemes(read_json(path)) if path.is_file() else {}
 
 
 def _chosen(cases: list[Case], case_ids: Collection[str] | None, root: Path) -> list[Case]:

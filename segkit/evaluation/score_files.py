@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from segkit.errors import RequestError
+from segkit.errors import DataError, RequestError, as_request
+from segkit.reading.files import read_json
 from segkit.reading.layouts.schemes import patient_of
 
 SCORES_NAME = "scores.json"
@@ -110,17 +110,14 @@ def read_document(path: Path) -> ScoresDocument:
         RequestError: the file is missing or damaged, or holds a case twice.
     """
     try:
-        document = ScoresDocument.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise RequestError(f"cannot be read ({error.strerror})", where=path, remedy=_REMEDY) from error
+        document = ScoresDocument.model_validate(read_json(path, remedy=_REMEDY, most_bytes=None))
+    except DataError as error:
+        raise as_request(error) from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         reason, _, _ = first["msg"].partition(" or instance of ")  # without the name of a class
-        found = f"{place}: {reason}" if place else reason
-        raise RequestError(f"is no file of scores ({found})", where=path, remedy=_REMEDY) from error
-    except (ValueError, RecursionError) as error:  # pydantic's own reader refuses names that are not UTF-8
-        raise RequestError(f"is no file of scores (Invalid JSON: {error})", where=path, remedy=_REMEDY) from error
+        raise RequestError(f"is not a valid scores.json ({place}: {reason})", where=path, remedy=_REMEDY) from error
     twice = [case for case, count in Counter(entry.case for entry in document.cases).items() if count > 1]
     if twice:
         raise RequestError(f"holds case {twice[0]} twice", where=path, remedy=_REMEDY)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import platform
 import secrets
@@ -42,6 +43,8 @@ _INTEGRAL_TOLERANCE = 1e-4
 """Label values stored with a scale factor are read as 2.9999998."""
 _DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 """No space, or the user's quota is used up; Windows has no quota error."""
+_LARGEST_JSON_BYTES = 64 * 1024**2
+"""Five times a `dataset.json` of a hundred thousand cases."""
 _KEPT = "The file that was there before, if any, and all that is already written are kept"
 
 
@@ -214,6 +217,37 @@ def written_atomically(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path, *, remedy: str | None = None, most_bytes: int | None = _LARGEST_JSON_BYTES) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        DataError: the file cannot be read, is larger than `most_bytes`, is not a JSON object, or has a key twice.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(-1 if most_bytes is None else most_bytes + 1)
+        if most_bytes is not None and len(data) > most_bytes:
+            raise ValueError(f"it is larger than {most_bytes} bytes")  # noqa: TRY301  reported below
+        document = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_without_doubles)
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror})", where=path, remedy=remedy) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"is not readable JSON ({error})", where=path, remedy=remedy) from error
+    if not isinstance(document, dict):
+        raise DataError(
+            f"holds a {type(document).__name__}", where=path, expected="a JSON object with keys", remedy=remedy
+        )
+    return document
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # json.loads would silently drop the first value of a repeated key.
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        raise ValueError("it has a key twice")
+    return document
 
 
 def file_sha256(path: Path) -> str:

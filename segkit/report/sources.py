@@ -17,11 +17,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from segkit.errors import RequestError
+from segkit.errors import DataError, RequestError, as_request
 from segkit.evaluation.pairing import manifest_records
 from segkit.evaluation.score_files import SCORES_NAME, ScoresDocument, read_document, worst_first
 from segkit.evaluation.tables import summarise
 from segkit.metrics.registry import METRICS
+from segkit.reading.files import read_json
 from segkit.report.curves import number
 
 _EXPECTED = "a run folder, an output folder of `segkit infer`, or one of `segkit evaluate -o`"
@@ -257,10 +258,10 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         folder,
         config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
         rows,
-        _read_json(folder / "model.json", may_lack=True),
-        _read_json(folder / "validation.json", may_lack=True),
-        _read_json(folder / "split.json", may_lack=True),
-        _read_json(folder / INTERRUPTED_NAME, may_lack=True),
+        _read_json(folder / "model.json"),
+        _read_json(folder / "validation.json"),
+        _read_json(folder / "split.json"),
+        _read_json(folder / INTERRUPTED_NAME),
         time.time() - journal.stat().st_mtime if rows else 0.0,
     )
 
@@ -300,7 +301,7 @@ def _card_of(manifest: Document) -> Document:
     model = mapping(manifest, "model")
     path = Path(str(model.get("name") or "").split(", ")[0]) / "model.json"
     try:
-        card = _read_json(path, may_lack=True)
+        card = _read_json(path)
     except (RequestError, OSError, ValueError):
         return {}
     digests = model.get("sha256")
@@ -323,16 +324,12 @@ def _journal(path: Path) -> list[Document]:
     return rows
 
 
-def _read_json(path: Path, *, may_lack: bool = False) -> Document:
-    if may_lack and not path.is_file():
-        return {}
+def _read_json(path: Path) -> Document:
+    """A document that segkit wrote; empty if there is no such file."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RequestError(f"cannot be read ({error})", where=path) from error
-    if not isinstance(document, dict):
-        raise RequestError("is no JSON object", where=path, expected="the document that segkit wrote")
-    return document
+        return read_json(path, most_bytes=None) if path.is_file() else {}
+    except DataError as error:
+        raise as_request(error) from error
 
 
 def _numbers(scores: object) -> dict[str, float]:

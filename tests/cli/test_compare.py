@@ -71,4 +71,4 @@ def test_wrong_requests_have_exit_code_2(folders):
     assert isinstance(error, RequestError)
     assert error.exit_code == 2
     assert "third" in str(error)
-    assert "Invalid JSON" in str(error)
+    assert "is not readable JSON" in str(error)

@@ -88,10 +88,10 @@ def test_models_are_named_after_folders_and_by_paths_where_these_agree(tmp_path)
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        ("{", "Invalid JSON"),
-        ("", "Invalid JSON"),
-        ("[]", r"Input should be a valid dictionary\)"),
-        ("[" * 100_000, "Invalid JSON"),
+        ("{", "is not readable JSON"),
+        ("", "is not readable JSON"),
+        ("[]", "holds a list; expected a JSON object"),
+        ("[" * 100_000, "is not readable JSON"),
         ({"cases": []}, "protocol: Field required"),
         (document(cases=["a"]), r"cases\.0: Input should be a valid dictionary\)"),
         (document(notes=None), "notes: Input should be a valid list"),

@@ -308,7 +308,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(RequestError, match="there is no such folder"):
         write_page([tmp_path / "nowhere"], tmp_path / "page.html")
     write_json(tmp_path / "bad" / "manifest.json", [1])
-    with pytest.raises(RequestError, match="is no JSON object"):
+    with pytest.raises(RequestError, match="holds a list; expected a JSON object"):
         write_page([tmp_path / "bad"], tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
 

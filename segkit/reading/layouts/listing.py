@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from segkit.errors import DataError, Problem
 from segkit.reading.dicom import DICOM_SUFFIXES, has_dicom_name, holds_frames, is_dicom_file
-from segkit.reading.files import VOLUME_SUFFIXES, stem_of, suffix_of
+from segkit.reading.files import VOLUME_SUFFIXES, read_json, stem_of, suffix_of
 from segkit.reading.pictures import PICTURE_SUFFIXES
 from segkit.reading.volume import list_folder
 
@@ -19,9 +18,6 @@ _DICOM_INDEX = "DICOMDIR"
 
 _TRIED_FILES = 5
 """Files without suffix to open in search of a DICOM series: a disc also holds programs (AUTORUN)."""
-
-_LARGEST_DOCUMENT_BYTES = 64 * 1024**2
-"""Five times a `dataset.json` of a hundred thousand cases."""
 
 _MOST_MULTI_FRAME_FILES = 32
 """In folders with more DICOM files, each is a slice and not a volume; none is opened to find out."""
@@ -83,32 +79,8 @@ def bare_name(path: Path) -> str:
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """A JSON object from disk.
-
-    Raises:
-        DataError: the file cannot be read, is not a JSON object, or names something twice.
-    """
-    try:
-        with path.open("rb") as file:
-            data = file.read(_LARGEST_DOCUMENT_BYTES + 1)
-        if len(data) > _LARGEST_DOCUMENT_BYTES:
-            raise ValueError(f"it is larger than {_LARGEST_DOCUMENT_BYTES} bytes")  # noqa: TRY301  reported below
-        document = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_without_doubles)
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(
-            f"is not readable JSON ({error})", where=path, remedy="Correct it, or pass --layout folder to ignore it"
-        ) from error
-    if not isinstance(document, dict):
-        raise DataError(f"holds a {type(document).__name__}", where=path, expected="a JSON object with keys")
-    return document
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # json.loads would silently drop the first value of a repeated key.
-    document = dict(pairs)
-    if len(document) < len(pairs):
-        raise ValueError("it has a key twice")
-    return document
+    """The JSON object of a data set, see `read_json`."""
+    return read_json(path, remedy="Correct it, or pass --layout folder to ignore it")
 
 
 @dataclass
