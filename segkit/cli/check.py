@@ -149,10 +149,7 @@ def _check_with_progress(cohort: Cohort, *, read_voxels: bool, is_quiet: bool) -
     with Progress(console=console(), transient=True, disable=is_quiet) as progress:
         task = progress.add_task("Reading cases", total=len(cohort.cases))
         return check_cohort(
-            cohort,
-            read_voxels=read_voxels,
-            workers=min(4, available_cores()),
-            on_case=lambda: progress.advance(task),
+            cohort, read_voxels=read_voxels, workers=min(4, available_cores()), on_case=lambda: progress.advance(task)
         )
 
 

@@ -62,11 +62,7 @@ def labels(
         raise RequestError(f"there is no label scheme {to!r}", expected="one of " + ", ".join(SCHEMES))
     target = SCHEMES[to]
     cohort = find_cases(
-        data,
-        layout=layout,
-        modalities=read_modalities(modality),
-        label_scheme=label_scheme,
-        require_labels=True,
+        data, layout=layout, modalities=read_modalities(modality), label_scheme=label_scheme, require_labels=True
     )
     if cohort.scheme is None:
         raise RequestError(

@@ -181,7 +181,7 @@ def match_modalities(case: Case, wanted: Sequence[str], *, allow_missing: bool =
             f" (found: {', '.join(case.images) or 'no image'})",
             expected=f"{', '.join(wanted)}, as this model was trained on",
             remedy="Add the file" + ("s" if several else "") + ", say which file is which with --modality NAME=SUFFIX"
-            + (", or pass --allow-missing to go on without" if images else ""),
+            + (", or pass --allow-missing to go on without" if images else "")
         )  # fmt: skip
     return replace(case, images=images, label=None)
 

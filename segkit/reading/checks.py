@@ -79,11 +79,7 @@ def problem_to_json(problem: Problem) -> dict[str, object]:
 
 
 def check_cohort(
-    cohort: Cohort,
-    *,
-    read_voxels: bool = True,
-    workers: int = 1,
-    on_case: Callable[[], None] | None = None,
+    cohort: Cohort, *, read_voxels: bool = True, workers: int = 1, on_case: Callable[[], None] | None = None
 ) -> list[CaseReport]:
     """One report for each case, in the cohort's order; unreadable data become problems, never exceptions.
 
