@@ -1,7 +1,6 @@
 """The model card `model.json`, which describes a weight file and how to use it.
 
-Cards are untrusted: their numbers are limited to what networks can have before anything is built from them, and the
-files that they name must be beside them.
+Cards are untrusted: their numbers are limited before anything is built from them, and files must be beside them.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from segkit.preparing.preprocessing import Crop, Normalisation, PreprocessingCon
 from segkit.reading.case import is_file_name
 
 _LARGEST_ARGUMENT = 8192
-"""More than any width, depth or number of steps: a larger network could fill the memory before weights are read."""
+"""Above any width, depth or number of steps: a larger network could fill the memory before weights are read."""
 _MOST_CHANNELS = 1024
 _LARGEST_PATCH_VOXELS = 2**30
 
@@ -32,7 +31,7 @@ def _is_beside(name: str) -> str:
 
 def _is_shown(name: str) -> str:
     if not name or not name.isprintable():
-        raise ValueError(f"{name!r} is no name that can be shown")
+        raise ValueError(f"{name!r} is not a printable name")
     return name
 
 
@@ -116,16 +115,15 @@ class GraphCard(CardPart):
     """One ONNX file of an export: one window in, logits out."""
 
     file: FileName
-    """Name of the ONNX file in the folder of the card."""
     precision: Literal["fp32", "fp16", "int8"]
     sha256: dict[FileName, Sha256]
-    """Digest of the file, and of its files of external data, by name."""
+    """Digests by name: of `file` and of its files of external data."""
     dice_change: float | None = None
-    """Mean Dice minus that of fp32 on the cases of the export; null if it was not measured."""
+    """Mean Dice minus that of fp32 on the cases of the export; null if not measured."""
     seconds: dict[str, float] = Field(default_factory=dict)
-    """Seconds of one window by backend, measured at export."""
+    """Seconds per window by backend, measured at export."""
     is_approved: bool = True
-    """Whether `--backend auto` may use it: fast and accurate enough. The fp32 graph always is."""
+    """Whether `--backend auto` may use it: fast and accurate enough, as fp32 always is."""
 
 
 class ExportCard(CardPart):
@@ -135,7 +133,7 @@ class ExportCard(CardPart):
     graphs: tuple[GraphCard, ...] = Field(min_length=1)
     """fp32 first."""
     parity: dict[str, Any] = Field(default_factory=dict)
-    """Comparison with the trained network by backend: largest difference of logits, Dice of the decoded masks."""
+    """`segkit.inference.parity.Parity` by backend, and the seconds of torch."""
 
 
 Part = Literal["component", "total"]
@@ -146,7 +144,6 @@ class SizeRule(CardPart):
     """Removal of small parts of one output, and its effect on the validation cases."""
 
     output: str
-    """Name of the output whose region is measured."""
     part: Part
     smallest_mm3: float = Field(gt=0)
     """Smaller volumes are removed, in mm³; on pictures in pixels."""
@@ -155,16 +152,15 @@ class SizeRule(CardPart):
 
 
 class PostprocessingCard(CardPart):
-    """Rules that `segkit.inference.postprocessing` applies to a label map in their order."""
+    """Rules for label maps in their order, outer regions first; see `segkit.inference.postprocessing`."""
 
     rules: tuple[SizeRule, ...]
-    """Outer regions before those inside them."""
     cases: int = 0
     """Number of validation cases on which the rules were chosen."""
 
 
 class PreprocessingCard(PreprocessingConfig):
-    """How a case is prepared for the network; nothing is left to planning."""
+    """How a case is prepared for the network, without the choices that are left to planning."""
 
     spacing_mm: tuple[Annotated[float, Field(ge=1e-3, le=1e3)], ...] | None = None
     orientation: str = Field(default="RAS", pattern="^[RLAPSIJKrlapsijk]{3}$")
@@ -173,19 +169,18 @@ class PreprocessingCard(PreprocessingConfig):
 
 
 class SegmentationCard(CardPart):
-    """How logits become a label map, and how the training prepared the network for it."""
+    """How logits become a label map, and what the training prepared the network for."""
 
     mirror_axes: tuple[int, ...] | None = None
-    """Axes that training mirrored, which test-time mirroring may use; null means all of them."""
+    """Axes that training mirrored, so test-time augmentation may; null means all of them."""
     activation: Literal["sigmoid", "softmax"]
     outputs: tuple[OutputCard, ...] = ()
     """In painting order."""
     label_scheme: SchemeCard
-    """The label scheme in which the outputs are defined."""
     postprocessing: PostprocessingCard | None = None
-    """What is removed from a label map, chosen on the validation cases; null removes nothing."""
+    """Chosen on the validation cases."""
     modality_dropout: float = 0.0
-    """Share of the training patches without one of the modalities; at 0 training always had all of them."""
+    """Share of the training patches without one of the modalities."""
 
     @model_validator(mode="after")
     def _paints_known_labels(self) -> SegmentationCard:
@@ -227,16 +222,12 @@ class ModelCard(CardPart):
     divisor: tuple[Size, ...]
     """Sizes of windows must be multiples of this."""
     preprocessing: PreprocessingCard
-    """`spacing_mm` is that of the network's input; null keeps the spacing of the source."""
     segmentation: SegmentationCard | None = None
-    """None for the other tasks."""
     inpainting: InpaintingCard | None = None
-    """None for the other tasks."""
     versions: dict[str, str] = Field(default_factory=dict)
     sha256: Sha256 = ""
     """Digest of `model.safetensors`."""
     export: ExportCard | None = None
-    """The ONNX files beside the card, if `segkit export` wrote it."""
     training_data: TrainingData
 
     @model_validator(mode="before")
@@ -315,8 +306,8 @@ class ModelCard(CardPart):
         return self.segmentation
 
     def to_text(self) -> str:
-        """The text of `model.json`."""
-        return json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
+        """The text of `model.json`; NaN and infinity, which JSON does not have, are null."""
+        return json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def to_json(self) -> dict[str, Any]:
         """The document written as `model.json`."""

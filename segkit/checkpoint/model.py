@@ -1,4 +1,4 @@
-"""Models on disk: run folders are written and loaded, and weights are read from any other source."""
+"""Write and load run folders, and read weights from other sources."""
 
 from __future__ import annotations
 
@@ -55,9 +55,8 @@ def load_model(run_dir: Path | str, device: torch.device | str = "cpu") -> nn.Mo
     Raises:
         CheckpointError: card or weights are missing, damaged, do not belong together or do not fit the network.
     """
-    run_dir = Path(run_dir)
-    card = load_card(run_dir)
-    weights, source = read_weights(run_dir, card)
+    card = load_card(Path(run_dir))
+    weights, source = _read_weights(Path(run_dir), card)
     try:
         _require_room_for(card, weights)
         network = build_network(card, downloads=False)
@@ -81,15 +80,12 @@ def _require_room_for(card: ModelCard, weights: Mapping[str, Tensor]) -> None:
         raise RuntimeError(f"the network holds {values} values and the file {stored}")
 
 
-def read_weights(run_dir: Path, card: ModelCard) -> tuple[dict[str, Tensor], Path]:
-    """The weights of a card, by name, and the file that they come from.
-
-    Raises:
-        CheckpointError: they are missing, damaged or not those of the card.
-    """
-    if not (run_dir / CARD_NAME).is_file() and nnunet.is_result(run_dir):
+def _read_weights(run_dir: Path, card: ModelCard) -> tuple[dict[str, Tensor], Path]:
+    """The weights of a card, by name, and the file that they come from."""
+    if not (run_dir / CARD_NAME).is_file():
         checkpoint = nnunet.checkpoint_path(only_folder(run_dir))
-        return load_weights_file(checkpoint), checkpoint  # the card was just made from it
+        if checkpoint is not None:
+            return load_weights_file(checkpoint), checkpoint  # the card was just made from it
     path = run_dir / WEIGHTS_NAME
     if not path.is_file():
         raise CheckpointError(f"holds no {WEIGHTS_NAME}", where=run_dir, expected=RUN_FOLDER)
@@ -131,7 +127,7 @@ class WeightSource:
         return notice if isinstance(notice, str) else None
 
     def facts(self) -> dict[str, str]:
-        """What the card of a model trained from these weights records: file, digest, origin and, if known, licence."""
+        """File, SHA-256, origin and, if known, licence, for the card of a model trained from these weights."""
         found = {"file": self.file.name, "sha256": file_sha256(self.file), "origin": "a weight file without a card"}
         if self.card is not None:
             network, data = self.card.network, self.card.training_data
@@ -146,20 +142,16 @@ def read_source(path: Path) -> WeightSource:
     """The weights of a folder with one model, or of a file; licence terms are logged as a warning.
 
     Raises:
-        CheckpointError: nothing is there, several models are, or what is there is damaged or unsafe to read.
+        CheckpointError: there is no model or file, several models, or the weights are damaged or unsafe to read.
     """
-    source = _read(path)
+    is_of_run = path.name == WEIGHTS_NAME and (path.parent / CARD_NAME).is_file()
+    if path.is_dir() or is_of_run:
+        folder = only_folder(path.parent if is_of_run else path)
+        card = load_card(folder)
+        tensors, file = _read_weights(folder, card)
+        source = WeightSource(file, tensors, card)
+    else:
+        source = WeightSource(path, load_weights_file(path))
     if source.notice is not None:
         _log.warning("%s: %s", path, source.notice)
     return source
-
-
-def _read(path: Path) -> WeightSource:
-    if path.name == WEIGHTS_NAME and (path.parent / CARD_NAME).is_file():
-        path = path.parent
-    if not path.is_dir():
-        return WeightSource(path, load_weights_file(path))
-    folder = only_folder(path)
-    card = load_card(folder)
-    tensors, file = read_weights(folder, card)
-    return WeightSource(file, tensors, card)

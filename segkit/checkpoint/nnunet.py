@@ -35,55 +35,43 @@ _CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_best.pth", "model_final_chec
 """In order of preference: version 2's, then version 1's."""
 
 _NORMALISATIONS = {
-    "ZScoreNormalization": "zscore",
-    "nonCT": "zscore",
-    "CTNormalization": "ct-window",
-    "CT": "ct-window",
+    **dict.fromkeys(("ZScoreNormalization", "nonCT"), "zscore"),
+    **dict.fromkeys(("CTNormalization", "CT"), "ct-window"),
 }
 """Names of versions 2 and 1 -> the same normalisation in segkit."""
 
 _MOST_LABELS = 256
 
 
-def is_result(folder: Path) -> bool:
-    """Whether a folder is a result of nnU-Net, or one fold of it."""
-    return bool(_folds(folder))
-
-
 def fold_folders(folder: Path) -> list[Path]:
-    """The folds to use: the folder itself, its numbered folds, else `fold_all`.
-
-    Raises:
-        CheckpointError: there is no fold with a checkpoint.
-    """
-    folds = _folds(folder)
-    if not folds:
-        raise CheckpointError("holds no checkpoint", where=folder, expected=f"{_CHECKPOINTS[0]} in fold_0, fold_1 ...")
-    return folds
+    """The folds with a checkpoint: the folder itself, its numbered folds, else `fold_all`; none in other folders."""
+    if checkpoint_path(folder) is not None:
+        return [folder]
+    found = [fold for fold in folder.glob("fold_*") if checkpoint_path(fold) is not None]
+    numbered = [fold for fold in found if fold.name.removeprefix("fold_").isdigit()]
+    return sorted(numbered, key=lambda fold: int(fold.name.removeprefix("fold_"))) or found
 
 
-def checkpoint_path(fold: Path) -> Path:
-    """The checkpoint of a fold: the final one, else the best one, else the only one of version 1.
+def checkpoint_path(fold: Path) -> Path | None:
+    """The checkpoint of a fold: the final one, else the best one, else the only one of version 1; None without one."""
+    for name in _CHECKPOINTS:
+        if (fold / name).is_file():
+            return fold / name
+    # The released weights have names of their own, such as base_ep4k.model.
+    beside = (".pkl", ".json")
+    others = [p for p in sorted(fold.glob("*.model")) if any(p.with_name(p.name + s).is_file() for s in beside)]
+    return others[0] if len(others) == 1 else None
 
-    Raises:
-        CheckpointError: there is none.
-    """
-    path = _checkpoint(fold)
-    if path is None:
-        raise CheckpointError("holds no checkpoint", where=fold, expected=f"one of {', '.join(_CHECKPOINTS)}")
-    return path
 
-
-def make_card(fold: Path) -> ModelCard:
-    """The model card of one fold, from its plans and the shapes of its tensors.
+def make_card(checkpoint: Path) -> ModelCard:
+    """The model card of a checkpoint, from its plans and the shapes of its tensors.
 
     Raises:
         CheckpointError: the network is not STU-Net, the plans are missing or unsafe to read, or the images are
             normalised in a way that segkit does not have.
     """
-    path = checkpoint_path(fold)
-    with plans_understood(path):
-        return _make_card(path)
+    with plans_understood(checkpoint):
+        return _make_card(checkpoint)
 
 
 def _make_card(path: Path) -> ModelCard:
@@ -94,18 +82,28 @@ def _make_card(path: Path) -> ModelCard:
             f"the network of {plan.trainer} is not STU-Net",
             where=path,
             expected="a result of one of the STUNetTrainers",
-            remedy="Segment with nnU-Net itself, or train the data anew with `segkit train`",
+            remedy="Segment with nnU-Net itself, or train on the data with `segkit train`",
         )
+    dataset_path = path.parent.parent / "dataset.json"
     try:
-        modalities = channel_names(plan.dataset, path.parent.parent / "dataset.json")
-        scheme = document_scheme(plan.dataset, modalities, FolderOptions(), path.parent.parent / "dataset.json").scheme
+        modalities = channel_names(plan.dataset, dataset_path)
+        scheme = document_scheme(plan.dataset, modalities, FolderOptions(), dataset_path).scheme
     except DataError as error:
         raise CheckpointError(error.found, where=error.where, expected=error.expected) from error
     if scheme is None:
         raise CheckpointError("its dataset.json names no labels", where=path)
     outputs = _outputs(plan.dataset, scheme, path)
     network = _network(named_tensors(document, path), plan, path)
-    _require_channels(network, len(modalities), len(outputs), path)
+    for found, expected, what in (
+        (network.in_channels, len(modalities), "image channels"),
+        (network.out_channels, len(outputs), "outputs"),
+    ):
+        if found != expected:
+            raise CheckpointError(
+                f"the network has {found} {what}, but its dataset.json names {expected}",
+                where=path,
+                remedy="Copy the result folder again: checkpoint and dataset.json do not belong together",
+            )
     return ModelCard(
         network=network,
         modalities=modalities,
@@ -128,24 +126,6 @@ def _make_card(path: Path) -> ModelCard:
             cases=int(plan.dataset.get("numTraining") or 0),
         ),
     )
-
-
-def _folds(folder: Path) -> list[Path]:
-    if _checkpoint(folder) is not None:
-        return [folder]
-    found = [fold for fold in folder.glob("fold_*") if _checkpoint(fold) is not None]
-    numbered = [fold for fold in found if fold.name.removeprefix("fold_").isdigit()]
-    return sorted(numbered, key=lambda fold: int(fold.name.removeprefix("fold_"))) or found
-
-
-def _checkpoint(fold: Path) -> Path | None:
-    for name in _CHECKPOINTS:
-        if (fold / name).is_file():
-            return fold / name
-    # The released weights have names of their own, such as base_ep4k.model.
-    beside = (".pkl", ".json")
-    others = [p for p in sorted(fold.glob("*.model")) if any(p.with_name(p.name + s).is_file() for s in beside)]
-    return others[0] if len(others) == 1 else None
 
 
 def _network(tensors: Mapping[str, Tensor], plan: ResultPlan, path: Path) -> NetworkCard:
@@ -181,32 +161,16 @@ def _outputs(dataset: Mapping[str, Any], scheme: LabelScheme, path: Path) -> tup
     return tuple(OutputCard(name=classes[value], label=value, members=(value,)) for value in sorted(classes))
 
 
-def _require_channels(network: NetworkCard, channels: int, outputs: int, path: Path) -> None:
-    both = ((network.in_channels, channels, "image channels"), (network.out_channels, outputs, "outputs"))
-    for found, expected, what in both:
-        if found != expected:
-            raise CheckpointError(
-                f"the network has {found} {what}, but its dataset.json names {expected}",
-                where=path,
-                remedy="Copy the result folder again: checkpoint and dataset.json do not belong together",
-            )
-
-
 def _normalisation(plan: ResultPlan, path: Path) -> dict[str, Any]:
-    """The normalisation as fields of the card.
-
-    Raises:
-        CheckpointError: segkit does not have it, or it differs between channels.
-    """
-    used = {(name, is_masked) for name, is_masked in zip(plan.normalisations, plan.masks, strict=True)}
-    names = sorted({name for name, _ in used})
-    kinds = {_NORMALISATIONS.get(name) for name in names}
+    """The normalisation as fields of the card."""
+    used = set(plan.normalisations)
+    kinds = {_NORMALISATIONS.get(name) for name, _ in used}
     measured = set(plan.intensities) if kinds == {"ct-window"} else set()
     is_uniform = len(used) == 1 and len(measured) <= 1
     if None in kinds or not is_uniform or (kinds == {"ct-window"} and not measured):
         how = "" if is_uniform else ", which differs from channel to channel"
         raise CheckpointError(
-            f"images are normalised with {', '.join(names)}{how}",
+            f"images are normalised with {', '.join(sorted({name for name, _ in used}))}{how}",
             where=path,
             expected="z-score or a CT window, the same for every channel",
             remedy="Segment with nnU-Net itself",
@@ -214,10 +178,5 @@ def _normalisation(plan: ResultPlan, path: Path) -> dict[str, Any]:
     ((_, is_masked),) = used
     if kinds == {"zscore"}:
         return {"normalisation": "zscore-nonzero" if is_masked else "zscore"}
-    (foreground,) = measured
-    return {
-        "normalisation": "ct-window",
-        "ct_window": (foreground.low, foreground.high),
-        "ct_mean": foreground.mean,
-        "ct_std": foreground.std,
-    }
+    ((mean, std, low, high),) = measured
+    return {"normalisation": "ct-window", "ct_window": (low, high), "ct_mean": mean, "ct_std": std}

@@ -1,8 +1,7 @@
 """Plans of nnU-Net versions 1 and 2, and label names of the released STU-Net weights.
 
-nnU-Net's axes are those of the file reversed (z, y, x), then permuted by `transpose_forward`; they are not reoriented
-unless its reader does so. Spacings, patches and strides of a plan are in that order. Here it becomes an orientation, so
-that the network gets the axes that it was trained on.
+nnU-Net reverses the axes of the file (to z, y, x), then permutes them by `transpose_forward`; only some of its readers
+reorient images. Spacings, patches and strides of a plan are in that order, which is expressed here as an orientation.
 """
 
 from __future__ import annotations
@@ -22,25 +21,14 @@ _MISFITS = (KeyError, IndexError, TypeError, ValueError, AttributeError, Overflo
 """Errors from plans that nnU-Net did not write; a configuration may even inherit from itself."""
 
 _STEPS = 5
-"""Downsampling steps of a STU-Net, whatever the plan has."""
-
-
-@dataclass(frozen=True)
-class Intensities:
-    """Foreground voxels of the training data: mean, standard deviation, 0.5 and 99.5 percentile."""
-
-    mean: float
-    std: float
-    low: float
-    high: float
+"""Downsampling steps of every STU-Net."""
 
 
 @dataclass(frozen=True)
 class ResultPlan:
     """A result's plan; sizes in voxels and spacings in mm, in the axis order of `orientation`.
 
-    `normalisations` and `masks` (statistics of nonzero voxels only) have one entry per channel, as have `intensities`
-    if the plan has them. `dataset` is the `dataset.json` or a substitute made from the plans.
+    `dataset` is the `dataset.json` or a substitute made from the plans.
     """
 
     version: int
@@ -50,9 +38,10 @@ class ResultPlan:
     spacing_mm: tuple[float, ...]
     strides: tuple[tuple[int, ...], ...]
     orientation: str
-    normalisations: tuple[str, ...]
-    masks: tuple[bool, ...]
-    intensities: tuple[Intensities, ...]
+    normalisations: tuple[tuple[str, bool], ...]
+    """Name by channel, and whether it uses the statistics of nonzero voxels only."""
+    intensities: tuple[tuple[float, float, float, float], ...]
+    """Mean, standard deviation, 0.5 and 99.5 percentile of foreground voxels by channel; empty if not in the plan."""
     mirror_axes: tuple[int, ...]
     dataset: Mapping[str, Any]
 
@@ -88,22 +77,20 @@ def _version_2(checkpoint: Path, document: Mapping[str, Any]) -> ResultPlan:
             where=checkpoint,
             expected="a network that needs the images only, such as 3d_fullres",
         )
-    patch = _volume_sizes(chosen["patch_size"], checkpoint)
     strides = chosen.get("pool_op_kernel_sizes") or chosen["architecture"]["arch_kwargs"]["strides"]
-    properties = plans.get("foreground_intensity_properties_per_channel") or plans.get(
-        "foreground_intensity_properties_by_modality", {}
-    )
+    properties = plans.get("foreground_intensity_properties_per_channel")
+    properties = properties or plans.get("foreground_intensity_properties_by_modality", {})
+    schemes = [str(name) for name in chosen["normalization_schemes"]]
     return ResultPlan(
         version=2,
         trainer=str(document["trainer_name"]),
         name=str(plans["dataset_name"]),
-        patch_size=patch,
+        patch_size=_volume_sizes(chosen["patch_size"], checkpoint),
         spacing_mm=tuple(float(mm) for mm in chosen["spacing"]),
         strides=_five(strides[1:]),
         orientation=_orientation(str(plans["image_reader_writer"]), plans["transpose_forward"]),
-        normalisations=tuple(str(name) for name in chosen["normalization_schemes"]),
-        masks=tuple(bool(mask) for mask in chosen["use_mask_for_norm"]),
-        intensities=_intensities(properties, len(chosen["normalization_schemes"]), "std"),
+        normalisations=tuple(zip(schemes, map(bool, chosen["use_mask_for_norm"]), strict=True)),
+        intensities=_intensities(properties, len(schemes), "std"),
         mirror_axes=tuple(int(axis) for axis in document.get("inference_allowed_mirroring_axes") or ()),
         dataset=dataset,
     )
@@ -127,6 +114,7 @@ def _version_1(checkpoint: Path) -> ResultPlan:
     result = checkpoint.parent.parent
     own_names = {str(channel): str(_numbered(plans["modalities"], channel)) for channel in channels}
     labels = {"background": 0, **_classes(checkpoint, str(document["name"]), plans["all_classes"])}
+    schemes, masks = plans["normalization_schemes"], plans["use_mask_for_norm"]
     return ResultPlan(
         version=1,
         trainer=str(document["name"]),
@@ -135,8 +123,7 @@ def _version_1(checkpoint: Path) -> ResultPlan:
         spacing_mm=tuple(float(mm) for mm in stage["current_spacing"]),
         strides=_five(stage["pool_op_kernel_sizes"]),
         orientation=_orientation("SimpleITKIO", plans["transpose_forward"]),
-        normalisations=tuple(str(_numbered(plans["normalization_schemes"], channel)) for channel in channels),
-        masks=tuple(bool(_numbered(plans["use_mask_for_norm"], channel)) for channel in channels),
+        normalisations=tuple((str(_numbered(schemes, c)), bool(_numbered(masks, c))) for c in channels),
         intensities=_intensities(properties, len(channels), "sd"),
         mirror_axes=(0, 1, 2),
         dataset=_read_json(result / "dataset.json") or {"modality": own_names, "labels": labels},
@@ -144,7 +131,7 @@ def _version_1(checkpoint: Path) -> ResultPlan:
 
 
 def _classes(checkpoint: Path, trainer: str, values: Sequence[Any]) -> Mapping[str, int]:
-    """Label names, which version 1 does not save: known for the released weights, numbers for others."""
+    """Label names, which version 1 does not save: known for the released weights, else numbers."""
     released: Mapping[str, int] = {}
     if checkpoint.stem.endswith("_ep4k"):
         released = RELEASED_LABELS["stunet-totalsegmentator"].values
@@ -186,13 +173,12 @@ def _orientation(reader: str, transpose: Sequence[Any]) -> str:
     return "".join(stored[::-1][int(axis)] for axis in transpose)
 
 
-def _intensities(properties: Mapping[Any, Any], channels: int, std: str) -> tuple[Intensities, ...]:
-    if not properties:
-        return ()
-    found = [_numbered(properties, channel) for channel in range(channels)]
+def _intensities(
+    properties: Mapping[Any, Any], channels: int, std: str
+) -> tuple[tuple[float, float, float, float], ...]:
+    found = [_numbered(properties, channel) for channel in range(channels)] if properties else []
     return tuple(
-        Intensities(float(p["mean"]), float(p[std]), float(p["percentile_00_5"]), float(p["percentile_99_5"]))
-        for p in found
+        (float(p["mean"]), float(p[std]), float(p["percentile_00_5"]), float(p["percentile_99_5"])) for p in found
     )
 
 

@@ -29,22 +29,22 @@ def load_card(run_dir: Path) -> ModelCard:
         return _read_card(path)
     from segkit.checkpoint import nnunet
 
-    if nnunet.is_result(run_dir):
-        return nnunet.make_card(only_folder(run_dir))
+    if nnunet.fold_folders(run_dir) and (checkpoint := nnunet.checkpoint_path(only_folder(run_dir))):
+        return nnunet.make_card(checkpoint)
     has_state = (run_dir / LAST_NAME).exists()
     remedy = "Resume the training with --resume, up to its first validation" if has_state else "Check the path"
     raise CheckpointError(f"holds no {CARD_NAME}", where=run_dir, expected=RUN_FOLDER, remedy=remedy)
 
 
 def require_segmentation(card: ModelCard, where: Path | None = None) -> SegmentationCard:
-    """The part of the card that says how masks are made.
+    """The segmentation part of a card.
 
     Raises:
-        RequestError: it was made by another task, or its card does not say how it paints.
+        RequestError: the model is of another task, or its card lacks that part.
     """
     if card.task != "segmentation":
         raise RequestError(
-            f"this is a {card.task} model, which paints no masks",
+            f"this is a {card.task} model, which makes no masks",
             where=where,
             expected="a segmentation model of `segkit train`",
             remedy="Give its encoder to `segkit train --weights`",
@@ -62,16 +62,15 @@ def model_folders(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         raise CheckpointError("is not a folder", where=path, expected=RUN_FOLDER)
-    folds = sorted(fold for fold in path.glob("fold_*") if (fold / CARD_NAME).is_file())
     if (path / CARD_NAME).is_file():
         return [path]
+    folds = sorted(fold for fold in path.glob("fold_*") if (fold / CARD_NAME).is_file())
     if not folds:
         from segkit.checkpoint import nnunet
 
-        folds = nnunet.fold_folders(path) if nnunet.is_result(path) else []
+        folds = nnunet.fold_folders(path)
     if not folds:
-        load_card(path)
-        return [path]
+        load_card(path)  # raises the error
     return folds
 
 
@@ -92,16 +91,15 @@ def _read_card(path: Path) -> ModelCard:
     try:
         card = ModelCard.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        details = "; ".join(f"{_key(problem['loc'])}: {problem['msg']}" for problem in error.errors())
-        found = f"is not a model card this version can read ({details})"
+        details = []
+        for problem in error.errors():
+            keys = problem["loc"]
+            if keys and keys[0] in PARTS:  # a key of the top level in the file
+                keys = keys[1:]
+            details.append(f"{'.'.join(map(str, keys)) or 'document'}: {problem['msg']}")
+        found = f"is not a model card this version can read ({'; '.join(details)})"
         remedy = "Use the version of segkit that wrote it, or train again"
         raise CheckpointError(found, where=path, remedy=remedy) from error
     if not card.patch_size or not card.divisor:
-        raise CheckpointError("does not say of what size patches are", where=path, expected="patch_size and divisor")
+        raise CheckpointError("lacks the size of patches", where=path, expected="patch_size and divisor")
     return card
-
-
-def _key(location: tuple[int | str, ...]) -> str:
-    """The key of `model.json` that a part of the card was made from."""
-    keys = location[1:] if location and location[0] in PARTS else location
-    return ".".join(map(str, keys)) or "document"

@@ -1,7 +1,6 @@
 """The resume state of a training: `last.ckpt`, and `previous.ckpt` before it.
 
-Written to a temporary file, synced and renamed, so a killed process or a power cut leaves the old file or the new one.
-Every tensor has a checksum, which is verified before it is used.
+Written atomically, also in a power cut. Checksums are verified before a state is used.
 """
 
 from __future__ import annotations
@@ -38,7 +37,13 @@ def save_state(folder: Path, state: Mapping[str, Any]) -> None:
         torch.save(dict(state), partial)
         if last.exists():
             last.replace(folder / PREVIOUS_NAME)
-    _sync_folder(folder)
+    # Write the new names to the disk; where a folder cannot be opened (Windows), the system does so.
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -57,25 +62,15 @@ def load_state(folder: Path) -> dict[str, Any]:
             reasons.append(f"{name} {error.found}")
             continue
         if not isinstance(state, dict):
-            reasons.append(f"{name} is no resume state")
+            reasons.append(f"{name} is not a resume state")
             continue
         if reasons:
-            _log.warning("%s: %s; going on from %s", folder, reasons[0], name)
+            _log.warning("%s: %s; resuming from %s", folder, reasons[0], name)
             with suppress(OSError):
                 (folder / LAST_NAME).replace(folder / DAMAGED_NAME)
         return state
     found = f"no resume state can be used: {'; '.join(reasons)}"
-    raise CheckpointError(found, where=folder, remedy="Start the training afresh")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Write the new names to the disk; where a folder cannot be opened (Windows), the system does so."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    raise CheckpointError(found, where=folder, remedy="Start a new training")
 
 
 _PLAIN = (str, int, float, bool, type(None))

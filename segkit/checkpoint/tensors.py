@@ -1,7 +1,6 @@
-"""Reading and writing tensor files: the only module that reads pickles, and it never runs code from them.
+"""Read and write tensor files: the only module that reads pickles, and it never runs code from them.
 
-The only caller of `torch.load`, always with `weights_only=True`. Files are written to a temporary file and renamed, so
-a killed process leaves the old file or the new one.
+The only caller of `torch.load`, always with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -60,13 +59,9 @@ def named_tensors(document: object, where: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: it holds no tensors by name, or other than plain ones.
     """
-    for key in _INNER_KEYS:
-        if isinstance(document, Mapping) and isinstance(document.get(key), Mapping):
-            document = document[key]
-            break
-    if not isinstance(document, Mapping):
-        document = {}
-    tensors = {_WRAPPERS.sub("", str(name)): value for name, value in document.items() if isinstance(value, Tensor)}
+    outer = document if isinstance(document, Mapping) else {}
+    inner = next((outer[key] for key in _INNER_KEYS if isinstance(outer.get(key), Mapping)), outer)
+    tensors = {_WRAPPERS.sub("", str(name)): value for name, value in inner.items() if isinstance(value, Tensor)}
     if not tensors:
         expected = f"a state dict, or one under {', '.join(_INNER_KEYS)}"
         raise CheckpointError("holds no tensors by name", where=where, expected=expected)
@@ -76,12 +71,9 @@ def named_tensors(document: object, where: Path) -> dict[str, Tensor]:
 def _plain(tensors: dict[str, Tensor], where: Path) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if tensor.dtype not in _NUMBERS:
-            raise CheckpointError(
-                f"{name} is of {str(tensor.dtype).removeprefix('torch.')}",
-                where=where,
-                expected="numbers of a common type",
-                remedy="Save it again in float32",
-            )
+            found = f"{name} is of {str(tensor.dtype).removeprefix('torch.')}"
+            remedy = "Save it again in float32"
+            raise CheckpointError(found, where=where, expected="numbers of a common type", remedy=remedy)
     return tensors
 
 
@@ -105,10 +97,9 @@ def write_tensors(path: Path, weights: Mapping[str, Tensor]) -> None:
     for name, tensor in weights.items():
         plain = tensor.detach().cpu().contiguous()
         address = plain.untyped_storage().data_ptr()
-        if address in storages:  # safetensors rejects shared memory, such as tied weights
-            plain = plain.clone()
+        # safetensors rejects shared memory, such as tied weights.
+        tensors[name] = plain.clone() if address in storages else plain
         storages.add(address)
-        tensors[name] = plain
     path.touch()
     permissions = path.stat().st_mode  # safetensors would remove all but the owner's
     safetensors.torch.save_file(tensors, path)
@@ -116,9 +107,9 @@ def write_tensors(path: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def read_torch(path: Path, *, is_mapped: bool = False) -> Any:
-    """The contents of a file of `torch.save`, tensors on the CPU, after its checksums were verified.
+    """The contents of a file of `torch.save`, tensors on the CPU, after its checksums are verified.
 
-    With `is_mapped` tensors stay in the file, unread and unverified: to look at the other contents.
+    With `is_mapped` tensors stay in the file, unread and unverified.
 
     Raises:
         CheckpointError: missing, damaged, or with code.
@@ -127,7 +118,10 @@ def read_torch(path: Path, *, is_mapped: bool = False) -> Any:
         raise CheckpointError("is missing", where=path)
     try:
         require_modest(path)
-        broken = None if is_mapped else _broken_part(path)
+        broken = None
+        if is_zip(path) and not is_mapped:
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()  # torch does not verify checksums
         if broken is None:
             makers: list[Any] = [(maker, f"{room}.{name}") for (room, name), maker in MAKERS.items()]
             with torch.serialization.safe_globals(makers), warnings.catch_warnings():
@@ -146,10 +140,8 @@ def read_torch(path: Path, *, is_mapped: bool = False) -> Any:
 def read_plain_pickle(path: Path) -> Any:
     """The contents of a pickle of numbers, text, lists, mappings and numpy arrays, such as nnU-Net 1's plans.
 
-    Any other class or function that the file names is rejected without being loaded.
-
     Raises:
-        CheckpointError: missing, damaged, or with anything else.
+        CheckpointError: missing, damaged, or with any other class or function, which is not loaded.
     """
     if not path.is_file():
         raise CheckpointError("is missing", where=path)
@@ -182,11 +174,3 @@ def _refused(path: Path, remedy: str) -> CheckpointError:
         expected="a file of tensors and plain values",
         remedy=remedy,
     )
-
-
-def _broken_part(path: Path) -> str | None:
-    """The first part of a zip archive with a wrong checksum, which torch does not verify."""
-    if not is_zip(path):
-        return None
-    with zipfile.ZipFile(path) as archive:
-        return archive.testzip()

@@ -1,11 +1,10 @@
-"""Checks of untrusted torch files before torch reads them, and safe stand-ins for numpy's classes in pickles.
+"""Checks of untrusted torch files before torch reads them, and safe replacements for numpy's classes in pickles.
 
-torch rejects pickles that name code, but trusts the rest: it allocates what compressed parts unpack to, and accepts
-tensors of far more values than their storage holds. So pickles are read here first, with every name replaced by a
-class that does nothing.
+torch rejects pickles that name code, but allocates what compressed parts unpack to, and accepts tensors of far more
+values than their storage holds. So pickles are read here first, with every name replaced by a class that does nothing.
 
-Numpy's classes trust their pickle as well: `numpy.ndarray` accepts any bytes as addresses of objects, and the type of
-an array can be changed to objects later. The stand-ins accept types of plain numbers only.
+`numpy.ndarray` accepts any bytes as addresses of objects, and the type of an array can be changed to objects later.
+The replacements accept types of plain numbers only.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _MAKERS = {
     *("tensor", "tensor_v2", "tensor_v3", "parameter", "parameter_with_state"),
     *("device_tensor_from_cpu_tensor", "device_tensor_from_numpy"),
 }
-"""Those of tensors with values in the file, not of sparse or empty ones."""
+"""Of tensors with values in the file, not of sparse or empty ones."""
 _MOST_SPREAD_VALUES = 10_000
 """Allowed size of a tensor expanded from fewer values, as small constants of networks are."""
 
@@ -60,7 +59,15 @@ def require_modest(path: Path) -> None:
         _require_one_directory(path, stream, size)
         with zipfile.ZipFile(stream) as archive:
             parts = archive.infolist()
-            _require_unpacked(path, parts, size)
+            # torch never packs parts, and a few kB could unpack to gigabytes.
+            total = sum(part.file_size for part in parts)
+            if total > size or any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+                raise CheckpointError(
+                    f"its parts are packed and unpack to {total} bytes",
+                    where=path,
+                    expected="a file as torch writes it, which packs nothing",
+                    remedy="Save it again with torch.save, or convert it to safetensors where it was made",
+                )
             for part in parts:
                 if part.filename.lower().endswith("data.pkl"):  # torch ignores case
                     with archive.open(part) as pickled:
@@ -90,18 +97,6 @@ def _require_one_directory(path: Path, stream: IO[bytes], size: int) -> None:
         (found,) = struct.unpack("<Q", tail[-34:-26])
     if tail[-22:-18] != b"PK\x05\x06" or start + length != stop or found != size - 98:
         raise CheckpointError("is damaged (the directory of its parts is not at its end)", where=path)
-
-
-def _require_unpacked(path: Path, parts: list[zipfile.ZipInfo], size: int) -> None:
-    """Reject compressed parts: torch never writes them, and a few kB could unpack to gigabytes."""
-    total = sum(part.file_size for part in parts)
-    if total > size or any(part.compress_type != zipfile.ZIP_STORED for part in parts):
-        raise CheckpointError(
-            f"its parts are packed and unpack to {total} bytes",
-            where=path,
-            expected="a file as torch writes it, which packs nothing",
-            remedy="Save it again with torch.save, or convert it to safetensors where it was made",
-        )
 
 
 def _look_at(stream: IO[bytes], path: Path, size: int) -> None:
@@ -152,7 +147,7 @@ def _require_stored(arguments: tuple[Any, ...]) -> None:
 
 
 class _Nothing:
-    """Stands in for a class or function of a pickle: accepts any arguments, keeps nothing."""
+    """Replaces a class or function of a pickle: accepts any arguments, keeps nothing."""
 
     path = ""
 
@@ -186,11 +181,11 @@ _CODES = {f"{kind}{size}" for kind, sizes in {"i": "1248", "u": "1248", "f": "24
 
 
 class NumberType:
-    """Stands in for `numpy.dtype`: created with a code such as "f8"; its state has the byte order."""
+    """Replaces `numpy.dtype`: created with a code such as "f8"; its state has the byte order."""
 
     def __init__(self, code: object, *_: object) -> None:
         if not isinstance(code, str) or code not in _CODES:
-            raise UnpicklingError(f"{code!r} is no type of plain numbers")
+            raise UnpicklingError(f"{code!r} is not a type of plain numbers")
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: tuple[object, ...]) -> None:
@@ -198,10 +193,10 @@ class NumberType:
 
 
 class NumberArray(np.ndarray[Any, Any]):
-    """Stands in for `numpy.ndarray`: created empty; its state has the values."""
+    """Replaces `numpy.ndarray`: created empty; its state has the values."""
 
     def __new__(cls, *_: object) -> NumberArray:
-        """An empty array, whatever is asked for."""
+        """An empty array."""
         return super().__new__(cls, (0,), np.uint8)
 
     def __setstate__(self, state: Any) -> None:
@@ -213,12 +208,12 @@ class NumberArray(np.ndarray[Any, Any]):
 
 
 def number_array(*_: object) -> NumberArray:
-    """Stands in for `numpy._core.multiarray._reconstruct`."""
+    """Replaces `numpy._core.multiarray._reconstruct`."""
     return NumberArray()
 
 
 def number(kind: NumberType, raw: bytes) -> Any:
-    """Stands in for `numpy._core.multiarray.scalar`."""
+    """Replaces `numpy._core.multiarray.scalar`."""
     if not isinstance(kind, NumberType) or not isinstance(raw, bytes) or len(raw) != kind.dtype.itemsize:
         raise UnpicklingError("a number of no plain type")
     return np.frombuffer(raw, kind.dtype)[0]
@@ -231,4 +226,4 @@ MAKERS: dict[tuple[str, str], Any] = {
     **{(room, "scalar"): number for room in ("numpy.core.multiarray", "numpy._core.multiarray")},
     **{(room, "_reconstruct"): number_array for room in ("numpy.core.multiarray", "numpy._core.multiarray")},
 }
-"""(Module, name) in a pickle -> its stand-in."""
+"""(Module, name) in a pickle -> its replacement."""

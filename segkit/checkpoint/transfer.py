@@ -1,8 +1,7 @@
 """Load weights into a network with other image channels, other outputs, or the same encoder only.
 
-Everything else must agree by name and shape. All tensors that fit are loaded, or none; a report says what was done with
-each. The roles of a network's tensors are its attributes `input_weights`, `head_prefixes` and `encoder_prefix`, see
-`segkit.models.table`.
+All else must agree by name and shape; all tensors that fit are loaded, or none. The roles of a network's tensors are
+its attributes `input_weights`, `head_prefixes` and `encoder_prefix`, see `segkit.models.table`.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ InputAdapt = Literal["mean", "repeat", "zero"]
 """How kernels are adapted to another number of image channels.
 
 mean: the old kernels in turn, scaled by old over new channels, and their sum for a single new channel: the output for
-an image that is the same in every channel stays the same (exactly so where one number of channels is a multiple of the
-other); repeat: the same unscaled, as in STU-Net's own fine-tuning; zero: the first channels keep their kernels, further
-ones start at zero.
+an image that is the same in every channel stays the same (exactly if one number of channels is a multiple of the
+other); repeat: the same unscaled, as in STU-Net's own fine-tuning; zero: the first channels keep their kernels, the
+others are zero.
 """
 HeadRule = Literal["fit", "skip"]
 """Segmentation heads. fit: loaded where their shape and, where known, the output names agree; skip: never loaded."""
@@ -34,10 +33,10 @@ HeadRule = Literal["fit", "skip"]
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was done with every tensor.
+    """What was done with every tensor, with reasons in `notes`.
 
-    `loaded`, `adapted` (to other image channels) and `missing` (not changed) are all names of the network; `skipped`
-    are the names in the file that were not used. `notes` give reasons.
+    `loaded`, `adapted` (to other image channels) and `missing` (unchanged) are all names of the network; `skipped` are
+    the unused names of the file.
     """
 
     loaded: tuple[str, ...]
@@ -48,18 +47,12 @@ class LoadReport:
 
     def describe(self) -> str:
         """The report in one line."""
-        parts = [f"{len(self.loaded)} tensors loaded"]
-        for names, what in (
-            (self.adapted, "made for other image channels"),
-            (self.skipped, "of the file left out"),
-            (self.missing, "of the network as they were"),
-        ):
-            if names:
-                parts.append(f"{len(names)} {what} ({some(names, 2)})")
-        return ", ".join(parts) + "".join(f"; {note}" for note in self.notes)
+        adapted = (self.adapted, "adapted to other image channels")
+        others = (adapted, (self.skipped, "of the file not used"), (self.missing, "of the network unchanged"))
+        parts = [f"{len(names)} {what} ({some(names, 2)})" for names, what in others if names]
+        return ", ".join([f"{len(self.loaded)} tensors loaded", *parts]) + "".join(f"; {note}" for note in self.notes)
 
-    def __str__(self) -> str:
-        return self.describe()
+    __str__ = describe
 
 
 @dataclass(frozen=True)
@@ -87,19 +80,19 @@ def load_weights(
 ) -> LoadReport:
     """Load a run folder, a result folder of nnU-Net, a .safetensors file or a torch file into a network, in place.
 
-    The network is changed only if everything fits. A file may hold an encoder only; the rest then keeps its weights.
+    A file may hold an encoder only; the rest then keeps its weights.
 
     Args:
         model: A network of `build_model`, or any other, whose names and shapes must then agree exactly.
         path: The folder or file.
-        input_adapt: How kernels are adapted to another number of image channels, see `InputAdapt`.
-        heads: Whether segmentation heads are loaded where they fit, or never.
+        input_adapt: See `InputAdapt`.
+        heads: See `HeadRule`.
         is_strict: Whether every tensor that is neither head nor input kernel must be there in the same shape; else
             those that are not are skipped and reported.
-        source_modalities: Names of the channels that the file was trained with, in order; known of folders.
-        modalities: Names of the channels of `model`, in order. Where both are known and `input_adapt` is "mean", a
-            channel takes the kernel of its own modality.
-        outputs: Names of the outputs of `model`, in order; heads of a folder with other outputs are skipped.
+        source_modalities: Names of the channels that the file was trained with; default: those of a folder's card.
+        modalities: Names of the channels of `model`. Where both are known and `input_adapt` is "mean", a channel takes
+            the kernel of its own modality.
+        outputs: Names of the outputs of `model`; heads of a folder with other outputs are skipped.
 
     Raises:
         CheckpointError: the file is missing, damaged or unsafe, or does not fit; `model` is not changed.
@@ -123,7 +116,7 @@ def transfer(model: nn.Module, source: WeightSource, options: TransferOptions | 
 def plan_transfer(
     model: nn.Module, source: WeightSource, options: TransferOptions | None = None
 ) -> tuple[LoadReport, dict[str, Tensor]]:
-    """The report of `transfer`, and the tensors to copy by their names in the network, which is not changed.
+    """The report of `transfer`, and the tensors to copy by their names in the network.
 
     Raises:
         CheckpointError: the weights do not fit.
@@ -156,7 +149,7 @@ def plan_transfer(
 class _Transfer:
     """The tensors of a file, sorted by what is done with them.
 
-    Names are those of the network, but in `skipped` (known not to belong to it) and `unknown` those of the file.
+    Names are those of the network, in `skipped` (known parts of other networks) and `unknown` those of the file.
     """
 
     model: nn.Module
@@ -181,7 +174,7 @@ class _Transfer:
         return name.startswith(self.head_prefixes)
 
     def must_be_there(self, name: str, *, is_encoder: bool) -> bool:
-        """False for heads, for what lies outside an encoder, and for batch counts, which old torch did not save."""
+        """False for heads, for tensors outside an encoder, and for batch counts, which old torch did not save."""
         is_counter = name.endswith(".num_batches_tracked")
         is_beyond = is_encoder and not name.startswith(self.encoder_prefix)
         return not (self.is_head(name) or is_counter or is_beyond)
@@ -196,7 +189,11 @@ class _Transfer:
 
     def take_heads(self, heads: Mapping[str, Tensor]) -> None:
         """Take heads that fit, each layer as a whole: a bias is useless without its weight."""
-        reason = self._why_no_heads() if heads else None
+        trained = [output.name for output in self.source.card.outputs] if self.source.card else []
+        wanted = self.options.outputs
+        reason = "as requested" if self.options.heads == "skip" else None
+        if reason is None and trained and wanted is not None and list(wanted) != trained:
+            reason = f"the outputs of the file are {some(trained)}, not {some(wanted)}"
         layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for name, tensor in heads.items():
             layers[name.rpartition(".")[0]][name] = tensor
@@ -206,16 +203,7 @@ class _Transfer:
             else:
                 self.headless += layer
         if self.headless:
-            self.notes.append(f"heads stay fresh: {reason or 'theirs have other shapes'}")
-
-    def _why_no_heads(self) -> str | None:
-        if self.options.heads == "skip":
-            return "as asked"
-        card, wanted = self.source.card, self.options.outputs
-        trained = None if card is None else [output.name for output in card.outputs]
-        if trained and wanted is not None and list(wanted) != trained:
-            return f"theirs paint {some(trained)}, not {some(wanted)}"
-        return None
+            self.notes.append(f"heads not loaded: {reason or 'their shapes differ'}")
 
     def take(self, name: str, tensor: Tensor) -> None:
         """Take a tensor; input kernels are adapted to the image channels of the network."""
@@ -240,7 +228,7 @@ class _Transfer:
             are_of_channels = (len(before), len(after)) == (tensor.shape[1], channels)
             by_name = adapt_by_modality(tensor, before, after) if are_of_channels and not are_alike else None
             if by_name is not None:
-                self.notes.append(f"channels {some(after)} made of {some(before)} by name")
+                self.notes.append(f"channels {some(after)} taken from {some(before)} by name")
                 return by_name
         return tensor if tensor.shape[1] == channels else adapt_channels(tensor, channels, self.options.input_adapt)
 
@@ -256,23 +244,17 @@ class _Transfer:
         if self.taken and not (self.options.is_strict and complaints):
             self.notes += complaints
             return
-        raise CheckpointError(
-            f"does not fit {type(self.model).__name__}: {'; '.join(complaints) or 'it holds heads only'}",
-            where=self.source.file,
-            remedy=self._remedy(),
+        remedy = (
+            "Choose the network.family and network.size that it was trained as, see `segkit models` "
+            "(network.weights_share below 1, in Python is_strict=False, takes what fits)"
         )
-
-    def _remedy(self) -> str:
-        card = self.source.card
-        if card is None:
-            return (
-                "Choose the network.family and network.size that it was trained as, see `segkit models` "
-                "(network.weights_share below 1, in Python is_strict=False, takes what fits)"
-            )
-        network = card.network
-        size = [f"size {network.size}"] if network.size else []
-        arguments = [f"{name}={value}" for name, value in network.arguments.items()]
-        return f"Build the network that it was trained as: {', '.join([network.family, *size, *arguments])}"
+        if self.source.card is not None:
+            network = self.source.card.network
+            size = [f"size {network.size}"] if network.size else []
+            arguments = [f"{name}={value}" for name, value in network.arguments.items()]
+            remedy = f"Build the network that it was trained as: {', '.join([network.family, *size, *arguments])}"
+        found = f"does not fit {type(self.model).__name__}: {'; '.join(complaints) or 'it holds heads only'}"
+        raise CheckpointError(found, where=self.source.file, remedy=remedy)
 
 
 def _kind(tensor: Tensor) -> str:
@@ -314,15 +296,15 @@ _OTHER_PARTS = {
     "head.": "the classifier that it was trained with",
     "prompt_encoder.": "SAM's prompt encoder",
     "mask_decoder.": "SAM's mask decoder",
-    "pos_embed": "a table of positions, which the encoder here does without",
+    "pos_embed": "a table of positions, which this encoder does not use",
 }
 """Prefix of a name beside the encoder in encoder files, and what it is."""
 
 
 def match_names(file: Collection[str], network: Collection[str], encoder_prefix: str) -> dict[str, str]:
-    """Match names in a file to names in a network: unchanged or, for encoder files, below `encoder_prefix`.
+    """Match checkpoint keys to model keys: unchanged or, for encoder files, below `encoder_prefix`.
 
-    Of the possible prefixes, that with most matches is used; names without a match stay unchanged.
+    Of the possible prefixes, that with most matches is used; keys without a match stay unchanged.
     """
     known = set(network)
     readings: list[dict[str, str]] = [{name: name for name in file}]
@@ -333,7 +315,7 @@ def match_names(file: Collection[str], network: Collection[str], encoder_prefix:
 
 
 def other_part(name: str) -> str | None:
-    """A sentence on what a tensor beside the encoder belongs to; None if unknown."""
+    """What a tensor beside the encoder belongs to, as a sentence; None if unknown."""
     plain = min((name.removeprefix(prefix) for prefix in _PREFIXES), key=len)
     known = (f"{part.rstrip('.')} is {what}" for part, what in _OTHER_PARTS.items() if plain.startswith(part))
     return next(known, None)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from segkit.checkpoint.card import ModelCard
+from segkit.checkpoint.card import ExportCard, GraphCard, ModelCard
 from segkit.checkpoint.model import save_model
 from segkit.checkpoint.run_folder import load_card, require_segmentation
 from segkit.errors import CheckpointError, RequestError
@@ -49,6 +49,14 @@ KEYS = [
     *("versions", "sha256", "training_data"),
 ]
 OF_MASKS = ("activation", "outputs", "label_scheme", "postprocessing")
+
+
+def test_the_file_holds_no_nan(make_card: Callable[..., ModelCard]) -> None:
+    graph = GraphCard(file="model.onnx", precision="fp32", sha256={})
+    export = ExportCard(opset=20, graphs=(graph,), parity={"openvino": {"dice": float("nan")}})
+    text = make_card().model_copy(update={"export": export}).to_text()
+    document = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert document["export"]["parity"] == {"openvino": {"dice": None}}
 
 
 def test_the_file_has_flat_keys_in_a_fixed_order(make_card: Callable[..., ModelCard]) -> None:

@@ -26,9 +26,6 @@ def test_without_an_encoder_names_must_meet_as_they_are() -> None:
 
 def test_parts_beside_an_encoder_are_known() -> None:
     assert other_part("fc.weight") == "fc is the classifier that it was trained with"
-    assert (
-        other_part("image_encoder.pos_embed")
-        == "pos_embed is a table of positions, which the encoder here does without"
-    )
+    assert other_part("image_encoder.pos_embed") == "pos_embed is a table of positions, which this encoder does not use"
     assert other_part("mask_decoder.transformer.layers.0.norm1.weight") == "mask_decoder is SAM's mask decoder"
     assert other_part("layer1.0.conv1.weight") is None

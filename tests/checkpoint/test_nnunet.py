@@ -270,7 +270,10 @@ def test_a_result_is_a_place_to_begin_from(tmp_path: Path) -> None:
     name = "conv_blocks_context.0.0.conv3.weight"
     assert torch.equal(network.state_dict()[name], source.state_dict()[name][:, 1:])
     assert (len(report.loaded), len(report.adapted), len(report.missing)) == (118, 2, 10)
-    assert report.notes[0] == "heads stay fresh: theirs paint background, left, right, not background, left, other"
+    assert (
+        report.notes[0]
+        == "heads not loaded: the outputs of the file are background, left, right, not background, left, other"
+    )
     assert len(load_weights(network, result, outputs=["background", "left", "right"]).loaded) == 128
 
 

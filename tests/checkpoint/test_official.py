@@ -245,6 +245,6 @@ def test_the_image_encoder_of_sam_without_its_positions() -> None:
     assert made["encoder.patch_embed.proj.weight"].shape == (768, 1, 16, 16)
     assert report.skipped == ("image_encoder.pos_embed", "mask_decoder.iou_token.weight")
     assert report.notes[1:] == (
-        "pos_embed is a table of positions, which the encoder here does without",
+        "pos_embed is a table of positions, which this encoder does not use",
         "mask_decoder is SAM's mask decoder",
     )

@@ -48,7 +48,7 @@ def test_damaged_state_falls_back_to_the_previous_one(
     damage(tmp_path / "last.ckpt")
     with caplog.at_level(logging.WARNING):
         assert load_state(tmp_path)["epoch"] == 1
-    assert "going on from previous.ckpt" in caplog.text
+    assert "resuming from previous.ckpt" in caplog.text
 
 
 def test_a_byte_turned_over_anywhere_is_noticed_or_means_nothing(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_no_usable_state_is_an_error(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_state_is_not_used(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "last.ckpt")
-    with pytest.raises(CheckpointError, match=r"last\.ckpt is no resume state; previous\.ckpt is missing"):
+    with pytest.raises(CheckpointError, match=r"last\.ckpt is not a resume state; previous\.ckpt is missing"):
         load_state(tmp_path)
 
 

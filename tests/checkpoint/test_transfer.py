@@ -99,12 +99,12 @@ def test_other_channels_and_outputs(tmp_path: Path) -> None:
         adapted=BODY[:1],
         skipped=HEADS,
         missing=HEADS,
-        notes=("heads stay fresh: theirs have other shapes",),
+        notes=("heads not loaded: their shapes differ",),
     )
     assert report.describe() == (
-        "7 tensors loaded, 1 made for other image channels (encoder.stem.weight), "
-        "4 of the file left out (heads.0.weight, heads.0.bias, ...), "
-        "4 of the network as they were (heads.0.weight, heads.0.bias, ...); heads stay fresh: theirs have other shapes"
+        "7 tensors loaded, 1 adapted to other image channels (encoder.stem.weight), "
+        "4 of the file not used (heads.0.weight, heads.0.bias, ...), "
+        "4 of the network unchanged (heads.0.weight, heads.0.bias, ...); heads not loaded: their shapes differ"
     )
 
 
@@ -123,7 +123,7 @@ def test_channels_by_name_also_where_their_number_is_the_same(tmp_path: Path) ->
     report = load_weights(network, path, **names)
     assert network.encoder.stem.weight[0].flatten().tolist() == [2.0, 1.0]
     assert report.adapted == ("encoder.stem.weight",)
-    assert report.notes == ("channels FLAIR, t1ce made of t1c, t2f by name",)
+    assert report.notes == ("channels FLAIR, t1ce taken from t1c, t2f by name",)
     report = load_weights(network, path, source_modalities=["t1ce", "flair"], modalities=["t1c", "t2f"])
     assert network.encoder.stem.weight[0].flatten().tolist() == [1.0, 2.0]
     assert report.adapted == ()
@@ -136,7 +136,7 @@ def test_heads_can_be_left_out_though_they_fit(tmp_path: Path) -> None:
     fresh = copies(network)
     report = load_weights(network, save(tmp_path / "a.pt", copies(trained())), heads="skip")
     assert torch.equal(network.heads[0].weight, fresh["heads.0.weight"])
-    assert (report.skipped, report.missing, report.notes) == (HEADS, HEADS, ("heads stay fresh: as asked",))
+    assert (report.skipped, report.missing, report.notes) == (HEADS, HEADS, ("heads not loaded: as requested",))
 
 
 def test_a_head_is_taken_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_a_run_folder_knows_its_outputs(run: Path, tied_network: Callable[..., n
     assert load_weights(network, run, outputs=("WT", "TC", "ET")).missing == ()
     report = load_weights(network, run / "model.safetensors", outputs=("A", "B", "C"))
     assert report.missing == ("head",)
-    assert report.notes == ("heads stay fresh: theirs paint WT, TC, ET, not A, B, C",)
+    assert report.notes == ("heads not loaded: the outputs of the file are WT, TC, ET, not A, B, C",)
 
 
 def test_a_run_folder_of_another_network_says_which(run: Path, tied_network: Callable[..., nn.Module]) -> None:

@@ -210,7 +210,7 @@ def test_an_archive_of_an_archive_is_not_unpacked_in_turn(tmp_path: Path) -> Non
         ({"overlap": 1.0}, "overlap: Input should be less than 1"),
         ({"divisor": [0, 1, 1]}, "divisor.0: Input should be greater than or equal to 1"),
         ({"spacing_mm": [float("nan")] * 3}, "spacing_mm.0: Input should be a finite number"),
-        ({"outputs": [{"name": "a\nb", "label": 1}]}, "no name that can be shown"),
+        ({"outputs": [{"name": "a\nb", "label": 1}]}, "is not a printable name"),
         ({"outputs": [{"name": "a", "label": 7}]}, r"outputs paint \[7\], for which label_scheme has no names"),
         ({"outputs": [{"name": "a", "label": 300}]}, "label: Input should be less than or equal to 255"),
         ({"network": {"family": "x", "in_channels": 10**9, "out_channels": 1}}, "in_channels: Input should be less"),

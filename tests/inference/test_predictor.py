@@ -109,7 +109,7 @@ def test_wrong_requests_are_refused(make_run: MakeRun, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a folder"):
         Predictor.load(tmp_path / "nothing")
     pretrained = make_run("encoder", task="pretraining", activation=None, label_scheme=None)
-    with pytest.raises(RequestError, match="pretraining model, which paints no masks"):
+    with pytest.raises(RequestError, match="pretraining model, which makes no masks"):
         Predictor.load(pretrained)
 
 
