@@ -8,9 +8,9 @@ from os import PathLike
 
 
 def printable(text: str) -> str:
-    """A text in which what a terminal would obey, or not show, stands as JSON escapes it; lines stay lines.
+    """A text with control characters, and others that a terminal does not show, escaped as in JSON; newlines stay.
 
-    File names may hold anything: commands of terminals, signs that turn the direction of writing, half characters.
+    File names may hold terminal commands, signs that reverse the direction of writing, and lone surrogates.
     """
     if text.isprintable():
         return text
@@ -23,21 +23,21 @@ def _escaped(letter: str) -> str:
 
 
 def on_one_line(text: object) -> str:
-    """A text that is `printable` on a line of its own: what is a name must not look like the next line."""
+    """A `printable` text on one line: a name must not look like the next line of the output."""
     return printable(str(text)).replace("\n", "\\n")
 
 
 def some(names: Iterable[str], most: int = 5) -> str:
-    """The first of many names, for a sentence, and dots where there are more."""
+    """The first `most` names, separated by commas, with dots where there are more."""
     listed = list(names)
     return ", ".join(listed[:most]) + (", ..." if len(listed) > most else "")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One finding about an input, collected with others so that a user mends everything in one go.
+    """One finding about an input, collected with others so that a user can correct all of them at once.
 
-    `is_fatal` says that the case (or the request) cannot be used; a finding that is not fatal is a warning.
+    `is_fatal`: the case (or the request) cannot be used; else it is a warning.
     """
 
     where: str
@@ -46,16 +46,21 @@ class Problem:
     is_fatal: bool = True
 
     def __str__(self) -> str:
-        told = f"{on_one_line(self.where)}: {printable(self.found)}"
-        return told + (f" -> {printable(self.remedy)}" if self.remedy else "")
+        sentence = f"{on_one_line(self.where)}: {printable(self.found)}"
+        return sentence + (f" -> {printable(self.remedy)}" if self.remedy else "")
+
+
+def warning(where: object, found: str, remedy: str = "") -> Problem:
+    """A finding that does not prevent the use of what it is about."""
+    return Problem(str(where), found, remedy, is_fatal=False)
 
 
 class SegkitError(Exception):
-    """Base of every error that segkit raises on purpose; the command line prints its sentence, not its trace."""
+    """Base of every error that segkit raises on purpose; the command line prints its sentence without a traceback."""
 
     exit_code = 1
-    is_told = False
-    """Whether another process of the same training has said it already."""
+    is_reported = False
+    """Whether another process of the same training has already printed it."""
 
     def __init__(
         self,
@@ -78,7 +83,7 @@ class SegkitError(Exception):
 
 
 class DataError(SegkitError):
-    """A file or a case cannot be used. The other cases go on."""
+    """A file or a case cannot be used. Other cases are still processed."""
 
 
 class CheckpointError(SegkitError):
@@ -86,26 +91,26 @@ class CheckpointError(SegkitError):
 
 
 class TrainingError(SegkitError):
-    """A training that had begun cannot go on; its last checkpoint is kept."""
+    """A training that has started cannot continue; its last checkpoint is kept."""
 
 
 class ClusterError(SegkitError):
-    """Machines of a cluster were lost. What was finished is kept."""
+    """Machines of a cluster were lost. Finished cases are kept."""
 
 
 class RequestError(SegkitError):
-    """What was asked for cannot be done as asked; nothing was run."""
+    """The request is invalid; nothing was run."""
 
     exit_code = 2
 
 
 def as_request(error: SegkitError) -> RequestError:
-    """The same sentence as a wrong request: it was found before any case was touched."""
+    """The same sentence as a RequestError, for errors found before any case was processed."""
     return RequestError(error.found, where=error.where, expected=error.expected, remedy=error.remedy)
 
 
 class ConfigError(RequestError):
-    """A configuration with one or more problems, all of them reported at once."""
+    """A configuration with problems, all of which are reported at once."""
 
     def __init__(self, problems: list[Problem]) -> None:
         self.problems = tuple(problems)
@@ -117,10 +122,10 @@ class ConfigError(RequestError):
 _MEMORY_SIGNS = (
     *("out of memory", "allocate memory", "not enough memory", "bad allocation", "bad_alloc"),
     *("failed to allocate", "can't alloc", "could not create a primitive"),  # OpenVINO, oneDNN
-    *("failed to map segment", "resource temporarily unavailable"),  # a library, or a thread, that has no room to begin
+    *("failed to map segment", "resource temporarily unavailable"),  # no room for a library or a thread
 )
 
 
 def is_memory_error(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, whichever library raises it."""
+    """Whether an error of any library means that memory ran out."""
     return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in _MEMORY_SIGNS)

@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
         if wants_trace:
             print_stderr(traceback.format_exc().rstrip())
         prefix = "" if error.exit_code == _INTERRUPTED else "Error: "
-        if not error.is_told:
+        if not error.is_reported:
             print_stderr(f"{prefix}{error}")
         raise SystemExit(error.exit_code) from None
     except SystemExit as leave:

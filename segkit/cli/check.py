@@ -118,7 +118,7 @@ def next_command(
     `reading` are the options for reading the folder, `training` those that only `train` has.
     """
     from segkit.reading.geometry import REPAIR_COMMAND
-    from segkit.reading.layouts.synthesis import SYNTHESIS_LAYOUT
+    from segkit.reading.layouts.brats import SYNTHESIS_LAYOUT
 
     fatal = [problem for report in reports for problem in report.problems if problem.is_fatal]
     labelled = [case for case in usable.cases if case.label is not None]

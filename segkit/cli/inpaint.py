@@ -116,7 +116,7 @@ def _refuse_bank_in_input(bank: Path | None, input: Path) -> None:
 def _find_voided(source: Path, options: FolderOptions) -> Cohort:
     """The cases of a folder of the BraTS inpainting task."""
     from segkit.batch.cases import choose_cases
-    from segkit.reading.layouts.synthesis import SYNTHESIS_LAYOUT, find_voided
+    from segkit.reading.layouts.brats import SYNTHESIS_LAYOUT, find_voided
 
     if options.layout not in (None, SYNTHESIS_LAYOUT) or options.modality:
         raise RequestError("nothing says what is missing of scans in another layout", expected=_THREE_WAYS)

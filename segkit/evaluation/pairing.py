@@ -13,7 +13,7 @@ from segkit.errors import DataError, RequestError, some
 from segkit.labels import SCHEMES, LabelScheme, classes_scheme
 from segkit.reading.case import LABEL, Case, Cohort, ImageFile, split_name
 from segkit.reading.files import read_json, read_labels, stem_of, suffix_of
-from segkit.reading.layouts.listing import list_images
+from segkit.reading.layouts.layout import list_images
 from segkit.reading.layouts.schemes import CONVENTIONS, patient_of, present_values, values_of
 from segkit.reading.layouts.table import PLAIN_CLASSES, find_cases
 from segkit.reading.pictures import PICTURE_SUFFIXES

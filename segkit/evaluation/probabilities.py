@@ -21,7 +21,7 @@ from segkit.metrics.lesions import Scores
 from segkit.reading.case import Case, file_name_of
 from segkit.reading.files import read_volume, stem_of
 from segkit.reading.geometry import same_grid
-from segkit.reading.layouts.listing import list_images
+from segkit.reading.layouts.layout import list_images
 from segkit.reading.volume import Grid
 from segkit.shapes import AnyArray, Mask
 

@@ -16,7 +16,7 @@ from segkit.errors import DataError, RequestError, some
 from segkit.reading.case import Case
 from segkit.reading.files import count_channels, read_volume, stem_of, suffix_of
 from segkit.reading.geometry import same_grid
-from segkit.reading.layouts.listing import list_images
+from segkit.reading.layouts.layout import list_images
 from segkit.reading.volume import Grid
 from segkit.shapes import Mask
 

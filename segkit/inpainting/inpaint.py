@@ -26,7 +26,7 @@ from segkit.preparing.lesion_bank import image_path, lesion_path
 from segkit.preparing.preprocessing import LoadedCase, load_case
 from segkit.reading.case import Case, Cohort, ImageFile, match_modalities
 from segkit.reading.files import read_volume, suffix_of, write_image, write_labels
-from segkit.reading.layouts.synthesis import SYNTHESIS_LAYOUT
+from segkit.reading.layouts.brats import SYNTHESIS_LAYOUT
 from segkit.reading.volume import Grid
 from segkit.shapes import Image
 

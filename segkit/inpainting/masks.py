@@ -18,7 +18,7 @@ from segkit.preparing.holes import grow
 from segkit.reading.case import Case, Cohort, ImageFile
 from segkit.reading.files import read_labels
 from segkit.reading.geometry import same_grid
-from segkit.reading.layouts.listing import list_images
+from segkit.reading.layouts.layout import list_images
 from segkit.reading.layouts.table import find_cases
 from segkit.reading.volume import Grid
 from segkit.shapes import Image

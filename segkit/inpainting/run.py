@@ -21,7 +21,7 @@ from segkit.models.generator import build_discriminator
 from segkit.preparing.holes import HoleMaker, tumour_components
 from segkit.preparing.preprocessing import PreparedCase
 from segkit.reading.case import Cohort
-from segkit.reading.layouts.synthesis import SYNTHESIS_LAYOUT, find_known
+from segkit.reading.layouts.brats import SYNTHESIS_LAYOUT, find_known
 from segkit.reading.layouts.table import PLAIN_CLASSES, find_cases
 from segkit.training.batches import ENDLESS
 from segkit.training.task import RunPlan, SplitData, build_card

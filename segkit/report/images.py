@@ -19,7 +19,7 @@ from segkit.labels import SCHEMES, LabelScheme, scheme_from_json, translate
 from segkit.reading.case import Case, ImageFile
 from segkit.reading.files import read_labels, read_volume
 from segkit.reading.geometry import same_grid
-from segkit.reading.layouts.listing import list_images
+from segkit.reading.layouts.layout import list_images
 from segkit.reading.layouts.table import find_cases
 from segkit.reading.volume import Grid
 from segkit.report.planes import background_of, label_colours

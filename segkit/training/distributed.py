@@ -43,7 +43,7 @@ _SIGNS_OF_THE_GROUP = ("gloo", "NCCL", "Connection closed by peer", "Connection 
 class RemoteRankError(SegkitError):
     """An error that another rank has already reported; this process ends silently with the same exit code."""
 
-    is_told = True
+    is_reported = True
 
     def __init__(self, error: SegkitError) -> None:
         super().__init__(error.found, where=error.where, expected=error.expected, remedy=error.remedy)

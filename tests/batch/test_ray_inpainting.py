@@ -20,7 +20,7 @@ from segkit.inpainting.inpaint import Inpaint, InpaintPlan
 from segkit.inpainting.masks import masks_of_cohort
 from segkit.inpainting.predictor import InpaintingPredictor
 from segkit.phantoms.inpainting import write_inpainting_phantoms
-from segkit.reading.layouts.synthesis import find_voided
+from segkit.reading.layouts.brats import find_voided
 from tests.helpers import run_segkit
 
 WriteInpainter = Callable[[str], Path]

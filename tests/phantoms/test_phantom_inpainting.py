@@ -13,7 +13,7 @@ from segkit.preparing.holes import ChallengeRules, whole_tumour
 from segkit.reading.checks import check_cohort
 from segkit.reading.files import read_labels, read_volume
 from segkit.reading.geometry import reorientation_to
-from segkit.reading.layouts.synthesis import find_known, find_voided
+from segkit.reading.layouts.brats import find_known, find_voided
 from segkit.reading.layouts.table import find_cases
 
 SIZE = 40

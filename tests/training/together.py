@@ -118,7 +118,7 @@ def talk(folder: Path, ranks: Ranks) -> dict[str, Any]:
     try:
         ranks.from_first(refuse)
     except SegkitError as error:
-        found["refused"] = [type(error).__name__, str(error), error.exit_code, error.is_told]
+        found["refused"] = [type(error).__name__, str(error), error.exit_code, error.is_reported]
     found["order"] = ranks.exchange(None) and log.read_text().split()
     return found
 

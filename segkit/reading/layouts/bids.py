@@ -18,13 +18,15 @@ from segkit.reading.layouts.layout import (
     FolderOptions,
     FoundFile,
     Layout,
+    Listing,
     SchemeChoice,
+    bare_name,
     build_cases,
     build_cohort,
     common_modalities,
+    read_document,
     unused_files,
 )
-from segkit.reading.layouts.listing import Listing, bare_name, read_document
 from segkit.reading.layouts.schemes import scheme_by_values, scheme_from_names
 
 _NAME = re.compile(r"^sub-(?P<subject>[A-Za-z0-9]+)(?:_.*)?_(?P<suffix>[A-Za-z0-9]+)$")
@@ -39,8 +41,7 @@ def _recognise(listing: Listing) -> float:
         return 0.0
     named = sum(1 for path in listing.volumes if _NAME.match(bare_name(path)) and "anat" in path.parts)
     has_description = (listing.root / "dataset_description.json").is_file()
-    share = named / len(listing.volumes)
-    return 0.95 if has_description and named else 0.9 * share
+    return 0.95 if has_description and named else 0.9 * (named / len(listing.volumes))
 
 
 def _read(listing: Listing, options: FolderOptions) -> Cohort:
@@ -75,10 +76,8 @@ def _find(path: Path, parts: tuple[str, ...]) -> FoundFile | None:
         return FoundFile(case_id, folder, kind, ImageFile(path))
     if "derivatives" in parts or "anat" not in path.parts:
         return None
-    modality = canonical_modality(suffix)
-    if modality is None:
-        return None
-    return FoundFile(case_id, folder, "t1c" if modality == "t1n" and "ce" in entities else modality, ImageFile(path))
+    modality = "t1c" if canonical_modality(suffix) == "t1n" and "ce" in entities else canonical_modality(suffix)
+    return None if modality is None else FoundFile(case_id, folder, modality, ImageFile(path))
 
 
 def _prefer_dseg(files: Sequence[FoundFile]) -> list[FoundFile]:
@@ -101,9 +100,8 @@ def _segment_names(listing: Listing) -> dict[str, int]:
         require_shown(names, table)
         require_label_values({name: (value,) for name, value in names.items()})
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
-        raise DataError(
-            f"cannot be read ({error})", where=table, expected="tab-separated columns `index` and `name`"
-        ) from error
+        expected = "tab-separated columns `index` and `name`"
+        raise DataError(f"cannot be read ({error})", where=table, expected=expected) from error
     return names
 
 

@@ -2,6 +2,11 @@
 
 A file belongs to a case if its name starts with a case id, or if a folder above it is named like one (such as
 `BraTS20_Training_355/W39_1998.09.19_Segm.nii`).
+
+Folders of the local-synthesis challenge have `<case>-t1n-voided` (0 in the region to fill) and `<case>-mask` (1 there);
+in training folders also `<case>-t1n` (whole), `<case>-mask-healthy` and `<case>-mask-unhealthy`, whose union is the
+mask. The layout `brats-inpainting` reads such a folder for checking and segmentation; `find_voided` and `find_known`
+read it for inpainting, where the *reference* of a case is a hole (`HOLE_SCHEME`: 1) and its only modality is t1n.
 """
 
 from __future__ import annotations
@@ -9,13 +14,13 @@ from __future__ import annotations
 import re
 import shlex
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from segkit.errors import DataError, Problem
-from segkit.labels import SCHEMES
+from segkit.errors import DataError, Problem, warning
+from segkit.labels import SCHEMES, LabelScheme, classes_scheme
 from segkit.reading.case import (
     BRATS_MODALITIES,
     IGNORED,
@@ -27,23 +32,38 @@ from segkit.reading.case import (
     kind_of,
     split_name,
 )
-from segkit.reading.files import read_grid
+from segkit.reading.files import VOLUME_SUFFIXES, read_grid, suffix_of
 from segkit.reading.geometry import repair_command, same_grid
 from segkit.reading.layouts.layout import (
     FolderOptions,
     FoundFile,
     Layout,
+    Listing,
     SchemeChoice,
+    bare_name,
     build_cases,
     build_cohort,
+    list_images,
     unused_files,
 )
-from segkit.reading.layouts.listing import Listing, bare_name, list_images
 from segkit.reading.layouts.schemes import CONVENTIONS, Convention, patient_of, values_of
+from segkit.reading.volume import list_folder
 
-_VOIDED = "t1n-voided"
-_INPAINTING_KINDS = (_VOIDED, "mask", "mask-healthy", "mask-unhealthy")
+SYNTHESIS_LAYOUT = "brats-inpainting"
+"""The name of local-synthesis folders in the table of layouts."""
+
+HOLE_SCHEME: LabelScheme = classes_scheme("hole", {"hole": 1})
+"""1 where voxels are missing, or have no healthy ground truth."""
+
+_WHOLE, _VOIDED, _MASK, _UNHEALTHY = "t1n", "t1n-voided", "mask", "mask-unhealthy"
+_INPAINTING_KINDS = (_VOIDED, _MASK, "mask-healthy", _UNHEALTHY)
 """Files of the inpainting task beside the images: part of `Case.images`, but not input channels."""
+
+_SYNTHESIS_NAME = re.compile(
+    r"^(?P<case>.+?)[-_](?P<kind>t1n-voided|t1n|mask-unhealthy|mask-healthy|mask)$", re.IGNORECASE
+)
+_SYNTHESIS_FILES = "CASE-t1n-voided.nii.gz and CASE-mask.nii.gz"
+_OTHER_HOLES = "Give the holes of other scans by a mask of their own"
 
 _ALGORITHM_MASK = "algorithm mask"
 """The kind of a segmentation named after an algorithm (`seg-<algorithm>`), never an expert reference."""
@@ -68,7 +88,7 @@ def _recognise(convention: Convention, listing: Listing) -> float:
     if share == 0:
         return 0.0
     is_inpainting = any(file.kind == _VOIDED for file in files)
-    if is_inpainting != (convention.name == "brats-inpainting"):
+    if is_inpainting != (convention.name == SYNTHESIS_LAYOUT):
         return 0.0
     timepoints = [match for file in files if (match := _GLIOMA_TIMEPOINT.match(file.case_id))]
     is_post_treatment = any(int(match[1]) >= _POST_TREATMENT for match in timepoints)
@@ -88,8 +108,7 @@ def _read(convention: Convention, listing: Listing, options: FolderOptions) -> C
     if convention.name == "upenn" and not any(file.kind == LABEL for file in files):
         files += _find_files(convention, _upenn_references(listing.root))
     foreign = () if convention.name == "upenn" else _foreign_references(files)
-    left_out = set(foreign)
-    used = [file for file in files if file.kind != _ALGORITHM_MASK and file.image.path not in left_out]
+    used = [file for file in files if file.kind != _ALGORITHM_MASK and file.image.path not in foreign]
     cases, problems = build_cases(used, patient_of=patient_of, order=_channel_order)
     cases = _with_algorithm_masks(cases, files, listing.root)
     known = {file.image.path for file in files}
@@ -101,23 +120,20 @@ def _read(convention: Convention, listing: Listing, options: FolderOptions) -> C
     if foreign:
         remedy = "Move expert references into the folder of their case"
         problems.append(unused_files(foreign, "masks outside the folder of their case (predictions?)", remedy))
-    if convention.has_four_modalities:
-        problems += _absent_modalities(cases, listing.root)
     modalities = in_channel_order(kind for case in cases for kind in case.images)
+    absent = [modality for modality in BRATS_MODALITIES if modality not in modalities]
+    if convention.has_four_modalities and absent and cases:
+        remedy = "Training uses the modalities that exist; a model of four modalities needs --allow-missing"
+        problems.append(warning(listing.root, f"no case has {', '.join(absent)}", remedy))
     channels = [kind for kind in modalities if kind not in _INPAINTING_KINDS]
-    return build_cohort(
-        listing,
-        convention.name,
-        cases,
-        _choose_scheme(convention, cases, options, listing.root),
-        modalities=channels or [kind for kind in modalities if kind == _VOIDED],
-        problems=problems,
-    )
+    channels = channels or [kind for kind in modalities if kind == _VOIDED]
+    choice = _choose_scheme(convention, cases, options, listing.root)
+    return build_cohort(listing, convention.name, cases, choice, modalities=channels, problems=problems)
 
 
 def _find_files(convention: Convention, paths: Iterable[Path]) -> list[FoundFile]:
     pattern = re.compile(convention.case_pattern, re.IGNORECASE)
-    found = (_find_file(pattern, path, convention.name == "brats-inpainting") for path in paths)
+    found = (_find_file(pattern, path, convention.name == SYNTHESIS_LAYOUT) for path in paths)
     return [file for file in found if file is not None]
 
 
@@ -144,7 +160,7 @@ def _kind_in_brats(kind: str | None, word: str) -> str | None:
     return IGNORED if kind == LABEL and word not in _REFERENCE_WORDS else kind
 
 
-def _foreign_references(files: Sequence[FoundFile]) -> tuple[Path, ...]:
+def _foreign_references(files: Sequence[FoundFile]) -> list[Path]:
     """References in another folder than the images of their case: they may be predictions."""
     image_folders: dict[str, set[Path]] = defaultdict(set)
     for file in files:
@@ -158,12 +174,11 @@ def _foreign_references(files: Sequence[FoundFile]) -> tuple[Path, ...]:
         folders = (file.folder, *own)
         return not all(folder.name == file.case_id and folder.parent.name.lower() in _GRADES for folder in folders)
 
-    return tuple(file.image.path for file in files if is_foreign(file))
+    return [file.image.path for file in files if is_foreign(file)]
 
 
 def _channel_order(kinds: Iterable[str]) -> tuple[str, ...]:
-    ordered = in_channel_order(kinds)
-    return tuple(sorted(ordered, key=lambda kind: kind in _INPAINTING_KINDS))
+    return tuple(sorted(in_channel_order(kinds), key=lambda kind: kind in _INPAINTING_KINDS))
 
 
 def _upenn_references(root: Path) -> tuple[Path, ...]:
@@ -175,21 +190,16 @@ def _upenn_references(root: Path) -> tuple[Path, ...]:
 def _choose_scheme(convention: Convention, cases: Sequence[Case], options: FolderOptions, where: Path) -> SchemeChoice:
     if options.label_scheme is not None:
         return SchemeChoice(options.label_scheme)
-    scheme = SCHEMES[convention.scheme]
     is_labelled = any(case.label is not None for case in cases)
     if convention.name == "brats2023-met" and is_labelled and 4 in values_of(cases, stop_at=4):
         return SchemeChoice(SCHEMES["brats2024"])
-    if convention.name == "brats-ped" and options.layout != convention.name:
-        return _choose_paediatric_scheme(cases, where)
-    return SchemeChoice(scheme)
-
-
-def _choose_paediatric_scheme(cases: Sequence[Case], where: Path) -> SchemeChoice:
-    """The scheme of BraTS-PED 2024 and later, which only value 4 distinguishes from that of 2023."""
+    if convention.name != "brats-ped" or options.layout == convention.name:
+        return SchemeChoice(SCHEMES[convention.scheme])
+    # Only value 4 distinguishes BraTS-PED 2024 and later from 2023.
     both = "--label-scheme brats-ped (2024 and later) or --label-scheme brats2023"
-    if not any(case.label is not None for case in cases):
-        note = "the names of BraTS-PED do not tell the label scheme of 2023 from that of 2024 and later"
-        return SchemeChoice(None, (Problem(str(where), note, f"To fix the scheme pass {both}", is_fatal=False),))
+    if not is_labelled:
+        note = "the names of BraTS-PED fit two label schemes, that of 2023 and that of 2024 and later"
+        return SchemeChoice(None, (warning(where, note, f"To fix the scheme pass {both}"),))
     if 4 not in values_of(cases, stop_at=4):
         note = (
             "no reference of BraTS-PED holds value 4, so that labels may be those of 2023 (1 NCR, 2 ED, 3 ET) or those "
@@ -199,41 +209,22 @@ def _choose_paediatric_scheme(cases: Sequence[Case], where: Path) -> SchemeChoic
     return SchemeChoice(SCHEMES["brats-ped"])
 
 
-def _absent_modalities(cases: Sequence[Case], where: Path) -> list[Problem]:
-    """A warning where no case has one of the four BraTS modalities."""
-    present = {modality for case in cases for modality in case.images}
-    absent = [modality for modality in BRATS_MODALITIES if modality not in present]
-    if not absent or not cases:
-        return []
-    remedy = "Training uses what is there; a model of four modalities needs --allow-missing"
-    return [Problem(str(where), f"no case has {', '.join(absent)}", remedy, is_fatal=False)]
-
-
 def _with_algorithm_masks(cases: Sequence[Case], files: Iterable[FoundFile], root: Path) -> list[Case]:
     """The cases with warnings about the algorithm masks beside them."""
     masks: dict[str, list[Path]] = defaultdict(list)
     for file in files:
         if file.kind == _ALGORITHM_MASK:
             masks[file.case_id].append(file.image.path)
-    return [
-        replace(case, problems=(*case.problems, *_mask_problems(case, masks[case.id], root)))
-        if case.id in masks
-        else case
-        for case in cases
-    ]
+    return [replace(case, problems=(*case.problems, *_mask_problems(case, masks[case.id], root))) for case in cases]
 
 
 def _mask_problems(case: Case, paths: Sequence[Path], root: Path) -> list[Problem]:
     """Which masks have lost their geometry, and where there is no reference, which ones could be copied as one."""
     misfits = {path: reason for path in paths if (reason := _misfit(case, path))}
     good = [path for path in paths if path not in misfits]
+    remedy = f"Repair a copy with `{repair_command(root)}`, or leave it out"
     problems = [
-        Problem(
-            str(path),
-            f"segmentation by an algorithm whose geometry is lost: {reason}",
-            f"Repair a copy with `{repair_command(root)}`, or leave it out",
-            is_fatal=False,
-        )
+        warning(path, f"segmentation by an algorithm whose geometry is lost: {reason}", remedy)
         for path, reason in misfits.items()
     ]
     if case.label is None and good:
@@ -242,7 +233,7 @@ def _mask_problems(case: Case, paths: Sequence[Path], root: Path) -> list[Proble
         names = ", ".join(path.name for path in good)
         found = f"no expert reference (-seg); {len(good)} algorithm segmentation(s) found, which are not used: {names}"
         remedy = f"To train on one all the same, copy it to the name of a reference: `{copy}`"
-        problems.insert(0, Problem(str(paths[0].parent), found, remedy, is_fatal=False))
+        problems.insert(0, warning(paths[0].parent, found, remedy))
     return problems
 
 
@@ -255,13 +246,79 @@ def _misfit(case: Case, path: Path) -> str | None:
         return None  # the check reads the image itself and reports it
 
 
+def find_voided(root: Path, *, exclude: Path | None = None) -> Cohort:
+    """The voided scans of a data folder, one case folder or one file, each with the mask of its hole.
+
+    `exclude` is a folder below `root` to leave out. A case without a mask carries a fatal problem.
+
+    Raises:
+        DataError: nothing there, or no voided scan.
+    """
+    return _find_holes(Path(root), exclude, lambda found: (_VOIDED, _MASK), "no voided scan")
+
+
+def find_known(root: Path, *, exclude: Path | None = None) -> Cohort:
+    """The training scans of a data folder or case folder, each with the region without healthy ground truth.
+
+    The image is the whole scan if it exists, else the voided one; the region is the unhealthy mask of a whole scan,
+    else the mask, which is at least as large. `exclude` is a folder below `root` to leave out. A case without any mask
+    carries a fatal problem.
+
+    Raises:
+        DataError: nothing there, or neither whole nor voided scans.
+    """
+
+    def pair(found: Collection[str]) -> tuple[str, str]:
+        is_whole = _WHOLE in found
+        return _WHOLE if is_whole else _VOIDED, _UNHEALTHY if is_whole and _UNHEALTHY in found else _MASK
+
+    return _find_holes(Path(root), exclude, pair, "neither a whole nor a voided scan")
+
+
+def _find_holes(
+    root: Path, exclude: Path | None, pair: Callable[[Collection[str]], tuple[str, str]], nothing: str
+) -> Cohort:
+    """A cohort of images and holes; `pair` chooses both among the kinds of files that a case has.
+
+    Case ids may have any form. Other files of the folder (t1c, segmentations) are ignored.
+    """
+    listing = list_images(root, exclude)
+    if listing.only is not None:
+        listing = replace(listing, volumes=_files_of_case(listing.only))
+    by_case: dict[tuple[str, Path], dict[str, ImageFile]] = defaultdict(dict)
+    for path in listing.volumes:
+        if match := _SYNTHESIS_NAME.match(bare_name(path)):  # of .nii and .nii.gz, the first
+            by_case[match["case"], path.parent].setdefault(match["kind"].lower(), ImageFile(path))
+    files = [
+        FoundFile(case_id, folder, kind, found[name])
+        for (case_id, folder), found in by_case.items()
+        for name, kind in zip(pair(found), (_WHOLE, LABEL), strict=True)
+        if name in found
+    ]
+    cases, problems = build_cases(files, patient_of=patient_of)
+    if not cases:
+        found = f"{nothing} is there; the folder holds {len(listing.images)} images"
+        raise DataError(found, where=listing.only or listing.root, expected=_SYNTHESIS_FILES, remedy=_OTHER_HOLES)
+    for index, case in enumerate(cases):
+        if case.label is None:
+            remedy = f"Add {case.id}-mask.nii.gz, 1 in the hole"
+            problem = Problem(str(case.images[_WHOLE].path.parent), f"case {case.id} has no mask", remedy)
+            cases[index] = replace(case, problems=(*case.problems, problem))
+    return build_cohort(listing, SYNTHESIS_LAYOUT, cases, SchemeChoice(HOLE_SCHEME), problems=problems)
+
+
+def _files_of_case(scan: Path) -> tuple[Path, ...]:
+    """The scan and the volumes beside it of the same case."""
+    match = _SYNTHESIS_NAME.match(bare_name(scan))
+    if match is None or match["kind"].lower() not in (_WHOLE, _VOIDED):
+        found = "this is not the scan of a case of BraTS local synthesis"
+        raise DataError(found, where=scan, expected=_SYNTHESIS_FILES, remedy=_OTHER_HOLES)
+    volumes = [path for path in list_folder(scan.parent)[1] if suffix_of(path) in VOLUME_SUFFIXES]
+    names = {path: _SYNTHESIS_NAME.match(bare_name(path)) for path in volumes}
+    return tuple(path for path, other in names.items() if other and other["case"] == match["case"])
+
+
 BRATS_LAYOUTS: dict[str, Layout] = {
-    convention.name: Layout(
-        convention.name,
-        convention.description,
-        convention.example,
-        partial(_recognise, convention),
-        partial(_read, convention),
-    )
-    for convention in CONVENTIONS
+    one.name: Layout(one.name, one.description, one.example, partial(_recognise, one), partial(_read, one))
+    for one in CONVENTIONS
 }

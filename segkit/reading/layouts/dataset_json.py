@@ -1,7 +1,7 @@
-"""`dataset.json`, of which the Decathlon and nnU-Net use two dialects.
+"""`dataset.json`, of which the Medical Segmentation Decathlon and nnU-Net use two dialects; the Decathlon's layout.
 
-It may come from an untrusted source, so only files below its folder are read. These may be links to other disks, as
-links are created by the owner of the folder.
+The document may come from an untrusted source, so only files below its folder are read. These may be links to other
+disks, as links are created by the owner of the folder.
 """
 
 from __future__ import annotations
@@ -12,11 +12,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from segkit.errors import DataError, Problem
-from segkit.reading.case import canonical_modality, in_channel_order
-from segkit.reading.layouts.layout import FolderOptions, SchemeChoice
-from segkit.reading.layouts.listing import Listing, bare_name, read_document
-from segkit.reading.layouts.schemes import scheme_from_names, scheme_from_regions
+from segkit.errors import DataError, Problem, warning
+from segkit.reading.case import LABEL, Cohort, ImageFile, canonical_modality, in_channel_order
+from segkit.reading.layouts.layout import (
+    FolderOptions,
+    FoundFile,
+    Layout,
+    Listing,
+    SchemeChoice,
+    bare_name,
+    build_cases,
+    build_cohort,
+    read_document,
+    unused_files,
+)
+from segkit.reading.layouts.schemes import patient_of, scheme_from_names, scheme_from_regions
 
 CHANNEL_NAME = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 """nnU-Net's file names without suffix: case, underscore, channel number of four digits."""
@@ -42,13 +52,11 @@ def has_channel_names(listing: Listing) -> bool:
     return bool(images) and all(CHANNEL_NAME.match(bare_name(path)) for path in images)
 
 
-def lists_images_as_written(path: Path | None) -> bool:
+def lists_images_as_written(path: Path) -> bool:
     """Whether `training` of `dataset.json` gives the exact names of existing images, as the Decathlon's does.
 
     nnU-Net's leaves out the channel numbers, or lists nothing.
     """
-    if path is None:
-        return False
     try:
         entries = read_document(path).get("training")
     except DataError:
@@ -59,34 +67,28 @@ def lists_images_as_written(path: Path | None) -> bool:
 
 
 def inside(folder: Path, entry: object) -> Path | None:
-    """The path that an entry of `dataset.json` names; None where it is no path, or outside the folder."""
-    if not isinstance(entry, str) or not _is_a_path(entry):
+    """The path that an entry of `dataset.json` names; None where it is not a path, or outside the folder."""
+    if not isinstance(entry, str):
         return None
-    path = Path(os.path.normpath(folder / entry))
-    return path if path.is_relative_to(folder) and path != folder else None
-
-
-def _is_a_path(text: str) -> bool:
-    """Whether the operating system accepts it: encodable, without NUL, no name of more than 255 bytes."""
-    try:
-        return "\0" not in text and all(len(part) <= 255 for part in os.fsencode(text).split(b"/"))
+    try:  # the operating system accepts no other text, no NUL, and no name of more than 255 bytes
+        is_path = "\0" not in entry and all(len(part) <= 255 for part in os.fsencode(entry).split(b"/"))
     except UnicodeEncodeError:
-        return False
+        return None
+    path = Path(os.path.normpath(folder / entry)) if is_path else folder
+    return path if path.is_relative_to(folder) and path != folder else None
 
 
 def outside(where: Path, entry: object) -> Problem:
     """The problem of an entry that names no image inside the data set."""
-    shown = repr(entry)
-    shown = shown if len(shown) <= 200 else f"{shown[:200]} ..."
-    remedy = "Name files below the folder of dataset.json; what lies elsewhere can be linked into it"
-    return Problem(str(where), f"entry {shown} names no image inside the data set", remedy, is_fatal=False)
+    shown = repr(entry)[:200] + (" ..." if len(repr(entry)) > 200 else "")
+    remedy = "Name files below the folder of dataset.json; files elsewhere can be linked into it"
+    return warning(where, f"entry {shown} names no image inside the data set", remedy)
 
 
 def channel_names(document: Mapping[str, Any], where: Path) -> tuple[str, ...]:
     """Modality names in channel order, as canonical names where those are distinct, else numbered own names.
 
-    Raises:
-        DataError: there are none, they are not numbered from 0, or they are not printable.
+    Raises DataError where there are none, they are not numbered from 0, or they are not printable.
     """
     named = document.get("channel_names") or document.get("modality")
     if not isinstance(named, Mapping) or not named:
@@ -123,18 +125,16 @@ def document_scheme(
 ) -> SchemeChoice:
     """The scheme that `labels` describes: classes, or nnU-Net's regions with their `regions_class_order`.
 
-    Raises:
-        DataError: `labels` is not in a known form.
+    Raises DataError where `labels` is not in a known form.
     """
     if options.label_scheme is not None:
         return SchemeChoice(options.label_scheme)
     labels = document.get("labels")
     if not isinstance(labels, Mapping):
-        problem = Problem(str(where), "names no labels", "Add `labels`, or pass --label-scheme NAME", is_fatal=False)
-        return SchemeChoice(None, (problem,))
+        return SchemeChoice(None, (warning(where, "names no labels", "Add `labels`, or pass --label-scheme NAME"),))
     found = "voxels labelled `ignore` are not left out of training; their value counts as unknown"
     remedy = "Set them to a class, or leave out the cases that have them"
-    notes = () if "ignore" not in labels else (Problem(str(where), found, remedy, is_fatal=False),)
+    notes = () if "ignore" not in labels else (warning(where, found, remedy),)
     try:
         named = _values_by_name(labels)
         require_shown(named, where)
@@ -177,3 +177,73 @@ def require_shown(names: Iterable[str], where: Path) -> None:
     odd = [name for name in names if not (isinstance(name, str) and name and name.isprintable())]
     if odd:
         raise DataError(f"holds names that cannot be shown: {odd[:3]}", where=where, expected="printable names")
+
+
+def _recognise(listing: Listing) -> float:
+    document = find_document(listing)
+    if document is None:
+        return 0.05 if (listing.root / "imagesTr").is_dir() else 0.0
+    is_decathlon = lists_images_as_written(document) or not has_channel_names(listing)
+    return 0.9 if listing.volumes and is_decathlon else 0.05
+
+
+def _read(listing: Listing, options: FolderOptions) -> Cohort:
+    """One 3D or 4D file per case; channels of a 4D file get the modality names of `dataset.json`."""
+    path = find_document(listing)
+    if path is None:
+        raise DataError("has no dataset.json", where=listing.root, remedy="Pass --layout folder to read it without")
+    document = read_document(path)
+    names = channel_names(document, path)
+    pairs, problems = _listed_pairs(document, path)
+    if listing.root != path.parent or listing.only is not None:
+        references = dict(pairs)  # images that are not listed have no reference
+        pairs = [(volume, references.get(volume)) for volume in listing.volumes]
+    else:
+        listed = {image for image, _ in pairs}
+        unlisted = [volume for volume in listing.volumes if volume not in listed]
+        pairs += [(volume, None) for volume in unlisted if volume.parent.name.lower() == "imagests"]
+        if left_out := [volume for volume in unlisted if volume.parent.name.lower() == "imagestr"]:
+            problems.append(unused_files(left_out, "not listed in dataset.json", "List them under `training`"))
+    files = []
+    for image, label in pairs:
+        channels = enumerate(names) if len(names) > 1 else [(None, names[0])]
+        kinds = [(name, ImageFile(image, channel)) for channel, name in channels]
+        kinds += [] if label is None else [(LABEL, ImageFile(label))]
+        files += [FoundFile(bare_name(image), image.parent, kind, file) for kind, file in kinds]
+    cases, more = build_cases(files, patient_of=patient_of, order=lambda kinds: listed_order(kinds, names))
+    return build_cohort(
+        listing,
+        "msd",
+        cases,
+        document_scheme(document, names, options, path),
+        modalities=in_channel_order(names),
+        problems=(*problems, *more),
+        licence=licence_of(document),
+    )
+
+
+def _listed_pairs(document: Mapping[str, Any], path: Path) -> tuple[list[tuple[Path, Path | None]], list[Problem]]:
+    """(image, reference or None) for each entry of `training` and `test`; a problem for each one outside.
+
+    An entry is {"image": ..., "label": ...}; a test image may be listed by its path alone.
+    """
+    pairs: list[tuple[Path, Path | None]] = []
+    problems = []
+    for listed in (document.get("training"), document.get("test")):
+        for entry in listed if isinstance(listed, list) else ():
+            files = entry if isinstance(entry, dict) else {"image": entry}
+            image = inside(path.parent, files.get("image"))
+            if image is None:
+                problems.append(outside(path, files))
+            else:
+                pairs.append((image, inside(path.parent, files.get("label"))))
+    return pairs, problems
+
+
+MSD = Layout(
+    "msd",
+    "Medical Segmentation Decathlon: dataset.json, imagesTr, labelsTr",
+    "dataset.json + imagesTr/CASE.nii.gz + labelsTr/CASE.nii.gz",
+    _recognise,
+    _read,
+)

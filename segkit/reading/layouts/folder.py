@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from segkit.errors import Problem
+from segkit.errors import Problem, warning
 from segkit.labels import classes_scheme
 from segkit.reading.case import IGNORED, LABEL, Cohort, ImageFile, split_name
 from segkit.reading.files import suffix_of
@@ -23,14 +23,15 @@ from segkit.reading.layouts.layout import (
     FolderOptions,
     FoundFile,
     Layout,
+    Listing,
     SchemeChoice,
+    bare_name,
     build_cases,
     build_cohort,
     channels_or_one,
     common_modalities,
     unused_files,
 )
-from segkit.reading.layouts.listing import Listing, bare_name
 from segkit.reading.layouts.schemes import scheme_by_values
 
 _NAMELESS = re.compile(rf"^({IMAGE}|channel_\d+)$")
@@ -87,14 +88,11 @@ def _split_channels(files: Iterable[FoundFile], named: Mapping[int, str]) -> tup
             names = _TASK01_CHANNELS
         if names[0].startswith("channel_"):
             nameless.append(path)
-        result += [
-            FoundFile(file.case_id, file.folder, name, ImageFile(path, channel)) for channel, name in enumerate(names)
-        ]
-    if not nameless:
-        return result, []
+        images = [ImageFile(path, channel) for channel in range(count)]
+        result += [FoundFile(file.case_id, file.folder, *pair) for pair in zip(names, images, strict=True)]
     note = "holds several channels, and nothing says which modality each of them is"
     remedy = "Name them by their number, such as --modality t2f=0 --modality t1n=1 --modality t1c=2 --modality t2w=3"
-    return result, [Problem(str(nameless[0]), note, remedy, is_fatal=False)]
+    return result, [warning(nameless[0], note, remedy)] if nameless else []
 
 
 def _without_nameless(files: Sequence[FoundFile]) -> tuple[list[FoundFile], list[Problem]]:
@@ -108,8 +106,8 @@ def _without_nameless(files: Sequence[FoundFile]) -> tuple[list[FoundFile], list
         return list(files), []
     kept = [file for file in files if not _NAMELESS.match(file.kind)]
     paths = sorted({file.image.path for file in files} - {file.image.path for file in kept})
-    remedy = "Keep it with --modality NAME=SUFFIX"
-    return kept, [unused_files(paths, "as nothing tells their modality", remedy)] if paths else []
+    why = "as their modality is not in their names"
+    return kept, [unused_files(paths, why, "Keep it with --modality NAME=SUFFIX")] if paths else []
 
 
 FOLDER = Layout(
@@ -122,9 +120,7 @@ FOLDER = Layout(
 
 
 def _recognise_pictures(listing: Listing) -> float:
-    if not listing.pictures:
-        return 0.0
-    return 0.15 if listing.volumes else 0.3
+    return 0.0 if not listing.pictures else 0.15 if listing.volumes else 0.3
 
 
 def _read_pictures(listing: Listing, options: FolderOptions) -> Cohort:
@@ -136,16 +132,16 @@ def _read_pictures(listing: Listing, options: FolderOptions) -> Cohort:
         grouping = group_files(pictures, listing.root, {LABEL: suffix, IMAGE: "*"})
         note = f"files that end in {suffix} are taken for the reference masks"
         remedy = "Name another suffix with --modality label=SUFFIX --modality image=SUFFIX"
-        problems.append(Problem(str(listing.root), note, remedy, is_fatal=False))
+        problems.append(warning(listing.root, note, remedy))
     patients = join_both_eyes(grouping.patients)
-    cases, more = build_cases(
-        _split_planes(grouping.files), patient_of=lambda case_id: patients[case_id], order=_plane_order
-    )
+    files = _split_planes(grouping.files)
+    cases, more = build_cases(files, patient_of=lambda case_id: patients[case_id], order=_plane_order)
     problems += _left_out([file.image.path for file in grouping.files if file.kind == IGNORED], doubles)
     choice = scheme_by_values(cases, options, listing.root)
-    if choice.scheme is not None and list(choice.scheme.values) == ["label_1"]:
-        choice = SchemeChoice(classes_scheme("classes", {"foreground": choice.scheme.values["label_1"]}))
-    if choice.scheme is not None and len(choice.scheme.values) > 1 and (lossy := _lossy_mask(grouping.files)):
+    values = {} if choice.scheme is None else choice.scheme.values
+    if list(values) == ["label_1"]:
+        choice = SchemeChoice(classes_scheme("classes", {"foreground": values["label_1"]}))
+    elif len(values) > 1 and (lossy := _lossy_mask(grouping.files)):
         choice = SchemeChoice(None, (lossy,))
     modalities = _plane_order(modality for case in cases for modality in case.images)
     return build_cohort(listing, "folder2d", cases, choice, modalities=modalities, problems=(*problems, *more), dims=2)
@@ -204,11 +200,10 @@ def _left_out(ignored: Sequence[Path], doubles: Sequence[Path]) -> list[Problem]
 
 def _lossy_mask(files: Iterable[FoundFile]) -> Problem | None:
     """The problem of masks saved as JPEG, whose compression blurs 0 and 255 into many values."""
+    found = "the masks are JPEG pictures, whose compression changes label values"
     masks = [file.image.path for file in files if file.kind == LABEL]
     jpeg = next((path for path in masks if suffix_of(path) in (".jpg", ".jpeg")), None)
-    if jpeg is None:
-        return None
-    return Problem(str(jpeg), "the masks are JPEG pictures, whose compression changes label values", "Save them as PNG")
+    return None if jpeg is None else Problem(str(jpeg), found, "Save them as PNG")
 
 
 def join_both_eyes(patients: Mapping[str, str]) -> dict[str, str]:
@@ -216,14 +211,14 @@ def join_both_eyes(patients: Mapping[str, str]) -> dict[str, str]:
 
     A lone `scan_12L` keeps its own patient: without the other side, the letter may mean anything.
     """
-    eyes = {case_id: match for case_id in patients if (match := _EYE.match(case_id))}
+    persons: dict[str, str] = {}
     sides: dict[str, set[str]] = defaultdict(set)
-    for match in eyes.values():
-        sides[match["patient"]].add(_SIDES[match["side"].lower()])
-    return {
-        case_id: eyes[case_id]["patient"] if case_id in eyes and len(sides[eyes[case_id]["patient"]]) == 2 else own
-        for case_id, own in patients.items()
-    }
+    for case_id in patients:
+        if match := _EYE.match(case_id):
+            persons[case_id] = match["patient"]
+            sides[match["patient"]].add(_SIDES[match["side"].lower()])
+    both = {case_id: person for case_id, person in persons.items() if len(sides[person]) == 2}
+    return {case_id: both.get(case_id, own) for case_id, own in patients.items()}
 
 
 FOLDER2D = Layout(

@@ -21,8 +21,7 @@ from pathlib import Path
 
 from segkit.errors import Problem
 from segkit.reading.case import IGNORED, LABEL, ImageFile, canonical_modality, kind_of, split_name
-from segkit.reading.layouts.layout import FoundFile, unused_files
-from segkit.reading.layouts.listing import bare_name
+from segkit.reading.layouts.layout import FoundFile, bare_name, unused_files
 from segkit.reading.layouts.schemes import patient_of
 
 IMAGE = "image"

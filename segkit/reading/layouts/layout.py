@@ -1,17 +1,163 @@
-"""Layout, and how the files that a layout has identified become cases and a cohort."""
+"""Layout: one way to arrange a data folder. Listing: the images below a folder, found by one safe walk.
+
+A layout names the case and kind of each listed file; `build_cases` and `build_cohort` do the rest for all of them.
+"""
 
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from segkit.errors import DataError, Problem, some
+from segkit.errors import DataError, Problem, some, warning
 from segkit.labels import LabelScheme
 from segkit.reading.case import IGNORED, LABEL, Case, Cohort, ImageFile, in_channel_order
-from segkit.reading.files import count_channels
-from segkit.reading.layouts.listing import Listing
+from segkit.reading.dicom import DICOM_SUFFIXES, has_dicom_name, holds_frames, is_dicom_file
+from segkit.reading.files import VOLUME_SUFFIXES, count_channels, read_json, stem_of, suffix_of
+from segkit.reading.pictures import PICTURE_SUFFIXES
+from segkit.reading.volume import list_folder
+
+_DICOM_INDEX = "DICOMDIR"
+"""The table of contents of a DICOM disc: a DICOM file without an image."""
+
+_TRIED_FILES = 5
+"""Files without suffix to open in search of a DICOM series: a disc also holds programs (AUTORUN)."""
+
+_MOST_MULTI_FRAME_FILES = 32
+"""In folders with more DICOM files, each is a slice and not a volume; none is opened to find out."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The image files below a folder, sorted by path; a DICOM series counts as one volume, its folder.
+
+    `only` is the file itself where the user gave a single file; `root` is then its folder.
+    """
+
+    root: Path
+    volumes: tuple[Path, ...] = ()
+    pictures: tuple[Path, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    only: Path | None = None
+    others: tuple[Path, ...] = field(default=(), repr=False)
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """Volumes, then pictures."""
+        return self.volumes + self.pictures
+
+
+def list_images(root: Path, exclude: Path | None = None) -> Listing:
+    """List `root` (a folder or one file): links are followed, but not into a loop; hidden files are left out.
+
+    `exclude` is a folder below `root` to leave out, such as one for results. Raises DataError where `root` is missing.
+    """
+    root = Path(os.path.normpath(root.absolute()))
+    if root.is_file():
+        return _listing_of_file(root)
+    if not root.is_dir():
+        raise DataError(
+            "no such file or folder",
+            where=root,
+            expected="a data folder, a case folder or one image file",
+            remedy="Check the path, and that the disk is mounted",
+        )
+    walk = _Walk(_identity(exclude))
+    walk.visit(root)
+    volumes, pictures, others = (tuple(sorted(found)) for found in (walk.volumes, walk.pictures, walk.others))
+    return Listing(root, volumes, pictures, tuple(walk.problems), others=others)
+
+
+def bare_name(path: Path) -> str:
+    """The name of an image without its suffix; a DICOM folder keeps its whole name, dots and all."""
+    is_file_name = suffix_of(path) in (*VOLUME_SUFFIXES, *PICTURE_SUFFIXES, *DICOM_SUFFIXES)
+    return stem_of(path) if is_file_name else path.name
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """The JSON object of a data set, see `read_json`."""
+    return read_json(path, remedy="Correct it, or pass --layout folder to ignore it")
+
+
+def _listing_of_file(path: Path) -> Listing:
+    if suffix_of(path) in PICTURE_SUFFIXES:
+        return Listing(path.parent, pictures=(path,), only=path)
+    if has_dicom_name(path) or suffix_of(path) in VOLUME_SUFFIXES or is_dicom_file(path):
+        return Listing(path.parent, volumes=(path,), only=path)
+    return Listing(path.parent, others=(path,), only=path)
+
+
+def _identity(folder: Path | None) -> tuple[int, int] | None:
+    """Device and inode, which are the same by every path or link to a folder; None where there is no folder."""
+    try:
+        status = None if folder is None else folder.stat()
+    except OSError:
+        return None
+    return None if status is None else (status.st_dev, status.st_ino)
+
+
+@dataclass
+class _Walk:
+    """One walk over a folder; what it finds, in any order."""
+
+    excluded: tuple[int, int] | None
+    volumes: list[Path] = field(default_factory=list)
+    pictures: list[Path] = field(default_factory=list)
+    others: list[Path] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    def visit(self, folder: Path, above: tuple[tuple[int, int], ...] = ()) -> None:
+        """Add what is in `folder` and below; `above` are the identities of the folders above it."""
+        try:
+            status = folder.stat()
+            folders, files = list_folder(folder)
+        except OSError as error:
+            remedy = "Check permissions and links; everything below it is left out"
+            self.problems.append(warning(folder, f"cannot be opened ({error.strerror})", remedy))
+            return
+        identity = (status.st_dev, status.st_ino)
+        if above and identity == self.excluded:
+            return
+        if identity in above:
+            remedy = "Remove the link; the folder itself is read once"
+            self.problems.append(warning(folder, "is a link to a folder that contains it", remedy))
+            return
+        if _is_series(files):
+            several = _multi_frame_files(files)
+            self.volumes += several or [folder]
+            files = [path for path in files if not (has_dicom_name(path) or path in several)]
+        for path in files:
+            suffix = suffix_of(path)
+            if suffix not in VOLUME_SUFFIXES and suffix not in PICTURE_SUFFIXES:
+                self.others.append(path)
+            elif not path.exists():
+                self.problems.append(warning(path, "is a link to a file that does not exist", "Correct the link"))
+            else:
+                (self.volumes if suffix in VOLUME_SUFFIXES else self.pictures).append(path)
+        for child in folders:
+            self.visit(child, (*above, identity))
+
+
+def _is_series(files: list[Path]) -> bool:
+    """Whether a folder holds a DICOM series: by suffix, else by the magic bytes of its first files without suffix."""
+    if any(has_dicom_name(path) for path in files):
+        return True
+    bare = (path for path in files if not path.suffix or path.suffix[1:].isdigit())
+    candidates = [path for path in bare if path.name.upper() != _DICOM_INDEX]
+    return any(is_dicom_file(path) for path in candidates[:_TRIED_FILES])
+
+
+def _multi_frame_files(files: list[Path]) -> list[Path]:
+    """The DICOM files of a folder where each of several is a whole volume, as the first one shows; else none."""
+    slices = [path for path in files if path.name.upper() != _DICOM_INDEX and (has_dicom_name(path) or not path.suffix)]
+    if not 2 <= len(slices) <= _MOST_MULTI_FRAME_FILES:
+        return []
+    slices = [path for path in slices if is_dicom_file(path)]
+    return slices if len(slices) > 1 and holds_frames(slices[0]) else []
+
 
 LEAST_SHARE = 0.5
 """A modality of fewer cases is not a channel of the cohort: as one, it would make all other cases incomplete."""
@@ -72,56 +218,40 @@ def build_cases(
 
     A case id that occurs in two folders is read from the first one only, as results are named by case id.
     """
-    images: dict[tuple[str, Path], list[FoundFile]] = defaultdict(list)
+    images: dict[str, dict[Path, list[FoundFile]]] = defaultdict(lambda: defaultdict(list))
     references: dict[str, list[FoundFile]] = defaultdict(list)
     for file in files:
         if file.kind == LABEL:
             references[file.case_id].append(file)
         elif file.kind != IGNORED:
-            images[file.case_id, file.folder].append(file)
-    folders_of: dict[str, list[Path]] = defaultdict(list)
-    for case_id, folder in sorted(images):
-        folders_of[case_id].append(folder)
-    cases, problems = [], []
-    for case_id, folders in folders_of.items():
-        labels = _own_labels(references.pop(case_id, []), folders)
-        case = _build_case(case_id, patient_of(case_id), [*images[case_id, folders[0]], *labels], order)
-        if len(folders) > 1:
-            others = ", ".join(str(folder) for folder in folders[1:])
-            found = f"case {case_id} also exists in {others}, which is left out"
-            duplicate = Problem(str(folders[0]), found, "Rename or remove one of them")
-            case = replace(case, problems=(*case.problems, duplicate))
-        cases.append(case)
-    lonely = sorted(file.image.path for files_of_id in references.values() for file in files_of_id)
-    if lonely:
-        remedy = "Name each reference like its image, or point to the folder that holds both"
-        problems.append(unused_files(lonely, "references that belong to no image", remedy))
-    return cases, problems
+            images[file.case_id][file.folder].append(file)
+    cases = []
+    for case_id, by_folder in sorted(images.items()):
+        first, *others = sorted(by_folder)
+        labels = references.pop(case_id, [])
+        beside = [file for file in labels if file.folder == first]
+        labels = beside or [file for file in labels if file.folder not in by_folder]
+        by_kind: dict[str, list[ImageFile]] = defaultdict(list)
+        for file in (*by_folder[first], *labels):
+            by_kind[file.kind].append(file.image)
+        problems = [_several_files(kind, found) for kind, found in by_kind.items() if len(found) > 1]
+        if others:
+            found = f"case {case_id} also exists in {', '.join(map(str, others))}, which is left out"
+            problems.append(Problem(str(first), found, "Rename or remove one of them"))
+        chosen = {kind: min(found, key=lambda image: str(image.path)) for kind, found in by_kind.items()}
+        label = chosen.pop(LABEL, None)
+        modalities = {kind: chosen[kind] for kind in order(chosen)}
+        cases.append(Case(case_id, patient_of(case_id), modalities, label, problems=tuple(problems)))
+    lonely = sorted(file.image.path for labels in references.values() for file in labels)
+    remedy = "Name each reference like its image, or point to the folder that holds both"
+    return cases, [unused_files(lonely, "references that belong to no image", remedy)] if lonely else []
 
 
-def _own_labels(labels: list[FoundFile], folders: Sequence[Path]) -> list[FoundFile]:
-    """References of one case: those beside its images, else those in a folder without images of this case."""
-    beside = [file for file in labels if file.folder == folders[0]]
-    return beside or [file for file in labels if file.folder not in folders]
-
-
-def _build_case(
-    case_id: str, patient: str, files: Sequence[FoundFile], order: Callable[[Iterable[str]], tuple[str, ...]]
-) -> Case:
-    by_kind: dict[str, list[ImageFile]] = defaultdict(list)
-    for file in files:
-        by_kind[file.kind].append(file.image)
-    problems = []
-    for kind, found in by_kind.items():
-        if len(found) > 1:
-            paths = sorted(image.path for image in found)
-            what = "reference mask" if kind == LABEL else f"modality {kind}"
-            names = f"{len(paths)} files for the {what}: {', '.join(path.name for path in paths)}"
-            remedy = f"Keep one of them, or name it with --modality {kind}=SUFFIX"
-            problems.append(Problem(str(paths[0].parent), names, remedy))
-    first = {kind: min(found, key=lambda image: str(image.path)) for kind, found in by_kind.items()}
-    label = first.pop(LABEL, None)
-    return Case(case_id, patient, {kind: first[kind] for kind in order(first)}, label, problems=tuple(problems))
+def _several_files(kind: str, images: Iterable[ImageFile]) -> Problem:
+    paths = sorted(image.path for image in images)
+    what = "reference mask" if kind == LABEL else f"modality {kind}"
+    found = f"{len(paths)} files for the {what}: {', '.join(path.name for path in paths)}"
+    return Problem(str(paths[0].parent), found, f"Keep one of them, or name it with --modality {kind}=SUFFIX")
 
 
 def build_cohort(
@@ -154,7 +284,7 @@ def unused_files(paths: Sequence[Path], why: str, remedy: str = "") -> Problem:
     """A warning about files that are left out: how many, why, and the first few names."""
     names = some((path.name for path in paths), 3)
     count = f"{len(paths)} file" + ("s" if len(paths) != 1 else "")
-    return Problem(str(paths[0].parent), f"{count} left out, {why}: {names}", remedy, is_fatal=False)
+    return warning(paths[0].parent, f"{count} left out, {why}: {names}", remedy)
 
 
 def channels_or_one(path: Path) -> int:
@@ -175,12 +305,8 @@ def common_modalities(cases: Sequence[Case], named: Collection[str] = ()) -> tup
     rare: dict[tuple[Path, ...], list[str]] = defaultdict(list)
     for name in in_channel_order(name for name in counts if name not in common):
         rare[tuple(case.images[name].path for case in cases if name in case.images)].append(name)
-    problems = [
-        unused_files(
-            paths,
-            f"in training: {len(paths)} of {len(cases)} cases have {', '.join(names)}",
-            f"Keep it with --modality {names[0]}=SUFFIX",
-        )
-        for paths, names in rare.items()
-    ]
+    problems = []
+    for paths, names in rare.items():
+        why = f"in training: {len(paths)} of {len(cases)} cases have {', '.join(names)}"
+        problems.append(unused_files(paths, why, f"Keep it with --modality {names[0]}=SUFFIX"))
     return in_channel_order(name for case in cases for name in case.images if name in common), problems

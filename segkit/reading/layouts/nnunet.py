@@ -9,9 +9,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
-from segkit.errors import DataError, Problem
+from segkit.errors import DataError, Problem, warning
 from segkit.reading.case import LABEL, Cohort, ImageFile, in_channel_order, is_file_name
 from segkit.reading.layouts.dataset_json import (
     CHANNEL_NAME,
@@ -30,13 +29,15 @@ from segkit.reading.layouts.layout import (
     FolderOptions,
     FoundFile,
     Layout,
+    Listing,
     SchemeChoice,
+    bare_name,
     build_cases,
     build_cohort,
     channels_or_one,
+    read_document,
     unused_files,
 )
-from segkit.reading.layouts.listing import Listing, bare_name, read_document
 from segkit.reading.layouts.schemes import patient_of, scheme_by_values
 from segkit.reading.volume import list_folder
 
@@ -50,20 +51,18 @@ def _recognise(listing: Listing) -> float:
     if (path := find_document(listing)) is not None:
         return 0.05 if lists_images_as_written(path) else 1.0
     channels = _channels_by_case(listing)
-    is_numbering_whole = all(
-        0 in numbers and max(numbers) < min(len(numbers), _MOST_CHANNELS) for numbers in channels.values()
-    )
+    is_whole = all(0 in found and max(found) < min(len(found), _MOST_CHANNELS) for found in channels.values())
     is_set = len(channels) > 1 or listing.root.name.lower().startswith("images") or set(*channels.values()) == {0}
-    return 0.6 if is_numbering_whole and is_set else 0.05
+    return 0.6 if is_whole and is_set else 0.05
 
 
 def _read(listing: Listing, options: FolderOptions) -> Cohort:
     path = find_document(listing)
     document = {} if path is None else read_document(path)
-    names = _names(listing, document, path, options)
+    names = _numbered_names(listing, options) if path is None else channel_names(document, path)
     outsiders: list[Problem] = []
     if "dataset" in document and path:
-        files, outsiders = _listed_files(document, path, names)
+        files, outsiders = _listed_files(document["dataset"], path, names)
     else:
         files = list(_files(listing, names))
     cases, problems = build_cases(files, patient_of=patient_of, order=lambda kinds: listed_order(kinds, names))
@@ -72,8 +71,8 @@ def _read(listing: Listing, options: FolderOptions) -> Cohort:
         choice = scheme_by_values(cases, options, listing.root)
         if not set(names) <= set(options.modalities):
             found = "no dataset.json says what the channels are"
-            remedy = "Name them, such as --modality t2f=0000 --modality t1n=0001, or add a dataset.json with"
-            problems.append(Problem(str(listing.root), found, f"{remedy} `channel_names`", is_fatal=False))
+            remedy = "Name them (--modality t2f=0000 --modality t1n=0001), or add a dataset.json with `channel_names`"
+            problems.append(warning(listing.root, found, remedy))
     else:
         choice = document_scheme(document, names, options, path)
     return build_cohort(
@@ -88,9 +87,7 @@ def _read(listing: Listing, options: FolderOptions) -> Cohort:
     )
 
 
-def _names(listing: Listing, document: Mapping[str, Any], path: Path | None, options: FolderOptions) -> tuple[str, ...]:
-    if path is not None:
-        return channel_names(document, path)
+def _numbered_names(listing: Listing, options: FolderOptions) -> tuple[str, ...]:
     count = 1 + max((max(numbers) for numbers in _channels_by_case(listing).values()), default=0)
     given = {pattern.lstrip("_").lstrip("0") or "0": name for name, pattern in options.modalities.items()}
     return tuple(given.get(str(index), f"channel_{index}") for index in range(count))
@@ -112,8 +109,12 @@ def _files(listing: Listing, names: Sequence[str]) -> Iterable[FoundFile]:
     for path in image_paths(listing):
         if match := CHANNEL_NAME.match(bare_name(path)):
             yield from _channel_files(match["case"], path, int(match["channel"]), names)
-    if listing.root.name.lower().startswith("images"):
-        yield from _sibling_labels(listing)
+    if listing.root.name.lower().startswith("images"):  # the references are beside this folder
+        labels = listing.root.parent / ("labels" + listing.root.name[len("images") :])
+        cases = {case_id for _, case_id in _channels_by_case(listing)}
+        for path in chain(*list_folder(labels)) if labels.is_dir() else ():
+            if bare_name(path) in cases:
+                yield FoundFile(bare_name(path), labels, LABEL, ImageFile(path))
 
 
 def _left_out(listing: Listing, files: Iterable[FoundFile], names: Sequence[str]) -> Iterable[Problem]:
@@ -139,20 +140,8 @@ def _channel_files(case_id: str, path: Path, channel: int, names: Sequence[str])
         yield FoundFile(case_id, path.parent, names[channel], ImageFile(path))
 
 
-def _sibling_labels(listing: Listing) -> Iterable[FoundFile]:
-    """References beside an `imagesTr` folder that is itself the root."""
-    labels = listing.root.parent / ("labels" + listing.root.name[len("images") :])
-    cases = {case_id for _, case_id in _channels_by_case(listing)}
-    for path in chain(*list_folder(labels)) if labels.is_dir() else ():
-        if bare_name(path) in cases:
-            yield FoundFile(bare_name(path), labels, LABEL, ImageFile(path))
-
-
-def _listed_files(
-    document: Mapping[str, Any], path: Path, names: Sequence[str]
-) -> tuple[list[FoundFile], list[Problem]]:
+def _listed_files(listed: object, path: Path, names: Sequence[str]) -> tuple[list[FoundFile], list[Problem]]:
     """Files of nnU-Net 2's optional `dataset` entry, {case: {"images": [...], "label": ...}}; problems of others."""
-    listed = document["dataset"]
     if not isinstance(listed, Mapping):
         raise DataError("`dataset` is not a mapping of case ids to files", where=path)
     files: list[FoundFile] = []
@@ -170,8 +159,7 @@ def _listed_case(case_id: str, entry: object, folder: Path, names: Sequence[str]
     """The files of a case; None where its id is not a file name, or a file is outside the data set."""
     if not isinstance(entry, dict) or not isinstance(entry.get("images"), list) or not is_file_name(case_id):
         return None
-    images = entry["images"]
-    kinds = dict(zip(names, images, strict=False))
+    kinds = dict(zip(names, entry["images"], strict=False))
     if entry.get("label"):
         kinds[LABEL] = entry["label"]
     paths = {kind: inside(folder, image) for kind, image in kinds.items()}

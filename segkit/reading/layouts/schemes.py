@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from segkit.errors import DataError, Problem
+from segkit.errors import DataError, Problem, warning
 from segkit.labels import SCHEMES, LabelScheme, classes_scheme, outputs_of
 from segkit.reading.case import BRATS_MODALITIES, Case
 from segkit.reading.files import read_labels
@@ -40,6 +40,23 @@ class Convention:
     has_four_modalities: bool = True
 
 
+def _early(name: str, title: str, case_pattern: str, case_id: str, folder: str = "") -> Convention:
+    """A data set of 2017-2022, with labels 1, 2 and 4 and an underscore between case id and modality."""
+    example = f"{folder}{case_id}/{case_id}_flair.nii.gz"
+    return Convention(name, f"{title}: labels 1, 2, 4", case_pattern, "brats2017", example)
+
+
+def _recent(
+    name: str, description: str, kind: str = "", *, scheme: str = "brats2023", time_point: str = "000"
+) -> Convention:
+    """A data set of 2023 and later, with case ids such as BraTS-GLI-00000-000; `kind` "" is any but PED and MEN-RT."""
+    pattern = rf"BraTS-{kind}-\d+-\d{{3}}" if kind else r"BraTS-(?!PED|MEN-RT)[A-Za-z]+-\d+(?:-\d{3})?"
+    case_id = f"BraTS-{kind or 'GLI'}-00000-{time_point}"
+    return Convention(name, description, pattern, scheme, f"{case_id}/{case_id}-t2f.nii.gz")
+
+
+_AFTER_TREATMENT = "BraTS 2024 and later, glioma after treatment (time point 100 and above): labels 1-4"
+
 CONVENTIONS = (
     Convention(
         "brats2015",
@@ -49,36 +66,18 @@ CONVENTIONS = (
         "brats_2013_pat0001_1/VSD.Brain.XX.O.MR_Flair.54512/*.mha",
     ),
     *(
-        Convention(
+        _early(
             f"brats20{year}",
-            f"BraTS 20{year}: labels 1, 2, 4",
+            f"BraTS 20{year}",
             rf"BraTS{year}_[A-Za-z0-9]+_[A-Za-z0-9]+_\d+",
-            "brats2017",
-            f"HGG/BraTS{year}_CBICA_AAB_1/BraTS{year}_CBICA_AAB_1_flair.nii.gz",
+            f"BraTS{year}_CBICA_AAB_1",
+            "HGG/",
         )
         for year in (17, 18, 19)
     ),
-    Convention(
-        "brats2020",
-        "BraTS 2020: labels 1, 2, 4",
-        r"BraTS20_(?:Training|Validation|Testing|Test)_\d+",
-        "brats2017",
-        "BraTS20_Training_001/BraTS20_Training_001_flair.nii.gz",
-    ),
-    Convention(
-        "brats2021",
-        "BraTS 2021: labels 1, 2, 4",
-        r"BraTS2021_\d+",
-        "brats2017",
-        "BraTS2021_00000/BraTS2021_00000_flair.nii.gz",
-    ),
-    Convention(
-        "fets2022",
-        "FeTS 2021 and 2022: labels 1, 2, 4",
-        r"FeTS(?:20)?2[12]_(?:Training_|Validation_)?\d+",
-        "brats2017",
-        "FeTS2022_00000/FeTS2022_00000_flair.nii.gz",
-    ),
+    _early("brats2020", "BraTS 2020", r"BraTS20_(?:Training|Validation|Testing|Test)_\d+", "BraTS20_Training_001"),
+    _early("brats2021", "BraTS 2021", r"BraTS2021_\d+", "BraTS2021_00000"),
+    _early("fets2022", "FeTS 2021 and 2022", r"FeTS(?:20)?2[12]_(?:Training_|Validation_)?\d+", "FeTS2022_00000"),
     Convention(
         "upenn",
         "UPENN-GBM: images_structural and images_segm, labels 1, 2, 4",
@@ -86,44 +85,13 @@ CONVENTIONS = (
         "brats2017",
         "images_structural/UPENN-GBM-00001_11/UPENN-GBM-00001_11_FLAIR.nii.gz",
     ),
-    Convention(
-        "brats2023",
-        "BraTS 2023 glioma, or several tumour kinds together: labels 1, 2, 3",
-        r"BraTS-(?!PED|MEN-RT)[A-Za-z]+-\d+(?:-\d{3})?",
-        "brats2023",
-        "BraTS-GLI-00000-000/BraTS-GLI-00000-000-t2f.nii.gz",
-    ),
-    *(
-        Convention(
-            f"brats2023-{kind}",
-            f"BraTS {kind.upper()} of 2023 and later: labels 1, 2, 3" + (" (4 from 2025 on)" if kind == "met" else ""),
-            rf"BraTS-{kind.upper()}-\d+-\d{{3}}",
-            "brats2023",
-            f"BraTS-{kind.upper()}-00000-000/BraTS-{kind.upper()}-00000-000-t2f.nii.gz",
-        )
-        for kind in ("ssa", "men", "met")
-    ),
-    Convention(
-        "brats2023-ped",
-        "BraTS PED of 2023: labels 1, 2, 3",
-        r"BraTS-PED-\d+-\d{3}",
-        "brats2023",
-        "BraTS-PED-00000-000/BraTS-PED-00000-000-t2f.nii.gz",
-    ),
-    Convention(
-        "brats-ped",
-        "BraTS PED of 2024 and later: labels 1 ET, 2 NET, 3 CC, 4 ED",
-        r"BraTS-PED-\d+-\d{3}",
-        "brats-ped",
-        "BraTS-PED-00000-000/BraTS-PED-00000-000-t2f.nii.gz",
-    ),
-    Convention(
-        "brats2024",
-        "BraTS 2024 and later, glioma after treatment (time point 100 and above): labels 1-4",
-        r"BraTS-(?!PED|MEN-RT)[A-Za-z]+-\d+(?:-\d{3})?",
-        "brats2024",
-        "BraTS-GLI-00000-100/BraTS-GLI-00000-100-t2f.nii.gz",
-    ),
+    _recent("brats2023", "BraTS 2023 glioma, or several tumour kinds together: labels 1, 2, 3"),
+    _recent("brats2023-ssa", "BraTS SSA of 2023 and later: labels 1, 2, 3", "SSA"),
+    _recent("brats2023-men", "BraTS MEN of 2023 and later: labels 1, 2, 3", "MEN"),
+    _recent("brats2023-met", "BraTS MET of 2023 and later: labels 1, 2, 3 (4 from 2025 on)", "MET"),
+    _recent("brats2023-ped", "BraTS PED of 2023: labels 1, 2, 3", "PED"),
+    _recent("brats-ped", "BraTS PED of 2024 and later: labels 1 ET, 2 NET, 3 CC, 4 ED", "PED", scheme="brats-ped"),
+    _recent("brats2024", _AFTER_TREATMENT, scheme="brats2024", time_point="100"),
     Convention(
         "brats-men-rt",
         "BraTS meningioma radiotherapy: t1c and one label, GTV",
@@ -141,14 +109,6 @@ CONVENTIONS = (
         has_four_modalities=False,
     ),
 )
-
-
-def patient_of(case_id: str) -> str:
-    """The patient of a case: the same for all time points, and for BraTS 2017-2019 ids across the years."""
-    for pattern in _PATIENTS:
-        if match := pattern.match(case_id):
-            return match.group(1)
-    return case_id
 
 
 _SAMPLED_REFERENCES = 200
@@ -171,7 +131,14 @@ _CHOICES_WITH_4 = (
     ("brats-ped", "1 = ET, 4 = ED"),
     ("brats2015", "3 = non-enhancing tumour, 4 = ET"),
 )
+_CLASS_WORDS = ("lesions", "lesion", "tumour", "tumor", "gtv")
 _NAMELESS = frozenset({"background", "ignore"})
+
+
+def patient_of(case_id: str) -> str:
+    """The patient of a case: the same for all time points, and for BraTS 2017-2019 ids across the years."""
+    matches = (pattern.match(case_id) for pattern in _PATIENTS)
+    return next((match[1] for match in matches if match), case_id)
 
 
 def scheme_from_names(labels: Mapping[str, int], modalities: Iterable[str]) -> LabelScheme:
@@ -204,14 +171,10 @@ def scheme_from_regions(
     tissue_of = {value: f"{name}_only" if len(regions[name]) > 1 else name for name, value in painted.items()}
     values = sorted({value for members in regions.values() for value in members})
     tissues = {value: tissue_of.get(value, f"label_{value}") for value in values}
-    return LabelScheme(
-        "regions",
-        {tissue: value for value, tissue in tissues.items()},
-        tuple(
-            (name, tuple(tissues[value] for value in members), tissues[painted[name]])
-            for name, members in regions.items()
-        ),
+    nested = (
+        (name, tuple(tissues[value] for value in members), tissues[painted[name]]) for name, members in regions.items()
     )
+    return LabelScheme("regions", {tissue: value for value, tissue in tissues.items()}, tuple(nested))
 
 
 def scheme_by_values(cases: Sequence[Case], options: FolderOptions, where: Path) -> SchemeChoice:
@@ -219,53 +182,40 @@ def scheme_by_values(cases: Sequence[Case], options: FolderOptions, where: Path)
     if options.label_scheme is not None:
         return SchemeChoice(options.label_scheme)
     labelled = [case for case in cases if case.label is not None]
-    if not labelled:
-        return SchemeChoice(None)
+    names = [case.label.path.name for case in cases if case.label is not None]
     values = values_of(labelled) - {0}
     if not values:
         return SchemeChoice(None)
     if len(values) > _MOST_VALUES:
-        name = next(case.label.path.name for case in labelled if case.label)
-        note = (
-            f"what its name makes a reference mask (such as {name}) holds {len(values)} different values and looks "
-            "like an image"
-        )
+        note = f"files named as reference masks (such as {names[0]}) hold {len(values)} different values"
         remedy = "Name the reference masks with --modality label=SUFFIX and the images with --modality NAME=SUFFIX"
-        return SchemeChoice(None, (Problem(str(where), note, remedy),))
+        return SchemeChoice(None, (Problem(str(where), f"{note}, as images do", remedy),))
     modalities = {modality for case in cases for modality in case.images}
     tumour_like = modalities & set(BRATS_MODALITIES)
     if values == {1, 2, 4} and len(tumour_like) == 4:
         note = "label values 1, 2, 4 beside the four BraTS modalities are read as BraTS 2017-2022"
-        return SchemeChoice(SCHEMES["brats2017"], (Problem(str(where), note, is_fatal=False),))
+        return SchemeChoice(SCHEMES["brats2017"], (warning(where, note),))
     if len(tumour_like) >= 2 and values in ({1, 2, 3}, {1, 2, 3, 4}):
-        return SchemeChoice(None, (ambiguous(values, where),))
-    if len(values) == 1:
-        return SchemeChoice(classes_scheme("classes", {_class_name(labelled[0]): values.pop()}))
+        choices = _CHOICES_WITH_4 if 4 in values else _CHOICES
+        meanings = " or ".join(f"--label-scheme {name} ({meaning})" for name, meaning in choices)
+        listed = ", ".join(map(str, sorted(values)))
+        found = f"label values {listed} mean different tissues in different data sets, and no name identifies this one"
+        remedy = f"Choose {meanings}, or --label-scheme classes to train on plain classes"
+        return SchemeChoice(None, (Problem(str(where), found, remedy),))
+    if len(values) == 1:  # named as in the file name of the reference ("lesions")
+        stem = names[0].split(".")[0].lower()
+        name = next((word for word in _CLASS_WORDS if stem.endswith(word)), "label_1")
+        return SchemeChoice(classes_scheme("classes", {name: values.pop()}))
     return SchemeChoice(classes_scheme("classes", {f"label_{value}": value for value in sorted(values)}))
-
-
-def ambiguous(values: Iterable[int], where: Path) -> Problem:
-    """The problem of label values that mean different tissues in different years, with the options to choose from."""
-    present = set(values)
-    choices = _CHOICES_WITH_4 if 4 in present else _CHOICES
-    options = " or ".join(f"--label-scheme {name} ({meaning})" for name, meaning in choices)
-    listed = ", ".join(str(value) for value in sorted(present))
-    return Problem(
-        str(where),
-        f"label values {listed} mean different tissues in different data sets, and no file or folder name tells which",
-        f"Choose {options}, or --label-scheme classes to train on plain classes",
-    )
 
 
 def values_of(cases: Sequence[Case], *, stop_at: int | None = None) -> set[int]:
     """Label values (0 included) of up to 200 references, evenly spread; unreadable ones are skipped."""
-    step = max(1, len(cases) // _SAMPLED_REFERENCES)
+    sample = cases[:: max(1, len(cases) // _SAMPLED_REFERENCES)]
     values: set[int] = set()
-    for case in cases[::step]:
-        if case.label is None:
-            continue
+    for reference in (case.label for case in sample if case.label is not None):
         try:
-            labels, _ = read_labels(case.label.path, case.label.channel)
+            labels, _ = read_labels(reference.path, reference.channel)
         except DataError:
             continue
         values |= present_values(labels)
@@ -288,15 +238,6 @@ def _as_named_in(scheme: LabelScheme, tissues: Mapping[str, int]) -> dict[str, i
 
 
 def _tissue_of(name: str) -> str:
-    words = " ".join(re.findall(r"[a-z0-9]+", name.lower()))
-    padded = f" {words} "
-    for tissue, synonyms in _TISSUES:
-        if any(f" {synonym} " in padded for synonym in synonyms):
-            return tissue
-    return name
-
-
-def _class_name(case: Case) -> str:
-    """The class name in the file name of a one-class reference ("lesions"), else "label_1"."""
-    stem = "" if case.label is None else case.label.path.name.split(".")[0].lower()
-    return next((word for word in ("lesions", "lesion", "tumour", "tumor", "gtv") if stem.endswith(word)), "label_1")
+    words = f" {' '.join(re.findall(r'[a-z0-9]+', name.lower()))} "
+    known = (tissue for tissue, synonyms in _TISSUES if any(f" {synonym} " in words for synonym in synonyms))
+    return next(known, name)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from segkit.errors import DataError, RequestError
 from segkit.labels import SCHEMES, LabelScheme, classes_scheme
@@ -15,10 +16,9 @@ from segkit.reading.case import Cohort
 from segkit.reading.files import suffix_of
 from segkit.reading.layouts.bids import BIDS
 from segkit.reading.layouts.brats import BRATS_LAYOUTS
+from segkit.reading.layouts.dataset_json import MSD
 from segkit.reading.layouts.folder import FOLDER, FOLDER2D
-from segkit.reading.layouts.layout import FolderOptions, Layout, unused_files
-from segkit.reading.layouts.listing import Listing, bare_name, list_images
-from segkit.reading.layouts.msd import MSD
+from segkit.reading.layouts.layout import FolderOptions, Layout, Listing, bare_name, list_images, unused_files
 from segkit.reading.layouts.nnunet import NNUNET
 from segkit.reading.layouts.schemes import values_of
 
@@ -35,6 +35,7 @@ LAYOUTS: dict[str, Layout] = {
 PLAIN_CLASSES = "classes"
 """`label_scheme` with one class for every value of the references."""
 
+_Named = TypeVar("_Named")
 _LOWEST_SCORE = 0.1
 _COMMON = ("brats2021", "msd", "folder")
 
@@ -54,9 +55,8 @@ def find_cases(
         root: the folder or file; links are followed, hidden files left out.
         layout: a name of `LAYOUTS`; None recognises it.
         modalities: modality name to suffix, glob pattern or channel number of its files, where names are not
-            recognised; the name `label` stands for the reference mask.
-        label_scheme: a name of `labels.SCHEMES`, or "classes" for one class per value; None finds it by names, then by
-            values.
+            recognised; the name `label` is the reference mask.
+        label_scheme: a name of `labels.SCHEMES`, or "classes": one class per value; None finds it by names or values.
         require_labels: leave out cases without a reference, and refuse a folder that has none.
         exclude: a folder below `root` to leave out, such as one for results.
 
@@ -66,7 +66,7 @@ def find_cases(
     """
     listing = list_images(Path(root), exclude)
     options = FolderOptions(dict(modalities or {}), _scheme_named(label_scheme), layout)
-    chosen = _choose_layout(listing, layout, options)
+    chosen = _choose_layout(listing, options)
     cohort = chosen.read(listing, options)
     if not cohort.cases:
         raise _nothing_found(listing, f"no images that make a case of layout {chosen.name}")
@@ -85,17 +85,13 @@ def recognise(listing: Listing) -> list[tuple[float, Layout]]:
     return sorted(scored, key=lambda pair: (-pair[0], pair[1].name not in _COMMON))
 
 
-def _choose_layout(listing: Listing, name: str | None, options: FolderOptions) -> Layout:
-    if name is not None:
-        if name not in LAYOUTS:
-            raise _unknown("layout", name, list(LAYOUTS))
-        return LAYOUTS[name]
-    scored = recognise(listing)
-    score, best = scored[0]
+def _choose_layout(listing: Listing, options: FolderOptions) -> Layout:
+    if options.layout is not None:
+        return _named("layout", options.layout, LAYOUTS)
+    score, best = recognise(listing)[0]
     if score < _LOWEST_SCORE:
-        raise _nothing_found(listing, "no layout matches", [layout for _, layout in scored[:3]])
-    is_convention = best.name not in ("folder", "folder2d", "nnunet")
-    if options.modalities and is_convention:
+        raise _nothing_found(listing, "no layout matches")
+    if options.modalities and best.name not in ("folder", "folder2d", "nnunet"):
         return FOLDER if listing.volumes else FOLDER2D
     return best
 
@@ -103,11 +99,15 @@ def _choose_layout(listing: Listing, name: str | None, options: FolderOptions) -
 def _scheme_named(name: str | None) -> LabelScheme | None:
     if name is None:
         return None
-    if name == PLAIN_CLASSES:
-        return classes_scheme(PLAIN_CLASSES, {})
-    if name not in SCHEMES:
-        raise _unknown("label scheme", name, [*SCHEMES, PLAIN_CLASSES])
-    return SCHEMES[name]
+    return _named("label scheme", name, {**SCHEMES, PLAIN_CLASSES: classes_scheme(PLAIN_CLASSES, {})})
+
+
+def _named(what: str, name: str, known: Mapping[str, _Named]) -> _Named:
+    if name in known:
+        return known[name]
+    close = difflib.get_close_matches(name, known, n=1)
+    remedy = f"Did you mean {close[0]!r}?" if close else None
+    raise RequestError(f"there is no {what} {name!r}", expected="one of " + ", ".join(known), remedy=remedy)
 
 
 def _with_plain_classes(cohort: Cohort) -> Cohort:
@@ -123,7 +123,7 @@ def _labelled_only(cohort: Cohort) -> Cohort:
             f"none of the {len(cohort.cases)} cases has a reference mask",
             where=cohort.root,
             expected=f"masks as in {LAYOUTS[cohort.layout].example}",
-            remedy="Look at `segkit check` for what was found, or name the masks with --modality label=SUFFIX",
+            remedy="See what `segkit check` finds, or name the masks with --modality label=SUFFIX",
         )
     paths = [next(iter(case.images.values())).path for case in cohort.cases if case.label is None]
     if not paths:
@@ -132,25 +132,16 @@ def _labelled_only(cohort: Cohort) -> Cohort:
     return replace(cohort, cases=labelled, problems=(*cohort.problems, problem))
 
 
-def _nothing_found(listing: Listing, found: str, nearest: list[Layout] | None = None) -> DataError:
-    layouts = nearest or [layout for _, layout in recognise(listing)[:3]]
+def _nothing_found(listing: Listing, found: str) -> DataError:
+    nearest = "; ".join(f"{layout.name} ({layout.example})" for _, layout in recognise(listing)[:3])
     counts = Counter(suffix_of(path) or "(no suffix)" for path in (*listing.images, *listing.others))
     contents = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(5)) or "no files"
+    remedy = "Point to the folder that holds the cases, or describe its files with --modality name=suffix"
+    if any(is_archive(path) for path in listing.others):
+        remedy = "Unpack the archives and point to the folder"
     return DataError(
         f"{found}; the folder holds {contents}",
         where=listing.only or listing.root,
-        expected="one of these layouts, the nearest ones: "
-        + "; ".join(f"{layout.name} ({layout.example})" for layout in layouts),
-        remedy="Unpack the archives and point to the folder"
-        if any(is_archive(path) for path in listing.others)
-        else "Point to the folder that holds the cases, or describe its files with --modality name=suffix",
-    )
-
-
-def _unknown(what: str, name: str, known: list[str]) -> RequestError:
-    close = difflib.get_close_matches(name, known, n=1)
-    return RequestError(
-        f"there is no {what} {name!r}",
-        expected="one of " + ", ".join(known),
-        remedy=f"Did you mean {close[0]!r}?" if close else None,
+        expected=f"one of these layouts, the nearest ones: {nearest}",
+        remedy=remedy,
     )

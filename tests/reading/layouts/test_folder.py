@@ -253,7 +253,7 @@ def test_an_extra_of_one_patient_is_no_channel(volume: Write, tmp_path: Path) ->
     assert tuple(cohort.cases[1].images) == ("t1n", "t2w")
     notes = {problem.found: problem.remedy for problem in cohort.problems}
     assert notes == {
-        "2 files left out, as nothing tells their modality: ADC.nii.gz, DWI.nii.gz": (
+        "2 files left out, as their modality is not in their names: ADC.nii.gz, DWI.nii.gz": (
             "Keep it with --modality NAME=SUFFIX"
         ),
         "1 file left out, in training: 1 of 3 cases have t2f: FLAIR.nii.gz": "Keep it with --modality t2f=SUFFIX",

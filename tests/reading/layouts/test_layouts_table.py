@@ -8,7 +8,7 @@ import pytest
 
 from segkit.errors import DataError, RequestError
 from segkit.labels import SCHEMES
-from segkit.reading.layouts.listing import Listing
+from segkit.reading.layouts.layout import Listing
 from segkit.reading.layouts.table import LAYOUTS, find_cases
 
 Write = Callable[..., Path]

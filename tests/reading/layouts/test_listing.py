@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from segkit.errors import DataError
-from segkit.reading.layouts.listing import bare_name, list_images, read_document
+from segkit.reading.layouts.layout import bare_name, list_images, read_document
 
 
 def _touch(path: Path) -> Path:
@@ -33,7 +33,7 @@ def test_links_in_a_circle_are_named_and_left(tmp_path: Path) -> None:
     assert listing.volumes == (tmp_path / "a" / "x.nii.gz",)
     assert {(Path(problem.where).name, problem.found) for problem in listing.problems} == {
         ("back", "is a link to a folder that contains it"),
-        ("gone.nii.gz", "is a link to a file that is not there"),
+        ("gone.nii.gz", "is a link to a file that does not exist"),
     }
 
 

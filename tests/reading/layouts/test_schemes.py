@@ -90,4 +90,4 @@ def test_an_image_named_like_a_reference_is_no_label_map(volume: Write, tmp_path
     nib.Nifti1Image(array, np.eye(4)).to_filename(tmp_path / "p1" / "seg.nii.gz")
     cohort = find_cases(tmp_path)
     assert cohort.scheme is None
-    assert "holds 215 different values and looks like an image" in cohort.problems[0].found
+    assert "hold 215 different values, as images do" in cohort.problems[0].found

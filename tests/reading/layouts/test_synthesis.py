@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from segkit.errors import DataError
-from segkit.reading.layouts.synthesis import HOLE_SCHEME, SYNTHESIS_LAYOUT, find_known, find_voided
+from segkit.reading.layouts.brats import HOLE_SCHEME, SYNTHESIS_LAYOUT, find_known, find_voided
 from segkit.reading.layouts.table import LAYOUTS, find_cases
 
 Write = Callable[..., Path]
