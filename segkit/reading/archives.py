@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from segkit.errors import DataError
-from segkit.reading.volume import COPY_AGAIN, as_data_errors, require_file
+from segkit.reading.volume import as_data_errors, damaged, require_file
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
 
@@ -122,14 +122,12 @@ def _checked(path: Path, members: Iterable[_Member], most_bytes: int, room: int)
         kept.append(member)
         total += member.size
         if total > min(most_bytes, room):
-            raise DataError(
-                f"the archive unpacks to {_gigabytes(total)} or more",
-                where=path,
-                expected=f"at most {_gigabytes(most_bytes)}"
-                if most_bytes <= room
-                else f"at most the {_gigabytes(room)} that the disk has room for",
-                remedy="If you trust it, unpack it where there is room and give the folder",
+            found = f"the archive unpacks to {_gigabytes(total)} or more"
+            limit = (
+                _gigabytes(most_bytes) if most_bytes <= room else f"the {_gigabytes(room)} that the disk has room for"
             )
+            remedy = "If you trust it, unpack it where there is room and give the folder"
+            raise DataError(found, where=path, expected=f"at most {limit}", remedy=remedy)
         if len(kept) > MOST_FILES:
             raise DataError(f"the archive holds more than {MOST_FILES} files", where=path, expected="scans")
     if not kept:
@@ -144,9 +142,8 @@ def _zip_members(path: Path, packed: zipfile.ZipFile) -> Iterator[_Member]:
         if place is None or info.is_dir() or kind == stat.S_IFDIR:
             continue
         if info.flag_bits & _ENCRYPTED:
-            raise DataError(
-                "the archive is encrypted", where=path, remedy="Unpack it with its password and give the folder"
-            )
+            remedy = "Unpack it with its password and give the folder"
+            raise DataError("the archive is encrypted", where=path, remedy=remedy)
         if kind not in (0, stat.S_IFREG):
             raise _no_plain_file(path, place)
         yield _Member(place, info.file_size, partial(packed.open, info))
@@ -196,12 +193,8 @@ def _place(path: Path, name: str) -> PurePosixPath | None:
     plain = name.replace("\\", "/")
     parts = [part for part in plain.split("/") if part not in ("", ".")]
     if plain.startswith("/") or ".." in parts or _DRIVE.match(plain) or "\0" in plain:
-        raise DataError(
-            f"the archive would write outside its folder ({name!r})",
-            where=path,
-            expected="names below one folder",
-            remedy="Do not trust it; if you know who made it, let them pack the scans again",
-        )
+        found = f"the archive would write outside its folder ({name!r})"
+        raise DataError(found, where=path, remedy="Do not trust it, or have its sender pack the scans again")
     if not parts or _JUNK in parts or any(part.startswith(".") for part in parts):
         return None
     return PurePosixPath(*parts)
@@ -215,20 +208,17 @@ def _write(path: Path, member: _Member, target: Path) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         written = place.open("xb")
     except (FileExistsError, NotADirectoryError) as failure:
-        raise DataError(
-            f"the archive holds two files of one name ({member.path})",
-            where=path,
-            expected="one file per name",
-            remedy="Pack the scans again, each series in a folder of its own",
-        ) from failure
+        found = f"the archive holds two files of one name ({member.path})"
+        remedy = "Pack the scans again, each series in a folder of its own"
+        raise DataError(found, where=path, remedy=remedy) from failure
     with written, member.open() as stream:
         while chunk := stream.read(_CHUNK_BYTES):
             left -= len(chunk)
             if left < 0:
-                raise DataError(f"{member.path} is larger than the archive declares", where=path, remedy=COPY_AGAIN)
+                raise damaged(path, f"{member.path} is larger than the archive declares")
             written.write(chunk)
     if left:
-        raise DataError(f"{member.path} is cut short in the archive", where=path, remedy=COPY_AGAIN)
+        raise damaged(path, f"{member.path} is cut short in the archive")
 
 
 @contextmanager
@@ -238,32 +228,24 @@ def _archive_errors(path: Path) -> Iterator[None]:
         try:
             yield
         except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError) as failure:
-            raise DataError(
-                f"the archive is damaged, or is none ({failure})", where=path, remedy=COPY_AGAIN
-            ) from failure
+            raise damaged(path, f"the archive is damaged, or not an archive ({failure})") from failure
         except NotImplementedError as failure:
-            raise DataError(
-                f"the archive is packed in a way that cannot be read here ({failure})",
-                where=path,
-                remedy="Unpack it with the program that made it and give the folder",
-            ) from failure
+            remedy = "Unpack it with the program that made it and give the folder"
+            found = f"the archive is packed in a way that cannot be read here ({failure})"
+            raise DataError(found, where=path, remedy=remedy) from failure
         except OSError as failure:
             if failure.errno not in _DISK_ERRORS:
                 raise
+            remedy = "Free some space, or unpack it elsewhere and give the folder"
             raise DataError(
-                f"there is no room to unpack it ({failure.strerror})",
-                where=path,
-                remedy="Free some space, or unpack it elsewhere and give the folder",
+                f"there is no room to unpack it ({failure.strerror})", where=path, remedy=remedy
             ) from failure
 
 
 def _no_plain_file(path: Path, place: PurePosixPath) -> DataError:
-    return DataError(
-        f"the archive holds a link or a device ({place})",
-        where=path,
-        expected="plain files",
-        remedy="Pack the files themselves: `tar --dereference`, or zip without -y",
-    )
+    remedy = "Pack the files themselves: `tar --dereference`, or zip without -y"
+    found = f"the archive holds a link or a device ({place})"
+    return DataError(found, where=path, expected="plain files", remedy=remedy)
 
 
 def _gigabytes(count: int) -> str:

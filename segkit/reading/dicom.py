@@ -21,10 +21,10 @@ from segkit.errors import DataError
 from segkit.reading.dicom_check import DicomFile, check_dicom
 from segkit.reading.itk import LPS_TO_RAS, image_reader
 from segkit.reading.volume import (
-    COPY_AGAIN,
     Grid,
     ImageHeader,
     as_data_errors,
+    damaged,
     is_usable,
     list_folder,
     pick_channel,
@@ -110,11 +110,11 @@ def frames_of(source: Path) -> list[Frame]:
     enhanced multi-frame file. Raises DataError where it would not be read either.
     """
     paths = _files_of_series(source) if source.is_dir() else [source]
-    if len(paths) == 1:
-        order, _ = _regular_grid(paths[0], _slices_of_frames(paths[0]))
-        return [Frame(paths[0], number) for number in order]
-    order, _ = _regular_grid(source, [_slice_of_file(path) for path in paths])
-    return [Frame(paths[index]) for index in order]
+    if len(paths) > 1:
+        order, _ = _regular_grid(source, [_slice_of_file(path) for path in paths])
+        return [Frame(paths[index]) for index in order]
+    order, _ = _regular_grid(paths[0], _slices_of_frames(paths[0]))
+    return [Frame(paths[0], number) for number in order]
 
 
 def _files_of_series(folder: Path) -> list[Path]:
@@ -125,17 +125,13 @@ def _files_of_series(folder: Path) -> list[Path]:
             if path.is_file() and path.stat().st_size and (checked := check_dicom(path)) and checked.pixel_bytes:
                 series[checked.series].append(path)
     if not series:
-        raise DataError(
-            "the folder holds no DICOM images", where=folder, expected="an image file or a folder of DICOM slices"
-        )
+        expected = "an image file or a folder of DICOM slices"
+        raise DataError("the folder holds no DICOM images", where=folder, expected=expected)
     if len(series) > 1:
         counts = ", ".join(str(len(paths)) for paths in series.values())
-        raise DataError(
-            f"the folder holds {len(series)} DICOM series ({counts} files)",
-            where=folder,
-            expected="one series",
-            remedy="Put each series into a folder of its own",
-        )
+        found = f"the folder holds {len(series)} DICOM series ({counts} files)"
+        remedy = "Put each series into a folder of its own"
+        raise DataError(found, where=folder, expected="one series", remedy=remedy)
     return next(iter(series.values()))
 
 
@@ -187,23 +183,23 @@ def _slice_of_file(path: Path) -> _Slice:
     with as_data_errors(path):
         reader, checked = _read_header(path)
         _refuse_larger_than_stored(path, reader.GetSize(), checked)
-        if not (reader.HasMetaDataKey(_POSITION) and reader.HasMetaDataKey(_ORIENTATION)):
-            raise _no_position(path)
-        columns, rows = reader.GetSize()[:2]
-        spacing = _numbers(reader.GetMetaData(_PIXEL_SPACING)) if reader.HasMetaDataKey(_PIXEL_SPACING) else (1.0, 1.0)
-        return _Slice(
-            position=np.array(_numbers(reader.GetMetaData(_POSITION))),
-            axes=np.reshape(_numbers(reader.GetMetaData(_ORIENTATION)), (2, 3)),
-            spacing_mm=(spacing[1], spacing[0]),  # DICOM names the distance of the rows first
-            shape=(columns, rows),
+        keys = (_POSITION, _ORIENTATION, _PIXEL_SPACING)
+        position, orientation, spacing = (
+            [float(part) for part in reader.GetMetaData(key).split("\\")] if reader.HasMetaDataKey(key) else None
+            for key in keys
         )
+        if position is None or orientation is None:
+            raise _no_position(path)
+        between_rows, between_columns = (spacing or (1.0, 1.0))[:2]
+        shape = reader.GetSize()[:2]
+        return _Slice(np.array(position), np.reshape(orientation, (2, 3)), (between_columns, between_rows), shape)
 
 
 def _read_header(path: Path) -> tuple[Any, DicomFile]:
     """A SimpleITK reader that has read the header of a checked file."""
     checked = check_dicom(path)
     if checked is None:
-        raise DataError("this is no DICOM file, whatever its name says", where=path, remedy=COPY_AGAIN)
+        raise damaged(path, "this is not a DICOM file, in spite of its name")
     reader = image_reader(path, _IMAGE_IO)
     reader.ReadImageInformation()
     return reader, checked
@@ -219,31 +215,23 @@ def _slices_of_frames(path: Path) -> list[_Slice]:
     try:
         import pydicom
     except ImportError as failure:
-        raise DataError(
-            "this is an enhanced multi-frame DICOM file",
-            where=path,
-            expected="pydicom to be installed, which tells where each frame lies",
-            remedy='Install it with `pip install "segkit[dicom]"`',
-        ) from failure
+        found = "this is an enhanced multi-frame DICOM file, and pydicom, which reads its positions, is not installed"
+        raise DataError(found, where=path, remedy='Install it with `pip install "segkit[dicom]"`') from failure
     document = pydicom.dcmread(path, stop_before_pixels=True)
     shared = document.get("SharedFunctionalGroupsSequence") or [{}]
+    shape = (int(document.Columns), int(document.Rows))
     slices = []
     for frame in document.get("PerFrameFunctionalGroupsSequence") or ():
-        # What a file says of one frame, or else of all of them (DICOM PS3.3, C.7.6.16).
-        position, orientation, measures = (
+        # The entry of one frame, or else that of all of them (DICOM PS3.3, C.7.6.16).
+        place, orientation, measures = (
             (frame.get(name) or shared[0].get(name) or [None])[0]
             for name in ("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence")
         )
-        if position is None or orientation is None or measures is None:
+        if place is None or orientation is None or measures is None:
             raise _no_position(path)
-        slices.append(
-            _Slice(
-                position=np.array(position.ImagePositionPatient, np.float64),
-                axes=np.reshape(np.array(orientation.ImageOrientationPatient, np.float64), (2, 3)),
-                spacing_mm=(float(measures.PixelSpacing[1]), float(measures.PixelSpacing[0])),
-                shape=(int(document.Columns), int(document.Rows)),
-            )
-        )
+        position = np.array(place.ImagePositionPatient, np.float64)
+        axes = np.reshape(np.array(orientation.ImageOrientationPatient, np.float64), (2, 3))
+        slices.append(_Slice(position, axes, (float(measures.PixelSpacing[1]), float(measures.PixelSpacing[0])), shape))
     if not slices:
         raise _no_position(path)
     return slices
@@ -265,10 +253,8 @@ def _regular_grid(where: Path, slices: Sequence[_Slice]) -> tuple[list[int], Gri
     positions = np.stack([slices[index].position for index in order])
     step = (positions[-1] - positions[0]) / (len(slices) - 1)
     to_lps = np.eye(4)
-    to_lps[:3, 0] = first.axes[0] * first.spacing_mm[0]
-    to_lps[:3, 1] = first.axes[1] * first.spacing_mm[1]
-    to_lps[:3, 2] = step
-    to_lps[:3, 3] = positions[0]
+    columns, rows = first.axes * np.reshape(first.spacing_mm, (2, 1))
+    to_lps[:3] = np.stack([columns, rows, step, positions[0]], axis=1)
     affine: Affine = LPS_TO_RAS @ to_lps
     if not is_usable(affine):
         raise _no_position(where)
@@ -280,12 +266,9 @@ def _refuse_different_slices(where: Path, slices: Sequence[_Slice]) -> None:
     alignment = min(float((one.axes * first.axes).sum(axis=1).min()) for one in slices)
     tilt = math.degrees(math.acos(min(1.0, max(-1.0, alignment))))
     if tilt > _LARGEST_TILT_DEGREES:
-        raise DataError(
-            f"the slices are not parallel: they are turned against each other by up to {tilt:.0f} degrees",
-            where=where,
-            expected="parallel slices of one volume",
-            remedy="This is a localiser or a mixture of stacks: export each stack as a series of its own",
-        )
+        found = f"the slices are not parallel: they are turned against each other by up to {tilt:.0f} degrees"
+        remedy = "This is a localiser or a mixture of stacks: export each stack as a series of its own"
+        raise DataError(found, where=where, expected="parallel slices of one volume", remedy=remedy)
     different = {(one.shape, tuple(round(length, 4) for length in one.spacing_mm)) for one in slices}
     if len(different) > 1:
         found = " and ".join(f"{shape[0]} x {shape[1]} of {spacing} mm" for shape, spacing in sorted(different))
@@ -295,41 +278,23 @@ def _refuse_different_slices(where: Path, slices: Sequence[_Slice]) -> None:
 def _refuse_gaps(where: Path, gaps_mm: NDArray[np.float64]) -> None:
     usual = float(np.median(gaps_mm))
     if float(gaps_mm.min()) < _GAP_TOLERANCE * max(usual, 0.01):
-        raise DataError(
-            "several slices lie at one and the same position",
-            where=where,
-            expected="one slice per position",
-            remedy="This is a series of several echoes, times or contrasts: export each as a series of its own",
-        )
-    widest = float(gaps_mm.max())
+        found = "several slices lie at one and the same position"
+        remedy = "This is a series of several echoes, times or contrasts: export each as a series of its own"
+        raise DataError(found, where=where, expected="one slice per position", remedy=remedy)
     if float(np.abs(gaps_mm - usual).max()) > _GAP_TOLERANCE * usual:
         missing = sum(round(float(gap) / usual) - 1 for gap in gaps_mm if gap > usual * (1 + _GAP_TOLERANCE))
-        raise DataError(
-            f"slices are missing or unevenly spaced (about {missing} missing): "
-            f"they lie {usual:.2f} mm apart, and up to {widest:.2f} mm in places",
-            where=where,
-            expected="evenly spaced slices",
-            remedy="Export the complete series again",
-        )
+        distances = f"they lie {usual:.2f} mm apart, and up to {float(gaps_mm.max()):.2f} mm in places"
+        found = f"slices are missing or unevenly spaced (about {missing} missing): {distances}"
+        raise DataError(found, where=where, expected="evenly spaced slices", remedy="Export the complete series again")
 
 
 def _too_few(where: Path, count: int) -> DataError:
-    return DataError(
-        f"slices are missing: the series has only {count}",
-        where=where,
-        expected=f"a volume of at least {FEWEST_SLICES} slices",
-        remedy="Export the complete series again; give its folder, not one of its slices",
-    )
+    expected = f"a volume of at least {FEWEST_SLICES} slices"
+    remedy = "Export the complete series again; give its folder, not one of its slices"
+    return DataError(f"slices are missing: the series has only {count}", where=where, expected=expected, remedy=remedy)
 
 
 def _no_position(where: Path) -> DataError:
-    return DataError(
-        "the DICOM file does not say where its slice lies in the patient",
-        where=where,
-        expected="slices with position and orientation",
-        remedy="This is a screenshot or a report: choose the series of original slices",
-    )
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split("\\"))
+    found = "the DICOM file has no position and orientation of its slice in the patient"
+    remedy = "This is a screenshot or a report: choose the series of original slices"
+    return DataError(found, where=where, remedy=remedy)

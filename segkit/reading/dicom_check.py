@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from segkit.errors import DataError
-from segkit.reading.volume import COPY_AGAIN, require_file
+from segkit.reading.volume import damaged, require_file
 
 _SERIES, _TRANSFER_SYNTAX, _PIXELS = (0x0020, 0x000E), (0x0002, 0x0010), (0x7FE0, 0x0010)
 _ITEM, _END_OF_ITEM, _END_OF_SEQUENCE = (0xFFFE, 0xE000), (0xFFFE, 0xE00D), (0xFFFE, 0xE0DD)
@@ -35,10 +35,9 @@ class DicomFile:
 
 
 def check_dicom(path: Path) -> DicomFile | None:
-    """Series and pixel bytes of a DICOM file whose elements all fit into it; None where it is no DICOM file.
+    """Series and pixel bytes of a DICOM file whose elements all fit into it; None where it is not a DICOM file.
 
-    Raises:
-        DataError: the file cannot be opened, or an element claims bytes that it does not have.
+    Raises DataError where the file cannot be opened, or an element claims bytes that the file does not have.
     """
     size = require_file(path)
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -50,7 +49,7 @@ def check_dicom(path: Path) -> DicomFile | None:
         try:
             walk.file(start)
         except (struct.error, IndexError) as failure:
-            raise _damaged(path, "it ends in the midst of an element") from failure
+            raise walk.damaged("it ends in the middle of an element") from failure
         return DicomFile(walk.series, walk.pixel_bytes, walk.is_packed)
 
 
@@ -72,11 +71,8 @@ class _Walk:
         while place < size and self.data[place : place + 2] == b"\2\0":
             place = self._element(place, size, 0)
         if self.syntax == _DEFLATED:
-            raise DataError(
-                "the DICOM file is deflated as a whole",
-                where=self.path,
-                remedy="Export it with another transfer syntax",
-            )
+            remedy = "Export it with another transfer syntax"
+            raise DataError("the DICOM file is deflated as a whole", where=self.path, remedy=remedy)
         self.order = ">" if self.syntax == _BIG_ENDIAN else "<"
         letters = self.data[place + 4 : place + 6]
         looks_explicit = letters in _WITH_SHORT_LENGTH or letters in _WITH_LONG_LENGTH
@@ -84,26 +80,31 @@ class _Walk:
         while size - place >= 8 and any(self.data[place : place + 8]):
             place = self._element(place, size, 0)
         if any(self.data[place:]):  # some writers append zeros
-            raise _damaged(self.path, f"after its last element {size - place} bytes follow")
+            raise self.damaged(f"after its last element {size - place} bytes follow")
+
+    def damaged(self, found: str) -> DataError:
+        """The error of an element that cannot be right."""
+        return damaged(self.path, f"the DICOM file is truncated or damaged: {found}")
 
     def _element(self, place: int, end: int, depth: int) -> int:
         """Walk over the element at `place` and return where the next begins."""
         self.count += 1
         if self.count > _MOST_ELEMENTS or depth > _DEEPEST:
-            raise _damaged(self.path, "it has more elements, or deeper ones, than any image")
+            raise self.damaged("it has more elements, or deeper ones, than any image")
         tag, kind, length, place = self._head(place)
+        name = f"({tag[0]:04x},{tag[1]:04x})"
         if tag[0] == 0xFFFE or (depth == 0 and tag == _PIXELS and self.pixel_bytes):
-            raise _damaged(self.path, f"({tag[0]:04x},{tag[1]:04x}) stands where it should not")
+            raise self.damaged(f"{name} is not allowed where it stands")
         if length == _UNDEFINED:
-            if tag == _PIXELS:
-                return self._fragments(place, end)
-            return self._items(place, end, depth, kind)
+            return self._fragments(place, end) if tag == _PIXELS else self._items(place, end, depth, kind)
         if length > end - place:
-            raise _damaged(
-                self.path, f"element ({tag[0]:04x},{tag[1]:04x}) claims {length} bytes where {end - place} are left"
-            )
-        if depth == 0:
-            self._note(tag, place, length)
+            raise self.damaged(f"element {name} claims {length} bytes where {end - place} are left")
+        if depth == 0 and tag == _SERIES:
+            self.series = self.data[place : place + length].strip(b"\0 ").decode("ascii", "replace")
+        elif depth == 0 and tag == _TRANSFER_SYNTAX:
+            self.syntax = self.data[place : place + length].strip(b"\0 ")
+        elif depth == 0 and tag == _PIXELS:
+            self.pixel_bytes = length
         is_item = self.data[place : place + 4] == struct.pack(f"{self.order}HH", *_ITEM)
         if kind == b"SQ" or (kind in (b"", b"UN") and length >= 8 and is_item and tag != _PIXELS):
             self._items(place, place + length, depth, kind)
@@ -114,15 +115,15 @@ class _Walk:
         group, element = struct.unpack_from(f"{self.order}HH", self.data, place)
         kind = self.data[place + 4 : place + 6] if self.is_explicit and group != 0xFFFE else b""
         if kind in _WITH_LONG_LENGTH:
-            (length,) = struct.unpack_from(f"{self.order}I", self.data, place + 8)
-            return (group, element), kind, length, place + 12
-        if kind in _WITH_SHORT_LENGTH:
-            (length,) = struct.unpack_from(f"{self.order}H", self.data, place + 6)
-            return (group, element), kind, length, place + 8
-        if kind:
-            raise _damaged(self.path, f"element ({group:04x},{element:04x}) is of no kind that DICOM knows")
-        (length,) = struct.unpack_from(f"{self.order}I", self.data, place + 4)
-        return (group, element), kind, length, place + 8
+            number, at, size = "I", 8, 12
+        elif kind in _WITH_SHORT_LENGTH:
+            number, at, size = "H", 6, 8
+        elif kind:
+            raise self.damaged(f"element ({group:04x},{element:04x}) has an unknown value representation")
+        else:
+            number, at, size = "I", 4, 8
+        (length,) = struct.unpack_from(f"{self.order}{number}", self.data, place + at)
+        return (group, element), kind, length, place + size
 
     def _items(self, place: int, end: int, depth: int, kind: bytes) -> int:
         """Walk over the items of a sequence; the content of an unknown one (UN) is always implicit."""
@@ -132,18 +133,16 @@ class _Walk:
             if tag == _END_OF_SEQUENCE:
                 break
             if tag != _ITEM:
-                raise _damaged(self.path, f"({tag[0]:04x},{tag[1]:04x}) stands where an item of a sequence should")
+                raise self.damaged(f"({tag[0]:04x},{tag[1]:04x}) stands where an item of a sequence should")
             if length != _UNDEFINED and length > end - place:
-                raise _damaged(self.path, f"an item claims {length} bytes where {end - place} are left")
-            place = self._item(place, end if length == _UNDEFINED else place + length, depth)
+                raise self.damaged(f"an item claims {length} bytes where {end - place} are left")
+            end_of_item = end if length == _UNDEFINED else place + length
+            while place < end_of_item:
+                if self.data[place : place + 4] == struct.pack(f"{self.order}HH", *_END_OF_ITEM):
+                    place += 8
+                    break
+                place = self._element(place, end_of_item, depth + 1)
         self.is_explicit = before
-        return place
-
-    def _item(self, place: int, end: int, depth: int) -> int:
-        while place < end:
-            if self.data[place : place + 4] == struct.pack(f"{self.order}HH", *_END_OF_ITEM):
-                return place + 8
-            place = self._element(place, end, depth + 1)
         return place
 
     def _fragments(self, place: int, end: int) -> int:
@@ -153,19 +152,7 @@ class _Walk:
             if tag == _END_OF_SEQUENCE:
                 break
             if tag != _ITEM or length > end - place:
-                raise _damaged(self.path, "its pixels are cut short")
+                raise self.damaged("its pixels are cut short")
             self.pixel_bytes += length
             place += length
         return place
-
-    def _note(self, tag: tuple[int, int], place: int, length: int) -> None:
-        if tag == _SERIES:
-            self.series = self.data[place : place + length].strip(b"\0 ").decode("ascii", "replace")
-        elif tag == _TRANSFER_SYNTAX:
-            self.syntax = self.data[place : place + length].strip(b"\0 ")
-        elif tag == _PIXELS:
-            self.pixel_bytes = length
-
-
-def _damaged(path: Path, found: str) -> DataError:
-    return DataError(f"the DICOM file is truncated or damaged: {found}", where=path, remedy=COPY_AGAIN)

@@ -1,4 +1,4 @@
-"""NRRD and MetaImage files through SimpleITK, with ITK's LPS world turned into the RAS world of our affines.
+"""NRRD and MetaImage files through SimpleITK, with ITK's LPS world turned into the RAS world of segkit's affines.
 
 Both formats may name another file that holds the voxels. Of these only a .mhd with one file beside it is read:
 otherwise a file from elsewhere could show the content of any file on this machine.
@@ -16,10 +16,10 @@ import numpy as np
 from segkit.errors import DataError
 from segkit.reading.case import is_file_name
 from segkit.reading.volume import (
-    COPY_AGAIN,
     Grid,
     ImageHeader,
     as_data_errors,
+    damaged,
     is_usable,
     pick_channel,
     plain_numbers,
@@ -112,42 +112,31 @@ def affine_from_itk(origin: Sequence[float], spacing: Sequence[float], direction
     return LPS_TO_RAS @ affine
 
 
-def _elsewhere(path: Path, named: str) -> DataError:
-    return DataError(
-        f"its header says that the voxels lie in {named}",
-        where=path,
-        expected="voxels in the file itself, or of a .mhd in one file beside it",
-        remedy="Save the image again as one file",
-    )
-
-
 def _stored_bytes(path: Path, size: int) -> int:
     """The bytes that hold the voxels: those of the file itself, or of the one beside it that a .mhd names."""
     with path.open("rb") as stream:
         header = stream.read(_LONGEST_HEADER_BYTES)
+    expected = "voxels in the file itself, or of a .mhd in one file beside it"
     if path.suffix.lower() == ".nrrd":
         if not header.startswith(b"NRRD"):
-            raise DataError("the file does not begin like an NRRD file", where=path, remedy=COPY_AGAIN)
+            raise damaged(path, "the file does not begin like an NRRD file")
         end = re.search(rb"\r?\n\r?\n", header)
         if _NRRD_POINTER.search(header[: end.start() if end else None]):
-            raise _elsewhere(path, "another file")
+            raise DataError("its header says that the voxels lie in another file", where=path, expected=expected)
         return size
     pointer = _META_POINTER.search(header)
     if pointer is None:
-        raise DataError("the file does not begin like a MetaImage", where=path, remedy=COPY_AGAIN)
+        raise damaged(path, "the file does not begin like a MetaImage")
     axes = [match[1].strip() for match in _META_AXES.finditer(header[: pointer.start()])]
     if len(axes) != 1 or axes[0] not in (b"2", b"3", b"4"):  # the library crashes on more than ten
-        raise DataError("the header does not say of how many axes the image is", where=path, expected="NDims = 3")
+        raise DataError("the header does not give the number of axes", where=path, expected="NDims = 3")
     named = pointer[1].decode("utf-8", "replace").strip()
     if named.upper() == "LOCAL":
         return size
     if path.suffix.lower() == ".mha" or not is_file_name(named) or "%" in named or named.upper().startswith("LIST"):
-        raise _elsewhere(path, repr(named))
+        raise DataError(f"its header says that the voxels lie in {named!r}", where=path, expected=expected)
     data = path.parent / named
     if not data.is_file():
-        raise DataError(
-            f"its voxels should lie beside it in {named!r}, which is missing",
-            where=path,
-            remedy="Copy the .mhd file together with its data file",
-        )
+        remedy = "Copy the .mhd file together with its data file"
+        raise DataError(f"its voxels should lie beside it in {named!r}, which is missing", where=path, remedy=remedy)
     return data.stat().st_size

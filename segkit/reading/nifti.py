@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from segkit.errors import DataError
 from segkit.reading.volume import (
-    COPY_AGAIN,
     Grid,
     ImageHeader,
     as_data_errors,
+    damaged,
     in_type,
     is_usable,
     pick_channel,
@@ -82,23 +82,18 @@ class _Storage:
 
 def open_nifti(path: Path) -> ImageHeader:
     """The header of a NIfTI file; trailing axes of length 1 dropped, 2D images given a third axis of length 1."""
-    size = require_file(path)
-    with as_data_errors(path):
-        header, is_compressed = _nifti_header(path)
-        storage = _storage(path, header, size, is_compressed)
-        return ImageHeader(_nifti_grid(path, header, storage.spatial), storage.channels, storage.read)
+    header, storage = _read_nifti_header(path)
+    return ImageHeader(_nifti_grid(path, header, storage.spatial), storage.channels, storage.read)
 
 
 def open_mgh(path: Path) -> ImageHeader:
     """The header of a FreeSurfer .mgh or .mgz file."""
-    size = require_file(path)
+    require_file(path)
     with as_data_errors(path):
-        is_compressed = _is_gzip(path)
-        with _opened(path, is_compressed) as stream:
-            # nibabel's own reader would first seek past as many voxels as the header claims.
-            block = stream.read(nib.freesurfer.mghformat.header_dtype.itemsize)
+        # nibabel's own reader would first seek past as many voxels as the header claims.
+        block, is_compressed = _read_beginning(path, nib.freesurfer.mghformat.header_dtype.itemsize)
         header = nib.freesurfer.mghformat.MGHHeader(block)
-        storage = _storage(path, header, size, is_compressed)
+        storage = _storage(path, header, is_compressed)
         affine = np.asarray(header.get_best_affine(), np.float64)
         if not is_usable(affine):
             raise _lost_geometry(path)
@@ -133,10 +128,7 @@ def rewrite_nifti(
     Header, type and scale factors are those of the source, without its free text and extensions, which may name the
     patient. Voxels outside `where` keep their stored bits. Integer types round and clip the values.
     """
-    size = require_file(source)
-    with as_data_errors(source):
-        header, is_compressed = _nifti_header(source)
-        storage = _storage(source, header, size, is_compressed)
+    header, storage = _read_nifti_header(source)
     voxels = storage.stored(channel)
     voxels[where] = in_type((values.astype(np.float64) - storage.intercept) / storage.slope, voxels.dtype)
     if storage.channels == 1:
@@ -156,31 +148,26 @@ def save_mgh(path: Path, array: AnyArray, grid: Grid) -> None:
     nib.MGHImage(array, grid.affine).to_filename(path)
 
 
-def _nifti_header(path: Path) -> tuple[nib.Nifti1Header, bool]:
-    is_compressed = _is_gzip(path)
-    with _opened(path, is_compressed) as stream:
-        block = stream.read(nib.Nifti2Header.sizeof_hdr)
-    sizes = {int.from_bytes(block[:4], "little"), int.from_bytes(block[:4], "big")}
-    for kind in (nib.Nifti1Header, nib.Nifti2Header):
-        if kind.sizeof_hdr in sizes and len(block) >= kind.sizeof_hdr:
-            return kind(block[: kind.sizeof_hdr]), is_compressed
-    raise DataError(
-        "the file does not begin like a NIfTI file",
-        where=path,
-        expected="a NIfTI header of 348 or 540 bytes",
-        remedy=f"It may be another kind of file under this name. {COPY_AGAIN}",
-    )
+def _read_nifti_header(path: Path) -> tuple[nib.Nifti1Header, _Storage]:
+    require_file(path)
+    with as_data_errors(path):
+        block, is_compressed = _read_beginning(path, nib.Nifti2Header.sizeof_hdr)
+        sizes = {int.from_bytes(block[:4], "little"), int.from_bytes(block[:4], "big")}
+        for kind in (nib.Nifti1Header, nib.Nifti2Header):
+            if kind.sizeof_hdr in sizes and len(block) >= kind.sizeof_hdr:
+                header = kind(block[: kind.sizeof_hdr])
+                return header, _storage(path, header, is_compressed)
+        raise damaged(path, "the file does not begin like a NIfTI file (with a header of 348 or 540 bytes)")
 
 
-def _storage(path: Path, header: Any, size: int, is_compressed: bool) -> _Storage:
+def _storage(path: Path, header: Any, is_compressed: bool) -> _Storage:
     """Where the voxels lie, checked before anything is allocated."""
     shape = tuple(int(length) for length in header.get_data_shape())
     dtype, offset = header.get_data_dtype(), int(header.get_data_offset())
     if not 0 <= offset <= _MOST_BYTES_AROUND:
-        raise DataError(
-            f"the header says that the voxels begin at byte {offset}", where=path, expected="a few hundred bytes"
-        )
-    stored = size if is_compressed else size - offset
+        found = f"the header says that the voxels begin at byte {offset}"
+        raise DataError(found, where=path, expected="a few hundred bytes")
+    stored = path.stat().st_size - (0 if is_compressed else offset)
     refuse_implausible(path, shape, bytes_per_voxel=dtype.itemsize, stored_bytes=stored, is_compressed=is_compressed)
     if len(shape) < 2:
         raise DataError(f"the image has {len(shape)} axis", where=path, expected="a volume of 3 axes")
@@ -221,16 +208,9 @@ def _nifti_grid(path: Path, header: nib.Nifti1Header, spatial: tuple[int, ...]) 
         affine = base
     else:
         raise _lost_geometry(path)
-    is_same = qform is None or np.allclose(qform, affine, atol=1e-4)
-    return Grid(
-        shape=spatial,
-        affine=np.asarray(affine, np.float64),
-        sform_code=sform_code,
-        qform_code=qform_code,
-        qform=None if is_same else qform,
-        xyzt_units=units,
-        source=path,
-    )
+    if qform is not None and np.allclose(qform, affine, atol=1e-4):
+        qform = None
+    return Grid(spatial, np.asarray(affine, np.float64), sform_code, qform_code, qform, units, source=path)
 
 
 def _qform(header: nib.Nifti1Header) -> Affine:
@@ -252,7 +232,7 @@ def _lost_geometry(path: Path) -> DataError:
         "the header does not say where the voxels lie (its affine is singular or not finite)",
         where=path,
         expected="three axes of different direction and a voxel size above 0",
-        remedy="Convert the scan again from its DICOM files, or restore the header from its sibling",
+        remedy="Convert the scan again from its DICOM files, or restore the header from another file of its case",
     )
 
 
@@ -260,27 +240,17 @@ def _mm_per_unit(xyzt_units: int) -> float:
     return _MM_PER_UNIT.get(xyzt_units & 7, 1.0)
 
 
-def _is_gzip(path: Path) -> bool:
+def _read_beginning(path: Path, count: int) -> tuple[bytes, bool]:
+    """The first `count` bytes, and whether the file is compressed."""
     # By content: compressed `.nii` and uncompressed `.nii.gz` files both exist.
     with path.open("rb") as stream:
-        return stream.read(2) == _GZIP_MAGIC
+        is_compressed = stream.read(2) == _GZIP_MAGIC
+    with _opened(path, is_compressed) as stream:
+        return stream.read(count), is_compressed
 
 
 def _opened(path: Path, is_compressed: bool) -> IO[bytes] | gzip.GzipFile:
     return gzip.open(path, "rb") if is_compressed else path.open("rb")
-
-
-def _read_to_end(stream: IO[bytes] | gzip.GzipFile, expected: int, path: Path) -> None:
-    """Read the rest, of which `expected` bytes are voxels: gzip compares the checksum only at the end."""
-    left = expected + _MOST_BYTES_AROUND
-    while chunk := stream.read(_CHUNK_BYTES):
-        left -= len(chunk)
-        if left < 0:
-            raise DataError(
-                f"behind its voxels the file unpacks to more than {_MOST_BYTES_AROUND} bytes of something else",
-                where=path,
-                remedy=f"Do not trust it. {COPY_AGAIN}",
-            )
 
 
 def _fill(stream: IO[bytes] | gzip.GzipFile, target: NDArray[np.uint8], path: Path) -> None:
@@ -289,10 +259,15 @@ def _fill(stream: IO[bytes] | gzip.GzipFile, target: NDArray[np.uint8], path: Pa
     while filled < len(target):
         chunk = stream.read(min(_CHUNK_BYTES, len(target) - filled))
         if not chunk:
-            raise DataError(
-                f"the file is truncated: its voxels end after {filled} of {len(target)} bytes",
-                where=path,
-                remedy=COPY_AGAIN,
-            )
+            raise damaged(path, f"the file is truncated: its voxels end after {filled} of {len(target)} bytes")
         target[filled : filled + len(chunk)] = np.frombuffer(chunk, np.uint8)
         filled += len(chunk)
+
+
+def _read_to_end(stream: IO[bytes] | gzip.GzipFile, expected: int, path: Path) -> None:
+    """Read the rest, of which `expected` bytes are voxels: gzip compares the checksum only at the end."""
+    left = expected + _MOST_BYTES_AROUND
+    while chunk := stream.read(_CHUNK_BYTES):
+        left -= len(chunk)
+        if left < 0:
+            raise damaged(path, f"after its voxels the file unpacks to more than {_MOST_BYTES_AROUND} other bytes")

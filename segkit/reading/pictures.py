@@ -9,10 +9,10 @@ import PIL.Image
 
 from segkit.errors import DataError
 from segkit.reading.volume import (
-    COPY_AGAIN,
     Grid,
     ImageHeader,
     as_data_errors,
+    damaged,
     pick_channel,
     plain_numbers,
     refuse_implausible,
@@ -75,19 +75,11 @@ def _check(path: Path) -> tuple[Grid, int]:
         width, height = picture.size
         refuse_implausible(path, (height, width), bytes_per_voxel=0, stored_bytes=size, is_compressed=True)
         if height * width > _ALWAYS_PIXELS + _MOST_PIXELS_PER_BYTE * size:
-            raise DataError(
-                f"the header claims {height} x {width} pixels, and the file has {size} bytes",
-                where=path,
-                remedy=COPY_AGAIN,
-            )
+            raise damaged(path, f"the header claims {height} x {width} pixels, and the file has {size} bytes")
         frames = getattr(picture, "n_frames", 1)
         if frames > 1:
-            raise DataError(
-                f"the file holds {frames} pictures",
-                where=path,
-                expected="one picture",
-                remedy="Split it, or convert a stack of slices to .nii.gz",
-            )
+            remedy = "Split it, or convert a stack of slices to .nii.gz"
+            raise DataError(f"the file holds {frames} pictures", where=path, expected="one picture", remedy=remedy)
         is_grey = picture.mode in _GREY_MODES
         if picture.mode == "P":
             palette = np.reshape(picture.getpalette("RGB") or [], (-1, 3))

@@ -1,10 +1,7 @@
-"""Volume, its Grid, and what every file reader shares: headers, their checks, errors and the listing of a folder.
+"""Volume, Grid, and the shared part of the file readers: headers, their checks, errors and the listing of a folder.
 
-A *grid* is where an array's voxels lie in the patient: its shape, its affine, and what is needed to write a file with
-the same header (codes, units). Pictures have a grid of two axes and an identity affine.
-
-Each reader (`nifti`, `itk`, `dicom`, `pictures`) turns a path into an `ImageHeader`: the grid, the number of channels,
-and a function that reads one channel. No memory is allocated before the header has been checked.
+Each reader (`nifti`, `itk`, `dicom`, `pictures`) turns a path into an `ImageHeader`. No memory is allocated before the
+header has been checked.
 """
 
 from __future__ import annotations
@@ -29,7 +26,16 @@ from segkit.shapes import Affine, AnyArray
 MOST_VOXELS = 2**33
 """More voxels than any scanner makes (2048 x 2048 x 2048); a header that claims more is broken."""
 
-COPY_AGAIN = "Copy the file again from where it came from; it cannot be repaired here"
+_COPY_AGAIN = "Copy the file again from where it came from; it cannot be repaired here"
+
+_FAILURES: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, str], ...] = (
+    (FileNotFoundError, "the file does not exist", "Check the name and the folder"),
+    (PermissionError, "you have no permission to read it", "Ask its owner for read access, or copy it"),
+    ((EOFError, zlib.error, gzip.BadGzipFile), "the file is truncated or damaged ({})", _COPY_AGAIN),
+    (MemoryError, "it does not fit into this computer's memory", ""),
+    (Exception, "the file cannot be read: {}", _COPY_AGAIN),
+)
+"""Exceptions with the finding and the remedy to report; the first row that fits counts."""
 
 _BEST_DEFLATE_RATIO = 1100
 """Deflate packs at most 1032 bytes into one (zlib.net, technical details); a little room for framing."""
@@ -39,10 +45,10 @@ _JUNK_FOLDERS = frozenset({"__MACOSX", "__pycache__"})
 
 @dataclass(frozen=True)
 class Grid:
-    """Where voxels lie: shape (D, H, W) or (H, W), affine in mm (RAS+ world), and the codes of the source header.
+    """Positions of voxels: shape (D, H, W) or (H, W), affine in mm (RAS+ world), and the codes of the source header.
 
-    `source` is the file the grid was read from, for messages and for writing in the same format; `qform` is the
-    affine of the quaternion form where the file carried one that differs from `affine`.
+    Pictures have two axes and an identity affine. `source` is the file the grid was read from; `qform` is the affine of
+    the quaternion form where it differs from `affine`.
     """
 
     shape: tuple[int, ...]
@@ -87,6 +93,11 @@ class ImageHeader:
     read: Callable[[int | None], AnyArray]
 
 
+def damaged(path: Path, found: str) -> DataError:
+    """The error of a file whose content is wrong, which cannot be repaired here."""
+    return DataError(found, where=path, remedy=_COPY_AGAIN)
+
+
 @contextmanager
 def as_data_errors(path: Path) -> Iterator[None]:
     """Turn every failure to read `path` into a DataError that names the file, the finding and the remedy."""
@@ -94,20 +105,11 @@ def as_data_errors(path: Path) -> Iterator[None]:
         yield
     except SegkitError:
         raise
-    except FileNotFoundError as failure:
-        raise DataError("the file does not exist", where=path, remedy="Check the name and the folder") from failure
-    except PermissionError as failure:
-        raise DataError(
-            "you have no permission to read it", where=path, remedy="Ask its owner for read access, or copy it"
-        ) from failure
-    except (EOFError, zlib.error, gzip.BadGzipFile) as failure:
-        raise DataError(f"the file is truncated or damaged ({failure})", where=path, remedy=COPY_AGAIN) from failure
-    except MemoryError as failure:
-        raise DataError("it does not fit into this computer's memory", where=path) from failure
     # Five image libraries raise OSError, ValueError, RuntimeError, SyntaxError, KeyError and classes of their own
     # for the same thing: the content does not match the suffix.
     except Exception as failure:
-        raise DataError(f"the file cannot be read: {short_reason(failure)}", where=path, remedy=COPY_AGAIN) from failure
+        found, remedy = next(row[1:] for row in _FAILURES if isinstance(failure, row[0]))
+        raise DataError(found.format(short_reason(failure)), where=path, remedy=remedy) from failure
 
 
 def short_reason(failure: Exception) -> str:
@@ -142,15 +144,11 @@ def require_file(path: Path) -> int:
         if path.is_symlink() and not path.exists():
             raise DataError(f"this link points to {path.readlink()}, which does not exist", where=path)
         if path.is_dir():
-            raise DataError(
-                "this is a folder with the name of an image file",
-                where=path,
-                expected="a file",
-                remedy="Some unpacking programs make such folders: give the file inside it",
-            )
+            remedy = "Some unpacking programs make such folders: give the file inside it"
+            raise DataError("a folder with the name of an image file", where=path, expected="a file", remedy=remedy)
         size = path.stat().st_size
         if size == 0:
-            raise DataError("the file is empty (0 bytes)", where=path, remedy=COPY_AGAIN)
+            raise damaged(path, "the file is empty (0 bytes)")
         with path.open("rb"):
             return size
 
@@ -161,23 +159,15 @@ def refuse_implausible(
     """DataError where a header's shape (voxels, channels included) cannot be true for a file of `stored_bytes`."""
     written = " x ".join(str(length) for length in shape)
     if not shape or min(shape) < 1:
-        raise DataError(f"the header gives the shape {written or 'of nothing'}", where=path, remedy=COPY_AGAIN)
+        raise damaged(path, f"the header gives the shape {written or 'of nothing'}")
     voxels = math.prod(shape)
     if voxels > MOST_VOXELS:
-        raise DataError(
-            f"the header claims {written} = {voxels:.1e} voxels",
-            where=path,
-            expected=f"at most {MOST_VOXELS:.1e}",
-            remedy=f"The header is damaged. {COPY_AGAIN}",
-        )
-    needed = voxels * bytes_per_voxel
-    if needed > stored_bytes * (_BEST_DEFLATE_RATIO if is_compressed else 1):
-        raise DataError(
-            f"the header promises {written} voxels ({needed} bytes), and the file has room for "
-            f"{max(stored_bytes, 0)} bytes: it is truncated or damaged",
-            where=path,
-            remedy=COPY_AGAIN,
-        )
+        found = f"the header claims {written} = {voxels:.1e} voxels"
+        raise DataError(found, where=path, expected=f"at most {MOST_VOXELS:.1e}", remedy=_COPY_AGAIN)
+    needed, stored = voxels * bytes_per_voxel, max(stored_bytes, 0)
+    if needed > stored * (_BEST_DEFLATE_RATIO if is_compressed else 1):
+        promised = f"the header promises {written} voxels ({needed} bytes)"
+        raise damaged(path, f"{promised}, and the file has room for {stored} bytes: it is truncated or damaged")
 
 
 def is_usable(affine: Affine) -> bool:
@@ -191,12 +181,8 @@ def is_usable(affine: Affine) -> bool:
 def pick_channel(path: Path, channels: int, channel: int | None) -> int:
     """The channel to read; DataError where none was named and there are several, or where it does not exist."""
     if channel is None and channels > 1:
-        raise DataError(
-            f"the file holds {channels} channels",
-            where=path,
-            expected="one image",
-            remedy="Name the channel, or split it into one file per modality",
-        )
+        remedy = "Name the channel, or split it into one file per modality"
+        raise DataError(f"the file holds {channels} channels", where=path, expected="one image", remedy=remedy)
     picked = channel or 0
     if not 0 <= picked < channels:
         raise DataError(f"channel {picked} does not exist; the file holds {channels}, counted from 0", where=path)
@@ -214,15 +200,14 @@ def plain_numbers(array: AnyArray, path: Path) -> AnyArray:
         return array.astype(np.uint8)
     if kind in "iu":
         return array.astype(array.dtype.newbyteorder("="), copy=False)
-    raise DataError(
-        f"voxels are of the type {array.dtype}", where=path, expected="one integer or real number per voxel"
-    )
+    expected = "one integer or real number per voxel"
+    raise DataError(f"voxels are of the type {array.dtype}", where=path, expected=expected)
 
 
 def in_type(values: NDArray[np.floating[Any]], dtype: np.dtype[Any]) -> AnyArray:
     """Values in another type: rounded and clipped to the range of an integer type."""
     if dtype.kind not in "iu":
         return values.astype(dtype)
-    range_of = np.iinfo(dtype)
-    fitting: AnyArray = np.clip(np.rint(values), range_of.min, range_of.max).astype(dtype)
-    return fitting
+    limits = np.iinfo(dtype)
+    rounded: AnyArray = np.clip(np.rint(values), limits.min, limits.max).astype(dtype)
+    return rounded

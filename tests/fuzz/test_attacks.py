@@ -143,7 +143,7 @@ def test_a_packed_torch_file_is_not_unpacked(tmp_path: Path) -> None:
 def test_a_stream_that_unpacks_to_more_than_its_header_says_is_left(tmp_path: Path) -> None:
     honest = seeds.nifti()
     (tmp_path / "x.nii.gz").write_bytes(gzip.compress(honest + bytes(200 * 2**20), 1))
-    with pytest.raises(DataError, match="behind its voxels the file unpacks to more than"):
+    with pytest.raises(DataError, match="after its voxels the file unpacks to more than"):
         read_volume(tmp_path / "x.nii.gz")
     (tmp_path / "y.nii.gz").write_bytes(gzip.compress(honest + bytes(2**20), 1))
     assert read_volume(tmp_path / "y.nii.gz").array.shape == seeds.SHAPE

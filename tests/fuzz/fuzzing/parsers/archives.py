@@ -9,7 +9,7 @@ from fuzzing.mutators.packed import mutated_zip
 from fuzzing.parser import Parser
 from fuzzing.parsers.volumes import header, zipped_header
 
-_FIRST_CHECK = "the archive is damaged, or is none"
+_FIRST_CHECK = "the archive is damaged, or not an archive"
 
 
 def _unpack(folder: Path, path: Path) -> None:
