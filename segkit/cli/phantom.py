@@ -41,8 +41,7 @@ def phantom(
     verbose: VerboseOption = False,
 ) -> None:
     """Write seeded BraTS-like phantoms, with references, in the layout of any year."""
-    from segkit.phantoms.inpainting import write_inpainting_phantoms
-    from segkit.phantoms.layouts import write_phantoms, write_phantoms_with_problems
+    from segkit.phantoms.layouts import write_inpainting_phantoms, write_phantoms, write_phantoms_with_problems
 
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
     numbers = range(1, cases + 1)

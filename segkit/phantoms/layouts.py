@@ -1,6 +1,6 @@
-"""Writing phantoms as published data sets are written: their names, folders, labels, orientations and documents.
+"""Writing phantoms in the names, folders, labels, orientations and documents of published data sets.
 
-Case n of a seed is the same patient in every convention: turned to RAS its arrays are equal, voxel for voxel.
+Case n of a seed is the same patient in every convention: reoriented to RAS its arrays are equal, voxel for voxel.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from segkit.errors import DataError, Problem, RequestError
 from segkit.labels import SCHEMES, translate
 from segkit.phantoms.phantom import PHANTOM_SCHEME, Phantom, make_phantom
+from segkit.preparing.holes import ChallengeRules, brain_mask, challenge_hole, tumour_components, unhealthy_region
 from segkit.reading.files import write_image, write_labels
 from segkit.reading.geometry import Reorientation, reorientation_to, reoriented_grid
 from segkit.reading.volume import Grid
@@ -24,17 +25,22 @@ from segkit.shapes import AnyArray, LabelMap
 
 _log = logging.getLogger(__name__)
 
-_LICENCE = "CC0-1.0"
 STRAY_VALUE = 7
-"""A label value that no scheme knows."""
+"""A label value that no scheme has."""
+
+_LICENCE = "CC0-1.0"
+_HOLE_STREAM = 4
+"""The stream of random numbers for the hole of a case; 0 to 3 make the phantom itself."""
+_DONORS = range(1, 9)
+"""The cases whose tumours give the shapes of all holes; fixed, so that a case does not depend on the others written."""
 
 Document = str | dict[str, object]
-"""The text of a file, or what it holds as JSON."""
+"""The text of a file, or its content as JSON."""
 
 
 @dataclass(frozen=True)
 class PhantomLayout:
-    """How a data set names, turns and describes its files.
+    """How a data set names, orients and describes its files.
 
     The template `case` has the field {number}; `image` and `label` have {case}, {grade} (HGG or LGG) and, for images,
     {suffix}. The order of `suffixes` is the channel order. An image template without {suffix} is one 4D file with the
@@ -48,7 +54,7 @@ class PhantomLayout:
     label: str
     suffixes: Mapping[str, str]
     origin: Literal["atlas", "corner", "centre"]
-    """Where the world origin lies. atlas: as SRI24 in BraTS, whose first voxel in LPS order has x 0 and y 239; corner:
+    """The world origin. atlas: as SRI24 in BraTS, whose first voxel in LPS order has x 0 and y 239; corner:
     the first voxel along x and z and the last along y; centre: the middle of the volume."""
     documents: Callable[[Sequence[str]], dict[str, Document]] = lambda _: {}
     odd_labels: Mapping[int, str] = field(default_factory=dict)
@@ -57,11 +63,11 @@ class PhantomLayout:
 
     @property
     def is_stacked(self) -> bool:
-        """Whether all sequences lie in one 4D file."""
+        """Whether all sequences are in one 4D file."""
         return "{suffix}" not in self.image
 
     def place(self, shape: tuple[int, ...]) -> tuple[Reorientation, Grid]:
-        """How arrays of a shape in RAS order are turned for the files, and the grid of the files."""
+        """The reorientation of arrays of a shape in RAS order to that of the files, and the grid of the files."""
         last = np.array(shape) - 1.0
         first_voxel_mm = {"atlas": (-last[0], 0, 0), "corner": (0, -last[1], 0), "centre": tuple(-last / 2)}
         affine = np.eye(4)
@@ -83,9 +89,7 @@ def _msd_documents(cases: Sequence[str]) -> dict[str, Document]:
             "labels": {"0": "background", "1": "edema", "2": "non-enhancing tumor", "3": "enhancing tumour"},
             "numTraining": len(cases),
             "numTest": 0,
-            "training": [
-                {"image": f"./imagesTr/{case}.nii.gz", "label": f"./labelsTr/{case}.nii.gz"} for case in cases
-            ],
+            "training": [{name: f"./{name}sTr/{case}.nii.gz" for name in ("image", "label")} for case in cases],
             "test": [],
         }
     }
@@ -199,7 +203,7 @@ PHANTOM_LAYOUTS: dict[str, PhantomLayout] = {
 
 @dataclass(frozen=True)
 class WrittenPhantom:
-    """The files of one case; `images` maps each sequence to its file, the same one for all where it is 4D."""
+    """The files of one case; `images` maps each sequence to its file, the same one for all if it is 4D."""
 
     case: str
     number: int
@@ -208,13 +212,22 @@ class WrittenPhantom:
 
 
 @dataclass(frozen=True)
-class _Session:
-    """A phantom in the orientation and label values of a convention, as it is written."""
+class WrittenHoles:
+    """The files of one case by their endings: t1n, t1n-voided, mask, mask-healthy, mask-unhealthy."""
 
-    images: Mapping[str, AnyArray]
+    case: str
+    number: int
+    files: Mapping[str, Path]
+
+
+@dataclass
+class _Session:
+    """A phantom in the orientation and label values of a convention; the T2 has a grid of its own for a flaw."""
+
+    images: dict[str, AnyArray]
     labels: LabelMap
-    image_grids: Mapping[str, Grid]
-    label_grid: Grid
+    grid: Grid
+    t2w_grid: Grid
 
 
 def write_phantoms(
@@ -223,7 +236,7 @@ def write_phantoms(
     """Write the cases `numbers` of a seed below `root`, with the documents of the data set.
 
     Raises:
-        RequestError: the convention is unknown, `root` holds something already, or the size is too small.
+        RequestError: the convention is unknown, `root` is not empty, or the size is too small.
         DataError: the disk is full or `root` cannot be written to.
     """
     return _write_all(root, convention, numbers, size, seed, flaws={})
@@ -235,9 +248,9 @@ def write_phantoms_with_problems(
     """As `write_phantoms`, but four cases, drawn by the seed, get one problem each.
 
     - missing modality: there is no contrast-enhanced T1 (a 4D file has three channels instead of four);
-    - flipped affine: the header of the T2 (of the image, where it is 4D) exchanges left and right, its voxels do not;
+    - flipped affine: the header of the T2 (of the image, if it is 4D) exchanges left and right, its voxels do not;
     - truncated file: the FLAIR (or the 4D image) ends half-way;
-    - stray label: some voxels of the reference hold `STRAY_VALUE`.
+    - stray label: some voxels of the reference are `STRAY_VALUE`.
 
     Returns the written cases and the four problems.
 
@@ -248,23 +261,67 @@ def write_phantoms_with_problems(
     if len(numbers) < 4:
         raise RequestError(f"{len(numbers)} cases cannot hold four problems", expected="4 cases or more")
     chosen = np.random.default_rng((seed, len(numbers))).permutation(len(numbers))[:4].tolist()
-    flaws = dict(zip(chosen, (_without_t1c, _with_flipped_affine, _with_stray_label), strict=False))
+    flaws = dict(zip(chosen, (_remove_t1c, _flip_affine, _add_stray_label), strict=False))
     written = _write_all(root, convention, numbers, size, seed, flaws)
     bare, flipped, stray, truncated = (written[place] for place in chosen)
     content = truncated.images["t2f"].read_bytes()
     truncated.images["t2f"].write_bytes(content[: len(content) // 2])
     return written, [
         Problem(bare.case, "missing modality: there is no t1c"),
-        Problem(str(flipped.images["t2w"]), "flipped affine: the header says left for right"),
+        Problem(str(flipped.images["t2w"]), "flipped affine: the header exchanges left and right"),
         Problem(str(truncated.images["t2f"]), "truncated file: it ends half-way"),
-        Problem(str(stray.label), f"stray label: some voxels hold {STRAY_VALUE}"),
+        Problem(str(stray.label), f"stray label: some voxels are {STRAY_VALUE}"),
     ]
+
+
+def write_inpainting_phantoms(
+    root: Path, numbers: Sequence[int], *, size: int = 64, seed: int = 0, rules: ChallengeRules | None = None
+) -> list[WrittenHoles]:
+    """Write the cases `numbers` of a seed as in the training folders of the BraTS local-synthesis challenge.
+
+    A case has the five files of the challenge and no segmentation. Its healthy hole, made by the procedure of the
+    challenge, has the shape of the tumour of one of the first eight cases of the seed, written or not. `rules` are the
+    limits of the procedure. Phantoms show a whole head in few voxels, so by default the margin and the smallest tumour
+    shrink with the size: 5 voxels of 240 are 1.3 of 64.
+
+    Raises:
+        RequestError: `root` is not empty, or the size is too small.
+        DataError: a case has no room for a hole, the disk is full or `root` cannot be written to.
+    """
+    require_empty(root)
+    layout = PHANTOM_LAYOUTS["brats2023"]  # the year of the first such challenge
+    rules = rules or ChallengeRules().scaled_to(size)
+    pool = [
+        shape
+        for donor in (make_phantom(number, size=size, seed=seed) for number in _DONORS)
+        for shape in tumour_components(donor.labels > 0, brain_mask(donor.images["t1n"]), rules)
+    ]
+    written = []
+    for number in numbers:
+        phantom = make_phantom(number, size=size, seed=seed)
+        image, tumour = phantom.images["t1n"], phantom.labels > 0
+        generator = np.random.default_rng((seed, number, _HOLE_STREAM))
+        healthy = challenge_hole(brain_mask(image), tumour, pool, generator, rules)
+        unhealthy = unhealthy_region(tumour, rules)
+        hole = healthy | unhealthy
+        images = {"t1n": image, "t1n-voided": np.where(hole, 0, image).astype(image.dtype)}
+        masks = {"mask": hole, "mask-healthy": healthy, "mask-unhealthy": unhealthy}
+        turn, grid = layout.place(phantom.shape)
+        case = layout.case.format(number=number)
+        files = {ending: root / case / f"{case}-{ending}.nii.gz" for ending in (*images, *masks)}
+        for ending, array in images.items():
+            write_image(files[ending], turn.apply(array), grid)
+        for ending, mask in masks.items():
+            write_labels(files[ending], turn.apply(mask).astype(np.uint8), grid)
+        written.append(WrittenHoles(case, number, files))
+        _log.info("wrote phantom %s, %d of %d", case, len(written), len(numbers))
+    return written
 
 
 def require_empty(root: Path) -> None:
     """Raise a RequestError unless `root` is new or an empty folder."""
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise RequestError("there is something here already", where=root, remedy="Name a new or an empty folder")
+        raise RequestError("this folder is not empty", where=root, remedy="Name a new or an empty folder")
 
 
 def _write_all(
@@ -273,7 +330,7 @@ def _write_all(
     numbers: Sequence[int],
     size: int,
     seed: int,
-    flaws: Mapping[int, Callable[[_Session], _Session]],
+    flaws: Mapping[int, Callable[[_Session], None]],
 ) -> list[WrittenPhantom]:
     """Write the cases and the documents; `flaws` changes the cases at some places of `numbers`."""
     layout = PHANTOM_LAYOUTS.get(convention)
@@ -284,13 +341,12 @@ def _write_all(
     for place, number in enumerate(numbers):
         phantom = make_phantom(number, size=size, seed=seed, resection_probability=layout.resection_probability)
         turn, grid = layout.place(phantom.shape)
-        session = _Session(
-            images={modality: turn.apply(phantom.images[modality]) for modality in layout.suffixes},
-            labels=turn.apply(translate(phantom.labels, PHANTOM_SCHEME, SCHEMES[layout.scheme])),
-            image_grids=dict.fromkeys(layout.suffixes, grid),
-            label_grid=grid,
-        )
-        written.append(_write(root, layout, phantom, flaws[place](session) if place in flaws else session))
+        images = {modality: turn.apply(phantom.images[modality]) for modality in layout.suffixes}
+        labels = turn.apply(translate(phantom.labels, PHANTOM_SCHEME, SCHEMES[layout.scheme]))
+        session = _Session(images, labels, grid, grid)
+        if place in flaws:
+            flaws[place](session)
+        written.append(_write(root, layout, phantom, session))
         _log.info("wrote phantom %s, %d of %d", written[-1].case, len(written), len(numbers))
     for name, document in layout.documents([phantom.case for phantom in written]).items():
         path = root / name
@@ -309,27 +365,23 @@ def _write(root: Path, layout: PhantomLayout, phantom: Phantom, session: _Sessio
     paths = {m: root / layout.image.format(suffix=layout.suffixes[m], **words) for m in session.images}
     label = root / layout.odd_labels.get(phantom.number, layout.label).format(**words)
     if layout.is_stacked:
-        first = next(iter(session.images))
-        write_image(paths[first], np.stack(list(session.images.values()), axis=-1), session.image_grids["t2w"])
+        write_image(next(iter(paths.values())), np.stack(list(session.images.values()), axis=-1), session.t2w_grid)
     else:
         for modality, array in session.images.items():
-            write_image(paths[modality], array, session.image_grids[modality])
-    write_labels(label, session.labels, session.label_grid)
+            write_image(paths[modality], array, session.t2w_grid if modality == "t2w" else session.grid)
+    write_labels(label, session.labels, session.grid)
     return WrittenPhantom(case, phantom.number, paths, label)
 
 
-def _without_t1c(session: _Session) -> _Session:
-    return replace(session, images={name: array for name, array in session.images.items() if name != "t1c"})
+def _remove_t1c(session: _Session) -> None:
+    del session.images["t1c"]
 
 
-def _with_flipped_affine(session: _Session) -> _Session:
-    grid = session.image_grids["t2w"]
-    flip = np.diag([-1.0, 1.0, 1.0, 1.0])
-    return replace(session, image_grids={**session.image_grids, "t2w": replace(grid, affine=flip @ grid.affine)})
+def _flip_affine(session: _Session) -> None:
+    session.t2w_grid = replace(session.grid, affine=np.diag([-1.0, 1.0, 1.0, 1.0]) @ session.grid.affine)
 
 
-def _with_stray_label(session: _Session) -> _Session:
+def _add_stray_label(session: _Session) -> None:
     labels = session.labels.copy()
-    stray = np.argwhere(labels == labels.max())[:5]
-    labels[tuple(stray.T)] = STRAY_VALUE
-    return replace(session, labels=labels)
+    labels[tuple(np.argwhere(labels == labels.max())[:5].T)] = STRAY_VALUE
+    session.labels = labels

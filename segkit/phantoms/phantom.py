@@ -1,15 +1,13 @@
-"""Phantoms: seeded volumes that look like small BraTS cases with one glioma, to try, teach and test with.
+"""Phantoms: seeded volumes that look like small BraTS cases with one glioma, for trials, teaching and tests.
 
-First a map of tissues is drawn. Everything is in fractions of the volume, so that a case looks alike at every size: a
-voxel's *position* runs from -1 to 1 along each axis, right, front and top being positive. *Fields* are smooth random
-functions of position. *Depth* is 0 on the surface of the brain and grows inward to 1 at its centre. Beside the tumour,
-a brain holds tissues that no single intensity separates from it: white-matter hyperintensities (as bright on FLAIR as
-oedema), vessels and choroid plexus (as bright on contrast-enhanced T1 as enhancing tumour) and cerebrospinal fluid
-(brighter on T2 than any tumour). They differ from tumour in another sequence, in place or in shape.
+First a map of tissues is drawn. All sizes are fractions of the volume, so that a case looks alike at every size: a
+*position* is from -1 to 1 along each axis, positive to the right, front and top. *Fields* are smooth random functions
+of position. *Depth* is 0 on the surface of the brain and 1 at its centre. A brain also has tissues that no single
+intensity separates from the tumour: white-matter hyperintensities (as bright on FLAIR as oedema), vessels and choroid
+plexus (as bright on contrast-enhanced T1 as enhancing tumour) and cerebrospinal fluid (brighter on T2 than any tumour).
 
-Then the sequences are simulated. Contrasts follow a real case of BraTS 2021: for each sequence, the distance of each
-tissue from the mean of the brain in standard deviations of the brain. Added are partial volume, texture, a bias field,
-Rician noise and an intensity scale that differs from case to case and from sequence to sequence.
+Then the sequences are simulated, with the contrasts of a real case of BraTS 2021, partial volume, texture, a bias
+field, Rician noise and an intensity scale that differs between cases and sequences.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ TissueMap = NDArray[np.uint8]
 """Values of `Tissue`, (D, H, W)."""
 
 PHANTOM_SCHEME: LabelScheme = SCHEMES["brats2024"]
-"""The label scheme of `Phantom.labels`, which has a value for every labelled tissue of a phantom."""
+"""The label scheme of `Phantom.labels`."""
 
 MINIMUM_SIZE = 24
 """Below this many voxels the parts of a brain are thinner than a voxel."""
@@ -43,7 +41,7 @@ _BRAIN_RADII = (0.72, 0.92, 0.88)
 
 
 class Tissue(IntEnum):
-    """What a voxel of a phantom is made of."""
+    """Tissues of a phantom."""
 
     BACKGROUND = 0
     FLUID = 1
@@ -96,7 +94,7 @@ class Phantom:
 
     @property
     def is_low_grade(self) -> bool:
-        """Whether no part of the tumour enhances."""
+        """Whether there is no enhancing tumour."""
         return not bool((self.labels == PHANTOM_SCHEME.values["ET"]).any())
 
 
@@ -110,8 +108,8 @@ def make_phantom(
 ) -> Phantom:
     """The case of (seed, number), with (size, size, 0.8 size) voxels of 1 mm.
 
-    With a `resection_probability` some cases have a resection cavity (RC) in place of part of the tumour core and are
-    otherwise the same, voxel for voxel.
+    With a `resection_probability` some cases have a resection cavity (RC) in place of part of the tumour core; all
+    other voxels are the same.
 
     Raises:
         RequestError: a size below `MINIMUM_SIZE`, a negative number or seed.
@@ -132,21 +130,15 @@ def make_phantom(
     return Phantom(number, _scan(tissues, scanner), values[tissues])
 
 
-@dataclass(frozen=True)
 class _Space:
-    """Positions of a volume's voxel centres along its three axes, each shaped to broadcast to (D, H, W)."""
+    """Positions of the voxel centres of a volume along its three axes, each shaped to broadcast to (D, H, W)."""
 
-    x: Field
-    y: Field
-    z: Field
-
-    @classmethod
-    def of(cls, shape: tuple[int, int, int]) -> _Space:
+    def __init__(self, shape: tuple[int, int, int]) -> None:
         x, y, z = (2 * (np.arange(count) + 0.5) / count - 1 for count in shape)
-        return cls(x[:, None, None], y[None, :, None], z[None, None, :])
+        self.x, self.y, self.z = x[:, None, None], y[None, :, None], z[None, None, :]
 
     def distance(self, centre: Sequence[float], radii: Sequence[float]) -> Field:
-        """Distance from an ellipsoid's centre as a multiple of its radii, (D, H, W): 1 on its surface."""
+        """Distance from the centre of an ellipsoid as a multiple of its radii, (D, H, W): 1 on its surface."""
         offsets = zip((self.x, self.y, self.z), centre, radii, strict=True)
         squared: Field = sum(((axis - middle) / radius) ** 2 for axis, middle, radius in offsets)  # type: ignore[assignment]
         return np.sqrt(squared)
@@ -164,11 +156,8 @@ class _Space:
 
 
 def _draw_tissues(shape: tuple[int, int, int], generator: np.random.Generator, *, is_low_grade: bool) -> TissueMap:
-    """A brain with one tumour, (D, H, W) in RAS order, values of `Tissue`.
-
-    A low-grade tumour has a core that does not enhance. The draws do not depend on `shape`.
-    """
-    space = _Space.of(shape)
+    """A brain with one tumour, (D, H, W) in RAS order; in a low-grade tumour the core does not enhance."""
+    space = _Space(shape)
     radii = [radius * generator.uniform(0.93, 1.0) for radius in _BRAIN_RADII]
     depth = 1 - space.distance((0, 0, 0), radii) * (1 + 0.03 * space.field(generator, 3))
     tissues = _draw_healthy(space, depth, generator)
@@ -178,7 +167,7 @@ def _draw_tissues(shape: tuple[int, int, int], generator: np.random.Generator, *
 
 
 def _add_cavity(tissues: TissueMap, generator: np.random.Generator) -> None:
-    """Turn part of the tumour core into a fluid-filled resection cavity, in place; the rest of the map stays."""
+    """Turn part of the tumour core into a resection cavity, in place."""
     core = np.isin(tissues, (Tissue.NECROSIS, Tissue.ENHANCING))
     inner = ndimage.distance_transform_edt(core)
     tissues[inner > inner.max() * generator.uniform(0.25, 0.5)] = Tissue.CAVITY
@@ -195,13 +184,12 @@ def _draw_healthy(space: _Space, depth: Field, generator: np.random.Generator) -
     is_sulcus = (fold < 0.24) & (depth < 0.16)
     is_fissure = (np.abs(space.x) < 0.025) & (depth < 0.3) & (space.z > -0.3)
     tissues[is_sulcus | is_fissure | _draw_ventricles(space, generator)] = Tissue.FLUID
-    notches = is_sulcus & (depth < 0.04)
-    tissues[(depth < 0) | notches] = Tissue.BACKGROUND
+    tissues[(depth < 0) | (is_sulcus & (depth < 0.04))] = Tissue.BACKGROUND
     return tissues
 
 
 def _draw_ventricles(space: _Space, generator: np.random.Generator) -> Mask:
-    """Two lateral ventricles that bend outward towards the front and the back, and the third one between them."""
+    """Two lateral ventricles that bend outward to the front and the back, and the third one between them."""
     width = generator.uniform(0.8, 1.4)
     mask: Mask = space.distance((0, -0.02, -0.12), (0.045, 0.16, 0.22)) < 1
     for side in (-1, 1):
@@ -214,11 +202,11 @@ def _draw_ventricles(space: _Space, generator: np.random.Generator) -> Mask:
 
 
 def _add_lookalikes(tissues: TissueMap, space: _Space, depth: Field, generator: np.random.Generator) -> None:
-    """Hyperintensities about both sides of the ventricles, branching vessels, a sagittal sinus, choroid plexus."""
+    """Add hyperintensities beside the ventricles, branching vessels, a sagittal sinus and choroid plexus."""
     ventricles = (tissues == Tissue.FLUID) & (depth > 0.3)
     voxels = ndimage.distance_transform_edt(~ventricles) / space.x.shape[0]
     patches = space.field(generator, 11)
-    spread = patches + patches[::-1] - 14 * voxels  # mirrored, as such lesions mostly are, and denser near ventricles
+    spread = patches + patches[::-1] - 14 * voxels  # symmetric, as such lesions mostly are, and denser near ventricles
     _fill(tissues, Tissue.HYPERINTENSITY, spread, tissues == Tissue.WHITE, generator.uniform(0.18, 0.28))
 
     plexus = space.field(generator, 12)
@@ -239,7 +227,7 @@ def _fill(tissues: TissueMap, tissue: Tissue, field: Field, where: Mask, fractio
 def _add_tumour(
     tissues: TissueMap, space: _Space, depth: Field, generator: np.random.Generator, *, is_low_grade: bool
 ) -> None:
-    """One tumour: oedema that spares fluid and most cortex, about an enhancing rim about a necrotic core."""
+    """Add oedema, not in fluid or most of the cortex, around an enhancing rim around a necrotic core."""
     side = generator.choice((-1, 1))
     centre = (side * generator.uniform(0.26, 0.4), generator.uniform(-0.42, 0.42), generator.uniform(-0.2, 0.4))
     scale = generator.uniform(0.2, 0.27)
@@ -265,7 +253,7 @@ def _scan(tissues: TissueMap, generator: np.random.Generator) -> dict[str, NDArr
     contrasts = np.zeros((len(Tissue), len(BRATS_MODALITIES)))
     for tissue, values in _CONTRASTS.items():
         contrasts[tissue] = values
-    contrasts += generator.normal(0, 0.12, contrasts.shape)  # no two patients and scanners agree
+    contrasts += generator.normal(0, 0.12, contrasts.shape)  # patients and scanners differ
     contrasts[Tissue.NECROSIS] += generator.normal(0, 0.3, len(BRATS_MODALITIES))
     relative = 1 + _RELATIVE_DEVIATION * contrasts  # (tissues, sequences), fractions of the brain's mean
     means = _TYPICAL_MEAN * np.exp(generator.uniform(-0.7, 0.7, len(BRATS_MODALITIES)))
@@ -279,7 +267,7 @@ def _scan(tissues: TissueMap, generator: np.random.Generator) -> dict[str, NDArr
 def _acquire(ideal: Field, brain: Mask, mean: float, channel: int, generator: np.random.Generator) -> NDArray[np.int16]:
     """The scanned image (D, H, W) of an ideal one with mean 1."""
     deviation = _RELATIVE_DEVIATION[channel]
-    # Partial volume: neighbours mix, but nothing leaks in from outside the brain.
+    # Partial volume: neighbouring voxels mix, without those outside the brain.
     weights = ndimage.gaussian_filter(brain.astype(np.float64), 0.55)
     signal = ndimage.gaussian_filter(ideal * brain, 0.55) / np.maximum(weights, 1e-6)
     texture = ndimage.gaussian_filter(generator.standard_normal(brain.shape), 1.0)
@@ -293,9 +281,8 @@ def _acquire(ideal: Field, brain: Mask, mean: float, channel: int, generator: np
 
 
 def _bias_field(shape: tuple[int, ...], generator: np.random.Generator) -> Field:
-    """A smooth gain (D, H, W) about 1: a quadratic function of position, up to some 10 % at the corners."""
-    positions = np.meshgrid(*(np.linspace(-1, 1, count) for count in shape), indexing="ij", sparse=True)
+    """A smooth gain (D, H, W) around 1: a quadratic function of position, up to some 10 % at the corners."""
     gain = np.zeros(shape)
-    for position in positions:
+    for position in np.meshgrid(*(np.linspace(-1, 1, count) for count in shape), indexing="ij", sparse=True):
         gain = gain + generator.normal(0, 0.04) * position + generator.normal(0, 0.03) * position**2
     return np.exp(gain)

@@ -1,13 +1,12 @@
-"""A baseline for phantoms: the best Dice that a single intensity threshold can give.
+"""A baseline for phantoms: the best Dice of a single intensity threshold.
 
-A trained network must be well above it. The baseline is an upper bound: its threshold is chosen on the cases that it is
-scored on.
+A trained network must be well above it, although the threshold is chosen on the cases that it is scored on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +18,7 @@ _CANDIDATES = 512
 _MARGIN = 1e-3  # standard deviations
 
 
-@dataclass(frozen=True)
-class ThresholdScore:
+class ThresholdScore(NamedTuple):
     """The best rule for a region: voxels of the brain whose intensity is above (">") or below ("<") `threshold`.
 
     `threshold` is in standard deviations from the mean of the brain; `dice` is the mean over cases, 0 to 1.
@@ -54,40 +52,34 @@ def best_single_thresholds(
             f"{len(images)} images and {len(labels)} label maps cannot be compared",
             expected="as many of each, not none",
         )
+    brains = [(image != 0).any(axis=0) for image in images]
+    inside = [reference[brain] for reference, brain in zip(labels, brains, strict=True)]
     best: dict[str, ThresholdScore] = {}
     for channel, modality in enumerate(modalities):
-        cases = [_standardised(image, reference, channel) for image, reference in zip(images, labels, strict=True)]
-        pooled = np.concatenate([values for values, _ in cases])
-        # From just below to just above, so that all and nothing are choices too.
+        cases = [image[channel][brain].astype(np.float64) for image, brain in zip(images, brains, strict=True)]
+        cases = [(values - values.mean()) / (values.std() + 1e-8) for values in cases]
+        pooled = np.concatenate(cases)
+        # The candidates include all voxels and none.
         thresholds = np.linspace(pooled.min() - _MARGIN, pooled.max() + _MARGIN, _CANDIDATES)
         for name, members in regions.items():
-            for direction in (">", "<"):
-                sign = 1 if direction == ">" else -1
-                dice = np.mean([_dice_curve(v, np.isin(r, members), thresholds, sign) for v, r in cases], axis=0)
-                position = int(dice.argmax())
-                score = ThresholdScore(name, modality, direction, float(thresholds[position]), float(dice[position]))
-                if name not in best or score.dice > best[name].dice:
-                    best[name] = score
+            targets = [np.isin(reference, members) for reference in inside]
+            for direction, sign in ((">", 1), ("<", -1)):
+                curves = [_dice_curve(v, t, thresholds, sign) for v, t in zip(cases, targets, strict=True)]
+                dice = np.mean(curves, axis=0)
+                place = int(dice.argmax())
+                if name not in best or dice[place] > best[name].dice:
+                    score = float(thresholds[place]), float(dice[place])
+                    best[name] = ThresholdScore(name, modality, direction, *score)
     return best
 
 
-def _standardised(image: Image, reference: LabelMap, channel: int) -> tuple[NDArray[np.float64], LabelMap]:
-    """Intensities of one sequence in the brain (N,), mean 0 and deviation 1, and the label values there (N,)."""
-    brain = (image != 0).any(axis=0)
-    values = image[channel][brain].astype(np.float64)
-    return (values - values.mean()) / (values.std() + 1e-8), reference[brain]
-
-
 def _dice_curve(
-    values: NDArray[np.float64], is_inside: NDArray[np.bool_], thresholds: NDArray[np.float64], sign: int
+    values: NDArray[np.float64], target: NDArray[np.bool_], thresholds: NDArray[np.float64], sign: int
 ) -> NDArray[np.float64]:
-    """Dice of `sign * values > sign * threshold` against `is_inside` for each threshold, (T,)."""
-    chosen = _count_beyond(values, thresholds, sign)
-    hits = _count_beyond(values[is_inside], thresholds, sign)
-    total = chosen + int(is_inside.sum())
+    """Dice of `sign * values > sign * threshold` against `target` (N,) for each threshold, (T,)."""
+    chosen, hits = (
+        len(some) - np.searchsorted(np.sort(sign * some), sign * thresholds, side="right")
+        for some in (values, values[target])
+    )
+    total = chosen + int(target.sum())
     return np.where(total == 0, 1.0, 2 * hits / np.maximum(total, 1))
-
-
-def _count_beyond(values: NDArray[np.float64], thresholds: NDArray[np.float64], sign: int) -> NDArray[np.int64]:
-    ordered = np.sort(sign * values)
-    return len(ordered) - np.searchsorted(ordered, sign * thresholds, side="right")

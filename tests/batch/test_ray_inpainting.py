@@ -19,7 +19,7 @@ from segkit.batch.worker import LocalExecutor
 from segkit.inpainting.inpaint import Inpaint, InpaintPlan
 from segkit.inpainting.masks import masks_of_cohort
 from segkit.inpainting.predictor import InpaintingPredictor
-from segkit.phantoms.inpainting import write_inpainting_phantoms
+from segkit.phantoms.layouts import write_inpainting_phantoms
 from segkit.reading.layouts.brats import find_voided
 from tests.helpers import run_segkit
 

@@ -19,7 +19,7 @@ from segkit.errors import RequestError
 from segkit.inpainting.config import InpaintingConfig
 from segkit.inpainting.predictor import InpaintingPredictor
 from segkit.inpainting.run import InpaintingKind
-from segkit.phantoms.inpainting import write_inpainting_phantoms
+from segkit.phantoms.layouts import write_inpainting_phantoms
 from segkit.reading.pictures import save_picture
 from segkit.reading.volume import Grid
 from segkit.training.run import train

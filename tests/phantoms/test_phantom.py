@@ -248,7 +248,7 @@ def test_wrong_requests_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="3 cases cannot hold four problems"):
         write_phantoms_with_problems(tmp_path / "new", [1, 2, 3])
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(RequestError, match=r"there is something here already. Name a new or an empty folder"):
+    with pytest.raises(RequestError, match=r"this folder is not empty. Name a new or an empty folder"):
         write_phantoms(tmp_path, [1])
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 

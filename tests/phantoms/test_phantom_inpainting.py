@@ -7,7 +7,7 @@ import pytest
 from scipy import ndimage
 
 from segkit.errors import DataError, RequestError
-from segkit.phantoms.inpainting import WrittenHoles, write_inpainting_phantoms
+from segkit.phantoms.layouts import WrittenHoles, write_inpainting_phantoms
 from segkit.phantoms.phantom import make_phantom
 from segkit.preparing.holes import ChallengeRules, whole_tumour
 from segkit.reading.checks import check_cohort
@@ -96,5 +96,5 @@ def test_limits_can_be_set_and_what_cannot_be_done_is_told(tmp_path: Path) -> No
     )
     unhealthy, healthy = (_in_ras(case, f"mask-{kind}") == 1 for kind in ("unhealthy", "healthy"))
     assert ndimage.distance_transform_edt(~unhealthy)[healthy].min() >= 2
-    with pytest.raises(RequestError, match="there is something here already"):
+    with pytest.raises(RequestError, match="this folder is not empty"):
         write_inpainting_phantoms(tmp_path, [1])
