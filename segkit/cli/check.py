@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from segkit.api.arguments import parse_gigabytes
 from segkit.cli.options import (
     DataArgument,
     JsonOption,
@@ -22,7 +23,6 @@ from segkit.cli.options import (
     SetOption,
     VerboseOption,
     console,
-    parse_gigabytes,
     parse_settings,
     preset_for,
     print_json,

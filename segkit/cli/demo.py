@@ -103,7 +103,7 @@ def _best_thresholds(data: Path, held_out: Path) -> dict[str, ThresholdScore]:
     """For each region the best result of a single intensity threshold on the held-out cases."""
     import numpy as np
 
-    from segkit.cli.options import read_case_ids
+    from segkit.api.arguments import read_case_ids
     from segkit.labels import outputs_of
     from segkit.phantoms.threshold_baseline import best_single_thresholds
     from segkit.preparing.preprocessing import load_case

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from segkit.api.arguments import read_case_ids
 from segkit.cli.options import (
     CasesOption,
     JsonOption,
@@ -15,7 +16,6 @@ from segkit.cli.options import (
     print_json,
     print_stderr,
     print_table,
-    read_case_ids,
     set_verbosity,
 )
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from segkit.api.arguments import read_case_ids
 from segkit.cli.options import (
     CasesOption,
     JsonOption,
@@ -15,7 +16,6 @@ from segkit.cli.options import (
     VerboseOption,
     print_json,
     print_table,
-    read_case_ids,
     set_verbosity,
 )
 from segkit.errors import RequestError

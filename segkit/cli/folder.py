@@ -1,27 +1,17 @@
-"""What `segkit infer` and `segkit inpaint` share: their options, and the way from options to a manifest."""
+"""What `segkit infer` and `segkit inpaint` share: their options, progress, and output."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from segkit.cli.engine import (
-    AddressOption,
-    EngineOption,
-    ResultsOption,
-    ThreadsOption,
-    WorkersOption,
-    choose_engine,
-    executor_of,
-    on_gpu,
-)
+from segkit.api.folder import EngineName, OpenFolder, Results
+from segkit.api.folder import FolderOptions as ApiOptions
 from segkit.cli.options import (
     BackendOption,
     CasesOption,
@@ -40,24 +30,53 @@ from segkit.cli.options import (
     print_json,
     print_stderr,
     print_table,
-    read_case_ids,
     read_modalities,
     set_verbosity,
 )
-from segkit.errors import CheckpointError, DataError, as_request, on_one_line
+from segkit.errors import on_one_line
 
 if TYPE_CHECKING:
     from segkit.batch.manifest import CaseRecord
-    from segkit.batch.worker import Task
-    from segkit.reading.case import Cohort
+
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=0,
+        help="Threads that read ahead; 0: no threads at all. Default: 1, 0 on one core. With ray: cases at a time, by "
+        "default as many as the nodes have room for.",
+    ),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", min=1, help="CPU cores that compute a case, here or on a node. Default: all of this one."
+    ),
+]
+EngineOption = Annotated[EngineName, typer.Option("--engine", help="This machine, or the nodes of a Ray cluster.")]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray-address",
+        help="ray://HOST:10001, HOST:6379, auto or local. Default: RAY_ADDRESS, a cluster started here, else local.",
+        show_default=False,
+    ),
+]
+ResultsOption = Annotated[
+    Results,
+    typer.Option(
+        "--results",
+        help="With ray: nodes write to OUT (files), send results back (store), or each does what it can (auto).",
+    ),
+]
 
 
 @dataclass(frozen=True)
 class FolderOptions:
     """The options of every verb that does the cases of a folder."""
 
-    input: InputOption
-    output: OutputOption
+    scans: InputOption
+    out: OutputOption
     cases: CasesOption = None
     backend: BackendOption = "auto"
     device: DeviceOption = None
@@ -75,17 +94,10 @@ class FolderOptions:
     quiet: QuietOption = False
     verbose: VerboseOption = False
 
-    def find_input(self, source: Path) -> Cohort:
-        """The cases that were asked for, of the input or of the folder that it was unpacked to."""
-        from segkit.batch.cases import find_input
-
-        return find_input(
-            source,
-            layout=self.layout,
-            modalities=read_modalities(self.modality),
-            case_ids=read_case_ids(self.cases),
-            exclude=self.output.resolve(),
-        )
+    def for_api(self) -> ApiOptions:
+        """The options as the functions of `segkit.api` take them."""
+        shared = {one.name: getattr(self, one.name) for one in fields(ApiOptions) if one.name != "modalities"}
+        return ApiOptions(**shared, modalities=read_modalities(self.modality))
 
 
 def with_folder_options(verb: Callable[..., None]) -> Callable[..., None]:
@@ -99,7 +111,7 @@ def with_folder_options(verb: Callable[..., None]) -> Callable[..., None]:
             inspect.Parameter(
                 one.name,
                 inspect.Parameter.POSITIONAL_OR_KEYWORD,
-                default=inspect.Parameter.empty if one.name in ("input", "output") else one.default,
+                default=inspect.Parameter.empty if one.name in ("scans", "out") else one.default,
                 annotation=kinds[one.name],
             )
             for one in fields(FolderOptions)
@@ -118,87 +130,35 @@ def with_folder_options(verb: Callable[..., None]) -> Callable[..., None]:
     return typed
 
 
-class Loading(NamedTuple):
-    """How models are opened."""
-
-    device: str
-    backend: str
-    threads: int | None
-
-
 @dataclass(frozen=True)
 class FolderVerb:
-    """What a verb adds to the common way: how cases are found and its task is made, and how it prints them."""
+    """How a verb shows its work."""
 
-    model: str
-    """Name of the model in the manifest."""
     doing: str
-    find: Callable[[Path], tuple[Cohort, str | None]]
-    """The cases of the input, or of the folder it was unpacked to, and the name of this part of the work."""
-    load: Callable[[Cohort, Loading], Task[Any]]
     announce: Callable[[Any], str]
     """A line about the task before it starts."""
     describe: Callable[[Any], Mapping[str, object]]
-    """What `--dry-run --json` says of a plan."""
+    """A plan, for `--dry-run --json`."""
     files: str
     """Heading of the files in the table of `--dry-run`."""
     file_names: Callable[[Any], str]
-    bank: Path | None = None
-    """A second folder that results go to, absolute for Ray."""
-    records_input: bool = False
-    """Whether the manifest says where the images are."""
 
 
-def run_verb(options: FolderOptions, verb: FolderVerb) -> None:
-    """Find the cases, load the models, and do the task with every case, or say what would be done.
+def run_verb(options: FolderOptions, folder: OpenFolder, verb: FolderVerb) -> None:
+    """Do the cases of a folder and print the manifest, or print what would be done.
 
     Raises:
         RequestError: something asked for is not there or does not fit.
         typer.Exit: code 1 where a case failed.
     """
-    from segkit.batch.cases import plan_cases
-    from segkit.batch.runner import open_manifest, run_folder
-    from segkit.reading.archives import opened
-
-    o = options
-    place = choose_engine(o.engine, o.ray_address, o.results, o.workers, o.threads, o.memory)
-    input, output = place.path(o.input), place.path(o.output)
-    with ExitStack() as stack:
-        try:
-            source = stack.enter_context(opened(input))
-        except DataError as error:
-            raise as_request(error) from error
-        cohort, part = verb.find(source)
-        try:
-            with place.limited():
-                task = verb.load(cohort, Loading(*place.loads_with(o.device, o.backend), o.threads))
-        except CheckpointError as error:
-            raise as_request(error) from error
-        if place.has_gpus(o.device):
-            task = task.with_backends(on_gpu)
-        if o.dry_run:
-            manifest = open_manifest(task, cohort, output, verb.model, part)
-            plans, decided = plan_cases(task, cohort, output, manifest, overwrite=o.overwrite)
-            _, plans, _ = task.fit_memory(plans, place.memory_mb)
-            _print_plan(plans, decided, verb, as_json=o.json)
-            return
-        if not o.quiet:
-            print_stderr(verb.announce(task))
-        folders = [output, *([] if verb.bank is None else [verb.bank])]
-        with CaseProgress(verb.doing, len(cohort.cases), is_quiet=o.quiet) as progress:
-            document = run_folder(
-                task,
-                cohort,
-                output,
-                overwrite=o.overwrite,
-                executor=executor_of(place, task.backends(), folders),
-                memory_mb=place.memory_mb,
-                on_record=progress.show,
-                model=verb.model,
-                part=part,
-                data=input if verb.records_input and source == input else None,
-            )
-    if o.json:
+    if options.dry_run:
+        _print_plan(*folder.plan(), verb, as_json=options.json)
+        return
+    if not options.quiet:
+        print_stderr(verb.announce(folder.task))
+    with CaseProgress(verb.doing, len(folder.cohort.cases), is_quiet=options.quiet) as progress:
+        document = folder.run(progress.show)
+    if options.json:
         print_json(document)
     if document["summary"]["failed"]:
         raise typer.Exit(1)

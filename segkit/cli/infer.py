@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from segkit.cli.folder import FolderOptions, FolderVerb, Loading, run_verb, with_folder_options
+from segkit.cli.folder import FolderOptions, FolderVerb, run_verb, with_folder_options
 from segkit.cli.options import ModelOption, SchemeOption
-
-if TYPE_CHECKING:
-    from segkit.batch.segment import Segment
-    from segkit.reading.case import Cohort
 
 TtaOption = Annotated[bool, typer.Option("--tta", help="Average over mirrored inputs: better, up to 8 times slower.")]
 MissingOption = Annotated[
@@ -54,31 +49,10 @@ def infer(
     Cases that fail are named with the reason and do not stop the others; run the same command again to go on where
     it was interrupted.
     """
-
-    def find(source: Path) -> tuple[Cohort, str | None]:
-        from segkit.batch.cases import take_part
-
-        return take_part(options.find_input(source), num_parts, part_id)
-
-    def load(cohort: Cohort, loading: Loading) -> Segment:
-        from segkit.batch.segment import Segment
-        from segkit.inference.predictor import Predictor
-
-        predictor = Predictor.load(
-            model,
-            loading.device,
-            loading.backend,
-            threads=loading.threads,
-            uses_tta=tta,
-            uses_postprocessing=postprocessing,
-        )
-        return Segment(predictor, allow_missing, save_probabilities, uncertainty, keep_patient, label_scheme)
+    from segkit.api.infer import open_segmentation
 
     verb = FolderVerb(
-        model=", ".join(map(str, model)),
         doing="segmenting",
-        find=find,
-        load=load,
         announce=_announce,
         describe=lambda plan: {
             "mask": str(*plan.paths("results")),
@@ -87,9 +61,21 @@ def infer(
         },
         files="mask",
         file_names=lambda plan: str(*plan.paths("results")),
-        records_input=True,
     )
-    run_verb(options, verb)
+    with open_segmentation(
+        options.for_api(),
+        model,
+        label_scheme=label_scheme,
+        tta=tta,
+        allow_missing=allow_missing,
+        save_probabilities=save_probabilities,
+        uncertainty=uncertainty,
+        postprocessing=postprocessing,
+        keep_patient=keep_patient,
+        num_parts=num_parts,
+        part_id=part_id,
+    ) as folder:
+        run_verb(options, folder, verb)
 
 
 def _announce(task: Any) -> str:

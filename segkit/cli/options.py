@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -51,8 +50,6 @@ SetOption = Annotated[
 MemoryOption = Annotated[
     str | None, typer.Option("--memory", help="Memory to plan for, e.g. 8G; default: what is free.")
 ]
-
-_UNITS_MINUTES = {"s": 1 / 60, "m": 1.0, "h": 60.0, "d": 1440.0}
 
 
 def console() -> Console:
@@ -102,25 +99,6 @@ def print_stderr(text: str, style: str = "", *, above: Console | None = None) ->
     (above or console()).print(printable(text), style=style, soft_wrap=True)
 
 
-def read_case_ids(path: Path | None) -> list[str] | None:
-    """Case ids of a text file, one a line, `#` starts a comment; None stays None.
-
-    Raises:
-        RequestError: the file is missing or names no case.
-    """
-    if path is None:
-        return None
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise RequestError(f"cannot read the list of cases ({error.strerror})", where=path) from error
-    ids = [line.split("#")[0].strip() for line in lines]
-    ids = [case_id for case_id in ids if case_id]
-    if not ids:
-        raise RequestError("names no case", where=path, expected="one case id a line")
-    return ids
-
-
 def read_modalities(pairs: list[str] | None) -> dict[str, str] | None:
     """`["t1c=_T1_post"]` to `{"t1c": "_T1_post"}`; None stays None.
 
@@ -148,27 +126,3 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
     from segkit.config import parse_overrides
 
     return parse_overrides(settings or [])
-
-
-def parse_minutes(text: str) -> float:
-    """`"1h30m"`, `"30m"` or `"90s"` to minutes.
-
-    Raises:
-        RequestError: the text is no duration.
-    """
-    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text)
-    if not parts or "".join(number + unit for number, unit in parts) != text:
-        raise RequestError(f"--budget {text!r} cannot be read", expected="a duration such as 90s, 30m or 1h30m")
-    return sum(float(number) * _UNITS_MINUTES[unit] for number, unit in parts)
-
-
-def parse_gigabytes(text: str) -> float:
-    """`"8G"` or `"512M"` to GiB.
-
-    Raises:
-        RequestError: the text is no size.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT])i?B?", text, flags=re.IGNORECASE)
-    if match is None:
-        raise RequestError(f"--memory {text!r} cannot be read", expected="a size such as 8G or 512M")
-    return float(match[1]) * {"M": 1 / 1024, "G": 1.0, "T": 1024.0}[match[2].upper()]

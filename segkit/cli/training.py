@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from segkit.api.arguments import parse_gigabytes, parse_minutes, read_case_ids
 from segkit.cli.options import (
     console,
-    parse_gigabytes,
-    parse_minutes,
     parse_settings,
     preset_for,
     print_json,
     print_stderr,
-    read_case_ids,
     read_modalities,
     set_verbosity,
 )

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from segkit.api.folder import choose_engine, executor_of, on_gpu
 from segkit.batch.ray_executor import RayExecutor, Share
 from segkit.batch.worker import LocalExecutor
-from segkit.cli.engine import choose_engine, executor_of, on_gpu
 from segkit.errors import RequestError
 from segkit.inference.backends import TorchBackend
 from tests.helpers import run_segkit

@@ -12,8 +12,8 @@ import pytest
 import typer
 
 import segkit
+from segkit.api.arguments import parse_gigabytes, parse_minutes
 from segkit.cli import VERBS
-from segkit.cli.options import parse_gigabytes, parse_minutes
 from segkit.config import INPAINTING_PRESETS, PRETRAINING_PRESETS, list_presets, preset_path
 from segkit.errors import RequestError
 from tests.helpers import run_segkit
