@@ -2,7 +2,7 @@
 
 Every pair of models gets, for each region and metric, the mean difference with its bootstrap interval, a Wilcoxon
 signed-rank test corrected by Holm's method over all tests of the comparison, and an effect size; all models together
-get the rank scores of `segkit.metrics.brats_ranking`. Where patients have several cases, only patients are independent:
+get the rank scores of `segkit.metrics.significance`. Where patients have several cases, only patients are independent:
 intervals and exchanges draw whole patients, and the signed-rank test takes each patient's mean difference.
 """
 
@@ -19,9 +19,15 @@ from numpy.typing import NDArray
 from segkit.errors import RequestError
 from segkit.evaluation.score_files import ScoreSet
 from segkit.metrics.bootstrap import Interval, mean_interval, number_patients
-from segkit.metrics.brats_ranking import cumulative_ranks, exchange_p_values, rank_scores
-from segkit.metrics.paired import SignedRank, holm, signed_rank
 from segkit.metrics.registry import METRICS
+from segkit.metrics.significance import (
+    SignedRank,
+    cumulative_ranks,
+    exchange_p_values,
+    holm,
+    rank_scores,
+    signed_rank,
+)
 
 _RANKED = (("lesionwise_dice", "lesionwise_hd95_mm"), ("dice", "hd95_mm"), ("dice", "hd95_voxels"))
 """The metrics that BraTS ranks by: over lesions from 2023 on, before over the whole volume; the first that all models

@@ -11,8 +11,8 @@ from typing import Any
 from segkit.evaluation.comparison import Comparison, PairedComparison
 from segkit.evaluation.tables import csv_table, interval_text, markdown_list, markdown_table, write_documents
 from segkit.metrics.bootstrap import RESAMPLES, Interval
-from segkit.metrics.brats_ranking import EXCHANGES
 from segkit.metrics.registry import METRICS
+from segkit.metrics.significance import EXCHANGES
 
 _COLUMNS = (
     *("model", "baseline", "region", "metric", "cases", "model_mean", "baseline_mean", "difference", "low", "high"),

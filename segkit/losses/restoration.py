@@ -3,9 +3,8 @@
 `restoration_loss` covers the hole alone: outside it the known voxels are kept, so no gradient comes from there.
 
 The adversarial terms are the non-saturating ones of Goodfellow et al. 2014: binary cross-entropy of each patch's logit,
-for the generator with the target "true". MONAI's PatchAdversarialLoss with "bce" has the same values for small logits,
-but takes the logarithm of a sigmoid in the input's precision: in float32 a logit of -40 gives the generator no gradient
-and one of 17 none to the discriminator, where each of them is most wrong.
+for the generator with the target "true". MONAI's PatchAdversarialLoss takes the logarithm of a sigmoid in the input's
+precision: in float32 a logit of -40 then gives the generator no gradient and one of 17 none to the discriminator.
 """
 
 from __future__ import annotations
@@ -28,20 +27,15 @@ class RestorationConfig(Config):
 
     l1: float = Field(default=1.0, ge=0)
     """Weight of the mean absolute difference."""
-
     ssim: float = Field(default=0.5, ge=0)
     """Weight of 1 - SSIM; 0 does not compute it."""
-
     mse: float = Field(default=0.1, ge=0)
     """Weight of the mean squared difference."""
-
     ssim_window: int = Field(default=7, ge=3)
     """Edge of the window in which SSIM compares, voxels, odd."""
-
     darkest: float = 0.0
-    """Intensity that is black for SSIM. SSIM compares means by their ratio, so it needs intensities from 0 on: with
+    """Intensity that is black for SSIM, which compares means by their ratio and so needs intensities from 0 on: with
     z-scores around 0, a 0.1 in place of a -0.1 would cost as much as black in place of white."""
-
     data_range: float = Field(default=6.0, gt=0)
     """Intensities from black to white; of a brain with deviation 1 about 6."""
 
@@ -98,8 +92,7 @@ def ssim_map(x: Tensor, y: Tensor, *, window: int, data_range: float) -> Tensor:
         (2 mean_x mean_y + c1) (2 covariance + c2) / ((mean_x^2 + mean_y^2 + c1) (variance_x + variance_y + c2))
 
     with c1 = (0.01 range)^2 and c2 = (0.03 range)^2. All voxels of a window have the same weight; at a border the
-    window is cut to the image. MONAI convolves with the window in all its dimensions, without a border: on a CPU that
-    takes fifty times as long for a patch of 48 voxels an axis.
+    window is cut to the image. MONAI, without a border, takes fifty times as long on a CPU for 48 voxels an axis.
 
     Args:
         x: (B, C, *spatial) float32, intensities from 0 on.
@@ -120,11 +113,8 @@ def ssim_map(x: Tensor, y: Tensor, *, window: int, data_range: float) -> Tensor:
 
 
 def _local_mean(x: Tensor, window: int) -> Tensor:
-    """Mean of the part of the window that lies in the image.
-
-    One axis after the other is moved to the end and multiplied by a band matrix of equal weights: on a CPU four times
-    as fast as pooling. After the last axis the original order is restored.
-    """
+    """Mean of the part of the window in the image, by band matrices: on a CPU four times as fast as pooling."""
+    # Each axis is moved to the end in turn, which restores the original order.
     for _ in range(x.dim() - 2):
         places = torch.arange(x.shape[2], device=x.device)
         band = ((places[:, None] - places).abs() <= window // 2).to(x.dtype)
@@ -150,9 +140,7 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 
 def adversarial_terms(discriminator: nn.Module, found: Tensor, image: Tensor) -> AdversarialTerms:
-    """Both terms such that one backward pass of any weighted sum of them trains both networks.
-
-    The generator's term gives no gradient to the discriminator, and the discriminator's none to the generator.
+    """Both terms: neither gives a gradient to the other's network, so one backward pass of their sum trains both.
 
     Args:
         discriminator: From images (B, C, *spatial) to logits of patches.

@@ -1,18 +1,17 @@
 """Confidence intervals of a mean and a median over cases, by resampling patients.
 
 The interval is the percentile bootstrap (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13): the
-middle 95 % of the means, or medians, of as many patients drawn with replacement. It stays in the range of the scores.
-With few cases it is too narrow for a mean, by as much as a normal interval is narrower than Student's; this is
-corrected (the expanded percentile interval: Hesterberg, What Teachers Should Know About the Bootstrap, The American
-Statistician 69, 2015), but not for a median.
+middle 95 % of the means, or medians, of as many patients drawn with replacement. With few cases it is too narrow for a
+mean, by as much as a normal interval is narrower than Student's; this is corrected (the expanded percentile interval:
+Hesterberg, What Teachers Should Know About the Bootstrap, The American Statistician 69, 2015), but not for a median.
 
 The BCa interval is not used: its acceleration comes from the jackknife, which is inconsistent for a median (Efron &
 Tibshirani, section 11.6), and for medians of segmentation scores bootstrap methods other than the percentile can fail
-altogether (André et al., Some Hidden Traps of Confidence Intervals in Medical Image Segmentation, 2025, where means are
-covered decently from about 50 cases on). `benchmarks/interval_coverage.py` measures the coverage of these intervals.
+altogether (André et al., Some Hidden Traps of Confidence Intervals in Medical Image Segmentation, 2025).
+`benchmarks/interval_coverage.py` measures the coverage of these intervals.
 
-Cases of one patient are not independent. All of them are drawn with their patient (the cluster bootstrap: Davison &
-Hinkley, Bootstrap Methods and their Application, 1997, section 3.8), which widens the interval.
+All cases of a patient are drawn together, because they are not independent (the cluster bootstrap: Davison & Hinkley,
+Bootstrap Methods and their Application, 1997, section 3.8).
 """
 
 from __future__ import annotations
@@ -52,11 +51,15 @@ def mean_interval(
         resamples: Number of resamples.
         seed: Seed of the resampling.
     """
+    from scipy.special import ndtr, stdtrit
+
     patient, count = number_patients(patients, len(np.asarray(values)))
     if count < 2:
         return None
-    means = _resampled(_means, values, patient, count, resamples, seed)
-    return _middle(means, _expanded(level, count))
+    # Resampled means spread by sqrt((n - 1) / n) less than means of samples do, and their quantiles are normal ones:
+    # this share of them is as wide as Student's interval (Hesterberg 2015).
+    deviations = np.sqrt(count / (count - 1)) * stdtrit(count - 1, (1 + level) / 2)
+    return _middle(_resampled(_means, values, patient, count, resamples, seed), float(2 * ndtr(deviations) - 1))
 
 
 def median_interval(
@@ -77,17 +80,6 @@ def median_interval(
 def _middle(resampled: NDArray[np.float64], share: float) -> Interval:
     low, high = np.quantile(resampled, ((1 - share) / 2, (1 + share) / 2))
     return float(low), float(high)
-
-
-def _expanded(level: float, patients: int) -> float:
-    """The share of resampled means that a percentile interval must hold to be as wide as Student's (Hesterberg 2015).
-
-    Resampled means spread by sqrt((n - 1) / n) less than means of samples do, and their quantiles are normal ones.
-    """
-    from scipy.special import ndtr, stdtrit
-
-    deviations = np.sqrt(patients / (patients - 1)) * stdtrit(patients - 1, (1 + level) / 2)
-    return float(2 * ndtr(deviations) - 1)
 
 
 def number_patients(patients: Sequence[Hashable] | None, cases: int) -> tuple[NDArray[np.intp], int]:
@@ -112,10 +104,7 @@ def _resampled(
     resamples: int,
     seed: int,
 ) -> NDArray[np.float64]:
-    """The statistic of each resample, (resamples,).
-
-    It takes sorted values (n,) and how often each resample holds them, (rows, n).
-    """
+    """The statistic, of sorted values (n,) and how often each resample holds them (rows, n), for each resample."""
     scores = np.asarray(values, np.float64)
     order = np.argsort(scores, kind="stable")
     generator = np.random.default_rng(seed)

@@ -1,8 +1,6 @@
 """Protocol `brats2023`, the lesion-wise scores of BraTS 2023 and 2024.
 
-Every lesion has the same weight, small or large, and every predicted component that belongs to no lesion counts as a
-lesion with the worst scores. Written from the description of the challenge (Synapse syn51156910) and of its reference
-code:
+Written from the description of the challenge (Synapse syn51156910) and of its reference code:
 
 1. The reference is dilated `dilations` times with 18 neighbours; the 26-connected components of the result, cut to the
    reference, are the lesions: parts that are closer to each other are one.
@@ -24,10 +22,10 @@ code:
 
 The fourth and fifth line keep a peculiarity of the original: 0 / 0 counts as perfect, even if all was missed.
 
-Dilations are in voxels as in the original, which ignores spacing; on a grid other than 1 mm lesions merge at other
-distances. Volumes are in mm^3 and distances in mm by the spacing of the grid, which agrees with the original at 1 mm.
-HD95 is measured between surface elements (`element_hausdorff_mm`) without interpolation, hence differs a little from
-that of `legacy`. `dice`, `hd95_mm`, `sensitivity` and `specificity` are of the whole volume.
+As in the original, dilations are in voxels, so on a grid other than 1 mm lesions merge at other distances. Volumes are
+in mm^3 and distances in mm by the spacing of the grid, which agrees with the original at 1 mm. HD95 is measured between
+surface elements (`element_hausdorff_mm`) and differs a little from that of `legacy`. `dice`, `hd95_mm`, `sensitivity`
+and `specificity` are of the whole volume.
 """
 
 from __future__ import annotations
@@ -44,10 +42,8 @@ from segkit.metrics.surface import element_hausdorff_mm
 from segkit.shapes import Mask
 
 HEADLINE = ("lesionwise_dice", "lesionwise_hd95_mm", "lesion_tp", "lesion_fp", "lesion_fn", "dice", "hd95_mm")
-
 ABSENT = ("lesionwise_dice", "dice", "sensitivity", "specificity", "lesionwise_hd95_mm", "hd95_mm")
 """Metrics that a missing prediction gets."""
-
 PENALTY_MM = 374.0
 """The worst distance: the HD95 of a missed lesion or a false positive, 1 mm more than the diagonal of BraTS."""
 

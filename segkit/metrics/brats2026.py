@@ -54,7 +54,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from segkit.metrics.lesions import (
-    Components,
     Lesion,
     RegionPair,
     RegionScores,
@@ -74,7 +73,6 @@ _COUNTED = ("tp", "fp", "fn", "precision", "recall", "f1")
 _WHOLE = ("dice", "hd95_voxels", "nsd_half_voxel")
 
 HEADLINE = ("dice", "hd95_voxels", "nsd_half_voxel", "sq_dice", "sq_hd95_mm", "sq_nsd", "lesion_f1")
-
 METASTASES_HEADLINE = ("lesionwise_dice", "lesionwise_hd95_mm", "lesionwise_nsd", "lesion_f1", "small_lesion_f1")
 
 
@@ -95,25 +93,25 @@ METASTASES_ABSENT = (
     *_count_names("large_lesion"),
     *_count_names("small_lesion"),
 )
-
 PENALTY_MM = 373.0
 """The worst distance: the HD95 of a miss or a false positive."""
-
 LARGE_LESION_MM3 = 20.0
 FOUND_DICE = 0.1
 """Least Dice of a large or small lesion that counts as found."""
-
 _LEAST_DICE = 1e-6
 """Least Dice of a match, and the value of one match more against a larger sum."""
 
 
 def score(pair: RegionPair) -> RegionScores:
     """The scores of one region by the first table above, and each lesion of the reference."""
-    predicted = components_of(pair.prediction)
-    lesions = _matched_lesions(pair, predicted, components_of(pair.reference))
+    lesions, predicted = _matched_lesions(pair)
     matched = [lesion for lesion in lesions if lesion.is_matched]
-    counts = _detection("lesion", len(matched), predicted.count - len(matched), len(lesions) - len(matched))
-    scores = {**_whole_scores(pair), **counts, **_matched_scores(matched, is_empty=not lesions and not predicted.count)}
+    counts = _detection("lesion", len(matched), predicted - len(matched), len(lesions) - len(matched))
+    if matched:
+        values = {name: [getattr(lesion, name) for lesion in matched] for name in _MEASURED}
+    else:
+        values = {name: [worst if lesions or predicted else math.nan] for name, worst in _MEASURED.items()}
+    scores = {**_whole_scores(pair), **counts, **_means("sq", values, has_spread=bool(matched))}
     scores["pq_dice"] = scores["sq_dice"] * scores["lesion_f1"]
     return RegionScores(scores | pair.volumes_ml(), lesions)
 
@@ -135,7 +133,9 @@ def score_metastases(pair: RegionPair) -> RegionScores:
     )
 
 
-def _matched_lesions(pair: RegionPair, predicted: Components, lesions: Components) -> tuple[Lesion, ...]:
+def _matched_lesions(pair: RegionPair) -> tuple[tuple[Lesion, ...], int]:
+    """Each lesion of the reference, and the number of predicted ones."""
+    predicted, lesions = components_of(pair.prediction), components_of(pair.reference)
     shared = overlaps(predicted, lesions)
     dices = {
         (lesion, prediction): 2 * voxels / int(lesions.voxels[lesion - 1] + predicted.voxels[prediction - 1])
@@ -162,7 +162,7 @@ def _matched_lesions(pair: RegionPair, predicted: Components, lesions: Component
                 nsd=distances.mean_surface_share(min(pair.spacing_mm)),
             )
         )
-    return tuple(entries)
+    return tuple(entries), predicted.count
 
 
 def _whole_scores(pair: RegionPair) -> Scores:
@@ -174,17 +174,6 @@ def _whole_scores(pair: RegionPair) -> Scores:
     else:
         values = tuple(pair.if_empty(math.nan, worst) for worst in (0.0, pair.worst_mm, 0.0))
     return dict(zip(_WHOLE, values, strict=True))
-
-
-def _matched_scores(matched: Sequence[Lesion], *, is_empty: bool) -> Scores:
-    """Mean and deviation of each score over matched lesions."""
-    if matched:
-        values = {name: [getattr(lesion, name) for lesion in matched] for name in _MEASURED}
-    elif is_empty:
-        values = {name: [math.nan] for name in _MEASURED}
-    else:
-        values = {name: [worst] for name, worst in _MEASURED.items()}
-    return _means("sq", values, has_spread=bool(matched))
 
 
 def _lesionwise_scores(large: Sequence[Lesion], false_positives: int, worst_mm: float) -> Scores:
@@ -209,14 +198,8 @@ def _means(prefix: str, values: dict[str, list[float]], *, has_spread: bool) -> 
 
 
 def _detection(prefix: str, found: int, false_positives: int, missed: int) -> Scores:
-    precision, recall, f1 = (
-        share * found / total if total else math.nan
-        for share, total in (
-            (1, found + false_positives),
-            (1, found + missed),
-            (2, 2 * found + false_positives + missed),
-        )
-    )
+    totals = ((1, found + false_positives), (1, found + missed), (2, 2 * found + false_positives + missed))
+    precision, recall, f1 = (share * found / total if total else math.nan for share, total in totals)
     values = (float(found), float(false_positives), float(missed), precision, recall, f1)
     return dict(zip(_count_names(prefix), values, strict=True))
 

@@ -6,19 +6,18 @@ for networks Guo et al., arXiv 1706.04599, section 2). The Brier score is the me
 probability and truth (Brier, Monthly Weather Review 78, 1950); it also rewards separating the classes. Both are 0 at
 best and 1 at worst. Each region is judged by its own probability.
 
-Nearly all voxels of a volume are certain background, which makes both numbers small whatever happens at the borders.
-Hence each is given twice, for all voxels and for a box around the reference (`surrounding_box`). The box is our choice:
-it ignores the prediction, so that all models are judged by the same voxels, and has twice the length of the region on
-each axis, so that in 3D at most about an eighth of it is region. The average calibration error (ACE: Neumann, Zisserman
-& Vedaldi, 2018; for medical segmentation Barfoot et al., arXiv 2506.03942) gives every bin the same weight, as a
-reliability diagram shows it; with few voxels in a bin it is noisy, so it is better pooled over cases.
+Nearly all voxels of a volume are certain background, which makes both numbers small. Hence each is given twice, for all
+voxels and for a box around the reference (`surrounding_box`). The box is our choice: it ignores the prediction, so that
+all models are judged by the same voxels, and has twice the length of the region on each axis, so that in 3D at most
+about an eighth of it is region. The average calibration error (ACE: Neumann, Zisserman & Vedaldi, 2018; for medical
+segmentation Barfoot et al., arXiv 2506.03942) gives every bin the same weight; with few voxels in a bin it is noisy, so
+it is better pooled over cases.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -49,12 +48,7 @@ class Reliability:
     squared_error: float
 
     def __add__(self, other: Reliability) -> Reliability:
-        return Reliability(
-            self.count + other.count,
-            self.present + other.present,
-            self.total + other.total,
-            self.squared_error + other.squared_error,
-        )
+        return Reliability(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
 
     @property
     def edges(self) -> NDArray[np.float64]:
@@ -103,7 +97,10 @@ def measure_reliability(
         ValueError: a probability that counts is not in [0, 1].
     """
     result = Reliability(np.zeros(bins, np.int64), np.zeros(bins, np.int64), np.zeros(bins), 0.0)
-    for slab in _slabs(probabilities.shape):
+    length, *others = probabilities.shape
+    thickness = max(1, _SLAB_VOXELS // max(1, math.prod(others)))
+    for start in range(0, length, thickness):
+        slab = slice(start, start + thickness)
         counted = ... if where is None else where[slab]
         values, present = probabilities[slab][counted].ravel(), reference[slab][counted].ravel()
         if values.size and not (values.min() >= -_ROUNDING and values.max() <= 1 + _ROUNDING):
@@ -134,22 +131,12 @@ def _shares(parts: NDArray[np.float64], whole: NDArray[np.int64]) -> NDArray[np.
     return shares
 
 
-def _slabs(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Slices of the first axis with about a million voxels each."""
-    thickness = max(1, _SLAB_VOXELS // max(1, math.prod(shape[1:])))
-    return (slice(start, start + thickness) for start in range(0, shape[0], thickness))
-
-
 def area_under_roc(probabilities: NDArray[np.floating[Any]], reference: Mask) -> float:
     """Area under the receiver operating characteristic, exact, in [0, 1]; NaN where the reference is empty or full.
 
     It is the share of pairs of a voxel inside and a voxel outside the reference of which the one inside has the higher
-    probability, pairs of equals counting half (Hanley & McNeil, Radiology 143, 1982, equation 1). Only the order of the
-    values matters, so logits and their probabilities give the same. 0.5 is chance.
-
-    Args:
-        probabilities: Any shape, finite.
-        reference: Boolean, of the same shape.
+    probability, pairs of equals counting half (Hanley & McNeil, Radiology 143, 1982, equation 1); 0.5 is chance. Finite
+    values of any shape will do, logits too: only their order matters.
     """
     inside = np.sort(probabilities[reference])
     outside = np.sort(probabilities[~reference])

@@ -1,14 +1,14 @@
 """One region of one case, and its lesions: connected components, their overlaps, the best one-to-one matching.
 
 Voxels that touch at a corner are connected: 26 neighbours in a volume, 8 in a picture. All work is done inside the
-boxes of the components, so that a case of a hundred small lesions costs little more than one of a single lesion.
+boxes of the components.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import cc3d
 import numpy as np
@@ -29,14 +29,10 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class RegionPair:
-    """Prediction and reference of one region, cut to the box that holds both: only False voxels are cut away.
+    """Prediction and reference of one region, (D, H, W) or (H, W), cut to the box that holds both.
 
-    Attributes:
-        prediction: (D, H, W) or (H, W).
-        reference: The same shape.
-        spacing_mm: Voxel spacing of each axis.
-        judged_voxels: Voxels that are judged, before the cut: those of the volume or of the region of interest.
-        worst_mm: The distance in this protocol where only one mask is empty.
+    `judged_voxels` are those of the volume or of the region of interest, before the cut; `worst_mm` is the distance in
+    this protocol where only one mask is empty.
     """
 
     prediction: Mask
@@ -51,14 +47,11 @@ class RegionPair:
         return not (self.prediction.any() and self.reference.any())
 
     def if_empty(self, both: float, one: float) -> float:
-        """The value of a metric where both masks are empty, or one is."""
+        """The value of a metric where both masks are empty, or only one is."""
         return one if self.prediction.any() or self.reference.any() else both
 
     def overlap_scores(self) -> Scores:
-        """Dice, sensitivity, precision: 1 where both masks are empty, 0 where one is; and specificity.
-
-        Specificity is 1 where the reference fills everything that is judged.
-        """
+        """Dice, sensitivity, precision (1 where both masks are empty, 0 where one is); specificity (1 for 0 / 0)."""
         names = ("dice", "sensitivity", "precision")
         if self.has_empty_mask:
             scores = dict.fromkeys(names, self.if_empty(1.0, 0.0))
@@ -80,11 +73,7 @@ class RegionPair:
 
 @dataclass(frozen=True)
 class Lesion:
-    """One lesion of the reference and its scores.
-
-    `dice`, `hd95_mm` and `nsd` compare it with the prediction it is matched with; they are None where it was missed or
-    the protocol does not measure them.
-    """
+    """One lesion of the reference; its scores are None where it was missed or the protocol does not measure them."""
 
     voxels: int
     volume_mm3: float
@@ -95,14 +84,7 @@ class Lesion:
 
     def to_json(self) -> dict[str, float | bool | None]:
         """The entry of "lesions" in `scores.json`."""
-        return {
-            "voxels": self.voxels,
-            "volume_mm3": self.volume_mm3,
-            "matched": self.is_matched,
-            "dice": self.dice,
-            "hd95_mm": self.hd95_mm,
-            "nsd": self.nsd,
-        }
+        return {name.removeprefix("is_"): value for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
@@ -115,13 +97,7 @@ class RegionScores:
 
 @dataclass(frozen=True)
 class Components:
-    """The connected components of a mask.
-
-    Attributes:
-        ids: The mask's shape; 0 outside, 1 to `count` inside.
-        voxels: (count,), voxels of component i + 1.
-        boxes: The box of component i + 1.
-    """
+    """The connected components of a mask: `ids` (0 outside), and the voxels and the box of component i + 1."""
 
     ids: AnyArray
     voxels: NDArray[np.int64]
@@ -161,10 +137,7 @@ def overlaps(prediction: Components, reference: Components) -> dict[Pair, int]:
 
 
 def match_one_to_one(scores: Mapping[Pair, float], bonus: float) -> dict[int, int]:
-    """Reference id -> prediction id of the matching with the largest sum of scores, `bonus` added for each pair.
-
-    The maximum is exact. Each group of overlapping components is solved by itself, which avoids a table of all against
-    all.
+    """Reference id -> prediction id of the matching with the exactly largest sum of scores and of `bonus` per pair.
 
     Args:
         scores: (reference id, prediction id) -> positive score; pairs that are not listed are never matched.
@@ -184,7 +157,7 @@ def match_one_to_one(scores: Mapping[Pair, float], bonus: float) -> dict[int, in
 
 
 def _overlapping_groups(pairs: Sequence[Pair]) -> list[list[Pair]]:
-    """The pairs in groups that have no component in common."""
+    """The pairs in groups that have no component in common, which avoids a table of all against all."""
     if not pairs:
         return []
     first, second = np.array(pairs).T

@@ -1,10 +1,7 @@
 """Overlap of two masks, counted in voxels.
 
 Every score takes two boolean masks of one shape, (D, H, W) or (H, W), and returns a plain float, NaN where the fraction
-is 0 / 0. The value of such a case is a convention of each protocol (`segkit.metrics.protocols`).
-
-TP, FP, FN, TN are the voxels of the prediction against the reference (Taha & Hanbury, BMC Medical Imaging 2015,
-15:29, section 3).
+is 0 / 0. TP, FP, FN, TN are voxels (Taha & Hanbury, BMC Medical Imaging 2015, 15:29, section 3).
 """
 
 from __future__ import annotations
@@ -36,9 +33,9 @@ def precision(prediction: Mask, reference: Mask) -> float:
 
 
 def specificity(prediction: Mask, reference: Mask, judged_voxels: int | None = None) -> float:
-    """TN / (TN + FP), the share of the rest left alone, in [0, 1]; NaN where the reference fills the volume.
+    """TN / (TN + FP), in [0, 1]; NaN where the reference fills the volume.
 
-    `judged_voxels` is the size of the volume where the masks are but a box of it that holds all that is True.
+    `judged_voxels` is the size of the volume if the masks are only a box of it that holds all that is True.
     """
     rest = (reference.size if judged_voxels is None else judged_voxels) - _count(reference)
     false_positives = _count(prediction) - _count(prediction & reference)

@@ -1,19 +1,29 @@
 """Scoring protocols: the metrics of a region, and their values where a mask is empty.
 
-| protocol    | source                | a region is scored                                       | rules in module     |
+| protocol    | source                | a region is scored                                       | rules in            |
 |-------------|-----------------------|----------------------------------------------------------|---------------------|
-| `legacy`    | BraTS 2017 to 2022    | as a whole                                               | `metrics.legacy`    |
+| `legacy`    | BraTS 2017 to 2022    | as a whole                                               | this module         |
 | `brats2023` | BraTS 2023 and 2024   | lesion by lesion; misses and false positives are worst   | `metrics.brats2023` |
 | `brats2026` | BraTS 2026, panoptica | lesions matched one to one, detection apart from quality | `metrics.brats2026` |
 
-Each module has its rules for empty masks in a table. They apply to any boolean masks, not only to tumours; only
-`brats2023` needs the challenge, because its thresholds differ.
-
-*Absent* is a missing prediction that the caller asks to be scored (`score_absent`): it gets the worst values, also on
-regions that the reference lacks.
-
+The rules apply to any boolean masks, not only to tumours; only `brats2023` needs the challenge, because its thresholds
+differ. *Absent* is a missing prediction that is scored with the worst values, also on regions that the reference lacks.
 With a region of interest (the field of view of a retinal picture, the brain) both masks are cut to it, surfaces end at
 its edge, and specificity counts only its voxels.
+
+`legacy`: Dice, HD95, sensitivity and specificity are the official four. Precision, the normalised surface Dice (NSD,
+tolerance = the smallest voxel spacing, hence 1 mm on BraTS) and, in 3D, both volumes in millilitres are added.
+
+| reference | prediction | dice | hd95_mm | nsd | sensitivity | precision | specificity |
+|-----------|------------|------|---------|-----|-------------|-----------|-------------|
+| empty     | empty      | 1    | 0       | 1   | 1           | 1         | 1           |
+| empty     | present    | 0    | worst   | 0   | 0           | 0         | as computed |
+| present   | empty      | 0    | worst   | 0   | 0           | 0         | 1           |
+| no file   | or: absent | 0    | worst   | 0   | 0           | 0         | 0           |
+
+*Worst* is 373.13 mm where WT, TC or ET is scored: the diagonal of the BraTS volume of 240 x 240 x 155 mm, which the
+organisers used on every grid; other data get the diagonal of their own volume. Specificity is 1 where the reference
+fills the whole volume. On pictures, which have no spacing, a pixel is 1 mm.
 """
 
 from __future__ import annotations
@@ -26,10 +36,11 @@ from functools import partial
 import numpy as np
 
 from segkit.errors import RequestError
-from segkit.metrics import brats2023, brats2026, legacy
+from segkit.metrics import brats2023, brats2026
 from segkit.metrics.lesions import RegionPair, RegionScores, Scores
 from segkit.metrics.overlap import Box, box_of, region_mask
 from segkit.metrics.registry import METRICS
+from segkit.metrics.surface import surface_distances
 from segkit.shapes import LabelMap, Mask
 
 BRATS_WORST_DISTANCE_MM = 373.13
@@ -40,22 +51,17 @@ _BRATS_REGIONS = frozenset({"WT", "TC", "ET"})
 
 @dataclass(frozen=True)
 class Rules:
-    """How a protocol scores one region of one case, in one challenge.
-
-    Attributes:
-        score: The scores of a pair of masks.
-        absent: The metrics of a missing prediction: distances get `worst_mm`, all others 0.
-        headline: The metrics that a short table shows.
-        worst_mm: The distance where only one mask is empty; None is `worst_distance_mm`, from regions and grid.
-        tissues: Regions of single tissues besides those that networks predict: name -> tissues of the label scheme.
-        needs_volumes: Whether pictures cannot be scored.
-    """
+    """How a protocol scores one region of one case, in one challenge."""
 
     score: Callable[[RegionPair], RegionScores]
     absent: tuple[str, ...]
+    """The metrics of a missing prediction: distances get `worst_mm`, all others 0."""
     headline: tuple[str, ...]
+    """The metrics that a short table shows."""
     worst_mm: float | None = None
+    """The distance where only one mask is empty; None is `worst_distance_mm`, from regions and grid."""
     tissues: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Regions of single tissues besides those that networks predict: name -> tissues of the label scheme."""
     needs_volumes: bool = False
 
 
@@ -79,9 +85,9 @@ def rules_of(protocol: str, challenge: str | None) -> Rules:
     rules = PROTOCOLS[protocol].rules
     found = rules.get(challenge, rules.get(None))
     if found is None:
-        told = "the names of the cases tell no challenge" if challenge is None else f"there is none for {challenge!r}"
+        why = "it cannot be inferred from the case IDs" if challenge is None else f"there is none for {challenge!r}"
         raise RequestError(
-            f"protocol {protocol!r} has rules by challenge, and {told}",
+            f"protocol {protocol!r} has rules by challenge, and {why}",
             expected=f"one of {', '.join(str(name) for name in rules)}",
             remedy="Name one with --challenge, or choose another --protocol",
         )
@@ -117,7 +123,7 @@ def score_case(
     rules = rules_of(protocol, challenge)
     if rules.needs_volumes and reference.ndim < 3:
         raise RequestError(f"protocol {protocol!r} scores volumes, and these are pictures", remedy="Choose another")
-    worst_mm = _worst_mm(rules, regions, reference.shape, spacing_mm)
+    worst_mm = rules.worst_mm or worst_distance_mm(regions, reference.shape, spacing_mm)
     judged = reference.size if roi is None else int(np.count_nonzero(roi))
     box = _box_of_either(prediction, reference)
     prediction, reference = np.ascontiguousarray(prediction[box]), np.ascontiguousarray(reference[box])
@@ -149,7 +155,7 @@ def score_absent(
 ) -> dict[str, Scores]:
     """Scores of a case without a prediction: the worst value of each metric in each region, 0 for counts."""
     rules = rules_of(protocol, challenge)
-    worst_mm = _worst_mm(rules, regions, shape, spacing_mm)
+    worst_mm = rules.worst_mm or worst_distance_mm(regions, shape, spacing_mm)
     worst = {name: worst_mm if METRICS[name].is_distance else 0.0 for name in rules.absent}
     return {name: dict(worst) for name in regions}
 
@@ -161,8 +167,14 @@ def worst_distance_mm(regions: Collection[str], shape: Sequence[int], spacing_mm
     return math.hypot(*(size * spacing for size, spacing in zip(shape, spacing_mm, strict=True)))
 
 
-def _worst_mm(rules: Rules, regions: Collection[str], shape: Sequence[int], spacing_mm: Sequence[float]) -> float:
-    return worst_distance_mm(regions, shape, spacing_mm) if rules.worst_mm is None else rules.worst_mm
+def _score_whole(pair: RegionPair) -> RegionScores:
+    if pair.has_empty_mask:
+        hd95_mm, nsd = pair.if_empty(0.0, pair.worst_mm), pair.if_empty(1.0, 0.0)
+    else:
+        distances = surface_distances(pair.prediction, pair.reference, pair.spacing_mm)
+        hd95_mm, nsd = distances.hausdorff_mm(95.0), distances.surface_dice(min(pair.spacing_mm))
+    overlap = pair.overlap_scores()
+    return RegionScores({"dice": overlap["dice"], "hd95_mm": hd95_mm, "nsd": nsd, **overlap, **pair.volumes_ml()})
 
 
 def _box_of_either(prediction: LabelMap | Mask, reference: LabelMap | Mask) -> Box:
@@ -179,6 +191,8 @@ def _panoptic(tissues: Mapping[str, tuple[str, ...]] | None = None) -> Rules:
     return Rules(brats2026.score, brats2026.ABSENT, brats2026.HEADLINE, brats2026.PENALTY_MM, tissues or {})
 
 
+_WHOLE = ("dice", "hd95_mm", "nsd", "sensitivity", "precision", "specificity")
+_WHOLE_ABSENT = ("hd95_mm", "dice", "nsd", "sensitivity", "precision", "specificity")
 _GLIOMA_TISSUES = {"NETC": ("NCR", "NET"), "SNFH": ("ED",)}
 
 PROTOCOLS: dict[str, Protocol] = {
@@ -187,7 +201,7 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol(
             "legacy",
             "BraTS 2017 to 2022: Dice, HD95, sensitivity, specificity of whole regions; also precision, NSD, volumes",
-            {None: Rules(legacy.score, legacy.ABSENT, legacy.HEADLINE)},
+            {None: Rules(_score_whole, _WHOLE_ABSENT, _WHOLE)},
         ),
         Protocol(
             "brats2023",

@@ -1,8 +1,7 @@
 """Distances between the surfaces of two masks, in millimetres; for any spacing.
 
 `SurfaceDistances` counts surface voxels, in 2D and 3D: the voxels of a mask with at least one face neighbour outside
-it; beyond the edge of the image is outside. Distances are between voxel centres. They are looked up in a tree of
-surface voxels: a distance transform would fill the whole box around both masks to read a few percent of it.
+it; beyond the edge of the image is outside. Distances are between voxel centres, looked up in a tree of surface voxels.
 
 `element_hausdorff_mm` weights by area, in 3D, as the BraTS 2023 tools do. A surface element is at the corner where
 2 x 2 x 2 voxels meet, some of them inside the mask and some not. Its area is that of the marching-cubes triangles in
@@ -33,10 +32,7 @@ _ALL_INSIDE = 255
 
 @dataclass(frozen=True)
 class SurfaceDistances:
-    """Distance in mm of each surface voxel of one mask to the nearest surface voxel of the other.
-
-    An empty mask has no surface voxels (an empty array) and is infinitely far from those of the other.
-    """
+    """Distance in mm of each surface voxel of one mask (none if empty) to the nearest one of the other, or infinity."""
 
     prediction_to_reference: Distances
     reference_to_prediction: Distances
@@ -44,16 +40,16 @@ class SurfaceDistances:
     def hausdorff_mm(self, percentile: float = 95.0) -> float:
         """The larger of the two directed percentiles; NaN where both masks are empty, infinite where one is.
 
-        Huttenlocher et al., IEEE PAMI 15(9), 1993, with the percentile taken per direction, as MONAI takes it; pooling
-        both directions first (`pooled_hausdorff_mm`) gives smaller numbers.
+        Huttenlocher et al., IEEE PAMI 15(9), 1993, with the percentile taken per direction, as MONAI takes it.
         """
         if self._is_one_sided():
             return math.inf
-        directed = (self.prediction_to_reference, self.reference_to_prediction)
-        return max(_percentile(distances, percentile) for distances in directed)
+        return max(
+            _percentile(self.prediction_to_reference, percentile), _percentile(self.reference_to_prediction, percentile)
+        )
 
     def pooled_hausdorff_mm(self, percentile: float = 95.0) -> float:
-        """The percentile of both directions together, as medpy and panoptica take it; NaN and infinite as above."""
+        """The (smaller) percentile of both directions together, as in medpy and panoptica; NaN, infinite as above."""
         if self._is_one_sided():
             return math.inf
         return _percentile(np.concatenate((self.prediction_to_reference, self.reference_to_prediction)), percentile)
@@ -67,10 +63,7 @@ class SurfaceDistances:
         return float(np.mean(distances <= tolerance_mm)) if len(distances) else math.nan
 
     def mean_surface_share(self, tolerance_mm: float) -> float:
-        """The mean of both surfaces' shares within `tolerance_mm`, in [0, 1]; NaN where both masks are empty.
-
-        It weighs both surfaces alike, however many voxels they have, as panoptica's NSD does.
-        """
+        """The mean of both surfaces' shares within `tolerance_mm`, in [0, 1], as panoptica; NaN if both are empty."""
         directed = (self.prediction_to_reference, self.reference_to_prediction)
         shares = [float(np.mean(distances <= tolerance_mm)) for distances in directed if len(distances)]
         return sum(shares) / len(shares) if shares else math.nan
@@ -142,11 +135,7 @@ def element_hausdorff_mm(
 ) -> float:
     """The larger of the two directed percentiles of area; NaN where both masks are empty, infinite where one is.
 
-    Args:
-        prediction: (D, H, W).
-        reference: The same shape.
-        spacing_mm: Voxel spacing of each axis.
-        percentile: 0 to 100, of the area of a surface; the distance is that of one element, not interpolated.
+    Masks (D, H, W); `percentile` from 0 to 100; the distance is that of one element, not interpolated.
     """
     spacing = tuple(float(value) for value in spacing_mm)
     codes = [_corner_codes(mask) for mask in (prediction, reference)]

@@ -40,9 +40,9 @@ def synthesis_scores(prediction: AnyArray, reference: AnyArray, hole: Mask, void
 
     Args:
         prediction: The image with its hole filled, (D, H, W) or (H, W), in the intensities of the file.
-        reference: The image as it was, of the same shape.
-        hole: The voxels that are compared; the challenge takes those of its healthy mask. Same shape.
-        voided: The image that was to be filled, 0 in all of its holes. Same shape.
+        reference: The original image; all arrays have one shape.
+        hole: The voxels that are compared; the challenge takes those of its healthy mask.
+        voided: The input image, 0 in all of its holes.
 
     Returns:
         One value for each of `SYNTHESIS_SCORES`; all NaN where the hole is empty (the package stops there) or `voided`
@@ -76,18 +76,9 @@ def synthesis_scores(prediction: AnyArray, reference: AnyArray, hole: Mask, void
 def ssim_3d(prediction: AnyArray, reference: AnyArray, hole: Mask, voided: AnyArray) -> float:
     """Structural similarity in three dimensions, mean over the voxels of the hole, at most 1.
 
-    The window, 11 x 11 x 11 voxels, sees the images also around the hole; at the edge of the volume they are mirrored.
-    Intensities are scaled as for the challenge, with a range of 1. Apart from that scale, voxels more than 5 voxels
-    from the hole do not change the score.
-
-    Args:
-        prediction: The image with its hole filled, (D, H, W), in the intensities of the file.
-        reference: The image as it was, of the same shape.
-        hole: The voxels that are compared, of the same shape.
-        voided: The image that was to be filled, 0 in all of its holes; it sets the scale. Same shape.
-
-    Returns:
-        The mean; NaN where the hole is empty or `voided` has no range.
+    Arguments as in `synthesis_scores`, (D, H, W). The window of 11 x 11 x 11 voxels sees the images also around the
+    hole; intensities are scaled as for the challenge, with a range of 1. NaN where the hole is empty or `voided` has no
+    range.
 
     Raises:
         ValueError: If the shapes differ or are not those of volumes.

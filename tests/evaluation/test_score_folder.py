@@ -451,7 +451,7 @@ def test_single_tissues_are_scored_where_the_challenge_does(folders):
 def test_a_protocol_that_needs_a_challenge_says_so(tmp_path):
     save(tmp_path / "ref" / "a.nii.gz", block(1))
     save(tmp_path / "pred" / "a.nii.gz", block(1))
-    with pytest.raises(RequestError, match=r"the names of the cases tell no challenge.*Name one with --challenge"):
+    with pytest.raises(RequestError, match=r"it cannot be inferred from the case IDs.*Name one with --challenge"):
         evaluate_folders(tmp_path / "pred", tmp_path / "ref", protocol="brats2023")
     evaluation = evaluate_folders(tmp_path / "pred", tmp_path / "ref", protocol="brats2026")
     assert evaluation.cases[0].regions["label_1"]["sq_dice"] == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from segkit.losses.dice import soft_dice_loss
+from segkit.losses.compound import soft_dice_loss
 
 
 def planes(*rows: list[float]) -> torch.Tensor:

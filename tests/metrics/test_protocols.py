@@ -180,7 +180,7 @@ def test_rules_for_empty_masks(protocol, challenge, outcome, expected):
 
 
 def test_a_protocol_with_rules_by_challenge_says_which():
-    with pytest.raises(RequestError, match="the names of the cases tell no challenge; expected one of gli, ssa, ped"):
+    with pytest.raises(RequestError, match="it cannot be inferred from the case IDs; expected one of gli, ssa, ped"):
         rules_of("brats2023", None)
     with pytest.raises(RequestError, match="there is none for 'goat'"):
         rules_of("brats2023", "goat")
