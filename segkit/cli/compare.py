@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -16,9 +16,6 @@ from segkit.cli.options import (
     print_table,
     set_verbosity,
 )
-
-if TYPE_CHECKING:
-    from segkit.evaluation.comparison import Comparison
 
 
 def compare(
@@ -42,26 +39,19 @@ def compare(
     Exit code 2 where they cannot be compared: other protocols, other references, no case in common.
     """
     from segkit.evaluation.comparison import compare_scores
-    from segkit.evaluation.comparison_files import comparison_json, write_comparison
-    from segkit.evaluation.score_files import read_score_sets
+    from segkit.evaluation.scores import read_score_sets
 
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
     chosen = None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()]
     comparison = compare_scores(read_score_sets(scores), chosen, seed=seed)
     if output is not None:
-        write_comparison(comparison, output)
+        comparison.write(output)
     if json:
-        print_json(comparison_json(comparison))
+        print_json(comparison.to_json())
     else:
-        _print(comparison)
+        count = f"{len(comparison.cases)} cases, protocol {comparison.models[0].protocol}"
+        print_table(f"{count}; BraTS ranking, p one-sided", *comparison.ranking_rows())
+        print_table("model less baseline; Wilcoxon signed-rank test, Holm over all", *comparison.pair_rows())
     if not quiet:
         for note in comparison.notes:
             print_stderr(note, style="yellow")
-
-
-def _print(comparison: Comparison) -> None:
-    from segkit.evaluation.comparison_files import pair_rows, ranking_rows
-
-    count = f"{len(comparison.cases)} cases, protocol {comparison.models[0].protocol}"
-    print_table(f"{count}; BraTS ranking, p one-sided", *ranking_rows(comparison))
-    print_table("model less baseline; Wilcoxon signed-rank test, Holm over all", *pair_rows(comparison))

@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from segkit.errors import RequestError
-from segkit.evaluation.score_files import ScoreSet
-from segkit.metrics.bootstrap import Interval, mean_interval, number_patients
+from segkit.evaluation.scores import ScoreSet
+from segkit.evaluation.tables import csv_table, interval_text, markdown_list, markdown_table, write_documents
+from segkit.metrics.bootstrap import RESAMPLES, Interval, mean_interval, number_patients
 from segkit.metrics.registry import METRICS
 from segkit.metrics.significance import (
+    EXCHANGES,
     SignedRank,
     cumulative_ranks,
     exchange_p_values,
@@ -30,17 +34,30 @@ from segkit.metrics.significance import (
 )
 
 _RANKED = (("lesionwise_dice", "lesionwise_hd95_mm"), ("dice", "hd95_mm"), ("dice", "hd95_voxels"))
-"""The metrics that BraTS ranks by: over lesions from 2023 on, before over the whole volume; the first that all models
-have counts."""
+"""The metrics that BraTS ranks by, lesion-wise from 2023 on; the first pair that all models have is used."""
 
 _DECIMALS = 12
 """Scores that differ by less are equal."""
 
 _TOO_FEW = 5
-"""Even where all differences have one sign, a signed-rank test of so many patients has p of 2 / 2^5 or more."""
+"""A signed-rank test of so many patients has p of 2 / 2^5 or more, even if all differences have one sign."""
 
 _REFERENCE = "reference_ml"
 """A metric of the reference alone: where it differs, so do the references."""
+
+_MEANS = ("model", "baseline", "region", "metric", "cases", "model_mean", "baseline_mean", "difference")
+_TESTS = ("better", "equal", "worse", "p", "p_holm", "effect", "method", "zeros")
+_FIELDS = (*_MEANS, "ci95", *_TESTS, "ties")
+_COLUMNS = (*_MEANS, "low", "high", *_TESTS)
+
+_METHODS = f"""\
+Difference is model less baseline, mean over cases, with its 95 % interval (expanded percentile bootstrap, {RESAMPLES}
+resamples). Better, equal and worse count cases. p is of the two-sided Wilcoxon signed-rank test, Holm's correction goes
+over all tests of this table, and effect is the matched-pairs rank-biserial correlation, from -1 to 1, positive where
+the model is better. The rank score is that of BraTS (arXiv 1811.02629): the mean over cases of a case's mean rank over
+regions and metrics. p of the ranking is one-sided: how often random exchanges of the two models' ranks, case by case
+({EXCHANGES} or all there are), set their scores as far apart.
+"""
 
 
 @dataclass(frozen=True)
@@ -66,6 +83,13 @@ class PairedComparison:
     worse: int
     test: SignedRank
     p_holm: float = math.nan
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry of "pairs" in comparison.json: what is undefined is None."""
+        ends = {"ci95": self.interval and [*self.interval], "ties": self.test.has_ties}
+        values = {**vars(self), **vars(self.test), **ends}
+        undefined = {name for name, value in values.items() if isinstance(value, float) and math.isnan(value)}
+        return {name: None if name in undefined else values[name] for name in _FIELDS}
 
 
 @dataclass(frozen=True)
@@ -101,6 +125,82 @@ class Comparison:
     ranking: tuple[Ranked, ...]
     exchanges: tuple[Exchange, ...]
     notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `segkit compare --json`, strict JSON: what is undefined is null."""
+        return {
+            "models": [{"name": model.name, "scores": str(model.path)} for model in self.models],
+            "protocol": self.models[0].protocol,
+            "challenge": self.models[0].challenge,
+            "regions": list(self.regions),
+            "metrics": list(self.metrics),
+            "cases": list(self.cases),
+            "patients": self.patients,
+            "ranking": [
+                {
+                    "model": own.model,
+                    "place": own.place,
+                    "score": own.score,
+                    "ci95": own.interval and list(own.interval),
+                }
+                for own in self.ranking
+            ],
+            "exchanges": [asdict(own) for own in self.exchanges],
+            "pairs": [pair.to_json() for pair in self.pairs],
+            "notes": list(self.notes),
+        }
+
+    def ranking_rows(self) -> tuple[list[str], list[list[str]]]:
+        """Column titles, and a row for each model: place, rank score, interval, and p against each model behind it."""
+        p_of = {(own.model, own.baseline): _p(own.p) for own in self.exchanges}
+        others = [ranked.model for ranked in self.ranking][1:]
+        rows = []
+        for own in self.ranking:
+            p_values = (p_of.get((own.model, other), "") for other in others)
+            rows.append([own.model, str(own.place), f"{own.score:.3f}", interval_text(own.interval), *p_values])
+        return ["model", "place", "rank score", "95 % CI", *(f"p against {name}" for name in others)], rows
+
+    def pair_rows(self) -> tuple[list[str], list[list[str]]]:
+        """Column titles, and a row for each pair of models, region and metric."""
+        measures = ["difference", "95 % CI", "better/equal/worse", "p", "p (Holm)", "effect"]
+        rows = [
+            [
+                f"{pair.model} - {pair.baseline}",
+                pair.region,
+                METRICS[pair.metric].title,
+                f"{pair.difference:+.4f}",
+                interval_text(pair.interval, "+.4f"),
+                f"{pair.better}/{pair.equal}/{pair.worse}",
+                ("~" if pair.test.method == "asymptotic" else "") + _p(pair.test.p),
+                _p(pair.p_holm),
+                f"{pair.test.effect:+.2f}",
+            ]
+            for pair in self.pairs
+        ]
+        return ["model - baseline", "region", "metric", *measures], rows
+
+    def write(self, folder: Path) -> None:
+        """Write comparison.json, comparison.csv (a row for each pair, region and metric) and comparison.md.
+
+        Raises:
+            DataError: the folder cannot be written.
+        """
+        text = (
+            f"Protocol {self.models[0].protocol}, {len(self.cases)} cases, {self.patients} patients.\n\n"
+            f"## Ranking\n\n{markdown_table(*self.ranking_rows())}\n"
+            f"## Differences\n\n{markdown_table(*self.pair_rows())}\n{_METHODS}{markdown_list(self.notes)}"
+        )
+        ends = [dict(zip(("low", "high"), pair.interval or (None, None), strict=True)) for pair in self.pairs]
+        entries = [pair.to_json() | own for pair, own in zip(self.pairs, ends, strict=True)]
+        table = csv_table(_COLUMNS, ([entry[column] for column in _COLUMNS] for entry in entries))
+        names = ("comparison.json", "comparison.csv", "comparison.md")
+        write_documents(folder, dict(zip(names, (self.to_json(), table, text), strict=True)))
+
+
+def _p(value: float) -> str:
+    if math.isnan(value):
+        return "-"
+    return f"{value:.1e}" if value < 0.001 else f"{value:.3f}"
 
 
 def compare_scores(models: Sequence[ScoreSet], metrics: Sequence[str] | None = None, *, seed: int = 0) -> Comparison:
@@ -138,18 +238,10 @@ def compare_scores(models: Sequence[ScoreSet], metrics: Sequence[str] | None = N
         [METRICS[metric].higher_is_better is True for _, metric in columns],
         failed=[[case in model.failed for case in cases] for model in models],
     )
-    ranking = _ranking(models, ranks, patients, seed)
-    return Comparison(
-        models=tuple(models),
-        regions=tuple(regions),
-        metrics=tuple(chosen),
-        cases=tuple(cases),
-        patients=count,
-        pairs=tuple(pairs),
-        ranking=ranking,
-        exchanges=_exchanges(models, ranks, ranking, patients, seed),
-        notes=(*notes, *notes_on_regions, *_notes_on_data(models, values, cases, count, pairs)),
-    )
+    ranking, exchanges = _rank(models, ranks, patients, seed)
+    notes += notes_on_regions + _notes_on_data(models, values, cases, count, pairs)
+    subject = (tuple(models), tuple(regions), tuple(chosen), tuple(cases), count)
+    return Comparison(*subject, tuple(pairs), ranking, exchanges, tuple(notes))
 
 
 def _compare_pair(
@@ -167,15 +259,18 @@ def _compare_pair(
     gains = differences if METRICS[column[1]].higher_is_better else -differences
     patient, count = number_patients(owners, len(owners))
     means = np.bincount(patient, gains, count) / np.bincount(patient, minlength=count) if count else gains
+    model_mean, baseline_mean, difference = (
+        float(own.mean()) if len(own) else math.nan for own in (model, baseline, differences)
+    )
     return PairedComparison(
         model=models[0].name,
         baseline=models[1].name,
         region=column[0],
         metric=column[1],
         cases=len(owners),
-        model_mean=_mean(model),
-        baseline_mean=_mean(baseline),
-        difference=_mean(differences),
+        model_mean=model_mean,
+        baseline_mean=baseline_mean,
+        difference=difference,
         interval=mean_interval(differences, owners, seed=seed),
         better=int(np.count_nonzero(gains > 0)),
         equal=int(np.count_nonzero(gains == 0)),
@@ -184,36 +279,23 @@ def _compare_pair(
     )
 
 
-def _mean(values: NDArray[np.float64]) -> float:
-    return float(values.mean()) if len(values) else math.nan
-
-
-def _ranking(
+def _rank(
     models: Sequence[ScoreSet], ranks: NDArray[np.float64], patients: Sequence[str], seed: int
-) -> tuple[Ranked, ...]:
+) -> tuple[tuple[Ranked, ...], tuple[Exchange, ...]]:
+    """The ranking, and the test of each model against every one that is ranked behind it."""
     scores = np.round(rank_scores(ranks), _DECIMALS)
     found = [
         Ranked(model.name, 1 + int((scores < score).sum()), float(score), mean_interval(own, patients, seed=seed))
         for model, score, own in zip(models, scores, ranks, strict=True)
     ]
-    return tuple(sorted(found, key=lambda ranked: ranked.place))
-
-
-def _exchanges(
-    models: Sequence[ScoreSet],
-    ranks: NDArray[np.float64],
-    ranking: Sequence[Ranked],
-    patients: Sequence[str],
-    seed: int,
-) -> tuple[Exchange, ...]:
-    """Each model against every one that is ranked behind it."""
+    ranking = tuple(sorted(found, key=lambda ranked: ranked.place))
     p_values = exchange_p_values(ranks, patients, seed=seed)
     position = {model.name: index for index, model in enumerate(models)}
-    found = []
+    exchanges = []
     for better, worse in combinations(ranking, 2):
         p = float(p_values[position[better.model], position[worse.model]])
-        found.append(Exchange(better.model, worse.model, better.score - worse.score, p))
-    return tuple(found)
+        exchanges.append(Exchange(better.model, worse.model, better.score - worse.score, p))
+    return ranking, tuple(exchanges)
 
 
 def _require_same_rules(models: Sequence[ScoreSet]) -> None:
@@ -226,7 +308,7 @@ def _require_same_rules(models: Sequence[ScoreSet]) -> None:
         if len(set(found.values())) > 1:
             listed = ", ".join(f"{name}: {value}" for name, value in found.items())
             raise RequestError(
-                f"scores of different {what} do not compare ({listed})",
+                f"scores of different {what} cannot be compared ({listed})",
                 remedy="Evaluate all models with the same options against the same references",
             )
 
@@ -242,9 +324,9 @@ def _common_cases(models: Sequence[ScoreSet]) -> tuple[list[str], list[str]]:
             f"the models have no case in common ({examples})", remedy="Evaluate them against the same references"
         )
     order = dict.fromkeys(case for model in models for case in (*model.cases, *sorted(model.failed)))
-    left_out = scored - common
-    notes = [f"left out: {_cases(left_out)} that not all models were given; compared: {len(common)}"]
-    return [case for case in order if case in common], notes if left_out else []
+    left_out = _count(scored - common)
+    notes = [f"left out: {left_out} that not all models were given; compared: {len(common)}"]
+    return [case for case in order if case in common], notes if scored - common else []
 
 
 def _require_same_references(models: Sequence[ScoreSet], cases: Sequence[str]) -> None:
@@ -262,11 +344,10 @@ def _require_same_references(models: Sequence[ScoreSet], cases: Sequence[str]) -
 
 def _common_regions(models: Sequence[ScoreSet]) -> tuple[list[str], list[str]]:
     regions = [region for region in models[0].regions if all(region in model.regions for model in models)]
-    every = {region for model in models for region in model.regions}
     if not regions:
         listed = "; ".join(f"{model.name}: {', '.join(model.regions)}" for model in models)
         raise RequestError(f"the models have no region in common ({listed})", remedy="Name the same --label-scheme")
-    left_out = sorted(every.difference(regions))
+    left_out = sorted({region for model in models for region in model.regions}.difference(regions))
     return regions, [f"regions that not all models have are left out: {', '.join(left_out)}"] if left_out else []
 
 
@@ -297,14 +378,14 @@ def _notes_on_data(
         failed = [case for case in cases if case in model.failed]
         if failed:
             notes.append(
-                f"{model.name} has no scores of {_cases(failed)} ({', '.join(failed[:5])}): worst in the ranking, "
+                f"{model.name} has no scores of {_count(failed)} ({', '.join(failed[:5])}): worst in the ranking, "
                 "left out of differences and tests"
             )
         is_defined = np.isfinite(own).all(axis=1)
         undefined = [case for case, known in zip(cases, is_defined, strict=True) if not known and case not in failed]
         if undefined:
             notes.append(
-                f"{model.name} has undefined or infinite scores in {_cases(undefined)}: left out of differences and "
+                f"{model.name} has undefined or infinite scores in {_count(undefined)}: left out of differences and "
                 "tests; in the ranking models tie where one is undefined, and infinite is worst"
             )
     if patients <= _TOO_FEW:
@@ -318,5 +399,5 @@ def _notes_on_data(
     return notes
 
 
-def _cases(cases: Collection[str]) -> str:
+def _count(cases: Collection[str]) -> str:
     return f"{len(cases)} case" + ("s" if len(cases) != 1 else "")

@@ -1,4 +1,4 @@
-"""Tables of scores: a row per case for a spreadsheet, means over cases for people; as Markdown and CSV.
+"""Tables of scores as Markdown and CSV: a row per case for a spreadsheet, means over cases for readers.
 
 A table is its column titles and its rows.
 """
@@ -13,38 +13,26 @@ import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from segkit.errors import on_one_line, printable
 from segkit.metrics.bootstrap import mean_interval, median_interval
+from segkit.metrics.lesions import Scores
 from segkit.reading.files import written_atomically
-
-Scores = Mapping[str, Mapping[str, float]]
-"""Region name -> metric name -> value of one case."""
 
 _MARKUP = re.compile(r"[\\`*\[\]<>|]")
 _FORMULA_SIGNS = ("=", "+", "-", "@")
 """OWASP, "CSV injection": what Excel and LibreOffice take for the beginning of a formula."""
 
+Summary = dict[str, dict[str, dict[str, Any]]]
+"""Region name -> metric name -> statistics over cases.
 
-class Statistics(TypedDict):
-    """Mean and median over cases with their 95 % intervals (lower and upper end), and the number of cases.
-
-    None is what is undefined: the mean of no values, the interval of a single patient.
-    """
-
-    mean: float | None
-    median: float | None
-    n: int
-    ci95: list[float] | None
-    median_ci95: list[float] | None
+They are `mean` and `median` with their 95 % intervals `ci95` and `median_ci95` (lower and upper end), and `n`, the
+number of cases. None is what is undefined: the mean of no values, the interval of a single patient.
+"""
 
 
-Summary = dict[str, dict[str, Statistics]]
-"""Region name -> metric name -> statistics over cases."""
-
-
-def summarise(cases: Iterable[Scores], patients: Sequence[str] | None = None) -> Summary:
+def summarise(cases: Iterable[Mapping[str, Scores]], patients: Sequence[str] | None = None) -> Summary:
     """Statistics of the finite values of each region and metric, in order of first appearance.
 
     `patients` names the patient of each case; without it every case is a patient of its own. Intervals are those of
@@ -63,7 +51,7 @@ def summarise(cases: Iterable[Scores], patients: Sequence[str] | None = None) ->
     }
 
 
-def _statistics(found: Mapping[int, float], patients: Sequence[str] | None) -> Statistics:
+def _statistics(found: Mapping[int, float], patients: Sequence[str] | None) -> dict[str, Any]:
     """Statistics of values by the position of their case."""
     values = list(found.values())
     if not values:
@@ -88,18 +76,13 @@ def summary_rows(summary: Summary, metrics: Sequence[str] | None = None) -> tupl
     rows = []
     for region, scores in summary.items():
         count = max(scores[name]["n"] for name in shown if name in scores)
-        entries = [scores.get(metric) for metric in shown]
-        rows.append([region, *map(_mean_and_median, entries), str(count)])
-        intervals = [interval_text(entry["ci95"] if entry else None, absent="") for entry in entries]
+        entries = [scores.get(metric, {"mean": None, "ci95": None}) for metric in shown]
+        means = ["-" if own["mean"] is None else f"{own['mean']:.3f} ({own['median']:.3f})" for own in entries]
+        rows.append([region, *means, str(count)])
+        intervals = [interval_text(own["ci95"], absent="") for own in entries]
         if any(intervals):
             rows.append(["95 % CI", *intervals, ""])
     return ["region", *shown, "n"], rows
-
-
-def _mean_and_median(entry: Statistics | None) -> str:
-    if entry is None or entry["mean"] is None or entry["median"] is None:
-        return "-"
-    return f"{entry['mean']:.3f} ({entry['median']:.3f})"
 
 
 def interval_text(interval: Sequence[float] | None, form: str = ".3f", absent: str = "-") -> str:
@@ -107,7 +90,7 @@ def interval_text(interval: Sequence[float] | None, form: str = ".3f", absent: s
     return absent if interval is None else f"{interval[0]:{form}} to {interval[1]:{form}}"
 
 
-def scores_csv(cases: Mapping[str, Scores]) -> str:
+def scores_csv(cases: Mapping[str, Mapping[str, Scores]]) -> str:
     """Comma-separated text: case, region, then one column per metric; undefined values are empty cells."""
     metrics = list(dict.fromkeys(name for regions in cases.values() for scores in regions.values() for name in scores))
     rows = [
@@ -123,14 +106,13 @@ def csv_table(columns: Sequence[str], rows: Iterable[Iterable[str | float | None
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
-    for row in rows:
-        writer.writerow([_spreadsheet_text(cell) if isinstance(cell, str) else cell for cell in row])
+    writer.writerows([_spreadsheet_cell(cell) for cell in row] for row in rows)
     return text.getvalue()
 
 
-def _spreadsheet_text(name: str) -> str:
-    shown = on_one_line(name)
-    return f"'{shown}" if shown.startswith(_FORMULA_SIGNS) else shown
+def _spreadsheet_cell(cell: str | float | None) -> str | float | None:
+    shown = on_one_line(cell) if isinstance(cell, str) else cell
+    return f"'{shown}" if isinstance(shown, str) and shown.startswith(_FORMULA_SIGNS) else shown
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -145,7 +127,7 @@ def markdown_list(notes: Sequence[str]) -> str:
 
 
 def markdown_text(text: str) -> str:
-    """A text on one line with every sign of markup escaped: no cell ends at a name, no name becomes a link or a tag."""
+    """A text on one line with all markup escaped: a name cannot end a cell or become a link or a tag."""
     return printable(_MARKUP.sub(r"\\\g<0>", " ".join(text.split())))
 
 

@@ -11,8 +11,7 @@ import pytest
 
 from segkit.errors import RequestError
 from segkit.evaluation.comparison import compare_scores
-from segkit.evaluation.comparison_files import comparison_json, pair_rows, ranking_rows, write_comparison
-from segkit.evaluation.score_files import ScoreSet
+from segkit.evaluation.scores import ScoreSet
 
 
 def score_set(name, cases, **others):
@@ -144,8 +143,8 @@ def test_lesion_wise_scores_come_first_and_others_on_request():
 def test_what_does_not_compare_is_refused():
     base = score_set("base", BASE)
     for others, complaint in (
-        ({"protocol": "brats2023"}, r"different protocols do not compare \(base: legacy, other: brats2023\)"),
-        ({"challenge": "met"}, r"different challenges do not compare \(base: none, other: met\)"),
+        ({"protocol": "brats2023"}, r"different protocols cannot be compared \(base: legacy, other: brats2023\)"),
+        ({"challenge": "met"}, r"different challenges cannot be compared \(base: none, other: met\)"),
         ({"label_scheme": "brats2018"}, "different label schemes"),
         ({"roi": ".gif"}, r"base: whole images, other: regions of interest"),
     ):
@@ -179,9 +178,9 @@ def test_different_references_are_noticed():
 
 def test_written_files_agree(tmp_path):
     comparison = compare_scores([score_set("base", BASE), score_set("better", BETTER)])
-    write_comparison(comparison, tmp_path)
+    comparison.write(tmp_path)
     document = json.loads((tmp_path / "comparison.json").read_text(encoding="utf-8"))
-    assert document == comparison_json(comparison)
+    assert document == comparison.to_json()
     assert document["ranking"][0]["model"] == "better"
     with (tmp_path / "comparison.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -197,7 +196,7 @@ def test_written_files_agree(tmp_path):
 def test_one_patient_gives_no_interval_and_says_so():
     models = [score_set("one", {"a": (0.5, 1.0)}), score_set("two", {"a": (0.6, 1.0)})]
     comparison = compare_scores(models)
-    assert comparison_json(comparison)["pairs"][0]["ci95"] is None
-    assert ranking_rows(comparison)[1][0][3] == "-"
-    assert pair_rows(comparison)[1][0][4] == "-"
+    assert comparison.to_json()["pairs"][0]["ci95"] is None
+    assert comparison.ranking_rows()[1][0][3] == "-"
+    assert comparison.pair_rows()[1][0][4] == "-"
     assert comparison.pairs[0].test.p == 1.0
