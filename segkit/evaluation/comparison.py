@@ -84,12 +84,13 @@ class PairedComparison:
     test: SignedRank
     p_holm: float = math.nan
 
-    def to_json(self) -> dict[str, Any]:
-        """The entry of "pairs" in comparison.json: what is undefined is None."""
-        ends = {"ci95": self.interval and [*self.interval], "ties": self.test.has_ties}
+    def to_json(self, fields: Sequence[str] = _FIELDS) -> dict[str, Any]:
+        """The entry of "pairs" in comparison.json, or a row of comparison.csv: what is undefined is None."""
+        low, high = self.interval or (None, None)
+        ends = {"ci95": self.interval and [low, high], "low": low, "high": high, "ties": self.test.has_ties}
         values = {**vars(self), **vars(self.test), **ends}
         undefined = {name for name, value in values.items() if isinstance(value, float) and math.isnan(value)}
-        return {name: None if name in undefined else values[name] for name in _FIELDS}
+        return {name: None if name in undefined else values[name] for name in fields}
 
 
 @dataclass(frozen=True)
@@ -190,9 +191,7 @@ class Comparison:
             f"## Ranking\n\n{markdown_table(*self.ranking_rows())}\n"
             f"## Differences\n\n{markdown_table(*self.pair_rows())}\n{_METHODS}{markdown_list(self.notes)}"
         )
-        ends = [dict(zip(("low", "high"), pair.interval or (None, None), strict=True)) for pair in self.pairs]
-        entries = [pair.to_json() | own for pair, own in zip(self.pairs, ends, strict=True)]
-        table = csv_table(_COLUMNS, ([entry[column] for column in _COLUMNS] for entry in entries))
+        table = csv_table(_COLUMNS, (pair.to_json(_COLUMNS).values() for pair in self.pairs))
         names = ("comparison.json", "comparison.csv", "comparison.md")
         write_documents(folder, dict(zip(names, (self.to_json(), table, text), strict=True)))
 
