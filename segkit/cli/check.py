@@ -32,6 +32,7 @@ from segkit.cli.options import (
     read_modalities,
     set_verbosity,
 )
+from segkit.cli.training import suited_presets
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -167,7 +168,8 @@ def _training_config(preset: str, settings: list[str] | None) -> TrainConfig:
     from segkit.config import build_config, preset_layers
     from segkit.training.config import TrainConfig
 
-    return build_config(TrainConfig, [*preset_layers(preset), ("--set", parse_settings(settings))])
+    layers = [("--set", parse_settings(settings))]
+    return build_config(TrainConfig, [*suited_presets(preset_layers(preset), layers), *layers])
 
 
 def _estimate(cohort: Cohort, config: TrainConfig | None, memory: str | None) -> dict[str, float] | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from segkit.cli.options import QuietOption, SetOption, VerboseOption, parse_settings, print_stdout, set_verbosity
+from segkit.cli.training import suited_presets
 from segkit.errors import ConfigError, Problem, RequestError
 
 if TYPE_CHECKING:
@@ -52,8 +53,9 @@ def show(
         Verb.PRETRAIN: configs.PRETRAINING_PRESETS,
         Verb.INPAINTING: configs.INPAINTING_PRESETS,
     }
-    layers = configs.preset_layers(preset, presets[verb])
-    config = configs.build_config(_config_of(verb), [*layers, ("--set", parse_settings(settings))])
+    layers = [("--set", parse_settings(settings))]
+    suited = suited_presets(configs.preset_layers(preset, presets[verb]), layers)
+    config = configs.build_config(_config_of(verb), [*suited, *layers])
     print_stdout(configs.annotated_yaml(config).removesuffix("\n"))
 
 

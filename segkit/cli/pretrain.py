@@ -10,6 +10,7 @@ import typer
 
 from segkit.cli import options, training
 from segkit.cli.options import print_stdout, print_table
+from segkit.errors import RequestError
 
 if TYPE_CHECKING:
     from segkit.training.task import Kind, Summary
@@ -62,20 +63,29 @@ def pretrain(
     and `segkit inpaint -m RUN` does so.
     """
     command = training.TrainingCommand(
-        output, config, preset, settings, budget, memory, weights, exclude, layout, modality,
-        resume, allow_changes, overwrite, device, gpus, as_json, quiet, verbose,
+        output=output, config=config, preset=preset, settings=settings, budget=budget, memory=memory, weights=weights,
+        exclude=exclude, layout=layout, modality=modality, resume=resume, allow_changes=allow_changes,
+        overwrite=overwrite, device_name=device, gpus=gpus, as_json=as_json, quiet=quiet, verbose=verbose,
     )  # fmt: skip
     from segkit.training.run import train
 
-    own = [*command.resumed_layers(), *command.file_layers()]
-    for _, layer in own:
-        method = method or str(layer.get("method") or "") or None
+    files = command.file_layers()
+    recorded = command.recorded_settings().get("method")
+    for _, layer in files:
+        method = method or layer.get("method")
+    if recorded and method and method != recorded:
+        raise RequestError(
+            f"the settings differ from those of the run: method {recorded} -> {method}",
+            where=output,
+            remedy="Omit --method, or start a new run",
+        )
+    method = method or recorded
     kind, folder = _kind_of(method)
     presets = command.preset_layers(folder)
     if encoder is not None:
-        presets = [(name, {**layer, "network": _network(encoder)}) for name, layer in presets]
-    layers = [*presets, *own, *command.option_layers(method=method)]
-    request = command.request(data, kind, layers)
+        presets = [(name, {**layer, "network": {}}) for name, layer in presets]
+        files = [("--encoder", {"network": _network(encoder)}), *files]
+    request = command.request(data, kind, presets, [*files, *command.option_layers(method=method)])
     summary = command.run(
         lambda request: train(request, kind), request, "segkit", "pretrain", *data, "-o", output, "--resume"
     )

@@ -61,16 +61,18 @@ def train(
     folder says what was chosen and why. Settings are taken from the preset, then --config, then the options.
     """
     command = training.TrainingCommand(
-        output, config, preset, settings, budget, memory, weights, exclude, layout, modality,
-        resume, allow_changes, overwrite, device, gpus, as_json, quiet, verbose,
+        output=output, config=config, preset=preset, settings=settings, budget=budget, memory=memory, weights=weights,
+        exclude=exclude, layout=layout, modality=modality, resume=resume, allow_changes=allow_changes,
+        overwrite=overwrite, device_name=device, gpus=gpus, as_json=as_json, quiet=quiet, verbose=verbose,
     )  # fmt: skip
+    from segkit.config import PRESETS
     from segkit.training import run
     from segkit.training.segmentation import SegmentationKind
 
     kind = SegmentationKind()
-    layers = [*command.resumed_layers(), *command.preset_layers(), *_network_of(weights), *command.file_layers()]
-    layers += command.option_layers({"label_scheme": label_scheme, "fold": _fold_number(fold)})
-    request = command.request([data], kind, layers)
+    options_of_data = {"label_scheme": label_scheme, "fold": _fold_number(fold)}
+    layers = [*_network_of(weights), *command.file_layers(), *command.option_layers(options_of_data)]
+    request = command.request([data], kind, command.preset_layers(PRESETS), layers)
     if dry_run:
         _show_plan(request, kind, as_json=command.as_json)
         return

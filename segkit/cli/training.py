@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import shlex
 import sys
 import time
@@ -32,15 +34,17 @@ if TYPE_CHECKING:
 
     from segkit.training.task import ConfigT, Kind, Summary, TrainingRequest
 
+_log = logging.getLogger(__name__)
+
 RunOption = Annotated[Path, typer.Option("-o", "--output", help="Run folder to write.")]
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file laid over the preset.")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file with settings over the preset.")]
 BudgetOption = Annotated[str | None, typer.Option("--budget", help="Wall time of the whole command, e.g. 30m or 2h.")]
 ExcludeOption = Annotated[
     Path | None, typer.Option("--exclude", help="Text file of case ids to keep out of the run altogether.")
 ]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on where the run folder stopped.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run; options must match its settings.")]
 ChangesOption = Annotated[
-    bool, typer.Option("--allow-changes", help="Let --resume go on with other settings than before; they are recorded.")
+    bool, typer.Option("--allow-changes", help="Accept changed settings with --resume; they are recorded.")
 ]
 StartAgainOption = Annotated[bool, typer.Option("--overwrite", help="Start again in a used run folder.")]
 GpusOption = Annotated[
@@ -51,9 +55,9 @@ Layer = tuple[str, Mapping[str, Any]]
 """Where settings come from, and the settings."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainingCommand:
-    """The options of a verb that trains, and what it does with them; made first, it starts further processes."""
+    """The options that the training commands share. To be made first, because it may start further processes."""
 
     output: Path
     config: Path | None
@@ -84,29 +88,28 @@ class TrainingCommand:
 
         self.device: torch.device = pick_device(self.device_name)
         if self.allow_changes and not self.resume:
-            raise RequestError("--allow-changes is about a run that is resumed", remedy="Add --resume, or leave it out")
-        if self.resume and self.preset is not None:
-            raise RequestError("--preset cannot be changed by --resume", remedy="Leave it out, or start a new run")
-        if self.resume and self.weights is not None:
-            raise RequestError("--resume goes on with the run's own weights", remedy="Leave out --weights")
+            raise RequestError("--allow-changes is for resumed runs", remedy="Add --resume, or omit --allow-changes")
 
-    def resumed_layers(self) -> list[Layer]:
-        """The recorded settings of the run that is resumed; none for a new run."""
+    def recorded_settings(self) -> Mapping[str, Any]:
+        """The settings of the run that is resumed; empty for a new run.
+
+        Raises:
+            RequestError: there is no run to resume.
+        """
         from segkit.config import read_yaml
 
         if not self.resume:
-            return []
-        path = self.output / "config.yaml"
-        if not path.exists():
+            return {}
+        if not (self.output / "config.yaml").exists():
             raise RequestError("there is nothing to resume", where=self.output, remedy="Start it without --resume")
-        return [(str(path), read_yaml(path))]
+        return read_yaml(self.output / "config.yaml")
 
-    def preset_layers(self, presets: str | None = None) -> list[Layer]:
-        """The preset, of the folder `presets`; nothing for a run that is resumed."""
+    def preset_layers(self, folder: str) -> list[Layer]:
+        """The preset of a folder; of a resumed run only one that --preset names."""
         from segkit.config import preset_layers
 
-        folder = () if presets is None else (presets,)
-        return [] if self.resume else preset_layers(self.preset or preset_for(self.device.type), *folder)
+        name = self.preset or (None if self.resume else preset_for(self.device.type))
+        return preset_layers(name, folder)
 
     def file_layers(self) -> list[Layer]:
         """The settings of --config."""
@@ -115,7 +118,7 @@ class TrainingCommand:
         return [] if self.config is None else [(str(self.config), read_yaml(self.config))]
 
     def option_layers(self, of_data: Mapping[str, Any] | None = None, method: str | None = None) -> list[Layer]:
-        """The settings of --set, and the options that are settings too; `of_data` are further ones of the data."""
+        """The settings of --set and of the other options; `of_data` has further ones of the section data."""
         sections = {
             "data": {
                 "layout": self.layout,
@@ -133,12 +136,26 @@ class TrainingCommand:
         return [("--set", parse_settings(self.settings)), ("options", given | ({"method": method} if method else {}))]
 
     def request(
-        self, data: Sequence[Path], kind: Kind[ConfigT, Any], layers: Sequence[Layer]
+        self, data: Sequence[Path], kind: Kind[ConfigT, Any], presets: Sequence[Layer], layers: Sequence[Layer]
     ) -> TrainingRequest[ConfigT]:
-        """The request of these data and settings."""
+        """The request: settings of the resumed run, then those of the presets, then those of the other layers.
+
+        Raises:
+            RequestError: a setting is not valid, or a resumed run is given other weights to begin with.
+        """
         from segkit.config import build_config
         from segkit.training.task import TrainingRequest
 
+        recorded = self.recorded_settings()
+        network = recorded.get("network")
+        origin = network.get("weights") if isinstance(network, Mapping) else None
+        if self.resume and self.weights is not None and str(self.weights.absolute()) != origin:
+            raise RequestError(
+                f"--weights {self.weights} differs from the run, which began with {origin or 'random weights'}",
+                where=self.output,
+                remedy="Omit --weights: a resumed run continues with its own weights",
+            )
+        layers = [(str(self.output / "config.yaml"), recorded), *suited_presets(presets, layers), *layers]
         return TrainingRequest(
             data=tuple(data),
             run=self.output,
@@ -213,6 +230,42 @@ class ProgressBar:
     def update(self, done: float, message: str) -> None:
         """Show the completed share, 0 to 1, and a message."""
         self.bar.update(self.task, completed=done, description=on_one_line(message))
+
+
+def suited_presets(presets: Sequence[Layer], layers: Sequence[Layer]) -> list[Layer]:
+    """Presets for the network family that later layers choose.
+
+    A size that the family does not have becomes the nearest one, and arguments that it does not have are left out; both
+    are logged.
+    """
+    from segkit.config import merge
+
+    chosen = (layer["network"] for _, layer in layers if isinstance(layer.get("network"), Mapping))
+    network: dict[str, Any] = functools.reduce(merge, chosen, {})
+    return [(name, {**layer, "network": _suited_network(layer, network)}) for name, layer in presets]
+
+
+def _suited_network(preset: Mapping[str, Any], chosen: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "family" not in chosen:
+        return preset.get("network", {})  # type: ignore[no-any-return]
+    from segkit.models.table import MODELS, configure, nearest_size
+
+    network = dict(preset.get("network", {}))
+    family, size = chosen.get("family"), network.get("size")
+    if not isinstance(family, str) or family not in MODELS or family == network.get("family"):
+        return network
+    if size is not None and "size" not in chosen:
+        network["size"] = nearest_size(family, size)
+        if network["size"] != size:
+            _log.warning("size %s does not exist for %s; using %s", size, family, network["size"])
+    for name, value in network.pop("arguments", {}).items():
+        try:
+            configure(family, None, {name: value})
+        except RequestError:
+            _log.warning("network.arguments.%s=%s does not exist for %s; it is not used", name, value, family)
+        else:
+            network["arguments"] = {**network.get("arguments", {}), name: value}
+    return network
 
 
 def spread_over(gpus: int | None, device: str | None) -> None:

@@ -47,6 +47,15 @@ MODELS: dict[str, ModelEntry] = {
 }
 """Family name -> entry."""
 
+_SCALE = (
+    ("tiny",),
+    ("small", "S", "unet-small"),
+    ("base", "B", "unet", "paper"),
+    ("large", "L", "unet-resnet50"),
+    ("H",),
+)
+"""Names of sizes, from small to large; other sizes are variants of one of these."""
+
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -82,6 +91,19 @@ def configure(family: str, size: str | None = None, arguments: Mapping[str, obje
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "arguments"
         raise RequestError(f"{family}: {key}: {first['msg']}") from error
+
+
+def nearest_size(family: str, size: str) -> str:
+    """The size of a family that is nearest to a size of another family, the smaller of two that are equally near.
+
+    Sizes that are not on the scale from tiny to large give the usual size of the family.
+    """
+    places = {name: place for place, names in enumerate(_SCALE) for name in names}
+    offered = MODELS[family].sizes
+    if size in offered or size not in places:
+        return size if size in offered else MODELS[family].default_size
+    on_scale = sorted((name for name in offered if name in places), key=places.__getitem__)
+    return min(on_scale, key=lambda name: abs(places[name] - places[size]))
 
 
 def build_model(

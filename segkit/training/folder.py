@@ -209,15 +209,9 @@ def settle_settings(run: Path, config: Config, *, resume: bool, allow_changes: b
     """Write the settings of a run; returns those that a resumed one changes.
 
     Raises:
-        RequestError: settings differ and may not change, or the former ones cannot be read.
+        RequestError: see `changes_of`.
     """
-    changes = _changes_of(run, config) if resume else []
-    if changes and not allow_changes:
-        raise RequestError(
-            f"the settings are not those of the run: {', '.join(map(str, changes))}",
-            where=run,
-            remedy="Leave them as they were, or go on with the new ones by --allow-changes",
-        )
+    changes = changes_of(run, config, allow_changes=allow_changes) if resume else []
     if changes:
         changed = {change.name: {"old": change.old, "new": change.new} for change in changes}
         line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "changes": changed}
@@ -228,14 +222,34 @@ def settle_settings(run: Path, config: Config, *, resume: bool, allow_changes: b
     return changes
 
 
-def _changes_of(run: Path, config: Config) -> list[Change]:
+def changes_of(run: Path, config: Config, *, allow_changes: bool) -> list[Change]:
+    """The settings in which a resumed run would differ from before, apart from `FREE_SETTINGS`.
+
+    Raises:
+        RequestError: settings differ and may not change, or those of the run cannot be read.
+    """
     path = run / SETTINGS_NAME
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RequestError("cannot be read, so the run cannot be resumed", where=path) from error
     before = build_config(type(config), [(str(path), document)])  # newer settings have their default
-    return [change for change in compare(before, config) if change.name not in FREE_SETTINGS]
+    changes = [change for change in compare(before, config) if change.name not in FREE_SETTINGS]
+    if changes and not allow_changes:
+        raise RequestError(
+            f"the settings differ from those of the run: {', '.join(map(str, changes))}",
+            where=run,
+            remedy="Repeat the settings of the run, or add --allow-changes to continue with the new ones",
+        )
+    return changes
+
+
+def with_planned(run: Path, config: ConfigT) -> ConfigT:
+    """The settings of a resumed run with what was planned for it, where they leave that to planning again."""
+    reasons, _ = read_plan(run)
+    changes = changes_of(run, config, allow_changes=True) if reasons else []
+    left_open = [change for change in changes if change.name in reasons and change.new in (None, "auto")]
+    return with_changes(config, [Change(change.key, change.new, change.old) for change in left_open])
 
 
 def compare(before: ConfigT, after: ConfigT) -> list[Change]:

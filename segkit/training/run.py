@@ -32,6 +32,7 @@ from segkit.training.config import TrainConfig, with_values
 from segkit.training.folder import (
     SCORES_NAME,
     Change,
+    changes_of,
     has_state,
     open_folder,
     read_config,
@@ -110,10 +111,12 @@ def plan_run(request: TrainingRequest[ConfigT], kind: Kind[ConfigT, TaskT]) -> R
     """Find and split the cases and complete the settings; nothing is written.
 
     Raises:
-        RequestError: data and settings do not fit, or a resumed run would get other cases.
+        RequestError: data and settings do not fit, or a resumed run would get other settings or cases.
     """
     plan = kind.plan(request)
     if request.resume:
+        allow_changes = request.allow_changes
+        request.ranks.from_first(lambda: changes_of(request.run, plan.config, allow_changes=allow_changes))
         require_same_split(request.run, *_split_ids(plan, kind))
     return plan
 

@@ -19,7 +19,7 @@ from segkit.reading.case import Case, Cohort
 from segkit.reading.layouts.table import find_cases
 from segkit.runtime import available_memory_gb, process_place
 from segkit.training.config import NetworkConfig, TrainConfig, with_values
-from segkit.training.folder import read_plan
+from segkit.training.folder import read_plan, with_planned
 from segkit.training.task import RunPlan, SplitData, TrainingRequest
 
 _log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def plan_segmentation(request: TrainingRequest[TrainConfig]) -> RunPlan[TrainCon
         training = [case for case in cohort.cases if case.id in set(training_ids)]
         copies = tuple(find_copies(augmentation.lesion_bank, training, cohort.modalities))
     if request.resume:
-        config, (reasons, estimate) = request.config, read_plan(request.run)
+        config, (reasons, estimate) = with_planned(request.run, request.config), read_plan(request.run)
     else:
         # Every fold is planned from the whole cohort, so that the folds can be one ensemble.
         config, reasons, estimate = request.ranks.from_first(lambda: _decide(request, cohort))

@@ -137,7 +137,9 @@ def test_freed_memory_is_returned_where_the_plan_fills_the_memory(
 def test_resume_goes_on_to_more_steps(finished: Path, phantoms: Path) -> None:
     longer = _request(phantoms, finished)
     longer = replace(longer, config=with_values(read_config(finished), "training", steps=6), resume=True)
-    with pytest.raises(RequestError, match=r"not those of the run: training\.steps 4 -> 6\. .*--allow-changes"):
+    with pytest.raises(
+        RequestError, match=r"settings differ from those of the run: training\.steps 4 -> 6\. .*--allow-changes"
+    ):
         train_run(longer)
     summary = train_run(replace(longer, allow_changes=True))
     assert summary.steps == 6
@@ -163,8 +165,10 @@ def test_changes_that_do_not_fit_leave_the_settings_as_they_were(finished: Path,
 def test_resuming_with_another_fold_is_refused(finished: Path, phantoms: Path) -> None:
     """What validated would be trained on."""
     request = replace(_request(phantoms, finished, data={"folds": 3, "fold": 1}), resume=True)
-    with pytest.raises(RequestError, match="the training cases are not those that the run began with"):
+    with pytest.raises(RequestError, match=r"differ from those of the run: .*data.fold 0 -> 1"):
         train_run(request)
+    with pytest.raises(RequestError, match="the training cases are not those that the run began with"):
+        train_run(replace(request, allow_changes=True))
 
 
 def test_a_wrong_request_leaves_the_old_run_alone(phantoms: Path, tmp_path: Path) -> None:
