@@ -21,17 +21,9 @@ from numpy.typing import NDArray
 from segkit.errors import RequestError
 from segkit.evaluation.scores import ScoreSet
 from segkit.evaluation.tables import csv_table, interval_text, markdown_list, markdown_table, write_documents
+from segkit.metrics import significance
 from segkit.metrics.bootstrap import RESAMPLES, Interval, mean_interval, number_patients
 from segkit.metrics.registry import METRICS
-from segkit.metrics.significance import (
-    EXCHANGES,
-    SignedRank,
-    cumulative_ranks,
-    exchange_p_values,
-    holm,
-    rank_scores,
-    signed_rank,
-)
 
 _RANKED = (("lesionwise_dice", "lesionwise_hd95_mm"), ("dice", "hd95_mm"), ("dice", "hd95_voxels"))
 """The metrics that BraTS ranks by, lesion-wise from 2023 on; the first pair that all models have is used."""
@@ -56,7 +48,7 @@ resamples). Better, equal and worse count cases. p is of the two-sided Wilcoxon 
 over all tests of this table, and effect is the matched-pairs rank-biserial correlation, from -1 to 1, positive where
 the model is better. The rank score is that of BraTS (arXiv 1811.02629): the mean over cases of a case's mean rank over
 regions and metrics. p of the ranking is one-sided: how often random exchanges of the two models' ranks, case by case
-({EXCHANGES} or all there are), set their scores as far apart.
+({significance.EXCHANGES} or all there are), set their scores as far apart.
 """
 
 
@@ -81,7 +73,7 @@ class PairedComparison:
     better: int
     equal: int
     worse: int
-    test: SignedRank
+    test: significance.SignedRank
     p_holm: float = math.nan
 
     def to_json(self, fields: Sequence[str] = _FIELDS) -> dict[str, Any]:
@@ -230,9 +222,9 @@ def compare_scores(models: Sequence[ScoreSet], metrics: Sequence[str] | None = N
         for first, second in combinations(range(len(models)), 2)
         for index, column in enumerate(columns)
     ]
-    corrected = holm([pair.test.p for pair in pairs])
+    corrected = significance.holm([pair.test.p for pair in pairs])
     pairs = [replace(pair, p_holm=p) for pair, p in zip(pairs, corrected, strict=True)]
-    ranks = cumulative_ranks(
+    ranks = significance.cumulative_ranks(
         values,
         [METRICS[metric].higher_is_better is True for _, metric in columns],
         failed=[[case in model.failed for case in cases] for model in models],
@@ -274,7 +266,7 @@ def _compare_pair(
         better=int(np.count_nonzero(gains > 0)),
         equal=int(np.count_nonzero(gains == 0)),
         worse=int(np.count_nonzero(gains < 0)),
-        test=signed_rank(means),
+        test=significance.signed_rank(means),
     )
 
 
@@ -282,13 +274,13 @@ def _rank(
     models: Sequence[ScoreSet], ranks: NDArray[np.float64], patients: Sequence[str], seed: int
 ) -> tuple[tuple[Ranked, ...], tuple[Exchange, ...]]:
     """The ranking, and the test of each model against every one that is ranked behind it."""
-    scores = np.round(rank_scores(ranks), _DECIMALS)
+    scores = np.round(significance.rank_scores(ranks), _DECIMALS)
     found = [
         Ranked(model.name, 1 + int((scores < score).sum()), float(score), mean_interval(own, patients, seed=seed))
         for model, score, own in zip(models, scores, ranks, strict=True)
     ]
     ranking = tuple(sorted(found, key=lambda ranked: ranked.place))
-    p_values = exchange_p_values(ranks, patients, seed=seed)
+    p_values = significance.exchange_p_values(ranks, patients, seed=seed)
     position = {model.name: index for index, model in enumerate(models)}
     exchanges = []
     for better, worse in combinations(ranking, 2):

@@ -12,10 +12,10 @@ from typing import Any
 from segkit.errors import DataError, RequestError, some
 from segkit.labels import SCHEMES, LabelScheme, classes_scheme
 from segkit.reading.case import LABEL, Case, Cohort, ImageFile, split_name
-from segkit.reading.files import read_json, read_labels, stem_of, suffix_of
+from segkit.reading.files import read_json, stem_of, suffix_of
 from segkit.reading.layouts.layout import list_images
-from segkit.reading.layouts.schemes import CONVENTIONS, patient_of, present_values, values_of
-from segkit.reading.layouts.table import PLAIN_CLASSES, find_cases
+from segkit.reading.layouts.schemes import CONVENTIONS, patient_of, values_in, values_of
+from segkit.reading.layouts.table import PLAIN_CLASSES, find_cases, scheme_named
 from segkit.reading.pictures import PICTURE_SUFFIXES
 
 CHALLENGES: dict[str, tuple[str, ...]] = {
@@ -40,7 +40,7 @@ _MOST_CLASSES = 128
 
 @dataclass(frozen=True)
 class Pair:
-    """A reference case and its prediction, None where there is none; `scheme` is that of the prediction."""
+    """A reference case and its prediction, None if there is none; `scheme` is that of the prediction."""
 
     reference: Case
     prediction: Path | None
@@ -53,7 +53,7 @@ class Pairing:
 
     `scheme` is that of the references. `surplus` are predictions without a reference. `ambiguous` maps a case id to a
     sentence where several files could be its prediction, or where one could be that of several cases. `notes` are
-    sentences that a reader of the scores must know. `sources` is where "predictions" and "references" are.
+    sentences that a reader of the scores must know. `sources` are the paths of "predictions" and "references".
     """
 
     pairs: tuple[Pair, ...]
@@ -76,7 +76,7 @@ def pair_folders(
 ) -> Pairing:
     """Pair the masks of two folders (or two files) by case id.
 
-    Where the references name no classes, every value that occurs in them or in the predictions is a class.
+    If the references name no classes, every value that occurs in them or in the predictions is a class.
 
     Args:
         predictions: Folder of `<case>.nii.gz` (`<case>-seg.nii.gz`, `anything_<case>.nii.gz`), or one file. A
@@ -97,21 +97,21 @@ def pair_folders(
     _require_fitting(challenge, PLAIN_CLASSES if scheme is None else scheme.name)
     found, ambiguous, surplus = _find_predictions(cases, predictions, references)
     declared = _schemes_in(predictions)
-    predicted = scheme if prediction_scheme is None else _named_scheme(prediction_scheme)
+    predicted = scheme if prediction_scheme is None else _known_scheme(prediction_scheme)
     classes = LabelScheme(PLAIN_CLASSES, {})
     if scheme is None or predicted is None:
         nameless = [path for case_id, path in found.items() if predicted is None and case_id not in declared]
         classes, more = _classes_by_value(cases, nameless)
         notes += more
-    default = classes if predicted is None else predicted
+    default = predicted or classes
     pairs = [Pair(case, found.get(case.id), declared.get(case.id, default)) for case in cases]
     return Pairing(
         tuple(sorted(pairs, key=lambda pair: pair.reference.id)),
-        classes if scheme is None else scheme,
+        scheme or classes,
         challenge or challenge_of(case.id for case in cases),
         () if case_ids else surplus,
         ambiguous,
-        notes,
+        tuple(notes),
         {"predictions": predictions, "references": references},
     )
 
@@ -127,10 +127,10 @@ def challenge_of(case_ids: Iterable[str]) -> str | None:
 
 def _references(
     root: Path, label_scheme: str | None, challenge: str | None
-) -> tuple[list[Case], LabelScheme | None, tuple[str, ...]]:
+) -> tuple[list[Case], LabelScheme | None, list[str]]:
     """The cases with a reference below `root`, the scheme they share (None: classes without names), and notes."""
     cohort = _labelled_cohort(root, label_scheme)
-    if cohort is None and (root.parent / "dataset.json").is_file():  # `labelsTr`, say: the dataset knows its names
+    if cohort is None and (root.parent / "dataset.json").is_file():  # `labelsTr`, for example: the dataset has names
         cohort = _labelled_cohort(root.parent, label_scheme)
         if cohort is not None:
             cases = [case for case in cohort.cases if case.label and root in case.label.path.absolute().parents]
@@ -138,27 +138,27 @@ def _references(
     if cohort is None:
         cases, notes = _bare_masks(root)
         if label_scheme is not None:
-            return cases, _named_scheme(label_scheme), notes
+            return cases, _known_scheme(label_scheme), notes
         declared = {scheme.name: scheme for scheme in _schemes_in(root).values()}
         inferred = declared.popitem()[1] if len(declared) == 1 else _only_scheme(challenge) or _scheme_of_ids(cases)
         return cases, inferred, notes
     cases, scheme = list(cohort.cases), cohort.scheme
     is_nameless = scheme is not None and dict(scheme.values) == _class_names(scheme.values.values())
     if label_scheme == PLAIN_CLASSES or (scheme is not None and scheme.name == PLAIN_CLASSES and is_nameless):
-        return cases, None, ()
+        return cases, None, []
     scheme = scheme or _only_scheme(challenge)
     if scheme is None and _values_in(case.label for case in cases if case.label) - {0}:
         reasons = "; ".join(str(problem) for problem in cohort.problems if problem.is_fatal)
         raise RequestError(
-            "the label scheme of the references cannot be told" + (f" ({reasons})" if reasons else ""),
+            "cannot infer the label scheme of the references" + (f" ({reasons})" if reasons else ""),
             where=root,
             remedy=f"Name it with --label-scheme: {', '.join(SCHEMES)} or {PLAIN_CLASSES}",
         )
-    return cases, scheme, ()
+    return cases, scheme, []
 
 
 def _labelled_cohort(root: Path, label_scheme: str | None) -> Cohort | None:
-    """The cohort of a dataset with references, None where `root` is no dataset."""
+    """The cohort of a dataset with references, None if `root` is something else."""
     if root.is_file():
         return None
     try:
@@ -167,8 +167,8 @@ def _labelled_cohort(root: Path, label_scheme: str | None) -> Cohort | None:
         return None
 
 
-def _bare_masks(root: Path) -> tuple[list[Case], tuple[str, ...]]:
-    """The masks below `root` as cases without images: those named as a segmentation, or all where none is.
+def _bare_masks(root: Path) -> tuple[list[Case], list[str]]:
+    """The masks below `root` as cases without images: those named as a segmentation, or all if there are none.
 
     A note names the others, which may be images or masks.
     """
@@ -189,7 +189,7 @@ def _bare_masks(root: Path) -> tuple[list[Case], tuple[str, ...]]:
         f"references: {some(others)}"
     )
     cases = [Case(case_id, patient_of(case_id), {}, ImageFile(path)) for case_id, (path,) in by_id.items()]
-    return cases, (note,) if others else ()
+    return cases, [note] if others else []
 
 
 def _only_scheme(challenge: str | None) -> LabelScheme | None:
@@ -199,7 +199,7 @@ def _only_scheme(challenge: str | None) -> LabelScheme | None:
 
 
 def _scheme_of_ids(cases: Sequence[Case]) -> LabelScheme | None:
-    """The BraTS scheme of the names of the cases; years that share names differ by whether value 4 occurs."""
+    """The BraTS scheme of the case ids; years that share ids are distinguished by whether value 4 occurs."""
     ids = [case.id for case in cases]
     if all(_DECATHLON_IDS.fullmatch(case_id) for case_id in ids):
         return SCHEMES["msd-brats"]
@@ -216,42 +216,29 @@ def _scheme_of_ids(cases: Sequence[Case]) -> LabelScheme | None:
     return SCHEMES[names.pop()] if names else None
 
 
-def _named_scheme(name: str) -> LabelScheme | None:
+def _known_scheme(name: str) -> LabelScheme | None:
     """A scheme of the table, None for plain classes."""
-    if name == PLAIN_CLASSES:
-        return None
-    if name not in SCHEMES:
-        raise RequestError(f"unknown label scheme {name!r}", expected=f"one of {', '.join(SCHEMES)}, {PLAIN_CLASSES}")
-    return SCHEMES[name]
+    scheme = scheme_named(name)
+    return None if name == PLAIN_CLASSES else scheme
 
 
 def _class_names(values: Iterable[int]) -> dict[str, int]:
     return {f"label_{value}": value for value in sorted(values)}
 
 
-def _classes_by_value(cases: Sequence[Case], predictions: Sequence[Path]) -> tuple[LabelScheme, tuple[str, ...]]:
-    """A class of every value in references and predictions, value 1 where all are empty; a note on new values."""
+def _classes_by_value(cases: Sequence[Case], predictions: Sequence[Path]) -> tuple[LabelScheme, list[str]]:
+    """A class of every value in references and predictions, value 1 if all are empty; a note on new values."""
     known = _values_in(case.label for case in cases if case.label) - {0}
     new = _values_in(ImageFile(path) for path in predictions) - known - {0}
     scheme = classes_scheme(PLAIN_CLASSES, _class_names(known | new or {1}))
-    if not new:
-        return scheme, ()
     listed = ", ".join(map(str, sorted(new)))
-    return scheme, (f"label values {listed} occur in predictions only, and are scored against empty references",)
+    note = f"label values {listed} occur in predictions only, and are scored against empty references"
+    return scheme, [note] if new else []
 
 
 def _values_in(masks: Iterable[ImageFile]) -> set[int]:
-    """The values of all masks; unusable files are reported later, by the scoring."""
-    values: set[int] = set()
-    for mask in masks:
-        try:
-            labels, _ = read_labels(mask.path, mask.channel)
-        except DataError:
-            continue
-        present = present_values(labels)
-        if len(present) <= _MOST_CLASSES:
-            values |= present
-    return values
+    """The values of all masks, without images; unusable files are reported later, by the scoring."""
+    return values_in(masks, most=_MOST_CLASSES)
 
 
 def manifest_records(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -279,13 +266,11 @@ def _schemes_in(folder: Path) -> dict[str, LabelScheme]:
 def _chosen(cases: list[Case], case_ids: Collection[str] | None, root: Path) -> list[Case]:
     if case_ids is None:
         return cases
-    unknown = sorted(set(case_ids) - {case.id for case in cases})
+    known = sorted(case.id for case in cases)
+    unknown = sorted(set(case_ids).difference(known))
     if unknown:
-        raise RequestError(
-            f"{len(unknown)} of {len(set(case_ids))} wanted cases have no reference: {some(unknown)}",
-            where=root,
-            expected=f"ids such as {some(sorted(case.id for case in cases))}",
-        )
+        found = f"{len(unknown)} of {len(set(case_ids))} wanted cases have no reference: {some(unknown)}"
+        raise RequestError(found, where=root, expected=f"ids such as {some(known)}")
     return [case for case in cases if case.id in set(case_ids)]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from segkit.errors import DataError, Problem, warning
 from segkit.labels import SCHEMES, LabelScheme, classes_scheme, outputs_of
-from segkit.reading.case import BRATS_MODALITIES, Case
+from segkit.reading.case import BRATS_MODALITIES, Case, ImageFile
 from segkit.reading.files import read_labels
 from segkit.reading.layouts.layout import FolderOptions, SchemeChoice
 
@@ -212,13 +212,18 @@ def scheme_by_values(cases: Sequence[Case], options: FolderOptions, where: Path)
 def values_of(cases: Sequence[Case], *, stop_at: int | None = None) -> set[int]:
     """Label values (0 included) of up to 200 references, evenly spread; unreadable ones are skipped."""
     sample = cases[:: max(1, len(cases) // _SAMPLED_REFERENCES)]
+    return values_in((case.label for case in sample if case.label is not None), stop_at=stop_at)
+
+
+def values_in(masks: Iterable[ImageFile], *, stop_at: int | None = None, most: int = 256) -> set[int]:
+    """Label values (0 included) of masks; files that are unreadable, or have more than `most` values, are skipped."""
     values: set[int] = set()
-    for reference in (case.label for case in sample if case.label is not None):
+    for mask in masks:
         try:
-            labels, _ = read_labels(reference.path, reference.channel)
+            present = present_values(read_labels(mask.path, mask.channel)[0])
         except DataError:
             continue
-        values |= present_values(labels)
+        values |= present if len(present) <= most else set()
         if stop_at in values:
             break
     return values

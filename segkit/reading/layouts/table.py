@@ -65,7 +65,9 @@ def find_cases(
         RequestError: unknown layout or label scheme.
     """
     listing = list_images(Path(root), exclude)
-    options = FolderOptions(dict(modalities or {}), _scheme_named(label_scheme), layout)
+    options = FolderOptions(
+        dict(modalities or {}), None if label_scheme is None else scheme_named(label_scheme), layout
+    )
     chosen = _choose_layout(listing, options)
     cohort = chosen.read(listing, options)
     if not cohort.cases:
@@ -96,9 +98,12 @@ def _choose_layout(listing: Listing, options: FolderOptions) -> Layout:
     return best
 
 
-def _scheme_named(name: str | None) -> LabelScheme | None:
-    if name is None:
-        return None
+def scheme_named(name: str) -> LabelScheme:
+    """The label scheme of this name; that of `PLAIN_CLASSES` has no values yet.
+
+    Raises:
+        RequestError: there is no such scheme.
+    """
     return _named("label scheme", name, {**SCHEMES, PLAIN_CLASSES: classes_scheme(PLAIN_CLASSES, {})})
 
 
