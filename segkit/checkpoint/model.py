@@ -16,6 +16,7 @@ from segkit.checkpoint.card import ModelCard
 from segkit.checkpoint.run_folder import CARD_NAME, RUN_FOLDER, WEIGHTS_NAME, load_card, only_folder
 from segkit.checkpoint.tensors import load_weights_file, write_tensors
 from segkit.errors import CheckpointError
+from segkit.models.blocks import SegmentationNetwork
 from segkit.models.table import build_model
 from segkit.reading.files import file_sha256, written_atomically
 
@@ -95,7 +96,7 @@ def _read_weights(run_dir: Path, card: ModelCard) -> tuple[dict[str, Tensor], Pa
     return load_weights_file(path), path
 
 
-def build_network(card: ModelCard, *, downloads: bool = True) -> nn.Module:
+def build_network(card: ModelCard, *, downloads: bool = True) -> SegmentationNetwork:
     """The network of a card with initial weights; with `downloads`, pretrained encoder weights that the card names."""
     network = card.network
     arguments = {k: v for k, v in network.arguments.items() if downloads or k != "encoder_weights"}

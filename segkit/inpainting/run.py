@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from segkit.checkpoint.card import InpaintingCard, ModelCard
 from segkit.errors import RequestError
 from segkit.inpainting.config import InpaintingConfig
 from segkit.inpainting.dataset import HoleDataset, HoleRules
 from segkit.inpainting.task import InpaintingTask, Restoration
+from segkit.models.blocks import SegmentationNetwork
 from segkit.models.generator import build_discriminator
 from segkit.preparing.holes import HoleMaker, tumour_components
 from segkit.preparing.preprocessing import PreparedCase
@@ -109,7 +109,9 @@ class InpaintingKind(UnlabelledKind[InpaintingConfig, InpaintingTask]):
         """The size of the patches."""
         return "patches.size", config.patches.size or 0
 
-    def build_task(self, plan: RunPlan[InpaintingConfig], card: ModelCard, network: nn.Module) -> InpaintingTask:
+    def build_task(
+        self, plan: RunPlan[InpaintingConfig], card: ModelCard, network: SegmentationNetwork
+    ) -> InpaintingTask:
         """Patches with holes of the cases of all folders, and a discriminator where the settings want one."""
         config = plan.config
         training = [case for data in plan.data for case in data.prepared(data.training_ids)]

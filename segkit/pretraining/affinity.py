@@ -20,15 +20,14 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Affinities:
-    """Affinities and edges of G pairs of graphs.
-
-    `vertex` (G, N, N): node i of the first view with node a of the second. `edge` (G, N, K, N, K): the m-th edge of i
-    with the l-th edge of a, or None if edges are not used. `first`, `second` (G, N, K) int64: the heads of the edges.
-    """
+    """Affinities and edges of G pairs of graphs."""
 
     vertex: Tensor
+    """(G, N, N): node i of the first view with node a of the second."""
     edge: Tensor | None
+    """(G, N, K, N, K): the m-th edge of i with the l-th edge of a; None if edges are not used."""
     first: Tensor
+    """(G, N, K) int64: the heads of the edges of the first view."""
     second: Tensor
 
     def dense_edges(self, edge: Tensor) -> Tensor:
@@ -68,12 +67,11 @@ class MessagePassing(nn.Module):
     """Graph convolutions (Kipf & Welling, arXiv 1609.02907, equation 2; LVM-Med, equation 1), of one width.
 
     Edges count in both directions and the degree includes the self-loop; ReLU between layers, none after the last
-    (ours). Also ours: a node adds the messages to its own features, because the convolution alone averages over most
-    of so small a graph, which makes the nodes equal, and nothing is learnt (`docs/benchmarks.md`).
+    (ours). Without layers features stay unchanged. With `residual` (ours) a node adds the messages to its own features:
+    the convolution alone averages over most of so small a graph, and nothing is learnt (`docs/benchmarks.md`).
     """
 
     def __init__(self, width: int, layers: int, *, residual: bool = True) -> None:
-        """Without layers features stay unchanged; `residual` off is the equation to the letter."""
         super().__init__()
         self.residual = residual
         self.layers = nn.ModuleList([nn.Linear(width, width, bias=False) for _ in range(layers)])
@@ -122,17 +120,10 @@ def local_affinity(
     """Mean cosines of matched cells of two feature maps, for all pairs of images: (G, N, N).
 
     Each cell of one map is matched to the cell of the other that is nearest in the original image, and again to the
-    cell with the nearest feature vector; of each kind the `best` matches with the smallest distance count, and their
-    mean cosines are averaged (the pseudo-code of appendix A; equation 2 has the sum over all cells). `both_ways` is the
-    average of both directions, as in equation 3; else only cells of the first view look for a match.
-
-    Args:
-        first: Feature maps (G, N, P, D) of the first view.
-        second: The same of the second view.
-        first_places: Positions of their cells in the image, mm in its own frame, (G, N, P, dims).
-        second_places: The same of the second view.
-        best: Matches of each kind that count, or all if there are fewer cells.
-        both_ways: See above.
+    cell with the nearest feature vector; of each kind at most the `best` matches with the smallest distance count, and
+    their mean cosines are averaged (the pseudo-code of appendix A; equation 2 has the sum over all cells). `both_ways`
+    is the average of both directions, as in equation 3; else only cells of the first view are matched. Feature maps are
+    (G, N, P, D), places (G, N, P, dims) the positions of their cells in the image, in mm.
     """
     graphs, nodes, cells, width = first.shape
     one, other = first.reshape(graphs, nodes * cells, width), second.reshape(graphs, nodes * cells, width)

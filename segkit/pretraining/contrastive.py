@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from segkit.config import Config
 from segkit.losses.global_batch import batch_gather
-from segkit.pretraining.encoder import encode, encoder_width, retrieval_accuracy, train_encoder_only
+from segkit.models.blocks import SegmentationNetwork
+from segkit.pretraining.encoder import freeze_decoder, retrieval_accuracy
 from segkit.training.task import Batch
 
 
@@ -35,20 +36,16 @@ class Contrast(nn.Module):
     views = 2
     score = "retrieval"
 
-    def __init__(self, network: nn.Module, config: ContrastiveConfig, in_channels: int, dims: int) -> None:
+    def __init__(self, network: SegmentationNetwork, config: ContrastiveConfig, in_channels: int, dims: int) -> None:
         super().__init__()
         self.network = network
         self.config = config
-        train_encoder_only(network)
-        width = encoder_width(network, in_channels, dims)
+        width = freeze_decoder(network, in_channels, dims)
         hidden = config.hidden or width
         self.projector = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, config.width))
 
     def loss(self, batch: Batch) -> Tensor:
-        """Contrastive loss of the views "first" and "second", each (B, C, *patch).
-
-        Negatives are those of the whole batch, also where it is spread over processes.
-        """
+        """Contrastive loss of the views "first" and "second", each (B, C, *patch); negatives are those of all ranks."""
         first, second = self.project(batch)
         return nt_xent(batch_gather(first), batch_gather(second), self.config.temperature)
 
@@ -63,7 +60,7 @@ class Contrast(nn.Module):
 
     def project(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Projected features (B, width) of both views, float32; the views go through the encoder side by side."""
-        deepest = encode(self.network, torch.cat([batch["first"], batch["second"]]))[-1]
+        deepest = self.network.encode(torch.cat([batch["first"], batch["second"]]))[-1]
         with torch.autocast(deepest.device.type, enabled=False):
             first, second = self.projector(deepest.float().flatten(2).mean(2)).chunk(2)
         return first, second
@@ -72,13 +69,8 @@ class Contrast(nn.Module):
 def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     """Normalised temperature-scaled cross-entropy, mean over all 2B views, a float32 scalar also under autocast.
 
-    For a view i with the other view j of its image: -log(exp(cos_ij / t) / sum over k != i of exp(cos_ik / t)), k going
-    over all other views on either side.
-
-    Args:
-        first: (B, F), features of one view of each image.
-        second: (B, F), those of the other, in the same order.
-        temperature: t, above 0.
+    For a view i with the other view j of its image: -log(exp(cos_ij / t) / sum over k != i of exp(cos_ik / t)), with t
+    the temperature. `first` and `second` are the features (B, F) of both views of each image.
     """
     with torch.autocast(first.device.type, enabled=False):
         views = functional.normalize(torch.cat([first, second]).float(), dim=1)  # (2B, F)

@@ -2,15 +2,14 @@
 
 Each image of a group is shown in two random views. The images are the nodes of two graphs, one for each view, and a
 matching pairs the nodes of both. The encoder learns features by which an image finds its own other view: globally, cell
-by cell, and by its relations to other images (`affinity.py`). The authors released no code for this part; it is written
-from the paper, and own choices are marked.
+by cell, and by its relations to other images (`affinity.py`). The authors released no code for this part; own choices
+are marked.
 
-The gradient of a matching (algorithm 1): a matching is a permutation, whose derivative is 0 nearly everywhere.
-Implicit maximum likelihood (Niepert et al., arXiv 2106.01798) perturbs the affinities with Gumbel noise, solves, moves
-them by lambda times the derivative of the loss, solves again, and takes the difference of both matchings divided by
-lambda as the gradient of the affinities. At the paper's lambda of 80 the second solution need not be computed: with the
-Hamming loss every right pair gains 80 and every wrong one loses 80, more than all affinities of 16 nodes with 5 edges
-each, so the right matching is the solution. `solves=2` computes it nevertheless, for small lambdas.
+The derivative of a matching, a permutation, is 0 nearly everywhere. Implicit maximum likelihood (algorithm 1; Niepert
+et al., arXiv 2106.01798) perturbs the affinities with Gumbel noise, solves, moves them by lambda times the derivative
+of the loss, solves again, and takes the difference of both matchings divided by lambda as the affinities' gradient.
+At the paper's lambda of 80 the second solution is the right matching: with the Hamming loss every right pair gains 80
+and every wrong one loses 80, more than all affinities of 16 nodes with 5 edges each.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from segkit.config import Config
 from segkit.losses.global_batch import batch_rand
+from segkit.models.blocks import SegmentationNetwork
 from segkit.pretraining.affinity import (
     Affinities,
     MessagePassing,
@@ -32,7 +32,7 @@ from segkit.pretraining.affinity import (
     local_affinity,
     nearest_neighbours,
 )
-from segkit.pretraining.encoder import encode, encoder_width, retrieval_accuracy, train_encoder_only
+from segkit.pretraining.encoder import freeze_decoder, retrieval_accuracy
 from segkit.pretraining.solver import SolverConfig, solve
 from segkit.pretraining.views import cell_positions
 from segkit.training.task import Batch
@@ -97,12 +97,11 @@ class GraphMatching(nn.Module):
     views = 2
     score = "matching"
 
-    def __init__(self, network: nn.Module, config: GraphMatchingConfig, in_channels: int, dims: int) -> None:
+    def __init__(self, network: SegmentationNetwork, config: GraphMatchingConfig, in_channels: int, dims: int) -> None:
         super().__init__()
         self.network = network
         self.config = config
-        train_encoder_only(network)
-        self.projector = nn.Linear(encoder_width(network, in_channels, dims), config.width)
+        self.projector = nn.Linear(freeze_decoder(network, in_channels, dims), config.width)
         self.passing = MessagePassing(config.width, config.layers, residual=config.residual)
 
     def loss(self, batch: Batch) -> Tensor:
@@ -131,7 +130,7 @@ class GraphMatching(nn.Module):
     def affinities(self, batch: Batch) -> tuple[Affinities, Tensor, Tensor]:
         """The affinities of the graphs of a batch, and the projected features (G, N, F) of both views."""
         count = len(batch["first"])
-        maps = encode(self.network, torch.cat([batch["first"], batch["second"]]))[-1]
+        maps = self.network.encode(torch.cat([batch["first"], batch["second"]]))[-1]
         with torch.autocast(maps.device.type, enabled=False):  # sums of differences of cosines need all their digits
             maps = maps.float()
             projected = self.projector(maps.flatten(2).mean(2))
@@ -179,8 +178,8 @@ def _at_most(maps: Tensor, cells: int) -> Tensor:
 def matching_loss(affinities: Affinities, gradient: GradientConfig, solver: SolverConfig) -> Tensor:
     """Mean over graphs of the Hamming loss (equation 5): the right pairs missed and the wrong pairs made.
 
-    Node i of the first view belongs to node i of the second. The value is that of the perturbed matching, the gradient
-    that of algorithm 1. Noise is drawn from torch's global generator of the CPU.
+    Node i belongs to node i. The value is that of the perturbed matching, the gradient that of algorithm 1. Noise is
+    drawn from torch's global generator of the CPU.
     """
     vertex, edge = affinities.vertex, affinities.edge
     right = torch.arange(vertex.shape[1], device=vertex.device).expand(len(vertex), -1)
@@ -197,7 +196,7 @@ def matching_loss(affinities: Affinities, gradient: GradientConfig, solver: Solv
 
 
 def matching_of(affinities: Affinities, solver: SolverConfig) -> Tensor:
-    """The best matching found: the partner (G, N) int64 of each node, on the device of the affinities."""
+    """The best matching found: the partner (G, N) int64 of each node."""
     vertex = affinities.vertex.detach()
     edge = None
     if affinities.edge is not None and solver.order == 2:
@@ -213,7 +212,7 @@ def matching_accuracy(affinities: Affinities, solver: SolverConfig, temperature:
 
 
 def _perturbed(affinities: Affinities, gradient: GradientConfig, order: int) -> Affinities:
-    """The affinities without gradient, with noise on all of them or without the margin of the right pairs."""
+    """The affinities without gradient, with noise on all of them or less the margin of the right pairs."""
     vertex, edge = affinities.vertex.detach(), affinities.edge
     temperature = gradient.temperature_for(order)
     if gradient.noise == "margin":

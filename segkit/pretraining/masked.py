@@ -8,8 +8,8 @@ coarser levels are compared with the image averaged to their resolution.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Annotated, cast
+from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -47,7 +47,7 @@ class MaskedReconstruction(nn.Module):
     views = 1
     score = "explained"
 
-    def __init__(self, network: nn.Module, config: MaskedConfig | None = None) -> None:
+    def __init__(self, network: SegmentationNetwork, config: MaskedConfig | None = None) -> None:
         super().__init__()
         self.network = network
         self.config = config or MaskedConfig()
@@ -68,7 +68,9 @@ class MaskedReconstruction(nn.Module):
         1 is perfect, 0 as good as the mean of each channel. Channels with constant hidden voxels are left out; if all
         are, it is 0. The hidden blocks of an image depend on the image alone ("stack" and "place"), not on its batch.
         """
-        parts = [self._moments(image, hidden) for image, hidden in self._hidden_parts(batch)]
+        images, hidden = batch["first"], self._hidden_by_image(batch)
+        pieces = (torch.split(tensor, _MEASURED_AT_ONCE) for tensor in (images, hidden))
+        parts = [self._moments(*piece) for piece in zip(*pieces, strict=True)]
         count, error, total, squares = (torch.stack(each).sum(0) for each in zip(*parts, strict=True))
         error, mean, squares = error / count, total / count, squares / count
         variance = squares - mean**2
@@ -78,7 +80,7 @@ class MaskedReconstruction(nn.Module):
 
     def _sides(self, patch: Sequence[int]) -> tuple[int, ...]:
         if self.config.block is None:
-            return block_sides(patch, cast(SegmentationNetwork, self.network).divisor)
+            return block_sides(patch, self.network.divisor)
         if len(self.config.block) != len(patch):
             raise RequestError(
                 f"masked.block has {len(self.config.block)} sides",
@@ -86,18 +88,15 @@ class MaskedReconstruction(nn.Module):
             )
         return self.config.block
 
-    def _hidden_parts(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-        """A few images (B', C, *patch) at a time, and which of their voxels are hidden."""
-        images = batch["first"]
-        patch = images.shape[2:]
+    def _hidden_by_image(self, batch: Batch) -> Tensor:
+        """Hidden voxels (B, 1, *patch), for each image from a seed of its own."""
+        patch = batch["first"].shape[2:]
         sides = self._sides(patch)
         grid = block_grid(patch, sides)
         which = zip(batch["stack"].tolist(), batch["place"].tolist(), strict=True)
         seeds = [1_000_003 * int(stack) + round(1000 * place) for stack, place in which]
         numbers = torch.stack([torch.rand(grid, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-        hidden = hidden_voxels(numbers, patch, sides, self.config.share).to(images.device)
-        parts = (torch.split(tensor, _MEASURED_AT_ONCE) for tensor in (images, hidden))
-        yield from zip(*parts, strict=True)
+        return hidden_voxels(numbers, patch, sides, self.config.share).to(batch["first"].device)
 
     def _moments(self, image: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of hidden voxels, float64: their number, and by channel sums of squared errors, values, squared values."""
@@ -131,11 +130,7 @@ def block_grid(patch: Sequence[int], sides: Sequence[int]) -> tuple[int, ...]:
 def hidden_voxels(numbers: Tensor, patch: Sequence[int], sides: Sequence[int], share: float) -> Tensor:
     """Hidden voxels, boolean (B, 1, *patch): in each image the same number of blocks, those of the lowest numbers.
 
-    Args:
-        numbers: (B, *grid), a random number for each block of `block_grid`.
-        patch: Size of the images in voxels.
-        sides: Sides of a block in voxels.
-        share: Part of the blocks to hide; at least one is hidden and one is left.
+    `numbers` (B, *grid) has a random number for each block of `block_grid`. At least one block is hidden, one is left.
 
     Raises:
         ValueError: the patch is a single block.
@@ -154,12 +149,9 @@ def hidden_voxels(numbers: Tensor, patch: Sequence[int], sides: Sequence[int], s
 def reconstruction_loss(found: Tensor | Sequence[Tensor], image: Tensor, hidden: Tensor) -> Tensor:
     """Mean squared error of hidden voxels, a float32 scalar; weights of the levels as in `SegmentationLoss`.
 
-    A coarse voxel is compared with the mean of the image in it, and counts by the part of it that is hidden.
-
-    Args:
-        found: (B, C, *patch), or one such tensor per level of deep supervision, full resolution first.
-        image: (B, C, *patch).
-        hidden: (B, 1, *patch), boolean.
+    `found` and `image` are (B, C, *patch), `found` possibly one tensor per level, full resolution first; `hidden` is
+    (B, 1, *patch), boolean. A coarse voxel is compared with the mean of the image in it, and counts by the part of it
+    that is hidden.
 
     Raises:
         ValueError: the outputs are not as many as the channels of the image.

@@ -53,12 +53,8 @@ def draw_matching(folder: Path, task: PretrainingTask) -> None:
 def pairs_figure(path: Path, first: AnyArray, second: AnyArray, partners: Sequence[int], title: str) -> None:
     """Draw two rows of views with a line from each image of the first row to its partner in the second.
 
-    Args:
-        path: The file to write.
-        first: One view of N images, (N, H, W), or (N, D, H, W), of which the middle slices are drawn.
-        second: The other view of the same images, in the same order.
-        partners: The matched image of the second row for each one of the first; its own is right.
-        title: The title of the figure.
+    `first` and `second` are two views of the same N images, (N, H, W), or (N, D, H, W), of which the middle slices are
+    drawn; `partners` is the image of the second row for each one of the first, its own if right.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import ConnectionPatch
@@ -91,14 +87,8 @@ def graph_figure(
 ) -> None:
     """Draw the graphs of both views side by side: images where their features lie, joined with their neighbours.
 
-    Positions are the first two principal components of both views' features, scaled to unit length: the same position
-    means similar images in both panels.
-
-    Args:
-        path: The file to write.
-        images: Both views of N images, (N, H, W) or (N, D, H, W).
-        features: The features of their nodes, (N, F).
-        edges: The neighbours of each node, (N, K).
+    Positions are the first two principal components of both views' features, scaled to unit length. For each view there
+    are images (N, H, W) or (N, D, H, W), features of the nodes (N, F), and neighbours of each node (N, K).
     """
     from matplotlib.figure import Figure
 
@@ -108,10 +98,10 @@ def graph_figure(
     figure = Figure(figsize=(11.0, 5.5), layout="constrained")
     panels = figure.subplots(1, 2, squeeze=False, sharex=True, sharey=True)[0]
     for axes, view, nodes, heads, name in zip(
-        panels, images, (places[:count], places[count:]), edges, ("first view", "second view"), strict=True
+        panels, images, (places[:count], places[count:]), edges, ("first", "second"), strict=True
     ):
         _draw_graph(axes, _planes(view), nodes, heads)
-        axes.set_title(name, fontsize=10)
+        axes.set_title(f"{name} view", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from segkit.checkpoint.card import ModelCard
+from segkit.models.blocks import SegmentationNetwork
 from segkit.pretraining.contrastive import Contrast, ContrastiveConfig
 from segkit.pretraining.graph_matching import GraphMatching, GraphMatchingConfig
 from segkit.pretraining.masked import MaskedConfig, MaskedReconstruction
@@ -50,8 +51,7 @@ class Method(Protocol):
     "second_frame" (B, dims, dims + 1) that map voxel indices of a view to mm in the image it was cut from.
     """
 
-    network: nn.Module
-    """A network of `segkit.models.table`."""
+    network: SegmentationNetwork
     views: int
     """Views of each image that it needs, 1 or 2."""
     score: str
@@ -68,7 +68,7 @@ class Method(Protocol):
 class MethodEntry:
     """One method: its builder (settings, network, card), the views it needs, and whether it trains the decoder."""
 
-    build: Callable[[PretrainConfig, nn.Module, ModelCard], nn.Module]
+    build: Callable[[PretrainConfig, SegmentationNetwork, ModelCard], nn.Module]
     views: int
     keeps_decoder: bool
 

@@ -6,10 +6,9 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import nn
-
 from segkit.checkpoint.card import ModelCard
 from segkit.errors import DataError, RequestError
+from segkit.models.blocks import SegmentationNetwork
 from segkit.pretraining.graph_matching import GraphMatching
 from segkit.pretraining.matching_figures import draw_matching
 from segkit.pretraining.methods import METHODS, PretrainConfig
@@ -75,7 +74,9 @@ class PretrainingKind(UnlabelledKind[PretrainConfig, PretrainingTask]):
         """The size of the views."""
         return "views.size", config.views.size or 0
 
-    def build_task(self, plan: RunPlan[PretrainConfig], card: ModelCard, network: nn.Module) -> PretrainingTask:
+    def build_task(
+        self, plan: RunPlan[PretrainConfig], card: ModelCard, network: SegmentationNetwork
+    ) -> PretrainingTask:
         """The method around the network, with groups of images of all folders."""
         config = plan.config
         sources = [_source(data, data.training_ids) for data in plan.data]

@@ -5,8 +5,7 @@ node a of the second, has the value
 
     f(v) = sum_ia vertex_ia v_ia + sum_iajb edge_ia,jb v_ia v_jb
 
-and the matching with the largest value is sought. An exact solution is too slow; three steps find good ones, for many
-small graphs at once:
+and the matching with the largest value is sought. Three steps find good ones, for many small graphs at once:
 
 - Frank and Wolfe's method, as in FAQ (Vogelstein et al. 2015, "Fast approximate quadratic programming for graph
   matching"), on doubly stochastic matrices: linearise f, solve the linear assignment, move there as far as f rises.
@@ -16,9 +15,7 @@ small graphs at once:
   problem"): the best swap is made even if f falls, and it is not undone for a number of swaps.
 
 The search is deterministic. `benchmarks/matching_solvers.py` compares quality and time with the solvers of pygmtools:
-RRWM (Cho et al. 2010, "Reweighted random walks for graph matching"), IPFP (Leordeanu et al. 2009, "An integer projected
-fixed point method for graph matching and MAP inference") and SM (Leordeanu and Hebert 2005, "A spectral technique for
-correspondence problems using pairwise constraints").
+RRWM (Cho et al. 2010), IPFP (Leordeanu et al. 2009) and SM (Leordeanu and Hebert 2005).
 """
 
 from __future__ import annotations
@@ -64,16 +61,13 @@ class SolverConfig(Config):
 
 
 def solve(vertex: Array, edge: Array | None, config: SolverConfig | None = None) -> Matching:
-    """The best one-to-one matchings found for G pairs of graphs of n nodes; ours never below the linear solution.
+    """The best one-to-one matchings found for G pairs of graphs of n nodes: (G, n), the partner of each node.
 
     Args:
         vertex: (G, n, n); affinity of node i of the first graph with node a of the second.
         edge: (G, n * n, n * n); row i * n + a and column j * n + b hold the affinity of edge (i, j) of the first graph
             with edge (a, b) of the second, 0 where either does not exist. Need not be symmetric. None: no edges.
-        config: Solver and its settings; the search computes in the type of the affinities, float32 being the faster.
-
-    Returns:
-        (G, n) int64; entry (g, i) is the partner of node i.
+        config: Solver and its settings; the search computes in the type of the affinities.
 
     Raises:
         ValueError: the shapes do not belong together, or an affinity is not finite.
@@ -99,10 +93,9 @@ def solve(vertex: Array, edge: Array | None, config: SolverConfig | None = None)
 def solve_with(name: PygmSolver, vertex: Array, edge: Array) -> Matching:
     """Matchings of a solver of pygmtools with its own settings, graph after graph; arguments and result as in `solve`.
 
-    These solvers expect symmetric affinities that are not negative. Symmetric: each order of two pairs gets half of the
-    edge affinity, which leaves the value of every matching unchanged. Not negative: for IPFP, whose first best value is
-    -1, all affinities are shifted, which changes all values alike; for RRWM and SM negative ones become 0, which finds
-    better matchings than a shift. Their scores become a matching by a linear assignment.
+    These solvers expect affinities that are symmetric (each order of two pairs gets half, which changes no value) and
+    not negative (for IPFP all are shifted, which changes all values alike; for RRWM and SM negative ones become 0,
+    which finds better matchings). Their scores become a matching by a linear assignment.
     """
     try:
         import pygmtools
@@ -152,8 +145,8 @@ def _check(vertex: Array, edge: Array | None) -> None:
     graphs, n = vertex.shape[0], vertex.shape[-1]
     if vertex.shape != (graphs, n, n):
         raise ValueError(f"vertex affinities must be (graphs, n, n), but are {vertex.shape}")
-    if edge is not None and edge.shape != (graphs, n * n, n * n):
-        expected = (graphs, n * n, n * n)
+    expected = (graphs, n * n, n * n)
+    if edge is not None and edge.shape != expected:
         raise ValueError(f"edge affinities must be {expected} beside {vertex.shape}, but are {edge.shape}")
 
 
@@ -176,7 +169,7 @@ def _assign(scores: Array) -> Matching:
 
 
 def _pull(couplings: Array, graphs: Matching, matching: Matching) -> Array:
-    """The product couplings . v of matchings (M, n) of the graphs (M,): (M, n * n), a sum of n rows each."""
+    """The product couplings . v of matchings (M, n) of the graphs (M,): (M, n * n)."""
     n = matching.shape[1]
     pulled: Array = couplings[graphs[:, None], np.arange(n) * n + matching].sum(axis=1)
     return pulled
@@ -206,7 +199,7 @@ def _value(problem: _Problem, matching: Matching) -> Array:
 
 
 def _starts(problem: _Problem, linear: Matching, count: int) -> list[tuple[Array, Array]]:
-    """Pairs of v and couplings . v, both (M, n * n); `linear` (M, n) is the solution without edges."""
+    """Pairs of v and couplings . v, both (M, n * n)."""
     graphs, n = linear.shape
     pull = problem.couplings.sum(axis=1) / n
     starts = []

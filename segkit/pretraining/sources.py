@@ -2,7 +2,7 @@
 
 A *source* is the prepared cases of one data folder. An *image* is a slice of a volume, a crop of a volume (networks for
 volumes), or a picture. A *stack* is all images of one case and one modality that lie side by side (`stacks.py`). A
-*group* is some images of one source, many of them neighbours in one subject, which are hard to tell apart.
+*group* is some images of one source, many of them neighbours in one subject, which look alike.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ class Source:
 class GroupDataset(Dataset[dict[str, torch.Tensor]]):
     """Groups of `nodes` images, all of one source, each image in one or two random views.
 
-    Item i depends on (seed, i) only, so any number of workers gives the same items; another seed gives other groups of
-    the same images, as held-out measures need them.
+    Item i depends on (seed, i) only, so any number of workers gives the same items.
 
     The first `neighbours` images of a group are neighbours in one subject. The others come from other patients of the
     source; if it has none, from other stacks of the patient (another modality or time point), else from elsewhere in
@@ -57,15 +56,8 @@ class GroupDataset(Dataset[dict[str, torch.Tensor]]):
     ) -> None:
         """Find the images, for which every case is read once.
 
-        Args:
-            sources: at least one, each with at least one case.
-            size: voxels of a view per axis; two axes make slices of volumes, three make crops.
-            images: which images there are.
-            views: how views are drawn.
-            nodes: images of a group.
-            view_count: 1 or 2 views of each image.
-            seed: not negative; decides everything random.
-            length: number of groups.
+        `size` are the voxels of a view per axis: two axes make slices of volumes, three make crops. `nodes` are the
+        images of a group, `view_count` the views of each image (1 or 2), `length` the number of groups.
 
         Raises:
             RequestError: a group has fewer images than neighbours.

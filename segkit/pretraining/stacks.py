@@ -27,37 +27,26 @@ class ImagesConfig(Config):
     channels: Literal["auto", "each", "all"] = "auto"
     """each: every modality gives images of its own, of one channel; all: an image has all modalities as channels;
     auto: all for pictures (red, green and blue belong together), each for volumes."""
-
     slice_axis: int | None = Field(default=None, ge=0, le=2)
     """Axis across which volumes are cut into slices; None is the axis with the largest spacing of each case, and the
     last (axial) of equal ones."""
-
     empty_below: float = Field(default=0.2, ge=0, lt=1)
     """Slices and crops with fewer voxels that are not 0 than this share of the fullest one of their stack are left
     out; where the normalisation leaves no voxel 0, none are."""
-
     slice_step_mm: float = Field(default=0.0, ge=0)
     """Least distance between neighbouring slices of a group; 0 takes slices as they follow each other."""
-
     neighbours: int = Field(default=8, ge=1)
     """How many images of a group are side by side in one subject."""
-
     balance: float = Field(default=0.5, ge=0, le=1)
     """Power of its number of images with which a source is drawn: 1 draws all images equally often, 0 all sources; in
     between images of small sources come more often."""
-
     crop_size: int | tuple[int, int, int] | None = None
     """Voxels of the crops of volumes that networks for volumes learn from; None is the size of the views."""
-
     crop_overlap: float = Field(default=0.75, ge=0, lt=1)
     """Share of its length that a crop has in common with the next one along an axis."""
 
     def require_room_in(self, nodes: int) -> None:
-        """Refuse more neighbours than a group of so many images holds.
-
-        Raises:
-            RequestError: as said.
-        """
+        """Raise RequestError if a group of so many images cannot hold the neighbours."""
         if self.neighbours > nodes:
             raise RequestError(
                 f"a group of {nodes} images cannot hold {self.neighbours} neighbours",
@@ -67,19 +56,18 @@ class ImagesConfig(Config):
 
 @dataclass(frozen=True)
 class Stack:
-    """The images of one case and one modality (or all modalities).
-
-    source, case: their numbers; channels: first one and the one after the last; axis: the axis of the slices, None for
-    crops and pictures; starts: (images, axes of the case) first voxel of each image; extent: voxels of an image along
-    each axis of the case, 1 across slices; spacing_mm: of the case.
-    """
+    """The images of one case and one modality (or all modalities)."""
 
     source: int
     case: int
     channels: tuple[int, int]
+    """The first one and the one after the last."""
     axis: int | None
+    """The axis of the slices; None for crops and pictures."""
     starts: NDArray[np.int32] = field(repr=False)
+    """(images, axes of the case): the first voxel of each image."""
     extent: tuple[int, ...]
+    """Voxels of an image along each axis of the case, 1 across slices."""
     spacing_mm: tuple[float, ...]
 
     def __len__(self) -> int:

@@ -15,8 +15,7 @@ from segkit.checkpoint.card import ModelCard
 from segkit.checkpoint.model import save_model
 from segkit.checkpoint.run_folder import WEIGHTS_NAME
 from segkit.checkpoint.tensors import load_weights_file, save_weights
-from segkit.models.blocks import SegmentationNetwork
-from segkit.pretraining.encoder import encode, retrieval_accuracy, to_device
+from segkit.pretraining.encoder import retrieval_accuracy, to_device
 from segkit.pretraining.methods import Method
 from segkit.pretraining.sources import GroupDataset
 from segkit.training.batches import endless_batches
@@ -85,7 +84,7 @@ class PretrainingTask:
             batch = to_device(self.held_out_batch(), next(self.model.parameters()).device)
             measures = self.method.measures(batch)
             if self.method.views == 2:
-                pooled = (encode(self.method.network, batch[view])[-1].flatten(2).mean(2) for view in _VIEWS)
+                pooled = (self.method.network.encode(batch[view])[-1].flatten(2).mean(2) for view in _VIEWS)
                 first, second = (features.float().cpu().numpy() for features in pooled)
                 measures["encoder_retrieval"] = retrieval_accuracy(first, second)
         return measures
@@ -111,8 +110,7 @@ class PretrainingTask:
 
     def _is_kept(self, name: str) -> bool:
         """Whether a tensor belongs to the encoder, or to a decoder that was trained, too."""
-        network = cast(SegmentationNetwork, self.method.network)
-        own = name.removeprefix(_NETWORK)
+        network, own = self.method.network, name.removeprefix(_NETWORK)
         if own == name or own.startswith(network.head_prefixes):
             return False
         return self.keeps_decoder or own.startswith(network.encoder_prefix)

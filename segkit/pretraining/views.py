@@ -1,9 +1,8 @@
 """Random views of one image, each with its *frame*: the affine from the view's voxels to the image.
 
-A view is a random box of the image, resampled to a fixed size, mirrored, possibly rotated, with changed intensities:
-the random resized crop that contrastive methods share. Its frame maps voxel indices of the view (0-based, at voxel
-centres) to mm in the image it was cut from, whose first voxel has its centre at 0 mm. The frames of two views show
-which of their feature cells are at the same place.
+A view is a random box of the image, resampled to a fixed size, mirrored, possibly rotated, with changed intensities.
+Its frame maps voxel indices of the view (0-based, at voxel centres) to mm in the image it was cut from, whose first
+voxel has its centre at 0 mm. The frames of two views show which of their feature cells are at the same place.
 """
 
 from __future__ import annotations
@@ -34,19 +33,14 @@ class ViewIntensityConfig(IntensityConfig):
 
     noise_probability: float = Field(default=0.3, ge=0, le=1)
     """Probability of Gaussian noise."""
-
     blur_probability: float = Field(default=0.5, ge=0, le=1)
     """Probability of Gaussian blurring."""
-
     brightness_probability: float = Field(default=0.8, ge=0, le=1)
     """Probability of multiplying by a factor; with the contrast the counterpart of colour jitter."""
-
     brightness_range: Range = (0.6, 1.4)
     """The factor of the brightness change."""
-
     contrast_probability: float = Field(default=0.8, ge=0, le=1)
     """Probability of stretching intensities about their mean, within the range they had."""
-
     contrast_range: Range = (0.6, 1.4)
     """The factor of the contrast change."""
 
@@ -56,21 +50,16 @@ class ViewsConfig(Config):
 
     size: int | tuple[int, ...] | None = None
     """Voxels of a view per axis, or one number for all axes; None is decided by the run."""
-
     scale_range: Range = (0.4, 1.0)
     """Share of the area or volume of the image's content (the box of voxels that are not 0) that a view shows; a view
     that would leave the content shows less, in the same shape."""
-
     aspect_range: Range = (0.75, 4 / 3)
     """Stretch of each axis relative to the last one."""
-
     mirror_axes: tuple[int, ...] | None = None
     """Axes of the view that are mirrored, each with probability 0.5; None means all of them."""
-
     rotation_degrees: float = Field(default=0.0, ge=0, le=180)
     """Largest angle of a rotation, either way, in degrees (only in the slice plane where a view is thin); what it
     brings in from outside the image is 0."""
-
     intensities: ViewIntensityConfig = Field(default_factory=ViewIntensityConfig)
     """Changes of intensities, drawn for each view and modality."""
 
@@ -105,17 +94,11 @@ def draw_view(
     generator: np.random.Generator,
     content: Box | None = None,
 ) -> View:
-    """One random view of an image, resampled once, linearly.
+    """One random view of an image (C, *spatial), resampled once, linearly.
 
     If a view has less than half the image's resolution, whole blocks of voxels are averaged first, against aliasing.
-
-    Args:
-        image: (C, *spatial) float32, possibly memory-mapped; only the part that is shown is read.
-        spacing_mm: spacing of its voxels per axis, in mm.
-        size: voxels of the view per axis.
-        config: ranges and probabilities; its own size is ignored.
-        generator: source of all random numbers.
-        content: the box of voxels that are not 0, if known.
+    The image may be memory-mapped; only the part that is shown is read. `size` are the voxels of the view per axis
+    (that of `config` is ignored), `content` is the box of voxels that are not 0, if known.
     """
     matrix, offset, is_turned = _draw_placement(
         content or crop_box(image, "nonzero"), spacing_mm, size, config, generator
@@ -127,17 +110,9 @@ def draw_view(
 
 
 def cell_positions(frame: torch.Tensor, view_shape: Sequence[int], map_shape: Sequence[int]) -> torch.Tensor:
-    """Positions of the cells of a feature map in the image that its view was cut from.
+    """Centres of the cells of a feature map, in mm in the image that its view was cut from: (B, cells, dims), C order.
 
-    A cell covers `view_shape / map_shape` voxels of the view along each axis, and its position is that of its centre.
-
-    Args:
-        frame: (B, dims, dims + 1) frames of the views.
-        view_shape: voxels of the view per axis.
-        map_shape: cells of the feature map per axis.
-
-    Returns:
-        (B, cells, dims) mm, cells in C order of the map.
+    A cell covers `view_shape / map_shape` voxels of the view along each axis; `frame` is (B, dims, dims + 1).
     """
     along = [
         (torch.arange(cells, dtype=frame.dtype, device=frame.device) + 0.5) * (voxels / cells) - 0.5

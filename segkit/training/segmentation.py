@@ -21,6 +21,7 @@ from segkit.inference.predictor import Predictor
 from segkit.labels import LabelScheme, outputs_of
 from segkit.losses.compound import SegmentationLoss
 from segkit.metrics.overlap import dice_by_region
+from segkit.models.blocks import SegmentationNetwork
 from segkit.preparing.cache import StoredCases
 from segkit.preparing.lesion_bank import LesionBank, prepare_copies
 from segkit.preparing.patch_sampling import PatchDataset
@@ -148,7 +149,7 @@ class SegmentationKind(Kind[TrainConfig, SegmentationTask]):
             ),
         )
 
-    def build_task(self, plan: RunPlan[TrainConfig], card: ModelCard, network: nn.Module) -> SegmentationTask:
+    def build_task(self, plan: RunPlan[TrainConfig], card: ModelCard, network: SegmentationNetwork) -> SegmentationTask:
         """Patches of the training cases, with the lesions and copies of a bank where the settings name one."""
         config, (data,), ranks = plan.config, plan.data, plan.request.ranks
         budget = config.training.budget_minutes

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from segkit.checkpoint.card import ModelCard, NetworkCard, PreprocessingCard, TrainingData
+from segkit.models.blocks import SegmentationNetwork
 from segkit.preparing.cache import PreparedStore, StoredCases
 from segkit.preparing.preprocessing import PreprocessingConfig
 from segkit.reading.case import Case, Cohort
@@ -186,7 +187,7 @@ class Kind(ABC, Generic[ConfigT, TaskT]):
         """The card before the network is built, see `build_card`."""
 
     @abstractmethod
-    def build_task(self, plan: RunPlan[ConfigT], card: ModelCard, network: nn.Module) -> TaskT:
+    def build_task(self, plan: RunPlan[ConfigT], card: ModelCard, network: SegmentationNetwork) -> TaskT:
         """The task of the training loop, once the cases are prepared."""
 
     def measure_before(self, plan: RunPlan[ConfigT], task: TaskT) -> dict[str, float]:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from segkit.checkpoint.card import ModelCard
 from segkit.checkpoint.model import WeightSource, build_network, read_source
 from segkit.checkpoint.transfer import LoadReport, TransferOptions, transfer
 from segkit.errors import CheckpointError, RequestError, as_request, some
+from segkit.models.blocks import SegmentationNetwork
 from segkit.runtime import seed_everything
 from segkit.training.config import RunConfig
 from segkit.training.folder import read_origin, write_origin
@@ -32,17 +32,16 @@ class FirstWeights:
     the encoder that was found; it is empty for a resumed run, which loads its own weights later.
     """
 
-    network: nn.Module = field(repr=False)
+    network: SegmentationNetwork = field(repr=False)
     facts: Mapping[str, str] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
 
     def completed(self, card: ModelCard) -> ModelCard:
         """The card with the divisor of the network and the origin of its weights."""
-        divisor: tuple[int, ...] = tuple(self.network.divisor)  # type: ignore[arg-type]
         data = card.training_data
         if self.facts:
             data = data.model_copy(update={"initial_weights": dict(self.facts)})
-        return card.model_copy(update={"divisor": divisor, "training_data": data})
+        return card.model_copy(update={"divisor": tuple(self.network.divisor), "training_data": data})
 
     def keep(self, run: Path) -> None:
         """Write `weights.json`, unless the weights are random."""
@@ -88,10 +87,9 @@ def first_weights(
     return FirstWeights(network, source.facts(), {**dataclasses.asdict(report), "encoder_share": share})
 
 
-def encoder_share(network: nn.Module, names: Collection[str]) -> float:
+def encoder_share(network: SegmentationNetwork, names: Collection[str]) -> float:
     """Share of the encoder's parameters, by their number, that are among `names` of the state dict; 0 to 1."""
-    prefix: str = network.encoder_prefix  # type: ignore[assignment]
-    sizes = {name: p.numel() for name, p in network.named_parameters() if name.startswith(prefix)}
+    sizes = {name: p.numel() for name, p in network.named_parameters() if name.startswith(network.encoder_prefix)}
     return sum(size for name, size in sizes.items() if name in names) / sum(sizes.values())
 
 
@@ -101,10 +99,9 @@ def percent(share: float) -> str:
 
 
 def _too_little(
-    network: nn.Module, source: WeightSource, report: LoadReport, share: float, least: float
+    network: SegmentationNetwork, source: WeightSource, report: LoadReport, share: float, least: float
 ) -> RequestError:
-    prefix: str = network.encoder_prefix  # type: ignore[assignment]
-    lacking = some(name for name in report.missing if name.startswith(prefix))
+    lacking = some(name for name in report.missing if name.startswith(network.encoder_prefix))
     reasons = "".join(f"; {note}" for note in report.notes)
     return RequestError(
         f"holds {percent(share)} of the encoder's parameters; without {lacking}{reasons}",
