@@ -1,9 +1,9 @@
-"""Label schemes, regions, and what a network's outputs paint.
+"""Label schemes, regions, and the outputs of a network.
 
-A *label scheme* says which integer stands for which tissue. BraTS has used several, and the same integer means
-different tissues in different years, so values never travel without their scheme. A *region* is a union of tissues
-(WT, TC, ET ...). An *output* is one channel of a network: the tissue values it covers and the value it paints when
-masks become a label map; outputs are painted in order, later over earlier.
+A *label scheme* maps tissue names to label values. BraTS has used several, and the same value means different tissues
+in different years, so values are always kept with their scheme. A *region* is a union of tissues (WT, TC, ET ...). An
+*output* is one channel of a network: the tissue values it covers and the value it paints when masks become a label map;
+outputs are painted in order, later over earlier.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class LabelScheme:
         return bool(self.regions)
 
     def to_json(self) -> dict[str, object]:
-        """Name and values, as documents keep them; `scheme_from_json` is the way back."""
+        """Name and values; `scheme_from_json` is the inverse."""
         return {"name": self.name, "labels": dict(self.values)}
 
 
@@ -108,19 +108,6 @@ def outputs_of(scheme: LabelScheme) -> tuple[Output, ...]:
         )
     classes = sorted(scheme.values.items(), key=lambda item: item[1])
     return (Output("background", 0, (0,)), *(Output(name, value, (value,)) for name, value in classes))
-
-
-def encode(labels: NDArray[np.uint8], outputs: Iterable[Output]) -> NDArray[np.bool_]:
-    """Label map (*spatial) to one boolean plane per output (K, *spatial)."""
-    return np.stack([np.isin(labels, output.members) for output in outputs])
-
-
-def paint(masks: NDArray[np.bool_], values: Iterable[int]) -> NDArray[np.uint8]:
-    """Boolean planes (K, *spatial) to a label map (*spatial): plane k paints `values[k]`, later over earlier."""
-    labels = np.zeros(masks.shape[1:], np.uint8)
-    for mask, value in zip(masks, values, strict=True):
-        labels[mask] = value
-    return labels
 
 
 def translation(source: LabelScheme, target: LabelScheme) -> dict[int, int]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from segkit.labels import encode, outputs_of
+from segkit.labels import outputs_of
 from segkit.phantoms.layouts import PHANTOM_LAYOUTS, write_phantoms
 from segkit.phantoms.phantom import PHANTOM_SCHEME, make_phantom
 from segkit.preparing.augmentation import AugmentationConfig
@@ -35,7 +35,10 @@ def _network_input(folder: Path) -> tuple[list[str], list[Tensor], list[Tensor]]
         {"image": torch.from_numpy(np.array(case.image)), "labels": torch.from_numpy(case.labels)} for case in prepared
     ]
     items += [patches[index] for index in range(len(patches))]
-    planes = [torch.from_numpy(encode(item["labels"].numpy(), outputs)) for item in items]
+    planes = [
+        torch.from_numpy(np.stack([np.isin(item["labels"].numpy(), output.members) for output in outputs]))
+        for item in items
+    ]
     return [output.name for output in outputs], [item["image"] for item in items], planes
 
 

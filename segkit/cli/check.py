@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -70,7 +70,7 @@ def check(
     Exit code 0: usable; 1: something cannot be used as it is; 2: nothing was recognised.
     """
     from segkit.errors import DataError, as_request
-    from segkit.reading.checks import problem_to_json, too_few_patients, usable_cases
+    from segkit.reading.checks import too_few_patients, usable_cases
     from segkit.reading.layouts.table import find_cases
 
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
@@ -93,7 +93,7 @@ def check(
                 "layout": cohort.layout,
                 "label_scheme": None if cohort.scheme is None else cohort.scheme.to_json(),
                 "cases": [report.to_json() for report in reports],
-                "problems": [problem_to_json(problem) for problem in problems],
+                "problems": [asdict(problem) for problem in problems],
                 "estimate": needs,
                 "next_command": command,
             }

@@ -63,8 +63,7 @@ class ImageFile:
 class Case:
     """Files of one case by modality, in the cohort's channel order; `label` where a reference exists.
 
-    `scheme` is the label scheme of this case's reference and of its predicted mask. `problems` are findings of the
-    layout itself (two files for one modality, a missing modality ...).
+    `scheme` is the label scheme of its reference and its predicted mask. `problems` are findings of the layout.
     """
 
     id: str
@@ -165,9 +164,7 @@ def match_modalities(case: Case, wanted: Sequence[str], *, allow_missing: bool =
     Synonyms match (`t1ce` is `t1c`). A model of one modality accepts the only image of a case under any name, unless it
     is known to be another sequence. Images numbered 0, 1, 2 ... or channel_0, channel_1 ... (nnU-Net, Decathlon, 4D
     files) are taken in order, except by models with BraTS modalities, whose numbers differ from source to source.
-
-    Raises:
-        DataError: a modality is missing (unless `allow_missing` and at least one is there).
+    Raises DataError where a modality is missing (unless `allow_missing` and at least one exists).
     """
     by_name = {plain_name(name): file for name, file in case.images.items()}
     images = {name: by_name[plain_name(name)] for name in wanted if plain_name(name) in by_name}
@@ -175,14 +172,11 @@ def match_modalities(case: Case, wanted: Sequence[str], *, allow_missing: bool =
         images = dict(zip(wanted, case.images.values(), strict=True))
     missing = [name for name in wanted if name not in images]
     if missing and not (allow_missing and images):
-        several = len(missing) > 1
-        raise DataError(
-            f"modalit{'ies' if several else 'y'} {', '.join(missing)} {'are' if several else 'is'} missing"
-            f" (found: {', '.join(case.images) or 'no image'})",
-            expected=f"{', '.join(wanted)}, as this model was trained on",
-            remedy="Add the file" + ("s" if several else "") + ", say which file is which with --modality NAME=SUFFIX"
-            + (", or pass --allow-missing to go on without" if images else "")
-        )  # fmt: skip
+        what = f"modalities {', '.join(missing)} are" if len(missing) > 1 else f"modality {missing[0]} is"
+        found = f"{what} missing (found: {', '.join(case.images) or 'no image'})"
+        remedy = "Add the missing files, or name the files with --modality NAME=SUFFIX"
+        remedy += ", or pass --allow-missing to do without" if images else ""
+        raise DataError(found, expected=f"{', '.join(wanted)}, as this model was trained on", remedy=remedy)
     return replace(case, images=images, label=None)
 
 
@@ -195,9 +189,8 @@ def _may_take_in_order(case: Case, wanted: Sequence[str]) -> bool:
     if len(case.images) != len(wanted):
         return False
     if len(wanted) == 1:
-        (found,) = case.images
-        says_nothing = wanted[0].casefold() in _UNSPECIFIC or _is_number(wanted[0])
-        return canonical_modality(found) is None or says_nothing
+        is_unspecific = wanted[0].casefold() in _UNSPECIFIC or _is_number(wanted[0])
+        return is_unspecific or canonical_modality(next(iter(case.images))) is None
     is_numbered = all(_is_number(name) for name in case.images)
     return is_numbered and not any(name in BRATS_MODALITIES for name in wanted)
 

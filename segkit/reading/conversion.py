@@ -22,6 +22,7 @@ from segkit.reading.files import (
     write_labels,
 )
 from segkit.reading.geometry import format_size, has_default_affine, same_grid
+from segkit.reading.layouts.schemes import present_values
 from segkit.reading.volume import Grid, list_folder
 
 _WRITTEN_AS = {".nii": ".nii", ".nrrd": ".nrrd", ".mha": ".mha", ".mgz": ".mgz", ".mhd": ".mha"}
@@ -31,11 +32,8 @@ _WRITTEN_AS = {".nii": ".nii", ".nrrd": ".nrrd", ".mha": ".mha", ".mgz": ".mgz",
 def translate_reference(case: Case, target: LabelScheme, output: Path, *, dims: int, overwrite: bool) -> str:
     """Write the reference of a case to `output` as `<case>` in the values of `target`, tissue by tissue.
 
-    Returns a note for the user: that the file exists already, which tissues became background, or "".
-
-    Raises:
-        DataError: there is no reference in a known scheme, it holds values outside of that scheme, or a file cannot be
-            read or written.
+    Returns a note for the user: that the file exists already, which tissues became background, or "". Raises DataError
+    where there is no reference in a known scheme, it holds other values, or a file cannot be read or written.
     """
     if case.label is None or case.scheme is None:
         raise DataError(f"case {case.id} has no reference in a known label scheme")
@@ -44,14 +42,10 @@ def translate_reference(case: Case, target: LabelScheme, output: Path, *, dims: 
     if path.exists() and not overwrite:
         return "kept, it exists already (--overwrite does it again)"
     values, grid = read_labels(case.label.path, case.label.channel)
-    table = translation(case.scheme, target)
-    present = {int(value) for value in np.unique(values)}
+    table, present = translation(case.scheme, target), present_values(values)
     if stray := sorted(present - set(table)):
-        raise DataError(
-            f"holds label values {', '.join(map(str, stray))} that scheme {case.scheme.name} does not know",
-            where=case.label.path,
-            remedy="Pass the scheme it was drawn in with --label-scheme",
-        )
+        found = f"holds label values {', '.join(map(str, stray))} that scheme {case.scheme.name} does not know"
+        raise DataError(found, where=case.label.path, remedy="Pass the scheme it was drawn in with --label-scheme")
     write_labels(path, translate(values, case.scheme, target), grid)
     lost = [tissue for tissue, value in case.scheme.values.items() if value in present and table[value] == 0]
     return f"{target.name} has no {', '.join(lost)}: now background" if lost else ""
@@ -67,15 +61,16 @@ def repair_headers(case: Case, root: Path, output: Path, owned: Collection[Path]
     """Copy the files of a case from `root` to `output`; those whose affine alone is wrong get that of their case.
 
     Other volumes in a folder that belongs to this case alone are copied and repaired as well. `owned` are the files of
-    all cases. The affine of a case is that of the first modality that most of its modalities agree with.
-
-    Returns the names of the repaired files.
-
-    Raises:
-        DataError: a file differs in more than its header, or cannot be read or written.
+    all cases. The affine of a case is that of the first modality that most of its modalities agree with. Returns the
+    names of the repaired files. Raises DataError where a file differs in more than its header, or cannot be read or
+    written.
     """
     files = files_of(case)
-    reference = _geometry_of(case)
+    if not case.images:
+        raise DataError(f"case {case.id} has no image to take the geometry from")
+    grids = [read_grid(path) for path in dict.fromkeys(image.path for image in case.images.values())]
+    votes = [sum(same_grid(grid, other) is None for other in grids) for grid in grids]
+    reference = grids[votes.index(max(votes))]
     repaired = []
     for path in (*files, *_companions(files, root, owned)):
         # References may be in a folder beside the data folder (labelsTr beside imagesTr).
@@ -85,7 +80,9 @@ def repair_headers(case: Case, root: Path, output: Path, owned: Collection[Path]
             continue
         _require_lost_header(path, read_grid(path), reference)
         if not target.exists() or overwrite:
-            _write_on_grid(path, target, reference)
+            channels = count_channels(path)
+            planes = [read_volume(path, channel).array for channel in range(channels)]
+            write_image(target, np.stack(planes, axis=-1) if channels > 1 else planes[0], reference)
         repaired.append(path.name)
     return repaired
 
@@ -104,14 +101,6 @@ def copy_path(path: Path, target: Path, *, overwrite: bool) -> None:
         raise DataError(f"cannot be copied ({error.strerror})", where=path, remedy=f"Look at {target}") from error
 
 
-def _geometry_of(case: Case) -> Grid:
-    if not case.images:
-        raise DataError(f"case {case.id} has no image to take the geometry from")
-    grids = [read_grid(path) for path in dict.fromkeys(image.path for image in case.images.values())]
-    votes = [sum(same_grid(grid, other) is None for other in grids) for grid in grids]
-    return grids[votes.index(max(votes))]
-
-
 def _companions(files: Sequence[Path], root: Path, owned: Collection[Path]) -> Iterable[Path]:
     """Other volumes in the case's own folder: one that holds files of this case alone and is not the data folder."""
     folder = files[0].parent
@@ -126,20 +115,8 @@ def _require_lost_header(path: Path, grid: Grid, reference: Grid) -> None:
     is_same_size = bool(np.allclose(grid.spacing_mm, reference.spacing_mm, rtol=1e-3))
     if grid.shape == reference.shape and (has_default_affine(grid) or is_same_size):
         return
-    raise DataError(
-        f"has {format_size(grid.shape)} voxels of {format_size(grid.spacing_mm)} mm, and its case "
-        f"{format_size(reference.shape)} of {format_size(reference.spacing_mm)} mm, so that more than its header "
-        "differs",
-        where=path,
-        remedy="Resample it to the grid of its case with the tool that made it",
+    own, other = (
+        f"{format_size(each.shape)} voxels of {format_size(each.spacing_mm)} mm" for each in (grid, reference)
     )
-
-
-def _write_on_grid(path: Path, target: Path, grid: Grid) -> None:
-    """Write the voxels of `path` with the affine of `grid`: every channel, integers in their own type."""
-    channels = count_channels(path)
-    if channels == 1:
-        write_image(target, read_volume(path).array, grid)
-    else:
-        planes = [read_volume(path, channel).array for channel in range(channels)]
-        write_image(target, np.stack(planes, axis=-1), grid)
+    found = f"has {own}, and its case {other}, so that more than its header differs"
+    raise DataError(found, where=path, remedy="Resample it to the grid of its case with the tool that made it")

@@ -1,4 +1,4 @@
-"""DICOM series through SimpleITK (GDCM): a folder of slices, or one enhanced multi-frame file.
+"""DICOM series through SimpleITK (GDCM): a folder of slices, or one enhanced multi-frame file, which needs pydicom.
 
 The grid is computed here from the position and orientation of each slice. Slices that do not form one regular volume
 are refused: a missing slice would shift all others unnoticed. Only geometry and voxels are read; the patient's name,
@@ -97,24 +97,58 @@ def holds_frames(path: Path) -> bool:
     return len(size) > 2 and size[2] > 1
 
 
-def open_series(folder: Path) -> ImageHeader:
-    """The header of the one DICOM series in a folder; DataError where there are none, several, or gaps in it."""
-    paths = _files_of_series(folder)
-    return open_frames(paths[0]) if len(paths) == 1 else _open_slices(folder, paths)
+def open_dicom(source: Path) -> ImageHeader:
+    """The header of the one series in a folder, or of an enhanced multi-frame file.
+
+    Raises DataError where a folder holds no series or several, or slices are missing.
+    """
+    import SimpleITK
+
+    frames, grid = _frames_and_grid(source)
+    paths = list(dict.fromkeys(frame.path for frame in frames))
+    where = grid.source or source
+
+    def read(channel: int | None) -> AnyArray:
+        pick_channel(where, 1, channel)
+        with as_data_errors(where):
+            if len(paths) == 1:
+                voxels = SimpleITK.GetArrayFromImage(image_reader(paths[0], _IMAGE_IO).Execute())
+                stack = voxels.T.reshape(grid.shape, order="F")  # (D, H, W), the frames in the order of the file
+                return plain_numbers(stack[..., [frame.number for frame in frames]], where)
+            reader = SimpleITK.ImageSeriesReader()
+            reader.SetImageIO(_IMAGE_IO)
+            reader.SetFileNames([str(path) for path in paths])
+            voxels = SimpleITK.GetArrayFromImage(reader.Execute())
+            if voxels.ndim != 3:
+                raise DataError("the slices are in colour", where=where, expected="one value per voxel")
+            return plain_numbers(voxels.T, where)
+
+    return ImageHeader(grid, 1, read)
 
 
 def frames_of(source: Path) -> list[Frame]:
     """The stored frame of each slice, in the order of the last axis of the array that is read.
 
-    Columns of a frame are the first axis of that array, rows the second. `source` is the folder of a series or an
-    enhanced multi-frame file. Raises DataError where it would not be read either.
+    Columns of a frame are the first axis of that array, rows the second. `source` and errors as for `open_dicom`.
     """
+    return _frames_and_grid(source)[0]
+
+
+def _frames_and_grid(source: Path) -> tuple[list[Frame], Grid]:
     paths = _files_of_series(source) if source.is_dir() else [source]
     if len(paths) > 1:
-        order, _ = _regular_grid(source, [_slice_of_file(path) for path in paths])
-        return [Frame(paths[index]) for index in order]
-    order, _ = _regular_grid(paths[0], _slices_of_frames(paths[0]))
-    return [Frame(paths[0], number) for number in order]
+        order, grid = _regular_grid(source, [_slice_of_file(path) for path in paths])
+        refuse_implausible(source, grid.shape, bytes_per_voxel=0, stored_bytes=0, is_compressed=True)
+        return [Frame(paths[index]) for index in order], grid
+    path = paths[0]
+    with as_data_errors(path):
+        reader, checked = _read_header(path)
+        count = int(reader.GetMetaData(_FRAMES)) if reader.HasMetaDataKey(_FRAMES) else 1
+        if count < FEWEST_SLICES:
+            raise _too_few(path, count)
+        _refuse_larger_than_stored(path, reader.GetSize(), checked)
+        order, grid = _regular_grid(path, _slices_of_frames(path))
+    return [Frame(path, number) for number in order], grid
 
 
 def _files_of_series(folder: Path) -> list[Path]:
@@ -133,50 +167,6 @@ def _files_of_series(folder: Path) -> list[Path]:
         remedy = "Put each series into a folder of its own"
         raise DataError(found, where=folder, expected="one series", remedy=remedy)
     return next(iter(series.values()))
-
-
-def open_frames(path: Path) -> ImageHeader:
-    """The header of an enhanced multi-frame file; needs pydicom, as ITK does not give the position of each frame."""
-    import SimpleITK
-
-    with as_data_errors(path):
-        reader, checked = _read_header(path)
-        frames = int(reader.GetMetaData(_FRAMES)) if reader.HasMetaDataKey(_FRAMES) else 1
-        if frames < FEWEST_SLICES:
-            raise _too_few(path, frames)
-        _refuse_larger_than_stored(path, reader.GetSize(), checked)
-        order, grid = _regular_grid(path, _slices_of_frames(path))
-
-    def read(channel: int | None) -> AnyArray:
-        pick_channel(path, 1, channel)
-        with as_data_errors(path):
-            voxels = SimpleITK.GetArrayFromImage(image_reader(path, _IMAGE_IO).Execute())
-            stack = voxels.T.reshape(grid.shape, order="F")  # (D, H, W), the frames in the order of the file
-        return plain_numbers(stack[..., order], path)
-
-    return ImageHeader(grid, 1, read)
-
-
-def _open_slices(folder: Path, paths: Sequence[Path]) -> ImageHeader:
-    """The header of a series with one file per slice."""
-    import SimpleITK
-
-    order, grid = _regular_grid(folder, [_slice_of_file(path) for path in paths])
-    refuse_implausible(folder, grid.shape, bytes_per_voxel=0, stored_bytes=0, is_compressed=True)
-    names = [str(paths[index]) for index in order]
-
-    def read(channel: int | None) -> AnyArray:
-        pick_channel(folder, 1, channel)
-        with as_data_errors(folder):
-            reader = SimpleITK.ImageSeriesReader()
-            reader.SetImageIO(_IMAGE_IO)
-            reader.SetFileNames(names)
-            voxels = SimpleITK.GetArrayFromImage(reader.Execute())
-            if voxels.ndim != 3:
-                raise DataError("the slices are in colour", where=folder, expected="one value per voxel")
-        return plain_numbers(voxels.T, folder)
-
-    return ImageHeader(grid, 1, read)
 
 
 def _slice_of_file(path: Path) -> _Slice:

@@ -1,12 +1,8 @@
 """Masks as DICOM Segmentation objects (SEG) that refer to their source series, through highdicom.
 
-Every frame of the mask carries the position and UID of its source frame, independent of file names and order. The
-study's UIDs link it to its study; the patient's name, numbers and dates are left out unless the caller asks for them,
-as a hospital's archive needs.
-
-Segments are of type BINARY, which every viewer reads, and numbered 1, 2, 3 ... by increasing label value; the label
-value is in each segment's description. A mask without foreground is written with all its frames, as DICOM requires
-at least one.
+Every frame of the mask carries the position and UID of its source frame, independent of file names and order. Segments
+are of type BINARY, which every viewer reads, and numbered 1, 2, 3 ... by increasing label value; the label value is in
+each segment's description. A mask without foreground is written with all its frames, as DICOM requires at least one.
 """
 
 from __future__ import annotations
@@ -76,10 +72,8 @@ def require_highdicom() -> Any:
     try:
         import highdicom
     except ImportError as failure:
-        raise RequestError(
-            "DICOM SEG files are written by highdicom, which is not installed",
-            remedy='Install it with `pip install "segkit[dicom]"`, or write another format',
-        ) from failure
+        remedy = 'Install it with `pip install "segkit[dicom]"`, or write another format'
+        raise RequestError("DICOM SEG files need highdicom, which is not installed", remedy=remedy) from failure
     return highdicom
 
 
@@ -110,7 +104,7 @@ def write_dicom_seg(
     highdicom = require_highdicom()
     grid, frames = read_grid(series), frames_of(series)
     ordered = sorted(segments.items(), key=lambda segment: segment[1])
-    planes = _numbered(_planes(labels, frames, grid), [value for _, value in ordered])
+    planes = _planes(labels, frames, grid, [value for _, value in ordered])
     sources = _source_images(series, frames, grid, keeps_patient=keeps_patient)
     version = metadata.version("segkit")
     with written_atomically(path) as temporary, warnings.catch_warnings():
@@ -179,12 +173,8 @@ def _complete(path: Path, source: Any) -> None:
 
     missing = [name for name in _NEEDED if not source.get(name)]
     if missing:
-        raise DataError(
-            f"the DICOM file has no {', '.join(missing)}",
-            where=path,
-            expected="images that a DICOM SEG can refer to",
-            remedy="Export the series again, or write the masks as .nii.gz",
-        )
+        found = f"the DICOM file has no {', '.join(missing)}, which a DICOM SEG refers to"
+        raise DataError(found, where=path, remedy="Export the series again, or write the masks as .nii.gz")
     for name in _MAY_BE_EMPTY:
         if name not in source:
             setattr(source, name, "")
@@ -218,22 +208,20 @@ def _set_spacing(measures: Any, grid: Grid) -> None:
         measures.PixelSpacing = [grid.spacing_mm[1], grid.spacing_mm[0]]
 
 
-def _planes(labels: LabelMap, frames: Sequence[Frame], grid: Grid) -> LabelMap:
-    """(D, H, W) to (frames, rows, columns): a series in the order of its slices, an enhanced file in stored order."""
+def _planes(labels: LabelMap, frames: Sequence[Frame], grid: Grid, values: Sequence[int]) -> AnyArray:
+    """Label values (D, H, W) to segment numbers 1, 2, 3 ... in the order of `values`, (frames, rows, columns).
+
+    The frames of a series are in the order of its slices, those of an enhanced file in stored order.
+    """
     if labels.shape != grid.shape:
         raise ValueError(f"labels of shape {labels.shape} do not fit a series of shape {grid.shape}")
-    planes = labels.transpose(2, 1, 0)  # (slice, rows, columns)
-    return planes[np.argsort([frame.number for frame in frames], kind="stable")]
-
-
-def _numbered(planes: LabelMap, values: Sequence[int]) -> AnyArray:
-    """Label values to segment numbers 1, 2, 3 ... in the order of `values`."""
-    present = np.flatnonzero(np.bincount(planes.ravel(), minlength=256))
+    present = np.flatnonzero(np.bincount(labels.ravel(), minlength=256))
     if strays := sorted({int(value) for value in present} - {0, *values}):
         raise ValueError(f"label values {strays} are no segments; known are {list(values)}")
     numbers = np.zeros(256, np.uint8)
     numbers[list(values)] = np.arange(1, len(values) + 1)
-    return numbers[planes]
+    planes = labels.transpose(2, 1, 0)  # (slice, rows, columns)
+    return numbers[planes[np.argsort([frame.number for frame in frames], kind="stable")]]
 
 
 def _description(number: int, name: str, value: int, version: str, model: str | None) -> Any:
@@ -241,6 +229,7 @@ def _description(number: int, name: str, value: int, version: str, model: str | 
     from pydicom.sr.codedict import codes
 
     code = _CODES.get(name.casefold(), _TISSUE)
+    parameters = None if model is None else {"model": model}
     description = highdicom.seg.SegmentDescription(
         segment_number=number,
         segment_label=name[:_LONGEST_LABEL],
@@ -248,10 +237,7 @@ def _description(number: int, name: str, value: int, version: str, model: str | 
         segmented_property_type=highdicom.sr.CodedConcept(*code),
         algorithm_type="AUTOMATIC",
         algorithm_identification=highdicom.AlgorithmIdentificationSequence(
-            name="segkit",
-            family=codes.cid7162.ArtificialIntelligence,
-            version=version,
-            parameters=None if model is None else {"model": model},
+            "segkit", codes.cid7162.ArtificialIntelligence, version, parameters=parameters
         ),
     )
     description.SegmentDescription = f"label value {value}"

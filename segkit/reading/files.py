@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segkit.errors import DataError, SegkitError
-from segkit.reading.dicom import DICOM_SUFFIXES, is_dicom_file, open_frames, open_series
+from segkit.reading.dicom import DICOM_SUFFIXES, is_dicom_file, open_dicom
 from segkit.reading.itk import ITK_SUFFIXES, open_itk, save_itk
 from segkit.reading.nifti import MGH_SUFFIXES, NIFTI_SUFFIXES, open_mgh, open_nifti, rewrite_nifti, save_mgh, save_nifti
 from segkit.reading.pictures import PICTURE_SUFFIXES, open_mask, open_picture, save_picture
@@ -37,15 +37,22 @@ _OPENERS: dict[str, Callable[[Path], ImageHeader]] = {
     **dict.fromkeys(ITK_SUFFIXES, open_itk),
     **dict.fromkeys(MGH_SUFFIXES, open_mgh),
     **dict.fromkeys(PICTURE_SUFFIXES, open_picture),
-    **dict.fromkeys(DICOM_SUFFIXES, open_frames),
+    **dict.fromkeys(DICOM_SUFFIXES, open_dicom),
 }
 _INTEGRAL_TOLERANCE = 1e-4
 """Label values stored with a scale factor are read as 2.9999998."""
-_DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
-"""No space, or the user's quota is used up; Windows has no quota error."""
+_WRITE_FAILURES = (
+    ((errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)), "the disk is full", "Free some space and start again. "),
+    (
+        (errno.EROFS, errno.EACCES, errno.EPERM),
+        "the folder is read-only, or you have no permission to write there",
+        "Choose another output folder. ",
+    ),
+)
+"""Error codes with the finding and the remedy; EDQUOT: the user's quota is used up, which Windows does not have."""
+_KEPT = "An existing file of this name and all files already written are kept"
 _LARGEST_JSON_BYTES = 64 * 1024**2
 """Five times a `dataset.json` of a hundred thousand cases."""
-_KEPT = "The file that was there before, if any, and all that is already written are kept"
 
 
 def suffix_of(path: Path) -> str:
@@ -60,10 +67,7 @@ def stem_of(path: Path) -> str:
 
 
 def read_grid(path: Path) -> Grid:
-    """Where the voxels of a file lie, from its header alone.
-
-    Raises DataError where the header is missing, damaged or claims more voxels than the file can hold.
-    """
+    """The grid of a file from its header; DataError where that is damaged or claims more voxels than the file holds."""
     return _read_header(path).grid
 
 
@@ -77,18 +81,16 @@ def _read_header(path: Path) -> ImageHeader:
     with as_data_errors(path):
         is_series = path.is_dir() and suffix not in IMAGE_SUFFIXES
     if is_series:
-        return open_series(path)
+        return open_dicom(path)
     opener = _OPENERS.get(suffix)
     if opener is not None:
         return opener(path)
     require_file(path)
     if is_dicom_file(path):  # DICOM files often have no suffix, or one that is the end of a number
-        return open_frames(path)
-    raise DataError(
-        f"files of the kind {suffix or 'without suffix'!r} cannot be read",
-        where=path,
-        expected="a folder of DICOM slices or one of " + " ".join(IMAGE_SUFFIXES),
-    )
+        return open_dicom(path)
+    expected = "a folder of DICOM slices or one of " + " ".join(IMAGE_SUFFIXES)
+    found = f"files of the kind {suffix or 'without suffix'!r} cannot be read"
+    raise DataError(found, where=path, expected=expected)
 
 
 def read_volume(path: Path, channel: int | None = None) -> Volume:
@@ -120,12 +122,9 @@ def read_labels(path: Path, channel: int | None = None) -> tuple[LabelMap, Grid]
     if not fits.all():
         stray = np.unique(array[~fits])
         named = ", ".join(f"{value:g}" for value in stray[:5]) + (" ..." if len(stray) > 5 else "")
-        raise DataError(
-            f"{int((~fits).sum())} voxels hold values that are no labels: {named}",
-            where=path,
-            expected="whole numbers from 0 to 255",
-            remedy="This looks like an image or like probabilities: give the label map",
-        )
+        found = f"{int((~fits).sum())} voxels hold values that are no labels: {named}"
+        remedy = "This looks like an image or like probabilities: give the label map"
+        raise DataError(found, where=path, expected="whole numbers from 0 to 255", remedy=remedy)
     return rounded.astype(np.uint8), header.grid
 
 
@@ -171,17 +170,14 @@ def rewrite_image(
     """Write the image `source` with other values at some voxels, all others unchanged; atomically.
 
     From NIfTI to NIfTI, type, scale factors and header are those of the source. Otherwise the type is that of
-    `read_volume`, which only shortens float64 to float32.
+    `read_volume`, which only shortens float64 to float32. The output has only the one `channel`. Raises DataError.
 
     Args:
-        path: The file to write; its suffix chooses the format.
-        source: The image; it is not changed.
-        where: The n voxels to change, (*grid.shape).
-        values: Their new values, (n,) in the order of `array[where]`; rounded and clipped in integer types.
-        channel: The channel to read, as for `read_volume`; the output has only this one.
-
-    Raises:
-        DataError: the source cannot be read, or the file cannot be written.
+        path: the file to write; its suffix chooses the format.
+        source: the image; it is not changed.
+        where: the n voxels to change, (*grid.shape).
+        values: their new values, (n,) in the order of `array[where]`; rounded and clipped in integer types.
+        channel: the channel to read, as for `read_volume`.
     """
     if suffix_of(source) in NIFTI_SUFFIXES and suffix_of(path) in NIFTI_SUFFIXES:
         with written_atomically(path) as temporary:
@@ -209,22 +205,19 @@ def written_atomically(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except SegkitError:
         raise
-    except OSError as failure:
-        raise _write_failure(path, failure) from failure
     # Image libraries raise RuntimeError, ValueError, KeyError ... where a format cannot hold the data.
     except Exception as failure:
-        raise DataError(f"the file cannot be written: {short_reason(failure)}", where=path, remedy=_KEPT) from failure
+        code = failure.errno if isinstance(failure, OSError) else None
+        unknown = (f"the file cannot be written: {short_reason(failure)}", "")
+        found, remedy = next((row[1:] for row in _WRITE_FAILURES if code in row[0]), unknown)
+        raise DataError(found, where=path, remedy=f"{remedy}{_KEPT}") from failure
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path, *, remedy: str | None = None, most_bytes: int | None = _LARGEST_JSON_BYTES) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        DataError: the file cannot be read, is larger than `most_bytes`, is not a JSON object, or has a key twice.
-    """
+    """A JSON object; DataError where it cannot be read, exceeds `most_bytes`, is not an object, or has a key twice."""
     try:
         with path.open("rb") as file:
             data = file.read(-1 if most_bytes is None else most_bytes + 1)
@@ -236,9 +229,8 @@ def read_json(path: Path, *, remedy: str | None = None, most_bytes: int | None =
     except (ValueError, RecursionError) as error:
         raise DataError(f"is not readable JSON ({error})", where=path, remedy=remedy) from error
     if not isinstance(document, dict):
-        raise DataError(
-            f"holds a {type(document).__name__}", where=path, expected="a JSON object with keys", remedy=remedy
-        )
+        found = f"holds a {type(document).__name__}"
+        raise DataError(found, where=path, expected="a JSON object with keys", remedy=remedy)
     return document
 
 
@@ -282,20 +274,6 @@ def _host() -> str:
 def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    except OSError as failure:
+        return not isinstance(failure, ProcessLookupError)
     return True
-
-
-def _write_failure(path: Path, failure: OSError) -> DataError:
-    if failure.errno in _DISK_FULL:
-        return DataError("the disk is full", where=path, remedy=f"Free some space and start again. {_KEPT}")
-    if failure.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return DataError(
-            "the folder is read-only, or you have no permission to write there",
-            where=path,
-            remedy=f"Choose another output folder. {_KEPT}",
-        )
-    return DataError(f"the file cannot be written: {failure}", where=path, remedy=_KEPT)

@@ -81,20 +81,14 @@ def reorientation_to(grid: Grid, orientation: str = "RAS") -> Reorientation:
         return Reorientation(tuple("IJK".index(letter) for letter in letters), (False,) * 3, grid.shape)
     opposite = letters.translate(str.maketrans("LRAPIS", "RLPASI"))
     if sorted("".join(sorted(pair)) for pair in zip(letters, opposite, strict=True)) != ["AP", "IS", "LR"]:
-        raise RequestError(
-            f"{orientation!r} is no orientation",
-            expected="three letters, one of each pair L/R, A/P, I/S (or I, J, K: the axes of each file)",
-            remedy='The usual one is "RAS"',
-        )
+        expected = "three letters, one of each pair L/R, A/P, I/S (or I, J, K: the axes of each file)"
+        remedy = 'The usual one is "RAS"'
+        raise RequestError(f"{orientation!r} is not an orientation", expected=expected, remedy=remedy)
     to_target = nib.orientations.ornt_transform(
         nib.orientations.io_orientation(grid.affine), nib.orientations.axcodes2ornt(letters)
     )  # row = old axis; columns = its new place, and -1 where it is flipped
-    axes = np.argsort(to_target[:, 0])
-    return Reorientation(
-        axes=tuple(int(axis) for axis in axes),
-        flips=tuple(bool(to_target[axis, 1] < 0) for axis in axes),
-        source_shape=grid.shape,
-    )
+    axes = tuple(int(axis) for axis in np.argsort(to_target[:, 0]))
+    return Reorientation(axes, tuple(bool(to_target[axis, 1] < 0) for axis in axes), grid.shape)
 
 
 def reoriented_grid(grid: Grid, reorientation: Reorientation) -> Grid:
@@ -106,12 +100,8 @@ def reoriented_grid(grid: Grid, reorientation: Reorientation) -> Grid:
     for new_axis, (old_axis, is_flipped) in enumerate(zip(reorientation.axes, reorientation.flips, strict=True)):
         to_old[old_axis, new_axis] = -1.0 if is_flipped else 1.0
         to_old[old_axis, 3] = grid.shape[old_axis] - 1.0 if is_flipped else 0.0
-    return replace(
-        grid,
-        shape=reorientation.target_shape,
-        affine=grid.affine @ to_old,
-        qform=None if grid.qform is None else grid.qform @ to_old,
-    )
+    qform = None if grid.qform is None else grid.qform @ to_old
+    return replace(grid, shape=reorientation.target_shape, affine=grid.affine @ to_old, qform=qform)
 
 
 def same_grid(a: Grid, b: Grid) -> str | None:
@@ -131,12 +121,12 @@ def same_grid(a: Grid, b: Grid) -> str | None:
     longest_mm = float((spacing * a.shape).max())
     if drift_mm <= min(_LARGEST_DRIFT * longest_mm, _LARGEST_DRIFT_VOXELS * float(spacing.min())):
         return None
-    for name, grid, other in ((first, a, b), (second, b, a)):
+    for name, grid, other_name, other in ((first, a, second, b), (second, b, first, a)):
         if has_default_affine(grid) and not has_default_affine(other):
             return (
                 f"{name} has lost its position in the patient: its affine is the default that programs write when they "
-                f"drop the header, so that its voxels lie up to {drift_mm:.1f} mm away from those of "
-                f"{second if name == first else first}; write it again with the header of the scan it belongs to"
+                f"drop the header, so that its voxels lie up to {drift_mm:.1f} mm away from those of {other_name}; "
+                "write it again with the header of the scan it belongs to"
             )
     if a.orientation != b.orientation:
         return (
@@ -144,8 +134,8 @@ def same_grid(a: Grid, b: Grid) -> str | None:
             f"{drift_mm:.1f} mm apart"
         )
     if not np.allclose(a.spacing_mm, b.spacing_mm, rtol=_LARGEST_DRIFT):
-        sizes = format_size(a.spacing_mm), format_size(b.spacing_mm)
-        return f"the voxels of {first} measure {sizes[0]} mm and those of {second} {sizes[1]} mm"
+        own, other_size = format_size(a.spacing_mm), format_size(b.spacing_mm)
+        return f"the voxels of {first} measure {own} mm and those of {second} {other_size} mm"
     return (
         f"{first} and {second} lie in different places: the same voxel is up to {drift_mm:.2f} mm "
         f"({drift_mm / float(spacing.min()):.1f} voxels) apart"

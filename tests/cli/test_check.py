@@ -96,7 +96,7 @@ def test_two_patients_can_train_and_one_is_told_why_not(tmp_path: Path, capsys: 
     _brats(tmp_path, 1)
     document = json.loads(_check(capsys, str(tmp_path), "--json")[1])
     assert document["next_command"].startswith("segkit train")
-    assert "references of one patient only" in document["problems"][0]["found"]
+    assert "all references are of one patient" in document["problems"][0]["found"]
     _brats(tmp_path, 2)
     document = json.loads(_check(capsys, str(tmp_path), "--json")[1])
     assert document["next_command"].startswith("segkit train")

@@ -230,7 +230,7 @@ def test_modalities_are_never_guessed(found: tuple[str, ...], wanted: tuple[str,
 def test_missing_modalities_may_be_allowed() -> None:
     matched = match_modalities(case_with("t1c"), ("t1c", "t2f"), allow_missing=True)
     assert list(matched.images) == ["t1c"]
-    with pytest.raises(DataError, match="pass --allow-missing to go on without"):
+    with pytest.raises(DataError, match="pass --allow-missing to do without"):
         match_modalities(case_with("t1c"), ("t1c", "t2f"))
 
 

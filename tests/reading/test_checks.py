@@ -123,7 +123,7 @@ def test_an_image_of_one_value(case: Path) -> None:
 def test_four_dimensions_where_three_were_promised(case: Path) -> None:
     _save(_file(case, "t1"), np.stack([_brain()] * 2, axis=-1))
     (line,) = _fatal(_report(case))
-    assert "holds 2 channels (4D) where one volume was promised" in line
+    assert "holds 2 channels (4D) instead of one volume" in line
 
 
 def test_stray_labels_float_labels_and_empty_masks(case: Path) -> None:

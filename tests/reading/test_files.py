@@ -375,7 +375,7 @@ def test_the_same_mask_gives_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "match"),
     [
-        (errno.ENOSPC, "the disk is full. Free some space and start again. The file that was there before"),
+        (errno.ENOSPC, "the disk is full. Free some space and start again. An existing file of this name"),
         (errno.EROFS, "the folder is read-only.*Choose another output folder"),
         (errno.EIO, "cannot be written: .*are kept"),
     ],

@@ -138,7 +138,7 @@ def test_pictures_are_not_turned() -> None:
 
 @pytest.mark.parametrize("orientation", ["XYZ", "RA", "RRS", "RASL", "IJJ", "IJS"])
 def test_an_orientation_that_is_none_is_refused(orientation: str) -> None:
-    with pytest.raises(RequestError, match="is no orientation; expected three letters"):
+    with pytest.raises(RequestError, match="is not an orientation; expected three letters"):
         reorientation_to(grid_oriented("RAS"), orientation)
 
 

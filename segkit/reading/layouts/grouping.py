@@ -1,9 +1,9 @@
-"""Cases of a folder without naming convention: which files belong together, and the id and patient of each case.
+"""Grouping of files without naming convention into cases, with the id and patient of each.
 
 Three arrangements are recognised: a folder for each case (`patient19/FLAIR.nii.gz`), all cases in one folder with
 suffixes (`p1_t1.nii.gz`, `p1_seg.nii.gz`), and a folder for each kind (`images/p1.png`, `masks/p1.png`,
-`T1/p1.nii.gz`). The folder for a kind may hold subfolders (`images/train/p1.png`, `masks/train/p1.png`): files are
-compared as if it were left out of their path (`train/p1.png`).
+`T1/p1.nii.gz`). The folder for a kind may hold subfolders (`images/train/p1.png`, `masks/train/p1.png`): it is left out
+of the path when files are compared (`train/p1.png`).
 
 A case id is the name of the case folder or file, preceded by as many folders above it as make it unique (`P1/MR` and
 `P2/MR` are `P1_MR` and `P2_MR`).
@@ -43,6 +43,7 @@ _SESSION = re.compile(
     r"^(ses|session|visit|tp|timepoint|time|scan|baseline|followup|week|month|year)[-_ ]?\d*$", re.IGNORECASE
 )
 _BARE_NUMBER = re.compile(r"^\d+([-_.]\d+)*$")
+_DIGIT = re.compile(r"\d")
 
 
 @dataclass(frozen=True)
@@ -89,23 +90,21 @@ def group_files(paths: Sequence[Path], root: Path, patterns: Mapping[str, str]) 
     else:
         items, problems = _pair_kind_folders([_by_name(path, root) for path in paths])
     folders: dict[Path, list[_Item]] = defaultdict(list)
-    left = {item.path: item.folder for item in items}
     for item in _ignore_companions(items):
         if item.kind != IGNORED:
             folders[item.folder].append(item)
     groups = [
         (folder, key, own) for folder, members in folders.items() for key, own in _cases_in(folder, members, root)
     ]
-    files: list[FoundFile] = []
-    patients: dict[str, str] = {}
     names = name_cases([(folder, key) for folder, key, _ in groups], root)
-    for (case_id, patient), (folder, _, own) in zip(names, groups, strict=True):
-        patients[case_id] = patient
-        for item in own:
-            files.append(FoundFile(case_id, folder, item.kind or IMAGE, ImageFile(item.path)))
-            del left[item.path]
-    files += [FoundFile("", folder, IGNORED, ImageFile(path)) for path, folder in left.items()]
-    return Grouping(files, patients, problems)
+    files = [
+        FoundFile(case_id, folder, item.kind or IMAGE, ImageFile(item.path))
+        for (case_id, _), (folder, _, own) in zip(names, groups, strict=True)
+        for item in own
+    ]
+    used = {file.image.path for file in files}
+    files += [FoundFile("", item.folder, IGNORED, ImageFile(item.path)) for item in items if item.path not in used]
+    return Grouping(files, dict(names), problems)
 
 
 def shared_suffix(paths: Sequence[Path]) -> str | None:
@@ -159,11 +158,8 @@ def _pair_kind_folders(items: Sequence[_Item]) -> tuple[list[_Item], list[Proble
     for item in items:
         if item.kind_folder is not None:
             by_folder[item.folder].append(item)
-    unused_names: set[str] = set()
-    for members in by_folder.values():
-        names = {item.kind_name for item in members if item.is_reference}
-        if names - _LAST_CHOICE:
-            unused_names |= names & _LAST_CHOICE
+    names_by_folder = ({item.kind_name for item in members if item.is_reference} for members in by_folder.values())
+    unused_names = {name for names in names_by_folder if names - _LAST_CHOICE for name in names & _LAST_CHOICE}
     paired = [item for item in items if item.kind_folder is None]
     unused: list[Path] = []
     lonely: list[Path] = []
@@ -192,10 +188,9 @@ def _paired(items: Sequence[_Item]) -> tuple[list[_Item], list[_Item]]:
     images = [item for item in items if not item.is_reference and item.kind != LABEL]
     plain = set() if references else {(item.path.parent, item.rest) for item in images}
     for item in named:  # in a folder for images, a file named as a reference is one only beside its image
-        if (item.path.parent, item.rest) in plain:
-            references.append(item)
-        else:
-            images.append(replace(item, kind=None, rest=bare_name(item.path)))
+        is_reference = (item.path.parent, item.rest) in plain
+        references += [item] if is_reference else []
+        images += [] if is_reference else [replace(item, kind=None, rest=bare_name(item.path))]
     rest_of = {bare_name(item.path): item.rest for item in images}
     references = [replace(item, rest=rest_of.get(bare_name(item.path), item.rest)) for item in references]
     known = {item.rest for item in references}
@@ -243,24 +238,18 @@ def _cases_in(folder: Path, items: Sequence[_Item], root: Path) -> Iterable[tupl
 
 def name_cases(places: Sequence[tuple[Path, str]], root: Path) -> list[tuple[str, str]]:
     """(case id, patient) for each place: a folder and the name of the case in it, "" where the folder is the case."""
-    paths = []
+    paths, least = [], []
     for folder, key in places:
         parts = folder.relative_to(root).parts if folder.is_relative_to(root) else (folder.name,)
-        paths.append((*parts, *((key,) if key else ())) or (root.name,))
-    # Parts of each id: one, or down from the patient's folder where the case folder is a session in it.
-    least = [
-        1 if key else len(path) - _above_sessions(path, len(path) - 1)
-        for path, (_, key) in zip(paths, places, strict=True)
-    ]
-    depths = _unique_depths(paths, least)
+        path = (*parts, *((key,) if key else ())) or (root.name,)
+        paths.append(path)
+        # Parts of the id: one, or down from the patient's folder where the case folder is a session in it.
+        least.append(1 if key else len(path) - _above_sessions(path, len(path) - 1))
     named = []
-    for (_, key), path, shortest, depth in zip(places, paths, least, depths, strict=True):
+    for (_, key), path, shortest, depth in zip(places, paths, least, _unique_depths(paths, least), strict=True):
         case_id = "_".join(path[-depth:])
-        if key:
-            patient = patient_of(key)
-            named.append((case_id, case_id if patient == key else patient))
-        else:
-            named.append((case_id, patient_of(_patient(path, depth, is_qualified=depth > shortest))))
+        patient = patient_of(key or _patient(path, depth, is_qualified=depth > shortest))
+        named.append((case_id, case_id if patient == key else patient))
     return named
 
 
@@ -282,25 +271,21 @@ def _unique_depths(paths: Sequence[tuple[str, ...]], least: Sequence[int]) -> li
 
 
 def _above_sessions(path: tuple[str, ...], index: int) -> int:
-    """Index of the nearest folder from `index` upwards that is not a session of the one above it."""
-    while index > 0 and _is_session(path[index], path[index - 1]):
+    """Index of the nearest folder from `index` upwards that is not a session of the one above it.
+
+    HGG/001 is a patient, P07/001 a session.
+    """
+    while index > 0 and (
+        _SESSION.match(path[index]) or (_BARE_NUMBER.match(path[index]) and _DIGIT.search(path[index - 1]))
+    ):
         index -= 1
     return index
-
-
-def _is_session(name: str, above: str) -> bool:
-    """Whether a folder is a session of the one above it; HGG/001 is a patient, P07/001 a session."""
-    return bool(_SESSION.match(name)) or bool(_BARE_NUMBER.match(name) and _has_digit(above))
 
 
 def _patient(path: tuple[str, ...], depth: int, *, is_qualified: bool) -> str:
     """The patient of a case folder; a name that occurs in many folders (MR) does not identify one."""
     index = len(path) - 1
-    if is_qualified and index > 0 and (_has_digit(path[index - 1]) or not _has_digit(path[index])):
+    if is_qualified and index > 0 and (_DIGIT.search(path[index - 1]) or not _DIGIT.search(path[index])):
         index -= 1
     index = _above_sessions(path, index)
     return "_".join(path[min(len(path) - depth, index) : index + 1])
-
-
-def _has_digit(name: str) -> bool:
-    return any(letter.isdigit() for letter in name)
