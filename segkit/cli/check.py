@@ -179,8 +179,7 @@ def _estimate(cohort: Cohort, config: TrainConfig | None, memory: str | None) ->
         return None
     from segkit.errors import SegkitError
     from segkit.runtime import pick_device
-    from segkit.training.estimate import estimate_training
-    from segkit.training.segmentation_plan import memory_to_plan_for
+    from segkit.training.segmentation_plan import estimate_training, memory_to_plan_for
 
     device = pick_device()
     memory_gb = memory_to_plan_for(None if memory is None else parse_gigabytes(memory), device)

@@ -1,9 +1,8 @@
-"""Training in several processes: `Ranks` is what one of them knows of the others, and how it talks to them.
+"""Training in several processes (ranks), which exchange values through `Ranks`.
 
-torchrun, or `segkit train --gpus N`, starts the processes, and each runs the whole command. Rank 0 plans and writes;
-the others take over its decisions. Objects travel through the store by which the processes found each other, where a
-process may wait for another as long as that one lives; tensors travel through the process group, gloo on CPUs and NCCL
-between GPUs.
+torchrun, or `segkit train --gpus N`, starts the processes; each runs the whole command. Rank 0 plans and writes, the
+others use its decisions. Objects are exchanged through the rendezvous store, where a process may wait for another as
+long as that one lives; tensors through the process group, gloo on CPUs and NCCL between GPUs.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ Item = TypeVar("Item")
 _MISSING: Any = object()
 
 _GRACE_S = 60.0
-"""By how much the process group's own timeout is longer than that of the heartbeat, whose error says more."""
+"""Seconds by which the timeout of the process group exceeds that of the heartbeat, whose error has more detail."""
 _SAME_ERROR_S = 2.0
-"""If rank 0 reports the same error within this time, the other ranks leave it to rank 0."""
-_SIGNS_OF_THE_GROUP = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Broken pipe", "store")
-"""Parts of the messages with which torch reports that another process is gone."""
+"""If rank 0 reports the same error within this time, the other ranks do not report it."""
+_LOST_PROCESS_SIGNS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Broken pipe", "store")
+"""Parts of the messages of torch about another process that is gone."""
 
 
 class RemoteRankError(SegkitError):
@@ -52,9 +51,9 @@ class RemoteRankError(SegkitError):
 
 @dataclass
 class Ranks:
-    """The processes that train together, seen by one of them. `Ranks()` is a single process: each method is identity.
+    """The processes that train together. `Ranks()` is a single process.
 
-    All ranks have to call the same methods in the same order.
+    All ranks must call the same methods in the same order.
     """
 
     rank: int = 0
@@ -70,12 +69,12 @@ class Ranks:
         return self.rank == 0
 
     def mark(self, stage: str, step: int | None = None) -> None:
-        """Set what this process does now, for the others to see: a stage of `segkit.training.heartbeat`."""
+        """Publish what this process does now: a stage of `segkit.training.heartbeat`."""
         if self.heartbeat is not None:
             self.heartbeat.mark(stage, step)
 
     def exchange(self, value: T) -> list[T]:
-        """The values of all processes, by rank; waits for the others as long as they live."""
+        """The values of all processes, in order of rank; waits for the others as long as they live."""
         if self.store is None or self.heartbeat is None:
             return [value]
         number, stage = self._exchanges, self.heartbeat.stage
@@ -93,7 +92,7 @@ class Ranks:
         """The result of `make` in rank 0, for all ranks.
 
         Raises:
-            RemoteRankError: in the other ranks, where `make` raises an error of segkit in rank 0.
+            RemoteRankError: in the other ranks, if `make` raises a SegkitError in rank 0.
         """
         if self.size == 1:
             return make()
@@ -110,10 +109,10 @@ class Ranks:
         return found  # type: ignore[return-value]
 
     def first_before_others(self, make: Callable[[], T]) -> T:
-        """The result of `make` in each rank; rank 0 runs it before the others do, since it may repair files.
+        """The result of `make` in each rank; rank 0 runs it before the others, because it may repair files.
 
         Raises:
-            RemoteRankError: in the other ranks, where `make` raises an error of segkit in rank 0.
+            RemoteRankError: as for `from_first`.
         """
         made: list[T] = []
         self.from_first(lambda: made.append(make()))
@@ -123,15 +122,14 @@ class Ranks:
         """`function` of every item, in order, in all ranks; each rank computes its part.
 
         Raises:
-            KeyboardInterrupt: in all ranks, where one of them was asked to stop before its part was done.
+            KeyboardInterrupt: in all ranks, if one of them was asked to stop before its part was done.
         """
         if self.heartbeat is None:
             return [function(item) for item in items]
         mine: list[T] = []
         is_cut = False
         for item in islice(items, self.rank, None, self.size):
-            is_cut = self._should_stop()
-            if is_cut:
+            if is_cut := self._should_stop():
                 break
             self.heartbeat.mark(self.heartbeat.stage)
             mine.append(function(item))
@@ -143,7 +141,7 @@ class Ranks:
 
     @contextmanager
     def stopping_when(self, should_stop: Callable[[], bool]) -> Iterator[None]:
-        """Let `map` stop between two items where this process is asked to stop."""
+        """Let `map` stop between two items when `should_stop` is true."""
         self._should_stop = should_stop
         try:
             yield
@@ -151,7 +149,7 @@ class Ranks:
             self._should_stop = lambda: False
 
     def sum(self, *values: float) -> list[float]:
-        """The sum over ranks of each number, by one small message."""
+        """The sum over ranks of each number, in one message."""
         if self.size == 1:
             return list(values)
         numbers = torch.tensor(values, dtype=torch.float64)
@@ -212,15 +210,14 @@ def _wait_for(store: Store, keys: list[str]) -> None:
 
 
 def _report_error(error: BaseException, heartbeat: Heartbeat) -> None:
-    """Tell the other ranks of an error; where another rank caused it, raise that cause instead."""
+    """Publish an error for the other ranks; if another rank caused it, raise that cause instead."""
     if isinstance(error, RemoteRankError):
         return
-    is_of_group = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS_OF_THE_GROUP)
+    is_of_group = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_PROCESS_SIGNS)
     fault = heartbeat.fault_of_another(heartbeat.silence_s + 2 * heartbeat.interval_s) if is_of_group else None
     heartbeat.fail(fault or str(error) or type(error).__name__)
     if isinstance(error, SegkitError) and heartbeat.rank and heartbeat.has_failed_alike(str(error), _SAME_ERROR_S):
         raise RemoteRankError(error) from error
     if fault is not None:
-        raise TrainingError(
-            f"{fault} (told by rank {heartbeat.rank})", remedy="Start all processes again with --resume"
-        ) from error
+        found = f"{fault} (reported by rank {heartbeat.rank})"
+        raise TrainingError(found, remedy="Start all processes again with --resume") from error

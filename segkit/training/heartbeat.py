@@ -1,8 +1,7 @@
-"""Which process of a training holds up the others, and what it was doing.
+"""Detection of a process that is stuck or dead and so blocks the others, which wait for it in every step.
 
-The processes wait for each other in every step, so one that is stuck or dead stops all of them without any message.
-Each has a thread here that publishes its progress in the store by which the processes found each other, and reads that
-of the others. A fault that it finds ends the process with a message that names the rank.
+A thread in each process publishes its progress in the store shared by all and reads that of the others. If it finds a
+fault, it ends the process with a message that names the rank.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 from torch.distributed.distributed_c10d import Store
@@ -29,7 +29,7 @@ _STAGES = ("preparing", "loading a batch", "computing", "updating the weights", 
 """Stages of a step, in order."""
 
 _UNLIMITED = ("preparing", "waiting")
-"""Stages without a time limit: data may be large, and a waiting process holds up none."""
+"""Stages without a time limit: data may be large, and a waiting process blocks none."""
 
 _MOST_BETWEEN_BEATS_S = 5.0
 _MOST_SILENCE_S = 60.0
@@ -37,7 +37,7 @@ _MOST_SILENCE_S = 60.0
 
 @dataclass(frozen=True)
 class Sign:
-    """What a process publishes: `beats` grows as long as it lives, `marks` as long as it makes progress."""
+    """What a process publishes: `beats` increases while it lives, `marks` while it makes progress."""
 
     step: int = 0
     stage: str = "preparing"
@@ -47,17 +47,17 @@ class Sign:
     process: int = 0
     failure: str = ""
     verdict: str = ""
-    """The fault for which it ended itself."""
+    """The fault that made it end itself."""
 
     @property
     def place(self) -> tuple[int, int]:
-        """How far the process is: the smaller one is behind."""
+        """Step and stage, to compare: the smaller one is behind."""
         return self.step, _STAGES.index(self.stage)
 
 
 @dataclass
 class Seen:
-    """The last sign of a process, and when its beats and marks last changed, by the clock of this process."""
+    """The last sign of a process, and when its beats and marks last changed (`time.monotonic` of this process)."""
 
     sign: Sign
     beaten_s: float
@@ -65,31 +65,28 @@ class Seen:
 
 
 def find_fault(seen: Mapping[int, Seen], now_s: float, timeout_s: float, silence_s: float) -> str | None:
-    """A sentence that names the rank at fault, None as long as all make progress."""
-    if verdicts := [other.sign.verdict for other in seen.values() if other.sign.verdict]:
+    """A sentence that names the rank at fault; None while all make progress."""
+    signs = {rank: other.sign for rank, other in seen.items()}
+    if verdicts := [sign.verdict for sign in signs.values() if sign.verdict]:
         return verdicts[0]
-    for rank, other in seen.items():
-        if other.sign.failure:
-            return f"rank {rank} failed at step {other.sign.step}: {other.sign.failure}"
-    for rank, other in seen.items():
-        if now_s - other.beaten_s > silence_s or _is_dead(other.sign):
-            return f"rank {rank} is gone; it was last seen {other.sign.stage} at step {other.sign.step}"
-    held = {rank: other for rank, other in seen.items() if other.sign.stage not in _UNLIMITED}
-    still = {rank: other for rank, other in held.items() if now_s - other.marked_s > timeout_s}
-    if not still:
+    for rank, sign in signs.items():
+        if sign.failure:
+            return f"rank {rank} failed at step {sign.step}: {sign.failure}"
+    for rank, sign in signs.items():
+        if now_s - seen[rank].beaten_s > silence_s or _is_dead(sign):
+            return f"rank {rank} is gone; it was last seen {sign.stage} at step {sign.step}"
+    limited = {rank: sign for rank, sign in signs.items() if sign.stage not in _UNLIMITED}
+    last = min((sign.place for sign in limited.values()), default=None)
+    late = [rank for rank in limited if signs[rank].place == last and now_s - seen[rank].marked_s > timeout_s]
+    if not late:
         return None
-    furthest_back = min(other.sign.place for other in held.values())
-    ranks = [rank for rank, other in still.items() if other.sign.place == furthest_back]
-    if not ranks:
-        return None  # the one behind still makes progress
-    sign = still[ranks[0]].sign
-    names = " and ".join(f"rank {rank}" for rank in ranks)
-    have = "has" if len(ranks) == 1 else "have"
+    sign, names = signs[late[0]], " and ".join(f"rank {rank}" for rank in late)
+    have = "has" if len(late) == 1 else "have"
     return f"{names} {have} not got beyond step {sign.step} for {timeout_s:g} s, last seen {sign.stage}"
 
 
 def _is_dead(sign: Sign) -> bool:
-    """Whether a process on the same host has ended; unknown, so False, for those on other hosts."""
+    """Whether a process has ended; known only on this host, False for others."""
     if not sign.host or sign.host != _host():
         return False
     status = Path("/proc", str(sign.process), "stat")
@@ -109,26 +106,15 @@ def _host() -> str:
 
 
 class Heartbeat:
-    """Publishes how far this process is, and ends it when another one holds up all.
+    """Publishes the progress of this process, and ends the process if another one blocks all."""
 
-    `give_up` is called in the heartbeat's thread with the fault; by default it ends the process at once, since the main
-    thread is blocked inside a library.
-    """
-
-    def __init__(
-        self, store: Store, rank: int, size: int, timeout_s: float, give_up: Callable[[str], None] | None = None
-    ) -> None:
-        self.store = store
-        self.rank = rank
-        self.size = size
-        self.timeout_s = timeout_s
+    def __init__(self, store: Store, rank: int, size: int, timeout_s: float) -> None:
+        self.store, self.rank, self.size, self.timeout_s = store, rank, size, timeout_s
         self.interval_s = min(_MOST_BETWEEN_BEATS_S, timeout_s / 6)
-        self.silence_s = min(_MOST_SILENCE_S, timeout_s / 2)  # shorter than the timeout: dead is not taken for stuck
-        self.give_up = give_up or self._end_process
+        self.silence_s = min(_MOST_SILENCE_S, timeout_s / 2)  # below the timeout: a dead process is not reported stuck
         self._mark = (0, "preparing", 0)
         self._beats = 0
-        self._failure = ""
-        self._verdict = ""
+        self._failure = self._verdict = ""
         self._seen: dict[int, Seen] = {}
         self._is_over = threading.Event()
         self._lock = threading.Lock()
@@ -161,7 +147,7 @@ class Heartbeat:
         self._publish()
 
     def fault_of_another(self, within_s: float) -> str | None:
-        """The fault of another process as soon as it shows; None if none does in that time."""
+        """The first fault of another process; None if there is none in that time."""
         for now_s in self._looking(within_s):
             others = {rank: seen for rank, seen in self._seen.items() if rank != self.rank}
             if (fault := find_fault(others, now_s, self.timeout_s, self.silence_s)) is not None:
@@ -170,12 +156,11 @@ class Heartbeat:
 
     def has_failed_alike(self, message: str, within_s: float) -> bool:
         """Whether rank 0 fails with the same message within that time."""
-        return any(
-            0 in self._seen and self._seen[0].sign.failure == _first_line(message) for _ in self._looking(within_s)
-        )
+        failure = _first_line(message)
+        return any(0 in self._seen and self._seen[0].sign.failure == failure for _ in self._looking(within_s))
 
     def _looking(self, within_s: float) -> Iterator[float]:
-        """The time after each look at the other processes."""
+        """Look at the other processes again and again; yields the time after each look."""
         until_s = time.monotonic() + within_s
         while time.monotonic() < until_s:
             self._look()
@@ -187,13 +172,16 @@ class Heartbeat:
             self._publish()
             self._look()
             fault = find_fault(self._seen, time.monotonic(), self.timeout_s, self.silence_s)
-            if fault is not None:
-                # The main thread may just get the error, too, and reports more.
-                if not self._is_over.wait(self.interval_s):
-                    self._verdict = fault
-                    self._publish()
-                    self.give_up(fault)
-                return
+            if fault is None:
+                continue
+            # The main thread may be about to get the error, too, and reports more.
+            if not self._is_over.wait(self.interval_s):
+                self._verdict = fault
+                self._publish()
+                sys.stderr.write(f"Error: {printable(fault)} (reported by rank {self.rank})\n")
+                sys.stderr.flush()
+                os._exit(1)  # at once: the main thread is blocked inside a library
+            return
 
     @property
     def _sign(self) -> Sign:
@@ -201,41 +189,37 @@ class Heartbeat:
         return Sign(step, stage, self._beats, marks, _host(), os.getpid(), self._failure, self._verdict)
 
     def _publish(self) -> None:
-        with self._lock:
+        with self._lock, _ignoring_lost_store():
             self._beats += 1
-            self._quietly(lambda: self.store.set(_key(self.rank), json.dumps(vars(self._sign))))
+            self.store.set(_key(self.rank), json.dumps(vars(self._sign)))
 
     def _look(self) -> None:
         with self._lock:
             for rank in range(self.size):
-                self._quietly(partial(self._note, rank))
+                with _ignoring_lost_store():
+                    self._note(rank)
 
     def _note(self, rank: int) -> None:
-        if rank != self.rank and not self.store.check([_key(rank)]):
+        is_own = rank == self.rank
+        if not is_own and not self.store.check([_key(rank)]):
             return
-        sign = self._sign if rank == self.rank else Sign(**json.loads(self.store.get(_key(rank))))
-        now, before = time.monotonic(), self._seen.get(rank)
-        if before is None:
-            self._seen[rank] = Seen(sign, now, now)
-            return
-        beaten_s = now if sign.beats != before.sign.beats or rank == self.rank else before.beaten_s
-        marked_s = now if sign.marks != before.sign.marks else before.marked_s
-        self._seen[rank] = Seen(sign, beaten_s, marked_s)
+        sign = self._sign if is_own else Sign(**json.loads(self.store.get(_key(rank))))
+        now_s = time.monotonic()
+        before = self._seen.setdefault(rank, Seen(sign, now_s, now_s))
+        is_alive, has_moved = is_own or sign.beats != before.sign.beats, sign.marks != before.sign.marks
+        self._seen[rank] = Seen(sign, now_s if is_alive else before.beaten_s, now_s if has_moved else before.marked_s)
 
-    def _quietly(self, ask: Callable[[], None]) -> None:
-        try:
-            ask()
-        except RuntimeError as error:  # the process that holds the store has ended; its silence will show that
-            _log.debug("the store does not answer: %s", error)
 
-    def _end_process(self, sentence: str) -> None:
-        sys.stderr.write(f"Error: {printable(sentence)} (told by rank {self.rank})\n")
-        sys.stderr.flush()
-        os._exit(1)
+@contextmanager
+def _ignoring_lost_store() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # the process that holds the store has ended; its silence will show that
+        _log.debug("the store does not answer: %s", error)
 
 
 def _first_line(text: str) -> str:
-    return (text.splitlines() or ["without a word"])[0]
+    return (text.splitlines() or ["no message"])[0]
 
 
 def _key(rank: int) -> str:

@@ -1,7 +1,7 @@
 """The training loop of every task: `fit` reads from top to bottom, its phases follow in the order in which they run.
 
 A run is measured by its progress from 0 to 1: steps done or, under a budget, the part of the time that is spent. The
-learning rate follows the progress (`lr_schedule.get_lr`), so a budgeted run ends with a finished schedule on any
+learning rate follows the progress (`optim.get_lr`), so a budgeted run ends with a finished schedule on any
 machine. Several ranks run this loop side by side: after each step they agree on its `Status`, and rank 0 writes.
 """
 
@@ -27,8 +27,7 @@ from segkit.training.config import LoopConfig, OptimiserConfig
 from segkit.training.distributed import Ranks
 from segkit.training.interruption import Interruption, listening
 from segkit.training.journal import Journal, LiveView, ProgressLines
-from segkit.training.lr_schedule import Clock, get_lr
-from segkit.training.optim import MovingAverage, build_optimiser, restore_optimiser, set_lr
+from segkit.training.optim import Clock, MovingAverage, build_optimiser, get_lr, restore_optimiser, set_lr
 from segkit.training.sharding import (
     Shards,
     accumulating,

@@ -1,8 +1,11 @@
-"""The optimiser and the moving average of the weights."""
+"""Optimiser, moving average of the weights, learning rate, and the progress that the rate follows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,50 +17,52 @@ from segkit.training.sharding import take_parts
 
 _SHARE = "share"
 """Key of a parameter group: its learning rate as a share of the optimiser's."""
+_HALVINGS = 5
+"""Equal parts of a run; the schedule "halving" halves the rate between them."""
+_VALIDATION_SHARE = 0.1
+"""Part of a budget that validations may take."""
+_LARGEST_RESERVE = 0.3
+"""Largest part of a budget reserved for what follows the last step."""
+_FINISHING_S = 5.0
+"""Time reserved for the last checkpoint and the figures."""
+_ALMOST_DONE = 0.999
 
 
 def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
-    """AdamW over trainable parameters; biases and norms (tensors of one axis) are not decayed.
+    """AdamW over trainable parameters, without weight decay for biases and norms (tensors of one axis).
 
-    Where `encoder_lr` is not 1, the encoder has groups of its own, which `set_lr` gives their share of the rate.
+    If `encoder_lr` is not 1, the encoder has its own groups, with this share of the learning rate (see `set_lr`).
 
     Raises:
-        RequestError: the encoder is to have a rate of its own, and the model does not say which part that is.
+        RequestError: `encoder_lr` is not 1 and the model does not name its encoder.
     """
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.encoder_lr == 1:
-        groups = _by_decay(trained.values(), config, share=1.0)
-    else:
-        encoder = {id(parameter) for parameter in encoder_of(model).parameters()}
-        of_encoder = [parameter for parameter in trained.values() if id(parameter) in encoder]
-        others = [parameter for parameter in trained.values() if id(parameter) not in encoder]
-        groups = [
-            *_by_decay(others, config, share=1.0),
-            *(_by_decay(of_encoder, config, share=config.encoder_lr) if of_encoder else ()),
-        ]
+        return torch.optim.AdamW(_by_decay(trained, config, share=1.0), lr=config.lr)
+    encoder = {id(parameter) for parameter in encoder_of(model).parameters()}
+    groups = _by_decay([p for p in trained if id(p) not in encoder], config, share=1.0)
+    if of_encoder := [p for p in trained if id(p) in encoder]:
+        groups += _by_decay(of_encoder, config, share=config.encoder_lr)
     return torch.optim.AdamW(groups, lr=config.lr)
 
 
 def encoder_of(model: nn.Module) -> nn.Module:
-    """The part of a network that its `encoder_prefix` names.
+    """The submodule that `encoder_prefix` of a network names.
 
     Raises:
-        RequestError: it names none.
+        RequestError: the network has no `encoder_prefix`.
     """
     prefix: str = getattr(model, "encoder_prefix", "")
     if not prefix:
-        raise RequestError(
-            f"{type(model).__name__} does not say which part is its encoder",
-            remedy="Leave optimiser.encoder_lr at 1",
-        )
+        found = f"{type(model).__name__} does not say which part is its encoder"
+        raise RequestError(found, remedy="Leave optimiser.encoder_lr at 1")
     return model.get_submodule(prefix.removesuffix("."))
 
 
-def _by_decay(parameters: Iterable[nn.Parameter], config: OptimiserConfig, *, share: float) -> list[dict[str, Any]]:
-    listed = list(parameters)
+def _by_decay(parameters: Sequence[nn.Parameter], config: OptimiserConfig, *, share: float) -> list[dict[str, Any]]:
     return [
-        {"params": [p for p in listed if p.dim() > 1], "weight_decay": config.weight_decay, _SHARE: share},
-        {"params": [p for p in listed if p.dim() <= 1], "weight_decay": 0.0, _SHARE: share},
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay, _SHARE: share},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0, _SHARE: share},
     ]
 
 
@@ -68,17 +73,17 @@ def set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:
 
 
 def restore_optimiser(optimiser: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Take over the state of an earlier session; shares of the rate stay those of the settings at hand.
+    """Load the state of an earlier session; shares of the learning rate stay those of the present settings.
 
     Raises:
-        RequestError: it moved other weights: the encoder was frozen then and is not now, or the other way round.
+        RequestError: it has other groups of weights: the encoder was frozen in one of the sessions only.
     """
     shares = [group.get(_SHARE, 1.0) for group in optimiser.param_groups]
     try:
         optimiser.load_state_dict(dict(state))
     except ValueError as error:
         raise RequestError(
-            f"the optimiser of the run moved other groups of weights ({error})",
+            f"the optimiser of the run has other groups of weights ({error})",
             remedy="Resume with the optimiser.encoder_lr that the run began with",
         ) from error
     for group, share in zip(optimiser.param_groups, shares, strict=True):
@@ -86,9 +91,9 @@ def restore_optimiser(optimiser: torch.optim.Optimizer, state: Mapping[str, Any]
 
 
 class MovingAverage:
-    """Exponential moving average of a model's floating-point state; others are copied.
+    """Exponential moving average of a model's floating-point state; other tensors are copied.
 
-    Early on the decay is (1 + n) / (10 + n) after n updates, so that short runs are not held back by their start.
+    After n updates the decay is at most (1 + n) / (10 + n), so that the first weights do not dominate short runs.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -98,7 +103,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take one step towards the model's present weights."""
+        """Include the present weights of the model."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         state = model.state_dict()
@@ -110,18 +115,71 @@ class MovingAverage:
                 self.average[name].copy_(value)
 
     def state_dict(self) -> dict[str, object]:
-        """What `load_state_dict` takes."""
+        """The number of updates and the averages."""
         return {"updates": self.updates, "average": self.average}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave, tensors whole.
+        """Load what `state_dict` returned, with whole tensors.
 
         Raises:
-            TypeError: it is something else.
-            RuntimeError: its tensors have other names or shapes.
+            TypeError: the types differ.
+            RuntimeError: names or shapes of tensors differ.
         """
         updates, average = state["updates"], state["average"]
         if not isinstance(updates, int) or not isinstance(average, dict):
             raise TypeError("the state of the moving average holds `updates` and `average`")
         self.updates = updates
         take_parts(self.average, average)
+
+
+def get_lr(progress: float, config: OptimiserConfig) -> float:
+    """Learning rate at a progress of 0 (start) to 1 (end): linear warm-up, then the decay of the schedule."""
+    progress = min(max(progress, 0.0), 1.0)
+    if progress < config.warmup:
+        return config.lr * max(progress / config.warmup, 0.01)
+    rest = (progress - config.warmup) / (1 - config.warmup)
+    if config.schedule == "poly":
+        return config.lr * math.pow(1 - rest, 0.9)
+    if config.schedule == "halving":
+        return config.lr * 0.5 ** min(int(_HALVINGS * rest), _HALVINGS - 1)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * rest))
+
+
+@dataclass
+class Clock:
+    """Progress of a run, 0 to 1: by steps, or by time where there is a deadline (`time.monotonic` seconds).
+
+    `final_validations` is how long the scoring after the last step takes, in validations of the loop.
+    """
+
+    steps: int
+    deadline_s: float | None = None
+    started_s: float = field(default_factory=lambda: time.monotonic())
+    final_validations: float = 1.0
+    validation_s: float = 0.0
+    """How long the last validation took."""
+    validated_s: float = field(default_factory=lambda: time.monotonic())
+    """When the last validation ended."""
+
+    def progress(self, step: int) -> float:
+        """Completed part of the training; time reserved for the last validations does not count as training.
+
+        If the budget is spent before the first step, one step is still taken, so that there is a model.
+        """
+        if self.deadline_s is None:
+            return step / self.steps
+        span = self.deadline_s - self.started_s
+        kept = min((1.5 + self.final_validations) * self.validation_s, _LARGEST_RESERVE * span) + _FINISHING_S
+        end = max(self.deadline_s - kept, self.started_s + 1e-6)
+        spent = (time.monotonic() - self.started_s) / (end - self.started_s)
+        return min(spent, _ALMOST_DONE) if step == 0 else spent
+
+    def may_validate(self) -> bool:
+        """Whether there is time for another validation in the part of the budget for validations."""
+        pause = time.monotonic() - self.validated_s
+        return self.deadline_s is None or pause >= self.validation_s / _VALIDATION_SHARE
+
+    def note_validation(self, began_s: float) -> None:
+        """Store the duration of a validation that began at `began_s`."""
+        self.validated_s = time.monotonic()
+        self.validation_s = self.validated_s - began_s

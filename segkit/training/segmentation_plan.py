@@ -1,19 +1,23 @@
-"""The plan of a segmentation run: its cases, their split, and every setting with its reason."""
+"""The plan of a segmentation run: cases, split, and every setting with its reason; and an estimate of its duration."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 
 from segkit.errors import DataError, RequestError, as_request, some
+from segkit.inference.sliding_window import plan_windows
+from segkit.labels import LabelScheme
 from segkit.models.table import build_model, configure
-from segkit.preparing.fingerprint import take_fingerprint
+from segkit.preparing.fingerprint import Fingerprint, take_fingerprint
 from segkit.preparing.lesion_bank import find_copies
-from segkit.preparing.plan import PlanningRequest, plan_training
+from segkit.preparing.plan import CandidateNetwork, Plan, PlanningRequest, plan_training, prepared_shapes
 from segkit.preparing.splits import train_and_validation
 from segkit.reading.case import Case, Cohort
 from segkit.reading.layouts.table import find_cases
@@ -25,17 +29,17 @@ from segkit.training.task import RunPlan, SplitData, TrainingRequest
 _log = logging.getLogger(__name__)
 
 _SHARE_OF_FREE_MEMORY = 0.9
-"""Planning leaves some of what is free to other programs."""
+"""Planning reserves the rest for other programs."""
 
 
 def plan_segmentation(request: TrainingRequest[TrainConfig]) -> RunPlan[TrainConfig]:
-    """Find the cases, split them by patient, and let planning decide what the settings leave open.
+    """Find the cases, split them by patient, and complete the settings by planning.
 
-    A resumed run keeps its plan: patch, batch and mode may not change with the memory that happens to be free.
+    A resumed run keeps its plan: patch, batch and mode must not depend on the memory that is free now.
 
     Raises:
-        RequestError: the folder or its label values cannot be made out, an id to exclude does not exist, or a setting
-            or the lesion bank does not fit.
+        RequestError: layout or label scheme are not recognised, an id to exclude does not exist, or a setting or the
+            lesion bank does not fit.
     """
     network = request.config.network
     configure(network.family, network.size, network.arguments)  # a mistyped argument is found before data are read
@@ -65,11 +69,11 @@ def patients_of(cohort: Cohort) -> int:
 def _split(
     request: TrainingRequest[TrainConfig], cohort: Cohort
 ) -> tuple[TrainingRequest[TrainConfig], list[str], list[str]]:
-    """Ids that train and ids that validate; fewer patients than folds make fewer folds, and one patient does both."""
+    """Ids of training and validation cases; there are at most as many folds as patients, and one patient does both."""
     data = request.config.data
     patients = patients_of(cohort)
     if patients == 1:
-        _log.warning("one patient only: it trains and validates, so the scores say nothing about other patients")
+        _log.warning("one patient only, used for training and validation: the scores do not generalise")
         ids = [case.id for case in cohort.cases]
         return request, ids, ids
     if patients < data.folds:
@@ -81,10 +85,10 @@ def _split(
 
 
 def find_cohort(request: TrainingRequest[TrainConfig]) -> Cohort:
-    """The cases with a reference that a run may use, without those that are excluded or cannot be used.
+    """The usable cases with a reference that are not excluded.
 
     Raises:
-        RequestError: the folder or its label values cannot be made out, or no case is left.
+        RequestError: layout or label scheme are not recognised, an excluded id does not exist, or no case is left.
     """
     data = request.config.data
     try:
@@ -100,7 +104,7 @@ def find_cohort(request: TrainingRequest[TrainConfig]) -> Cohort:
     if cohort.scheme is None:
         problem = next((problem for problem in cohort.problems if problem.is_fatal), None)
         raise RequestError(
-            problem.found if problem else "the label scheme cannot be told",
+            problem.found if problem else "the label scheme is not recognised",
             where=request.data[0],
             remedy=problem.remedy if problem else "Name it with --label-scheme",
         )
@@ -108,26 +112,16 @@ def find_cohort(request: TrainingRequest[TrainConfig]) -> Cohort:
     if unknown := [case_id for case_id in data.exclude if case_id not in known]:
         raise RequestError(f"cases to exclude do not exist: {', '.join(unknown[:5])}", where=request.data[0])
     cases = tuple(case for case in cohort.cases if case.id not in set(data.exclude))
-    _warn_of_split_patients(cohort, cases)
-    usable = tuple(case for case in cases if not any(problem.is_fatal for problem in case.problems))
+    patients = {case.patient for case in cohort.cases if case.id in set(data.exclude)}
+    if related := [case.id for case in cases if case.patient in patients]:
+        _log.warning("excluded cases have others of the same patient in training; exclude these too: %s", some(related))
     for case in cases:
         for problem in case.problems:
             _log.warning("%s", problem)
+    usable = tuple(case for case in cases if not any(problem.is_fatal for problem in case.problems))
     if not usable:
         raise RequestError("no case is left to train on", where=request.data[0], remedy="See `segkit check`")
     return replace(cohort, cases=usable)
-
-
-def _warn_of_split_patients(cohort: Cohort, kept: Sequence[Case]) -> None:
-    """Warn of cases that train although another case of their patient is excluded, such as the other eye."""
-    ids = {case.id for case in kept}
-    patients = {case.patient for case in cohort.cases if case.id not in ids}
-    related = [case.id for case in kept if case.patient in patients]
-    if related:
-        names = some(related)
-        _log.warning(
-            "cases that are kept out have others of the same patient in training; exclude these too: %s", names
-        )
 
 
 def planning_request(config: TrainConfig) -> PlanningRequest:
@@ -148,7 +142,7 @@ def planning_request(config: TrainConfig) -> PlanningRequest:
 
 
 def memory_to_plan_for(asked_gb: float | None, device: torch.device) -> float:
-    """GiB that planning may fill in each process: those asked for, else most of its part of the free memory."""
+    """GiB per process to plan for: the requested number, else most of the process's part of the free memory."""
     parts = 1 if device.type == "cuda" else process_place().local_size
     return asked_gb or _SHARE_OF_FREE_MEMORY * available_memory_gb(device) / parts
 
@@ -156,7 +150,7 @@ def memory_to_plan_for(asked_gb: float | None, device: torch.device) -> float:
 def _decide(
     request: TrainingRequest[TrainConfig], cohort: Cohort
 ) -> tuple[TrainConfig, Mapping[str, str], Mapping[str, float]]:
-    """The complete settings, why each was chosen, and the memory the run is expected to take."""
+    """The complete settings, the reasons by dotted key, and the expected peak memory."""
     config = request.config
     if cohort.scheme is None:
         raise ValueError("planning needs a label scheme")
@@ -191,3 +185,87 @@ def _has_units(network: NetworkConfig, dims: int) -> bool:
             network.family, in_channels=1, out_channels=1, dims=dims, size=network.size, **network.arguments
         )
     return hasattr(built, "units")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Expected peak memory of a run in GiB, its minutes, and the plan behind them."""
+
+    memory_gb: float
+    minutes: float
+    plan: Plan
+
+
+def estimate_training(
+    cohort: Cohort, scheme: LabelScheme, config: TrainConfig, memory_gb: float, device: torch.device | None = None
+) -> Estimate:
+    """Plan a run on a cohort, and estimate its duration from the time of a training step and an inference window.
+
+    Raises:
+        DataError: no case can be read.
+        RequestError: see `plan_training`.
+    """
+    fingerprint, request = take_fingerprint(cohort), planning_request(config)
+    plan = plan_training(fingerprint, scheme, request, memory_gb, device)
+    network = replace(request, arguments=plan.arguments).network(fingerprint, scheme)
+    device = device or torch.device("cpu")
+    step_s, window_s = _measured(network, plan, device)
+    return Estimate(plan.memory_gb, estimate_minutes(fingerprint, plan, config, step_s, window_s), plan)
+
+
+def estimate_minutes(
+    fingerprint: Fingerprint, plan: Plan, config: TrainConfig, seconds_per_step: float, seconds_per_window: float
+) -> float:
+    """Minutes of a run: preparing all cases, the steps and the validations; with a budget, the budget."""
+    training = config.training
+    if training.budget_minutes is not None:
+        return training.budget_minutes
+    sizes = prepared_shapes(fingerprint, plan.preprocessing)
+    windows = float(np.mean([plan_windows(size, plan.patch_size, config.overlap).count for size in sizes]))
+    epochs = -(-training.steps // training.steps_per_epoch)
+    validations = -(-epochs // training.validate_every)
+    fold = -(-fingerprint.cases // config.data.folds)
+    seconds = (
+        fingerprint.cases * fingerprint.seconds_per_case
+        + training.steps * training.accumulate * seconds_per_step
+        + validations * min(fold, training.validation_cases or fold) * windows * seconds_per_window
+    )
+    return seconds / 60
+
+
+def _measured(network: CandidateNetwork, plan: Plan, device: torch.device) -> tuple[float, float]:
+    """Seconds of a training step and of an inference window, both on noise."""
+    model, loss = network.build().to(device), network.loss_function().to(device)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    image = torch.randn(plan.batch_size, network.channels, *plan.patch_size, device=device)
+    labels = torch.zeros(plan.batch_size, *plan.patch_size, dtype=torch.uint8, device=device)
+
+    def step() -> None:
+        torch.autograd.backward(loss(model(image), labels))
+        optimiser.step()
+        optimiser.zero_grad()
+
+    @torch.inference_mode()
+    def window() -> None:
+        model(image[:1])
+
+    def synchronised(work: Callable[[], None]) -> None:
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    model.train()
+    step_s = seconds_of(partial(synchronised, step))
+    model.eval()
+    return step_s, seconds_of(partial(synchronised, window))
+
+
+def seconds_of(work: Callable[[], object], repeats: int = 2) -> float:
+    """Seconds that `work` takes: the smallest of `repeats` after one call to warm up."""
+    work()
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return min(times)

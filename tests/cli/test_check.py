@@ -64,7 +64,7 @@ def test_estimate_comes_from_planning(
         asked.append((len(cohort.cases), scheme.name, config.network.family, memory_gb))
         return SimpleNamespace(memory_gb=3.14159, minutes=12.34)
 
-    monkeypatch.setattr("segkit.training.estimate.estimate_training", estimate_training)
+    monkeypatch.setattr("segkit.training.segmentation_plan.estimate_training", estimate_training)
     for number in range(1, 7):
         _brats(tmp_path, number)
     run_segkit("check", tmp_path, "--memory", "8G", "--json")
@@ -84,7 +84,7 @@ def test_estimate_is_for_the_preset_and_settings_asked_for(
         asked.append((config.network.size, config.training.steps))
         return SimpleNamespace(memory_gb=1, minutes=2)
 
-    monkeypatch.setattr("segkit.training.estimate.estimate_training", estimate_training)
+    monkeypatch.setattr("segkit.training.segmentation_plan.estimate_training", estimate_training)
     _brats(tmp_path, 1)
     _brats(tmp_path, 2)
     run_segkit("check", tmp_path, "--preset", "tiny", "--set", "training.steps=7", "--json")

@@ -13,7 +13,7 @@ from segkit.preparing.fingerprint import Fingerprint, Foreground
 from segkit.preparing.plan import PlanningRequest, plan_training
 from segkit.reading.case import Case, Cohort, ImageFile
 from segkit.training.config import DataConfig, NetworkConfig, PlanningConfig, TrainConfig, TrainingConfig
-from segkit.training.estimate import estimate_minutes, estimate_training, seconds_of
+from segkit.training.segmentation_plan import estimate_minutes, estimate_training, seconds_of
 
 BRATS = SCHEMES["brats2023"]
 TINY = PlanningRequest("revmbunet", "tiny", patch_limit=32)

@@ -101,5 +101,5 @@ def test_a_resumed_run_allow_changes_the_share_but_not_thaw_the_encoder() -> Non
     assert rates(model, resumed)["down.0.weight"][0] == 1.0
     encoder_of(model).requires_grad_(False)
     frozen = build_optimiser(model, OptimiserConfig(encoder_lr=0))
-    with pytest.raises(RequestError, match=r"moved other groups of weights.*encoder_lr that the run began with"):
+    with pytest.raises(RequestError, match=r"has other groups of weights.*encoder_lr that the run began with"):
         restore_optimiser(frozen, state)
