@@ -1,7 +1,6 @@
 """Pictures in output folders, drawn with matplotlib: masks over images, curves of a training, reliability.
 
-matplotlib is imported inside the functions that draw and used through `Figure` objects only, so that no window system
-is needed and no state is shared.
+matplotlib is imported inside the functions and used through `Figure` objects only: no window system, no shared state.
 """
 
 from __future__ import annotations
@@ -20,13 +19,14 @@ from segkit.labels import LabelScheme
 from segkit.reading.files import written_atomically
 from segkit.reading.volume import Grid
 from segkit.report.curves import FEW_POINTS, Points, calibration_points, thinned, training_curves
-from segkit.report.images import CaseFiles, load_arrays
-from segkit.report.planes import (
+from segkit.report.images import (
     MASK_OPACITY,
+    CaseFiles,
     View,
     background_of,
     intensity_window,
     label_colours,
+    load_arrays,
     present_labels,
     unnamed_label,
     views_of,
@@ -43,18 +43,14 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe & Ito's palette in an order that reads on white."""
+"""Okabe & Ito's palette in an order that is legible on white."""
 
 _RELIABILITY = {"whole": ("all voxels", "#56B4E9", 6.0), "box": ("around the reference", "#D55E00", 3.0)}
-"""Name, colour (Okabe & Ito's sky blue and vermilion) and marker size of a curve: where two agree, both can be seen."""
+"""Name, colour (Okabe & Ito's sky blue and vermilion) and marker size of a curve: where two agree, both are visible."""
 
-_LETTER_PLACES = (
-    (0.01, 0.5, "left", "center"),
-    (0.99, 0.5, "right", "center"),
-    (0.5, 0.99, "center", "top"),
-    (0.5, 0.01, "center", "bottom"),
-)
-"""Where the letters left, right, top and bottom stand in a panel, and how they are aligned."""
+_LEFT_AND_RIGHT = ((0.01, 0.5, "left", "center"), (0.99, 0.5, "right", "center"))
+_TOP_AND_BOTTOM = ((0.5, 0.99, "center", "top"), (0.5, 0.01, "center", "bottom"))
+"""Place and alignment of the letters in a panel."""
 
 _RADIOLOGICAL = "radiological view: the patient's right is on the left of axial and coronal planes"
 
@@ -79,9 +75,9 @@ def overlay_figure(
         image: (D, H, W) or (H, W) intensities on `grid`.
         labels: The predicted label values on `grid`, 0 = background.
         grid: Where the voxels lie.
-        reference: The reference on the same grid and in the same label scheme; drawn in a row of its own, and as a
-            white outline over the prediction.
-        scheme: Names the labels, each in the colour of `label_colours`; None tells them apart by value.
+        reference: The reference on the same grid, in the same label scheme: a row of its own, and a white outline over
+            the prediction.
+        scheme: Names and colours of the labels (`label_colours`); None names them by value.
         title: Printed above, such as the case id.
     """
     from matplotlib.figure import Figure
@@ -135,20 +131,14 @@ def draw_worst_cases(evaluation: Evaluation, folder: Path, count: int) -> list[P
         files = CaseFiles(name, images[name], pair.reference.label, pair.prediction, predicted_in=pair.scheme)
         try:
             arrays = load_arrays(files, scheme)
-        except DataError as error:  # the scores stand without the picture
+        except DataError as error:  # the scores are written all the same
             _log.warning("no picture of %s: %s", case_id, error)
             continue
         dice = ", ".join(f"{region} {metrics['dice']:.3f}" for region, metrics in drawable[case_id].items())
         path = folder / f"{case_id}.png"
-        overlay_figure(
-            path,
-            arrays.image,
-            arrays.masks["prediction"],
-            arrays.grid,
-            reference=arrays.reference,
-            scheme=scheme,
-            title=f"{case_id} ({name})  Dice: {dice}",
-        )
+        title = f"{case_id} ({name})  Dice: {dice}"
+        shown = (arrays.image, arrays.masks["prediction"], arrays.grid)
+        overlay_figure(path, *shown, reference=arrays.reference, scheme=scheme, title=title)
         paths.append(path)
     return paths
 
@@ -212,7 +202,7 @@ def _show(axes: Axes, view: View, window: tuple[float, float]) -> None:
     for side in axes.spines.values():
         side.set_visible(False)
     halo = [withStroke(linewidth=2, foreground="black")]
-    for letter, (x, y, horizontal, vertical) in zip(view.letters, _LETTER_PLACES, strict=True):
+    for letter, (x, y, horizontal, vertical) in zip(view.letters, (*_LEFT_AND_RIGHT, *_TOP_AND_BOTTOM), strict=True):
         place: dict[str, Any] = {"ha": horizontal, "va": vertical, "transform": axes.transAxes}
         axes.text(x, y, letter, color="white", fontsize=8, path_effects=halo, **place)
 
@@ -225,15 +215,8 @@ def _legend(figure: Figure, labels: Iterable[tuple[str, str]], *, has_reference:
     if has_reference:
         handles.append(Line2D([], [], color="white", linewidth=1.2, label="outline of the reference"))
     if handles:
-        _with_names_as_they_are(
-            figure.legend(
-                handles=handles,
-                loc="outside lower center",
-                ncols=min(len(handles), 5),
-                frameon=False,
-                labelcolor="white",
-            )
-        )
+        place: dict[str, Any] = {"loc": "outside lower center", "ncols": min(len(handles), 5)}
+        _show_names_literally(figure.legend(handles=handles, frameon=False, labelcolor="white", **place))
 
 
 def _draw_curves(axes: Axes, panel: str, curves: Mapping[str, Points]) -> None:
@@ -245,7 +228,7 @@ def _draw_curves(axes: Axes, panel: str, curves: Mapping[str, Points]) -> None:
     axes.set_ylabel(panel)
     axes.grid(alpha=0.3)
     if len(curves) > 1:
-        _with_names_as_they_are(axes.legend(loc="best", fontsize=8))
+        _show_names_literally(axes.legend(loc="best", fontsize=8))
 
 
 def _draw_reliability(diagram: Axes, counts: Axes, parts: Mapping[str, Mapping[str, Any]]) -> None:
@@ -265,7 +248,7 @@ def _draw_reliability(diagram: Axes, counts: Axes, parts: Mapping[str, Mapping[s
     counts.grid(alpha=0.3)
 
 
-def _with_names_as_they_are(legend: Legend) -> None:
+def _show_names_literally(legend: Legend) -> None:
     """Names may hold dollar signs, between which matplotlib expects TeX, and letters that no font has."""
     for text in legend.get_texts():
         text.set(text=on_one_line(text.get_text()), parse_math=False)

@@ -1,4 +1,4 @@
-"""Images of the cases of a page: where their files are, and their arrays (scan, prediction, reference, uncertainty).
+"""Images of the cases of a page: their files, their arrays, and the planes and colours in which they are shown.
 
 Scans are searched in the folder that the user names, else in those of the documents (`data` of a manifest, `references`
 of scores.json, `data` of split.json; relative to the document) that are on this machine.
@@ -7,26 +7,34 @@ of scores.json, `data` of split.json; relative to the document) that are on this
 from __future__ import annotations
 
 import glob
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from segkit.errors import DataError, as_request
 from segkit.evaluation.pairing import declared_schemes, match_files
-from segkit.labels import SCHEMES, LabelScheme, scheme_from_json, translate
+from segkit.labels import SCHEMES, LabelScheme, outputs_of, scheme_from_json, translate
 from segkit.reading.case import Case, ImageFile
 from segkit.reading.files import read_labels, read_volume
-from segkit.reading.geometry import same_grid
+from segkit.reading.geometry import reorientation_to, reoriented_grid, same_grid
 from segkit.reading.layouts.layout import list_images
 from segkit.reading.layouts.table import find_cases
 from segkit.reading.volume import Grid
-from segkit.report.planes import background_of, label_colours
 from segkit.report.sources import Findings, mapping
 from segkit.shapes import AnyArray, LabelMap
 
-_COMPANIONS = ("uncertainty", "probabilities", "figures")
+COLOURS = ("#56B4E9", "#D55E00", "#F0E442", "#CC79A7", "#009E73", "#E69F00", "#0072B2")
+"""Okabe & Ito's palette, distinct in every common colour blindness; reordered for contrast on grey."""
+
+MASK_OPACITY = 0.55
+
+_BACKGROUNDS = ("t2f", "t1c", "t2w", "t1n", "green")
+"""The whole tumour shows best on FLAIR, and of colour pictures the green channel has the most contrast."""
+
+_NO_MASKS = ("uncertainty", "probabilities", "figures")
 """Folders of an output folder that hold no masks."""
 
 
@@ -44,7 +52,7 @@ class CaseFiles:
 
 @dataclass(frozen=True)
 class CaseArrays:
-    """The arrays of one case on one grid, label maps in one scheme; None is what the case lacks."""
+    """The arrays of one case on one grid, label maps in one scheme; None where the case lacks one."""
 
     modality: str
     grid: Grid
@@ -74,7 +82,7 @@ class Gallery:
 
 
 def find_gallery(findings: Findings, ids: Collection[str], data: Path | None) -> Gallery:
-    """The images of the cases with these ids, in `data` or in the folders that the findings name.
+    """The images of the cases with these ids, in `data` or in the folders that the documents name.
 
     Raises:
         RequestError: `data` was named and holds no images.
@@ -111,17 +119,19 @@ def load_arrays(files: CaseFiles, scheme: LabelScheme | None) -> CaseArrays:
         DataError: a file is unusable, or does not lie on the grid of the image.
     """
     image = read_volume(files.image.path, files.image.channel)
-    prediction = None if files.prediction is None else _labels(ImageFile(files.prediction), image.grid)
-    if prediction is not None and files.predicted_in is not None and scheme is not None:
-        prediction = translate(prediction, files.predicted_in, scheme)
-    reference = None if files.reference is None else _labels(files.reference, image.grid)
-    uncertainty = None
+    arrays = {"image": np.nan_to_num(image.array, nan=0.0, posinf=0.0, neginf=0.0)}
+    predicted = None if files.prediction is None else ImageFile(files.prediction)
+    for name, file in (("prediction", predicted), ("reference", files.reference)):
+        if file is not None:
+            arrays[name], grid = read_labels(file.path, file.channel)
+            _require_same(grid, image.grid, file.path)
+    if predicted is not None and files.predicted_in is not None and scheme is not None:
+        arrays["prediction"] = translate(arrays["prediction"], files.predicted_in, scheme)
     if files.uncertainty is not None:
         volume = read_volume(files.uncertainty)
         _require_same(volume.grid, image.grid, files.uncertainty)
-        uncertainty = volume.array
-    finite = np.nan_to_num(image.array, nan=0.0, posinf=0.0, neginf=0.0)
-    return CaseArrays(files.modality, image.grid, finite, prediction, reference, uncertainty)
+        arrays["uncertainty"] = volume.array
+    return CaseArrays(files.modality, image.grid, **arrays)
 
 
 def _with_masks(cases: list[Case], findings: Findings) -> Iterable[tuple[str, CaseFiles]]:
@@ -131,7 +141,7 @@ def _with_masks(cases: list[Case], findings: Findings) -> Iterable[tuple[str, Ca
     folders = [output.folder for output in findings.outputs] or _named_folders(findings, "predictions")
     for folder in dict.fromkeys(folders):
         listing = list_images(folder)
-        listed = [path for path in listing.images if path.relative_to(listing.root).parts[0] not in _COMPANIONS]
+        listed = [path for path in listing.images if path.relative_to(listing.root).parts[0] not in _NO_MASKS]
         masks |= match_files(cases, listed, folder)[0]
         for case in cases:
             found = sorted((folder / "uncertainty").glob(f"{glob.escape(case.id)}_entropy.*"))
@@ -142,12 +152,6 @@ def _with_masks(cases: list[Case], findings: Findings) -> Iterable[tuple[str, Ca
         modality = background_of(case.images)
         own = (case.label, masks.get(case.id), uncertain.get(case.id), schemes.get(case.id))
         yield case.id, CaseFiles(modality, case.images[modality], *own)
-
-
-def _labels(file: ImageFile, grid: Grid) -> LabelMap:
-    labels, own = read_labels(file.path, file.channel)
-    _require_same(own, grid, file.path)
-    return labels
 
 
 def _require_same(own: Grid, grid: Grid, path: Path) -> None:
@@ -175,3 +179,117 @@ def _named_folders(findings: Findings, key: str) -> list[Path]:
     named += [(scored.folder, getattr(scored.document, key, None)) for scored in findings.evaluations]
     folders = [folder / name for folder, name in named if isinstance(name, str)]
     return [folder for folder in folders if folder.is_dir()]
+
+
+def background_of(modalities: Iterable[str]) -> str:
+    """The image to draw masks over."""
+    names = list(modalities)
+    return next((name for name in _BACKGROUNDS if name in names), names[0])
+
+
+def label_colours(scheme: LabelScheme | None) -> dict[int, tuple[str, str]]:
+    """Label value -> name and colour, the same in every picture; a region has the colour of the tissue it paints.
+
+    Without a scheme a label is named by its value.
+    """
+    if scheme is None:
+        return {value: unnamed_label(value) for value in range(1, 256)}
+    painted = [output.label for output in outputs_of(scheme) if output.label]
+    names = {value: tissue for tissue, value in scheme.values.items()}
+    values = list(dict.fromkeys([*painted, *names]))
+    return {value: (names[value], COLOURS[position % len(COLOURS)]) for position, value in enumerate(values)}
+
+
+def unnamed_label(value: int) -> tuple[str, str]:
+    """Name and colour of a label value that no scheme names."""
+    return f"label {value}", COLOURS[(value - 1) % len(COLOURS)]
+
+
+@dataclass(frozen=True)
+class View:
+    """One plane ready to be shown: rows from top to bottom, columns from left to right."""
+
+    title: str
+    image: AnyArray
+    masks: tuple[LabelMap, ...]
+    aspect: float
+    letters: tuple[str, str, str, str]
+    """What lies left, right, top and bottom of the picture; empty for pictures without anatomy."""
+    maps: tuple[AnyArray, ...] = ()
+    """Other arrays of the same plane, such as the uncertainty."""
+
+
+def views_of(image: AnyArray, masks: Sequence[LabelMap], grid: Grid, maps: Sequence[AnyArray] = ()) -> list[View]:
+    """The planes in which a case is shown: axial, coronal and sagittal of a volume, or the whole of a picture.
+
+    Each plane is the one that shows most of all structures of the masks, cropped to the content of the image, in
+    radiological orientation.
+
+    Args:
+        image: (D, H, W) or (H, W) intensities on `grid`.
+        masks: Label maps on the same grid.
+        grid: Where the voxels lie.
+        maps: Other arrays on the same grid, which do not influence the choice of planes.
+    """
+    if grid.dims == 2:
+        rows_mm, columns_mm = grid.spacing_mm
+        return [View("", image, tuple(masks), rows_mm / columns_mm, ("", "", "", ""), tuple(maps))]
+    way = reorientation_to(grid, "RAS")
+    spacing = reoriented_grid(grid, way).spacing_mm
+    upright = [way.apply(array) for array in (image, *masks, *maps)]
+    box = content_box(upright[0])
+    upright = [array[box] for array in upright]
+    views = []
+    for title, axis, letters in (
+        ("axial", 2, ("R", "L", "A", "P")),
+        ("coronal", 1, ("R", "L", "S", "I")),
+        ("sagittal", 0, ("A", "P", "S", "I")),
+    ):
+        index = _richest_slice(upright[1 : 1 + len(masks)], axis) if masks else upright[0].shape[axis] // 2
+        # The remaining two axes grow to the right or front, then to the front or top: the second becomes the rows,
+        # top first, and the first becomes the columns, right or front first.
+        shown = [array.take(index, axis).T[::-1, ::-1] for array in upright]
+        columns_mm, rows_mm = (spacing[other] for other in range(3) if other != axis)
+        own, others = tuple(shown[1 : 1 + len(masks)]), tuple(shown[1 + len(masks) :])
+        views.append(View(title, shown[0], own, rows_mm / columns_mm, letters, others))
+    return views
+
+
+def content_box(image: AnyArray) -> tuple[slice, ...]:
+    """The box of the voxels that differ from the corner voxel, or the whole volume if none does."""
+    return extent(image != image.flat[0])
+
+
+def extent(mask: NDArray[np.bool_]) -> tuple[slice, ...]:
+    """The box of the True voxels, or the whole array if there are none."""
+    box = []
+    for axis, length in enumerate(mask.shape):
+        others = tuple(other for other in range(mask.ndim) if other != axis)
+        (hits,) = np.nonzero(mask.any(axis=others))
+        box.append(slice(int(hits[0]), int(hits[-1]) + 1) if len(hits) else slice(0, length))
+    return tuple(box)
+
+
+def _richest_slice(masks: Sequence[LabelMap], axis: int) -> int:
+    """The slice along `axis` that shows most of all structures, each measured against its own largest slice."""
+    others = tuple(other for other in range(masks[0].ndim) if other != axis)
+    richness = np.zeros(masks[0].shape[axis])
+    for mask in masks:
+        for value in present_labels(mask):
+            areas = np.count_nonzero(mask == value, axis=others)
+            richness += areas / areas.max()
+    return int(richness.argmax()) if richness.any() else masks[0].shape[axis] // 2
+
+
+def present_labels(mask: LabelMap) -> list[int]:
+    """The label values that occur, without the background."""
+    return [int(value) for value in np.unique(mask) if value]
+
+
+def intensity_window(image: AnyArray) -> tuple[float, float]:
+    """Black and white level: the 1st and 99.5th percentile of the foreground."""
+    content = image[image != image.flat[0]]
+    if not content.size:
+        return 0.0, 1.0
+    low, high = np.percentile(content, (1.0, 99.5))
+    return float(low), float(max(high, low + 1e-6))

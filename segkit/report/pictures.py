@@ -17,8 +17,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image, features
 
-from segkit.report.images import CaseArrays
-from segkit.report.planes import MASK_OPACITY, View, intensity_window, views_of
+from segkit.report.images import MASK_OPACITY, CaseArrays, View, intensity_window, views_of
 from segkit.report.templates import render
 from segkit.shapes import AnyArray, LabelMap
 

@@ -14,8 +14,8 @@ from segkit.errors import some
 from segkit.metrics.registry import METRICS
 from segkit.report.charts import bars_chart, line_chart, reliability_chart, strip_chart
 from segkit.report.curves import calibration_points, number, training_curves
+from segkit.report.images import COLOURS
 from segkit.report.pictures import embedded_figure
-from segkit.report.planes import COLOURS
 from segkit.report.sources import CaseFacts, Document, Findings, PathRedactor, Run, mapping
 from segkit.report.templates import colour_class, digits_of, metric_name, written
 from segkit.report.viewer import DIFFERENCES, viewer_licence
@@ -46,21 +46,7 @@ class Section(NamedTuple):
 
 def summary_section(findings: Findings, cases: Sequence[CaseFacts], redact: PathRedactor) -> Section:
     """Model, data and protocol, and a table of means and medians by region."""
-    facts: dict[str, object] = {}
-    if findings.runs:  # the folds of a cross-validation have all but their names in common
-        run = next((run for run in findings.runs if run.card), findings.runs[0])
-        facts |= {"Run": ", ".join(run.name for run in findings.runs)} | _card_facts(run.card, redact) | _run_facts(run)
-    for output in findings.outputs:
-        name = output.model_name
-        facts |= {} if name in {run.name for run in findings.runs} else {"Model": name}
-        if output.card:
-            facts |= _card_facts(output.card, redact)
-        facts |= _model_facts(mapping(output.manifest, "model"))
-    for scored in findings.evaluations:
-        document = scored.document
-        facts["Protocol"] = _listed([document.protocol, document.challenge], " \u00b7 ")
-        facts["Label scheme"] = None if document.label_scheme is None else document.label_scheme.name
-        facts["Region of interest"] = redact(document.roi or "")
+    facts = _facts(findings, redact)
     failed = sum(case.reason is not None for case in cases)
     if cases:
         facts["Cases"] = f"{len(cases)}" + (f", of which {failed} failed" if failed else "")
@@ -87,6 +73,30 @@ def summary_section(findings: Findings, cases: Sequence[CaseFacts], redact: Path
     return Section("summary", "Summary", content)
 
 
+def _facts(findings: Findings, redact: PathRedactor) -> dict[str, object]:
+    facts: dict[str, object] = {}
+    if findings.runs:  # the folds of a cross-validation have all but their names in common
+        run = next((run for run in findings.runs if run.card), findings.runs[0])
+        minutes, memory = number(run.validation.get("minutes")), number(run.validation.get("peak_rss_mb"))
+        facts |= {"Run": ", ".join(run.name for run in findings.runs)} | _card_facts(run.card, redact)
+        facts["Steps"] = f"{run.step:,}" if run.rows else None
+        facts["Training took"] = None if minutes is None else f"{minutes:.1f} minutes"
+        facts["Peak memory of the training"] = None if memory is None else f"{memory:,.0f} MB"
+    for output in findings.outputs:
+        name, model = output.model_name, mapping(output.manifest, "model")
+        facts |= {} if name in {run.name for run in findings.runs} else {"Model": name}
+        facts |= _card_facts(output.card, redact) if output.card else {}
+        facts["Network"] = _listed([model.get("family"), model.get("size")], " ")
+        facts["Input"] = _listed(model.get("modalities"))
+        facts["Computed by"] = _listed([model.get("backend"), "with mirrored inputs" if model.get("tta") else None])
+        facts["Weights (SHA-256)"] = _listed(model.get("sha256"), write=lambda digest: str(digest)[:16])
+    for document in (scored.document for scored in findings.evaluations):
+        facts["Protocol"] = _listed([document.protocol, document.challenge], " \u00b7 ")
+        facts["Label scheme"] = None if document.label_scheme is None else document.label_scheme.name
+        facts["Region of interest"] = redact(document.roi or "")
+    return facts
+
+
 def _card_facts(card: Document, redact: PathRedactor) -> dict[str, object]:
     """The network of a model card and its training data."""
     network, trained = mapping(card, "network"), mapping(card, "training_data")
@@ -100,24 +110,6 @@ def _card_facts(card: Document, redact: PathRedactor) -> dict[str, object]:
         "Patch": _listed(card.get("patch_size"), " \u00d7 "),
         "Spacing (mm)": _listed(card.get("spacing_mm"), " \u00d7 ", lambda side: f"{number(side) or 0:g}"),
         "Weights (SHA-256)": str(card.get("sha256") or "")[:16],
-    }
-
-
-def _run_facts(run: Run) -> dict[str, object]:
-    minutes, memory = number(run.validation.get("minutes")), number(run.validation.get("peak_rss_mb"))
-    return {
-        "Steps": f"{run.step:,}" if run.rows else None,
-        "Training took": None if minutes is None else f"{minutes:.1f} minutes",
-        "Peak memory of the training": None if memory is None else f"{memory:,.0f} MB",
-    }
-
-
-def _model_facts(model: Document) -> dict[str, object]:
-    return {
-        "Network": _listed([model.get("family"), model.get("size")], " "),
-        "Input": _listed(model.get("modalities")),
-        "Computed by": _listed([model.get("backend"), "with mirrored inputs" if model.get("tta") else None]),
-        "Weights (SHA-256)": _listed(model.get("sha256"), write=lambda digest: str(digest)[:16]),
     }
 
 

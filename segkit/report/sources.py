@@ -1,4 +1,4 @@
-"""What a page is about: training runs, inference outputs and evaluations, read from their folders.
+"""The sources of a page: training runs, inference outputs and evaluations, read from their folders.
 
 Documents of runs and outputs may be of another version, so that any field may be missing; scores are validated as for
 comparisons. Absolute paths are left out: a page is sent to others.
@@ -59,7 +59,7 @@ class Run:
 
     @property
     def data(self) -> list[Path]:
-        """The folders with its data, as they were given."""
+        """The folders with its data, as given by the user."""
         folders = self.split.get("data")
         return [Path(str(folder)) for folder in folders] if isinstance(folders, list) else []
 
@@ -75,9 +75,8 @@ class Run:
 
     @property
     def is_running(self) -> bool:
-        """Whether it seems to be running still."""
-        has_stopped = bool(self.interruption) or self.silent_s >= self.patience_s
-        return bool(self.rows) and not self.is_finished and not has_stopped
+        """Whether it still seems to run."""
+        return not (self.is_finished or self.interruption or self.silent_s >= self.patience_s) and bool(self.rows)
 
     @property
     def is_cut_off(self) -> bool:
@@ -86,7 +85,7 @@ class Run:
 
     @property
     def patience_s(self) -> float:
-        """How long it may be silent: the journal grows after each epoch and its validation."""
+        """The longest time without a new row: the journal grows after each epoch and its validation."""
         ends = [0.0, *(row["seconds"] for row in self.rows if "epoch" in row and "seconds" in row)]
         ends += [row["seconds"] for row in self.rows[-1:] if "seconds" in row]
         longest = max((after - before for before, after in pairwise(ends)), default=0.0)
@@ -107,7 +106,7 @@ class Run:
 class Output:
     """A folder of masks with the manifest of `segkit infer`, which is empty for masks from elsewhere.
 
-    `card` is that of the model, or of the first of an ensemble, empty where it is no longer on this machine.
+    `card` is that of the model, or of the first of an ensemble, and empty if it is not on this machine.
     """
 
     name: str
@@ -141,7 +140,7 @@ class CaseFacts:
     """One case of a page.
 
     `regions` are its scores by region and metric, some of them infinite, without undefined ones; `record` is its entry
-    in a manifest; `reason` says why it failed or could not be scored.
+    in a manifest; `reason` is why it failed or could not be scored.
     """
 
     id: str
@@ -153,7 +152,7 @@ class CaseFacts:
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything that the folders of a page hold."""
+    """The contents of the folders of a page."""
 
     runs: tuple[Run, ...] = ()
     outputs: tuple[Output, ...] = ()
@@ -202,11 +201,8 @@ class Findings:
         for scored in self.evaluations:
             for entry in scored.document.cases:
                 if entry.case in found:
-                    raise RequestError(
-                        f"two evaluations score case {entry.case}",
-                        where=scored.folder,
-                        remedy="Write one page for each of them",
-                    )
+                    remedy = "Write one page for each of them"
+                    raise RequestError(f"two evaluations score case {entry.case}", where=scored.folder, remedy=remedy)
                 found[entry.case] = {
                     region: {metric: value for metric, value in scores.items() if not math.isnan(value)}
                     for region, scores in entry.scores().items()
@@ -229,7 +225,7 @@ def read_sources(paths: Sequence[Path]) -> Findings:
     runs: list[Run] = []
     outputs: list[Output] = []
     evaluations: list[Scored] = []
-    bare: list[Path] = []
+    bare: list[Path] = []  # folders without documents
     for path in paths:
         folder = path.parent if path.is_file() else path
         if not folder.is_dir():
@@ -250,24 +246,19 @@ def read_sources(paths: Sequence[Path]) -> Findings:
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:
-    """A run folder, finished or not; what is not there yet is empty."""
+    """A run folder, finished or not; documents that are not written yet are empty."""
     config, journal = folder / "config.yaml", folder / "metrics.jsonl"
+    settings = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
     rows = tuple(_journal(journal))
-    return Run(
-        name or folder.resolve().name,
-        folder,
-        config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
-        rows,
-        _read_json(folder / "model.json"),
-        _read_json(folder / "validation.json"),
-        _read_json(folder / "split.json"),
-        _read_json(folder / INTERRUPTED_NAME),
-        time.time() - journal.stat().st_mtime if rows else 0.0,
-    )
+    names = ("model.json", "validation.json", "split.json", INTERRUPTED_NAME)
+    card, validation, split, interruption = (_read_json(folder / name) for name in names)
+    silent_s = time.time() - journal.stat().st_mtime if rows else 0.0
+    name = name or folder.resolve().name
+    return Run(name, folder, settings, rows, card, validation, split, interruption, silent_s)
 
 
 def mapping(document: Document, key: str) -> Document:
-    """The mapping under `key`, empty where there is none."""
+    """The mapping under `key`, empty if there is none."""
     value = document.get(key)
     return value if isinstance(value, dict) else {}
 
@@ -275,7 +266,7 @@ def mapping(document: Document, key: str) -> Document:
 class PathRedactor:
     """Removes the folders of this machine from texts.
 
-    Of an absolute path the last name stays; of one below the parent of a given folder, or below the user's home, the
+    An absolute path is cut to its last name; one below the parent of a given folder, or below the user's home, to the
     part after that. Other folders with blanks in their names are not recognised as a whole.
     """
 
@@ -309,7 +300,7 @@ def _card_of(manifest: Document) -> Document:
 
 
 def _journal(path: Path) -> list[Document]:
-    """The numbers of the rows with a step; without a line that is incomplete, as while it is being written."""
+    """The numbers of the rows with a step; a line that is still being written is left out."""
     if not path.is_file():
         return []
     rows: list[Document] = []

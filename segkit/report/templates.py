@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from segkit.errors import printable
 from segkit.metrics.registry import METRICS
-from segkit.report.planes import COLOURS
+from segkit.report.images import COLOURS
 
 _DIGITS = {"mm": 2, "voxels": 2, "ml": 2, "lesions": 1}
 """Decimals by unit; shares have three."""

@@ -1,8 +1,8 @@
 """The interactive viewer: NiiVue, and the volumes that it shows.
 
-NiiVue is not part of this repository. The package `ipyniivue` (extra `viewer`) holds it in a bundle for notebooks; the
-bundle is read when a page is written, and its last line is rewritten so that it exports NiiVue itself. It is stored in
-the page as data, compressed and in base64, and becomes a script only when a reader opens the viewer.
+NiiVue is not part of this repository. The package `ipyniivue` (extra `viewer`) has it in a bundle for notebooks; the
+bundle is read when a page is written, and its last line is rewritten to export NiiVue itself. The page stores it as
+data, compressed and in base64, which becomes a script only when a reader opens the viewer.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segkit.reading.geometry import reorientation_to, reoriented_grid
-from segkit.report.images import CaseArrays
-from segkit.report.planes import COLOURS, content_box, extent, intensity_window
-from segkit.shapes import Affine, AnyArray, LabelMap
+from segkit.report.images import COLOURS, CaseArrays, content_box, extent, intensity_window
+from segkit.shapes import Affine, AnyArray
 
 _CLASS = re.compile(r'"Creating new Niivue instance"\).{0,300}?=\s*new ([\w$]+)\(', re.DOTALL)
 """Where the bundle makes its NiiVue; the name of the class differs from version to version."""
@@ -41,7 +40,7 @@ _SPARE_MM = 4.0
 
 @dataclass(frozen=True)
 class CaseVolumes:
-    """One case for the viewer: layer -> gzipped NIfTI in base64; `facts` are the settings to show them with."""
+    """One case for the viewer: layer -> gzipped NIfTI in base64; `facts` are the settings of their display."""
 
     layers: Mapping[str, str]
     facts: Mapping[str, Any]
@@ -81,8 +80,8 @@ def viewer_licence() -> str | None:
 def case_volumes(arrays: CaseArrays) -> CaseVolumes | None:
     """A volume and its masks, cropped, in bytes; None for pictures.
 
-    The image is cropped to its content; where that is large, to the masks with a margin, and where that is large too,
-    every second or third voxel is kept. Intensities become 255 steps between the 0.05th and 99.95th percentile.
+    The image is cropped to its content; if that is large, to the masks with a margin, and if that is large too, every
+    second or third voxel is kept. Intensities become 255 steps between the 0.05th and 99.95th percentile.
     """
     if arrays.grid.dims != 3:
         return None
@@ -90,7 +89,8 @@ def case_volumes(arrays: CaseArrays) -> CaseVolumes | None:
     grid = reoriented_grid(arrays.grid, way)
     image = way.apply(arrays.image)
     masks = {name: way.apply(mask) for name, mask in arrays.masks.items()}
-    box = _box(image, list(masks.values()), grid.spacing_mm)
+    marked = np.any([mask > 0 for mask in masks.values()], axis=0) if masks else np.zeros(image.shape, np.bool_)
+    box = _box(image, marked, grid.spacing_mm)
     step = 1
     while np.prod([-(-(part.stop - part.start) // step) for part in box]) > _MOST_VOXELS:
         step += 1
@@ -103,11 +103,12 @@ def case_volumes(arrays: CaseArrays) -> CaseVolumes | None:
     layers = {"image": _nifti(bytes_, affine, slope, low)}
     layers |= {name: _nifti(mask[cut], affine) for name, mask in masks.items()}
     if len(masks) > 1:
-        layers["difference"] = _nifti(_difference(masks["prediction"][cut], masks["reference"][cut]), affine)
+        prediction, reference = masks["prediction"][cut], masks["reference"][cut]
+        kinds = [(prediction == 0) & (reference > 0), (prediction > 0) & (reference == 0), prediction != reference]
+        layers["difference"] = _nifti(np.select(kinds, list(DIFFERENCES), 0).astype(np.uint8), affine)
     if arrays.uncertainty is not None:
         uncertainty = way.apply(arrays.uncertainty)[cut]
         layers["uncertainty"] = _nifti((np.clip(uncertainty, 0, 1) * 255).round().astype(np.uint8), affine, 1 / 255)
-    marked = np.any([mask > 0 for mask in masks.values()], axis=0) if masks else np.zeros(image.shape, np.bool_)
     facts = {
         "modality": arrays.modality,
         "window": intensity_window(arrays.image),
@@ -119,19 +120,16 @@ def case_volumes(arrays: CaseArrays) -> CaseVolumes | None:
     return CaseVolumes(layers, facts)
 
 
-def _difference(prediction: LabelMap, reference: LabelMap) -> LabelMap:
-    """The values of `DIFFERENCES`, 0 where both masks agree."""
-    kinds = [(prediction == 0) & (reference > 0), (prediction > 0) & (reference == 0), prediction != reference]
-    return np.select(kinds, [1, 2, 3], 0).astype(np.uint8)
-
-
-def _box(image: AnyArray, masks: list[AnyArray], spacing_mm: tuple[float, ...]) -> tuple[slice, ...]:
-    """The content of the image; where that is too large, the box of the masks; both with a margin."""
-    shown = content_box(image)
-    marked = np.any([mask > 0 for mask in masks], axis=0) if masks else np.zeros(1, np.bool_)
-    if np.prod([part.stop - part.start for part in shown]) > _MOST_VOXELS and marked.any():
-        return _grown(extent(marked), image.shape, spacing_mm, _MARGIN_MM)
-    return _grown(shown, image.shape, spacing_mm, _SPARE_MM)
+def _box(image: AnyArray, marked: NDArray[np.bool_], spacing_mm: tuple[float, ...]) -> tuple[slice, ...]:
+    """The content of the image or, if that is too large, the box of the marked voxels; both with a margin."""
+    box, margin_mm = content_box(image), _SPARE_MM
+    if np.prod([part.stop - part.start for part in box]) > _MOST_VOXELS and marked.any():
+        box, margin_mm = extent(marked), _MARGIN_MM
+    margins = [round(margin_mm / spacing) for spacing in spacing_mm]
+    return tuple(
+        slice(max(part.start - margin, 0), min(part.stop + margin, length))
+        for part, margin, length in zip(box, margins, image.shape, strict=True)
+    )
 
 
 def _centre_mm(marked: NDArray[np.bool_], affine: Affine) -> list[float]:
@@ -140,16 +138,6 @@ def _centre_mm(marked: NDArray[np.bool_], affine: Affine) -> list[float]:
     middle = np.median(places, axis=0) if len(places) else (np.array(marked.shape) - 1) / 2
     world = affine[:3, :3] @ middle + affine[:3, 3]
     return [round(float(value), 3) for value in world]
-
-
-def _grown(
-    box: tuple[slice, ...], shape: tuple[int, ...], spacing_mm: tuple[float, ...], margin_mm: float
-) -> tuple[slice, ...]:
-    margins = [round(margin_mm / spacing) for spacing in spacing_mm]
-    return tuple(
-        slice(max(part.start - margin, 0), min(part.stop + margin, length))
-        for part, margin, length in zip(box, margins, shape, strict=True)
-    )
 
 
 def _nifti(array: AnyArray, affine: Affine, slope: float = 1.0, intercept: float = 0.0) -> str:

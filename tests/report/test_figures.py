@@ -12,7 +12,7 @@ from PIL import Image
 from segkit.labels import SCHEMES
 from segkit.reading.volume import Grid
 from segkit.report.figures import curves_figure, overlay_figure
-from segkit.report.planes import COLOURS
+from segkit.report.images import COLOURS
 
 RAS = np.eye(4)
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])

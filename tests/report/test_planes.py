@@ -7,9 +7,8 @@ import pytest
 
 from segkit.labels import SCHEMES
 from segkit.reading.volume import Grid
-from segkit.report import planes as planes_module
-from segkit.report.images import Gallery
-from segkit.report.planes import content_box, label_colours, views_of
+from segkit.report import images as planes_module
+from segkit.report.images import Gallery, content_box, label_colours, views_of
 
 RAS = np.eye(4)
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])

@@ -15,9 +15,8 @@ from PIL import Image
 from segkit.labels import SCHEMES
 from segkit.reading.volume import Grid
 from segkit.report import viewer
-from segkit.report.images import CaseArrays
+from segkit.report.images import CaseArrays, label_colours
 from segkit.report.pictures import case_picture, outline
-from segkit.report.planes import label_colours
 from segkit.report.viewer import case_volumes, viewer_script
 
 LPS = np.diag([-1.0, -2.0, 3.0, 1.0])
