@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from segkit.checkpoint.model import load_model as load_model
     from segkit.checkpoint.transfer import LoadReport as LoadReport
     from segkit.checkpoint.transfer import load_weights as load_weights
-    from segkit.inference.predictor import Prediction as Prediction
     from segkit.inference.predictor import Predictor as Predictor
+    from segkit.inference.scans import Prediction as Prediction
     from segkit.models.table import ModelInfo as ModelInfo
     from segkit.models.table import build_model as build_model
     from segkit.models.table import list_models as list_models
@@ -29,7 +29,7 @@ _PUBLIC = {
     "load_weights": "segkit.checkpoint.transfer",
     "LoadReport": "segkit.checkpoint.transfer",
     "Predictor": "segkit.inference.predictor",
-    "Prediction": "segkit.inference.predictor",
+    "Prediction": "segkit.inference.scans",
 }
 
 __all__ = [

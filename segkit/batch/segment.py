@@ -15,7 +15,8 @@ from segkit.batch.manifest import TaskName
 from segkit.batch.worker import CasePlan, Task
 from segkit.errors import RequestError
 from segkit.inference.backends import Backend
-from segkit.inference.predictor import UNCERTAINTIES, Prediction, Predictor, Stage
+from segkit.inference.predictor import UNCERTAINTIES, Predictor, Stage
+from segkit.inference.scans import Prediction
 from segkit.labels import SCHEMES, LabelScheme
 from segkit.preparing.preprocessing import PreparedCase
 from segkit.reading.case import Case, Cohort, file_name_of, match_modalities

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -52,6 +53,30 @@ def require_segmentation(card: ModelCard, where: Path | None = None) -> Segmenta
     if card.segmentation is None:
         raise RequestError(f"{CARD_NAME} lacks `activation` or `label_scheme`", where=where, remedy="Train again")
     return card.segmentation
+
+
+_SHARED_BY_MEMBERS = (
+    *("task", "dims", "modalities", "spacing_mm", "orientation", "normalisation", "crop"),
+    *("ct_window", "ct_mean", "ct_std", "activation", "outputs", "label_scheme"),
+)
+
+
+def check_agreement(cards: Sequence[ModelCard], names: Sequence[object]) -> None:
+    """Refuse an ensemble of models that see or paint different things.
+
+    Raises:
+        RequestError: two cards differ in what an ensemble must share, all differences named.
+    """
+    for card, name in zip(cards[1:], names[1:], strict=True):
+        found, expected = card.to_json(), cards[0].to_json()
+        different = [key for key in _SHARED_BY_MEMBERS if found[key] != expected[key]]
+        if different:
+            raise RequestError(
+                f"differs from {names[0]} in {', '.join(different)}",
+                where=str(name),
+                expected="models of one ensemble that prepare and paint alike, such as the folds of one training",
+                remedy="Run the models one by one, each with its own output folder",
+            )
 
 
 def model_folders(path: Path) -> list[Path]:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from segkit.checkpoint.card import ModelCard, PostprocessingCard, SegmentationCard
-from segkit.checkpoint.run_folder import load_card, model_folders, require_segmentation
+from segkit.checkpoint.run_folder import check_agreement, load_card, model_folders, require_segmentation
 from segkit.errors import DataError, RequestError, is_memory_error
 from segkit.inference.backend_loading import open_backend, open_with_room, smaller_window
 from segkit.inference.backends import BACKENDS, Backend, ReopenableBackend
@@ -32,50 +33,24 @@ from segkit.inference.decode import (
     uncertainty,
 )
 from segkit.inference.postprocessing import agreed_rules, postprocess
+from segkit.inference.scans import Prediction, Scan, read_scan
 from segkit.inference.sliding_window import Slab, WindowPlan, plan_windows, predict_slabs
 from segkit.labels import LabelScheme, painted_values, translate, translation
 from segkit.preparing.preprocessing import LoadedCase, Preparation, PreparedCase, load_case, prepare
 from segkit.preparing.resampling import resampled_shape
-from segkit.reading.case import Case, ImageFile, match_modalities
+from segkit.reading.case import Case
 from segkit.reading.geometry import reorientation_to, reoriented_grid
-from segkit.reading.layouts.table import find_cases
-from segkit.reading.volume import Grid, Volume
-from segkit.shapes import Affine, Image, LabelMap
+from segkit.reading.volume import Grid
+from segkit.shapes import LabelMap
 
 if TYPE_CHECKING:
     import torch
-
-Scan: TypeAlias = Volume | str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]]
-"""One case: a volume in memory, a path to it (file or case folder), or paths by modality name."""
 
 Stage: TypeAlias = Callable[[str], AbstractContextManager[object]]
 """Called with the name of a stage (read, preprocess, predict, decode), gives the context that it runs in: a clock."""
 
 UNCERTAINTIES = ("entropy", "disagreement")
 """The maps of `uncertainty`, in order."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A mask on the grid of the input: labels (*source) uint8 in the values of `label_scheme`."""
-
-    labels: LabelMap = field(repr=False)
-    grid: Grid
-    label_scheme: LabelScheme
-    probability_maps: Maps | None = field(default=None, repr=False)
-    """One for each output of the card, where they were asked for."""
-    uncertainty_maps: Maps | None = field(default=None, repr=False)
-    """Those of `UNCERTAINTIES`, where they were asked for."""
-
-    @property
-    def affine(self) -> Affine:
-        """Voxel indices of `labels` to millimetres in RAS+ world space, (4, 4)."""
-        return self.grid.affine
-
-    @functools.cached_property
-    def probabilities(self) -> Image | None:
-        """(K, *source) float32 in 0..1, one plane for each map."""
-        return None if self.probability_maps is None else np.stack(list(self.probability_maps.arrays()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,17 +170,20 @@ class Predictor:
             raise
         return replace(self, window=window, backend=backend)
 
-    def __call__(self, scan: Scan, *, with_probabilities: bool = False) -> Prediction:
+    def __call__(self, scan: Scan, *, affine: ArrayLike | None = None, with_probabilities: bool = False) -> Prediction:
         """Segment one case, in the label scheme of the training data.
 
+        Args:
+            scan: A path, an image in memory, or a dict of these by modality name: `segkit.inference.scans.read_scan`
+                describes what is accepted, with axis orders.
+            affine: That of arrays without their own, (4, 4), from voxel indices to millimetres in RAS+ world space.
+            with_probabilities: Also keep the probability of each output.
+
         Raises:
-            DataError: the files cannot be read or are not what the network was trained on.
+            DataError: the scan cannot be read or used, or is not what the network was trained on.
         """
-        if isinstance(scan, Volume):
-            prepared = self.prepare(self._load_volume(scan))
-        else:
-            prepared = self.read_case(match_modalities(_case_of(scan), self.card.modalities))
-        return self.predict_prepared(prepared, with_probabilities=with_probabilities)
+        loaded = read_scan(scan, affine, self.card.modalities, self.card.dims)
+        return self.predict_prepared(self.prepare(loaded), with_probabilities=with_probabilities)
 
     def predict_case(self, case: Case, scheme: LabelScheme | None = None, *, uses_threads: bool = True) -> Prediction:
         """`read_case`, then `predict_prepared`."""
@@ -320,16 +298,6 @@ class Predictor:
         every = tuple(range(self.card.dims)) if trained is None else trained
         return every if self.uses_tta else ()
 
-    def _load_volume(self, volume: Volume) -> LoadedCase:
-        if len(self.card.modalities) != 1:
-            wanted = ", ".join(self.card.modalities)
-            remedy = f"Pass paths by name: {{{wanted!r}: path, ...}}"
-            raise DataError("one volume was given", expected=wanted, remedy=remedy)
-        image = np.asarray(volume.array, np.float32)[None]
-        if not np.isfinite(image).all():
-            raise DataError("the volume holds NaN or infinity", expected="finite intensities")
-        return LoadedCase("volume", image, None, volume.grid, (True,))
-
 
 @dataclass(frozen=True, eq=False)
 class Ensemble(Predictor):
@@ -361,37 +329,3 @@ class Ensemble(Predictor):
         """Logits (K, *prepared) of the mean probability of all members, with their disagreement."""
         axis = self.plan(prepared.image.shape[1:]).axis if axis is None else axis
         return merged([member.slabs(prepared, axis) for member in self.members], self.segmentation.activation)
-
-
-def _case_of(scan: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]]) -> Case:
-    if isinstance(scan, Mapping):
-        return Case("case", "case", {name: ImageFile(Path(path)) for name, path in scan.items()})
-    cohort = find_cases(Path(scan))
-    if len(cohort.cases) != 1:
-        found = f"holds {len(cohort.cases)} cases"
-        raise DataError(found, where=Path(scan), expected="one", remedy="Use `segkit infer`")
-    return cohort.cases[0]
-
-
-_SHARED_BY_MEMBERS = (
-    *("task", "dims", "modalities", "spacing_mm", "orientation", "normalisation", "crop"),
-    *("ct_window", "ct_mean", "ct_std", "activation", "outputs", "label_scheme"),
-)
-
-
-def check_agreement(cards: Sequence[ModelCard], names: Sequence[object]) -> None:
-    """Refuse an ensemble of models that see or paint different things.
-
-    Raises:
-        RequestError: two cards differ in what an ensemble must share, all differences named.
-    """
-    for card, name in zip(cards[1:], names[1:], strict=True):
-        found, expected = card.to_json(), cards[0].to_json()
-        different = [key for key in _SHARED_BY_MEMBERS if found[key] != expected[key]]
-        if different:
-            raise RequestError(
-                f"differs from {names[0]} in {', '.join(different)}",
-                where=str(name),
-                expected="models of one ensemble that prepare and paint alike, such as the folds of one training",
-                remedy="Run the models one by one, each with its own output folder",
-            )

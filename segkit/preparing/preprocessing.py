@@ -119,24 +119,34 @@ def _read_image(case: Case, modalities: tuple[str, ...], *, uses_threads: bool) 
         if uses_threads and len(files) > 1:
             read_all = stack.enter_context(ThreadPoolExecutor(min(available_cores(), len(files)))).map
         volumes = read_all(lambda file: read_volume(file[1].path, file[1].channel), files)
-        image = np.empty((0,), np.float32)
-        for (channel, file), volume in zip(files, volumes, strict=True):
-            if not image.size:
-                first, grid = file.path, volume.grid
-                image = np.zeros((len(modalities), *grid.shape), np.float32)
-            _refuse_other_grid(grid, first, volume.grid, file.path)
-            image[channel] = volume.array
-            if count := image[channel].size - int(np.count_nonzero(np.isfinite(image[channel]))):
-                raise DataError(
-                    f"{count} voxels are NaN or infinite",
-                    where=file.path,
-                    expected="finite intensities",
-                    remedy="Export the image again, or replace those voxels by 0 if they lie outside the patient",
-                )
+        named = ((channel, file.path, volume) for (channel, file), volume in zip(files, volumes, strict=True))
+        return stack_modalities(named, len(modalities))
+
+
+def stack_modalities(volumes: Iterable[tuple[int, Path | str, Volume]], channels: int) -> tuple[Image, Grid]:
+    """(C, *spatial) float32 of volumes with their channels and names, and the grid of the first; other channels are 0.
+
+    Raises:
+        DataError: a voxel is NaN or infinite, or a volume does not lie on the grid of the first.
+    """
+    image = np.empty((0,), np.float32)
+    for channel, name, volume in volumes:
+        if not image.size:
+            first, grid = name, volume.grid
+            image = np.zeros((channels, *grid.shape), np.float32)
+        _refuse_other_grid(grid, first, volume.grid, name)
+        image[channel] = volume.array
+        if count := image[channel].size - int(np.count_nonzero(np.isfinite(image[channel]))):
+            raise DataError(
+                f"{count} voxels are NaN or infinite",
+                where=name,
+                expected="finite intensities",
+                remedy="Export the image again, or replace those voxels by 0 if they lie outside the patient",
+            )
     return image, grid
 
 
-def _refuse_other_grid(grid: Grid, path: Path, other: Grid, other_path: Path) -> None:
+def _refuse_other_grid(grid: Grid, path: Path | str, other: Grid, other_path: Path | str) -> None:
     difference = same_grid(grid, other)
     if difference is not None:
         raise DataError(

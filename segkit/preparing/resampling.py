@@ -18,6 +18,10 @@ from segkit.shapes import Image, LabelMap
 _SAME_SPACING = 0.01
 """Spacings that differ by less than this fraction are taken as equal: headers are rounded."""
 
+_TIE_DIGITS = 4
+"""Decimals of a number of voxels before it is rounded: 13.4999996 and 13.5 (15 voxels of 0.9 mm in float32 and
+float64) give the same shape."""
+
 
 def resampled_shape(
     shape: Sequence[int], spacing_mm: Sequence[float], target_mm: Sequence[float] | None
@@ -26,7 +30,7 @@ def resampled_shape(
     if target_mm is None:
         return tuple(shape)
     return tuple(
-        size if abs(old - new) <= _SAME_SPACING * new else max(1, round(size * old / new))
+        size if abs(old - new) <= _SAME_SPACING * new else max(1, round(round(size * old / new, _TIE_DIGITS)))
         for size, old, new in zip(shape, spacing_mm, target_mm, strict=True)
     )
 

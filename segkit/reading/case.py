@@ -166,10 +166,7 @@ def match_modalities(case: Case, wanted: Sequence[str], *, allow_missing: bool =
     files) are taken in order, except by models with BraTS modalities, whose numbers differ from source to source.
     Raises DataError where a modality is missing (unless `allow_missing` and at least one exists).
     """
-    by_name = {plain_name(name): file for name, file in case.images.items()}
-    images = {name: by_name[plain_name(name)] for name in wanted if plain_name(name) in by_name}
-    if not images and _may_take_in_order(case, wanted):
-        images = dict(zip(wanted, case.images.values(), strict=True))
+    images = {name: case.images[found] for name, found in match_names(list(case.images), wanted).items()}
     missing = [name for name in wanted if name not in images]
     if missing and not (allow_missing and images):
         what = f"modalities {', '.join(missing)} are" if len(missing) > 1 else f"modality {missing[0]} is"
@@ -180,18 +177,25 @@ def match_modalities(case: Case, wanted: Sequence[str], *, allow_missing: bool =
     return replace(case, images=images, label=None)
 
 
+def match_names(found: Sequence[str], wanted: Sequence[str]) -> dict[str, str]:
+    """The found name of each wanted modality that is there, by the rules of `match_modalities`."""
+    by_name = {plain_name(name): name for name in found}
+    matched = {name: by_name[plain_name(name)] for name in wanted if plain_name(name) in by_name}
+    return dict(zip(wanted, found, strict=True)) if not matched and _may_take_in_order(found, wanted) else matched
+
+
 def plain_name(name: str) -> str:
     """A modality's canonical name, else its own in lower case."""
     return canonical_modality(name) or name.casefold()
 
 
-def _may_take_in_order(case: Case, wanted: Sequence[str]) -> bool:
-    if len(case.images) != len(wanted):
+def _may_take_in_order(found: Sequence[str], wanted: Sequence[str]) -> bool:
+    if len(found) != len(wanted):
         return False
     if len(wanted) == 1:
         is_unspecific = wanted[0].casefold() in _UNSPECIFIC or _is_number(wanted[0])
-        return is_unspecific or canonical_modality(next(iter(case.images))) is None
-    is_numbered = all(_is_number(name) for name in case.images)
+        return is_unspecific or canonical_modality(found[0]) is None
+    is_numbered = all(_is_number(name) for name in found)
     return is_numbered and not any(name in BRATS_MODALITIES for name in wanted)
 
 

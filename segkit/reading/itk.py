@@ -68,28 +68,39 @@ def open_itk(path: Path) -> ImageHeader:
         picked = pick_channel(path, channels, channel)
         with as_data_errors(path):
             voxels = SimpleITK.GetArrayFromImage(image_reader(path, _IMAGE_IO[path.suffix.lower()]).Execute())
-        # ITK gives ([time,] z, y, x [, component]), so that the transpose is ([component,] x, y, z [, time]).
-        planes = voxels.T.reshape(components, *spatial, -1, order="F")  # (component, D, H, W, time)
-        component, time = (picked, 0) if components > 1 else (0, picked)
-        return plain_numbers(planes[component, ..., time], path)
+        return plain_numbers(channels_of(voxels, spatial, components)[picked], path)
 
     return ImageHeader(Grid(spatial, affine, source=path), channels, read)
+
+
+def channels_of(voxels: AnyArray, spatial: tuple[int, ...], components: int) -> AnyArray:
+    """(C, *spatial) of an array of ITK, ([time,] z, y, x [, component]): components or points in time are channels."""
+    # The transpose is ([component,] x, y, z [, time]).
+    planes = voxels.T.reshape(components, *spatial, -1, order="F")
+    return planes[..., 0] if components > 1 else np.moveaxis(planes[0], -1, 0)
 
 
 def save_itk(path: Path, array: AnyArray, grid: Grid) -> None:
     """Write (D, H, W); DataError for a sheared affine, which ITK cannot hold."""
     import SimpleITK
 
+    SimpleITK.WriteImage(itk_image(array, grid, path), str(path), useCompression=True)
+
+
+def itk_image(array: AnyArray, grid: Grid, where: Path | str | None = None) -> Any:
+    """(D, H, W) as a SimpleITK image, in LPS; DataError for a sheared affine, which ITK cannot hold."""
+    import SimpleITK
+
     to_lps = LPS_TO_RAS @ grid.affine
     spacing = np.linalg.norm(to_lps[:3, :3], axis=0)
     direction = to_lps[:3, :3] / spacing
     if not np.allclose(direction.T @ direction, np.eye(3), atol=1e-4):
-        raise DataError("its axes are not at right angles", where=path, remedy="Write it as .nii.gz")
+        raise DataError("its axes are not at right angles", where=where, remedy="Write it as .nii.gz")
     image = SimpleITK.GetImageFromArray(np.ascontiguousarray(array.T))
     image.SetSpacing(spacing.tolist())
     image.SetOrigin(to_lps[:3, 3].tolist())
     image.SetDirection(direction.ravel().tolist())
-    SimpleITK.WriteImage(image, str(path), useCompression=True)
+    return image
 
 
 def image_reader(path: Path, image_io: str) -> Any:

@@ -64,10 +64,7 @@ class _Storage:
 
     def read(self, channel: int | None) -> AnyArray:
         """One channel, (D, H, W)."""
-        array = plain_numbers(self.stored(channel), self.path)
-        if (self.slope, self.intercept) == (1.0, 0.0):
-            return array
-        return array.astype(np.float32, copy=False) * np.float32(self.slope) + np.float32(self.intercept)
+        return scaled(plain_numbers(self.stored(channel), self.path), self.slope, self.intercept)
 
     def stored(self, channel: int | None) -> AnyArray:
         """One channel, (D, H, W), in the type and byte order of the file, before the scale factors."""
@@ -80,10 +77,17 @@ class _Storage:
         return voxels.reshape(self.spatial, order="F")
 
 
+def scaled(array: AnyArray, slope: float, intercept: float) -> AnyArray:
+    """Stored values after the scale factors of the header, in float32; the array itself where there are none."""
+    if (slope, intercept) == (1.0, 0.0):
+        return array
+    return array.astype(np.float32, copy=False) * np.float32(slope) + np.float32(intercept)
+
+
 def open_nifti(path: Path) -> ImageHeader:
     """The header of a NIfTI file; trailing axes of length 1 dropped, 2D images given a third axis of length 1."""
     header, storage = _read_nifti_header(path)
-    return ImageHeader(_nifti_grid(path, header, storage.spatial), storage.channels, storage.read)
+    return ImageHeader(nifti_grid(path, header, storage.spatial), storage.channels, storage.read)
 
 
 def open_mgh(path: Path) -> ImageHeader:
@@ -101,9 +105,14 @@ def open_mgh(path: Path) -> ImageHeader:
 
 
 def save_nifti(path: Path, array: AnyArray, grid: Grid, slope: float = 1.0) -> None:
-    """Write (D, H, W) or (D, H, W, C) in the array's own type, with the codes, units and both forms of `grid`.
+    """Write `nifti_image`."""
+    nifti_image(array, grid, slope).to_filename(path)
 
-    `slope` goes into the header; the values are written unscaled.
+
+def nifti_image(array: AnyArray, grid: Grid, slope: float = 1.0) -> nib.Nifti1Image:
+    """(D, H, W) or (D, H, W, C) in the array's own type, with the codes, units and both forms of `grid`.
+
+    `slope` goes into the header; the values stay unscaled.
     """
     header = nib.Nifti1Header()
     header.set_data_dtype(array.dtype)
@@ -114,10 +123,10 @@ def save_nifti(path: Path, array: AnyArray, grid: Grid, slope: float = 1.0) -> N
     header.set_qform(affine if grid.qform is None else to_file_units @ grid.qform, code=grid.qform_code)
     if grid.sform_code > 0:
         header.set_sform(affine, code=grid.sform_code)
-    image = nib.Nifti1Image(array, None, header)
+    image = nib.Nifti1Image(array, header.get_best_affine(), header)
     if slope != 1.0:
         image.header.set_slope_inter(slope, 0.0)
-    image.to_filename(path)
+    return image
 
 
 def rewrite_nifti(
@@ -187,7 +196,7 @@ def _storage(path: Path, header: Any, is_compressed: bool) -> _Storage:
     )
 
 
-def _nifti_grid(path: Path, header: nib.Nifti1Header, spatial: tuple[int, ...]) -> Grid:
+def nifti_grid(path: Path, header: nib.Nifti1Header, spatial: tuple[int, ...]) -> Grid:
     """The grid in millimetres: by the sform where it is set and usable, else the qform, else the voxel size alone."""
     units = int(header["xyzt_units"])
     to_mm = np.diag([*(3 * [_mm_per_unit(units)]), 1.0])

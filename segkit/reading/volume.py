@@ -189,7 +189,7 @@ def pick_channel(path: Path, channels: int, channel: int | None) -> int:
     return picked
 
 
-def plain_numbers(array: AnyArray, path: Path) -> AnyArray:
+def plain_numbers(array: AnyArray, path: Path | str) -> AnyArray:
     """Floats as float32, booleans as uint8, integers in their own type, all in this machine's byte order."""
     kind = array.dtype.kind
     if kind == "f":

@@ -18,10 +18,10 @@ from segkit.checkpoint.run_folder import load_card
 from segkit.checkpoint.tensors import load_weights_file
 from segkit.errors import CheckpointError, DataError, RequestError
 from segkit.inference.backends import TorchBackend
-from segkit.inference.predictor import Ensemble, Predictor, match_modalities
+from segkit.inference.predictor import Ensemble, Predictor
 from segkit.labels import SCHEMES, classes_scheme
 from segkit.preparing.preprocessing import LoadedCase
-from segkit.reading.case import Case, ImageFile
+from segkit.reading.case import Case, ImageFile, match_modalities
 from segkit.reading.volume import Grid, Volume
 
 MakeRun = Callable[..., Path]
@@ -94,7 +94,7 @@ def test_unusable_volumes_are_refused(make_run: MakeRun, scans: Any) -> None:
         Predictor.load(make_run("two", modalities=("t1c", "t2f")))(volume)
     predictor = Predictor.load(make_run())
     volume.array[0, 0, 0] = np.nan
-    with pytest.raises(DataError, match="holds NaN"):
+    with pytest.raises(DataError, match="1 voxels are NaN or infinite"):
         predictor(volume)
     with pytest.raises(DataError, match="is a picture; expected a volume"):
         predictor(Volume(np.ones((4, 4)), Grid((4, 4), np.eye(4))))
