@@ -1,8 +1,7 @@
-"""The predictor: a network, its card, and all steps from the files of a case to a mask on their grid.
+"""A network with its card, and the steps from the images of a case to a mask on their grid.
 
-`read_case` reads and prepares, `slabs` computes logits, `decode` paints the mask; `predict_case` is all of it. The
-folder runner, notebooks, export and validation use these same steps. Predictors never change: one with smaller
-windows, or for another device, is a new predictor.
+`read_case` reads and prepares, `slabs` computes logits, `decode` paints the mask; calling the predictor does all of it.
+The folder runner, notebooks, export and validation use the same steps. Predictors are immutable.
 """
 
 from __future__ import annotations
@@ -86,7 +85,7 @@ class Predictor:
     ) -> Predictor:
         """The predictor of a run folder or an export; of several, or of a cross-validation, their ensemble.
 
-        On a CPU the network is computed with `threads`; None is as many as there are cores.
+        `threads` are those of a CPU; None is one for each core.
 
         Raises:
             CheckpointError: a model is missing or damaged.
@@ -94,19 +93,17 @@ class Predictor:
         """
         if backend not in BACKENDS:
             raise RequestError(f"backend {backend!r} is not known", expected=f"one of {', '.join(BACKENDS)}")
-        paths = [Path(run_dir)] if isinstance(run_dir, (str, os.PathLike)) else list(run_dir)
-        folders = [folder for path in paths for folder in model_folders(path)]
-        cards = [load_card(folder) for folder in folders]
-        for card, folder in zip(cards, folders, strict=True):
+        paths = [Path(run_dir)] if isinstance(run_dir, (str, os.PathLike)) else run_dir
+        models = [(folder, load_card(folder)) for path in paths for folder in model_folders(path)]
+        for folder, card in models:
             require_segmentation(card, folder)
-        check_agreement(cards, folders)
+        check_agreement([card for _, card in models], [folder for folder, _ in models])
+        options = {"uses_tta": uses_tta, "uses_postprocessing": uses_postprocessing}
         members = []
-        for folder, card in zip(folders, cards, strict=True):
+        for folder, card in models:
             reopen = functools.partial(open_backend, folder, card, str(device), backend, threads=threads)
             window, opened = open_with_room(reopen, card, card.patch_size)
-            member = Predictor(
-                opened, card, uses_tta=uses_tta, uses_postprocessing=uses_postprocessing, window=window, reopen=reopen
-            )
+            member = Predictor(opened, card, window=window, reopen=reopen, **options)
             members.append(member if card.export is None else replace(member, backend=opened.opened, reopen=None))
         return members[0] if len(members) == 1 else Ensemble.of(members)
 
@@ -141,7 +138,7 @@ class Predictor:
 
     @property
     def identity(self) -> str:
-        """What masks depend on: short digests of the weights, whether inputs are mirrored, whether rules are used."""
+        """What masks depend on: digests of the weights, mirroring of inputs, use of the rules."""
         parts = sorted(digest[:16] for digest in self.digests)
         parts += ["tta"] * self.uses_tta
         parts += ["unprocessed"] * (self.rules is None and self.segmentation.postprocessing is not None)
@@ -152,10 +149,10 @@ class Predictor:
         return replace(self, backend=change(self.backend), reopen=None)
 
     def with_smaller_window(self) -> Predictor | None:
-        """The same with windows of half the size along their longest axis, for less memory; None where there is none.
+        """The same with windows of half the size along their longest axis, for less memory; None if there are none.
 
-        The network of this one is released first, for its memory is needed; it is opened again if it is used again.
-        Networks that normalise over a window give slightly different logits with another size.
+        The network of this predictor is released and opened again if it is used again. Networks that normalise over a
+        window give slightly different logits with another size.
         """
         window = smaller_window(self.window, self.card)
         if self.reopen is None or window is None:
@@ -185,10 +182,6 @@ class Predictor:
         loaded = read_scan(scan, affine, self.card.modalities, self.card.dims)
         return self.predict_prepared(self.prepare(loaded), with_probabilities=with_probabilities)
 
-    def predict_case(self, case: Case, scheme: LabelScheme | None = None, *, uses_threads: bool = True) -> Prediction:
-        """`read_case`, then `predict_prepared`."""
-        return self.predict_prepared(self.read_case(case, uses_threads=uses_threads), scheme)
-
     def predict_loaded(self, loaded: LoadedCase, scheme: LabelScheme | None = None) -> Prediction:
         """`prepare`, then `predict_prepared`."""
         return self.predict_prepared(self.prepare(loaded), scheme)
@@ -205,8 +198,8 @@ class Predictor:
         """Segment a prepared case, in the values of `scheme` (default: that of the training data)."""
         activation = self.segmentation.activation
         outside = outside_probabilities(len(self.card.outputs), activation)
-        shares = Maps(prepared.preparation, outside) if with_probabilities else None
-        doubts = Maps(prepared.preparation, (0,) * len(UNCERTAINTIES)) if with_uncertainty else None
+        probability_maps = Maps(prepared.preparation, outside) if with_probabilities else None
+        uncertainty_maps = Maps(prepared.preparation, (0,) * len(UNCERTAINTIES)) if with_uncertainty else None
 
         def computed() -> Iterator[Slab]:
             slabs = self.slabs(prepared)
@@ -215,15 +208,16 @@ class Predictor:
                     slab = next(slabs, None)
                 if slab is None:
                     return
-                if shares is not None:
-                    shares.add(probabilities(slab.logits, activation), slab)
-                if doubts is not None:
-                    doubts.add(uncertainty(slab, activation), slab)
+                if probability_maps is not None:
+                    probability_maps.add(probabilities(slab.logits, activation), slab)
+                if uncertainty_maps is not None:
+                    uncertainty_maps.add(uncertainty(slab, activation), slab)
                 yield slab
 
         with stage("decode"):
             labels = self.decode(computed(), prepared.preparation, scheme)
-        return Prediction(labels, prepared.preparation.source_grid, scheme or self.scheme, shares, doubts)
+        grid = prepared.preparation.source_grid
+        return Prediction(labels, grid, scheme or self.scheme, probability_maps, uncertainty_maps)
 
     def read_case(
         self, case: Case, *, allow_missing: bool = False, uses_threads: bool = True, stage: Stage = nullcontext
@@ -246,12 +240,10 @@ class Predictor:
         """
         if loaded.grid.dims != self.card.dims:
             kinds = {2: "a picture", 3: "a volume"}
-            raise DataError(
-                f"is {kinds.get(loaded.grid.dims, 'neither picture nor volume')}",
-                where=loaded.grid.source or loaded.id,
-                expected=f"{kinds[self.card.dims]}, as this model was trained on",
-                remedy="Choose another model, or convert the images",
-            )
+            found = f"is {kinds.get(loaded.grid.dims, 'neither picture nor volume')}"
+            expected = f"{kinds[self.card.dims]}, as this model was trained on"
+            remedy = "Choose another model, or convert the images"
+            raise DataError(found, where=loaded.grid.source or loaded.id, expected=expected, remedy=remedy)
         return prepare(loaded, self.card.preprocessing)
 
     def prepared_shape(self, grid: Grid) -> tuple[int, ...]:
@@ -294,9 +286,10 @@ class Predictor:
 
     def mirror_axes(self) -> tuple[int, ...]:
         """The axes of *spatial along which inputs are mirrored and logits averaged; none without `uses_tta`."""
+        if not self.uses_tta:
+            return ()
         trained = self.segmentation.mirror_axes
-        every = tuple(range(self.card.dims)) if trained is None else trained
-        return every if self.uses_tta else ()
+        return tuple(range(self.card.dims)) if trained is None else trained
 
 
 @dataclass(frozen=True, eq=False)

@@ -220,7 +220,8 @@ class Inpaint(Task[InpaintPlan]):
         segmenter = self.holes.segmenter
         if segmenter is None or plan.segmented is None:
             raise ValueError("there is neither a mask nor a segmenter")
-        found: NDArray[np.bool_] = segmenter.predict_case(plan.segmented, uses_threads=uses_threads).labels != 0
+        prepared = segmenter.read_case(plan.segmented, uses_threads=uses_threads)
+        found: NDArray[np.bool_] = segmenter.predict_prepared(prepared).labels != 0
         return found
 
     def write(self, plan: InpaintPlan, result: Filled) -> dict[str, Any]:
