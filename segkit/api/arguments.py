@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from segkit.errors import RequestError
 
@@ -72,3 +72,16 @@ def parse_gigabytes(memory: str | float) -> float:
 def device_name(device: str | None) -> str | None:
     """The name of a device; None for "auto", the best that this machine has."""
     return None if device == "auto" else device
+
+
+def nested_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"training.steps": 100}` to `{"training": {"steps": 100}}`; nested sections stay as they are."""
+    from segkit.config import merge
+
+    nested: dict[str, Any] = {}
+    for name, value in settings.items():
+        layer: Any = value
+        for part in reversed(name.split(".")):
+            layer = {part: layer}
+        nested = merge(nested, layer)
+    return nested

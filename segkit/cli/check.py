@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from segkit.api.arguments import parse_gigabytes
+from segkit.api.training import preset_for, suited_presets
 from segkit.cli.options import (
     DataArgument,
     JsonOption,
@@ -24,7 +25,6 @@ from segkit.cli.options import (
     VerboseOption,
     console,
     parse_settings,
-    preset_for,
     print_json,
     print_stderr,
     print_stdout,
@@ -32,7 +32,6 @@ from segkit.cli.options import (
     read_modalities,
     set_verbosity,
 )
-from segkit.cli.training import suited_presets
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from segkit.api.training import suited_presets
 from segkit.cli.options import QuietOption, SetOption, VerboseOption, parse_settings, print_stdout, set_verbosity
-from segkit.cli.training import suited_presets
 from segkit.errors import ConfigError, Problem, RequestError
 
 if TYPE_CHECKING:

@@ -116,11 +116,6 @@ def read_modalities(pairs: list[str] | None) -> dict[str, str] | None:
     return mapping
 
 
-def preset_for(device_type: str) -> str:
-    """The preset that suits a device ("cpu", "cuda", "mps") where none was asked for."""
-    return "cpu" if device_type == "cpu" else "default"
-
-
 def parse_settings(settings: list[str] | None) -> dict[str, Any]:
     """`["training.lr=1e-3"]` to a nested dictionary of overrides; values are YAML."""
     from segkit.config import parse_overrides

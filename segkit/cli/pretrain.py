@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from segkit.cli import options, training
-from segkit.cli.options import print_stdout, print_table
-from segkit.errors import RequestError
+from segkit.cli.options import parse_settings, print_stdout, print_table, read_modalities
 
 if TYPE_CHECKING:
-    from segkit.training.task import Kind, Summary
+    from segkit.training.task import Summary
 
 FoldersArgument = Annotated[
     list[Path], typer.Argument(help="Folders with images, in any layout; references are not looked at.")
@@ -62,56 +60,17 @@ def pretrain(
     patient in five is held out to measure what was learnt. With --method inpainting the network learns to fill holes,
     and `segkit inpaint -m RUN` does so.
     """
-    command = training.TrainingCommand(
-        output=output, config=config, preset=preset, settings=settings, budget=budget, memory=memory, weights=weights,
-        exclude=exclude, layout=layout, modality=modality, resume=resume, allow_changes=allow_changes,
-        overwrite=overwrite, device_name=device, gpus=gpus, as_json=as_json, quiet=quiet, verbose=verbose,
+    verb = training.TrainingVerb.start(gpus, device, as_json=as_json, quiet=quiet, verbose=verbose)
+    from segkit.api.pretraining import pretraining_request, train_encoder
+    from segkit.api.training import TrainingOptions
+
+    arguments = TrainingOptions(
+        output, preset, config, parse_settings(settings), budget, memory, weights, exclude, layout,
+        read_modalities(modality), device, resume, overwrite, allow_changes,
     )  # fmt: skip
-    from segkit.training.run import train
-
-    files = command.file_layers()
-    recorded = command.recorded_settings().get("method")
-    for _, layer in files:
-        method = method or layer.get("method")
-    if recorded and method and method != recorded:
-        raise RequestError(
-            f"the settings differ from those of the run: method {recorded} -> {method}",
-            where=output,
-            remedy="Omit --method, or start a new run",
-        )
-    method = method or recorded
-    kind, folder = _kind_of(method)
-    presets = command.preset_layers(folder)
-    if encoder is not None:
-        presets = [(name, {**layer, "network": {}}) for name, layer in presets]
-        files = [("--encoder", {"network": _network(encoder)}), *files]
-    request = command.request(data, kind, presets, [*files, *command.option_layers(method=method)])
-    summary = command.run(
-        lambda request: train(request, kind), request, "segkit", "pretrain", *data, "-o", output, "--resume"
-    )
-    command.finish(summary, _show)
-
-
-def _kind_of(method: str | None) -> tuple[Kind[Any, Any], str]:
-    """The kind of training, and the folder of its presets."""
-    from segkit.config import INPAINTING_PRESETS, PRETRAINING_PRESETS
-
-    if method == "inpainting":
-        from segkit.inpainting.run import InpaintingKind
-
-        return InpaintingKind(), INPAINTING_PRESETS
-    from segkit.pretraining.run import PretrainingKind
-
-    return PretrainingKind(), PRETRAINING_PRESETS
-
-
-def _network(encoder: str) -> Mapping[str, Any]:
-    """A family in its usual size, or an encoder of segmentation-models-pytorch under a U-Net."""
-    from segkit.models.table import MODELS
-
-    if encoder in MODELS:
-        return {"family": encoder}
-    return {"family": "smp", "size": "unet", "arguments": {"encoder": encoder}}
+    request, kind = pretraining_request(data, arguments, method=method, encoder=encoder)
+    command = ("segkit", "pretrain", *data, "-o", output, "--resume")
+    verb.finish(verb.run(lambda request: train_encoder(request, kind), request, *command), _show)
 
 
 def _show(summary: Summary) -> None:

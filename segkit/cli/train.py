@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from segkit.cli import options, training
-from segkit.cli.options import print_json, print_stdout, print_table
+from segkit.cli.options import parse_settings, print_json, print_stdout, print_table, read_modalities
 from segkit.errors import RequestError
 
 if TYPE_CHECKING:
     from segkit.training.config import TrainConfig
-    from segkit.training.segmentation import SegmentationKind
     from segkit.training.task import Summary, TrainingRequest
 
 FoldOption = Annotated[
@@ -25,10 +23,6 @@ WeightsOption = Annotated[
     typer.Option("--weights", help="Weights to begin with: run folder, nnU-Net results, .safetensors, .pth, .model."),
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Plan, print the settings, train nothing.")]
-
-
-_OF_MEMORY = ("mode", "chunks", "encoder_weights")
-"""Arguments of a network that another training need not share."""
 
 
 def train(
@@ -60,25 +54,18 @@ def train(
     Patch, batch, spacing and normalisation are planned from the data and the memory at hand; config.yaml in the run
     folder says what was chosen and why. Settings are taken from the preset, then --config, then the options.
     """
-    command = training.TrainingCommand(
-        output=output, config=config, preset=preset, settings=settings, budget=budget, memory=memory, weights=weights,
-        exclude=exclude, layout=layout, modality=modality, resume=resume, allow_changes=allow_changes,
-        overwrite=overwrite, device_name=device, gpus=gpus, as_json=as_json, quiet=quiet, verbose=verbose,
+    verb = training.TrainingVerb.start(gpus, device, as_json=as_json, quiet=quiet, verbose=verbose)
+    from segkit.api.training import TrainingOptions, segmentation_request, train_segmentation
+
+    arguments = TrainingOptions(
+        output, preset, config, parse_settings(settings), budget, memory, weights, exclude, layout,
+        read_modalities(modality), device, resume, overwrite, allow_changes,
     )  # fmt: skip
-    from segkit.config import PRESETS
-    from segkit.training import run
-    from segkit.training.segmentation import SegmentationKind
-
-    kind = SegmentationKind()
-    options_of_data = {"label_scheme": label_scheme, "fold": _fold_number(fold)}
-    layers = [*_network_of(weights), *command.file_layers(), *command.option_layers(options_of_data)]
-    request = command.request([data], kind, command.preset_layers(PRESETS), layers)
+    which = _fold(fold)
+    request = segmentation_request(data, arguments, fold=which, label_scheme=label_scheme)
     if dry_run:
-        _show_plan(request, kind, as_json=command.as_json)
+        _show_plan(request, as_json=verb.as_json)
         return
-
-    def work(request: TrainingRequest[TrainConfig]) -> Summary:
-        return run.cross_validate(request) if fold == "all" else run.train(request, kind)
 
     def show(summary: Summary) -> None:
         rows = [(name, f"{value:.4f}") for name, value in summary.scores["dice"].items()]
@@ -86,15 +73,17 @@ def train(
         print_stdout(f"Model: {output}  ->  segkit infer -m {output} -i SCANS -o MASKS")
 
     folds = () if fold is None else ("-f", fold)
-    summary = command.run(work, request, "segkit", "train", data, "-o", output, *folds, "--resume")
-    command.finish(summary, show)
+    command = ("segkit", "train", data, "-o", output, *folds, "--resume")
+    verb.finish(verb.run(lambda request: train_segmentation(request, which), request, *command), show)
 
 
-def _show_plan(request: TrainingRequest[TrainConfig], kind: SegmentationKind, *, as_json: bool) -> None:
+def _show_plan(request: TrainingRequest[TrainConfig], *, as_json: bool) -> None:
     """Print the settings with what planning chose and why."""
     from segkit.config import annotated_yaml
     from segkit.training.run import begin, plan_run
+    from segkit.training.segmentation import SegmentationKind
 
+    kind = SegmentationKind()
     plan = plan_run(request, kind)
     if plan.config.network.weights is not None:
         begin(plan, kind)  # weights that do not fit are reported now
@@ -105,23 +94,11 @@ def _show_plan(request: TrainingRequest[TrainConfig], kind: SegmentationKind, *,
         print_stdout(annotated_yaml(plan.config, plan.reasons, has_help=False).removesuffix("\n"))
 
 
-def _network_of(weights: Path | None) -> list[tuple[str, Mapping[str, Any]]]:
-    """The network that a run folder was trained as, as a layer over the preset; none for files without a card.
-
-    What suited that training's memory (mode, chunks) is planned anew.
-    """
-    if weights is None or not weights.is_dir():
-        return []
-    from segkit.checkpoint.run_folder import load_card, model_folders
-
-    network = load_card(model_folders(weights)[0]).network
-    arguments = {name: value for name, value in network.arguments.items() if name not in _OF_MEMORY}
-    return [(str(weights), {"network": {"family": network.family, "size": network.size, "arguments": arguments}})]
-
-
-def _fold_number(text: str | None) -> int | None:
-    if text is None or text == "all":
+def _fold(text: str | None) -> int | Literal["all"] | None:
+    if text is None:
         return None
+    if text == "all":
+        return "all"
     if not text.isdigit():
         raise RequestError(f"--fold {text!r} cannot be read", expected="a number from 0, or all")
     return int(text)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from segkit.cli.training import suited_presets
+from segkit.api.training import suited_presets
 from segkit.config import (
     INPAINTING_PRESETS,
     PRESETS,
