@@ -1,4 +1,4 @@
-"""Probabilities behind predicted masks: how they are found, and the scores of their ranking and calibration.
+"""Probabilities of predicted masks: their files, and the scores of their ranking and calibration.
 
 Both are computed by `segkit.metrics.calibration`, over the whole image (or region of interest), and calibration also in
 a box around the reference.
@@ -30,7 +30,7 @@ PROBABILITY_METRICS = ("auc", "ece", "ace", "brier", "ece_box", "brier_box")
 RegionReliability = Mapping[str, Reliability]
 """Voxels of a region by their probability: "whole" of the image or region of interest, and "box" around the reference.
 
-"box" is absent where the reference is empty; both are absent where the numbers are no probabilities.
+"box" is absent if the reference is empty; both are absent if the numbers are not probabilities.
 """
 
 _log = logging.getLogger(__name__)
@@ -44,12 +44,9 @@ def find_probabilities(cases: Sequence[Case], regions: Collection[str], folder: 
     Raises:
         RequestError: there is no such folder, or it holds no probabilities of these cases, or two files for one.
     """
+    remedy = "Write them with `segkit infer --save-probabilities`"
     if not folder.is_dir():
-        raise RequestError(
-            "no such folder of probabilities",
-            where=folder,
-            remedy="Write them with `segkit infer --save-probabilities`",
-        )
+        raise RequestError("no such folder of probabilities", where=folder, remedy=remedy)
     by_stem: dict[str, list[Path]] = defaultdict(list)
     for path in list_images(folder).images:
         by_stem[stem_of(path)].append(path)
@@ -67,7 +64,7 @@ def find_probabilities(cases: Sequence[Case], regions: Collection[str], folder: 
             f"holds no probabilities of these cases: found {others}",
             where=folder,
             expected=f"names such as {cases[0].id}_{next(iter(regions))}.tif or .nii.gz",
-            remedy="Write them with `segkit infer --save-probabilities`",
+            remedy=remedy,
         )
     return found
 

@@ -1,6 +1,6 @@
 """Regions of interest to score in, such as the field of view of a retinal camera or a brain mask.
 
-What lies outside is black by construction: to label it background is no achievement.
+Voxels outside are black by construction: labelling them background proves nothing.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def find_rois(cases: Sequence[Case], given: str, references: Path) -> dict[str, 
 def read_roi(path: Path, grid: Grid, reference: Mask) -> Mask:
     """The region of interest (*grid.shape): all voxels that are not black, or not 0.
 
-    A palette picture counts by its colours, not by its indices. `reference` is what will be scored; a region that
-    leaves out most of it is rejected.
+    A palette picture counts by its colours, not by its indices. A region that leaves out most of the `reference`, the
+    voxels to be scored, is rejected.
 
     Raises:
         DataError: the file is unusable, lies on another grid, or does not hold the reference.
@@ -93,9 +93,9 @@ def read_roi(path: Path, grid: Grid, reference: Mask) -> Mask:
 
 
 def _match_names(cases: Sequence[Case], named: Sequence[tuple[Path, str]]) -> dict[str, Path]:
-    """Case id -> file: a file belongs to the case whose id, or image name, is the longest that its own name holds.
+    """Case id -> file: a file belongs to the case with the longest id, or image name, in the name of the file.
 
-    Only words may stand beside the name of the case: `21_mask` is of case 21, `21_1_mask` of another.
+    Only words may be beside the name of the case: `21_mask` belongs to case 21, `21_1_mask` to another.
     """
     names = {name: case.id for case in cases for name in (case.id, *(stem_of(i.path) for i in case.images.values()))}
     patterns = {name: re.compile(rf"{re.escape(name)}([-_. ]\D*)?|\D*[-_. ]{re.escape(name)}") for name in names}

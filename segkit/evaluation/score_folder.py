@@ -1,7 +1,7 @@
 """Scoring a folder of masks against references: per case, per region, with a summary.
 
-Prediction and reference are each decoded in their own label scheme, so that masks of different BraTS years compare by
-tissue. A case that cannot be scored becomes an error of its own and does not stop the others.
+Prediction and reference are each decoded in their own label scheme, so that masks of different BraTS years are compared
+by tissue. A case that cannot be scored becomes an error of its own and does not stop the others.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Missing = Literal["skip", "zero"]
 _log = logging.getLogger(__name__)
 
 _PED_TISSUES = {"NETC": ("NET",), "ED": ("ED",)}
-"""Regions that the paediatric challenge scores and networks have no outputs for (BraTS-PED 2024 and later)."""
+"""Regions that the paediatric challenge scores but networks have no outputs for (BraTS-PED 2024 and later)."""
 
 
 def evaluate_folders(
@@ -55,9 +55,8 @@ def evaluate_folders(
 ) -> Evaluation:
     """Score a folder (or file) of masks against the references of a dataset, a folder of masks or a file.
 
-    See `pair_folders` for how files are paired and `PROTOCOLS` for what is computed. `roi` (see `find_rois`) restricts
-    all scores to a region of interest; a folder of `probabilities` adds the area under the ROC curve and calibration
-    (`segkit.metrics.calibration`).
+    See `pair_folders` for the pairing of files and `PROTOCOLS` for the metrics. `roi` (see `find_rois`) restricts all
+    scores to a region of interest; a folder of `probabilities` adds the area under the ROC curve and calibration.
 
     Raises:
         RequestError: the protocol or challenge is unknown, or nothing could be paired; see `evaluate_pairs`.
@@ -129,11 +128,7 @@ class _Scorer:
         self.regions = scored_regions(self.scheme, protocol, self.challenge)
 
     def score(self, pair: Pair, reference: LabelMap, grid: Grid) -> CaseScores:
-        """Scores of a prediction.
-
-        Raises:
-            DataError: the prediction, its region of interest or its probabilities are missing or unusable.
-        """
+        """Scores of a prediction; a DataError says what is missing or unusable."""
         case_id = pair.reference.id
         predicted = scored_regions(pair.scheme, self.protocol, self.challenge)
         if not self.regions.keys() & predicted.keys():
@@ -151,7 +146,7 @@ class _Scorer:
             self.regions,
             protocol=self.protocol,
             challenge=self.challenge,
-            prediction_regions={name: predicted.get(name, ()) for name in self.regions},  # () is: not predicted
+            prediction_regions={name: predicted.get(name, ()) for name in self.regions},  # (): not predicted
             roi=roi,
         )
         scores = {region: scored.scores for region, scored in found.items()}
@@ -213,7 +208,7 @@ def read_reference(pair: Pair, scheme: LabelScheme) -> tuple[LabelMap, Grid]:
     """The reference mask of a pair and its grid.
 
     Raises:
-        DataError: the file is unusable or holds values that its scheme does not know.
+        DataError: the file is unusable or holds values that are not in its scheme.
     """
     label = pair.reference.label
     if label is None:
@@ -227,14 +222,14 @@ def read_prediction(pair: Pair, grid: Grid) -> LabelMap:
     """The predicted mask of a pair, which must lie on the grid of the reference.
 
     Raises:
-        DataError: the file is unusable, lies on another grid, or holds values that its scheme does not know.
+        DataError: the file is unusable, lies on another grid, or holds values that are not in its scheme.
     """
     if pair.prediction is None:
         raise ValueError(f"case {pair.reference.id} has no prediction")
     labels, own_grid = read_labels(pair.prediction)
     difference = same_grid(own_grid, grid)
     if difference is not None:
-        remedy = "Scores compare voxel by voxel: bring the prediction back to the grid of the scan it was made from"
+        remedy = "Scores compare voxel by voxel: resample the prediction to the grid of its scan"
         raise DataError(difference, where=pair.prediction, remedy=remedy)
     _require_known(labels, pair.scheme, pair.prediction, "--prediction-scheme")
     return labels
@@ -242,7 +237,7 @@ def read_prediction(pair: Pair, grid: Grid) -> LabelMap:
 
 def _require_known(labels: LabelMap, scheme: LabelScheme, path: Path, option: str) -> None:
     values = {0, *scheme.values.values()}
-    if values.issuperset(range(int(labels.max()) + 1)):  # nearly always, and found out in no time
+    if values.issuperset(range(int(labels.max()) + 1)):  # nearly always, and fast
         return
     stray = sorted(present_values(labels) - values)
     if stray:

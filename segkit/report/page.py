@@ -1,7 +1,6 @@
-"""`segkit report`: one self-contained HTML page.
+"""`segkit report`: one self-contained HTML page with its pictures, charts, scripts and volumes.
 
-A page holds its pictures, charts, scripts and volumes. Its content security policy forbids every address, and every
-script but its own; names and notes are escaped by construction (`html`).
+Its content security policy forbids every address, and every script but its own; `templates` escapes names and notes.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from segkit.report.templates import asset, render
 from segkit.report.viewer import DIFFERENCES, CaseVolumes, case_volumes, viewer_script
 
 MOST_BYTES = 15_000_000
-"""The largest size of a page, so that it can be sent by mail."""
+"""The size limit of a page, so that it can be sent by mail."""
 
 _STILLS_BYTES = 6_000_000
 _STILL_BYTES = 120_000
 _MOST_STILLS = 200
 _VIEWED_CASES = 10
 _SPARE_BYTES = 20_000
-_WITHOUT_VIEWER = "The interactive viewer is left out: pip install 'segkit[viewer]' and write the page again."
+_WITHOUT_VIEWER = "The interactive viewer is missing: pip install 'segkit[viewer]' and write the page again."
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def _heading(findings: Findings) -> str:
 
 @dataclass
 class _Media:
-    """Stills and volumes by case id, worst first, problems with their files, and how many are left out to save room."""
+    """Stills and volumes by case id, worst first, problems with their files, and the numbers left out to save space."""
 
     stills: dict[str, Markup] = field(default_factory=dict)
     volumes: dict[str, CaseVolumes] = field(default_factory=dict)

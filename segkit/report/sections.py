@@ -21,7 +21,6 @@ from segkit.report.templates import colour_class, digits_of, metric_name, writte
 from segkit.report.viewer import DIFFERENCES, viewer_licence
 
 MOST_ROWS = 1000
-"""Cases in a table."""
 MOST_METRICS = 12
 _MEAN_OF_REGIONS = "mean"
 _MOST_HEADLINES = 7
@@ -190,7 +189,6 @@ def cases_section(findings: Findings, cases: Sequence[CaseFacts], anchors: Mappi
     has_times = any("predict" in _seconds(case.record) for case in cases)
     views = [_MEAN_OF_REGIONS, *regions] if len(regions) > 1 else regions or [_MEAN_OF_REGIONS]
     names = [*map(metric_name, metrics), *(("seconds", "peak MB") if has_times else ())]
-    columns = [(name, "text") for name in ("case", "region")] + [(name, "number") for name in names]
     rows = []
     for case in cases[:MOST_ROWS]:
         common = {
@@ -203,11 +201,8 @@ def cases_section(findings: Findings, cases: Sequence[CaseFacts], anchors: Mappi
         for view in views:
             scores = [_cell(_score(case, view, metric), digits_of(metric)) for metric in metrics]
             rows.append({**common, "view": view, "is_hidden": view != views[0], "cells": scores + times})
-    dice = metric_name("dice")  # the order at first
-    headings = [
-        {"name": name, "kind": kind, "order": "ascending" if name == dice else "none"} for name, kind in columns
-    ]
-    return Section("cases", "Cases", {"views": views, "columns": headings, "rows": rows})
+    content = {"views": views, "columns": ["case", "region", *names], "sorted_by": metric_name("dice"), "rows": rows}
+    return Section("cases", "Cases", content)
 
 
 def _score(case: CaseFacts, view: str, metric: str) -> float | None:
@@ -230,9 +225,8 @@ def viewer_section(
     """The viewer of the cases with volumes (case id -> key); `pictures` is the number of cases with pictures."""
     if not viewable:
         return None
-    which = "all" if len(viewable) >= pictures else "the worst" if are_scored else "the first"
     content = {
-        "about": f"Here are {which} {len(viewable)} cases" if len(viewable) > 1 else "The case",
+        "which": "all" if len(viewable) >= pictures else "the worst" if are_scored else "the first",
         "choices": list(viewable.items()),
         "labels": _legend(labels),
         "differences": _legend(DIFFERENCES.values()),
@@ -360,18 +354,14 @@ def settings_section(findings: Findings, redact: PathRedactor) -> Section | None
         parts = (line.partition("# ") for line in redact(run.config).splitlines())
         lines = [(setting, comment if sign else None) for setting, sign, comment in parts]
         configurations += [(run.name, lines)] if run.config else []
-    environments = [(run.name, mapping(run.card, "versions")) for run in findings.runs]
-    environments += [(output.name, mapping(output.manifest, "environment")) for output in findings.outputs]
-    content = {
-        "configurations": configurations,
-        "environments": [(name, _environment(versions)) for name, versions in environments if versions],
-    }
+    environments = []
+    documents = [(run.name, mapping(run.card, "versions")) for run in findings.runs]
+    documents += [(output.name, mapping(output.manifest, "environment")) for output in findings.outputs]
+    for name, versions in documents:
+        order = sorted(versions, key=lambda key: (key not in _ENVIRONMENT, key))
+        environments += [(name, _known({key: str(versions[key]) for key in order}))] if versions else []
+    content = {"configurations": configurations, "environments": environments}
     return Section("settings", "Configuration and environment", content) if any(content.values()) else None
-
-
-def _environment(versions: Document) -> dict[str, object]:
-    order = sorted(versions, key=lambda key: (key not in _ENVIRONMENT, key))
-    return _known({key: str(versions[key]) for key in order})
 
 
 def notes_section(notes: Iterable[str], redact: PathRedactor) -> Section | None:
@@ -382,20 +372,17 @@ def notes_section(notes: Iterable[str], redact: PathRedactor) -> Section | None:
 
 def evaluation_notes(findings: Findings, cases: Sequence[CaseFacts]) -> list[str]:
     """Cases that are not in the scores, or in them with the worst ones, and the notes of the evaluations."""
-    notes = []
     missing = [case.id for case in cases if case.is_missing]
-    if missing:
-        notes.append(
-            f"Without a usable prediction and given the worst scores ({len(missing)}): {some(missing, _NAMED)}."
-        )
-    for scored in findings.evaluations:
-        for names, what in (
-            (scored.document.unscored, "References without a prediction, which are not in these scores"),
-            (scored.document.surplus, "Files that belong to no reference"),
-        ):
-            notes += [f"{what} ({len(names)}): {some(names, _NAMED)}."] if names else []
-        notes += scored.document.notes
+    notes = _naming("Without a usable prediction and given the worst scores", missing)
+    for document in (scored.document for scored in findings.evaluations):
+        notes += _naming("References without a prediction, which are not in these scores", document.unscored)
+        notes += _naming("Files that belong to no reference", document.surplus)
+        notes += document.notes
     return notes
+
+
+def _naming(what: str, names: Sequence[str]) -> list[str]:
+    return [f"{what} ({len(names)}): {some(names, _NAMED)}."] if names else []
 
 
 def table_notes(findings: Findings, cases: Sequence[CaseFacts]) -> list[str]:
