@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from segkit.models.kernels.region_norm import region_norm
+from segkit.models.kernels.region_norm import Rule, masks_of, normalise_regions
 from segkit.models.region_layers import RegionNormBasic, RegionNormLearnable
 from segkit.runtime import current_rss_mb, peak_rss_mb, return_freed_memory
 
@@ -37,6 +37,12 @@ LAYERS: dict[str, Callable[[], Layer]] = {
     "RN-L": lambda: _alone(RegionNormLearnable(3)),
     "RN-L, straight-through": lambda: _alone(RegionNormLearnable(3, learning="straight-through")),
 }
+
+
+def region_norm(x: Tensor, regions: Tensor, count: int = 2) -> Tensor:
+    """Each region normalised by its own mean and deviation, without gain and bias."""
+    masks, channels = masks_of(x, regions, count), (x.shape[1], count)
+    return normalise_regions(x, masks, masks, masks.new_ones(channels), masks.new_zeros(channels), Rule())
 
 
 def _alone(layer: nn.Module) -> Layer:

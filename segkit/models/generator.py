@@ -73,7 +73,6 @@ class GeneratorConfig(SlicewiseConfig):
 
 
 SIZES: dict[str, dict[str, object]] = {"paper": {}, "tiny": {"width": 16, "blocks": 2}}
-"""Size name -> the configuration it stands for."""
 
 
 def build_generator(config: GeneratorConfig, in_channels: int, out_channels: int, dims: int) -> SegmentationNetwork:

@@ -62,7 +62,6 @@ SIZES: dict[str, dict[str, object]] = {
     "base": {"widths": (32, 64, 128, 256)},
     "large": {"widths": (32, 64, 128, 256, 512)},
 }
-"""Size name -> the configuration it stands for."""
 
 
 class Unit(nn.Module):

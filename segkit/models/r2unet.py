@@ -1,9 +1,8 @@
 """R2U-Net and RU-Net: U-Nets of recurrent convolutions, with and without a residual around them.
 
 After Alom et al. 2018 (arXiv 1802.06955): recurrent layers with kernels of their own for input and recurrence, two in
-a unit, a residual around both. Norm, up-sampling and initialisation are segkit's own choice. Size "parity" rebuilds
-the most copied public implementation instead: one kernel and one batch norm for all steps, nearest-neighbour
-up-sampling, five levels.
+a unit, a residual around both. Norm, up-sampling and initialisation are segkit's own choice. Size "parity" is the most
+copied public implementation: one kernel and one batch norm for all steps, nearest-neighbour up-sampling, five levels.
 
     unit -> [max pool -> unit] x steps down -> [up, skip concatenated -> unit] x steps up -> head
 
@@ -13,12 +12,10 @@ steps. With the feed-forward kernel f, the recurrent kernel r and the norm n_s o
 
     h_0 = ReLU(n_0(f(x)));   h_s = ReLU(n_s(f(x) + r(h_{s-1})))   for s = 1..t
 
-f(x) does not change between steps and is computed once. In the tied form r is f, which is linear, so that the popular
-f(x + h) is f(x) + f(h) with the bias counted once.
-
-The popular code has one batch norm for all steps: step 0 sees f(x), later steps the larger f(x) + r(h), and the running
-averages mix the two, so that evaluation differs from training (`benchmarks/norm_trap.py`). Here each step has its own
-norm, as in the public code of the recurrent layer's authors; "batch_shared" rebuilds the popular form for comparison.
+In the tied form r is f, which is linear, so that the popular f(x + h) is f(x) + f(h) with the bias counted once. With
+one batch norm for all steps, step 0 sees f(x), later steps the larger f(x) + r(h), and the running averages mix the
+two, so that evaluation differs from training (`benchmarks/norm_trap.py`). Here each step has its own norm, as in the
+public code of the recurrent layer's authors.
 """
 
 from __future__ import annotations
@@ -52,8 +49,6 @@ from segkit.models.kernels.convolutions import pointwise, step_up
 REFERENCE = "Alom et al. 2018, arXiv 1802.06955"
 
 Share = Literal["separate", "tied"]
-"""Whether the recurrent kernel is one of its own, as Liang and Hu have it, or the feed-forward one (popular code)."""
-
 Norm = Literal["instance", "group", "batch_per_step", "batch_shared", "none"]
 """Norm of a recurrent layer; "batch_shared" is wrong in evaluation, see above."""
 
@@ -70,7 +65,7 @@ class R2UNetConfig(Config):
     steps: int = Field(default=2, ge=0)
     """Recurrent steps t of each layer, which makes t + 1 activations; 0 is a plain convolution."""
     share: Share = "separate"
-    """Whether the recurrent kernel is one of its own or tied to the feed-forward one, as in popular code."""
+    """Whether the recurrent kernel is one of its own (Liang and Hu) or tied to the feed-forward one (popular code)."""
     norm: Norm = "instance"
     """Norm before each ReLU, one per step; "batch_shared" shares one over the steps, which breaks evaluation."""
     accumulate: bool = False
@@ -99,6 +94,10 @@ class R2UNetConfig(Config):
             raise ValueError(f"supervised_levels is {self.supervised_levels}, but {steps + 1} widths give {steps}")
         return self
 
+    def has_bias(self) -> bool:
+        """Whether the 3 x 3 (x 3) convolutions have a bias."""
+        return self.norm == "none" if self.bias is None else self.bias
+
 
 SIZES: dict[str, dict[str, object]] = {
     "tiny": {"widths": (8, 16, 32)},
@@ -114,10 +113,7 @@ SIZES: dict[str, dict[str, object]] = {
         "up": "nearest",
     },
 }
-"""Size name -> the configuration it stands for.
-
-"parity" has 39,091,393 parameters in 2D with 3 inputs and 1 output. Use it for comparison only: see `Norm`.
-"""
+""""parity" has 39,091,393 parameters in 2D with 3 inputs and 1 output. Use it for comparison only: see `Norm`."""
 
 RUNET_SIZES: dict[str, dict[str, object]] = {size: {**values, "residual": False} for size, values in SIZES.items()}
 """The same without the residual."""
@@ -159,7 +155,7 @@ def _unit(config: R2UNetConfig, dims: int, in_channels: int, channels: int) -> R
             steps=config.steps,
             share=config.share,
             norm=config.norm,
-            bias=_has_bias(config),
+            bias=config.has_bias(),
             accumulate=config.accumulate,
             mode=config.mode,
         )
@@ -173,14 +169,10 @@ def _up(config: R2UNetConfig, dims: int, deep: int, shallow: int, stride: Sequen
         return step_up(dims, deep, shallow, stride)
     return nn.Sequential(
         nn.Upsample(scale_factor=tuple(float(factor) for factor in stride)),
-        convolution(dims, deep, shallow, bias=_has_bias(config)),
+        convolution(dims, deep, shallow, bias=config.has_bias()),
         build_norm(config.norm, shallow, dims),
         nn.ReLU(),
     )
-
-
-def _has_bias(config: R2UNetConfig) -> bool:
-    return config.norm == "none" if config.bias is None else config.bias
 
 
 class Encoder(nn.Module):

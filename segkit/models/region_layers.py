@@ -2,9 +2,8 @@
 
 RN-B, for the encoder, gets the regions of the image, resized to its map. RN-L, for the decoder, detects a region,
 because after some layers the border of the hole has moved: the mean and the largest of the channels of a voxel are
-convolved to a response from 0 to 1; voxels with at least `threshold` are one region, all others the other. Numbers of
-regions: 0 valid and 1 hole, or 0 background, 1 valid and 2 hole, so that of two regions on one voxel of a small map the
-larger number can win.
+convolved to a response from 0 to 1; voxels with at least `threshold` are one region, all others the other. Regions are
+0 valid and 1 hole, or 0 background, 1 valid and 2 hole: on one voxel of a small map the larger number can win.
 """
 
 from __future__ import annotations
@@ -19,12 +18,8 @@ from segkit.models.blocks import convolution
 from segkit.models.kernels.region_norm import Rule, masks_of, normalise_regions, pool_channels
 
 Learning = Literal["affine", "straight-through", "supervised"]
-"""How RN-L learns its region.
-
-"affine": by the voxel-wise affine, which is computed from the same response, as in the released code; the split itself
-gives no gradient. "straight-through": also by the split, as if the region were the response. "supervised": by a loss
-of its own against the true hole (`RegionNormLearnable.supervise`).
-"""
+"""How RN-L learns its region: by the voxel-wise affine, which is computed from the same response, as in the released
+code; also by the split, as if the region were the response; or by a loss of its own against the true hole."""
 
 
 class RegionNormBasic(nn.Module):
@@ -51,11 +46,7 @@ class RegionNormBasic(nn.Module):
         self.keeps_thin = keeps_thin
 
     def forward(self, x: Tensor, regions: Tensor) -> Tensor:
-        """(B, C, *spatial) to the same shape.
-
-        Args:
-            x: The feature map.
-            regions: (B, 1, *) of any size, booleans or whole numbers as in `region_norm`.
+        """(B, C, *spatial) to the same shape; `regions` (B, 1, *) of any size, booleans or whole numbers.
 
         Raises:
             ValueError: the regions do not go with x.
@@ -69,11 +60,11 @@ class RegionNormLearnable(nn.Module):
     """RN-L: region norm of a region that the layer detects, with scale 1 + gamma and shift beta per voxel.
 
     Gamma and beta are convolutions of the response, one map for all channels. While no voxel reaches the threshold, as
-    at first, the layer is instance (or batch) norm. `detected_share` is the share of voxels in the region in the last
-    training pass, for the journal.
+    at first, the layer is instance (or batch) norm.
     """
 
     detected_share: Tensor
+    """Share of voxels in the region in the last training pass, for the journal."""
 
     def __init__(
         self,
@@ -119,8 +110,7 @@ class RegionNormLearnable(nn.Module):
     def supervise(self, hole: Tensor) -> Tensor:
         """Mean binary cross-entropy of the last training pass's response, to be added to the loss; once per pass.
 
-        Args:
-            hole: (B, 1, *) of any size, 1 in the hole of the image, else 0.
+        `hole` is (B, 1, *) of any size, 1 in the hole of the image, else 0.
 
         Raises:
             ValueError: `learning` is not "supervised", or there was no training pass since the last call.

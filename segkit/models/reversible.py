@@ -128,10 +128,7 @@ class _Reversible(torch.autograd.Function):
 def _undo(
     function: nn.Module, given: Tensor, result: Tensor, d_given: Tensor, d_result: Tensor, random_state: Any
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-    """Undo `result = x + function(given)`: x, the gradient of `given`, and the gradients of the parameters.
-
-    All halves are (B, C/2, *spatial); frozen parameters get None.
-    """
+    """Undo `result = x + function(given)`: x, the gradient of `given`, and those of the parameters (frozen: None)."""
     parameters = list(function.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     given = given.detach().requires_grad_()

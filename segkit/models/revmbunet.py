@@ -88,7 +88,6 @@ SIZES: dict[str, dict[str, object]] = {
     "base": {"widths": (32, 64, 128, 256, 320)},
     "large": {"widths": (32, 64, 128, 256, 512), "blocks": 4, "decoder_blocks": 2, "expansion": 4},
 }
-"""Size name -> the configuration it stands for."""
 
 
 class RevMBUNet(UNet):

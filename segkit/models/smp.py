@@ -134,7 +134,6 @@ SIZES: dict[str, dict[str, object]] = {
     "deeplabv3plus": {"architecture": "deeplabv3plus"},
     "segformer": {"architecture": "segformer", "encoder": "mit_b0"},
 }
-"""Size name -> the configuration it stands for."""
 
 
 def build_smp(config: SmpConfig, in_channels: int, out_channels: int, dims: int) -> SegmentationNetwork:

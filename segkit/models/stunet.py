@@ -70,7 +70,6 @@ SIZES: dict[str, dict[str, object]] = {
     "L": {"width": 64, "depth": 2},
     "H": {"width": 96, "depth": 3},
 }
-"""Size name -> the configuration it stands for."""
 
 
 def _initialise(module: nn.Module) -> None:

@@ -78,7 +78,6 @@ SIZES: dict[str, dict[str, object]] = {
     },
     "base": {},
 }
-"""Size name -> the configuration it stands for."""
 
 
 def build_vit(config: VitConfig, in_channels: int, out_channels: int, dims: int) -> SegmentationNetwork:
@@ -102,9 +101,9 @@ class PatchEmbedding(nn.Module):
 class RelativeAttention(nn.Module):
     """Multi-head attention over a map of tokens, with a relative position bias that is the sum of one per axis.
 
-    The bias of query q at (y, x) towards the key at (y', x') is q . rel_pos_h[y - y'] + q . rel_pos_w[x - x'], the
-    tables counted from the most negative distance on, q before scaling. They are stored for maps of `side` tokens and
-    interpolated linearly for others.
+    The bias of query q (before scaling) at (y, x) towards the key at (y', x') is q . rel_pos_h[y - y'] +
+    q . rel_pos_w[x - x'], the tables counted from the most negative distance on. They are stored for maps of `side`
+    tokens and interpolated linearly for others.
     """
 
     def __init__(self, width: int, heads: int, side: int) -> None:
@@ -157,8 +156,7 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Attention and feed-forward, each after a layer norm and added to the stream; window 0 attends globally.
 
-    Maps that windows do not tile are padded with zeros after the norm. Padding takes part in attention, as it did when
-    the published weights were trained.
+    Maps that windows do not tile are padded with zeros, which take part in attention, as in the published training.
     """
 
     def __init__(self, width: int, heads: int, window: int, tokens: int) -> None:
@@ -235,14 +233,10 @@ class TokenDecoder(nn.Module):
 
     def __init__(self, in_channels: int, neck: int, widths: Sequence[int]) -> None:
         super().__init__()
-        inputs = (neck, *widths[:-1])
+        steps, last = zip((neck, *widths[:-1]), widths, strict=True), widths[-1]
         self.ups = nn.Sequential(
-            *(
-                nn.Sequential(step_up(2, deep, shallow, (2, 2)), group_norm(shallow), nn.GELU())
-                for deep, shallow in zip(inputs, widths, strict=True)
-            )
+            *(nn.Sequential(step_up(2, *step, (2, 2)), group_norm(step[1]), nn.GELU()) for step in steps)
         )
-        last = widths[-1]
         self.detail = nn.Sequential(convolution(2, in_channels, last), group_norm(last), nn.GELU())
         self.mix = nn.Sequential(convolution(2, last, last), group_norm(last), nn.GELU())
 

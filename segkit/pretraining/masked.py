@@ -79,14 +79,14 @@ class MaskedReconstruction(nn.Module):
         return {"explained": float(explained.mean()) if len(explained) else 0.0, "error": float(error.mean())}
 
     def _sides(self, patch: Sequence[int]) -> tuple[int, ...]:
-        if self.config.block is None:
+        block = self.config.block
+        if block is None:
             return block_sides(patch, self.network.divisor)
-        if len(self.config.block) != len(patch):
+        if len(block) != len(patch):
             raise RequestError(
-                f"masked.block has {len(self.config.block)} sides",
-                expected=f"{len(patch)}, one for each axis of the images",
+                f"masked.block has {len(block)} sides", expected=f"{len(patch)}, one for each axis of the images"
             )
-        return self.config.block
+        return block
 
     def _hidden_by_image(self, batch: Batch) -> Tensor:
         """Hidden voxels (B, 1, *patch), for each image from a seed of its own."""
@@ -103,10 +103,9 @@ class MaskedReconstruction(nn.Module):
         found = self.network(image.masked_fill(hidden, 0))
         output = (found if isinstance(found, Tensor) else found[0]).double()
         _require_like(output, image)
-        axes = (0, *range(2, image.dim()))
-        squared = (output - image).square()
+        axes, values = (0, *range(2, image.dim())), image.double()
         error, total, squares = (
-            (values * hidden).sum(axes) for values in (squared, image.double(), image.double().square())
+            (each * hidden).sum(axes) for each in ((output - image).square(), values, values.square())
         )
         return hidden.sum().double(), error, total, squares
 

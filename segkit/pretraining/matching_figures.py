@@ -28,14 +28,10 @@ Points = NDArray[np.floating[Any]]
 
 @torch.no_grad()
 def draw_matching(folder: Path, task: PretrainingTask) -> None:
-    """Draw pairs.png and graph.png of the first held-out group into `folder`.
-
-    Raises:
-        TypeError: the method is not graph matching.
-    """
+    """Draw pairs.png and graph.png of the first held-out group into `folder`, if the method is graph matching."""
     method = task.model
     if not isinstance(method, GraphMatching):
-        raise TypeError(f"{type(method).__name__} matches no graphs")
+        return
     method.eval()
     nodes = method.config.nodes
     group = {name: tensor[:nodes] for name, tensor in task.held_out_batch().items()}
@@ -66,17 +62,9 @@ def pairs_figure(path: Path, first: AnyArray, second: AnyArray, partners: Sequen
         axes.imshow(image, cmap="gray")
         axes.set_axis_off()
     for node, partner in enumerate(partners):
-        is_right = node == partner
-        line = ConnectionPatch(
-            xyA=(0.5, 0.0),
-            coordsA=rows[0, node].transAxes,
-            xyB=(0.5, 1.0),
-            coordsB=rows[1, partner].transAxes,
-            color=_RIGHT if is_right else _WRONG,
-            linestyle="-" if is_right else "--",
-            linewidth=1.6,
-        )
-        figure.add_artist(line)
+        color, style = (_RIGHT, "-") if node == partner else (_WRONG, "--")
+        ends = {"coordsA": rows[0, node].transAxes, "coordsB": rows[1, partner].transAxes}
+        figure.add_artist(ConnectionPatch((0.5, 0.0), (0.5, 1.0), **ends, color=color, linestyle=style, linewidth=1.6))
     figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, bbox_inches="tight")

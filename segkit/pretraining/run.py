@@ -9,7 +9,6 @@ from pathlib import Path
 from segkit.checkpoint.card import ModelCard
 from segkit.errors import DataError, RequestError
 from segkit.models.blocks import SegmentationNetwork
-from segkit.pretraining.graph_matching import GraphMatching
 from segkit.pretraining.matching_figures import draw_matching
 from segkit.pretraining.methods import METHODS, PretrainConfig
 from segkit.pretraining.sources import GroupDataset, Source
@@ -43,12 +42,12 @@ class PretrainingKind(UnlabelledKind[PretrainConfig, PretrainingTask]):
         """The settings with axes and size of the views decided.
 
         Raises:
-            RequestError: a batch is no whole number of groups, or a group has no room for neighbours.
+            RequestError: `batch_size` is not a multiple of the group size, or a group is too small for its neighbours.
         """
         nodes = config.graph_matching.nodes
         if config.batch_size % nodes:
             raise RequestError(
-                f"batch_size {config.batch_size} is no multiple of the {nodes} images of a group",
+                f"batch_size {config.batch_size} is not a multiple of the {nodes} images of a group",
                 remedy="Change batch_size or graph_matching.nodes; training.accumulate makes larger batches of "
                 "small ones",
             )
@@ -98,8 +97,7 @@ class PretrainingKind(UnlabelledKind[PretrainConfig, PretrainingTask]):
 
     def draw(self, folder: Path, task: PretrainingTask) -> None:
         """Figures of graph matching."""
-        if isinstance(task.model, GraphMatching):
-            draw_matching(folder, task)
+        draw_matching(folder, task)
 
 
 def _modalities(config: PretrainConfig, data: Sequence[SplitData]) -> tuple[str, ...]:

@@ -73,31 +73,31 @@ class GroupDataset(Dataset[dict[str, torch.Tensor]]):
         self.seed = seed
         self.length = length
         self.stacks: list[Stack] = []
-        self._shelves: list[_Shelf] = []
+        self._pools: list[_Pool] = []
         for number, source in enumerate(self.sources):
             if len(source.patients) != len(source.cases):
                 raise DataError(f"{len(source.patients)} patients for {len(source.cases)} cases", where=source.name)
             of_cases = (stacks_of(number, place, case, self.size, images) for place, case in enumerate(source.cases))
             stacks = list(itertools.chain.from_iterable(of_cases))
-            self._shelves.append(_Shelf.of(source, stacks, len(self.stacks), images, nodes))
+            self._pools.append(_Pool.of(source, stacks, len(self.stacks), images, nodes))
             self.stacks += stacks
         self.channels = _common_channels(self.sources, self.stacks)
-        weights = np.array([shelf.counts.sum() for shelf in self._shelves], np.float64) ** images.balance
+        weights = np.array([pool.counts.sum() for pool in self._pools], np.float64) ** images.balance
         self._chances = weights / weights.sum()
 
     @property
     def image_counts(self) -> dict[str, int]:
         """How many images each source has."""
-        return {source.name: int(shelf.counts.sum()) for source, shelf in zip(self.sources, self._shelves, strict=True)}
+        return {source.name: int(pool.counts.sum()) for source, pool in zip(self.sources, self._pools, strict=True)}
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Group `index`, every tensor with a leading axis of N images.
+        """Group `index` of N images.
 
-        "first" (N, C, *size) float32 and "first_frame" (N, dims, dims + 1) float32, the same as "second" where there
-        are two views; "stack" (N,) int64 and "source" (N,) int64, numbers; "place" (N,) float32, mm (see `Stack`).
+        "first" (N, C, *size) and "first_frame" (N, dims, dims + 1), float32, the same as "second" where there are two
+        views; the numbers "stack" and "source", (N,) int64; "place" (N,) float32, mm (see `Stack`).
         """
         if not 0 <= index < self.length:
             raise IndexError(index)
@@ -126,32 +126,32 @@ class GroupDataset(Dataset[dict[str, torch.Tensor]]):
     def members(self, index: int) -> list[tuple[int, int]]:
         """The images of group `index`: number of the stack, and of the image in it; the neighbours come first."""
         generator = np.random.default_rng((self.seed, 0, index))
-        shelf = self._shelves[generator.choice(len(self._shelves), p=self._chances)]
-        anchor = int(generator.choice(shelf.anchors))
-        stack = self.stacks[shelf.first + anchor]
+        pool = self._pools[generator.choice(len(self._pools), p=self._chances)]
+        anchor = int(generator.choice(pool.anchors))
+        stack = self.stacks[pool.first + anchor]
         step = stack.slices_per_step(self.images.slice_step_mm)
         run = stack.neighbours(self.images.neighbours, step, generator)
         chosen = [(anchor, int(image)) for image in run]
-        is_same_patient = shelf.patients == shelf.patients[anchor]
-        is_other_stack = np.arange(len(shelf.counts)) != anchor
+        is_same_patient = pool.patients == pool.patients[anchor]
+        is_other_stack = np.arange(len(pool.counts)) != anchor
         if len(stack.spacing_mm) == 2:  # pictures
-            theirs = shelf.draw(is_same_patient & is_other_stack, self.images.neighbours - 1, generator)
-            chosen += theirs
-            is_other_stack[[picture for picture, _ in theirs]] = False
+            pictures = pool.draw(is_same_patient & is_other_stack, self.images.neighbours - 1, generator)
+            chosen += pictures
+            is_other_stack[[picture for picture, _ in pictures]] = False
         for is_allowed in (~is_same_patient, is_same_patient & is_other_stack):
-            chosen += shelf.draw(is_allowed, self.nodes - len(chosen), generator)
+            chosen += pool.draw(is_allowed, self.nodes - len(chosen), generator)
         # What is still missing comes from the stack itself: first from where slices keep their distance.
         left = np.setdiff1d(np.arange(len(stack)), run)
         keeps_distance = (left - run[0]) % step == 0
         for numbers in (left[keeps_distance], left[~keeps_distance]):
             count = min(self.nodes - len(chosen), len(numbers))
             chosen += [(anchor, int(image)) for image in generator.choice(numbers, count, replace=False)]
-        return [(shelf.first + stack_number, image) for stack_number, image in chosen]
+        return [(pool.first + stack_number, image) for stack_number, image in chosen]
 
 
 @dataclass(frozen=True)
-class _Shelf:
-    """The stacks of one source: number of the first, then per stack its patient, its images; those with a full run."""
+class _Pool:
+    """The stacks of one source: number of the first, then per stack its patient and its images; those to start from."""
 
     first: int
     patients: NDArray[np.int64]
@@ -159,19 +159,18 @@ class _Shelf:
     anchors: NDArray[np.int64]
 
     @classmethod
-    def of(cls, source: Source, stacks: Sequence[Stack], first: int, images: ImagesConfig, nodes: int) -> _Shelf:
+    def of(cls, source: Source, stacks: Sequence[Stack], first: int, images: ImagesConfig, nodes: int) -> _Pool:
         counts = np.array([len(stack) for stack in stacks], np.int64)
         if counts.sum() < nodes:
             raise DataError(
-                f"it gives {counts.sum()} images",
+                f"has {counts.sum()} images",
                 where=source.name,
                 expected=f"at least the {nodes} of one group",
                 remedy="Add cases, leave it out, lower images.empty_below or images.crop_size, or make groups smaller",
             )
         _, patients = np.unique(np.array(source.patients), return_inverse=True)
-        lengths = np.array(
-            [(images.neighbours - 1) * stack.slices_per_step(images.slice_step_mm) + 1 for stack in stacks]
-        )
+        steps = np.array([stack.slices_per_step(images.slice_step_mm) for stack in stacks])
+        lengths = (images.neighbours - 1) * steps + 1
         is_picture = np.array([len(stack.spacing_mm) == 2 for stack in stacks])
         anchors = np.flatnonzero((counts >= lengths) | is_picture)
         if not anchors.size:
@@ -183,7 +182,7 @@ class _Shelf:
         return cls(first, patients[[stack.case for stack in stacks]], counts, anchors)
 
     def draw(self, is_allowed: NDArray[np.bool_], count: int, generator: np.random.Generator) -> list[tuple[int, int]]:
-        """Up to `count` different images of the stacks allowed: number of the stack here, and of the image in it."""
+        """Up to `count` different images of the allowed stacks: number of the stack, and of the image in it."""
         stacks = np.flatnonzero(is_allowed)
         ends = np.cumsum(self.counts[stacks])
         if not len(stacks):
@@ -198,7 +197,6 @@ class _Shelf:
 
 
 def _common_channels(sources: Sequence[Source], stacks: Sequence[Stack]) -> int:
-    """The number of channels that all images have."""
     found: dict[int, Stack] = {}
     for stack in stacks:
         found.setdefault(stack.channels[1] - stack.channels[0], stack)

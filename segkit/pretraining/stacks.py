@@ -86,7 +86,7 @@ class Stack:
         return image if self.axis is None else image.squeeze(self.axis + 1)
 
     def place_mm(self, number: int) -> float:
-        """Position along the axis of the slices; for crops that of the middle along axis 0; 0 for pictures."""
+        """Position along the axis of the slices; of crops that of the middle along axis 0; of pictures 0."""
         if len(self.spacing_mm) == 2:
             return 0.0
         axis = self.axis or 0
@@ -116,12 +116,8 @@ def stacks_of(
     """
     shape, spacing_mm = case.image.shape[1:], case.preparation.spacing_mm
     if len(shape) < len(size):
-        raise DataError(
-            "is a picture",
-            where=case.id,
-            expected="a volume",
-            remedy="Choose a network for images, which learn from both",
-        )
+        remedy = "Choose a network for images, which learns from both"
+        raise DataError("is a picture", where=case.id, expected="a volume", remedy=remedy)
     is_picture = len(shape) == 2
     is_joint = images.channels == "all" or (images.channels == "auto" and is_picture)
     count = len(case.image)
@@ -147,8 +143,8 @@ def coarsest_axis(spacing_mm: Sequence[float]) -> int:
 
 def _slices(is_filled: NDArray[np.bool_], axis: int, empty_below: float) -> tuple[tuple[int, ...], NDArray[np.int32]]:
     """Extent of a slice, and the starts of those that are full enough."""
-    others = tuple(other for other in range(3) if other != axis)
-    numbers = _full_enough(np.count_nonzero(is_filled, axis=others), empty_below)
+    counts = np.count_nonzero(is_filled, axis=tuple(other for other in range(3) if other != axis))
+    numbers = _full_enough(counts, empty_below)
     starts = np.zeros((len(numbers), 3), np.int32)
     starts[:, axis] = numbers
     return tuple(1 if at == axis else length for at, length in enumerate(is_filled.shape)), starts

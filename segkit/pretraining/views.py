@@ -80,7 +80,7 @@ class ViewsConfig(Config):
 
 @dataclass(frozen=True)
 class View:
-    """image: (C, *size) float32; frame: (dims, dims + 1) float32, voxel indices of the view to mm in its image."""
+    """`image` (C, *size) float32; `frame` (dims, dims + 1) float32, voxel indices of the view to mm in its image."""
 
     image: torch.Tensor = field(repr=False)
     frame: torch.Tensor
@@ -125,7 +125,7 @@ def cell_positions(frame: torch.Tensor, view_shape: Sequence[int], map_shape: Se
 def _draw_placement(
     content: Box, spacing_mm: Sequence[float], size: Sequence[int], config: ViewsConfig, generator: np.random.Generator
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], bool]:
-    """Matrix (dims, dims) and offset (dims,) from voxel indices of the view to those of the image; is it turned?"""
+    """Matrix (dims, dims) and offset (dims,) from voxel indices of the view to those of the image; whether rotated."""
     dims = len(size)
     start, stop = (np.array(corner, np.float64) for corner in content)
     voxels = np.array(size, np.float64)
@@ -162,11 +162,10 @@ def _resample(
     image: AnyArray, matrix: NDArray[np.float64], offset: NDArray[np.float64], size: Sequence[int], is_turned: bool
 ) -> torch.Tensor:
     """The values of (C, *spatial) at `matrix @ voxel + offset`, (C, *size); the outermost reach to the image's edge."""
-    voxels = np.array(size, np.float64)
     shape = np.array(image.shape[1:])
     block = np.maximum(1, np.floor(np.linalg.norm(matrix, axis=1))).astype(int)
-    middle = offset + matrix @ ((voxels - 1) / 2)
-    reach = np.abs(matrix) @ (voxels / 2) + block + 1
+    middle = offset + matrix @ ((np.array(size, np.float64) - 1) / 2)
+    reach = np.abs(matrix) @ (np.array(size, np.float64) / 2) + block + 1
     start = np.clip(np.floor(middle - reach), 0, shape - 1).astype(int)
     stop = np.clip(np.ceil(middle + reach) + 1, start + 1, shape).astype(int)
     block = np.minimum(block, stop - start)
@@ -178,22 +177,15 @@ def _resample(
     # From indices of the image to those of the averaged part, whose voxel 0 has its centre amid the first block.
     matrix = matrix / block[:, None]
     offset = (offset - start - (block - 1) / 2) / block
-    return _sample(part, matrix, offset, size, is_turned)[0]
-
-
-def _sample(
-    part: torch.Tensor, matrix: NDArray[np.float64], offset: NDArray[np.float64], size: Sequence[int], is_turned: bool
-) -> torch.Tensor:
-    """By torch's `grid_sample`, which counts from -1 to 1 between the outer edges and takes the last axis first."""
+    # `grid_sample` counts from -1 to 1 between the outer edges and takes the last axis first.
     voxels = np.meshgrid(*(np.arange(length, dtype=np.float32) for length in size), indexing="ij", sparse=True)
     grid = np.empty((1, *size, len(size)), np.float32)
     for axis, length in enumerate(part.shape[2:]):
-        place = sum(
-            (float(step) * voxel for step, voxel in zip(matrix[axis], voxels, strict=True)), float(offset[axis])
-        )
+        steps = zip(matrix[axis], voxels, strict=True)
+        place = sum((float(step) * voxel for step, voxel in steps), float(offset[axis]))
         grid[..., -1 - axis] = (2 * place + 1) / length - 1
     torch_grid = torch.from_numpy(grid)
     view = functional.grid_sample(part, torch_grid, mode="bilinear", padding_mode="border", align_corners=False)
     if is_turned:
         view *= (torch_grid.abs() <= 1).all(dim=-1)
-    return view
+    return view[0]

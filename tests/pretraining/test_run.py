@@ -171,7 +171,7 @@ def test_the_command_line_tells_what_was_learnt(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch_size": 6}, r"batch_size 6 is no multiple of the 4 images of a group"),
+        ({"batch_size": 6}, r"batch_size 6 is not a multiple of the 4 images of a group"),
         ({"views": {"size": 9}}, r"views.size 9 x 9 x 9 does not suit the network.*multiples of 2 x 2 x 2"),
         ({"images": {"neighbours": 9}}, "a group of 4 images cannot hold 9 neighbours"),
         ({"data": {"folds": 2, "exclude": ["nobody"]}, "network": {"family": "none"}}, "'none' is not known"),

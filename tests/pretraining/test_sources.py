@@ -273,10 +273,10 @@ def test_a_volume_smaller_than_a_crop_is_one_image() -> None:
 @pytest.mark.parametrize(
     ("cases", "images", "message"),
     [
-        ([numbered(15)], ImagesConfig(), "scans: it gives 15 images; expected at least the 16 of one group"),
+        ([numbered(15)], ImagesConfig(), "scans: has 15 images; expected at least the 16 of one group"),
         ([numbered(6) for _ in range(5)], ImagesConfig(), "scans: no case has 8 neighbouring images; the most .* is 6"),
         ([numbered(20)], ImagesConfig(slice_step_mm=10), "scans: no case has 8 neighbouring images"),
-        ([prepared(np.zeros((1, 6, 5, 20)), (1, 1, 2))], ImagesConfig(), "scans: it gives 0 images"),
+        ([prepared(np.zeros((1, 6, 5, 20)), (1, 1, 2))], ImagesConfig(), "scans: has 0 images"),
     ],
 )
 def test_a_source_that_is_too_small_is_named(cases: list[PreparedCase], images: ImagesConfig, message: str) -> None:

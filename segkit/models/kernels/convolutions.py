@@ -1,16 +1,15 @@
 """Convolutions that are faster on a CPU than PyTorch's layers, with the same weights, outputs and gradients.
 
-Pointwise: with channels innermost, PyTorch copies to channels outermost, which takes four times as long as the matrix
-product that the layer is.
+Pointwise: with channels innermost, PyTorch copies to channels outermost, which takes four times as long as the product.
 
-Depthwise: PyTorch computes the backward of a grouped Conv3d several times slower than the forward. Two identities give
-the same gradients through fast kernels: the input's gradient is a depthwise convolution with the mirrored kernel
-(stride 1, odd kernel), and the kernel's gradient, plane by plane, is that of a depthwise 2D convolution over slices.
+Depthwise: PyTorch's backward of a grouped Conv3d is several times slower than the forward. Here the input's gradient is
+a depthwise convolution with the mirrored kernel (stride 1, odd kernel), and the kernel's gradient, plane by plane, is
+that of a depthwise 2D convolution over slices.
 
-Steps between resolutions, that is a convolution whose kernel is its stride, and its transpose: each voxel of the finer
-grid belongs to one position of the kernel, so the layer is one matrix between the channels of a voxel of the coarse
-grid and those of the voxels of the fine grid that it covers. PyTorch's backward takes up to twice as long as these
-products and, on tensors of a gigabyte, falls back to a kernel that did not end in ten minutes.
+Steps between resolutions, that is a convolution whose kernel is its stride, and its transpose: the layer is one matrix
+between the channels of a voxel of the coarse grid and those of the voxels of the fine grid that it covers. PyTorch's
+backward takes up to twice as long and, on tensors of a gigabyte, falls back to a kernel that did not end in ten
+minutes.
 """
 
 from __future__ import annotations
@@ -145,7 +144,8 @@ def _convolve_depthwise(x: Tensor, weight: Tensor) -> Tensor:
 
 def _kernel_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
     """Gradient of the kernel, (C, 1, k, k, k): plane `a` of it pairs output slice z with input slice z + a - k // 2."""
-    kernel, depth = weight.shape[-1], x.shape[2]
+    kernel, channels, depth = weight.shape[-1], x.shape[1], x.shape[2]
+    padding, needed = [kernel // 2, kernel // 2], [False, True, False]
     x_slices = x.permute(0, 2, 1, 3, 4)  # (B, D, C, H, W), each slice channels-last
     grad_slices = grad.permute(0, 2, 1, 3, 4)
     result = torch.zeros_like(weight)
@@ -156,16 +156,10 @@ def _kernel_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
         for x_case, grad_case in zip(x_slices, grad_slices, strict=True):
             x_part = x_case[max(shift, 0) : depth + min(shift, 0)]
             grad_part = grad_case[max(-shift, 0) : depth - max(shift, 0)]
-            result[:, :, plane] += _plane_gradient(x_part, grad_part, weight[:, :, plane])
-    return result
-
-
-def _plane_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
-    padding = weight.shape[-1] // 2
-    _, gradient, _ = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, [1, 1], [padding, padding], [1, 1], False, [0, 0], x.shape[1], [False, True, False]
-    )
-    result: Tensor = gradient
+            _, gradient, _ = torch.ops.aten.convolution_backward(
+                grad_part, x_part, weight[:, :, plane], None, [1, 1], padding, [1, 1], False, [0, 0], channels, needed
+            )
+            result[:, :, plane] += gradient
     return result
 
 
@@ -222,8 +216,8 @@ def _weight_gradient(coarse: Tensor, fine: Tensor, weight: Tensor) -> Tensor:
 def _offsets(fine: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """For each offset within the stride along the first two axes: the voxels of the fine grid and their matrix.
 
-    The voxels are a view (B, D, H, W, stride * C) of (B, D', H', W', C), which is contiguous: those of one stride along
-    the last axis lie side by side. The matrix is (C_coarse, stride * C), of the (C_coarse, C, *stride) of both layers.
+    The voxels are a view (B, D, H, W, stride * C) of the contiguous (B, D', H', W', C); the matrix is (C_coarse,
+    stride * C), of the weights (C_coarse, C, *stride).
     """
     depth, height, width = weight.shape[2:]
     pairs = fine.view(*fine.shape[:3], fine.shape[3] // width, width * fine.shape[4])

@@ -2,9 +2,8 @@
 
 PyTorch's backward of group norm copies such tensors to channels outermost and back, and its forward adds up so many
 squares in sequence that a gradient in float32 keeps four digits. Per channel, group norm is z = scale x + shift, with
-scale and shift from the group's moments (Wu and He 2018, "Group Normalization", eqs. 1 to 6), and its backward is a
-multiple of the gradient plus a multiple of x plus a constant. Each is two passes over memory here, in parts that fit
-into the processor's cache; z is computed again in the backward.
+scale and shift from the group's moments (Wu and He 2018, "Group Normalization", eqs. 1 to 6). Forward and backward are
+two passes over memory each, in parts that fit into the processor's cache; z is computed again in the backward.
 """
 
 from __future__ import annotations

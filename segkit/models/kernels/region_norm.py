@@ -6,9 +6,9 @@ map, are normalised separately:
     y = (x - mean_k) / sqrt(variance_k + epsilon N / S)
 
 The released code fills the other regions with the mean, applies batch norm and multiplies by sqrt(S / N), which is this
-formula; the factor N / S damps small regions. Here the moments are masked sums, that is products of the map with one
-row of numbers per region, in parts that fit into the processor's cache; scale and shift of a voxel are products again.
-No second map is made for any number of regions, and y is computed again in the backward.
+formula; the factor N / S damps small regions. Here moments, scale and shift are products of the map with one row of
+numbers per region, in parts that fit into the processor's cache. No second map is made, and y is computed again in the
+backward.
 """
 
 from __future__ import annotations
@@ -39,29 +39,11 @@ class Rule(NamedTuple):
     """A region of fewer voxels gets the moments of all regions together."""
 
 
-def region_norm(x: Tensor, regions: Tensor, count: int = 2, *, rule: Rule | None = None) -> Tensor:
-    """Normalise each region of (B, C, *spatial), 2D or 3D, by its own mean and deviation.
-
-    Args:
-        x: The feature map, of any floating type; sums are taken in float32 at least.
-        regions: The region of each voxel, (B, 1, *spatial), booleans or whole numbers from 0 to `count` - 1. A voxel
-            with any other number is in no region and becomes 0.
-        count: Number of regions; any of them may be empty.
-        rule: Statistics, epsilon, least voxels.
-
-    Returns:
-        (B, C, *spatial) like x.
-
-    Raises:
-        ValueError: the regions are not numbers, or not on the grid of x, or x is not a map.
-    """
-    masks = masks_of(x, regions, count)
-    channels = (x.shape[1], count)
-    return normalise_regions(x, masks, masks, masks.new_ones(channels), masks.new_zeros(channels), rule or Rule())
-
-
 def masks_of(x: Tensor, regions: Tensor, count: int) -> Tensor:
-    """Regions (B, 1, *spatial) as one row of zeros and ones each, (B, count, voxels), in the type x is summed in.
+    """Regions of a map x (B, C, *spatial) as rows of zeros and ones, (B, count, voxels), in the type x is summed in.
+
+    `regions` (B, 1, *spatial) are booleans or whole numbers from 0 to `count` - 1; any other number is in no region,
+    and the norm is 0 there. A region may be empty.
 
     Raises:
         ValueError: the regions are not numbers, or not on the grid of x, or x is not a map.
@@ -82,16 +64,13 @@ def normalise_regions(x: Tensor, masks: Tensor, weights: Tensor, gain: Tensor, b
     """Region norm in its general form: sum over k of weights_k (gain_k (x - mean_k) / deviation_k + bias_k).
 
     Args:
-        x: (B, C, *spatial).
+        x: (B, C, *spatial), 2D or 3D, of any floating type; sums are taken in float32 at least.
         masks: The voxels of each region, for the moments, (B, R, voxels), one-hot over R; they get a gradient.
         weights: Factors of each region's result, (B, R, voxels), usually the masks. An additional row is added to every
             channel.
         gain: (C, R).
         bias: (C, R).
         rule: Statistics, epsilon, least voxels.
-
-    Returns:
-        (B, C, *spatial) like x.
 
     Raises:
         ValueError: the statistics of the rule are not known.
@@ -107,8 +86,7 @@ def normalise_regions(x: Tensor, masks: Tensor, weights: Tensor, gain: Tensor, b
 def pool_channels(x: Tensor) -> tuple[Tensor, Tensor]:
     """X itself, and the mean and largest of the channels of each voxel, (B, 2, *spatial), for a following region norm.
 
-    If the norm uses the returned x, its gradient arrives here and that of the pooled maps is added in place: one map
-    fewer in the backward.
+    If the norm uses the returned x, the gradient of the pooled maps is added in place: one map fewer in the backward.
     """
     if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
         return x, torch.cat((x.mean(1, keepdim=True), x.amax(1, keepdim=True)), 1)
@@ -129,7 +107,7 @@ def _by_formula(x: Tensor, masks: Tensor, weights: Tensor, gain: Tensor, bias: T
 
 
 class _Moments(NamedTuple):
-    """Of each image, channel and region: mean, sum of squared differences from it, number of voxels."""
+    """Of each image, channel and region: mean, sum of squared differences, number of voxels."""
 
     means: Tensor  # (B, C, R)
     squares: Tensor  # (B, C, R)
