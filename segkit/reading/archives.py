@@ -1,8 +1,7 @@
 """Archives (.zip, .tar, .tar.gz, .tgz), unpacked into a folder that `layouts.table.find_cases` reads.
 
-Nothing in an archive is trusted. One with names outside its folder, links or devices is refused as a whole, since a
-series without some of its slices would be worse than none; sizes are summed before anything is written, and counted
-again while it is written.
+An archive with names outside its folder, links or devices is refused as a whole, since a series without some of its
+slices would be worse than none. Sizes are summed before anything is written, and counted again during writing.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, cast
 
 from segkit.errors import DataError
 from segkit.reading.volume import as_data_errors, damaged, require_file
@@ -61,8 +60,8 @@ def is_archive(path: Path) -> bool:
 def opened(path: Path, *, within: Path | None = None, most_bytes: int = MOST_BYTES) -> Iterator[Path]:
     """The input for `find_cases`: a temporary folder with the contents of an archive, or `path` itself if it is none.
 
-    The folder is readable by its owner only and removed when the context ends. It is created in `within`, by default
-    the system's folder for temporary files. Raises DataError as `unpacked` does.
+    Only its owner can read the folder, which is created in `within` (default: the system's folder for temporary files)
+    and removed when the context ends. Errors as for `unpacked`.
     """
     if not is_archive(path):
         yield path
@@ -93,25 +92,18 @@ def unpacked(path: Path, into: Path, *, most_bytes: int = MOST_BYTES) -> Path:
         target.mkdir(parents=True)
         try:
             room = max(shutil.disk_usage(into).free - _KEPT_FREE_BYTES, 0)
-            with _members_of(path, most_bytes, room) as members:
-                for member in members:
+            is_zip = path.name.lower().endswith(".zip")
+            with zipfile.ZipFile(path) if is_zip else tarfile.open(path) as packed:
+                found = (
+                    _zip_members(path, packed) if isinstance(packed, zipfile.ZipFile) else _tar_members(path, packed)
+                )
+                for member in _checked(path, found, most_bytes, room):
                     _write(path, member, target)
         except BaseException:
             shutil.rmtree(target, ignore_errors=True)
             raise
         tops = list(target.iterdir())
     return tops[0] if len(tops) == 1 else target
-
-
-@contextmanager
-def _members_of(path: Path, most_bytes: int, room: int) -> Iterator[list[_Member]]:
-    """The members of an archive, all of them checked before the first is opened."""
-    if path.name.lower().endswith(".zip"):
-        with zipfile.ZipFile(path) as packed:
-            yield _checked(path, _zip_members(path, packed), most_bytes, room)
-    else:
-        with tarfile.open(path) as tape:
-            yield _checked(path, _tar_members(path, tape), most_bytes, room)
 
 
 def _checked(path: Path, members: Iterable[_Member], most_bytes: int, room: int) -> list[_Member]:
@@ -156,14 +148,8 @@ def _tar_members(path: Path, tape: tarfile.TarFile) -> Iterator[_Member]:
             continue
         if not info.isreg():
             raise _no_plain_file(path, place)
-        yield _Member(place, info.size, partial(_opened_in_tar, tape, info))
-
-
-def _opened_in_tar(tape: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
-    stream = tape.extractfile(info)
-    if stream is None:  # only of links and devices, which are refused before
-        raise tarfile.ReadError(f"{info.name} cannot be opened")
-    return stream
+        # None, where nothing can be opened, is only for links and devices.
+        yield _Member(place, info.size, partial(cast("Callable[..., IO[bytes]]", tape.extractfile), info))
 
 
 def _zip_name(info: zipfile.ZipInfo) -> str:

@@ -1,8 +1,7 @@
-"""Case: the files of one scan session of one patient. Cohort: the cases of one data folder. And modality names.
+"""Case: the files of one scan session of one patient. Cohort: the cases of one data folder. Modality names.
 
-File names are split into tokens at `-`, `_`, `.` and spaces and compared in lower case, so that `_t1` does not match
-the beginning of `_t1ce`. Longer sequences of tokens are tried first (`T2-FLAIR` before `FLAIR`). The synonyms of
-modalities are those of BraTS 2012-2026, UPENN-GBM, BIDS and common clinical exports.
+File names are split into tokens at `-`, `_`, `.` and spaces and compared in lower case; longer sequences of tokens are
+tried first (`T2-FLAIR` before `FLAIR`). Synonyms: those of BraTS 2012-2026, UPENN-GBM, BIDS and clinical exports.
 """
 
 from __future__ import annotations
@@ -78,8 +77,8 @@ class Case:
 class Cohort:
     """The cases of a data folder, with its layout, label scheme, and modalities in channel order.
 
-    `scheme` is None where the folder has no references, or where names and values do not determine it; `problems` then
-    names the option to pass. `dims` is 3 for volumes and 2 for pictures.
+    `scheme` is None without references, and where it is ambiguous (`problems` then names the option to pass). `dims` is
+    3 for volumes and 2 for pictures.
     """
 
     root: Path
@@ -106,8 +105,8 @@ def file_name_of(name: str) -> str:
 class NameParts:
     """A file name split into its `kind` (a modality, LABEL, IGNORED or None) and the `rest` of the name.
 
-    `is_leading` says that the kind is at the beginning, where the rest describes and does not identify the case; `word`
-    is the synonym found, in lower case with spaces as separators.
+    `is_leading`: the kind is at the beginning, so that the rest does not identify the case. `word` is the synonym found
+    (lower case, spaces as separators).
     """
 
     kind: str | None

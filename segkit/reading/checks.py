@@ -44,8 +44,7 @@ _FEWEST_PATIENTS = 2
 class CaseReport:
     """The result for one case; shape, spacing and orientation are those of its first readable modality.
 
-    Pictures have neither spacing nor orientation. `labels` are the values of the reference other than 0, empty where
-    voxels were not read.
+    Pictures have no spacing and orientation. `labels` are the reference's values other than 0, if voxels were read.
     """
 
     case: str
@@ -79,11 +78,8 @@ def check_cohort(
 ) -> list[CaseReport]:
     """One report for each case, in the cohort's order; unreadable data become problems, never exceptions.
 
-    Args:
-        cohort: the cases that a layout found.
-        read_voxels: False reads headers only; NaN, label values and intensities are then not checked.
-        workers: cases read at once, each of which needs the memory of one volume.
-        on_case: called after each case, for a progress bar.
+    Without `read_voxels`, NaN, label values and intensities are not checked. `workers` cases are read at once, each of
+    which needs the memory of one volume. `on_case` is called after each case.
     """
 
     def check(case: Case) -> _Findings:

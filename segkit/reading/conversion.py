@@ -58,12 +58,11 @@ def files_of(case: Case) -> list[Path]:
 
 
 def repair_headers(case: Case, root: Path, output: Path, owned: Collection[Path], *, overwrite: bool) -> list[str]:
-    """Copy the files of a case from `root` to `output`; those whose affine alone is wrong get that of their case.
+    """Copy the files of a case from `root` to `output` and return the names of those whose affine was repaired.
 
-    Other volumes in a folder that belongs to this case alone are copied and repaired as well. `owned` are the files of
-    all cases. The affine of a case is that of the first modality that most of its modalities agree with. Returns the
-    names of the repaired files. Raises DataError where a file differs in more than its header, or cannot be read or
-    written.
+    The affine of a case is that of the first modality that most of its modalities agree with. Other volumes in a folder
+    that belongs to this case alone are included. `owned` are the files of all cases. Raises DataError where a file
+    differs in more than its header, or cannot be read or written.
     """
     files = files_of(case)
     if not case.images:

@@ -137,7 +137,7 @@ def write_dicom_seg(
 def _remove_words(document: Any, *, is_inside: bool = False) -> None:
     """Delete text, dates and patient data from a source image's header, so that highdicom cannot copy them.
 
-    The mask is not marked as de-identified: with the study, its UIDs lead to the patient.
+    The mask is not marked as de-identified, as its UIDs link it to the study.
     """
     for element in list(document):
         if element.VR == "SQ" and (is_inside or element.keyword in _FUNCTIONAL_GROUPS):

@@ -1,7 +1,6 @@
 """Reading and writing of images and label maps in every format, and atomic writing of any file.
 
-Arrays are read and written in the file's own orientation; `geometry` reorients them. The suffix chooses the format. A
-file is written under a hidden name and renamed when complete, so that no partial file is left.
+Arrays are read and written in the file's own orientation; `geometry` reorients them. The suffix chooses the format.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from segkit.errors import DataError, SegkitError
 from segkit.reading.dicom import DICOM_SUFFIXES, is_dicom_file, open_dicom
 from segkit.reading.itk import ITK_SUFFIXES, open_itk, save_itk
-from segkit.reading.nifti import MGH_SUFFIXES, NIFTI_SUFFIXES, open_mgh, open_nifti, rewrite_nifti, save_mgh, save_nifti
+from segkit.reading.nifti import MGH_SUFFIXES, NIFTI_SUFFIXES, nifti_image, open_mgh, open_nifti, rewrite_nifti, save_mgh
 from segkit.reading.pictures import PICTURE_SUFFIXES, open_mask, open_picture, save_picture
 from segkit.reading.volume import Grid, ImageHeader, Volume, as_data_errors, in_type, require_file, short_reason
 from segkit.shapes import AnyArray, LabelMap
@@ -96,19 +95,17 @@ def _read_header(path: Path) -> ImageHeader:
 def read_volume(path: Path, channel: int | None = None) -> Volume:
     """One image: (D, H, W), or (H, W) for a picture; floats as float32, integers in the file's own type.
 
-    `path` is a file or a folder with one DICOM series. `channel` counts from 0 and is needed where the file holds
-    several (last axis of a 4D file; red, green, blue of a picture). Scale factors of the header are applied. NaN and
-    infinite values are kept. Raises DataError.
+    `path` is a file or a folder with one DICOM series; `channel` counts from 0 and is needed where there are several
+    (last axis of a 4D file; red, green, blue). Scale factors are applied, NaN and infinity kept. Raises DataError.
     """
     header = _read_header(path)
     return Volume(header.read(channel), header.grid)
 
 
 def read_labels(path: Path, channel: int | None = None) -> tuple[LabelMap, Grid]:
-    """A label map as uint8, with its grid; floats are accepted where they are whole numbers from 0 to 255.
+    """A label map as uint8, with its grid; floats must be whole numbers from 0 to 255.
 
-    Of a palette picture the indices are the labels; a black-and-white picture (1 bit) gives 0 and 1. Raises DataError,
-    which names the stray values.
+    The labels of a palette picture are its indices, those of a 1-bit picture 0 and 1. Raises DataError.
     """
     header = open_mask(path) if suffix_of(path) in PICTURE_SUFFIXES else _read_header(path)
     array = header.read(channel)
@@ -157,7 +154,7 @@ def write_image(path: Path, array: AnyArray, grid: Grid, *, slope: float = 1.0) 
         if suffix in PICTURE_SUFFIXES:
             save_picture(temporary, plain)
         elif suffix in NIFTI_SUFFIXES:
-            save_nifti(temporary, plain, grid, slope)
+            nifti_image(plain, grid, slope).to_filename(temporary)
         elif suffix in MGH_SUFFIXES:
             save_mgh(temporary, plain, grid)
         else:
@@ -191,10 +188,10 @@ def rewrite_image(
 
 @contextmanager
 def written_atomically(path: Path) -> Iterator[Path]:
-    """A hidden name beside `path`, with the same suffix, to write to; renamed to `path` when no error occurred.
+    """A hidden name beside `path`, with the same suffix, to write to; renamed to `path` if no error occurred.
 
-    Missing folders are created. On any error the hidden file is removed and an existing `path` stays as it was; errors
-    of the disk and of image libraries become DataErrors.
+    Missing folders are created. On an error, which becomes a DataError, the hidden file is removed and an existing
+    `path` is unchanged.
     """
     temporary = path.with_name(f".{_host()}-{os.getpid()}-{secrets.token_hex(6)}{suffix_of(path)}")
     try:

@@ -1,9 +1,8 @@
 """Reorientation of arrays, exact in both directions, and comparison of two grids.
 
-An *orientation* names the direction in which each voxel axis grows: "RAS" to the Right, Anterior, Superior. There are
-48 of them (6 orders of the axes, 8 combinations of directions); an oblique grid has the closest one. The letters I, J
-and K are the first, second and third axis of the file, in any direction: "KJI" is the file's own orientation with
-reversed axes, as in SimpleITK arrays. Reorienting permutes and flips axes and never interpolates.
+An *orientation* names the direction in which each voxel axis grows: "RAS" to the Right, Anterior, Superior; an oblique
+grid has the closest one. The letters I, J and K are the first, second and third axis of the file, in any direction:
+"KJI" reverses the order of the axes, as in SimpleITK. Reorienting permutes and flips axes and never interpolates.
 """
 
 from __future__ import annotations

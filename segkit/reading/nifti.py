@@ -104,16 +104,8 @@ def open_mgh(path: Path) -> ImageHeader:
         return ImageHeader(Grid(storage.spatial, affine, source=path), storage.channels, storage.read)
 
 
-def save_nifti(path: Path, array: AnyArray, grid: Grid, slope: float = 1.0) -> None:
-    """Write `nifti_image`."""
-    nifti_image(array, grid, slope).to_filename(path)
-
-
 def nifti_image(array: AnyArray, grid: Grid, slope: float = 1.0) -> nib.Nifti1Image:
-    """(D, H, W) or (D, H, W, C) in the array's own type, with the codes, units and both forms of `grid`.
-
-    `slope` goes into the header; the values stay unscaled.
-    """
+    """(D, H, W) or (D, H, W, C), unscaled, in the array's own type, with `slope` and `grid` in the header."""
     header = nib.Nifti1Header()
     header.set_data_dtype(array.dtype)
     header.set_data_shape(array.shape)

@@ -81,26 +81,20 @@ _POST_TREATMENT = 100
 
 def _recognise(convention: Convention, listing: Listing) -> float:
     """The share of the volumes that belong to the convention's cases."""
-    if not listing.volumes:
-        return 0.0
     files = _find_files(convention, listing.volumes)
+    is_synthesis = any(file.kind == _VOIDED for file in files)
+    if not files or is_synthesis != (convention.name == SYNTHESIS_LAYOUT):
+        return 0.0
     share = len(files) / len(listing.volumes)
-    if share == 0:
-        return 0.0
-    is_inpainting = any(file.kind == _VOIDED for file in files)
-    if is_inpainting != (convention.name == SYNTHESIS_LAYOUT):
-        return 0.0
     timepoints = [match for file in files if (match := _GLIOMA_TIMEPOINT.match(file.case_id))]
     is_post_treatment = any(int(match[1]) >= _POST_TREATMENT for match in timepoints)
-    match convention.name:
-        case "brats2024":
-            return share if is_post_treatment else 0.0
-        case "brats2023":
-            is_one_kind = len({file.case_id.split("-")[1].upper() for file in files}) == 1
-            return share * (0.9 if not is_one_kind or is_post_treatment else 0.95)
-        case "brats2023-ped":
-            return share * 0.9  # chosen with --layout only: its names are those of 2024
-    return share
+    if convention.name == "brats2024":
+        return share if is_post_treatment else 0.0
+    if convention.name == "brats2023":
+        is_one_kind = len({file.case_id.split("-")[1].upper() for file in files}) == 1
+        return share * (0.9 if not is_one_kind or is_post_treatment else 0.95)
+    # brats2023-ped has the names of brats-ped and is chosen with --layout only.
+    return share * 0.9 if convention.name == "brats2023-ped" else share
 
 
 def _read(convention: Convention, listing: Listing, options: FolderOptions) -> Cohort:
@@ -133,31 +127,27 @@ def _read(convention: Convention, listing: Listing, options: FolderOptions) -> C
 
 def _find_files(convention: Convention, paths: Iterable[Path]) -> list[FoundFile]:
     pattern = re.compile(convention.case_pattern, re.IGNORECASE)
-    found = (_find_file(pattern, path, convention.name == SYNTHESIS_LAYOUT) for path in paths)
+    kinds = _INPAINTING_KINDS if convention.name == SYNTHESIS_LAYOUT else (_VOIDED,)
+    found = (_find_file(pattern, path, kinds) for path in paths)
     return [file for file in found if file is not None]
 
 
-def _find_file(pattern: re.Pattern[str], path: Path, is_inpainting: bool) -> FoundFile | None:
+def _find_file(pattern: re.Pattern[str], path: Path, synthesis_kinds: Collection[str]) -> FoundFile | None:
     folder = next((above for above in path.parents[:2] if pattern.fullmatch(above.name)), None)
     stem = bare_name(path)
+    is_leading = False
     if match := re.match(rf"({pattern.pattern})[-_.]+(.+)$", stem, re.IGNORECASE):
-        case_id, name = match.group(1), match.group(2).lower()
-        is_hole = name == _VOIDED or (is_inpainting and name in _INPAINTING_KINDS)
-        kind = name if is_hole else _kind_in_brats(kind_of(name), name)
-        own_folder = folder if folder is not None and folder.name == case_id else path.parent
-        return None if kind is None else FoundFile(case_id, own_folder, kind, ImageFile(path))
-    if folder is None:
+        case_id, word = match.group(1), match.group(2).lower()
+        kind = word if word in synthesis_kinds else kind_of(word)
+        folder = folder if folder is not None and folder.name == case_id else path.parent
+    elif folder is not None:
+        case_id, parts = folder.name, split_name(stem)
+        kind, word, is_leading = parts.kind, parts.word, parts.is_leading
+    else:
         return None
-    parts = split_name(stem)
-    kind = _kind_in_brats(parts.kind, parts.word)
-    if kind is None:
-        return None
-    kind = _ALGORITHM_MASK if kind == LABEL and parts.is_leading else kind
-    return FoundFile(folder.name, folder, kind, ImageFile(path))
-
-
-def _kind_in_brats(kind: str | None, word: str) -> str | None:
-    return IGNORED if kind == LABEL and word not in _REFERENCE_WORDS else kind
+    if kind == LABEL:
+        kind = IGNORED if word not in _REFERENCE_WORDS else _ALGORITHM_MASK if is_leading else LABEL
+    return None if kind is None else FoundFile(case_id, folder, kind, ImageFile(path))
 
 
 def _foreign_references(files: Sequence[FoundFile]) -> list[Path]:

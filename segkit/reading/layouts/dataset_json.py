@@ -1,19 +1,21 @@
-"""`dataset.json`, of which the Medical Segmentation Decathlon and nnU-Net use two dialects; the Decathlon's layout.
+"""The two layouts with a `dataset.json`: the Medical Segmentation Decathlon, and nnU-Net raw data, version 1 and 2.
 
-The document may come from an untrusted source, so only files below its folder are read. These may be links to other
-disks, as links are created by the owner of the folder.
+A folder of CASE_0000 files without `dataset.json`, such as nnU-Net's inference input, is read too. The document may be
+from an untrusted source, so only files below its folder are read. These may be links, which its owner created.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from segkit.errors import DataError, Problem, warning
-from segkit.reading.case import LABEL, Cohort, ImageFile, canonical_modality, in_channel_order
+from segkit.reading.case import LABEL, Cohort, ImageFile, canonical_modality, in_channel_order, is_file_name
 from segkit.reading.layouts.layout import (
     FolderOptions,
     FoundFile,
@@ -23,16 +25,20 @@ from segkit.reading.layouts.layout import (
     bare_name,
     build_cases,
     build_cohort,
+    channels_or_one,
     read_document,
     unused_files,
 )
-from segkit.reading.layouts.schemes import patient_of, scheme_from_names, scheme_from_regions
+from segkit.reading.layouts.schemes import patient_of, scheme_by_values, scheme_from_names, scheme_from_regions
+from segkit.reading.volume import list_folder
 
-CHANNEL_NAME = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
+_CHANNEL_NAME = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 """nnU-Net's file names without suffix: case, underscore, channel number of four digits."""
+_MOST_CHANNELS = 16
+"""More files than this under one name are numbered cases (scan_0000 ... scan_0099), not channels."""
 
 
-def find_document(listing: Listing) -> Path | None:
+def _find_document(listing: Listing) -> Path | None:
     """`dataset.json` in the folder, or above it where an `images...` folder (or one file of it) was given."""
     folders = [listing.root]
     if listing.root.name.lower().startswith("images"):
@@ -40,19 +46,19 @@ def find_document(listing: Listing) -> Path | None:
     return next((folder / "dataset.json" for folder in folders if (folder / "dataset.json").is_file()), None)
 
 
-def image_paths(listing: Listing) -> list[Path]:
+def _image_paths(listing: Listing) -> list[Path]:
     """Images without references: those in folders named images..., else all outside of folders named labels..."""
-    inside = [path for path in listing.images if path.parent.name.lower().startswith("images")]
-    return inside or [path for path in listing.images if not path.parent.name.lower().startswith("labels")]
+    named = [path for path in listing.images if path.parent.name.lower().startswith("images")]
+    return named or [path for path in listing.images if not path.parent.name.lower().startswith("labels")]
 
 
-def has_channel_names(listing: Listing) -> bool:
+def _has_channel_names(listing: Listing) -> bool:
     """Whether all images are named CASE_0000, as nnU-Net requires."""
-    images = image_paths(listing)
-    return bool(images) and all(CHANNEL_NAME.match(bare_name(path)) for path in images)
+    images = _image_paths(listing)
+    return bool(images) and all(_CHANNEL_NAME.match(bare_name(path)) for path in images)
 
 
-def lists_images_as_written(path: Path) -> bool:
+def _lists_images_as_written(path: Path) -> bool:
     """Whether `training` of `dataset.json` gives the exact names of existing images, as the Decathlon's does.
 
     nnU-Net's leaves out the channel numbers, or lists nothing.
@@ -62,11 +68,11 @@ def lists_images_as_written(path: Path) -> bool:
     except DataError:
         return False  # the layout reports it when it reads the document
     images = [entry.get("image") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
-    listed = (inside(path.parent, image) for image in images)
+    listed = (_inside(path.parent, image) for image in images)
     return any(image is not None and image.exists() for image in listed)
 
 
-def inside(folder: Path, entry: object) -> Path | None:
+def _inside(folder: Path, entry: object) -> Path | None:
     """The path that an entry of `dataset.json` names; None where it is not a path, or outside the folder."""
     if not isinstance(entry, str):
         return None
@@ -78,7 +84,7 @@ def inside(folder: Path, entry: object) -> Path | None:
     return path if path.is_relative_to(folder) and path != folder else None
 
 
-def outside(where: Path, entry: object) -> Problem:
+def _outside(where: Path, entry: object) -> Problem:
     """The problem of an entry that names no image inside the data set."""
     shown = repr(entry)[:200] + (" ..." if len(repr(entry)) > 200 else "")
     remedy = "Name files below the folder of dataset.json; files elsewhere can be linked into it"
@@ -109,14 +115,13 @@ def channel_names(document: Mapping[str, Any], where: Path) -> tuple[str, ...]:
     return tuple(f"{name}_{index}" for index, name in enumerate(own))
 
 
-def listed_order(kinds: Iterable[str], names: Sequence[str]) -> tuple[str, ...]:
+def _listed_order(kinds: Iterable[str], names: Sequence[str]) -> tuple[str, ...]:
     """Channel order: canonical modalities first, the data's own in the order `names` of `dataset.json`."""
     present = set(kinds)
     return in_channel_order(name for name in names if name in present)
 
 
-def licence_of(document: Mapping[str, Any]) -> str | None:
-    """The licence that a `dataset.json` names, in either spelling."""
+def _licence_of(document: Mapping[str, Any]) -> str | None:
     return str(document.get("licence") or document.get("license") or "") or None
 
 
@@ -179,17 +184,17 @@ def require_shown(names: Iterable[str], where: Path) -> None:
         raise DataError(f"holds names that cannot be shown: {odd[:3]}", where=where, expected="printable names")
 
 
-def _recognise(listing: Listing) -> float:
-    document = find_document(listing)
+def _recognise_msd(listing: Listing) -> float:
+    document = _find_document(listing)
     if document is None:
         return 0.05 if (listing.root / "imagesTr").is_dir() else 0.0
-    is_decathlon = lists_images_as_written(document) or not has_channel_names(listing)
+    is_decathlon = _lists_images_as_written(document) or not _has_channel_names(listing)
     return 0.9 if listing.volumes and is_decathlon else 0.05
 
 
-def _read(listing: Listing, options: FolderOptions) -> Cohort:
+def _read_msd(listing: Listing, options: FolderOptions) -> Cohort:
     """One 3D or 4D file per case; channels of a 4D file get the modality names of `dataset.json`."""
-    path = find_document(listing)
+    path = _find_document(listing)
     if path is None:
         raise DataError("has no dataset.json", where=listing.root, remedy="Pass --layout folder to read it without")
     document = read_document(path)
@@ -210,7 +215,7 @@ def _read(listing: Listing, options: FolderOptions) -> Cohort:
         kinds = [(name, ImageFile(image, channel)) for channel, name in channels]
         kinds += [] if label is None else [(LABEL, ImageFile(label))]
         files += [FoundFile(bare_name(image), image.parent, kind, file) for kind, file in kinds]
-    cases, more = build_cases(files, patient_of=patient_of, order=lambda kinds: listed_order(kinds, names))
+    cases, more = build_cases(files, patient_of=patient_of, order=lambda kinds: _listed_order(kinds, names))
     return build_cohort(
         listing,
         "msd",
@@ -218,7 +223,7 @@ def _read(listing: Listing, options: FolderOptions) -> Cohort:
         document_scheme(document, names, options, path),
         modalities=in_channel_order(names),
         problems=(*problems, *more),
-        licence=licence_of(document),
+        licence=_licence_of(document),
     )
 
 
@@ -232,11 +237,11 @@ def _listed_pairs(document: Mapping[str, Any], path: Path) -> tuple[list[tuple[P
     for listed in (document.get("training"), document.get("test")):
         for entry in listed if isinstance(listed, list) else ():
             files = entry if isinstance(entry, dict) else {"image": entry}
-            image = inside(path.parent, files.get("image"))
+            image = _inside(path.parent, files.get("image"))
             if image is None:
-                problems.append(outside(path, files))
+                problems.append(_outside(path, files))
             else:
-                pairs.append((image, inside(path.parent, files.get("label"))))
+                pairs.append((image, _inside(path.parent, files.get("label"))))
     return pairs, problems
 
 
@@ -244,6 +249,137 @@ MSD = Layout(
     "msd",
     "Medical Segmentation Decathlon: dataset.json, imagesTr, labelsTr",
     "dataset.json + imagesTr/CASE.nii.gz + labelsTr/CASE.nii.gz",
-    _recognise,
-    _read,
+    _recognise_msd,
+    _read_msd,
+)
+
+
+def _recognise_nnunet(listing: Listing) -> float:
+    if not _has_channel_names(listing):
+        return 0.05 if _find_document(listing) or (listing.root / "imagesTr").is_dir() else 0.0
+    if (path := _find_document(listing)) is not None:
+        return 0.05 if _lists_images_as_written(path) else 1.0
+    channels = _channels_by_case(listing)
+    is_whole = all(0 in found and max(found) < min(len(found), _MOST_CHANNELS) for found in channels.values())
+    is_set = len(channels) > 1 or listing.root.name.lower().startswith("images") or set(*channels.values()) == {0}
+    return 0.6 if is_whole and is_set else 0.05
+
+
+def _read_nnunet(listing: Listing, options: FolderOptions) -> Cohort:
+    path = _find_document(listing)
+    document = {} if path is None else read_document(path)
+    names = _numbered_names(listing, options) if path is None else channel_names(document, path)
+    outsiders: list[Problem] = []
+    if "dataset" in document and path:
+        files, outsiders = _listed_files(document["dataset"], path, names)
+    else:
+        files = list(_files(listing, names))
+    cases, problems = build_cases(files, patient_of=patient_of, order=lambda kinds: _listed_order(kinds, names))
+    problems += [*outsiders, *_left_out(listing, files, names)]
+    if path is None:
+        choice = scheme_by_values(cases, options, listing.root)
+        if not set(names) <= set(options.modalities):
+            found = "no dataset.json says what the channels are"
+            remedy = "Name them (--modality t2f=0000 --modality t1n=0001), or add a dataset.json with `channel_names`"
+            problems.append(warning(listing.root, found, remedy))
+    else:
+        choice = document_scheme(document, names, options, path)
+    return build_cohort(
+        listing,
+        "nnunet",
+        cases,
+        choice if cases else SchemeChoice(None),
+        modalities=in_channel_order(names),
+        problems=problems,
+        dims=2 if len(listing.pictures) > len(listing.volumes) else 3,
+        licence=_licence_of(document),
+    )
+
+
+def _numbered_names(listing: Listing, options: FolderOptions) -> tuple[str, ...]:
+    count = 1 + max((max(numbers) for numbers in _channels_by_case(listing).values()), default=0)
+    given = {pattern.lstrip("_").lstrip("0") or "0": name for name, pattern in options.modalities.items()}
+    return tuple(given.get(str(index), f"channel_{index}") for index in range(count))
+
+
+def _channels_by_case(listing: Listing) -> dict[tuple[Path, str], set[int]]:
+    channels: dict[tuple[Path, str], set[int]] = defaultdict(set)
+    for path in _image_paths(listing):
+        if match := _CHANNEL_NAME.match(bare_name(path)):
+            channels[path.parent, match["case"]].add(int(match["channel"]))
+    return channels
+
+
+def _files(listing: Listing, names: Sequence[str]) -> Iterable[FoundFile]:
+    """Files by folder name: labels... hold references, all others images."""
+    for path in listing.images:
+        if path.parent.name.lower().startswith("labels"):
+            yield FoundFile(bare_name(path), path.parent, LABEL, ImageFile(path))
+    for path in _image_paths(listing):
+        if match := _CHANNEL_NAME.match(bare_name(path)):
+            yield from _channel_files(match["case"], path, int(match["channel"]), names)
+    if listing.root.name.lower().startswith("images"):  # the references are beside this folder
+        labels = listing.root.parent / ("labels" + listing.root.name[len("images") :])
+        cases = {case_id for _, case_id in _channels_by_case(listing)}
+        for path in chain(*list_folder(labels)) if labels.is_dir() else ():
+            if bare_name(path) in cases:
+                yield FoundFile(bare_name(path), labels, LABEL, ImageFile(path))
+
+
+def _left_out(listing: Listing, files: Iterable[FoundFile], names: Sequence[str]) -> Iterable[Problem]:
+    """Warnings about files that are neither a channel nor a reference of any case."""
+    used = {file.image.path for file in files}
+    left = [path for path in listing.images if path not in used]
+    numbers = {path: match["channel"] for path in left if (match := _CHANNEL_NAME.match(bare_name(path)))}
+    images = set(_image_paths(listing))
+    beyond = [path for path in left if path in images and path in numbers and int(numbers[path]) >= len(names)]
+    if beyond:
+        why = f"channel numbers beyond the {len(names)} that dataset.json names"
+        yield unused_files(beyond, why, "Name every channel in dataset.json, numbered from 0")
+    if others := sorted(set(left) - set(beyond)):
+        yield unused_files(others, "neither in an images... nor in a labels... folder, or not named CASE_0000")
+
+
+def _channel_files(case_id: str, path: Path, channel: int, names: Sequence[str]) -> Iterable[FoundFile]:
+    may_be_colour = channel == 0 and len(names) > 1 and path.suffix.lower() not in (".gz", ".nii", ".nrrd", ".mha")
+    if may_be_colour and channels_or_one(path) == 3:  # nnU-Net stores red, green and blue in one file
+        for plane, name in enumerate(names[:3]):
+            yield FoundFile(case_id, path.parent, name, ImageFile(path, plane))
+    elif channel < len(names):
+        yield FoundFile(case_id, path.parent, names[channel], ImageFile(path))
+
+
+def _listed_files(listed: object, path: Path, names: Sequence[str]) -> tuple[list[FoundFile], list[Problem]]:
+    """Files of nnU-Net 2's optional `dataset` entry, {case: {"images": [...], "label": ...}}; problems of others."""
+    if not isinstance(listed, Mapping):
+        raise DataError("`dataset` is not a mapping of case ids to files", where=path)
+    files: list[FoundFile] = []
+    problems = []
+    for case_id, entry in listed.items():
+        found = _listed_case(case_id, entry, path.parent, names)
+        if found is None:
+            problems.append(_outside(path, {case_id: entry}))
+        else:
+            files += found
+    return files, problems
+
+
+def _listed_case(case_id: str, entry: object, folder: Path, names: Sequence[str]) -> list[FoundFile] | None:
+    """The files of a case; None where its id is not a file name, or a file is outside the data set."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("images"), list) or not is_file_name(case_id):
+        return None
+    kinds = dict(zip(names, entry["images"], strict=False))
+    if entry.get("label"):
+        kinds[LABEL] = entry["label"]
+    paths = {kind: _inside(folder, image) for kind, image in kinds.items()}
+    files = [FoundFile(case_id, folder, kind, ImageFile(path)) for kind, path in paths.items() if path is not None]
+    return files if len(files) == len(paths) else None
+
+
+NNUNET = Layout(
+    "nnunet",
+    "nnU-Net raw data, version 1 or 2: imagesTr/CASE_0000, labelsTr, dataset.json",
+    "dataset.json + imagesTr/CASE_0000.nii.gz + labelsTr/CASE.nii.gz",
+    _recognise_nnunet,
+    _read_nnunet,
 )

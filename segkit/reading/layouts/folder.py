@@ -1,8 +1,7 @@
 """Plain folders without a naming convention: `folder` for volumes, `folder2d` for pictures with masks.
 
-Files are grouped into cases by the names that people usually give (see `grouping`). Colour pictures become three
-modalities: red, green and blue. Masks of pictures are PNG files of label values, 0 and 1, or 0 and 255; a value of 255
-is kept, so that predicted masks look like the reference.
+Files are grouped into cases by their names (see `grouping`). Colour pictures become three modalities: red, green and
+blue. A label value of 255 in masks is kept, so that predicted masks look like the reference.
 """
 
 from __future__ import annotations

@@ -191,7 +191,7 @@ class Layout:
 class FoundFile:
     """A file with its case, its folder and its kind: a modality, LABEL or IGNORED.
 
-    Files of one case share `case_id` and `folder`; a reference may be in another folder and is then found by `case_id`.
+    Images of one case share `case_id` and `folder`; a reference may be in another folder.
     """
 
     case_id: str

@@ -160,7 +160,7 @@ def scheme_from_regions(
 ) -> LabelScheme:
     """The scheme of nnU-Net's region-based classes: each region is a union of label values and paints one of `order`.
 
-    Tissues are named after the region that paints their value; values that no region paints are `label_<value>`.
+    Tissues are named after the region that paints their value, else `label_<value>`.
     """
     painted = dict(zip(regions, order, strict=True))
     if len(modalities & set(BRATS_MODALITIES)) >= 2:

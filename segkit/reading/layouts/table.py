@@ -16,10 +16,9 @@ from segkit.reading.case import Cohort
 from segkit.reading.files import suffix_of
 from segkit.reading.layouts.bids import BIDS
 from segkit.reading.layouts.brats import BRATS_LAYOUTS
-from segkit.reading.layouts.dataset_json import MSD
+from segkit.reading.layouts.dataset_json import MSD, NNUNET
 from segkit.reading.layouts.folder import FOLDER, FOLDER2D
 from segkit.reading.layouts.layout import FolderOptions, Layout, Listing, bare_name, list_images, unused_files
-from segkit.reading.layouts.nnunet import NNUNET
 from segkit.reading.layouts.schemes import values_of
 
 LAYOUTS: dict[str, Layout] = {
