@@ -23,7 +23,15 @@ from numpy.typing import NDArray
 from segkit.errors import DataError, SegkitError
 from segkit.reading.dicom import DICOM_SUFFIXES, is_dicom_file, open_dicom
 from segkit.reading.itk import ITK_SUFFIXES, open_itk, save_itk
-from segkit.reading.nifti import MGH_SUFFIXES, NIFTI_SUFFIXES, nifti_image, open_mgh, open_nifti, rewrite_nifti, save_mgh
+from segkit.reading.nifti import (
+    MGH_SUFFIXES,
+    NIFTI_SUFFIXES,
+    nifti_image,
+    open_mgh,
+    open_nifti,
+    rewrite_nifti,
+    save_mgh,
+)
 from segkit.reading.pictures import PICTURE_SUFFIXES, open_mask, open_picture, save_picture
 from segkit.reading.volume import Grid, ImageHeader, Volume, as_data_errors, in_type, require_file, short_reason
 from segkit.shapes import AnyArray, LabelMap
