@@ -1,1 +1,1 @@
-"""The functions behind `segkit.train`, `segkit.infer` and so on, which the command line calls too."""
+"""The functions `segkit.train`, `segkit.infer` and so on, which the commands call too."""

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from segkit.api.arguments import read_case_ids
 from segkit.cli.options import (
     CasesOption,
     JsonOption,
@@ -64,31 +63,23 @@ def evaluate(
 
     Exit code 1 where a case could not be scored, 2 where the request is wrong.
     """
-    from segkit.errors import RequestError
-    from segkit.evaluation.score_folder import evaluate_folders
-    from segkit.report.figures import draw_worst_cases, reliability_figure
+    from segkit.api.evaluate import evaluate as score_masks
 
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
-    if figures and output is None:
-        raise RequestError("--figures needs a folder to write to", remedy="Add -o OUT")
-    evaluation = evaluate_folders(
+    evaluation = score_masks(
         predictions,
         references,
+        output,
         protocol=protocol,
         challenge=challenge,
-        case_ids=read_case_ids(cases),
+        cases=cases,
         missing=missing,
         label_scheme=label_scheme,
         prediction_scheme=prediction_scheme,
         roi=roi,
         probabilities=probabilities,
+        figures=figures,
     )
-    if output is not None:
-        evaluation.write(output)
-        if evaluation.reliability:
-            reliability_figure(output / "figures" / "reliability.png", evaluation.reliability)
-        if figures:
-            draw_worst_cases(evaluation, output / "figures", figures)
     if json:
         print_json(evaluation.to_json())
     elif evaluation.cases:

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from segkit.api.arguments import read_case_ids
 from segkit.cli.options import (
     CasesOption,
     JsonOption,
@@ -18,7 +17,6 @@ from segkit.cli.options import (
     print_table,
     set_verbosity,
 )
-from segkit.errors import RequestError
 
 RunOption = Annotated[Path, typer.Option("-m", "--model", help="Run folder, cross-validation or nnU-Net's results.")]
 PrecisionOption = Annotated[
@@ -52,14 +50,10 @@ def export(
 
     `segkit infer -m OUTPUT`, or of an inpainting model `segkit inpaint`, runs it with ONNX Runtime or OpenVINO.
     """
-    from segkit.exporting.cases import named_cases
-    from segkit.exporting.onnx import ExportSettings, export_models
+    from segkit.api.export import export_model
 
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
-    if cases is not None and input is None:
-        raise RequestError("--cases names cases of a data folder", remedy="Add the folder: -i DATA")
-    measuring = None if input is None else named_cases(input, read_case_ids(cases))
-    document = export_models(model, output, ExportSettings(precision, measuring, overwrite))
+    document = export_model(model, output, precision=precision, data=input, cases=cases, overwrite=overwrite)
     if json:
         print_json(document)
     elif not quiet:

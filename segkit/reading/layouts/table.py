@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -40,7 +41,7 @@ _COMMON = ("brats2021", "msd", "folder")
 
 
 def find_cases(
-    root: Path,
+    root: str | os.PathLike[str],
     *,
     layout: str | None = None,
     modalities: Mapping[str, str] | None = None,
@@ -62,6 +63,11 @@ def find_cases(
     Raises:
         DataError: nothing found, nothing recognised, or no references where they are required.
         RequestError: unknown layout or label scheme.
+
+    Example:
+        >>> cohort = segkit.find_cases("data")  # doctest: +SKIP
+        >>> cohort.layout, [case.id for case in cohort.cases]  # doctest: +SKIP
+        ('brats2021', ['BraTS2021_00000', 'BraTS2021_00002'])
     """
     listing = list_images(Path(root), exclude)
     options = FolderOptions(
