@@ -45,7 +45,7 @@ def show(
     verbose: VerboseOption = False,
 ) -> None:
     """Print the settings of a run as YAML, each with what it means; null is decided by planning."""
-    from segkit import config as configs
+    import segkit.config as configs
 
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
     presets = {
