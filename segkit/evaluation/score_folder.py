@@ -59,7 +59,8 @@ def evaluate_folders(
     scores to a region of interest; a folder of `probabilities` adds the area under the ROC curve and calibration.
 
     Raises:
-        RequestError: the protocol or challenge is unknown, or nothing could be paired; see `evaluate_pairs`.
+        RequestError: protocol or challenge is unknown, or the protocol has no rules for the challenge; nothing could be
+            paired; there are no regions of interest or probabilities of these cases, or two files for one case.
     """
     pairing = pair_folders(
         predictions,
@@ -69,23 +70,6 @@ def evaluate_folders(
         label_scheme=label_scheme,
         prediction_scheme=prediction_scheme,
     )
-    return evaluate_pairs(pairing, protocol=protocol, missing=missing, roi=roi, probabilities=probabilities)
-
-
-def evaluate_pairs(
-    pairing: Pairing,
-    *,
-    protocol: str = "legacy",
-    missing: Missing = "skip",
-    roi: str | None = None,
-    probabilities: Path | None = None,
-) -> Evaluation:
-    """Score the pairs of two folders; see `evaluate_folders`.
-
-    Raises:
-        RequestError: the protocol is unknown, or has no rules for the challenge; there are no regions of interest or
-            probabilities of these cases, or two files for one case.
-    """
     scorer = _Scorer(pairing, protocol, roi, probabilities)
     cases: list[CaseScores] = []
     errors: dict[str, str] = {}
@@ -97,13 +81,13 @@ def evaluate_pairs(
             unscored.append(case_id)
             continue
         try:
-            reference, grid = read_reference(pair, pairing.scheme)
+            reference, grid = _read_reference(pair, pairing.scheme)
         except DataError as error:
             errors[case_id] = str(error)
             continue
         try:
             if pair.prediction is not None:
-                cases.append(scorer.score(pair, reference, grid))
+                cases.append(scorer.score(pair, pair.prediction, reference, grid))
                 _log.debug("scored %s", case_id)
                 continue
         except DataError as error:
@@ -127,17 +111,17 @@ class _Scorer:
         self.ranked_regions = list(dict.fromkeys(region for own in self.probabilities.values() for region in own))
         self.regions = scored_regions(self.scheme, protocol, self.challenge)
 
-    def score(self, pair: Pair, reference: LabelMap, grid: Grid) -> CaseScores:
+    def score(self, pair: Pair, path: Path, reference: LabelMap, grid: Grid) -> CaseScores:
         """Scores of a prediction; a DataError says what is missing or unusable."""
         case_id = pair.reference.id
         predicted = scored_regions(pair.scheme, self.protocol, self.challenge)
         if not self.regions.keys() & predicted.keys():
             raise DataError(
                 f"the mask is in label scheme {pair.scheme.name}, which shares no region with {self.scheme.name}",
-                where=pair.prediction,
+                where=path,
                 remedy="Name the right one with --prediction-scheme",
             )
-        prediction = read_prediction(pair, grid)
+        prediction = _read_prediction(path, pair.scheme, grid)
         roi = self._read_roi(case_id, reference, grid)
         found = score_case(
             prediction,
@@ -152,11 +136,11 @@ class _Scorer:
         scores = {region: scored.scores for region, scored in found.items()}
         reliability: dict[str, RegionReliability] = {}
         for region in self.ranked_regions:
-            path = self.probabilities[case_id].get(region)
-            if path is None:
+            image = self.probabilities[case_id].get(region)
+            if image is None:
                 remedy = "Write them again with `segkit infer --save-probabilities --overwrite`"
                 raise DataError(f"has no probabilities of {region}", where=case_id, remedy=remedy)
-            more, reliable = score_probabilities(path, region_mask(reference, self.regions[region]), grid, roi)
+            more, reliable = score_probabilities(image, region_mask(reference, self.regions[region]), grid, roi)
             scores[region] |= more
             reliability |= {region: reliable} if reliable else {}
         lesions = {region: scored.lesions for region, scored in found.items() if scored.lesions}
@@ -204,12 +188,7 @@ def _tissue_regions(scheme: LabelScheme, tissues: Mapping[str, Collection[str]])
     return {region: values for region, values in members.items() if values}
 
 
-def read_reference(pair: Pair, scheme: LabelScheme) -> tuple[LabelMap, Grid]:
-    """The reference mask of a pair and its grid.
-
-    Raises:
-        DataError: the file is unusable or holds values that are not in its scheme.
-    """
+def _read_reference(pair: Pair, scheme: LabelScheme) -> tuple[LabelMap, Grid]:
     label = pair.reference.label
     if label is None:
         raise ValueError(f"case {pair.reference.id} has no reference")
@@ -218,20 +197,14 @@ def read_reference(pair: Pair, scheme: LabelScheme) -> tuple[LabelMap, Grid]:
     return labels, grid
 
 
-def read_prediction(pair: Pair, grid: Grid) -> LabelMap:
-    """The predicted mask of a pair, which must lie on the grid of the reference.
-
-    Raises:
-        DataError: the file is unusable, lies on another grid, or holds values that are not in its scheme.
-    """
-    if pair.prediction is None:
-        raise ValueError(f"case {pair.reference.id} has no prediction")
-    labels, own_grid = read_labels(pair.prediction)
+def _read_prediction(path: Path, scheme: LabelScheme, grid: Grid) -> LabelMap:
+    """A predicted mask, which must be on the grid of the reference."""
+    labels, own_grid = read_labels(path)
     difference = same_grid(own_grid, grid)
     if difference is not None:
         remedy = "Scores compare voxel by voxel: resample the prediction to the grid of its scan"
-        raise DataError(difference, where=pair.prediction, remedy=remedy)
-    _require_known(labels, pair.scheme, pair.prediction, "--prediction-scheme")
+        raise DataError(difference, where=path, remedy=remedy)
+    _require_known(labels, scheme, path, "--prediction-scheme")
     return labels
 
 

@@ -28,7 +28,6 @@ _SIZES_OF_ONE = ((640, 72), (400, 60), (256, 50))
 
 _WIDTH, _WIDEST = 1000.0, 320.0
 _GAP, _GUTTER, _HEAD = 8.0, 28.0, 28.0
-_LAYERS = ("image", "prediction", "reference", "uncertainty")
 _UNCERTAIN = (0xE6, 0x9F, 0x00)
 _MOST_OUTLINE = 12_000
 """Characters of an outline; vessels and the like go without."""
@@ -47,12 +46,9 @@ def case_picture(
         most_bytes: Its share of the page.
     """
     maps = () if arrays.uncertainty is None else (arrays.uncertainty,)
-    masks = arrays.masks
-    views = views_of(arrays.image, tuple(masks.values()), arrays.grid, maps)
-    window = intensity_window(arrays.image)
+    views = views_of(arrays.image, tuple(arrays.masks.values()), arrays.grid, maps)
     for side, quality in _SIZES if arrays.grid.dims == 3 else _SIZES_OF_ONE:
-        shrunk = [_shrunk(view, side) for view in views]
-        picture = _draw(case_id, arrays.modality, shrunk, list(masks), colours, window, quality, key)
+        picture = _draw(case_id, arrays, [_shrunk(view, side) for view in views], colours, quality, key)
         if len(picture) <= most_bytes:
             return picture
     return None
@@ -67,21 +63,19 @@ def embedded_figure(path: Path, most_side: int = 1100) -> dict[str, object]:
 
 def _draw(
     case_id: str,
-    modality: str,
+    arrays: CaseArrays,
     views: Sequence[View],
-    masks: Sequence[str],
     colours: Mapping[int, tuple[str, str]],
-    window: tuple[float, float],
     quality: int,
     key: str,
 ) -> Markup:
-    layers = [layer for layer in _LAYERS if layer in ("image", *masks) or (layer == "uncertainty" and views[0].maps)]
+    masks = list(arrays.masks)
+    layers = ["image", *masks, *(["uncertainty"] if views[0].maps else [])]
+    low, high = intensity_window(arrays.image)
     widest = max(view.image.shape[1] for view in views)
     scale = min((_WIDTH - _GUTTER + _GAP) / len(layers) - _GAP, _WIDEST) / widest
     step = widest * scale + _GAP
-    low, high = window
-    rows = []
-    top = _HEAD
+    rows, top = [], _HEAD
     for row, view in enumerate(views):
         width, height = view.image.shape[1] * scale, view.image.shape[0] * view.aspect * scale
         left = _GUTTER + (step - _GAP - width) / 2
@@ -100,7 +94,7 @@ def _draw(
         )
         top += height + _GAP
     planes = ", ".join(view.title for view in views if view.title)
-    names = [f"image ({modality})", *layers[1:]]
+    names = [f"image ({arrays.modality})", *layers[1:]]
     return render(
         "planes.html",
         width=f"{_GUTTER + step * len(layers):.0f}",

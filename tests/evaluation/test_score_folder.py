@@ -15,7 +15,6 @@ from segkit.errors import RequestError
 from segkit.evaluation.pairing import Pairing, challenge_of, pair_folders
 from segkit.evaluation.score_folder import (
     evaluate_folders,
-    evaluate_pairs,
     regions_of,
     scored_regions,
 )
@@ -288,7 +287,7 @@ def test_a_prediction_that_fits_two_cases_is_neither(tmp_path):
     assert names_of(pairing) == {"1": None, "p_1": None, "p_2": "p_2"}
     assert set(pairing.ambiguous) == {"1", "p_1"}
     assert "several cases: 1, p_1" in pairing.ambiguous["1"]
-    assert [case.case for case in evaluate_pairs(pairing).cases] == ["p_2"]
+    assert [case.case for case in evaluate_folders(tmp_path / "pred", tmp_path / "ref").cases] == ["p_2"]
 
 
 def test_ids_within_other_ids_do_not_hide_surplus(tmp_path):
@@ -300,7 +299,10 @@ def test_ids_within_other_ids_do_not_hide_surplus(tmp_path):
 def test_references_without_the_suffix_of_the_others_are_told(tmp_path):
     pairing = paired(tmp_path, ("a_seg", "b"), ("a", "b"))
     assert names_of(pairing) == {"a": "a"}
-    assert any("not taken for references: b.nii.gz" in note for note in evaluate_pairs(pairing).notes())
+    assert any(
+        "not taken for references: b.nii.gz" in note
+        for note in evaluate_folders(tmp_path / "pred", tmp_path / "ref").notes()
+    )
 
 
 def test_names_that_are_not_utf8_are_written(tmp_path):
@@ -347,16 +349,15 @@ def test_dataset_json_names_the_classes(tmp_path, reference):
 def test_worst_cases_are_drawn_over_the_images(tmp_path):
     root = decathlon(tmp_path / "Task09")
     save(tmp_path / "pred" / "spleen_1.nii.gz", np.roll(np.minimum(tumour(), 1), 2, axis=1))
-    pairing = pair_folders(tmp_path / "pred", root)
-    paths = draw_worst_cases(evaluate_pairs(pairing), tmp_path / "figures", 3)
+    paths = draw_worst_cases(evaluate_folders(tmp_path / "pred", root), tmp_path / "figures", 3)
     assert [path.name for path in paths] == ["spleen_1.png"]
     assert paths[0].stat().st_size > 1000
 
 
 def test_figures_need_images(tmp_path, folders):
-    pairing = pair_folders(*folders)
+    evaluation = evaluate_folders(*folders)
     with pytest.raises(RequestError, match="the references are masks only"):
-        draw_worst_cases(evaluate_pairs(pairing), tmp_path, 1)
+        draw_worst_cases(evaluation, tmp_path, 1)
 
 
 def test_written_files_agree(tmp_path, folders):
@@ -461,8 +462,7 @@ def test_worst_cases_are_drawn_where_dice_is_undefined(tmp_path):
     root = decathlon(tmp_path / "Task09")
     save(root / "labelsTr" / "spleen_1.nii.gz", np.zeros((10, 10, 10), np.uint8))
     save(tmp_path / "pred" / "spleen_1.nii.gz", np.zeros((10, 10, 10), np.uint8))
-    pairing = pair_folders(tmp_path / "pred", root)
-    evaluation = evaluate_pairs(pairing, protocol="brats2026")
+    evaluation = evaluate_folders(tmp_path / "pred", root, protocol="brats2026")
     assert draw_worst_cases(evaluation, tmp_path / "figures", 1)[0].name == "spleen_1.png"
 
 
