@@ -1,8 +1,8 @@
 """Slabs of logits on the prepared grid to label maps, probabilities and uncertainty on the grid of the input file.
 
-The preparation is undone: logits are resampled linearly to the cropped box if the case was resampled, the box is placed
-in the whole volume, and the orientation is restored. Slabs are decoded as they arrive, so the label map, one byte per
-voxel, is the only array of the size of the input.
+The preparation is undone: logits are resampled linearly to the cropped box, the box is placed in the whole volume, and
+the orientation is restored. Slabs are decoded as they arrive, so the label map, one byte per voxel, is the only array
+of the size of the input.
 
 Most voxels need no resampling: where the eight prepared voxels around a voxel have the same label, the linear
 interpolation between them has it too, since their logits have the same sign or the same largest output.
@@ -43,19 +43,19 @@ def decode(slabs: Iterable[Slab], preparation: Preparation, activation: Activati
     """
     whole = np.zeros(preparation.reoriented_shape, np.uint8)
     _paint(slabs, whole[preparation.crop_slices], preparation.resampled_shape, activation, values)
-    return to_source(whole, preparation)
+    return _to_source(whole, preparation)
 
 
 def decode_prepared(
     slabs: Iterable[Slab], shape: tuple[int, ...], activation: Activation, values: Sequence[int]
 ) -> LabelMap:
-    """Label map uint8 of this shape, that of the prepared grid, painted like `decode` and with its errors."""
+    """Label map (*prepared) uint8 of `shape`, painted like `decode` and with its errors."""
     labels = np.zeros(shape, np.uint8)
     _paint(slabs, labels, shape, activation, values)
     return labels
 
 
-def to_source(whole: AnyArray, preparation: Preparation) -> AnyArray:
+def _to_source(whole: AnyArray, preparation: Preparation) -> AnyArray:
     """An array of the reoriented volume in the orientation of the input, (*source)."""
     return np.ascontiguousarray(preparation.reorientation.undo(whole))
 
@@ -70,63 +70,51 @@ def probabilities(logits: Logits, activation: Activation) -> Logits:
     return shares
 
 
-def _check(slab: Slab, values: Sequence[int]) -> None:
-    if len(slab.logits) != len(values):
-        raise CheckpointError(
-            f"the network gave {len(slab.logits)} outputs", expected=f"the {len(values)} of its model card"
-        )
-    if np.isnan(slab.logits.min()):
-        raise CheckpointError(
-            "the network gave NaN",
-            expected="finite logits",
-            remedy="The training probably diverged: look at metrics.jsonl, and train with a smaller learning rate",
-        )
-
-
 def _paint(
     slabs: Iterable[Slab], box: LabelMap, shape: tuple[int, ...], activation: Activation, values: Sequence[int]
 ) -> None:
     """Paint slabs of a prepared grid of that shape into `box` (*cropped), in place."""
-    rule, painter = _Rule(activation, values), None
+    table, resampling = np.asarray(values, np.uint8), None
     for slab in slabs:
-        _check(slab, values)
+        if len(slab.logits) != len(values):
+            found = f"the network gave {len(slab.logits)} outputs"
+            raise CheckpointError(found, expected=f"the {len(values)} of its model card")
+        if np.isnan(slab.logits.min()):
+            raise CheckpointError(
+                "the network gave NaN",
+                expected="finite logits",
+                remedy="The training probably diverged: look at metrics.jsonl, and train with a smaller learning rate",
+            )
         if shape == box.shape:
-            index = (*(slice(None),) * slab.axis, slice(slab.start, slab.stop))
-            box[index] = rule.paint(rule.decide(slab.logits))
-            continue
-        painter = painter or _ResamplingPainter(rule, box, shape, slab.axis)
-        painter.add(slab)
+            box[slab.index] = _labels(_decide(slab.logits, activation), activation, table)
+        else:
+            resampling = resampling or _SlabResampling(shape, box.shape, slab.axis)
+            _paint_resampled(slab, resampling, np.moveaxis(box, slab.axis, 0), activation, table)
 
 
-class _Rule:
-    """Logits to labels in two steps: a decision, by which neighbours are compared, and its label."""
-
-    def __init__(self, activation: Activation, values: Sequence[int]) -> None:
-        self.activation = activation
-        self.values = np.asarray(values, np.uint8)
-        self.bits = np.min_scalar_type((1 << len(values)) - 1)
-
-    def decide(self, logits: Logits) -> AnyArray:
-        """(K, ...) to (...): position of the largest output, or one bit for each output above 0."""
-        if self.activation == "softmax":
-            largest: AnyArray = logits.argmax(0).astype(np.uint8)
-            return largest
-        decided = np.zeros(logits.shape[1:], self.bits)
-        for position, plane in enumerate(logits):
-            decided |= (plane > 0).astype(self.bits) << self.bits.type(position)
-        return decided
-
-    def paint(self, decided: AnyArray) -> LabelMap:
-        """Labels (...) uint8 of decisions (...)."""
-        if self.activation == "softmax":
-            return self.values[decided]
-        labels = np.zeros(decided.shape, np.uint8)
-        for position, value in enumerate(self.values):
-            labels[(decided >> self.bits.type(position)) & self.bits.type(1) != 0] = value
-        return labels
+def _decide(logits: Logits, activation: Activation) -> AnyArray:
+    """(K, ...) to (...): position of the largest output, or one bit for each output above 0."""
+    if activation == "softmax":
+        largest: AnyArray = logits.argmax(0).astype(np.uint8)
+        return largest
+    bits = np.min_scalar_type((1 << len(logits)) - 1)
+    decided = np.zeros(logits.shape[1:], bits)
+    for position, plane in enumerate(logits):
+        decided |= (plane > 0).astype(bits) << bits.type(position)
+    return decided
 
 
-class SlabResampling:
+def _labels(decided: AnyArray, activation: Activation, values: NDArray[np.uint8]) -> LabelMap:
+    """Labels (...) uint8 of decisions (...)."""
+    if activation == "softmax":
+        return values[decided]
+    labels = np.zeros(decided.shape, np.uint8)
+    for position, value in enumerate(values):
+        labels[(decided >> decided.dtype.type(position)) & decided.dtype.type(1) != 0] = value
+    return labels
+
+
+class _SlabResampling:
     """Linear resampling of slabs as they arrive; the axis of the slabs is the first, of planes (*across)."""
 
     def __init__(self, old: tuple[int, ...], new: tuple[int, ...], axis: int) -> None:
@@ -154,31 +142,25 @@ class SlabResampling:
             yield index, lower - self._first, upper - self._first, self.along.weight[index]
 
 
-class _ResamplingPainter:
-    """Paints a box (*cropped) on a finer or coarser grid than that of the logits."""
-
-    def __init__(self, rule: _Rule, box: LabelMap, shape: tuple[int, ...], axis: int) -> None:
-        self.rule = rule
-        self.target = np.moveaxis(box, axis, 0)
-        self.resampling = SlabResampling(shape, box.shape, axis)
-
-    def add(self, slab: Slab) -> None:
-        """Paint the voxels within this slab, and between it and the previous one."""
-        logits, across = self.resampling.add(slab.logits, slab.stop), self.resampling.across
-        decided = self.rule.decide(logits)
-        labels = self.rule.paint(decided)
-        side_by_side = np.ascontiguousarray(np.moveaxis(logits, 0, -1))  # (..., K): outputs of a voxel are adjacent
-        last, alike = -1, np.empty(0, np.bool_)
-        for index, lower, upper, weight in self.resampling.ready(slab.stop):
-            if lower != last:
-                last, alike = lower, _alike(decided[lower], decided[upper])
-            self.target[index] = _spread(labels[lower], across)
-            places = np.nonzero(~_spread(alike, across))
-            if len(places[0]):
-                between = side_by_side[lower] + (side_by_side[upper] - side_by_side[lower]) * weight
-                for start in range(0, len(places[0]), _AT_ONCE):
-                    some = tuple(place[start : start + _AT_ONCE] for place in places)
-                    self.target[index][some] = self.rule.paint(self.rule.decide(_at(between, some, across).T))
+def _paint_resampled(
+    slab: Slab, resampling: _SlabResampling, target: LabelMap, activation: Activation, values: NDArray[np.uint8]
+) -> None:
+    """Paint the planes of `target` (along, *across) that are in this slab, or between it and the previous one."""
+    logits, across = resampling.add(slab.logits, slab.stop), resampling.across
+    decided = _decide(logits, activation)
+    labels = _labels(decided, activation, values)
+    side_by_side = np.ascontiguousarray(np.moveaxis(logits, 0, -1))  # (..., K): outputs of a voxel are adjacent
+    last, alike = -1, np.empty(0, np.bool_)
+    for index, lower, upper, weight in resampling.ready(slab.stop):
+        if lower != last:
+            last, alike = lower, _alike(decided[lower], decided[upper])
+        target[index] = _spread(labels[lower], across)
+        places = np.nonzero(~_spread(alike, across))
+        if len(places[0]):
+            between = side_by_side[lower] + (side_by_side[upper] - side_by_side[lower]) * weight
+            for start in range(0, len(places[0]), _AT_ONCE):
+                some = tuple(place[start : start + _AT_ONCE] for place in places)
+                target[index][some] = _labels(_decide(_at(between, some, across).T, activation), activation, values)
 
 
 def _alike(lower: AnyArray, upper: AnyArray) -> NDArray[np.bool_]:
@@ -186,9 +168,7 @@ def _alike(lower: AnyArray, upper: AnyArray) -> NDArray[np.bool_]:
     alike: NDArray[np.bool_] = lower == upper
     for axis in range(lower.ndim):
         here, there = ((slice(None),) * axis + (part,) for part in (slice(0, -1), slice(1, None)))
-        next_alike = alike[there].copy()
-        alike[here] &= next_alike
-        alike[here] &= lower[here] == lower[there]
+        alike[here] &= alike[there].copy() & (lower[here] == lower[there])
     return alike
 
 
@@ -209,44 +189,38 @@ def _at(plane: Logits, places: tuple[NDArray[np.intp], ...], across: Sequence[Ne
         used = np.flatnonzero(np.bincount(place))
         row = np.zeros(len(near.lower), np.intp)
         row[used] = np.arange(len(used))
-        plane = _lines(plane, near, used, axis)
+        weight = near.weight[used].reshape(-1, *(1,) * (plane.ndim - axis - 1))
+        plane = _between(plane.take(near.lower[used], axis), plane.take(near.upper[used], axis), weight)
         line = line * len(used) + row[place]
     place, near = places[-1], across[-1]
     voxels = plane.reshape(-1, plane.shape[-1])
     start = line * plane.shape[-2]
-    result: Logits = voxels.take(start + near.lower[place], 0)
-    step = voxels.take(start + near.upper[place], 0)
-    step -= result
-    step *= near.weight[place][:, None]
-    result += step
-    return result
+    lower, upper = (voxels.take(start + side[place], 0) for side in (near.lower, near.upper))
+    return _between(lower, upper, near.weight[place][:, None])
 
 
-def _lines(plane: Logits, near: Neighbours, used: NDArray[np.intp], axis: int) -> Logits:
-    """A plane resampled along one axis, only at the positions that are used."""
-    result: Logits = plane.take(near.lower[used], axis)
-    step = plane.take(near.upper[used], axis)
-    step -= result
-    step *= near.weight[used].reshape(-1, *(1,) * (plane.ndim - axis - 1))
-    result += step
-    return result
+def _between(lower: Logits, upper: Logits, weight: Logits) -> Logits:
+    """Linear interpolation, in place of both arrays."""
+    upper -= lower
+    upper *= weight
+    lower += upper
+    return lower
 
 
 def merged(streams: Sequence[Iterator[Slab]], activation: Activation) -> Iterator[Slab]:
     """Slabs of the mean probability of several models, as logits, with the disagreement of the models.
 
     For softmax they are log-probabilities, which have the same argmax and softmax. `spread` is twice the standard
-    deviation of the members' probabilities, the largest over the outputs: 0 where all agree, 1 where half of them are
-    certain of the opposite of the other half.
+    deviation of the members' probabilities, the largest over the outputs: 0 where all agree, 1 where one half has
+    probability 1 and the other 0.
     """
     for parts in _aligned(streams):
         members = [probabilities(part.logits, activation) for part in parts]
         mean = sum(members[1:], members[0]) / len(members)
         variance = sum((member - mean) ** 2 for member in members) / len(members)
         spread = 2 * np.sqrt(np.asarray(variance)).max(0)
-        tiny = np.finfo(np.float32).tiny
         if activation == "softmax":
-            logits = np.log(np.maximum(mean, tiny))
+            logits = np.log(np.maximum(mean, np.finfo(np.float32).tiny))
         else:
             mean = np.clip(mean, 1e-7, 1 - 1e-7)
             logits = np.log(mean / (1 - mean))
@@ -273,35 +247,33 @@ _IN_MEMORY_BYTES = 1 << 28
 class Maps:
     """Several maps of one case in 0..1, filled slab by slab; outside the crop each has its value of `outside`.
 
-    Stored as 16-bit fixed point, exact to 1/131070, in a temporary file if they are large. NIfTI programs read it
-    through the scale factor of the header.
+    Stored as 16-bit fixed point, exact to 1/131070, with a scale factor in NIfTI headers; in a temporary file if large.
     """
 
     def __init__(self, preparation: Preparation, outside: Sequence[float]) -> None:
         self.preparation, self.outside = preparation, tuple(outside)
         shape = (len(self.outside), *preparation.cropped_shape)
-        # The file has no name, so it is deleted however the process ends.
         is_large = 2 * prod(shape) > _IN_MEMORY_BYTES
+        # The file has no name, so it is deleted however the process ends.
         self._file = tempfile.TemporaryFile() if is_large else None  # noqa: SIM115  lives as long as the maps
         self._boxes: NDArray[np.uint16] = (
             np.zeros(shape, np.uint16) if self._file is None else np.memmap(self._file, np.uint16, "w+", shape=shape)
         )
-        self._resampling: SlabResampling | None = None
+        self._resampling: _SlabResampling | None = None
 
     def add(self, planes: NDArray[np.float32], slab: Slab) -> None:
         """The maps (count, *spatial) in 0..1 of the voxels of a slab of the prepared grid."""
         shape, axis = self.preparation.resampled_shape, slab.axis
         if shape == self.preparation.cropped_shape:
-            self._boxes[(slice(None), *(slice(None),) * axis, slice(slab.start, slab.stop))] = _fixed(planes)
+            self._boxes[(slice(None), *slab.index)] = np.rint(planes * np.float32(_STEPS))
             return
-        if self._resampling is None:
-            self._resampling = SlabResampling(shape, self.preparation.cropped_shape, axis)
+        self._resampling = self._resampling or _SlabResampling(shape, self.preparation.cropped_shape, axis)
         planes = self._resampling.add(planes, slab.stop)
         target = np.moveaxis(self._boxes, axis + 1, 1)
         for index, lower, upper, weight in self._resampling.ready(slab.stop):
             for box, plane in zip(target, planes, strict=True):
                 between = plane[lower] + (plane[upper] - plane[lower]) * weight
-                box[index] = _fixed(resample_plane(between, box.shape[1:]))
+                box[index] = np.rint(resample_plane(between, box.shape[1:]) * np.float32(_STEPS))
 
     def write(self, paths: Sequence[Path]) -> None:
         """Write each map to its file on the grid of the input."""
@@ -309,7 +281,7 @@ class Maps:
         for path, box, value in zip(paths, self._boxes, self.outside, strict=True):
             whole = np.full(self.preparation.reoriented_shape, round(value * _STEPS), np.uint16)
             whole[self.preparation.crop_slices] = box
-            source = to_source(whole, self.preparation)
+            source = _to_source(whole, self.preparation)
             if grid.dims == 2:
                 write_image(path, source.astype(np.float32) / _STEPS, grid)
             else:
@@ -320,7 +292,7 @@ class Maps:
         for box, value in zip(self._boxes, self.outside, strict=True):
             whole = np.full(self.preparation.reoriented_shape, value, np.float32)
             whole[self.preparation.crop_slices] = box / np.float32(_STEPS)
-            yield to_source(whole, self.preparation)
+            yield _to_source(whole, self.preparation)
 
 
 def outside_probabilities(count: int, activation: Activation) -> list[float]:
@@ -341,8 +313,3 @@ def uncertainty(slab: Slab, activation: Activation) -> NDArray[np.float32]:
         entropy = (-(share * np.log(share) + (1 - share) * np.log1p(-share)) / np.log(2)).max(0)
     spread = np.zeros_like(entropy) if slab.spread is None else slab.spread
     return np.stack([np.clip(entropy, 0, 1), spread]).astype(np.float32)
-
-
-def _fixed(planes: NDArray[np.float32]) -> NDArray[np.uint16]:
-    fixed: NDArray[np.uint16] = np.rint(planes * np.float32(_STEPS)).astype(np.uint16)
-    return fixed

@@ -4,8 +4,7 @@ Overlapping windows are blended with Gaussian weights (Isensee et al., nnU-Net, 
 volume smaller than the window is padded with zeros, half on each side.
 
 Windows are computed row by row along one axis. Logits that no later row changes are yielded as a slab, so only one
-window's depth of them is in memory. Windows with one value per channel have the same logits everywhere and are computed
-once.
+window's depth of them is in memory. Equal windows with one value per channel are computed once.
 """
 
 from __future__ import annotations
@@ -42,6 +41,11 @@ class Slab:
     logits: Logits = field(repr=False)
     spread: NDArray[np.float32] | None = field(default=None, repr=False)
     """Disagreement of the members of an ensemble, (*spatial) in 0..1."""
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """Index of its voxels in the volume (*spatial)."""
+        return (*(slice(None),) * self.axis, slice(self.start, self.stop))
 
     def part(self, start: int, stop: int) -> Slab:
         """The voxels from `start` to before `stop`, a view."""
@@ -93,8 +97,8 @@ def predict_slabs(
 ) -> Iterator[Slab]:
     """Logits of an image (C, *spatial) float32, slab by slab in the order of their voxels.
 
-    `mirror_axes` (of *spatial) is test-time augmentation: logits are averaged over all combinations of flips along
-    these axes, so each axis doubles the time.
+    With `mirror_axes` (of *spatial) logits are averaged over all combinations of flips along these axes, so each axis
+    doubles the time.
     """
     spatial = image.shape[1:]
     before = [(size - old) // 2 for size, old in zip(plan.shape, spatial, strict=True)]
@@ -102,7 +106,7 @@ def predict_slabs(
         after = [size - old - pad for size, old, pad in zip(plan.shape, spatial, before, strict=True)]
         image = np.pad(image, [(0, 0), *zip(before, after, strict=True)])
     inside = tuple(slice(pad, pad + old) for pad, old in zip(before, spatial, strict=True))
-    logits_of = _ConstantWindowCache(_Mirrored(network, mirror_axes) if mirror_axes else network)
+    logits_of = _ConstantWindowCache(_mirrored(network, mirror_axes) if mirror_axes else network)
     axis, rows = plan.axis, _Rows(plan)
     for start, following in itertools.pairwise((*plan.starts[axis], plan.shape[axis])):
         places = [
@@ -152,14 +156,13 @@ class _Rows:
             raise ValueError("no window was added")
         finished = (*(slice(None),) * self.plan.axis, slice(0, count))
         done: Logits = self.sums[(slice(None), *finished)] / self.weights[finished]
-        sums, weights = np.moveaxis(self.sums, self.plan.axis + 1, 0), np.moveaxis(self.weights, self.plan.axis, 0)
-        length = len(weights)
-        for begin in range(0, length - count, count):  # source and target do not overlap
-            end = min(begin + count, length - count)
-            sums[begin:end] = sums[begin + count : end + count]
-            weights[begin:end] = weights[begin + count : end + count]
-        sums[length - count :] = 0
-        weights[length - count :] = 0
+        for array, axis in ((self.sums, self.plan.axis + 1), (self.weights, self.plan.axis)):
+            planes = np.moveaxis(array, axis, 0)
+            kept = len(planes) - count
+            for begin in range(0, kept, count):  # source and target do not overlap
+                end = min(begin + count, kept)
+                planes[begin:end] = planes[begin + count : end + count]
+            planes[kept:] = 0
         return done
 
 
@@ -179,40 +182,32 @@ class _ConstantWindowCache:
             batch = np.stack([windows[index] for index in wanted])
             for index, logits in zip(wanted, self.network(batch), strict=True):
                 results[index] = logits
-                value = values[index]
-                if value is not None:
+                if (value := values[index]) is not None:
                     self.known[value] = logits.copy()
         return [result for result in results if result is not None]
 
 
-class _Mirrored:
+def _mirrored(network: Network, axes: Sequence[int]) -> Network:
     """The mean of a network's logits over all flips of its input along some spatial axes."""
+    counts = range(1, len(axes) + 1)
+    flips = [tuple(a + 2 for a in chosen) for count in counts for chosen in itertools.combinations(axes, count)]
 
-    def __init__(self, network: Network, axes: Sequence[int]) -> None:
-        self.network = network
-        self.flips = [
-            tuple(axis + 2 for axis in chosen)
-            for count in range(1, len(axes) + 1)
-            for chosen in itertools.combinations(axes, count)
-        ]
-
-    def __call__(self, windows: Logits) -> Logits:
-        """Logits (B, K, *window) of windows (B, C, *window)."""
-        total = np.array(self.network(windows))
-        for flip in self.flips:
-            flipped = self.network(np.ascontiguousarray(np.flip(windows, flip)))
-            total += np.flip(flipped, flip)
-        total /= len(self.flips) + 1
+    def mean(windows: Logits) -> Logits:
+        total = np.array(network(windows))
+        for flip in flips:
+            total += np.flip(network(np.ascontiguousarray(np.flip(windows, flip))), flip)
+        total /= len(flips) + 1
         return total
+
+    return mean
 
 
 def _constant(window: Image) -> tuple[float, ...] | None:
     """The value of each channel of (C, *window) if all are constant, else None."""
     first = window[(slice(None), *(slice(0, 1),) * (window.ndim - 1))]
     sample = window[(slice(None), *(slice(None, None, _SAMPLE_STEP),) * (window.ndim - 1))]
-    if (sample != first).any() or (window != first).any():
-        return None
-    return tuple(first.ravel().tolist())
+    is_varied = (sample != first).any() or (window != first).any()
+    return None if is_varied else tuple(first.ravel().tolist())
 
 
 def _box(place: Sequence[int], window: Sequence[int]) -> tuple[slice, ...]:
