@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import numpy as np
 
 from segkit.errors import RequestError
 from segkit.inference.backends import Array
-from segkit.inference.graph import INPUT, graph_files
+from segkit.inference.graph import INPUT, graph_files, quiet
 
 _WORTH_HALVING = 256
 """Smaller weights stay in 32 bits: biases and norms are sensitive."""
@@ -63,7 +62,7 @@ def write_int8(source: Path, target: Path, windows: Sequence[Array]) -> None:
     except ImportError as error:
         raise RequestError("onnxruntime is not installed", remedy="pip install 'segkit[onnx]'") from error
     is_split = len(graph_files(source)) > 1
-    with tempfile.TemporaryDirectory() as folder, _without_log():
+    with tempfile.TemporaryDirectory() as folder, quiet(logging.WARNING):  # recommendations of the quantiser
         folded = Path(folder) / source.name  # batch norms are folded into convolutions
         quant_pre_process(source, folded, skip_symbolic_shape=True, save_as_external_data=is_split)
         quantization.quantize_static(
@@ -91,14 +90,3 @@ class _Windows:
         """The next input of the graph, None at the end."""
         window = next(self._left, None)
         return None if window is None else {INPUT: window}
-
-
-@contextmanager
-def _without_log() -> Iterator[None]:
-    """Silence the quantiser, which logs recommendations on the root logger."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -1,15 +1,14 @@
 """Opens the backend of a model folder.
 
-Exports are opened as they are. The network of a run folder is computed by torch or, on a CPU with a faster runtime
-installed, written once as an ONNX file, compared with torch, and kept in the user's cache together with what the
-runtime compiles from it; from then on torch is not loaded.
+The network of a run folder is computed by torch or, on a CPU with a faster runtime installed, written once as an ONNX
+file, compared with torch, and kept in the user's cache with the files that the runtime compiles; later runs do not load
+torch.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import logging
 import secrets
 import shutil
@@ -32,6 +31,7 @@ from segkit.inference.backends import (
     open_graph,
     runtime_for,
 )
+from segkit.inference.graph import missing_exporters, require_onnx
 from segkit.inference.graph_check import require_harmless
 from segkit.inference.parity import LARGEST_DIFFERENCE, random_windows, relative_difference
 from segkit.reading.files import file_sha256
@@ -39,14 +39,12 @@ from segkit.runtime import cache_folder, has_memory_limit, keep_freed_memory, ma
 
 GRAPH_NAME = "model.onnx"
 
-_EXPORTERS = ("onnx", "onnxscript")
 _LAYOUT = 1
 """Part of the name in the cache: increase it when graphs are written in another way."""
 _TORCH_MB = 700
 """Memory that loading torch needs; with less it ends the process."""
-
 _SMALLEST_WINDOW = 16
-"""Voxels along an axis below which a window sees too little to be worth a try."""
+"""Voxels along an axis: smaller windows are not tried."""
 
 _log = logging.getLogger(__name__)
 
@@ -67,16 +65,12 @@ def open_backend(
     on_cpu = device == "cpu" or (device == "auto" and (not may_have_gpu() or pick_device().type == "cpu"))
     if card.export is not None:
         return _open_export(folder, card, name, window, threads)
-    if name == "torch" or not on_cpu:
+    if name == "torch" or not on_cpu or (name == "auto" and not can_write_graphs()):
         return _open_torch(folder, card, device, name, window, threads)
-    if name == "auto" and not can_write_graphs():
-        return _open_torch(folder, card, device, name, window, threads)
-    if missing := _missing_exporters():
-        raise RequestError(
-            f"{' and '.join(missing)} not installed, which turn a network into an ONNX file",
-            remedy="pip install 'segkit[onnx]', or pass --backend torch",
-        )
-    cache = _cache_of(folder, card, window)
+    require_onnx(", or pass --backend torch")
+    if not card.sha256:
+        raise RequestError("the weights of this model have no digest", where=folder, remedy="Pass --backend torch")
+    cache = cache_folder() / "graphs" / f"{card.sha256[:32]}-{'x'.join(map(str, window))}-{_LAYOUT}"
     if not (cache / GRAPH_NAME).is_file():
         checked = _fill(cache, folder, card, name, window, threads)
         if checked is not None:
@@ -87,7 +81,7 @@ def open_backend(
 def open_with_room(
     reopen: Callable[[tuple[int, ...]], Backend], card: ModelCard, window: tuple[int, ...]
 ) -> tuple[tuple[int, ...], ReopenableBackend]:
-    """The backend of a model with windows of this size, or of a smaller one where memory is too short for it."""
+    """The backend of a model with windows of this size, or of a smaller one if memory is too short."""
     while True:
         try:
             return window, ReopenableBackend(functools.partial(reopen, window), reopen(window))
@@ -99,7 +93,7 @@ def open_with_room(
 
 
 def smaller_window(window: tuple[int, ...], card: ModelCard) -> tuple[int, ...] | None:
-    """A window of half the size along its longest axis; None where a network would see too little of a case."""
+    """A window of half the size along its longest axis; None if that is too small."""
     axis = max(range(len(window)), key=window.__getitem__)
     unit = card.divisor[axis]
     length = window[axis] // 2 // unit * unit
@@ -110,11 +104,7 @@ def smaller_window(window: tuple[int, ...], card: ModelCard) -> tuple[int, ...] 
 
 def can_write_graphs() -> bool:
     """Whether networks can be turned into ONNX files here, and a runtime for them is installed."""
-    return bool(installed_backends()) and not _missing_exporters()
-
-
-def _missing_exporters() -> list[str]:
-    return [module for module in _EXPORTERS if importlib.util.find_spec(module) is None]
+    return bool(installed_backends()) and not missing_exporters()
 
 
 def _open_export(folder: Path, card: ModelCard, name: str, window: tuple[int, ...], threads: int | None) -> Backend:
@@ -142,8 +132,8 @@ def _open_export(folder: Path, card: ModelCard, name: str, window: tuple[int, ..
 def _have_computed_elsewhere(path: Path, graph: GraphCard, shape: tuple[int, ...]) -> None:
     """Compute an untrusted graph once in ONNX Runtime, if installed, before OpenVINO opens it.
 
-    ONNX Runtime checks that shapes agree; OpenVINO does not, and writes beyond the memory that it allocated. Checked
-    graphs are remembered in the user's cache by their digests.
+    ONNX Runtime validates shapes; OpenVINO does not, and writes beyond its buffers. Computed graphs are recorded in the
+    user's cache by their digests.
     """
     if "onnxruntime" not in installed_backends():
         return
@@ -158,16 +148,14 @@ def _have_computed_elsewhere(path: Path, graph: GraphCard, shape: tuple[int, ...
 
 
 class GuardedBackend:
-    """The runtime of an exported graph; its failures, and outputs that are not `outputs` logits, name the file.
+    """The runtime of an exported graph; its failures, and outputs that are not `outputs` logits, are CheckpointErrors.
 
-    Without the check of the shape a single voxel would be broadcast over the window.
+    A single voxel would otherwise be broadcast over the window.
     """
 
     def __init__(self, backend: Backend, path: Path, outputs: int) -> None:
         self.name, self.threads = backend.name, backend.threads
-        self._backend = backend
-        self._path = path
-        self._outputs = outputs
+        self._backend, self._path, self._outputs = backend, path, outputs
 
     def __call__(self, windows: Array) -> Array:
         """Logits (B, K, *window) of windows (B, C, *window).
@@ -241,13 +229,6 @@ def _require_room(card: ModelCard, window: tuple[int, ...]) -> None:
     needed_mb = window_bytes(lambda: build_network(card, downloads=False), (1, card.input_channels, *window)) / 1024**2
     if needed_mb > room_mb():
         raise MemoryError(f"a window takes {needed_mb:.0f} MB, and {room_mb():.0f} MB are left")
-
-
-def _cache_of(folder: Path, card: ModelCard, window: tuple[int, ...]) -> Path:
-    size = "x".join(map(str, window))
-    if not card.sha256:
-        raise RequestError("the weights of this model have no digest", where=folder, remedy="Pass --backend torch")
-    return cache_folder() / "graphs" / f"{card.sha256[:32]}-{size}-{_LAYOUT}"
 
 
 def _fill(

@@ -1,7 +1,7 @@
 """Backends: torch, ONNX Runtime and OpenVINO behind one call from windows to logits, both numpy arrays.
 
-Only the torch backend loads torch, which takes seconds and half a gigabyte. Backends can be pickled with their network;
-a copy computes with the same number of threads, because sums may round differently with another.
+Only the torch backend loads torch, which takes seconds and half a gigabyte. Backends can be pickled with their network
+and number of threads: with another number sums may round differently.
 """
 
 from __future__ import annotations
@@ -36,12 +36,10 @@ Array = NDArray[np.float32]
 
 
 class Backend(Protocol):
-    """A network, ready to compute."""
+    """A network, ready to compute; `name` is torch, onnxruntime or openvino, `threads` are those on a CPU."""
 
     name: str
-    """torch, onnxruntime or openvino."""
     threads: int
-    """Number of threads on a CPU."""
 
     def __call__(self, windows: Array) -> Array:
         """Logits (B, K, *window) float32 of windows (B, C, *window) float32."""
@@ -88,15 +86,29 @@ class TorchBackend:
         return result
 
 
-class OnnxRuntimeBackend:
-    """An ONNX file in ONNX Runtime on the CPU; input `image`, output `logits`."""
+class _GraphBackend:
+    """An ONNX file on the CPU; input `image`, output `logits`."""
+
+    name: str
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        self.path, self.threads = path, threads or available_cores()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The files are pickled too."""
+        files = {path.name: path.read_bytes() for path in graph_files(self.path)}
+        return _reopen_graph, (self.name, files, self.threads)
+
+
+class OnnxRuntimeBackend(_GraphBackend):
+    """An ONNX file in ONNX Runtime."""
 
     name = "onnxruntime"
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
         import onnxruntime
 
-        self.path, self.threads = path, threads or available_cores()
+        super().__init__(path, threads)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3
@@ -107,25 +119,18 @@ class OnnxRuntimeBackend:
         result: Array = self._session.run([OUTPUT], {INPUT: windows})[0]
         return result
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """The file is pickled too."""
-        return _reopen_graph, (self.name, _files_of(self.path), self.threads)
 
-
-class OpenvinoBackend:
-    """An ONNX file in OpenVINO on the CPU; `cache` is a folder for the compiled network, which loads faster."""
+class OpenvinoBackend(_GraphBackend):
+    """An ONNX file in OpenVINO; `cache` is a folder for the compiled network, which loads faster."""
 
     name = "openvino"
 
     def __init__(self, path: Path, threads: int | None = None, cache: Path | None = None) -> None:
-        self.path, self.threads = path, threads or available_cores()
+        super().__init__(path, threads)
         with _CORE_LOCK:
             core = _openvino_core()
-        settings: dict[str, Any] = {
-            "INFERENCE_NUM_THREADS": self.threads,
-            "INFERENCE_PRECISION_HINT": "f32",
-            "PERFORMANCE_HINT": "LATENCY",
-        }
+        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+        settings["INFERENCE_NUM_THREADS"] = self.threads
         if cache is not None:
             settings["CACHE_DIR"] = str(cache)
         model = core.read_model(path)
@@ -138,16 +143,9 @@ class OpenvinoBackend:
         """Logits (B, K, *window) of windows (B, C, *window), computed one by one."""
         return np.concatenate([self._network({INPUT: window[None]})[OUTPUT] for window in windows])
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """The file is pickled too."""
-        return _reopen_graph, (self.name, _files_of(self.path), self.threads)
-
 
 class ReopenableBackend:
-    """A backend whose memory can be released; the next call opens it again.
-
-    A copy in another process is the opened backend alone.
-    """
+    """A backend whose memory can be released; the next call opens it again. It is pickled as the opened backend."""
 
     def __init__(self, reopen: Callable[[], Backend], opened: Backend) -> None:
         self.name, self.threads = opened.name, opened.threads
@@ -156,11 +154,7 @@ class ReopenableBackend:
 
     @property
     def opened(self) -> Backend:
-        """The backend itself, opened again where it was released.
-
-        Raises:
-            MemoryError: there is no room for it, or whatever error the backend has for that.
-        """
+        """The backend itself, opened again if it was released; raises what opening it raises."""
         if self._opened is None:
             self._opened = self._reopen()
         return self._opened
@@ -173,12 +167,12 @@ class ReopenableBackend:
         """Logits (B, K, *window) of windows (B, C, *window); raises what `opened` raises."""
         return self.opened(windows)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _same, (self.opened,)
+    def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
+        return self.opened.__reduce_ex__(protocol)
 
 
 def torch_backend(backend: Backend) -> TorchBackend | None:
-    """The torch backend behind `backend`; None where another runtime computes."""
+    """The torch backend behind `backend`; None for other runtimes."""
     opened = backend.opened if isinstance(backend, ReopenableBackend) else backend
     return opened if isinstance(opened, TorchBackend) else None
 
@@ -194,9 +188,7 @@ def runtime_for(name: str) -> str:
 
 
 def open_graph(path: Path, name: str, cache: Path | None = None, threads: int | None = None) -> Backend:
-    """The backend `name` with an ONNX file; auto is the fastest that is installed.
-
-    `threads` defaults to the number of cores.
+    """The backend `name` with an ONNX file; auto is the fastest that is installed; default threads: all cores.
 
     Raises:
         RequestError: that backend, or any, is not installed.
@@ -215,17 +207,12 @@ def open_graph(path: Path, name: str, cache: Path | None = None, threads: int | 
 def _openvino_core() -> Any:
     """The one OpenVINO core, kept to the end of the process.
 
-    Its CPU plugin gives the thread that loads it a signal stack, and frees that memory when it is unloaded. If several
-    are unloaded in another than the reverse order, the thread keeps a freed signal stack, and the next signal (Ctrl-C,
-    the end of a worker) kills the process.
+    Its CPU plugin gives the thread that loads it a signal stack, and frees it when it is unloaded. If several are not
+    unloaded in reverse order, the thread keeps a freed signal stack, and the next signal kills the process.
     """
     import openvino
 
     return openvino.Core()
-
-
-def _same(backend: Backend) -> Backend:
-    return backend
 
 
 def _reopen_torch(network: torch.nn.Module, device: str, threads: int) -> TorchBackend:
@@ -240,7 +227,3 @@ def _reopen_graph(name: str, files: Mapping[str, bytes], threads: int) -> Backen
         for path, content in zip(paths, files.values(), strict=True):
             path.write_bytes(content)
         return open_graph(paths[0], name, threads=threads)
-
-
-def _files_of(graph: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in graph_files(graph)}

@@ -1,19 +1,20 @@
-"""Writing a network as an ONNX file: windows to logits.
+"""Write a network as an ONNX file: windows to logits.
 
 Torch's exporter writes group norm as instance norm between two reshapes, for which OpenVINO converts the whole map from
-channels-last to channels-first and back: half of the time of a network with such norms. Here it is written as sums over
-the axes of a window and arithmetic per channel, which keep the layout.
+channels-last to channels-first and back: half of the time of a network with such norms. Here it becomes sums over the
+axes of a window and arithmetic per channel, which keep the layout.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import itertools
 import logging
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ LARGEST_FILE_BYTES = 1_900_000_000
 """Larger weights are written to a separate file: the format is limited to 2 GiB."""
 
 OPSET = 20
-_NOISY = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")
+_EXPORTERS = ("onnx", "onnxscript")
 
 _log = logging.getLogger(__name__)
 
@@ -70,31 +71,30 @@ def graph_files(path: Path) -> list[Path]:
     return [path, data] if data.is_file() else [path]
 
 
-def require_onnx() -> None:
-    """RequestError if onnx or onnxscript is not installed."""
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise RequestError(
-            f"{error.name} is not installed", expected="what ONNX files need", remedy="pip install 'segkit[onnx]'"
-        ) from error
+def missing_exporters() -> list[str]:
+    """The packages that writing graphs needs and that are not installed."""
+    return [name for name in _EXPORTERS if importlib.util.find_spec(name) is None]
+
+
+def require_onnx(otherwise: str = "") -> None:
+    """RequestError if graphs cannot be written here; `otherwise` ends its remedy."""
+    if missing := missing_exporters():
+        found = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
+        expected = "what turns a network into an ONNX file"
+        raise RequestError(found, expected=expected, remedy=f"pip install 'segkit[onnx]'{otherwise}")
 
 
 def _export(network: nn.Module, path: Path, channels: int, window: Sequence[int], *, is_split: bool) -> None:
-    """Write the graph, with the older exporter if the newer one fails.
-
-    Raises:
-        CheckpointError: both fail.
-    """
+    """Write the graph, with the older exporter if the newer one fails."""
     import torch
 
     # A batch size of 1 would become fixed.
     device = next(itertools.chain(network.parameters(), network.buffers())).device
     image = torch.zeros(2, channels, *window, device=device)
-    with _quiet(), torch.no_grad(), _evaluating(network), _without_layouts():
+    with torch.no_grad(), _evaluating(network), _without_layouts():
         try:
-            _by_capture(network, image, path, is_split=is_split)
+            with quiet():
+                _by_capture(network, image, path, is_split=is_split)
         except Exception as error:
             reason = _first_line(error)
         else:
@@ -103,7 +103,8 @@ def _export(network: nn.Module, path: Path, channels: int, window: Sequence[int]
         for part in path.parent.iterdir():
             part.unlink()
         try:
-            _by_tracing(network, image, path, is_split=is_split)
+            with quiet():
+                _by_tracing(network, image, path, is_split=is_split)
         except Exception as error:
             raise CheckpointError(
                 f"the network cannot be written as a graph: {reason}; with the older exporter: {_first_line(error)}",
@@ -167,8 +168,7 @@ def _group_norm(x: Any, num_groups: int, weight: Any, bias: Any, eps: float = 1e
     Moments are computed axis by axis: both runtimes add sequentially in float32, so a sum over 64 x 64 nearly equal
     voxels, such as background, keeps four digits, and sums over 64 keep seven. Means and a sum alternate, because
     OpenVINO fuses consecutive means. The variance is the mean square minus the squared mean, which saves a pass over
-    the map; its relative error is 1e-7 (mean / deviation)^2: six digits for a group's mean of 3 deviations, three for
-    100.
+    the map; its relative error is 1e-7 (mean / deviation)^2.
     """
     from onnxscript import opset20 as op
 
@@ -199,8 +199,7 @@ def _group_norm(x: Any, num_groups: int, weight: Any, bias: Any, eps: float = 1e
     return op.Add(op.Mul(x, scale), shift)
 
 
-@contextmanager
-def _without_layouts() -> Iterator[None]:
+def _without_layouts() -> AbstractContextManager[object]:
     """Skip changes of memory layout, and pass numbers of groups as integers, which tracing needs."""
     import torch
     from torch import Tensor
@@ -218,8 +217,7 @@ def _without_layouts() -> Iterator[None]:
                 args = (args[0], int(args[1]), *args[2:])
             return func(*args, **kwargs)
 
-    with WithoutLayouts():
-        yield
+    return WithoutLayouts()
 
 
 @contextmanager
@@ -236,19 +234,16 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence warnings, logs and output of the exporters."""
-    loggers = [logging.getLogger(name) for name in _NOISY]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
+def quiet(level: int = logging.ERROR) -> Iterator[None]:
+    """Silence warnings, output, and logs up to `level`."""
+    before = logging.root.manager.disable
+    logging.disable(level)
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
 
 
 def _first_line(error: Exception) -> str:

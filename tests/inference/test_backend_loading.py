@@ -14,7 +14,6 @@ import pytest
 
 import segkit
 from segkit.errors import RequestError
-from segkit.inference import backend_loading as opening
 from segkit.inference import graph
 from segkit.inference.backends import torch_backend
 from segkit.inference.predictor import Predictor
@@ -64,10 +63,10 @@ def test_a_graph_that_differs_is_not_used(
 def test_without_exporter_auto_is_torch_and_others_say_what_to_install(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(opening, "_EXPORTERS", ("no_such_module",))
+    monkeypatch.setattr(graph, "_EXPORTERS", ("no_such_module",))
     run = make_run(bias=0.75)
     assert torch_backend(Predictor.load(run, backend="auto").backend) is not None
-    with pytest.raises(RequestError, match=r"no_such_module not installed, which turn.*segkit\[onnx\]"):
+    with pytest.raises(RequestError, match=r"no_such_module is not installed.*what turns.*segkit\[onnx\]"):
         Predictor.load(run, backend="onnxruntime")
 
 
