@@ -28,7 +28,7 @@ _PARTS: Mapping[str, Mapping[int, str]] = {
 """Message -> field number -> message in it, for all that can contain a tensor or a version."""
 _DIMENSIONS, _KEY, _VALUE, _INPUT, _OPERATOR, _DOMAIN, _VERSION = 1, 1, 2, 1, 4, 1, 2
 _OPSETS = range(11, 1000)
-"""Versions of ONNX's own operators: earlier ones pad differently, and OpenVINO iterates up to the graph's version."""
+"""Versions of ONNX's own operators: earlier ones pad differently, and OpenVINO iterates up to the given version."""
 _FEWEST_INPUTS = {
     **dict.fromkeys((b"Conv", b"Pad"), 2),
     **dict.fromkeys((b"GlobalAveragePool", b"GlobalMaxPool", b"LogSoftmax", b"Max", b"Mean", b"Min", b"Sum"), 1),
@@ -48,13 +48,13 @@ def require_harmless(path: Path, files: Collection[str]) -> None:
         CheckpointError: it does not, contains a loop, is not an ONNX file, or would crash a runtime.
     """
     stored = sum((path.parent / name).stat().st_size for name in {path.name, *files})
-    if path.stat().st_size == 0:
-        raise _no_graph(path)
-    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        try:
+    try:
+        # mmap raises ValueError for an empty file.
+        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             _Walk(path, data, files, stored).message("model", 0, len(data), 0)
-        except (IndexError, ValueError) as error:
-            raise _no_graph(path) from error
+    except (IndexError, ValueError) as error:
+        found, remedy = "is not an ONNX file, or is damaged", "Copy the whole folder again"
+        raise CheckpointError(found, where=path, remedy=remedy) from error
 
 
 class _Walk:
@@ -79,38 +79,24 @@ class _Walk:
             elif kind in ("entry", "node", "opset") and start < stop:
                 texts[number].append(self.data[start:stop])
         if kind == "entry" and texts[_KEY][-1:] == [b"location"]:
-            self._require_known(b"".join(texts[_VALUE][-1:]).decode("utf-8", "replace"))
+            location = b"".join(texts[_VALUE][-1:]).decode("utf-8", "replace")
+            if location not in self.files:
+                raise self._rejected(f"keeps weights in {location!r}", "the files that model.json lists, beside it")
         if kind == "node":
-            self._require_ends(b"".join(texts[_OPERATOR][-1:]), len(texts[_INPUT]))
+            operator = b"".join(texts[_OPERATOR][-1:])
+            if operator == b"Loop":
+                raise self._rejected("contains a Loop operator", "a network, which computes a window in one pass")
+            if len(texts[_INPUT]) < _FEWEST_INPUTS.get(operator, 0):
+                raise ValueError("an operator without its inputs")
         if kind == "opset" and texts[_DOMAIN][-1:] in ([], [b"ai.onnx"]) and version not in _OPSETS:
             raise ValueError("a version of operators that no runtime has")
         if prod(shape) > _MOST_VALUES_PER_BYTE * self.stored:
-            raise CheckpointError(
-                f"the graph claims weights of {' x '.join(map(str, shape))} values",
-                where=self.path,
-                expected=f"no more than its files of {self.stored} bytes hold",
-                remedy="Export the model again",
-            )
+            claimed = f"claims weights of {' x '.join(map(str, shape))} values"
+            raise self._rejected(claimed, f"no more than its files of {self.stored} bytes hold")
 
-    def _require_known(self, location: str) -> None:
-        if location not in self.files:
-            raise CheckpointError(
-                f"the graph keeps weights in {location!r}",
-                where=self.path,
-                expected="the files that model.json lists, beside it",
-                remedy="Do not trust it; export the model again",
-            )
-
-    def _require_ends(self, operator: bytes, inputs: int) -> None:
-        if operator == b"Loop":
-            raise CheckpointError(
-                "the graph goes in circles, nobody knows how often",
-                where=self.path,
-                expected="a network, which computes a window in one pass",
-                remedy="Export the model again",
-            )
-        if inputs < _FEWEST_INPUTS.get(operator, 0):
-            raise ValueError("an operator without its inputs")
+    def _rejected(self, finding: str, expected: str) -> CheckpointError:
+        remedy = "Do not use this file; export the model again"
+        return CheckpointError(f"the graph {finding}", where=self.path, expected=expected, remedy=remedy)
 
     def _fields(self, place: int, end: int) -> Iterator[tuple[int, int | None, int, int]]:
         """Number and value of each field of a message; of a text no value, but its start and stop."""
@@ -143,7 +129,3 @@ class _Walk:
             if byte < 0x80:
                 return value, place
         raise ValueError("a number without an end")
-
-
-def _no_graph(path: Path) -> CheckpointError:
-    return CheckpointError("is no ONNX file, or is damaged", where=path, remedy="Copy the whole folder again")

@@ -37,10 +37,7 @@ _REMEDY = "Nothing was written. Use the run folder, and report the network and t
 
 @dataclass(frozen=True)
 class Parity:
-    """Comparison of one backend: largest difference of a logit, largest logit, Dice of the masks, number of windows.
-
-    For inpainting the logits are intensities, and Dice is None.
-    """
+    """Comparison of one backend; for inpainting the logits are intensities, and Dice is None."""
 
     largest_difference: float
     largest_logit: float
@@ -81,8 +78,7 @@ def windows_with_holes(
 ) -> list[HoledWindow]:
     """Inputs of an inpainting network: normal noise in a ball, 0 outside it, a missing box inside.
 
-    Depending on `context`, the image of `channels` is followed by the hole, then by the image mirrored along its first
-    axis and the mask of its known voxels.
+    `channels` are those of the image; `context` adds more, see `ModelCard.input_channels`.
     """
     rng = np.random.default_rng(seed)
     places = np.meshgrid(*(np.linspace(-1, 1, length) for length in window), indexing="ij", sparse=True)
@@ -101,21 +97,18 @@ def windows_with_holes(
     return found
 
 
-def check_restored(backend: Backend, windows: Iterable[HoledWindow], expected: Iterable[Array]) -> Parity:
+def check_restored(backend: Backend, windows: Sequence[HoledWindow], expected: Iterable[Array]) -> Parity:
     """Compare a backend with the output `expected` (1, C, *window) of a network, inside the holes of windows.
 
-    A layer that thresholds may decide differently for a voxel within rounding of the threshold, which changes some
-    voxels around it. So a few voxels may differ, if the root mean square difference is small. Voxels outside the hole
-    are not used.
+    A layer that thresholds may decide differently within rounding of the threshold, which changes nearby voxels. So a
+    few voxels may differ, if the root mean square difference is small.
 
     Raises:
         CheckpointError: the images differ by more than that.
     """
     difference = largest = 0.0
-    count = 0
     for window, image in zip(windows, expected, strict=True):
         gap = np.abs(backend(window.stacked) - image)[..., window.hole]
-        count += 1
         size = float(np.abs(image[..., window.hole]).max())
         odd_share = 1 - float((gap <= max(LARGEST_DIFFERENCE, LARGEST_SHARE * size)).mean())
         rms = float(np.sqrt(np.square(gap, dtype=np.float64).mean()))
@@ -127,25 +120,24 @@ def check_restored(backend: Backend, windows: Iterable[HoledWindow], expected: I
                 remedy=_REMEDY,
             )
         difference, largest = max(difference, float(gap.max())), max(largest, size)
-    return Parity(difference, largest, None, count)
+    return Parity(difference, largest, None, len(windows))
 
 
 def check_parity(
-    network: nn.Module, backend: Backend, windows: Iterable[Array], expected: Iterable[Array], activation: Activation
+    network: nn.Module, backend: Backend, windows: Sequence[Array], expected: Iterable[Array], activation: Activation
 ) -> Parity:
     """Compare a backend with the logits `expected` (1, K, *window) of `network` for windows (1, C, *window).
 
-    If logits differ by more than the limits, both are compared with the network in float64: norms of nearly constant
-    maps magnify rounding, and a graph with an error like that of torch in float32 is accepted.
+    If logits differ by more than the limits, both are compared with the network in float64, because norms of nearly
+    constant maps magnify rounding: an error like that of torch in float32 is accepted.
 
     Raises:
         CheckpointError: logits or masks differ by more than rounding explains.
     """
     difference = largest = 0.0
-    common = voxels = count = 0
+    common = voxels = 0
     for window, logits in zip(windows, expected, strict=True):
         found = backend(window)
-        count += 1
         size = float(np.abs(logits).max())
         gap = float(np.abs(found - logits).max())
         if not gap <= max(LARGEST_DIFFERENCE, LARGEST_SHARE * size):
@@ -161,7 +153,7 @@ def check_parity(
             expected=f"at least {SMALLEST_DICE}",
             remedy=_REMEDY,
         )
-    return Parity(difference, largest, dice, count)
+    return Parity(difference, largest, dice, len(windows))
 
 
 def seconds_per_window(backends: Sequence[Backend], window: Array, rounds: int = 5) -> list[float]:

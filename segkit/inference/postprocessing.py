@@ -4,9 +4,8 @@ Replacing a small enhancing tumour by necrosis is common in BraTS, where a few f
 case (Isensee et al., "nnU-Net for Brain Tumor Segmentation", arXiv 2011.00848). The sizes are chosen on validation
 cases by `segkit.training.choose_postprocessing` and saved in the model card.
 
-Label maps are in the scheme of the outputs. Voxels removed from a nested region get the label of the region around it
-(ET becomes NCR, TC with all inside it becomes ED); those of the outermost region and of exclusive classes become
-background.
+Voxels removed from a nested region get the label of the region around it (ET becomes NCR, TC with all inside it becomes
+ED); those of the outermost region and of exclusive classes become background.
 """
 
 from __future__ import annotations
@@ -37,20 +36,22 @@ def postprocess(
 ) -> LabelMap:
     """The label map after the rules of `config`, in their order; the map itself without rules.
 
-    Args:
-        labels: (D, H, W) or (H, W) uint8 in the values of the training scheme; not changed.
-        spacing_mm: Voxel spacing of each axis in mm; 1 on pictures.
-        outputs: The outputs of the network in painting order.
-        config: The rules of the model card.
+    Labels are (D, H, W) or (H, W) uint8 in the values of the outputs; spacings are in mm, 1 on pictures.
 
     Raises:
         CheckpointError: a rule names an output that the network does not have.
     """
     if config is None or not config.rules:
         return labels
-    cleaned = labels.copy()
+    cleaned, named = labels.copy(), {output.name: output for output in outputs if output.label != 0}
     for rule in config.rules:
-        output = _output_named(rule.output, outputs)
+        if rule.output not in named:
+            raise CheckpointError(
+                f"a post-processing rule names output {rule.output!r}",
+                expected=f"one of {', '.join(named)}",
+                remedy="The model card was edited: correct `postprocessing` in model.json, or set it to null",
+            )
+        output = named[rule.output]
         box = region_box(label_boxes(cleaned), output.members)
         if box is not None:
             view = cleaned[box]
@@ -63,12 +64,13 @@ def agreed_rules(configs: Sequence[PostprocessingCard | None], outputs: Sequence
 
     So a rule needs more than half of the members, and two members take the lower limit. Measured Dice is dropped.
     """
-    rules = []
-    for output in outputs:
-        for part in PARTS:
-            limit = median_low([_limit_of(output, part, config) for config in configs])
-            if limit:
-                rules.append(SizeRule(output=output.name, part=part, smallest_mm3=limit))
+    limits = [{(rule.output, rule.part): rule.smallest_mm3 for rule in c.rules} if c else {} for c in configs]
+    rules = [
+        SizeRule(output=output.name, part=part, smallest_mm3=limit)
+        for output in outputs
+        for part in PARTS
+        if (limit := median_low([known.get((output.name, part), 0.0) for known in limits]))
+    ]
     return PostprocessingCard(rules=tuple(rules), cases=sum(c.cases for c in configs if c)) if rules else None
 
 
@@ -104,19 +106,3 @@ def _too_small(mask: Mask, rule: SizeRule, spacing_mm: Sequence[float]) -> Mask:
     if rule.part == "total":
         return mask if np.count_nonzero(mask) < smallest else np.zeros_like(mask)
     return mask & ~without_small_components(mask, smallest)
-
-
-def _limit_of(output: Output, part: Part, config: PostprocessingCard | None) -> float:
-    rules = config.rules if config else ()
-    return next((rule.smallest_mm3 for rule in rules if (rule.output, rule.part) == (output.name, part)), 0.0)
-
-
-def _output_named(name: str, outputs: Sequence[Output]) -> Output:
-    for output in outputs:
-        if output.name == name and output.label != 0:
-            return output
-    raise CheckpointError(
-        f"post-processing speaks of output {name!r}",
-        expected=f"one of {', '.join(output.name for output in outputs if output.label != 0)}",
-        remedy="The model card was edited: correct `postprocessing` in model.json, or set it to null",
-    )

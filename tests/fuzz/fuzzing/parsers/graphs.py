@@ -61,7 +61,7 @@ PARSERS = tuple(
         _exports,
         {".json": mutated_json, "": mutated_graph},
         partial(_graph, backend=backend),
-        first_check="is no ONNX file|INVALID_PROTOBUF|ParseFromIstream|Invalid JSON",
+        first_check="is not an ONNX file|INVALID_PROTOBUF|ParseFromIstream|Invalid JSON",
     )
     for backend in ("onnxruntime", "openvino")
 )
