@@ -1,8 +1,8 @@
 """Speed of a training step and of an inference window, against the same network made of PyTorch's own layers.
 
-Variants run in turn (A B C, A B C, ...), because clocks of shared machines change, each in a process of its own that
-lives as long as the table: how a process reuses freed memory is part of its speed. Ratios are medians over the rounds
-of the ratio to the reference in the same round.
+Variants run in turn (A B C, A B C, ...), because clock speeds of shared machines change, each in one process for the
+whole table, because reuse of freed memory is part of the speed. Ratios are medians over the rounds of the ratio to the
+reference in the same round.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,8 @@ TABLES: dict[str, tuple[Variant, ...]] = {
         Variant("openvino", "inference", runtime="openvino"),
     ),
 }
-"""Table name -> its variants; the first is the reference, with PyTorch's own layers and memory settings. "grouped
-Conv3d" has PyTorch's depthwise layers and segkit's others."""
+"""Table name -> its variants, the first with PyTorch's layers and memory settings; "grouped Conv3d" has PyTorch's
+depthwise layers and segkit's others."""
 
 
 def measure(table: str, size: str, side: int, rounds: int, device: str) -> Iterator[Row]:
@@ -128,36 +129,21 @@ def _work(variant: Variant, size: str, side: int, device: str) -> Work:
     network = with_library_layers(build_network(size, variant.mode), variant.layers).to(device)
     x = torch.randn(1, _CHANNELS, *(side,) * 3, generator=torch.Generator().manual_seed(0)).to(device)
     if variant.task == "training":
-        return _training_step(network.train(), x)
-    network.eval()
-    if variant.runtime != "torch":
-        return _in_runtime(variant.runtime, network, x)
-
-    def window() -> Tensor:
-        with torch.inference_mode():
-            logits: Tensor = network(x)
-        return logits
-
-    return window
-
-
-def _training_step(network: nn.Module, x: Tensor) -> Work:
-    def step() -> Tensor:
-        network.zero_grad()
-        levels = network(x)
-        torch.autograd.backward(torch.stack([level.square().mean() for level in levels]).sum())
-        return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
-
-    return step
-
-
-def _in_runtime(name: str, network: nn.Module, x: Tensor) -> Work:
+        return partial(_train, network.train(), x)
+    if variant.runtime == "torch":
+        return partial(torch.inference_mode()(network.eval()), x)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.onnx"
-        write_graph(network, path, _CHANNELS, x.shape[2:])
-        backend = open_graph(path, name)
+        write_graph(network.eval(), path, _CHANNELS, x.shape[2:])
+        backend = open_graph(path, variant.runtime)
     array = x.numpy()
     return lambda: torch.from_numpy(backend(array))
+
+
+def _train(network: nn.Module, x: Tensor) -> Tensor:
+    network.zero_grad()
+    torch.autograd.backward(torch.stack([level.square().mean() for level in network(x)]).sum())
+    return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
 
 
 def build_network(size: str, mode: str = "plain") -> nn.Module:
@@ -174,7 +160,7 @@ def build_network(size: str, mode: str = "plain") -> nn.Module:
 def with_library_layers(network: nn.Module, layers: str) -> nn.Module:
     """The network, in place, with "segkit" layers, depthwise layers replaced ("grouped"), or all of them ("library").
 
-    "library" is `nn.Conv3d`, `nn.GroupNorm` and SiLU, one after the other.
+    "library" is `nn.Conv3d`, `nn.GroupNorm` and SiLU in turn.
     """
     if layers == "segkit":
         return network

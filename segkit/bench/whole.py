@@ -1,7 +1,7 @@
 """Whole commands from files to mask: `segkit infer` on one case against the same network run by hand.
 
-Commands run in turn (A B, A B, ...), each in a process of its own; ratios are medians over the rounds. The row "cold"
-is `segkit infer` once before the rounds, with an empty cache: it includes writing the network for the runtime.
+Commands run in turn (A B, A B, ...); ratios are medians over the rounds. The row "cold" is `segkit infer` once before
+the rounds, with an empty cache: it includes writing the network for the runtime.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from segkit.bench.probe import Finished, run_python
+from segkit.bench.memory import Finished, run_python
 from segkit.checkpoint.run_folder import load_card
 from segkit.errors import RequestError
 from segkit.metrics.overlap import dice_by_region
@@ -39,9 +39,9 @@ class Outcome:
 def measure_whole(
     run: Path, case: Path, rounds: int, *, backends: Sequence[str] = ("auto",), reference: Path | None = None
 ) -> Iterator[Row]:
-    """Rows "by hand", "cold" and one for each backend; Dice is that to the mask made by hand, for each output.
+    """Rows "by hand", "cold" and one for each backend, with the Dice of each output to the mask made by hand.
 
-    `reference` is a script with the arguments of `segkit.bench.by_hand` to be used in its place.
+    `reference` is a script that replaces `segkit.bench.by_hand`, with the same arguments.
 
     Raises:
         RequestError: a command fails; its error output is in the message.

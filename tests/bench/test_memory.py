@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from segkit.bench import memory
-from segkit.bench.probe import Step, measure, take
+from segkit.bench.memory import Step, measure, take
 from segkit.errors import SegkitError
 
 _TINY = {"widths": (8, 16), "blocks": 1, "decoder_blocks": 1}

@@ -118,7 +118,7 @@ def test_verbs_print_in_one_way_only() -> None:
                     found.add((path.relative_to(package).as_posix(), called))
     assert found == {
         ("bench/by_hand.py", "sys.stdout.write"),  # answers of a process to another one
-        ("bench/probe.py", "print"),
+        ("bench/memory.py", "print"),
         ("training/heartbeat.py", "sys.stderr.write"),  # the last words of a process, made printable there
         ("cli/options.py", "(above or console()).print"),
         ("cli/options.py", "out.print"),
