@@ -11,6 +11,7 @@ Spacings are in millimetres in the order of the voxel axes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -32,6 +33,19 @@ Affine: TypeAlias = NDArray[np.float64]
 """Voxel indices to millimetres in RAS+ world space, (4, 4)."""
 
 AnyArray: TypeAlias = NDArray[Any]
+
+
+def overlap(
+    start: Sequence[int], size: Sequence[int], other_start: Sequence[int], other_size: Sequence[int]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """The overlap of two boxes, as an index into the first and an index into the second; empty if there is none."""
+    own, other = [], []
+    for first, length, other_first, other_length in zip(start, size, other_start, other_size, strict=True):
+        low = max(first, other_first)
+        high = max(low, min(first + length, other_first + other_length))
+        own.append(slice(low - first, high - first))
+        other.append(slice(low - other_first, high - other_first))
+    return tuple(own), tuple(other)
 
 
 def zeros_and_ones(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:

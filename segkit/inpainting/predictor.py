@@ -27,7 +27,7 @@ from segkit.preparing.preprocessing import crop_box, deviation_of_tissue
 from segkit.preparing.resampling import resample_image, resampled_shape
 from segkit.reading.geometry import reorientation_to, reoriented_grid
 from segkit.reading.volume import Grid
-from segkit.shapes import Image, label_components
+from segkit.shapes import Image, label_components, overlap
 
 _SURROUNDINGS = 16
 """Voxels around a hole that a window shows at least, where it may be as large as it must."""
@@ -188,15 +188,10 @@ class Box:
         np.copyto(array[there], values[here], where=where[here[1:]])
 
     def _overlap(self, shape: Sequence[int]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Where the box lies in an array, and the array in the box."""
-        there: list[Any] = [...]
-        here: list[Any] = [...]
-        for start, length, total in zip(self.start, self.size, shape[len(shape) - len(self.size) :], strict=True):
-            first = min(max(0, start), total)
-            last = max(first, min(total, start + length))
-            there.append(slice(first, last))
-            here.append(slice(first - start, last - start))
-        return tuple(there), tuple(here)
+        """The common part as an index into an array and as an index into the box."""
+        axes = len(self.size)
+        here, there = overlap(self.start, self.size, (0,) * axes, shape[len(shape) - axes :])
+        return (..., *there), (..., *here)
 
 
 def boxes_of(hole: NDArray[np.bool_]) -> list[Box]:

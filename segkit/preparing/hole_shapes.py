@@ -1,7 +1,7 @@
-"""Shapes of holes in 2D and 3D: boxes, strokes, tumour-like blobs, turned shapes; and the parts of masks.
+"""Shapes of holes in 2D and 3D: boxes, strokes, tumour-like blobs, rotated shapes; and components of masks.
 
-The size of a hole is the *diameter* in voxels of the ball (in 2D the disc) that has as many voxels. Shapes are centred
-in an array of a given shape and cut at its edges. Every random number comes from the generator that is passed in.
+The size of a hole is the *diameter* in voxels of the ball (in 2D the disc) of as many voxels. Shapes are centred in an
+array of a given shape and cut at its edges. All random numbers are drawn from the given generator.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from segkit.shapes import Mask, connectivity, label_components, without_small_components, zeros_and_ones
+from segkit.shapes import Mask, connectivity, label_components, zeros_and_ones
 
 _BALL = {2: math.pi / 4, 3: math.pi / 6}
 """Area of the disc and volume of the ball of diameter 1."""
-_FACES_ONLY = {2: 4, 3: 6}
-
 _STRETCH = 0.25
 """Standard deviation of the logarithm of a box's or blob's extent along an axis."""
 _BUMPS = 0.22
@@ -32,12 +30,12 @@ _MOST_STEPS = 3000
 
 
 def voxels_of(diameter: float, dims: int) -> float:
-    """Voxels of the ball, or of the disc, of a diameter in voxels."""
+    """Voxels of the ball or disc of a diameter in voxels."""
     return float(_BALL[dims] * diameter**dims)
 
 
 def diameter_of(voxels: float, dims: int) -> float:
-    """The diameter in voxels of the ball, or of the disc, of that many voxels: the inverse of `voxels_of`."""
+    """Diameter in voxels of the ball or disc of that many voxels."""
     return float((voxels / _BALL[dims]) ** (1 / dims))
 
 
@@ -45,20 +43,18 @@ def box_hole(shape: Sequence[int], generator: np.random.Generator, diameter: flo
     """A box in the middle of an array (*shape), with about the voxels of a ball of `diameter` voxels."""
     side = voxels_of(diameter, len(shape)) ** (1 / len(shape))
     hole = np.zeros(tuple(shape), np.bool_)
-    sides = [
-        min(count, max(1, round(side * ratio)))
-        for count, ratio in zip(shape, _ratios(len(shape), generator), strict=True)
-    ]
-    hole[
-        tuple(slice((count - side) // 2, (count - side) // 2 + side) for count, side in zip(shape, sides, strict=True))
-    ] = True
+    box = []
+    for count, ratio in zip(shape, _ratios(len(shape), generator), strict=True):
+        extent = min(count, max(1, round(side * ratio)))
+        box.append(slice((count - extent) // 2, (count - extent) // 2 + extent))
+    hole[tuple(box)] = True
     return hole
 
 
 def stroke_hole(shape: Sequence[int], generator: np.random.Generator, diameter: float) -> Mask:
-    """Strokes of changing thickness along a random walk that begins in the middle of an array (*shape) and branches.
+    """Connected strokes of varying thickness along a branching random walk from the middle of an array (*shape).
 
-    They are connected and cover the voxels of a ball of `diameter` voxels, or half the array where that is less.
+    They cover the voxels of a ball of `diameter` voxels, or half the array if that is less.
     """
     hole = np.zeros(tuple(shape), np.bool_)
     limits = np.asarray(shape) - 1.0
@@ -75,7 +71,7 @@ def stroke_hole(shape: Sequence[int], generator: np.random.Generator, diameter: 
             point, heading = walked[generator.integers(len(walked))], generator.standard_normal(len(shape))
         heading = heading / max(float(np.linalg.norm(heading)), 1e-6) + generator.normal(0, 0.35, len(shape))
         moved = point + 0.8 * radius * heading / max(float(np.linalg.norm(heading)), 1e-6)
-        heading = np.where((moved < 0) | (moved > limits), -heading, heading)  # strokes rebound from the edges
+        heading = np.where((moved < 0) | (moved > limits), -heading, heading)  # reflected at the edges
         point = np.clip(moved, 0, limits)
         walked.append(point)
         radius = float(np.clip(radius * math.exp(generator.normal(0, 0.15)), thin, thick))
@@ -83,7 +79,7 @@ def stroke_hole(shape: Sequence[int], generator: np.random.Generator, diameter: 
 
 
 def blob_hole(shape: Sequence[int], generator: np.random.Generator, diameter: float) -> Mask:
-    """A bumpy, turned ellipsoid in the middle of an array (*shape), like a tumour: in one piece, without cavities.
+    """A bumpy, rotated ellipsoid like a tumour in the middle of an array (*shape), connected and without cavities.
 
     It has about the voxels of a ball of `diameter` voxels.
     """
@@ -102,10 +98,10 @@ def blob_hole(shape: Sequence[int], generator: np.random.Generator, diameter: fl
 
 
 def turned(mask: Mask, generator: np.random.Generator, scale: float = 1.0) -> Mask:
-    """A shape (*spatial) flipped along random axes and turned by random angles, cropped to what it covers.
+    """A shape (*spatial) flipped along random axes and rotated by random angles, cropped to its True voxels.
 
-    The turns are those of the BraTS local-synthesis challenge: in the plane of the first two axes, then (3D) in that of
-    the last two, 0 to 360 degrees each, by the nearest voxel; both are done in one step. `scale` multiplies lengths.
+    The rotations are those of the BraTS local-synthesis challenge: in the plane of the first two axes, then (3D) of the
+    last two, 0 to 360 degrees each, by the nearest voxel; both are done in one step. `scale` multiplies lengths.
     """
     flips = tuple(axis for axis in range(mask.ndim) if generator.random() < 0.5)
     mask = np.flip(mask, flips)
@@ -113,7 +109,7 @@ def turned(mask: Mask, generator: np.random.Generator, scale: float = 1.0) -> Ma
     middle = (np.asarray(mask.shape) - 1) / 2
     reached = scale * ((np.argwhere(mask) - middle) @ turn.T)
     first, last = np.floor(reached.min(axis=0)) - 1, np.ceil(reached.max(axis=0)) + 1
-    back = turn.T / scale  # from a voxel of the result to the voxel of the shape that it shows
+    back = turn.T / scale  # from voxels of the result to voxels of the shape
     result = ndimage.affine_transform(
         np.ascontiguousarray(mask).view(np.uint8),
         back,
@@ -127,24 +123,19 @@ def turned(mask: Mask, generator: np.random.Generator, scale: float = 1.0) -> Ma
 
 
 def cropped(mask: Mask) -> Mask:
-    """The smallest box that holds all True voxels of a mask that has any, contiguous."""
+    """The smallest box with all True voxels of a mask that has any, contiguous."""
     (box,) = ndimage.find_objects(mask.view(np.uint8))
     return np.ascontiguousarray(mask[box])
 
 
 def largest_component(mask: Mask) -> Mask:
-    """The largest connected part of a mask (*spatial); touching corners connect."""
+    """The largest connected component of a mask (*spatial)."""
     found: Mask = cc3d.largest_k(zeros_and_ones(mask), k=1, connectivity=connectivity(mask.ndim)) > 0
     return found
 
 
-def without_specks(mask: Mask, smallest: int) -> Mask:
-    """A mask (*spatial) without its connected parts of fewer than `smallest` voxels, and then with its cavities."""
-    return without_cavities(without_small_components(mask, smallest))
-
-
 def components(mask: Mask) -> list[Mask]:
-    """The connected parts of a mask (*spatial), each cropped, largest first; touching corners connect."""
+    """The connected components of a mask (*spatial), each cropped, largest first."""
     labels = label_components(mask)
     parts = [labels[box] == number for number, box in enumerate(ndimage.find_objects(labels), start=1)]
     return sorted(parts, key=lambda part: -int(part.sum()))
@@ -153,7 +144,7 @@ def components(mask: Mask) -> list[Mask]:
 def without_cavities(mask: Mask) -> Mask:
     """A mask (*spatial) with its cavities filled: background not connected to the outside through voxel faces."""
     outside = np.pad(~mask, 1, constant_values=True)
-    labels = cc3d.connected_components(zeros_and_ones(outside), connectivity=_FACES_ONLY[mask.ndim])
+    labels = cc3d.connected_components(zeros_and_ones(outside), connectivity=2 * mask.ndim)
     inside: Mask = labels != labels[(0,) * mask.ndim]
     return inside[(slice(1, -1),) * mask.ndim]
 
@@ -171,10 +162,8 @@ def _random_turn(dims: int, generator: np.random.Generator) -> NDArray[np.float6
     for axis in range(dims - 1):
         angle = generator.uniform(0, 2 * math.pi)
         step = np.eye(dims)
-        step[axis : axis + 2, axis : axis + 2] = (
-            (math.cos(angle), -math.sin(angle)),
-            (math.sin(angle), math.cos(angle)),
-        )
+        cosine, sine = math.cos(angle), math.sin(angle)
+        step[axis : axis + 2, axis : axis + 2] = (cosine, -sine), (sine, cosine)
         turn = step @ turn
     return turn
 
@@ -182,7 +171,7 @@ def _random_turn(dims: int, generator: np.random.Generator) -> NDArray[np.float6
 def _smooth_field(
     steps: Sequence[NDArray[np.float32]], diameter: float, generator: np.random.Generator
 ) -> NDArray[np.float32]:
-    """A random function of mean 0 and deviation about 1, smooth over a third of the diameter, on a grid of steps."""
+    """A random field of mean 0 and deviation about 1, smooth over a third of the diameter, on a grid of steps."""
     spacing = max(diameter / 3, 1.0)
     counts = [math.ceil(len(step) / spacing) + 3 for step in steps]
     field = generator.standard_normal(counts).astype(np.float32)
@@ -196,12 +185,11 @@ def _smooth_field(
 
 
 def _paint_ball(hole: Mask, point: NDArray[np.float64], radius: float) -> int:
-    """Add the voxels within `radius` of a point, in place; the number of new voxels."""
+    """Add the voxels within `radius` of a point, in place, and return the number of new voxels."""
     first = np.maximum(np.ceil(point - radius), 0).astype(int)
     last = np.minimum(np.floor(point + radius), np.asarray(hole.shape) - 1).astype(int)
-    window = hole[tuple(slice(low, high + 1) for low, high in zip(first, last, strict=True))]
-    offsets = np.ogrid[tuple(slice(low, high + 1) for low, high in zip(first, last, strict=True))]
-    squared = sum((axis - middle) ** 2 for axis, middle in zip(offsets, point, strict=True))
-    new = (squared <= radius**2) & ~window
-    window |= new
+    box = tuple(slice(low, high + 1) for low, high in zip(first, last, strict=True))
+    squared = sum((axis - middle) ** 2 for axis, middle in zip(np.ogrid[box], point, strict=True))
+    new = (squared <= radius**2) & ~hole[box]
+    hole[box] |= new
     return int(np.count_nonzero(new))

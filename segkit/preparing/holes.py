@@ -1,10 +1,10 @@
-"""Holes: regions of an image that a network learns to fill in, placed at random.
+"""Holes: randomly placed regions of an image that a network learns to fill in.
 
-A *hole* is a boolean array (*spatial), True where voxels are missing. `HoleMaker` draws one for a training patch or a
-volume, with a shape of one of the kinds in `hole_shapes`. `challenge_hole` follows the BraTS local-synthesis challenge
-(arXiv 2305.08992): a hole in healthy tissue gets the shape of a tumour, often that of another patient. There the truth
-is known, so a synthesis can be scored. Large tumours get small holes and the other way round, so that there is room
-for both. *Unhealthy* is the whole tumour, without specks and cavities, and a margin around it.
+A *hole* is a mask (*spatial), True where voxels are missing. `HoleMaker` draws one for a training patch or a volume,
+with a shape of one of the kinds in `hole_shapes`. `challenge_hole` follows the BraTS local-synthesis challenge
+(arXiv 2305.08992): a hole in healthy tissue, where the truth is known, gets the shape of a tumour, often of another
+patient. Large tumours get small holes and small ones large holes, so that there is room for both. *Unhealthy* is the
+whole tumour, without small components and cavities, and a margin around it.
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ from segkit.preparing.hole_shapes import (
     stroke_hole,
     turned,
     without_cavities,
-    without_specks,
 )
-from segkit.shapes import AnyArray, Mask
+from segkit.shapes import AnyArray, Mask, without_small_components
 
 _LEAST_IN_BRAIN = 0.75
 """Share of a hole that must lie in the brain (BraTS local synthesis)."""
@@ -43,13 +42,11 @@ _PLACES_PER_SHAPE = 5
 _SHRINKAGE = 0.82
 """How many shapes are tried, at how many places each, and how much smaller each further one is."""
 _ROOM = {"boxes": 1.5, "strokes": 2.0, "blobs": 1.9}
-"""Side of the array in which a shape is drawn, in diameters: strokes need the most."""
-
+"""Side of the array in which a shape is drawn, in diameters."""
 _STANDARD_SIDE = 240
 """Voxels along the first two axes of a BraTS volume, to which the limits of the challenge apply."""
-
 _FEWEST_VOXELS = 64
-"""Parts of a tumour with fewer voxels are left out at any volume size."""
+"""Components of a tumour with fewer voxels are left out at any volume size."""
 
 _MAKERS: Mapping[str, Callable[[Sequence[int], np.random.Generator, float], Mask]] = {
     "boxes": box_hole,
@@ -69,10 +66,10 @@ class HolesConfig(Config):
     blobs: float = Field(default=0.5, ge=0)
     """Relative frequency of blobs that look like tumours."""
     tumours: float = Field(default=0.3, ge=0)
-    """Relative frequency of the shapes of real tumours, flipped and turned; without any the others take their part."""
+    """Relative frequency of the shapes of real tumours, flipped and rotated; 0 if there are none."""
     diameter_range: tuple[float, float] = (11.5, 49.0)
-    """Smallest and largest size in voxels: the diameter of the ball, or disc, of as many voxels. The default is 800 to
-    62,000 voxels in a volume. Real tumours keep their size."""
+    """Smallest and largest diameter in voxels, of the ball or disc of as many voxels. The default is 800 to 62,000
+    voxels in a volume. Real tumours keep their size."""
     largest_share: float = Field(default=0.35, gt=0, le=0.9)
     """Largest hole as a share of the voxels of the patch; larger ones are drawn smaller or shrunk."""
     count_range: tuple[int, int] = (1, 1)
@@ -80,12 +77,12 @@ class HolesConfig(Config):
     margin_voxels: int = Field(default=5, ge=0)
     """Distance from lesions within which there is no hole, in voxels."""
     min_voxels: int = Field(default=64, ge=1)
-    """Fewest voxels of brain in a hole, as far as there are so many."""
+    """Fewest voxels of brain in a hole, if there are so many."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not any(getattr(self, kind) for kind in _KINDS):
-            raise ValueError("boxes, strokes, blobs and tumours are all 0; one of them must be above")
+            raise ValueError("boxes, strokes, blobs and tumours are all 0; one of them must be larger")
         if not 1 <= self.diameter_range[0] <= self.diameter_range[1]:
             raise ValueError(f"diameter_range is {self.diameter_range}; expected two diameters from 1 up, in order")
         if not 1 <= self.count_range[0] <= self.count_range[1]:
@@ -94,42 +91,37 @@ class HolesConfig(Config):
 
 
 class HoleMaker:
-    """Draws holes; what it draws depends on its arguments and on the generator only.
+    """Draws holes; they depend on the arguments and the generator only.
 
-    `shapes` are masks of tumours, (*spatial) each, of as many axes as the images; empty ones are left out.
+    `shapes` are masks (*spatial) of tumours, with as many axes as the images; empty ones are left out.
     """
 
     def __init__(self, config: HolesConfig, shapes: Sequence[Mask] = ()) -> None:
         self.config = config
         self.shapes = tuple(cropped(shape) for shape in shapes if shape.any())
-        kinds = _KINDS if self.shapes else tuple(_MAKERS)
-        chances = np.array([getattr(config, kind) for kind in kinds], np.float64)
-        if not chances.any():  # nothing but tumours was asked for, and there are none
-            kinds, chances = ("blobs",), np.ones(1)
-        self._kinds = kinds
+        self._kinds = _KINDS if self.shapes else tuple(_MAKERS)
+        chances = np.array([getattr(config, kind) for kind in self._kinds], np.float64)
+        if not chances.any():  # only tumours are wanted, and there are none
+            self._kinds, chances = ("blobs",), np.ones(1)
         self._chances = chances / chances.sum()
 
     def draw(self, brain: Mask, allowed: Mask, generator: np.random.Generator) -> Mask:
         """The hole of a patch or a volume: one, or `count_range` of them together.
 
-        Args:
-            brain: (*spatial), where the image shows tissue.
-            allowed: (*spatial), where the truth is known and may be learnt: brain and background, but neither lesions
-                nor `margin_voxels` around them (see `grow`).
-            generator: decides everything.
+        `brain` is where the image shows tissue, `allowed` where the truth is known: brain and background without
+        lesions and `margin_voxels` around them (see `grow`). The hole is True only where `allowed`. All are (*spatial).
 
-        Returns:
-            (*spatial), True only where `allowed`. At least three quarters of the shape lie in the brain, and
-            `min_voxels` of the rest. Where no place is found, smaller shapes are tried, and in the end a small box
-            around an allowed voxel. Empty only where nothing is allowed.
+        At least three quarters of a shape lie in the brain, and at least `min_voxels` of them are allowed. If no place
+        is found, smaller shapes are tried, and finally a small box around an allowed voxel. The hole is empty only if
+        nothing is allowed.
         """
         fewest, most = self.config.count_range
-        hole = self._one(brain, allowed, generator)
+        hole = self._draw_one(brain, allowed, generator)
         for _ in range(int(generator.integers(fewest, most + 1)) - 1 if most > 1 else 0):
-            hole |= self._one(brain, allowed & ~hole, generator)
+            hole |= self._draw_one(brain, allowed & ~hole, generator)
         return hole
 
-    def _one(self, brain: Mask, allowed: Mask, generator: np.random.Generator) -> Mask:
+    def _draw_one(self, brain: Mask, allowed: Mask, generator: np.random.Generator) -> Mask:
         candidates = np.flatnonzero(brain & allowed)
         if not candidates.size:
             return self._small_box(allowed, np.flatnonzero(allowed), generator)
@@ -157,20 +149,20 @@ class HoleMaker:
     ) -> Mask | None:
         """The shape centred on a random candidate (flat indices), moved inside; None if too little of it is usable."""
         centre = np.unravel_index(candidates[generator.integers(candidates.size)], brain.shape)
-        where, part = [], []
+        box: tuple[slice, ...] = ()
+        part: tuple[slice, ...] = ()
         for middle, extent, size in zip(centre, shape.shape, brain.shape, strict=True):
             used = min(extent, size)
             first = min(max(int(middle) - used // 2, 0), size - used)
-            where.append(slice(first, first + used))
-            part.append(slice((extent - used) // 2, (extent - used) // 2 + used))
-        box = tuple(where)
-        in_brain = shape[tuple(part)] & brain[box]
+            box += (slice(first, first + used),)
+            part += (slice((extent - used) // 2, (extent - used) // 2 + used),)
+        in_brain = shape[part] & brain[box]
         if np.count_nonzero(in_brain) < _LEAST_IN_BRAIN * np.count_nonzero(shape):
             return None
         if np.count_nonzero(in_brain & allowed[box]) < self.config.min_voxels:
             return None
         hole = np.zeros(brain.shape, np.bool_)
-        hole[box] = shape[tuple(part)] & allowed[box]
+        hole[box] = shape[part] & allowed[box]
         return hole
 
     def _small_box(self, allowed: Mask, candidates: NDArray[np.intp], generator: np.random.Generator) -> Mask:
@@ -185,10 +177,7 @@ class HoleMaker:
 
 
 def grow(mask: Mask, distance: float, spacing_mm: Sequence[float] | None = None) -> Mask:
-    """A mask (*spatial) with everything within a distance of it, between voxel centres.
-
-    The distance is in voxels, or in mm where `spacing_mm` is given.
-    """
+    """A mask (*spatial) with all voxels within a distance of them, in mm if a spacing is given, else in voxels."""
     if distance <= 0 or not mask.any():
         return mask.copy()
     (box,) = ndimage.find_objects(mask.view(np.uint8))
@@ -200,7 +189,7 @@ def grow(mask: Mask, distance: float, spacing_mm: Sequence[float] | None = None)
 
 
 def brain_mask(image: AnyArray) -> Mask:
-    """The brain of a skull-stripped image (*spatial): the largest connected part that is not 0, with its cavities."""
+    """The brain of a skull-stripped image (*spatial): the largest component that is not 0, with its cavities filled."""
     tissue = np.asarray(image != 0)
     return without_cavities(largest_component(tissue)) if tissue.any() else tissue
 
@@ -210,16 +199,16 @@ class ChallengeRules:
     """The limits of the procedure; the defaults are those of the challenge, for voxels of 1 mm."""
 
     smallest_voxels: int = 800
-    """Connected parts of a tumour with fewer voxels are left out."""
+    """Components of a tumour with fewer voxels are left out."""
     margin_voxels: float = 5.0
-    """How far the unhealthy region reaches beyond the tumour, and how far a hole stays from that region."""
+    """Width of the margin around the tumour, and smallest distance of a hole from the margin."""
     rank_window: float = 0.05
-    """How far the rank of a hole's size may be from the wanted one, either way, as a share of the pool."""
+    """Largest difference from the wanted rank of a hole's size, either way, as a share of the pool."""
     attempts: int = 500
-    """How many shapes and places are tried in one brain."""
+    """Number of shapes and places that are tried in one brain."""
 
     def scaled_to(self, side: int) -> ChallengeRules:
-        """The same limits for volumes that show a whole head in `side` voxels instead of 240, such as phantoms."""
+        """The same limits for volumes that show a whole head in `side` voxels instead of 240."""
         factor = side / _STANDARD_SIDE
         smallest = max(_FEWEST_VOXELS, round(self.smallest_voxels * factor**3))
         return replace(self, smallest_voxels=smallest, margin_voxels=max(1.0, self.margin_voxels * factor))
@@ -230,15 +219,15 @@ CHALLENGE_RULES = ChallengeRules()
 
 @dataclass(frozen=True)
 class TumourShape:
-    """One connected part of a tumour, cropped, and its size as a share of its brain's voxels."""
+    """One component of a tumour, cropped, and its size as a share of the voxels of the brain."""
 
     mask: Mask
     share: float
 
 
 def whole_tumour(tumour: Mask, rules: ChallengeRules = CHALLENGE_RULES) -> Mask:
-    """A tumour (*spatial), all its tissues together, without small parts and with its cavities."""
-    return without_specks(tumour, rules.smallest_voxels)
+    """A tumour (*spatial), all its tissues together, without small components and with its cavities filled."""
+    return without_cavities(without_small_components(tumour, rules.smallest_voxels))
 
 
 def unhealthy_region(tumour: Mask, rules: ChallengeRules = CHALLENGE_RULES) -> Mask:
@@ -247,7 +236,7 @@ def unhealthy_region(tumour: Mask, rules: ChallengeRules = CHALLENGE_RULES) -> M
 
 
 def tumour_components(tumour: Mask, brain: Mask, rules: ChallengeRules = CHALLENGE_RULES) -> list[TumourShape]:
-    """The connected parts of a tumour (*spatial), largest first; both masks are of one patient.
+    """The components of a tumour (*spatial), largest first; both masks are of one patient.
 
     Raises:
         DataError: the brain is empty.
@@ -259,9 +248,9 @@ def tumour_components(tumour: Mask, brain: Mask, rules: ChallengeRules = CHALLEN
 
 
 def inverse_ranks(shares: Sequence[float], share: float, window: float) -> range:
-    """Ranks in `shares` (ascending) of the sizes that are paired with a tumour of size `share`.
+    """Ranks in `shares` (ascending) of the hole sizes for a tumour of size `share`.
 
-    The k-th smallest tumour is paired with the k-th largest size, plus or minus `window` times the number of sizes.
+    The k-th smallest tumour gets the k-th largest size, plus or minus `window` times the number of sizes.
     """
     count = len(shares)
     wanted = min(max(count - 1 - int(np.searchsorted(shares, share)), 0), count - 1)
@@ -278,24 +267,19 @@ def challenge_hole(
 ) -> Mask:
     """A hole in healthy tissue of a whole brain.
 
-    A shape whose size has the inverse rank of this tumour's (any shape, where there is no tumour) is flipped, turned
-    and centred on the one of two random points of the brain that is farther from the unhealthy region. It is accepted
-    if it lies inside the volume, at least three quarters of it in the brain and all of it at least the margin away
-    from the unhealthy region; otherwise shape and place are drawn again.
+    A shape whose size has the inverse rank of this tumour (any shape, if there is no tumour) is flipped, rotated and
+    centred on that of two random points of the brain which is farther from the unhealthy region. It is accepted if it
+    lies inside the volume, at least three quarters of it in the brain and all of it at least the margin away from the
+    unhealthy region; otherwise shape and place are drawn again.
 
-    Args:
-        brain: (*spatial), see `brain_mask`.
-        tumour: (*spatial), all tissues of the tumour together; it may be empty.
-        pool: the shapes of all patients, see `tumour_components`.
-        generator: decides everything.
-        rules: the limits.
+    `brain` and `tumour` (all its tissues; it may be empty) are (*spatial); `pool` are shapes of all patients.
 
     Raises:
         DataError: the pool is empty, the tumour leaves no room, or nothing was accepted in all attempts.
     """
     if not pool:
         raise DataError(
-            f"there is no tumour of {rules.smallest_voxels} or more voxels to give holes their shape",
+            f"there is no tumour of {rules.smallest_voxels} or more voxels whose shape holes can have",
             remedy="Give references with tumours, or a smaller limit",
         )
     unhealthy = unhealthy_region(tumour, rules)
@@ -304,7 +288,7 @@ def challenge_hole(
     if not candidates.size:
         raise DataError(
             f"no voxel of the brain lies farther than {rules.margin_voxels:g} voxels from the tumour and its margin",
-            expected="healthy tissue to lay a hole in",
+            expected="healthy tissue for a hole",
             remedy="Leave this case out",
         )
     ordered = sorted(pool, key=lambda shape: shape.share)
@@ -314,7 +298,7 @@ def challenge_hole(
         shape = turned(ordered[ranks[int(generator.integers(len(ranks)))]].mask, generator)
         points = candidates[generator.integers(candidates.size, size=2)]
         point = points[np.argmax(distance.ravel()[points])]
-        hole = _laid(shape, np.unravel_index(point, brain.shape), brain, distance, rules)
+        hole = _place_hole(shape, np.unravel_index(point, brain.shape), brain, distance, rules)
         if hole is not None:
             return hole
     raise DataError(
@@ -324,19 +308,14 @@ def challenge_hole(
     )
 
 
-def _laid(
-    shape: Mask,
-    centre: Sequence[np.intp],
-    brain: Mask,
-    distance: NDArray[np.float64],
-    rules: ChallengeRules,
+def _place_hole(
+    shape: Mask, centre: Sequence[np.intp], brain: Mask, distance: NDArray[np.float64], rules: ChallengeRules
 ) -> Mask | None:
-    """The shape centred on a voxel of the volume; None where the rules do not allow it."""
+    """The shape centred on a voxel of the volume; None if the rules do not allow it."""
     first = [int(place) - extent // 2 for place, extent in zip(centre, shape.shape, strict=True)]
-    last = [start + extent for start, extent in zip(first, shape.shape, strict=True)]
-    if min(first) < 0 or any(stop > size for stop, size in zip(last, brain.shape, strict=True)):
+    box = tuple(slice(start, start + extent) for start, extent in zip(first, shape.shape, strict=True))
+    if min(first) < 0 or any(side.stop > size for side, size in zip(box, brain.shape, strict=True)):
         return None
-    box = tuple(slice(start, stop) for start, stop in zip(first, last, strict=True))
     if np.count_nonzero(shape & brain[box]) < _LEAST_IN_BRAIN * np.count_nonzero(shape):
         return None
     if distance[box][shape].min() < rules.margin_voxels:

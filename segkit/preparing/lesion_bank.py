@@ -36,7 +36,7 @@ from segkit.preparing.preprocessing import PreparedCase, PreprocessingConfig
 from segkit.reading.case import Case, ImageFile
 from segkit.reading.files import read_labels
 from segkit.reading.geometry import same_grid
-from segkit.shapes import AnyArray, Image, LabelMap
+from segkit.shapes import AnyArray, Image, LabelMap, overlap
 
 _log = logging.getLogger(__name__)
 
@@ -272,7 +272,7 @@ class Transplant:
             start: the region's first voxel in that volume.
         """
         image, labels = np.array(sample["image"]), np.array(sample["labels"])
-        own, other = _overlap(self.corner, self.labels.shape, start, labels.shape[1:])
+        own, other = overlap(self.corner, self.labels.shape, start, labels.shape[1:])
         part = image[(slice(None), *other)]
         part += self.weight[own] * (self.image[(slice(None), *own)] - part)
         lesion = self.labels[own]
@@ -318,7 +318,7 @@ class Lesion:
 
         Each modality is shifted by the difference of the means of the two images around the lesion.
         """
-        own, other = _overlap(corner, self.labels.shape, (0,) * len(corner), volume.shape[1:])
+        own, other = overlap(corner, self.labels.shape, (0,) * len(corner), volume.shape[1:])
         there, image, labels = volume[(slice(None), *other)], self.image[(slice(None), *own)], self.labels[own]
         weight = self.weight[own] * there.any(axis=0)
         shell = (weight > 0) & (labels == 0)
@@ -356,16 +356,3 @@ def _share_in_tissue(volume: Image, voxels: NDArray[np.intp]) -> float:
         return 0.0
     is_tissue = volume[(slice(None), *voxels[is_inside].T)].any(axis=0)
     return float(is_tissue.sum()) / len(voxels)
-
-
-def _overlap(
-    corner: Sequence[int], shape: Sequence[int], other_corner: Sequence[int], other_shape: Sequence[int]
-) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """The overlap of two boxes, as an index into the first and into the second; empty if there is none."""
-    own, other = [], []
-    for first, size, other_first, other_size in zip(corner, shape, other_corner, other_shape, strict=True):
-        low = max(first, other_first)
-        high = max(low, min(first + size, other_first + other_size))
-        own.append(slice(low - first, high - first))
-        other.append(slice(low - other_first, high - other_first))
-    return tuple(own), tuple(other)

@@ -17,9 +17,8 @@ from segkit.preparing.hole_shapes import (
     turned,
     voxels_of,
     without_cavities,
-    without_specks,
 )
-from segkit.preparing.holes import HoleMaker, HolesConfig, brain_mask, grow
+from segkit.preparing.holes import ChallengeRules, HoleMaker, HolesConfig, brain_mask, grow, whole_tumour
 
 Mask = NDArray[np.bool_]
 
@@ -96,8 +95,8 @@ def test_components_and_cavities() -> None:
     mask[0, 7] = True  # by itself
     first, second = components(mask)
     assert (first.shape, int(first.sum()), second.shape) == ((6, 6), 25, (1, 1))
-    assert not without_specks(mask, 2)[0, 7]
-    assert np.array_equal(without_specks(mask, 2)[1:], without_cavities(mask)[1:])
+    assert not whole_tumour(mask, ChallengeRules(smallest_voxels=2))[0, 7]
+    assert np.array_equal(whole_tumour(mask, ChallengeRules(smallest_voxels=2))[1:], without_cavities(mask)[1:])
     filled = without_cavities(mask)
     assert filled[3, 3]
     assert filled.sum() == mask.sum() + 1
@@ -200,7 +199,7 @@ def test_little_room_gives_a_small_box_and_none_nothing() -> None:
 
 
 def test_impossible_configurations_are_refused() -> None:
-    with pytest.raises(ValidationError, match="all 0; one of them must be above"):
+    with pytest.raises(ValidationError, match="all 0; one of them must be larger"):
         HolesConfig(boxes=0, strokes=0, blobs=0, tumours=0)
     with pytest.raises(ValidationError, match="expected two diameters from 1 up, in order"):
         HolesConfig(diameter_range=(20, 10))
