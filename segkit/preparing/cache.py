@@ -1,8 +1,7 @@
 """A disk cache of prepared cases, read through memory maps.
 
-One folder per case, named by the SHA-256 of everything that the result depends on: the bytes of its files and the
-settings. A folder gets this name only when it is complete, so an interrupted run resumes with the next case, and a
-changed file or setting leads to another folder.
+Each case has a folder, named by the SHA-256 of everything that the result depends on: the bytes of its files and the
+settings. A folder gets this name when it is complete, so an interrupted run resumes with the next case.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import json
 import math
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, overload
@@ -29,31 +28,26 @@ from segkit.runtime import available_cores, available_memory_gb, process_place
 from segkit.shapes import LabelMap
 
 _VERSION = 1
-"""Part of every key: raise it when preparing changes what it gives for the same settings."""
+"""Part of every key: increase it when the result of preparing changes for the same settings."""
 
 _MOST_FOREGROUND_VOXELS = 10_000
 
 
 class PreparedStore:
-    """Prepared cases below `folder`, which may also hold entries of other settings or older data."""
+    """Prepared cases below `folder`, of any settings."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def entry(
-        self,
-        case: Case,
-        modalities: tuple[str, ...],
-        scheme: LabelScheme | None,
-        config: PreprocessingConfig,
+        self, case: Case, modalities: tuple[str, ...], scheme: LabelScheme | None, config: PreprocessingConfig
     ) -> Path:
         """The folder of the prepared case, which is made in one atomic step if it does not exist yet.
 
         Raises:
             DataError: the case cannot be loaded (see `load_case`), or the cache cannot be written.
         """
-        key = _key(case, modalities, scheme, config)
-        folder = self.folder / key
+        folder = self.folder / _key(case, modalities, scheme, config)
         if (folder / "case.json").exists():
             return folder
         prepared = prepare(load_case(case, modalities, scheme), config)
@@ -77,9 +71,9 @@ class PreparedStore:
         *,
         memory_gb: float | None = None,
     ) -> tuple[dict[str, Path], dict[str, str]]:
-        """Prepare cases, several at a time: their folders by id, and by id why others cannot be used.
+        """Prepare cases, several at a time: their folders by id, and the errors of unusable cases by id.
 
-        `memory_gb` is the memory in GiB that this process may use; None takes what is free.
+        `memory_gb` is the memory in GiB that this process may use; by default the free memory.
         """
 
         def entry(case: Case) -> Path | DataError:
@@ -97,8 +91,8 @@ class PreparedStore:
 class StoredCases(Sequence[PreparedCase]):
     """Prepared cases that are opened on access.
 
-    An open memory map holds a file handle, and a thousand cases would exceed the limit of a process. And a sequence of
-    paths is cheap to send to the workers of a data loader.
+    Open memory maps of a thousand cases would exceed the limit of file handles of a process, and a sequence of paths is
+    cheap to send to the workers of a data loader.
     """
 
     def __init__(self, folders: Sequence[Path]) -> None:
@@ -106,9 +100,6 @@ class StoredCases(Sequence[PreparedCase]):
 
     def __len__(self) -> int:
         return len(self.folders)
-
-    def __iter__(self) -> Iterator[PreparedCase]:
-        return (open_prepared(folder) for folder in self.folders)
 
     @overload
     def __getitem__(self, index: int) -> PreparedCase: ...
@@ -123,9 +114,9 @@ class StoredCases(Sequence[PreparedCase]):
 
 
 def cases_at_once(cases: Sequence[Case], modalities: Sequence[str], memory_gb: float | None) -> int:
-    """How many cases are prepared at the same time: at most 8, as cores and half the memory in GiB allow.
+    """How many cases are prepared at the same time: at most 8, limited by the cores and half the memory in GiB.
 
-    A case is held as read, stacked and prepared, in float32; its size is that of the first case.
+    Each takes memory as read, stacked and prepared, in float32; all are taken to have the size of the first.
     """
     if not cases:
         return 1
@@ -156,12 +147,12 @@ def open_prepared(folder: Path) -> PreparedCase:
         return PreparedCase(document["id"], image, labels, Preparation.from_json(document["preparation"]), foreground)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
-            f"this prepared case is damaged: {error}", where=folder, remedy="Delete the folder; it will be made again"
+            f"this prepared case is damaged: {error}", where=folder, remedy="Delete the folder and run again"
         ) from error
 
 
 def foreground_voxels(labels: LabelMap, seed: int) -> dict[int, NDArray[np.int64]]:
-    """Flat C-order indices of voxels by label value, without 0: all of them, or a seeded sample of 10,000 per value."""
+    """Flat C-order indices of voxels by label value, without 0: all, or a seeded sample of 10,000 per value."""
     flat = labels.ravel()
     places = np.flatnonzero(flat)
     values = flat[places]
@@ -226,7 +217,7 @@ def _scheme_settings(scheme: LabelScheme | None) -> list[Any] | None:
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a file, of all files of a DICOM folder, or of a header and the raw data lying beside it."""
+    """SHA-256 of a file, of all files of a DICOM folder, or of a header and the raw data beside it."""
     if path.is_dir():
         parts = sorted(part for part in path.iterdir() if part.is_file())
     elif path.suffix in {".mhd", ".nhdr"}:

@@ -19,10 +19,9 @@ from segkit.reading.geometry import reorientation_to, reoriented_grid
 _log = logging.getLogger(__name__)
 
 _SAMPLED_VOXELS = 10_000
-"""Foreground voxels of one case that go into the intensity statistics."""
-
+"""Most foreground voxels of one case in the intensity statistics."""
 _AIR_HU = -200.0
-"""Air in CT is far below this; MR and pictures almost never have such low values."""
+"""Air in CT is far below this; MRI and pictures almost never have such low values."""
 
 
 class Foreground(Config):
@@ -37,7 +36,7 @@ class Foreground(Config):
 
 
 class Fingerprint(Config):
-    """What planning needs of a cohort, from a sample of its cases; axes are those after orientation to RAS."""
+    """Properties of a cohort for planning, from a sample of its cases; axes are those after orientation to RAS."""
 
     cases: int
     """Cases in the cohort."""
@@ -46,7 +45,7 @@ class Fingerprint(Config):
     shapes: tuple[tuple[int, ...], ...]
     """Voxels of each sampled case."""
     cropped_shapes: tuple[tuple[int, ...], ...]
-    """Voxels of each sampled case after the crop to what is not 0 in any modality."""
+    """Voxels of each sampled case after the crop to voxels that are not 0 in any modality."""
     spacings_mm: tuple[tuple[float, ...], ...]
     """Spacing of each sampled case."""
     zero_fraction: float
@@ -86,7 +85,7 @@ def take_fingerprint(cohort: Cohort, *, max_cases: int = 24) -> Fingerprint:
             f"none of the {len(cases)} cases looked at can be read",
             where=cohort.root,
             expected="at least one usable case",
-            remedy=f"The first one: {errors[0]}" if errors else "Check the folder",
+            remedy=f"The first error: {errors[0]}" if errors else "Check the folder",
         )
     shapes, cropped_shapes, spacings_mm, zero_fractions, lowest, intensities = zip(*samples, strict=True)
     return Fingerprint(
@@ -110,7 +109,7 @@ class _Sample(NamedTuple):
     zero_fraction: float
     lowest: float
     intensities: NDArray[np.float32]
-    """Of a sample of the labelled voxels, all modalities; without a reference, of all voxels above air."""
+    """Of a sample of the labelled voxels, in all modalities; without a reference, of the voxels above air."""
 
 
 def _sample(loaded: LoadedCase) -> _Sample:
@@ -138,6 +137,5 @@ def _foreground(intensities: NDArray[np.float32]) -> Foreground:
 
 
 def _is_ct(modalities: Sequence[str], lowest: float) -> bool:
-    """Whether the modality is called CT, or there is only one and it has air in Hounsfield units."""
-    names = {name.lower() for name in modalities}
-    return names == {"ct"} or (len(names) == 1 and lowest < _AIR_HU)
+    """Whether the only modality is called CT, or has air in Hounsfield units."""
+    return len(modalities) == 1 and (modalities[0].lower() == "ct" or lowest < _AIR_HU)

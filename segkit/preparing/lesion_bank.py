@@ -1,6 +1,6 @@
 """A bank of lesion-free copies of scans, and real lesions moved into them as training data.
 
-`segkit inpaint --bank` writes a bank; training only reads it and needs no inpainting model:
+`segkit inpaint --bank` writes a bank; training reads it and needs no inpainting model:
 
     bank.json                      modalities, cases with their patients, the model that made the copies
     CASE/CASE_MODALITY.nii.gz      the copy, on the grid of the scan
@@ -9,11 +9,11 @@
 Only copies of training cases are used: a copy of a validation case would show its brain to the network. A copy with
 labelled voxels that were not filled in is refused, because it would show a lesion that is labelled as background.
 
-A *lesion* is a connected part of the labelled voxels of a prepared case. It is moved into the copy of another case: its
-image is matched to its new surroundings, its border is blended, and its labels go with it. *Tissue* are the voxels that
-are not 0 in every modality. A lesion is cut off where the tissue of either brain ends, so the background stays exactly
-0. The idea is that of CarveMix (Zhang et al., MICCAI 2021, arXiv 2108.06883), which moves lesions from one labelled
-scan into another; matching and blending are our own.
+A *lesion* is a connected component of the labelled voxels of a prepared case. It is moved into the copy of another
+case with its labels: its image is matched to the new surroundings, and its border is blended. *Tissue* are the voxels
+that are not 0 in every modality. A lesion is cut off where the tissue of either brain ends, so the background stays
+exactly 0. Moving lesions between scans is the idea of CarveMix (Zhang et al., MICCAI 2021, arXiv 2108.06883), without
+matching and blending.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ _MAKE = "`segkit inpaint --bank`"
 _BORDER = 3
 """Voxels around a lesion over which its image is blended into the other; fewer across thick slices."""
 _SHIFT = 0.25
-"""Largest shift of a lesion from its relative position, as a share of the volume's sides."""
+"""Largest shift of a lesion from its relative position, as a share of the sides of the volume."""
 _TRIES = 8
 _ENOUGH_TISSUE, _LEAST_TISSUE = 0.9, 0.5
-"""Share of a lesion in tissue at which a place is taken at once, and below which the best place is not taken."""
+"""Shares of a lesion in tissue: enough to stop the search for a place, and the least that is accepted."""
 _MOST_VOXELS_TRIED = 1000
 
 
@@ -94,21 +94,21 @@ def read_bank(folder: Path) -> Bank:
         return Bank.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RequestError(
-            f"holds no {BANK_NAME} that can be read", where=folder, expected=f"a folder written by {_MAKE}"
+            f"contains no readable {BANK_NAME}", where=folder, expected=f"a folder written by {_MAKE}"
         ) from error
     except (ValidationError, UnicodeDecodeError) as error:
         raise RequestError(
-            f"is damaged, or of another version: {error}", where=path, remedy=f"Make the bank again with {_MAKE}"
+            f"is damaged or of another version: {error}", where=path, remedy=f"Make the bank again with {_MAKE}"
         ) from error
 
 
 def find_copies(folder: Path, training: Sequence[Case], modalities: Sequence[str]) -> list[Case]:
-    """The copies of training cases that a bank holds, with the mask of the filled voxels as their label.
+    """The copies of training cases in a bank, with the mask of the filled voxels as their label.
 
-    Copies of other cases, and of a case with the same name but another patient, are left out with a message.
+    Copies of other cases, also of a case with the same name but another patient, are left out with a message.
 
     Raises:
-        RequestError: the bank cannot be read, lacks a modality, or holds no copy of a training case.
+        RequestError: the bank cannot be read, lacks a modality, or has no copy of a training case.
     """
     bank = read_bank(folder)
     if missing := [modality for modality in modalities if modality not in bank.modalities]:
@@ -116,22 +116,20 @@ def find_copies(folder: Path, training: Sequence[Case], modalities: Sequence[str
             f"the bank has no copies of {', '.join(missing)}; it has {', '.join(bank.modalities) or 'none'}",
             where=folder,
             expected=f"copies of {', '.join(modalities)}",
-            remedy=f"Make a bank with a model that restores them all, with {_MAKE}",
+            remedy=f"Make a bank with {_MAKE} and a model that restores them all",
         )
     patients = {case.id: case.patient for case in training}
     usable = [banked for banked in bank.cases if patients.get(banked.case) == banked.patient]
     if not usable:
         raise RequestError(
-            f"none of its {len(bank.cases)} copies is of a case that trains",
+            f"none of its {len(bank.cases)} copies is of a training case",
             where=folder,
-            expected="copies of training cases, by the names that they have here",
+            expected="copies with the names of the training cases",
             remedy=f"Make a bank of this data with {_MAKE}",
         )
     if others := [banked.case for banked in bank.cases if banked not in usable]:
-        names = some(others)
-        _log.info(
-            "%d of the bank's %d copies are left out, their cases do not train: %s", len(others), len(bank.cases), names
-        )
+        count = f"{len(others)} of {len(bank.cases)}"
+        _log.info("%s copies of the bank are not of training cases and are left out: %s", count, some(others))
     return [
         Case(
             banked.case,
@@ -152,15 +150,7 @@ def prepare_copies(
     *,
     memory_gb: float | None = None,
 ) -> StoredCases:
-    """The copies prepared as the cases are, several at a time; those that cannot be used are named and left out.
-
-    Args:
-        copies: as `find_copies` gives them.
-        training: the cases by id that they are copies of.
-        store: keeps the prepared copies, beside the cases.
-        modalities: in channel order.
-        config: the settings that the cases were prepared with.
-        memory_gb: memory in GiB that this process may use; None takes what is free.
+    """The copies of training cases (by id), prepared like the cases; unusable ones are left out with a warning.
 
     Raises:
         DataError: none can be used.
@@ -174,7 +164,7 @@ def prepare_copies(
     for reason in skipped.values():
         _log.warning("copy left out: %s", reason)
     if not folders:
-        raise DataError("no copy of the bank can be used", remedy=f"The first: {next(iter(skipped.values()))}")
+        raise DataError("no copy of the bank can be used", remedy=f"The first error: {next(iter(skipped.values()))}")
     return StoredCases(list(folders.values()))
 
 
@@ -182,8 +172,8 @@ class LesionBank:
     """Replaces some of the training cases by copies with or without a lesion.
 
     For `lesion_share` of the draws a lesion of the case is moved into the copy of another case. For
-    `lesion_free_share` of them a copy is taken as it is, with labels that are all 0. Otherwise the case stays as it is,
-    also if it has no lesion to move or if no place in the other brain holds most of the lesion.
+    `lesion_free_share` of them a copy is used unchanged, with labels that are all 0. Otherwise the case is used itself,
+    also if it has no lesion or the other brain has no place for it.
     """
 
     def __init__(self, copies: Sequence[PreparedCase], *, lesion_share: float, lesion_free_share: float) -> None:
@@ -194,7 +184,7 @@ class LesionBank:
     def exchange(self, case: PreparedCase, generator: np.random.Generator) -> tuple[PreparedCase, Transplant | None]:
         """The case to cut a patch from, and the lesion to paste into that patch, if there is one.
 
-        The labels of a replaced case are all 0; its `foreground` is that of the lesion.
+        A copy has labels that are all 0, and the `foreground` of the lesion.
         """
         draw = generator.random()
         if draw < self.lesion_share:
@@ -224,32 +214,27 @@ def _unlabelled(copy: PreparedCase) -> PreparedCase:
 
 
 def _lesion_left(copy: Case, case: Case) -> str | None:
-    """Why a copy still shows lesions of its case's reference; None if it shows none."""
+    """Why a copy still shows lesions of the reference of its case; None if it shows none."""
     if copy.label is None or case.label is None:
         raise ValueError(f"case {case.id} or its copy has no mask")
     try:
-        made_up, grid = read_labels(copy.label.path)
+        filled, grid = read_labels(copy.label.path)
         labels, label_grid = read_labels(case.label.path, case.label.channel)
     except DataError as error:
         return str(error)
     if (difference := same_grid(grid, label_grid)) is not None:
         return f"{copy.label.path}: it is not on the grid of the reference: {difference}"
-    left = int(np.count_nonzero(labels[made_up == 0]))
-    if left == 0:
-        return None
-    return (
-        f"{copy.label.path}: {left} voxels that the reference {case.label.path} labels were not made up. "
-        f"Make the bank with the references as --lesions"
-    )
+    left = int(np.count_nonzero(labels[filled == 0]))
+    found = f"{copy.label.path}: {left} labelled voxels of {case.label.path} were not filled in"
+    return f"{found}. Make the bank with the references as --lesions" if left else None
 
 
 @dataclass(frozen=True)
 class Transplant:
-    """A lesion matched to its new surroundings.
+    """A lesion matched to its new surroundings, whose first voxel is at voxel `corner` of the new volume.
 
-    corner: the voxel of the new volume at the first voxel of the arrays; image: (C, *box) float32; labels: (*box)
-    uint8, 0 outside the lesion; weight: (*box) float32, the share of `image` in the result: 1 in the lesion, falling to
-    0 around it.
+    image: (C, *box) float32; labels: (*box) uint8, 0 outside the lesion; weight: (*box) float32, the share of `image`
+    in the result, from 1 in the lesion to 0 around it.
     """
 
     corner: tuple[int, ...]
@@ -265,11 +250,9 @@ class Transplant:
         return {int(value): flat[values == value] for value in np.unique(values)}
 
     def paste_into(self, sample: Mapping[str, AnyArray], start: Sequence[int]) -> dict[str, AnyArray]:
-        """A copy of a sample with the lesion in it.
+        """A copy, with the lesion, of a sample that starts at voxel `start` of the new volume.
 
-        Args:
-            sample: "image" (C, *region) float32 and "labels" (1, *region) uint8, cut from the new volume; not changed.
-            start: the region's first voxel in that volume.
+        A sample is "image" (C, *region) float32 and "labels" (1, *region) uint8.
         """
         image, labels = np.array(sample["image"]), np.array(sample["labels"])
         own, other = overlap(self.corner, self.labels.shape, start, labels.shape[1:])
@@ -282,10 +265,9 @@ class Transplant:
 
 @dataclass(frozen=True)
 class Lesion:
-    """A lesion and the voxels around it.
+    """A lesion and the voxels around it: the arrays of a `Transplant` before matching.
 
-    image, labels and weight are those of a `Transplant` before matching; `middle` is the middle of their box as a
-    share of the sides of the source volume.
+    `middle` is the middle of their box as a share of the sides of the source volume.
     """
 
     image: Image = field(repr=False)
@@ -296,7 +278,7 @@ class Lesion:
     def moved_into(self, volume: Image, generator: np.random.Generator) -> Transplant | None:
         """The lesion at a place in `volume` (C, *spatial) where most of it lies in tissue; None if there is none.
 
-        Places are drawn around the lesion's own position, relative to the volume; the own position is tried last.
+        Places are drawn around its position in the source volume, relative to the size; that position is tried last.
         """
         shape = np.array(volume.shape[1:])
         own = np.array(self.middle) * shape - np.array(self.labels.shape) / 2
@@ -316,7 +298,7 @@ class Lesion:
     def matched(self, volume: Image, corner: Sequence[int]) -> Transplant:
         """The lesion with its first voxel at `corner` of `volume` (C, *spatial), cut off where there is no tissue.
 
-        Each modality is shifted by the difference of the means of the two images around the lesion.
+        Each modality is shifted by the difference of the mean intensities around the lesion.
         """
         own, other = overlap(corner, self.labels.shape, (0,) * len(corner), volume.shape[1:])
         there, image, labels = volume[(slice(None), *other)], self.image[(slice(None), *own)], self.labels[own]
@@ -329,7 +311,7 @@ class Lesion:
 
 
 def cut_lesion(case: PreparedCase, voxel: Sequence[int]) -> Lesion:
-    """The lesion of a case with a reference that holds the labelled `voxel`; touching corners connect."""
+    """The lesion at a labelled `voxel` of a case with a reference; voxels that touch at a corner are connected."""
     if case.labels is None:
         raise ValueError(f"case {case.id} has no reference")
     parts, _ = ndimage.label(case.labels, structure=np.ones((3,) * case.labels.ndim))

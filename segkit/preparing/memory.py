@@ -1,9 +1,9 @@
-"""The memory that a training run takes, counted without allocating it.
+"""The memory of a training run, counted without allocating it.
 
-A training step is traced with fake tensors, which have shapes but no contents, and the storages that are alive at the
-same time are added up: activations, recomputed activations, gradients. This works for any network, and it includes the
-transient peak, which saved tensors alone do not show. Fake tensors instead of the meta device, because they report the
-CPU as their device, by which networks choose kernels and memory formats.
+A training step is traced with fake tensors, which have shapes but no values, and the sizes of all storages that exist
+at the same time are added up: activations, recomputed activations, gradients. This works for any network, and includes
+the transient peak, unlike a count of saved tensors. Fake tensors report the CPU as their device, unlike those of the
+meta device; networks choose kernels and memory formats by it.
 """
 
 from __future__ import annotations
@@ -21,42 +21,37 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 GIB = 1024**3
-
 _FLOAT_BYTES = 4
-
 _PROCESS_BYTES = int(0.92 * GIB)
-"""The interpreter and the libraries that training loads, those for figures included; with torch 2.15."""
-
+"""The interpreter and the libraries of training and figures; with torch 2.15."""
 _GPU_CONTEXT_BYTES = int(0.6 * GIB)
-
 _KERNEL_BYTES = int(0.18 * GIB)
 _KERNEL_SHARE = 0.6
-"""Memory that storages do not show, on a CPU: compiled kernels and allocator reserve, and scratch space that grows with
-the transient part of a step. Fitted to the peaks of real steps, 24 to 96 voxels, three networks, three memory modes;
-all are within 15 % of the fit (torch 2.15, x86)."""
+"""Other memory on a CPU: compiled kernels and allocator reserve, and scratch space that grows with the transient part
+of a step. Fitted to the peaks of real steps, 24 to 96 voxels, three networks, three memory modes; all are within 15 %
+of the fit (torch 2.15, x86)."""
+_GAPS, _FEW_GAPS = 2.5, 1.3
+"""Largest factors by which kept memory increased the memory of a process; see `has_room_to_keep`."""
 
 Loss = Callable[[Any, Tensor], Tensor]
 """From the training output of a network and labels (B, *spatial) uint8 to a scalar."""
 
 
 def step_bytes(build: Callable[[], nn.Module], input_shape: Sequence[int], loss: Loss) -> int:
-    """Largest number of bytes alive during forward and backward of (B, C, *spatial), without weights, with gradients.
-
-    `build` and `loss` are called with fake tensors and may make tensors of their own.
-    """
+    """Peak bytes of a forward and backward pass of (B, C, *spatial), without weights, with gradients."""
     with FakeTensorMode():
         return _trace_step(build().train(), input_shape, loss)[1]
 
 
 def window_bytes(build: Callable[[], nn.Module], input_shape: Sequence[int]) -> int:
-    """Largest number of bytes alive while one inference window (B, C, *spatial) is computed, without weights."""
+    """Peak bytes of the inference of one window (B, C, *spatial), without weights."""
     with FakeTensorMode():
         return _trace_window(build().eval(), input_shape)
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """Bytes of one training step on a patch: weights, kept activations, transient peak; and of an inference window."""
+    """Bytes of one training step on a patch (weights, saved activations, transient peak) and of an inference window."""
 
     weights: int
     saved: int
@@ -64,13 +59,13 @@ class StepCost:
     window: int
 
     def scaled(self, factor: float) -> StepCost:
-        """The cost at `factor` times the voxels; weights and their gradients stay."""
+        """The cost at `factor` times the voxels; that of weights and their gradients does not change."""
         peak = int((self.peak - self.weights) * factor) + self.weights if self.peak > self.weights else self.peak
         return StepCost(self.weights, int(self.saved * factor), peak, int(self.window * factor))
 
 
 def step_cost(build: Callable[[], nn.Module], input_shape: Sequence[int], loss: Loss) -> StepCost:
-    """The cost of training `build()` on patches (B, C, *patch): one step and one window are traced, without memory."""
+    """The cost of training `build()` on patches (B, C, *patch)."""
     with FakeTensorMode():
         network = build().train()
         saved, peak = _trace_step(network, input_shape, loss)
@@ -80,15 +75,26 @@ def step_cost(build: Callable[[], nn.Module], input_shape: Sequence[int], loss: 
 
 
 def _trace_step(network: nn.Module, input_shape: Sequence[int], loss: Loss) -> tuple[int, int]:
-    """Bytes that the forward pass keeps, and the largest number of bytes alive during forward and backward."""
+    """Bytes that the forward pass saves for the backward pass, and the peak of both."""
     x = torch.empty(tuple(input_shape))
     labels = torch.empty((input_shape[0], *input_shape[2:]), dtype=torch.uint8)
+    weights = {_address(tensor) for tensor in network.state_dict(keep_vars=True).values()}
+    saved: dict[int, Tensor] = {}  # holds the tensors, because an address must not be used again while counting
+
+    def note(tensor: Tensor) -> Tensor:
+        if _address(tensor) not in weights:
+            saved[_address(tensor)] = tensor
+        return tensor
+
     with _LiveBytes(network) as live:
-        output, saved = _forward(network, x)
+        with saved_tensors_hooks(note, lambda tensor: tensor):
+            output = network(x)
+        saved_bytes = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+        saved.clear()  # autograd keeps `note`, which would keep all of them until the backward pass is done
         scalar = loss(output, labels)
         del output  # training holds no logits during the backward pass either
         torch.autograd.backward(scalar)
-    return saved, int(live.peak + x.nbytes + labels.nbytes)
+    return saved_bytes, int(live.peak + x.nbytes + labels.nbytes)
 
 
 def _trace_window(network: nn.Module, input_shape: Sequence[int]) -> int:
@@ -98,35 +104,14 @@ def _trace_window(network: nn.Module, input_shape: Sequence[int]) -> int:
     return int(live.peak + x.nbytes)
 
 
-def _forward(network: nn.Module, x: Tensor) -> tuple[Any, int]:
-    """The output of a forward pass, and the bytes of the storages, those of `network` left out, that it keeps."""
-    weights = {_address(tensor) for tensor in network.state_dict(keep_vars=True).values()}
-    saved: dict[int, Tensor] = {}  # holds the tensors, because an address must not be used again while counting
-
-    def note(tensor: Tensor) -> Tensor:
-        if _address(tensor) not in weights:
-            saved[_address(tensor)] = tensor
-        return tensor
-
-    with saved_tensors_hooks(note, lambda tensor: tensor):
-        output = network(x)
-    size = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-    saved.clear()  # autograd keeps `note`, which would keep all of them until the backward pass is done
-    return output, size
-
-
 def has_room_to_keep(arguments: Mapping[str, object], needed_gb: float, memory_gb: float) -> bool:
-    """Whether training with these network arguments may keep the memory it frees, which is faster but takes more.
+    """Whether training with these network arguments may keep freed memory, which is faster but takes more.
 
-    Gaps between blocks that stay are not always filled again. Measured on whole processes: plain and reversible
-    training, with the same sizes at every step, took up to 1.3 times the memory; checkpointing and chunks up to 2.5
-    times.
+    Gaps between blocks in use are not always filled again. Measured on whole processes, plain and reversible training,
+    with the same sizes at every step, took up to 1.3 times the memory; checkpointing and chunks up to 2.5 times.
     """
     has_gaps = arguments.get("mode") == "checkpoint" or arguments.get("chunks", 1) != 1
     return needed_gb * (_GAPS if has_gaps else _FEW_GAPS) <= memory_gb
-
-
-_GAPS, _FEW_GAPS = 2.5, 1.3
 
 
 @dataclass(frozen=True)
@@ -140,17 +125,12 @@ class Volumes:
 
 
 def estimate_memory_gb(
-    cost: StepCost,
-    volumes: Volumes,
-    *,
-    has_average: bool = True,
-    device: torch.device | None = None,
-    shards: int = 1,
+    cost: StepCost, volumes: Volumes, *, has_average: bool = True, device: torch.device | None = None, shards: int = 1
 ) -> float:
     """Peak memory of a training run in GiB: resident memory of the process, or memory of the GPU.
 
-    That is the memory of the largest phase: preparing a case, a training step (weights, gradients, two moments of Adam,
-    moving average, activations), a validation. `shards` processes share weights, gradients and optimiser state; for a
+    It is that of the largest phase: preparing a case, a training step (weights, gradients, two moments of Adam, moving
+    average, activations) or a validation. `shards` processes share weights, gradients and optimiser state; in a
     validation each holds all weights, and the first one holds the whole state on the CPU when it writes it.
     """
     copies = 4 if has_average else 3
@@ -173,7 +153,7 @@ def estimate_memory_gb(
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the storages that operations make, as long as they are alive; those of `network` are left out."""
+    """Adds up the storages that operations make, while they exist, without those of `network`."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Training patches: the case, the place and the augmentation follow from (seed, index)."""
+"""Training patches: case, place and augmentation depend on (seed, index) only."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _JITTER = 0.25
 class PatchDataset(Dataset[dict[str, torch.Tensor]]):
     """Random patches of prepared cases.
 
-    Item i depends on (seed, i) only, so any number of workers gives the same items in the same order, and a resumed run
-    continues where it stopped. Each pass over `len(prepared)` items visits every case once, in a new random order.
+    Item i depends on (seed, i) only, not on the number of workers, so a resumed run continues exactly. Each
+    `len(prepared)` items have every case once, in a new random order.
 
     With probability `foreground_fraction` a patch is centred, within a jitter, on a voxel of a label value drawn
     uniformly from those present in the case; otherwise it lies anywhere inside the volume. A volume smaller than the
@@ -63,15 +63,14 @@ class PatchDataset(Dataset[dict[str, torch.Tensor]]):
         centre = self._centre(case, generator)
         seed = int(generator.integers(2**63))
         before, after = self.augmentation.reach(seed)
-        start = [max(0, middle - count) for middle, count in zip(centre, before, strict=True)]
-        stop = [middle + count for middle, count in zip(centre, after, strict=True)]
-        region = tuple(slice(first, last) for first, last in zip(start, stop, strict=True))
+        start = np.maximum(np.subtract(centre, before), 0).tolist()
+        region = tuple(map(slice, start, np.add(centre, after).tolist()))
         sample: dict[str, AnyArray] = {"image": case.image[(slice(None), *region)]}
         if case.labels is not None:
             sample["labels"] = case.labels[region][None]
         if lesion is not None:
             sample = lesion.paste_into(sample, start)
-        patch = self.augmentation(sample, seed, [middle - first for middle, first in zip(centre, start, strict=True)])
+        patch = self.augmentation(sample, seed, np.subtract(centre, start).tolist())
         if "labels" in patch:
             patch["labels"] = patch["labels"][0]
         return patch

@@ -1,8 +1,8 @@
-"""From the files of a case to the input array of a network, with the way back recorded.
+"""From the files of a case to the input array of a network.
 
-*Loading* puts the modalities of one case into one array in the orientation of its files and rejects files that do not
-fit together. *Preparing* reorients it, crops it to the voxels with signal, normalises each modality and resamples it to
-the target spacing. Each step is recorded in a `Preparation`, so that decoding returns exactly to the grid of the input.
+*Loading* stacks the modalities of one case in the orientation of its files and rejects files that do not fit together.
+*Preparing* reorients the array, crops it to the voxels with signal, normalises each modality and resamples it to the
+target spacing. `Preparation` records the steps, so that decoding returns exactly to the grid of the input.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from segkit.config import Config
 from segkit.errors import DataError, RequestError
 from segkit.labels import LabelScheme, translate
+from segkit.metrics.overlap import box_of
 from segkit.preparing.resampling import resample_image, resample_labels, resampled_shape
 from segkit.reading.case import Case, ImageFile
 from segkit.reading.files import read_labels, read_volume
@@ -39,17 +40,17 @@ class PreprocessingConfig(Config):
     """How a loaded case becomes the input of a network. None is decided by planning."""
 
     spacing_mm: tuple[float, ...] | None = None
-    """Voxel spacing to resample to, in mm, in the axis order after orientation; None keeps the spacing of each case."""
+    """Target voxel spacing in mm, in the axis order after orientation; None keeps the spacing of each case."""
 
     orientation: str = "RAS"
-    """Direction in which the voxel axes grow after orientation, or an order of the file's own axes I, J and K, such as
-    KJI; pictures are left as they are."""
+    """Direction in which the voxel axes grow after orientation, or an order of the axes I, J and K of the file, such as
+    KJI; pictures are not reoriented."""
 
     normalisation: Normalisation | None = None
     """zscore-nonzero: mean 0 and deviation 1 over the voxels that are not 0, which stay 0 (skull-stripped MRI);
     zscore: over all voxels; ct-window: Hounsfield units clipped to `ct_window`, then `ct_mean` and `ct_std`;
-    scale-nonzero: divided by the deviation over the voxels that are not 0, so that background and tissue stay apart, as
-    inpainting needs it."""
+    scale-nonzero: divided by the deviation over the voxels that are not 0, so that tissue stays different from the
+    background, as inpainting needs it."""
 
     crop: Crop | None = None
     """nonzero: crop to the box of voxels that are not 0 in any modality; none: keep the whole volume."""
@@ -58,18 +59,18 @@ class PreprocessingConfig(Config):
     """Lowest and highest value of ct-window: the 0.5 and 99.5 percentiles of the foreground of the training data."""
 
     ct_mean: float | None = None
-    """Mean that ct-window subtracts: that of the foreground voxels of the training data."""
+    """Mean that ct-window subtracts: of the foreground voxels of the training data."""
 
     ct_std: float | None = None
-    """Standard deviation that ct-window divides by: that of the foreground voxels of the training data."""
+    """Standard deviation that ct-window divides by: of the foreground voxels of the training data."""
 
 
 @dataclass(frozen=True)
 class LoadedCase:
     """One case in the orientation of its files.
 
-    image: (C, *spatial) float32, a missing modality is all 0; labels: (*spatial) uint8 in the values of the cohort's
-    scheme, None without a reference or a scheme; available: per modality, whether it has a file.
+    image: (C, *spatial) float32, a missing modality is all 0; labels: (*spatial) uint8 in the values of the scheme of
+    the cohort, None without a reference or a scheme; available: whether each modality has a file.
     """
 
     id: str
@@ -87,22 +88,22 @@ def load_case(
     allow_missing: bool = False,
     uses_threads: bool = True,
 ) -> LoadedCase:
-    """Read the files of one case; the reference only if a `scheme` is given, and in the values of that scheme.
+    """Read the files of one case; the reference only if a `scheme` is given, in the values of that scheme.
 
-    With `uses_threads` the files are read in parallel, which holds one of them per core besides the image.
+    With `uses_threads` the files are read in parallel, which takes the memory of one file per core more.
 
     Raises:
         DataError: a file cannot be read or holds NaN or infinity, a modality is missing (unless `allow_missing`),
             files disagree about their grid, or the reference has values that its scheme does not know.
     """
-    present = [modality for modality in modalities if modality in case.images]
     missing = [modality for modality in modalities if modality not in case.images]
-    if not present or (missing and not allow_missing):
+    is_empty = len(missing) == len(modalities)
+    if is_empty or (missing and not allow_missing):
         raise DataError(
             f"no file for modality {', '.join(missing)}; found {', '.join(case.images) or 'none'}",
             where=case.id,
             expected=f"one image for each of {', '.join(modalities)}",
-            remedy="Add the files" + (", or pass --allow-missing to go on without them" if present else ""),
+            remedy="Add the files" + ("" if is_empty else ", or pass --allow-missing to use the case without them"),
         )
     image, grid = _read_image(case, modalities, uses_threads=uses_threads)
     labels = None
@@ -112,7 +113,6 @@ def load_case(
 
 
 def _read_image(case: Case, modalities: tuple[str, ...], *, uses_threads: bool) -> tuple[Image, Grid]:
-    """All modalities as one array, and their grid."""
     files = [(channel, case.images[name]) for channel, name in enumerate(modalities) if name in case.images]
     with ExitStack() as stack:
         read_all: Callable[..., Iterable[Volume]] = map
@@ -147,14 +147,13 @@ def stack_modalities(volumes: Iterable[tuple[int, Path | str, Volume]], channels
 
 
 def _refuse_other_grid(grid: Grid, path: Path | str, other: Grid, other_path: Path | str) -> None:
-    difference = same_grid(grid, other)
-    if difference is not None:
+    if (difference := same_grid(grid, other)) is not None:
         raise DataError(
             f"does not lie on the grid of {path}: {difference}",
             where=other_path,
             expected="all files of a case on one grid",
-            remedy="Register and resample them to one another first (for brain tumours: BraTS-Toolkit), or repair a "
-            "wrong header with `segkit convert headers`",
+            remedy="Register and resample them first (for brain tumours: BraTS-Toolkit), or repair a wrong header with "
+            "`segkit convert headers`",
         )
 
 
@@ -171,18 +170,17 @@ def _read_reference(case: Case, file: ImageFile, grid: Grid, scheme: LabelScheme
             f"label values {unknown} are not in label scheme {source.name}",
             where=file.path,
             expected=f"0 background, {known}",
-            remedy="Name the scheme the file was drawn in with --label-scheme, or mend the file with "
-            "`segkit convert labels`",
+            remedy="Name the scheme of the file with --label-scheme, or convert it with `segkit convert labels`",
         )
     return labels if source == scheme else translate(labels, source, scheme)
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """The steps from the grid of a case to the prepared array; taken in reverse, they lead back exactly.
+    """The steps from the grid of a case to the prepared array, which can be undone exactly.
 
-    `reorientation` of the array of `source_grid`; crop to `crop` = (start, stop), voxels per reoriented axis, stop
-    excluded; resampling from `cropped_shape` to `resampled_shape`, whose voxels measure `spacing_mm`.
+    `reorientation` of an array on `source_grid`; crop to `crop` = (start, stop), voxels per reoriented axis, stop
+    excluded; resampling from `cropped_shape` to `resampled_shape` with a voxel spacing of `spacing_mm`.
     """
 
     source_grid: Grid
@@ -208,22 +206,19 @@ class Preparation:
         return tuple(slice(first, last) for first, last in zip(*self.crop, strict=True))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists, numbers and strings, for a file beside the prepared arrays."""
+        """The steps in types that `json` can write."""
         grid = self.source_grid
         return {
             "source_grid": {
-                "shape": list(grid.shape),
+                **vars(grid),
                 "affine": grid.affine.tolist(),
-                "sform_code": grid.sform_code,
-                "qform_code": grid.qform_code,
                 "qform": None if grid.qform is None else grid.qform.tolist(),
-                "xyzt_units": grid.xyzt_units,
                 "source": None if grid.source is None else str(grid.source),
             },
-            "reorientation": {"axes": list(self.reorientation.axes), "flips": list(self.reorientation.flips)},
-            "crop": [list(corner) for corner in self.crop],
-            "resampled_shape": list(self.resampled_shape),
-            "spacing_mm": list(self.spacing_mm),
+            "reorientation": {"axes": self.reorientation.axes, "flips": self.reorientation.flips},
+            "crop": self.crop,
+            "resampled_shape": self.resampled_shape,
+            "spacing_mm": self.spacing_mm,
         }
 
     @classmethod
@@ -247,10 +242,10 @@ class Preparation:
 
 @dataclass(frozen=True)
 class PreparedCase:
-    """One case as the network sees it: image (C, *spatial) float32, labels (*spatial) uint8, the way back.
+    """The input of a network: image (C, *spatial) float32, labels (*spatial) uint8, and the steps that made them.
 
-    `foreground` maps each label value present (without 0) to flat C-order indices of voxels that have it, possibly a
-    sample of them. Patch sampling draws from it; outside training it is empty.
+    `foreground`, from which patch sampling draws, maps each label value present (without 0) to flat C-order indices of
+    voxels with that value, or of a sample of them; outside training it is empty.
     """
 
     id: str
@@ -263,8 +258,8 @@ class PreparedCase:
 def prepare(loaded: LoadedCase, config: PreprocessingConfig) -> PreparedCase:
     """Orient, crop, normalise and, where the spacing differs by more than 1 %, resample one case.
 
-    Statistics of the normalisation are those of the cropped volume; over the voxels that are not 0 these equal those of
-    the whole volume. A missing modality stays 0 with every normalisation.
+    The statistics of the normalisation are those of the cropped volume; over the voxels that are not 0 they equal those
+    of the whole volume. A missing modality stays 0.
 
     Raises:
         RequestError: normalisation or crop is still None.
@@ -274,21 +269,26 @@ def prepare(loaded: LoadedCase, config: PreprocessingConfig) -> PreparedCase:
         raise RequestError("normalisation or crop is not decided", remedy="Set both, or let planning choose them")
     turn = reorientation_to(loaded.grid, config.orientation)
     start, stop = crop_box(loaded.image, config.crop)
-    box = tuple(slice(first, last) for first, last in zip(start, stop, strict=True))
-    turn_box = replace(turn, source_shape=tuple(last - first for first, last in zip(start, stop, strict=True)))
+    box = tuple(map(slice, start, stop))
+    turn_box = replace(turn, source_shape=tuple(np.subtract(stop, start).tolist()))
     image = turn_box.apply(loaded.image[(slice(None), *box)])
     if np.may_share_memory(image, loaded.image):
         image = image.copy()
     for plane, is_available in zip(image, loaded.available, strict=True):
         if is_available:
             normalise(plane, config)
-    grid = reoriented_grid(loaded.grid, turn)
-    shape = _target_shape(loaded, image.shape[1:], grid.spacing_mm, config.spacing_mm)
-    labels = None
-    if loaded.labels is not None:
-        labels = resample_labels(turn_box.apply(loaded.labels[box]), shape)
-    spacing = tuple(size * mm / new for size, mm, new in zip(image.shape[1:], grid.spacing_mm, shape, strict=True))
-    preparation = Preparation(loaded.grid, turn, _turned_box(start, stop, turn), shape, spacing)
+    spacing_mm = reoriented_grid(loaded.grid, turn).spacing_mm
+    shape = resampled_shape(image.shape[1:], spacing_mm, config.spacing_mm)
+    if config.spacing_mm is not None and math.prod(shape) > _MOST_VOXELS:
+        raise DataError(
+            f"resampling from {spacing_mm} mm to {config.spacing_mm} mm gives {shape} voxels",
+            where=loaded.grid.source or loaded.id,
+            expected="a spacing near that of the training data",
+            remedy="Check the spacing in the header",
+        )
+    labels = None if loaded.labels is None else resample_labels(turn_box.apply(loaded.labels[box]), shape)
+    spacing = tuple(size * mm / new for size, mm, new in zip(image.shape[1:], spacing_mm, shape, strict=True))
+    preparation = Preparation(loaded.grid, turn, _reoriented_box(start, stop, turn), shape, spacing)
     return PreparedCase(loaded.id, resample_image(image, shape), labels, preparation)
 
 
@@ -319,48 +319,22 @@ def deviation_of_tissue(plane: NDArray[np.float32]) -> float:
 
 
 def crop_box(image: Image, crop: Crop) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Start and stop per axis of the box to keep of (C, *spatial); the whole volume if all of it is 0."""
-    whole = (0,) * (image.ndim - 1), image.shape[1:]
-    if crop == "none":
-        return whole
-    inside = image[0] != 0
-    for plane in image[1:]:
-        inside |= plane != 0
-    if not inside.any():
-        return whole
-    start, stop = [], []
-    for axis in range(inside.ndim):
-        others = tuple(other for other in range(inside.ndim) if other != axis)
-        hits = np.flatnonzero(inside.any(axis=others))
-        start.append(int(hits[0]))
-        stop.append(int(hits[-1]) + 1)
-    return tuple(start), tuple(stop)
+    """Start and stop per axis of the part of (C, *spatial) to keep; the whole volume if all of it is 0."""
+    if crop == "nonzero":
+        inside = image[0] != 0
+        for plane in image[1:]:
+            inside |= plane != 0
+        if (box := box_of(inside)) is not None:
+            return tuple(side.start for side in box), tuple(side.stop for side in box)
+    return (0,) * (image.ndim - 1), image.shape[1:]
 
 
-def _turned_box(
+def _reoriented_box(
     start: tuple[int, ...], stop: tuple[int, ...], turn: Reorientation
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The box (start, stop) of the source array in voxels of the reoriented array."""
-    turned = [
-        (turn.source_shape[axis] - stop[axis], turn.source_shape[axis] - start[axis])
-        if is_flipped
-        else (start[axis], stop[axis])
-        for axis, is_flipped in zip(turn.axes, turn.flips, strict=True)
-    ]
-    return tuple(first for first, _ in turned), tuple(last for _, last in turned)
-
-
-def _target_shape(
-    loaded: LoadedCase, shape: tuple[int, ...], spacing_mm: tuple[float, ...], target_mm: tuple[float, ...] | None
-) -> tuple[int, ...]:
-    if target_mm is None:
-        return shape
-    target = resampled_shape(shape, spacing_mm, target_mm)
-    if math.prod(target) > _MOST_VOXELS:
-        raise DataError(
-            f"resampling from {spacing_mm} mm to {target_mm} mm gives {target} voxels",
-            where=loaded.grid.source or loaded.id,
-            expected="a spacing near that of the training data",
-            remedy="Check the spacing in the header",
-        )
-    return target
+    sides = []
+    for axis, is_flipped in zip(turn.axes, turn.flips, strict=True):
+        size, first, last = turn.source_shape[axis], start[axis], stop[axis]
+        sides.append((size - last, size - first) if is_flipped else (first, last))
+    return tuple(first for first, _ in sides), tuple(last for _, last in sides)

@@ -1,6 +1,6 @@
 """Resampling to another spacing: linear for intensities, linear per label value for label maps.
 
-The outer faces of the volume are aligned (not the centres of its corner voxels), so that resampling there and back
+The outer faces of the volume are aligned (not the centres of its corner voxels), so that resampling in both directions
 covers the same part of the patient; beyond the centres of the outermost voxels their values are repeated. This equals
 `torch.nn.functional.interpolate` with `align_corners=False`, computed axis by axis and without torch.
 """
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from segkit.shapes import Image, LabelMap
 
 _SAME_SPACING = 0.01
-"""Spacings that differ by less than this fraction are taken as equal: headers are rounded."""
+"""Spacings that differ by less than this fraction are taken as equal, since headers are rounded."""
 
 _TIE_DIGITS = 4
 """Decimals of a number of voxels before it is rounded: 13.4999996 and 13.5 (15 voxels of 0.9 mm in float32 and
@@ -37,9 +37,9 @@ def resampled_shape(
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Positions of the voxels of a resampled axis on the old axis: between `lower` and `upper`, `weight` towards upper.
+    """Positions of the voxels of a resampled axis between the voxels `lower` and `upper` of the old axis.
 
-    All (new,): lower and upper are voxel indices, upper at most one higher; weight is float32 in 0..1.
+    All are (new,); upper is at most one higher; weight is the weight of upper, float32 in 0..1.
     """
 
     lower: NDArray[np.intp]
@@ -48,7 +48,7 @@ class Neighbours:
 
 
 def neighbours(old: int, new: int) -> Neighbours:
-    """The neighbours of each of `new` voxels among `old` voxels of the same length in mm."""
+    """The neighbours of `new` voxels among `old` voxels that cover the same length in mm."""
     place = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, old - 1)
     lower = place.astype(np.intp)
     return Neighbours(lower, np.minimum(lower + 1, old - 1), (place - lower).astype(np.float32))
@@ -74,10 +74,9 @@ def resample_image(image: Image, shape: Sequence[int]) -> Image:
 
 
 def resample_labels(labels: LabelMap, shape: Sequence[int]) -> LabelMap:
-    """Resample (*spatial) to `shape`: each value's mask is resampled linearly and the largest wins.
+    """Resample (*spatial) to `shape`: the mask of each value is resampled linearly, and the largest wins.
 
-    This gives smooth borders, unlike nearest neighbour, and no values between two others. On a tie the smaller value
-    wins.
+    This gives smooth borders, unlike nearest neighbour, and no values between two others. On a tie the smaller wins.
     """
     if labels.shape == tuple(shape):
         return labels

@@ -11,10 +11,10 @@ from segkit.reading.case import Case
 
 
 def patient_folds(cases: Sequence[Case], folds: int, seed: int) -> list[list[str]]:
-    """Case ids of each fold, sorted; every case is in exactly one fold, and all cases of a patient in the same.
+    """Sorted case ids of each fold; all cases of a patient are in the same fold.
 
-    Depends on the ids, `folds` and `seed` only, not on the order of `cases`. Patients are shuffled and assigned to
-    the fold with the fewest cases, those with most cases first, so that folds differ by at most one patient.
+    Depends on the ids, `folds` and `seed` only, not on the order of `cases`. Patients are shuffled and, those with most
+    cases first, assigned to the fold with the fewest cases.
 
     Raises:
         RequestError: fewer than two folds, or fewer patients than folds.

@@ -148,13 +148,13 @@ def test_copies_of_other_cases_are_left_out(tmp_path: Path, caplog: pytest.LogCa
 
     assert [copy.id for copy in copies] == ["a"]
     assert copies[0].images == {"t2f": ImageFile(tmp_path / "a" / "a_t2f.nii.gz")}
-    assert "2 of the bank's 3 copies are left out, their cases do not train: b, c" in caplog.text
+    assert "2 of 3 copies of the bank are not of training cases and are left out: b, c" in caplog.text
     assert read_bank(tmp_path).model == {"sha256": "ab"}
 
 
 def test_a_bank_of_other_cases_only_is_refused(tmp_path: Path) -> None:
     write_bank(tmp_path, [("b", "2")])
-    with pytest.raises(RequestError, match="none of its 1 copies is of a case that trains; expected copies of"):
+    with pytest.raises(RequestError, match="none of its 1 copies is of a training case; expected copies"):
         find_copies(tmp_path, [Case("a", "1", {})], ("t1n",))
 
 
@@ -166,7 +166,7 @@ def test_a_bank_without_a_modality_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, r"holds no bank\.json that can be read"), ("{}", r"bank\.json: is damaged.*modalities")],
+    [(None, r"contains no readable bank\.json"), ("{}", r"bank\.json: is damaged.*modalities")],
 )
 def test_a_folder_that_is_no_bank_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
     if text is not None:
@@ -176,7 +176,7 @@ def test_a_folder_that_is_no_bank_is_refused(tmp_path: Path, text: str | None, m
 
 
 def test_copies_are_prepared_as_cases_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The lesion of b lies in the half that was not made up; of c a file is missing."""
+    """The lesion of b lies in the half that was not filled in; of c a file is missing."""
     write_bank(tmp_path / "bank", [("a", "1"), ("b", "2"), ("c", "3")])
     cases = {
         "a": labelled_case(tmp_path, "a", "1", (1, 2, 3)),
@@ -190,7 +190,7 @@ def test_copies_are_prepared_as_cases_are(tmp_path: Path, caplog: pytest.LogCapt
     usable = prepare_copies(copies, cases, store, ("t1n", "t2f"), PREPROCESSING)
 
     assert [(copy.id, copy.image.shape, copy.labels) for copy in usable] == [("a", (2, 4, 4, 4), None)]
-    assert "1 voxels that the reference" in caplog.text
+    assert "1 labelled voxels of " in caplog.text
     assert "c_t2f.nii.gz: cannot be read" in caplog.text
-    with pytest.raises(DataError, match=r"no copy of the bank can be used.*were not made up.*--lesions"):
+    with pytest.raises(DataError, match=r"no copy of the bank can be used.*were not filled in.*--lesions"):
         prepare_copies(copies[1:2], cases, store, ("t1n", "t2f"), PREPROCESSING)

@@ -80,9 +80,9 @@ def test_a_bank_that_leaks_or_is_none_is_refused_before_the_run_folder_is_made(
     document["cases"] = [entry for entry in document["cases"] if entry["case"] == validating]
     (tmp_path / "leak").mkdir()
     (tmp_path / "leak" / "bank.json").write_text(json.dumps(document))
-    with pytest.raises(RequestError, match="none of its 1 copies is of a case that trains"):
+    with pytest.raises(RequestError, match="none of its 1 copies is of a training case"):
         train(_request(data, tmp_path / "run", tmp_path / "leak"), KIND)
-    with pytest.raises(RequestError, match=r"nowhere: holds no bank\.json"):
+    with pytest.raises(RequestError, match=r"nowhere: contains no readable bank\.json"):
         train(_request(data, tmp_path / "run", tmp_path / "nowhere"), KIND)
     assert not (tmp_path / "run").exists()
 
