@@ -18,7 +18,7 @@ from segkit.evaluation.scores import worst_first
 from segkit.labels import LabelScheme
 from segkit.reading.files import written_atomically
 from segkit.reading.volume import Grid
-from segkit.report.curves import FEW_POINTS, Points, calibration_points, thinned, training_curves
+from segkit.report.charts import FEW_POINTS, Points, calibration_points, thinned, training_curves
 from segkit.report.images import (
     MASK_OPACITY,
     CaseFiles,

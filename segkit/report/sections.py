@@ -12,11 +12,10 @@ from markupsafe import Markup
 
 from segkit.errors import some
 from segkit.metrics.registry import METRICS
-from segkit.report.charts import bars_chart, line_chart, reliability_chart, strip_chart
-from segkit.report.curves import calibration_points, number, training_curves
+from segkit.report import charts
 from segkit.report.images import COLOURS
 from segkit.report.pictures import embedded_figure
-from segkit.report.sources import CaseFacts, Document, Findings, PathRedactor, Run, mapping
+from segkit.report.sources import CaseFacts, Document, Findings, PathRedactor, Run, mapping, number
 from segkit.report.templates import colour_class, digits_of, metric_name, written
 from segkit.report.viewer import DIFFERENCES, viewer_licence
 
@@ -160,15 +159,15 @@ def training_section(runs: Sequence[Run]) -> Section | None:
     """Loss, validation scores and learning rate of each training."""
     drawn = []
     for run in runs:
-        panels = training_curves(run.rows).items()
-        charts = [line_chart(title.capitalize(), curves, overall="score") for title, curves in panels]
-        drawn += [(run.name, charts)] if charts else []
+        panels = charts.training_curves(run.rows).items()
+        own = [charts.line_chart(title.capitalize(), curves, overall="score") for title, curves in panels]
+        drawn += [(run.name, own)] if own else []
     return Section("training", "Training", {"has_names": len(runs) > 1, "runs": drawn}) if drawn else None
 
 
 def spread_section(findings: Findings, cases: Sequence[CaseFacts]) -> Section | None:
     """The distribution of scores over cases, by region."""
-    charts = []
+    drawn = []
     ranked = [metric for metric in findings.headline_metrics() if metric in METRICS and METRICS[metric].is_ranked]
     for metric in ranked[:_SPREADS]:
         values: dict[str, dict[str, float]] = {}
@@ -176,8 +175,8 @@ def spread_section(findings: Findings, cases: Sequence[CaseFacts]) -> Section | 
             for region, scores in case.regions.items():
                 if math.isfinite(scores.get(metric, math.nan)):
                     values.setdefault(region, {})[case.id] = scores[metric]
-        charts += [strip_chart(metric_name(metric), values)] if values else []
-    return Section("spread", "Spread over cases", {"charts": charts}) if charts else None
+        drawn += [charts.strip_chart(metric_name(metric), values)] if values else []
+    return Section("spread", "Spread over cases", {"charts": drawn}) if drawn else None
 
 
 def cases_section(findings: Findings, cases: Sequence[CaseFacts], anchors: Mapping[str, str]) -> Section | None:
@@ -300,7 +299,7 @@ def timing_section(findings: Findings) -> Section | None:
         rows.append([str(record["case"]), *cells, *(written(value or None, 0) for value in memory)])
     content = {
         "forecasts": _forecasts(timed),
-        "chart": bars_chart(title, stages, bars),
+        "chart": charts.bars_chart(title, stages, bars),
         "count": len(timed),
         "columns": ["case", *stages, "total s", "expected s", "peak MB", "expected MB"],
         "rows": rows,
@@ -337,14 +336,14 @@ def reliability_section(findings: Findings) -> Section | None:
         for where, table in parts.items()
         if isinstance(table, dict)
     }
-    charts, rows = [], []
+    drawn, rows = [], []
     for where, title in _RELIABILITY.items():
-        curves = {region: calibration_points(table) for (part, region), table in tables.items() if part == where}
-        charts += [reliability_chart(title, curves)] if any(curves.values()) else []
+        curves = {region: charts.calibration_points(table) for (part, region), table in tables.items() if part == where}
+        drawn += [charts.reliability_chart(title, curves)] if any(curves.values()) else []
         for region in curves:
             measures = (number(tables[where, region].get(name)) for name in ("ece", "ace", "brier"))
             rows.append([f"{region}, {title.lower()}", *map(written, measures)])
-    return Section("reliability", "Reliability", {"charts": charts, "rows": rows}) if charts else None
+    return Section("reliability", "Reliability", {"charts": drawn, "rows": rows}) if drawn else None
 
 
 def settings_section(findings: Findings, redact: PathRedactor) -> Section | None:

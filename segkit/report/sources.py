@@ -23,7 +23,6 @@ from segkit.evaluation.scores import SCORES_NAME, ScoresDocument, read_document,
 from segkit.evaluation.tables import summarise
 from segkit.metrics.registry import METRICS
 from segkit.reading.files import read_json
-from segkit.report.curves import number
 
 _EXPECTED = "a run folder, an output folder of `segkit infer`, or one of `segkit evaluate -o`"
 _HEADLINES = ("dice", "hd95_mm", "nsd", "sensitivity", "precision", "auc")
@@ -328,3 +327,10 @@ def _numbers(scores: object) -> dict[str, float]:
         return {}
     found = {name: number(value) for name, value in scores.items()}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def number(value: object) -> float | None:
+    """A finite number, None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)

@@ -6,8 +6,7 @@ import re
 
 import pytest
 
-from segkit.report.charts import bars_chart, line_chart, reliability_chart, strip_chart
-from segkit.report.curves import thinned
+from segkit.report.charts import bars_chart, line_chart, reliability_chart, strip_chart, thinned
 
 
 def numbers(svg: str, attribute: str) -> list[float]:

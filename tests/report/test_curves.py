@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from segkit.report.curves import calibration_points, thinned, training_curves
+from segkit.report.charts import calibration_points, thinned, training_curves
 
 
 def test_a_long_curve_keeps_its_spikes_and_its_ends():
