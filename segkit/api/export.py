@@ -35,9 +35,9 @@ def export_model(
         'deployed'
     """
     from segkit.exporting.cases import named_cases
-    from segkit.exporting.onnx import ExportSettings, export_models
+    from segkit.exporting.onnx import export_models
 
     if cases is not None and data is None:
         raise RequestError("--cases names cases of a data folder", remedy="Add the folder: -i DATA")
     measuring = None if data is None else named_cases(Path(data), read_case_ids(cases))
-    return export_models(Path(run), Path(out), ExportSettings(precision, measuring, overwrite))
+    return export_models(Path(run), Path(out), precision=precision, cases=measuring, overwrite=overwrite)

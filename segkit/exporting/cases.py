@@ -21,17 +21,14 @@ from segkit.reading.layouts.table import find_cases
 from segkit.shapes import Image
 
 MOST_OF_A_RUN = 20
-"""Number of validation cases of a run that are used by default."""
-
-_FROM_A_CASE = 4
-"""Windows per case."""
+_WINDOWS_PER_CASE = 4
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class MeasuringCases:
-    """Cases to measure with, and a description of their source."""
+    """Cases to measure with, and where they come from."""
 
     cohort: Cohort
     source: str
@@ -54,7 +51,7 @@ class MeasuringCases:
         found: list[Array] = []
         for loaded in self.loaded(predictor):
             image = predictor.prepare(loaded).image
-            wanted = min(_FROM_A_CASE, count - len(found))
+            wanted = min(_WINDOWS_PER_CASE, count - len(found))
             found += [_window(image, predictor.card.patch_size, rng if index else None) for index in range(wanted)]
             if len(found) == count:
                 break
@@ -88,7 +85,7 @@ def named_cases(root: Path, case_ids: Sequence[str] | None = None) -> MeasuringC
 
 
 def validation_cases(run: Path) -> MeasuringCases | None:
-    """At most twenty validation cases of a run; None if its data were moved."""
+    """At most `MOST_OF_A_RUN` validation cases of a run; None if its data were moved."""
     from segkit.training.folder import read_config
 
     try:
@@ -117,7 +114,7 @@ def _evenly(cases: Sequence[Case], most: int) -> tuple[Case, ...]:
 
 
 def _window(image: Image, window: Sequence[int], rng: np.random.Generator | None) -> Array:
-    """A window (1, C, *window) of (C, *spatial), random or the middle one; smaller images are padded with zeros."""
+    """A window (1, C, *window) of (C, *spatial), the middle one or random; smaller images are padded with zeros."""
     pads, box = [(0, 0)], [slice(None)]
     for size, length in zip(image.shape[1:], window, strict=True):
         missing = max(length - size, 0)

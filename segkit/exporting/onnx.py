@@ -1,7 +1,6 @@
-"""Exports of run folders: the graph is written, compared with the network, measured and, if needed, shortened.
+"""Exports of run folders: the graph is written, compared with the network, measured and written in other precisions.
 
-Functions appear in the order in which they run. Everything is written to a hidden folder beside the target, which gets
-its name when all checks have passed.
+All is written to a hidden folder beside the target, which gets its name when all checks have passed.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import math
 import secrets
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -52,29 +50,30 @@ _VERSIONS = ("onnx", "onnxscript", "onnxruntime", "openvino")
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ExportSettings:
-    """The options of an export."""
-
-    precision: Precision = "fp32"
-    """fp32, or a shorter precision to write as well."""
-    cases: MeasuringCases | None = None
-    """Cases to compare, calibrate and measure with; None takes the validation cases of the run if they are there."""
-    may_overwrite: bool = False
-    """Replace an export in the output folder."""
-
-
-def export_models(model: Path, output: Path, settings: ExportSettings | None = None) -> dict[str, Any]:
+def export_models(
+    model: Path,
+    output: Path,
+    *,
+    precision: Precision = "fp32",
+    cases: MeasuringCases | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
     """Write the export of a run folder; of a cross-validation one in each `fold_K` of `output`.
 
     Returns the document of `--json`: `{"output", "models": [{"folder", "export", "cases"}]}`.
+
+    Args:
+        model: The run folder.
+        output: A free folder; with `overwrite` an export in it is replaced.
+        precision: fp32, or another precision to write as well.
+        cases: Cases to compare, calibrate and measure with; default: the validation cases of the run, if found.
+        overwrite: See `output`.
 
     Raises:
         RequestError: a package is not installed, the model cannot be exported, or `output` is in use.
         CheckpointError: a graph differs from its network; `output` is not changed.
         DataError: the folder cannot be written to.
     """
-    settings = settings or ExportSettings()
     require_onnx()
     if not installed_backends():
         raise RequestError(
@@ -86,8 +85,8 @@ def export_models(model: Path, output: Path, settings: ExportSettings | None = N
     except CheckpointError as error:
         raise as_request(error) from error
     for card, folder in zip(cards, folders, strict=True):
-        _require_exportable(card, folder, settings)
-    _require_free(output, model, may_overwrite=settings.may_overwrite)
+        _require_exportable(card, folder, precision, cases)
+    _require_free(output, model, overwrite=overwrite)
     staging = output.with_name(f".{output.name}-{secrets.token_hex(4)}")
     try:
         try:
@@ -98,7 +97,7 @@ def export_models(model: Path, output: Path, settings: ExportSettings | None = N
         for folder, card in zip(folders, cards, strict=True):
             place = Path() if len(folders) == 1 else Path(folder.name)
             _log.info("exporting %s", folder)
-            export, source = _export(folder, card, staging / place, settings)
+            export, source = _export(folder, card, staging / place, precision, cases)
             written.append({"folder": str(output / place), "export": export.model_dump(mode="json"), "cases": source})
         _put_in_place(staging, output)
     finally:
@@ -106,21 +105,21 @@ def export_models(model: Path, output: Path, settings: ExportSettings | None = N
     return {"output": str(output), "models": written}
 
 
-def _require_exportable(card: ModelCard, folder: Path, settings: ExportSettings) -> None:
+def _require_exportable(card: ModelCard, folder: Path, precision: Precision, cases: MeasuringCases | None) -> None:
     if card.export is not None:
         raise RequestError("is an export already", where=folder, expected="a run folder of `segkit train`")
     if card.task != "inpainting":
         require_segmentation(card, folder)
-    elif settings.precision != "fp32" or settings.cases is not None:
+    elif precision != "fp32" or cases is not None:
         raise RequestError(
-            f"{settings.precision} and cases are judged by masks, of which an inpainting model makes none",
+            f"{precision} and cases are judged by masks, which an inpainting model does not make",
             where=folder,
             remedy="Leave out --precision and -i: its graph is compared with the network on windows with holes",
         )
 
 
-def _require_free(output: Path, model: Path, *, may_overwrite: bool) -> None:
-    """Refuse a folder that is not empty; with `may_overwrite` only one that is not an export."""
+def _require_free(output: Path, model: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that is not empty; with `overwrite` only one that is not an export."""
     if output.resolve() in (model.resolve(), *model.resolve().parents):
         raise RequestError("is the model's own folder", where=output, remedy="Name another folder with -o")
     if not output.exists():
@@ -129,7 +128,7 @@ def _require_free(output: Path, model: Path, *, may_overwrite: bool) -> None:
         raise RequestError("is a file", where=output, expected="a folder, or a name that is free")
     if not any(output.iterdir()):
         return
-    if not may_overwrite:
+    if not overwrite:
         raise RequestError("is not empty", where=output, remedy="Name another folder, or replace it with --overwrite")
     try:
         is_export = all(load_card(folder).export is not None for folder in model_folders(output))
@@ -139,14 +138,16 @@ def _require_free(output: Path, model: Path, *, may_overwrite: bool) -> None:
         raise RequestError("holds something else than an export", where=output, remedy="Name another folder")
 
 
-def _export(folder: Path, card: ModelCard, target: Path, settings: ExportSettings) -> tuple[ExportCard, str]:
+def _export(
+    folder: Path, card: ModelCard, target: Path, precision: Precision, cases: MeasuringCases | None
+) -> tuple[ExportCard, str]:
     """Export one model into `target`; returns its export card and the source of the real cases."""
     network = load_model(folder)
     reference = TorchBackend(network)
-    cases = None if card.task == "inpainting" else settings.cases or validation_cases(folder)
-    if cases is None and settings.precision != "fp32":
+    cases = None if card.task == "inpainting" else cases or validation_cases(folder)
+    if cases is None and precision != "fp32":
         raise RequestError(
-            f"there are no cases to measure {settings.precision} with: the data of the run are not where they were",
+            f"there are no cases to measure {precision} with: the data of the run were moved",
             where=folder,
             remedy="Name cases with references: -i DATA",
         )
@@ -170,11 +171,14 @@ def _export(folder: Path, card: ModelCard, target: Path, settings: ExportSetting
     parity = {backend.name: result.to_json() for backend, result in zip(backends, compared, strict=True)}
     seconds = seconds_per_window([reference, *backends], windows[0])
     graphs = [_graph_card(path, "fp32", dict(zip(parity, seconds[1:], strict=True)))]
-    if settings.precision != "fp32" and cases is not None:
-        graphs.append(_shorter(card, path, settings.precision, backends, cases, real))
+    if precision != "fp32" and cases is not None:
+        graphs.append(_shorter(card, path, precision, backends, cases, real))
     checked = {"torch": {"seconds": round(seconds[0], 5)}, **parity}
     export = ExportCard(opset=OPSET, graphs=tuple(graphs), parity=checked)
-    _write_card(target, card, export)
+    installed = {distribution.metadata["Name"].lower() for distribution in metadata.distributions()}
+    versions = {name: metadata.version(name) for name in _VERSIONS if name in installed}
+    card = card.model_copy(update={"export": export, "versions": {**card.versions, **versions}})
+    (target / CARD_NAME).write_text(card.to_text(), encoding="utf-8")
     return export, "none" if cases is None else cases.source
 
 
@@ -186,11 +190,7 @@ def _shorter(
     cases: MeasuringCases,
     real: Sequence[Array],
 ) -> GraphCard:
-    """Write the graph `path` in a shorter precision beside it; measure it and decide whether it is approved.
-
-    Raises:
-        RequestError: no case can be used, or none has a reference.
-    """
+    """Write the graph `path` in a shorter precision beside it; measure it and decide whether it is approved."""
     if not real:
         raise RequestError(f"none of the cases can be used to measure {precision} with", where=cases.source)
     target = path.with_name(GRAPH_NAMES[precision])
@@ -213,8 +213,8 @@ def _shorter(
     if not is_approved:
         wanted = f" and {SMALLEST_SPEED_UP} times as fast" if precision == "int8" else ""
         _log.warning(
-            "%s changes Dice by %+.4f and is %.2f times as fast as fp32; wanted are at least -%g%s. It is kept, but "
-            "--backend auto will not take it",
+            "%s changes Dice by %+.4f and is %.2f times as fast as fp32; required are at least -%g%s. It is kept, but "
+            "--backend auto will not use it",
             *(precision, change, speed_up, LARGEST_DICE_LOSS, wanted),
         )
     names = [backend.name for backend in backends]
@@ -229,13 +229,6 @@ def _graph_card(path: Path, precision: Precision, seconds: dict[str, float]) -> 
         sha256={file.name: file_sha256(file) for file in graph_files(path)},
         seconds={name: round(value, 5) for name, value in seconds.items()},
     )
-
-
-def _write_card(target: Path, card: ModelCard, export: ExportCard) -> None:
-    installed = {distribution.metadata["Name"].lower() for distribution in metadata.distributions()}
-    versions = {name: metadata.version(name) for name in _VERSIONS if name in installed}
-    card = card.model_copy(update={"export": export, "versions": {**card.versions, **versions}})
-    (target / CARD_NAME).write_text(card.to_text(), encoding="utf-8")
 
 
 def _put_in_place(staging: Path, output: Path) -> None:

@@ -1,7 +1,6 @@
 """Graphs in fp16 and int8, made from the float32 graph.
 
-fp16: weights in 16 bits, computation in 32. Half the file, the same speed on a CPU, no overflow of sums; both runtimes
-convert the weights to 32 bits when they load the file.
+fp16: weights in 16 bits, computation in 32. Half the file, the same speed on a CPU, no overflow of sums.
 
 int8: convolutions in 8 bits, weights scaled per channel, inputs scaled by their extremes on windows of real cases;
 outputs are float32, because norms are sensitive. Weights use 7 of the 8 bits, because processors without VNNI add
@@ -68,7 +67,7 @@ def write_int8(source: Path, target: Path, windows: Sequence[Array]) -> None:
         quantization.quantize_static(
             folded,
             target,
-            _Windows(windows),
+            _CalibrationData(windows),
             quant_format=quantization.QuantFormat.QDQ,
             per_channel=True,
             reduce_range=True,
@@ -80,13 +79,12 @@ def write_int8(source: Path, target: Path, windows: Sequence[Array]) -> None:
         )
 
 
-class _Windows:
+class _CalibrationData:
     """Calibration data in the form that the quantiser expects."""
 
     def __init__(self, windows: Sequence[Array]) -> None:
         self._left = iter(windows)
 
     def get_next(self) -> dict[str, Any] | None:
-        """The next input of the graph, None at the end."""
         window = next(self._left, None)
         return None if window is None else {INPUT: window}

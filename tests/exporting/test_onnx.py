@@ -17,7 +17,7 @@ from segkit.checkpoint.run_folder import load_card, model_folders
 from segkit.errors import CheckpointError, RequestError
 from segkit.exporting import onnx
 from segkit.exporting.cases import named_cases
-from segkit.exporting.onnx import ExportSettings, export_models
+from segkit.exporting.onnx import export_models
 from segkit.inference.graph import write_graph
 from segkit.inference.predictor import Predictor
 from segkit.reading.files import file_sha256
@@ -67,7 +67,7 @@ def test_shorter_precisions_tell_what_they_cost(
     monkeypatch.setattr(onnx, "SMALLEST_SPEED_UP", 0.0)
     monkeypatch.setattr(onnx, "LARGEST_DICE_LOSS", 1.0)
     cases = named_cases(phantoms)
-    document = export_models(lone_run, tmp_path / "out", ExportSettings(precision, cases))
+    document = export_models(lone_run, tmp_path / "out", precision=precision, cases=cases)
     card = load_card(tmp_path / "out")
     assert card.export is not None
     whole, shorter = card.export.graphs
@@ -83,16 +83,16 @@ def test_what_is_slow_or_untrue_is_kept_but_not_approved(
 ) -> None:
     monkeypatch.setattr(onnx, "LARGEST_DICE_LOSS", -1.0)
     with caplog.at_level(logging.WARNING):
-        export_models(lone_run, tmp_path / "out", ExportSettings("fp16", named_cases(phantoms)))
+        export_models(lone_run, tmp_path / "out", precision="fp16", cases=named_cases(phantoms))
     card = load_card(tmp_path / "out")
     assert card.export is not None
     assert [graph.is_approved for graph in card.export.graphs] == [True, False]
-    assert "--backend auto will not take it" in caplog.text
+    assert "--backend auto will not use it" in caplog.text
 
 
 def test_shorter_precisions_need_cases(lone_run: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"no cases to measure int8 with.*-i DATA"):
-        export_models(lone_run, tmp_path / "out", ExportSettings("int8"))
+        export_models(lone_run, tmp_path / "out", precision="int8")
     assert [path.name for path in tmp_path.iterdir()] == ["lone run"]
 
 
@@ -125,12 +125,12 @@ def test_an_export_that_fails_keeps_the_one_before(
     before = (tmp_path / "out" / "model.json").read_bytes()
     with pytest.raises(RequestError, match=r"is not empty.*--overwrite"):
         export_models(lone_run, tmp_path / "out")
-    export_models(lone_run, tmp_path / "out", ExportSettings(may_overwrite=True))
+    export_models(lone_run, tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "model.json").read_bytes() != before  # other seconds
     before = (tmp_path / "out" / "model.json").read_bytes()
     _spoil(monkeypatch)
     with pytest.raises(CheckpointError):
-        export_models(lone_run, tmp_path / "out", ExportSettings(may_overwrite=True))
+        export_models(lone_run, tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "model.json").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lone run", "out"]
 
@@ -139,10 +139,10 @@ def test_other_folders_are_never_replaced(lone_run: Path, tmp_path: Path) -> Non
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("mine")
     with pytest.raises(RequestError, match="something else than an export"):
-        export_models(lone_run, tmp_path / "thesis", ExportSettings(may_overwrite=True))
+        export_models(lone_run, tmp_path / "thesis", overwrite=True)
     for own in (lone_run, tmp_path):
         with pytest.raises(RequestError, match="is the model's own folder"):
-            export_models(lone_run, own, ExportSettings(may_overwrite=True))
+            export_models(lone_run, own, overwrite=True)
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "mine"
 
 
