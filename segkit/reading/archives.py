@@ -26,10 +26,8 @@ from segkit.errors import DataError
 from segkit.reading.volume import as_data_errors, damaged, require_file
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
-
 MOST_BYTES = 200 * 1024**3
 """More than any packed cohort (BraTS 2021: 13 GB); a larger one is an archive bomb."""
-
 MOST_FILES = 2_000_000
 """1000 patients of 2000 slices each; more small files would use up the inodes of a disk."""
 
@@ -115,9 +113,8 @@ def _checked(path: Path, members: Iterable[_Member], most_bytes: int, room: int)
         total += member.size
         if total > min(most_bytes, room):
             found = f"the archive unpacks to {_gigabytes(total)} or more"
-            limit = (
-                _gigabytes(most_bytes) if most_bytes <= room else f"the {_gigabytes(room)} that the disk has room for"
-            )
+            limit = _gigabytes(most_bytes)
+            limit = limit if most_bytes <= room else f"the {_gigabytes(room)} that the disk has room for"
             remedy = "If you trust it, unpack it where there is room and give the folder"
             raise DataError(found, where=path, expected=f"at most {limit}", remedy=remedy)
         if len(kept) > MOST_FILES:
@@ -222,10 +219,9 @@ def _archive_errors(path: Path) -> Iterator[None]:
         except OSError as failure:
             if failure.errno not in _DISK_ERRORS:
                 raise
+            found = f"there is no room to unpack it ({failure.strerror})"
             remedy = "Free some space, or unpack it elsewhere and give the folder"
-            raise DataError(
-                f"there is no room to unpack it ({failure.strerror})", where=path, remedy=remedy
-            ) from failure
+            raise DataError(found, where=path, remedy=remedy) from failure
 
 
 def _no_plain_file(path: Path, place: PurePosixPath) -> DataError:

@@ -16,10 +16,8 @@ from segkit.labels import LabelScheme
 
 BRATS_MODALITIES = ("t1n", "t1c", "t2w", "t2f")
 """Canonical names and canonical channel order of the four BraTS sequences."""
-
 LABEL = "label"
 """The kind of a file that holds the reference mask."""
-
 IGNORED = "ignored"
 """The kind of a known file that is neither an image nor a reference, such as a brain mask."""
 
@@ -45,7 +43,6 @@ _KIND_OF: dict[tuple[str, ...], str] = {
     tuple(synonym.split()): kind for kind, synonyms in SYNONYMS.items() for synonym in synonyms
 }
 _LONGEST = max(len(sequence) for sequence in _KIND_OF)
-
 _UNSPECIFIC = ("image", "mr", "mri")
 """Modalities of a model that name no sequence."""
 

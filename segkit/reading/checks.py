@@ -28,15 +28,12 @@ _PREPARE = (
 )
 _SAMPLE_STEP = 7
 """Every 7th voxel is enough for percentiles and for the share of background."""
-
 _STRIPPED_BACKGROUND = 0.25
 """Skull-stripped brains leave 60-85 % of a volume at one background value; scans with skull and noise almost none."""
-
 _LARGEST_SPACING_DRIFT_MM = 0.05
 _FEWEST_TO_COMPARE = 5
 _MOST_OUTLIERS = 0.1
 """A larger share of the cases are not outliers: the data have two intensity scales."""
-
 _FEWEST_PATIENTS = 2
 
 
@@ -219,9 +216,9 @@ def _compare_grid(grid: Grid, findings: _Findings) -> None:
     difference = None if first is None else same_grid(grid, first)
     if first is None or difference is None:
         return
-    remedy = f"If only the header is wrong, repair a copy with `{findings.repair}`"
-    if grid.shape != first.shape:
-        remedy = "Resample all images of the case to one grid. " + _PREPARE
+    repair = f"If only the header is wrong, repair a copy with `{findings.repair}`"
+    resample = "Resample all images of the case to one grid. " + _PREPARE
+    remedy = repair if grid.shape == first.shape else resample
     findings.problems.append(Problem(str(grid.source or ""), difference, remedy))
 
 

@@ -34,7 +34,6 @@ from segkit.reading.volume import (
 from segkit.shapes import Affine, AnyArray
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
-
 FEWEST_SLICES = 4
 """With fewer, gaps cannot be distinguished from spacing; such series are localisers or parts of a scan."""
 
@@ -152,7 +151,6 @@ def _frames_and_grid(source: Path) -> tuple[list[Frame], Grid]:
 
 
 def _files_of_series(folder: Path) -> list[Path]:
-    """The files of the one series in a folder; DataError where there are none or several."""
     series: dict[str, list[Path]] = defaultdict(list)
     with as_data_errors(folder):
         for path in list_folder(folder)[1]:
@@ -186,7 +184,6 @@ def _slice_of_file(path: Path) -> _Slice:
 
 
 def _read_header(path: Path) -> tuple[Any, DicomFile]:
-    """A SimpleITK reader that has read the header of a checked file."""
     checked = check_dicom(path)
     if checked is None:
         raise damaged(path, "this is not a DICOM file, in spite of its name")

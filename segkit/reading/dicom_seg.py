@@ -39,20 +39,17 @@ _CODES: dict[str, tuple[str, str, str]] = {
     **dict.fromkeys(("tumor", "tumors", "tumour", "tumours"), _NEOPLASM),
 }
 """Code, coding scheme and meaning by tissue name (DICOM PS3.16, CID 7159); other names are coded as tissue."""
-
 _NEEDED = ("StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID")
 _MAY_BE_EMPTY = (
     *("PatientID", "PatientName", "PatientBirthDate", "PatientSex"),
     *("AccessionNumber", "StudyID", "StudyDate", "StudyTime"),
 )
 """Must be there and may be empty; tools that remove names often remove the element as well."""
-
 _PATIENT_GROUPS = (0x0010, 0x0012, 0x0032, 0x0038)
 """Patient, clinical trial, request and visit (PS3.6, chapter 6)."""
 _IMPERSONAL = frozenset(["AT", "CS", "DS", "FD", "FL", "IS", "SL", "SS", "UI", "UL", "US"])
 """Kinds of values that are numbers, identifiers of documents and terms of DICOM's own lists (PS3.5, 6.2)."""
 _FUNCTIONAL_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
-
 _LONGEST_LABEL = 64
 _FIRST_SERIES_NUMBER = 1000
 """Added to the number of the source series, so that viewers list the mask behind the images."""

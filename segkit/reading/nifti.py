@@ -37,7 +37,6 @@ NIFTI_SUFFIXES = (".nii.gz", ".nii")
 MGH_SUFFIXES = (".mgz", ".mgh")
 
 _logger = logging.getLogger(__name__)
-
 _GZIP_MAGIC = b"\x1f\x8b"
 _CHUNK_BYTES = 1 << 24
 _MOST_BYTES_AROUND = 1 << 26
@@ -162,7 +161,6 @@ def _read_nifti_header(path: Path) -> tuple[nib.Nifti1Header, _Storage]:
 
 
 def _storage(path: Path, header: Any, is_compressed: bool) -> _Storage:
-    """Where the voxels lie, checked before anything is allocated."""
     shape = tuple(int(length) for length in header.get_data_shape())
     dtype, offset = header.get_data_dtype(), int(header.get_data_offset())
     if not 0 <= offset <= _MOST_BYTES_AROUND:
@@ -229,12 +227,9 @@ def _qform(header: nib.Nifti1Header) -> Affine:
 
 
 def _lost_geometry(path: Path) -> DataError:
-    return DataError(
-        "the header does not say where the voxels lie (its affine is singular or not finite)",
-        where=path,
-        expected="three axes of different direction and a voxel size above 0",
-        remedy="Convert the scan again from its DICOM files, or restore the header from another file of its case",
-    )
+    found = "the header does not say where the voxels lie (its affine is singular or not finite)"
+    remedy = "Convert the scan again from its DICOM files, or restore the header from another file of its case"
+    return DataError(found, where=path, remedy=remedy)
 
 
 def _mm_per_unit(xyzt_units: int) -> float:

@@ -36,10 +36,8 @@ _FAILURES: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, str],
     (Exception, "the file cannot be read: {}", _COPY_AGAIN),
 )
 """Exceptions with the finding and the remedy to report; the first row that fits counts."""
-
 _BEST_DEFLATE_RATIO = 1100
 """Deflate packs at most 1032 bytes into one (zlib.net, technical details); a little room for framing."""
-
 _JUNK_FOLDERS = frozenset({"__MACOSX", "__pycache__"})
 
 

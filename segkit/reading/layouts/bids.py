@@ -82,8 +82,7 @@ def _find(path: Path, parts: tuple[str, ...]) -> FoundFile | None:
 
 def _prefer_dseg(files: Sequence[FoundFile]) -> list[FoundFile]:
     """The files without masks of cases that have a discrete segmentation (`dseg`), of which masks show parts."""
-    references = [file for file in files if file.kind == LABEL]
-    dsegs = [file for file in references if bare_name(file.image.path).endswith("_dseg")]
+    dsegs = [file for file in files if file.kind == LABEL and bare_name(file.image.path).endswith("_dseg")]
     segmented = {file.case_id for file in dsegs}
     return [file for file in files if file.kind != LABEL or file in dsegs or file.case_id not in segmented]
 
@@ -106,11 +105,8 @@ def _segment_names(listing: Listing) -> dict[str, int]:
 
 
 def _licence(listing: Listing) -> str | None:
-    path = listing.root / "dataset_description.json"
-    if not path.is_file():
-        return None
     try:
-        return str(read_document(path).get("License") or "") or None
+        return str(read_document(listing.root / "dataset_description.json").get("License") or "") or None
     except DataError:
         return None  # the images can be used without it
 

@@ -15,6 +15,7 @@ import re
 import shlex
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -51,29 +52,23 @@ from segkit.reading.volume import list_folder
 
 SYNTHESIS_LAYOUT = "brats-inpainting"
 """The name of local-synthesis folders in the table of layouts."""
-
 HOLE_SCHEME: LabelScheme = classes_scheme("hole", {"hole": 1})
 """1 where voxels are missing, or have no healthy ground truth."""
 
 _WHOLE, _VOIDED, _MASK, _UNHEALTHY = "t1n", "t1n-voided", "mask", "mask-unhealthy"
 _INPAINTING_KINDS = (_VOIDED, _MASK, "mask-healthy", _UNHEALTHY)
 """Files of the inpainting task beside the images: part of `Case.images`, but not input channels."""
-
 _SYNTHESIS_NAME = re.compile(
     r"^(?P<case>.+?)[-_](?P<kind>t1n-voided|t1n|mask-unhealthy|mask-healthy|mask)$", re.IGNORECASE
 )
 _SYNTHESIS_FILES = "CASE-t1n-voided.nii.gz and CASE-mask.nii.gz"
 _OTHER_HOLES = "Give the holes of other scans by a mask of their own"
-
 _ALGORITHM_MASK = "algorithm mask"
 """The kind of a segmentation named after an algorithm (`seg-<algorithm>`), never an expert reference."""
-
 _REFERENCE_WORDS = frozenset({"seg", "segm", "segmentation", "gtv", "ot", "otmulticlass"})
 """BraTS names of expert references; a `_mask` or `_label` may be of the brain, or of anything else."""
-
 _GRADES = frozenset({"hgg", "lgg"})
 """Folders of 2012-2019; the files of one case may be in both."""
-
 _GLIOMA_TIMEPOINT = re.compile(r"^BraTS-GLI-\d+-(\d{3})$", re.IGNORECASE)
 _POST_TREATMENT = 100
 """BraTS-GLI time points from 100 on are scans after treatment (2024 and later)."""
@@ -99,8 +94,10 @@ def _recognise(convention: Convention, listing: Listing) -> float:
 
 def _read(convention: Convention, listing: Listing, options: FolderOptions) -> Cohort:
     files = _find_files(convention, listing.volumes)
-    if convention.name == "upenn" and not any(file.kind == LABEL for file in files):
-        files += _find_files(convention, _upenn_references(listing.root))
+    masks = listing.root.parent / "images_segm"  # of UPENN-GBM, beside the root `images_structural`
+    is_half = convention.name == "upenn" and listing.root.name == "images_structural" and masks.is_dir()
+    if is_half and not any(file.kind == LABEL for file in files):
+        files += _find_files(convention, list_images(masks).volumes)
     foreign = () if convention.name == "upenn" else _foreign_references(files)
     used = [file for file in files if file.kind != _ALGORITHM_MASK and file.image.path not in foreign]
     cases, problems = build_cases(used, patient_of=patient_of, order=_channel_order)
@@ -171,12 +168,6 @@ def _channel_order(kinds: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(in_channel_order(kinds), key=lambda kind: kind in _INPAINTING_KINDS))
 
 
-def _upenn_references(root: Path) -> tuple[Path, ...]:
-    """The masks of UPENN-GBM, which are beside `images_structural` where that is the root."""
-    masks = root.parent / "images_segm"
-    return list_images(masks).volumes if root.name == "images_structural" and masks.is_dir() else ()
-
-
 def _choose_scheme(convention: Convention, cases: Sequence[Case], options: FolderOptions, where: Path) -> SchemeChoice:
     if options.label_scheme is not None:
         return SchemeChoice(options.label_scheme)
@@ -200,7 +191,6 @@ def _choose_scheme(convention: Convention, cases: Sequence[Case], options: Folde
 
 
 def _with_algorithm_masks(cases: Sequence[Case], files: Iterable[FoundFile], root: Path) -> list[Case]:
-    """The cases with warnings about the algorithm masks beside them."""
     masks: dict[str, list[Path]] = defaultdict(list)
     for file in files:
         if file.kind == _ALGORITHM_MASK:
@@ -210,7 +200,11 @@ def _with_algorithm_masks(cases: Sequence[Case], files: Iterable[FoundFile], roo
 
 def _mask_problems(case: Case, paths: Sequence[Path], root: Path) -> list[Problem]:
     """Which masks have lost their geometry, and where there is no reference, which ones could be copied as one."""
-    misfits = {path: reason for path in paths if (reason := _misfit(case, path))}
+    misfits: dict[Path, str] = {}
+    for path in paths if case.images else ():
+        with suppress(DataError):  # the check reads the image itself and reports it
+            if reason := same_grid(read_grid(path), read_grid(next(iter(case.images.values())).path)):
+                misfits[path] = reason
     good = [path for path in paths if path not in misfits]
     remedy = f"Repair a copy with `{repair_command(root)}`, or leave it out"
     problems = [
@@ -225,15 +219,6 @@ def _mask_problems(case: Case, paths: Sequence[Path], root: Path) -> list[Proble
         remedy = f"To train on one all the same, copy it to the name of a reference: `{copy}`"
         problems.insert(0, warning(paths[0].parent, found, remedy))
     return problems
-
-
-def _misfit(case: Case, path: Path) -> str | None:
-    if not case.images:
-        return None
-    try:
-        return same_grid(read_grid(path), read_grid(next(iter(case.images.values())).path))
-    except DataError:
-        return None  # the check reads the image itself and reports it
 
 
 def find_voided(root: Path, *, exclude: Path | None = None) -> Cohort:
@@ -298,7 +283,6 @@ def _find_holes(
 
 
 def _files_of_case(scan: Path) -> tuple[Path, ...]:
-    """The scan and the volumes beside it of the same case."""
     match = _SYNTHESIS_NAME.match(bare_name(scan))
     if match is None or match["kind"].lower() not in (_WHOLE, _VOIDED):
         found = "this is not the scan of a case of BraTS local synthesis"

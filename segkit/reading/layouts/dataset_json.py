@@ -59,10 +59,7 @@ def _has_channel_names(listing: Listing) -> bool:
 
 
 def _lists_images_as_written(path: Path) -> bool:
-    """Whether `training` of `dataset.json` gives the exact names of existing images, as the Decathlon's does.
-
-    nnU-Net's leaves out the channel numbers, or lists nothing.
-    """
+    """Whether `training` lists existing images, as the Decathlon's does; nnU-Net's leaves out the channel numbers."""
     try:
         entries = read_document(path).get("training")
     except DataError:
@@ -85,7 +82,6 @@ def _inside(folder: Path, entry: object) -> Path | None:
 
 
 def _outside(where: Path, entry: object) -> Problem:
-    """The problem of an entry that names no image inside the data set."""
     shown = repr(entry)[:200] + (" ..." if len(repr(entry)) > 200 else "")
     remedy = "Name files below the folder of dataset.json; files elsewhere can be linked into it"
     return warning(where, f"entry {shown} names no image inside the data set", remedy)
@@ -98,12 +94,9 @@ def channel_names(document: Mapping[str, Any], where: Path) -> tuple[str, ...]:
     """
     named = document.get("channel_names") or document.get("modality")
     if not isinstance(named, Mapping) or not named:
-        raise DataError(
-            "names no image channels",
-            where=where,
-            expected='`channel_names` (nnU-Net 2) or `modality` (Decathlon), such as {"0": "T1w"}',
-            remedy="Add it, or pass --layout folder to ignore dataset.json",
-        )
+        expected = '`channel_names` (nnU-Net 2) or `modality` (Decathlon), such as {"0": "T1w"}'
+        remedy = "Add it, or pass --layout folder to ignore dataset.json"
+        raise DataError("names no image channels", where=where, expected=expected, remedy=remedy)
     try:
         own = [str(named[str(index)]) for index in range(len(named))]
     except KeyError as error:
@@ -151,11 +144,8 @@ def document_scheme(
         classes = {name: values[0] for name, values in named.items()}
         return SchemeChoice(scheme_from_names(classes, modalities), notes)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise DataError(
-            f"`labels` cannot be understood ({error})",
-            where=where,
-            expected='{"name": value}, {"value": "name"}, or regions {"name": [values]} with `regions_class_order`',
-        ) from error
+        expected = '{"name": value}, {"value": "name"}, or regions {"name": [values]} with `regions_class_order`'
+        raise DataError(f"`labels` cannot be understood ({error})", where=where, expected=expected) from error
 
 
 def _values_by_name(labels: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -327,7 +317,6 @@ def _files(listing: Listing, names: Sequence[str]) -> Iterable[FoundFile]:
 
 
 def _left_out(listing: Listing, files: Iterable[FoundFile], names: Sequence[str]) -> Iterable[Problem]:
-    """Warnings about files that are neither a channel nor a reference of any case."""
     used = {file.image.path for file in files}
     left = [path for path in listing.images if path not in used]
     numbers = {path: match["channel"] for path in left if (match := _CHANNEL_NAME.match(bare_name(path)))}
@@ -353,15 +342,9 @@ def _listed_files(listed: object, path: Path, names: Sequence[str]) -> tuple[lis
     """Files of nnU-Net 2's optional `dataset` entry, {case: {"images": [...], "label": ...}}; problems of others."""
     if not isinstance(listed, Mapping):
         raise DataError("`dataset` is not a mapping of case ids to files", where=path)
-    files: list[FoundFile] = []
-    problems = []
-    for case_id, entry in listed.items():
-        found = _listed_case(case_id, entry, path.parent, names)
-        if found is None:
-            problems.append(_outside(path, {case_id: entry}))
-        else:
-            files += found
-    return files, problems
+    found = {case_id: _listed_case(case_id, entry, path.parent, names) for case_id, entry in listed.items()}
+    problems = [_outside(path, {case_id: listed[case_id]}) for case_id, files in found.items() if files is None]
+    return [file for files in found.values() for file in files or ()], problems
 
 
 def _listed_case(case_id: str, entry: object, folder: Path, names: Sequence[str]) -> list[FoundFile] | None:

@@ -37,23 +37,18 @@ _NAMELESS = re.compile(rf"^({IMAGE}|channel_\d+)$")
 _TASK01_NAME = re.compile(r"^BRATS_\d{3}$")
 _TASK01_CHANNELS = ("t2f", "t1n", "t1c", "t2w")
 """Channel order of the Decathlon's Task01_BrainTumour, for its files without their `dataset.json`."""
-
 _PLANES = ("red", "green", "blue")
 _PREFERENCE = (".tif", ".tiff", ".png", ".bmp", ".jpg", ".jpeg", ".gif")
 """Which of two pictures with one stem is the image: beside a photograph, a GIF is a field-of-view mask."""
-
 _EYE = re.compile(r"^(?P<patient>.*\d)[-_. ]*(?P<side>L|R|OS|OD|left|right)$", re.IGNORECASE)
 _SIDES = {"l": "left", "os": "left", "left": "left", "r": "right", "od": "right", "right": "right"}
 """Sides in names of eye photographs; OS and OD are oculus sinister and dexter."""
-
 _SECOND_READER = frozenset({"2ndho", "manual2"})
 _FIELD_OF_VIEW = frozenset({"fov", "fov mask"})
 
 
 def _recognise_volumes(listing: Listing) -> float:
-    if listing.volumes:
-        return 0.3
-    return 0.05 if any(path.is_dir() for path in listing.others) else 0.02
+    return 0.3 if listing.volumes else 0.05 if any(path.is_dir() for path in listing.others) else 0.02
 
 
 def _read_volumes(listing: Listing, options: FolderOptions) -> Cohort:
@@ -198,7 +193,6 @@ def _left_out(ignored: Sequence[Path], doubles: Sequence[Path]) -> list[Problem]
 
 
 def _lossy_mask(files: Iterable[FoundFile]) -> Problem | None:
-    """The problem of masks saved as JPEG, whose compression blurs 0 and 255 into many values."""
     found = "the masks are JPEG pictures, whose compression changes label values"
     masks = [file.image.path for file in files if file.kind == LABEL]
     jpeg = next((path for path in masks if suffix_of(path) in (".jpg", ".jpeg")), None)

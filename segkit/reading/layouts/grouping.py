@@ -35,10 +35,8 @@ _LABEL_FOLDERS = frozenset(
 _KIND_FOLDERS = _IMAGE_FOLDERS | _LABEL_FOLDERS
 _LAST_CHOICE = frozenset({"mask", "masks"})
 """Not references where another folder for references exists: then they hold fields of view or masks of organs."""
-
 _SUBSET = re.compile(r"[-_. ]+(training|train|validation|val|testing|test)$", re.IGNORECASE)
 """The part of the data in names of images, which references lack (`21_training`, `21_manual1`)."""
-
 _SESSION = re.compile(
     r"^(ses|session|visit|tp|timepoint|time|scan|baseline|followup|week|month|year)[-_ ]?\d*$", re.IGNORECASE
 )

@@ -20,12 +20,13 @@ from segkit.reading.files import VOLUME_SUFFIXES, count_channels, read_json, ste
 from segkit.reading.pictures import PICTURE_SUFFIXES
 from segkit.reading.volume import list_folder
 
+LEAST_SHARE = 0.5
+"""A modality of fewer cases is not a channel of the cohort: as one, it would make all other cases incomplete."""
+
 _DICOM_INDEX = "DICOMDIR"
 """The table of contents of a DICOM disc: a DICOM file without an image."""
-
 _TRIED_FILES = 5
 """Files without suffix to open in search of a DICOM series: a disc also holds programs (AUTORUN)."""
-
 _MOST_MULTI_FRAME_FILES = 32
 """In folders with more DICOM files, each is a slice and not a volume; none is opened to find out."""
 
@@ -59,12 +60,8 @@ def list_images(root: Path, exclude: Path | None = None) -> Listing:
     if root.is_file():
         return _listing_of_file(root)
     if not root.is_dir():
-        raise DataError(
-            "no such file or folder",
-            where=root,
-            expected="a data folder, a case folder or one image file",
-            remedy="Check the path, and that the disk is mounted",
-        )
+        expected, remedy = "a data folder, a case folder or one image file", "Check the path and the disk"
+        raise DataError("no such file or folder", where=root, expected=expected, remedy=remedy)
     walk = _Walk(_identity(exclude))
     walk.visit(root)
     volumes, pictures, others = (tuple(sorted(found)) for found in (walk.volumes, walk.pictures, walk.others))
@@ -101,8 +98,6 @@ def _identity(folder: Path | None) -> tuple[int, int] | None:
 
 @dataclass
 class _Walk:
-    """One walk over a folder; what it finds, in any order."""
-
     excluded: tuple[int, int] | None
     volumes: list[Path] = field(default_factory=list)
     pictures: list[Path] = field(default_factory=list)
@@ -143,11 +138,9 @@ class _Walk:
 
 def _is_series(files: list[Path]) -> bool:
     """Whether a folder holds a DICOM series: by suffix, else by the magic bytes of its first files without suffix."""
-    if any(has_dicom_name(path) for path in files):
-        return True
     bare = (path for path in files if not path.suffix or path.suffix[1:].isdigit())
     candidates = [path for path in bare if path.name.upper() != _DICOM_INDEX]
-    return any(is_dicom_file(path) for path in candidates[:_TRIED_FILES])
+    return any(map(has_dicom_name, files)) or any(map(is_dicom_file, candidates[:_TRIED_FILES]))
 
 
 def _multi_frame_files(files: list[Path]) -> list[Path]:
@@ -157,10 +150,6 @@ def _multi_frame_files(files: list[Path]) -> list[Path]:
         return []
     slices = [path for path in slices if is_dicom_file(path)]
     return slices if len(slices) > 1 and holds_frames(slices[0]) else []
-
-
-LEAST_SHARE = 0.5
-"""A modality of fewer cases is not a channel of the cohort: as one, it would make all other cases incomplete."""
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,6 @@ CONVENTIONS = (
 
 _SAMPLED_REFERENCES = 200
 """References read to find their values; `check` reads all of them and reports values this sample missed."""
-
 _MOST_VALUES = 128
 """An image or a probability map has more different values than this."""
 

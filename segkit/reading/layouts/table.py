@@ -31,7 +31,6 @@ LAYOUTS: dict[str, Layout] = {
     "folder2d": FOLDER2D,
 }
 """Every layout by name; the names of `BRATS_LAYOUTS` are those of `schemes.CONVENTIONS`."""
-
 PLAIN_CLASSES = "classes"
 """`label_scheme` with one class for every value of the references."""
 
@@ -129,17 +128,13 @@ def _with_plain_classes(cohort: Cohort) -> Cohort:
 def _labelled_only(cohort: Cohort) -> Cohort:
     labelled = tuple(case for case in cohort.cases if case.label is not None)
     if not labelled:
-        raise DataError(
-            f"none of the {len(cohort.cases)} cases has a reference mask",
-            where=cohort.root,
-            expected=f"masks as in {LAYOUTS[cohort.layout].example}",
-            remedy="See what `segkit check` finds, or name the masks with --modality label=SUFFIX",
-        )
+        found = f"none of the {len(cohort.cases)} cases has a reference mask"
+        expected = f"masks as in {LAYOUTS[cohort.layout].example}"
+        remedy = "See what `segkit check` finds, or name the masks with --modality label=SUFFIX"
+        raise DataError(found, where=cohort.root, expected=expected, remedy=remedy)
     paths = [next(iter(case.images.values())).path for case in cohort.cases if case.label is None]
-    if not paths:
-        return cohort
-    problem = unused_files(paths, "cases without a reference mask")
-    return replace(cohort, cases=labelled, problems=(*cohort.problems, problem))
+    problems = [unused_files(paths, "cases without a reference mask")] if paths else []
+    return replace(cohort, cases=labelled, problems=(*cohort.problems, *problems))
 
 
 def _nothing_found(listing: Listing, found: str) -> DataError:
@@ -149,9 +144,6 @@ def _nothing_found(listing: Listing, found: str) -> DataError:
     remedy = "Point to the folder that holds the cases, or describe its files with --modality name=suffix"
     if any(is_archive(path) for path in listing.others):
         remedy = "Unpack the archives and point to the folder"
-    return DataError(
-        f"{found}; the folder holds {contents}",
-        where=listing.only or listing.root,
-        expected=f"one of these layouts, the nearest ones: {nearest}",
-        remedy=remedy,
-    )
+    expected = f"one of these layouts, the nearest ones: {nearest}"
+    where = listing.only or listing.root
+    return DataError(f"{found}; the folder holds {contents}", where=where, expected=expected, remedy=remedy)
