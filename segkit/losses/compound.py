@@ -45,14 +45,11 @@ def soft_dice_loss(probabilities: Tensor, targets: Tensor, *, batch_dice: bool, 
     summed over the voxels of one sample, or of the whole batch with `batch_dice`, also if it is spread over processes.
     With the batch pooled, a single false positive voxel in a sample without the structure does not cost a loss near 1.
 
+    `probabilities` and `targets` are (B, K, *spatial), in [0, 1], float32: half precision cannot hold the sums of a
+    volume. With `smooth`, in voxels, an absent structure that is not predicted has loss 0.
+
     Sources: Milletari et al., V-Net, 3DV 2016, section 3 (there with squares in the denominator); Drozdzal et al.,
     DLMIA 2016 (without squares, as here); batch Dice: Isensee et al., arXiv 2011.00848, section 2.3.
-
-    Args:
-        probabilities: (B, K, *spatial), in [0, 1], float32: half precision cannot hold the sums of a volume.
-        targets: (B, K, *spatial), in [0, 1], of the same floating type.
-        batch_dice: Whether the batch counts as one large volume.
-        smooth: In voxels; with it an absent structure that is not predicted has loss 0.
     """
     axes = tuple(range(2, probabilities.ndim))
     if batch_dice:
@@ -67,10 +64,8 @@ def soft_dice_loss(probabilities: Tensor, targets: Tensor, *, batch_dice: bool, 
 def region_loss(logits: Tensor, targets: Tensor, config: LossConfig) -> Tensor:
     """Weighted soft Dice + binary cross-entropy of nested regions (sigmoid outputs), averaged over regions.
 
-    Args:
-        logits: (B, K, *spatial), any floating type; the loss is computed in float32 also under autocast.
-        targets: (B, K, *spatial) float32 planes in [0, 1]; planes may overlap.
-        config: The weights of the terms.
+    `logits` (B, K, *spatial) of any floating type, `targets` (B, K, *spatial) float32 planes in [0, 1], which may
+    overlap. The loss is computed in float32 also under autocast.
     """
     logits = logits.float()
     dice = soft_dice_loss(logits.sigmoid(), targets, batch_dice=config.batch_dice, smooth=config.smooth)
@@ -81,10 +76,8 @@ def region_loss(logits: Tensor, targets: Tensor, config: LossConfig) -> Tensor:
 def class_loss(logits: Tensor, classes: Tensor, config: LossConfig) -> Tensor:
     """Weighted soft Dice + cross-entropy of exclusive classes (softmax outputs), background left out of Dice.
 
-    Args:
-        logits: (B, K, *spatial), any floating type, channel 0 the background; computed in float32 also under autocast.
-        classes: (B, *spatial) int64 channel indices, 0 to K - 1.
-        config: The weights of the terms.
+    `logits` (B, K, *spatial) of any floating type, channel 0 the background, `classes` (B, *spatial) int64 channel
+    indices, 0 to K - 1. The loss is computed in float32 also under autocast.
     """
     logits = logits.float()
     channels = torch.arange(1, logits.shape[1], device=logits.device, dtype=classes.dtype)
@@ -116,11 +109,9 @@ class SegmentationLoss(nn.Module):
         self.register_buffer("table", table, persistent=False)
 
     def forward(self, logits: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
-        """The loss, a float32 scalar.
+        """The loss, a float32 scalar, of logits (B, K, *spatial), or one such tensor per level, full resolution first.
 
-        Args:
-            logits: (B, K, *spatial), or one such tensor per level of deep supervision, full resolution first.
-            labels: (B, *spatial) uint8 label values on the grid of the full-resolution logits.
+        `labels` are (B, *spatial) uint8 label values on the grid of the full-resolution logits.
         """
         levels = [logits] if isinstance(logits, Tensor) else list(logits)
         weights = deep_supervision_weights(len(levels))

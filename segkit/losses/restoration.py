@@ -55,18 +55,12 @@ def restoration_loss(
     Each term is a mean over the channels of all hole voxels of the batch, so holes count by their size. SSIM compares
     the truth with the truth with the hole filled: its windows see known voxels around a hole.
 
-    Args:
-        found: Output of the network, (B, C, *spatial), any floating type; of a list the first entry is taken. The loss
-            is computed in float32 also under autocast.
-        image: The truth, (B, C, *spatial).
-        hole: (B, 1, *spatial) booleans, True where the image is missing.
-        config: The weights of the terms.
-
-    Returns:
-        A float32 scalar; without any hole voxel it is 0, with a gradient of 0.
+    `found` is the output of the network, (B, C, *spatial), any floating type (of a list the first entry), `image` the
+    truth, `hole` (B, 1, *spatial) booleans, True where the image is missing. Returns a float32 scalar also under
+    autocast; without any hole voxel it is 0, with a gradient of 0.
 
     Raises:
-        ValueError: the three do not go together.
+        ValueError: the three do not fit each other.
     """
     found = found if isinstance(found, Tensor) else found[0]
     expected = (image.shape[0], 1, *image.shape[2:])
@@ -94,14 +88,8 @@ def ssim_map(x: Tensor, y: Tensor, *, window: int, data_range: float) -> Tensor:
     with c1 = (0.01 range)^2 and c2 = (0.03 range)^2. All voxels of a window have the same weight; at a border the
     window is cut to the image. MONAI, without a border, takes fifty times as long on a CPU for 48 voxels an axis.
 
-    Args:
-        x: (B, C, *spatial) float32, intensities from 0 on.
-        y: Likewise.
-        window: Edge of the window, voxels, odd.
-        data_range: Intensities from black to white.
-
-    Returns:
-        (B, C, *spatial), in (-1, 1].
+    `x` and `y` are (B, C, *spatial) float32, intensities from 0 on; `window` is the edge of the window in voxels, odd.
+    The result has the shape of the images and is in (-1, 1].
     """
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     with torch.autocast(x.device.type, enabled=False):  # it would take the products in half precision
@@ -142,11 +130,8 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 def adversarial_terms(discriminator: nn.Module, found: Tensor, image: Tensor) -> AdversarialTerms:
     """Both terms: neither gives a gradient to the other's network, so one backward pass of their sum trains both.
 
-    Args:
-        discriminator: From images (B, C, *spatial) to logits of patches.
-        found: Output of the generator, (B, C, *spatial), without the known voxels put back, as in the released code of
-            region normalisation.
-        image: True images, (B, C, *spatial).
+    `found` is the output of the generator, (B, C, *spatial), without the known voxels put back, as in the released code
+    of region normalisation, `image` the true images.
     """
     # In one batch and one precision: otherwise the discriminator could learn the rounding.
     logits = discriminator(torch.cat((image.to(found.dtype), found.detach())))

@@ -42,14 +42,8 @@ def mean_interval(
 ) -> Interval | None:
     """Confidence interval of the mean over cases; None for fewer than two patients.
 
-    The same values, patients and seed give the same interval.
-
-    Args:
-        values: One finite number per case, (n,).
-        patients: The patient of each case, n of them; None: each case is a patient of its own.
-        level: Confidence level, in (0, 1).
-        resamples: Number of resamples.
-        seed: Seed of the resampling.
+    `values` has one finite number per case, (n,), `patients` the patient of each; None: each case is a patient of its
+    own. The same values, patients and seed give the same interval; `level` is in (0, 1).
     """
     from scipy.special import ndtr, stdtrit
 

@@ -38,8 +38,8 @@ _ROUNDING = 1e-6
 class Reliability:
     """Voxels by the bin of their probability; results of several cases can be added.
 
-    `count` are the voxels of each bin, `present` those of them in the region and `total` the sum of their
-    probabilities, each (bins,); `squared_error` is summed over all voxels.
+    `count` are the voxels of each bin, `present` those in the region and `total` the sum of their probabilities, each
+    (bins,); `squared_error` is summed over all voxels.
     """
 
     count: NDArray[np.int64]
@@ -87,11 +87,8 @@ def measure_reliability(
 ) -> Reliability:
     """Sort the voxels of one case by their probability, slab by slab, without a second copy of the volume.
 
-    Args:
-        probabilities: In [0, 1], (D, H, W) or (H, W).
-        reference: The region, of the same shape.
-        where: Which voxels count; None is all of them.
-        bins: How many bins of equal width.
+    `probabilities` in [0, 1], (D, H, W) or (H, W); `where` are the voxels that count, all if None; `bins` of equal
+    width.
 
     Raises:
         ValueError: a probability that counts is not in [0, 1].

@@ -108,14 +108,14 @@ def score_case(
     """Scores of each region of one case: region name -> metrics and lesions.
 
     Args:
-        prediction: (D, H, W) or (H, W) label values.
+        prediction: (D, H, W) or (H, W) label values, as `reference`.
         reference: Label values on the same grid.
-        spacing_mm: Voxel spacing of each axis in mm.
+        spacing_mm: Of each axis.
         regions: Region name -> its label values in the reference.
         protocol: A name of `PROTOCOLS`.
         challenge: Where a protocol has rules by challenge: gli, met, ped, men, men-rt, goat or ssa.
-        prediction_regions: Its label values in the prediction, if that has another label scheme.
-        roi: Region of interest on the same grid, which alone is scored. None is the whole volume.
+        prediction_regions: The same for the prediction, if that has another label scheme.
+        roi: Region of interest on the same grid, which alone is scored; None is the whole volume.
 
     Raises:
         RequestError: there is no such protocol, it has no rules for the challenge, or none for pictures.

@@ -48,18 +48,16 @@ _EXACT_UP_TO = 50
 
 @dataclass(frozen=True)
 class SignedRank:
-    """Result of the signed-rank test of differences.
-
-    `p` is two-sided, NaN where there are no differences and 1 where all are zero. `effect` is the rank-biserial
-    correlation in [-1, 1]: the share of ranks on the positive side less that on the negative side, 0 where all are
-    zero. `method` gives p: "exact", "asymptotic" (normal, corrected for ties) or "none". `zeros` differences were left
-    out, and `has_ties` is True if others are equal in size.
-    """
+    """Result of the signed-rank test of differences."""
 
     p: float
+    """Two-sided; NaN where there are no differences and 1 where all are zero."""
     effect: float
+    """Rank-biserial correlation in [-1, 1]: the share of positive ranks less that of negative ones; 0 if all are 0."""
     method: str
+    """How p was computed: "exact", "asymptotic" (normal, corrected for ties) or "none"."""
     zeros: int
+    """Differences that were left out."""
     has_ties: bool
 
 
@@ -117,10 +115,8 @@ def cumulative_ranks(
 ) -> NDArray[np.float64]:
     """The mean rank of each model in each case, (models, cases); 1 is best.
 
-    Args:
-        scores: (models, cases, columns), one column for each region and metric; NaN is undefined, infinity worst.
-        higher_is_better: The direction of each column.
-        failed: Boolean (models, cases): where a model has no prediction; its scores are ignored there.
+    `scores` (models, cases, columns) has one column for each region and metric; NaN is undefined, infinity worst.
+    `failed` (models, cases) is True where a model has no prediction; its scores are ignored there.
     """
     from scipy.stats import rankdata
 
@@ -145,14 +141,8 @@ def exchange_p_values(
 ) -> NDArray[np.float64]:
     """p-values of the difference of each two models' rank scores, (models, models) in (0, 1].
 
-    All pairs share the same exchanges. The matrix is symmetric, since p is in favour of the better of a pair, and 1 on
-    its diagonal.
-
-    Args:
-        ranks: Cumulative ranks, (models, cases).
-        patients: The patient of each case; None: each case is a patient of its own.
-        exchanges: Exchanges that are drawn; if there are fewer in all, each is made once.
-        seed: Seed of the exchanges.
+    `ranks` are cumulative ranks, (models, cases); without `patients` each case is a patient of its own. All pairs share
+    the same exchanges. The matrix is symmetric, since p is in favour of the better of a pair, and 1 on its diagonal.
     """
     patient, count = number_patients(patients, ranks.shape[1])
     sums = np.array([np.bincount(patient, own, minlength=count) for own in ranks])  # (models, patients)

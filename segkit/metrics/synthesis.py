@@ -38,15 +38,10 @@ def synthesis_scores(prediction: AnyArray, reference: AnyArray, hole: Mask, void
     with a peak of 1; `_eps`: not clipped, and finite for a perfect prediction. They agree to 1e-5 with version 0.0.12
     of the package `inpainting` of the challenge's organisers, which sums up all but `ssim` in single precision.
 
-    Args:
-        prediction: The image with its hole filled, (D, H, W) or (H, W), in the intensities of the file.
-        reference: The original image; all arrays have one shape.
-        hole: The voxels that are compared; the challenge takes those of its healthy mask.
-        voided: The input image, 0 in all of its holes.
-
-    Returns:
-        One value for each of `SYNTHESIS_SCORES`; all NaN where the hole is empty (the package stops there) or `voided`
-        has no range.
+    Images (D, H, W) or (H, W) in the intensities of the file: `prediction` with its hole filled, `reference` the
+    original, `voided` the input, 0 in all of its holes. `hole` are the voxels that are compared; the challenge takes
+    those of its healthy mask. All scores are NaN where the hole is empty (the package stops there) or `voided` has no
+    range.
 
     Raises:
         ValueError: If the shapes differ.

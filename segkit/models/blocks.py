@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -151,8 +151,7 @@ class UNet(SegmentationNetwork):
         features = self.decoder(self.encode(x))
         if self.training:
             return [head(feature) for head, feature in zip(self.heads, features, strict=False)]
-        logits: Tensor = self.heads[0](features[0])
-        return logits
+        return cast(Tensor, self.heads[0](features[0]))
 
 
 def divisor_of(strides: Sequence[Sequence[int]]) -> tuple[int, ...]:

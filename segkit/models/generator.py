@@ -29,7 +29,7 @@ This is MONAI's patch discriminator without norms and biases, each kernel divide
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from monai.networks.nets import PatchDiscriminator
@@ -129,8 +129,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same shape."""
         y = functional.relu_(self.norm1(self.conv1(x)))
-        result: Tensor = x + self.norm2(self.conv2(y))
-        return result
+        return cast(Tensor, x + self.norm2(self.conv2(y)))
 
 
 class Up(nn.Module):
@@ -231,8 +230,7 @@ class Discriminator(nn.Module):
                 f"an image of {tuple(image.shape[2:])} voxels is too small for a discriminator; "
                 f"expected at least {_SMALLEST} along each axis"
             )
-        logits: Tensor = self.layers(image)[-1]
-        return logits
+        return cast(Tensor, self.layers(image)[-1])
 
 
 def build_discriminator(channels: int, dims: int, width: int = 64) -> Discriminator:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -66,8 +66,7 @@ class ReversibleSequence(nn.Module):
         parameters = [parameter for block in self.blocks for parameter in block.parameters()]
         needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
         if needs_grad and self.mode == "reversible":
-            result: Tensor = _Reversible.apply(tuple(self.blocks), x, *parameters)
-            return result
+            return cast(Tensor, _Reversible.apply(tuple(self.blocks), x, *parameters))
         x1, x2 = x.chunk(2, dim=1)
         for block in self.blocks:
             if needs_grad and self.mode == "checkpoint":

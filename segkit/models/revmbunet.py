@@ -181,8 +181,7 @@ class InvertedBottleneck(nn.Module):
     def _projected(self, x: Tensor) -> Tensor:
         x = normalise_and_activate(self.expand(x), self.expand_norm)
         x = normalise_and_activate(self.depthwise(x), self.depthwise_norm)
-        result: Tensor = self.project(x)
-        return result
+        return cast(Tensor, self.project(x))
 
     def _projected_in_parts(self, x: Tensor) -> Tensor:
         size = self.hidden // self.chunks
@@ -193,8 +192,7 @@ class InvertedBottleneck(nn.Module):
                 total += self._part(part, x)
             return total
         summands = (checkpointed(functools.partial(self._part, part), x, within=self) for part in parts)
-        summed: Tensor = functools.reduce(torch.add, summands)
-        return summed
+        return cast(Tensor, functools.reduce(torch.add, summands))
 
     def _part(self, part: slice, x: Tensor) -> Tensor:
         """The contribution of the hidden channels `part` to the projection, (B, C, *spatial)."""

@@ -188,8 +188,7 @@ def _library_network(config: SmpConfig, encoder_weights: str | None, in_channels
 def _trial(config: SmpConfig, in_channels: int, out_channels: int) -> Sketch:
     """A training step on an image as high as the divisor and twice as wide.
 
-    The divisor is the encoder's output stride, or two or four times as much if its deeper layers need larger maps
-    (SegFormer's encoders pool tokens 8 x 8).
+    The divisor is the encoder's output stride, or two or four times as much (SegFormer's encoders pool tokens 8 x 8).
 
     Raises:
         ValueError: the network does not work on such images, or its logits have another size.
@@ -294,8 +293,7 @@ def sketch(make: Callable[[], nn.Module], images: Callable[[nn.Module], Sequence
 def make_single_values_safe(network: nn.Module) -> None:
     """Let batch norms that get a single value per channel in training use their running statistics for that pass.
 
-    A batch of one has one value per channel if the deepest map is 1 x 1, and after global pooling (DeepLab). torch
-    rejects it, because one value has no variance; evaluation uses running statistics too.
+    A batch of one has one value per channel if the deepest map is 1 x 1, and after global pooling (DeepLab).
     """
     for module in network.modules():
         if isinstance(module, _BatchNorm):

@@ -1,18 +1,18 @@
 """STU-Net: nnU-Net's U-Net made scalable, from 14 million to 1.4 billion parameters.
 
-After Huang et al. 2023 (arXiv 2304.06716) and the released code of uni-medical/STU-Net. Always six resolutions, and
-`depth` residual blocks at each of them on the way down and on the way up:
+After Huang et al. 2023 (arXiv 2304.06716) and the released code of uni-medical/STU-Net, with its names and shapes of
+weights. Always six resolutions, and `depth` residual blocks at each of them on the way down and on the way up:
 
     stage 0 -> stage 1 -> ... -> stage 5 -> [upsample, skip, stage] x 5, with a head after each of the last five
 
 Down is the stride of a stage's first block, up is a pointwise convolution and nearest-neighbour upsampling: no weights
-depend on the stride, so one set of weights fits every spacing. Names and shapes of the weights are those of the
-released files.
+depend on the stride, so one set of weights fits every spacing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from pydantic import Field, model_validator
@@ -182,12 +182,10 @@ class StuNet(SegmentationNetwork):
 
     def _run(self, unit: Callable[..., Tensor], *inputs: object) -> Tensor:
         if self.mode == "checkpoint" and torch.is_grad_enabled():
-            result: Tensor = checkpoint(unit, *inputs, use_reentrant=False, preserve_rng_state=False)
-            return result
+            return checkpoint(unit, *inputs, use_reentrant=False, preserve_rng_state=False)
         return unit(*inputs)
 
     @staticmethod
     def _join(upsampling: nn.Module, block: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
         """Upsampled map first, skip second: the other order has the same shapes and ruins released weights."""
-        result: Tensor = block(torch.cat((upsampling(x, skip.shape[2:]), skip), dim=1))
-        return result
+        return cast(Tensor, block(torch.cat((upsampling(x, skip.shape[2:]), skip), dim=1)))

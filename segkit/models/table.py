@@ -59,10 +59,7 @@ _SCALE = (
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """One size of one family, in 3D where the family has it.
-
-    `parameters` counts numbers, `tensors` the entries of the state dict, running statistics included.
-    """
+    """One size of one family in 3D; `tensors` counts the entries of the state dict, running statistics included."""
 
     name: str
     size: str

@@ -12,6 +12,7 @@ fine detail.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from pydantic import Field, model_validator
@@ -126,8 +127,7 @@ class RelativeAttention(nn.Module):
             query.flatten(2, 3), key.flatten(2, 3), value.flatten(2, 3), attn_mask=bias
         )
         attended = attended.transpose(1, 2).reshape(batch, height, width, -1)
-        result: Tensor = self.proj(attended)
-        return result
+        return cast(Tensor, self.proj(attended))
 
 
 def relative_positions(table: Tensor, side: int) -> Tensor:
@@ -149,8 +149,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) to the same shape."""
-        result: Tensor = self.lin2(functional.gelu(self.lin1(x)))
-        return result
+        return cast(Tensor, self.lin2(functional.gelu(self.lin1(x))))
 
 
 class TransformerBlock(nn.Module):
@@ -171,8 +170,7 @@ class TransformerBlock(nn.Module):
         """Tokens (B, H, W, width) to the same shape."""
         tokens = self.norm1(x)
         x = x + (attend_in_windows(self.attn, tokens, self.window) if self.window else self.attn(tokens))
-        result: Tensor = x + self.mlp(self.norm2(x))
-        return result
+        return cast(Tensor, x + self.mlp(self.norm2(x)))
 
 
 def attend_in_windows(attention: nn.Module, x: Tensor, window: int) -> Tensor:
@@ -224,8 +222,7 @@ class VitEncoder(nn.Module):
         x = self.patch_embed(x)
         for block in self.blocks:
             x = checkpointed(block, x, within=block) if is_checkpointed else block(x)
-        result: Tensor = self.neck(x.permute(0, 3, 1, 2))
-        return result
+        return cast(Tensor, self.neck(x.permute(0, 3, 1, 2)))
 
 
 class TokenDecoder(nn.Module):
@@ -242,8 +239,7 @@ class TokenDecoder(nn.Module):
 
     def forward(self, features: Tensor, image: Tensor) -> Tensor:
         """(B, neck, H / 16, W / 16) and (B, in_channels, H, W) to (B, widths[-1], H, W)."""
-        result: Tensor = self.mix(self.ups(features) + self.detail(image))
-        return result
+        return cast(Tensor, self.mix(self.ups(features) + self.detail(image)))
 
 
 class VitNetwork(SegmentationNetwork):

@@ -15,7 +15,7 @@ and every wrong one loses 80, more than all affinities of 16 nodes with 5 edges 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from pydantic import Field
@@ -171,8 +171,7 @@ def _at_most(maps: Tensor, cells: int) -> Tensor:
     size: tuple[int | None, ...] = tuple(min(length, longest) for length in maps.shape[2:])
     if size == tuple(maps.shape[2:]):
         return maps
-    pooled: Tensor = {2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}[dims](size)(maps)
-    return pooled
+    return cast(Tensor, {2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}[dims](size)(maps))
 
 
 def matching_loss(affinities: Affinities, gradient: GradientConfig, solver: SolverConfig) -> Tensor:

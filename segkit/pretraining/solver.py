@@ -63,11 +63,9 @@ class SolverConfig(Config):
 def solve(vertex: Array, edge: Array | None, config: SolverConfig | None = None) -> Matching:
     """The best one-to-one matchings found for G pairs of graphs of n nodes: (G, n), the partner of each node.
 
-    Args:
-        vertex: (G, n, n); affinity of node i of the first graph with node a of the second.
-        edge: (G, n * n, n * n); row i * n + a and column j * n + b hold the affinity of edge (i, j) of the first graph
-            with edge (a, b) of the second, 0 where either does not exist. Need not be symmetric. None: no edges.
-        config: Solver and its settings; the search computes in the type of the affinities.
+    `vertex` (G, n, n) has the affinity of node i of the first graph with node a of the second. `edge` (G, n * n, n * n)
+    has in row i * n + a, column j * n + b that of edge (i, j) of the first graph with edge (a, b) of the second, 0
+    where either does not exist; it need not be symmetric. The search computes in the type of the affinities.
 
     Raises:
         ValueError: the shapes do not belong together, or an affinity is not finite.

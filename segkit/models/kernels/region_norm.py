@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -63,14 +63,9 @@ def masks_of(x: Tensor, regions: Tensor, count: int) -> Tensor:
 def normalise_regions(x: Tensor, masks: Tensor, weights: Tensor, gain: Tensor, bias: Tensor, rule: Rule) -> Tensor:
     """Region norm in its general form: sum over k of weights_k (gain_k (x - mean_k) / deviation_k + bias_k).
 
-    Args:
-        x: (B, C, *spatial), 2D or 3D, of any floating type; sums are taken in float32 at least.
-        masks: The voxels of each region, for the moments, (B, R, voxels), one-hot over R; they get a gradient.
-        weights: Factors of each region's result, (B, R, voxels), usually the masks. An additional row is added to every
-            channel.
-        gain: (C, R).
-        bias: (C, R).
-        rule: Statistics, epsilon, least voxels.
+    `x` is (B, C, *spatial), 2D or 3D, of any floating type; sums are taken in float32 at least. `masks` (B, R, voxels),
+    one-hot over R, are the voxels of each region, for the moments; they get a gradient. `weights`, of the same shape,
+    are usually the masks; an additional row is added to every channel. `gain` and `bias` are (C, R).
 
     Raises:
         ValueError: the statistics of the rule are not known.
@@ -79,8 +74,7 @@ def normalise_regions(x: Tensor, masks: Tensor, weights: Tensor, gain: Tensor, b
         raise ValueError(f"statistics {rule.stats!r} are not one of {', '.join(get_args(Statistics))}")
     if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
         return _by_formula(x, masks, weights, gain, bias, rule)
-    result: Tensor = _RegionNorm.apply(_dense(x), masks, weights, gain, bias, rule)
-    return result
+    return cast(Tensor, _RegionNorm.apply(_dense(x), masks, weights, gain, bias, rule))
 
 
 def pool_channels(x: Tensor) -> tuple[Tensor, Tensor]:
