@@ -1,4 +1,4 @@
-"""Which prediction belongs to which reference, and in which label scheme each is written."""
+"""The pairs of predictions and references, and the label scheme of each."""
 
 from __future__ import annotations
 
@@ -277,7 +277,7 @@ def _chosen(cases: list[Case], case_ids: Collection[str] | None, root: Path) -> 
 def _require_fitting(challenge: str | None, scheme: str) -> None:
     if challenge is not None and scheme not in CHALLENGES[challenge]:
         raise RequestError(
-            f"challenge {challenge!r} has no label scheme {scheme!r}, in which the references are written",
+            f"challenge {challenge!r} has no label scheme {scheme!r}, that of the references",
             expected=f"one of {', '.join(CHALLENGES[challenge])}",
             remedy="Leave --challenge out, or correct --label-scheme",
         )
@@ -286,9 +286,9 @@ def _require_fitting(challenge: str | None, scheme: str) -> None:
 def _find_predictions(
     cases: Sequence[Case], predictions: Path, references: Path
 ) -> tuple[dict[str, Path], dict[str, str], tuple[Path, ...]]:
-    """Case id -> prediction, complaints of `match_files`, and the files whose names hold the id of no case.
+    """Case id -> prediction, complaints of `match_files`, and the files without a case id in their names.
 
-    Predictions are pictures where references are pictures, else volumes.
+    Predictions are pictures if the references are pictures, else volumes.
     """
     listing, reference = list_images(predictions), cases[0].label
     is_picture = reference is not None and suffix_of(reference.path) in PICTURE_SUFFIXES
@@ -338,8 +338,8 @@ def match_files(
             names = some([str(path) for path in own])
             ambiguous[case_id] = f"{root}: {len(own)} files could be the {role}: {names}. Keep one of them"
         elif own and uses[own[0]] > 1:
-            rivals = some([rival for rival, theirs in candidates.items() if own[0] in theirs])
-            ambiguous[case_id] = f"{own[0]}: could be the {role} of several cases: {rivals}. Name it after one"
+            fitting = some([other for other, files in candidates.items() if own[0] in files])
+            ambiguous[case_id] = f"{own[0]}: could be the {role} of several cases: {fitting}. Name it after one"
         elif own:
             found[case_id] = own[0]
     return found, ambiguous

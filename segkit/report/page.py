@@ -133,12 +133,10 @@ class _Media:
 
     def notes(self) -> list[str]:
         """Missing pictures and volumes."""
-        room = f"so that the page stays below {MOST_BYTES // 10**6} MB"
-        left_out = (
-            (self.without_volume, "of the worst cases are not in the viewer"),
-            (self.without_still, "cases have no picture"),
-        )
-        return [*self.problems, *(f"{count} {what}, {room}." for count, what in left_out if count)]
+        reason = f"so that the page stays below {MOST_BYTES // 10**6} MB"
+        volumes = f"{self.without_volume} of the worst cases are not in the viewer, {reason}."
+        stills = f"{self.without_still} cases have no picture, {reason}."
+        return self.problems + [volumes] * (self.without_volume > 0) + [stills] * (self.without_still > 0)
 
 
 def _gather(cases: Sequence[CaseFacts], gallery: Gallery, *, with_volumes: bool) -> _Media:
@@ -213,7 +211,7 @@ def _html(common: Mapping[str, Any], parts: Sequence[sections.Section], viewer: 
     """The whole document."""
     scripts, style = [asset("page.js"), *([asset("viewer.js")] if viewer else [])], asset("page.css")
     parts_of_all = {"scripts": scripts, "style": style, "policy": _policy(scripts, style)}
-    return f"{render('page.html', sections=parts, viewer=viewer, **common, **parts_of_all)}\n"
+    return render("page.html", sections=parts, viewer=viewer, **common, **parts_of_all) + "\n"
 
 
 def _colours(labels: Mapping[int, tuple[str, str]]) -> dict[str, dict[str, str]]:
@@ -221,7 +219,7 @@ def _colours(labels: Mapping[int, tuple[str, str]]) -> dict[str, dict[str, str]]
 
 
 def _policy(scripts: Sequence[str], style: str) -> str:
-    """Nothing from anywhere: only these scripts and this style, pictures in the page, and the viewer's own blobs."""
+    """No network: only these scripts and this style, pictures inside the page, and the blobs of the viewer."""
     rules = {
         "default-src": "'none'",
         "script-src": f"{' '.join(map(_digest, scripts))} blob:",

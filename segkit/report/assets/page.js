@@ -1,5 +1,5 @@
 "use strict";
-// The table of cases sorts by its headings and filters by text and region; everything else works without a script.
+// Sorting and filtering of the table of cases, links to cases, and reloading; everything else works without a script.
 (() => {
   const table = document.getElementById("case-table");
   const search = document.getElementById("case-search");
@@ -64,7 +64,7 @@
     };
     look();
     setInterval(look, 10000);
-    // Not while a reader works with the page, who would lose the place.
+    // Not while something has the focus: a reader would lose their place.
     setInterval(() => document.activeElement === document.body && location.reload(), 30000);
   }
 

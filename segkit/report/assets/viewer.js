@@ -1,6 +1,6 @@
 "use strict";
-// The viewer of the worst cases. NiiVue and the volumes stand in the page as gzipped data and are unpacked when the
-// reader comes to the viewer; without WebGL 2 the still pictures say the same.
+// The viewer of the worst cases. The page has NiiVue and the volumes as gzipped data, which are unpacked when the reader
+// scrolls to the viewer; without WebGL 2 there are the still pictures.
 (() => {
   const by = (id) => document.getElementById(id);
   const canvas = by("viewer-canvas");
@@ -40,7 +40,7 @@
       logLevel: "error",
       isColorbar: false,
     });
-    made.onLocationChange = tell;
+    made.onLocationChange = showValues;
     await made.attachToCanvas(canvas);
     return made;
   }
@@ -132,7 +132,7 @@
     viewer.updateGLVolume();
   }
 
-  function tell(place) {
+  function showValues(place) {
     if (!current) return;
     const written = place.values.map((value, index) => {
       const layer = current.layers[index];
