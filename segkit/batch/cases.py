@@ -1,4 +1,4 @@
-"""Which cases an input has, which of them are done already or cannot be used, and the plans of all others."""
+"""The cases of an input, those that are finished or cannot be used, and the plans of all others."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def find_input(
     case_ids: Sequence[str] | None = None,
     exclude: Path | None = None,
 ) -> Cohort:
-    """The cases of a data folder, a case folder or one file, or those of them that `case_ids` names.
+    """The cases of a data folder, a case folder or one file, or those that `case_ids` names.
 
-    What lies below `exclude`, the folder for the results, is not input.
+    Files below `exclude`, the output folder, are not input.
 
     Raises:
-        RequestError: nothing is there, or an id is unknown; the nearest ids are named.
+        RequestError: there is no case, or an id is unknown; the nearest ids are named.
     """
     try:
         cohort = find_cases(root, layout=layout, modalities=modalities, exclude=exclude)
@@ -45,12 +45,12 @@ def find_input(
         case = Case(stem_of(root), stem_of(root), {}, problems=(unreadable,))
         return Cohort(root, "file", None, (), (case,), dims=2 if suffix_of(root) in PICTURE_SUFFIXES else 3)
     if not cohort.cases:
-        raise RequestError("holds no case", where=root, expected="images", remedy="Look at it with `segkit check`")
+        raise RequestError("holds no case", where=root, expected="images", remedy="Run `segkit check` on it")
     return choose_cases(cohort, case_ids)
 
 
 def _why_unreadable(path: Path) -> Problem | None:
-    """What is wrong with the one file that the user pointed to; None where it can be read or is not an image."""
+    """The problem of a file that was passed; None if it can be read or is not an image."""
     if not path.is_file() or suffix_of(path) not in IMAGE_SUFFIXES:
         return None
     try:
@@ -61,7 +61,7 @@ def _why_unreadable(path: Path) -> Problem | None:
 
 
 def choose_cases(cohort: Cohort, case_ids: Sequence[str] | None) -> Cohort:
-    """The cohort with these cases only, in this order; None is all of them.
+    """The cohort with these cases only, in this order; None: all.
 
     Raises:
         RequestError: an id is unknown; the nearest ids are named.
@@ -71,22 +71,17 @@ def choose_cases(cohort: Cohort, case_ids: Sequence[str] | None) -> Cohort:
     known = {case.id: case for case in cohort.cases}
     unknown = [case_id for case_id in case_ids if case_id not in known]
     if unknown:
-        hints = "; ".join(_with_nearest(case_id, list(known)) for case_id in unknown[:10])
-        raise RequestError(f"{len(unknown)} of the cases asked for are not there: {hints}", where=cohort.root)
+        hints = []
+        for case_id in unknown[:10]:
+            near = difflib.get_close_matches(case_id, known, n=3, cutoff=0.4)
+            hints.append(f"{case_id!r}" + (f" (nearest: {', '.join(near)})" if near else ""))
+        found = f"{len(unknown)} of the requested cases do not exist: {'; '.join(hints)}"
+        raise RequestError(found, where=cohort.root, remedy="`segkit check` lists the cases")
     return replace(cohort, cases=tuple(known[case_id] for case_id in dict.fromkeys(case_ids)))
 
 
-def _with_nearest(case_id: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(case_id, known, n=3, cutoff=0.4)
-    return f"{case_id!r}" + (f" (nearest: {', '.join(near)})" if near else "")
-
-
 def take_part(cohort: Cohort, parts: int, part_id: int) -> tuple[Cohort, str | None]:
-    """Every `parts`-th case from the `part_id`-th on, for runs that share the work, and the name of that part.
-
-    Raises:
-        RequestError: there is no such part.
-    """
+    """Every `parts`-th case from the `part_id`-th on, and the name of that part; RequestError if it does not exist."""
     if part_id >= parts:
         raise RequestError(f"part {part_id} of {parts} does not exist", expected=f"--part-id from 0 to {parts - 1}")
     if parts == 1:
@@ -95,25 +90,18 @@ def take_part(cohort: Cohort, parts: int, part_id: int) -> tuple[Cohort, str | N
 
 
 def refuse_other_dims(cohort: Cohort, dims: int) -> None:
-    """Refuse pictures for a model of volumes (`dims` 3), and the reverse.
-
-    Raises:
-        RequestError: as said.
-    """
+    """Raise a RequestError for pictures with a model of volumes (`dims` 3), and the reverse."""
     if cohort.dims != dims:
         kinds = {2: "pictures", 3: "volumes"}
-        raise RequestError(
-            f"holds {kinds[cohort.dims]}",
-            where=cohort.root,
-            expected=f"{kinds[dims]}, as this model was trained on",
-            remedy="Choose another model",
-        )
+        expected = f"{kinds[dims]}, as this model was trained on"
+        found, remedy = f"holds {kinds[cohort.dims]}", "Choose another model"
+        raise RequestError(found, where=cohort.root, expected=expected, remedy=remedy)
 
 
 def plan_cases(
     task: Task[P], cohort: Cohort, output: Path, manifest: Manifest, *, overwrite: bool = False
 ) -> tuple[list[P], list[CaseRecord]]:
-    """The plans of what is to be done, and records of cases that need no work: done before, or impossible as they are.
+    """The plans of the cases to process, and records of finished cases and of cases that cannot be used.
 
     Raises:
         RequestError: the cohort does not fit the model.
@@ -129,7 +117,7 @@ def plan_cases(
             _refuse_to_replace_input(case, plan)
             is_done = not overwrite and _is_done(plan, manifest, task)
         except DataError as error:
-            _log.debug("%s cannot be done", case.id, exc_info=True)
+            _log.debug("%s cannot be processed", case.id, exc_info=True)
             records.append(task.record_class(case.id, "failed", error_sentence(error), label_scheme=scheme))
             continue
         if is_done:
@@ -141,11 +129,10 @@ def plan_cases(
 
 
 def _refuse_unusable(case: Case) -> None:
-    """Refuse a case whose id or images cannot be used; problems of its reference do not matter here."""
+    """Refuse a case whose id or images cannot be used; problems of its reference are ignored."""
     if not is_file_name(case.id):
-        raise DataError(
-            f"case id {case.id!r} cannot be used as a file name", remedy="Rename the case's folder or files"
-        )
+        found = f"case id {case.id!r} cannot be used as a file name"
+        raise DataError(found, remedy="Rename the case's folder or files")
     blocking = [problem for problem in case.problems if problem.is_fatal and "reference" not in problem.found]
     if blocking:
         raise DataError("; ".join(map(str, blocking)))
@@ -155,23 +142,20 @@ def _refuse_to_replace_input(case: Case, plan: CasePlan) -> None:
     files = [*plan.inputs(), *(file.path for file in case.images.values()), *([case.label.path] if case.label else [])]
     for path in plan.all_paths():
         if path.exists() and any(file.exists() and path.samefile(file) for file in files):
-            raise DataError(
-                "the result would take the place of a file of the case itself",
-                where=path,
-                remedy="Choose another output folder",
-            )
+            found = "the result would replace an input file of the case"
+            raise DataError(found, where=path, remedy="Choose another output folder")
 
 
 def _is_done(plan: CasePlan, manifest: Manifest, task: Task[Any]) -> bool:
-    """Whether the case was done before in the same way; refuses to replace results that were not made so."""
+    """Whether the case was finished by the same model and options; refuses to replace other results."""
     case_id = plan.case.id
-    there = [path for path in plan.paths("results") if path.exists()]
-    if not there or manifest.was_cut_short(case_id):
+    existing = [path for path in plan.paths("results") if path.exists()]
+    if not existing or manifest.was_cut_short(case_id):
         return False
     if not manifest.was_made(case_id, plan.label_scheme, plan.missing_modalities):
         raise DataError(
             f"{task.foreign_result} is already there",
-            where=there[0],
+            where=existing[0],
             remedy="Choose another output folder, or pass --overwrite to replace it",
         )
     if not all(path.exists() for path in plan.all_paths()):

@@ -1,8 +1,8 @@
-"""Memory and seconds of a case before it starts, from its headers and from one measured window.
+"""Expected memory and time of a case, from its header and one measured window.
 
-What the network takes depends on the runtime, so it is measured: one window is computed once for each model, runtime
-and machine, and the figures are kept in the user's cache. What the volumes take is arithmetic. The share of them that
-the crop to the voxels that are not 0 leaves is taken from the first case: scans of one folder are alike.
+The cost of a window depends on the runtime: it is measured once for each model, runtime and machine, and kept in the
+user's cache. The cost of the volumes is computed. The share of a volume that is left by the crop to voxels that are not
+0 is taken from the first case: scans of one folder are alike.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from math import ceil, prod
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -35,8 +34,8 @@ _MB = 1024**2
 _FLOAT = 4
 
 _READ_SECONDS, _PREPARE_SECONDS, _FINISH_SECONDS = 30e-9, 35e-9, 60e-9
-"""For each voxel and modality of the file: unpacking, preparing; for each voxel: painting and packing the mask. Of one
-core of 2023; with the windows, which take most of the time, good for a factor of 2."""
+"""Per voxel and modality of the file: decompression, preparation; per voxel: painting and compression of the mask. On
+one core of 2023; with the windows, which take most of the time, the forecast is within a factor of 2."""
 
 _SHARE_OF_FREE = 0.9
 
@@ -46,10 +45,10 @@ _log = logging.getLogger(__name__)
 def fit_memory(
     predictor: Predictor, plans: list[_P], memory_mb: float | None = None
 ) -> tuple[Predictor, list[_P], bool]:
-    """The predictor, plans with what each case is expected to take, and whether there is room for several at a time.
+    """The predictor, plans with forecasts, and whether several cases fit into memory at once.
 
-    `memory_mb` is that of the process; None is nearly all that is free. Where a case alone would take more, the
-    predictor that is returned has smaller windows, if it can have them.
+    `memory_mb` is the limit of the process; None: nearly all free memory. If one case needs more, the returned
+    predictor has smaller windows, where possible.
     """
     if not plans:
         return predictor, plans, True
@@ -62,7 +61,7 @@ def fit_memory(
             if is_memory_error(error) and (smaller := predictor.with_smaller_window()) is not None:
                 predictor = smaller
                 continue
-            _log.debug("no forecast", exc_info=error)  # the cases themselves will say what is wrong
+            _log.debug("no forecast", exc_info=error)  # the cases will report the error
             return predictor, plans, True
         held = forecaster.held_mb
         forecasts = [forecaster.forecast_or_none(plan.case) for plan in plans]
@@ -72,32 +71,29 @@ def fit_memory(
             break
         predictor = smaller
     if largest > memory_mb:
-        _log.warning("a case is expected to take %.0f MB of %.0f MB: it may fail", largest, memory_mb)
+        _log.warning("a case is expected to need %.0f MB of %.0f MB: it may fail", largest, memory_mb)
     elif predictor.window != predictor.card.patch_size:
         size = " x ".join(map(str, predictor.window))
-        _log.warning("windows of %s voxels, for memory is short: logits may differ slightly", size)
+        _log.warning("memory is short: windows of %s voxels are used, and logits may differ slightly", size)
     has_room = all(one.peak_mb(held, is_overlapped=True) <= memory_mb for one in known)
     overlaps = has_room and len(plans) > 1
     expected = [None if one is None else one.to_json(held, is_overlapped=overlaps) for one in forecasts]
-    told = zip(plans, expected, strict=True)
-    return predictor, [plan if one is None else replace(plan, predicted=one) for plan, one in told], has_room
+    pairs = zip(plans, expected, strict=True)
+    return predictor, [plan if one is None else replace(plan, predicted=one) for plan, one in pairs], has_room
 
 
 def _kept_by_first(predictor: Predictor, plans: Sequence[CasePlan]) -> tuple[float, ...] | None:
+    """`kept_by_crop` of the first case that can be read."""
     for plan in plans:
         try:
             return kept_by_crop(predictor, plan.case)
         except DataError:
-            continue  # it fails when its turn comes
+            continue
     return None
 
 
 def kept_by_crop(predictor: Predictor, case: Case) -> tuple[float, ...]:
-    """Share of each axis, after orientation, that the crop leaves of a case, as far as its first image tells.
-
-    Raises:
-        DataError: that image cannot be read.
-    """
+    """Share of each axis, after orientation, that the crop leaves of the first image; DataError if it is damaged."""
     config, first = predictor.card.preprocessing, next(iter(case.images.values()))
     if config.crop != "nonzero":
         return (1.0,) * predictor.card.dims
@@ -109,46 +105,44 @@ def kept_by_crop(predictor: Predictor, case: Case) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a case will take: seconds, and the MB of each stage beyond what the process holds already."""
+    """Expected seconds of a case, and MB of each stage beyond the memory that the process already holds."""
 
     seconds: float
     read_mb: float
     compute_mb: float
 
     def peak_mb(self, held_mb: float, *, is_overlapped: bool) -> float:
-        """Peak memory of the process, if the next case is as large as this one."""
+        """Peak memory of the process; `is_overlapped`: while an equal case is read."""
         return held_mb + (self.read_mb + self.compute_mb if is_overlapped else max(self.read_mb, self.compute_mb))
 
     def to_json(self, held_mb: float, *, is_overlapped: bool) -> dict[str, float]:
-        """What the manifest says is expected."""
+        """The forecast for the manifest."""
         peak_mb = self.peak_mb(held_mb, is_overlapped=is_overlapped)
         return {"peak_rss_mb": round(peak_mb, 1), "seconds": round(self.seconds, 4)}
 
 
 class Forecaster:
-    """Forecasts for the cases of one predictor; `held_mb` is what the process holds while it works on no case."""
+    """Forecasts for one predictor; `held_mb` is the memory of the process between cases.
+
+    `kept` is the share of each axis that the crop leaves (see `kept_by_crop`); None: all.
+    """
 
     def __init__(self, predictor: Predictor, kept: Sequence[float] | None = None) -> None:
-        """`kept`: the share of each axis that the crop leaves, see `kept_by_crop`; None is all of it."""
         self.predictor = predictor
         self.kept = tuple(kept or (1.0,) * predictor.card.dims)
-        held = current_rss_mb()  # before a window is computed, for its memory is added
+        held = current_rss_mb()  # before a window is computed: its memory is added
         self.costs = [window_cost(member) for member in predictor.members]
         self.held_mb = held + sum(cost.memory_mb for cost in self.costs)
 
     def forecast_or_none(self, case: Case) -> Forecast | None:
-        """The forecast of a case; None where the header of its first image cannot be read."""
+        """The forecast of a case; None if the header of its first image cannot be read."""
         try:
             return self.forecast(case)
         except DataError:
             return None
 
     def forecast(self, case: Case) -> Forecast:
-        """What a case will take, if it is cropped as the first one is.
-
-        Raises:
-            DataError: the header of its first image cannot be read.
-        """
+        """The forecast of a case; DataError if the header of its first image cannot be read."""
         grid = read_grid(next(iter(case.images.values())).path)
         return Forecast(self._seconds(grid), self._read_bytes(grid) / _MB, self._compute_bytes(grid) / _MB)
 
@@ -162,7 +156,7 @@ class Forecaster:
         return windows + voxels * (channels * (_READ_SECONDS + _PREPARE_SECONDS) + _FINISH_SECONDS)
 
     def _read_bytes(self, grid: Grid) -> int:
-        """The image as loaded, files being unpacked, and the prepared copy with what its making needs."""
+        """The loaded image, files during decompression, and the prepared copy with temporary arrays."""
         voxels, channels = prod(grid.shape), len(self.predictor.card.modalities)
         loaded = _FLOAT * voxels * channels
         unpacking = _FLOAT * voxels * min(available_cores(), channels)
@@ -170,7 +164,7 @@ class Forecaster:
         return loaded + max(unpacking, prepared + (1 + 2 * _FLOAT) * voxels)
 
     def _compute_bytes(self, grid: Grid) -> int:
-        """The prepared image, one row of windows of logits with the slab that leaves it, the mask and its copies."""
+        """The prepared image, one row of windows of logits with the finished slab, the mask and its copies."""
         shape = self._prepared_shape(grid)
         card, members = self.predictor.card, self.predictor.members
         rows = sum(_FLOAT * (len(card.outputs) + 1) * member.plan(shape).slab_voxels * 3 // 2 for member in members)
@@ -183,15 +177,17 @@ class Forecaster:
 
 @dataclass(frozen=True)
 class WindowCost:
-    """What one window takes: seconds, and MB of memory beside its input and logits, kept from then on."""
+    """Seconds of one window, and MB beside its input and logits, which stay allocated."""
 
     seconds: float
     memory_mb: float
 
 
 def window_cost(predictor: Predictor) -> WindowCost:
-    """What one window of a predictor takes on this machine: from the cache, or else measured now."""
-    path = _cost_path(predictor)
+    """The cost of one window of a predictor on this machine: from the cache, or measured now."""
+    size = "x".join(map(str, predictor.window))
+    key = (predictor.card.sha256, predictor.backend.name, size, available_cores())
+    path = cache_folder() / "costs" / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.json"
     try:
         return WindowCost(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -200,24 +196,18 @@ def window_cost(predictor: Predictor) -> WindowCost:
         with written_atomically(path) as temporary:
             temporary.write_text(json.dumps(asdict(cost)), encoding="utf-8")
     except DataError as error:
-        _log.debug("the cost of a window is not kept: %s", error)
+        _log.debug("the cost of a window cannot be saved: %s", error)
     return cost
-
-
-def _cost_path(predictor: Predictor) -> Path:
-    size = "x".join(map(str, predictor.window))
-    key = (predictor.card.sha256, predictor.backend.name, size, available_cores())
-    return cache_folder() / "costs" / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.json"
 
 
 def _measured(predictor: Predictor) -> WindowCost:
     shape = (1, len(predictor.card.modalities), *predictor.window)
     window = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     held, peak = current_rss_mb(), peak_rss_mb()
-    predictor.backend(window)  # the first one takes longer, for memory is asked for and kernels are chosen
+    predictor.backend(window)  # the first call is slower: memory is allocated and kernels are chosen
     began = time.perf_counter()
     logits = predictor.backend(window)
     seconds = time.perf_counter() - began
-    # Where an earlier peak was higher, this window did not reach it, and what is held now is all that is known.
+    # If an earlier peak was higher than that of this window, only the memory held now is known.
     reached = peak_rss_mb() if peak_rss_mb() > peak else current_rss_mb()
     return WindowCost(round(seconds, 4), round(max(reached - held - logits.nbytes / _MB, 0.0), 1))

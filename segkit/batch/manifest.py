@@ -1,8 +1,7 @@
-"""The manifest of an output folder: the result of every case, on disk after each one so that nothing is lost.
+"""The manifest of an output folder: the result of each case, on disk as soon as the case ends.
 
-A manifest of many cases takes long to write. Beyond some hundreds it is written again only when a twentieth of them has
-ended; the records since then are in a journal beside it, one line a case, which the next run reads too. At the end of a
-run there is no journal.
+A manifest of many cases takes long to write. Beyond some hundreds it is rewritten only when a twentieth of them has
+ended; newer records are in a journal beside it, one line per case, which the next run also reads. `close` removes it.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from segkit.reading.files import written_atomically
 MANIFEST_NAME = "manifest.json"
 _LISTS = ("cases", "remaining", "replacing", "earlier")
 _AT_ONCE, _SHARE = 400, 20
-"""Cases up to which the manifest is written after each; beyond, when a `_SHARE`-th of them has ended."""
+"""Up to this many cases the manifest is written after each; beyond, when a `_SHARE`-th of them has ended."""
 STAGES = ("read", "preprocess", "predict", "decode", "write")
 
 TaskName = Literal["segmentation", "inpainting"]
@@ -45,18 +44,17 @@ class CaseRecord:
     missing_modalities: tuple[str, ...] = ()
     model: str = ""
     window: tuple[int, ...] = ()
-    """Voxels of the windows; smaller than the model's patch where memory was short."""
+    """Voxels of the windows; smaller than the model's patch if memory was short."""
     predicted: Mapping[str, float] = field(default_factory=dict)
-    """What it was expected to take: `peak_rss_mb` of the process and `seconds`."""
+    """Expected `peak_rss_mb` of the process and `seconds`."""
 
 
 class Manifest:
-    """The records of one run over an output folder, and those that earlier runs left there.
+    """The records of one run over an output folder, and those of earlier runs.
 
     `part` names one of several runs that share the folder. On disk: `cases` of this run in the order in which they
-    ended, `remaining` ids that have not (`replacing`: those of them whose mask was there before), `earlier` records of
-    other runs, `task`, `summary`, `model` and `environment`. Runs of one folder have one task, for records of a case
-    take the place of each other.
+    ended, `remaining` ids (`replacing`: those with an earlier result), `earlier` records of other runs, `task`,
+    `summary`, `model` and `environment`. All runs of a folder have one task: a record replaces the earlier one.
 
     Raises:
         RequestError: the folder has the manifest of another task.
@@ -82,7 +80,7 @@ class Manifest:
         self._unwritten = 0
         self._has_file = False
         self.replacing: set[str] = set()
-        # Parts of a run keep manifests of their own, for they may run at the same time; they count as earlier runs.
+        # Parts of a run may run at the same time and have their own manifests, which count as earlier runs.
         others = sorted(path for path in folder.glob("manifest*.json") if path != self.path)
         documents = {path: _read(path) for path in (*others, self.path)}
         for path, one in documents.items():
@@ -95,7 +93,7 @@ class Manifest:
                 self._cut_short |= set(one["remaining"]) - set(one["replacing"])
 
     def was_made(self, case_id: str, label_scheme: str | None, missing_modalities: tuple[str, ...]) -> bool:
-        """Whether an earlier run made the mask of this case just as this run would."""
+        """Whether an earlier run made the result of this case with the same model and options."""
         entry = self._known.get(case_id, {})
         return (
             entry.get("status") in ("done", "skipped")
@@ -105,15 +103,11 @@ class Manifest:
         )
 
     def was_cut_short(self, case_id: str) -> bool:
-        """Whether a run of the same model was killed before it could record this case, whose result may be there."""
+        """Whether a run of the same model was killed before it recorded this case, whose result may exist."""
         return case_id in self._cut_short
 
     def add(self, *records: CaseRecord) -> None:
-        """Record cases, on disk at once.
-
-        Raises:
-            DataError: the folder cannot be written.
-        """
+        """Record cases on disk; raises DataError if the folder cannot be written."""
         self.records.extend(records)
         self._unwritten += len(records)
         size = len(self.ids) + len(self._known)
@@ -124,19 +118,15 @@ class Manifest:
             with self._journal.open("a", encoding="utf-8", errors="backslashreplace") as stream:
                 stream.writelines(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
         except OSError:
-            self.write()  # its error says what is wrong with the folder
+            self.write()  # raises the error of the folder
 
     def close(self) -> None:
-        """Put what is in the journal into the file.
-
-        Raises:
-            DataError: the folder cannot be written.
-        """
+        """Write the records of the journal into the file; raises DataError if the folder cannot be written."""
         if self._unwritten:
             self.write()
 
     def to_json(self) -> dict[str, Any]:
-        """The document as it stands now."""
+        """The current document."""
         ended = {record.case: record.status for record in self.records}
         remaining = [case_id for case_id in self.ids if case_id not in ended]
         counts = Counter(record.status for record in self.records)
@@ -156,25 +146,21 @@ class Manifest:
         }
 
     def write(self) -> None:
-        """Write all of it, atomically, and remove the journal.
-
-        Raises:
-            DataError: the folder cannot be written.
-        """
+        """Write the document atomically and remove the journal; raises DataError if the folder cannot be written."""
         with written_atomically(self.path) as temporary:
             text = json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
             # File names that are not UTF-8 reach Python as lone surrogates; `\udce9` is JSON's own escape for them.
             temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-        with suppress(OSError):  # its records are then known twice, which does no harm
+        with suppress(OSError):  # its records are then in both files, which is harmless
             self._journal.unlink()
         self._unwritten = 0
         self._has_file = True
 
 
 def _refuse_other_task(path: Path, document: Mapping[str, Any], task: TaskName) -> None:
-    """Refuse what another verb wrote; old manifests do not name their task, but those of inpainting have `holes`."""
+    """Refuse the manifest of another verb; old manifests name no task, but those of inpainting have `holes`."""
     if "identity" not in document:
-        return  # there is none, or none that can be read
+        return  # no manifest that can be read
     other = str(document.get("task", "inpainting" if "holes" in document else "segmentation"))
     if other != task:
         raise RequestError(
@@ -196,7 +182,7 @@ def _still_counts(entry: Mapping[str, Any], ended: Mapping[str, str]) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The manifest of a run with the records of its journal; an empty one where there is none."""
+    """The manifest of a run with the records of its journal; an empty one if there is none."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -204,7 +190,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         document = None
     if not isinstance(document, dict) or not all(isinstance(document.get(key), list) for key in _LISTS):
-        _log.warning("%s is not a manifest that can be read; it is written anew", path)
+        _log.warning("%s is not a manifest that can be read; it is replaced", path)
         return {key: [] for key in _LISTS}
     remaining = dict.fromkeys(_texts(document["remaining"]))
     added = {entry["case"]: entry for entry in _read_journal(_journal_of(path)) if entry["case"] in remaining}
@@ -233,6 +219,6 @@ def _read_journal(path: Path) -> Iterator[dict[str, Any]]:
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):
-            return  # the run was killed in the midst of this line
+            return  # the run was killed while this line was written
         if isinstance(entry, dict) and _names_case(entry):
             yield entry

@@ -1,4 +1,4 @@
-"""Actors on the nodes of a Ray cluster: as many as the nodes have room for, replaced where they are lost."""
+"""Actors on the nodes of a Ray cluster: as many as fit, replaced when lost."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from segkit.batch.worker import CaseWorker
 from segkit.errors import ClusterError, DataError, RequestError, SegkitError
 
 _LOOK_SECONDS = 5.0
-"""How often nodes that have joined are looked for."""
+"""Interval of the search for new nodes."""
 _PATIENCE_SECONDS = 30.0
-"""After which a warning says that all nodes are busy with other work."""
+"""Time until a warning that all nodes are busy."""
 _STARTS, _LOSSES = 3, 10
-"""Actors in a row that may be lost on a node while they open the model, or in the midst of plans."""
+"""Consecutive actors that may be lost on a node while they load the model, or while they process plans."""
 
 _log = logging.getLogger(__name__)
 
@@ -39,9 +39,9 @@ class _Actor:
     place: _Node
     handle: Any
     is_open: bool = False
-    """Whether it has opened the model."""
+    """Whether the model is loaded."""
     plan: Any = None
-    """What it does at present."""
+    """The current plan."""
 
     @property
     def node(self) -> str:
@@ -50,12 +50,12 @@ class _Actor:
 
     @property
     def is_idle(self) -> bool:
-        """Whether it waits for a plan."""
+        """Whether it is ready for a plan."""
         return self.is_open and self.plan is None
 
 
 class RayCrew:
-    """The actors of one run over a folder; `limit` bounds their number."""
+    """The actors of one run, at most `limit`."""
 
     def __init__(self, worker: CaseWorker[Any], orders: Orders, share: Share, limit: int) -> None:
         self.share, self.limit = share, limit
@@ -64,7 +64,7 @@ class RayCrew:
         self._actors: set[_Actor] = set()
         self._pending: dict[Any, _Actor] = {}
         self._refused: dict[str, str] = {}
-        """Id of a node that gets nothing more to do -> why."""
+        """Id of a node that gets no more plans -> reason."""
         self._losses: Counter[str] = Counter()
         self._has_started = False
         self._patience_ends = time.monotonic() + _PATIENCE_SECONDS
@@ -75,20 +75,20 @@ class RayCrew:
         return [actor for actor in self._actors if actor.is_idle and actor.place.id not in self._refused]
 
     def nodes(self) -> set[str]:
-        """Names of the nodes with an actor that takes plans, now or when it is done with its present one."""
+        """Names of the nodes with an actor that takes plans, now or after its current one."""
         return {actor.node for actor in self._actors if actor.is_open and actor.place.id not in self._refused}
 
     def give(self, actor: _Actor, plan: Any) -> None:
-        """Let an idle actor start a plan."""
+        """Start a plan on an idle actor."""
         actor.plan = plan
         self._has_started = True
         self._pending[actor.handle.run.remote(plan)] = actor
 
     def wait(self) -> list[tuple[_Actor, Any]]:
-        """Wait until something has happened: actors with the result of their plan or `Lost`, or none.
+        """Wait for events: actors with the result of their plan or `Lost`; may be empty.
 
         Raises:
-            RequestError: no node can take part; each is named with the reason.
+            RequestError: no node can be used; each is named with the reason.
             ClusterError: no node is left.
         """
         if not self._actors:
@@ -108,12 +108,12 @@ class RayCrew:
         return outcomes
 
     def close(self) -> None:
-        """End every actor, whatever it does."""
+        """End all actors."""
         for actor in list(self._actors):
             self._dismiss(actor)
 
     def _outcome(self, reference: Any) -> tuple[_Actor, Any] | None:
-        """What an answer means; None where it was not about a plan."""
+        """The outcome of a plan; None for other answers."""
         actor = self._pending.pop(reference, None)
         if actor is None:
             return None  # dismissed since
@@ -139,7 +139,7 @@ class RayCrew:
         plan, actor.plan = actor.plan, None
         if reply.unseen is not None:
             reason = f"{actor.node} has no file {reply.unseen}"
-            if reply.unseen.exists():  # here it is, so it is the node that lacks it
+            if reply.unseen.exists():  # only the node lacks it
                 self._refuse(actor.place, f"{reason}, expected on every node under the same path")
             return Lost(reason)
         if actor.place.id in self._refused:
@@ -151,10 +151,10 @@ class RayCrew:
         return reply.result
 
     def _refuse(self, node: _Node, reason: str) -> None:
-        """Give a node nothing more to do; what its actors are doing is waited for."""
+        """Give a node no more plans; current ones are finished."""
         if node.id not in self._refused:
             self._refused[node.id] = reason
-            _log.warning("goes on without a node: %s", reason)
+            _log.warning("a node is not used any more: %s", reason)
         for actor in [actor for actor in self._actors if actor.place.id == node.id and actor.plan is None]:
             self._dismiss(actor)
 
@@ -164,7 +164,7 @@ class RayCrew:
         ray.kill(actor.handle)
 
     def _start_actors(self) -> None:
-        """Start actors wherever there is room, evenly; end those that wait on nodes that are gone."""
+        """Start actors evenly where they fit; end idle ones on lost nodes."""
         self._look_again = time.monotonic() + _LOOK_SECONDS
         found = [_Node(one["NodeID"], _name_of(one), self.share.room(one["Resources"])) for one in _alive()]
         nodes = {node.id: node for node in found if node.room > 0 and node.id not in self._refused}
@@ -195,7 +195,7 @@ class RayCrew:
         reasons = "; ".join(self._refused.values())
         if self._has_started:
             found = "no node of the cluster is left" + (f": {reasons}" if reasons else "")
-            return ClusterError(found, remedy="The same command goes on where this one stopped")
+            return ClusterError(found, remedy="Run the same command again: finished cases are skipped")
         if reasons:
             return RequestError(f"no node of the cluster can do this: {reasons}")
         found = ", ".join(
@@ -218,7 +218,7 @@ def _name_of(node: dict[str, Any]) -> str:
 
 
 def _why_lost(error: RayError) -> str:
-    """In a few words why an actor gave no answer; Ray's own explanation is a page."""
+    """A short reason why an actor was lost; Ray's own explanation is a page."""
     text = " ".join(str(error).split())
     _log.debug("%s", text)
     if "No module named 'segkit'" in text:

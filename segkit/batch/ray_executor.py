@@ -1,8 +1,8 @@
-"""Cases on the nodes of a Ray cluster: `segkit infer` and `segkit inpaint` with `--engine ray`.
+"""Processing of cases on the nodes of a Ray cluster (`--engine ray`).
 
-The worker is pickled, model and all, and goes to each node once through Ray's object store, so that nodes need segkit
-and nothing of this machine's disks but the files of the cases, under the paths that they have here. `distribute` hands
-out plans, `segkit.batch.ray_actors.RayCrew` starts and replaces actors, a `CaseActor` does plan after plan on its node.
+The pickled worker, with its model, is sent to each node once through Ray's object store. Nodes need segkit and the
+files of the cases under the same paths as here. `distribute` assigns plans, `segkit.batch.ray_actors.RayCrew` starts
+and replaces actors, and a `CaseActor` processes plans on its node.
 """
 
 from __future__ import annotations
@@ -35,36 +35,32 @@ _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 Results = Literal["auto", "files", "store"]
-"""Who writes the results: the nodes, or this machine for all; auto asks each node whether it has the output folder."""
+"""Results are written by the nodes (files) or sent to this machine (store); auto: by nodes with the output folder."""
 
 TRIES = 3
-"""Times that a case is started at most: what loses three workers would lose all of them."""
+"""Most starts of one case: a case that loses three workers would lose all of them."""
 
 _DECISIVE = ("segkit", "numpy", "scipy", "torch", "onnxruntime", "openvino")
-"""Packages whose version may show in a mask."""
+"""Packages whose version may change a mask."""
 _MB = 1024**2
 
 
 def require_ray() -> None:
-    """Refuse where Ray is not installed.
-
-    Raises:
-        RequestError: as said.
-    """
+    """Raise a RequestError if Ray is not installed."""
     if importlib.util.find_spec("ray") is None:
         raise RequestError("Ray is not installed", remedy='pip install "segkit[ray]", on every node')
 
 
 @dataclass(frozen=True)
 class Share:
-    """What each actor takes of its node: CPU cores, GPUs, and MB of memory where that is limited."""
+    """The resources of one actor: CPU cores, GPUs, and MB of memory if limited."""
 
     threads: int
     gpus: int = 0
     memory_mb: float | None = None
 
     def room(self, resources: Mapping[str, float]) -> int:
-        """How many actors fit on a node with these resources of Ray."""
+        """The number of actors that fit on a node with these Ray resources."""
         fits = [resources.get("CPU", 0) // self.threads]
         if self.gpus:
             fits.append(resources.get("GPU", 0) // self.gpus)
@@ -78,11 +74,11 @@ class Share:
 
 
 class RayExecutor:
-    """On a Ray cluster, by actors that take `share` of their node each, at most `workers` of them (None: all that fit).
+    """On a Ray cluster, by actors with the resources `share`, at most `workers` of them (None: all that fit).
 
-    `folders` are those that results go to, in the order in which `CasePlan.moved_to` takes others. `address` is what
-    Ray takes: ray://host:10001, host:6379, auto or local. With None Ray looks itself: RAY_ADDRESS, else a cluster that
-    `ray start` started on this machine, else one is started here and ended afterwards. Paths of plans must be absolute.
+    `folders` are the output folders, in the order of `CasePlan.folders`. `address`: ray://host:10001, host:6379, auto
+    or local; None: RAY_ADDRESS, else a cluster that `ray start` started on this machine, else one is started here and
+    ended afterwards. Paths of plans must be absolute.
     """
 
     def __init__(
@@ -99,10 +95,10 @@ class RayExecutor:
         self.address, self.workers, self.results = address, workers, results
 
     def map(self, worker: CaseWorker[Any], plans: Iterable[Any]) -> Iterator[CaseRecord]:
-        """Records in the order in which cases end; without a plan no cluster is looked for.
+        """Records in the order in which cases end; without plans no connection is made.
 
         Raises:
-            RequestError: there is no such cluster, or none of its nodes can do the work; each is named.
+            RequestError: there is no such cluster, or none of its nodes can be used; each is named.
             ClusterError: all nodes were lost.
         """
         waiting = list(plans)
@@ -110,8 +106,8 @@ class RayExecutor:
             return
 
         def give_up(plan: CasePlan, reasons: list[str]) -> CaseRecord:
-            found = f"begun {len(reasons)} times without an answer ({'; '.join(reasons)})"
-            remedy = "Run the same command again, or do this case with --engine local"
+            found = f"started {len(reasons)} times without an answer ({'; '.join(reasons)})"
+            remedy = "Run the same command again, or process this case with --engine local"
             return worker.start(plan).failed(ClusterError(found, remedy=remedy))
 
         with ExitStack() as stack:
@@ -130,12 +126,12 @@ class RayExecutor:
 
 @contextmanager
 def connected(address: str | None) -> Iterator[None]:
-    """A connection to a Ray cluster, which ends with it where it was started by it; an open connection is used.
+    """A connection to a Ray cluster, closed afterwards; an existing connection is used and stays open.
 
     Raises:
-        RequestError: nothing answers there, or other versions of Python or Ray do.
+        RequestError: there is no answer, or the cluster has other versions of Python or Ray.
     """
-    prefer_variables(RAY_NUM_REDIS_GET_RETRIES="1")  # one try of 40 seconds where nothing answers; Ray makes twenty
+    prefer_variables(RAY_NUM_REDIS_GET_RETRIES="1")  # one try of 40 seconds without an answer; Ray makes twenty
     import ray
 
     if ray.is_initialized():
@@ -144,7 +140,7 @@ def connected(address: str | None) -> Iterator[None]:
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on what later versions of Ray will do
+            warnings.simplefilter("ignore")  # about later versions of Ray
             ray.init(address, include_dashboard=False, log_to_driver=False, logging_level="error")
     except (ConnectionError, RuntimeError, ValueError) as error:
         needs_token = "AuthToken" in f"{error} {error.__cause__}"
@@ -153,7 +149,7 @@ def connected(address: str | None) -> Iterator[None]:
             f"no connection to a Ray cluster: {' '.join(str(error).split())[:500]}",
             where=address,
             expected="ray://HOST:10001, HOST:6379, auto or local",
-            remedy="It asks for Ray's token: set RAY_AUTH_MODE=token, with its token here" if needs_token else start,
+            remedy="It requires Ray's token: set RAY_AUTH_MODE=token, with its token here" if needs_token else start,
         ) from error
     try:
         yield
@@ -163,7 +159,7 @@ def connected(address: str | None) -> Iterator[None]:
 
 @contextmanager
 def marked(folder: Path) -> Iterator[Path]:
-    """A file in an output folder by which a node recognises it."""
+    """A temporary file in an output folder by which nodes recognise the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     mark = folder / f".shared-{secrets.token_hex(6)}"
     mark.touch()
@@ -175,7 +171,7 @@ def marked(folder: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Lost:
-    """Instead of a result: the actor was lost, and why."""
+    """The outcome if the actor was lost, with the reason."""
 
     reason: str
 
@@ -184,17 +180,16 @@ class Lost:
 class _Attempt(Generic[_T]):
     task: _T
     nodes: set[str] = field(default_factory=set)
-    """Where it was started and lost."""
+    """Nodes that lost it."""
     reasons: list[str] = field(default_factory=list)
 
 
 def distribute(
     tasks: Iterable[_T], crew: RayCrew, give_up: Callable[[_T, list[str]], _R], *, tries: int = TRIES
 ) -> Iterator[_R]:
-    """The result of every task, as they come; `give_up` makes that of a task lost `tries` times, of the reasons.
+    """The result of each task, in any order; `give_up(task, reasons)` makes that of a task lost `tries` times.
 
-    A task is handed out only when an actor is free for it. One whose actor was lost goes before the others, and to
-    another node as long as there is one.
+    A task is assigned when an actor is free. A task whose actor was lost comes first, on another node if there is one.
     """
     fresh = (_Attempt(task) for task in tasks)
     again: deque[_Attempt[_T]] = deque()
@@ -222,7 +217,7 @@ def distribute(
 
 
 def _take(again: deque[_Attempt[_T]], node: str, crew: RayCrew) -> _Attempt[_T] | None:
-    """The first of the tasks to be tried again that an actor of this node may have."""
+    """The first task to retry that may run on this node."""
     nodes = crew.nodes() if again else set()
     for attempt in again:
         if node not in attempt.nodes or nodes <= attempt.nodes:
@@ -233,47 +228,42 @@ def _take(again: deque[_Attempt[_T]], node: str, crew: RayCrew) -> _Attempt[_T] 
 
 @dataclass(frozen=True)
 class Orders:
-    """What an actor needs to start: the pickled worker, the folders of the results, and how they come back.
+    """The start data of an actor: the pickled worker, the output folders, and how results are returned.
 
-    `marks` are files just put into the folders, one into each. A node that has them all writes there; any other sends
-    results back.
+    `marks` are temporary files, one in each folder. A node that sees all of them writes there; others send results.
     """
 
     work: bytes
     folders: tuple[Path, ...]
     marks: tuple[Path, ...] | None
-    """None: files are sent back whether or not the node has the folders."""
+    """None: every node sends its files."""
     must_share: bool = False
-    """A node without the folders does not take part."""
+    """Nodes without the folders are not used."""
     versions: Mapping[str, str] = field(default_factory=lambda: decisive_versions())
-    """Of the machine that gives the orders."""
+    """Versions on this machine."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """The result of a plan, and the contents of files that are still to be written."""
+    """The result of a plan, and the contents of files to write."""
 
     result: Any
     files: Mapping[Path, bytes] = field(default_factory=dict)
     unseen: Path | None = None
-    """A file of the case that the node does not have; nothing was done."""
+    """A file of the case that is missing on the node; the case was not processed."""
 
     def write(self) -> None:
-        """Write the files.
-
-        Raises:
-            DataError: one cannot be written.
-        """
+        """Write the files; raises DataError if one cannot be written."""
         for path, content in self.files.items():
             with written_atomically(path) as temporary:
                 temporary.write_bytes(content)
 
 
 class CaseActor:
-    """Does plans on a node; every answer is a value, for an error raised would lose its class."""
+    """Processes plans on a node. Errors are returned: raised, they would lose their class."""
 
     def open(self, orders: Orders) -> str | None:
-        """Get ready; gives back what keeps this node from taking part, or None."""
+        """Load the worker; returns why this node cannot be used, or None."""
         here = decisive_versions()
         differing = [
             f"{package} {here[package]} instead of {version}"
@@ -293,11 +283,11 @@ class CaseActor:
             for folder in self.folders:
                 remove_leftovers(folder)
         elif orders.must_share:
-            return f"does not share the output folder {missing[0]}: mount it there, or let results come back"
+            return f"does not share the output folder {missing[0]}: mount it there, or pass --results store"
         return None
 
     def run(self, plan: CasePlan) -> Reply:
-        """Do one plan."""
+        """Process one plan."""
         for path in plan.inputs():
             if not path.exists():
                 return Reply(None, unseen=path)
@@ -316,7 +306,7 @@ class CaseActor:
 
 
 def decisive_versions() -> dict[str, str]:
-    """Versions of the packages that masks depend on, without what tells how they were built."""
+    """Versions of the packages that masks depend on, without build tags."""
     versions = {}
     for package in _DECISIVE:
         try:

@@ -1,7 +1,4 @@
-"""A folder of cases in, a folder of results and a manifest out; a case that fails does not stop the others.
-
-Only this process writes the manifest; executors share nothing with it but the output folder.
-"""
+"""Processing of all cases of a folder, with a manifest; a case that fails does not stop the others."""
 
 from __future__ import annotations
 
@@ -35,12 +32,12 @@ def run_folder(
     part: str | None = None,
     data: Path | None = None,
 ) -> dict[str, Any]:
-    """Do a task with every case of a cohort; returns the manifest, which is also `output/manifest.json`.
+    """Process each case of a cohort; returns the manifest, which is also `output/manifest.json`.
 
-    A case that fails is recorded with a sentence. `on_record` is called after each case. `memory_mb` is what the
-    process may take, by default nearly all that is free: if it is short, cases are done one after the other and windows
-    are made smaller. On other machines windows stay as they are unless it is given. `model` is the name of the model
-    in the manifest, `part` that of this run where several share a folder, `data` where the images stay.
+    `on_record` is called after each case. `memory_mb` is the memory limit of the process (default: nearly all free
+    memory): if it is short, cases are processed one at a time and windows become smaller. On other machines windows
+    keep their size unless it is given. In the manifest, `model` is the name of the model, `part` that of this run if
+    several share a folder, `data` the folder of the images.
 
     Raises:
         RequestError: the task does not fit the cohort, or a folder cannot be written or holds other results.
@@ -76,14 +73,9 @@ def run_folder(
 
 
 def open_manifest(
-    task: Task[Any],
-    cohort: Cohort,
-    output: Path,
-    model: str = "",
-    part: str | None = None,
-    data: Path | None = None,
+    task: Task[Any], cohort: Cohort, output: Path, model: str = "", part: str | None = None, data: Path | None = None
 ) -> Manifest:
-    """The manifest of a run that is about to start, with what earlier runs left in the folder; nothing is written.
+    """The manifest of a new run, with the records of earlier runs in the folder; nothing is written.
 
     `data` is recorded relative to the output, for `segkit report`.
 

@@ -1,4 +1,4 @@
-"""Segmentation of the cases of a folder: which files a case gets, and how they are computed and written."""
+"""Segmentation of the cases of a folder: the output files of a case, how they are computed and written."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Segment(Task[SegmentPlan]):
 
     predictor: Predictor
     allow_missing: bool = False
-    """Put zeros where a modality is missing; recorded."""
+    """Fill missing modalities with zeros; recorded."""
     save_probabilities: bool = False
     """Also write the probability of each output, as `probabilities/<case>_<output>`."""
     uncertainty: bool = False
@@ -61,7 +61,7 @@ class Segment(Task[SegmentPlan]):
 
     @property
     def identity(self) -> str:
-        """That of the predictor."""
+        """The identity of the predictor."""
         return self.predictor.identity
 
     @property
@@ -70,7 +70,7 @@ class Segment(Task[SegmentPlan]):
         return self.predictor.window
 
     def backends(self) -> list[Backend]:
-        """Those of the members of the ensemble."""
+        """The backends of the members of the ensemble."""
         return [member.backend for member in self.predictor.members]
 
     def with_backends(self, change: Callable[[Backend], Backend]) -> Self:
@@ -78,17 +78,13 @@ class Segment(Task[SegmentPlan]):
         return replace(self, predictor=self.predictor.with_backends(change))
 
     def facts(self, model: str) -> dict[str, Any]:
-        """What the manifest says of the model."""
+        """See `Task.facts`."""
         predictor, facts = self.predictor, super().facts(model)
         more = {"label_scheme": predictor.scheme.name, "sha256": predictor.digests, "tta": predictor.uses_tta}
         return {"model": {**facts["model"], **more}}
 
     def check(self, cohort: Cohort) -> None:
-        """Refuse pictures for a model of volumes, the reverse, and a label scheme that the model cannot paint.
-
-        Raises:
-            RequestError: as said.
-        """
+        """RequestError for pictures with a model of volumes, the reverse, or a scheme without all tissues."""
         refuse_other_dims(cohort, self.predictor.card.dims)
         self._requested_scheme()
 
@@ -97,7 +93,7 @@ class Segment(Task[SegmentPlan]):
         return self._scheme_for(case, cohort).name
 
     def _scheme_for(self, case: Case, cohort: Cohort) -> LabelScheme:
-        """The scheme asked for, or that of the input unless it lacks a tissue that the model paints, or training's."""
+        """The requested scheme, else that of the input if it has all tissues of the model, else that of training."""
         named = self._requested_scheme() or case.scheme or cohort.scheme
         return self.predictor.scheme if named is None or not self.predictor.can_paint(named) else named
 
@@ -109,19 +105,12 @@ class Segment(Task[SegmentPlan]):
         if scheme is None:
             raise RequestError(f"label scheme {name!r} is not known", expected=f"one of {', '.join(SCHEMES)}")
         if not predictor.can_paint(scheme):
-            raise RequestError(
-                f"label scheme {name} has no value for some of what this model paints"
-                f" ({', '.join(predictor.scheme.values)})",
-                expected=f"{predictor.scheme.name}, or another scheme with these tissues",
-            )
+            found = f"label scheme {name} lacks tissues of this model ({', '.join(predictor.scheme.values)})"
+            raise RequestError(found, expected=f"{predictor.scheme.name}, or another scheme with these tissues")
         return scheme
 
     def plan(self, case: Case, cohort: Cohort, output: Path) -> SegmentPlan:
-        """The files of a case below `output`.
-
-        Raises:
-            DataError: a modality is missing.
-        """
+        """The files of a case below `output`; raises DataError if a modality is missing."""
         wanted = self.predictor.card.modalities
         matched = match_modalities(case, wanted, allow_missing=self.allow_missing)
         mask_suffix, map_suffix = (".png", ".tif") if cohort.dims == 2 else (".nii.gz", ".nii.gz")
@@ -146,12 +135,12 @@ class Segment(Task[SegmentPlan]):
         return replace(self, predictor=predictor), plans, has_room
 
     def with_smaller_window(self) -> Self | None:
-        """The same with smaller windows; None where there are none."""
+        """See `Task.with_smaller_window`."""
         predictor = self.predictor.with_smaller_window()
         return None if predictor is None else replace(self, predictor=predictor)
 
     def prepared_shape(self, grid: Grid) -> tuple[int, ...]:
-        """Voxels per axis of the prepared image, at most."""
+        """Most voxels per axis of the prepared image."""
         return self.predictor.prepared_shape(grid)
 
     def read(self, plan: SegmentPlan, stage: Stage, *, uses_threads: bool) -> PreparedCase:
@@ -160,7 +149,7 @@ class Segment(Task[SegmentPlan]):
         return self.predictor.read_case(plan.case, allow_missing=allow_missing, uses_threads=uses_threads, stage=stage)
 
     def compute(self, plan: SegmentPlan, loaded: PreparedCase, stage: Stage) -> Prediction:
-        """The mask, with the maps that are wanted."""
+        """The mask, with the requested maps."""
         return self.predictor.predict_prepared(
             loaded,
             plan.scheme,
@@ -170,11 +159,7 @@ class Segment(Task[SegmentPlan]):
         )
 
     def write(self, plan: SegmentPlan, result: Prediction) -> dict[str, Any]:
-        """Write the maps, the DICOM SEG and, last, the mask.
-
-        Raises:
-            DataError: a file cannot be written.
-        """
+        """Write the maps, the DICOM SEG and, last, the mask."""
         if result.probability_maps is not None:
             result.probability_maps.write(plan.paths("probabilities"))
         if result.uncertainty_maps is not None:
@@ -188,11 +173,7 @@ class Segment(Task[SegmentPlan]):
         return {}
 
     def read_results(self, plan: SegmentPlan) -> None:
-        """Read the mask.
-
-        Raises:
-            DataError: it is damaged.
-        """
+        """See `Task.read_results`."""
         (target,) = plan.paths("results")
         read_labels(target)
 

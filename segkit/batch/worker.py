@@ -1,8 +1,8 @@
-"""The work on one case in three stages, read, compute and write, and the cases of a folder in this process.
+"""Processing of one case in three stages (read, compute, write), and of a folder in this process.
 
-A `Task` (`segkit.batch.segment.Segment`, `segkit.inpainting.inpaint.Inpaint`) plans the files of a case and does the
-three stages. A `CaseWorker` times them, turns errors into records, and tries again with smaller windows where memory
-ran out. Executors call it: `LocalExecutor` here, `RayExecutor` in `segkit.batch.ray_executor`.
+A `Task` (`Segment`, `Inpaint`) plans the files of a case and implements the stages. A `CaseWorker` times them, turns
+errors into records, and retries with smaller windows when memory runs out. `LocalExecutor` and
+`segkit.batch.ray_executor.RayExecutor` call it.
 """
 
 from __future__ import annotations
@@ -38,14 +38,12 @@ class CasePlan:
 
     case: Case
     folders: tuple[Path, ...]
-    """The output folder; then that of a bank, where there is one."""
+    """The output folder, and the folder of the bank if there is one."""
     files: Mapping[str, tuple[Path, ...]]
-    """Kind -> files, relative to the output folder, those of the kind "bank" to the bank.
-
-    "results" are the masks or images themselves; where one of them exists the case was done before."""
+    """Kind -> files, relative to the output folder (kind "bank": to the bank). "results" are the masks or images."""
     missing_modalities: tuple[str, ...] = ()
     predicted: Mapping[str, float] = field(default_factory=dict)
-    """What the case is expected to take, `peak_rss_mb` and `seconds`."""
+    """Expected `peak_rss_mb` and `seconds`."""
 
     @property
     def label_scheme(self) -> str | None:
@@ -53,7 +51,7 @@ class CasePlan:
         return None
 
     def paths(self, kind: str) -> list[Path]:
-        """The files of a kind; none where it is not wanted."""
+        """The files of a kind; none if it was not requested."""
         return [self.folders[1 if kind == "bank" else 0] / path for path in self.files.get(kind, ())]
 
     def all_paths(self) -> list[Path]:
@@ -65,7 +63,7 @@ class CasePlan:
         return [file.path for file in self.case.images.values()]
 
     def moved_to(self, folders: Sequence[Path]) -> Self:
-        """The same with everything written to other folders, one for each of those of the plan."""
+        """The same plan with other `folders`."""
         return replace(self, folders=tuple(folders))
 
 
@@ -73,53 +71,43 @@ P = TypeVar("P", bound=CasePlan)
 
 
 class Task(ABC, Generic[P]):
-    """What is done with every case of a folder. Survives pickling, to compute on other machines."""
+    """How each case of a folder is processed; can be pickled, to compute on other machines."""
 
     name: ClassVar[TaskName]
     record_class: ClassVar[type[CaseRecord]] = CaseRecord
     foreign_result: ClassVar[str]
-    """Names a result that another model or other options made, for an error."""
+    """Describes a result of another model or other options, for an error."""
     predictor: Any
-    """What computes, with its `card` and `backend`."""
+    """Has `card` and `backend`."""
 
     @property
     @abstractmethod
     def identity(self) -> str:
-        """What results depend on: model and options."""
+        """The model and options that results depend on."""
 
     @property
     def window(self) -> tuple[int, ...]:
-        """Voxels of the windows, where there is one size."""
+        """Voxels of a window, if all have one size."""
         return ()
 
     @abstractmethod
     def backends(self) -> list[Backend]:
-        """Everything that computes."""
+        """All backends in use."""
 
     @abstractmethod
     def with_backends(self, change: Callable[[Backend], Backend]) -> Self:
         """The same task computed by `change(backend)` for each backend."""
 
     def facts(self, model: str) -> dict[str, Any]:
-        """What the manifest says of model and options; `model` is the name of the model."""
+        """Model and options for the manifest; `model` is the name of the model."""
         card = self.predictor.card
-        described = {
-            "name": model,
-            "family": card.network.family,
-            "size": card.network.size,
-            "modalities": list(card.modalities),
-            "sha256": [card.sha256],
-            "backend": self.predictor.backend.name,
-        }
-        return {"model": described}
+        network = {"name": model, "family": card.network.family, "size": card.network.size}
+        inputs = {"modalities": list(card.modalities), "sha256": [card.sha256]}
+        return {"model": {**network, **inputs, "backend": self.predictor.backend.name}}
 
     @abstractmethod
     def check(self, cohort: Cohort) -> None:
-        """Refuse a cohort that does not fit the model.
-
-        Raises:
-            RequestError: it does not.
-        """
+        """Raise a RequestError if the cohort does not fit the model."""
 
     def label_scheme_for(self, case: Case, cohort: Cohort) -> str | None:
         """Name of the label scheme of a case's mask."""
@@ -127,18 +115,14 @@ class Task(ABC, Generic[P]):
 
     @abstractmethod
     def plan(self, case: Case, cohort: Cohort, output: Path) -> P:
-        """What is written for a case.
-
-        Raises:
-            DataError: the case cannot be used.
-        """
+        """The plan of a case; raises DataError if it cannot be used."""
 
     def fit_memory(self, plans: list[P], memory_mb: float | None) -> tuple[Self, list[P], bool]:
-        """The task with windows that fit, plans with forecasts, and whether there is room for several cases at once."""
+        """The task with windows that fit, plans with forecasts, and whether several cases fit at once."""
         return self, plans, True
 
     def open_log(self, cohort: Cohort) -> Callable[[CaseRecord], None]:
-        """What is called with every record on the machine that writes the manifest.
+        """A function that is called with each record on the machine that writes the manifest.
 
         Raises:
             RequestError: a folder holds results of another model or of other options.
@@ -146,11 +130,11 @@ class Task(ABC, Generic[P]):
         return lambda record: None
 
     def prepared_shape(self, grid: Grid) -> tuple[int, ...]:
-        """Voxels per axis of the image that `read` gives for a file of this grid, at most."""
+        """Most voxels per axis of the image that `read` returns for a file of this grid."""
         return grid.shape
 
     def waiting_bytes(self, plan: P) -> int:
-        """Bytes of the image that waits to be computed, as the header of its first file says; 0 if it is damaged."""
+        """Bytes of the image between `read` and `compute`, from the header of its first file; 0 if that is damaged."""
         try:
             grid = read_grid(next(iter(plan.case.images.values())).path)
         except DataError:
@@ -167,23 +151,19 @@ class Task(ABC, Generic[P]):
 
     @abstractmethod
     def read_results(self, plan: P) -> None:
-        """Read the results of a case that was done before.
-
-        Raises:
-            DataError: one is damaged.
-        """
+        """Read the results of an earlier run; raises DataError if one is damaged."""
 
     @abstractmethod
     def write(self, plan: P, result: Any) -> dict[str, Any]:
-        """Write the result; gives further fields of the record."""
+        """Write the result; returns further fields of the record. Raises DataError if a file cannot be written."""
 
     def with_smaller_window(self) -> Self | None:
-        """The same task with smaller windows, for less memory; None where there are none."""
+        """The same task with smaller windows, for less memory; None if there are none."""
         return None
 
 
 class StageClock:
-    """The seconds of a case by stage (`STAGES`); a stage inside another is not counted twice."""
+    """Seconds of a case by stage (`STAGES`); a stage inside another is not counted twice."""
 
     def __init__(self) -> None:
         self._seconds = dict.fromkeys(STAGES, 0.0)
@@ -191,7 +171,7 @@ class StageClock:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Time a stage, also where it fails."""
+        """Time a stage, also if it fails."""
         start, inner_before = time.perf_counter(), self._inner
         self._inner = 0.0
         try:
@@ -202,28 +182,28 @@ class StageClock:
             self._inner = inner_before + spent
 
     def rounded(self) -> dict[str, float]:
-        """The seconds as the manifest has them."""
+        """The seconds, rounded for the manifest."""
         return {stage: round(value, 4) for stage, value in self._seconds.items()}
 
 
 class CaseWorker(Generic[P]):
-    """Does a task case by case. `task` is replaced by one with smaller windows where memory ran out."""
+    """Processes cases; `task` is replaced by one with smaller windows when memory runs out."""
 
     def __init__(self, task: Task[P], *, uses_threads: bool = True) -> None:
         self.task = task
         self.uses_threads = uses_threads
 
     def start(self, plan: P) -> CaseJob[P]:
-        """The work on one case, to be done stage by stage."""
+        """The job of one case, to be run stage by stage."""
         return CaseJob(self, plan, uses_threads=self.uses_threads)
 
     def __call__(self, plan: P) -> CaseRecord:
-        """All of the work on one case; raises only what ends the whole program."""
+        """Process one case; errors become its record, except those that end the program."""
         return self.start(plan).run()
 
     def shrink(self, used: Task[P]) -> bool:
-        """Use windows smaller than those of `used` from now on; False where there are none."""
-        if self.task is used:  # else a case before has done it
+        """Use windows smaller than those of `used` from now on; False if there are none."""
+        if self.task is used:  # else an earlier case has done it
             smaller = used.with_smaller_window()
             if smaller is None:
                 return False
@@ -232,7 +212,7 @@ class CaseWorker(Generic[P]):
 
 
 class CaseJob(Generic[P]):
-    """One case between its stages; `read` and `write` may run in other threads than `compute`."""
+    """The processing of one case; `read` and `write` may run in other threads than `compute`."""
 
     def __init__(self, worker: CaseWorker[P], plan: P, *, uses_threads: bool) -> None:
         self.plan = plan
@@ -247,12 +227,12 @@ class CaseJob(Generic[P]):
         return self._task.waiting_bytes(self.plan)
 
     def read(self) -> None:
-        """Get ready for `compute`."""
+        """Read the inputs, for `compute`."""
         self._loaded = self._task.read(self.plan, self._clock, uses_threads=self._uses_threads)
 
     def compute(self) -> None:
-        """Get ready for `write`."""
-        self._task = self._worker.task  # its windows may have become smaller since
+        """Compute the result, for `write`."""
+        self._task = self._worker.task  # its windows may be smaller now
         loaded, self._loaded = self._loaded, None
         self._result = self._task.compute(self.plan, loaded, self._clock)
 
@@ -273,16 +253,16 @@ class CaseJob(Generic[P]):
             return self.recover(error)
 
     def recover(self, error: BaseException) -> CaseRecord:
-        """The record after a stage failed: of another try with smaller windows where memory ran out, else a failure."""
+        """The record after a stage failed: of a retry with smaller windows if memory ran out, else of the failure."""
         self._loaded = self._result = None
         if not is_memory_error(error) or not self._worker.shrink(self._task):
             return self.failed(error)
         size = " x ".join(map(str, self._worker.task.window))
-        _log.warning("%s: out of memory; once more, with windows of %s voxels", self.plan.case.id, size)
+        _log.warning("%s: out of memory; trying again with windows of %s voxels", self.plan.case.id, size)
         return CaseJob(self._worker, self.plan, uses_threads=False).run()
 
     def failed(self, error: BaseException) -> CaseRecord:
-        """The record of a case that failed with `error`; the trace is logged for -v."""
+        """The record of a case that failed with `error`; the traceback is logged for -v."""
         _log.debug("%s failed", self.plan.case.id, exc_info=error)
         return self._record(error_sentence(error))
 
@@ -304,17 +284,17 @@ class CaseJob(Generic[P]):
 
 
 class Executor(Protocol):
-    """Where cases are done."""
+    """Runs the worker on plans."""
 
     def map(self, worker: CaseWorker[Any], plans: Iterable[Any]) -> Iterator[CaseRecord]:
-        """The record of every plan, as it is ready, in any order."""
+        """The record of each plan, in any order."""
         ...
 
 
 class LocalExecutor:
-    """In this process: `workers` threads read ahead and one writes behind; with 0 there are no threads.
+    """In this process: `workers` threads read ahead and one writes; with 0 there are no threads.
 
-    Cases that were read wait for the network as long as they take no more than `waiting_bytes` together.
+    At most `waiting_bytes` of images are read ahead of the network.
     """
 
     def __init__(self, workers: int = 0, waiting_bytes: int = 2**31) -> None:
@@ -341,7 +321,7 @@ class LocalExecutor:
                     reading.result()
                     job.compute()
                 except BaseException as error:
-                    yield from _written(writing)  # what is done is not lost
+                    yield from _written(writing)  # keep finished cases
                     if not isinstance(error, Exception):
                         raise
                     yield job.recover(error)

@@ -46,7 +46,7 @@ def infer(
 ) -> None:
     """Segment a volume, a case folder or a data folder; one mask a case and a manifest go to OUT.
 
-    Cases that fail are named with the reason and do not stop the others; run the same command again to go on where
+    Cases that fail are named with the reason and do not stop the others; run the same command again to continue where
     it was interrupted.
     """
     from segkit.api.infer import open_segmentation

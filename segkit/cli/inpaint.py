@@ -46,11 +46,11 @@ def inpaint(
     anomaly: AnomalyOption = False,
     bank: BankOption = None,
 ) -> None:
-    """Fill what is missing of scans, or their lesions; all other voxels come back as they were, bit for bit.
+    """Fill holes or lesions of scans; all other voxels stay the same, bit for bit.
 
-    What is missing is told by --mask, by --lesions, or by the folder itself where it is one of the BraTS inpainting
-    task. One image a modality and a manifest go to OUT; a case of which nothing is missing is written as it is, with a
-    note. Cases that fail do not stop the others, and the same command goes on where it was interrupted.
+    Holes are given by --mask, by --lesions, or by the input itself if it is a folder of the BraTS inpainting task. One
+    image per modality and a manifest are written to OUT; a case without a hole is copied, with a note. Cases that fail
+    do not stop the others, and the same command continues where it was interrupted.
     """
     from segkit.api.inpaint import open_inpainting
 

@@ -1,1 +1,1 @@
-"""Inpainting: what is missing of an image is made up, by simple fills or by a trained network."""
+"""Inpainting: missing regions of an image are filled, smoothly or by a trained network."""

@@ -1,4 +1,4 @@
-"""Holes of the cases of a folder filled: which files a case gets, and how they are computed and written."""
+"""Inpainting of the cases of a folder: the output files of a case, how they are computed and written."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ class InpaintPlan(CasePlan):
     """
 
     mask: ImageFile | None = None
-    """Marks what is missing."""
+    """Marks the hole."""
     segmented: Case | None = None
-    """Where there is no mask: the images in which the segmenter finds what is missing."""
+    """Without a mask: the images in which the segmenter finds the hole."""
 
     def inputs(self) -> list[Path]:
         """The files that are read."""
@@ -61,7 +61,7 @@ class InpaintPlan(CasePlan):
 
 @dataclass(frozen=True)
 class InpaintRecord(CaseRecord):
-    """The record of a case with the number of voxels that were filled; `note` is what a user should know."""
+    """The record of a case with the number of filled voxels, and a note for the user."""
 
     made_up_voxels: int = 0
     note: str | None = None
@@ -69,7 +69,7 @@ class InpaintRecord(CaseRecord):
 
 @dataclass(frozen=True)
 class Filled:
-    """An image (C, *spatial) with its hole (*spatial) filled, and the anomaly map (*spatial) where it is wanted."""
+    """An image (C, *spatial) with its hole (*spatial) filled, and the anomaly map (*spatial) if requested."""
 
     image: Image
     hole: NDArray[np.bool_]
@@ -79,16 +79,16 @@ class Filled:
 
 @dataclass(frozen=True)
 class Inpaint(Task[InpaintPlan]):
-    """Filling with one model what `holes` tells; options are those of `segkit inpaint`."""
+    """Filling of `holes` by one model; the options are those of `segkit inpaint`."""
 
     predictor: InpaintingPredictor
     holes: HoleSource
     save_holes: bool = False
-    """Also write what was filled, as the mask `<case>_hole`."""
+    """Also write the hole, as the mask `<case>_hole`."""
     anomaly: bool = False
     """Also write the anomaly map, as `<case>_anomaly`."""
     bank: Path | None = None
-    """Folder of a bank of lesion-free copies to write as well."""
+    """Folder of a bank of lesion-free copies, also written."""
 
     name: ClassVar[TaskName] = "inpainting"
     record_class: ClassVar[type[CaseRecord]] = InpaintRecord
@@ -96,16 +96,16 @@ class Inpaint(Task[InpaintPlan]):
 
     @functools.cached_property
     def identity(self) -> str:
-        """That of the model and of the holes."""
+        """The identity of the model and of the holes."""
         return f"{self.predictor.card.sha256[:16]}+{self.holes.identity}"
 
     def __getstate__(self) -> dict[str, Any]:
-        """With the identity, which depends on the working directory, and without the masks, which the plans have."""
+        """With the identity, which depends on the working directory; without the masks, which are in the plans."""
         holes = replace(self.holes, masks={}, complaints={})
         return {**self.__dict__, "identity": self.identity, "holes": holes}
 
     def backends(self) -> list[Backend]:
-        """Those of the model and of the segmenter."""
+        """The backends of the model and of the segmenter."""
         segmenter = self.holes.segmenter
         return [self.predictor.backend, *(member.backend for member in (segmenter.members if segmenter else ()))]
 
@@ -116,28 +116,19 @@ class Inpaint(Task[InpaintPlan]):
         return replace(self, predictor=predictor, holes=replace(self.holes, segmenter=segmenter))
 
     def facts(self, model: str) -> dict[str, Any]:
-        """What the manifest says of model and holes."""
+        """See `Task.facts`."""
         return {**super().facts(model), "holes": self.holes.to_json()}
 
     def check(self, cohort: Cohort) -> None:
-        """Refuse pictures for a model of volumes, and a bank of pictures.
-
-        Raises:
-            RequestError: as said.
-        """
+        """Raise a RequestError for pictures with a model of volumes, and for a bank of pictures."""
         if not (self.predictor.card.dims == 2 and cohort.dims == 3):  # a model of slices fills volumes
             refuse_other_dims(cohort, self.predictor.card.dims)
         if self.bank is not None and cohort.dims == 2:
-            raise RequestError(
-                "holds pictures", where=cohort.root, expected="volumes, for a bank", remedy="Omit --bank"
-            )
+            expected = "volumes, for a bank"
+            raise RequestError("holds pictures", where=cohort.root, expected=expected, remedy="Omit --bank")
 
     def plan(self, case: Case, cohort: Cohort, output: Path) -> InpaintPlan:
-        """The files of a case below `output`.
-
-        Raises:
-            DataError: a modality or the mask is missing.
-        """
+        """The files of a case below `output`; DataError if a modality or the mask is missing."""
         modalities, segmenter = self.predictor.card.modalities, self.holes.segmenter
         segmented = None if segmenter is None else _matched(case, segmenter.card.modalities)
         matched = _matched(case, modalities)
@@ -159,7 +150,7 @@ class Inpaint(Task[InpaintPlan]):
         )
 
     def open_log(self, cohort: Cohort) -> Callable[[CaseRecord], None]:
-        """Name cases in the bank as they are done, and log notes.
+        """A function that adds finished cases to the bank and logs notes.
 
         Raises:
             RequestError: the folder of the bank holds a bank of another model or of other holes.
@@ -181,7 +172,7 @@ class Inpaint(Task[InpaintPlan]):
         return log
 
     def read(self, plan: InpaintPlan, stage: Stage, *, uses_threads: bool) -> Loaded:
-        """The image, the mask (*spatial) where there is one, and whether the segmenter may use threads to read."""
+        """The image, the mask (*spatial) if there is one, and whether the segmenter may use threads to read."""
         with stage("read"):
             loaded = load_case(plan.case, tuple(plan.case.images), None, uses_threads=uses_threads)
             marked = None if plan.mask is None else read_mask(plan.mask, loaded.grid)
@@ -191,45 +182,35 @@ class Inpaint(Task[InpaintPlan]):
         """The image with its hole filled.
 
         Raises:
-            DataError: nothing is known of the image but its hole, or the model output is not finite.
+            DataError: the hole covers all of the image, or the model output is not finite.
         """
         case, marked, uses_threads = loaded
         image, grid = case.image, case.grid
         with stage("preprocess"):
             if marked is None:
-                marked = self._find(plan, uses_threads=uses_threads)
+                if self.holes.segmenter is None or plan.segmented is None:
+                    raise ValueError("there is neither a mask nor a segmenter")
+                prepared = self.holes.segmenter.read_case(plan.segmented, uses_threads=uses_threads)
+                marked = self.holes.segmenter.predict_prepared(prepared).labels != 0
             hole = enlarged(marked, image, grid.spacing_mm, self.holes.margin_mm)
         if "anomaly" in plan.files and hole.any() and not image[:, hole].any():
             raise DataError(
-                "the image is 0 all over the hole, so there is nothing to compare with",
+                "the image is 0 in all of the hole, so there is nothing to compare with",
                 where=plan.case.id,
-                expected="for an anomaly map, the image before anything was cut out of it",
+                expected="for an anomaly map, the image before the region was removed",
             )
         with stage("predict"):
             filled = self.predictor.fill(image, hole, grid)
         if not np.isfinite(filled[:, hole]).all():
-            raise DataError("the model made up NaN or infinity", where=plan.case.id, remedy="Train it again")
+            raise DataError("the model output contains NaN or infinity", where=plan.case.id, remedy="Train it again")
         anomaly = None
         if "anomaly" in plan.files:
             with stage("decode"):
                 anomaly = anomaly_map(image, filled, hole, grid.spacing_mm)
         return Filled(filled, hole, grid, anomaly)
 
-    def _find(self, plan: InpaintPlan, *, uses_threads: bool) -> NDArray[np.bool_]:
-        """What the segmenter marks, (*spatial)."""
-        segmenter = self.holes.segmenter
-        if segmenter is None or plan.segmented is None:
-            raise ValueError("there is neither a mask nor a segmenter")
-        prepared = segmenter.read_case(plan.segmented, uses_threads=uses_threads)
-        found: NDArray[np.bool_] = segmenter.predict_prepared(prepared).labels != 0
-        return found
-
     def write(self, plan: InpaintPlan, result: Filled) -> dict[str, Any]:
-        """Write the images, with what else was asked for.
-
-        Raises:
-            DataError: a file cannot be written.
-        """
+        """Write the images and the other requested files."""
         hole, images = result.hole.astype(np.uint8), plan.paths("results")
         if result.anomaly is not None:
             (anomaly,) = plan.paths("anomaly")
@@ -246,22 +227,18 @@ class Inpaint(Task[InpaintPlan]):
         return {"made_up_voxels": count, "note": None if count else NOTHING_MISSING}
 
     def read_results(self, plan: InpaintPlan) -> None:
-        """Read the filled images.
-
-        Raises:
-            DataError: one is damaged.
-        """
+        """See `Task.read_results`."""
         paths = plan.paths("results")
         for path in dict.fromkeys(paths):
             read_volume(path, None if len(set(paths)) == len(paths) else 0)
 
 
 def _matched(case: Case, wanted: tuple[str, ...]) -> Case:
-    """The case with its images under a model's modality names; none of them may be missing here."""
+    """The case with its images under the modality names of a model; none may be missing."""
     try:
         return match_modalities(case, wanted)
     except DataError as error:
-        remedy = "Add the files, or say which file is which with --modality NAME=SUFFIX"
+        remedy = "Add the files, or name the files with --modality NAME=SUFFIX"
         raise DataError(error.found, expected=error.expected, remedy=remedy) from error
 
 
@@ -271,7 +248,7 @@ def _targets(case: Case, cohort: Cohort) -> tuple[Path, ...]:
         mark = "-" if cohort.layout == SYNTHESIS_LAYOUT else "_"
         return tuple(Path(f"{case.id}{mark}{name}-inference.nii.gz") for name in case.images)
     files = list(case.images.values())
-    # Other formats lose something of a picture, or cannot hold numbers of 32 bits.
+    # Other formats are lossy, or cannot hold numbers of 32 bits.
     suffix = ".tif" if any(suffix_of(file.path) in (".tif", ".tiff") for file in files) else ".png"
     if [file.channel for file in files] == [0, 1, 2] and len({file.path for file in files}) == 1:
         return (Path(f"{case.id}-inference{suffix}"),) * len(files)
@@ -279,16 +256,16 @@ def _targets(case: Case, cohort: Cohort) -> tuple[Path, ...]:
 
 
 def _with_truth(case: Case) -> Case:
-    """A case of the challenge with the image before its hole was cut out of it, where that is beside it."""
+    """A case of the challenge with the complete image, which must be beside the voided one."""
     images = {}
     for name, file in case.images.items():
         whole = file.path.with_name(_VOIDED.sub("", file.path.name))
         if not whole.exists():
             raise DataError(
-                "there is no image to compare with: in the voided one the hole is empty",
+                "there is no complete image to compare with: in the voided one the hole is empty",
                 where=case.id,
                 expected=f"{whole.name} beside it, for an anomaly map",
-                remedy="Leave out --anomaly",
+                remedy="Omit --anomaly",
             )
         images[name] = replace(file, path=whole)
     return replace(case, images=images)

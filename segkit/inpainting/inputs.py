@@ -23,15 +23,15 @@ from segkit.shapes import AnyArray, Image, Mask
 _LARGEST_SHIFT = 0.15
 """Of the midline from the middle of the array, as a share of its length."""
 _STEP = 2
-"""Every how many voxels along the other axes are compared."""
+"""Step along the other axes between compared voxels."""
 _REACH_VOXELS = 2
-"""How far from a hole's voxel its equation looks: twice the Laplacian's reach."""
+"""Reach of the equation of a voxel: twice that of the Laplacian."""
 _RESIDUAL = 1e-8
 """Residual, relative to the known voxels' share, at which the solution counts as found."""
 _ROUGH_RESIDUAL = 1e-3
 """The same for a fill that a network starts from."""
 _STEPS_PER_VOXEL = 10
-"""After so many steps for each voxel of a hole the solution is left as it is."""
+"""Most steps for each voxel of a hole."""
 
 Context = Literal["none", "hole", "mirror"]
 
@@ -39,13 +39,13 @@ Context = Literal["none", "hole", "mirror"]
 def stack_inputs(
     image: Image, missing: NDArray[np.bool_], context: Context, mirrored: tuple[Image, NDArray[np.bool_]] | None = None
 ) -> Image:
-    """The channels in their order: the image, filled roughly, what is missing, the mirrored image, where that is known.
+    """The channels in order: the image, filled roughly; the hole; the mirrored image; where that is known.
 
     Args:
-        image: (C, *spatial), normalised; what it holds where it is missing is not shown.
-        missing: (*spatial).
-        context: none: the image alone; hole: also what is missing; mirror: all of it.
-        mirrored: of the same shapes as image and missing, as `mirror_of` gives them; for "mirror" only.
+        image: (C, *spatial), normalised; its values in the hole are ignored.
+        missing: (*spatial), the hole.
+        context: none: the image alone; hole: image and hole; mirror: all channels.
+        mirrored: The result of `mirror_of`, with the shapes of image and missing; for "mirror" only.
 
     Returns:
         (C, ...), (C + 1, ...) or (2 C + 2, *spatial) float32.
@@ -55,7 +55,7 @@ def stack_inputs(
         channels.append(missing[None])
     if context == "mirror":
         if mirrored is None:
-            raise ValueError("the mirrored image is wanted and was not given")
+            raise ValueError("the mirrored image is required and was not given")
         channels += [mirrored[0], mirrored[1][None]]
     return np.concatenate(channels, dtype=np.float32)
 
@@ -107,7 +107,7 @@ def find_midline(image: Image) -> Midline:
 def rough_fill(image: Image, hole: Mask) -> Image:
     """Nearly the biharmonic fill, in a fraction of its time, within the range of the known voxels of each channel.
 
-    What a network is shown in a hole and goes on from; 0 where nothing is known.
+    The input of a network in a hole; 0 if no voxel is known.
 
     Args:
         image: Intensities (C, *spatial), float32.
@@ -148,7 +148,7 @@ def smooth_fill(image: Image, hole: Mask, power: int, residual: float = _RESIDUA
 
 
 def _independent_parts(hole: Mask) -> Iterator[tuple[tuple[slice, ...], Mask]]:
-    """The hole in parts that no equation joins, each in its box with the known voxels that it needs."""
+    """The independent parts of the hole, each in a box with the known voxels that it needs."""
     faces = ndimage.generate_binary_structure(hole.ndim, 1)
     parts, _ = ndimage.label(ndimage.binary_dilation(hole, faces), faces)  # neighbours of neighbours share an equation
     parts[~hole] = 0
@@ -219,7 +219,7 @@ def _box_inverse(part: Mask, power: int) -> LinearOperator:
 
 
 def copy_to_fill(image: Image, hole: Mask) -> Image:
-    """A copy of the image, after checks that hold for every fill."""
+    """A copy of the image, after the checks of every fill."""
     if image.shape[1:] != hole.shape:
         raise DataError(f"the hole has the shape {hole.shape}", expected=f"{image.shape[1:]}, as the image has")
     if hole.all():

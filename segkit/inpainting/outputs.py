@@ -1,7 +1,4 @@
-"""What is written of a filled case: the images, an anomaly map, and the bank of lesion-free copies.
-
-`segkit.preparing.lesion_bank` reads the bank for `segkit train`.
-"""
+"""Output of a filled case: images, anomaly map, and the bank of lesion-free copies (see `preparing.lesion_bank`)."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ from segkit.reading.volume import Grid, in_type
 from segkit.shapes import Image
 
 SMOOTHING_MM = 1.0
-"""Standard deviation of the Gaussian of anomaly maps: single voxels of noise are no finding."""
+"""Standard deviation of the Gaussian of anomaly maps, which suppresses single voxels of noise."""
 
 _TRUNCATED = 4.0
 """Standard deviations at which the Gaussian ends."""
@@ -34,12 +31,9 @@ _TRUNCATED = 4.0
 def write_filled(
     files: Sequence[ImageFile], targets: Sequence[Path], filled: Image, hole: NDArray[np.bool_], grid: Grid
 ) -> None:
-    """Write images (C, *spatial), each to its target, in type and geometry of its file.
+    """Write images (C, *spatial), each to its target, in type and geometry of its file; DataError if that fails.
 
     Voxels outside the hole (*spatial) are those of the files. Images with one target are channels of a picture.
-
-    Raises:
-        DataError: a file cannot be written.
     """
     for target in dict.fromkeys(targets):
         indices = [index for index, one in enumerate(targets) if one == target]
@@ -67,10 +61,10 @@ def anomaly_map(
 
     Args:
         image: The scan (C, *spatial), 0 outside the brain.
-        healthy: The same with the hole filled, (C, *spatial).
-        hole: Where it was filled, (*spatial).
+        healthy: The scan with the hole filled, (C, *spatial).
+        hole: The filled voxels, (*spatial).
         spacing_mm: Of the voxels.
-        smoothing_mm: Standard deviation of the Gaussian; 0 leaves the difference as it is.
+        smoothing_mm: Standard deviation of the Gaussian; 0: no smoothing.
 
     Returns:
         (*spatial), 0 and above; 0 outside the brain and away from the hole.
@@ -93,9 +87,9 @@ def anomaly_map(
 
 
 class BankWriter:
-    """A bank that grows case by case; `bank.json` names only cases whose files are complete.
+    """A bank to which cases are added; `bank.json` names only cases whose files are complete.
 
-    `model` describes the model and the holes of the copies, which all of a bank have in common.
+    `model` describes the model and the holes, which all copies of a bank share.
 
     Raises:
         RequestError: the folder holds a bank of another model, of other modalities, or with other holes.
@@ -108,19 +102,12 @@ class BankWriter:
             return
         before = read_bank(folder)
         if (before.modalities, before.model) != (self._bank.modalities, self._bank.model):
-            raise RequestError(
-                "holds a bank that was made by another model or in another way",
-                where=folder,
-                remedy="Choose another folder for --bank",
-            )
+            found = "holds a bank that was made by another model or with other holes"
+            raise RequestError(found, where=folder, remedy="Choose another folder for --bank")
         self._bank = before
 
     def add(self, case: Case) -> None:
-        """Name a case whose files are there, on disk at once.
-
-        Raises:
-            DataError: the folder cannot be written.
-        """
+        """Record a complete case on disk; raises DataError if the folder cannot be written."""
         entry = BankedCase(case=case.id, patient=case.patient)
         if entry in self._bank.cases:
             return
@@ -133,10 +120,6 @@ class BankWriter:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file, so that it is there whole or not at all.
-
-    Raises:
-        DataError: the folder cannot be written.
-    """
+    """Copy a file atomically; raises DataError if the folder cannot be written."""
     with written_atomically(target) as temporary:
         shutil.copyfile(source, temporary)

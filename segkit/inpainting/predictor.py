@@ -1,8 +1,8 @@
-"""From an image with a hole to the image without: the way of a scan through a trained network and back.
+"""Filling of holes by a trained network.
 
-A hole is filled in windows around it: of a network that torch computes each separate hole is one window with some of
-its surroundings, as far as there is room; a graph has one size of window only. What does not fit is filled from the
-border inwards, and what is filled counts as known to the next window.
+A hole is filled in windows. With torch, each separate hole is one window with its surroundings, if it is not too large;
+a graph has windows of one size. Larger holes are filled from the border inwards; filled voxels are known to the next
+window.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from segkit.reading.volume import Grid
 from segkit.shapes import Image, label_components, overlap
 
 _SURROUNDINGS = 16
-"""Voxels around a hole that a window shows at least, where it may be as large as it must."""
+"""Fewest voxels around a hole in a window of free size."""
 _LARGEST_WINDOW = 160**3
-"""Voxels of the largest window; a network of usual width takes about a gigabyte for it."""
+"""Voxels of the largest window; a network of usual width needs about a gigabyte for it."""
 _SLICE_AXIS = 2
 
 Hole = NDArray[np.bool_]
@@ -41,7 +41,7 @@ _Item = TypeVar("_Item", bound=np.generic)
 
 @dataclass(frozen=True)
 class InpaintingPredictor:
-    """A network ready to fill holes."""
+    """An inpainting network with its card."""
 
     backend: Backend
     card: ModelCard
@@ -52,7 +52,7 @@ class InpaintingPredictor:
     ) -> InpaintingPredictor:
         """The network of a run folder of `segkit pretrain --method inpainting`, or of its export.
 
-        On a CPU it is computed with `threads`; None is as many as there are cores.
+        `threads` are those of a CPU; None is one for each core.
 
         Raises:
             CheckpointError: the model is missing or damaged.
@@ -66,7 +66,7 @@ class InpaintingPredictor:
                 expected="a model of `segkit pretrain --method inpainting`",
             )
         if card.export is None and backend == "auto":
-            backend = "torch"  # which takes windows of any size
+            backend = "torch"  # for windows of any size
         return cls(open_backend(run, card, device, backend, card.patch_size, threads=threads), card)
 
     @property
@@ -75,19 +75,19 @@ class InpaintingPredictor:
         return self.card.patch_size
 
     def fill(self, image: Image, hole: Hole, grid: Grid) -> Image:
-        """Fill the hole of an image; all other voxels come back bit for bit.
+        """Fill the hole of an image; all other voxels stay the same, bit for bit.
 
         Args:
-            image: (C, *spatial) float32, the modalities of the card in the orientation of their file; what it holds in
-                the hole does not matter.
-            hole: (*spatial), what is missing.
-            grid: Of the file.
+            image: (C, *spatial) float32, the modalities of the card in the orientation of the file; values in the hole
+                are ignored.
+            hole: (*spatial), True where the image is missing.
+            grid: The grid of the file.
 
         Returns:
             (C, *spatial) float32, a new array.
 
         Raises:
-            DataError: nothing but the hole is known of a modality.
+            DataError: the hole covers all of a modality.
         """
         if image.shape != (len(self.card.modalities), *hole.shape) or hole.shape != grid.shape:
             raise DataError(
@@ -102,19 +102,19 @@ class InpaintingPredictor:
         start, stop = crop_box(np.concatenate((known, missing[None])), "nonzero")
         box = (slice(None), *(slice(first, last) for first, last in zip(start, stop, strict=True)))
         if not known.any(tuple(range(1, known.ndim))).all():
-            raise DataError("nothing is known of the image but its hole", remedy="Check that the mask is not inverted")
+            raise DataError("the hole covers all of the image", remedy="Check that the mask is not inverted")
         normalised: Image = np.empty((len(known), *missing[box[1:]].shape), np.float32)
         for plane, scaled in zip(known, normalised, strict=True):
             np.divide(plane[box[1:]], deviation_of_tissue(plane), out=scaled)
         found = self._fill_at_spacing(normalised, missing[box[1:]], reoriented_grid(grid, turn).spacing_mm)
-        for plane, made_up in zip(known, found, strict=True):
-            # Nothing is made up that is darker or brighter than all that is known.
-            values = np.clip(made_up * deviation_of_tissue(plane), plane.min(), plane.max())
+        for plane, filled in zip(known, found, strict=True):
+            # Filled voxels stay within the range of the known ones.
+            values = np.clip(filled * deviation_of_tissue(plane), plane.min(), plane.max())
             np.copyto(plane[box[1:]], values, where=missing[box[1:]])
         return np.where(hole, turn.undo(known), image)
 
     def _fill_at_spacing(self, image: Image, missing: Hole, spacing_mm: Sequence[float]) -> Image:
-        """The same on the grid that the network learnt on."""
+        """Fill on the grid of the training."""
         shape = image.shape[1:]
         target = resampled_shape(shape, spacing_mm, self.card.preprocessing.spacing_mm)
         if target == shape:
@@ -152,7 +152,7 @@ class InpaintingPredictor:
         return filled
 
     def _windows(self, missing: Hole) -> Iterator[_Window]:
-        """Windows that together decide all of the hole; they may reach outside."""
+        """Windows that together cover the hole; they may reach outside."""
         patch, divisor = self.window, self.card.divisor
         if missing.ndim > len(patch):
             patch, divisor = ((*of_plane[:_SLICE_AXIS], 1, *of_plane[_SLICE_AXIS:]) for of_plane in (patch, divisor))
@@ -170,7 +170,7 @@ class InpaintingPredictor:
 
 @dataclass(frozen=True)
 class Box:
-    """First voxel and size along each axis; what reaches outside of an array is 0 there and is never written."""
+    """First voxel and size along each axis; outside of the array it reads 0 and writes nothing."""
 
     start: tuple[int, ...]
     size: tuple[int, ...]
@@ -183,7 +183,7 @@ class Box:
         return result
 
     def paste(self, values: NDArray[_Item], array: NDArray[_Item], where: NDArray[np.bool_]) -> None:
-        """Write values (..., *size) into (..., *spatial) where a mask (*size) says."""
+        """Write values (..., *size) into (..., *spatial) where a mask (*size) is True."""
         there, here = self._overlap(array.shape)
         np.copyto(array[there], values[here], where=where[here[1:]])
 
@@ -195,7 +195,7 @@ class Box:
 
 
 def boxes_of(hole: NDArray[np.bool_]) -> list[Box]:
-    """The bounding boxes of the separate parts of (*spatial); parts whose boxes touch go together."""
+    """The bounding boxes of the separate parts of (*spatial); touching boxes are merged."""
     slices = [found for found in cc3d.statistics(label_components(hole))["bounding_boxes"][1:] if found is not None]
     open_ = [[(int(one.start), int(one.stop)) for one in found][: hole.ndim] for found in slices]
     done: list[Box] = []
@@ -217,12 +217,12 @@ def _touch(first: Sequence[tuple[int, int]], second: Sequence[tuple[int, int]]) 
 
 @dataclass(frozen=True)
 class _Window(Box):
-    """A window, and how far from its border what it fills is not kept, voxels per axis."""
+    """A window, and the width of its border, voxels per axis, where its output is not kept."""
 
     margin: tuple[int, ...]
 
     def inner(self) -> Hole:
-        """Where the window decides, (*size)."""
+        """Where its output is kept, (*size)."""
         is_inner = np.zeros(self.size, bool)
         is_inner[tuple(slice(less, length - less) for less, length in zip(self.margin, self.size, strict=True))] = True
         return is_inner

@@ -148,7 +148,7 @@ def test_out_of_memory_goes_on_with_smaller_windows(
     manifest = run_folder(Segment(predictor), find_input(data), out, executor=LocalExecutor(workers))
     assert [entry["status"] for entry in manifest["cases"]] == ["done", "done"]
     assert manifest["cases"][0]["window"] == (16, 16, 16)
-    assert "out of memory; once more, with windows of 16 x 16 x 16 voxels" in caplog.text
+    assert "out of memory; trying again with windows of 16 x 16 x 16 voxels" in caplog.text
     mask = scans.read(out / "BraTS2021_00001.nii.gz")[1]
     assert np.array_equal(mask, scans.labels((40, 24, 16)))
 

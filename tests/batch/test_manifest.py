@@ -80,7 +80,7 @@ def test_of_many_cases_the_last_are_in_a_journal_that_the_next_run_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("segkit.batch.manifest._AT_ONCE", 0)
-    ids = [f"{number:02d}\u2028{os.fsdecode(bytes([0xE9]))}" for number in range(60)]  # written anew with every third
+    ids = [f"{number:02d}\u2028{os.fsdecode(bytes([0xE9]))}" for number in range(60)]  # rewritten with every third
     killed = Manifest(tmp_path, ids, FACTS, "m1")
     killed.add()
     sizes = []
@@ -140,11 +140,11 @@ def test_the_folder_of_another_task_is_refused(
 
 
 @pytest.mark.parametrize("text", ['{"cases": [', '{"cases": 3}', "[]"])
-def test_a_damaged_manifest_is_written_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str) -> None:
+def test_a_damaged_manifest_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with caplog.at_level(logging.WARNING):
         manifest = open_manifest(tmp_path)
-    assert "written anew" in caplog.text
+    assert "it is replaced" in caplog.text
     manifest.write()
     assert json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))["remaining"] == ["a", "b", "c"]
 

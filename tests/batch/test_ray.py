@@ -74,7 +74,7 @@ def test_a_case_that_kills_its_workers_fails_and_the_others_are_done(
     assert {case: record.status for case, record in records.items()} == {"1": "done", "2": "failed", "3": "done"}
     error = records["2"].error
     assert error is not None
-    assert error.startswith("begun 3 times without an answer (")
+    assert error.startswith("started 3 times without an answer (")
     assert error.count("the worker process died") == 3
     assert capfd.readouterr().out == ""
 

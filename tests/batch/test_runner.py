@@ -184,7 +184,7 @@ def test_the_input_itself_is_never_replaced(make_run: MakeRun, tmp_path: Path, s
     before = scan.read_bytes()
 
     manifest = run_folder(Segment(Predictor.load(make_run())), find_input(scan), tmp_path, overwrite=True)
-    assert "would take the place of a file of the case itself" in manifest["cases"][0]["error"]
+    assert "would replace an input file of the case" in manifest["cases"][0]["error"]
     assert scan.read_bytes() == before
 
 
@@ -202,7 +202,7 @@ def test_case_ids_cannot_leave_the_output_folder(make_run: MakeRun, tmp_path: Pa
 def test_cases_may_be_chosen_by_id(data: Path) -> None:
     chosen = find_input(data, case_ids=["BraTS2021_00003", "BraTS2021_00001", "BraTS2021_00003"])
     assert [case.id for case in chosen.cases] == ["BraTS2021_00003", "BraTS2021_00001"]
-    with pytest.raises(RequestError, match=r"1 of the cases .*'BraTS2021_0002' \(nearest: BraTS2021_00002"):
+    with pytest.raises(RequestError, match=r"1 of the requested cases .*'BraTS2021_0002' \(nearest: BraTS2021_00002"):
         find_input(data, case_ids=["BraTS2021_00001", "BraTS2021_0002"])
 
 
@@ -248,7 +248,7 @@ def test_label_scheme_may_be_asked_for(make_run: MakeRun, data: Path, tmp_path: 
     assert np.array_equal(scans.read(tmp_path / "out" / "BraTS2021_00001.nii.gz")[1], scans.labels(painted=(1, 2, 3)))
     with pytest.raises(RequestError, match="'brats1999' is not known"):
         run_folder(Segment(predictor, label_scheme="brats1999"), cohort, tmp_path / "other")
-    with pytest.raises(RequestError, match="brats-men-rt has no value for some of what this model paints"):
+    with pytest.raises(RequestError, match="brats-men-rt lacks tissues of this model"):
         run_folder(Segment(predictor, label_scheme="brats-men-rt"), cohort, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 

@@ -125,7 +125,8 @@ def test_anomaly_of_the_challenge_needs_the_whole_image(
     out = tmp_path / "out"
     assert call("-m", run, "-i", challenge, "-o", out, "--anomaly") == 1
     assert (
-        "BraTS-GLI-00002-000: failed: BraTS-GLI-00002-000: there is no image to compare with" in capsys.readouterr().err
+        "BraTS-GLI-00002-000: failed: BraTS-GLI-00002-000: there is no complete image to compare with"
+        in capsys.readouterr().err
     )
     anomaly = read_voxels(out / "BraTS-GLI-00001-000_anomaly.nii.gz")
     assert anomaly[hole() == 1].max() > 0
@@ -202,7 +203,7 @@ def test_wrong_requests_run_nothing(
         ((segmenter, challenge), "this is a segmentation model, which fills no holes"),
         ((tmp_path / "nowhere", challenge), "holds no model.json"),
         ((run, challenge, "--bank", challenge / "bank"), "lies in the input folder"),
-        ((run, challenge, "--cases", tmp_path / "list.txt"), "1 of the cases asked for are not there"),
+        ((run, challenge, "--cases", tmp_path / "list.txt"), "1 of the requested cases do not exist"),
     ]
     for (model, data, *options), sentence in requests:
         assert call("-m", model, "-i", data, "-o", out, *options) == 2

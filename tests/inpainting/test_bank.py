@@ -34,7 +34,7 @@ def test_the_bank_of_another_model_is_refused(
     tmp_path: Path, modalities: tuple[str, ...], model: dict[str, object]
 ) -> None:
     BankWriter(tmp_path, ("t1n", "t2f"), MODEL).add(Case("a", "a", {}))
-    with pytest.raises(RequestError, match="made by another model or in another way"):
+    with pytest.raises(RequestError, match="made by another model or with other holes"):
         BankWriter(tmp_path, modalities, model)
 
 

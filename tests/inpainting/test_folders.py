@@ -219,7 +219,7 @@ def test_what_was_finished_before_an_interruption_is_kept(data: Path, masks: Pat
 def test_what_is_no_image_is_not_written(data: Path, masks: Path, tmp_path: Path, value: float) -> None:
     document = run(Constant(value=value), data, tmp_path / "out", masks)
     assert statuses(document) == {"p1": "failed", "p2": "failed"}
-    assert "the model made up NaN or infinity" in document["cases"][0]["error"]
+    assert "the model output contains NaN or infinity" in document["cases"][0]["error"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.json"]
 
 
@@ -239,7 +239,7 @@ def test_anomaly_needs_something_in_the_hole(data: Path, masks: Path, tmp_path: 
     save(data / "p1" / "p1_t1.nii.gz", voided)
     document = run(Constant(), data, tmp_path / "out", masks, anomaly=True)
     assert statuses(document) == {"p1": "failed", "p2": "done"}
-    assert "is 0 all over the hole" in document["cases"][0]["error"]
+    assert "is 0 in all of the hole" in document["cases"][0]["error"]
     anomaly = nib.load(tmp_path / "out" / "p2_anomaly.nii.gz")
     assert anomaly.get_data_dtype() == np.float32
     values = anomaly.get_fdata()
@@ -334,7 +334,7 @@ def test_results_never_take_the_place_of_input(data: Path, masks: Path, tmp_path
     (tmp_path / "out" / "p1_t1n-inference.nii.gz").symlink_to(data / "p1" / "p1_t1.nii.gz")
     document = run(Constant(), data, tmp_path / "out", masks, overwrite=True)
     assert statuses(document) == {"p1": "failed", "p2": "done"}
-    assert "would take the place of a file of the case itself" in document["cases"][0]["error"]
+    assert "would replace an input file of the case" in document["cases"][0]["error"]
 
 
 def test_a_model_of_slices_fills_volumes(data: Path, masks: Path, tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_nothing_to_fill_is_a_copy() -> None:
 def test_bad_input_is_refused() -> None:
     image = scan()
     predictor = InpaintingPredictor(Recorder(), card())
-    with pytest.raises(DataError, match="nothing is known"):
+    with pytest.raises(DataError, match="the hole covers all of the image"):
         predictor.fill(image, np.ones(image.shape[1:], bool), grid(image.shape[1:]))
     with pytest.raises(DataError, match=r"on a grid of \(4, 4, 4\)"):
         predictor.fill(image, np.ones(image.shape[1:], bool), grid((4, 4, 4)))
