@@ -7,7 +7,7 @@ import pytest
 
 from segkit.labels import SCHEMES
 from segkit.reading.volume import Grid
-from segkit.report import images as planes_module
+from segkit.report import images
 from segkit.report.images import Gallery, content_box, label_colours, views_of
 
 RAS = np.eye(4)
@@ -60,8 +60,8 @@ def test_slice_that_shows_every_structure_wins_over_the_largest_one():
     labels[:, :, 1] = 1
     labels[:2, :, 4] = 1
     labels[2, 0, 4] = 2
-    assert planes_module._richest_slice([labels], axis=2) == 4
-    assert planes_module._richest_slice([np.zeros_like(labels)], axis=2) == 3
+    assert images._richest_slice([labels], axis=2) == 4
+    assert images._richest_slice([np.zeros_like(labels)], axis=2) == 3
 
 
 def test_view_is_cropped_to_the_content():
