@@ -6,7 +6,7 @@ import json
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -19,9 +19,6 @@ from segkit.cli.options import (
     print_table,
     set_verbosity,
 )
-
-if TYPE_CHECKING:
-    from segkit.phantoms.threshold_baseline import ThresholdScore
 
 _CASES, _HELD_OUT, _SIZE = 30, 6, 48
 _SEED = 1
@@ -37,7 +34,7 @@ def demo(
 ) -> None:
     """Make phantoms, train on most, segment the others, score them, and compare with the best threshold.
 
-    Takes minutes on two cores and no network. Every step is an ordinary command, printed before it runs.
+    Takes minutes on two cores and needs no internet. Every step is an ordinary command, printed before it runs.
     """
     from segkit.inference.backend_loading import can_write_graphs
     from segkit.phantoms.layouts import require_empty
@@ -57,7 +54,7 @@ def demo(
     }
     if not can_write_graphs():
         del steps["export"]
-        print_stderr("without export, for ONNX is not installed: pip install 'segkit[onnx]'")
+        print_stderr("no export, because ONNX is not installed: pip install 'segkit[onnx]'")
     loudness = [option for option, is_given in (("-q", quiet), ("-v", verbose)) if is_given]
     seconds: dict[str, float] = {}
     for verb, arguments in steps.items():
@@ -68,7 +65,7 @@ def demo(
 
 
 def _run(command: list[str], *, is_quiet: bool) -> float:
-    """Print a command, run it as the shell would, and return the seconds it took.
+    """Print a command, run it, and return the seconds it took.
 
     Raises:
         typer.Exit: with the exit code of a command that failed.
@@ -89,43 +86,35 @@ def _run(command: list[str], *, is_quiet: bool) -> float:
 
 
 def _write_held_out(data: Path, path: Path, *, is_quiet: bool) -> None:
-    """List the last cases, which are kept out of the training."""
+    """Write the list of the last cases, which are excluded from training."""
     from segkit.reading.layouts.table import find_cases
 
     case_ids = sorted(case.id for case in find_cases(data).cases)[-_HELD_OUT:]
-    lines = ["# cases kept out of the training", *case_ids]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.write_text("\n".join(["# cases excluded from training", *case_ids, ""]), encoding="utf-8")
     if not is_quiet:
         print_stderr(f"held out: {', '.join(case_ids)}")
 
 
-def _best_thresholds(data: Path, held_out: Path) -> dict[str, ThresholdScore]:
-    """For each region the best result of a single intensity threshold on the held-out cases."""
-    import numpy as np
-
+def _report_result(output: Path, seconds: dict[str, float]) -> None:
+    """Compare with the best single intensity threshold on the held-out cases, and list the files."""
     from segkit.api.arguments import read_case_ids
     from segkit.labels import outputs_of
     from segkit.phantoms.threshold_baseline import best_single_thresholds
     from segkit.preparing.preprocessing import load_case
     from segkit.reading.layouts.table import find_cases
 
-    cohort = find_cases(data, require_labels=True)
-    wanted = set(read_case_ids(held_out) or ())
+    cohort = find_cases(output / "data", require_labels=True)
+    wanted = set(read_case_ids(output / "held-out.txt") or ())
     loaded = [load_case(case, cohort.modalities, cohort.scheme) for case in cohort.cases if case.id in wanted]
-    labels = [case.labels for case in loaded if case.labels is not None]
-    outputs = () if cohort.scheme is None else outputs_of(cohort.scheme)
-    return best_single_thresholds(
-        [np.asarray(case.image) for case in loaded],
-        labels,
+    best_thresholds = best_single_thresholds(
+        [case.image for case in loaded],
+        [case.labels for case in loaded if case.labels is not None],
         modalities=cohort.modalities,
-        regions={output.name: output.members for output in outputs},
+        regions={} if cohort.scheme is None else {part.name: part.members for part in outputs_of(cohort.scheme)},
     )
-
-
-def _report_result(output: Path, seconds: dict[str, float]) -> None:
     summary = json.loads((output / "scores" / "scores.json").read_text(encoding="utf-8"))["summary"]
     rows = []
-    for region, best in _best_thresholds(output / "data", output / "held-out.txt").items():
+    for region, best in best_thresholds.items():
         dice = float(summary[region]["dice"]["mean"])
         rule = f"{best.modality} {best.direction} {best.threshold:.1f} sd"
         rows.append((region, f"{dice:.3f}", f"{best.dice:.3f}", rule, f"{dice - best.dice:+.3f}"))
@@ -138,12 +127,12 @@ def _report_result(output: Path, seconds: dict[str, float]) -> None:
     took = ", ".join(f"{verb} {value:.0f} s" for verb, value in seconds.items())
     print_stdout(f"{took}; in all {sum(seconds.values()):.0f} s")
     files = {
-        "data": "30 phantoms in the layout of BraTS 2021; those of held-out.txt were not trained on",
+        "data": f"{_CASES} phantoms in the layout of BraTS 2021; those of held-out.txt were excluded from training",
         "run": "the trained model, its settings, and figures of the training",
-        "masks": "the segmentations, and manifest.json with the time each took",
+        "masks": "the segmentations, and manifest.json with their times",
         "scores": "scores.json, scores.csv, summary.md, and figures of every held-out case",
         "report.html": "all of this on one page, for a browser",
-        "export": "the model as model.onnx with model.json: `segkit infer -m` takes it, and needs no torch for it",
+        "export": "the model as model.onnx with model.json, for `segkit infer -m` without torch",
     }
     for name, meaning in files.items():
         if (output / name).exists():

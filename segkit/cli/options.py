@@ -25,18 +25,18 @@ ModelOption = Annotated[
 DeviceOption = Annotated[str | None, typer.Option("-d", "--device", help="cpu, cuda, cuda:N or mps; default: best.")]
 BackendOption = Annotated[
     Literal["auto", "torch", "onnxruntime", "openvino"],
-    typer.Option("--backend", help="What computes the network; auto: the fastest that is installed."),
+    typer.Option("--backend", help="Library that runs the network; auto: the fastest that is installed."),
 ]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done with each case; write nothing.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show what would be done with each case; write nothing.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print only one JSON document on standard output.")]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors.")]
-VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Also what is done and why; tracebacks.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Do finished cases again.")]
+VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Show details and tracebacks.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Recompute finished cases.")]
 CasesOption = Annotated[
-    Path | None, typer.Option("--cases", help="Text file with the case ids to use, one a line.", show_default=False)
+    Path | None, typer.Option("--cases", help="Text file with the case ids to use, one per line.", show_default=False)
 ]
-LayoutOption = Annotated[str | None, typer.Option("--layout", help="Data layout, where it is not recognised.")]
-SchemeOption = Annotated[str | None, typer.Option("--label-scheme", help="Label scheme, where it cannot be told.")]
+LayoutOption = Annotated[str | None, typer.Option("--layout", help="Data layout, if it is not recognised.")]
+SchemeOption = Annotated[str | None, typer.Option("--label-scheme", help="Label scheme, if it cannot be inferred.")]
 ModalitiesOption = Annotated[
     list[str] | None,
     typer.Option("--modality", help="name=suffix of a modality's files, e.g. t1c=_T1_post; repeat for each."),
@@ -45,22 +45,23 @@ PresetOption = Annotated[
     str | None, typer.Option("--preset", help="tiny, cpu, default or large; without it cpu on a CPU, default on a GPU.")
 ]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="key=value over preset and file, e.g. optimiser.lr=1e-3; repeatable.")
+    list[str] | None,
+    typer.Option("--set", help="key=value over preset and file, e.g. optimiser.lr=1e-3; repeatable."),
 ]
 MemoryOption = Annotated[
-    str | None, typer.Option("--memory", help="Memory to plan for, e.g. 8G; default: what is free.")
+    str | None, typer.Option("--memory", help="Memory to plan for, e.g. 8G; default: the free memory.")
 ]
 
 
 def console() -> Console:
-    """A console on standard error, where nothing in a text is markup: standard output is for results."""
+    """A console on standard error that interprets no markup; standard output is for results."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def set_verbosity(*, is_quiet: bool = False, is_verbose: bool = False) -> None:
-    """Set how much the log tells, on standard error."""
+    """Set the level of the log, on standard error."""
     import logging
 
     level = logging.ERROR if is_quiet else logging.DEBUG if is_verbose else logging.INFO
@@ -73,7 +74,7 @@ def print_json(document: object) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table on standard output; plain when it is not a terminal."""
+    """Print a table on standard output, 160 characters wide if that is not a terminal."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -84,18 +85,16 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     for row in rows:
         table.add_row(*(Text(on_one_line(cell)) for cell in row))
     out = Console(highlight=False)
-    if not out.is_terminal:
-        out = Console(highlight=False, width=160)
-    out.print(table)
+    (out if out.is_terminal else Console(highlight=False, width=160)).print(table)
 
 
 def print_stdout(text: str) -> None:
-    """Print lines on standard output; names in them are shown and never obeyed."""
+    """Print lines on standard output; control characters in them are escaped."""
     typer.echo(printable(text))
 
 
 def print_stderr(text: str, style: str = "", *, above: Console | None = None) -> None:
-    """Print lines on standard error, `above` the progress bar of a console where there is one; see `print_stdout`."""
+    """Print lines on standard error, above the progress bar if `above` is its console; see `print_stdout`."""
     (above or console()).print(printable(text), style=style, soft_wrap=True)
 
 
@@ -117,7 +116,7 @@ def read_modalities(pairs: list[str] | None) -> dict[str, str] | None:
 
 
 def parse_settings(settings: list[str] | None) -> dict[str, Any]:
-    """`["training.lr=1e-3"]` to a nested dictionary of overrides; values are YAML."""
+    """See `segkit.config.parse_overrides`."""
     from segkit.config import parse_overrides
 
     return parse_overrides(settings or [])

@@ -1,4 +1,4 @@
-"""`segkit phantom`: seeded BraTS-like volumes in the naming of any year, to try things with."""
+"""`segkit phantom`: seeded BraTS-like volumes in published data layouts."""
 
 from __future__ import annotations
 
@@ -11,60 +11,52 @@ import typer
 from segkit.cli.options import QuietOption, VerboseOption, print_stdout, set_verbosity
 
 _CONVENTIONS = "brats2018, brats2020, brats2021, brats2023, brats2024, msd, nnunet or bids"
-_DEFAULT = "brats2021"
 
 
 def phantom(
     output: Annotated[Path, typer.Argument(help="Folder to write to; new or empty.")],
     cases: Annotated[int, typer.Option("--cases", min=1, help="How many cases.")] = 10,
-    size: Annotated[
-        int, typer.Option("--size", min=24, help="Voxels along an axis, 1 mm each; the height is 0.8 of it.")
-    ] = 64,
+    size: Annotated[int, typer.Option("--size", min=24, help="Voxels of 1 mm per axis; the height is 0.8 of it.")] = 64,
     convention: Annotated[
         str | None, typer.Option("--convention", help=f"{_CONVENTIONS}. [default: brats2021]", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Another seed, other patients.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Another seed gives other patients.")] = 0,
     with_problems: Annotated[
         bool,
         typer.Option(
-            "--with-problems", help="Spoil four cases: missing modality, flipped affine, truncated file, stray label."
+            "--with-problems", help="Four flawed cases: missing modality, flipped affine, truncated file, stray label."
         ),
     ] = False,
     inpainting: Annotated[
         bool,
         typer.Option(
             "--inpainting",
-            help="Folders of BraTS local synthesis instead: T1 whole and voided, masks of healthy hole and tumour.",
+            help="Folders of BraTS local synthesis instead: T1 complete and voided, masks of healthy hole and tumour.",
         ),
     ] = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Write seeded BraTS-like phantoms, with references, in the layout of any year."""
+    """Write seeded BraTS-like phantoms with references."""
+    from segkit.errors import RequestError
     from segkit.phantoms.layouts import write_inpainting_phantoms, write_phantoms, write_phantoms_with_problems
 
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
     numbers = range(1, cases + 1)
     if inpainting:
-        _refuse_conflicts(convention, with_problems)
+        other = "--with-problems" if with_problems else "--convention" if convention is not None else None
+        if other is not None:
+            raise RequestError(f"--inpainting and {other} do not go together", remedy="Leave one of them out")
         convention = "brats-inpainting"
         write_inpainting_phantoms(output, numbers, size=size, seed=seed)
-    elif with_problems:
-        convention = convention or _DEFAULT
-        _, problems = write_phantoms_with_problems(output, numbers, convention=convention, size=size, seed=seed)
-        for problem in () if quiet else problems:
-            print_stdout(f"Planted in {problem}")
     else:
-        convention = convention or _DEFAULT
-        write_phantoms(output, numbers, convention=convention, size=size, seed=seed)
+        convention = convention or "brats2021"
+        if with_problems:
+            _, problems = write_phantoms_with_problems(output, numbers, convention=convention, size=size, seed=seed)
+            for problem in () if quiet else problems:
+                print_stdout(f"Planted in {problem}")
+        else:
+            write_phantoms(output, numbers, convention=convention, size=size, seed=seed)
     if not quiet:
         folder = shlex.quote(str(output))
         print_stdout(f"Wrote {cases} phantoms in the convention {convention}. Next: segkit check {folder}")
-
-
-def _refuse_conflicts(convention: str | None, with_problems: bool) -> None:
-    from segkit.errors import RequestError
-
-    other = "--with-problems" if with_problems else "--convention" if convention is not None else None
-    if other is not None:
-        raise RequestError(f"--inpainting and {other} do not go together", remedy="Leave one of them out")
