@@ -1,9 +1,9 @@
-"""Configuration classes, and reading them from YAML files, presets and dotted overrides.
+"""The base class of configurations, and reading them from YAML files, presets and dotted overrides.
 
-A configuration class lies beside the code that it configures. Its defaults are the defaults of the product, and the
-docstring of each field is what `segkit config show` prints above it. Every problem of a configuration is reported at
-once. YAML is read as plain values: no tags that make objects, no aliases of whole sections (a few lines of them can
-stand for gigabytes), no key twice. Presets are YAML files in `configs/`, which the wheel holds as `segkit/configs`.
+A configuration class is beside the code that it configures. `segkit config show` prints the docstring of each field.
+All problems of a configuration are reported together. YAML is read as plain values: no tags that create objects, no
+aliases of whole sections (a few lines of them can expand to gigabytes), no key twice. Presets are YAML files in
+`configs/`, in the wheel `segkit/configs`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,7 @@ from segkit.errors import ConfigError, Problem, RequestError
 
 
 class Config(BaseModel):
-    """A frozen set of named settings; unknown keys, NaN and infinity are refused.
-
-    A field whose value is None is decided by planning, which records what it chose and why.
-    """
+    """A frozen set of named settings, without unknown keys, NaN and infinity; planning decides fields that are None."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
@@ -36,13 +33,13 @@ class Config(BaseModel):
 ConfigType = TypeVar("ConfigType", bound=Config)
 
 PRESETS, PRETRAINING_PRESETS, INPAINTING_PRESETS = "presets", "pretraining", "inpainting"
-"""Folders with the presets of `segkit train`, of `segkit pretrain`, and of `segkit pretrain --method inpainting`."""
+"""Folders of the presets of `segkit train`, `segkit pretrain` and `segkit pretrain --method inpainting`."""
 
 _END_OF_DOCUMENT = "...\n"
 _LARGEST_FILE_BYTES = 200_000
-"""Twenty times the largest shipped configuration; PyYAML takes seconds for it, and minutes for larger ones."""
+"""Twenty times the largest shipped configuration. PyYAML takes seconds to read so much, and minutes for more."""
 _LONGEST_VALUE = 200
-"""Characters of a value that are shown in a message."""
+"""Characters of a value in an error message."""
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -63,19 +60,19 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def configs_folder() -> Path:
-    """The folder of shipped configurations, in the installed package or in the checkout."""
+    """The folder of shipped configurations, in the installed package or the checkout."""
     package = Path(__file__).resolve().parent
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
 
 
 def list_presets(kind: str = PRESETS) -> list[str]:
-    """The names of presets."""
+    """The names of the presets in a folder of `configs/`."""
     return sorted(path.stem for path in (configs_folder() / kind).glob("*.yaml"))
 
 
 def preset_path(name: str, kind: str = PRESETS) -> Path:
-    """The YAML file of a preset; `kind` is the folder of the presets of one verb.
+    """The YAML file of a preset.
 
     Raises:
         RequestError: there is no such preset.
@@ -103,7 +100,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise RequestError(f"cannot be read ({error.strerror})", where=path) from error
     if len(data) > _LARGEST_FILE_BYTES:
-        raise RequestError("is no configuration: it is too large", where=path, expected="at most 200 kB of YAML")
+        raise RequestError("config file exceeds 200 kB", where=path, expected="at most 200 kB of YAML")
     try:
         document = _parsed(data.decode("utf-8"))
     except ValueError as error:
@@ -144,7 +141,7 @@ def parse_overrides(settings: Iterable[str]) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `over` in place of its own, section by section."""
+    """`base` updated by the values of `over`, section by section."""
     merged = dict(base)
     for key, value in over.items():
         both_sections = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
@@ -156,7 +153,7 @@ def build_config(config_type: type[ConfigType], layers: Iterable[tuple[str, Mapp
     """A configuration from named layers (file or option, mapping); later layers replace values of earlier ones.
 
     Raises:
-        ConfigError: lists every problem: the layer it came from, its key path, the reason and the nearest known key.
+        ConfigError: lists every problem with its layer, its key path, the reason and the nearest known key.
     """
     layers = list(layers)
     merged: dict[str, Any] = functools.reduce(merge, (layer for _, layer in layers), {})
@@ -168,9 +165,9 @@ def build_config(config_type: type[ConfigType], layers: Iterable[tuple[str, Mapp
 
 
 def _parsed(text: str) -> Any:
-    """A YAML document; a ValueError gives the reason if it is not YAML or not plain values."""
+    """A YAML document; raises a ValueError if it is not YAML or has other than plain values."""
     try:
-        return yaml.load(text, _PlainLoader)  # a SafeLoader, which makes no objects
+        return yaml.load(text, _PlainLoader)  # a SafeLoader, which creates no objects
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     except Exception as error:  # PyYAML's converters also raise KeyError, IndexError ...
@@ -189,16 +186,17 @@ def _problem(
         remedy = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
         return Problem(f"{origin}: {key}", "no such key", remedy)
     reason = str(item["msg"]).removeprefix("Value error, ")
-    given = repr(item["input"])
-    given = given if len(given) <= _LONGEST_VALUE else f"{given[:_LONGEST_VALUE]} ..."
-    return Problem(f"{origin}: {key}", f"{reason} (got {given})" if location else reason)
+    if location:
+        given = repr(item["input"])
+        reason += f" (got {given if len(given) <= _LONGEST_VALUE else given[:_LONGEST_VALUE] + ' ...'})"
+    return Problem(f"{origin}: {key}", reason)
 
 
 def _holds(layer: Mapping[str, Any], location: tuple[str, ...]) -> bool:
     value: Any = layer
     for part in location:
         if not isinstance(value, Mapping):
-            return True  # the layer set a section above the key that the validator names
+            return True  # the layer set a section above the key of the validator
         if part not in value:
             return False
         value = value[part]
@@ -208,9 +206,7 @@ def _holds(layer: Mapping[str, Any], location: tuple[str, ...]) -> bool:
 def _known_keys(config_type: type[BaseModel], sections: tuple[str, ...]) -> list[str]:
     for section in sections:
         field = config_type.model_fields.get(section)
-        if field is None:
-            return []
-        choices = (field.annotation, *get_args(field.annotation))
+        choices = () if field is None else (field.annotation, *get_args(field.annotation))
         inner = [c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)]
         if not inner:
             return []
@@ -219,7 +215,7 @@ def _known_keys(config_type: type[BaseModel], sections: tuple[str, ...]) -> list
 
 
 def annotated_yaml(config: BaseModel, reasons: Mapping[str, str] | None = None, *, has_help: bool = True) -> str:
-    """A configuration as YAML with comments: what each key means, and (`reasons`, by dotted key) why it was chosen."""
+    """A configuration as YAML with comments: the help of each key, and why it was chosen (`reasons`, by dotted key)."""
     return "\n".join(_annotated_lines(config, reasons or {}, has_help, prefix="")) + "\n"
 
 

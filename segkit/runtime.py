@@ -1,6 +1,6 @@
-"""Device, precision, seeds, threads, rank and memory: the only reader of environment variables.
+"""Device, precision, seeds, threads, rank and memory; only this module reads environment variables.
 
-torch is imported inside the functions that need it, so that verbs which compute nothing start fast.
+torch is imported inside functions, so that verbs without computation start fast.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 _GIB = 1024**3
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
-"""Parameters of glibc's mallopt, from its malloc.h."""
+"""Parameters of mallopt, from malloc.h of glibc."""
 
 
 @dataclass(frozen=True)
 class ProcessPlace:
-    """Rank of this process, from 0, among those of a training and among those on this machine (`local`)."""
+    """Rank of this process, from 0, among all processes of a training and among those on this machine (`local`)."""
 
     rank: int = 0
     size: int = 1
@@ -36,7 +36,7 @@ class ProcessPlace:
 
 
 def process_place() -> ProcessPlace:
-    """The place that torchrun sets in RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; without it a single process.
+    """The place from RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, which torchrun sets; else a single process.
 
     Raises:
         RequestError: they contradict each other.
@@ -51,14 +51,12 @@ def process_place() -> ProcessPlace:
     except (KeyError, ValueError):
         place = ProcessPlace(rank=-1)
     if not 0 <= place.rank < place.size or not 0 <= place.local_rank < place.local_size:
-        raise RequestError(
-            f"the environment does not say which process this is ({shown})", remedy="Start processes with torchrun"
-        )
+        raise RequestError(f"the rank of this process is unclear ({shown})", remedy="Start processes with torchrun")
     return place
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The device to compute on: the one named, else CUDA if there is a GPU, else the CPU.
+    """The named device; by default CUDA if there is a GPU, else the CPU.
 
     Each of several processes on a machine gets its own GPU, unless the name has a number.
 
@@ -78,25 +76,22 @@ def pick_device(name: str | None = None) -> torch.device:
         raise RequestError(
             f"device {name!r} is not known", expected="cpu, cuda, cuda:N or mps", remedy="Pass one of them to --device"
         ) from error
-    counts = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
-        "mps": int(torch.backends.mps.is_available()),
-    }
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    counts = {"cpu": 1, "cuda": gpus, "mps": int(torch.backends.mps.is_available())}
     if (device.index or 0) >= counts.get(device.type, 0):
         raise RequestError(f"this machine has no usable {name} device", remedy="Pass --device cpu")
     return device
 
 
 def may_have_gpu() -> bool:
-    """Whether loading torch to look for a GPU is worth its time; on Linux, whether there are device files of one."""
+    """Whether there may be a GPU, so that torch is worth loading; on Linux, whether there are device files of one."""
     if sys.platform != "linux":
         return True
     return any(Path("/dev").glob("nvidia[0-9]*")) or any(Path("/dev", name).exists() for name in ("kfd", "dxg"))
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of the forward pass: "auto" is bfloat16 on a GPU that has it and float32 elsewhere."""
+    """The dtype of the forward pass: "auto" is bfloat16 on a GPU that supports it and float32 elsewhere."""
     import torch
 
     if name == "auto":
@@ -131,7 +126,7 @@ def random_states(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
-    """Restore what `random_states` returned; GPU states only on a machine with the same number of GPUs."""
+    """Restore `random_states`; GPU states only on a machine with the same number of GPUs."""
     import numpy as np
     import torch
 
@@ -146,37 +141,32 @@ def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
 
 def available_cores() -> int:
     """Processor cores that this process may use (its affinity mask, if the system has one)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def available_memory_gb(device: torch.device | None = None) -> float:
-    """Memory that this process may still take, in GiB: free GPU memory, else free RAM within the container's limit."""
+    """Memory that this process may still take, in GiB: free GPU memory, or free RAM within a container's limit."""
     if device is not None and device.type == "cuda":
         import torch
 
         return torch.cuda.mem_get_info(device)[0] / _GIB
-    free = _free_ram_bytes()
+    available_kb = _number_after("MemAvailable:", Path("/proc/meminfo"))
+    if available_kb is not None:
+        free = available_kb * 1024
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    else:
+        free = 8 * _GIB
     group = Path("/sys/fs/cgroup")
     limit, used = group / "memory.max", group / "memory.current"
     if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
-        page_cache = _number_after("inactive_file ", group / "memory.stat") or 0  # the kernel gives it up on demand
+        page_cache = _number_after("inactive_file ", group / "memory.stat") or 0  # freed by the kernel on demand
         free = min(free, int(most) - int(used.read_text()) + page_cache)
     return free / _GIB
 
 
-def _free_ram_bytes() -> int:
-    available_kb = _number_after("MemAvailable:", Path("/proc/meminfo"))
-    if available_kb is not None:
-        return available_kb * 1024
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return 8 * _GIB
-
-
 def _number_after(start: str, path: Path) -> int | None:
-    """The number in the line of a file of the kernel that starts so; None without the file or the line."""
+    """The number in the line of a kernel file that starts with `start`; None without the file or the line."""
     lines = path.read_text().splitlines() if path.exists() else []
     return next((int(line.split()[1]) for line in lines if line.startswith(start)), None)
 
@@ -200,7 +190,7 @@ def current_rss_mb() -> float:
 
 
 def error_sentence(error: BaseException) -> str:
-    """One line about an error that a user without knowledge of Python understands."""
+    """An error as one line for users who do not know Python."""
     text = " ".join(str(error).split())
     if isinstance(error, SegkitError):
         return text
@@ -211,28 +201,25 @@ def error_sentence(error: BaseException) -> str:
         )
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'a file'}: {error.strerror}"
-    return (
-        f"unexpected {type(error).__name__}: {text[:300]}. This is a fault of segkit: run again with -v for the trace"
-    )
+    return f"unexpected {type(error).__name__}: {text[:300]}. This is a bug of segkit: run again with -v for the trace"
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Let this process keep the memory of freed CPU tensors for the next ones.
+    """Reuse the memory of freed CPU tensors in this process.
 
-    glibc returns every block above 32 MiB to the system at once. A network asks for the same sizes at each step, and
-    clearing the pages each time can take as long as the arithmetic (`segkit bench speed`). The setting holds for the
-    whole process. Without glibc, or under a memory limit, nothing changes.
+    glibc returns every block above 32 MiB to the system at once. A network needs the same sizes at each step, and
+    clearing the pages each time can take as long as the arithmetic (`segkit bench speed`). Without glibc, or under a
+    memory limit, nothing changes.
     """
-    if has_memory_limit():
-        return
-    _set_allocator(device, {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1})
+    if not has_memory_limit():
+        _set_allocator(device, {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1})
 
 
 def return_freed_memory(device: torch.device) -> None:
-    """Let this process return the memory of every large CPU tensor as soon as it is freed.
+    """Return the memory of every large CPU tensor to the system when it is freed, which is slower.
 
-    Slower, but it takes the least memory: by default glibc puts blocks of up to 32 MiB between others on its heap, and
-    the gaps are not always filled again (`segkit bench memory`). Without glibc nothing changes.
+    By default glibc puts blocks of up to 32 MiB between others on its heap, and the gaps are not always filled again
+    (`segkit bench memory`). Without glibc nothing changes.
     """
     _set_allocator(device, {_M_MMAP_THRESHOLD: 4 * 1024**2})
 
@@ -248,9 +235,8 @@ def _set_allocator(device: torch.device, parameters: Mapping[int, int]) -> None:
 
 
 def cache_folder() -> Path:
-    """The folder of files that can be made again: SEGKIT_CACHE, else `segkit` in the cache folder of the user."""
-    chosen = os.environ.get("SEGKIT_CACHE")
-    if chosen:
+    """The folder of files that can be recomputed: SEGKIT_CACHE, else `segkit` in the cache folder of the user."""
+    if chosen := os.environ.get("SEGKIT_CACHE"):
         return Path(chosen)
     default = Path.home() / (".cache" if sys.platform != "win32" else "AppData/Local")
     return Path(os.environ.get("XDG_CACHE_HOME") or default) / "segkit"
@@ -258,58 +244,56 @@ def cache_folder() -> Path:
 
 def limit_memory(megabytes: float) -> None:
     """Limit the memory of this process, so that a request for more raises a MemoryError; on Linux only."""
-    _set_memory_limit(int(megabytes * 1024**2))
+    _set_memory_limit(megabytes * 1024**2)
 
 
 def lift_memory_limit() -> None:
-    """Undo `limit_memory`, so that there is memory for reporting what was too large for it."""
+    """Undo `limit_memory`, so that there is memory for reporting the error."""
     _set_memory_limit(None)
 
 
-def _set_memory_limit(wanted: int | None) -> None:
+def _set_memory_limit(wanted: float | None) -> None:
     if sys.platform != "linux":
         return
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    if wanted is None:
-        wanted = hard
-    elif hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
+    most = float("inf") if hard == resource.RLIM_INFINITY else hard
+    resource.setrlimit(resource.RLIMIT_DATA, (hard if wanted is None else int(min(wanted, most)), hard))
 
 
-def room_mb() -> float:
-    """Memory that this process may still ask for, in MB: what is free, within the memory limit."""
-    free = 1024 * available_memory_gb()
-    if not has_memory_limit():
-        return free
+def _memory_limit_bytes() -> int | None:
+    if sys.platform != "linux":
+        return None
     import resource
 
-    used_kb = _number_after("VmData:", Path("/proc/self/status")) or 0
-    return min(free, resource.getrlimit(resource.RLIMIT_DATA)[0] / 1024**2 - used_kb / 1024)
+    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def has_memory_limit() -> bool:
-    """Whether `limit_memory`, or the program that started this process, has set a limit."""
-    if sys.platform != "linux":
-        return False
-    import resource
+    """Whether `limit_memory` or the parent process has set a limit."""
+    return _memory_limit_bytes() is not None
 
-    return resource.getrlimit(resource.RLIMIT_DATA)[0] != resource.RLIM_INFINITY
+
+def room_mb() -> float:
+    """Memory that this process may still allocate, in MB: the free memory, within the memory limit."""
+    free, limit = 1024 * available_memory_gb(), _memory_limit_bytes()
+    used_kb = _number_after("VmData:", Path("/proc/self/status")) or 0
+    return free if limit is None else min(free, limit / 1024**2 - used_kb / 1024)
 
 
 def variables_with(**changes: str) -> dict[str, str]:
-    """The environment variables of this process with changes, for starting another process."""
+    """The environment variables of this process with changes, for another process."""
     return {**os.environ, **changes}
 
 
 def refuse_telemetry() -> None:
-    """Switch off usage reports of libraries, which may not leave a clinic without consent.
+    """Switch off usage reports of libraries, which need consent in a clinic; variables set by the user are kept.
 
-    Several report by default, some as soon as they are loaded: OpenVINO (to Google Analytics), ONNX Runtime (to
-    Microsoft, with a machine id that it keeps in the cache folder of the user), Ray and MLflow. Variables that the user
-    has set are kept. OpenVINO has none: it does not report if its telemetry package cannot be imported.
+    These report by default, some when they are loaded: OpenVINO (to Google Analytics), ONNX Runtime (to Microsoft, with
+    a machine id from the cache folder of the user), Ray and MLflow. OpenVINO has no variable; it does not report if its
+    telemetry package cannot be imported.
     """
     prefer_variables(
         HF_HUB_DISABLE_TELEMETRY="1",
@@ -321,13 +305,13 @@ def refuse_telemetry() -> None:
 
 
 def prefer_variables(**values: str) -> None:
-    """Set environment variables that a library reads when it is loaded, unless the user has set them."""
+    """Set environment variables, unless the user has set them."""
     for name, value in values.items():
         os.environ.setdefault(name, value)
 
 
 def mlflow_server() -> str | None:
-    """The address in MLFLOW_TRACKING_URI; None keeps runs in the run folder."""
+    """The address in MLFLOW_TRACKING_URI, if any."""
     return os.environ.get("MLFLOW_TRACKING_URI") or None
 
 
@@ -335,9 +319,8 @@ def environment() -> dict[str, str]:
     """Versions and platform, as recorded in run folders, manifests and benchmark tables."""
     from importlib import metadata
 
-    packages = ("segkit", "torch", "monai", "nibabel", "numpy")
     versions = {"python": platform.python_version(), "platform": platform.platform(), "cores": str(available_cores())}
-    for package in packages:
+    for package in ("segkit", "torch", "monai", "nibabel", "numpy"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

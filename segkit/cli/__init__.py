@@ -1,7 +1,6 @@
-"""The command line: one file per verb, and this table of them.
+"""The command line: one file per verb, and the table of verbs.
 
-Verbs are imported only when they are called, and import what is heavy only inside their function, so that `--help`
-answers at once.
+Verbs import heavy modules only inside their functions, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ VERBS: dict[str, str] = {
 
 _TRACE_OPTIONS = frozenset({"-v", "--verbose"})
 _INTERRUPTED = 130
-"""Exit code of a verb that was stopped, with Ctrl-C or by a signal that it heeds."""
+"""Exit code of a verb that was stopped by Ctrl-C or a signal."""
 
 
 def build_app() -> typer.Typer:
@@ -90,19 +89,19 @@ def main(arguments: list[str] | None = None) -> None:
         if leave.code == _INTERRUPTED:
             print_stderr("Interrupted; what was finished is kept.")
         raise
-    except Exception:  # a mistake of ours, or of a library: its message may hold names as well
+    except Exception:  # a bug of segkit or of a library; its message may contain file names too
         print_stderr(traceback.format_exc().rstrip())
         raise SystemExit(1) from None
 
 
 class PlainFormatter(logging.Formatter):
-    """Log lines hold names of files, which a terminal must not obey and which must not look like other lines."""
+    """Escapes control characters and line breaks in log lines, which may contain file names."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  the name is that of `logging`
         """The line, without the trace that may follow."""
         line = super().formatMessage(record)
         if record.name == "py.warnings":
-            line, _, _ = line.partition("\n")  # Python adds the line of source
+            line, _, _ = line.partition("\n")  # Python appends the source line
         return on_one_line(line)
 
     def format(self, record: logging.LogRecord) -> str:
@@ -111,26 +110,26 @@ class PlainFormatter(logging.Formatter):
 
 
 class _Verbs(TyperGroup):
-    """The verbs; complaints about what was typed hold names too, for shells put those of files in place of `*`."""
+    """The verbs; usage errors are escaped, since shells replace `*` by file names."""
 
     def make_context(self, *arguments: Any, **options: Any) -> Any:
-        """Read what stands before the verb."""
-        with _complaining_safely():
+        """Parse the options before the verb."""
+        with _escaped_errors():
             return super().make_context(*arguments, **options)
 
     def invoke(self, ctx: Any) -> Any:
-        """Find the verb, read its arguments and call it."""
-        with _complaining_safely():
+        """Find the verb, parse its arguments and call it."""
+        with _escaped_errors():
             return super().invoke(ctx)
 
 
 @contextmanager
-def _complaining_safely() -> Iterator[None]:
+def _escaped_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(complaint := getattr(error, "message", None), str):  # what typer raises keeps it there
-            error.message = on_one_line(complaint)  # type: ignore[attr-defined]
+        if isinstance(message := getattr(error, "message", None), str):  # an attribute of the errors of typer
+            error.message = on_one_line(message)  # type: ignore[attr-defined]
         raise
 
 
@@ -141,7 +140,7 @@ def _load(target: str) -> Callable[..., Any] | typer.Typer:
 
 
 def _root(
-    version: bool = typer.Option(False, "--version", help="Print the version and leave.", is_eager=True),
+    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
 ) -> None:
     if version:
         from importlib import metadata

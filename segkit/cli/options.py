@@ -30,7 +30,7 @@ BackendOption = Annotated[
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show what would be done with each case; write nothing.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print only one JSON document on standard output.")]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors.")]
-VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Show details and tracebacks.")]
+VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Also details and tracebacks.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Recompute finished cases.")]
 CasesOption = Annotated[
     Path | None, typer.Option("--cases", help="Text file with the case ids to use, one per line.", show_default=False)

@@ -125,7 +125,7 @@ def stumbling(run: Path, error: BaseException) -> Stumbling:
         (MemoryError(), "out of memory after"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory after"),
         (OSError(5, "Input/output error", "/scans/a.nii"), "/scans/a.nii: Input/output error"),
-        (KeyError("boom"), "unexpected KeyError: 'boom'. This is a fault of segkit: run again with -v"),
+        (KeyError("boom"), "unexpected KeyError: 'boom'. This is a bug of segkit: run again with -v"),
     ],
 )
 @pytest.mark.parametrize("workers", [0, 1, 2])

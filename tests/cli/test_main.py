@@ -44,7 +44,7 @@ def test_every_verb_can_be_quiet_and_verbose(
     monkeypatch.setenv("COLUMNS", "200")
     assert run_segkit(*verb, "--help") == 0
     told = capsys.readouterr().out
-    for long, short, meaning in (("quiet", "q", "Only errors."), ("verbose", "v", "Also what is done and why;")):
+    for long, short, meaning in (("quiet", "q", "Only errors."), ("verbose", "v", "Also details and tracebacks")):
         assert re.search(rf"--{long}\s+-{short}\s.*{meaning}", told) is not None
 
 
