@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from segkit.training.task import Summary
 
 FoldersArgument = Annotated[
-    list[Path], typer.Argument(help="Folders with images, in any layout; references are not looked at.")
+    list[Path], typer.Argument(help="Folders with images, in any layout; references are ignored.")
 ]
 MethodOption = Annotated[
     str | None,
@@ -27,7 +27,7 @@ EncoderOption = Annotated[
     ),
 ]
 BeginOption = Annotated[
-    Path | None, typer.Option("--weights", help="Weights to begin with: run folder, .safetensors, .pth, .torch.")
+    Path | None, typer.Option("--weights", help="First weights: run folder, .safetensors, .pth, .torch.")
 ]
 
 
@@ -54,11 +54,11 @@ def pretrain(
     quiet: options.QuietOption = False,
     verbose: options.VerboseOption = False,
 ) -> None:
-    """Train an encoder on images without labels; `segkit train --weights RUN` begins with it.
+    """Train an encoder on images without labels, for `segkit train --weights RUN`.
 
-    Networks for images (smp, vit) learn from slices of volumes or from pictures, the others from crops of volumes. One
-    patient in five is held out to measure what was learnt. With --method inpainting the network learns to fill holes,
-    and `segkit inpaint -m RUN` does so.
+    Networks for images (smp, vit) are trained on pictures or slices of volumes, the others on crops of volumes. One
+    patient in five is held out to measure the encoder. --method inpainting trains a network to fill holes, for
+    `segkit inpaint -m RUN`.
     """
     verb = training.TrainingVerb.start(gpus, device, as_json=as_json, quiet=quiet, verbose=verbose)
     from segkit.api.pretraining import pretraining_request, train_encoder

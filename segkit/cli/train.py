@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from segkit.training.task import Summary, TrainingRequest
 
 FoldOption = Annotated[
-    str | None, typer.Option("-f", "--fold", help="Fold that validates, from 0; or all for cross-validation.")
+    str | None, typer.Option("-f", "--fold", help="Fold for validation, from 0; or all for cross-validation.")
 ]
 WeightsOption = Annotated[
     Path | None,
-    typer.Option("--weights", help="Weights to begin with: run folder, nnU-Net results, .safetensors, .pth, .model."),
+    typer.Option("--weights", help="First weights: run folder, nnU-Net results, .safetensors, .pth, .model."),
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Plan, print the settings, train nothing.")]
 
@@ -51,8 +51,8 @@ def train(
 ) -> None:
     """Train a network on DATA and write a run folder.
 
-    Patch, batch, spacing and normalisation are planned from the data and the memory at hand; config.yaml in the run
-    folder says what was chosen and why. Settings are taken from the preset, then --config, then the options.
+    Patch, batch, spacing and normalisation are planned from the data and the available memory; config.yaml in the run
+    folder has every setting and its reason. --config replaces settings of the preset, and options replace both.
     """
     verb = training.TrainingVerb.start(gpus, device, as_json=as_json, quiet=quiet, verbose=verbose)
     from segkit.api.training import TrainingOptions, segmentation_request, train_segmentation
@@ -78,7 +78,7 @@ def train(
 
 
 def _show_plan(request: TrainingRequest[TrainConfig], *, as_json: bool) -> None:
-    """Print the settings with what planning chose and why."""
+    """Print the settings with the reasons of the planned ones."""
     from segkit.config import annotated_yaml
     from segkit.training.run import begin, plan_run
     from segkit.training.segmentation import SegmentationKind

@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 RunOption = Annotated[Path, typer.Option("-o", "--output", help="Run folder to write.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file with settings over the preset.")]
 BudgetOption = Annotated[str | None, typer.Option("--budget", help="Wall time of the whole command, e.g. 30m or 2h.")]
-ExcludeOption = Annotated[
-    Path | None, typer.Option("--exclude", help="Text file of case ids to keep out of the run altogether.")
-]
+ExcludeOption = Annotated[Path | None, typer.Option("--exclude", help="Text file with ids of cases to exclude.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run; options must match its settings.")]
 ChangesOption = Annotated[
     bool, typer.Option("--allow-changes", help="Accept changed settings with --resume; they are recorded.")
@@ -111,11 +109,11 @@ class ProgressBar:
 
 
 def spread_over(gpus: int | None, device: str | None) -> None:
-    """Start this command once for each GPU and exit with it, unless it was already started so.
+    """Start this command once per GPU and exit, unless this process is already one of several.
 
     Raises:
-        RequestError: the machine has fewer, or another number was started.
-        typer.Exit: all of them have ended.
+        RequestError: the machine has fewer GPUs, or torchrun started another number of processes.
+        typer.Exit: all processes have ended.
     """
     from segkit.runtime import may_have_gpu
 
@@ -143,7 +141,7 @@ def spread_over(gpus: int | None, device: str | None) -> None:
 
 
 def _start_processes(count: int, arguments: Sequence[str]) -> int:
-    """Run `python -m segkit` so many times side by side, as torchrun does: the exit code of the first to fail."""
+    """Run `python -m segkit` in several processes, as torchrun does; returns the exit code of the first to fail."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 

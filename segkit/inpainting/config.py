@@ -1,4 +1,4 @@
-"""The settings of an inpainting run: what a YAML file or `--set` can say."""
+"""The settings of an inpainting run, as a YAML file or `--set` gives them."""
 
 from __future__ import annotations
 
@@ -14,55 +14,55 @@ from segkit.training.config import LoopConfig, NetworkConfig, OptimiserConfig, R
 
 
 class PatchesConfig(Config):
-    """What is cut from the cases, and how it is changed."""
+    """Training patches and their augmentation."""
 
     size: int | tuple[int, ...] | None = None
-    """Voxels of a patch along each axis; None is 64 for volumes and 256 for pictures and slices."""
+    """Voxels of a patch along each axis; None: 64 for volumes, 256 for pictures and slices."""
     mirror_axes: tuple[int, ...] | None = None
-    """Axes along which half of the patches are mirrored; None is left and right: the first of a volume in RAS, the
+    """Axes along which half of the patches are mirrored; None: left-right, the first axis of a volume in RAS, the
     second of a picture."""
     gain: float = Field(default=0.1, ge=0)
     """Standard deviation of the random factor, around 1, of the intensities of tissue."""
     shift: float = Field(default=0.1, ge=0)
-    """Standard deviation of the random offset of the intensities of tissue, which have the deviation 1."""
+    """Standard deviation of the random offset of the intensities of tissue, whose standard deviation is 1."""
 
 
 class AdversarialConfig(Config):
-    """A discriminator that learns, beside the network, to distinguish filled images from real ones."""
+    """A discriminator of filled and real images, trained together with the network."""
 
     weight: float = Field(default=0.0, ge=0)
-    """Weight of its verdict in the network's loss; 0 builds none, 0.1 is the released code of region normalisation."""
+    """Weight of the adversarial loss; 0: no discriminator; 0.1: as in the released code of region normalisation."""
     width: int = Field(default=64, ge=1)
     """Channels of the discriminator's first layer."""
 
 
 class InpaintingConfig(RunConfig):
-    """A whole inpainting run."""
+    """The settings of `segkit pretrain --method inpainting`."""
 
     method: Literal["inpainting"] = "inpainting"
-    """What distinguishes this file from those of the other methods of `segkit pretrain`."""
+    """The method of `segkit pretrain`."""
     network: NetworkConfig = NetworkConfig(family="inpainter", size="small", arguments={"context": "mirror"})
     preprocessing: PreprocessingConfig = PreprocessingConfig(normalisation="scale-nonzero", crop="nonzero")
     optimiser: OptimiserConfig = OptimiserConfig()
     training: LoopConfig = LoopConfig(steps=20_000)
     modalities: tuple[str, ...] | None = None
-    """Modalities to restore, jointly; None is all that the cases have."""
+    """Modalities to fill jointly; None: all of the cases."""
     dims: Literal[2, 3] | None = None
-    """3: patches of volumes; 2: pictures, or patches of the axial slices of volumes; None is that of the data, and 2
-    where the network is one for images."""
+    """3: patches of volumes; 2: pictures, or patches of axial slices of volumes; None: 2 for networks for images, else
+    that of the data."""
     patches: PatchesConfig = PatchesConfig()
     batch_size: int = Field(default=2, ge=1)
     """Patches of a step."""
     holes: HolesConfig = HolesConfig()
     spares_marked: bool = True
-    """What references mark is not healthy: no hole touches it. False does not look at references, which mark healthy
-    tissue, too, in data such as organs or parts of the brain."""
+    """Whether labelled voxels of references are not healthy, so that no hole touches them. False ignores references,
+    for data in which they label healthy tissue such as organs or parts of the brain."""
     hidden_lesions: float = Field(default=0.5, ge=0, le=1)
-    """Part of the patches in which what the reference marks, with its margin, is missing too, as it is in scans whose
-    lesions are to be filled; it never counts in the loss. Where the image has nothing there it always is."""
+    """Share of patches in which the labelled voxels, with a margin, are missing too, as in scans whose lesions are to
+    be filled; they never count in the loss. Labelled voxels without image content are always missing."""
     loss: RestorationConfig = RestorationConfig()
     supervision: float = Field(default=0.1, ge=0)
-    """Weight of the loss by which RN-L learns where the hole is, with network.arguments.learning=supervised."""
+    """Weight of the loss of RN-L for the position of the hole, with network.arguments.learning=supervised."""
     adversarial: AdversarialConfig = AdversarialConfig()
     validation_holes: int = Field(default=24, ge=1)
-    """Holes in images of held-out patients that are filled to choose the best weights."""
+    """Holes in images of held-out patients that choose the best weights."""

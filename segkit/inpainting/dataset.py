@@ -1,4 +1,4 @@
-"""Training patches with holes; case, place and hole are decided by (seed, index)."""
+"""Training patches with holes; case, position and hole depend only on (seed, index)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from segkit.preparing.preprocessing import PreparedCase
 from segkit.shapes import AnyArray, Image
 
 _JITTER = 0.125
-"""Largest distance of the chosen voxel from the middle of its patch, as a share of the patch."""
+"""Largest distance of the chosen voxel from the centre of its patch, as a share of the patch."""
 _TRIES = 100
 _SLICE_AXIS = 2
-"""Axis of a volume in RAS that axial slices have not."""
+"""Axis of a volume in RAS that axial slices lack."""
 
 
 @dataclass(frozen=True)
 class HoleRules:
-    """Holes and changes of a patch; see `InpaintingConfig`."""
+    """Holes and augmentation of a patch; see `InpaintingConfig`."""
 
     maker: HoleMaker = field(repr=False)
     margin_voxels: int
@@ -39,8 +39,8 @@ class HoleRules:
 class HoleDataset(Dataset[dict[str, torch.Tensor]]):
     """Patches of prepared cases with a hole in healthy tissue.
 
-    Item i depends only on (seed, i). The labels of a case, where it has any, mark what is not healthy or not known: no
-    hole reaches it. Volumes give slices where the patch has two axes.
+    Item i depends only on (seed, i). Labelled voxels of a case are not healthy or unknown: no hole reaches them. If the
+    patch has two axes, volumes give slices.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class HoleDataset(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Item `index`: "x" (K, *patch) float32, "image" (C, *patch) float32, "hole" (1, *patch) bool.
 
-        x is what the network sees (`stack_inputs`), image the truth, hole where it is compared.
+        x is the input of the network (`stack_inputs`), image the truth, hole the compared voxels.
         """
         if not 0 <= index < self.length:
             raise IndexError(index)
@@ -99,7 +99,7 @@ class HoleDataset(Dataset[dict[str, torch.Tensor]]):
         }
 
     def _place(self, case: PreparedCase, generator: np.random.Generator) -> Box:
-        """A patch whose middle lies near a healthy voxel."""
+        """A patch with a healthy voxel near its centre."""
         shape = case.image.shape[1:]
         size = self.patch_size
         if len(shape) > len(size):
@@ -119,7 +119,7 @@ class HoleDataset(Dataset[dict[str, torch.Tensor]]):
         return Box(tuple(start), size)
 
     def _lesion(self, case: PreparedCase, box: Box) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """The marked voxels of a box, (*size), and those with the margin around them, which no hole may touch."""
+        """The labelled voxels of a box, (*size), without and with the margin that no hole may touch."""
         if case.labels is None:
             return np.zeros(box.size, bool), np.zeros(box.size, bool)
         is_slice = len(box.size) > len(self.patch_size)
@@ -131,12 +131,12 @@ class HoleDataset(Dataset[dict[str, torch.Tensor]]):
         return wide[inner] > 0, np.ascontiguousarray(grow(wide > 0, self.rules.margin_voxels)[inner])
 
     def _mirrored(self, number: int, box: Box, missing: NDArray[np.bool_]) -> tuple[Image, NDArray[np.bool_]]:
-        """The box of the mirrored volume, and where it is known: not opposite of missing voxels."""
+        """The box of the mirrored volume, and where it is known: not opposite missing voxels."""
         image = self.prepared[number].image
         if number not in self._midlines:
             self._midlines[number] = find_midline(image)
         midline, (first, *start), (length, *size) = self._midlines[number], box.start, box.size
-        # The box and its opposite: the slab from one to the other is all that is read.
+        # Only the slab from the box to its opposite is read.
         opposite = midline.total - first - length + 1
         low = min(first, opposite)
         slab = Box((low, *start), (max(first, opposite) + length - low, *size)).cut(image)
@@ -148,5 +148,5 @@ class HoleDataset(Dataset[dict[str, torch.Tensor]]):
 
 
 def _is_voided(image: Image, marked: NDArray[np.bool_]) -> bool:
-    """Whether most of the marked voxels are exactly 0."""
+    """Whether most of the labelled voxels are exactly 0."""
     return bool(marked.any()) and float((image[:, marked] != 0).mean()) < 0.5

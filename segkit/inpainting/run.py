@@ -1,4 +1,4 @@
-"""Inpainting: a network that fills holes in scans, measured on holes in scans of held-out patients."""
+"""Training of a network that fills holes in scans, measured on scans of held-out patients."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ _log = logging.getLogger(__name__)
 _PATCH = {2: 256, 3: 64}
 """Default voxels of a patch along each axis."""
 _HELD_OUT_SEED = 2**31
-"""Seed of the held-out holes, which differs from that of any training hole."""
+"""Seed of the held-out holes, different from that of any training hole."""
 _MOST_SHAPES = 200
-"""Shapes of lesions that are kept to be drawn from."""
+"""Most shapes of lesions to draw holes from."""
 
 
 class InpaintingKind(UnlabelledKind[InpaintingConfig, InpaintingTask]):
-    """A network that learns to fill holes in healthy tissue."""
+    """Training to fill holes in healthy tissue."""
 
     config_type = InpaintingConfig
     what = "inpainting of scans"
 
     def find(self, folder: Path, config: InpaintingConfig) -> SplitData:
-        """The cases of a folder; what any reference marks, of whatever value, is not healthy."""
+        """The cases of a folder; voxels with any label of a reference are not healthy."""
         data = config.data
         scheme = data.label_scheme or PLAIN_CLASSES
         cohort = find_cases(folder, layout=data.layout, modalities=data.modalities, label_scheme=scheme)
@@ -55,7 +55,7 @@ class InpaintingKind(UnlabelledKind[InpaintingConfig, InpaintingTask]):
         return find_split(folder, cohort, data, config.preprocessing, keeps_references=config.spares_marked)
 
     def settle(self, config: InpaintingConfig, data: Sequence[SplitData]) -> InpaintingConfig:
-        """The settings with axes, patch and what the network sees decided.
+        """The settings with axes, patch and context of the network.
 
         Raises:
             RequestError: the folders or the settings of the network do not fit each other.
@@ -66,19 +66,19 @@ class InpaintingKind(UnlabelledKind[InpaintingConfig, InpaintingTask]):
             raise RequestError(f"the folders have different modalities: {shown}", remedy="Choose with modalities=[...]")
         if config.preprocessing.normalisation != "scale-nonzero":
             raise RequestError(
-                f"preprocessing.normalisation {config.preprocessing.normalisation} puts background amid tissue",
-                expected="scale-nonzero: what is filled in is one or the other by its intensity alone",
+                f"preprocessing.normalisation {config.preprocessing.normalisation} mixes background with tissue",
+                expected="scale-nonzero, because filled voxels are background or tissue by their intensity alone",
             )
         are_volumes = all(split.cohort.dims == 3 for split in data)
         network = config.network
         dims = choose_dims(network, config.dims, data, "patches")
         if network.arguments.get("learning") == "supervised" and network.arguments.get("context", "none") == "none":
             raise RequestError(
-                "network.arguments.learning=supervised tells RN-L a hole that the network is not shown",
+                "network.arguments.learning=supervised needs the hole as an input, but the network has no context",
                 remedy="Set network.arguments.context to hole or mirror",
             )
         if not are_volumes and network.arguments.get("context") == "mirror":
-            # Only heads are known to have two like halves.
+            # Symmetry of the two halves is assumed for heads only.
             network = network.model_copy(update={"arguments": {**network.arguments, "context": "hole"}})
         patches = config.patches
         updates: dict[str, Any] = {}
@@ -91,7 +91,7 @@ class InpaintingKind(UnlabelledKind[InpaintingConfig, InpaintingTask]):
         )
 
     def card(self, plan: RunPlan[InpaintingConfig]) -> ModelCard:
-        """The card, with what the network is given besides the image."""
+        """The card, with the context of the network."""
         config, names = plan.config, plan.data[0].cohort.modalities
         usual = "hole" if config.network.family == "generator" else "none"
         context = config.network.arguments.get("context", usual)
@@ -112,12 +112,12 @@ class InpaintingKind(UnlabelledKind[InpaintingConfig, InpaintingTask]):
     def build_task(
         self, plan: RunPlan[InpaintingConfig], card: ModelCard, network: SegmentationNetwork
     ) -> InpaintingTask:
-        """Patches with holes of the cases of all folders, and a discriminator where the settings want one."""
+        """The task with holes in the cases of all folders, and a discriminator if the settings have one."""
         config = plan.config
         training = [case for data in plan.data for case in data.prepared(data.training_ids)]
         held_out = [case for data in plan.data for case in data.prepared(data.validation_ids)]
         if not held_out:
-            _log.warning("no patient can be held out: what is measured says nothing about other patients")
+            _log.warning("no patient can be held out: the measures do not generalise to other patients")
         shapes = lesion_shapes(training) if card.dims == 3 else ()
         _log.info("holes: %d shapes of lesions", len(shapes))
         rules = HoleRules(HoleMaker(config.holes, shapes), config.holes.margin_voxels, config.hidden_lesions)
@@ -165,7 +165,7 @@ def _only(cohort: Cohort, modalities: tuple[str, ...]) -> Cohort:
 
 
 def lesion_shapes(cases: Sequence[PreparedCase]) -> list[NDArray[np.bool_]]:
-    """Shapes of the lesions of the cases, cropped, as holes may take them; the first ones, where there are many."""
+    """Cropped shapes of the lesions of the cases, at most 200, for holes of the same shape."""
     shapes: list[NDArray[np.bool_]] = []
     for case in cases:
         if case.labels is None or len(shapes) >= _MOST_SHAPES:

@@ -1,4 +1,4 @@
-"""The inpainting task: images with holes in, the network that fills them out, scored on holes of held-out patients."""
+"""The inpainting task: a network that fills holes, scored on holes in images of held-out patients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NETWORK = "network."
 
 
 class Restoration(nn.Module):
-    """A network and, for adversarial training, the discriminator that learns beside it."""
+    """A network and, for adversarial training, a discriminator."""
 
     def __init__(self, network: nn.Module, discriminator: nn.Module | None = None) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Restoration(nn.Module):
 
 @dataclass
 class InpaintingTask:
-    """A network, the patches it learns from, and the holes that choose its best weights."""
+    """A network, its training patches, and the held-out holes that choose its best weights."""
 
     model: nn.Module
     """A `Restoration`."""
@@ -60,7 +60,7 @@ class InpaintingTask:
     _held_out: dict[int, Batch] = field(default_factory=dict, repr=False)
 
     def batches(self, start: int) -> Iterator[Batch]:
-        """Endless batches from the `start`-th on, see `HoleDataset`."""
+        """Endless batches from number `start` on, see `HoleDataset`."""
         return endless_batches(self.patches, self.batch_size, start, self.workers, self.ranks)
 
     def loss(self, batch: Batch) -> Tensor:
@@ -69,21 +69,21 @@ class InpaintingTask:
         loss = restoration_loss(found, batch["image"], batch["hole"], self.restoration)
         supervised = [layer for layer in self._detectors() if layer.learning == "supervised"]
         for layer in supervised:
-            # To the layer, what is missing without a known truth is a hole as well.
+            # Missing voxels whose content is unknown are holes for the layer, too.
             missing = batch["x"][:, batch["image"].shape[1] :][:, :1]
             loss = loss + self.supervision / len(supervised) * layer.supervise(missing)
         discriminator = cast(Restoration, self.model).discriminator
         if discriminator is not None:
-            # One backward pass serves both: neither term's gradient reaches the other's network.
-            convinced, told_apart = adversarial_terms(discriminator, found, batch["image"])
-            loss = loss + self.adversarial_weight * convinced + told_apart
+            # One backward pass for both: the gradient of each term reaches its own network only.
+            of_network, of_discriminator = adversarial_terms(discriminator, found, batch["image"])
+            loss = loss + self.adversarial_weight * of_network + of_discriminator
         return loss
 
     def validate(self, weights: Mapping[str, Tensor]) -> Score:
         """SSIM in the holes of held-out patients with these weights.
 
-        Details are the measures, and the share of voxels in the region that RN-L found in the last training pass, mean
-        over its layers.
+        Details are the measures, and the share of voxels that RN-L detected in the last training pass, averaged over
+        its layers.
         """
         measures = self.measure(weights)
         shares = [float(layer.detected_share) for layer in self._detectors()]
@@ -94,7 +94,7 @@ class InpaintingTask:
     def measure(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
         """Means over the voxels of all held-out holes, in units of the normalised image.
 
-        "ssim", "mae" and "mse" of the network, and "mse_rough" of the first fill, which it refines.
+        "ssim", "mae" and "mse" of the network, and "mse_rough" of the first fill, which is its input.
         """
         with borrowed(self.model, weights):
             self.model.eval()

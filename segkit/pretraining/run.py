@@ -23,11 +23,11 @@ _log = logging.getLogger(__name__)
 _VIEW_SIZE = {2: 224, 3: 64}
 """Default voxels of a view along each axis."""
 _HELD_OUT_SEED = 2**31
-"""Seed of the groups of held-out images, which differs from that of any training group."""
+"""Seed of the groups of held-out images, different from that of any training group."""
 
 
 class PretrainingKind(UnlabelledKind[PretrainConfig, PretrainingTask]):
-    """An encoder that learns by one of `segkit.pretraining.methods`."""
+    """Pre-training by one of `segkit.pretraining.methods`."""
 
     config_type = PretrainConfig
     what = "unlabelled images"
@@ -39,7 +39,7 @@ class PretrainingKind(UnlabelledKind[PretrainConfig, PretrainingTask]):
         return find_split(folder, cohort, data, config.preprocessing)
 
     def settle(self, config: PretrainConfig, data: Sequence[SplitData]) -> PretrainConfig:
-        """The settings with axes and size of the views decided.
+        """The settings with axes and size of the views.
 
         Raises:
             RequestError: `batch_size` is not a multiple of the group size, or a group is too small for its neighbours.
@@ -76,7 +76,7 @@ class PretrainingKind(UnlabelledKind[PretrainConfig, PretrainingTask]):
     def build_task(
         self, plan: RunPlan[PretrainConfig], card: ModelCard, network: SegmentationNetwork
     ) -> PretrainingTask:
-        """The method around the network, with groups of images of all folders."""
+        """The task with the method and groups of images of all folders."""
         config = plan.config
         sources = [_source(data, data.training_ids) for data in plan.data]
         held_out = [_source(data, data.validation_ids) for data in plan.data if data.validation_ids]
@@ -101,7 +101,7 @@ class PretrainingKind(UnlabelledKind[PretrainConfig, PretrainingTask]):
 
 
 def _modalities(config: PretrainConfig, data: Sequence[SplitData]) -> tuple[str, ...]:
-    """Names of the image channels: those of the data where they agree, else one name for any image."""
+    """Names of the image channels: those of the data if all folders agree, else "image"."""
     are_pictures = all(split.cohort.dims == 2 for split in data)
     names = {split.cohort.modalities for split in data}
     first = data[0].cohort.modalities
@@ -110,7 +110,7 @@ def _modalities(config: PretrainConfig, data: Sequence[SplitData]) -> tuple[str,
             shown = " and ".join(", ".join(modalities) for modalities in sorted(names))
             raise RequestError(
                 f"the folders have different modalities: {shown}",
-                remedy="Set images.channels=each, which makes every modality an image of its own",
+                remedy="Set images.channels=each to use every modality as a separate image",
             )
         return first
     return first if names == {first[:1]} else ("image",)
@@ -147,6 +147,6 @@ def _held_out_groups(
         except DataError as error:
             _log.warning("not measured on held-out images of %s: %s", source.name, error)
     if not usable:
-        _log.warning("no patient can be held out: what is measured says nothing about other patients")
+        _log.warning("no patient can be held out: the measures do not generalise to other patients")
         usable = list(training)
     return _groups(config, card, usable, views, seed=_HELD_OUT_SEED, length=config.validation_groups)

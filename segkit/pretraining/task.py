@@ -1,4 +1,4 @@
-"""The pre-training task: groups of unlabelled images in, an encoder out, scored on images of held-out patients."""
+"""The pre-training task: an encoder from groups of unlabelled images, scored on images of held-out patients."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from segkit.training.distributed import Ranks
 from segkit.training.task import Batch, Score, borrowed
 
 METHOD_WEIGHTS = "method.safetensors"
-"""The best weights of the parts that a method adds to the network, for its measures and figures."""
+"""The best weights of the parts that a method adds to the network; its measures and figures need them."""
 
 _NETWORK = "network."
 """Prefix of the network's tensors in a method."""
@@ -31,7 +31,7 @@ _NETWORK = "network."
 
 @dataclass
 class PretrainingTask:
-    """A method with its network, the groups of images it learns from, and those that choose its checkpoint."""
+    """A method with its network, training groups of images, and the held-out groups that choose its checkpoint."""
 
     model: nn.Module
     """A `Method`."""
@@ -41,7 +41,7 @@ class PretrainingTask:
     held_out: GroupDataset
     groups_per_batch: int
     keeps_decoder: bool
-    """Whether the decoder was trained, too, and is kept; heads never are."""
+    """Whether the method trains the decoder, which is then saved; heads never are."""
     workers: int | None = None
     ranks: Ranks = field(default_factory=Ranks)
 
@@ -56,7 +56,7 @@ class PretrainingTask:
         return cast(Method, self.model)
 
     def batches(self, start: int) -> Iterator[Batch]:
-        """Endless batches of (B, ...) tensors from the `start`-th on, groups one after the other."""
+        """Endless batches of (B, ...) tensors from number `start` on, groups one after the other."""
         for batch in endless_batches(self.groups, self.groups_per_batch, start, self.workers, self.ranks):
             yield {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
 
@@ -73,7 +73,7 @@ class PretrainingTask:
         """The method's measures and, of methods with two views, `encoder_retrieval`.
 
         That is the share of held-out images whose nearest view, by the mean over the deepest feature map, is their own.
-        All held-out images are compared with each other, so rank 0 measures for all.
+        Rank 0 computes it for all ranks, because all held-out images are compared with each other.
         """
         return self.ranks.from_first(lambda: self._measured(weights))
 

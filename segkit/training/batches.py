@@ -1,7 +1,7 @@
-"""Endless batches of a dataset whose items are decided by their index.
+"""Endless batches of a dataset whose items depend only on their index.
 
-Of w ranks with batches of b items, each takes its part of the batch of w b items that one process would have: together
-they see the same items in the same order, and none twice.
+With w ranks and batches of b items, each rank loads its part of the batch of w b items that a single process would
+load, so the ranks get the same items in the same order, and none twice.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def endless_batches(
         TrainingError: a worker was killed.
     """
     if workers is None:
-        cores = available_cores() // process_place().local_size  # on up to two, workers would compete with the training
+        cores = available_cores() // process_place().local_size  # with two, workers would compete with the training
         workers = 0 if cores <= 2 else min(cores - 1, 8)
     stride = ranks.size * batch_size
     firsts = range(start * stride + ranks.rank * batch_size, ENDLESS - batch_size + 1, stride)
@@ -48,14 +48,14 @@ def endless_batches(
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=ignore_signals,
-        generator=torch.Generator(),  # its own: a loader would draw its seed from the stream that dropout uses
+        generator=torch.Generator(),  # else the seed of the loader is drawn from the generator of dropout
     )
     before = set(multiprocessing.active_children())
     iterator = iter(loader)
     started = [process for process in multiprocessing.active_children() if process not in before]
     try:
         yield from iterator
-    except (RuntimeError, OSError, EOFError) as error:  # what is read from a process that is gone fails in many ways
+    except (RuntimeError, OSError, EOFError) as error:  # reading from a process that has ended fails in many ways
         if started and wait([process.sentinel for process in started], timeout=1):
             raise _lost_worker(error) from error
         raise
@@ -69,7 +69,7 @@ def drawn_from(batches: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
     """Batches whose worker processes end with the block.
 
     Raises:
-        TrainingError: a worker was killed. torch raises that wherever the training just is.
+        TrainingError: a worker was killed; torch raises its error anywhere in the block.
     """
     try:
         yield batches
@@ -83,7 +83,7 @@ def drawn_from(batches: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
 
 
 def is_lost_worker(error: Exception) -> bool:
-    """Whether torch raised this, wherever the training was, since a worker was killed."""
+    """Whether torch raised this because a worker was killed."""
     return "DataLoader worker" in str(error)
 
 
@@ -92,5 +92,5 @@ def _lost_worker(error: Exception) -> TrainingError:
     return TrainingError(
         "a process that prepared batches was killed, probably because memory ran out "
         f"({type(cause).__name__}: {str(cause).strip()})",
-        remedy="The last checkpoint is kept: go on with --resume, and with fewer training.workers if it happens again",
+        remedy="Continue from the last checkpoint with --resume; with fewer training.workers if it happens again",
     )

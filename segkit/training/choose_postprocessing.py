@@ -1,9 +1,9 @@
-"""Post-processing chosen on the validation cases of a run: sizes below which a component or a region is removed.
+"""Choice of post-processing on the validation cases: sizes below which a component or a whole region is removed.
 
 Outer regions come before those inside them. For each output, limits for its components and then for the whole region
-are tried, and the best is kept if the mean Dice rises by more than 0.001, and no more cases get worse than better. The
-Dice is that of the output and of those inside it, which are removed with it, with the convention of BraTS for empty
-masks: 1 where prediction and reference are both empty, 0 where only one is.
+are tried; the best is kept if the mean Dice rises by more than 0.001 and at most as many cases get worse as better. The
+Dice is the mean over the output and those inside it, which are removed with it; as in BraTS, an empty region has Dice 1
+if prediction and reference are both empty, 0 if only one is.
 """
 
 from __future__ import annotations
@@ -19,14 +19,7 @@ from numpy.typing import NDArray
 
 from segkit.checkpoint.card import Part, PostprocessingCard, SizeRule
 from segkit.checkpoint.run_folder import CARD_NAME, load_card
-from segkit.inference.postprocessing import (
-    PARTS,
-    label_beneath,
-    label_boxes,
-    postprocess,
-    region_box,
-    smallest_voxels,
-)
+from segkit.inference.postprocessing import PARTS, label_beneath, label_boxes, postprocess, region_box, smallest_voxels
 from segkit.labels import Output
 from segkit.metrics.overlap import dice_by_region, region_mask
 from segkit.reading.files import written_atomically
@@ -37,24 +30,21 @@ _log = logging.getLogger(__name__)
 _FEWEST_CASES = 3
 _LEAST_GAIN = 1e-3
 _SAME = 1e-6
-"""Dice values closer than this are equal."""
+"""Dice values that differ by less are equal."""
 _LIMITS_VOXELS = (5, 10, 20, 50, 100, 200, 500, 1000)
-"""Limits that are tried, in voxels of the median spacing."""
-
-Scored = tuple[LabelMap, LabelMap, tuple[float, ...]]
-"""Prediction and reference, of one shape and scheme, and their spacing in mm."""
+"""Limits to try, in voxels of the median spacing."""
 
 
 @dataclass
 class ScoredCases:
-    """Predictions and references in little memory (BraTS: 0.1 MB a case): the box with all labels, compressed."""
+    """Predictions and references, compressed and cropped to their labels (BraTS: 0.1 MB a case)."""
 
     ids: list[str] = field(default_factory=list)
     spacings_mm: list[tuple[float, ...]] = field(default_factory=list)
     _packed: list[tuple[bytes, bytes, tuple[int, ...]]] = field(default_factory=list, repr=False)
 
     def add(self, case_id: str, prediction: LabelMap, reference: LabelMap, spacing_mm: Sequence[float]) -> None:
-        """Keep one case; both maps (D, H, W) or (H, W) uint8, spacing of each axis in mm."""
+        """Add a case: both maps (D, H, W) or (H, W) uint8, spacing of each axis in mm."""
         box = region_box(label_boxes(prediction | reference), range(1, 256)) or (slice(0, 1),) * prediction.ndim
         predicted, expected = (zlib.compress(labels[box].tobytes(), 1) for labels in (prediction, reference))
         self.ids.append(case_id)
@@ -62,7 +52,7 @@ class ScoredCases:
         self._packed.append((predicted, expected, prediction[box].shape))
 
     def take(self, others: ScoredCases) -> None:
-        """Keep those cases, too."""
+        """Add those cases."""
         self.ids += others.ids
         self.spacings_mm += others.spacings_mm
         self._packed += others._packed
@@ -70,11 +60,10 @@ class ScoredCases:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __iter__(self) -> Iterator[Scored]:
-        for (predicted, expected, shape), spacing_mm in zip(self._packed, self.spacings_mm, strict=True):
-            prediction, reference = (
-                np.frombuffer(zlib.decompress(packed), np.uint8).reshape(shape) for packed in (predicted, expected)
-            )
+    def __iter__(self) -> Iterator[tuple[LabelMap, LabelMap, tuple[float, ...]]]:
+        """Prediction and reference, of one shape and scheme, and their spacing in mm."""
+        for (*packed, shape), spacing_mm in zip(self._packed, self.spacings_mm, strict=True):
+            prediction, reference = (np.frombuffer(zlib.decompress(p), np.uint8).reshape(shape) for p in packed)
             yield prediction, reference, spacing_mm
 
 
@@ -84,8 +73,8 @@ def settle_postprocessing(
     """Choose the post-processing of a run and write it into its model.json; none unless `is_wanted`.
 
     Returns:
-        Dice of each case and output with it (NaN where a region is in neither map), None where none is chosen. They
-        are a little too high, since the cases are those it was chosen on.
+        Dice of each case and output with it (NaN if a region is in neither map), or None if none is chosen. They are
+        slightly too high, because it was chosen on the same cases.
     """
     card = load_card(run)
     outputs = card.outputs
@@ -104,18 +93,18 @@ def settle_postprocessing(
 
 
 def describe_rule(rule: SizeRule, outputs: Sequence[Output], tissues: Mapping[int, str], dims: int = 3) -> str:
-    """One rule as a sentence: "ET below 40 mm3 becomes NCR: mean Dice 0.810 -> 0.830"."""
+    """A rule as text: "ET below 40 mm3 becomes NCR: mean Dice 0.810 -> 0.830"."""
     label = next(label_beneath(output, outputs) for output in outputs if output.name == rule.output)
     is_one = rule.part == "total"
     what = rule.output if is_one else f"{rule.output} components"
     size = f"{rule.smallest_mm3:g} {'mm3' if dims == 3 else 'pixels'}"
-    fate = f"{'becomes' if is_one else 'become'} {tissues[label]}" if label else f"{'is' if is_one else 'are'} removed"
+    change = f"become{'s' * is_one} {tissues[label]}" if label else f"{'is' if is_one else 'are'} removed"
     effect = "" if rule.dice is None else ": mean Dice {:.3f} -> {:.3f}".format(*rule.dice)
-    return f"{what} below {size} {fate}{effect}"
+    return f"{what} below {size} {change}{effect}"
 
 
 def choose_postprocessing(scored: ScoredCases, outputs: Sequence[Output]) -> PostprocessingCard | None:
-    """The rules that help on these cases; None where none does, or with fewer than three cases."""
+    """The rules that improve these cases; None if none does, or with fewer than three cases."""
     if len(scored) < _FEWEST_CASES:
         return None
     voxel_mm3 = float(np.median([np.prod(spacing) for spacing in scored.spacings_mm]))
@@ -131,15 +120,15 @@ def choose_postprocessing(scored: ScoredCases, outputs: Sequence[Output]) -> Pos
                 inside = [other for other in outputs if set(other.members) <= set(output.members)]
                 expected = np.array([counts[list(other.members)].sum() for other in inside])
                 box = region_box(boxes, output.members) or (slice(0, 0),) * cleaned.ndim
-                found = _find_parts(cleaned[box], reference[box], output, inside)
-                tables[output.name].append(_Parts(spacing_mm, *found, expected))
+                parts = _count_parts(cleaned[box], reference[box], output, inside)
+                tables[output.name].append(_Parts(spacing_mm, *parts, expected))
         for output in together:
             rules += _rules_for(output, tables[output.name], limits)
     return PostprocessingCard(rules=tuple(rules), cases=len(scored)) if rules else None
 
 
 def _rounds(outputs: Sequence[Output]) -> list[list[Output]]:
-    """Outputs without the background, by how many others they lie inside; outer ones first."""
+    """Outputs other than the background, grouped by how many others contain them; outer ones first."""
     rounds: dict[int, list[Output]] = {}
     for output in outputs:
         if output.label != 0:
@@ -150,10 +139,10 @@ def _rounds(outputs: Sequence[Output]) -> list[list[Output]]:
 
 @dataclass(frozen=True)
 class _Parts:
-    """The components of one output in one case, and their voxels of the output and of the outputs inside it.
+    """Voxel counts of the N components of an output in a case; the K regions are the output and those inside it.
 
-    voxels (N,); predicted and overlap (N, K): voxels of component n in region k of the prediction, and of those the
-    ones in region k of the reference; expected (K,): voxels of region k of the reference.
+    voxels (N,); predicted (N, K): voxels of component n in region k of the prediction; overlap (N, K): those that are
+    in region k of the reference, too; expected (K,): voxels of region k of the reference.
     """
 
     spacing_mm: tuple[float, ...]
@@ -163,7 +152,7 @@ class _Parts:
     expected: NDArray[np.int64]
 
     def dice(self, limits: Mapping[Part, float]) -> float:
-        """Mean Dice over the K regions of what these limits (in mm³) leave."""
+        """Mean Dice over the K regions after removal below these limits, in mm³."""
         smallest = {part: smallest_voxels(limit, self.spacing_mm) for part, limit in limits.items()}
         is_kept = self.voxels >= smallest.get("component", 0)
         if self.voxels[is_kept].sum() < smallest.get("total", 0):
@@ -173,7 +162,7 @@ class _Parts:
         return float(np.where(size == 0, 1.0, 2 * overlap / np.maximum(size, 1)).mean())
 
 
-def _find_parts(
+def _count_parts(
     prediction: LabelMap, reference: LabelMap, output: Output, inside: Sequence[Output]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """`voxels`, `predicted` and `overlap` of `_Parts`, from the box around the output in both maps."""
@@ -192,7 +181,7 @@ def _find_parts(
 
 
 def _count_labels(labels: LabelMap) -> NDArray[np.int64]:
-    """Voxels of each value, (256,); slice by slice, since bincount converts its input to 64-bit numbers."""
+    """Voxels of each value, (256,); slice by slice, because bincount converts its input to int64."""
     counts = np.zeros(256, np.int64)
     for plane in labels:
         counts += np.bincount(plane.ravel(), minlength=256)
@@ -208,7 +197,7 @@ def _rules_for(output: Output, cases: Sequence[_Parts], limits_mm3: Sequence[flo
         for limit in limits_mm3:
             tried = np.array([case.dice({**chosen, part: limit}) for case in cases])
             is_fair = np.count_nonzero(tried < now - _SAME) <= np.count_nonzero(tried > now + _SAME)
-            if is_fair and tried.mean() > best.mean() + _SAME:  # of equal limits the smallest
+            if is_fair and tried.mean() > best.mean() + _SAME:  # the smallest of equal limits
                 best, best_limit = tried, limit
         if best.mean() > now.mean() + _LEAST_GAIN:
             dice = (round(float(now.mean()), 4), round(float(best.mean()), 4))

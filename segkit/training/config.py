@@ -1,7 +1,7 @@
-"""The settings of a training run: what a YAML file or `--set` can say.
+"""The settings of a training run, as a YAML file or `--set` gives them.
 
-A field that is None is decided by planning from the data and the memory at hand; `config.yaml` in the run folder
-holds what was chosen and why.
+Fields that are None are planned from the data and the available memory; `config.yaml` in the run folder has the chosen
+values and the reasons.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ class DataConfig(Config):
     """Which cases are trained on."""
 
     layout: str | None = None
-    """Data layout; None recognises it."""
+    """Data layout; None: recognised."""
     label_scheme: str | None = None
-    """Label scheme; None takes it from the layout."""
+    """Label scheme; None: that of the layout."""
     modalities: dict[str, str] | None = None
-    """Modality name to file suffix, for folders that follow no known naming."""
+    """Modality name to file suffix, for folders in an unknown layout."""
     folds: int = Field(default=5, ge=2)
-    """Number of patient-wise folds; one of them validates."""
+    """Number of patient-wise folds."""
     fold: int = Field(default=0, ge=0)
-    """The fold that validates."""
+    """The fold for validation, from 0."""
     split_seed: int = 0
     """Seed of the patient-wise split."""
     exclude: tuple[str, ...] = ()
-    """Case ids kept out of training, validation and checkpoint choice."""
+    """Case ids excluded from training and validation."""
     cache: Path | None = None
-    """Folder for prepared cases; None is `cache` in the run folder."""
+    """Folder for prepared cases; None: `cache` in the run folder."""
 
 
 class NetworkConfig(Config):
@@ -45,31 +45,31 @@ class NetworkConfig(Config):
     family: str = "revmbunet"
     """Family name, see `segkit models`."""
     size: str | None = None
-    """Named size of the family; None is the family's usual one."""
+    """Named size of the family; None: its usual size."""
     arguments: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of the family laid over its size, such as widths or blocks."""
+    """Arguments of the family that replace those of the size, such as widths or blocks."""
     weights: Path | None = None
-    """Weights to begin with: a run folder, nnU-Net's results, a .safetensors, .pth or .model file; None is random."""
+    """First weights: a run folder, nnU-Net results, a .safetensors, .pth or .model file; None: random."""
     input_adapt: InputAdapt = "mean"
-    """How those weights are made for other image channels. mean: kernels of the same modality where both sides name
-    theirs, else repeated and scaled so that the output keeps its size; repeat: repeated, unscaled (as STU-Net does);
-    zero: further channels start at zero."""
+    """How these weights are adapted to other image channels. mean: kernels of the same modality if both sides name
+    modalities, else repeated and scaled to keep the size of the output; repeat: repeated, unscaled (as STU-Net); zero:
+    additional channels start at zero."""
     weights_share: float = Field(default=1.0, ge=0, le=1)
-    """Least share of the encoder, by number of parameters, that those weights must hold. 1: everything must fit, of the
-    decoder too where the file has one; below 1 what does not fit is left out and reported."""
+    """Least share of the encoder's parameters that these weights must contain. 1: all tensors must fit, including those
+    of a decoder in the file; below 1 tensors that do not fit are skipped and reported."""
 
 
 class PlanningConfig(Config):
     """Bounds within which planning chooses."""
 
     patch_size: tuple[int, ...] | None = None
-    """Patch in voxels; None is planned from sizes, spacing and memory."""
+    """Patch in voxels; None: planned from sizes, spacing and memory."""
     patch_limit: int = Field(default=128, ge=16)
-    """Longest side that planning may give a patch, in voxels; patches of pictures may be twice as long."""
+    """Longest side of a planned patch, in voxels; twice as long for pictures."""
     batch_size: int | None = Field(default=None, ge=1)
-    """Patches per step and process; None is planned."""
+    """Patches per step and process; None: planned."""
     batch_limit: int = Field(default=2, ge=1)
-    """Largest batch that planning may choose; of pictures twice as many."""
+    """Largest planned batch; twice as large for pictures."""
 
 
 class OptimiserConfig(Config):
@@ -78,63 +78,63 @@ class OptimiserConfig(Config):
     lr: float = Field(default=2e-3, gt=0)
     """Peak learning rate."""
     encoder_lr: float = Field(default=1.0, ge=0)
-    """Learning rate of the encoder as a share of lr: below 1 it keeps more of the weights it began with; 0 freezes it,
-    the running statistics of its norms included."""
+    """Learning rate of the encoder as a share of lr: below 1 it stays closer to its first weights; 0 freezes it, with
+    the running statistics of its norms."""
     weight_decay: float = Field(default=1e-2, ge=0)
     """Decoupled weight decay, on weights with more than one axis."""
     schedule: Literal["cosine", "poly", "halving"] = "cosine"
     """Decay after warm-up: to zero by half a cosine or by (1 - progress) ** 0.9, or halved after each fifth."""
     warmup: float = Field(default=0.02, ge=0, lt=1)
-    """Part of the run in which the rate rises linearly."""
+    """Share of the run with linear warm-up."""
     gradient_clip: float | None = Field(default=1.0, gt=0)
-    """Largest norm of the gradient; None does not clip."""
+    """Largest norm of the gradient; None: no clipping."""
 
 
 class LoopConfig(Config):
-    """Length of a training and what it keeps; the same for every task."""
+    """Length and computation of a training, for every task."""
 
     steps: int = Field(default=50_000, ge=1)
     """Optimisation steps; a budget replaces them."""
     budget_minutes: float | None = Field(default=None, gt=0)
-    """Wall time of the whole command, which the schedule follows."""
+    """Wall time of the whole command; the learning rate schedule follows it."""
     steps_per_epoch: int = Field(default=250, ge=1)
-    """Steps of an epoch, which ends with a checkpoint."""
+    """Steps per epoch; each epoch ends with a checkpoint."""
     checkpoint_minutes: float = Field(default=10.0, gt=0)
     """Longest time between two checkpoints within an epoch."""
     validate_every: int = Field(default=1, ge=1)
-    """Epochs between validations; under a budget validation takes a tenth of the time at most."""
+    """Epochs between validations; with a budget, validation takes at most a tenth of the time."""
     accumulate: int = Field(default=1, ge=1)
-    """Batches whose gradients are summed for one step; each process has as many."""
+    """Batches per step and process whose gradients are summed."""
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
-    """Decay per step of the moving average of the weights, which is what is validated and kept; 0 switches it off."""
+    """Decay per step of the moving average of the weights, which is validated and saved; 0: no average."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of the forward pass; auto is bf16 on a GPU that has it."""
+    """Precision of the forward pass; auto: bf16 on GPUs that support it."""
     rank_timeout_s: float = Field(default=600.0, gt=0)
-    """Longest time that one of several processes may hold up the others, within a step or a case that is validated."""
+    """Longest time that one of several processes may block the others, in a step or a validation case."""
     sharding: Literal["auto", "none", "full"] = "auto"
-    """full: each of several processes keeps a part of the network and of the optimiser's state (stunet); none: each
-    keeps all of it; auto: a part where all of it does not fit."""
+    """full: each of several processes has a part of the network and of the optimiser state (stunet only); none: each
+    has all of it; auto: full if all of it does not fit into memory."""
     workers: int | None = Field(default=None, ge=0)
-    """Processes that prepare patches; None chooses by the cores, 0 prepares them in the training process."""
+    """Processes that prepare patches; None: chosen by the number of cores; 0: the training process."""
     seed: int = 0
     """Seed of weights, sampling and augmentation."""
     live_page: bool = True
     """Whether report.html in the run folder is updated during the training."""
     trackers: tuple[Literal["tensorboard", "mlflow"], ...] = ()
-    """Programs that also get the metrics, in the run folder; MLflow uses MLFLOW_TRACKING_URI instead, if set."""
+    """Programs that also get the metrics, in the run folder; for MLflow, MLFLOW_TRACKING_URI may name a server."""
 
 
 class TrainingConfig(LoopConfig):
-    """How long and how a segmentation network is trained."""
+    """Length and computation of the training of a segmentation network."""
 
     validation_cases: int | None = Field(default=None, ge=1)
-    """Most cases validated during training; the final validation takes all of the fold."""
+    """Most cases of a validation during training; the final validation uses all of the fold."""
     foreground_fraction: float = Field(default=0.5, ge=0, le=1)
-    """Part of the patches that is centred on foreground."""
+    """Share of patches centred on foreground."""
 
 
 class RunConfig(Config):
-    """The settings that every kind of training has."""
+    """The settings of every kind of training."""
 
     data: DataConfig = DataConfig()
     network: NetworkConfig = NetworkConfig()
@@ -147,20 +147,20 @@ RunConfigT = TypeVar("RunConfigT", bound=RunConfig)
 
 
 class TrainConfig(RunConfig):
-    """A whole training run."""
+    """The settings of `segkit train`."""
 
     training: TrainingConfig = TrainingConfig()
     planning: PlanningConfig = PlanningConfig()
     augmentation: AugmentationConfig = Field(default_factory=AugmentationConfig)
     loss: LossConfig = LossConfig()
     overlap: float = Field(default=0.5, ge=0, lt=1)
-    """Overlap of inference windows, as a part of the patch."""
+    """Overlap of inference windows, as a share of the patch."""
     postprocessing: Literal["auto", "none"] = "auto"
-    """auto: sizes below which a component or a whole region is removed are tried on the validation cases after the
-    training, and kept where they help; none: masks are left as they are painted."""
+    """auto: after the training, minimum sizes of components and regions are tried on the validation cases and used if
+    they improve the Dice; none: no post-processing."""
 
 
 def with_values(config: RunConfigT, section: str, **values: Any) -> RunConfigT:
-    """The settings with some values of one section changed."""
+    """The settings with other values in one section."""
     changed = getattr(config, section).model_copy(update=values)
     return config.model_copy(update={section: changed})

@@ -1,9 +1,9 @@
-"""The files of a run folder, but for weights and checkpoints.
+"""The files of a run folder other than weights and checkpoints.
 
-`config.yaml` is for people, who may edit it: every setting, and why planning chose it. `settings.json` has the settings
-to compare when the run is resumed; what was changed then is in `changes.jsonl`, a line for each time. `plan.json` keeps
-the reasons and the estimate for a resumed run, which is not planned again; `split.json` the training and validation
-cases; `weights.json` the origin of the first weights, if they were not random.
+`config.yaml` has every setting with its reason, and users may edit it; `settings.json` the settings that a resumed run
+is compared with; `changes.jsonl` a line for each time that settings were changed; `plan.json` reasons and estimate,
+since a resumed run is not planned again; `split.json` the training and validation cases; `weights.json` the origin of
+the first weights, unless they were random.
 """
 
 from __future__ import annotations
@@ -38,21 +38,17 @@ _OF_ONE_RUN = (
     *(METRICS_NAME, SCORES_NAME, SETTINGS_NAME, CHANGES_NAME, _PLAN_NAME, _ORIGIN_NAME, PAGE_NAME, MLFLOW_RUN_NAME),
 )
 FREE_SETTINGS = (
-    "data.cache",
-    "training.checkpoint_minutes",
-    "training.live_page",
-    "training.rank_timeout_s",
-    "training.trackers",
-    "training.workers",
+    *("data.cache", "training.checkpoint_minutes", "training.live_page"),
+    *("training.rank_timeout_s", "training.trackers", "training.workers"),
 )
-"""Settings that do not affect what is learned: a resumed run may change them."""
+"""Settings that do not affect the weights: a resumed run may change them."""
 
 
 def require_usable(run: Path, trackers: Sequence[str], *, resume: bool, overwrite: bool) -> None:
     """Check that a run may use a folder; nothing is changed.
 
     Raises:
-        RequestError: it holds another run, or none that could be resumed, or a tracker is not installed.
+        RequestError: the folder holds another run, or no run to resume, or a tracker is not installed.
     """
     require_trackers(trackers)
     if run.exists() and not run.is_dir():
@@ -60,11 +56,8 @@ def require_usable(run: Path, trackers: Sequence[str], *, resume: bool, overwrit
     if resume and not has_state(run):
         raise RequestError("there is nothing to resume", where=run, remedy="Start it without --resume")
     if has_state(run) and not resume and not overwrite:
-        raise RequestError(
-            "holds a run already",
-            where=run,
-            remedy="Go on with --resume, start again with --overwrite, or name another folder",
-        )
+        remedy = "Continue with --resume, start again with --overwrite, or name another folder"
+        raise RequestError("holds a run already", where=run, remedy=remedy)
 
 
 def has_state(run: Path) -> bool:
@@ -73,10 +66,10 @@ def has_state(run: Path) -> bool:
 
 
 def open_folder(run: Path, config: Config, *, resume: bool, allow_changes: bool = False) -> None:
-    """Make the folder with the settings of the run; unless that is resumed, remove the files of another run.
+    """Make the folder and write the settings; a new run removes the files of an earlier one.
 
     Raises:
-        RequestError: it cannot be written to, or a resumed run has other settings than before, which may not change.
+        RequestError: the folder cannot be written to, or the settings of a resumed run may not change.
     """
     try:
         (run / "figures").mkdir(parents=True, exist_ok=True)
@@ -90,9 +83,9 @@ def open_folder(run: Path, config: Config, *, resume: bool, allow_changes: bool 
 
 @contextmanager
 def restore_config_on_error(run: Path, *, is_first: bool) -> Iterator[None]:
-    """Restore the settings in a run folder if the request turns out to be wrong; only rank 0 writes.
+    """Restore the settings in a run folder after a RequestError; only rank 0 writes.
 
-    Whether the checkpoint of a run fits other settings is known only once network and optimiser are built.
+    Whether a checkpoint fits changed settings is known only when network and optimiser are built.
     """
     paths = [run / name for name in (CONFIG_NAME, SETTINGS_NAME, CHANGES_NAME)]
     before = {path: path.read_bytes() for path in paths if path.is_file()}
@@ -108,7 +101,7 @@ def restore_config_on_error(run: Path, *, is_first: bool) -> Iterator[None]:
 
 
 def write_config(run: Path, config: Config, reasons: Mapping[str, str], heading: str) -> None:
-    """Write `config.yaml`: every setting with its meaning and, where planning chose, its reason."""
+    """Write `config.yaml`: every setting with its meaning and, if it was planned, its reason."""
     run.mkdir(parents=True, exist_ok=True)
     (run / CONFIG_NAME).write_text(f"# {heading}\n{annotated_yaml(config, reasons)}", encoding="utf-8")
 
@@ -124,14 +117,14 @@ def read_config(run: Path) -> TrainConfig:
 
 
 def write_plan(run: Path, reasons: Mapping[str, str], estimate: Mapping[str, float]) -> None:
-    """Keep the reasons and the estimate of planning."""
+    """Write `plan.json`, and log the reasons."""
     write_json(run / _PLAN_NAME, {"reasons": dict(reasons), "estimate": dict(estimate)})
     for key, reason in reasons.items():
         _log.info("%s: %s", key, reason)
 
 
 def read_plan(run: Path) -> tuple[Mapping[str, str], Mapping[str, float]]:
-    """Reasons by dotted key, and the estimate, as `write_plan` kept them; empty where the file is missing."""
+    """Reasons by dotted key, and the estimate, from `plan.json`; empty if there is none."""
     try:
         document = json.loads((run / _PLAN_NAME).read_text(encoding="utf-8"))
         return dict(document["reasons"]), dict(document["estimate"])
@@ -140,12 +133,12 @@ def read_plan(run: Path) -> tuple[Mapping[str, str], Mapping[str, float]]:
 
 
 def write_origin(run: Path, facts: Mapping[str, str], report: Mapping[str, Any]) -> None:
-    """Keep the origin of the first weights, with the report of loading them."""
+    """Write `weights.json`: the origin of the first weights, and the report of loading them."""
     write_json(run / _ORIGIN_NAME, {**facts, "report": dict(report)})
 
 
 def read_origin(run: Path) -> dict[str, str]:
-    """The facts that `write_origin` kept; empty for random weights."""
+    """The facts in `weights.json`; empty for random weights."""
     try:
         document = json.loads((run / _ORIGIN_NAME).read_text(encoding="utf-8"))
         return {name: value for name, value in document.items() if isinstance(value, str)}
@@ -156,16 +149,16 @@ def read_origin(run: Path) -> dict[str, str]:
 def write_split(
     run: Path, data: Sequence[Path], training: Sequence[str], validation: Sequence[str], excluded: Sequence[str]
 ) -> None:
-    """Keep the ids of training and validation cases, and their folders."""
+    """Write `split.json`: ids of training, validation and excluded cases, and their folders."""
     ids = {"training": list(training), "validation": list(validation), "excluded": list(excluded)}
     write_json(run / _SPLIT_NAME, {"data": [str(folder.absolute()) for folder in data], **ids})
 
 
 def require_same_split(run: Path, training: Sequence[str], validation: Sequence[str]) -> None:
-    """Check that a resumed run has the same cases; else it could train on its validation cases.
+    """Check that a resumed run has the same cases, so that it does not train on its validation cases.
 
     Raises:
-        RequestError: the split differs from that of the run.
+        RequestError: the split differs.
     """
     path = run / _SPLIT_NAME
     try:
@@ -175,11 +168,9 @@ def require_same_split(run: Path, training: Sequence[str], validation: Sequence[
     for what, ids in (("training", training), ("validation", validation)):
         changed = sorted(set(before[what]) ^ set(ids))
         if changed:
-            raise RequestError(
-                f"the {what} cases are not those that the run began with: {', '.join(changed[:5])}",
-                where=path,
-                remedy="Resume with the data, the fold and the excluded cases that it was started with",
-            )
+            found = f"the {what} cases are not those that the run began with: {', '.join(changed[:5])}"
+            remedy = "Resume with the data, the fold and the excluded cases that it was started with"
+            raise RequestError(found, where=path, remedy=remedy)
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
@@ -190,7 +181,7 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Change:
-    """A setting with another value than before; `key` is its path."""
+    """A setting whose value changed; `key` is its path."""
 
     key: tuple[str, ...]
     old: Any
@@ -198,7 +189,7 @@ class Change:
 
     @property
     def name(self) -> str:
-        """The setting as `--set` writes it."""
+        """The dotted key."""
         return ".".join(self.key)
 
     def __str__(self) -> str:
@@ -236,16 +227,14 @@ def changes_of(run: Path, config: Config, *, allow_changes: bool) -> list[Change
     before = build_config(type(config), [(str(path), document)])  # newer settings have their default
     changes = [change for change in compare(before, config) if change.name not in FREE_SETTINGS]
     if changes and not allow_changes:
-        raise RequestError(
-            f"the settings differ from those of the run: {', '.join(map(str, changes))}",
-            where=run,
-            remedy="Repeat the settings of the run, or add --allow-changes to continue with the new ones",
-        )
+        found = f"the settings differ from those of the run: {', '.join(map(str, changes))}"
+        remedy = "Repeat the settings of the run, or add --allow-changes to continue with the new ones"
+        raise RequestError(found, where=run, remedy=remedy)
     return changes
 
 
 def with_planned(run: Path, config: ConfigT) -> ConfigT:
-    """The settings of a resumed run with what was planned for it, where they leave that to planning again."""
+    """The settings of a resumed run; those left to planning (None or auto) get the values planned for the run."""
     reasons, _ = read_plan(run)
     changes = changes_of(run, config, allow_changes=True) if reasons else []
     left_open = [change for change in changes if change.name in reasons and change.new in (None, "auto")]
@@ -253,7 +242,7 @@ def with_planned(run: Path, config: ConfigT) -> ConfigT:
 
 
 def compare(before: ConfigT, after: ConfigT) -> list[Change]:
-    """The differences between two sets of settings, in their order."""
+    """The settings that differ, in their order."""
     pairs = zip(_leaves(before), _leaves(after), strict=True)
     return [Change(key, old, new) for (key, old), (_, new) in pairs if old != new]
 
@@ -270,7 +259,6 @@ def with_changes(config: ConfigT, changes: list[Change]) -> ConfigT:
 
 
 def _leaves(config: BaseModel, key: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every setting by its path, with its value as in a file."""
     document = config.model_dump(mode="json")
     for name in type(config).model_fields:
         value = getattr(config, name)

@@ -1,7 +1,7 @@
-"""Signals to a training: SIGTERM and Ctrl-C end it once its state is on disk, SIGUSR1 writes the state.
+"""Signals: SIGTERM and Ctrl-C end a training after its state is written, SIGUSR1 writes the state.
 
-Batch systems send SIGUSR1 some time before they end a job (SLURM: `--signal=USR1@120`). A signal is only noted here;
-the training loop looks at it between two steps.
+Batch systems send SIGUSR1 some time before they end a job (SLURM: `--signal=USR1@120`). The handler only records the
+signal; the training loop checks for it between two steps.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ Handler = Callable[[int, FrameType | None], object]
 
 
 class InterruptedTrainingError(SegkitError):
-    """A signal asked the training to end; its state is on disk."""
+    """A signal ended the training; its state is on disk."""
 
     exit_code = 130
 
 
 @dataclass
 class Interruption:
-    """What signals asked for: `stop` to end, `keep` to write the state.
+    """Requests by signals: `stop` ends the training, `keep` writes the state.
 
-    With `is_shared` several ranks train; then `agree` sets both, so that all ranks end after the same step.
+    If several ranks train (`is_shared`), only `agree` sets them, so that all ranks end after the same step.
     """
 
     stop: bool = False
     keep: bool = False
     is_shared: bool = False
     before: Mapping[int, Handler] = field(default_factory=dict)
-    """Handlers installed earlier, by signal; they are called once the state is kept."""
+    """Handlers installed earlier, by signal; they are called after the state is written."""
     _received: list[int] = field(default_factory=list)
     _may_cut: bool = False
 
@@ -52,22 +52,22 @@ class Interruption:
 
     @property
     def stops_here(self) -> bool:
-        """Whether this process was asked to end, even if the others do not know yet."""
+        """Whether this process got a signal to end, even before the ranks agreed on it."""
         return self.stop or any(number in _STOPS for number in self._received)
 
     @property
     def keeps_here(self) -> bool:
-        """Whether this process was asked to write the state, even if the others do not know yet."""
+        """Whether this process got a signal to write the state, even before the ranks agreed on it."""
         return self.keep or any(number in _KEEPS for number in self._received)
 
     def agree(self, *, stop: bool, keep: bool) -> None:
-        """Set what any of the ranks was asked for."""
+        """Set the requests to any of the ranks."""
         self.stop, self.keep = self.stop or stop, self.keep or keep
 
     def unless_stopped(self, work: Callable[[], Result]) -> Result | None:
-        """The result of `work`; None where a signal to end came first or interrupted it.
+        """The result of `work`, or None if a signal to end came before or during it.
 
-        For work that may be interrupted anywhere: a validation may take longer than a batch system waits.
+        A validation may take longer than a batch system waits, so it is interrupted at any place.
         """
         try:
             self._may_cut = True
@@ -82,10 +82,10 @@ class Interruption:
             self._may_cut = False
 
     def state_is_kept(self, run: Path, step: int) -> None:
-        """Act on the signals, now that everything up to `step` is on disk.
+        """Act on the signals after everything up to `step` is on disk.
 
         Raises:
-            InterruptedTrainingError: the training was asked to end.
+            InterruptedTrainingError: a signal ends the training.
         """
         if self.is_shared and not self.is_wanted:
             return
@@ -99,10 +99,10 @@ class Interruption:
         if self.stop:
             names = " and ".join(dict.fromkeys(signal.Signals(number).name for number in received if number in _STOPS))
             found = f"interrupted by {names or 'another process'} after step {step}; the state is kept"
-            raise InterruptedTrainingError(found, where=run, remedy="Go on with --resume")
+            raise InterruptedTrainingError(found, where=run, remedy="Continue with --resume")
 
     def note(self, number: int, frame: FrameType | None = None) -> None:
-        """The handler: note a signal; a second Ctrl-C does not wait for the state to be written."""
+        """The handler; a second Ctrl-C does not wait until the state is written."""
         is_impatient = number == signal.SIGINT and number in self._received
         self._received.append(number)
         if self.is_shared and not is_impatient:
@@ -118,9 +118,9 @@ class Interruption:
 
 @contextmanager
 def listening(*, is_shared: bool = False) -> Iterator[Interruption]:
-    """Handle signals inside the block, in the main thread of a process; in other threads none are handled.
+    """Handle signals inside the block, in the main thread only.
 
-    A signal that the process ignores, as under `nohup`, stays ignored.
+    Signals that the process ignores, as under `nohup`, stay ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield Interruption(is_shared=is_shared)
@@ -141,7 +141,7 @@ def listening(*, is_shared: bool = False) -> Iterator[Interruption]:
 
 @contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
-    """Let SIGTERM do what Ctrl-C does, for the time before and after the training loop."""
+    """Let SIGTERM act as Ctrl-C before and after the training loop."""
     before = signal.getsignal(signal.SIGTERM)
     if before is not signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
         yield
@@ -154,9 +154,6 @@ def terminated_as_interrupted() -> Iterator[None]:
 
 
 def ignore_signals(_worker: int = 0) -> None:
-    """Ignore signals in a data-loading worker, since a signal often goes to the whole process group.
-
-    It ends with the process that trains.
-    """
+    """Ignore signals in a data-loading worker, which get those to the process group; the training process ends it."""
     for number in (*_STOPS, *_KEEPS):
         signal.signal(number, signal.SIG_IGN)

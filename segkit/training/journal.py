@@ -1,4 +1,4 @@
-"""What a run writes as it goes: rows of `metrics.jsonl`, curves, page, and progress in the log."""
+"""Files written during a run: rows of `metrics.jsonl`, curves and page; and progress in the log."""
 
 from __future__ import annotations
 
@@ -21,25 +21,22 @@ _log = logging.getLogger("segkit.training")
 
 METRICS_NAME, PAGE_NAME = "metrics.jsonl", "report.html"
 _FLUSH_S = 3.0
-"""Longest time until a row is written, for those who watch the file."""
+"""Longest time until a row is in the file."""
 _MOST_POINTS = 1000
-"""Points of a curve: as many as a figure can show."""
+"""Points of a curve that a figure can show."""
 _DRAWING_SHARE = 0.05
-"""Part of the time that drawing may take."""
+"""Share of the time that drawing may take."""
 _EXPECTED_DRAWING_S = 1.0
-"""How long drawing takes until it was measured."""
+"""Assumed until drawing was measured."""
 
 
 class Journal:
     """Rows of `metrics.jsonl`, one JSON object a line, each step once even after a resume; `curves` has its points."""
 
     def __init__(self, run: Path, step: int, trackers: Sequence[str] = ()) -> None:
-        """Keep the rows up to `step`; later ones, of an interrupted session, are written again.
+        """Keep the rows up to `step`, the last one of the checkpoint (0 for a new run); later ones are removed.
 
-        Args:
-            run: The run folder.
-            step: The last step of the checkpoint; 0 for a new run.
-            trackers: Names from `TRACKERS`, to which the rows go as well.
+        `trackers` are names from `TRACKERS`, which get the rows as well.
 
         Raises:
             DataError: the file cannot be written.
@@ -65,26 +62,23 @@ class Journal:
         self._trackers.each(lambda tracker: tracker.end(is_finished=kind is None))
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append the row of a step; it holds `step` and numbers."""
+        """Append the row of a step: `step` and numbers."""
         self.curves.add(row)
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._trackers.each(lambda tracker: tracker.add(row))
         if time.monotonic() - self._flushed_s > _FLUSH_S:
-            self._flush()
+            self._file.flush()
+            self._flushed_s = time.monotonic()
 
     def keep(self) -> None:
-        """Write every row to the disk: a checkpoint is written next."""
+        """Write every row to the disk; call it before a checkpoint is written."""
         self._trackers.each(lambda tracker: tracker.keep())
-        self._flush()
-        os.fsync(self._file.fileno())
-
-    def _flush(self) -> None:
         self._file.flush()
-        self._flushed_s = time.monotonic()
+        os.fsync(self._file.fileno())
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`, without incomplete lines; none where there is no file."""
+    """The rows of a `metrics.jsonl`, without incomplete lines; none if there is no file."""
     if not path.exists():
         return
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -98,7 +92,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class Curves:
-    """The points of a run's curves, of limited number: means of the loss over equal numbers of steps, and scores."""
+    """At most 2000 points of the loss, each the mean of equally many steps, and all scores."""
 
     def __init__(self) -> None:
         self._width = 1
@@ -121,13 +115,13 @@ class Curves:
             self._width *= 2
 
     def rows(self) -> list[Mapping[str, Any]]:
-        """Rows as `curves_figure` takes them, by step."""
+        """Rows for `curves_figure`, by step."""
         points = [*self._means, *([_mean(self._open)] if self._open else []), *self._scores]
         return sorted(points, key=lambda row: row["step"])
 
 
 def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Several steps as one: their mean loss, at the step and the rate of the last of them."""
+    """The mean loss of several steps, with step and lr of the last one."""
     last = {name: rows[-1][name] for name in ("step", "lr") if name in rows[-1]}
     return {**last, "loss": sum(row["loss"] for row in rows) / len(rows)}
 
@@ -138,14 +132,14 @@ class ProgressLines:
     def __init__(self, interval_s: float = 10.0) -> None:
         self.interval_s = interval_s
         self.started = time.monotonic()
-        self.first: float | None = None
+        self.first: float | None = None  # progress of the first call: a resumed run begins in the middle
         self.last = 0.0
 
     def show(self, done: float, message: str) -> None:
-        """Log where the run is: `done` in 0 to 1."""
+        """Log the progress, 0 to 1, and a message."""
         now = time.monotonic()
         if self.first is None:
-            self.first, self.started = done, now  # a resumed run begins in the middle
+            self.first, self.started = done, now
         if now - self.last < self.interval_s:
             return
         self.last = now
@@ -156,7 +150,7 @@ class ProgressLines:
 
 
 class LiveView:
-    """Updates `figures/curves.png` and `report.html` during a run; a failure never ends the training."""
+    """Updates `figures/curves.png` and `report.html` during a run; errors are logged and do not end the training."""
 
     def __init__(self, run: Path, *, with_page: bool) -> None:
         self.run = run
@@ -166,7 +160,7 @@ class LiveView:
         self._failed: set[str] = set()
 
     def refresh(self, curves: Curves, *, is_last: bool = False) -> None:
-        """Update figure and page, unless the last time was too recent for how long it took; always at the end."""
+        """Update figure and page, always at the end, before that only as often as `_DRAWING_SHARE` allows."""
         began = time.monotonic()
         if began - self._drawn_s < self._took_s / _DRAWING_SHARE and not is_last:
             return
@@ -177,19 +171,19 @@ class LiveView:
         self._took_s = self._drawn_s - began
 
     def finish(self) -> None:
-        """Update the page for the last time, once the scores are written."""
+        """Update the page for the last time, after the scores are written."""
         if self.with_page:
             self._attempt(PAGE_NAME, lambda: _write_page(self.run, is_live=False))
 
     @contextmanager
     def until_finished(self) -> Iterator[None]:
-        """Show why the run stopped, if the block ends by an error or a signal, but not by a wrong request."""
+        """Write and show why the run stopped if the block raises anything but a RequestError."""
         from segkit.report.sources import INTERRUPTED_NAME
 
         note = self.run / INTERRUPTED_NAME
         before = note.read_bytes() if note.exists() else None
         note.unlink(missing_ok=True)
-        if self.with_page and (self.run / PAGE_NAME).exists():  # it may show that the run has stopped
+        if self.with_page and (self.run / PAGE_NAME).exists():  # it may show that the run had stopped
             self._attempt(PAGE_NAME, lambda: _write_page(self.run, is_live=True))
         try:
             yield
@@ -205,7 +199,7 @@ class LiveView:
             show()
         except Exception as error:
             if name not in self._failed:
-                _log.warning("%s cannot be written (%s); the training goes on", self.run / name, error)
+                _log.warning("%s cannot be written (%s); the training continues", self.run / name, error)
             self._failed.add(name)
 
 

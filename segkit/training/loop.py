@@ -1,8 +1,8 @@
-"""The training loop of every task: `fit` reads from top to bottom, its phases follow in the order in which they run.
+"""The training loop of every task: `fit`, then its phases in the order in which they run.
 
-A run is measured by its progress from 0 to 1: steps done or, under a budget, the part of the time that is spent. The
-learning rate follows the progress (`optim.get_lr`), so a budgeted run ends with a finished schedule on any
-machine. Several ranks run this loop side by side: after each step they agree on its `Status`, and rank 0 writes.
+The progress of a run, 0 to 1, is the share of its steps or, with a budget, of its time. The learning rate follows the
+progress (`optim.get_lr`), so the schedule is complete at the end of a budget on any machine. If several ranks train,
+they agree on a `Status` after each step, and rank 0 writes.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ _FORMAT = 2
 """Of the checkpoint; 1 had epochs instead of steps in its journal."""
 
 Row = dict[str, Any]
-"""A line of metrics.jsonl: step, lr and loss; at the end of an epoch its number, and the scores of a validation."""
+"""A line of metrics.jsonl: step, lr, loss; at the end of an epoch also its number, and scores after a validation."""
 
 
 @dataclass
 class State:
-    """What a resumed run needs besides tensors and random numbers."""
+    """State of a run besides tensors and random numbers."""
 
     step: int = 0
     best: float = -math.inf
@@ -61,13 +61,13 @@ class State:
 
 @dataclass(frozen=True)
 class Status:
-    """How far the run is and what there is time for, the same in all ranks."""
+    """Progress and what is due, the same in all ranks."""
 
     progress: float
     may_validate: bool
     is_checkpoint_due: bool
     is_checkpoint_due_first: bool
-    """Whether a checkpoint would be too old after a validation."""
+    """Whether the last checkpoint would be too old after a validation."""
 
 
 def fit(
@@ -84,19 +84,19 @@ def fit(
     allow_changes: bool = False,
     on_progress: Callable[[float, str], None] | None = None,
 ) -> State:
-    """Train a task until its steps or its deadline (`time.monotonic` seconds) are spent.
+    """Train a task for its number of steps or until its deadline (`time.monotonic` seconds).
 
-    A resumed run has spent the time of its earlier sessions; with `allow_changes` the number of ranks may differ.
-    `final_validations`: see `Clock`. `on_progress` is called after each step with the progress (0 to 1) and a message;
-    without it, log lines are written.
-    Writes metrics.jsonl, figures/curves.png, the best weights through `task.save`, and a checkpoint: at the end of each
-    epoch, every `checkpoint_minutes`, and when a signal asks for it (see `interruption`). A resumed run equals one
-    that was never interrupted, bit for bit on a CPU and without a deadline.
+    The time of earlier sessions counts for a resumed run; with `allow_changes` the number of ranks may differ.
+    `final_validations`: see `Clock`. `on_progress` gets the progress (0 to 1) and a message after each step; without it
+    log lines are written.
+    Writes metrics.jsonl, figures/curves.png, the best weights by `task.save`, and a checkpoint: at the end of each
+    epoch, every `checkpoint_minutes`, and on signals (see `interruption`). On a CPU and without a deadline a resumed
+    run is bit for bit equal to an uninterrupted one.
 
     Raises:
-        InterruptedTrainingError: a signal asked the training to end; its state is kept.
-        TrainingError: the loss is not finite any more, or a process that prepared batches was killed.
-        CheckpointError: `resume` found no usable checkpoint.
+        InterruptedTrainingError: a signal ended the training; its state is written.
+        TrainingError: the loss is not finite, or a process that prepared batches was killed.
+        CheckpointError: there is no usable checkpoint to resume from.
         RequestError: the checkpoint does not fit the network, the optimiser or the ranks of the settings.
     """
     ranks = ranks or Ranks()
@@ -128,7 +128,7 @@ def fit(
 
 @dataclass
 class Loop:
-    """A run under way; only rank 0 has a journal."""
+    """A run in progress; only rank 0 has a journal."""
 
     run: Path
     trainer: Trainer
@@ -145,7 +145,7 @@ class Loop:
         self.status = self.agree()
 
     def agree(self) -> Status:
-        """The clock of rank 0 holds for all ranks, and a signal to any of them counts for all."""
+        """The status by the clock of rank 0; a signal to any rank applies to all."""
         interval_s, age_s = 60 * self.training.checkpoint_minutes, time.monotonic() - self.checkpoint_s
         own = (
             self.clock.progress(self.state.step),
@@ -177,7 +177,7 @@ class Loop:
         return self.status.progress >= 1 or self.state.step % self.training.steps_per_epoch == 0
 
     def finish_step(self, row: Row) -> None:
-        """What follows a step, or comes first in a session that resumes one."""
+        """Validate, write the row and the checkpoint; a session may resume with this after its last step."""
         self.validate_if_due(row)
         self.write_row(row)
         self.checkpoint_if_due()
@@ -186,7 +186,7 @@ class Loop:
         """Score the weights, keep the best, and add the score to the row.
 
         Raises:
-            InterruptedTrainingError: a signal cut the validation short; a resumed run begins with it.
+            InterruptedTrainingError: a signal interrupted the validation; a resumed run starts with it.
         """
         epoch = self.state.step // self.training.steps_per_epoch
         is_due = self.ends_epoch and epoch % self.training.validate_every == 0 and self.status.may_validate
@@ -203,7 +203,7 @@ class Loop:
             self.checkpoint(row)
             self.signals.state_is_kept(self.run, self.state.step)
             return
-        if score.value >= self.state.best:  # of equals the later one, which has seen more
+        if score.value >= self.state.best:  # the later of equal ones, which had more training
             self.state.best = score.value
             if self.ranks.is_first:
                 self.trainer.task.save(self.run, weights, {"step": self.state.step, "score": score.value})
@@ -220,10 +220,10 @@ class Loop:
             self.journal.write({**row, "seconds": round(elapsed_s, 2)})
 
     def checkpoint_if_due(self) -> None:
-        """Write a checkpoint at the end of an epoch, when one is due, or when a signal asked for it, and stop then.
+        """Write a checkpoint at the end of an epoch, after `checkpoint_minutes`, or on a signal.
 
         Raises:
-            InterruptedTrainingError: a signal asked the training to end.
+            InterruptedTrainingError: a signal ends the training.
         """
         if self.ends_epoch or self.signals.is_wanted or self.status.is_checkpoint_due:
             self.checkpoint()
@@ -231,9 +231,9 @@ class Loop:
             self.draw()
 
     def checkpoint(self, unfinished: Row | None = None) -> None:
-        """Write journal rows, then the checkpoint: no row is ever missing below a checkpoint.
+        """Write the journal, then the checkpoint, so that all rows up to a checkpoint exist.
 
-        `unfinished` is the row of the last step where its validation is still due.
+        `unfinished` is the row of the last step if its validation is still due.
         """
         self.ranks.mark("writing", self.state.step)
         self.state.elapsed_s = time.monotonic() - self.clock.started_s
@@ -247,19 +247,19 @@ class Loop:
             try:
                 write(self.journal)
             except Exception as error:
-                if is_lost_worker(error):  # the training ends, but its state is whole
+                if is_lost_worker(error):  # the training ends, but its state is complete
                     write(self.journal)
                 raise
         self.checkpoint_s = time.monotonic()
 
     def draw(self, *, is_last: bool = False) -> None:
-        """Update curves and page, if there is time for it."""
+        """Update curves and page, if there is time."""
         if self.journal is not None:
             self.view.refresh(self.journal.curves, is_last=is_last)
 
 
 class Trainer:
-    """Model, optimiser and moving average, and the step that they take together."""
+    """Model, optimiser and moving average, and their common step."""
 
     def __init__(
         self, task: Task, training: LoopConfig, optimisation: OptimiserConfig, device: torch.device, ranks: Ranks
@@ -275,13 +275,13 @@ class Trainer:
             task.model.to(device)
         self.loss = data_parallel(task, ranks) if self.shards is None else self.shards.loss
         if not ranks.is_first:
-            seed_everything(training.seed + ranks.rank)  # each rank has a dropout of its own
+            seed_everything(training.seed + ranks.rank)  # ranks differ in dropout
         self.optimiser = build_optimiser(task.model, optimisation)
         self.average = MovingAverage(task.model, training.ema_decay) if training.ema_decay else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
 
     def step(self, batches: Iterator[Batch], lr: float) -> float:
-        """One optimisation step over `accumulate` batches; the mean loss over batches and ranks.
+        """One optimisation step on `accumulate` batches; returns the mean loss over batches and ranks.
 
         Raises:
             TrainingError: the loss is not finite.
@@ -301,10 +301,8 @@ class Trainer:
         (total,) = self.ranks.sum(total)
         self.ranks.mark("updating the weights")
         if not math.isfinite(total):
-            raise TrainingError(
-                f"the loss became {total}",
-                remedy="Lower optimiser.lr or set training.precision=fp32, then --resume from the last checkpoint",
-            )
+            remedy = "Lower optimiser.lr or set training.precision=fp32, then --resume from the last checkpoint"
+            raise TrainingError(f"the loss became {total}", remedy=remedy)
         if self.optimisation.gradient_clip is not None:
             self.scaler.unscale_(self.optimiser)
             nn.utils.clip_grad_norm_(self.task.model.parameters(), self.optimisation.gradient_clip)
@@ -316,7 +314,7 @@ class Trainer:
         return total
 
     def weights(self) -> Mapping[str, Tensor]:
-        """The weights to validate and keep, whole: the moving average where there is one."""
+        """The whole weights to validate and save: the moving average if there is one."""
         weights: Mapping[str, Tensor] = whole(self.average.average if self.average else self.task.model.state_dict())
         return weights
 
@@ -326,7 +324,7 @@ class Trainer:
             return self.task.validate(weights)
 
     def snapshot(self, state: State, unfinished: Row | None) -> dict[str, Any]:
-        """Everything that an exact resume needs, with the row of a step whose validation is still due."""
+        """Everything that an exact resume needs; `unfinished` is the row of a step whose validation is still due."""
         tensors = {
             "model": self.task.model.state_dict(),
             "average": self.average.state_dict() if self.average else None,
@@ -341,31 +339,24 @@ class Trainer:
         }
 
     def restore(self, snapshot: Mapping[str, Any], *, allow_changes: bool) -> tuple[State, Row | None]:
-        """Take over a snapshot, with `allow_changes` also one of another number of ranks: state and unfinished row.
+        """Load a snapshot: state and unfinished row; with `allow_changes` the number of ranks may differ.
 
         Raises:
             CheckpointError: another version of segkit wrote it.
-            RequestError: it is of another network, of an optimiser that moved other weights, or of another number of
-                ranks.
+            RequestError: network, groups of the optimiser, or number of ranks differ.
         """
         if snapshot.get("format") != _FORMAT:
-            raise CheckpointError(
-                "the state of the run was written by another version of segkit",
-                remedy="Go on with that version, or begin a new run with --weights and this run folder",
-            )
+            remedy = "Continue with that version, or start a new run with --weights and this run folder"
+            raise CheckpointError("the state of the run was written by another version of segkit", remedy=remedy)
         streams = snapshot["random"]
         if len(streams) != self.ranks.size and not allow_changes:
-            raise RequestError(
-                f"the run was trained by {len(streams)} processes, now there are {self.ranks.size}",
-                remedy="Start as many, or go on with another batch by --allow-changes",
-            )
+            found = f"the run was trained by {len(streams)} processes, now there are {self.ranks.size}"
+            raise RequestError(found, remedy="Start as many, or add --allow-changes to train with another batch")
         try:
             take_parts(self.task.model.state_dict(), snapshot["model"])
         except RuntimeError as error:
-            raise RequestError(
-                f"the state of the run is of another network ({error})",
-                remedy="Resume with the network that the run began with",
-            ) from error
+            found = f"the checkpoint does not match the network ({error})"
+            raise RequestError(found, remedy="Resume with the network that the run began with") from error
         if self.average and snapshot["average"] is not None:
             self.average.load_state_dict(snapshot["average"])
         moments = snapshot["optimiser"]

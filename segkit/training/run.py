@@ -1,10 +1,7 @@
 """From data folders to a run folder, for every kind of training.
 
-Find, split, plan, card, first weights, prepare, fit, score: functions appear in the order in which they run.
+Functions are in the order in which they run: find and split the cases, plan, card, first weights, prepare, fit, score.
 Cross-validation, which runs this for each fold, comes last.
-
-A run folder keeps everything: `config.yaml` (every setting, with what planning chose and why), `split.json`,
-`metrics.jsonl`, `model.safetensors` with `model.json`, `validation.json`, `figures/`, and the checkpoints.
 """
 
 from __future__ import annotations
@@ -22,12 +19,7 @@ from typing import Any
 from segkit.checkpoint.card import ModelCard
 from segkit.errors import DataError, RequestError
 from segkit.preparing.memory import has_room_to_keep
-from segkit.runtime import (
-    available_memory_gb,
-    keep_freed_memory,
-    peak_rss_mb,
-    return_freed_memory,
-)
+from segkit.runtime import available_memory_gb, keep_freed_memory, peak_rss_mb, return_freed_memory
 from segkit.training.config import TrainConfig, with_values
 from segkit.training.folder import (
     SCORES_NAME,
@@ -56,14 +48,14 @@ from segkit.training.weights import FirstWeights, first_weights
 _log = logging.getLogger(__name__)
 
 _OF_A_FOLD = ("data.fold", "training.budget_minutes")
-"""Settings that each fold of a cross-validation has its own value of."""
+"""Settings that differ between the folds of a cross-validation."""
 
 
 def train(request: TrainingRequest[ConfigT], kind: Kind[ConfigT, TaskT]) -> Summary:
     """Train a network and write its run folder.
 
     Raises:
-        RequestError: the folder is in use, settings, data and first weights do not fit each other; nothing was changed.
+        RequestError: the folder is in use, or settings, data and first weights do not fit; nothing was changed.
         DataError: no case can be prepared.
         TrainingError: the training diverged.
     """
@@ -73,8 +65,11 @@ def train(request: TrainingRequest[ConfigT], kind: Kind[ConfigT, TaskT]) -> Summ
         ranks.from_first(lambda: require_usable(run, trackers, resume=request.resume, overwrite=request.overwrite))
         plan = plan_run(request, kind)
         card, weights = begin(plan, kind)
-        if kind.is_supervised:  # the others are not planned for the memory at hand
-            _keep_or_return_freed_memory(plan)
+        if kind.is_supervised:  # the memory of the others is not planned
+            memory_gb = request.memory_gb or available_memory_gb()
+            arguments, estimated_gb = plan.config.network.arguments, plan.estimate.get("memory_gb", 0.0)
+            keeps = has_room_to_keep(arguments, estimated_gb, memory_gb)
+            (keep_freed_memory if keeps else return_freed_memory)(request.device)
         ranks.from_first(lambda: _open(plan, kind, weights))
         plan, skipped = _prepare(plan, kind)
         task = kind.build_task(plan, card, weights.network)
@@ -122,7 +117,7 @@ def plan_run(request: TrainingRequest[ConfigT], kind: Kind[ConfigT, TaskT]) -> R
 
 
 def _split_ids(plan: RunPlan[ConfigT], kind: Kind[ConfigT, TaskT]) -> tuple[list[str], list[str]]:
-    """Ids of the training and the validation cases, with the name of their folder where there may be several."""
+    """Ids of training and validation cases; with the name of their folder if there may be several."""
     named = [("" if kind.is_supervised else f"{split.name}/", split) for split in plan.data]
     training = [prefix + case_id for prefix, split in named for case_id in split.training_ids]
     return training, [prefix + case_id for prefix, split in named for case_id in split.validation_ids]
@@ -132,7 +127,7 @@ def begin(plan: RunPlan[ConfigT], kind: Kind[ConfigT, TaskT]) -> tuple[ModelCard
     """The card of a run and its network before the first step; nothing is written.
 
     Raises:
-        RequestError: the weights to begin with cannot be read or do not fit, or the patch does not suit the network.
+        RequestError: the first weights cannot be read or do not fit, or the patch does not fit the network.
     """
     request, card = plan.request, kind.card(plan)
     gets_parts = kind.is_supervised and plan.config.training.sharding == "full" and not request.ranks.is_first
@@ -146,16 +141,8 @@ def begin(plan: RunPlan[ConfigT], kind: Kind[ConfigT, TaskT]) -> tuple[ModelCard
     return card.model_copy(update={"patch_size": patch}), weights
 
 
-def _keep_or_return_freed_memory(plan: RunPlan[ConfigT]) -> None:
-    device, memory_gb = plan.request.device, plan.request.memory_gb or available_memory_gb()
-    if has_room_to_keep(plan.config.network.arguments, plan.estimate.get("memory_gb", 0.0), memory_gb):
-        keep_freed_memory(device)
-    else:
-        return_freed_memory(device)
-
-
 def _open(plan: RunPlan[ConfigT], kind: Kind[ConfigT, TaskT], weights: FirstWeights) -> None:
-    """Make the run folder, with settings, plan and split."""
+    """Make the run folder and write settings, plan and split."""
     request, config = plan.request, plan.config
     open_folder(request.run, config, resume=request.resume, allow_changes=request.allow_changes)
     weights.keep(request.run)
@@ -167,10 +154,10 @@ def _open(plan: RunPlan[ConfigT], kind: Kind[ConfigT, TaskT], weights: FirstWeig
 
 
 def _prepare(plan: RunPlan[ConfigT], kind: Kind[ConfigT, TaskT]) -> tuple[RunPlan[ConfigT], dict[str, str]]:
-    """Prepare every case: the plan with those that can be used, and why others are left out.
+    """Prepare every case: the plan with the usable ones, and the reasons of those that are left out.
 
     Raises:
-        DataError: no training case, or no validation case of a supervised training, can be used.
+        DataError: no training case is usable, or no validation case of a supervised training.
     """
     prepared: list[SplitData] = []
     skipped: dict[str, str] = {}
@@ -198,10 +185,9 @@ def _prepare(plan: RunPlan[ConfigT], kind: Kind[ConfigT, TaskT]) -> tuple[RunPla
 
 
 def cross_validate(request: TrainingRequest[TrainConfig]) -> Summary:
-    """Train every fold into `RUN/fold_K`; the out-of-fold scores are those of the whole cohort, `RUN` an ensemble.
+    """Train every fold into `RUN/fold_K`; `RUN` is then an ensemble, and every case has an out-of-fold score.
 
-    A budget is shared equally between the folds that are left. Folds that are finished are not trained again on
-    `--resume`.
+    A budget is divided equally between the remaining folds. A resumed run does not train finished folds again.
 
     Raises:
         RequestError: there is one patient only, or as for `train`.
@@ -230,7 +216,7 @@ def cross_validate(request: TrainingRequest[TrainConfig]) -> Summary:
 
 
 def _open_folds(request: TrainingRequest[TrainConfig]) -> list[Change]:
-    """Make the folder of a cross-validation; returns the settings that a resumed one changes."""
+    """Make the folder of a cross-validation; returns the settings that change when it is resumed."""
     run = request.run
     run.mkdir(parents=True, exist_ok=True)
     changes = settle_settings(run, request.config, resume=request.resume, allow_changes=request.allow_changes)
@@ -249,7 +235,7 @@ def _finished_fold(request: TrainingRequest[TrainConfig], fold: int) -> dict[str
 def _fold_request(
     request: TrainingRequest[TrainConfig], fold: int, folds_left: int, changes: Sequence[Change]
 ) -> TrainingRequest[TrainConfig]:
-    """One fold: a started one is resumed as it was planned, with the changes; a new one gets its share of the time."""
+    """The request of a fold: a started one keeps its plan, with the changes; a new one gets its share of the time."""
     run = request.run / f"fold_{fold}"
     now_s = time.monotonic()
     if request.resume and has_state(run):
@@ -263,9 +249,9 @@ def _fold_request(
 
 
 def summarise_folds(run: Path, folds: Sequence[Mapping[str, Any]], minutes: float) -> Summary:
-    """One summary from those of the folds of a cross-validation, each as `Summary.to_json` gives it.
+    """The summary of a cross-validation from the results of `Summary.to_json` of its folds.
 
-    A fold that chose no post-processing has the same scores with it as without.
+    Folds without post-processing contribute the same scores to "postprocessed".
     """
     cases: dict[str, Mapping[str, float]] = {}
     postprocessed: dict[str, Mapping[str, float]] = {}

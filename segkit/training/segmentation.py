@@ -1,4 +1,4 @@
-"""Segmentation: patches and labels in, masks scored by the product's own predictor."""
+"""Training of segmentation networks on patches, validated by the predictor of inference."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ from segkit.training.task import Batch, Kind, RunPlan, Score, TrainingRequest, b
 _log = logging.getLogger(__name__)
 
 _LONGEST_VALIDATION = 0.05
-"""Part of a budget that one validation may take."""
+"""Share of a budget for one validation."""
 _FINAL_VALIDATIONS = 2.0
-"""Cases scored at the end of a budget, as a multiple of those validated on the way."""
+"""Cases scored at the end of a budget, as a multiple of those in a validation of the loop."""
 _FIGURES = 3
-"""Validation cases drawn at the end of a run."""
+"""Validation cases with a figure."""
 
 CaseDice = Mapping[str, Mapping[str, float]]
-"""Case id -> output -> Dice; NaN, or left out, where the output is neither in the prediction nor in the reference."""
+"""Case id -> output -> Dice; NaN or missing if the output is neither in the prediction nor in the reference."""
 
 
 @dataclass
 class SegmentationTask:
-    """A network, the cases it learns from, and the cases that choose its checkpoint."""
+    """A network with its training patches and the validation cases that choose its checkpoint."""
 
     model: nn.Module
     card: ModelCard
@@ -61,9 +61,9 @@ class SegmentationTask:
     batch_size: int
     workers: int | None = None
     validation_limit_s: float | None = None
-    """Longest time that a validation may take; fixes the number of cases at the first one."""
+    """Time limit of a validation; the first one sets the number of cases by it."""
     frozen: nn.Module | None = None
-    """Part of the model that does not learn: no gradient reaches it, and its norms keep their running statistics."""
+    """Part of the model without training: no gradients, and fixed running statistics of its norms."""
     ranks: Ranks = field(default_factory=Ranks)
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ class SegmentationTask:
             self.frozen.requires_grad_(False)
 
     def batches(self, start: int) -> Iterator[Batch]:
-        """Endless batches {"image": (B, C, *patch), "labels": (B, *patch)} from the `start`-th on."""
+        """Endless batches {"image": (B, C, *patch), "labels": (B, *patch)} from number `start` on."""
         return endless_batches(self.patches, self.batch_size, start, self.workers, self.ranks)
 
     def loss(self, batch: Batch) -> Tensor:
@@ -85,7 +85,7 @@ class SegmentationTask:
     def validate(self, weights: Mapping[str, Tensor]) -> Score:
         """Mean Dice over outputs and validation cases, on the prepared grid, with these weights.
 
-        An output that is in no case and was predicted in none has nothing to say; if none has, all is right: 1.
+        Outputs that are absent from all references and predictions are ignored; if all are, the score is 1.
         """
         with borrowed(self.model, weights):
             predictor = Predictor(TorchBackend(self.model, next(self.model.parameters()).device), self.card)
@@ -118,7 +118,7 @@ def _regions(card: ModelCard) -> dict[str, tuple[int, ...]]:
 
 
 class SegmentationKind(Kind[TrainConfig, SegmentationTask]):
-    """A network that learns from label maps; its scores are Dice of the validation cases."""
+    """Segmentation from label maps; the scores are Dice of the validation cases."""
 
     config_type = TrainConfig
     is_supervised = True
@@ -150,7 +150,7 @@ class SegmentationKind(Kind[TrainConfig, SegmentationTask]):
         )
 
     def build_task(self, plan: RunPlan[TrainConfig], card: ModelCard, network: SegmentationNetwork) -> SegmentationTask:
-        """Patches of the training cases, with the lesions and copies of a bank where the settings name one."""
+        """The task with patches of the training cases, and of a lesion bank if the settings name one."""
         config, (data,), ranks = plan.config, plan.data, plan.request.ranks
         budget = config.training.budget_minutes
         return SegmentationTask(
@@ -179,8 +179,7 @@ class SegmentationKind(Kind[TrainConfig, SegmentationTask]):
     def score(self, plan: RunPlan[TrainConfig], task: SegmentationTask, before: Mapping[str, float]) -> dict[str, Any]:
         """Dice of the best weights on the validation cases, on their own grids, with figures of three of them.
 
-        The post-processing is chosen on these very cases and written into the card; the scores with it flatter it a
-        little.
+        The post-processing is chosen on the same cases and written into the card, so scores with it are slightly high.
         """
         request, (data,), scheme = plan.request, plan.data, _scheme(plan)
         run, ranks, ids = request.run, request.ranks, data.validation_ids
@@ -216,7 +215,7 @@ class SegmentationKind(Kind[TrainConfig, SegmentationTask]):
 
 
 def dice_scores(cases: CaseDice, postprocessed: CaseDice | None) -> dict[str, Any]:
-    """The scores of a summary: "dice", the mean by output, and "cases"; "postprocessed" has both, or is None."""
+    """Scores of a summary: "dice", the mean by output, and "cases"; "postprocessed" has both or is None."""
 
     def means(dice: CaseDice) -> dict[str, Any]:
         defined = {
@@ -238,7 +237,7 @@ def _scheme(plan: RunPlan[TrainConfig]) -> LabelScheme:
 
 
 def _lesion_bank(plan: RunPlan[TrainConfig]) -> LesionBank | None:
-    """The bank that the settings name, its copies prepared as the cases are.
+    """The lesion bank of the settings, with its copies prepared as the cases are.
 
     Raises:
         DataError: none of its copies can be used.
@@ -254,6 +253,6 @@ def _lesion_bank(plan: RunPlan[TrainConfig]) -> LesionBank | None:
         config.preprocessing,
         memory_gb=plan.request.memory_gb,
     )
-    _log.info("%d lesion-free copies take part in the training", len(copies))
+    _log.info("%d lesion-free copies are used in the training", len(copies))
     shares = config.augmentation
     return LesionBank(copies, lesion_share=shares.lesion_share, lesion_free_share=shares.lesion_free_share)

@@ -1,9 +1,9 @@
-"""The loss of a batch that is spread over ranks, with the whole network in each rank or with a part of it.
+"""The loss of a batch that is divided between ranks, with the whole network in each rank or a part of it.
 
-Either each rank has the whole network, and gradients are averaged (`DistributedDataParallel`), or each keeps its part
-of every weight, gradient, moment of Adam and moving average (`fully_shard`, FSDP2). Then a unit of the network
-(`StuNet.units`) is gathered while it computes, forward and backward, so a rank never holds more than its part and one
-unit. Checkpoints and models have whole tensors, those of a single process.
+Either each rank has the whole network and gradients are averaged (`DistributedDataParallel`), or each has its part of
+every weight, gradient, moment of Adam and moving average (`fully_shard`, FSDP2). A unit of the network (`StuNet.units`)
+is then gathered while it computes, so a rank holds at most its part and one unit. Checkpoints and models have whole
+tensors, as those of a single process.
 """
 
 from __future__ import annotations
@@ -28,11 +28,7 @@ from segkit.training.task import Batch, Task
 
 
 class TaskLoss(nn.Module):
-    """A task's loss as the forward pass of a module, which is what data parallelism wraps.
-
-    The parameters are the model's, and the task calls the model as it likes: its own forward pass, its encoder alone,
-    or beside a discriminator.
-    """
+    """A task's loss as the forward pass of a module, which data parallelism can wrap."""
 
     def __init__(self, task: Task) -> None:
         super().__init__()
@@ -46,10 +42,10 @@ class TaskLoss(nn.Module):
 
 
 def data_parallel(task: Task, ranks: Ranks) -> nn.Module:
-    """The task's loss of a batch, whose backward pass leaves the mean gradient of all ranks in the model.
+    """The task's loss of a batch; its backward pass computes the mean gradient of all ranks.
 
-    All ranks begin with the weights of rank 0. Batch norms take their statistics from the whole batch on GPUs; on CPUs,
-    for which torch has no such layer, from the part of each rank.
+    All ranks start with the weights of rank 0. Batch norms use the statistics of the whole batch on GPUs, and of each
+    rank's part on CPUs, where torch has no synchronised batch norm.
     """
     if ranks.size == 1:
         return TaskLoss(task)
@@ -59,15 +55,15 @@ def data_parallel(task: Task, ranks: Ranks) -> nn.Module:
 
 
 def accumulating(loss: nn.Module, *, is_last: bool) -> AbstractContextManager[object]:
-    """Gradients of several batches add up in each rank; those of the last one are exchanged."""
+    """Sum the gradients of several batches in each rank, and exchange the sum after the last one."""
     return nullcontext() if is_last or not isinstance(loss, DistributedDataParallel) else loss.no_sync()
 
 
 def require_units(network: nn.Module, precision: torch.dtype, ranks: Ranks) -> None:
-    """Check that a network can be trained in parts.
+    """Check that a network can be sharded.
 
     Raises:
-        RequestError: the network does not name its units, there is one process only, or arithmetic is fp16.
+        RequestError: the network has no `units`, there is one process only, or the precision is fp16.
     """
     if ranks.size == 1:
         raise RequestError(
@@ -81,14 +77,14 @@ def require_units(network: nn.Module, precision: torch.dtype, ranks: Ranks) -> N
             remedy="Set training.sharding=none",
         )
     if precision == torch.float16:
-        raise RequestError("training.sharding=full has no scaled losses", remedy="Set training.precision=bf16")
+        raise RequestError("training.sharding=full does not support fp16", remedy="Set training.precision=bf16")
 
 
 class Shards:
-    """A task's network in parts, with the loss that gathers it unit by unit.
+    """A task's sharded network, and the loss that gathers it unit by unit.
 
-    The network of rank 0 has weights, which are handed out; those of the others may lie on the meta device. `whole` is
-    the whole network without weights: it validates with weights that it is lent.
+    The weights come from rank 0; the networks of the others may be on the meta device. `whole` is the whole network
+    without weights, for validation with weights from `lending`.
     """
 
     def __init__(self, task: Task, device: torch.device, ranks: Ranks) -> None:
@@ -108,7 +104,7 @@ class Shards:
 
     @contextmanager
     def lending(self, task: Task, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """The task with the whole network, which has these whole weights inside the block."""
+        """Let the task use the whole network with these whole weights inside the block."""
         in_parts, task.model = task.model, self.whole
         self.whole.load_state_dict(weights, assign=True)
         try:
@@ -119,12 +115,12 @@ class Shards:
 
 
 def whole(tree: Any) -> Any:
-    """Nested lists and dicts with every tensor whole, in all ranks; all have to call it."""
+    """Nested lists and dicts with every tensor whole, in all ranks; all must call it."""
     return _map_tensors(tree, lambda tensor: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
 
 
 def whole_for_first(tree: Any, ranks: Ranks) -> Any:
-    """The same with tensors that were in parts gathered one by one in the CPU memory of rank 0; None in the others."""
+    """The same in rank 0, sharded tensors gathered in CPU memory one by one; the other ranks get None for them."""
 
     def gather(tensor: Tensor) -> Tensor | None:
         if not isinstance(tensor, DTensor):
@@ -137,15 +133,13 @@ def whole_for_first(tree: Any, ranks: Ranks) -> Any:
 
 @torch.no_grad()
 def take_parts(into: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    """Copy each rank's part of whole tensors that all ranks have.
+    """Copy each rank's part of whole tensors, which all ranks have.
 
     Raises:
         RuntimeError: names or shapes differ.
     """
-    differing = {
-        *(into.keys() ^ given.keys()),
-        *(name for name in into.keys() & given.keys() if into[name].shape != given[name].shape),
-    }
+    differing = into.keys() ^ given.keys()
+    differing |= {name for name in into.keys() & given.keys() if into[name].shape != given[name].shape}
     if differing:
         raise RuntimeError(f"tensors of other names or shapes: {some(sorted(differing))}")
     for name, part in into.items():
@@ -153,25 +147,22 @@ def take_parts(into: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
 
 
 def parts_like(tree: Any, parameters: Mapping[int, Tensor]) -> Any:
-    """The state of an optimiser, by number of the parameter, in parts as its parameters are."""
+    """The state of an optimiser, by number of the parameter, sharded as its parameters are."""
+
+    def part(value: Any, like: Tensor | None) -> Any:
+        if not isinstance(value, Tensor) or not value.dim() or not isinstance(like, DTensor):
+            return value
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
     return {
-        number: {
-            key: _part(value, parameters.get(number)) if isinstance(value, Tensor) and value.dim() else value
-            for key, value in moments.items()
-        }
+        number: {key: part(value, parameters.get(number)) for key, value in moments.items()}
         for number, moments in tree.items()
     }
 
 
-def _part(value: Tensor, like: Tensor | None) -> Tensor:
-    if not isinstance(like, DTensor):
-        return value
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
 @torch.no_grad()
 def _take(part: Tensor, given: Tensor, *, source: int | None) -> None:
-    """Fill a tensor with its part of a whole one: that of rank `source`, or None where each rank has it."""
+    """Copy a part of a whole tensor of rank `source`; None: each rank has the whole tensor."""
     if isinstance(part, DTensor):
         part.copy_(distribute_tensor(given.to(part.device), part.device_mesh, part.placements, src_data_rank=source))
         return

@@ -1,8 +1,7 @@
-"""What the trainings share and what each kind of training decides.
+"""Types of the trainings.
 
-`segkit.training.run.train` serves every kind: it turns a `TrainingRequest` into a run folder and a `Summary`. A `Kind`
-(segmentation, pre-training, inpainting) finds the cases, completes the settings and builds a `Task`; the task is what
-the training loop sees of it.
+`segkit.training.run.train` turns a `TrainingRequest` into a run folder and a `Summary`. A `Kind` of training
+(segmentation, pre-training, inpainting) finds the cases, completes the settings and builds the `Task` for the loop.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ Batch = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class TrainingRequest(Generic[ConfigT]):
-    """What a user asks for: data folders, run folder, settings, and the machine to train on."""
+    """Data folders, run folder, settings, and device of a training."""
 
     data: tuple[Path, ...]
     run: Path
@@ -54,14 +53,14 @@ class TrainingRequest(Generic[ConfigT]):
 
     @property
     def deadline_s(self) -> float | None:
-        """When the budget is spent, as `time.monotonic` seconds; None without a budget."""
+        """End of the budget, as `time.monotonic` seconds; None without a budget."""
         budget = self.config.training.budget_minutes
         return None if budget is None else self.started_s + 60 * budget
 
 
 @dataclass(frozen=True)
 class Summary:
-    """How a run ended: its scores, which each kind of training has its own of, and what it cost."""
+    """Result of a run; the keys of `scores` depend on the kind of training."""
 
     run: Path
     scores: Mapping[str, Any]
@@ -72,7 +71,7 @@ class Summary:
     """Why cases were left out, by id."""
 
     def to_json(self) -> dict[str, Any]:
-        """The document printed by `--json` and kept as validation.json."""
+        """The document printed by `--json` and written to validation.json."""
         return {
             "run": str(self.run),
             **self.scores,
@@ -85,14 +84,14 @@ class Summary:
 
 @dataclass(frozen=True)
 class SplitData:
-    """One data folder: its cases, how they are prepared, and the ids of those that train and those that validate."""
+    """A data folder: its cases, their preprocessing, and the ids of training and validation cases."""
 
     cohort: Cohort
     preprocessing: PreprocessingConfig
     training_ids: tuple[str, ...]
     validation_ids: tuple[str, ...]
     folders: Mapping[str, Path] = field(default_factory=dict)
-    """Folder of each prepared case, by id; once they are prepared, others are no longer among the ids."""
+    """Folder of each prepared case, by id; cases that cannot be prepared are removed from the ids."""
 
     @property
     def name(self) -> str:
@@ -111,21 +110,21 @@ class SplitData:
 
 @dataclass(frozen=True)
 class RunPlan(Generic[ConfigT]):
-    """A run whose data are split and whose settings are complete."""
+    """A run with its split and complete settings."""
 
     request: TrainingRequest[ConfigT]
     data: tuple[SplitData, ...]
     heading: str
-    """What the run is trained on: the first line of config.yaml."""
+    """Description of the data: the first line of config.yaml."""
     patch_setting: str
     """Name of the setting that is `patch_size`."""
     patch_size: int | tuple[int, ...]
     """Voxels along each axis, or along all."""
     reasons: Mapping[str, str] = field(default_factory=dict)
-    """Why planning chose a setting, by dotted key."""
+    """Reasons of planned settings, by dotted key."""
     estimate: Mapping[str, float] = field(default_factory=dict)
     copies: tuple[Case, ...] = ()
-    """Lesion-free copies of training cases, where the settings name a bank."""
+    """Lesion-free copies of training cases, if the settings name a lesion bank."""
 
     @property
     def config(self) -> ConfigT:
@@ -140,39 +139,39 @@ class RunPlan(Generic[ConfigT]):
 
 @dataclass(frozen=True)
 class Score:
-    """A validation: `value` chooses the best checkpoint (higher is better), `details` go to the journal."""
+    """Result of a validation: `value` chooses the best checkpoint (higher is better); the journal gets `details`."""
 
     value: float
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Task(Protocol):
-    """What the training loop asks for: batches, a loss, a validation."""
+    """The task of the training loop: model, batches, loss, validation."""
 
     model: nn.Module
 
     def batches(self, start: int) -> Iterator[Batch]:
-        """Endless batches from the `start`-th on; the n-th batch is the same in every run with the same settings."""
+        """Endless batches from number `start` on; batch n is the same in every run with the same settings."""
 
     def loss(self, batch: Batch) -> Tensor:
         """The loss of a batch on the model's device, a scalar."""
 
     def validate(self, weights: Mapping[str, Tensor]) -> Score:
-        """The score of these weights on the cases kept for checkpoint choice."""
+        """The score of these weights on the validation cases."""
 
     def save(self, run: Path, weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Write model.safetensors and model.json atomically; `facts` are the loop's (step, score)."""
+        """Write model.safetensors and model.json atomically; `facts` are step and score."""
 
 
 class Kind(ABC, Generic[ConfigT, TaskT]):
-    """What a kind of training decides; the methods are called in this order."""
+    """A kind of training; the methods are called in this order."""
 
     config_type: type[ConfigT]
     """Its settings."""
     is_supervised = False
-    """Whether it needs references, and so cases to validate on."""
+    """Whether it needs references and validation cases."""
     final_validations = 1.0
-    """How long `score` takes, in validations of the training loop."""
+    """Duration of `score`, in validations of the training loop."""
 
     @abstractmethod
     def plan(self, request: TrainingRequest[ConfigT]) -> RunPlan[ConfigT]:
@@ -191,12 +190,12 @@ class Kind(ABC, Generic[ConfigT, TaskT]):
         """The task of the training loop, once the cases are prepared."""
 
     def measure_before(self, plan: RunPlan[ConfigT], task: TaskT) -> dict[str, float]:
-        """Measures of the weights before the first step; empty where there are none."""
+        """Measures of the first weights; empty by default."""
         return {}
 
     @abstractmethod
     def score(self, plan: RunPlan[ConfigT], task: TaskT, before: Mapping[str, float]) -> dict[str, Any]:
-        """The scores of the best weights, for the summary, and figures of them."""
+        """Scores of the best weights for the summary; figures are written."""
 
 
 def build_card(
@@ -232,7 +231,7 @@ def build_card(
 
 @contextmanager
 def borrowed(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model with other weights inside the block; it has its own again even if a signal interrupts that."""
+    """The model with other weights inside the block; its own are restored even if a signal interrupts that."""
     present = model.state_dict()
     if all(present[name] is value or present[name].data_ptr() == value.data_ptr() for name, value in weights.items()):
         yield
@@ -244,6 +243,6 @@ def borrowed(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     finally:
         try:
             model.load_state_dict(own)
-        except KeyboardInterrupt:  # half of its own weights would be kept as the state of the training
+        except KeyboardInterrupt:  # else weights restored by half would be written as the state of the training
             model.load_state_dict(own)
             raise

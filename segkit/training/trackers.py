@@ -1,7 +1,7 @@
-"""TensorBoard and MLflow, fed with the rows of the journal.
+"""TensorBoard and MLflow, which get the rows of the journal.
 
-Both write into the run folder (`tensorboard/`, `mlflow/`) and nothing leaves the machine, unless MLFLOW_TRACKING_URI
-names a server. A resumed run continues the same curves, each step once. A tracker that fails is dropped with a warning.
+Both write into the run folder (`tensorboard/`, `mlflow/`); only MLFLOW_TRACKING_URI sends data to a server. A resumed
+run continues the same curves, each step once. A tracker that fails is dropped with a warning.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ TENSORBOARD_NAME, MLFLOW_NAME, MLFLOW_RUN_NAME = "tensorboard", "mlflow", "mlflo
 _NOT_SHOWN = ("step", "seconds", "epoch")
 _EXPERIMENT = "segkit"
 _MOST_AT_ONCE = 1000
-"""Metrics that MLflow takes in one call."""
+"""Metrics that MLflow accepts in one call."""
 _LONGEST_PARAMETER = 500
 """Characters that every MLflow server stores of a parameter."""
 
 
 class Tracker(Protocol):
-    """Takes the rows of the journal."""
+    """Receives the rows of the journal."""
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Take the row of a step; it may wait for `keep`."""
+        """Add the row of a step; it may be stored by `keep`."""
 
     def keep(self) -> None:
-        """Store what was added: a checkpoint is written next."""
+        """Store the rows; called before a checkpoint is written."""
 
     def end(self, *, is_finished: bool) -> None:
-        """End the session; `is_finished` says whether the training ended with it."""
+        """End the session; `is_finished`: the training is complete."""
 
 
 class TensorBoardTracker:
@@ -51,7 +51,7 @@ class TensorBoardTracker:
     def __init__(self, run: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # Readers leave out what earlier sessions wrote from that step on.
+        # Readers ignore what earlier sessions wrote from that step on.
         self.writer = SummaryWriter(run / TENSORBOARD_NAME, purge_step=step + 1)
 
     def add(self, row: Mapping[str, Any]) -> None:  # noqa: D102
@@ -66,7 +66,7 @@ class TensorBoardTracker:
 
 
 class MlflowTracker:
-    """A run of the experiment "segkit", with the settings as its parameters; its id is in `mlflow.json`."""
+    """A run of the experiment "segkit" with the settings as parameters; `mlflow.json` has its id."""
 
     def __init__(self, run: Path, step: int) -> None:
         prefer_variables(MLFLOW_ALLOW_FILE_STORE="true")
@@ -130,10 +130,8 @@ def require_trackers(names: Sequence[str]) -> None:
     """
     missing = [TRACKERS[name][0] for name in names if importlib.util.find_spec(TRACKERS[name][0]) is None]
     if missing:
-        raise RequestError(
-            f"training.trackers needs packages that are not installed: {', '.join(missing)}",
-            remedy='Install them with: pip install "segkit[trackers]"',
-        )
+        found = f"training.trackers needs packages that are not installed: {', '.join(missing)}"
+        raise RequestError(found, remedy='Install them with: pip install "segkit[trackers]"')
 
 
 class Trackers:
@@ -161,7 +159,7 @@ class Trackers:
 
 
 def numbers_in(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The finite numbers of a row by name, those of an inner mapping as `dice/WT`."""
+    """The finite numbers of a row by name; those of nested mappings as `dice/WT`."""
     for name, value in row.items():
         if isinstance(value, Mapping):
             yield from numbers_in(value, f"{prefix}{name}/")
@@ -170,8 +168,6 @@ def numbers_in(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _parameters(run: Path) -> Iterator[tuple[str, str]]:
-    """Every setting of the run by its dotted name."""
-
     def flat(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
         for name, value in section.items():
             if isinstance(value, Mapping) and value:
@@ -184,7 +180,7 @@ def _parameters(run: Path) -> Iterator[tuple[str, str]]:
 
 
 def _local_store(run: Path) -> str:
-    """A database in the run folder; plain files where MLflow came without what it needs for that (mlflow-skinny)."""
+    """A database in the run folder, or plain files if MLflow lacks the packages for it (mlflow-skinny)."""
     folder = (run / MLFLOW_NAME).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     has_database = importlib.util.find_spec("sqlalchemy") and importlib.util.find_spec("alembic")

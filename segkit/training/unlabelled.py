@@ -1,4 +1,4 @@
-"""What pre-training and inpainting share: data without label maps, and measures before and after the training."""
+"""Base of pre-training and inpainting: data without label maps, and measures before and after the training."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ TaskT = TypeVar("TaskT", bound=MeasuredTask)
 
 
 class UnlabelledKind(Kind[ConfigT, TaskT]):
-    """A training without label maps; what it learns is measured on held-out patients."""
+    """A training without label maps, with measures on held-out patients."""
 
     what: str
-    """What it trains on, for config.yaml."""
+    """Description of the data for config.yaml."""
 
     def plan(self, request: TrainingRequest[ConfigT]) -> RunPlan[ConfigT]:
         """Find and split the cases of every folder, and complete the settings."""
@@ -73,7 +73,7 @@ class UnlabelledKind(Kind[ConfigT, TaskT]):
 
     @abstractmethod
     def settle(self, config: ConfigT, data: Sequence[SplitData]) -> ConfigT:
-        """The settings with everything decided that depends on the data.
+        """The settings, completed from the data.
 
         Raises:
             RequestError: settings and data do not fit.
@@ -84,7 +84,7 @@ class UnlabelledKind(Kind[ConfigT, TaskT]):
         """The name of the setting with the patch size, and the size in voxels."""
 
     def measure_before(self, plan: RunPlan[ConfigT], task: TaskT) -> dict[str, float]:
-        """Measures of the first weights, which validation.json keeps for a resumed run."""
+        """Measures of the first weights; a resumed run has them from validation.json."""
         request, path = plan.request, plan.request.run / SCORES_NAME
         if request.resume:
             try:
@@ -100,7 +100,7 @@ class UnlabelledKind(Kind[ConfigT, TaskT]):
         return before
 
     def score(self, plan: RunPlan[ConfigT], task: TaskT, before: Mapping[str, float]) -> dict[str, Any]:
-        """Measures of the best weights, which the model then has."""
+        """Measures of the best weights, which are loaded into the model."""
         run = plan.request.run
         task.take_best(run)
         after = task.measure(task.model.state_dict())
@@ -117,9 +117,9 @@ class UnlabelledKind(Kind[ConfigT, TaskT]):
 def find_split(
     folder: Path, cohort: Cohort, data: DataConfig, asked: PreprocessingConfig, *, keeps_references: bool = False
 ) -> SplitData:
-    """The usable cases of a data folder, split by patient; without references unless they are kept.
+    """The usable cases of a data folder, split by patient, by default without references.
 
-    A folder of one patient has no validation cases.
+    A folder with one patient has no validation cases.
 
     Raises:
         DataError: no case can be read.
@@ -153,10 +153,10 @@ def _is_usable(case: Case, excluded: Sequence[str]) -> bool:
 def choose_dims(
     network: NetworkConfig, asked: Literal[2, 3] | None, data: Sequence[SplitData], what: str
 ) -> Literal[2, 3]:
-    """Axes of crops: those of the data, but 2 for networks for images, unless others are asked for.
+    """Axes of crops (`what`): as set, else 2 for networks for images, else those of the data.
 
     Raises:
-        RequestError: the network is not known, or pictures are to give volumes; `what` names what is cut.
+        RequestError: the network is not known, or dims is 3 for pictures.
     """
     configure(network.family, network.size, network.arguments)
     are_volumes = all(split.cohort.dims == 3 for split in data)

@@ -1,4 +1,4 @@
-"""The network that a run begins with: random weights, or weights from elsewhere."""
+"""The network with its first weights: random or from a file."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FirstWeights:
-    """A network before its first step, with the origin of its weights.
+    """A network before its first step, with the origin of its weights (`facts`, empty for random weights).
 
-    `facts` is empty for random weights. `report` has the names of all tensors by how they were loaded, and the share of
-    the encoder that was found; it is empty for a resumed run, which loads its own weights later.
+    `report` has the names of all tensors by how they were loaded, and the share of the encoder that was found; it is
+    empty for a resumed run, which loads its own weights later.
     """
 
     network: SegmentationNetwork = field(repr=False)
@@ -52,12 +52,12 @@ class FirstWeights:
 def first_weights(
     card: ModelCard, config: RunConfig, run: Path, *, resume: bool, is_shape_only: bool = False
 ) -> FirstWeights:
-    """Build the network of a card and, unless the run is resumed, load the weights that its settings name.
+    """Build the network of a card and, unless the run is resumed, load the weights of the settings.
 
-    With `is_shape_only` it is on the meta device, without memory, and rank 0 has its weights.
+    With `is_shape_only` the network is on the meta device, without memory; rank 0 has its weights.
 
     Raises:
-        RequestError: the weights cannot be read or do not fit the network, or too little of the encoder is in them.
+        RequestError: the weights cannot be read or do not fit the network, or hold too little of the encoder.
     """
     seed_everything(config.training.seed)
     if is_shape_only:
@@ -88,13 +88,13 @@ def first_weights(
 
 
 def encoder_share(network: SegmentationNetwork, names: Collection[str]) -> float:
-    """Share of the encoder's parameters, by their number, that are among `names` of the state dict; 0 to 1."""
+    """Share of the encoder's parameters, 0 to 1 by number of elements, that are among `names` of the state dict."""
     sizes = {name: p.numel() for name, p in network.named_parameters() if name.startswith(network.encoder_prefix)}
     return sum(size for name, size in sizes.items() if name in names) / sum(sizes.values())
 
 
 def percent(share: float) -> str:
-    """`99.9 %`, rounded down, so that a share below a limit is not shown as the limit."""
+    """`99.9 %`, rounded down: a share below a limit must not be shown as the limit."""
     return f"{math.floor(1000 * share + 1e-9) / 10:g} %"
 
 

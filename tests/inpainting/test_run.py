@@ -217,8 +217,8 @@ def test_the_verb_trains_resumes_and_tells(phantoms: Path, tmp_path: Path, capsy
     [
         ({"modalities": ["t9"]}, "has no modality t9"),
         ({"patches": {"size": 17}}, r"patches.size 17 x 17 x 17 does not suit"),
-        ({"network": {"arguments": {"learning": "supervised", "context": "none"}}}, "is not shown"),
-        ({"preprocessing": {"normalisation": "zscore-nonzero"}}, "puts background amid tissue"),
+        ({"network": {"arguments": {"learning": "supervised", "context": "none"}}}, "but the network has no context"),
+        ({"preprocessing": {"normalisation": "zscore-nonzero"}}, "mixes background with tissue"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(

@@ -75,7 +75,7 @@ def test_what_cannot_be_shown_is_told_once(
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             view.refresh(Curves(), is_last=True)
-    told = "cannot be written (no space); the training goes on"
+    told = "cannot be written (no space); the training continues"
     assert caplog.messages == [f"{tmp_path / name} {told}" for name in ("curves.png", "report.html")]
 
 

@@ -157,7 +157,7 @@ def test_changes_that_do_not_fit_leave_the_settings_as_they_were(finished: Path,
     kept = read_config(finished)
     wider = with_values(kept, "network", arguments={**kept.network.arguments, "widths": [8, 16]})
     request = replace(_request(phantoms, finished), config=wider, resume=True, allow_changes=True)
-    with pytest.raises(RequestError, match="the state of the run is of another network"):
+    with pytest.raises(RequestError, match="the checkpoint does not match the network"):
         train_run(request)
     assert {name: (finished / name).read_bytes() for name in names if (finished / name).exists()} == before
 
@@ -281,7 +281,7 @@ def test_one_patient_trains_and_validates_with_a_warning(tmp_path: Path, caplog:
     write_phantoms(data, [1], convention="brats2021", size=24)
     caplog.set_level("WARNING", logger="segkit")
     assert split_of(_request(data, tmp_path / "run")) == (("BraTS2021_00001",), ("BraTS2021_00001",))
-    assert "scores say nothing about other patients" in caplog.text
+    assert "the scores do not generalise" in caplog.text
 
 
 def test_the_other_eye_of_an_excluded_one_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
