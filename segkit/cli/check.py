@@ -1,4 +1,4 @@
-"""`segkit check`: contents and problems of a data folder, the needs of a training, and the next command."""
+"""`segkit check`: contents and problems of a data folder, an estimate for training, and the next command."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check(
 ) -> None:
     """Check a data folder: layout, labels, every problem at once, and the next command.
 
-    Exit code 0: usable; 1: something cannot be used as it is; 2: nothing was recognised.
+    Exit code 0: usable; 1: some cases or the folder have errors; 2: nothing was recognised.
     """
     from rich.progress import Progress
 

@@ -65,11 +65,8 @@ def labels(
         data, layout=layout, modalities=read_modalities(modality), label_scheme=label_scheme, require_labels=True
     )
     if cohort.scheme is None:
-        raise RequestError(
-            "the label scheme of the references cannot be told",
-            where=data,
-            remedy="; ".join(problem.remedy for problem in cohort.problems if problem.is_fatal),
-        )
+        remedy = "; ".join(problem.remedy for problem in cohort.problems if problem.is_fatal)
+        raise RequestError("the label scheme of the references is unknown", where=data, remedy=remedy)
 
     def convert(case: Case) -> str:
         return translate_reference(case, target, output, dims=cohort.dims, overwrite=overwrite)
@@ -97,10 +94,10 @@ def headers(
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Copy DATA, giving files whose header disagrees in nothing but its affine the geometry of their case.
+    """Copy DATA and correct files whose header differs from their case in its affine alone.
 
-    The geometry of a case is that of its reference modality: the first one that most of its modalities agree with.
-    Files of another size or voxel size show another scan and are refused, unless their header is plainly a lost one.
+    The geometry of a case is that of the first modality that most of its modalities agree with. Files with another
+    size or voxel size are refused, unless their affine is the default one that programs write without a header.
     """
     from segkit.reading.conversion import copy_path, files_of, repair_headers
     from segkit.reading.layouts.table import find_cases
@@ -123,7 +120,7 @@ def headers(
 
 
 def _run(cases: Sequence[Case], convert: Callable[[Case], str], *, title: str, as_json: bool, is_quiet: bool) -> int:
-    """Convert case by case, report, and return how many failed; one bad case does not stop the others."""
+    """Convert case by case, report, and return the number of failures; a failure does not stop the other cases."""
     from segkit.errors import DataError
 
     rows = []
@@ -144,14 +141,13 @@ def _run(cases: Sequence[Case], convert: Callable[[Case], str], *, title: str, a
 
 
 def _require_other_folder(data: Path, output: Path) -> None:
-    """Refuse to write copies into the data folder and make the output folder."""
+    """Refuse to write copies into the data folder, and create the output folder."""
     from segkit.errors import RequestError
 
     if output.resolve() == data.resolve() or data.resolve() in output.resolve().parents:
-        raise RequestError(
-            "the copies would lie inside the data folder", where=output, remedy="Choose a folder outside it"
-        )
+        found, remedy = "the copies would lie inside the data folder", "Choose a folder outside it"
+        raise RequestError(found, where=output, remedy=remedy)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RequestError(f"the output folder cannot be made ({error.strerror})", where=output) from error
+        raise RequestError(f"the output folder cannot be created ({error.strerror})", where=output) from error

@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -151,12 +151,10 @@ def _tar_members(path: Path, tape: tarfile.TarFile) -> Iterator[_Member]:
 
 def _zip_name(info: zipfile.ZipInfo) -> str:
     """The name as UTF-8 where it is valid, even without the flag for UTF-8; else as cp437."""
-    if info.flag_bits & _IS_UTF8:
-        return info.orig_filename
-    try:
-        return info.orig_filename.encode("cp437").decode("utf-8")
-    except UnicodeError:
-        return info.orig_filename
+    with suppress(UnicodeError):
+        if not info.flag_bits & _IS_UTF8:
+            return info.orig_filename.encode("cp437").decode("utf-8")
+    return info.orig_filename
 
 
 def _tar_name(name: str) -> str:

@@ -20,24 +20,36 @@ from segkit.reading.volume import (
 )
 from segkit.shapes import AnyArray
 
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif")
+
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF")
 """PIL chooses by content and knows forty more formats, one of which (EPS) is a program that Ghostscript runs."""
 
 _ALWAYS_PIXELS, _MOST_PIXELS_PER_BYTE = 2**22, 10_000
 """Deflate packs at most 1032 bytes, of eight black or white pixels each, into one."""
-
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif")
-
 _GREY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F"})
 
 
 def open_picture(path: Path) -> ImageHeader:
     """The header of a picture: 1 channel where it is grey, 3 (red, green, blue) where it is in colour."""
-    grid, channels = _check(path)
+    size = require_file(path)
+    with as_data_errors(path), PIL.Image.open(path, formats=_FORMATS) as picture:
+        width, height = picture.size
+        refuse_implausible(path, (height, width), bytes_per_voxel=0, stored_bytes=size, is_compressed=True)
+        if height * width > _ALWAYS_PIXELS + _MOST_PIXELS_PER_BYTE * size:
+            raise damaged(path, f"the header claims {height} x {width} pixels, and the file has {size} bytes")
+        frames = getattr(picture, "n_frames", 1)
+        if frames > 1:
+            remedy = "Split it, or convert a stack of slices to .nii.gz"
+            raise DataError(f"the file holds {frames} pictures", where=path, expected="one picture", remedy=remedy)
+        is_grey = picture.mode in _GREY_MODES
+        if picture.mode == "P":
+            palette = np.reshape(picture.getpalette("RGB") or [], (-1, 3))
+            is_grey = bool((palette == palette[:, :1]).all())
 
     def read(channel: int | None) -> AnyArray:
         with as_data_errors(path), PIL.Image.open(path, formats=_FORMATS) as picture:
-            if channels == 1:
+            if is_grey:
                 # A grey picture among coloured ones has the same grey in all three planes.
                 pick_channel(path, 3, channel or 0)
                 grey = picture.convert("L") if picture.mode in ("1", "P", "LA") else picture
@@ -45,9 +57,9 @@ def open_picture(path: Path) -> ImageHeader:
             planes = np.array(picture.convert("RGBA" if picture.mode == "P" else "RGB"))[..., :3]
         if channel is None and (planes == planes[..., :1]).all():
             return planes[..., 0]
-        return planes[..., pick_channel(path, channels, channel)]
+        return planes[..., pick_channel(path, 3, channel)]
 
-    return ImageHeader(grid, channels, read)
+    return ImageHeader(Grid((height, width), np.eye(4), source=path), 1 if is_grey else 3, read)
 
 
 def open_mask(path: Path) -> ImageHeader:
@@ -66,22 +78,3 @@ def open_mask(path: Path) -> ImageHeader:
 def save_picture(path: Path, array: AnyArray) -> None:
     """Write (H, W) or (H, W, 3); PIL chooses the format by the suffix."""
     PIL.Image.fromarray(np.ascontiguousarray(array)).save(path)
-
-
-def _check(path: Path) -> tuple[Grid, int]:
-    """The grid (H, W) and the number of channels, 1 or 3, from the header alone."""
-    size = require_file(path)
-    with as_data_errors(path), PIL.Image.open(path, formats=_FORMATS) as picture:
-        width, height = picture.size
-        refuse_implausible(path, (height, width), bytes_per_voxel=0, stored_bytes=size, is_compressed=True)
-        if height * width > _ALWAYS_PIXELS + _MOST_PIXELS_PER_BYTE * size:
-            raise damaged(path, f"the header claims {height} x {width} pixels, and the file has {size} bytes")
-        frames = getattr(picture, "n_frames", 1)
-        if frames > 1:
-            remedy = "Split it, or convert a stack of slices to .nii.gz"
-            raise DataError(f"the file holds {frames} pictures", where=path, expected="one picture", remedy=remedy)
-        is_grey = picture.mode in _GREY_MODES
-        if picture.mode == "P":
-            palette = np.reshape(picture.getpalette("RGB") or [], (-1, 3))
-            is_grey = bool((palette == palette[:, :1]).all())
-        return Grid((height, width), np.eye(4), source=path), 1 if is_grey else 3
