@@ -106,7 +106,7 @@ def read_scan(scan: Scan, affine: ArrayLike | None, modalities: tuple[str, ...],
     - a MONAI `MetaTensor`: (D, H, W) or (C, D, H, W), with its affine in its own space (RAS, or LPS if it says so);
     - a segkit `Volume`: (D, H, W) or (H, W) with its grid;
     - a numpy array or torch tensor on any device: (D, H, W) or (C, D, H, W), as a pair (array, affine) or
-      with `affine`. Affines are (4, 4), from voxel indices to millimetres in RAS+ world space.
+      with `affine`: (4, 4), from voxel indices to millimetres in RAS+ world space, rounded to float32 as in NIfTI.
 
     Pictures are (H, W) or (C, H, W), rows and columns, and need no affine; of a MetaTensor too (MONAI reads them
     transposed unless `reverse_indexing=False`). An image with several channels gives the modalities in the order of

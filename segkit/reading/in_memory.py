@@ -98,7 +98,11 @@ def _array_channels(array: Any, affine: Any, dims: int, where: str) -> _Planes:
             remedy="Pass one whole image, or choose another model",
         )
     planes = numbers if numbers.ndim > dims else numbers[None]
-    return planes, Grid(planes.shape[1:], np.eye(4) if dims == 2 else _checked_affine(affine, where))
+    if dims == 2:
+        return planes, Grid(planes.shape[1:], np.eye(4))
+    # Rounded as in a NIfTI file: of axes at 45 degrees the last digit decides which way they are turned.
+    rounded = _checked_affine(affine, where).astype(np.float32).astype(np.float64)
+    return planes, Grid(planes.shape[1:], rounded)
 
 
 def _as_numpy(array: Any) -> AnyArray:

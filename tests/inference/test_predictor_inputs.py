@@ -33,6 +33,13 @@ BRATS = ("t1n", "t1c", "t2w", "t2f")
 USERS_NAMES = {"t1n": "t1", "t1c": "T1Gd", "t2w": "T2", "t2f": "flair"}
 
 
+def diagonal() -> NDArray[np.float64]:
+    """1 mm, turned by 135 degrees around the first axis: which axis is nearer to which depends on the last digit."""
+    affine = np.eye(4)
+    affine[1:3, 1:3] = np.array([[-1, -1], [1, -1]]) * np.sqrt(0.5)
+    return affine
+
+
 def oblique() -> NDArray[np.float64]:
     """0.9 x 1.1 x 1.3 mm, turned by 20 degrees around the first axis and 35 degrees around the third."""
     a, b = np.radians([20, 35])
@@ -46,6 +53,7 @@ def oblique() -> NDArray[np.float64]:
 
 AFFINES = {
     "oblique": oblique(),
+    "diagonal": diagonal(),
     "flipped": np.diag([-0.9, -1.1, 1.3, 1.0]),
     "reordered": np.array([[0, 0, -1.3, 9], [0.9, 0, 0, 2], [0, 1.1, 0, 5], [0, 0, 0, 1.0]]),
 }
@@ -104,7 +112,7 @@ def test_one_modality_from_any_kind(make_run: MakeRun, cases: Any, grid: str, ki
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("grid", AFFINES)
+@pytest.mark.parametrize("grid", ["oblique", "flipped", "reordered"])
 def test_four_modalities_from_any_kind(make_run: MakeRun, cases: Any, grid: str, kind: str) -> None:
     predictor = Predictor.load(make_run(modalities=BRATS, spacing_mm=(1.0, 1.0, 1.0)))
     made = cases(grid)
