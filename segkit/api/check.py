@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import shlex
@@ -126,13 +127,11 @@ def check_folder(
         cohort = find_cases(folder, layout=layout, modalities=modalities, label_scheme=label_scheme)
     except DataError as error:
         raise as_request(error) from error
-    done = 0
+    numbers = itertools.count(1)
 
     def count() -> None:
-        nonlocal done
-        done += 1
         if on_progress is not None:
-            on_progress(done, len(cohort.cases))
+            on_progress(next(numbers), len(cohort.cases))
 
     reports = check_cohort(cohort, read_voxels=not fast, workers=min(4, available_cores()), on_case=count)
     usable = usable_cases(cohort, reports)

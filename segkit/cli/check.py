@@ -66,8 +66,14 @@ def check(
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
     preset = preset or preset_of_this_machine()
     config = training_config(preset, parse_settings(settings)) if estimate else None
-    with Progress(console=console(), transient=True, disable=quiet) as progress:
-        task = progress.add_task("Reading cases", total=None)
+    progress = Progress(console=console(), transient=True, disable=quiet)
+    task = progress.add_task("Reading cases", total=None)
+
+    def show(done: int, total: int) -> None:
+        progress.start()  # not before there are cases
+        progress.update(task, completed=done, total=total)
+
+    try:
         found = check_folder(
             data,
             layout=layout,
@@ -76,9 +82,12 @@ def check(
             fast=fast,
             config=config if json or not quiet else None,
             memory=memory,
-            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+            on_progress=show,
             training=training_options(preset, settings or (), memory),
         )
+    finally:
+        if progress.live.is_started:
+            progress.stop()
     if json:
         print_json(found.to_json())
     elif quiet:
