@@ -22,13 +22,7 @@ from segkit.exporting.cases import MeasuringCases, validation_cases
 from segkit.exporting.precision import write_fp16, write_int8
 from segkit.inference.backends import Array, Backend, TorchBackend, installed_backends, open_graph
 from segkit.inference.graph import OPSET, graph_files, require_onnx, write_graph
-from segkit.inference.parity import (
-    check_parity,
-    check_restored,
-    random_windows,
-    seconds_per_window,
-    windows_with_holes,
-)
+from segkit.inference.parity import check_parity, check_restored, random_windows, seconds_per_window, windows_with_holes
 from segkit.inference.predictor import Predictor
 from segkit.reading.files import file_sha256
 

@@ -88,12 +88,7 @@ def plan_windows(shape: Sequence[int], window: Sequence[int], overlap: float, ax
 
 
 def predict_slabs(
-    network: Network,
-    image: Image,
-    plan: WindowPlan,
-    *,
-    batch_size: int = 1,
-    mirror_axes: Sequence[int] = (),
+    network: Network, image: Image, plan: WindowPlan, *, mirror_axes: Sequence[int] = ()
 ) -> Iterator[Slab]:
     """Logits of an image (C, *spatial) float32, slab by slab in the order of their voxels.
 
@@ -106,18 +101,12 @@ def predict_slabs(
         after = [size - old - pad for size, old, pad in zip(plan.shape, spatial, before, strict=True)]
         image = np.pad(image, [(0, 0), *zip(before, after, strict=True)])
     inside = tuple(slice(pad, pad + old) for pad, old in zip(before, spatial, strict=True))
-    logits_of = _ConstantWindowCache(_mirrored(network, mirror_axes) if mirror_axes else network)
+    logits_of = _with_cache(_mirrored(network, mirror_axes) if mirror_axes else network)
     axis, rows = plan.axis, _Rows(plan)
     for start, following in itertools.pairwise((*plan.starts[axis], plan.shape[axis])):
-        places = [
-            (*other[:axis], start, *other[axis:])
-            for other in itertools.product(*plan.starts[:axis], *plan.starts[axis + 1 :])
-        ]
-        for first in range(0, len(places), batch_size):
-            chosen = places[first : first + batch_size]
-            windows = [image[(slice(None), *_box(place, plan.window))] for place in chosen]
-            for place, logits in zip(chosen, logits_of(windows), strict=True):
-                rows.add(place, logits)
+        for other in itertools.product(*plan.starts[:axis], *plan.starts[axis + 1 :]):
+            place = (*other[:axis], start, *other[axis:])
+            rows.add(place, logits_of(image[(slice(None), *_box(place, plan.window))]))
         logits = rows.finish(following - start)
         first, last = max(start, inside[axis].start), min(following, inside[axis].stop)
         if last > first:
@@ -166,25 +155,23 @@ class _Rows:
         return done
 
 
-class _ConstantWindowCache:
-    """A network on a list of windows (C, *window), with a cache of logits for constant windows."""
+def _with_cache(network: Network) -> Callable[[Image], Logits]:
+    """Logits (K, *window) of one window (C, *window), with a cache for windows that are constant in each channel."""
+    known: dict[tuple[float, ...], Logits] = {}
 
-    def __init__(self, network: Network) -> None:
-        self.network = network
-        self.known: dict[tuple[float, ...], Logits] = {}
+    def logits_of(window: Image) -> Logits:
+        first = window[(slice(None), *(slice(0, 1),) * (window.ndim - 1))]
+        sample = window[(slice(None), *(slice(None, None, _SAMPLE_STEP),) * (window.ndim - 1))]
+        is_varied = (sample != first).any() or (window != first).any()
+        values = tuple(first.ravel().tolist())
+        if not is_varied and values in known:
+            return known[values]
+        logits: Logits = network(np.stack([window]))[0]
+        if not is_varied:
+            known[values] = logits.copy()
+        return logits
 
-    def __call__(self, windows: Sequence[Image]) -> list[Logits]:
-        """Logits (K, *window) of each."""
-        values = [_constant(window) for window in windows]
-        results = [None if value is None else self.known.get(value) for value in values]
-        wanted = [index for index, result in enumerate(results) if result is None]
-        if wanted:
-            batch = np.stack([windows[index] for index in wanted])
-            for index, logits in zip(wanted, self.network(batch), strict=True):
-                results[index] = logits
-                if (value := values[index]) is not None:
-                    self.known[value] = logits.copy()
-        return [result for result in results if result is not None]
+    return logits_of
 
 
 def _mirrored(network: Network, axes: Sequence[int]) -> Network:
@@ -200,14 +187,6 @@ def _mirrored(network: Network, axes: Sequence[int]) -> Network:
         return total
 
     return mean
-
-
-def _constant(window: Image) -> tuple[float, ...] | None:
-    """The value of each channel of (C, *window) if all are constant, else None."""
-    first = window[(slice(None), *(slice(0, 1),) * (window.ndim - 1))]
-    sample = window[(slice(None), *(slice(None, None, _SAMPLE_STEP),) * (window.ndim - 1))]
-    is_varied = (sample != first).any() or (window != first).any()
-    return None if is_varied else tuple(first.ravel().tolist())
 
 
 def _box(place: Sequence[int], window: Sequence[int]) -> tuple[slice, ...]:

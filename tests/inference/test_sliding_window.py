@@ -26,26 +26,22 @@ def predict(
     *,
     overlap: float = 0.5,
     axis: int | None = None,
-    batch_size: int = 1,
     mirror_axes: Sequence[int] = (),
 ) -> Logits:
     """All logits; slabs must follow one another without gaps."""
     plan = plan_windows(image.shape[1:], window, overlap, axis)
     image = np.asarray(image, np.float32)
-    slabs = list(predict_slabs(network, image, plan, batch_size=batch_size, mirror_axes=mirror_axes))
+    slabs = list(predict_slabs(network, image, plan, mirror_axes=mirror_axes))
     assert [slab.start for slab in slabs] == [0, *(slab.stop for slab in slabs[:-1])]
     assert slabs[-1].stop == image.shape[plan.axis + 1]
     return np.concatenate([slab.logits for slab in slabs], plan.axis + 1)
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 8), (11, 9, 20), (3, 8, 5), (1, 1, 1)])
-@pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("axis", [0, 1, 2, None])
-def test_blending_a_voxelwise_network_gives_its_values(
-    shape: tuple[int, ...], batch_size: int, axis: int | None
-) -> None:
+def test_blending_a_voxelwise_network_gives_its_values(shape: tuple[int, ...], axis: int | None) -> None:
     image = noise(1, *shape)
-    logits = predict(double, image, (8, 8, 8), batch_size=batch_size, axis=axis)
+    logits = predict(double, image, (8, 8, 8), axis=axis)
     assert logits.dtype == np.float32
     np.testing.assert_allclose(logits, np.concatenate([2 * image, -image]), rtol=1e-4, atol=1e-5)
 
