@@ -20,7 +20,7 @@ _NAMES = {"t1n": {"t1n", "t1"}, "t1c": {"t1c", "t1ce", "t1gd"}, "t2w": {"t2w", "
 
 def main(run: Path, case: Path, out: Path) -> dict[str, Any]:
     """Segment a case; returns seconds by stage, in total, and the number of windows."""
-    began = mark = _CLOCK()
+    start = mark = _CLOCK()
     import nibabel as nib
     import numpy as np
     import torch
@@ -70,7 +70,7 @@ def main(run: Path, case: Path, out: Path) -> dict[str, Any]:
     mask = apply_orientation(labels, ornt_transform(back, there)).astype(np.uint8)
     nib.save(nib.Nifti1Image(mask, affine), out)
     note("decode and write")
-    return {"seconds": seconds, "wall": round(_CLOCK() - began, 3), "windows": count}
+    return {"seconds": seconds, "wall": round(_CLOCK() - start, 3), "windows": count}
 
 
 def _file_of(case: Path, modality: str) -> Path:

@@ -250,9 +250,9 @@ def take(step: Step) -> Measured:
     _train(network, optimiser, torch.randn(1, _MODALITIES, *warm_up, device=device))
     before_mb = _memory_now(device)
     x = torch.randn(1, _MODALITIES, *step.patch, device=device)
-    began = time.perf_counter()
+    start = time.perf_counter()
     _train(network, optimiser, x)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     peak_mb = torch.cuda.max_memory_allocated(device) / 1024**2 if device.type == "cuda" else peak_rss_mb()
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return Measured(peak_mb - before_mb, peak_mb, seconds, parameters)

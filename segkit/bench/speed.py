@@ -118,11 +118,11 @@ def _serve(connection: Connection, variant: Variant, size: str, side: int, devic
     work = _work(variant, size, side, device)
     while True:
         request = connection.recv()
-        began = time.perf_counter()
+        start = time.perf_counter()
         result = work()
         if device.startswith("cuda"):
             torch.cuda.synchronize(device)
-        connection.send(time.perf_counter() - began if request == "time" else result.detach().cpu().numpy())
+        connection.send(time.perf_counter() - start if request == "time" else result.detach().cpu().numpy())
 
 
 def _work(variant: Variant, size: str, side: int, device: str) -> Work:

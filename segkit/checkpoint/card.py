@@ -1,6 +1,6 @@
 """The model card `model.json`, which describes a weight file and how to use it.
 
-Cards are untrusted: their numbers are limited before anything is built from them, and files must be beside them.
+Cards are untrusted: their numbers are limited before anything is built from them, and files must be in their folder.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class GraphCard(CardPart):
 
 
 class ExportCard(CardPart):
-    """Graphs that `segkit export` wrote beside the card, and their checks."""
+    """The graphs of `segkit export` in the folder of the card, and their checks."""
 
     opset: int
     graphs: tuple[GraphCard, ...] = Field(min_length=1)

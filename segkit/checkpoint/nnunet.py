@@ -132,7 +132,7 @@ def _network(tensors: Mapping[str, Tensor], plan: ResultPlan, path: Path) -> Net
     """The STU-Net of these tensors, by their shapes: the trainer's name can be chosen freely."""
     first, last = tensors.get("conv_blocks_context.0.0.conv1.weight"), tensors.get("seg_outputs.4.weight")
     if first is None or last is None or first.dim() != 5 or last.dim() != 5:
-        raise CheckpointError("holds no STU-Net of volumes, whatever its trainer is called", where=path)
+        raise CheckpointError("holds no STU-Net of volumes", where=path)
     depth = sum(name.startswith("conv_blocks_context.0.") and name.endswith(".conv1.weight") for name in tensors)
     shape = {"width": first.shape[0], "depth": depth}
     size = next((name for name, values in SIZES.items() if values == shape), None)

@@ -73,9 +73,6 @@ def load_state(folder: Path) -> dict[str, Any]:
     raise CheckpointError(found, where=folder, remedy="Start a new training")
 
 
-_PLAIN = (str, int, float, bool, type(None))
-
-
 def _check_plain(value: object, name: str) -> None:
     if isinstance(value, Mapping) and type(value) in (dict, OrderedDict):
         for key, item in value.items():
@@ -84,5 +81,5 @@ def _check_plain(value: object, name: str) -> None:
     elif type(value) in (list, tuple):
         for position, item in enumerate(value):  # type: ignore[arg-type]
             _check_plain(item, f"{name}[{position}]")
-    elif not isinstance(value, Tensor) and type(value) not in _PLAIN:
+    elif not isinstance(value, Tensor) and type(value) not in (str, int, float, bool, type(None)):
         raise TypeError(f"{name} is {type(value).__name__}: a state holds tensors, numbers, strings, lists and dicts")

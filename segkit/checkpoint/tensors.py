@@ -131,7 +131,7 @@ def read_torch(path: Path, *, is_mapped: bool = False) -> Any:
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
-        raise _refused(path, "Convert it to safetensors where it was made") from error
+        raise _refused(path, "Convert it to safetensors on the machine that wrote it") from error
     except Exception as error:  # torch and zipfile raise many kinds for damaged files
         raise CheckpointError(f"is damaged ({type(error).__name__}: {error})", where=path) from error
     raise CheckpointError(f"is damaged (wrong checksum of {broken})", where=path)

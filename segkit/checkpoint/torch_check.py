@@ -66,7 +66,7 @@ def require_modest(path: Path) -> None:
                     f"its parts are packed and unpack to {total} bytes",
                     where=path,
                     expected="a file as torch writes it, which packs nothing",
-                    remedy="Save it again with torch.save, or convert it to safetensors where it was made",
+                    remedy="Save it again with torch.save, or convert it to safetensors first",
                 )
             for part in parts:
                 if part.filename.lower().endswith("data.pkl"):  # torch ignores case
@@ -108,7 +108,7 @@ def _look_at(stream: IO[bytes], path: Path, size: int) -> None:
             str(claim),
             where=path,
             expected="plain tensors whose numbers are in the file",
-            remedy="Save it again with contiguous tensors, or convert it to safetensors where it was made",
+            remedy="Save it again with contiguous tensors, or convert it to safetensors first",
         ) from claim
 
 

@@ -126,11 +126,11 @@ def _show(title: str, rows: Iterable[dict[str, Any]], *, as_json: bool, is_quiet
     print_table(title, columns, [[row.get(column, "") for column in columns] for row in found])
 
 
-def _chosen(asked: list[str] | None, known: Iterable[str]) -> list[str]:
+def _chosen(requested: list[str] | None, known: Iterable[str]) -> list[str]:
     names = list(known)
-    if unknown := [name for name in asked or () if name not in names]:
+    if unknown := [name for name in requested or () if name not in names]:
         raise RequestError(f"table {unknown[0]!r} is not known", expected=f"one of {', '.join(names)}")
-    return asked or names
+    return requested or names
 
 
 def _numbers(text: str | None) -> tuple[int, ...] | None:

@@ -184,7 +184,7 @@ def _shorter(
     cases: MeasuringCases,
     real: Sequence[Array],
 ) -> GraphCard:
-    """Write the graph `path` in a shorter precision beside it; measure it and decide whether it is approved."""
+    """Write the graph `path` in fp16 or int8 as well; measure it and decide whether it is approved."""
     if not real:
         raise RequestError(f"none of the cases can be used to measure {precision} with", where=cases.source)
     target = path.with_name(GRAPH_NAMES[precision])

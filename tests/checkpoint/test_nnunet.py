@@ -228,7 +228,7 @@ def test_regions_are_painted_in_their_order(tmp_path: Path) -> None:
         ({"configuration": "3d_fulres"}, r"its plans cannot be understood \(KeyError: '3d_fulres'\)"),
         ({"network": make_network(outputs=4)}, "the network has 4 outputs, but its dataset.json names 3"),
         ({"network": make_network(2)}, "the network has 2 image channels, but its dataset.json names 1"),
-        ({"network": nn.Linear(2, 2)}, "holds no STU-Net of volumes, whatever its trainer is called"),
+        ({"network": nn.Linear(2, 2)}, "holds no STU-Net of volumes"),
         ({"dataset": {"labels": {"background": 0}}}, "names no image channels"),
         ({"dataset": {**DATASET, "labels": {"background": 0, "a": 1, "b": 3}}}, "its label values have gaps"),
     ],
