@@ -6,7 +6,7 @@ between nodes globally (of their features) and locally (of matched cells of thei
 node differences.
 
 G is the number of graphs, N of nodes, K of neighbours, F of features, D of channels, P of cells of a feature map.
-Choices that the paper leaves open are marked as ours.
+What the paper leaves open is marked as our choice.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Affinities:
 
 
 def nearest_neighbours(features: Tensor, count: int) -> Tensor:
-    """Indices (G, N, K) of the nodes nearest to each node of (G, N, F) by cosine, without itself (cosine is ours)."""
+    """Indices (G, N, K) of the nodes nearest to each node of (G, N, F) by cosine (our choice), without itself."""
     unit = functional.normalize(features.detach(), dim=-1)
     similarity = unit @ unit.transpose(1, 2)
     similarity.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
@@ -66,9 +66,10 @@ def nearest_neighbours(features: Tensor, count: int) -> Tensor:
 class MessagePassing(nn.Module):
     """Graph convolutions (Kipf & Welling, arXiv 1609.02907, equation 2; LVM-Med, equation 1), of one width.
 
-    Edges count in both directions and the degree includes the self-loop; ReLU between layers, none after the last
-    (ours). Without layers features stay unchanged. With `residual` (ours) a node adds the messages to its own features:
-    the convolution alone averages over most of so small a graph, and nothing is learnt (`docs/benchmarks.md`).
+    Edges count in both directions and the degree includes the self-loop; ReLU between layers, none after the last (our
+    choice). Without layers features stay unchanged. With `residual` (our choice) a node adds the messages to its own
+    features: the convolution alone averages over most of so small a graph, and nothing is learnt
+    (`docs/benchmarks.md`).
     """
 
     def __init__(self, width: int, layers: int, *, residual: bool = True) -> None:

@@ -86,7 +86,7 @@ class GraphMatchingConfig(Config):
     """Most cells of a feature map that are compared; larger maps are averaged to fewer cells, because the cost grows
     with the square."""
     both_ways: bool = True
-    """Whether cells of either view look for theirs in the other (equation 3), or those of the first alone."""
+    """Whether cells of both views are matched to the other view (equation 3), or those of the first alone."""
     gradient: GradientConfig = GradientConfig()
     solver: SolverConfig = SolverConfig()
 
