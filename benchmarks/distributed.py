@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from segkit.inpainting.task import InpaintingTask, Restoration
 from segkit.labels import Output
-from segkit.losses.compound import LossConfig, SegmentationLoss
+from segkit.losses.dice_cross_entropy import LossConfig, SegmentationLoss
 from segkit.losses.restoration import RestorationConfig
 from segkit.models.generator import build_discriminator
 from segkit.models.table import MODELS, build_model

@@ -39,7 +39,7 @@ def compare(
     Exit code 2 where they cannot be compared: other protocols, other references, no case in common.
     """
     from segkit.evaluation.comparison import compare_scores
-    from segkit.evaluation.scores import read_score_sets
+    from segkit.evaluation.score_files import read_score_sets
 
     set_verbosity(is_quiet=quiet, is_verbose=verbose)
     chosen = None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()]

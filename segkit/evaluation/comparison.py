@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segkit.errors import RequestError
-from segkit.evaluation.scores import ScoreSet
+from segkit.evaluation.score_files import ScoreSet
 from segkit.evaluation.tables import csv_table, interval_text, markdown_list, markdown_table, write_documents
 from segkit.metrics import significance
 from segkit.metrics.bootstrap import RESAMPLES, Interval, mean_interval, number_patients

@@ -20,7 +20,7 @@ from torch import nn
 from segkit.config import Config
 from segkit.errors import RequestError
 from segkit.labels import LabelScheme, outputs_of
-from segkit.losses.compound import SegmentationLoss
+from segkit.losses.dice_cross_entropy import SegmentationLoss
 from segkit.models.table import build_model, configure
 from segkit.preparing.fingerprint import Fingerprint
 from segkit.preparing.memory import StepCost, Volumes, estimate_memory_gb, step_cost

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from segkit.config import Config
 from segkit.errors import RequestError
-from segkit.losses.compound import deep_supervision_weights
+from segkit.losses.dice_cross_entropy import deep_supervision_weights
 from segkit.losses.global_batch import batch_rand, batch_sum
 from segkit.models.blocks import SegmentationNetwork
 from segkit.training.task import Batch

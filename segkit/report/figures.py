@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segkit.errors import DataError, RequestError, on_one_line
-from segkit.evaluation.scores import worst_first
+from segkit.evaluation.score_files import worst_first
 from segkit.labels import LabelScheme
 from segkit.reading.files import written_atomically
 from segkit.reading.volume import Grid

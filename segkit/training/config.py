@@ -13,7 +13,7 @@ from pydantic import Field
 
 from segkit.checkpoint.transfer import InputAdapt
 from segkit.config import Config
-from segkit.losses.compound import LossConfig
+from segkit.losses.dice_cross_entropy import LossConfig
 from segkit.preparing.augmentation import AugmentationConfig
 from segkit.preparing.preprocessing import PreprocessingConfig
 

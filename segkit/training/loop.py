@@ -27,7 +27,8 @@ from segkit.training.config import LoopConfig, OptimiserConfig
 from segkit.training.distributed import Ranks
 from segkit.training.interruption import Interruption, listening
 from segkit.training.journal import Journal, LiveView, ProgressLines
-from segkit.training.optim import Clock, MovingAverage, build_optimiser, get_lr, restore_optimiser, set_lr
+from segkit.training.lr_schedule import Clock, get_lr
+from segkit.training.optim import MovingAverage, build_optimiser, restore_optimiser, set_lr
 from segkit.training.sharding import (
     Shards,
     accumulating,

@@ -19,7 +19,7 @@ from segkit.checkpoint.run_folder import load_card, require_segmentation
 from segkit.inference.backends import TorchBackend
 from segkit.inference.predictor import Predictor
 from segkit.labels import LabelScheme, outputs_of
-from segkit.losses.compound import SegmentationLoss
+from segkit.losses.dice_cross_entropy import SegmentationLoss
 from segkit.metrics.overlap import dice_by_region
 from segkit.models.blocks import SegmentationNetwork
 from segkit.preparing.cache import StoredCases

@@ -11,7 +11,7 @@ import pytest
 
 from segkit.errors import RequestError
 from segkit.evaluation.comparison import compare_scores
-from segkit.evaluation.scores import ScoreSet
+from segkit.evaluation.score_files import ScoreSet
 
 
 def score_set(name, cases, **others):

@@ -13,12 +13,12 @@ import pytest
 
 from segkit.errors import RequestError
 from segkit.evaluation.pairing import Pairing, challenge_of, pair_folders
+from segkit.evaluation.score_files import ScoredCase, worst_first
 from segkit.evaluation.score_folder import (
     evaluate_folders,
     regions_of,
     scored_regions,
 )
-from segkit.evaluation.scores import ScoredCase, worst_first
 from segkit.labels import SCHEMES
 from segkit.reading.files import stem_of
 from segkit.report.figures import draw_worst_cases

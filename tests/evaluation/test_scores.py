@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from segkit.errors import RequestError
+from segkit.evaluation.score_files import read_score_sets, read_scores
 from segkit.evaluation.score_folder import evaluate_folders
-from segkit.evaluation.scores import read_score_sets, read_scores
 
 
 def document(**others):

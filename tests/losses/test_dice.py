@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from segkit.losses.compound import soft_dice_loss
+from segkit.losses.dice_cross_entropy import soft_dice_loss
 
 
 def planes(*rows: list[float]) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from segkit.errors import RequestError
-from segkit.losses.compound import deep_supervision_weights
+from segkit.losses.dice_cross_entropy import deep_supervision_weights
 from segkit.models.stunet import SIZES, StuNet
 from segkit.models.table import build_model
 from segkit.preparing.memory import step_cost

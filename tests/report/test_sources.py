@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from segkit.errors import RequestError
-from segkit.evaluation.scores import read_scores
+from segkit.evaluation.score_files import read_scores
 from segkit.report.page import write_page
 from segkit.report.sources import PathRedactor, read_run, read_sources
 from tests.report_folders import write_json, write_masks, write_run, write_scores

@@ -14,7 +14,7 @@ import segkit
 from segkit.checkpoint.card import ModelCard
 from segkit.checkpoint.state import load_state
 from segkit.labels import Output
-from segkit.losses.compound import SegmentationLoss
+from segkit.losses.dice_cross_entropy import SegmentationLoss
 from segkit.training.config import OptimiserConfig, TrainingConfig
 from segkit.training.loop import fit
 from segkit.training.optim import encoder_of

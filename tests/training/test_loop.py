@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from segkit.errors import TrainingError
 from segkit.training.config import OptimiserConfig, TrainingConfig
 from segkit.training.loop import fit
-from segkit.training.optim import Clock
+from segkit.training.lr_schedule import Clock
 from segkit.training.task import Score
 
 
@@ -145,7 +145,7 @@ class FakeTime:
 
 def test_budget_ends_in_time_with_a_finished_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = FakeTime()
-    for module in ("optim", "loop"):
+    for module in ("lr_schedule", "loop"):
         monkeypatch.setattr(f"segkit.training.{module}.time", clock)
     _fit(LineTask(), tmp_path, 10**9, deadline_s=60.0, training=LONG_EPOCHS)
     assert 50 < clock.now < 60
@@ -158,7 +158,7 @@ def test_budget_ends_in_time_with_a_finished_schedule(tmp_path: Path, monkeypatc
 def test_a_resumed_budget_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut at about half of 60 s, the rest of the time is left, and the rate never rises again."""
     clock = FakeTime()
-    for module in ("optim", "loop"):
+    for module in ("lr_schedule", "loop"):
         monkeypatch.setattr(f"segkit.training.{module}.time", clock)
 
     class CutTask(LineTask):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from segkit.checkpoint.state import load_state
 from segkit.errors import RequestError, SegkitError
 from segkit.labels import Output
-from segkit.losses.compound import SegmentationLoss
+from segkit.losses.dice_cross_entropy import SegmentationLoss
 from segkit.models.table import build_model
 from segkit.training.config import LoopConfig, OptimiserConfig
 from segkit.training.distributed import Ranks, joined_ranks

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from segkit.labels import SCHEMES, classes_scheme, outputs_of
-from segkit.losses.compound import (
+from segkit.losses.dice_cross_entropy import (
     LossConfig,
     SegmentationLoss,
     class_loss,
