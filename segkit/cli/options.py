@@ -85,7 +85,9 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     for row in rows:
         table.add_row(*(Text(on_one_line(cell)) for cell in row))
     out = Console(highlight=False)
-    (out if out.is_terminal else Console(highlight=False, width=160)).print(table)
+    if not out.is_terminal:
+        out = Console(highlight=False, width=160)
+    out.print(table)
 
 
 def print_stdout(text: str) -> None:

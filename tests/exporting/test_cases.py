@@ -51,7 +51,7 @@ def test_none_where_the_data_cannot_be_found(run: Path, tmp_path: Path) -> None:
 def test_named_cases(phantoms: Path, tmp_path: Path) -> None:
     first, *_ = named_cases(phantoms).cohort.cases
     assert [case.id for case in named_cases(phantoms, [first.id]).cohort.cases] == [first.id]
-    with pytest.raises(RequestError, match="not there: 'nobody'"):
+    with pytest.raises(RequestError, match="do not exist: 'nobody'"):
         named_cases(phantoms, ["nobody"])
     with pytest.raises(RequestError, match="nothing"):
         named_cases(tmp_path / "nothing")

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -62,10 +63,14 @@ def playwright():
         yield playwright
 
 
+@contextlib.contextmanager
 def launch(playwright, home, *flags):
-    """A headless Chromium whose files go to `home`."""
-    environment = {**os.environ, "HOME": str(home), "TMPDIR": str(home)}
-    return playwright.chromium.launch(executable_path=EXECUTABLE, args=[*FLAGS, *flags], env=environment)
+    """A headless Chromium whose files go to `home`; its sockets need a shorter path."""
+    with tempfile.TemporaryDirectory(prefix="chromium", ignore_cleanup_errors=True) as sockets:
+        environment = {**os.environ, "HOME": str(home), "TMPDIR": sockets}
+        options = {"executable_path": EXECUTABLE, "args": [*FLAGS, *flags], "env": environment}
+        with playwright.chromium.launch(**options) as browser:
+            yield browser
 
 
 @pytest.fixture(scope="module")
