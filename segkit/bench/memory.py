@@ -13,10 +13,7 @@ from __future__ import annotations
 import ctypes
 import json
 import math
-import os
-import subprocess
 import sys
-import tempfile
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,11 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from segkit.bench.process import run_python
 from segkit.errors import SegkitError
 from segkit.models.blocks import SegmentationNetwork
 from segkit.models.table import build_model
 from segkit.preparing.memory import step_bytes
-from segkit.runtime import current_rss_mb, peak_rss_mb, return_freed_memory, variables_with
+from segkit.runtime import current_rss_mb, peak_rss_mb, return_freed_memory
 
 Row = dict[str, Any]
 
@@ -193,33 +191,6 @@ def _row(table: str, mode: str, step: Step, measured: Measured) -> Row:
 
 TABLES: dict[str, Callable[..., Iterator[Row]]] = {"modes": modes, "depth": depth, "budget": budget, "volume": volume}
 """Table name -> the function that measures it row by row."""
-
-
-@dataclass(frozen=True)
-class Finished:
-    """Output of a process, its exit code, wall seconds and peak resident memory in MB."""
-
-    output: str
-    errors: str
-    code: int
-    seconds: float
-    peak_rss_mb: float
-
-
-def run_python(arguments: Sequence[str], **variables: str) -> Finished:
-    """Run Python with these arguments and environment variables."""
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as output, tempfile.TemporaryFile("w+") as errors:
-        start = time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, *arguments], stdout=output, stderr=errors, env=variables_with(**variables)
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        output.seek(0)
-        errors.seek(0)
-        scale = 1024**2 if sys.platform == "darwin" else 1024
-        return Finished(output.read(), errors.read(), process.returncode, seconds, usage.ru_maxrss / scale)
 
 
 def measure(step: Step) -> Measured:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from segkit.bench.memory import Finished, run_python
+from segkit.bench.process import Finished, run_python
 from segkit.checkpoint.run_folder import load_card
 from segkit.errors import RequestError
 from segkit.metrics.overlap import dice_by_region
