@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SIGNS = re.compile(
     r"\b(tell|tells|told|telling|as said|go on|goes on|going on|gone on|went on"
     r"|whoever|whatever befalls|nobody|somebody|made up|makes up|begun|anew|in peace|in vain|"
-    r"(?<!there )(?<!There )(?<!where )is no (?!longer\b|more\b)[a-z]+)\b"
+    r"(?<!there )(?<!where )is no (?!longer\b|more\b)[a-z]+)\b",
+    re.IGNORECASE,
 )
 """`is no` with a noun: "the file is no image" is refused, "there is no image" is plain English."""
 EXCEPTIONS: dict[str, str] = {}

@@ -11,7 +11,7 @@ from segkit.cli.options import ModelOption, SchemeOption
 
 TtaOption = Annotated[bool, typer.Option("--tta", help="Average over mirrored inputs: better, up to 8 times slower.")]
 MissingOption = Annotated[
-    bool, typer.Option("--allow-missing", help="Go on without modalities that a case lacks; recorded.")
+    bool, typer.Option("--allow-missing", help="Continue without modalities that a case lacks; recorded.")
 ]
 ProbabilitiesOption = Annotated[
     bool, typer.Option("--save-probabilities", help="Also write OUT/probabilities/<case>_<output>.")
