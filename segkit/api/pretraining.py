@@ -55,9 +55,22 @@ def pretrain(
         >>> segkit.train("data", "run", weights="encoder")  # doctest: +SKIP
     """
     options = TrainingOptions(
-        Path(run), preset, config, nested_settings(settings), budget, memory, weights, exclude or None, layout,
-        modalities, device_name(device), resume, overwrite, allow_changes, on_progress,
-    )  # fmt: skip
+        run=Path(run),
+        preset=preset,
+        config=config,
+        settings=nested_settings(settings),
+        budget=budget,
+        memory=memory,
+        weights=weights,
+        exclude=exclude or None,
+        layout=layout,
+        modalities=modalities,
+        device_name=device_name(device),
+        resume=resume,
+        overwrite=overwrite,
+        allow_changes=allow_changes,
+        on_progress=on_progress,
+    )
     folders = [data] if isinstance(data, (str, os.PathLike)) else data
     return train_encoder(*pretraining_request(folders, options, method=method, encoder=encoder))
 

@@ -80,13 +80,26 @@ def train(
         0.91
     """
     options = TrainingOptions(
-        Path(run), preset, config, nested_settings(settings), budget, memory, weights, exclude or None, layout,
-        modalities, device_name(device), resume, overwrite, allow_changes, on_progress,
-    )  # fmt: skip
+        run=Path(run),
+        preset=preset,
+        config=config,
+        settings=nested_settings(settings),
+        budget=budget,
+        memory=memory,
+        weights=weights,
+        exclude=exclude or None,
+        layout=layout,
+        modalities=modalities,
+        device_name=device_name(device),
+        resume=resume,
+        overwrite=overwrite,
+        allow_changes=allow_changes,
+        on_progress=on_progress,
+    )
     return train_segmentation(segmentation_request(data, options, fold=fold, label_scheme=label_scheme), fold)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainingOptions:
     """The arguments that `train` and `pretrain` share; see `train`.
 

@@ -65,9 +65,21 @@ def pretrain(
     from segkit.api.training import TrainingOptions
 
     arguments = TrainingOptions(
-        output, preset, config, parse_settings(settings), budget, memory, weights, exclude, layout,
-        read_modalities(modality), device, resume, overwrite, allow_changes,
-    )  # fmt: skip
+        run=output,
+        preset=preset,
+        config=config,
+        settings=parse_settings(settings),
+        budget=budget,
+        memory=memory,
+        weights=weights,
+        exclude=exclude,
+        layout=layout,
+        modalities=read_modalities(modality),
+        device_name=device,
+        resume=resume,
+        overwrite=overwrite,
+        allow_changes=allow_changes,
+    )
     request, kind = pretraining_request(data, arguments, method=method, encoder=encoder)
     command = ("segkit", "pretrain", *data, "-o", output, "--resume")
     verb.finish(verb.run(lambda request: train_encoder(request, kind), request, *command), _show)

@@ -58,9 +58,21 @@ def train(
     from segkit.api.training import TrainingOptions, segmentation_request, train_segmentation
 
     arguments = TrainingOptions(
-        output, preset, config, parse_settings(settings), budget, memory, weights, exclude, layout,
-        read_modalities(modality), device, resume, overwrite, allow_changes,
-    )  # fmt: skip
+        run=output,
+        preset=preset,
+        config=config,
+        settings=parse_settings(settings),
+        budget=budget,
+        memory=memory,
+        weights=weights,
+        exclude=exclude,
+        layout=layout,
+        modalities=read_modalities(modality),
+        device_name=device,
+        resume=resume,
+        overwrite=overwrite,
+        allow_changes=allow_changes,
+    )
     which = _fold(fold)
     request = segmentation_request(data, arguments, fold=which, label_scheme=label_scheme)
     if dry_run:
