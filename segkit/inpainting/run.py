@@ -25,7 +25,7 @@ from segkit.reading.layouts.brats import SYNTHESIS_LAYOUT, find_known
 from segkit.reading.layouts.table import PLAIN_CLASSES, find_cases
 from segkit.training.batches import ENDLESS
 from segkit.training.task import RunPlan, SplitData, build_card
-from segkit.training.unlabelled import UnlabelledKind, choose_dims, find_split
+from segkit.training.unlabelled import UnlabelledKind, choose_dims, find_split, require_same_modalities
 
 _log = logging.getLogger(__name__)
 
@@ -60,10 +60,7 @@ class InpaintingKind(UnlabelledKind[InpaintingConfig, InpaintingTask]):
         Raises:
             RequestError: the folders or the settings of the network do not fit each other.
         """
-        names = {split.cohort.modalities for split in data}
-        if len(names) > 1:
-            shown = " and ".join(", ".join(modalities) for modalities in sorted(names))
-            raise RequestError(f"the folders have different modalities: {shown}", remedy="Choose with modalities=[...]")
+        require_same_modalities(data, "Choose with modalities=[...]")
         if config.preprocessing.normalisation != "scale-nonzero":
             raise RequestError(
                 f"preprocessing.normalisation {config.preprocessing.normalisation} mixes background with tissue",

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from segkit.models.blocks import SegmentationNetwork
-from segkit.training.task import Batch
 
 
 def freeze_decoder(network: SegmentationNetwork, in_channels: int, dims: int) -> int:
@@ -25,11 +22,6 @@ def freeze_decoder(network: SegmentationNetwork, in_channels: int, dims: int) ->
         deepest = network.encode(torch.zeros(1, in_channels, *(2 * step for step in network.divisor[:dims])))[-1]
     network.train(was_training)
     return deepest.shape[1]
-
-
-def to_device(batch: Batch, device: torch.device) -> Mapping[str, Tensor]:
-    """The batch on that device."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def retrieval_accuracy(first: NDArray[np.floating[Any]], second: NDArray[np.floating[Any]]) -> float:

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from segkit.pretraining.encoder import to_device
 from segkit.pretraining.graph_matching import GraphMatching, matching_of
 from segkit.pretraining.task import PretrainingTask
 from segkit.shapes import AnyArray
+from segkit.training.batches import to_device
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,7 +16,7 @@ from segkit.pretraining.task import PretrainingTask
 from segkit.reading.layouts.table import find_cases
 from segkit.training.batches import ENDLESS
 from segkit.training.task import RunPlan, SplitData, build_card
-from segkit.training.unlabelled import UnlabelledKind, choose_dims, find_split
+from segkit.training.unlabelled import UnlabelledKind, choose_dims, find_split, require_same_modalities
 
 _log = logging.getLogger(__name__)
 
@@ -106,12 +106,7 @@ def _modalities(config: PretrainConfig, data: Sequence[SplitData]) -> tuple[str,
     names = {split.cohort.modalities for split in data}
     first = data[0].cohort.modalities
     if config.images.channels == "all" or (config.images.channels == "auto" and are_pictures):
-        if len(names) > 1:
-            shown = " and ".join(", ".join(modalities) for modalities in sorted(names))
-            raise RequestError(
-                f"the folders have different modalities: {shown}",
-                remedy="Set images.channels=each to use every modality as a separate image",
-            )
+        require_same_modalities(data, "Set images.channels=each to use every modality as a separate image")
         return first
     return first if names == {first[:1]} else ("image",)
 

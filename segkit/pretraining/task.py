@@ -15,10 +15,10 @@ from segkit.checkpoint.card import ModelCard
 from segkit.checkpoint.model import save_model
 from segkit.checkpoint.run_folder import WEIGHTS_NAME
 from segkit.checkpoint.tensors import load_weights_file, save_weights
-from segkit.pretraining.encoder import retrieval_accuracy, to_device
+from segkit.pretraining.encoder import retrieval_accuracy
 from segkit.pretraining.methods import Method
 from segkit.pretraining.sources import GroupDataset
-from segkit.training.batches import endless_batches
+from segkit.training.batches import endless_batches, to_device
 from segkit.training.distributed import Ranks
 from segkit.training.task import Batch, Score, borrowed
 

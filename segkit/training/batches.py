@@ -7,7 +7,7 @@ load, so the ranks get the same items in the same order, and none twice.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from typing import Any
@@ -62,6 +62,11 @@ def endless_batches(
     finally:
         if started:  # they ignore signals, so nothing else would end them
             iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def to_device(batch: Batch, device: torch.device) -> Mapping[str, Tensor]:
+    """The batch on that device."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from segkit.checkpoint.state import load_state, save_state
 from segkit.errors import CheckpointError, RequestError, TrainingError
 from segkit.runtime import pick_precision, random_states, seed_everything, set_random_states
-from segkit.training.batches import drawn_from, is_lost_worker
+from segkit.training.batches import drawn_from, is_lost_worker, to_device
 from segkit.training.config import LoopConfig, OptimiserConfig
 from segkit.training.distributed import Ranks
 from segkit.training.interruption import Interruption, listening
@@ -291,7 +291,7 @@ class Trainer:
         self.task.model.train()
         count, total = self.training.accumulate, 0.0
         for number in range(1, count + 1):
-            batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in next(batches).items()}
+            batch = to_device(next(batches), self.device)
             self.ranks.mark("computing")
             is_full = self.precision == torch.float32
             with accumulating(self.loss, is_last=number == count):

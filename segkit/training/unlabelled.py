@@ -143,6 +143,18 @@ def find_split(
     return SplitData(cohort, preprocessing, tuple(training), tuple(validation))
 
 
+def require_same_modalities(data: Sequence[SplitData], remedy: str) -> None:
+    """Reject folders whose images have different modalities.
+
+    Raises:
+        RequestError: they do.
+    """
+    names = {split.cohort.modalities for split in data}
+    if len(names) > 1:
+        shown = " and ".join(", ".join(modalities) for modalities in sorted(names))
+        raise RequestError(f"the folders have different modalities: {shown}", remedy=remedy)
+
+
 def _is_usable(case: Case, excluded: Sequence[str]) -> bool:
     fatal = [problem for problem in case.problems if problem.is_fatal]
     for problem in fatal:
