@@ -22,8 +22,6 @@ first use, so `import segkit` is fast; nothing inside the package imports them. 
 off before any of them is loaded.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -6,8 +6,6 @@ aliases of whole sections (a few lines of them can expand to gigabytes), no key 
 `configs/`, in the wheel `segkit/configs`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import functools

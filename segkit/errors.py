@@ -1,7 +1,5 @@
 """Errors that know the remedy: what was found, where, what was expected, what to do next."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from os import PathLike

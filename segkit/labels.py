@@ -6,8 +6,6 @@ in different years, so values are always kept with their scheme. A *region* is a
 outputs are painted in order, later over earlier.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 

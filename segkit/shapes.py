@@ -9,8 +9,6 @@ Affines are 4 x 4, float64, from voxel indices to millimetres in RAS+ world spac
 Spacings are in millimetres in the order of the voxel axes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 

@@ -1,7 +1,5 @@
 """Arguments that may be given as text, as on the command line, or as values."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """`segkit.export_model`: a trained network as ONNX files that need no torch."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """The cases of an input, those that are finished or cannot be used, and the plans of all others."""
 
-from __future__ import annotations
-
 import difflib
 import logging
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ user's cache. The cost of the volumes is computed. The share of a volume that is
 0 is taken from the first case: scans of one folder are alike.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -4,8 +4,6 @@ A manifest of many cases takes long to write. Beyond some hundreds it is rewritt
 ended; newer records are in a journal beside it, one line per case, which the next run also reads. `close` removes it.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections import Counter

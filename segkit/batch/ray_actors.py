@@ -1,7 +1,5 @@
 """Actors on the nodes of a Ray cluster: as many as fit, replaced when lost."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections import Counter

@@ -1,7 +1,5 @@
 """Processing of all cases of a folder, with a manifest; a case that fails does not stop the others."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from contextlib import closing

@@ -1,7 +1,5 @@
 """Segmentation of the cases of a folder: the output files of a case, how they are computed and written."""
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 from collections.abc import Callable, Sequence

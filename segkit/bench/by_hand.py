@@ -6,8 +6,6 @@ Eager torch in float32 in one process, for models trained at the case's own spac
 Prints one JSON line: wall seconds of each stage, seconds altogether, windows.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import time

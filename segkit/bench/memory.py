@@ -8,8 +8,6 @@ training when memory is short.
 `python -m segkit.bench.memory STEP` takes one training step; STEP is a `Step` in JSON, the output a `Measured` in JSON.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import math

@@ -4,8 +4,6 @@ Nothing heavy is imported here: the peak memory that the system reports of a new
 when it was started.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -5,8 +5,6 @@ whole table, because reuse of freed memory is part of the speed. Ratios are medi
 reference in the same round.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import multiprocessing
 import statistics

@@ -4,8 +4,6 @@ Commands run in turn (A B, A B, ...); ratios are medians over the rounds. The ro
 the rounds, with an empty cache: it includes writing the network for the runtime.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 import tempfile

@@ -1,7 +1,5 @@
 """Write and load run folders, and read weights from other sources."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ A result folder holds `fold_0`, `fold_1` ... (or `fold_all`), each with a checkp
 `dataset.json` beside the folds, version 1 a pickle of plans beside each checkpoint.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path

@@ -4,8 +4,6 @@ nnU-Net reverses the axes of the file (to z, y, x), then permutes them by `trans
 reorient images. Spacings, patches and strides of a plan are in that order, which is expressed here as an orientation.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

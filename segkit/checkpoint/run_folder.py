@@ -1,7 +1,5 @@
 """Folders with a trained model: run folders of segkit, and results of nnU-Net with a STU-Net; read without torch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

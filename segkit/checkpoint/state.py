@@ -3,8 +3,6 @@
 Written atomically, also in a power cut. Checksums are verified before a state is used.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from collections import OrderedDict

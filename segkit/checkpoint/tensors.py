@@ -3,8 +3,6 @@
 The only caller of `torch.load`, always with `weights_only=True`.
 """
 
-from __future__ import annotations
-
 import io
 import pickle
 import re

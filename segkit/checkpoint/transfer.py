@@ -4,8 +4,6 @@ All else must agree by name and shape; all tensors that fit are loaded, or none.
 its attributes `input_weights`, `head_prefixes` and `encoder_prefix`, see `segkit.models.table`.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

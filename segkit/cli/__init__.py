@@ -3,8 +3,6 @@
 Verbs import heavy modules only inside their functions, so that `--help` is fast.
 """
 
-from __future__ import annotations
-
 import importlib
 import io
 import logging

@@ -1,7 +1,5 @@
 """`segkit bench`: tables of memory and speed, measured on this machine."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any

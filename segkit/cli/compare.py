@@ -1,7 +1,5 @@
 """`segkit compare`: which of several models is better, and whether that is more than chance."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`segkit demo`: from scans to scores on phantoms, with the commands that a user would type."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import time

@@ -1,7 +1,5 @@
 """`segkit infer`: scans in, masks on their own grids out."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 import typer

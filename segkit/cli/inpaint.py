@@ -1,7 +1,5 @@
 """`segkit inpaint`: scans with holes, or with lesions, in; the same scans without them out."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`segkit models`: the networks and their sizes."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -1,7 +1,5 @@
 """`segkit phantom`: seeded BraTS-like volumes in published data layouts."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 from typing import Annotated

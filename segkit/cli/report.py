@@ -1,7 +1,5 @@
 """`segkit report`: one HTML page about runs, masks and scores."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

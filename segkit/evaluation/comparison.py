@@ -6,8 +6,6 @@ get the rank scores of `segkit.metrics.significance`. Where patients have severa
 intervals and exchanges draw whole patients, and the signed-rank test takes each patient's mean difference.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace

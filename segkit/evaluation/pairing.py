@@ -1,7 +1,5 @@
 """The pairs of predictions and references, and the label scheme of each."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence

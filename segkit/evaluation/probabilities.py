@@ -4,8 +4,6 @@ Both are computed by `segkit.metrics.calibration`, over the whole image (or regi
 a box around the reference.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections import defaultdict

@@ -3,8 +3,6 @@
 Voxels outside are black by construction: labelling them background proves nothing.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Reading scores.json, for pages and comparisons; no metric is computed here."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence

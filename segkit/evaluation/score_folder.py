@@ -4,8 +4,6 @@ Prediction and reference are each decoded in their own label scheme, so that mas
 by tissue. A case that cannot be scored becomes an error of its own and does not stop the others.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path

@@ -3,8 +3,6 @@
 A table is its column titles and its rows.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json

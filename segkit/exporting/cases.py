@@ -1,7 +1,5 @@
 """Real cases for an export: windows to compare and to calibrate on, references to score masks by."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterator, Sequence

@@ -3,8 +3,6 @@
 All is written to a hidden folder beside the target, which gets its name when all checks have passed.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import secrets

@@ -7,8 +7,6 @@ outputs are float32, because norms are sensitive. Weights use 7 of the 8 bits, b
 pairs of products in 16 bits and would saturate.
 """
 
-from __future__ import annotations
-
 import logging
 import tempfile
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ file, compared with torch, and kept in the user's cache with the files that the 
 torch.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import logging

@@ -8,8 +8,6 @@ Most voxels need no resampling: where the eight prepared voxels around a voxel h
 interpolation between them has it too, since their logits have the same sign or the same largest output.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from math import prod

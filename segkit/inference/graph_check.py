@@ -5,8 +5,6 @@ on files that are not ONNX. So the file is parsed here as a protocol buffer (fie
 protobuf.dev), without a library.
 """
 
-from __future__ import annotations
-
 import mmap
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping

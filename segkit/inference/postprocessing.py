@@ -8,8 +8,6 @@ Voxels removed from a nested region get the label of the region around it (ET be
 ED); those of the outermost region and of exclusive classes become background.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from statistics import median_low

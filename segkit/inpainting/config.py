@@ -1,7 +1,5 @@
 """The settings of an inpainting run, as a YAML file or `--set` gives them."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field

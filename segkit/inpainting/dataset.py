@@ -1,7 +1,5 @@
 """Training patches with holes; case, position and hole depend only on (seed, index)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any

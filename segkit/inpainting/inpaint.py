@@ -1,7 +1,5 @@
 """Inpainting of the cases of a folder: the output files of a case, how they are computed and written."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import re

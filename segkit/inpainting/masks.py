@@ -1,7 +1,5 @@
 """The voxels of a case to fill: those of a mask, or its lesions, from a mask or found by a model."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

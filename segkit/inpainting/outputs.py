@@ -1,7 +1,5 @@
 """Output of a filled case: images, anomaly map, and the bank of lesion-free copies (see `preparing.lesion_bank`)."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Training of a network that fills holes in scans, measured on scans of held-out patients."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The inpainting task: a network that fills holes, scored on holes in images of held-out patients."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -4,8 +4,6 @@ Both follow nnU-Net (Isensee et al., Nature Methods 2021, "Loss function"); regi
 BraTS 2020 entry (Isensee et al., arXiv 2011.00848, section 2.1).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 

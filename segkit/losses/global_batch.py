@@ -9,8 +9,6 @@ because their mean is taken, each gives `size` times its own part: backward need
 Outside of `spread_batch` a batch is not spread, also within a process group: each process validates on its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar

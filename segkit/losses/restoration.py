@@ -7,8 +7,6 @@ for the generator with the target "true". MONAI's PatchAdversarialLoss takes the
 precision: in float32 a logit of -40 then gives the generator no gradient and one of 17 none to the discriminator.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

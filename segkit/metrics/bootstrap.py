@@ -14,8 +14,6 @@ All cases of a patient are drawn together, because they are not independent (the
 Bootstrap Methods and their Application, 1997, section 3.8).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np

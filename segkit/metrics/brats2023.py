@@ -28,8 +28,6 @@ surface elements (`element_hausdorff_mm`) and differs a little from that of `leg
 and `specificity` are of the whole volume.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

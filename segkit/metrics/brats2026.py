@@ -46,8 +46,6 @@ Lesion precision is undefined without a predicted lesion, recall without a refer
 lesions are 0 instead. Undefined scores are left out of means; infinite ones are not.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ Voxels that touch at a corner are connected: 26 neighbours in a volume, 8 in a p
 boxes of the components.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

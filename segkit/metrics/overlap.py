@@ -4,8 +4,6 @@ Every score takes two boolean masks of one shape, (D, H, W) or (H, W), and retur
 is 0 / 0. TP, FP, FN, TN are voxels (Taha & Hanbury, BMC Medical Imaging 2015, 15:29, section 3).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping, Sequence
 

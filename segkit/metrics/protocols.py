@@ -26,8 +26,6 @@ organisers used on every grid; other data get the diagonal of their own volume. 
 fills the whole volume. On pictures, which have no spacing, a pixel is 1 mm.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field

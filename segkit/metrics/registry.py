@@ -3,8 +3,6 @@
 Code that sorts, colours or compares scores uses this table instead of the name of a metric.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

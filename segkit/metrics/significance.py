@@ -21,8 +21,6 @@ The paper leaves open, and we chose:
 - All cases of a patient are exchanged together.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass

@@ -9,8 +9,6 @@ the cube between the eight voxel centres (Lorensen & Cline, SIGGRAPH 1987, verti
 percentile of the distances is one of area (Nikolov et al., arXiv 1809.04430, section 4.2).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

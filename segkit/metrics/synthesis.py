@@ -9,8 +9,6 @@ mirrored at their edges. The challenge's is two-dimensional, in the planes of th
 files); `ssim_3d` is not comparable with it, nor with the challenge's tables.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What the networks share: their base class, layers in two and three dimensions, U-Net assembly, checkpointing."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from math import prod

@@ -9,8 +9,6 @@ voxels still look like a hole (RN-L). The input has its hole filled roughly, and
 without a hole may be given alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Literal
 

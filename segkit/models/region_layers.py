@@ -6,8 +6,6 @@ convolved to a response from 0 to 1; voxels with at least `threshold` are one re
 0 valid and 1 hole, or 0 background, 1 valid and 2 hole: on one voxel of a small map the larger number can win.
 """
 
-from __future__ import annotations
-
 from typing import Literal, get_args
 
 import torch

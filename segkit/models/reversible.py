@@ -11,8 +11,6 @@ With `torch.compile` F and G must not contain dropout: their two compiled passes
 backward and torch.func transforms need mode "plain".
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, cast, get_args

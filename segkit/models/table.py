@@ -1,7 +1,5 @@
 """The table of networks: family name to configuration, builder and sizes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -3,8 +3,6 @@
 Case n of a seed is the same patient in every convention: reoriented to RAS its arrays are equal, voxel for voxel.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence

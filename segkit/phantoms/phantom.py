@@ -10,8 +10,6 @@ Then the sequences are simulated, with the contrasts of a real case of BraTS 202
 field, Rician noise and an intensity scale that differs between cases and sequences.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum

@@ -3,8 +3,6 @@
 A trained network must be well above it, although the threshold is chosen on the cases that it is scored on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 

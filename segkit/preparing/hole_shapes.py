@@ -4,8 +4,6 @@ The size of a hole is the *diameter* in voxels of the ball (in 2D the disc) of a
 array of a given shape and cut at its edges. All random numbers are drawn from the given generator.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

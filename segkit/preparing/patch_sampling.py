@@ -1,7 +1,5 @@
 """Training patches: case, place and augmentation depend on (seed, index) only."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

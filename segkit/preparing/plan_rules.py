@@ -3,8 +3,6 @@
 Unless stated otherwise they follow nnU-Net (Isensee et al., Nature Methods 2021, "Automated method configuration").
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 

@@ -5,8 +5,6 @@ covers the same part of the patient; beyond the centres of the outermost voxels 
 `torch.nn.functional.interpolate` with `align_corners=False`, computed axis by axis and without torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Splits by patient: time points of one patient are never in both training and validation."""
 
-from __future__ import annotations
-
 import random
 from collections import defaultdict
 from collections.abc import Sequence

@@ -9,8 +9,6 @@ G is the number of graphs, N of nodes, K of neighbours, F of features, D of chan
 What the paper leaves open is marked as our choice.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

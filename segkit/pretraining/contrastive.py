@@ -5,8 +5,6 @@ projector of two layers, and equation 1 is the loss. All other images of the bat
 slices of the same patient, which look alike.
 """
 
-from __future__ import annotations
-
 import torch
 from pydantic import Field
 from torch import Tensor, nn

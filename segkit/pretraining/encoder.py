@@ -1,7 +1,5 @@
 """The encoder that is pre-trained, and a measure of how well its features identify images."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -12,8 +12,6 @@ At the paper's lambda of 80 the second solution is the right matching: with the 
 and every wrong one loses 80, more than all affinities of 16 nodes with 5 edges each.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal, cast
 

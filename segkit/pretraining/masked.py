@@ -5,8 +5,6 @@ voxels are set to 0 and the whole network, decoder included, is trained by the s
 coarser levels are compared with the image averaged to their resolution.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Annotated

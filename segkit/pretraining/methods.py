@@ -1,7 +1,5 @@
 """The pre-training methods: what each one offers, their settings, and the table of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol

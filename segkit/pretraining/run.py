@@ -1,7 +1,5 @@
 """Pre-training: an encoder from images without label maps, measured on held-out patients before and after."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from pathlib import Path

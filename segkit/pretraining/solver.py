@@ -18,8 +18,6 @@ The search is deterministic. `benchmarks/matching_solvers.py` compares quality a
 RRWM (Cho et al. 2010), IPFP (Leordeanu et al. 2009) and SM (Leordeanu and Hebert 2005).
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal, NamedTuple
 
 import numpy as np

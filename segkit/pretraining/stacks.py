@@ -1,7 +1,5 @@
 """Stacks: the images of one case side by side, and their positions in the case."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """The pre-training task: an encoder from groups of unlabelled images, scored on images of held-out patients."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

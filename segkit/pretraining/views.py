@@ -5,8 +5,6 @@ Its frame maps voxel indices of the view (0-based, at voxel centres) to mm in th
 voxel has its centre at 0 mm. The frames of two views show which of their feature cells are at the same place.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field

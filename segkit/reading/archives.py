@@ -4,8 +4,6 @@ An archive with names outside its folder, links or devices is refused as a whole
 slices would be worse than none. Sizes are summed before anything is written, and counted again during writing.
 """
 
-from __future__ import annotations
-
 import errno
 import lzma
 import re

@@ -4,8 +4,6 @@ File names are split into tokens at `-`, `_`, `.` and spaces and compared in low
 tried first (`T2-FLAIR` before `FLAIR`). Synonyms: those of BraTS 2012-2026, UPENN-GBM, BIDS and clinical exports.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Copies of cases with repaired headers, or with reference masks in another label scheme (`segkit convert`)."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path

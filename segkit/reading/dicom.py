@@ -5,8 +5,6 @@ are refused: a missing slice would shift all others unnoticed. Only geometry and
 dates and numbers are not.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ GDCM allocates whatever length an element claims: a file of 600 bytes can ask fo
 the bytes that are left (DICOM PS3.5, chapter 7), through all nested sequences, without copying anything.
 """
 
-from __future__ import annotations
-
 import mmap
 import struct
 from dataclasses import dataclass, field

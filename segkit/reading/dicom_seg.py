@@ -5,8 +5,6 @@ are of type BINARY, which every viewer reads, and numbered 1, 2, 3 ... by increa
 each segment's description. A mask without foreground is written with all its frames, as DICOM requires at least one.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib import metadata

@@ -3,8 +3,6 @@
 Arrays are read and written in the file's own orientation; `geometry` reorients them. The suffix chooses the format.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

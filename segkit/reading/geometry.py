@@ -5,8 +5,6 @@ grid has the closest one. The letters I, J and K are the first, second and third
 "KJI" reverses the order of the axes, as in SimpleITK. Reorienting permutes and flips axes and never interpolates.
 """
 
-from __future__ import annotations
-
 import shlex
 from dataclasses import dataclass, replace
 from itertools import product

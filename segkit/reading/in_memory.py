@@ -3,8 +3,6 @@
 They are recognised by the names of their classes, so that none of these libraries is imported because of this module.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any, TypeAlias

@@ -4,8 +4,6 @@ Both formats may name another file that holds the voxels. Of these only a .mhd w
 otherwise a file from elsewhere could show the content of any file on this machine.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

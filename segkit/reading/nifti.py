@@ -4,8 +4,6 @@ The voxels are read here and not by nibabel's proxies for three reasons: a gzip 
 verifies its checksum; one channel of a 4D file needs the memory of one channel; scaling is done in float32.
 """
 
-from __future__ import annotations
-
 import gzip
 import logging
 import math

@@ -1,7 +1,5 @@
 """Two-dimensional pictures through PIL: grey (H, W) or the red, green and blue planes of a colour picture."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -4,8 +4,6 @@ Each reader (`nifti`, `itk`, `dicom`, `pictures`) turns a path into an `ImageHea
 header has been checked.
 """
 
-from __future__ import annotations
-
 import gzip
 import math
 import os

@@ -4,8 +4,6 @@ The functions compute places in the coordinates of the SVG; `assets/chart.html` 
 points of curves as PNG.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

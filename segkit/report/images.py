@@ -4,8 +4,6 @@ Scans are searched in the folder that the user names, else in those of the docum
 of scores.json, `data` of split.json; relative to the document) that are on this machine.
 """
 
-from __future__ import annotations
-
 import glob
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 Its content security policy forbids every address, and every script but its own; `templates` escapes names and notes.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import time

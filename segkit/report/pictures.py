@@ -4,8 +4,6 @@ The image of a plane is stored once and used in every column; masks lie over it 
 outline of the reference is a path, crisp at every size.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Mapping, Sequence

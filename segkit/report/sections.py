@@ -1,7 +1,5 @@
 """The sections of the page: each is plain data for the macro of its key in `assets/sections.html`, or None if empty."""
 
-from __future__ import annotations
-
 import math
 import statistics
 import time

@@ -4,8 +4,6 @@ Documents of runs and outputs may be of another version, so that any field may b
 comparisons. Absolute paths are left out: a page is sent to others.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

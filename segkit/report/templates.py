@@ -4,8 +4,6 @@ All text that a template prints is escaped, unless a template made it: case ids,
 names and headers of unknown origin, and nothing of them may become markup, a script or an address that is loaded.
 """
 
-from __future__ import annotations
-
 import math
 from functools import cache
 from importlib import resources

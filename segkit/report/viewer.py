@@ -5,8 +5,6 @@ bundle is read when a page is written, and its last line is rewritten to export 
 data, compressed and in base64, which becomes a script only when a reader opens the viewer.
 """
 
-from __future__ import annotations
-
 import base64
 import gzip
 import importlib.util

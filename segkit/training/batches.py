@@ -4,8 +4,6 @@ With w ranks and batches of b items, each rank loads its part of the batch of w 
 load, so the ranks get the same items in the same order, and none twice.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ Fields that are None are planned from the data and the available memory; `config
 values and the reasons.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 

@@ -5,8 +5,6 @@ others use its decisions. Objects are exchanged through the rendezvous store, wh
 long as that one lives; tensors through the process group, gloo on CPUs and NCCL between GPUs.
 """
 
-from __future__ import annotations
-
 import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator

@@ -6,8 +6,6 @@ since a resumed run is not planned again; `split.json` the training and validati
 the first weights, unless they were random.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence

@@ -4,8 +4,6 @@ A thread in each process publishes its progress in the store shared by all and r
 fault, it ends the process with a message that names the rank.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -4,8 +4,6 @@ Batch systems send SIGUSR1 some time before they end a job (SLURM: `--signal=USR
 signal; the training loop checks for it between two steps.
 """
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping

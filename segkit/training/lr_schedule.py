@@ -1,7 +1,5 @@
 """Learning rate, and the progress of a run that it follows."""
 
-from __future__ import annotations
-
 import math
 import time
 from dataclasses import dataclass, field

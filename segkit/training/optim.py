@@ -1,7 +1,5 @@
 """AdamW over trainable parameters, and the moving average of the weights."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ Functions are in the order in which they run: find and split the cases, plan, ca
 Cross-validation, which runs this for each fold, comes last.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import time

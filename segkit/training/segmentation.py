@@ -1,7 +1,5 @@
 """Training of segmentation networks on patches, validated by the predictor of inference."""
 
-from __future__ import annotations
-
 import logging
 import math
 import time

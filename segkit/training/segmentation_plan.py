@@ -1,7 +1,5 @@
 """The plan of a segmentation run: cases, split, and every setting with its reason; and an estimate of its duration."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Mapping

@@ -6,8 +6,6 @@ is then gathered while it computes, so a rank holds at most its part and one uni
 tensors, as those of a single process.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext

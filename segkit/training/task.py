@@ -4,8 +4,6 @@
 (segmentation, pre-training, inpainting) finds the cases, completes the settings and builds the `Task` for the loop.
 """
 
-from __future__ import annotations
-
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence

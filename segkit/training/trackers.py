@@ -4,8 +4,6 @@ Both write into the run folder (`tensorboard/`, `mlflow/`); only MLFLOW_TRACKING
 run continues the same curves, each step once. A tracker that fails is dropped with a warning.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import logging

@@ -1,7 +1,5 @@
 """Base of pre-training and inpainting: data without label maps, and measures before and after the training."""
 
-from __future__ import annotations
-
 import json
 import logging
 from abc import abstractmethod

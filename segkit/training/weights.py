@@ -1,7 +1,5 @@
 """The network with its first weights: random or from a file."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import math

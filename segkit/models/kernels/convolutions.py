@@ -12,8 +12,6 @@ backward takes up to twice as long and, on tensors of a gigabyte, falls back to 
 minutes.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, cast

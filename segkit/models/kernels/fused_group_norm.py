@@ -6,8 +6,6 @@ scale and shift from the group's moments (Wu and He 2018, "Group Normalization",
 two passes over memory each, in parts that fit into the processor's cache; z is computed again in the backward.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, cast
 

@@ -4,8 +4,6 @@ Entities and suffixes follow the BIDS specification 1.9, "Magnetic resonance ima
 "Imaging derivatives".
 """
 
-from __future__ import annotations
-
 import csv
 import re
 from collections.abc import Mapping, Sequence

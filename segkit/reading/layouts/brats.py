@@ -9,8 +9,6 @@ mask. The layout `brats-inpainting` reads such a folder for checking and segment
 read it for inpainting, where the *reference* of a case is a hole (`HOLE_SCHEME`: 1) and its only modality is t1n.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections import defaultdict

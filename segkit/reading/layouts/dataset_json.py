@@ -4,8 +4,6 @@ A folder of CASE_0000 files without `dataset.json`, such as nnU-Net's inference 
 from an untrusted source, so only files below its folder are read. These may be links, which its owner created.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections import defaultdict

@@ -4,8 +4,6 @@ Files are grouped into cases by their names (see `grouping`). Colour pictures be
 blue. A label value of 255 in masks is kept, so that predicted masks look like the reference.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections import defaultdict

@@ -9,8 +9,6 @@ A case id is the name of the case folder or file, preceded by as many folders ab
 `P2/MR` are `P1_MR` and `P2_MR`).
 """
 
-from __future__ import annotations
-
 import fnmatch
 import re
 import shlex

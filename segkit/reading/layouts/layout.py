@@ -3,8 +3,6 @@
 A layout names the case and kind of each listed file; `build_cases` and `build_cohort` do the rest for all of them.
 """
 
-from __future__ import annotations
-
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence

@@ -4,8 +4,6 @@ Values alone cannot distinguish BraTS 2023 from the Decathlon's Task01, which sw
 scheme, but a problem that says which option to pass.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

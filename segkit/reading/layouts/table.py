@@ -1,7 +1,5 @@
 """The table of layouts, and `find_cases`, which turns any folder, case or file into a cohort."""
 
-from __future__ import annotations
-
 import difflib
 import os
 from collections import Counter
