@@ -97,7 +97,7 @@ def _report_result(output: Path, seconds: dict[str, float]) -> None:
     """Compare with the best single intensity threshold on the held-out cases, and list the files."""
     from segkit.api.arguments import read_case_ids
     from segkit.labels import outputs_of
-    from segkit.phantoms.threshold_baseline import best_single_thresholds
+    from segkit.phantoms.phantom import best_single_thresholds
     from segkit.preparing.preprocessing import load_case
     from segkit.reading.layouts.table import find_cases
 

@@ -59,11 +59,6 @@ class PhantomLayout:
     """Label files that break the rule, by case number."""
     resection_probability: float = 0.0
 
-    @property
-    def is_stacked(self) -> bool:
-        """Whether all sequences are in one 4D file."""
-        return "{suffix}" not in self.image
-
     def place(self, shape: tuple[int, ...]) -> tuple[Reorientation, Grid]:
         """The reorientation of arrays of a shape in RAS order to that of the files, and the grid of the files."""
         last = np.array(shape) - 1.0
@@ -209,15 +204,6 @@ class WrittenPhantom:
     label: Path
 
 
-@dataclass(frozen=True)
-class WrittenHoles:
-    """The files of one case by their endings: t1n, t1n-voided, mask, mask-healthy, mask-unhealthy."""
-
-    case: str
-    number: int
-    files: Mapping[str, Path]
-
-
 @dataclass
 class _Session:
     """A phantom in the orientation and label values of a convention; the T2 has a grid of its own for a flaw."""
@@ -233,9 +219,8 @@ def write_phantoms(
 ) -> list[WrittenPhantom]:
     """Write the cases `numbers` of a seed below `root`, with the documents of the data set.
 
-    Raises:
-        RequestError: the convention is unknown, `root` is not empty, or the size is too small.
-        DataError: the disk is full or `root` cannot be written to.
+    Raises RequestError where the convention is unknown, `root` is not empty or the size is too small, DataError where
+    the disk is full or `root` cannot be written to.
     """
     return _write_all(root, convention, numbers, size, seed, flaws={})
 
@@ -250,11 +235,8 @@ def write_phantoms_with_problems(
     - truncated file: the FLAIR (or the 4D image) ends half-way;
     - stray label: some voxels of the reference are `STRAY_VALUE`.
 
-    Returns the written cases and the four problems.
-
-    Raises:
-        RequestError: fewer than four cases, or as for `write_phantoms`.
-        DataError: as for `write_phantoms`.
+    Returns the written cases and the four problems. Raises RequestError for fewer than four cases, and as
+    `write_phantoms` does.
     """
     if len(numbers) < 4:
         raise RequestError(f"{len(numbers)} cases cannot hold four problems", expected="4 cases or more")
@@ -274,17 +256,14 @@ def write_phantoms_with_problems(
 
 def write_inpainting_phantoms(
     root: Path, numbers: Sequence[int], *, size: int = 64, seed: int = 0, rules: ChallengeRules | None = None
-) -> list[WrittenHoles]:
+) -> list[WrittenPhantom]:
     """Write the cases `numbers` of a seed as in the training folders of the BraTS local-synthesis challenge.
 
-    A case has the five files of the challenge and no segmentation. Its healthy hole, made by the procedure of the
-    challenge, has the shape of the tumour of one of the first eight cases of the seed, written or not. `rules` are the
-    limits of the procedure. Phantoms show a whole head in few voxels, so by default the margin and the smallest tumour
-    shrink with the size: 5 voxels of 240 are 1.3 of 64.
-
-    Raises:
-        RequestError: `root` is not empty, or the size is too small.
-        DataError: a case has no room for a hole, the disk is full or `root` cannot be written to.
+    A case has the five files of the challenge, `images` by their endings, of which `label` is the mask, and no
+    segmentation. Its healthy hole, made by the procedure of the challenge, has the shape of the tumour of one of the
+    first eight cases of the seed, written or not. `rules` are the limits of the procedure. Phantoms show a whole head
+    in few voxels, so by default the margin and the smallest tumour shrink with the size: 5 voxels of 240 are 1.3 of 64.
+    Raises as `write_phantoms` does, and DataError where a case has no room for a hole.
     """
     require_empty(root)
     layout = PHANTOM_LAYOUTS["brats2023"]  # the year of the first such challenge
@@ -311,7 +290,7 @@ def write_inpainting_phantoms(
             write_image(files[ending], turn.apply(array), grid)
         for ending, mask in masks.items():
             write_labels(files[ending], turn.apply(mask).astype(np.uint8), grid)
-        written.append(WrittenHoles(case, number, files))
+        written.append(WrittenPhantom(case, number, files, files["mask"]))
         _log.info("wrote phantom %s, %d of %d", case, len(written), len(numbers))
     return written
 
@@ -362,7 +341,7 @@ def _write(root: Path, layout: PhantomLayout, phantom: Phantom, session: _Sessio
     words = {"case": case, "grade": "LGG" if phantom.is_low_grade else "HGG"}
     paths = {m: root / layout.image.format(suffix=layout.suffixes[m], **words) for m in session.images}
     label = root / layout.odd_labels.get(phantom.number, layout.label).format(**words)
-    if layout.is_stacked:
+    if "{suffix}" not in layout.image:
         write_image(next(iter(paths.values())), np.stack(list(session.images.values()), axis=-1), session.t2w_grid)
     else:
         for modality, array in session.images.items():

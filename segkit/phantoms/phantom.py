@@ -1,5 +1,7 @@
 """Phantoms: seeded volumes that look like small BraTS cases with one glioma, for trials, teaching and tests.
 
+A trained network must score well above `best_single_thresholds`, although those are chosen on the scored cases.
+
 First a map of tissues is drawn. All sizes are fractions of the volume, so that a case looks alike at every size: a
 *position* is from -1 to 1 along each axis, positive to the right, front and top. *Fields* are smooth random functions
 of position. *Depth* is 0 on the surface of the brain and 1 at its centre. A brain also has tissues that no single
@@ -13,6 +15,7 @@ field, Rician noise and an intensity scale that differs between cases and sequen
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +24,7 @@ from scipy import ndimage
 from segkit.errors import RequestError
 from segkit.labels import SCHEMES, LabelScheme
 from segkit.reading.case import BRATS_MODALITIES
-from segkit.shapes import LabelMap, Mask
+from segkit.shapes import Image, LabelMap, Mask
 
 Field = NDArray[np.float64]
 """Values at the voxels of a volume, (D, H, W), or broadcastable to it."""
@@ -73,6 +76,9 @@ _CONTRASTS: dict[Tissue, tuple[float, float, float, float]] = {
 _RELATIVE_DEVIATION = np.array([0.23, 0.44, 0.53, 0.44])  # of the brain, as a fraction of its mean, by sequence
 _TYPICAL_MEAN = np.array([900.0, 1200.0, 650.0, 800.0])
 
+_CANDIDATES, _MARGIN = 512, 1e-3
+"""Thresholds tried for the baseline, and how far beyond all intensities they reach, in standard deviations."""
+
 
 @dataclass(frozen=True)
 class Phantom:
@@ -107,10 +113,7 @@ def make_phantom(
     """The case of (seed, number), with (size, size, 0.8 size) voxels of 1 mm.
 
     With a `resection_probability` some cases have a resection cavity (RC) in place of part of the tumour core; all
-    other voxels are the same.
-
-    Raises:
-        RequestError: a size below `MINIMUM_SIZE`, a negative number or seed.
+    other voxels are the same. Raises RequestError for a size below `MINIMUM_SIZE`, a negative number or seed.
     """
     if size < MINIMUM_SIZE:
         raise RequestError(f"phantoms of {size} voxels are too small", expected=f"a size of {MINIMUM_SIZE} or more")
@@ -284,3 +287,65 @@ def _bias_field(shape: tuple[int, ...], generator: np.random.Generator) -> Field
     for position in np.meshgrid(*(np.linspace(-1, 1, count) for count in shape), indexing="ij", sparse=True):
         gain = gain + generator.normal(0, 0.04) * position + generator.normal(0, 0.03) * position**2
     return np.exp(gain)
+
+
+class ThresholdScore(NamedTuple):
+    """The best rule for a region: voxels of the brain whose intensity is above (">") or below ("<") `threshold`.
+
+    `threshold` is in standard deviations from the mean of the brain; `dice` is the mean over cases, 0 to 1.
+    """
+
+    region: str
+    modality: str
+    direction: str
+    threshold: float
+    dice: float
+
+
+def best_single_thresholds(
+    images: Sequence[Image],
+    labels: Sequence[LabelMap],
+    *,
+    modalities: Sequence[str],
+    regions: Mapping[str, Sequence[int]],
+) -> dict[str, ThresholdScore]:
+    """For each region the one threshold on one sequence, in either direction, with the best mean Dice over all cases.
+
+    Each image (C, D, H, W) is z-scored per sequence within its brain (voxels where any sequence is not 0); voxels
+    outside the brain are never chosen. `regions` gives the label values of each region. Dice is 1 where both the
+    region and the choice are empty. Raises RequestError where there are no cases, or not as many images as label maps.
+    """
+    if not images or len(images) != len(labels):
+        found = f"{len(images)} images and {len(labels)} label maps cannot be compared"
+        raise RequestError(found, expected="as many of each, not none")
+    brains = [(image != 0).any(axis=0) for image in images]
+    inside = [reference[brain] for reference, brain in zip(labels, brains, strict=True)]
+    best: dict[str, ThresholdScore] = {}
+    for channel, modality in enumerate(modalities):
+        cases = [image[channel][brain].astype(np.float64) for image, brain in zip(images, brains, strict=True)]
+        cases = [(values - values.mean()) / (values.std() + 1e-8) for values in cases]
+        pooled = np.concatenate(cases)
+        # The candidates include all voxels and none.
+        thresholds = np.linspace(pooled.min() - _MARGIN, pooled.max() + _MARGIN, _CANDIDATES)
+        for name, members in regions.items():
+            targets = [np.isin(reference, members) for reference in inside]
+            for direction, sign in ((">", 1), ("<", -1)):
+                curves = [_dice_curve(v, t, thresholds, sign) for v, t in zip(cases, targets, strict=True)]
+                dice = np.mean(curves, axis=0)
+                place = int(dice.argmax())
+                if name not in best or dice[place] > best[name].dice:
+                    score = float(thresholds[place]), float(dice[place])
+                    best[name] = ThresholdScore(name, modality, direction, *score)
+    return best
+
+
+def _dice_curve(
+    values: NDArray[np.float64], target: NDArray[np.bool_], thresholds: NDArray[np.float64], sign: int
+) -> NDArray[np.float64]:
+    """Dice of `sign * values > sign * threshold` against `target` (N,) for each threshold, (T,)."""
+    chosen, hits = (
+        len(some) - np.searchsorted(np.sort(sign * some), sign * thresholds, side="right")
+        for some in (values, values[target])
+    )
+    total = chosen + int(target.sum())
+    return np.where(total == 0, 1.0, 2 * hits / np.maximum(total, 1))

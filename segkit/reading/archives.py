@@ -53,19 +53,18 @@ def is_archive(path: Path) -> bool:
 
 
 @contextmanager
-def opened(path: Path, *, within: Path | None = None, most_bytes: int = MOST_BYTES) -> Iterator[Path]:
+def opened(path: Path) -> Iterator[Path]:
     """The input for `find_cases`: a temporary folder with the contents of an archive, or `path` itself if it is none.
 
-    Only its owner can read the folder, which is created in `within` (default: the system's folder for temporary files)
-    and removed when the context ends. Errors as for `unpacked`.
+    Only its owner can read the folder, which is removed when the context ends. Errors as for `unpacked`.
     """
     if not is_archive(path):
         yield path
         return
     with _archive_errors(path):
-        folder = tempfile.TemporaryDirectory(prefix="segkit-", dir=within)
+        folder = tempfile.TemporaryDirectory(prefix="segkit-")
     with folder as name:
-        yield unpacked(path, Path(name), most_bytes=most_bytes)
+        yield unpacked(path, Path(name))
 
 
 def unpacked(path: Path, into: Path, *, most_bytes: int = MOST_BYTES) -> Path:

@@ -46,16 +46,10 @@ def kind_of(item: object) -> str:
 
 
 def read_channels(item: Any, affine: Any, dims: int, where: str) -> tuple[AnyArray, Grid]:
-    """The channels (C, *spatial) of an image and their grid; see `segkit.inference.scans.read_scan` for the kinds.
+    """The channels (C, *spatial) of an image or path and their grid; `inference.scans.read_scan` lists the kinds.
 
-    Args:
-        item: The image, or a path.
-        affine: The affine of an array that is not in a pair with its own, (4, 4).
-        dims: 3 for a volume, 2 for a picture, which needs no affine.
-        where: Names the image in errors.
-
-    Raises:
-        DataError: the type, shape or affine cannot be used, or the file cannot be read.
+    `affine` (4, 4) is that of an array that is not in a pair with its own; pictures (`dims` 2) need none. `where` names
+    the image in errors. Raises DataError.
     """
     kind = kind_of(item)
     if kind == PATH:

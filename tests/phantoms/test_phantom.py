@@ -18,8 +18,7 @@ from segkit.phantoms.layouts import (
     write_phantoms,
     write_phantoms_with_problems,
 )
-from segkit.phantoms.phantom import PHANTOM_SCHEME, Phantom, make_phantom
-from segkit.phantoms.threshold_baseline import best_single_thresholds
+from segkit.phantoms.phantom import PHANTOM_SCHEME, Phantom, best_single_thresholds, make_phantom
 from segkit.reading.case import BRATS_MODALITIES
 from segkit.reading.checks import check_cohort
 from segkit.reading.files import read_labels, read_volume
@@ -218,7 +217,7 @@ def test_planted_problems_are_there(convention: str, tmp_path: Path) -> None:
     bare, flipped, truncated, stray = (problem.where for problem in problems)
     assert len({next(c.case for c in written if c.case in where) for where in (bare, flipped, truncated, stray)}) == 4
     spoilt = next(case for case in written if case.case == bare)
-    if PHANTOM_LAYOUTS[convention].is_stacked:
+    if convention == "msd":
         assert nib.load(spoilt.images["t2f"]).shape == (24, 24, 19, 3)
     else:
         assert sorted(spoilt.images) == ["t1n", "t2f", "t2w"]
@@ -230,7 +229,7 @@ def test_planted_problems_are_there(convention: str, tmp_path: Path) -> None:
         -(np.linalg.norm(nib.load(owner.label).affine[0]) ** 2)
     )
     with pytest.raises((DataError, EOFError, OSError, gzip.BadGzipFile), match=r"."):
-        read_volume(Path(truncated), 0 if PHANTOM_LAYOUTS[convention].is_stacked else None)
+        read_volume(Path(truncated), 0 if convention == "msd" else None)
     assert STRAY_VALUE in read_labels(Path(stray))[0]
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from segkit.errors import RequestError
-from segkit.phantoms.threshold_baseline import best_single_thresholds
+from segkit.phantoms.phantom import best_single_thresholds
 
 
 def case(first: list[float], second: list[float], labels: list[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -248,9 +248,10 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "a.nii").read_bytes() == b"mine"
 
 
-def test_the_temporary_folder_is_private_and_goes(tmp_path: Path) -> None:
+def test_the_temporary_folder_is_private_and_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = zipped(tmp_path / "a.zip", {"a.nii": b"1", "b.nii": b"1"})
-    with pytest.raises(KeyError, match="stopped"), opened(path, within=tmp_path) as folder:  # noqa: PT012
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(KeyError, match="stopped"), opened(path) as folder:  # noqa: PT012
         assert folder.name == "a"
         assert folder.parent.parent == tmp_path
         assert folder.parent.stat().st_mode & 0o077 == 0

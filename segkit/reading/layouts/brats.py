@@ -222,30 +222,25 @@ def _mask_problems(case: Case, paths: Sequence[Path], root: Path) -> list[Proble
 def find_voided(root: Path, *, exclude: Path | None = None) -> Cohort:
     """The voided scans of a data folder, one case folder or one file, each with the mask of its hole.
 
-    `exclude` is a folder below `root` to leave out. A case without a mask carries a fatal problem.
-
-    Raises:
-        DataError: nothing there, or no voided scan.
+    `exclude` is a folder below `root` to leave out. A case without a mask carries a fatal problem. Raises DataError
+    where there is no voided scan.
     """
     return _find_holes(Path(root), exclude, lambda found: (_VOIDED, _MASK), "no voided scan")
 
 
-def find_known(root: Path, *, exclude: Path | None = None) -> Cohort:
+def find_known(root: Path) -> Cohort:
     """The training scans of a data folder or case folder, each with the region without healthy ground truth.
 
     The image is the whole scan if it exists, else the voided one; the region is the unhealthy mask of a whole scan,
-    else the mask, which is at least as large. `exclude` is a folder below `root` to leave out. A case without any mask
-    carries a fatal problem.
-
-    Raises:
-        DataError: nothing there, or neither whole nor voided scans.
+    else the mask, which is at least as large. A case without any mask carries a fatal problem. Raises DataError where
+    there are neither whole nor voided scans.
     """
 
     def pair(found: Collection[str]) -> tuple[str, str]:
         is_whole = _WHOLE in found
         return _WHOLE if is_whole else _VOIDED, _UNHEALTHY if is_whole and _UNHEALTHY in found else _MASK
 
-    return _find_holes(Path(root), exclude, pair, "neither a whole nor a voided scan")
+    return _find_holes(Path(root), None, pair, "neither a whole nor a voided scan")
 
 
 def _find_holes(

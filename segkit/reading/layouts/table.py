@@ -101,11 +101,7 @@ def _choose_layout(listing: Listing, options: FolderOptions) -> Layout:
 
 
 def scheme_named(name: str) -> LabelScheme:
-    """The label scheme of this name; that of `PLAIN_CLASSES` has no values yet.
-
-    Raises:
-        RequestError: there is no such scheme.
-    """
+    """The label scheme of this name; that of `PLAIN_CLASSES` has no values yet. Raises RequestError for other names."""
     return _named("label scheme", name, {**SCHEMES, PLAIN_CLASSES: classes_scheme(PLAIN_CLASSES, {})})
 
 
