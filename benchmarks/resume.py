@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from segkit.checkpoint.state import load_state
+from segkit.checkpoint.tensors import load_state
 
 NETWORK = ("network.family=revmbunet", "network.size=tiny", "network.arguments.widths=[8, 16]")
 LOOP = ("training.steps=140", "training.steps_per_epoch=20", "training.ema_decay=0.9", "data.folds=2")

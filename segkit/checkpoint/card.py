@@ -23,35 +23,33 @@ _MOST_CHANNELS = 1024
 _LARGEST_PATCH_VOXELS = 2**30
 
 
-def _is_beside(name: str) -> str:
+def _beside(name: str) -> str:
     if not is_file_name(name):
         raise ValueError(f"{name!r} is not the name of a file beside the card")
     return name
 
 
-def _is_shown(name: str) -> str:
+def _printable(name: str) -> str:
     if not name or not name.isprintable():
         raise ValueError(f"{name!r} is not a printable name")
     return name
 
 
-def _is_of_modest_size(arguments: dict[str, Any]) -> dict[str, Any]:
+def _of_modest_size(arguments: dict[str, Any]) -> dict[str, Any]:
     left: list[Any] = [*arguments.values()]
     for _ in range(_LARGEST_ARGUMENT):
         if not left:
             return arguments
         value = left.pop()
-        if isinstance(value, (list, tuple)):
-            left += value
-        elif isinstance(value, dict):
-            left += value.values()
+        if isinstance(value, (list, tuple, dict)):
+            left += value.values() if isinstance(value, dict) else value
         elif isinstance(value, (int, float)) and not -_LARGEST_ARGUMENT <= value <= _LARGEST_ARGUMENT:
             raise ValueError(f"no network is built with {value}")
     raise ValueError(f"holds more than {_LARGEST_ARGUMENT} values")
 
 
-FileName = Annotated[str, AfterValidator(_is_beside)]
-Name = Annotated[str, AfterValidator(_is_shown)]
+FileName = Annotated[str, AfterValidator(_beside)]
+Name = Annotated[str, AfterValidator(_printable)]
 LabelValue = Annotated[int, Field(ge=0, le=255)]
 Sha256 = Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]
 Size = Annotated[int, Field(ge=1, le=65536)]
@@ -82,7 +80,7 @@ class NetworkCard(CardPart):
     size: str | None = None
     in_channels: int = Field(ge=1, le=_MOST_CHANNELS)
     out_channels: int = Field(ge=1, le=_MOST_CHANNELS)
-    arguments: Annotated[dict[str, Any], AfterValidator(_is_of_modest_size)] = Field(default_factory=dict)
+    arguments: Annotated[dict[str, Any], AfterValidator(_of_modest_size)] = Field(default_factory=dict)
 
 
 class OutputCard(CardPart):
@@ -289,21 +287,14 @@ class ModelCard(CardPart):
         Raises:
             CheckpointError: the task is not segmentation.
         """
-        return scheme_from_json(self._segmentation().label_scheme.model_dump())
-
-    def with_postprocessing(self, rules: PostprocessingCard | None) -> ModelCard:
-        """The card with other rules for its label maps.
-
-        Raises:
-            CheckpointError: the task is not segmentation.
-        """
-        segmentation = self._segmentation().model_copy(update={"postprocessing": rules})
-        return self.model_copy(update={"segmentation": segmentation})
-
-    def _segmentation(self) -> SegmentationCard:
         if self.segmentation is None:
             raise CheckpointError(f"a {self.task} model has no label scheme", expected="a segmentation model")
-        return self.segmentation
+        return scheme_from_json(self.segmentation.label_scheme.model_dump())
+
+    def with_postprocessing(self, rules: PostprocessingCard | None) -> ModelCard:
+        """The card of a segmentation model with other rules for its label maps."""
+        segmentation = self.segmentation and self.segmentation.model_copy(update={"postprocessing": rules})
+        return self.model_copy(update={"segmentation": segmentation})
 
     def to_text(self) -> str:
         """The text of `model.json`; NaN and infinity, which JSON does not have, are null."""

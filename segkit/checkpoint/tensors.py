@@ -1,15 +1,19 @@
-"""Read and write tensor files: the only module that reads pickles, and it never runs code from them.
+"""Weight files, and the resume state of a training: `last.ckpt`, and `previous.ckpt` before it.
 
-The only caller of `torch.load`, always with `weights_only=True`.
+The only module that reads pickles, and the only caller of `torch.load`, always with `weights_only=True`: no code from a
+file is run. Files are written atomically, the state also in a power cut; checksums are verified before it is used.
 """
 
 import io
+import logging
+import os
 import pickle
 import re
 import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +22,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from segkit.checkpoint.run_folder import DAMAGED_NAME, LAST_NAME, PREVIOUS_NAME
 from segkit.checkpoint.torch_check import MAKERS, is_zip, require_dense_memo, require_modest
 from segkit.errors import CheckpointError
-from segkit.reading.files import file_sha256, written_atomically
+from segkit.reading.files import written_atomically
+
+_log = logging.getLogger(__name__)
 
 _INNER_KEYS = ("state_dict", "network_weights", "model_state_dict", "model")
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
@@ -69,27 +76,13 @@ def named_tensors(document: object, where: Path) -> dict[str, Tensor]:
 def _plain(tensors: dict[str, Tensor], where: Path) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if tensor.dtype not in _NUMBERS:
-            found = f"{name} is of {str(tensor.dtype).removeprefix('torch.')}"
-            remedy = "Save it again in float32"
-            raise CheckpointError(found, where=where, expected="numbers of a common type", remedy=remedy)
+            found, expected = f"{name} is of {str(tensor.dtype).removeprefix('torch.')}", "numbers of a common type"
+            raise CheckpointError(found, where=where, expected=expected, remedy="Save it again in float32")
     return tensors
 
 
-def save_weights(path: Path, weights: Mapping[str, Tensor]) -> str:
-    """Write tensors as safetensors, atomically; returns the file's SHA-256.
-
-    Tensors that share memory are written separately, so every name can be loaded alone.
-
-    Raises:
-        DataError: the file cannot be written.
-    """
-    with written_atomically(path) as partial:
-        write_tensors(partial, weights)
-        return file_sha256(partial)
-
-
 def write_tensors(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors, not atomically."""
+    """Write tensors as safetensors, not atomically; those that share memory separately, to be loaded alone."""
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in weights.items():
@@ -116,23 +109,24 @@ def read_torch(path: Path, *, is_mapped: bool = False) -> Any:
         raise CheckpointError("is missing", where=path)
     try:
         require_modest(path)
-        broken = None
         if is_zip(path) and not is_mapped:
             with zipfile.ZipFile(path) as archive:
-                broken = archive.testzip()  # torch does not verify checksums
-        if broken is None:
-            makers: list[Any] = [(maker, f"{room}.{name}") for (room, name), maker in MAKERS.items()]
-            with torch.serialization.safe_globals(makers), warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # about pickle protocols
-                mapped = is_mapped and is_zip(path)
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+                _require_intact(archive, path)
+        makers: list[Any] = [(maker, f"{room}.{name}") for (room, name), maker in MAKERS.items()]
+        with torch.serialization.safe_globals(makers), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about pickle protocols
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped and is_zip(path))
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
         raise _refused(path, "Convert it to safetensors on the machine that wrote it") from error
     except Exception as error:  # torch and zipfile raise many kinds for damaged files
         raise CheckpointError(f"is damaged ({type(error).__name__}: {error})", where=path) from error
-    raise CheckpointError(f"is damaged (wrong checksum of {broken})", where=path)
+
+
+def _require_intact(archive: zipfile.ZipFile, path: Path) -> None:
+    if broken := archive.testzip():  # torch does not verify checksums
+        raise CheckpointError(f"is damaged (wrong checksum of {broken})", where=path)
 
 
 def read_plain_pickle(path: Path) -> Any:
@@ -166,9 +160,66 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _refused(path: Path, remedy: str) -> CheckpointError:
-    return CheckpointError(
-        "is damaged, or carries code and not only weights; nothing in it was run",
-        where=path,
-        expected="a file of tensors and plain values",
-        remedy=remedy,
-    )
+    found = "is damaged, or carries code and not only weights; nothing in it was run"
+    return CheckpointError(found, where=path, expected="a file of tensors and plain values", remedy=remedy)
+
+
+def save_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write the resume state as `last.ckpt`; the last one becomes `previous.ckpt`.
+
+    Raises:
+        TypeError: the state holds other than tensors, numbers, strings, lists and dicts.
+        DataError: the folder cannot be written.
+    """
+    _check_plain(state, "state")
+    last = folder / LAST_NAME
+    with written_atomically(last) as partial:
+        torch.save(dict(state), partial)
+        if last.exists():
+            last.replace(folder / PREVIOUS_NAME)
+    # Write the new names to the disk; where a folder cannot be opened (Windows), the system does so.
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """The resume state, tensors on the CPU: `last.ckpt`, or `previous.ckpt` if that is damaged.
+
+    A damaged `last.ckpt` is renamed to `damaged.ckpt`, so that the next save does not replace the intact one with it.
+
+    Raises:
+        CheckpointError: both are missing or damaged.
+    """
+    reasons = []
+    for name in (LAST_NAME, PREVIOUS_NAME):
+        try:
+            state = read_torch(folder / name)
+        except CheckpointError as error:
+            reasons.append(f"{name} {error.found}")
+            continue
+        if not isinstance(state, dict):
+            reasons.append(f"{name} is not a resume state")
+            continue
+        if reasons:
+            _log.warning("%s: %s; resuming from %s", folder, reasons[0], name)
+            with suppress(OSError):
+                (folder / LAST_NAME).replace(folder / DAMAGED_NAME)
+        return state
+    found = f"no resume state can be used: {'; '.join(reasons)}"
+    raise CheckpointError(found, where=folder, remedy="Start a new training")
+
+
+def _check_plain(value: object, name: str) -> None:
+    if isinstance(value, Mapping) and type(value) in (dict, OrderedDict):
+        for key, item in value.items():
+            _check_plain(key, f"key {key!r} of {name}")
+            _check_plain(item, f"{name}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for position, item in enumerate(value):  # type: ignore[arg-type]
+            _check_plain(item, f"{name}[{position}]")
+    elif not isinstance(value, Tensor) and type(value) not in (str, int, float, bool, type(None)):
+        raise TypeError(f"{name} is {type(value).__name__}: a state holds tensors, numbers, strings, lists and dicts")

@@ -12,10 +12,11 @@ from torch.utils.data import default_collate
 from segkit.checkpoint.card import ModelCard
 from segkit.checkpoint.model import save_model
 from segkit.checkpoint.run_folder import WEIGHTS_NAME
-from segkit.checkpoint.tensors import load_weights_file, save_weights
+from segkit.checkpoint.tensors import load_weights_file, write_tensors
 from segkit.pretraining.encoder import retrieval_accuracy
 from segkit.pretraining.methods import Method
 from segkit.pretraining.sources import GroupDataset
+from segkit.reading.files import written_atomically
 from segkit.training.batches import endless_batches, to_device
 from segkit.training.distributed import Ranks
 from segkit.training.task import Batch, Score, borrowed
@@ -96,7 +97,8 @@ class PretrainingTask:
         """Write model.safetensors with the weights to transfer, method.safetensors and model.json."""
         kept = {name.removeprefix(_NETWORK): value for name, value in weights.items() if self._is_kept(name)}
         others = {name: value for name, value in weights.items() if not self._is_kept(name)}
-        save_weights(run / METHOD_WEIGHTS, others)
+        with written_atomically(run / METHOD_WEIGHTS) as path:
+            write_tensors(path, others)
         training = self.card.training_data.model_copy(update=dict(facts))
         save_model(run, kept, self.card.model_copy(update={"training_data": training}))
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segkit.checkpoint.state import load_state, save_state
+from segkit.checkpoint.tensors import load_state, save_state
 from segkit.errors import CheckpointError, RequestError, TrainingError
 from segkit.runtime import pick_precision, random_states, seed_everything, set_random_states
 from segkit.training.batches import drawn_from, is_lost_worker, to_device
@@ -27,8 +27,7 @@ from segkit.training.config import LoopConfig, OptimiserConfig
 from segkit.training.distributed import Ranks
 from segkit.training.interruption import Interruption, listening
 from segkit.training.journal import Journal, LiveView, ProgressLines
-from segkit.training.lr_schedule import Clock, get_lr
-from segkit.training.optim import MovingAverage, build_optimiser, restore_optimiser, set_lr
+from segkit.training.optim import Clock, MovingAverage, build_optimiser, get_lr, restore_optimiser, set_lr
 from segkit.training.sharding import (
     Shards,
     accumulating,

@@ -1,6 +1,9 @@
-"""AdamW over trainable parameters, and the moving average of the weights."""
+"""AdamW over trainable parameters, its learning rate over the progress of a run, and the average of the weights."""
 
+import math
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +15,15 @@ from segkit.training.sharding import take_parts
 
 _SHARE = "share"
 """Key of a parameter group: its learning rate as a share of the optimiser's."""
+_HALVINGS = 5
+"""Equal parts of a run; the schedule "halving" halves the rate between them."""
+_VALIDATION_SHARE = 0.1
+"""Part of a budget that validations may take."""
+_LARGEST_RESERVE = 0.3
+"""Largest part of a budget reserved for what follows the last step."""
+_FINISHING_S = 5.0
+"""Time reserved for the last checkpoint and the figures."""
+_ALMOST_DONE = 0.999
 
 
 def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
@@ -23,9 +35,7 @@ def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.Ad
         RequestError: `encoder_lr` is not 1 and the model does not name its encoder.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if config.encoder_lr == 1:
-        return torch.optim.AdamW(_by_decay(trained, config, share=1.0), lr=config.lr)
-    encoder = {id(parameter) for parameter in encoder_of(model).parameters()}
+    encoder = set() if config.encoder_lr == 1 else {id(parameter) for parameter in encoder_of(model).parameters()}
     groups = _by_decay([p for p in trained if id(p) not in encoder], config, share=1.0)
     if of_encoder := [p for p in trained if id(p) in encoder]:
         groups += _by_decay(of_encoder, config, share=config.encoder_lr)
@@ -52,6 +62,19 @@ def _by_decay(parameters: Sequence[nn.Parameter], config: OptimiserConfig, *, sh
     ]
 
 
+def get_lr(progress: float, config: OptimiserConfig) -> float:
+    """Learning rate at a progress of 0 (start) to 1 (end): linear warm-up, then the decay of the schedule."""
+    progress = min(max(progress, 0.0), 1.0)
+    if progress < config.warmup:
+        return config.lr * max(progress / config.warmup, 0.01)
+    rest = (progress - config.warmup) / (1 - config.warmup)
+    if config.schedule == "poly":
+        return config.lr * math.pow(1 - rest, 0.9)
+    if config.schedule == "halving":
+        return config.lr * 0.5 ** min(int(_HALVINGS * rest), _HALVINGS - 1)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * rest))
+
+
 def set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of every group: its share of `lr`."""
     for group in optimiser.param_groups:
@@ -68,12 +91,50 @@ def restore_optimiser(optimiser: torch.optim.Optimizer, state: Mapping[str, Any]
     try:
         optimiser.load_state_dict(dict(state))
     except ValueError as error:
-        raise RequestError(
-            f"the optimiser of the run has other groups of weights ({error})",
-            remedy="Resume with the optimiser.encoder_lr that the run began with",
-        ) from error
+        found = f"the optimiser of the run has other groups of weights ({error})"
+        raise RequestError(found, remedy="Resume with the optimiser.encoder_lr that the run began with") from error
     for group, share in zip(optimiser.param_groups, shares, strict=True):
         group[_SHARE] = share
+
+
+@dataclass
+class Clock:
+    """Progress of a run, 0 to 1: by steps, or by time where there is a deadline (`time.monotonic` seconds).
+
+    `final_validations` is how long the scoring after the last step takes, in validations of the loop.
+    """
+
+    steps: int
+    deadline_s: float | None = None
+    started_s: float = field(default_factory=lambda: time.monotonic())
+    final_validations: float = 1.0
+    validation_s: float = 0.0
+    """How long the last validation took."""
+    validated_s: float = field(default_factory=lambda: time.monotonic())
+    """When the last validation ended."""
+
+    def progress(self, step: int) -> float:
+        """Completed part of the training; time reserved for the last validations does not count as training.
+
+        If the budget is spent before the first step, one step is still taken, so that there is a model.
+        """
+        if self.deadline_s is None:
+            return step / self.steps
+        span = self.deadline_s - self.started_s
+        kept = min((1.5 + self.final_validations) * self.validation_s, _LARGEST_RESERVE * span) + _FINISHING_S
+        end = max(self.deadline_s - kept, self.started_s + 1e-6)
+        spent = (time.monotonic() - self.started_s) / (end - self.started_s)
+        return min(spent, _ALMOST_DONE) if step == 0 else spent
+
+    def may_validate(self) -> bool:
+        """Whether there is time for another validation in the part of the budget for validations."""
+        pause = time.monotonic() - self.validated_s
+        return self.deadline_s is None or pause >= self.validation_s / _VALIDATION_SHARE
+
+    def note_validation(self, began_s: float) -> None:
+        """Store the duration of a validation that began at `began_s`."""
+        self.validated_s = time.monotonic()
+        self.validation_s = self.validated_s - began_s
 
 
 class MovingAverage:
@@ -96,9 +157,8 @@ class MovingAverage:
         floating = [name for name, value in state.items() if value.is_floating_point()]
         averages, values = [self.average[name] for name in floating], [state[name].detach() for name in floating]
         torch._foreach_lerp_(averages, values, 1 - decay)  # one call instead of hundreds of small ones
-        for name, value in state.items():
-            if not value.is_floating_point():
-                self.average[name].copy_(value)
+        for name in state.keys() - set(floating):
+            self.average[name].copy_(state[name])
 
     def state_dict(self) -> dict[str, object]:
         """The number of updates and the averages."""
@@ -108,11 +168,7 @@ class MovingAverage:
         """Load what `state_dict` returned, with whole tensors.
 
         Raises:
-            TypeError: the types differ.
             RuntimeError: names or shapes of tensors differ.
         """
-        updates, average = state["updates"], state["average"]
-        if not isinstance(updates, int) or not isinstance(average, dict):
-            raise TypeError("the state of the moving average holds `updates` and `average`")
-        self.updates = updates
-        take_parts(self.average, average)
+        self.updates = int(state["updates"])
+        take_parts(self.average, state["average"])

@@ -13,7 +13,7 @@ import yaml
 
 import segkit
 from segkit.checkpoint.model import WeightSource
-from segkit.checkpoint.nnunet_plans import RELEASED_LABELS
+from segkit.checkpoint.nnunet import RELEASED_LABELS
 from segkit.checkpoint.transfer import plan_transfer
 from segkit.config import parse_overrides
 

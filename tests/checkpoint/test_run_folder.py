@@ -16,8 +16,7 @@ from segkit.checkpoint import model
 from segkit.checkpoint.card import ModelCard, NetworkCard
 from segkit.checkpoint.model import load_model, save_model
 from segkit.checkpoint.run_folder import load_card, model_folders
-from segkit.checkpoint.state import save_state
-from segkit.checkpoint.tensors import load_weights_file, save_weights
+from segkit.checkpoint.tensors import load_weights_file, save_state, write_tensors
 from segkit.errors import CheckpointError, DataError
 
 
@@ -62,7 +61,7 @@ def test_swapped_weights_are_refused(
     tmp_path: Path, make_card: Callable[..., ModelCard], tied_network: Callable[..., nn.Module]
 ) -> None:
     save_model(tmp_path, tied_network(4, 3, 5).state_dict(), make_card())
-    save_weights(tmp_path / "model.safetensors", tied_network(4, 3, 5).state_dict())
+    write_tensors(tmp_path / "model.safetensors", tied_network(4, 3, 5).state_dict())
     with pytest.raises(CheckpointError, match="damaged or was swapped"):
         load_model(tmp_path)
 
@@ -109,7 +108,7 @@ def test_a_run_folder_can_be_read_by_whom_the_umask_allows(
     before = os.umask(umask)
     try:
         save_model(tmp_path, weights, make_card())
-        save_weights(tmp_path / "encoder.safetensors", weights)
+        write_tensors(tmp_path / "encoder.safetensors", weights)
         save_state(tmp_path, weights)
     finally:
         os.umask(before)

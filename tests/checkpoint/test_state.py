@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from segkit.checkpoint.state import load_state, save_state
+from segkit.checkpoint.tensors import load_state, save_state
 from segkit.errors import CheckpointError
 
 

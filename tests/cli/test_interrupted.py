@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from segkit.checkpoint.state import load_state
+from segkit.checkpoint.tensors import load_state
 from segkit.training import loop
 from tests.helpers import run_segkit
 

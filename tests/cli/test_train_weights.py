@@ -15,7 +15,7 @@ from torch import Tensor
 
 import segkit
 import segkit.cli
-from segkit.checkpoint.state import load_state
+from segkit.checkpoint.tensors import load_state
 from segkit.reading.files import file_sha256
 from segkit.training.folder import read_config
 from segkit.training.run import begin, plan_run

@@ -20,10 +20,9 @@ import torch
 from fuzzing import seeds
 
 from segkit.checkpoint.model import read_source
-from segkit.checkpoint.nnunet_plans import read_plan
+from segkit.checkpoint.nnunet import read_plan
 from segkit.checkpoint.run_folder import load_card
-from segkit.checkpoint.state import load_state
-from segkit.checkpoint.tensors import load_weights_file, read_plain_pickle, read_torch
+from segkit.checkpoint.tensors import load_state, load_weights_file, read_plain_pickle, read_torch
 from segkit.errors import CheckpointError, DataError, RequestError, SegkitError
 from segkit.reading.archives import unpacked
 from segkit.reading.files import read_volume

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from segkit.checkpoint.run_folder import load_card
-from segkit.checkpoint.state import load_state
+from segkit.checkpoint.tensors import load_state
 from segkit.config import build_config
 from segkit.errors import RequestError
 from segkit.inpainting.config import InpaintingConfig

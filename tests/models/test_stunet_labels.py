@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from segkit.checkpoint.nnunet_plans import RELEASED_LABELS
+from segkit.checkpoint.nnunet import RELEASED_LABELS
 from segkit.labels import SCHEMES, outputs_of
 
 

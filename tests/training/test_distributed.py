@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from segkit.checkpoint.state import load_state
+from segkit.checkpoint.tensors import load_state
 from segkit.cli.training import spread_over
 from segkit.errors import RequestError
 from segkit.models.table import MODELS

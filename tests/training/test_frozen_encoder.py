@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import segkit
 from segkit.checkpoint.card import ModelCard
-from segkit.checkpoint.state import load_state
+from segkit.checkpoint.tensors import load_state
 from segkit.labels import Output
 from segkit.losses.dice_cross_entropy import SegmentationLoss
 from segkit.training.config import OptimiserConfig, TrainingConfig

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from segkit.checkpoint.state import load_state, save_state
+from segkit.checkpoint.tensors import load_state, save_state
 from segkit.errors import DataError, TrainingError
 from segkit.training.config import LoopConfig, OptimiserConfig
 from segkit.training.interruption import InterruptedTrainingError, Interruption, listening

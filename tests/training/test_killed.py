@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from segkit.checkpoint.state import load_state
+from segkit.checkpoint.tensors import load_state
 from segkit.config import build_config
 from segkit.errors import SegkitError
 from segkit.inpainting.config import InpaintingConfig

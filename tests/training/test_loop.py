@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from segkit.errors import TrainingError
 from segkit.training.config import OptimiserConfig, TrainingConfig
 from segkit.training.loop import fit
-from segkit.training.lr_schedule import Clock
+from segkit.training.optim import Clock
 from segkit.training.task import Score
 
 
@@ -102,7 +102,7 @@ def _timeless(run: Path) -> list[dict[str, Any]]:
 
 
 def _weights(run: Path) -> dict[str, Tensor]:
-    from segkit.checkpoint.state import load_state
+    from segkit.checkpoint.tensors import load_state
 
     state = load_state(run)
     return {**state["model"], **{f"average.{name}": value for name, value in state["average"]["average"].items()}}
@@ -145,7 +145,7 @@ class FakeTime:
 
 def test_budget_ends_in_time_with_a_finished_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = FakeTime()
-    for module in ("lr_schedule", "loop"):
+    for module in ("optim", "loop"):
         monkeypatch.setattr(f"segkit.training.{module}.time", clock)
     _fit(LineTask(), tmp_path, 10**9, deadline_s=60.0, training=LONG_EPOCHS)
     assert 50 < clock.now < 60
@@ -158,7 +158,7 @@ def test_budget_ends_in_time_with_a_finished_schedule(tmp_path: Path, monkeypatc
 def test_a_resumed_budget_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut at about half of 60 s, the rest of the time is left, and the rate never rises again."""
     clock = FakeTime()
-    for module in ("lr_schedule", "loop"):
+    for module in ("optim", "loop"):
         monkeypatch.setattr(f"segkit.training.{module}.time", clock)
 
     class CutTask(LineTask):

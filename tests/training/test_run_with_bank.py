@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from segkit.checkpoint.state import load_state
+from segkit.checkpoint.tensors import load_state
 from segkit.config import build_config
 from segkit.errors import RequestError
 from segkit.preparing.lesion_bank import Bank, BankedCase, LesionBank, Transplant, image_path, lesion_path

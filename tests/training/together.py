@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segkit.checkpoint.state import load_state
+from segkit.checkpoint.tensors import load_state
 from segkit.errors import RequestError, SegkitError
 from segkit.labels import Output
 from segkit.losses.dice_cross_entropy import SegmentationLoss

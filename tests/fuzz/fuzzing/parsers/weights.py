@@ -40,7 +40,7 @@ def _into_a_network(_: Path, path: Path) -> None:
 
 
 def _plans(_: Path, path: Path) -> None:
-    from segkit.checkpoint.nnunet_plans import read_plan
+    from segkit.checkpoint.nnunet import read_plan
 
     repr(read_plan(path.with_suffix(""), {}))
 
