@@ -242,24 +242,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or default) / "segkit"
 
 
-def limit_memory(megabytes: float) -> None:
-    """Limit the memory of this process, so that a request for more raises a MemoryError; on Linux only."""
-    _set_memory_limit(megabytes * 1024**2)
+def limit_memory(memory_gb: float | None) -> None:
+    """Limit the memory of this process, in GiB, so that a request for more raises a MemoryError; on Linux only.
 
-
-def lift_memory_limit() -> None:
-    """Undo `limit_memory`, so that there is memory for reporting the error."""
-    _set_memory_limit(None)
-
-
-def _set_memory_limit(wanted: float | None) -> None:
+    None lifts the limit.
+    """
     if sys.platform != "linux":
         return
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     most = float("inf") if hard == resource.RLIM_INFINITY else hard
-    resource.setrlimit(resource.RLIMIT_DATA, (hard if wanted is None else int(min(wanted, most)), hard))
+    limit = hard if memory_gb is None else int(min(memory_gb * _GIB, most))
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
 def _memory_limit_bytes() -> int | None:

@@ -53,8 +53,8 @@ def parse_minutes(budget: str | float) -> float:
     return sum(float(number) * _UNITS_MINUTES[unit] for number, unit in parts)
 
 
-def parse_gigabytes(memory: str | float) -> float:
-    """`"8G"` or `"512M"` to GiB; a number is GiB already.
+def parse_gigabytes(memory: str | float | None) -> float | None:
+    """`"8G"` or `"512M"` to GiB; a number is GiB already, None is no limit.
 
     Raises:
         RequestError: the text is not a size.

@@ -217,7 +217,7 @@ def _estimate(cohort: Cohort, config: TrainConfig, memory: str | float | None) -
     from segkit.training.segmentation_plan import estimate_training, memory_to_plan_for
 
     device = pick_device()
-    memory_gb = memory_to_plan_for(None if memory is None else parse_gigabytes(memory), device)
+    memory_gb = memory_to_plan_for(parse_gigabytes(memory), device)
     try:
         needs = estimate_training(labelled, labelled.scheme, config, memory_gb, device)
     except SegkitError as error:

@@ -73,7 +73,7 @@ class Engine(NamedTuple):
     results: Results
     workers: int | None
     threads: int | None
-    memory_mb: float | None
+    memory_gb: float | None
 
     @contextmanager
     def limited(self) -> Iterator[None]:
@@ -82,12 +82,12 @@ class Engine(NamedTuple):
         Raises:
             RequestError: what was loaded before, or is loaded meanwhile, takes more.
         """
-        if self.memory_mb is None or self.is_ray:
+        if self.memory_gb is None or self.is_ray:
             yield
             return
-        from segkit.runtime import lift_memory_limit, limit_memory
+        from segkit.runtime import limit_memory
 
-        limit_memory(self.memory_mb)
+        limit_memory(self.memory_gb)
         try:
             _require_room()
             yield
@@ -95,9 +95,9 @@ class Engine(NamedTuple):
         except Exception as error:
             if not is_memory_error(error):
                 raise
-            lift_memory_limit()
+            limit_memory(None)  # so that there is memory for reporting the error
             raise RequestError(
-                f"the models and what computes them take more than {self.memory_mb:.0f} MB",
+                f"the models and what computes them take more than {self.memory_gb:.3g} GB",
                 remedy="Pass a larger --memory; exported models take less than run folders, as they need no torch",
             ) from error
 
@@ -148,8 +148,7 @@ def choose_engine(
         from segkit.batch.ray_executor import require_ray
 
         require_ray()
-    memory_mb = None if memory is None else 1024 * parse_gigabytes(memory)
-    return Engine(engine == "ray", address, results, workers, threads, memory_mb)
+    return Engine(engine == "ray", address, results, workers, threads, parse_gigabytes(memory))
 
 
 def on_gpu(backend: Backend) -> Backend:
@@ -175,7 +174,7 @@ def executor_of(engine: Engine, backends: Iterable[Backend], folders: Sequence[P
     found = [torch_backend(backend) for backend in backends]
     uses_gpu = any(one is not None and one.device.type == "cuda" for one in found)
     threads = engine.threads or (1 if uses_gpu else max(backend.threads for backend in backends))
-    share = Share(threads, int(uses_gpu), engine.memory_mb)
+    share = Share(threads, int(uses_gpu), engine.memory_gb)
     return RayExecutor(folders, share, engine.address, workers=engine.workers or None, results=engine.results)
 
 
@@ -208,7 +207,7 @@ class OpenFolder:
 
         manifest = open_manifest(self.task, self.cohort, self.output, self.model, self.part)
         plans, decided = plan_cases(self.task, self.cohort, self.output, manifest, overwrite=self.overwrite)
-        return self.task.fit_memory(plans, self.engine.memory_mb)[1], decided
+        return self.task.fit_memory(plans, self.engine.memory_gb)[1], decided
 
     def run(self, on_record: Callable[[CaseRecord], None] | None = None) -> dict[str, Any]:
         """Do the cases; returns the manifest. `on_record` is called after each case.
@@ -225,7 +224,7 @@ class OpenFolder:
             self.output,
             overwrite=self.overwrite,
             executor=executor_of(self.engine, self.task.backends(), folders),
-            memory_mb=self.engine.memory_mb,
+            memory_gb=self.engine.memory_gb,
             on_record=on_record or (lambda record: None),
             model=self.model,
             part=self.part,
@@ -252,7 +251,7 @@ def open_folder(
         RequestError: an input, a model or an option is missing or does not fit.
     """
     from segkit.reading.archives import opened
-    from segkit.runtime import lift_memory_limit
+    from segkit.runtime import limit_memory
 
     engine = choose_engine(
         options.engine, options.ray_address, options.results, options.workers, options.threads, options.memory
@@ -264,8 +263,8 @@ def open_folder(
         except DataError as error:
             raise as_request(error) from error
         cohort, part = find(source)
-        if engine.memory_mb is not None and not engine.is_ray:
-            stack.callback(lift_memory_limit)
+        if engine.memory_gb is not None and not engine.is_ray:
+            stack.callback(limit_memory, None)
         try:
             with engine.limited():
                 task = load(cohort, Loading(*engine.loads_with(options.device, options.backend), options.threads))

@@ -202,7 +202,7 @@ class TrainingOptions:
             run=self.run,
             config=build_config(kind.config_type, layers),
             device=self.device,
-            memory_gb=None if self.memory is None else parse_gigabytes(self.memory),
+            memory_gb=parse_gigabytes(self.memory),
             started_s=self.started_s,
             resume=self.resume,
             overwrite=self.overwrite,

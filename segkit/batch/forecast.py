@@ -41,16 +41,16 @@ _log = logging.getLogger(__name__)
 
 
 def fit_memory(
-    predictor: Predictor, plans: list[_P], memory_mb: float | None = None
+    predictor: Predictor, plans: list[_P], memory_gb: float | None = None
 ) -> tuple[Predictor, list[_P], bool]:
     """The predictor, plans with forecasts, and whether several cases fit into memory at once.
 
-    `memory_mb` is the limit of the process; None: nearly all free memory. If one case needs more, the returned
+    `memory_gb` is the limit of the process, in GiB; None: nearly all free memory. If one case needs more, the returned
     predictor has smaller windows, where possible.
     """
     if not plans:
         return predictor, plans, True
-    memory_mb = memory_mb or current_rss_mb() + _SHARE_OF_FREE * 1024 * available_memory_gb()
+    limit_mb = 1024 * memory_gb if memory_gb else current_rss_mb() + _SHARE_OF_FREE * 1024 * available_memory_gb()
     kept = _kept_by_first(predictor, plans)
     while True:
         try:
@@ -65,15 +65,15 @@ def fit_memory(
         forecasts = [forecaster.forecast_or_none(plan.case) for plan in plans]
         known = [forecast for forecast in forecasts if forecast is not None]
         largest = max((one.peak_mb(held, is_overlapped=False) for one in known), default=0.0)
-        if largest <= memory_mb or (smaller := predictor.with_smaller_window()) is None:
+        if largest <= limit_mb or (smaller := predictor.with_smaller_window()) is None:
             break
         predictor = smaller
-    if largest > memory_mb:
-        _log.warning("a case is expected to need %.0f MB of %.0f MB: it may fail", largest, memory_mb)
+    if largest > limit_mb:
+        _log.warning("a case is expected to need %.0f MB of %.0f MB: it may fail", largest, limit_mb)
     elif predictor.window != predictor.card.patch_size:
         size = " x ".join(map(str, predictor.window))
         _log.warning("memory is short: windows of %s voxels are used, and logits may differ slightly", size)
-    has_room = all(one.peak_mb(held, is_overlapped=True) <= memory_mb for one in known)
+    has_room = all(one.peak_mb(held, is_overlapped=True) <= limit_mb for one in known)
     overlaps = has_room and len(plans) > 1
     expected = [None if one is None else one.to_json(held, is_overlapped=overlaps) for one in forecasts]
     pairs = zip(plans, expected, strict=True)

@@ -183,8 +183,8 @@ class RayCrew:
             "num_gpus": self.share.gpus,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node.id, soft=False),
         }
-        if self.share.memory_mb is not None:
-            options["memory"] = int(self.share.memory_mb * 1024**2)
+        if self.share.memory_gb is not None:
+            options["memory"] = int(self.share.memory_gb * 1024**3)
         actor = _Actor(node, ray.remote(CaseActor).options(**options).remote())
         self._actors.add(actor)
         self._pending[actor.handle.open.remote(self._orders)] = actor

@@ -42,7 +42,7 @@ TRIES = 3
 
 _DECISIVE = ("segkit", "numpy", "scipy", "torch", "onnxruntime", "openvino")
 """Packages whose version may change a mask."""
-_MB = 1024**2
+_GIB = 1024**3
 
 
 def require_ray() -> None:
@@ -53,24 +53,24 @@ def require_ray() -> None:
 
 @dataclass(frozen=True)
 class Share:
-    """The resources of one actor: CPU cores, GPUs, and MB of memory if limited."""
+    """The resources of one actor: CPU cores, GPUs, and GiB of memory if limited."""
 
     threads: int
     gpus: int = 0
-    memory_mb: float | None = None
+    memory_gb: float | None = None
 
     def room(self, resources: Mapping[str, float]) -> int:
         """The number of actors that fit on a node with these Ray resources."""
         fits = [resources.get("CPU", 0) // self.threads]
         if self.gpus:
             fits.append(resources.get("GPU", 0) // self.gpus)
-        if self.memory_mb is not None:
-            fits.append(resources.get("memory", 0) // (self.memory_mb * _MB))
+        if self.memory_gb is not None:
+            fits.append(resources.get("memory", 0) // (self.memory_gb * _GIB))
         return int(min(fits))
 
     def __str__(self) -> str:
         parts = [f"{self.threads} CPUs", *([f"{self.gpus} GPU"] if self.gpus else [])]
-        return " and ".join([*parts, *([] if self.memory_mb is None else [f"{self.memory_mb:.0f} MB"])])
+        return " and ".join([*parts, *([] if self.memory_gb is None else [f"{self.memory_gb:.3g} GB"])])
 
 
 class RayExecutor:

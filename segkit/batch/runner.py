@@ -24,7 +24,7 @@ def run_folder(
     *,
     overwrite: bool = False,
     executor: Executor | None = None,
-    memory_mb: float | None = None,
+    memory_gb: float | None = None,
     on_record: Callable[[CaseRecord], None] = lambda record: None,
     model: str = "",
     part: str | None = None,
@@ -32,7 +32,7 @@ def run_folder(
 ) -> dict[str, Any]:
     """Process each case of a cohort; returns the manifest, which is also `output/manifest.json`.
 
-    `on_record` is called after each case. `memory_mb` is the memory limit of the process (default: nearly all free
+    `on_record` is called after each case. `memory_gb` is the memory limit of the process (default: nearly all free
     memory): if it is short, cases are processed one at a time and windows become smaller. On other machines windows
     keep their size unless it is given. In the manifest, `model` is the name of the model, `part` that of this run if
     several share a folder, `data` the folder of the images.
@@ -57,8 +57,8 @@ def run_folder(
         on_record(record)
     executor = executor or LocalExecutor()
     is_local = isinstance(executor, LocalExecutor)
-    if is_local or memory_mb is not None:
-        task, plans, has_room = task.fit_memory(plans, memory_mb)
+    if is_local or memory_gb is not None:
+        task, plans, has_room = task.fit_memory(plans, memory_gb)
         if is_local and not has_room:
             executor = LocalExecutor(workers=0)
     has_threads = not isinstance(executor, LocalExecutor) or executor.workers > 0

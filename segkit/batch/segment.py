@@ -127,9 +127,9 @@ class Segment(Task[SegmentPlan]):
         scheme = self._scheme_for(case, cohort)
         return SegmentPlan(case=matched, folders=(output,), files=files, missing_modalities=missing, scheme=scheme)
 
-    def fit_memory(self, plans: list[SegmentPlan], memory_mb: float | None) -> tuple[Self, list[SegmentPlan], bool]:
+    def fit_memory(self, plans: list[SegmentPlan], memory_gb: float | None) -> tuple[Self, list[SegmentPlan], bool]:
         """See `segkit.batch.forecast.fit_memory`."""
-        predictor, plans, has_room = fit_memory(self.predictor, plans, memory_mb)
+        predictor, plans, has_room = fit_memory(self.predictor, plans, memory_gb)
         return replace(self, predictor=predictor), plans, has_room
 
     def with_smaller_window(self) -> Self | None:

@@ -117,7 +117,7 @@ class Task(ABC, Generic[P]):
     def plan(self, case: Case, cohort: Cohort, output: Path) -> P:
         """The plan of a case; raises DataError if it cannot be used."""
 
-    def fit_memory(self, plans: list[P], memory_mb: float | None) -> tuple[Self, list[P], bool]:
+    def fit_memory(self, plans: list[P], memory_gb: float | None) -> tuple[Self, list[P], bool]:
         """The task with windows that fit, plans with forecasts, and whether several cases fit at once."""
         return self, plans, True
 

@@ -105,7 +105,7 @@ def test_short_memory_makes_windows_smaller(
 ) -> None:
     predictor = Predictor.load(make_run(patch_size=(64, 32, 32)))
     tasks = tasks_of(predictor, data, tmp_path / "out")
-    smaller, fitted, overlaps = fit_memory(predictor, tasks, memory_mb=1)
+    smaller, fitted, overlaps = fit_memory(predictor, tasks, memory_gb=1 / 1024)
     assert not overlaps
     assert predictor.window == (64, 32, 32)
     assert smaller.window == (16, 16, 16)  # the smallest, and still it does not fit

@@ -120,7 +120,7 @@ def test_what_keeps_a_node_from_taking_part(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("share", "room"),
-    [(Share(2), 4), (Share(3), 2), (Share(9), 0), (Share(1, gpus=1), 2), (Share(2, memory_mb=1024), 3)],
+    [(Share(2), 4), (Share(3), 2), (Share(9), 0), (Share(1, gpus=1), 2), (Share(2, memory_gb=1), 3)],
 )
 def test_room_on_a_node_of_8_cores_2_gpus_and_3_gib(share: Share, room: int) -> None:
     assert share.room({"CPU": 8.0, "GPU": 2.0, "memory": 3.0 * 2**30}) == room

@@ -35,7 +35,7 @@ def test_without_ray_it_is_told_what_to_install(
 
 def test_here() -> None:
     engine = choose_engine("local", None, "auto", 3, None, "1.5G")
-    assert (engine.memory_mb, engine.path(Path("scans"))) == (1536, Path("scans"))
+    assert (engine.memory_gb, engine.path(Path("scans"))) == (1.5, Path("scans"))
     executor = executor_of(engine, [backend(2)], FOLDERS)
     assert isinstance(executor, LocalExecutor)
     assert executor.workers == 3
@@ -47,7 +47,7 @@ def test_on_nodes_a_case_takes_the_cores_of_its_largest_network(threads: int | N
     assert engine.path(Path("scans")) == Path("scans").absolute()
     executor = executor_of(engine, [backend(2), backend(4)], FOLDERS)
     assert isinstance(executor, RayExecutor)
-    assert executor.share == Share(expected, 0, 2048)
+    assert executor.share == Share(expected, 0, 2.0)
     assert (executor.address, executor.results, executor.workers) == ("auto", "store", None)
     assert executor.folders == tuple(FOLDERS)
 

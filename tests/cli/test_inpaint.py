@@ -248,13 +248,13 @@ def test_memory_that_does_not_hold_the_model_is_refused(
     run: Path, challenge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     limits: list[float] = []
-    monkeypatch.setattr("segkit.runtime.limit_memory", limits.append)
-    monkeypatch.setattr("segkit.runtime.room_mb", lambda: limits[-1] - 400)
+    monkeypatch.setattr("segkit.runtime.limit_memory", lambda memory_gb: memory_gb and limits.append(memory_gb))
+    monkeypatch.setattr("segkit.runtime.room_mb", lambda: 1024 * limits[-1] - 400)
     assert call("-m", run, "-i", challenge, "-o", tmp_path / "out", "--memory", "300M") == 2
-    assert "the models and what computes them take more than 300 MB. Pass a larger --memory" in capsys.readouterr().err
+    assert "the models and what computes them take more than 0.293 GB. Pass a larger" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert call("-m", run, "-i", challenge, "-o", tmp_path / "out", "--memory", "500M", "-q") == 0
-    assert limits == [300, 500]
+    assert limits == [300 / 1024, 500 / 1024]
 
 
 def test_an_export_fills_as_the_network_does(

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import ndimage
-from segkit.reading.files import read_labels, read_volume
 
 from segkit.errors import DataError, RequestError
 from segkit.phantoms.layouts import WrittenPhantom, write_inpainting_phantoms
 from segkit.phantoms.phantom import make_phantom
 from segkit.preparing.holes import ChallengeRules, whole_tumour
 from segkit.reading.checks import check_cohort
+from segkit.reading.files import read_labels, read_volume
 from segkit.reading.geometry import reorientation_to
 from segkit.reading.layouts.brats import find_known, find_voided
 from segkit.reading.layouts.table import find_cases
