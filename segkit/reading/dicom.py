@@ -36,7 +36,11 @@ FEWEST_SLICES = 4
 """With fewer, gaps cannot be distinguished from spacing; such series are localisers or parts of a scan."""
 
 _POSITION, _ORIENTATION, _PIXEL_SPACING = "0020|0032", "0020|0037", "0028|0030"
-_FRAMES = "0028|0008"
+_INTERCEPT, _SLOPE, _FRAMES = "0028|1052", "0028|1053", "0028|0008"
+_FRAME_GROUPS = (
+    *("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence"),
+    "PixelValueTransformationSequence",
+)
 _IMAGE_IO = "GDCMImageIO"
 _PACKED_SLACK_BYTES = 2**16
 """JPEG 2000 packs an empty slice of 512 x 512 pixels into 200 bytes."""
@@ -53,6 +57,8 @@ class _Slice:
     axes: NDArray[np.float64]
     spacing_mm: tuple[float, float]
     shape: tuple[int, int]
+    scale: tuple[float, float] = (1.0, 0.0)
+    """Slope and intercept of its voxels."""
 
     @property
     def normal(self) -> NDArray[np.float64]:
@@ -61,10 +67,11 @@ class _Slice:
 
 @dataclass(frozen=True)
 class Frame:
-    """Where one slice of a volume is stored: its file, and its number there, counted from 0."""
+    """Where one slice of a volume is stored: its file, its number there, counted from 0, and its scale factors."""
 
     path: Path
     number: int = 0
+    scale: tuple[float, float] = (1.0, 0.0)
 
 
 def has_dicom_name(path: Path) -> bool:
@@ -108,19 +115,31 @@ def open_dicom(source: Path) -> ImageHeader:
     def read(channel: int | None) -> AnyArray:
         pick_channel(where, 1, channel)
         with as_data_errors(where):
-            if len(paths) == 1:
-                voxels = SimpleITK.GetArrayFromImage(image_reader(paths[0], _IMAGE_IO).Execute())
-                stack = voxels.T.reshape(grid.shape, order="F")  # (D, H, W), the frames in the order of the file
-                return plain_numbers(stack[..., [frame.number for frame in frames]], where)
-            reader = SimpleITK.ImageSeriesReader()
-            reader.SetImageIO(_IMAGE_IO)
-            reader.SetFileNames([str(path) for path in paths])
-            voxels = SimpleITK.GetArrayFromImage(reader.Execute())
-            if voxels.ndim != 3:
+            # File by file, as a reader of whole series takes the type and scale factors of its first slice for all.
+            stacks = (SimpleITK.GetArrayFromImage(image_reader(path, _IMAGE_IO).Execute()) for path in paths)
+            planes = [plain_numbers(stack, where) for stack in stacks]  # (frames, rows, columns) each
+            if planes[0].ndim != 3:
                 raise DataError("the slices are in colour", where=where, expected="one value per voxel")
-            return plain_numbers(voxels.T, where)
+            is_float = any(plane.dtype.kind == "f" for plane in planes)
+            voxels = np.concatenate(planes, dtype=np.float32 if is_float else None, casting="same_kind")
+            if len(voxels) != len(frames):
+                raise damaged(where, f"it has {len(voxels)} slices, and positions of {len(frames)}")
+            if len(paths) == 1:
+                voxels = _rescaled(voxels, frames)[[frame.number for frame in frames]]
+            return voxels.T  # (D, H, W)
 
-    return ImageHeader(grid, 1, read)
+    slopes = [slope for slope, _ in {frame.scale for frame in frames} if not slope.is_integer()]
+    return ImageHeader(grid, 1, read, step=max(slopes, default=1.0))
+
+
+def _rescaled(voxels: AnyArray, frames: Sequence[Frame]) -> AnyArray:
+    """The frames (N, rows, columns) of an enhanced file, each with its own scale factors; GDCM applies the first's."""
+    scales = np.array([frame.scale for frame in sorted(frames, key=lambda frame: frame.number)])
+    if (scales == scales[0]).all():
+        return voxels
+    stored = np.rint((voxels - scales[0, 1]) / scales[0, 0])
+    rescaled = stored * scales[:, 0, None, None] + scales[:, 1, None, None]
+    return plain_numbers(rescaled.astype(np.int32) if (scales % 1 == 0).all() else rescaled, frames[0].path)
 
 
 def frames_of(source: Path) -> list[Frame]:
@@ -134,9 +153,10 @@ def frames_of(source: Path) -> list[Frame]:
 def _frames_and_grid(source: Path) -> tuple[list[Frame], Grid]:
     paths = _files_of_series(source) if source.is_dir() else [source]
     if len(paths) > 1:
-        order, grid = _regular_grid(source, [_slice_of_file(path) for path in paths])
+        slices = [_slice_of_file(path) for path in paths]
+        order, grid = _regular_grid(source, slices)
         refuse_implausible(source, grid.shape, bytes_per_voxel=0, stored_bytes=0, is_compressed=True)
-        return [Frame(paths[index]) for index in order], grid
+        return [Frame(paths[index], scale=slices[index].scale) for index in order], grid
     path = paths[0]
     with as_data_errors(path):
         reader, checked = _read_header(path)
@@ -144,8 +164,9 @@ def _frames_and_grid(source: Path) -> tuple[list[Frame], Grid]:
         if count < FEWEST_SLICES:
             raise _too_few(path, count)
         _refuse_larger_than_stored(path, reader.GetSize(), checked)
-        order, grid = _regular_grid(path, _slices_of_frames(path))
-    return [Frame(path, number) for number in order], grid
+        slices = _slices_of_frames(path)
+        order, grid = _regular_grid(path, slices)
+    return [Frame(path, number, slices[number].scale) for number in order], grid
 
 
 def _files_of_series(folder: Path) -> list[Path]:
@@ -169,16 +190,16 @@ def _slice_of_file(path: Path) -> _Slice:
     with as_data_errors(path):
         reader, checked = _read_header(path)
         _refuse_larger_than_stored(path, reader.GetSize(), checked)
-        keys = (_POSITION, _ORIENTATION, _PIXEL_SPACING)
-        position, orientation, spacing = (
+        position, orientation, spacing, slope, intercept = (
             [float(part) for part in reader.GetMetaData(key).split("\\")] if reader.HasMetaDataKey(key) else None
-            for key in keys
+            for key in (_POSITION, _ORIENTATION, _PIXEL_SPACING, _SLOPE, _INTERCEPT)
         )
         if position is None or orientation is None:
             raise _no_position(path)
         between_rows, between_columns = (spacing or (1.0, 1.0))[:2]
-        shape = reader.GetSize()[:2]
-        return _Slice(np.array(position), np.reshape(orientation, (2, 3)), (between_columns, between_rows), shape)
+        shape, axes = reader.GetSize()[:2], np.reshape(orientation, (2, 3))
+        scale = (slope or [1.0])[0], (intercept or [0.0])[0]
+        return _Slice(np.array(position), axes, (between_columns, between_rows), shape, scale)
 
 
 def _read_header(path: Path) -> tuple[Any, DicomFile]:
@@ -208,15 +229,16 @@ def _slices_of_frames(path: Path) -> list[_Slice]:
     slices = []
     for frame in document.get("PerFrameFunctionalGroupsSequence") or ():
         # The entry of one frame, or else that of all of them (DICOM PS3.3, C.7.6.16).
-        place, orientation, measures = (
-            (frame.get(name) or shared[0].get(name) or [None])[0]
-            for name in ("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence")
+        place, orientation, measures, values = (
+            (frame.get(name) or shared[0].get(name) or [None])[0] for name in _FRAME_GROUPS
         )
         if place is None or orientation is None or measures is None:
             raise _no_position(path)
         position = np.array(place.ImagePositionPatient, np.float64)
         axes = np.reshape(np.array(orientation.ImageOrientationPatient, np.float64), (2, 3))
-        slices.append(_Slice(position, axes, (float(measures.PixelSpacing[1]), float(measures.PixelSpacing[0])), shape))
+        spacing = float(measures.PixelSpacing[1]), float(measures.PixelSpacing[0])
+        scale = (1.0, 0.0) if values is None else (float(values.RescaleSlope), float(values.RescaleIntercept))
+        slices.append(_Slice(position, axes, spacing, shape, scale))
     if not slices:
         raise _no_position(path)
     return slices

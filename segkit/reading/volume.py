@@ -82,11 +82,15 @@ class Volume:
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """A checked header: `read(channel)` gives the array (*grid.shape) of one channel, None where there is only one."""
+    """A checked header: `read(channel)` gives the array (*grid.shape) of one channel, None where there is only one.
+
+    `step` is the distance between the values of neighbouring stored integers, 1 without a scale factor.
+    """
 
     grid: Grid
     channels: int
     read: Callable[[int | None], AnyArray]
+    step: float = 1.0
 
 
 def damaged(path: Path, found: str) -> DataError:
