@@ -4,6 +4,8 @@ PyTorch's backward of group norm copies such tensors to channels outermost and b
 squares in sequence that a gradient in float32 keeps four digits. Per channel, group norm is z = scale x + shift, with
 scale and shift from the group's moments (Wu and He 2018, "Group Normalization", eqs. 1 to 6). Forward and backward are
 two passes over memory each, in parts that fit into the processor's cache; z is computed again in the backward.
+
+Under bfloat16 autocast x, z and their gradients are bfloat16 in memory; each part is computed in float32.
 """
 
 from collections.abc import Iterator
@@ -41,9 +43,10 @@ def normalise_and_activate(x: Tensor, norm: nn.GroupNorm, part: slice | None = N
 
 def _is_supported(x: Tensor, norm: nn.GroupNorm) -> bool:
     innermost = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    if x.device.type != "cpu" or x.dtype != norm.weight.dtype or x.shape[1] == 1:
+    is_short = x.dtype == torch.bfloat16 and norm.weight.dtype == torch.float32
+    if x.device.type != "cpu" or x.shape[1] == 1 or not (is_short or x.dtype == norm.weight.dtype):
         return False
-    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
+    if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
         return False
     return x.stride(1) == 1 and x.is_contiguous(memory_format=innermost)
 
@@ -59,10 +62,13 @@ class _Normalise(torch.autograd.Function):
         ctx.groups, ctx.activates = groups, activates
         scale, shift = _affine(mean, rate, weight, bias)
         result = torch.empty_like(x)
-        for part, z in _parts(voxels, _voxels(result)):
-            torch.addcmul(shift, part, scale, out=z)
+        for part, to in _parts(voxels, _voxels(result)):
+            is_short = part.dtype != scale.dtype
+            z = torch.addcmul(shift, part.to(scale.dtype), scale, out=None if is_short else to)
             if activates:
                 functional.silu(z, inplace=True)
+            if is_short:
+                to.copy_(z)
         return result
 
     @staticmethod
@@ -75,10 +81,13 @@ class _Normalise(torch.autograd.Function):
         dz = _voxels(dx) if ctx.activates else gradient
         sums, products = [], []
         for part, dy, to in _parts(voxels, gradient, dz):
+            x_part, dz_part = part.to(scale.dtype), dy.to(scale.dtype)
             if ctx.activates:
-                torch.ops.aten.silu_backward.grad_input(dy, torch.addcmul(shift, part, scale), grad_input=to)
-            sums.append(to.sum(1))
-            products.append(torch.mul(to, part).sum(1))
+                z = torch.addcmul(shift, x_part, scale)
+                dz_part = torch.ops.aten.silu_backward.grad_input(dz_part, z, grad_input=z)
+                to.copy_(dz_part)
+            sums.append(dz_part.sum(1))
+            products.append(torch.mul(dz_part, x_part).sum(1))
         sum_dz = torch.stack(sums).double().sum(0)
         # Of the normalised x, (x - mean) rate, by which the gradient of the norm is written.
         sum_dz_normalised = (torch.stack(products).double().sum(0) - mean * sum_dz) * rate
@@ -86,9 +95,10 @@ class _Normalise(torch.autograd.Function):
         constant = _over_groups(sum_dz * weight, ctx.groups) / count
         slope = _over_groups(sum_dz_normalised * weight, ctx.groups) / count * rate
         # dx = rate (dz weight - constant - slope (x - mean))
-        of_x, offset = ((value * rate).to(x.dtype)[:, None] for value in (-slope, slope * mean - constant))
-        for part, from_, to in _parts(voxels, dz, _voxels(dx)):
-            torch.addcmul(torch.addcmul(offset, part, of_x), from_, scale, out=to)
+        of_x, offset = ((value * rate).to(scale.dtype)[:, None] for value in (-slope, slope * mean - constant))
+        for part, dz_part, to in _parts(voxels, dz, _voxels(dx)):
+            sum_of_x = torch.addcmul(offset, part.to(scale.dtype), of_x)
+            to.copy_(sum_of_x.addcmul_(dz_part.to(scale.dtype), scale))
         parameters = (value.sum(0).to(weight.dtype) for value in (sum_dz_normalised, sum_dz))
         return dx, *parameters, None, None, None
 
@@ -97,8 +107,9 @@ def _moments(voxels: Tensor, groups: int, epsilon: float) -> tuple[Tensor, Tenso
     """Mean and 1 / standard deviation of the group that each channel is in, (B, C) in float64."""
     sums, squares = [], []
     for (part,) in _parts(voxels):
-        sums.append(part.sum(1))
-        squares.append(part.square().sum(1))
+        wide = part.to(torch.promote_types(part.dtype, torch.float32))
+        sums.append(wide.sum(1))
+        squares.append(wide.square().sum(1))
     count = voxels.shape[1] * voxels.shape[2] // groups
     mean, square = (_over_groups(torch.stack(per_part).double().sum(0), groups) / count for per_part in (sums, squares))
     return mean, (square - mean.square()).clamp_(min=0).add_(epsilon).rsqrt_()

@@ -1,7 +1,5 @@
 """Group norm and SiLU in one step against PyTorch's two layers."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -85,10 +83,27 @@ def test_one_pair_of_numbers_by_hand() -> None:
     torch.testing.assert_close(normalise_and_activate(x, norm).flatten(), expected)
 
 
-def test_channels_outermost_and_low_precision_go_through_the_two_layers() -> None:
+def test_channels_outermost_go_through_the_two_layers() -> None:
     x, norm = _case(3)
     outermost = x.contiguous()
     torch.testing.assert_close(normalise_and_activate(outermost, norm), functional.silu(norm(outermost)))
+
+
+@pytest.mark.parametrize("activates", [False, True])
+def test_bfloat16_differs_from_float64_by_its_rounding_only(activates: bool) -> None:
+    x, norm = _case(3, channels=16)
+    short = x.detach().bfloat16().requires_grad_()
+    exact = short.detach().double().requires_grad_()
+    expected = functional.silu(norm(exact)) if activates else norm(exact)
+    weights = torch.randn_like(expected).bfloat16()
+    parameters = [norm.weight, norm.bias]
+    wanted = torch.autograd.grad((expected * weights.double()).sum(), [exact, *parameters])
+    norm.float()
     with torch.autocast("cpu", torch.bfloat16):
-        low = normalise_and_activate(x.detach().float(), norm.float())
-    assert low.dtype == torch.float32
+        found = normalise_and_activate(short, norm) if activates else normalise(short, norm)
+    gradients = torch.autograd.grad(found, [short, norm.weight, norm.bias], weights)
+    assert found.dtype == torch.bfloat16
+    for one, other in zip((found, *gradients), (expected, *wanted), strict=True):
+        assert (one.double() - other).norm() < 2**-8 * other.norm()  # 8 bits of precision
+    assert gradients[1].dtype == torch.float32
+    assert (gradients[1].double() - wanted[1]).norm() < 1e-5 * wanted[1].norm()  # summed in float32, not in bfloat16
