@@ -25,7 +25,7 @@ off before any of them is loaded.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from segkit.runtime import refuse_telemetry
+from segkit.runtime import let_threads_sleep, refuse_telemetry
 
 if TYPE_CHECKING:
     from segkit.api.check import check as check
@@ -88,6 +88,7 @@ __all__ = [
 ]
 
 
+let_threads_sleep()
 refuse_telemetry()
 
 

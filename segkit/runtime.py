@@ -5,6 +5,8 @@ torch is imported inside functions, so that verbs without computation start fast
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import platform
 import random
@@ -18,6 +20,8 @@ from segkit.errors import RequestError, SegkitError, is_memory_error
 
 if TYPE_CHECKING:
     import torch
+
+_log = logging.getLogger(__name__)
 
 _GIB = 1024**3
 
@@ -69,7 +73,7 @@ def pick_device(name: str | None = None) -> torch.device:
     if local_rank and name in (None, "cuda") and torch.cuda.is_available():
         name = f"cuda:{local_rank}"
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -80,6 +84,8 @@ def pick_device(name: str | None = None) -> torch.device:
     counts = {"cpu": 1, "cuda": gpus, "mps": int(torch.backends.mps.is_available())}
     if (device.index or 0) >= counts.get(device.type, 0):
         raise RequestError(f"this machine has no usable {name} device", remedy="Pass --device cpu")
+    if device.type == "cpu":
+        _report_spinning_threads()
     return device
 
 
@@ -297,6 +303,30 @@ def refuse_telemetry() -> None:
         RAY_USAGE_STATS_ENABLED="0",
     )
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # as if not installed
+
+
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+
+def let_threads_sleep() -> None:
+    """Let OpenMP threads sleep at barriers, unless the user chose otherwise or PyTorch was loaded before.
+
+    They spin by default: beside one other busy process a training step on two cores then takes many times as long
+    (benchmarks/busy.py). OpenMP reads the variable when PyTorch loads it.
+    """
+    if "torch" not in sys.modules and not os.environ.keys() & set(_WAITING):
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+
+
+@functools.cache
+def _report_spinning_threads() -> None:
+    import torch
+
+    if torch.get_num_threads() > 1 and not os.environ.keys() & set(_WAITING):
+        _log.warning(
+            "torch was imported before segkit: its threads spin while they wait, which is slow beside other programs. "
+            "Import segkit first, or set OMP_WAIT_POLICY=passive"
+        )
 
 
 def prefer_variables(**values: str) -> None:

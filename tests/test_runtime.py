@@ -141,3 +141,26 @@ def test_some_of_many_names() -> None:
     assert some("abcde") == "a, b, c, d, e"
     assert some("abcdef") == "a, b, c, d, e, ..."
     assert some((), 2) == ""
+
+
+def _python(code: str, **environment: str) -> str:
+    inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=inherited | environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout + done.stderr
+
+
+def test_threads_sleep_at_barriers_unless_the_user_chose_otherwise() -> None:
+    shown = "import os, segkit; print(os.environ.get('OMP_WAIT_POLICY'))"
+    assert _python(shown) == "passive\n"
+    assert _python(shown, OMP_WAIT_POLICY="active") == "active\n"
+    assert _python(shown, GOMP_SPINCOUNT="1000") == "None\n"
+
+
+def test_torch_imported_before_segkit_is_reported_once() -> None:
+    code = "import torch; from segkit.runtime import pick_device; [pick_device(name) for name in (None, 'cpu')]"
+    reported = _python(code, OMP_NUM_THREADS="2", CUDA_VISIBLE_DEVICES="")
+    assert reported.count("OMP_WAIT_POLICY=passive") == 1
+    after = "from segkit.runtime import pick_device; import torch; pick_device()"
+    assert _python(after, OMP_NUM_THREADS="2", CUDA_VISIBLE_DEVICES="") == ""
