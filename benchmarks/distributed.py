@@ -1,7 +1,8 @@
 """Several processes against one: gradients, loss curves, time and memory, on the CPUs of this machine.
 
     python benchmarks/distributed.py gradients     # each network and method: two processes, one with the doubled batch
-    python benchmarks/distributed.py time          # seconds per sample of one process with two threads, of two with one
+    python benchmarks/distributed.py time          # seconds per sample of one process with two threads, of two with
+                                                   # one, beside 0, 1, 2 busy processes
     python benchmarks/distributed.py sharded       # a step of STU-Net L whole, and in parts of two processes; 12 GB
     python benchmarks/distributed.py sharded-h     # H in parts, one step without the moments of AdamW; 20 GB
 
@@ -273,8 +274,8 @@ MEASUREMENTS: dict[str, Callable[[Ranks], list[dict[str, Any]]]] = {
 """What a process does for each."""
 
 
-def start(measurement: str, processes: int, threads: int = 1) -> list[dict[str, Any]]:
-    """The rows of a measurement that as many processes of this script make together."""
+def start(measurement: str, processes: int, threads: int = 1, **variables: str) -> list[dict[str, Any]]:
+    """The rows of a measurement that as many processes of this script make together, with environment variables."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
@@ -283,7 +284,7 @@ def start(measurement: str, processes: int, threads: int = 1) -> list[dict[str, 
     started = [
         subprocess.Popen(
             [sys.executable, __file__, measurement, "--as-process"],
-            env={**os.environ, **shared, "RANK": str(number), "LOCAL_RANK": str(number)},
+            env={**os.environ, **shared, **variables, "RANK": str(number), "LOCAL_RANK": str(number)},
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -305,11 +306,18 @@ def print_gradients() -> None:
 
 
 def print_time() -> None:
-    print("| processes | threads of each | seconds per sample |\n|---|---|---|")
-    for _ in range(2):
-        for processes, threads in ((1, 2), (2, 1)):
-            (row,) = start("time", processes, threads)
-            print(f"| {processes} | {threads} | {row['seconds']:.2f} |")
+    spinning, sleeping = {"GOMP_SPINCOUNT": "300000"}, {"OMP_WAIT_POLICY": "passive"}  # the first is libgomp's default
+    print("| busy processes | processes | threads of each | at barriers | seconds per sample |\n|---|---|---|---|---|")
+    for count in range(3):
+        busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+        try:
+            for processes, threads, waiting in ((1, 2, spinning), (1, 2, sleeping), (2, 1, sleeping)):
+                (row,) = start("time", processes, threads, **waiting)
+                shown = "threads spin" if waiting is spinning else "threads sleep"
+                print(f"| {count} | {processes} | {threads} | {shown} | {row['seconds']:.2f} |", flush=True)
+        finally:
+            for process in busy:
+                process.kill()
 
 
 def print_sharded(measurement: str, numbers: tuple[int, ...]) -> None:
