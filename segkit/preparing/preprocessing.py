@@ -148,12 +148,13 @@ def stack_modalities(volumes: Iterable[tuple[int, Path | str, Volume]], channels
 
 def _refuse_other_grid(grid: Grid, path: Path | str, other: Grid, other_path: Path | str) -> None:
     if (difference := same_grid(grid, other)) is not None:
+        remedy = "Register and resample them first (for brain tumours: BraTS-Toolkit), or repair a wrong header with "
+        remedy += "`segkit convert headers`"
         raise DataError(
             f"does not lie on the grid of {path}: {difference}",
             where=other_path,
             expected="all files of a case on one grid",
-            remedy="Register and resample them first (for brain tumours: BraTS-Toolkit), or repair a wrong header with "
-            "`segkit convert headers`",
+            remedy=remedy if grid.dims == 3 else "Save the files of the case with the same rows and columns",
         )
 
 

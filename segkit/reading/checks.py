@@ -217,7 +217,9 @@ def _compare_grid(grid: Grid, findings: _Findings) -> None:
     if first is None or difference is None:
         return
     repair = f"If only the header is wrong, repair a copy with `{findings.repair}`"
-    resample = "Resample all images of the case to one grid. " + _PREPARE
+    resample = "Save the files of the case with the same rows and columns"
+    if grid.dims == 3:
+        resample = "Resample all images of the case to one grid. " + _PREPARE
     remedy = repair if grid.shape == first.shape else resample
     findings.problems.append(Problem(str(grid.source or ""), difference, remedy))
 

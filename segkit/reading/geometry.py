@@ -111,6 +111,12 @@ def same_grid(a: Grid, b: Grid) -> str | None:
     second = b.source.name if b.source else "the second image"
     if first == second and a.source and b.source:
         first, second = str(a.source), str(b.source)
+    if a.shape != b.shape and a.shape == b.shape[::-1] and a.is_turned != b.is_turned:
+        photograph, mask = (first, second) if a.is_turned else (second, first)
+        return (
+            f"{mask} fits {photograph} as it is stored, but not as viewers show it, turned by its EXIF orientation; "
+            "save both the same way up"
+        )
     if a.shape != b.shape:
         return f"{first} has {format_size(a.shape)} voxels and {second} has {format_size(b.shape)}"
     drift_mm = float(np.linalg.norm(_corners_mm(a) - _corners_mm(b), axis=1).max())

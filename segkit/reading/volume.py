@@ -43,8 +43,9 @@ _JUNK_FOLDERS = frozenset({"__MACOSX", "__pycache__"})
 class Grid:
     """Positions of voxels: shape (D, H, W) or (H, W), affine in mm (RAS+ world), and the codes of the source header.
 
-    Pictures have two axes and an identity affine. `source` is the file the grid was read from; `qform` is the affine of
-    the quaternion form where it differs from `affine`.
+    Pictures have two axes and an identity affine; `is_turned` where their EXIF orientation exchanged rows and columns.
+    `source` is the file the grid was read from; `qform` is the affine of the quaternion form where it differs from
+    `affine`.
     """
 
     shape: tuple[int, ...]
@@ -54,6 +55,7 @@ class Grid:
     qform: Affine | None = None
     xyzt_units: int = 2
     source: Path | None = None
+    is_turned: bool = False
 
     @property
     def dims(self) -> int:
