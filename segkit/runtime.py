@@ -231,13 +231,11 @@ def return_freed_memory(device: torch.device) -> None:
 
 
 def _set_allocator(device: torch.device, parameters: Mapping[int, int]) -> None:
-    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
-        return
     import ctypes
 
-    mallopt = ctypes.CDLL(None).mallopt
-    for parameter, value in parameters.items():
-        mallopt(parameter, value)
+    is_glibc = device.type == "cpu" and platform.libc_ver()[0] == "glibc"
+    for parameter, value in parameters.items() if is_glibc else ():
+        ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def cache_folder() -> Path:

@@ -219,11 +219,11 @@ def _estimate(cohort: Cohort, config: TrainConfig, memory: str | float | None) -
     device = pick_device()
     memory_gb = memory_to_plan_for(parse_gigabytes(memory), device)
     try:
-        needs = estimate_training(labelled, labelled.scheme, config, memory_gb, device)
+        plan, minutes = estimate_training(labelled, labelled.scheme, config, memory_gb, device)
     except SegkitError as error:
         _log.warning("No estimate: %s", error)
         return None
-    return {"memory_gb": round(needs.memory_gb, 2), "minutes": round(needs.minutes, 1)}
+    return {"memory_gb": round(plan.memory_gb, 2), "minutes": round(minutes, 1)}
 
 
 def _dotted(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -62,11 +62,8 @@ def load_model(run_dir: Path | str, device: torch.device | str = "cpu") -> nn.Mo
         network.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         details = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"the weights do not fit {card.network.family!r} as this version builds it ({details})",
-            where=source,
-            remedy="Use the version of segkit that wrote it",
-        ) from error
+        found = f"the weights do not fit {card.network.family!r} as this version builds it ({details})"
+        raise CheckpointError(found, where=source, remedy="Use the version of segkit that wrote it") from error
     return network.to(device).eval()
 
 
@@ -80,7 +77,6 @@ def _require_room_for(card: ModelCard, weights: Mapping[str, Tensor]) -> None:
 
 
 def _read_weights(run_dir: Path, card: ModelCard) -> tuple[dict[str, Tensor], Path]:
-    """The weights of a card, by name, and the file that they come from."""
     if not (run_dir / CARD_NAME).is_file():
         checkpoint = nnunet.checkpoint_path(only_folder(run_dir))
         if checkpoint is not None:
@@ -98,14 +94,8 @@ def build_network(card: ModelCard, *, downloads: bool = True) -> SegmentationNet
     """The network of a card with initial weights; with `downloads`, pretrained encoder weights that the card names."""
     network = card.network
     arguments = {k: v for k, v in network.arguments.items() if downloads or k != "encoder_weights"}
-    return build_model(
-        network.family,
-        in_channels=network.in_channels,
-        out_channels=network.out_channels,
-        dims=card.dims,
-        size=network.size,
-        **arguments,
-    )
+    arguments |= {"in_channels": network.in_channels, "out_channels": network.out_channels}
+    return build_model(network.family, dims=card.dims, size=network.size, **arguments)
 
 
 @dataclass(frozen=True)

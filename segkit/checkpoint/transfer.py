@@ -232,13 +232,12 @@ class _Transfer:
 
     def require_fit(self, absent: Sequence[str]) -> None:
         """Refuse weights of another network: nothing fits or, if strict, not everything does."""
-        complaints = []
-        if absent:
-            complaints.append(f"tensors missing from the file: {len(absent)} ({some(absent)})")
-        if self.unknown:
-            complaints.append(f"tensors unknown to the network: {len(self.unknown)} ({some(self.unknown)})")
-        if self.misshapen:
-            complaints.append(f"tensors of another shape: {len(self.misshapen)} ({some(self.misshapen.values(), 2)})")
+        kinds = (
+            ("missing from the file", absent, some(absent)),
+            ("unknown to the network", self.unknown, some(self.unknown)),
+            ("of another shape", self.misshapen, some(self.misshapen.values(), 2)),
+        )
+        complaints = [f"tensors {what}: {len(names)} ({shown})" for what, names, shown in kinds if names]
         if self.taken and not (self.options.is_strict and complaints):
             self.notes += complaints
             return
@@ -256,7 +255,6 @@ class _Transfer:
 
 
 def _kind(tensor: Tensor) -> str:
-    """The shape as `16 x 4 x 3 x 3 x 3`, with the type of integers."""
     shape = " x ".join(str(size) for size in tensor.shape) or "a single number"
     return shape if tensor.is_floating_point() else f"{shape} of {str(tensor.dtype).removeprefix('torch.')}"
 

@@ -190,8 +190,7 @@ def _count_labels(labels: LabelMap) -> NDArray[np.int64]:
 
 def _rules_for(output: Output, cases: Sequence[_Parts], limits_mm3: Sequence[float]) -> list[SizeRule]:
     chosen: dict[Part, float] = {}
-    rules = []
-    now = np.array([case.dice({}) for case in cases])
+    rules, now = [], np.array([case.dice({}) for case in cases])
     for part in PARTS:
         best, best_limit = now, 0.0
         for limit in limits_mm3:

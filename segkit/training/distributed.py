@@ -94,17 +94,15 @@ class Ranks:
         """
         if self.size == 1:
             return make()
-        made: T | SegkitError | None = None
-        if self.is_first:
-            try:
-                made = make()
-            except SegkitError as error:
-                self.exchange(error)
-                raise
-        found = self.exchange(made)[0]
+        try:
+            made: Any = make() if self.is_first else None
+        except SegkitError as error:
+            self.exchange(error)
+            raise
+        found: Any = self.exchange(made)[0]
         if isinstance(found, SegkitError):
             raise RemoteRankError(found)
-        return found  # type: ignore[return-value]
+        return found  # type: ignore[no-any-return]
 
     def first_before_others(self, make: Callable[[], T]) -> T:
         """The result of `make` in each rank; rank 0 runs it before the others, because it may repair files.
@@ -124,8 +122,7 @@ class Ranks:
         """
         if self.heartbeat is None:
             return [function(item) for item in items]
-        mine: list[T] = []
-        is_cut = False
+        mine, is_cut = [], False
         for item in islice(items, self.rank, None, self.size):
             if is_cut := self._should_stop():
                 break

@@ -10,7 +10,6 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,11 +28,11 @@ _log = logging.getLogger(__name__)
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
-CONFIG_NAME, CHANGES_NAME, SCORES_NAME = "config.yaml", "changes.jsonl", "validation.json"
-_PLAN_NAME, _SPLIT_NAME, _ORIGIN_NAME = "plan.json", "split.json", "weights.json"
+CONFIG_NAME, CHANGES_NAME, SCORES_NAME, ORIGIN_NAME = "config.yaml", "changes.jsonl", "validation.json", "weights.json"
+_PLAN_NAME, _SPLIT_NAME = "plan.json", "split.json"
 _OF_ONE_RUN = (
     *(LAST_NAME, PREVIOUS_NAME, DAMAGED_NAME, CARD_NAME, WEIGHTS_NAME),
-    *(METRICS_NAME, SCORES_NAME, SETTINGS_NAME, CHANGES_NAME, _PLAN_NAME, _ORIGIN_NAME, PAGE_NAME, MLFLOW_RUN_NAME),
+    *(METRICS_NAME, SCORES_NAME, SETTINGS_NAME, CHANGES_NAME, _PLAN_NAME, ORIGIN_NAME, PAGE_NAME, MLFLOW_RUN_NAME),
 )
 FREE_SETTINGS = (
     *("data.cache", "training.checkpoint_minutes", "training.live_page"),
@@ -123,25 +122,8 @@ def write_plan(run: Path, reasons: Mapping[str, str], estimate: Mapping[str, flo
 
 def read_plan(run: Path) -> tuple[Mapping[str, str], Mapping[str, float]]:
     """Reasons by dotted key, and the estimate, from `plan.json`; empty if there is none."""
-    try:
-        document = json.loads((run / _PLAN_NAME).read_text(encoding="utf-8"))
-        return dict(document["reasons"]), dict(document["estimate"])
-    except (OSError, ValueError, KeyError):
-        return {}, {}
-
-
-def write_origin(run: Path, facts: Mapping[str, str], report: Mapping[str, Any]) -> None:
-    """Write `weights.json`: the origin of the first weights, and the report of loading them."""
-    write_json(run / _ORIGIN_NAME, {**facts, "report": dict(report)})
-
-
-def read_origin(run: Path) -> dict[str, str]:
-    """The facts in `weights.json`; empty for random weights."""
-    try:
-        document = json.loads((run / _ORIGIN_NAME).read_text(encoding="utf-8"))
-        return {name: value for name, value in document.items() if isinstance(value, str)}
-    except (OSError, ValueError, AttributeError):
-        return {}
+    document = read_object(run / _PLAN_NAME)
+    return document.get("reasons", {}), document.get("estimate", {})
 
 
 def write_split(
@@ -159,16 +141,28 @@ def require_same_split(run: Path, training: Sequence[str], validation: Sequence[
         RequestError: the split differs.
     """
     path = run / _SPLIT_NAME
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RequestError("cannot be read, so the run cannot be resumed", where=path) from error
+    before = _read_to_resume(path)
     for what, ids in (("training", training), ("validation", validation)):
-        changed = sorted(set(before[what]) ^ set(ids))
-        if changed:
+        if changed := sorted(set(before[what]) ^ set(ids)):
             found = f"the {what} cases are not those that the run began with: {', '.join(changed[:5])}"
             remedy = "Resume with the data, the fold and the excluded cases that it was started with"
             raise RequestError(found, where=path, remedy=remedy)
+
+
+def _read_to_resume(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestError("cannot be read, so the run cannot be resumed", where=path) from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty if there is none."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
@@ -177,32 +171,19 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
     path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
-@dataclass(frozen=True)
-class Change:
-    """A setting whose value changed; `key` is its path."""
-
-    key: tuple[str, ...]
-    old: Any
-    new: Any
-
-    @property
-    def name(self) -> str:
-        """The dotted key."""
-        return ".".join(self.key)
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.old} -> {self.new}"
+Changes = Mapping[str, tuple[Any, Any]]
+"""Dotted key of a setting -> its old and its new value."""
 
 
-def settle_settings(run: Path, config: Config, *, resume: bool, allow_changes: bool) -> list[Change]:
+def settle_settings(run: Path, config: Config, *, resume: bool, allow_changes: bool) -> Changes:
     """Write the settings of a run; returns those that a resumed one changes.
 
     Raises:
         RequestError: see `changes_of`.
     """
-    changes = changes_of(run, config, allow_changes=allow_changes) if resume else []
+    changes = changes_of(run, config, allow_changes=allow_changes) if resume else {}
     if changes:
-        changed = {change.name: {"old": change.old, "new": change.new} for change in changes}
+        changed = {name: {"old": old, "new": new} for name, (old, new) in changes.items()}
         line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "changes": changed}
         with (run / CHANGES_NAME).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -211,56 +192,51 @@ def settle_settings(run: Path, config: Config, *, resume: bool, allow_changes: b
     return changes
 
 
-def changes_of(run: Path, config: Config, *, allow_changes: bool) -> list[Change]:
-    """The settings in which a resumed run would differ from before, apart from `FREE_SETTINGS`.
+def changes_of(run: Path, config: Config, *, allow_changes: bool) -> Changes:
+    """The settings in which a resumed run would differ from before, in their order, apart from `FREE_SETTINGS`.
 
     Raises:
         RequestError: settings differ and may not change, or those of the run cannot be read.
     """
     path = run / SETTINGS_NAME
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RequestError("cannot be read, so the run cannot be resumed", where=path) from error
-    before = build_config(type(config), [(str(path), document)])  # newer settings have their default
-    changes = [change for change in compare(before, config) if change.name not in FREE_SETTINGS]
+    before = dict(_leaves(build_config(type(config), [(str(path), _read_to_resume(path))])))  # with newer defaults
+    changes = {
+        name: (before[name], value)
+        for name, value in _leaves(config)
+        if value != before[name] and name not in FREE_SETTINGS
+    }
     if changes and not allow_changes:
-        found = f"the settings differ from those of the run: {', '.join(map(str, changes))}"
+        shown = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changes.items())
         remedy = "Repeat the settings of the run, or add --allow-changes to continue with the new ones"
-        raise RequestError(found, where=run, remedy=remedy)
+        raise RequestError(f"the settings differ from those of the run: {shown}", where=run, remedy=remedy)
     return changes
 
 
 def with_planned(run: Path, config: ConfigT) -> ConfigT:
     """The settings of a resumed run; those left to planning (None or auto) get the values planned for the run."""
     reasons, _ = read_plan(run)
-    changes = changes_of(run, config, allow_changes=True) if reasons else []
-    left_open = [change for change in changes if change.name in reasons and change.new in (None, "auto")]
-    return with_changes(config, [Change(change.key, change.new, change.old) for change in left_open])
+    changes = changes_of(run, config, allow_changes=True) if reasons else {}
+    planned = {name: old for name, (old, new) in changes.items() if name in reasons and new in (None, "auto")}
+    return with_settings(config, planned)
 
 
-def compare(before: ConfigT, after: ConfigT) -> list[Change]:
-    """The settings that differ, in their order."""
-    pairs = zip(_leaves(before), _leaves(after), strict=True)
-    return [Change(key, old, new) for (key, old), (_, new) in pairs if old != new]
-
-
-def with_changes(config: ConfigT, changes: list[Change]) -> ConfigT:
-    """The settings with these changes."""
+def with_settings(config: ConfigT, values: Mapping[str, Any]) -> ConfigT:
+    """The settings with these values, by dotted key."""
     document = config.model_dump(mode="json")
-    for change in changes:
+    for name, value in values.items():
         section = document
-        for part in change.key[:-1]:
+        *sections, last = name.split(".")
+        for part in sections:
             section = section[part]
-        section[change.key[-1]] = change.new
+        section[last] = value
     return build_config(type(config), [("changes", document)])
 
 
-def _leaves(config: BaseModel, key: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _leaves(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
     document = config.model_dump(mode="json")
     for name in type(config).model_fields:
         value = getattr(config, name)
         if isinstance(value, BaseModel):
-            yield from _leaves(value, (*key, name))
+            yield from _leaves(value, f"{prefix}{name}.")
         else:
-            yield (*key, name), document[name]
+            yield prefix + name, document[name]

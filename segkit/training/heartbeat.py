@@ -25,10 +25,9 @@ _log = logging.getLogger(__name__)
 
 _STAGES = ("preparing", "loading a batch", "computing", "updating the weights", "in validation", "writing", "waiting")
 """Stages of a step, in order."""
-
 _UNLIMITED = ("preparing", "waiting")
 """Stages without a time limit: data may be large, and a waiting process blocks none."""
-
+_KEY = "watch/"
 _MOST_BETWEEN_BEATS_S = 5.0
 _MOST_SILENCE_S = 60.0
 
@@ -65,11 +64,10 @@ class Seen:
 def find_fault(seen: Mapping[int, Seen], now_s: float, timeout_s: float, silence_s: float) -> str | None:
     """A sentence that names the rank at fault; None while all make progress."""
     signs = {rank: other.sign for rank, other in seen.items()}
-    if verdicts := [sign.verdict for sign in signs.values() if sign.verdict]:
-        return verdicts[0]
-    for rank, sign in signs.items():
-        if sign.failure:
-            return f"rank {rank} failed at step {sign.step}: {sign.failure}"
+    found = [sign.verdict for sign in signs.values() if sign.verdict]
+    found += [f"rank {rank} failed at step {sign.step}: {sign.failure}" for rank, sign in signs.items() if sign.failure]
+    if found:
+        return found[0]
     for rank, sign in signs.items():
         if now_s - seen[rank].beaten_s > silence_s or _is_dead(sign):
             return f"rank {rank} is gone; it was last seen {sign.stage} at step {sign.step}"
@@ -84,9 +82,8 @@ def find_fault(seen: Mapping[int, Seen], now_s: float, timeout_s: float, silence
 
 
 def _is_dead(sign: Sign) -> bool:
-    """Whether a process has ended; known only on this host, False for others."""
     if not sign.host or sign.host != _host():
-        return False
+        return False  # not known of other hosts
     status = Path("/proc", str(sign.process), "stat")
     try:
         return status.read_text().rpartition(")")[2].split()[0] == "Z"  # a zombie
@@ -158,7 +155,6 @@ class Heartbeat:
         return any(0 in self._seen and self._seen[0].sign.failure == failure for _ in self._looking(within_s))
 
     def _looking(self, within_s: float) -> Iterator[float]:
-        """Look at the other processes again and again; yields the time after each look."""
         until_s = time.monotonic() + within_s
         while time.monotonic() < until_s:
             self._look()
@@ -189,7 +185,7 @@ class Heartbeat:
     def _publish(self) -> None:
         with self._lock, _ignoring_lost_store():
             self._beats += 1
-            self.store.set(_key(self.rank), json.dumps(vars(self._sign)))
+            self.store.set(f"{_KEY}{self.rank}", json.dumps(vars(self._sign)))
 
     def _look(self) -> None:
         with self._lock:
@@ -199,9 +195,9 @@ class Heartbeat:
 
     def _note(self, rank: int) -> None:
         is_own = rank == self.rank
-        if not is_own and not self.store.check([_key(rank)]):
+        if not is_own and not self.store.check([f"{_KEY}{rank}"]):
             return
-        sign = self._sign if is_own else Sign(**json.loads(self.store.get(_key(rank))))
+        sign = self._sign if is_own else Sign(**json.loads(self.store.get(f"{_KEY}{rank}")))
         now_s = time.monotonic()
         before = self._seen.setdefault(rank, Seen(sign, now_s, now_s))
         is_alive, has_moved = is_own or sign.beats != before.sign.beats, sign.marks != before.sign.marks
@@ -218,7 +214,3 @@ def _ignoring_lost_store() -> Iterator[None]:
 
 def _first_line(text: str) -> str:
     return (text.splitlines() or ["no message"])[0]
-
-
-def _key(rank: int) -> str:
-    return f"watch/{rank}"

@@ -51,12 +51,12 @@ class Interruption:
     @property
     def stops_here(self) -> bool:
         """Whether this process got a signal to end, even before the ranks agreed on it."""
-        return self.stop or any(number in _STOPS for number in self._received)
+        return self.stop or not set(_STOPS).isdisjoint(self._received)
 
     @property
     def keeps_here(self) -> bool:
-        """Whether this process got a signal to write the state, even before the ranks agreed on it."""
-        return self.keep or any(number in _KEEPS for number in self._received)
+        """The same for a signal to write the state."""
+        return self.keep or not set(_KEEPS).isdisjoint(self._received)
 
     def agree(self, *, stop: bool, keep: bool) -> None:
         """Set the requests to any of the ranks."""

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -43,7 +43,7 @@ class Journal:
         """
         self.path = run / METRICS_NAME
         self.curves = Curves()
-        rows = [row for row in read_rows(self.path) if row["step"] <= step]
+        rows = [row for row in _read_rows(self.path) if row["step"] <= step]
         with written_atomically(self.path) as partial:
             partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         for row in rows:
@@ -77,16 +77,10 @@ class Journal:
         os.fsync(self._file.fileno())
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`, without incomplete lines; none if there is no file."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
+def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):  # of an incomplete line
+            row = json.loads(line)
             if isinstance(row, dict) and "step" in row:
                 yield row
 
@@ -121,7 +115,6 @@ class Curves:
 
 
 def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The mean loss of several steps, with step and lr of the last one."""
     last = {name: rows[-1][name] for name in ("step", "lr") if name in rows[-1]}
     return {**last, "loss": sum(row["loss"] for row in rows) / len(rows)}
 
@@ -153,8 +146,7 @@ class LiveView:
     """Updates `figures/curves.png` and `report.html` during a run; errors are logged and do not end the training."""
 
     def __init__(self, run: Path, *, with_page: bool) -> None:
-        self.run = run
-        self.with_page = with_page
+        self.run, self.with_page = run, with_page
         self._took_s = _EXPECTED_DRAWING_S
         self._drawn_s = time.monotonic()
         self._failed: set[str] = set()
@@ -165,15 +157,13 @@ class LiveView:
         if began - self._drawn_s < self._took_s / _DRAWING_SHARE and not is_last:
             return
         self._attempt("curves.png", lambda: curves_figure(self.run / "figures" / "curves.png", curves.rows()))
-        if self.with_page:
-            self._attempt(PAGE_NAME, lambda: _write_page(self.run, is_live=True))
+        self._show_page(is_live=True)
         self._drawn_s = time.monotonic()
         self._took_s = self._drawn_s - began
 
     def finish(self) -> None:
         """Update the page for the last time, after the scores are written."""
-        if self.with_page:
-            self._attempt(PAGE_NAME, lambda: _write_page(self.run, is_live=False))
+        self._show_page(is_live=False)
 
     @contextmanager
     def until_finished(self) -> Iterator[None]:
@@ -183,8 +173,8 @@ class LiveView:
         note = self.run / INTERRUPTED_NAME
         before = note.read_bytes() if note.exists() else None
         note.unlink(missing_ok=True)
-        if self.with_page and (self.run / PAGE_NAME).exists():  # it may show that the run had stopped
-            self._attempt(PAGE_NAME, lambda: _write_page(self.run, is_live=True))
+        if (self.run / PAGE_NAME).exists():  # it may show that the run had stopped
+            self._show_page(is_live=True)
         try:
             yield
         except BaseException as error:
@@ -193,6 +183,10 @@ class LiveView:
                 self._attempt(INTERRUPTED_NAME, lambda: note.write_bytes(note_text))
                 self.finish()
             raise
+
+    def _show_page(self, *, is_live: bool) -> None:
+        if self.with_page:
+            self._attempt(PAGE_NAME, lambda: _write_page(self.run, is_live=is_live))
 
     def _attempt(self, name: str, show: Callable[[], object]) -> None:
         try:

@@ -22,22 +22,13 @@ from torch import Tensor, nn
 from segkit.checkpoint.tensors import load_state, save_state
 from segkit.errors import CheckpointError, RequestError, TrainingError
 from segkit.runtime import pick_precision, random_states, seed_everything, set_random_states
+from segkit.training import sharding
 from segkit.training.batches import drawn_from, is_lost_worker, to_device
 from segkit.training.config import LoopConfig, OptimiserConfig
 from segkit.training.distributed import Ranks
 from segkit.training.interruption import Interruption, listening
 from segkit.training.journal import Journal, LiveView, ProgressLines
 from segkit.training.optim import Clock, MovingAverage, build_optimiser, get_lr, restore_optimiser, set_lr
-from segkit.training.sharding import (
-    Shards,
-    accumulating,
-    data_parallel,
-    parts_like,
-    require_units,
-    take_parts,
-    whole,
-    whole_for_first,
-)
 from segkit.training.task import Batch, Score, Task
 
 _log = logging.getLogger(__name__)
@@ -61,13 +52,12 @@ class State:
 
 @dataclass(frozen=True)
 class Status:
-    """Progress and what is due, the same in all ranks."""
+    """Progress and what is due, the same in all ranks; `is_checkpoint_due_first`: before a validation."""
 
     progress: float
     may_validate: bool
     is_checkpoint_due: bool
     is_checkpoint_due_first: bool
-    """Whether the last checkpoint would be too old after a validation."""
 
 
 def fit(
@@ -179,7 +169,8 @@ class Loop:
     def finish_step(self, row: Row) -> None:
         """Validate, write the row and the checkpoint; a session may resume with this after its last step."""
         self.validate_if_due(row)
-        self.write_row(row)
+        if self.journal is not None:
+            self.journal.write({**row, "seconds": round(time.monotonic() - self.clock.started_s, 2)})
         self.checkpoint_if_due()
 
     def validate_if_due(self, row: Row) -> None:
@@ -212,12 +203,6 @@ class Loop:
         row.update({"score": score.value, **score.details})
         _log.info("step %d  validation %.4f  best %.4f", self.state.step, score.value, self.state.best)
         self.status = self.agree()
-
-    def write_row(self, row: Row) -> None:
-        """Add the row of the last step to the journal."""
-        elapsed_s = time.monotonic() - self.clock.started_s
-        if self.journal is not None:
-            self.journal.write({**row, "seconds": round(elapsed_s, 2)})
 
     def checkpoint_if_due(self) -> None:
         """Write a checkpoint at the end of an epoch, after `checkpoint_minutes`, or on a signal.
@@ -267,13 +252,13 @@ class Trainer:
         self.task, self.training, self.optimisation = task, training, optimisation
         self.device, self.ranks = device, ranks
         self.precision = pick_precision(training.precision, device)
-        self.shards: Shards | None = None
+        self.shards: sharding.Shards | None = None
         if training.sharding == "full":
-            require_units(task.model, self.precision, ranks)
-            self.shards = Shards(task, device, ranks)
+            sharding.require_units(task.model, self.precision, ranks)
+            self.shards = sharding.Shards(task, device, ranks)
         else:
             task.model.to(device)
-        self.loss = data_parallel(task, ranks) if self.shards is None else self.shards.loss
+        self.loss = sharding.data_parallel(task, ranks) if self.shards is None else self.shards.loss
         if not ranks.is_first:
             seed_everything(training.seed + ranks.rank)  # ranks differ in dropout
         self.optimiser = build_optimiser(task.model, optimisation)
@@ -293,7 +278,7 @@ class Trainer:
             batch = to_device(next(batches), self.device)
             self.ranks.mark("computing")
             is_full = self.precision == torch.float32
-            with accumulating(self.loss, is_last=number == count):
+            with sharding.accumulating(self.loss, is_last=number == count):
                 with nullcontext() if is_full else torch.autocast(self.device.type, self.precision):
                     loss = self.loss(batch) / count
                 torch.autograd.backward(self.scaler.scale(loss))
@@ -313,10 +298,9 @@ class Trainer:
             self.average.update(self.task.model)
         return total
 
-    def weights(self) -> Mapping[str, Tensor]:
-        """The whole weights to validate and save: the moving average if there is one."""
-        weights: Mapping[str, Tensor] = whole(self.average.average if self.average else self.task.model.state_dict())
-        return weights
+    def weights(self) -> Any:
+        """The whole weights to validate and save, tensors by name: the moving average if there is one."""
+        return sharding.whole(self.average.average if self.average else self.task.model.state_dict())
 
     def validate(self, weights: Mapping[str, Tensor]) -> Score:
         """The task's score of whole weights."""
@@ -333,7 +317,7 @@ class Trainer:
         return {
             "format": _FORMAT,
             "progress": {**vars(state), "row": unfinished or {}},
-            **whole_for_first(tensors, self.ranks),
+            **sharding.whole_for_first(tensors, self.ranks),
             "scaler": self.scaler.state_dict(),
             "random": self.ranks.exchange(random_states(self.device)),
         }
@@ -353,7 +337,7 @@ class Trainer:
             found = f"the run was trained by {len(streams)} processes, now there are {self.ranks.size}"
             raise RequestError(found, remedy="Start as many, or add --allow-changes to train with another batch")
         try:
-            take_parts(self.task.model.state_dict(), snapshot["model"])
+            sharding.take_parts(self.task.model.state_dict(), snapshot["model"])
         except RuntimeError as error:
             found = f"the checkpoint does not match the network ({error})"
             raise RequestError(found, remedy="Resume with the network that the run began with") from error
@@ -361,8 +345,8 @@ class Trainer:
             self.average.load_state_dict(snapshot["average"])
         moments = snapshot["optimiser"]
         listed = (parameter for group in self.optimiser.param_groups for parameter in group["params"])
-        moments = {**moments, "state": parts_like(moments["state"], dict(enumerate(listed)))}
-        restore_optimiser(self.optimiser, moments)
+        state = sharding.parts_like(moments["state"], dict(enumerate(listed)))
+        restore_optimiser(self.optimiser, {**moments, "state": state})
         self.scaler.load_state_dict(snapshot["scaler"])
         if self.ranks.rank < len(streams):
             set_random_states(streams[self.ranks.rank], self.device)

@@ -4,7 +4,6 @@ Functions are in the order in which they run: find and split the cases, plan, ca
 Cross-validation, which runs this for each fold, comes last.
 """
 
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -18,24 +17,8 @@ from segkit.checkpoint.card import ModelCard
 from segkit.errors import DataError, RequestError
 from segkit.preparing.memory import has_room_to_keep
 from segkit.runtime import available_memory_gb, keep_freed_memory, peak_rss_mb, return_freed_memory
+from segkit.training import folder
 from segkit.training.config import TrainConfig, with_values
-from segkit.training.folder import (
-    SCORES_NAME,
-    Change,
-    changes_of,
-    has_state,
-    open_folder,
-    read_config,
-    require_same_split,
-    require_usable,
-    restore_config_on_error,
-    settle_settings,
-    with_changes,
-    write_config,
-    write_json,
-    write_plan,
-    write_split,
-)
 from segkit.training.journal import LiveView
 from segkit.training.loop import fit
 from segkit.training.segmentation import SegmentationKind, dice_scores
@@ -58,9 +41,11 @@ def train(request: TrainingRequest[ConfigT], kind: Kind[ConfigT, TaskT]) -> Summ
         TrainingError: the training diverged.
     """
     run, ranks = request.run, request.ranks
-    with restore_config_on_error(run, is_first=ranks.is_first):
+    with folder.restore_config_on_error(run, is_first=ranks.is_first):
         trackers = request.config.training.trackers
-        ranks.from_first(lambda: require_usable(run, trackers, resume=request.resume, overwrite=request.overwrite))
+        ranks.from_first(
+            lambda: folder.require_usable(run, trackers, resume=request.resume, overwrite=request.overwrite)
+        )
         plan = plan_run(request, kind)
         card, weights = begin(plan, kind)
         if kind.is_supervised:  # the memory of the others is not planned
@@ -92,7 +77,7 @@ def train(request: TrainingRequest[ConfigT], kind: Kind[ConfigT, TaskT]) -> Summ
             summary = Summary(run, scores, state.step, minutes, peak_rss_mb(), skipped)
             if ranks.is_first:
                 estimate = {f"estimated_{key}": value for key, value in plan.estimate.items()}
-                write_json(run / SCORES_NAME, {**summary.to_json(), **estimate})
+                folder.write_json(run / folder.SCORES_NAME, {**summary.to_json(), **estimate})
                 view.finish()
     expected = f" (estimated {plan.estimate['memory_gb']:.2f} GB)" if "memory_gb" in plan.estimate else ""
     peak_gb = summary.peak_rss_mb / 1024
@@ -109,13 +94,12 @@ def plan_run(request: TrainingRequest[ConfigT], kind: Kind[ConfigT, TaskT]) -> R
     plan = kind.plan(request)
     if request.resume:
         allow_changes = request.allow_changes
-        request.ranks.from_first(lambda: changes_of(request.run, plan.config, allow_changes=allow_changes))
-        require_same_split(request.run, *_split_ids(plan, kind))
+        request.ranks.from_first(lambda: folder.changes_of(request.run, plan.config, allow_changes=allow_changes))
+        folder.require_same_split(request.run, *_split_ids(plan, kind))
     return plan
 
 
 def _split_ids(plan: RunPlan[ConfigT], kind: Kind[ConfigT, TaskT]) -> tuple[list[str], list[str]]:
-    """Ids of training and validation cases; with the name of their folder if there may be several."""
     named = [("" if kind.is_supervised else f"{split.name}/", split) for split in plan.data]
     training = [prefix + case_id for prefix, split in named for case_id in split.training_ids]
     return training, [prefix + case_id for prefix, split in named for case_id in split.validation_ids]
@@ -140,15 +124,14 @@ def begin(plan: RunPlan[ConfigT], kind: Kind[ConfigT, TaskT]) -> tuple[ModelCard
 
 
 def _open(plan: RunPlan[ConfigT], kind: Kind[ConfigT, TaskT], weights: FirstWeights) -> None:
-    """Make the run folder and write settings, plan and split."""
     request, config = plan.request, plan.config
-    open_folder(request.run, config, resume=request.resume, allow_changes=request.allow_changes)
+    folder.open_folder(request.run, config, resume=request.resume, allow_changes=request.allow_changes)
     weights.keep(request.run)
-    write_config(request.run, config, plan.reasons, plan.heading)
+    folder.write_config(request.run, config, plan.reasons, plan.heading)
     if not request.resume:
         if plan.estimate:
-            write_plan(request.run, plan.reasons, plan.estimate)
-        write_split(request.run, request.data, *_split_ids(plan, kind), config.data.exclude)
+            folder.write_plan(request.run, plan.reasons, plan.estimate)
+        folder.write_split(request.run, request.data, *_split_ids(plan, kind), config.data.exclude)
 
 
 def _prepare(plan: RunPlan[ConfigT], kind: Kind[ConfigT, TaskT]) -> tuple[RunPlan[ConfigT], dict[str, str]]:
@@ -164,7 +147,7 @@ def _prepare(plan: RunPlan[ConfigT], kind: Kind[ConfigT, TaskT]) -> tuple[RunPla
         cohort, config = split.cohort, split.preprocessing
         mine = cohort.cases[ranks.rank :: ranks.size]
         parts = ranks.exchange(store.entries(mine, cohort.modalities, cohort.scheme, config, memory_gb=memory_gb))
-        folders = {case_id: folder for found, _ in parts for case_id, folder in found.items()}
+        folders = {case_id: path for found, _ in parts for case_id, path in found.items()}
         reasons = {case_id: reason for _, left_out in parts for case_id, reason in left_out.items()}
         for reason in reasons.values():
             _log.warning("left out: %s", reason)
@@ -191,7 +174,7 @@ def cross_validate(request: TrainingRequest[TrainConfig]) -> Summary:
         RequestError: there is one patient only, or as for `train`.
     """
     run, ranks = request.run, request.ranks
-    with restore_config_on_error(run, is_first=ranks.is_first):
+    with folder.restore_config_on_error(run, is_first=ranks.is_first):
         patients = patients_of(find_cohort(request))
         if patients == 1:
             where = request.data[0]
@@ -209,36 +192,33 @@ def cross_validate(request: TrainingRequest[TrainConfig]) -> Summary:
             documents.append(document)
         summary = summarise_folds(run, documents, (time.monotonic() - request.started_s) / 60)
         if ranks.is_first:
-            write_json(run / SCORES_NAME, summary.to_json())
+            folder.write_json(run / folder.SCORES_NAME, summary.to_json())
         return summary
 
 
-def _open_folds(request: TrainingRequest[TrainConfig]) -> list[Change]:
+def _open_folds(request: TrainingRequest[TrainConfig]) -> folder.Changes:
     """Make the folder of a cross-validation; returns the settings that change when it is resumed."""
-    run = request.run
+    run, config = request.run, request.config
     run.mkdir(parents=True, exist_ok=True)
-    changes = settle_settings(run, request.config, resume=request.resume, allow_changes=request.allow_changes)
-    write_config(run, request.config, {}, f"cross-validation of {request.data[0]}")
+    changes = folder.settle_settings(run, config, resume=request.resume, allow_changes=request.allow_changes)
+    folder.write_config(run, config, {}, f"cross-validation of {request.data[0]}")
     return changes
 
 
 def _finished_fold(request: TrainingRequest[TrainConfig], fold: int) -> dict[str, Any] | None:
-    path = request.run / f"fold_{fold}" / SCORES_NAME
-    if not request.resume or not path.exists():
-        return None
-    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return document
+    path = request.run / f"fold_{fold}" / folder.SCORES_NAME
+    return folder.read_object(path) or None if request.resume else None
 
 
 def _fold_request(
-    request: TrainingRequest[TrainConfig], fold: int, folds_left: int, changes: Sequence[Change]
+    request: TrainingRequest[TrainConfig], fold: int, folds_left: int, changes: folder.Changes
 ) -> TrainingRequest[TrainConfig]:
     """The request of a fold: a started one keeps its plan, with the changes; a new one gets its share of the time."""
     run = request.run / f"fold_{fold}"
     now_s = time.monotonic()
-    if request.resume and has_state(run):
-        of_all = [change for change in changes if change.name not in _OF_A_FOLD]
-        return replace(request, run=run, config=with_changes(read_config(run), of_all), started_s=now_s)
+    if request.resume and folder.has_state(run):
+        of_all = {name: new for name, (_, new) in changes.items() if name not in _OF_A_FOLD}
+        return replace(request, run=run, config=folder.with_settings(folder.read_config(run), of_all), started_s=now_s)
     config = with_values(request.config, "data", fold=fold)
     if config.training.budget_minutes is not None:
         left = config.training.budget_minutes - (now_s - request.started_s) / 60
@@ -251,8 +231,8 @@ def summarise_folds(run: Path, folds: Sequence[Mapping[str, Any]], minutes: floa
 
     Folds without post-processing contribute the same scores to "postprocessed".
     """
-    cases: dict[str, Mapping[str, float]] = {}
-    postprocessed: dict[str, Mapping[str, float]] = {}
+    cases: dict[str, Any] = {}
+    postprocessed: dict[str, Any] = {}
     skipped: dict[str, str] = {}
     for fold in folds:
         cases |= fold["cases"]

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -106,11 +106,11 @@ def find_cohort(request: TrainingRequest[TrainConfig]) -> Cohort:
             where=request.data[0],
             remedy=problem.remedy if problem else "Name it with --label-scheme",
         )
-    known = {case.id for case in cohort.cases}
+    known, excluded = {case.id for case in cohort.cases}, set(data.exclude)
     if unknown := [case_id for case_id in data.exclude if case_id not in known]:
         raise RequestError(f"cases to exclude do not exist: {', '.join(unknown[:5])}", where=request.data[0])
-    cases = tuple(case for case in cohort.cases if case.id not in set(data.exclude))
-    patients = {case.patient for case in cohort.cases if case.id in set(data.exclude)}
+    cases = tuple(case for case in cohort.cases if case.id not in excluded)
+    patients = {case.patient for case in cohort.cases if case.id in excluded}
     if related := [case.id for case in cases if case.patient in patients]:
         _log.warning("excluded cases have others of the same patient in training; exclude these too: %s", some(related))
     for case in cases:
@@ -185,19 +185,10 @@ def _has_units(network: NetworkConfig, dims: int) -> bool:
     return hasattr(built, "units")
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Expected peak memory of a run in GiB, its minutes, and the plan behind them."""
-
-    memory_gb: float
-    minutes: float
-    plan: Plan
-
-
 def estimate_training(
     cohort: Cohort, scheme: LabelScheme, config: TrainConfig, memory_gb: float, device: torch.device | None = None
-) -> Estimate:
-    """Plan a run on a cohort, and estimate its duration from the time of a training step and an inference window.
+) -> tuple[Plan, float]:
+    """The plan of a run on a cohort, and its minutes, from the time of a training step and an inference window.
 
     Raises:
         DataError: no case can be read.
@@ -208,7 +199,7 @@ def estimate_training(
     network = replace(request, arguments=plan.arguments).network(fingerprint, scheme)
     device = device or torch.device("cpu")
     step_s, window_s = _measured(network, plan, device)
-    return Estimate(plan.memory_gb, estimate_minutes(fingerprint, plan, config, step_s, window_s), plan)
+    return plan, estimate_minutes(fingerprint, plan, config, step_s, window_s)
 
 
 def estimate_minutes(

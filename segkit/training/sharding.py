@@ -64,16 +64,12 @@ def require_units(network: nn.Module, precision: torch.dtype, ranks: Ranks) -> N
         RequestError: the network has no `units`, there is one process only, or the precision is fp16.
     """
     if ranks.size == 1:
-        raise RequestError(
-            "training.sharding=full shares a network between processes, but there is one",
-            remedy="Start more with torchrun or --gpus, or leave it at auto",
-        )
+        found = "training.sharding=full shares a network between processes, but there is one"
+        raise RequestError(found, remedy="Start more with torchrun or --gpus, or leave it at auto")
     if not hasattr(network, "units"):
-        raise RequestError(
-            f"training.sharding=full does not know the units of {type(network).__name__}",
-            expected="stunet, whose sizes L and H need it",
-            remedy="Set training.sharding=none",
-        )
+        found = f"training.sharding=full does not know the units of {type(network).__name__}"
+        expected = "stunet, whose sizes L and H need it"
+        raise RequestError(found, expected=expected, remedy="Set training.sharding=none")
     if precision == torch.float16:
         raise RequestError("training.sharding=full does not support fp16", remedy="Set training.precision=bf16")
 

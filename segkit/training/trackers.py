@@ -90,7 +90,8 @@ class MlflowTracker:
         experiment = self.client.get_experiment_by_name(_EXPERIMENT)
         identity = experiment.experiment_id if experiment else self.client.create_experiment(_EXPERIMENT)
         run_id: str = self.client.create_run(identity, run_name=run.resolve().name).info.run_id
-        for name, value in _parameters(run):
+        path = run / SETTINGS_NAME
+        for name, value in _parameters(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}):
             self.client.log_param(run_id, name, value)
         return run_id
 
@@ -165,16 +166,12 @@ def numbers_in(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + name, float(value)
 
 
-def _parameters(run: Path) -> Iterator[tuple[str, str]]:
-    def flat(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
-        for name, value in section.items():
-            if isinstance(value, Mapping) and value:
-                yield from flat(value, f"{prefix}{name}.")
-            else:
-                yield prefix + name, str(value)[:_LONGEST_PARAMETER]
-
-    path = run / SETTINGS_NAME
-    yield from flat(json.loads(path.read_text(encoding="utf-8")), "") if path.exists() else ()
+def _parameters(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in section.items():
+        if isinstance(value, Mapping) and value:
+            yield from _parameters(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, str(value)[:_LONGEST_PARAMETER]
 
 
 def _local_store(run: Path) -> str:

@@ -1,6 +1,5 @@
 """Base of pre-training and inpainting: data without label maps, and measures before and after the training."""
 
-import json
 import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from segkit.preparing.preprocessing import PreprocessingConfig
 from segkit.preparing.splits import train_and_validation
 from segkit.reading.case import Case, Cohort
 from segkit.training.config import DataConfig, NetworkConfig, RunConfig
-from segkit.training.folder import SCORES_NAME, write_json
+from segkit.training.folder import SCORES_NAME, read_object, write_json
 from segkit.training.task import Kind, RunPlan, SplitData, Task, TrainingRequest
 
 _log = logging.getLogger(__name__)
@@ -34,15 +33,12 @@ class MeasuredTask(Task, Protocol):
     @property
     def images(self) -> Mapping[str, int]:
         """Number of training images, by data folder."""
-        ...
 
     def measure(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
         """The measures of these weights."""
-        ...
 
     def take_best(self, run: Path) -> None:
         """Load the weights that `save` wrote last."""
-        ...
 
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
@@ -85,11 +81,7 @@ class UnlabelledKind(Kind[ConfigT, TaskT]):
         """Measures of the first weights; a resumed run has them from validation.json."""
         request, path = plan.request, plan.request.run / SCORES_NAME
         if request.resume:
-            try:
-                kept: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))["before"]
-            except (OSError, ValueError, KeyError):
-                return {}
-            return kept
+            return dict(read_object(path).get("before", {}))
         task.model.to(request.device)
         before = task.measure(task.model.state_dict())
         _log.info("before: %s", _on_one_line(before))
@@ -126,9 +118,9 @@ def find_split(
     cases = tuple(case for case in cohort.cases if _is_usable(case, data.exclude))
     if not cases:
         raise RequestError("no case is left to learn from", where=folder, remedy="See `segkit check`")
-    cohort = replace(cohort, cases=cases)
     if not keeps_references:
-        cohort = replace(cohort, cases=tuple(replace(case, label=None, scheme=None) for case in cases), scheme=None)
+        cases = tuple(replace(case, label=None, scheme=None) for case in cases)
+    cohort = replace(cohort, cases=cases, scheme=cohort.scheme if keeps_references else None)
     reasons: dict[str, str] = {}
     preprocessing = plan_preprocessing(take_fingerprint(cohort), asked, reasons)
     for key, reason in reasons.items():

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from segkit.checkpoint.card import ModelCard
-from segkit.checkpoint.model import WeightSource, build_network, read_source
-from segkit.checkpoint.transfer import LoadReport, TransferOptions, transfer
+from segkit.checkpoint.model import build_network, read_source
+from segkit.checkpoint.transfer import TransferOptions, transfer
 from segkit.errors import CheckpointError, RequestError, as_request, some
 from segkit.models.blocks import SegmentationNetwork
 from segkit.runtime import seed_everything
 from segkit.training.config import RunConfig
-from segkit.training.folder import read_origin, write_origin
+from segkit.training.folder import ORIGIN_NAME, read_object, write_json
 
 _log = logging.getLogger(__name__)
 
@@ -36,15 +36,14 @@ class FirstWeights:
 
     def completed(self, card: ModelCard) -> ModelCard:
         """The card with the divisor of the network and the origin of its weights."""
-        data = card.training_data
-        if self.facts:
-            data = data.model_copy(update={"initial_weights": dict(self.facts)})
+        facts = {"initial_weights": dict(self.facts)} if self.facts else {}
+        data = card.training_data.model_copy(update=facts)
         return card.model_copy(update={"divisor": tuple(self.network.divisor), "training_data": data})
 
     def keep(self, run: Path) -> None:
-        """Write `weights.json`, unless the weights are random."""
+        """Write `weights.json`, unless the weights are random or those of a resumed run."""
         if self.report:
-            write_origin(run, self.facts, self.report)
+            write_json(run / ORIGIN_NAME, {**self.facts, "report": dict(self.report)})
 
 
 def first_weights(
@@ -63,10 +62,12 @@ def first_weights(
             return FirstWeights(build_network(card))
     network = build_network(card)
     path = config.network.weights
-    if resume or path is None:
-        if not resume and config.optimiser.encoder_lr == 0 and not config.network.arguments.get("encoder_weights"):
+    if resume:
+        return FirstWeights(network, {k: v for k, v in read_object(run / ORIGIN_NAME).items() if isinstance(v, str)})
+    if path is None:
+        if config.optimiser.encoder_lr == 0 and not config.network.arguments.get("encoder_weights"):
             _log.warning("optimiser.encoder_lr=0 freezes an encoder of random weights: name others with --weights")
-        return FirstWeights(network, read_origin(run) if resume else {})
+        return FirstWeights(network)
     options = TransferOptions(
         input_adapt=config.network.input_adapt,
         is_strict=config.network.weights_share == 1,
@@ -78,9 +79,15 @@ def first_weights(
         report = transfer(network, source, options)
     except CheckpointError as error:
         raise as_request(error) from error
-    share = encoder_share(network, {*report.loaded, *report.adapted})
-    if share < config.network.weights_share:
-        raise _too_little(network, source, report, share, config.network.weights_share)
+    share, least = encoder_share(network, {*report.loaded, *report.adapted}), config.network.weights_share
+    if share < least:
+        lacking = some(name for name in report.missing if name.startswith(network.encoder_prefix))
+        raise RequestError(
+            f"holds {percent(share)} of the encoder's parameters; {'; '.join((f'without {lacking}', *report.notes))}",
+            where=source.file,
+            expected=f"at least {percent(least)} (network.weights_share)",
+            remedy="Choose the network.family and network.size that it was trained as, or lower network.weights_share",
+        )
     _log.info("weights of %s: %s of the encoder; %s", path, percent(share), report)
     return FirstWeights(network, source.facts(), {**dataclasses.asdict(report), "encoder_share": share})
 
@@ -94,16 +101,3 @@ def encoder_share(network: SegmentationNetwork, names: Collection[str]) -> float
 def percent(share: float) -> str:
     """`99.9 %`, rounded down: a share below a limit must not be shown as the limit."""
     return f"{math.floor(1000 * share + 1e-9) / 10:g} %"
-
-
-def _too_little(
-    network: SegmentationNetwork, source: WeightSource, report: LoadReport, share: float, least: float
-) -> RequestError:
-    lacking = some(name for name in report.missing if name.startswith(network.encoder_prefix))
-    reasons = "".join(f"; {note}" for note in report.notes)
-    return RequestError(
-        f"holds {percent(share)} of the encoder's parameters; without {lacking}{reasons}",
-        where=source.file,
-        expected=f"at least {percent(least)} (network.weights_share)",
-        remedy="Choose the network.family and network.size that it was trained as, or lower network.weights_share",
-    )

@@ -60,9 +60,9 @@ def test_estimate_comes_from_planning(
 
     def estimate_training(
         cohort: Cohort, scheme: LabelScheme, config: TrainConfig, memory_gb: float, device: object
-    ) -> SimpleNamespace:
+    ) -> tuple[SimpleNamespace, float]:
         asked.append((len(cohort.cases), scheme.name, config.network.family, memory_gb))
-        return SimpleNamespace(memory_gb=3.14159, minutes=12.34)
+        return SimpleNamespace(memory_gb=3.14159), 12.34
 
     monkeypatch.setattr("segkit.training.segmentation_plan.estimate_training", estimate_training)
     for number in range(1, 7):
@@ -78,11 +78,11 @@ def test_estimate_is_for_the_preset_and_settings_asked_for(
 ) -> None:
     asked: list[tuple[str | None, int]] = []
 
-    def estimate_training(*arguments: object) -> SimpleNamespace:
+    def estimate_training(*arguments: object) -> tuple[SimpleNamespace, float]:
         config = arguments[2]
         assert isinstance(config, TrainConfig)
         asked.append((config.network.size, config.training.steps))
-        return SimpleNamespace(memory_gb=1, minutes=2)
+        return SimpleNamespace(memory_gb=1), 2
 
     monkeypatch.setattr("segkit.training.segmentation_plan.estimate_training", estimate_training)
     _brats(tmp_path, 1)
