@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from segkit.evaluation.score_files import read_scores
-from segkit.metrics.bootstrap import mean_interval, median_interval
+from segkit.metrics.statistics import mean_interval, median_interval
 
 CASES = (5, 10, 15, 25, 50, 100)
 

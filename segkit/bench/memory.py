@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from segkit.bench.process import run_python
+from segkit.bench.whole import run_python
 from segkit.errors import SegkitError
 from segkit.models.blocks import SegmentationNetwork
 from segkit.models.table import build_model

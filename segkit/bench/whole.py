@@ -5,8 +5,12 @@ the rounds, with an empty cache: it includes writing the network for the runtime
 """
 
 import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +18,40 @@ from typing import Any
 
 import numpy as np
 
-from segkit.bench.process import Finished, run_python
 from segkit.checkpoint.run_folder import load_card
 from segkit.errors import RequestError
 from segkit.metrics.overlap import dice_by_region
 from segkit.reading.files import read_labels
+from segkit.runtime import variables_with
 from segkit.shapes import LabelMap
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Output of a process, its exit code, wall seconds and peak resident memory in MB."""
+
+    output: str
+    errors: str
+    code: int
+    seconds: float
+    peak_rss_mb: float
+
+
+def run_python(arguments: Sequence[str], **variables: str) -> Finished:
+    """Run Python with these arguments and environment variables."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output, tempfile.TemporaryFile("w+") as errors:
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, *arguments], stdout=output, stderr=errors, env=variables_with(**variables)
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        errors.seek(0)
+        scale = 1024**2 if sys.platform == "darwin" else 1024
+        return Finished(output.read(), errors.read(), process.returncode, seconds, usage.ru_maxrss / scale)
+
 
 Row = dict[str, Any]
 

@@ -92,7 +92,7 @@ def evaluate(
 
 
 def _print_summary(evaluation: Evaluation) -> None:
-    from segkit.evaluation.tables import summary_rows
+    from segkit.evaluation.score_files import summary_rows
 
     columns, rows = summary_rows(evaluation.summary, evaluation.headline())
     title = f"{len(evaluation.cases)} cases, protocol {evaluation.protocol}{evaluation.where()}; mean (median)"

@@ -2,7 +2,7 @@
 
 Every pair of models gets, for each region and metric, the mean difference with its bootstrap interval, a Wilcoxon
 signed-rank test corrected by Holm's method over all tests of the comparison, and an effect size; all models together
-get the rank scores of `segkit.metrics.significance`. Where patients have several cases, only patients are independent:
+get the rank scores of `segkit.metrics.statistics`. Where patients have several cases, only patients are independent:
 intervals and exchanges draw whole patients, and the signed-rank test takes each patient's mean difference.
 """
 
@@ -17,11 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segkit.errors import RequestError
-from segkit.evaluation.score_files import ScoreSet
-from segkit.evaluation.tables import csv_table, interval_text, markdown_list, markdown_table, write_documents
-from segkit.metrics import significance
-from segkit.metrics.bootstrap import RESAMPLES, Interval, mean_interval, number_patients
+from segkit.evaluation.score_files import (
+    ScoreSet,
+    csv_table,
+    interval_text,
+    markdown_list,
+    markdown_table,
+    write_documents,
+)
+from segkit.metrics import statistics
 from segkit.metrics.registry import METRICS
+from segkit.metrics.statistics import RESAMPLES, Interval, mean_interval, number_patients
 
 _RANKED = (("lesionwise_dice", "lesionwise_hd95_mm"), ("dice", "hd95_mm"), ("dice", "hd95_voxels"))
 """The metrics that BraTS ranks by, lesion-wise from 2023 on; the first pair that all models have is used."""
@@ -46,7 +52,7 @@ resamples). Better, equal and worse count cases. p is of the two-sided Wilcoxon 
 over all tests of this table, and effect is the matched-pairs rank-biserial correlation, from -1 to 1, positive where
 the model is better. The rank score is that of BraTS (arXiv 1811.02629): the mean over cases of a case's mean rank over
 regions and metrics. p of the ranking is one-sided: how often random exchanges of the two models' ranks, case by case
-({significance.EXCHANGES} or all there are), set their scores as far apart.
+({statistics.EXCHANGES} or all there are), set their scores as far apart.
 """
 
 
@@ -71,7 +77,7 @@ class PairedComparison:
     better: int
     equal: int
     worse: int
-    test: significance.SignedRank
+    test: statistics.SignedRank
     p_holm: float = math.nan
 
     def to_json(self, fields: Sequence[str] = _FIELDS) -> dict[str, Any]:
@@ -90,7 +96,7 @@ class Ranked:
     model: str
     place: int
     score: float
-    interval: Interval | None
+    ci95: Interval | None
 
 
 @dataclass(frozen=True)
@@ -127,15 +133,7 @@ class Comparison:
             "metrics": list(self.metrics),
             "cases": list(self.cases),
             "patients": self.patients,
-            "ranking": [
-                {
-                    "model": own.model,
-                    "place": own.place,
-                    "score": own.score,
-                    "ci95": own.interval and list(own.interval),
-                }
-                for own in self.ranking
-            ],
+            "ranking": [vars(own) | {"ci95": own.ci95 and list(own.ci95)} for own in self.ranking],
             "exchanges": [asdict(own) for own in self.exchanges],
             "pairs": [pair.to_json() for pair in self.pairs],
             "notes": list(self.notes),
@@ -148,12 +146,11 @@ class Comparison:
         rows = []
         for own in self.ranking:
             p_values = (p_of.get((own.model, other), "") for other in others)
-            rows.append([own.model, str(own.place), f"{own.score:.3f}", interval_text(own.interval), *p_values])
+            rows.append([own.model, str(own.place), f"{own.score:.3f}", interval_text(own.ci95), *p_values])
         return ["model", "place", "rank score", "95 % CI", *(f"p against {name}" for name in others)], rows
 
     def pair_rows(self) -> tuple[list[str], list[list[str]]]:
         """Column titles, and a row for each pair of models, region and metric."""
-        measures = ["difference", "95 % CI", "better/equal/worse", "p", "p (Holm)", "effect"]
         rows = [
             [
                 f"{pair.model} - {pair.baseline}",
@@ -168,6 +165,7 @@ class Comparison:
             ]
             for pair in self.pairs
         ]
+        measures = ["difference", "95 % CI", "better/equal/worse", "p", "p (Holm)", "effect"]
         return ["model - baseline", "region", "metric", *measures], rows
 
     def write(self, folder: Path) -> None:
@@ -182,8 +180,8 @@ class Comparison:
             f"## Differences\n\n{markdown_table(*self.pair_rows())}\n{_METHODS}{markdown_list(self.notes)}"
         )
         table = csv_table(_COLUMNS, (pair.to_json(_COLUMNS).values() for pair in self.pairs))
-        names = ("comparison.json", "comparison.csv", "comparison.md")
-        write_documents(folder, dict(zip(names, (self.to_json(), table, text), strict=True)))
+        documents = {"comparison.csv": table, "comparison.md": text}
+        write_documents(folder, {"comparison.json": self.to_json(), **documents})
 
 
 def _p(value: float) -> str:
@@ -193,12 +191,10 @@ def _p(value: float) -> str:
 
 
 def compare_scores(models: Sequence[ScoreSet], metrics: Sequence[str] | None = None, *, seed: int = 0) -> Comparison:
-    """Compare two or more models by the cases that all of them were given.
+    """Compare two or more models, the first of each pair as the baseline, by the cases that all of them were given.
 
-    Args:
-        models: At least two; the first of each pair is the baseline.
-        metrics: The metrics to compare by; None takes Dice and HD95, over lesions where the protocol counts them.
-        seed: Seed of the bootstrap and of the exchanges.
+    `metrics` None takes Dice and HD95, over lesions where the protocol counts them; `seed` is that of the
+    bootstrap and of the exchanges.
 
     Raises:
         RequestError: fewer than two models, or they cannot be compared: other protocols, challenges, references or
@@ -220,30 +216,30 @@ def compare_scores(models: Sequence[ScoreSet], metrics: Sequence[str] | None = N
         for first, second in combinations(range(len(models)), 2)
         for index, column in enumerate(columns)
     ]
-    corrected = significance.holm([pair.test.p for pair in pairs])
+    corrected = statistics.holm([pair.test.p for pair in pairs])
     pairs = [replace(pair, p_holm=p) for pair, p in zip(pairs, corrected, strict=True)]
-    ranks = significance.cumulative_ranks(
+    ranks = statistics.cumulative_ranks(
         values,
         [METRICS[metric].higher_is_better is True for _, metric in columns],
         failed=[[case in model.failed for case in cases] for model in models],
     )
     ranking, exchanges = _rank(models, ranks, patients, seed)
-    notes += notes_on_regions + _notes_on_data(models, values, cases, count, pairs)
     subject = (tuple(models), tuple(regions), tuple(chosen), tuple(cases), count)
-    return Comparison(*subject, tuple(pairs), ranking, exchanges, tuple(notes))
+    compared = Comparison(*subject, tuple(pairs), ranking, exchanges, ())
+    return replace(compared, notes=(*notes, *notes_on_regions, *_notes_on_data(compared, values)))
 
 
 def _compare_pair(
     models: tuple[ScoreSet, ScoreSet],
     column: tuple[str, str],
     values: NDArray[np.float64],
-    patients: Sequence[str],
+    owners: Sequence[str],
     seed: int,
 ) -> PairedComparison:
-    """Model and baseline by their `values` (2, cases) of one region and metric."""
+    """Model and baseline by their `values` (2, cases) of one region and metric; `owners` are the patients of cases."""
     paired = np.flatnonzero(np.isfinite(values).all(axis=0))
     model, baseline = values[:, paired]
-    owners = [patients[case] for case in paired.tolist()]
+    owners = [owners[case] for case in paired.tolist()]
     differences = np.round(model - baseline, _DECIMALS)
     gains = differences if METRICS[column[1]].higher_is_better else -differences
     patient, count = number_patients(owners, len(owners))
@@ -251,34 +247,23 @@ def _compare_pair(
     model_mean, baseline_mean, difference = (
         float(own.mean()) if len(own) else math.nan for own in (model, baseline, differences)
     )
-    return PairedComparison(
-        model=models[0].name,
-        baseline=models[1].name,
-        region=column[0],
-        metric=column[1],
-        cases=len(owners),
-        model_mean=model_mean,
-        baseline_mean=baseline_mean,
-        difference=difference,
-        interval=mean_interval(differences, owners, seed=seed),
-        better=int(np.count_nonzero(gains > 0)),
-        equal=int(np.count_nonzero(gains == 0)),
-        worse=int(np.count_nonzero(gains < 0)),
-        test=significance.signed_rank(means),
-    )
+    interval = mean_interval(differences, owners, seed=seed)
+    better, equal, worse = (int(np.count_nonzero(found)) for found in (gains > 0, gains == 0, gains < 0))
+    what = (models[0].name, models[1].name, *column, len(owners), model_mean, baseline_mean, difference)
+    return PairedComparison(*what, interval, better, equal, worse, statistics.signed_rank(means))
 
 
 def _rank(
     models: Sequence[ScoreSet], ranks: NDArray[np.float64], patients: Sequence[str], seed: int
 ) -> tuple[tuple[Ranked, ...], tuple[Exchange, ...]]:
     """The ranking, and the test of each model against every one that is ranked behind it."""
-    scores = np.round(significance.rank_scores(ranks), _DECIMALS)
+    scores = np.round(statistics.rank_scores(ranks), _DECIMALS)
     found = [
         Ranked(model.name, 1 + int((scores < score).sum()), float(score), mean_interval(own, patients, seed=seed))
         for model, score, own in zip(models, scores, ranks, strict=True)
     ]
     ranking = tuple(sorted(found, key=lambda ranked: ranked.place))
-    p_values = significance.exchange_p_values(ranks, patients, seed=seed)
+    p_values = statistics.exchange_p_values(ranks, patients, seed=seed)
     position = {model.name: index for index, model in enumerate(models)}
     exchanges = []
     for better, worse in combinations(ranking, 2):
@@ -355,15 +340,9 @@ def _chosen_metrics(models: Sequence[ScoreSet], metrics: Sequence[str] | None) -
     return list(dict.fromkeys(metrics))
 
 
-def _notes_on_data(
-    models: Sequence[ScoreSet],
-    values: NDArray[np.float64],
-    cases: Sequence[str],
-    patients: int,
-    pairs: Sequence[PairedComparison],
-) -> list[str]:
-    notes = []
-    for model, own in zip(models, values, strict=True):
+def _notes_on_data(comparison: Comparison, values: NDArray[np.float64]) -> list[str]:
+    cases, patients, pairs, notes = comparison.cases, comparison.patients, comparison.pairs, []
+    for model, own in zip(comparison.models, values, strict=True):
         failed = [case for case in cases if case in model.failed]
         if failed:
             notes.append(

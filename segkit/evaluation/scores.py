@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from segkit.errors import some
 from segkit.evaluation.probabilities import RegionReliability, reliability_tables
-from segkit.evaluation.score_files import SCORES_NAME
-from segkit.evaluation.tables import (
+from segkit.evaluation.score_files import (
+    SCORES_NAME,
     Summary,
     markdown_list,
     markdown_table,

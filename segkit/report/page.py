@@ -18,10 +18,9 @@ from segkit.errors import DataError, RequestError
 from segkit.reading.files import written_atomically
 from segkit.report import sections
 from segkit.report.images import Gallery, find_gallery, load_arrays
-from segkit.report.pictures import case_picture
+from segkit.report.pictures import DIFFERENCES, CaseVolumes, case_picture, case_volumes, viewer_script
 from segkit.report.sources import CaseFacts, Findings, PathRedactor, read_sources
 from segkit.report.templates import asset, render
-from segkit.report.viewer import DIFFERENCES, CaseVolumes, case_volumes, viewer_script
 
 MOST_BYTES = 15_000_000
 """The size limit of a page, so that it can be sent by mail."""

@@ -12,10 +12,9 @@ from segkit.errors import some
 from segkit.metrics.registry import METRICS
 from segkit.report import charts
 from segkit.report.images import COLOURS
-from segkit.report.pictures import embedded_figure
+from segkit.report.pictures import DIFFERENCES, embedded_figure, viewer_licence
 from segkit.report.sources import CaseFacts, Document, Findings, PathRedactor, Run, mapping, number
 from segkit.report.templates import colour_class, digits_of, metric_name, written
-from segkit.report.viewer import DIFFERENCES, viewer_licence
 
 MOST_ROWS = 1000
 MOST_METRICS = 12

@@ -17,8 +17,7 @@ from typing import Any
 
 from segkit.errors import DataError, RequestError, as_request
 from segkit.evaluation.pairing import manifest_records
-from segkit.evaluation.score_files import SCORES_NAME, ScoresDocument, read_document, worst_first
-from segkit.evaluation.tables import summarise
+from segkit.evaluation.score_files import SCORES_NAME, ScoresDocument, read_document, summarise, worst_first
 from segkit.metrics.registry import METRICS
 from segkit.reading.files import read_json
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from segkit.evaluation.tables import markdown_table, scores_csv, summarise, summary_rows
+from segkit.evaluation.score_files import markdown_table, scores_csv, summarise, summary_rows
 
 CASES = {
     "a": {"WT": {"dice": 0.25, "hd95_mm": 2.0}},

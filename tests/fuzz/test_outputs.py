@@ -25,8 +25,8 @@ from segkit.cli.options import print_json, print_table
 from segkit.cli.training import ProgressBar
 from segkit.errors import DataError, Problem, on_one_line, printable
 from segkit.evaluation.pairing import Pairing
+from segkit.evaluation.score_files import markdown_table, markdown_text, scores_csv
 from segkit.evaluation.scores import CaseScores, Evaluation
-from segkit.evaluation.tables import markdown_table, markdown_text, scores_csv
 from segkit.labels import classes_scheme
 from segkit.reading.case import file_name_of
 from segkit.reading.volume import Grid

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from segkit.metrics.bootstrap import mean_interval, median_interval
+from segkit.metrics.statistics import mean_interval, median_interval
 
 
 def test_mean_of_zeros_and_ones_is_binomial():
@@ -79,7 +79,7 @@ def test_the_seed_decides_and_blocks_do_not(monkeypatch):
     whole = mean_interval(values, seed=7)
     assert mean_interval(values, seed=7) == whole
     assert mean_interval(values, seed=8) != whole
-    monkeypatch.setattr("segkit.metrics.bootstrap._BLOCK", 1000)
+    monkeypatch.setattr("segkit.metrics.statistics._BLOCK", 1000)
     assert mean_interval(values, seed=7) == pytest.approx(whole, abs=1e-12)
 
 

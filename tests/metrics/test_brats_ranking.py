@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from segkit.metrics.significance import cumulative_ranks, exchange_p_values, rank_scores
+from segkit.metrics.statistics import cumulative_ranks, exchange_p_values, rank_scores
 
 
 def test_ranks_of_two_models_on_three_cases_by_hand():
@@ -68,7 +68,7 @@ def test_drawn_exchanges_come_close_to_all_of_them(monkeypatch):
     assert drawn == pytest.approx(exact, abs=0.03)
     assert drawn != exact
     # Neither the size of blocks nor a third model changes what is drawn for a pair.
-    monkeypatch.setattr("segkit.metrics.significance._BLOCK", 12 * 700)
+    monkeypatch.setattr("segkit.metrics.statistics._BLOCK", 12 * 700)
     assert exchange_p_values(np.array([first, second, third]), exchanges=4000)[0, 1] == drawn
     # p is never 0, however far apart two models are.
     assert p_of(np.full(40, 2.0), np.ones(40), exchanges=99) == 1 / 100

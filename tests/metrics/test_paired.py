@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from segkit.metrics.significance import holm, signed_rank
+from segkit.metrics.statistics import holm, signed_rank
 
 
 def test_three_cases_by_hand():

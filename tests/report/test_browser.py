@@ -18,8 +18,8 @@ from PIL import Image
 
 from segkit.metrics.registry import METRICS
 from segkit.report.page import write_page
+from segkit.report.pictures import viewer_script
 from segkit.report.sections import MOST_METRICS
-from segkit.report.viewer import viewer_script
 from tests.report_folders import write_data, write_json, write_masks, write_run, write_scores
 
 IDS = ["BraTS2021_00001", "BraTS2021_00002", "BraTS2021_00003"]

@@ -14,10 +14,9 @@ from PIL import Image
 
 from segkit.labels import SCHEMES
 from segkit.reading.volume import Grid
-from segkit.report import viewer
+from segkit.report import pictures
 from segkit.report.images import CaseArrays, label_colours
-from segkit.report.pictures import case_picture, outline
-from segkit.report.viewer import case_volumes, viewer_script
+from segkit.report.pictures import case_picture, case_volumes, outline, viewer_script
 
 LPS = np.diag([-1.0, -2.0, 3.0, 1.0])
 
@@ -60,10 +59,10 @@ def test_the_difference_tells_missed_surplus_and_confused():
 
 
 def test_a_large_case_is_cut_to_its_masks_and_then_thinned(monkeypatch):
-    monkeypatch.setattr(viewer, "_MARGIN_MM", 0.0)
-    monkeypatch.setattr(viewer, "_MOST_VOXELS", 100)
+    monkeypatch.setattr(pictures, "_MARGIN_MM", 0.0)
+    monkeypatch.setattr(pictures, "_MOST_VOXELS", 100)
     assert opened(case_volumes(arrays_of()).layers["image"]).shape == (5, 3, 2)
-    monkeypatch.setattr(viewer, "_MOST_VOXELS", 10)
+    monkeypatch.setattr(pictures, "_MOST_VOXELS", 10)
     thinned = opened(case_volumes(arrays_of()).layers["image"])
     assert thinned.shape == (3, 2, 1)
     assert nib.affines.voxel_sizes(thinned.affine) == pytest.approx((2.0, 4.0, 6.0))
@@ -90,7 +89,7 @@ def test_the_bundle_exports_niivue():
 
 def test_the_licence_of_niivue_goes_with_it():
     pytest.importorskip("ipyniivue")
-    assert "Redistributions in binary form must reproduce the above copyright" in str(viewer.viewer_licence())
+    assert "Redistributions in binary form must reproduce the above copyright" in str(pictures.viewer_licence())
 
 
 @pytest.mark.parametrize("text", ["export{a as default};", 'console.log("Creating new Niivue instance");x=new N(1)'])
@@ -98,7 +97,7 @@ def test_an_unknown_bundle_is_left_out(tmp_path, monkeypatch, text):
     (tmp_path / "static").mkdir()
     (tmp_path / "static" / "widget.js").write_text(text)
     spec = type("Spec", (), {"origin": str(tmp_path / "__init__.py")})()
-    monkeypatch.setattr(viewer.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(pictures.importlib.util, "find_spec", lambda name: spec)
     assert viewer_script.__wrapped__() is None
 
 

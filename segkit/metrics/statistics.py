@@ -1,4 +1,16 @@
-"""Comparison of models on the same cases: signed-rank test, correction for many tests, the ranking scheme of BraTS.
+"""Statistics of scores over cases: confidence intervals, paired tests of models, the ranking scheme of BraTS.
+
+All cases of a patient are drawn, exchanged and averaged together, because they are not independent (the cluster
+bootstrap: Davison & Hinkley, Bootstrap Methods and their Application, 1997, section 3.8).
+
+Intervals are percentile bootstraps (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13): the middle
+95 % of the means, or medians, of as many patients drawn with replacement. With few cases this is too narrow for a mean,
+by as much as a normal interval is narrower than Student's, which is corrected (the expanded percentile interval:
+Hesterberg, What Teachers Should Know About the Bootstrap, The American Statistician 69, 2015); not for a median. BCa is
+not used: its acceleration comes from the jackknife, which is inconsistent for a median (Efron & Tibshirani, section
+11.6), and for medians of segmentation scores bootstrap methods other than the percentile can fail altogether (André et
+al., Some Hidden Traps of Confidence Intervals in Medical Image Segmentation, 2025). `benchmarks/interval_coverage.py`
+measures the coverage.
 
 The Wilcoxon signed-rank test does not need normal differences, which scores close to 1 do not have (Wilcoxon,
 Biometrics Bulletin 1, 1945). Many tests are corrected by Holm's method (Scandinavian Journal of Statistics 6, 1979).
@@ -7,9 +19,8 @@ Minium, Statistical Reasoning in the Behavioral Sciences, 2011).
 
 BraTS ranks the models for each case, region and metric, 1 is best; the mean of a case's ranks over regions and metrics
 is its cumulative rank, and the mean over cases the final rank score (Bakas et al., arXiv 1811.02629, the section on
-ranking; used by the challenges since 2017). A permutation test on cumulative ranks compares two models: ranks are
-exchanged between the two at random, case by case, and p is the share of exchanges with scores at least as far apart.
-The paper leaves open, and we chose:
+ranking). A permutation test on cumulative ranks compares two models: ranks are exchanged at random, case by case, and p
+is the share of exchanges with scores at least as far apart. The paper leaves open, and we chose:
 
 - p is one-sided, in favour of the better of the two: double it for a two-sided test. 100,000 exchanges are drawn.
 - Ties share their mean rank.
@@ -18,22 +29,117 @@ The paper leaves open, and we chose:
   tie.
 - The observed ranks count as one of the permutations, so that p is never 0 (Phipson & Smyth, Statistical Applications
   in Genetics and Molecular Biology 9, 2010). Where all exchanges are fewer than those to be drawn, each is made once.
-- All cases of a patient are exchanged together.
 """
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from segkit.metrics.bootstrap import number_patients
+RESAMPLES = 5000
+"""Efron & Tibshirani ask for 1000 or more where the ends of an interval are wanted."""
+
+_BLOCK = 1 << 21
+"""Numbers that are held at a time: 16 MB, for any number of cases."""
+
+Interval = tuple[float, float]
+"""Lower and upper end."""
+
+
+def mean_interval(
+    values: ArrayLike,
+    patients: Sequence[Hashable] | None = None,
+    *,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval | None:
+    """Confidence interval of the mean over cases; None for fewer than two patients.
+
+    `values` has one finite number per case, (n,), `patients` the patient of each; None: each case is a patient of its
+    own. The same values, patients and seed give the same interval; `level` is in (0, 1).
+    """
+    from scipy.special import ndtr, stdtrit
+
+    patient, count = number_patients(patients, len(np.asarray(values)))
+    if count < 2:
+        return None
+    # Resampled means spread by sqrt((n - 1) / n) less than means of samples do, and their quantiles are normal ones:
+    # this share of them is as wide as Student's interval (Hesterberg 2015).
+    deviations = np.sqrt(count / (count - 1)) * stdtrit(count - 1, (1 + level) / 2)
+    return _middle(_resampled(_means, values, patient, count, resamples, seed), float(2 * ndtr(deviations) - 1))
+
+
+def median_interval(
+    values: ArrayLike,
+    patients: Sequence[Hashable] | None = None,
+    *,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval | None:
+    """Confidence interval of the median over cases; arguments as for `mean_interval`."""
+    patient, count = number_patients(patients, len(np.asarray(values)))
+    return None if count < 2 else _middle(_resampled(_medians, values, patient, count, resamples, seed), level)
+
+
+def _middle(resampled: NDArray[np.float64], share: float) -> Interval:
+    low, high = np.quantile(resampled, ((1 - share) / 2, (1 + share) / 2))
+    return float(low), float(high)
+
+
+def number_patients(patients: Sequence[Hashable] | None, cases: int) -> tuple[NDArray[np.intp], int]:
+    """The number of each case's patient, (cases,) from 0 in order of appearance, and how many patients there are.
+
+    Raises:
+        ValueError: there is not one patient for each case.
+    """
+    if patients is None:
+        return np.arange(cases), cases
+    if len(patients) != cases:
+        raise ValueError(f"{len(patients)} patients for {cases} cases")
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(patient, len(numbers)) for patient in patients], np.intp), len(numbers)
+
+
+def _resampled(
+    statistic: Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]],
+    values: ArrayLike,
+    patient: NDArray[np.intp],
+    patients: int,
+    resamples: int,
+    seed: int,
+) -> NDArray[np.float64]:
+    """The statistic, of sorted values (n,) and how often each resample holds them (rows, n), for each resample."""
+    scores = np.asarray(values, np.float64)
+    order = np.argsort(scores, kind="stable")
+    generator = np.random.default_rng(seed)
+    size = max(1, _BLOCK // len(scores))
+    found = []
+    for start in range(0, resamples, size):
+        rows = min(size, resamples - start)
+        drawn = generator.integers(patients, size=(rows, patients)) + patients * np.arange(rows)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=rows * patients).reshape(rows, patients)
+        found.append(statistic(scores[order], times[:, patient[order]].astype(np.float64)))
+    return np.concatenate(found)
+
+
+def _means(ascending: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(weights @ ascending / weights.sum(axis=1))
+
+
+def _medians(ascending: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    reached = np.cumsum(weights, axis=1)
+    half = reached[:, -1:] / 2
+    lower, upper = (reached >= half).argmax(axis=1), (reached > half).argmax(axis=1)
+    return np.asarray((ascending[lower] + ascending[upper]) / 2)
+
 
 EXCHANGES = 100_000
 
-_BLOCK = 1 << 21
 _ROUNDING = 1e-9
 """Sums of the same ranks in another order are the same sum."""
 
@@ -46,16 +152,17 @@ _EXACT_UP_TO = 50
 
 @dataclass(frozen=True)
 class SignedRank:
-    """Result of the signed-rank test of differences."""
+    """Result of the signed-rank test of differences.
+
+    `p` is two-sided: NaN where there are no differences, 1 where all are zero. `effect` is the rank-biserial
+    correlation in [-1, 1]: the share of positive ranks less that of negative ones; 0 if all are 0. `method` is how p
+    was computed: "exact", "asymptotic" (normal, corrected for ties) or "none". `zeros` are the differences left out.
+    """
 
     p: float
-    """Two-sided; NaN where there are no differences and 1 where all are zero."""
     effect: float
-    """Rank-biserial correlation in [-1, 1]: the share of positive ranks less that of negative ones; 0 if all are 0."""
     method: str
-    """How p was computed: "exact", "asymptotic" (normal, corrected for ties) or "none"."""
     zeros: int
-    """Differences that were left out."""
     has_ties: bool
 
 
@@ -124,14 +231,12 @@ def cumulative_ranks(
     badness = np.where(np.isinf(values), np.inf, badness)
     is_undefined = (np.isnan(values) & ~is_failed).any(axis=0)
     badness = np.where(is_failed, np.inf, np.where(is_undefined, 0.0, badness))
-    ranks: NDArray[np.float64] = rankdata(badness, axis=0).mean(axis=2)
-    return ranks
+    return np.asarray(rankdata(badness, axis=0).mean(axis=2))
 
 
 def rank_scores(ranks: NDArray[np.float64]) -> NDArray[np.float64]:
     """The final rank score of each model, (models,), of cumulative ranks (models, cases); the lowest wins."""
-    scores: NDArray[np.float64] = ranks.mean(axis=1)
-    return scores
+    return np.asarray(ranks.mean(axis=1))
 
 
 def exchange_p_values(
