@@ -54,10 +54,11 @@ def find_probabilities(cases: Sequence[Case], regions: Collection[str], folder: 
         own = {region: by_stem[stem] for region, stem in stems.items() if stem in by_stem}
         for paths in own.values():
             if len(paths) > 1:
-                raise RequestError(f"{_names(paths)} have one name", where=folder, remedy="Keep one of them")
+                names = some((path.name for path in paths), 3)
+                raise RequestError(f"{names} have one name", where=folder, remedy="Keep one of them")
         found[case.id] = {region: path for region, (path,) in own.items()}
     if not any(found.values()):
-        others = _names(sorted(path for paths in by_stem.values() for path in paths)) or "no images at all"
+        others = some(sorted(path.name for paths in by_stem.values() for path in paths), 3) or "no images at all"
         raise RequestError(
             f"holds no probabilities of these cases: found {others}",
             where=folder,
@@ -65,10 +66,6 @@ def find_probabilities(cases: Sequence[Case], regions: Collection[str], folder: 
             remedy=remedy,
         )
     return found
-
-
-def _names(paths: Sequence[Path]) -> str:
-    return some((path.name for path in paths), 3)
 
 
 def read_probabilities(path: Path, grid: Grid) -> AnyArray:
@@ -87,15 +84,10 @@ def read_probabilities(path: Path, grid: Grid) -> AnyArray:
 
 
 def score_probabilities(path: Path, present: Mask, grid: Grid, roi: Mask | None) -> tuple[Scores, RegionReliability]:
-    """AUC and calibration of one region of a case, inside `roi`; NaN where undefined.
+    """AUC and calibration of one region of a case, inside `roi` (None: everywhere); NaN where undefined.
 
-    Numbers outside [0, 1], such as logits, are ranked only.
-
-    Args:
-        path: The probability image.
-        present: Where the reference has the region, (*grid.shape).
-        grid: The grid of the reference.
-        roi: Where to score, (*grid.shape); None is everywhere.
+    `present` is where the reference has the region; masks are (*grid.shape) on the grid of the reference. Numbers
+    outside [0, 1], such as logits, are ranked only.
 
     Raises:
         DataError: the file is unusable, lies on another grid, or holds NaN or infinity.
@@ -123,22 +115,15 @@ def reliability_tables(cases: Iterable[Mapping[str, RegionReliability]]) -> dict
     Each voxel counts once, so that a large lesion counts more than a small one. `confidence` (the mean probability)
     and `frequency` (the share of voxels in the region) of an empty bin are None.
     """
-    pooled: dict[str, dict[str, Reliability]] = {}
-    for regions in cases:
-        for region, own in regions.items():
-            parts = pooled.setdefault(region, {})
-            for where, found in own.items():
-                parts[where] = parts[where] + found if where in parts else found
+    pooled: dict[str, dict[str, Reliability]] = defaultdict(dict)
+    for region, own in (entry for regions in cases for entry in regions.items()):
+        parts = pooled[region]
+        parts |= {where: parts[where] + found if where in parts else found for where, found in own.items()}
     return {region: {where: _table(own) for where, own in parts.items()} for region, parts in pooled.items()}
 
 
 def _table(own: Reliability) -> dict[str, Any]:
     bins = {"confidence": own.confidence, "frequency": own.frequency}
-    return {
-        "edges": own.edges.tolist(),
-        "count": own.count.tolist(),
-        **{name: [float(v) if np.isfinite(v) else None for v in values] for name, values in bins.items()},
-        "ece": own.calibration_error(),
-        "ace": own.average_calibration_error(),
-        "brier": own.brier_score(),
-    }
+    errors = {"ece": own.calibration_error(), "ace": own.average_calibration_error(), "brier": own.brier_score()}
+    shares = {name: [float(v) if np.isfinite(v) else None for v in values] for name, values in bins.items()}
+    return {"edges": own.edges.tolist(), "count": own.count.tolist(), **shares, **errors}

@@ -29,11 +29,8 @@ _LEAST_SHARE = 0.5
 def find_rois(cases: Sequence[Case], given: str, references: Path) -> dict[str, Path]:
     """Case id -> mask of its region of interest.
 
-    Args:
-        cases: The references.
-        given: A folder of masks, one file for all cases, or the ending of the names of masks below `references`
-            (`.gif`, `_fov.png`).
-        references: The dataset or folder of the references.
+    `given` is a folder of masks, one file for all cases, or the ending of the names of masks below `references`
+    (`.gif`, `_fov.png`), the dataset or folder of the references.
 
     Raises:
         RequestError: no mask belongs to any case, or two to one.
@@ -73,13 +70,10 @@ def read_roi(path: Path, grid: Grid, reference: Mask) -> Mask:
     if difference is not None:
         raise DataError(difference, where=path, expected="a region of interest on the grid of the reference")
     black = _HALF_WHITE if suffix_of(path) in _LOSSY_SUFFIXES else 0
-    roi = np.zeros(grid.shape, np.bool_)
-    for plane in planes:
-        roi |= plane.array > black
+    roi: Mask = np.any([plane.array > black for plane in planes], axis=0)
     if not roi.any():
         raise DataError("the region of interest is empty", where=path, remedy="Correct it, or leave --roi out")
-    present = int(np.count_nonzero(reference))
-    inside = int(np.count_nonzero(reference & roi))
+    present, inside = (int(np.count_nonzero(mask)) for mask in (reference, reference & roi))
     if inside < _LEAST_SHARE * present:
         raise DataError(
             f"only {inside / present:.0%} of the reference lies in this region of interest",

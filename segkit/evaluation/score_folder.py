@@ -121,16 +121,9 @@ class _Scorer:
             )
         prediction = _read_prediction(path, pair.scheme, grid)
         roi = self._read_roi(case_id, reference, grid)
-        found = score_case(
-            prediction,
-            reference,
-            grid.spacing_mm,
-            self.regions,
-            protocol=self.protocol,
-            challenge=self.challenge,
-            prediction_regions={name: predicted.get(name, ()) for name in self.regions},  # (): not predicted
-            roi=roi,
-        )
+        masks = (prediction, reference, grid.spacing_mm, self.regions)
+        members = {name: predicted.get(name, ()) for name in self.regions}  # (): not predicted
+        found = score_case(*masks, self.protocol, self.challenge, prediction_regions=members, roi=roi)
         scores = {region: scored.scores for region, scored in found.items()}
         reliability: dict[str, RegionReliability] = {}
         for region in self.ranked_regions:
@@ -138,7 +131,8 @@ class _Scorer:
             if image is None:
                 remedy = "Write them again with `segkit infer --save-probabilities --overwrite`"
                 raise DataError(f"has no probabilities of {region}", where=case_id, remedy=remedy)
-            more, reliable = score_probabilities(image, region_mask(reference, self.regions[region]), grid, roi)
+            mask = region_mask(reference, self.regions[region])
+            more, reliable = score_probabilities(image, mask, grid, roi)
             scores[region] |= more
             reliability |= {region: reliable} if reliable else {}
         lesions = {region: scored.lesions for region, scored in found.items() if scored.lesions}
@@ -146,9 +140,7 @@ class _Scorer:
 
     def score_missing(self, pair: Pair, grid: Grid) -> CaseScores:
         """The worst scores, of a case without a usable prediction."""
-        scores = score_absent(
-            grid.shape, grid.spacing_mm, self.regions, protocol=self.protocol, challenge=self.challenge
-        )
+        scores = score_absent(grid.shape, grid.spacing_mm, self.regions, self.protocol, self.challenge)
         for region in self.ranked_regions:
             scores[region] |= {metric: METRICS[metric].worst for metric in PROBABILITY_METRICS}
         return CaseScores(pair.reference.id, scores, is_missing=True, patient=pair.reference.patient)

@@ -35,9 +35,8 @@ if TYPE_CHECKING:
 class CaseScores:
     """Scores of one case: region name -> metric name -> value, NaN where undefined.
 
-    A missing case has no usable prediction and the worst scores. `lesions` are those of the reference by region, where
-    the protocol scores single ones. `patient` is shared by the time points, or the eyes, of a person. `reliability` has
-    an entry for each region with probabilities.
+    A missing case has no usable prediction and the worst scores. `lesions` of the reference are by region, `patient` is
+    shared by the time points, or the eyes, of a person, and `reliability` has the regions with probabilities.
     """
 
     case: str
@@ -50,10 +49,7 @@ class CaseScores:
     @property
     def infinite(self) -> dict[str, list[str]]:
         """Region -> its infinite metrics, for the regions that have any."""
-        found = {
-            region: [name for name, value in scores.items() if math.isinf(value)]
-            for region, scores in self.regions.items()
-        }
+        found = {region: [name for name in own if math.isinf(own[name])] for region, own in self.regions.items()}
         return {region: names for region, names in found.items() if names}
 
     def to_json(self) -> dict[str, Any]:
@@ -149,8 +145,7 @@ class Evaluation:
             names = some(path.name for path in self.pairing.surplus)
             notes.append(f"{len(self.pairing.surplus)} files belong to no reference and are not scored: {names}")
         infinite = [(region, metrics) for case in self.cases for region, metrics in case.infinite.items()]
-        counts = Counter(f"{region} {metric}" for region, metrics in infinite for metric in metrics)
-        if counts:
+        if counts := Counter(f"{region} {metric}" for region, metrics in infinite for metric in metrics):
             listed = ", ".join(f"{name} in {count} cases" for name, count in counts.items())
             notes.append(f"infinite values are not in the means: {listed}")
         return [*notes, *self.pairing.notes]

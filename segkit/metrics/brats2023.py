@@ -114,5 +114,4 @@ def _found_lesions(pair: RegionPair, predicted: Components, rules: LesionRules) 
 
 def _dilated(mask: Mask, times: int) -> Mask:
     neighbours = ndimage.generate_binary_structure(mask.ndim, 2)
-    grown: Mask = ndimage.binary_dilation(mask, neighbours, iterations=times)
-    return grown
+    return np.asarray(ndimage.binary_dilation(mask, neighbours, iterations=times))

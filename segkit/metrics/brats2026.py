@@ -85,12 +85,8 @@ def _count_names(prefix: str) -> tuple[str, ...]:
 ABSENT = (*_WHOLE, *_count_names("lesion"), *_lesion_names("sq"), "pq_dice")
 """Metrics that a missing prediction gets, counts included."""
 
-METASTASES_ABSENT = (
-    *_lesion_names("lesionwise"),
-    *ABSENT,
-    *_count_names("large_lesion"),
-    *_count_names("small_lesion"),
-)
+_SIZED_COUNTS = (*_count_names("large_lesion"), *_count_names("small_lesion"))
+METASTASES_ABSENT = (*_lesion_names("lesionwise"), *ABSENT, *_SIZED_COUNTS)
 PENALTY_MM = 373.0
 """The worst distance: the HD95 of a miss or a false positive."""
 LARGE_LESION_MM3 = 20.0
@@ -120,15 +116,10 @@ def score_metastases(pair: RegionPair) -> RegionScores:
     false_positives = int(scored.scores["lesion_fp"])
     large = [lesion for lesion in scored.lesions if lesion.volume_mm3 >= LARGE_LESION_MM3]
     small = [lesion for lesion in scored.lesions if lesion.volume_mm3 < LARGE_LESION_MM3]
-    return RegionScores(
-        {
-            **_lesionwise_scores(large, false_positives, pair.worst_mm),
-            **scored.scores,
-            **_sized_detection("large_lesion", large, false_positives),
-            **_sized_detection("small_lesion", small, false_positives),
-        },
-        scored.lesions,
-    )
+    scores = _lesionwise_scores(large, false_positives, pair.worst_mm) | scored.scores
+    for prefix, lesions in (("large_lesion", large), ("small_lesion", small)):
+        scores |= _sized_detection(prefix, lesions, false_positives)
+    return RegionScores(scores, scored.lesions)
 
 
 def _matched_lesions(pair: RegionPair) -> tuple[tuple[Lesion, ...], int]:
@@ -150,16 +141,8 @@ def _matched_lesions(pair: RegionPair) -> tuple[tuple[Lesion, ...], int]:
         box = box_around([lesions.boxes[lesion - 1], predicted.boxes[partner - 1]], pair.reference.shape)
         masks = predicted.mask(partner, box), lesions.mask(lesion, box)
         distances = surface_distances(*masks, pair.spacing_mm[::-1])  # in reverse, see above
-        entries.append(
-            Lesion(
-                voxels,
-                voxels * voxel_mm3,
-                is_matched=True,
-                dice=dices[lesion, partner],
-                hd95_mm=distances.pooled_hausdorff_mm(95.0),
-                nsd=distances.mean_surface_share(min(pair.spacing_mm)),
-            )
-        )
+        hd95_mm, nsd = distances.pooled_hausdorff_mm(95.0), distances.mean_surface_share(min(pair.spacing_mm))
+        entries.append(Lesion(voxels, voxels * voxel_mm3, True, dices[lesion, partner], hd95_mm, nsd))
     return tuple(entries), predicted.count
 
 

@@ -61,12 +61,8 @@ class RegionPair:
 
     def volumes_ml(self) -> Scores:
         """Both volumes; pictures have none."""
-        if self.reference.ndim < 3:
-            return {}
-        return {
-            "prediction_ml": volume_ml(self.prediction, self.spacing_mm),
-            "reference_ml": volume_ml(self.reference, self.spacing_mm),
-        }
+        masks = {"prediction_ml": self.prediction, "reference_ml": self.reference}
+        return {name: volume_ml(mask, self.spacing_mm) for name, mask in masks.items() if mask.ndim == 3}
 
 
 @dataclass(frozen=True)
@@ -128,18 +124,16 @@ def overlaps(prediction: Components, reference: Components) -> dict[Pair, int]:
     """(reference id, prediction id) -> shared voxels, for every pair that shares any."""
     shared = (prediction.ids > 0) & (reference.ids > 0)
     stride = prediction.count + 1
-    pairs, counts = np.unique(
-        reference.ids[shared].astype(np.int64) * stride + prediction.ids[shared], return_counts=True
-    )
+    codes = reference.ids[shared].astype(np.int64) * stride + prediction.ids[shared]
+    pairs, counts = np.unique(codes, return_counts=True)
     return {divmod(int(pair), stride): int(count) for pair, count in zip(pairs, counts, strict=True)}
 
 
 def match_one_to_one(scores: Mapping[Pair, float], bonus: float) -> dict[int, int]:
     """Reference id -> prediction id of the matching with the exactly largest sum of scores and of `bonus` per pair.
 
-    Args:
-        scores: (reference id, prediction id) -> positive score; pairs that are not listed are never matched.
-        bonus: Positive: more pairs are better than fewer of the same sum.
+    `scores` are positive, by (reference id, prediction id); other pairs are never matched. A positive `bonus` prefers
+    more pairs to fewer of the same sum.
     """
     matching: dict[int, int] = {}
     for pairs in _overlapping_groups(list(scores)):
@@ -171,10 +165,6 @@ def _overlapping_groups(pairs: Sequence[Pair]) -> list[list[Pair]]:
 
 def box_around(boxes: Sequence[Box], shape: Sequence[int], margin: int = 0) -> Box:
     """The smallest box that holds all boxes, and `margin` voxels more on each side, within the shape."""
-    return tuple(
-        slice(
-            max(min(box[axis].start for box in boxes) - margin, 0),
-            min(max(box[axis].stop for box in boxes) + margin, size),
-        )
-        for axis, size in enumerate(shape)
-    )
+    starts = (max(min(side.start for side in sides) - margin, 0) for sides in zip(*boxes, strict=True))
+    stops = (max(side.stop for side in sides) + margin for sides in zip(*boxes, strict=True))
+    return tuple(slice(start, min(stop, size)) for start, stop, size in zip(starts, stops, shape, strict=True))

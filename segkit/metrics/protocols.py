@@ -49,17 +49,18 @@ _BRATS_REGIONS = frozenset({"WT", "TC", "ET"})
 
 @dataclass(frozen=True)
 class Rules:
-    """How a protocol scores one region of one case, in one challenge."""
+    """How a protocol scores one region of one case, in one challenge.
+
+    A missing prediction gets the `absent` metrics: `worst_mm` for distances, 0 for all others; a short table shows
+    those of the `headline`. `worst_mm` is the distance where only one mask is empty, None for `worst_distance_mm`.
+    `tissues` are regions of single tissues besides those that networks predict: name -> tissues of the label scheme.
+    """
 
     score: Callable[[RegionPair], RegionScores]
     absent: tuple[str, ...]
-    """The metrics of a missing prediction: distances get `worst_mm`, all others 0."""
     headline: tuple[str, ...]
-    """The metrics that a short table shows."""
     worst_mm: float | None = None
-    """The distance where only one mask is empty; None is `worst_distance_mm`, from regions and grid."""
     tissues: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Regions of single tissues besides those that networks predict: name -> tissues of the label scheme."""
     needs_volumes: bool = False
 
 
@@ -97,23 +98,23 @@ def score_case(
     reference: LabelMap,
     spacing_mm: Sequence[float],
     regions: Mapping[str, Collection[int]],
-    *,
     protocol: str = "legacy",
     challenge: str | None = None,
+    *,
     prediction_regions: Mapping[str, Collection[int]] | None = None,
     roi: Mask | None = None,
 ) -> dict[str, RegionScores]:
     """Scores of each region of one case: region name -> metrics and lesions.
 
     Args:
-        prediction: (D, H, W) or (H, W) label values, as `reference`.
-        reference: Label values on the same grid.
+        prediction: (D, H, W) or (H, W) label values, as `reference`, on the same grid.
+        reference: Label values.
         spacing_mm: Of each axis.
         regions: Region name -> its label values in the reference.
         protocol: A name of `PROTOCOLS`.
         challenge: Where a protocol has rules by challenge: gli, met, ped, men, men-rt, goat or ssa.
         prediction_regions: The same for the prediction, if that has another label scheme.
-        roi: Region of interest on the same grid, which alone is scored; None is the whole volume.
+        roi: Region of interest, which alone is scored; None is the whole volume.
 
     Raises:
         RequestError: there is no such protocol, it has no rules for the challenge, or none for pictures.
@@ -132,14 +133,8 @@ def score_case(
         masks = region_mask(prediction, members[name]), region_mask(reference, values)
         predicted, present = masks if roi is None else (mask & roi for mask in masks)
         own = _box_of_either(predicted, present)
-        pair = RegionPair(
-            np.ascontiguousarray(predicted[own]),
-            np.ascontiguousarray(present[own]),
-            tuple(map(float, spacing_mm)),
-            judged,
-            worst_mm,
-        )
-        scores[name] = rules.score(pair)
+        cut = np.ascontiguousarray(predicted[own]), np.ascontiguousarray(present[own])
+        scores[name] = rules.score(RegionPair(*cut, tuple(map(float, spacing_mm)), judged, worst_mm))
     return scores
 
 
@@ -147,7 +142,6 @@ def score_absent(
     shape: Sequence[int],
     spacing_mm: Sequence[float],
     regions: Collection[str],
-    *,
     protocol: str = "legacy",
     challenge: str | None = None,
 ) -> dict[str, Scores]:

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class MetricFacts:
-    """One metric."""
+    """One metric: its `title` for a heading, with its `unit` ("mm", "voxels", "ml", "lesions", "" for a share).
+
+    `higher_is_better` is None where there is no direction, as for a volume. `worst` is the worst possible value;
+    infinite for distances, for which each protocol has a value. Cases and models are compared by ranked metrics, not by
+    deviations, volumes and plain counts.
+    """
 
     title: str
-    """The name for a heading, with its unit."""
     unit: str = ""
-    """"mm", "voxels", "ml", "lesions", or "" for a share or quotient."""
     higher_is_better: bool | None = True
-    """None where there is no direction, as for a volume."""
     worst: float = 0.0
-    """The worst possible value; infinite for distances, for which each protocol has a value."""
     is_ranked: bool = True
-    """Whether cases and models are compared by it; not by deviations, volumes and plain counts."""
 
     @property
     def is_distance(self) -> bool:

@@ -42,9 +42,8 @@ class SurfaceDistances:
         """
         if self._is_one_sided():
             return math.inf
-        return max(
-            _percentile(self.prediction_to_reference, percentile), _percentile(self.reference_to_prediction, percentile)
-        )
+        directed = (self.prediction_to_reference, self.reference_to_prediction)
+        return max(_percentile(distances, percentile) for distances in directed)
 
     def pooled_hausdorff_mm(self, percentile: float = 95.0) -> float:
         """The (smaller) percentile of both directions together, as in medpy and panoptica; NaN, infinite as above."""
@@ -72,10 +71,8 @@ class SurfaceDistances:
 
 def surface_distances(prediction: Mask, reference: Mask, spacing_mm: Sequence[float]) -> SurfaceDistances:
     """Distances between the surfaces of two masks of one shape, (D, H, W) or (H, W), with the spacing of each axis."""
-    surfaces = surface_of(prediction), surface_of(reference)
-    return SurfaceDistances(
-        distances_to(surfaces[1], surfaces[0], spacing_mm), distances_to(surfaces[0], surfaces[1], spacing_mm)
-    )
+    own, other = surface_of(prediction), surface_of(reference)
+    return SurfaceDistances(distances_to(other, own, spacing_mm), distances_to(own, other, spacing_mm))
 
 
 def surface_of(mask: Mask) -> Mask:

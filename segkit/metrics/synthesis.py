@@ -18,7 +18,7 @@ from scipy import ndimage
 from segkit.shapes import AnyArray, Mask
 
 SYNTHESIS_SCORES = ("ssim", "mse", "rmse", "msle", "mae", "psnr", "psnr_eps", "psnr_01", "psnr_01_eps")
-"""Keys of `synthesis_scores`, with the challenge's names."""
+"""Keys of `synthesis_scores` in its order, with the challenge's names."""
 
 _PERCENTILES = (0.5, 99.5)
 _SIGMA, _RADIUS = 1.5, 5
@@ -52,7 +52,7 @@ def synthesis_scores(prediction: AnyArray, reference: AnyArray, hole: Mask, void
     error = float(np.mean((found - truth) ** 2))
     clipped = float(np.mean((np.clip(found, truth.min(), truth.max()) - truth) ** 2))
     peak = float(np.ptp(truth))
-    scores = {
+    return {
         "ssim": _ssim_in_planes(found, truth, hole),
         "mse": error,
         "rmse": math.sqrt(error),
@@ -63,7 +63,6 @@ def synthesis_scores(prediction: AnyArray, reference: AnyArray, hole: Mask, void
         "psnr_01": _decibels(1.0, error),
         "psnr_01_eps": _decibels(1.0, error + _EPSILON),
     }
-    return {name: scores[name] for name in SYNTHESIS_SCORES}
 
 
 def ssim_3d(prediction: AnyArray, reference: AnyArray, hole: Mask, voided: AnyArray) -> float:
@@ -92,11 +91,9 @@ def _ssim_in_planes(found: Values, truth: Values, hole: Mask) -> float:
     axes = (hole.ndim - 2, hole.ndim - 1)
     box = _box_around(hole, axes)
     inside = hole[box]
-    images = []
-    for values in (found, truth):
-        image = np.zeros(inside.shape)
+    images = [np.zeros(inside.shape) for _ in range(2)]
+    for image, values in zip(images, (found, truth), strict=True):
         image[inside] = values
-        images.append(image)
     around = [] if hole.all() else [0.0]
     data_range = max(float(np.ptp(np.append(values, around))) for values in (found, truth))
     return float(_ssim_map(images[0], images[1], data_range, axes)[inside].mean())
@@ -106,8 +103,7 @@ def _ssim_map(first: Values, second: Values, data_range: float, axes: tuple[int,
     """The similarity at each voxel, in windows along `axes`; NaN where two flat images have no range."""
 
     def window_mean(image: Values) -> Values:
-        mean: Values = ndimage.gaussian_filter(image, _SIGMA, radius=_RADIUS, mode="mirror", axes=axes)
-        return mean
+        return np.asarray(ndimage.gaussian_filter(image, _SIGMA, radius=_RADIUS, mode="mirror", axes=axes))
 
     c1, c2 = (_K1 * data_range) ** 2, (_K2 * data_range) ** 2
     mean_1, mean_2 = window_mean(first), window_mean(second)
@@ -115,8 +111,7 @@ def _ssim_map(first: Values, second: Values, data_range: float, axes: tuple[int,
     covariance = window_mean(first * second) - mean_1 * mean_2
     with np.errstate(invalid="ignore"):
         luminance = (2 * mean_1 * mean_2 + c1) / (mean_1**2 + mean_2**2 + c1)
-        similarity: Values = luminance * (2 * covariance + c2) / (variances + c2)
-    return similarity
+        return np.asarray(luminance * (2 * covariance + c2) / (variances + c2))
 
 
 def _box_around(hole: Mask, axes: tuple[int, ...]) -> tuple[slice, ...]:
@@ -134,8 +129,7 @@ def _scale_of(voided: AnyArray) -> tuple[float, float] | None:
 
 def _scaled(values: AnyArray, scale: tuple[float, float]) -> Values:
     low, high = scale
-    scaled: Values = (np.clip(values.astype(np.float64), low, high) - low) / (high - low)
-    return scaled
+    return np.asarray((np.clip(values.astype(np.float64), low, high) - low) / (high - low))
 
 
 def _decibels(peak: float, squared_error: float) -> float:
