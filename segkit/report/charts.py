@@ -37,9 +37,8 @@ _FAR = 3.0
 def training_curves(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """Panel -> curve name -> points (step, value), without empty panels.
 
-    Args:
-        rows: The lines of `metrics.jsonl`: `step`, and any of: keys with `loss` in their name, `dice` and `measures`
-            (name -> value, or one value), `score` and `lr`. Missing and undefined values are left out.
+    `rows` are the lines of `metrics.jsonl`: `step`, and any of: keys with `loss` in their name, `dice` and `measures`
+    (name -> value, or one value), `score` and `lr`. Missing and undefined values are left out.
     """
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {_LOSS: {}, _VALIDATION: {}, _RATE: {}}
     for position, row in enumerate(rows):
@@ -72,10 +71,8 @@ def calibration_points(table: Mapping[str, Any]) -> list[tuple[float, float]]:
     return [(x, y) for x, y in ((number(x), number(y)) for x, y in pairs) if x is not None and y is not None]
 
 
-def line_chart(
-    title: str, curves: Mapping[str, Points], x_label: str = "step", *, overall: str | None = None
-) -> Markup:
-    """Curves (name -> points) over one axis, with a legend if there are several.
+def line_chart(title: str, curves: Mapping[str, Points], *, overall: str | None = None) -> Markup:
+    """Curves (name -> points) over the steps, with a legend if there are several.
 
     The curve called `overall` belongs to no region and has the colour of text; the others have those of the regions.
     """
@@ -89,17 +86,11 @@ def line_chart(
     ]
     ends = "; ".join(f"{name} ends at {points[-1][1]:.4g}" for name, points in curves.items())
     entries = list(zip(curves, colours, strict=True)) if len(curves) > 1 else []
-    description = f"{title} by {x_label}: {ends}"
-    return _chart(title, description, _HEIGHT, across, x_label, up=up, curves=drawn, entries=entries)
+    return _chart(title, f"{title} by step: {ends}", _HEIGHT, across, "step", up=up, curves=drawn, entries=entries)
 
 
 def strip_chart(title: str, values: Mapping[str, Mapping[str, float]]) -> Markup:
-    """One row for each region: every case as a dot, the middle half as a box, the median as a line.
-
-    Args:
-        title: What is measured.
-        values: Region -> case id -> value.
-    """
+    """A row for each region (-> case id -> value): every case as a dot, the middle half as a box, the median as a line."""
     limit = _limit_without_outliers(values)
     shown = [min(value, limit) for cases in values.values() for value in cases.values()]
     beyond = sum(value > limit for cases in values.values() for value in cases.values())

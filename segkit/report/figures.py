@@ -18,19 +18,8 @@ from segkit.evaluation.score_files import worst_first
 from segkit.labels import LabelScheme
 from segkit.reading.files import written_atomically
 from segkit.reading.volume import Grid
+from segkit.report import images
 from segkit.report.charts import FEW_POINTS, Points, calibration_points, thinned, training_curves
-from segkit.report.images import (
-    MASK_OPACITY,
-    CaseFiles,
-    View,
-    background_of,
-    intensity_window,
-    label_colours,
-    load_arrays,
-    present_labels,
-    unnamed_label,
-    views_of,
-)
 from segkit.shapes import AnyArray, LabelMap
 
 if TYPE_CHECKING:
@@ -75,19 +64,18 @@ def overlay_figure(
         image: (D, H, W) or (H, W) intensities on `grid`.
         labels: The predicted label values on `grid`, 0 = background.
         grid: Where the voxels lie.
-        reference: The reference on the same grid, in the same label scheme: a row of its own, and a white outline over
-            the prediction.
+        reference: In the same label scheme: a row of its own, and a white outline over the prediction.
         scheme: Names and colours of the labels (`label_colours`); None names them by value.
         title: Printed above, such as the case id.
     """
     from matplotlib.figure import Figure
 
     masks = (labels,) if reference is None else (labels, reference)
-    views = views_of(image, masks, grid)
-    window = intensity_window(image)
-    known = label_colours(scheme)
-    present = sorted({value for mask in masks for value in present_labels(mask)})
-    colours = {value: known.get(value, unnamed_label(value)) for value in present}
+    views = images.views_of(image, masks, grid)
+    window = images.intensity_window(image)
+    known = images.label_colours(scheme)
+    present = sorted({value for mask in masks for value in images.present_labels(mask)})
+    colours = {value: known.get(value, images.unnamed_label(value)) for value in present}
     rows = ("image", "prediction", "reference")[: 1 + len(masks)]
     if len(views) > 1:
         figure = Figure(figsize=(3.0 * len(views), 3.0 * len(rows)), facecolor="black", layout="constrained")
@@ -126,11 +114,11 @@ def draw_worst_cases(evaluation: Evaluation, folder: Path, count: int) -> list[P
     drawable = {case.case: case.regions for case in evaluation.cases if case.case in pairs and not case.is_missing}
     paths = []
     for case_id in worst_first(drawable)[:count]:
-        pair, images = pairs[case_id], pairs[case_id].reference.images
-        name = background_of(images)
-        files = CaseFiles(name, images[name], pair.reference.label, pair.prediction, predicted_in=pair.scheme)
+        pair, found = pairs[case_id], pairs[case_id].reference.images
+        name = images.background_of(found)
+        files = images.CaseFiles(name, found[name], pair.reference.label, pair.prediction, predicted_in=pair.scheme)
         try:
-            arrays = load_arrays(files, scheme)
+            arrays = images.load_arrays(files, scheme)
         except DataError as error:  # the scores are written all the same
             _log.warning("no picture of %s: %s", case_id, error)
             continue
@@ -160,11 +148,9 @@ def curves_figure(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def reliability_figure(path: Path, tables: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
-    """Draw a reliability diagram of each region, with the number of voxels of each bin below.
+    """Draw a reliability diagram of each region, with the number of voxels of each bin below; written atomically.
 
-    Args:
-        path: The picture to write, atomically.
-        tables: Region -> "whole" or "box" -> calibration table, see `reliability_tables`; at least one region.
+    `tables`: region -> "whole" or "box" -> calibration table, see `reliability_tables`; at least one region.
 
     Raises:
         DataError: the picture cannot be written.
@@ -189,11 +175,11 @@ def _tint(mask: LabelMap, colours: Mapping[int, tuple[str, str]]) -> NDArray[np.
 
     table = np.zeros((256, 4))
     for value, (_, colour) in colours.items():
-        table[value] = to_rgba(colour, MASK_OPACITY)
+        table[value] = to_rgba(colour, images.MASK_OPACITY)
     return table[mask]
 
 
-def _show(axes: Axes, view: View, window: tuple[float, float]) -> None:
+def _show(axes: Axes, view: images.View, window: tuple[float, float]) -> None:
     from matplotlib.patheffects import withStroke
 
     low, high = window

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from segkit.errors import DataError, as_request
 from segkit.evaluation.pairing import declared_schemes, match_files
 from segkit.labels import SCHEMES, LabelScheme, outputs_of, scheme_from_json, translate
+from segkit.metrics.overlap import box_of
 from segkit.reading.case import Case, ImageFile
 from segkit.reading.files import read_labels, read_volume
 from segkit.reading.geometry import reorientation_to, reoriented_grid, same_grid
@@ -62,8 +62,7 @@ class CaseArrays:
     @property
     def masks(self) -> dict[str, LabelMap]:
         """The label maps of the case by name: "prediction" and "reference"."""
-        named = {"prediction": self.prediction, "reference": self.reference}
-        return {name: mask for name, mask in named.items() if mask is not None}
+        return {name: mask for name in ("prediction", "reference") if (mask := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -102,12 +101,11 @@ def find_gallery(findings: Findings, ids: Collection[str], data: Path | None) ->
         if cases:
             scheme = cohort.scheme or scheme
             break
-    if not cases:
-        return Gallery({}, scheme, ("The images of these cases were not found; name their folder with --data.",))
     files = dict(_with_masks(cases, findings))
-    has_masks = any(found.prediction for found in files.values())
     note = "The masks were not found; name their folder beside that of the evaluation."
-    return Gallery(files, scheme, () if has_masks else (note,))
+    if not cases:
+        note = "The images of these cases were not found; name their folder with --data."
+    return Gallery(files, scheme, () if any(found.prediction for found in files.values()) else (note,))
 
 
 def load_arrays(files: CaseFiles, scheme: LabelScheme | None) -> CaseArrays:
@@ -205,29 +203,26 @@ def unnamed_label(value: int) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class View:
-    """One plane ready to be shown: rows from top to bottom, columns from left to right."""
+    """One plane ready to be shown: rows from top to bottom, columns from left to right.
+
+    `letters` name what lies left, right, top and bottom; empty for pictures without anatomy. `maps` are other arrays of
+    the plane, such as the uncertainty.
+    """
 
     title: str
     image: AnyArray
     masks: tuple[LabelMap, ...]
     aspect: float
     letters: tuple[str, str, str, str]
-    """What lies left, right, top and bottom of the picture; empty for pictures without anatomy."""
     maps: tuple[AnyArray, ...] = ()
-    """Other arrays of the same plane, such as the uncertainty."""
 
 
 def views_of(image: AnyArray, masks: Sequence[LabelMap], grid: Grid, maps: Sequence[AnyArray] = ()) -> list[View]:
     """The planes in which a case is shown: axial, coronal and sagittal of a volume, or the whole of a picture.
 
     Each plane is the one that shows most of all structures of the masks, cropped to the content of the image, in
-    radiological orientation.
-
-    Args:
-        image: (D, H, W) or (H, W) intensities on `grid`.
-        masks: Label maps on the same grid.
-        grid: Where the voxels lie.
-        maps: Other arrays on the same grid, which do not influence the choice of planes.
+    radiological orientation. Image, masks and maps (which do not influence the choice) are (D, H, W) or (H, W) on
+    `grid`.
     """
     if grid.dims == 2:
         rows_mm, columns_mm = grid.spacing_mm
@@ -255,17 +250,7 @@ def views_of(image: AnyArray, masks: Sequence[LabelMap], grid: Grid, maps: Seque
 
 def content_box(image: AnyArray) -> tuple[slice, ...]:
     """The box of the voxels that differ from the corner voxel, or the whole volume if none does."""
-    return extent(image != image.flat[0])
-
-
-def extent(mask: NDArray[np.bool_]) -> tuple[slice, ...]:
-    """The box of the True voxels, or the whole array if there are none."""
-    box = []
-    for axis, length in enumerate(mask.shape):
-        others = tuple(other for other in range(mask.ndim) if other != axis)
-        (hits,) = np.nonzero(mask.any(axis=others))
-        box.append(slice(int(hits[0]), int(hits[-1]) + 1) if len(hits) else slice(0, length))
-    return tuple(box)
+    return box_of(image != image.flat[0]) or tuple(slice(0, length) for length in image.shape)
 
 
 def _richest_slice(masks: Sequence[LabelMap], axis: int) -> int:

@@ -61,7 +61,7 @@ def write_page(
         target: The file to write, atomically.
         data: Where the scans and references are; None looks in the folders that the documents name.
         title: The heading; None makes one of the names of the folders.
-        with_viewer: Whether the worst cases can be opened in three dimensions, where `ipyniivue` is installed.
+        with_viewer: Whether the worst cases open in three dimensions, where `ipyniivue` is installed.
         is_live: Whether a running training writes it, and will write it again.
 
     Raises:
@@ -89,8 +89,9 @@ def write_page(
         "states": sections.state_of_runs(findings.runs, redact, is_live=is_live),
     }
     while True:
-        all_notes = [*notes, *media.notes()]
-        parts = _sections(findings, cases, gallery, media, all_notes, redact)
+        parts = _sections(findings, cases, gallery, media, redact)
+        if all_notes := [redact(note) for note in (*notes, *media.notes())]:
+            parts.append(sections.Section("notes", "Notes", {"notes": all_notes}))
         text = _html(common, parts, _viewer_data(media, gallery, script or "")).encode("utf-8")
         if len(text) <= MOST_BYTES or not (media.volumes or media.stills):
             break
@@ -98,7 +99,7 @@ def write_page(
     with written_atomically(target) as temporary:
         temporary.write_bytes(text)
     counts = (len(text), len(cases), len(media.stills), len(media.volumes))
-    return PageFacts(target, *counts, notes=tuple(map(redact, all_notes)))
+    return PageFacts(target, *counts, notes=tuple(all_notes))
 
 
 def _heading(findings: Findings) -> str:
@@ -162,13 +163,9 @@ def _gather(cases: Sequence[CaseFacts], gallery: Gallery, *, with_volumes: bool)
 
 
 def _sections(
-    findings: Findings,
-    cases: Sequence[CaseFacts],
-    gallery: Gallery,
-    media: _Media,
-    notes: Sequence[str],
-    redact: PathRedactor,
+    findings: Findings, cases: Sequence[CaseFacts], gallery: Gallery, media: _Media, redact: PathRedactor
 ) -> list[sections.Section]:
+    """All sections with content but the notes."""
     anchors = {case_id: f"case-{position}" for position, case_id in enumerate(media.stills)}
     viewable = {case_id: f"v{position}" for position, case_id in enumerate(media.volumes)}
     labels = [] if gallery.scheme is None else list(gallery.colours().values())
@@ -185,7 +182,6 @@ def _sections(
         sections.timing_section(findings),
         sections.reliability_section(findings),
         sections.settings_section(findings, redact),
-        sections.notes_section(notes, redact),
     ]
     return [part for part in parts if part is not None]
 
@@ -207,8 +203,8 @@ def _viewer_data(media: _Media, gallery: Gallery, script: str) -> dict[str, Any]
 def _html(common: Mapping[str, Any], parts: Sequence[sections.Section], viewer: Mapping[str, Any] | None) -> str:
     """The whole document."""
     scripts, style = [asset("page.js"), *([asset("viewer.js")] if viewer else [])], asset("page.css")
-    parts_of_all = {"scripts": scripts, "style": style, "policy": _policy(scripts, style)}
-    return render("page.html", sections=parts, viewer=viewer, **common, **parts_of_all) + "\n"
+    assets = {"scripts": scripts, "style": style, "policy": _policy(scripts, style)}
+    return render("page.html", sections=parts, viewer=viewer, **common, **assets) + "\n"
 
 
 def _colours(labels: Mapping[int, tuple[str, str]]) -> dict[str, dict[str, str]]:

@@ -26,17 +26,9 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image, features
 
+from segkit.metrics.overlap import box_of
 from segkit.reading.geometry import reorientation_to, reoriented_grid
-from segkit.report.images import (
-    COLOURS,
-    MASK_OPACITY,
-    CaseArrays,
-    View,
-    content_box,
-    extent,
-    intensity_window,
-    views_of,
-)
+from segkit.report.images import COLOURS, MASK_OPACITY, CaseArrays, View, content_box, intensity_window, views_of
 from segkit.report.templates import render
 from segkit.shapes import Affine, AnyArray, LabelMap
 
@@ -52,17 +44,15 @@ _MOST_OUTLINE = 12_000
 """Characters of an outline; vessels and the like go without."""
 
 
-def case_picture(
-    case_id: str, arrays: CaseArrays, colours: Mapping[int, tuple[str, str]], key: str, most_bytes: int
-) -> Markup | None:
-    """The picture of a case, at the largest size that fits; None where none does.
+Colours = Mapping[int, tuple[str, str]]
+"""Label value -> name and colour."""
 
-    Args:
-        case_id: Part of the text alternative.
-        arrays: Image and masks of the case.
-        colours: Label value -> name and colour.
-        key: Distinguishes the parts of this picture from those of the others in a page.
-        most_bytes: Its share of the page.
+
+def case_picture(case_id: str, arrays: CaseArrays, colours: Colours, key: str, most_bytes: int) -> Markup | None:
+    """The picture of a case, at the largest size that fits `most_bytes`, its share of the page; None where none does.
+
+    `case_id` is part of the text alternative, `colours` are by label value with their names, and `key` distinguishes
+    the parts of this picture from those of the others in a page.
     """
     maps = () if arrays.uncertainty is None else (arrays.uncertainty,)
     views = views_of(arrays.image, tuple(arrays.masks.values()), arrays.grid, maps)
@@ -80,14 +70,7 @@ def embedded_figure(path: Path, most_side: int = 1100) -> dict[str, object]:
         return {"address": _photo(picture.convert("RGB"), 72), "width": picture.width, "height": picture.height}
 
 
-def _draw(
-    case_id: str,
-    arrays: CaseArrays,
-    views: Sequence[View],
-    colours: Mapping[int, tuple[str, str]],
-    quality: int,
-    key: str,
-) -> Markup:
+def _draw(case_id: str, arrays: CaseArrays, views: Sequence[View], colours: Colours, quality: int, key: str) -> Markup:
     masks = list(arrays.masks)
     layers = ["image", *masks, *(["uncertainty"] if views[0].maps else [])]
     low, high = intensity_window(arrays.image)
@@ -125,11 +108,7 @@ def _draw(
 
 
 def _tile(
-    layer: str,
-    view: View,
-    masks: Sequence[str],
-    colours: Mapping[int, tuple[str, str]],
-    box: tuple[float, float, float, float],
+    layer: str, view: View, masks: Sequence[str], colours: Colours, box: tuple[float, float, float, float]
 ) -> dict[str, object]:
     """One layer of a plane in `box` (left, top, width, height): what lies over the image there."""
     left, top, width, height = box
@@ -186,24 +165,17 @@ def _resized(array: AnyArray, shape: tuple[int, int], how: Image.Resampling) -> 
 
 
 def _letters(view: View, left: float, top: float, width: float, height: float) -> list[dict[str, object]]:
-    places = (
-        (5, height / 2 + 5, "letter"),
-        (width - 5, height / 2 + 5, "letter end"),
-        (width / 2, 17, "letter middle"),
-        (width / 2, height - 6, "letter middle"),
-    )
-    return [
-        {"text": letter, "x": left + x, "y": top + y, "kind": kind}
-        for letter, (x, y, kind) in zip(view.letters, places, strict=True)
-        if letter
-    ]
+    sides = ((5, height / 2 + 5, "letter"), (width - 5, height / 2 + 5, "letter end"))
+    ends = ((width / 2, 17, "letter middle"), (width / 2, height - 6, "letter middle"))
+    places = zip(view.letters, (*sides, *ends), strict=True)
+    return [{"text": text, "x": left + x, "y": top + y, "kind": kind} for text, (x, y, kind) in places if text]
 
 
 def _photo(picture: Image.Image, quality: int) -> str:
     return _address(picture, "webp" if features.check("webp") else "jpeg", quality=quality)
 
 
-def _tint(mask: LabelMap, colours: Mapping[int, tuple[str, str]]) -> str:
+def _tint(mask: LabelMap, colours: Colours) -> str:
     picture = Image.fromarray(np.ascontiguousarray(mask)).convert("P")
     palette = np.zeros((256, 3), np.uint8)
     for value, (_, colour) in colours.items():
@@ -258,18 +230,14 @@ class CaseVolumes:
 def viewer_script() -> str | None:
     """NiiVue as a module that exports `Niivue`, gzipped, in base64; None where the package is missing or unknown."""
     found = importlib.util.find_spec("ipyniivue")
-    if found is None or found.origin is None:
-        return None
-    bundle = Path(found.origin).parent / "static" / "widget.js"
     try:
-        script = bundle.read_text(encoding="utf-8")
+        script = Path(str(found and found.origin)).with_name("static").joinpath("widget.js").read_text(encoding="utf-8")
     except (OSError, ValueError):
         return None
     made, exported = _CLASS.search(script), _EXPORT.search(script)
     if made is None or exported is None:
         return None
-    module = f"{script[: exported.start()]}export{{{made[1]} as Niivue}};"
-    return _packed(module.encode("utf-8"))
+    return _packed(f"{script[: exported.start()]}export{{{made[1]} as Niivue}};".encode())
 
 
 def viewer_licence() -> str | None:
@@ -312,22 +280,16 @@ def case_volumes(arrays: CaseArrays) -> CaseVolumes | None:
     if arrays.uncertainty is not None:
         uncertainty = way.apply(arrays.uncertainty)[cut]
         layers["uncertainty"] = _nifti((np.clip(uncertainty, 0, 1) * 255).round().astype(np.uint8), affine, 1 / 255)
-    facts = {
-        "modality": arrays.modality,
-        "window": intensity_window(arrays.image),
-        "range": (low, low + 255 * slope),
-        "step": step,
-        "centre_mm": _centre_mm(marked, grid.affine),
-        "layers": list(layers),
-    }
-    return CaseVolumes(layers, facts)
+    facts = {"modality": arrays.modality, "step": step, "layers": list(layers)}
+    shown = {"window": intensity_window(arrays.image), "range": (low, low + 255 * slope)}
+    return CaseVolumes(layers, facts | shown | {"centre_mm": _centre_mm(marked, grid.affine)})
 
 
 def _box(image: AnyArray, marked: NDArray[np.bool_], spacing_mm: tuple[float, ...]) -> tuple[slice, ...]:
     """The content of the image or, if that is too large, the box of the marked voxels; both with a margin."""
     box, margin_mm = content_box(image), _SPARE_MM
-    if np.prod([part.stop - part.start for part in box]) > _MOST_VOXELS and marked.any():
-        box, margin_mm = extent(marked), _MARGIN_MM
+    if np.prod([part.stop - part.start for part in box]) > _MOST_VOXELS and (around := box_of(marked)):
+        box, margin_mm = around, _MARGIN_MM
     margins = [round(margin_mm / spacing) for spacing in spacing_mm]
     return tuple(
         slice(max(part.start - margin, 0), min(part.stop + margin, length))

@@ -360,12 +360,6 @@ def settings_section(findings: Findings, redact: PathRedactor) -> Section | None
     return Section("settings", "Configuration and environment", content) if any(content.values()) else None
 
 
-def notes_section(notes: Iterable[str], redact: PathRedactor) -> Section | None:
-    """What a reader must know."""
-    listed = [redact(note) for note in notes]
-    return Section("notes", "Notes", {"notes": listed}) if listed else None
-
-
 def evaluation_notes(findings: Findings, cases: Sequence[CaseFacts]) -> list[str]:
     """Cases that are not in the scores, or in them with the worst ones, and the notes of the evaluations."""
     missing = [case.id for case in cases if case.is_missing]

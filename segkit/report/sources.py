@@ -124,7 +124,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Scored:
-    """An evaluation: its scores.json."""
+    """An evaluation and its scores.json."""
 
     name: str
     folder: Path
@@ -162,13 +162,12 @@ class Findings:
                 case = found.get(str(record["case"]), CaseFacts(str(record["case"])))
                 failed = record.get("error") if record.get("status") == "failed" else None
                 found[case.id] = replace(case, record=record, reason=None if failed is None else str(failed))
-        for scored in self.evaluations:
-            for failure in scored.document.errors:
+        for document in (scored.document for scored in self.evaluations):
+            for failure in document.errors:
                 case = found.get(failure.case, CaseFacts(failure.case))
                 found[case.id] = replace(case, reason=case.reason or failure.error)
-            for entry in scored.document.cases:
-                if entry.missing:
-                    found[entry.case] = replace(found[entry.case], is_missing=True)
+            for case in [found[entry.case] for entry in document.cases if entry.missing]:
+                found[case.id] = replace(case, is_missing=True)
         for run in self.runs:
             for case_id, reason in mapping(run.validation, "skipped").items():
                 found.setdefault(case_id, CaseFacts(case_id, reason=str(reason)))
