@@ -39,6 +39,9 @@ _MODES: dict[str, dict[str, Any]] = {
     "reversible": {"mode": "reversible"},
     "reversible, chunked": {"mode": "reversible", "chunks": 4},
 }
+_DEPTH_FACTORS = (2, 3, 4, 6, 8, 12, 16)
+_MOST = 31
+"""Largest size of volumes and widths that is tried."""
 _SMALLEST = _MODES["reversible, chunked"]
 WHOLE_VOLUME = (240, 240, 160)
 """A BraTS volume, 240 x 240 x 155 voxels, padded to multiples of the network's divisor."""
@@ -102,8 +105,8 @@ def budget(side: int, depths: Sequence[int], device: str) -> Iterator[Row]:
         measured = measure(plain)
         limit_mb = measured.step_mb
         yield _row("budget", "plain", plain, measured) | {"buys": "the budget"}
-        for what, candidate in (("volume", _larger), ("channels", _wider), ("depth", _deeper)):
-            steps = partial(candidate, blocks=blocks, side=side, device=device)
+        for what in ("volume", "channels", "depth"):
+            steps = partial(_bought, what=what, blocks=blocks, side=side, device=device)
             # An estimate of a deep network takes longer than measuring it.
             found = _largest(steps, limit_mb, len(_DEPTH_FACTORS) if what == "depth" else _estimated(steps, limit_mb))
             if found is None:
@@ -127,24 +130,17 @@ def _step(
     return Step(arguments=arguments, patch=patch, device=device)
 
 
-def _larger(size: int, blocks: int, side: int, device: str) -> tuple[Step, float]:
-    longer = side + 16 * size
-    return _step(blocks, _SMALLEST, (longer,) * 3, device), (longer / side) ** 3
-
-
-def _wider(size: int, blocks: int, side: int, device: str) -> tuple[Step, float]:
-    widths = [width * (2 + size) // 2 for width in WIDTHS]
-    return _step(blocks, _SMALLEST, (side,) * 3, device, widths), (2 + size) / 2
-
-
-def _deeper(size: int, blocks: int, side: int, device: str) -> tuple[Step, float]:
+def _bought(size: int, what: str, blocks: int, side: int, device: str) -> tuple[Step, float]:
+    """A step of this size in volume, channels or depth, and its factor over the plain one."""
+    if what == "volume":
+        longer = side + 16 * size
+        return _step(blocks, _SMALLEST, (longer,) * 3, device), (longer / side) ** 3
+    if what == "channels":
+        widths = [width * (2 + size) // 2 for width in WIDTHS]
+        return _step(blocks, _SMALLEST, (side,) * 3, device, widths), (2 + size) / 2
     factor = _DEPTH_FACTORS[size - 1]
     return _step(blocks * factor, _SMALLEST, (side,) * 3, device), float(factor)
 
-
-_DEPTH_FACTORS = (2, 3, 4, 6, 8, 12, 16)
-_MOST = 31
-"""Largest size of volumes and widths that is tried."""
 
 _Steps = Callable[[int], tuple[Step, float]]
 """Size (from 1) to a step and its factor over the plain one."""
@@ -174,17 +170,10 @@ def _estimate_mb(step: Step) -> float:
 
 
 def _row(table: str, mode: str, step: Step, measured: Measured) -> Row:
-    return {
-        "table": table,
-        "patch": "x".join(map(str, step.patch)),
-        "blocks": step.arguments["blocks"],
-        "mode": mode,
-        "step_mb": round(measured.step_mb, 1),
-        "process_mb": round(measured.process_mb, 1),
-        "seconds": round(measured.seconds, 2),
-        "parameters": measured.parameters,
-        "megavoxels": round(math.prod(step.patch) / 1e6, 2),
-    }
+    what = {"table": table, "patch": "x".join(map(str, step.patch)), "blocks": step.arguments["blocks"], "mode": mode}
+    memory = {"step_mb": round(measured.step_mb, 1), "process_mb": round(measured.process_mb, 1)}
+    sizes = {"parameters": measured.parameters, "megavoxels": round(math.prod(step.patch) / 1e6, 2)}
+    return what | memory | {"seconds": round(measured.seconds, 2)} | sizes
 
 
 TABLES: dict[str, Callable[..., Iterator[Row]]] = {"modes": modes, "depth": depth, "budget": budget, "volume": volume}
@@ -213,9 +202,8 @@ def take(step: Step) -> Measured:
     network = step.build()
     network.to(device).train()
     optimiser = torch.optim.AdamW(network.parameters(), lr=1e-4)
-    warm_up = [
-        min(size, max(_WARM_UP_SIDE // part, 1) * part) for size, part in zip(step.patch, network.divisor, strict=True)
-    ]
+    multiples = [max(_WARM_UP_SIDE // part, 1) * part for part in network.divisor]
+    warm_up = map(min, step.patch, multiples)
     _train(network, optimiser, torch.randn(1, _MODALITIES, *warm_up, device=device))
     before_mb = _memory_now(device)
     x = torch.randn(1, _MODALITIES, *step.patch, device=device)

@@ -87,11 +87,9 @@ def measure(table: str, size: str, side: int, rounds: int, device: str) -> Itera
             for worker, times in zip(workers, seconds, strict=True):
                 worker.send("time")
                 times.append(worker.recv())
+    what = {"table": table, "network": f"revmbunet {size}", "patch": "x".join([str(side)] * 3)}
     for variant, times, result in zip(variants, seconds, results, strict=True):
-        yield {
-            "table": table,
-            "network": f"revmbunet {size}",
-            "patch": "x".join([str(side)] * 3),
+        yield what | {
             "variant": variant.name,
             "seconds": round(statistics.median(times), 4),
             "of_reference": _median_ratio(times, seconds[0]),

@@ -12,9 +12,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,8 +25,7 @@ from segkit.runtime import variables_with
 from segkit.shapes import LabelMap
 
 
-@dataclass(frozen=True)
-class Finished:
+class Finished(NamedTuple):
     """Output of a process, its exit code, wall seconds and peak resident memory in MB."""
 
     output: str
@@ -56,8 +54,7 @@ def run_python(arguments: Sequence[str], **variables: str) -> Finished:
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """One run of a command: wall seconds, peak resident memory in MB, seconds by stage, its mask."""
 
     wall: float

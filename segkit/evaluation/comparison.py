@@ -143,10 +143,11 @@ class Comparison:
         """Column titles, and a row for each model: place, rank score, interval, and p against each model behind it."""
         p_of = {(own.model, own.baseline): _p(own.p) for own in self.exchanges}
         others = [ranked.model for ranked in self.ranking][1:]
-        rows = []
-        for own in self.ranking:
-            p_values = (p_of.get((own.model, other), "") for other in others)
-            rows.append([own.model, str(own.place), f"{own.score:.3f}", interval_text(own.ci95), *p_values])
+        rows = [
+            [own.model, str(own.place), f"{own.score:.3f}", interval_text(own.ci95)]
+            + [p_of.get((own.model, other), "") for other in others]
+            for own in self.ranking
+        ]
         return ["model", "place", "rank score", "95 % CI", *(f"p against {name}" for name in others)], rows
 
     def pair_rows(self) -> tuple[list[str], list[list[str]]]:

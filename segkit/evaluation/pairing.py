@@ -20,10 +20,8 @@ CHALLENGES: dict[str, tuple[str, ...]] = {
     "gli": ("brats2015", "brats2017", "brats2023", "brats2024", "msd-brats"),
     "met": ("brats2023", "brats2024"),
     "ped": ("brats-ped", "brats2023"),
-    "men": ("brats2023",),
     "men-rt": ("brats-men-rt",),
-    "goat": ("brats2023",),
-    "ssa": ("brats2023",),
+    **dict.fromkeys(("men", "goat", "ssa"), ("brats2023",)),
 }
 """Every BraTS challenge with the label schemes it has used."""
 
@@ -102,16 +100,12 @@ def pair_folders(
         classes, more = _classes_by_value(cases, nameless)
         notes += more
     default = predicted or classes
-    pairs = [Pair(case, found.get(case.id), declared.get(case.id, default)) for case in cases]
-    return Pairing(
-        tuple(sorted(pairs, key=lambda pair: pair.reference.id)),
-        scheme or classes,
-        challenge or challenge_of(case.id for case in cases),
-        () if case_ids else surplus,
-        ambiguous,
-        tuple(notes),
-        {"predictions": predictions, "references": references},
-    )
+    cases = sorted(cases, key=lambda case: case.id)
+    pairs = tuple(Pair(case, found.get(case.id), declared.get(case.id, default)) for case in cases)
+    challenge = challenge or challenge_of(case.id for case in cases)
+    sources = {"predictions": predictions, "references": references}
+    surplus = () if case_ids else surplus
+    return Pairing(pairs, scheme or classes, challenge, surplus, ambiguous, tuple(notes), sources)
 
 
 def challenge_of(case_ids: Iterable[str]) -> str | None:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from segkit.metrics.overlap import Box, box_of
+from segkit.metrics.overlap import Box, box_of, fraction
 from segkit.shapes import Mask
 
 BINS = 15
@@ -67,8 +67,7 @@ class Reliability:
 
     def calibration_error(self) -> float:
         """The ECE, in [0, 1]; NaN where there are no voxels."""
-        voxels = int(self.count.sum())
-        return float(np.abs(self.total - self.present).sum()) / voxels if voxels else math.nan
+        return fraction(float(np.abs(self.total - self.present).sum()), int(self.count.sum()))
 
     def average_calibration_error(self) -> float:
         """The ACE, in [0, 1]: as the ECE, but every bin that is not empty weighs the same; NaN where all are."""
@@ -78,8 +77,7 @@ class Reliability:
 
     def brier_score(self) -> float:
         """Mean squared error of the probabilities, in [0, 1]; NaN where there are no voxels."""
-        voxels = int(self.count.sum())
-        return self.squared_error / voxels if voxels else math.nan
+        return fraction(self.squared_error, int(self.count.sum()))
 
 
 def measure_reliability(

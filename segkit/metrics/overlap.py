@@ -17,17 +17,17 @@ Box = tuple[slice, ...]
 def dice(prediction: Mask, reference: Mask) -> float:
     """2 TP / (2 TP + FP + FN), in [0, 1]; NaN where both masks are empty."""
     overlap = _count(prediction & reference)
-    return _fraction(2 * overlap, _count(prediction) + _count(reference))
+    return fraction(2 * overlap, _count(prediction) + _count(reference))
 
 
 def sensitivity(prediction: Mask, reference: Mask) -> float:
     """TP / (TP + FN), the share of the reference that was found, in [0, 1]; NaN where the reference is empty."""
-    return _fraction(_count(prediction & reference), _count(reference))
+    return fraction(_count(prediction & reference), _count(reference))
 
 
 def precision(prediction: Mask, reference: Mask) -> float:
     """TP / (TP + FP), the share of the prediction that is right, in [0, 1]; NaN where the prediction is empty."""
-    return _fraction(_count(prediction & reference), _count(prediction))
+    return fraction(_count(prediction & reference), _count(prediction))
 
 
 def specificity(prediction: Mask, reference: Mask, judged_voxels: int | None = None) -> float:
@@ -37,7 +37,7 @@ def specificity(prediction: Mask, reference: Mask, judged_voxels: int | None = N
     """
     rest = (reference.size if judged_voxels is None else judged_voxels) - _count(reference)
     false_positives = _count(prediction) - _count(prediction & reference)
-    return _fraction(rest - false_positives, rest)
+    return fraction(rest - false_positives, rest)
 
 
 def volume_ml(mask: Mask, spacing_mm: Sequence[float]) -> float:
@@ -79,5 +79,6 @@ def _count(mask: Mask) -> int:
     return int(np.count_nonzero(mask))
 
 
-def _fraction(numerator: int, denominator: int) -> float:
+def fraction(numerator: float, denominator: int) -> float:
+    """The quotient, NaN where the denominator is 0."""
     return numerator / denominator if denominator else math.nan

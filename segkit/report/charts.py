@@ -90,7 +90,7 @@ def line_chart(title: str, curves: Mapping[str, Points], *, overall: str | None 
 
 
 def strip_chart(title: str, values: Mapping[str, Mapping[str, float]]) -> Markup:
-    """A row for each region (-> case id -> value): every case as a dot, the middle half as a box, the median as a line."""
+    """A row for each region (-> case id -> value): cases as dots, the middle half as a box, the median as a line."""
     limit = _limit_without_outliers(values)
     shown = [min(value, limit) for cases in values.values() for value in cases.values()]
     beyond = sum(value > limit for cases in values.values() for value in cases.values())

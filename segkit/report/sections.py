@@ -59,13 +59,9 @@ def summary_section(findings: Findings, cases: Sequence[CaseFacts], redact: Path
         }
         for position, (region, metrics) in enumerate(scores.items())
     ]
-    content = {
-        "facts": _known(facts),
-        "caption": ". ".join([caption, *intervals]),
-        "columns": ["region", *map(metric_name, shown), "n"],
-        "rows": rows if shown else (),
-    }
-    return Section("summary", "Summary", content)
+    columns = ["region", *map(metric_name, shown), "n"]
+    table = {"caption": ". ".join([caption, *intervals]), "columns": columns, "rows": rows if shown else ()}
+    return Section("summary", "Summary", {"facts": _known(facts), **table})
 
 
 def _facts(findings: Findings, redact: PathRedactor) -> dict[str, object]:
@@ -221,13 +217,9 @@ def viewer_section(
     """The viewer of the cases with volumes (case id -> key); `pictures` is the number of cases with pictures."""
     if not viewable:
         return None
-    content = {
-        "which": "all" if len(viewable) >= pictures else "the worst" if are_scored else "the first",
-        "choices": list(viewable.items()),
-        "labels": _legend(labels),
-        "differences": _legend(DIFFERENCES.values()),
-        "licence": viewer_licence() or "",
-    }
+    which = "all" if len(viewable) >= pictures else "the worst" if are_scored else "the first"
+    legends = {"labels": _legend(labels), "differences": _legend(DIFFERENCES.values())}
+    content = {"which": which, "choices": list(viewable.items()), "licence": viewer_licence() or "", **legends}
     return Section("viewer", "Viewer", content)
 
 
@@ -294,14 +286,10 @@ def timing_section(findings: Findings) -> Section | None:
         memory = [number(record.get("peak_rss_mb")), number(expected.get("peak_rss_mb"))]
         cells = [written(value, 2) for value in [*times, number(expected.get("seconds"))]]
         rows.append([str(record["case"]), *cells, *(written(value or None, 0) for value in memory)])
-    content = {
-        "forecasts": _forecasts(timed),
-        "chart": charts.bars_chart(title, stages, bars),
-        "count": len(timed),
-        "columns": ["case", *stages, "total s", "expected s", "peak MB", "expected MB"],
-        "rows": rows,
-    }
-    return Section("time", "Time and memory", content)
+    columns = ["case", *stages, "total s", "expected s", "peak MB", "expected MB"]
+    table = {"count": len(timed), "columns": columns, "rows": rows}
+    chart = charts.bars_chart(title, stages, bars)
+    return Section("time", "Time and memory", {"forecasts": _forecasts(timed), "chart": chart, **table})
 
 
 def _seconds(record: Document) -> dict[str, float]:
@@ -326,13 +314,8 @@ def _forecasts(timed: Sequence[tuple[Document, Mapping[str, float]]]) -> str:
 
 def reliability_section(findings: Findings) -> Section | None:
     """Calibration of probabilities, where the evaluation measured it; see `reliability_tables` for the tables."""
-    tables = {
-        (where, region): table
-        for scored in findings.evaluations
-        for region, parts in scored.document.reliability.items()
-        for where, table in parts.items()
-        if isinstance(table, dict)
-    }
+    found = [entry for scored in findings.evaluations for entry in scored.document.reliability.items()]
+    tables = {(where, region): mapping(parts, where) for region, parts in found for where in parts}
     drawn, rows = [], []
     for where, title in _RELIABILITY.items():
         curves = {region: charts.calibration_points(table) for (part, region), table in tables.items() if part == where}
@@ -377,10 +360,7 @@ def _naming(what: str, names: Sequence[str]) -> list[str]:
 
 def table_notes(findings: Findings, cases: Sequence[CaseFacts]) -> list[str]:
     """Scores that the table does not show."""
-    notes = []
-    if len(cases) > MOST_ROWS:
-        notes.append(f"Tables have the first {MOST_ROWS} of {len(cases)} cases, the worst of them.")
-    more = findings.shown_metrics(cases)[MOST_METRICS:]
-    if more:
-        notes.append(f"Metrics that are in scores.csv and not in the table: {', '.join(map(metric_name, more))}.")
-    return notes
+    rows = f"Tables have the first {MOST_ROWS} of {len(cases)} cases, the worst of them."
+    more = ", ".join(map(metric_name, findings.shown_metrics(cases)[MOST_METRICS:]))
+    columns = f"Metrics that are in scores.csv and not in the table: {more}."
+    return [rows] * (len(cases) > MOST_ROWS) + [columns] * bool(more)

@@ -261,7 +261,7 @@ def mapping(document: Document, key: str) -> Document:
 class PathRedactor:
     """Removes the folders of this machine from texts.
 
-    An absolute path is cut to its last name; one below the parent of a given folder, or below the user's home, to the
+    An absolute path is cut to its last name, one below the parent of a given folder or below the user's home to the
     part after that. Other folders with blanks in their names are not recognised as a whole.
     """
 
@@ -296,16 +296,13 @@ def _card_of(manifest: Document) -> Document:
 
 def _journal(path: Path) -> list[Document]:
     """The numbers of the rows with a step; a line that is still being written is left out."""
-    if not path.is_file():
-        return []
     rows: list[Document] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        own = _numbers(row)
-        if "step" in own:
+        if "step" in (own := _numbers(row)):
             rows.append(own | {name: _numbers(value) for name, value in row.items() if isinstance(value, dict)})
     return rows
 
@@ -319,10 +316,8 @@ def _read_json(path: Path) -> Document:
 
 
 def _numbers(scores: object) -> dict[str, float]:
-    if not isinstance(scores, dict):
-        return {}
-    found = {name: number(value) for name, value in scores.items()}
-    return {name: value for name, value in found.items() if value is not None}
+    named = scores.items() if isinstance(scores, dict) else ()
+    return {name: value for name, given in named if (value := number(given)) is not None}
 
 
 def number(value: object) -> float | None:
