@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from segkit.api.check import check as check
     from segkit.api.evaluate import evaluate as evaluate
     from segkit.api.export import export_model as export_model
-    from segkit.api.infer import infer as infer
+    from segkit.api.folder import infer as infer
     from segkit.api.inpaint import inpaint as inpaint
     from segkit.api.pretraining import pretrain as pretrain
     from segkit.api.training import train as train
@@ -52,7 +52,7 @@ _PUBLIC = {
     "find_cases": "segkit.reading.layouts.table",
     "train": "segkit.api.training",
     "pretrain": "segkit.api.pretraining",
-    "infer": "segkit.api.infer",
+    "infer": "segkit.api.folder",
     "inpaint": "segkit.api.inpaint",
     "evaluate": "segkit.api.evaluate",
     "export_model": "segkit.api.export",

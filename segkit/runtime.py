@@ -60,7 +60,7 @@ def process_place() -> ProcessPlace:
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The named device; by default CUDA if there is a GPU, else the CPU.
+    """The named device; by default, or with "auto", CUDA if there is a GPU, else the CPU.
 
     Each of several processes on a machine gets its own GPU, unless the name has a number.
 
@@ -69,7 +69,7 @@ def pick_device(name: str | None = None) -> torch.device:
     """
     import torch
 
-    local_rank = process_place().local_rank
+    local_rank, name = process_place().local_rank, None if name == "auto" else name
     if local_rank and name in (None, "cuda") and torch.cuda.is_available():
         name = f"cuda:{local_rank}"
     if name is None:

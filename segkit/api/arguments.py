@@ -67,11 +67,6 @@ def parse_gigabytes(memory: str | float | None) -> float | None:
     return float(match[1]) * {"M": 1 / 1024, "G": 1.0, "T": 1024.0}[match[2].upper()]
 
 
-def device_name(device: str | None) -> str | None:
-    """The name of a device; None for "auto", the best that this machine has."""
-    return None if device == "auto" else device
-
-
 def nested_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """`{"training.steps": 100}` to `{"training": {"steps": 100}}`; nested sections stay as they are."""
     from segkit.config import merge

@@ -91,37 +91,13 @@ def check(
         >>> found.is_usable, [str(problem) for problem in found.all_problems()]  # doctest: +SKIP
         (True, [])
     """
-    preset = preset or preset_of_this_machine()
-    given = nested_settings(settings)
-    config = training_config(preset, given) if estimate else None
-    words = [f"{name}={_yaml(value)}" for name, value in _dotted(given)]
-    return check_folder(
-        data, layout=layout, label_scheme=label_scheme, modalities=modalities, fast=fast, config=config,
-        memory=memory, on_progress=on_progress, training=training_options(preset, words, memory),
-    )  # fmt: skip
-
-
-def check_folder(
-    data: AnyPath,
-    *,
-    layout: str | None,
-    label_scheme: str | None,
-    modalities: Mapping[str, str] | None,
-    fast: bool,
-    config: TrainConfig | None,
-    memory: str | float | None,
-    on_progress: Callable[[int, int], None] | None,
-    training: Sequence[str],
-) -> DataCheck:
-    """See `check`. `config` are the settings to estimate for; `training` are the options of the next training command.
-
-    Raises:
-        RequestError: as `check`.
-    """
     from segkit.reading.checks import check_cohort, too_few_patients, usable_cases
     from segkit.reading.layouts.table import find_cases
     from segkit.runtime import available_cores
 
+    preset = preset or _preset_of_this_machine()
+    given = nested_settings(settings)
+    config = _training_config(preset, given) if estimate or given else None
     folder = Path(data)
     try:
         cohort = find_cases(folder, layout=layout, modalities=modalities, label_scheme=label_scheme)
@@ -135,13 +111,13 @@ def check_folder(
 
     reports = check_cohort(cohort, read_voxels=not fast, workers=min(4, available_cores()), on_case=count)
     usable = usable_cases(cohort, reports)
-    needs = None if config is None else _estimate(usable, config, memory)
+    needs = _estimate(usable, config, memory) if config is not None and estimate else None
     problems = [*cohort.problems, *too_few_patients(usable)]
     reading = [] if layout is None else ["--layout", layout]
     reading += [] if label_scheme is None else ["--label-scheme", label_scheme]
     for name, suffix in (modalities or {}).items():
         reading += ["--modality", f"{name}={suffix}"]
-    command = next_command(cohort, reports, usable, folder, reading, training)
+    command = next_command(cohort, reports, usable, folder, reading, _training_words(preset, given, memory))
     return DataCheck(cohort, reports, problems, needs, command)
 
 
@@ -180,13 +156,15 @@ def next_command(
     return shlex.join(["segkit", *words])
 
 
-def training_options(preset: str, settings: Sequence[str], memory: str | float | None) -> list[str]:
-    """The options of `segkit train` for these settings (`name=value`)."""
-    words = ["--preset", preset, *(word for setting in settings for word in ("--set", setting))]
+def _training_words(preset: str, settings: Mapping[str, Any], memory: str | float | None) -> list[str]:
+    """The options of `segkit train` for these settings."""
+    words = ["--preset", preset]
+    for name, value in _dotted(settings):
+        words += ["--set", f"{name}={_yaml(value)}"]
     return words if memory is None else [*words, "--memory", memory if isinstance(memory, str) else f"{memory:g}G"]
 
 
-def preset_of_this_machine() -> str:
+def _preset_of_this_machine() -> str:
     """The preset for this machine's device; torch is loaded only where there is an NVIDIA driver."""
     from segkit.runtime import pick_device
 
@@ -195,12 +173,7 @@ def preset_of_this_machine() -> str:
     return preset_for(pick_device().type)
 
 
-def training_config(preset: str, settings: Mapping[str, Any]) -> TrainConfig:
-    """The settings to estimate for.
-
-    Raises:
-        RequestError: the preset or a setting is wrong.
-    """
+def _training_config(preset: str, settings: Mapping[str, Any]) -> TrainConfig:
     from segkit.config import build_config, preset_layers
     from segkit.training.config import TrainConfig
 

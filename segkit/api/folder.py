@@ -1,9 +1,10 @@
-"""What `infer` and `inpaint` share: options, the engine that does the cases, and a folder that is ready to be done."""
+"""`segkit.infer`, and what it shares with `segkit.inpaint`: options, the engine that does the cases, an open folder."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
@@ -13,6 +14,7 @@ from segkit.errors import CheckpointError, DataError, RequestError, as_request, 
 
 if TYPE_CHECKING:
     from segkit.batch.manifest import CaseRecord
+    from segkit.batch.segment import Segment
     from segkit.batch.worker import Executor, Task
     from segkit.inference.backends import Backend
     from segkit.reading.case import Cohort
@@ -25,15 +27,119 @@ _LEAST_ROOM_MB = 64
 """Memory of the smallest case, with the libraries that are loaded for it."""
 
 
+def infer(
+    model: AnyPath | Sequence[AnyPath],
+    scans: AnyPath,
+    out: AnyPath,
+    *,
+    backend: BackendName = "auto",
+    device: str = "auto",
+    tta: bool = False,
+    save_probabilities: bool = False,
+    uncertainty: bool = False,
+    postprocessing: bool = True,
+    allow_missing: bool = False,
+    label_scheme: str | None = None,
+    keep_patient: bool = False,
+    cases: CaseIds | None = None,
+    layout: str | None = None,
+    modalities: Mapping[str, str] | None = None,
+    workers: int | None = None,
+    threads: int | None = None,
+    memory: str | float | None = None,
+    engine: EngineName = "local",
+    ray_address: str | None = None,
+    results: Results = "auto",
+    num_parts: int = 1,
+    part_id: int = 0,
+    overwrite: bool = False,
+    on_record: Callable[[CaseRecord], None] | None = None,
+) -> dict[str, Any]:
+    """Segment a volume, a case folder or a data folder; returns the manifest, which is also `out/manifest.json`.
+
+    `out/<case>.nii.gz` is uint8 on the grid of the scan, in its label scheme. A case that fails is recorded in the
+    manifest (`summary["failed"]`, `cases[i]["error"]`) and does not stop the others; finished cases are skipped.
+    `model` is a run folder or an export; several make an ensemble. `memory` is in GiB, or "8G". `cases` are ids, or a
+    text file of them. `modalities` maps a modality to the suffix of its files. `on_record` is called after each case.
+    The other arguments are the options of `segkit infer`.
+
+    Raises:
+        RequestError: the model, the scans or an option cannot be used; nothing was written.
+
+    Example:
+        >>> manifest = segkit.infer("run", "scans", "masks")  # doctest: +SKIP
+        >>> manifest["summary"]["done"]  # doctest: +SKIP
+        12
+    """
+    options = FolderOptions(
+        scans, out, cases, backend, device, layout, modalities, workers, threads, memory, engine, ray_address, results,
+        overwrite,
+    )  # fmt: skip
+    with open_segmentation(
+        options, model, num_parts, part_id, tta=tta, postprocessing=postprocessing, allow_missing=allow_missing,
+        save_probabilities=save_probabilities, uncertainty=uncertainty, keep_patient=keep_patient,
+        label_scheme=label_scheme,
+    ) as folder:  # fmt: skip
+        return folder.run(on_record)
+
+
+def open_segmentation(
+    options: FolderOptions,
+    model: AnyPath | Sequence[AnyPath],
+    num_parts: int,
+    part_id: int,
+    *,
+    tta: bool,
+    postprocessing: bool,
+    **of_segment: Any,
+) -> AbstractContextManager[OpenFolder]:
+    """The folder that `infer` would segment, ready to be planned or run; `of_segment` are options of `Segment`.
+
+    Raises:
+        RequestError: as `infer`.
+    """
+    models = [Path(model)] if isinstance(model, (str, os.PathLike)) else [Path(one) for one in model]
+
+    def find(source: Path) -> tuple[Cohort, str | None]:
+        from segkit.batch.cases import take_part
+
+        return take_part(options.find_input(source), num_parts, part_id)
+
+    def load(cohort: Cohort, loading: Loading) -> Segment:
+        from segkit.batch.segment import Segment
+        from segkit.inference.predictor import Predictor
+
+        return Segment(
+            Predictor.load(
+                models, *loading[:2], threads=loading.threads, uses_tta=tta, uses_postprocessing=postprocessing
+            ),
+            **of_segment,
+        )
+
+    return open_folder(options, find, load, model=", ".join(map(str, models)), records_input=True)
+
+
+class Loading(NamedTuple):
+    """How models are opened."""
+
+    device: str
+    backend: str
+    threads: int | None
+
+
 @dataclass(frozen=True)
 class FolderOptions:
-    """The arguments that `infer` and `inpaint` share; see `infer`."""
+    """The arguments that `infer` and `inpaint` share; see `infer`.
+
+    Raises:
+        RequestError: options for a cluster without one, Ray is not installed, or the memory cannot be read.
+    """
 
     scans: AnyPath
     out: AnyPath
     cases: CaseIds | None = None
     backend: BackendName = "auto"
-    device: str | None = None
+    device: str = "auto"
     layout: str | None = None
     modalities: Mapping[str, str] | None = None
     workers: int | None = None
@@ -43,6 +149,25 @@ class FolderOptions:
     ray_address: str | None = None
     results: Results = "auto"
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.is_ray and (self.ray_address is not None or self.results != "auto"):
+            raise RequestError("--ray-address and --results are for a Ray cluster", remedy="Add --engine ray")
+        if self.is_ray:
+            from segkit.batch.ray_executor import require_ray
+
+            require_ray()
+        _ = self.memory_gb  # an unreadable size is reported now
+
+    @property
+    def is_ray(self) -> bool:
+        """Whether cases are done on the nodes of a cluster."""
+        return self.engine == "ray"
+
+    @property
+    def memory_gb(self) -> float | None:
+        """GiB that a process may take; None: nearly all that is free."""
+        return parse_gigabytes(self.memory)
 
     def find_input(self, source: Path) -> Cohort:
         """The requested cases of the input, or of the folder to which the input was unpacked."""
@@ -56,27 +181,12 @@ class FolderOptions:
             exclude=Path(self.out).resolve(),
         )
 
-
-class Loading(NamedTuple):
-    """How models are opened."""
-
-    device: str
-    backend: str
-    threads: int | None
-
-
-class Engine(NamedTuple):
-    """Where cases are done and what they may take there; None: as much as helps, or as is free."""
-
-    is_ray: bool
-    address: str | None
-    results: Results
-    workers: int | None
-    threads: int | None
-    memory_gb: float | None
+    def path(self, path: AnyPath) -> Path:
+        """A path as the engine takes it: nodes have working directories of their own."""
+        return Path(path).absolute() if self.is_ray else Path(path)
 
     @contextmanager
-    def limited(self) -> Iterator[None]:
+    def limited_memory(self) -> Iterator[None]:
         """Limit this process to its memory while models are opened and after; with Ray the memory is that of nodes.
 
         Raises:
@@ -101,25 +211,41 @@ class Engine(NamedTuple):
                 remedy="Pass a larger --memory; exported models take less than run folders, as they need no torch",
             ) from error
 
-    def path(self, path: AnyPath) -> Path:
-        """A path as the engine takes it: nodes have working directories of their own."""
-        return Path(path).absolute() if self.is_ray else Path(path)
-
-    def has_gpus(self, device: str | None) -> bool:
+    @property
+    def has_gpus(self) -> bool:
         """Whether cases are computed by GPUs of nodes; this machine need not have any."""
-        return self.is_ray and device is not None and device.startswith("cuda")
+        return self.is_ray and self.device.startswith("cuda")
 
-    def loads_with(self, device: str | None, backend: str) -> tuple[str, str]:
-        """Device and backend to load a model with; for GPUs of nodes it is loaded without one.
+    def loading(self) -> Loading:
+        """How models are opened here; for GPUs of nodes without one.
 
         Raises:
             RequestError: the backend computes on no GPU.
         """
-        if not self.has_gpus(device):
-            return device or "auto", backend
-        if backend not in ("auto", "torch"):
-            raise RequestError(f"backend {backend} computes on a CPU", remedy="Pass --device cpu, or --backend torch")
-        return "cpu", "torch"
+        if not self.has_gpus:
+            return Loading(self.device, self.backend, self.threads)
+        if self.backend not in ("auto", "torch"):
+            found = f"backend {self.backend} computes on a CPU"
+            raise RequestError(found, remedy="Pass --device cpu, or --backend torch")
+        return Loading("cpu", "torch", self.threads)
+
+    def executor(self, backends: Iterable[Backend], folders: Sequence[Path]) -> Executor:
+        """The executor of cases that `backends` compute and whose results go to `folders`."""
+        from segkit.runtime import available_cores
+
+        if not self.is_ray:
+            from segkit.batch.worker import LocalExecutor
+
+            return LocalExecutor(min(1, available_cores() - 1) if self.workers is None else self.workers)
+        from segkit.batch.ray_executor import RayExecutor, Share
+        from segkit.inference.backends import torch_backend
+
+        backends = list(backends)
+        found = [torch_backend(backend) for backend in backends]
+        uses_gpu = any(one is not None and one.device.type == "cuda" for one in found)
+        threads = self.threads or (1 if uses_gpu else max(backend.threads for backend in backends))
+        share = Share(threads, int(uses_gpu), self.memory_gb)
+        return RayExecutor(folders, share, self.ray_address, workers=self.workers or None, results=self.results)
 
 
 def _require_room() -> None:
@@ -127,28 +253,6 @@ def _require_room() -> None:
 
     if room_mb() < _LEAST_ROOM_MB:
         raise MemoryError
-
-
-def choose_engine(
-    engine: EngineName,
-    address: str | None,
-    results: Results,
-    workers: int | None,
-    threads: int | None,
-    memory: str | float | None,
-) -> Engine:
-    """The engine that the options ask for.
-
-    Raises:
-        RequestError: options for a cluster without one, Ray is not installed, or the memory cannot be read.
-    """
-    if engine == "local" and (address is not None or results != "auto"):
-        raise RequestError("--ray-address and --results are for a Ray cluster", remedy="Add --engine ray")
-    if engine == "ray":
-        from segkit.batch.ray_executor import require_ray
-
-        require_ray()
-    return Engine(engine == "ray", address, results, workers, threads, parse_gigabytes(memory))
 
 
 def on_gpu(backend: Backend) -> Backend:
@@ -159,33 +263,13 @@ def on_gpu(backend: Backend) -> Backend:
     return backend if found is None else TorchBackend(found.network, "cuda")
 
 
-def executor_of(engine: Engine, backends: Iterable[Backend], folders: Sequence[Path]) -> Executor:
-    """The executor of cases that `backends` compute and whose results go to `folders`."""
-    from segkit.runtime import available_cores
-
-    if not engine.is_ray:
-        from segkit.batch.worker import LocalExecutor
-
-        return LocalExecutor(min(1, available_cores() - 1) if engine.workers is None else engine.workers)
-    from segkit.batch.ray_executor import RayExecutor, Share
-    from segkit.inference.backends import torch_backend
-
-    backends = list(backends)
-    found = [torch_backend(backend) for backend in backends]
-    uses_gpu = any(one is not None and one.device.type == "cuda" for one in found)
-    threads = engine.threads or (1 if uses_gpu else max(backend.threads for backend in backends))
-    share = Share(threads, int(uses_gpu), engine.memory_gb)
-    return RayExecutor(folders, share, engine.address, workers=engine.workers or None, results=engine.results)
-
-
 @dataclass(frozen=True)
 class OpenFolder:
     """A folder whose cases are found and whose models are loaded."""
 
+    options: FolderOptions
     task: Task[Any]
     cohort: Cohort
-    output: Path
-    engine: Engine
     model: str
     """Name of the model in the manifest."""
     part: str | None = None
@@ -194,7 +278,11 @@ class OpenFolder:
     """Where the images are, for the manifest."""
     bank: Path | None = None
     """A second folder that results go to."""
-    overwrite: bool = False
+
+    @property
+    def output(self) -> Path:
+        """The output folder."""
+        return self.options.path(self.options.out)
 
     def plan(self) -> tuple[list[Any], list[CaseRecord]]:
         """The plans of the cases that `run` would do, and the records of all others; nothing is written.
@@ -206,8 +294,8 @@ class OpenFolder:
         from segkit.batch.runner import open_manifest
 
         manifest = open_manifest(self.task, self.cohort, self.output, self.model, self.part)
-        plans, decided = plan_cases(self.task, self.cohort, self.output, manifest, overwrite=self.overwrite)
-        return self.task.fit_memory(plans, self.engine.memory_gb)[1], decided
+        plans, decided = plan_cases(self.task, self.cohort, self.output, manifest, overwrite=self.options.overwrite)
+        return self.task.fit_memory(plans, self.options.memory_gb)[1], decided
 
     def run(self, on_record: Callable[[CaseRecord], None] | None = None) -> dict[str, Any]:
         """Do the cases; returns the manifest. `on_record` is called after each case.
@@ -222,9 +310,9 @@ class OpenFolder:
             self.task,
             self.cohort,
             self.output,
-            overwrite=self.overwrite,
-            executor=executor_of(self.engine, self.task.backends(), folders),
-            memory_gb=self.engine.memory_gb,
+            overwrite=self.options.overwrite,
+            executor=self.options.executor(self.task.backends(), folders),
+            memory_gb=self.options.memory_gb,
             on_record=on_record or (lambda record: None),
             model=self.model,
             part=self.part,
@@ -253,24 +341,21 @@ def open_folder(
     from segkit.reading.archives import opened
     from segkit.runtime import limit_memory
 
-    engine = choose_engine(
-        options.engine, options.ray_address, options.results, options.workers, options.threads, options.memory
-    )
-    input, output = engine.path(options.scans), engine.path(options.out)
+    input = options.path(options.scans)
     with ExitStack() as stack:
         try:
             source = stack.enter_context(opened(input))
         except DataError as error:
             raise as_request(error) from error
         cohort, part = find(source)
-        if engine.memory_gb is not None and not engine.is_ray:
+        if options.memory_gb is not None and not options.is_ray:
             stack.callback(limit_memory, None)
         try:
-            with engine.limited():
-                task = load(cohort, Loading(*engine.loads_with(options.device, options.backend), options.threads))
+            with options.limited_memory():
+                task = load(cohort, options.loading())
         except CheckpointError as error:
             raise as_request(error) from error
-        if engine.has_gpus(options.device):
+        if options.has_gpus:
             task = task.with_backends(on_gpu)
         data = input if records_input and source == input else None
-        yield OpenFolder(task, cohort, output, engine, model, part, data, bank, options.overwrite)
+        yield OpenFolder(options, task, cohort, model, part, data, bank)

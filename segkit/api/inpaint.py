@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from segkit.api.arguments import AnyPath, CaseIds, device_name, read_case_ids
+from segkit.api.arguments import AnyPath, CaseIds, read_case_ids
 from segkit.api.folder import BackendName, EngineName, FolderOptions, Loading, OpenFolder, Results, open_folder
 from segkit.errors import DataError, RequestError
 
@@ -61,24 +61,22 @@ def inpaint(
         >>> segkit.inpaint("inpainter", "scans", "healthy", lesions="run")  # doctest: +SKIP
     """
     options = FolderOptions(
-        scans, out, cases, backend, device_name(device), layout, modalities, workers, threads, memory,
-        engine, ray_address, results, overwrite,
+        scans, out, cases, backend, device, layout, modalities, workers, threads, memory, engine, ray_address, results,
+        overwrite,
     )  # fmt: skip
-    with open_inpainting(
-        options, model, mask=mask, lesions=lesions, margin=margin, anomaly=anomaly, bank=bank
-    ) as folder:
+    with open_inpainting(options, model, mask, lesions, margin, anomaly=anomaly, bank=bank) as folder:
         return folder.run(on_record)
 
 
 def open_inpainting(
     options: FolderOptions,
     model: AnyPath,
+    mask: AnyPath | None,
+    lesions: AnyPath | None,
+    margin: float,
     *,
-    mask: AnyPath | None = None,
-    lesions: AnyPath | None = None,
-    margin: float = 5.0,
-    anomaly: bool = False,
-    bank: AnyPath | None = None,
+    anomaly: bool,
+    bank: AnyPath | None,
 ) -> AbstractContextManager[OpenFolder]:
     """The folder that `inpaint` would fill, ready to be planned or run.
 
@@ -89,9 +87,9 @@ def open_inpainting(
         raise RequestError("--mask and --lesions both say what is filled", remedy="Give one of them")
     copies = None if bank is None else Path(bank)
     _refuse_bank_in_input(copies, Path(options.scans))
-    if copies is not None and options.engine == "ray":
+    if copies is not None and options.is_ray:
         copies = copies.absolute()  # nodes have working directories of their own
-    if options.engine == "local" and options.memory is not None and options.workers is None:
+    if not options.is_ray and options.memory is not None and options.workers is None:
         options = replace(options, workers=0)  # a case that waits takes memory as well
 
     def find(source: Path) -> tuple[Cohort, str | None]:

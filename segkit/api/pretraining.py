@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from segkit.api.arguments import AnyPath, CaseIds, device_name, nested_settings
-from segkit.api.training import TrainingOptions, with_other_ranks
+from segkit.api.arguments import AnyPath, CaseIds, nested_settings
+from segkit.api.training import TrainingOptions, run_training
 from segkit.errors import RequestError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def pretrain(
     budget: str | float | None = None,
     memory: str | float | None = None,
     weights: AnyPath | None = None,
-    exclude: CaseIds = (),
+    exclude: CaseIds | None = None,
     layout: str | None = None,
     modalities: Mapping[str, str] | None = None,
     device: str = "auto",
@@ -55,24 +55,12 @@ def pretrain(
         >>> segkit.train("data", "run", weights="encoder")  # doctest: +SKIP
     """
     options = TrainingOptions(
-        run=Path(run),
-        preset=preset,
-        config=config,
-        settings=nested_settings(settings),
-        budget=budget,
-        memory=memory,
-        weights=weights,
-        exclude=exclude or None,
-        layout=layout,
-        modalities=modalities,
-        device_name=device_name(device),
-        resume=resume,
-        overwrite=overwrite,
-        allow_changes=allow_changes,
-        on_progress=on_progress,
-    )
+        run=Path(run), preset=preset, config=config, settings=nested_settings(settings), budget=budget, memory=memory,
+        weights=weights, exclude=exclude, layout=layout, modalities=modalities, device=device, resume=resume,
+        overwrite=overwrite, allow_changes=allow_changes, on_progress=on_progress,
+    )  # fmt: skip
     folders = [data] if isinstance(data, (str, os.PathLike)) else data
-    return train_encoder(*pretraining_request(folders, options, method=method, encoder=encoder))
+    return run_training(*pretraining_request(folders, options, method=method, encoder=encoder))
 
 
 def pretraining_request(
@@ -100,13 +88,6 @@ def pretraining_request(
         presets = [(name, {**layer, "network": {}}) for name, layer in presets]
         files = [("--encoder", {"network": _network(encoder)}), *files]
     return options.request(data, kind, presets, [*files, *options.option_layers(method=method)]), kind
-
-
-def train_encoder(request: TrainingRequest[Any], kind: Kind[Any, Any]) -> Summary:
-    """Train as `pretrain` does."""
-    from segkit.training.run import train
-
-    return with_other_ranks(request, lambda request: train(request, kind))
 
 
 def _kind_of(method: str | None) -> tuple[Kind[Any, Any], str]:

@@ -10,15 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from segkit.api.arguments import (
-    AnyPath,
-    CaseIds,
-    device_name,
-    nested_settings,
-    parse_gigabytes,
-    parse_minutes,
-    read_case_ids,
-)
+from segkit.api.arguments import AnyPath, CaseIds, nested_settings, parse_gigabytes, parse_minutes, read_case_ids
 from segkit.errors import RequestError
 
 if TYPE_CHECKING:
@@ -48,7 +40,7 @@ def train(
     memory: str | float | None = None,
     weights: AnyPath | None = None,
     fold: Fold | None = None,
-    exclude: CaseIds = (),
+    exclude: CaseIds | None = None,
     layout: str | None = None,
     label_scheme: str | None = None,
     modalities: Mapping[str, str] | None = None,
@@ -80,23 +72,11 @@ def train(
         0.91
     """
     options = TrainingOptions(
-        run=Path(run),
-        preset=preset,
-        config=config,
-        settings=nested_settings(settings),
-        budget=budget,
-        memory=memory,
-        weights=weights,
-        exclude=exclude or None,
-        layout=layout,
-        modalities=modalities,
-        device_name=device_name(device),
-        resume=resume,
-        overwrite=overwrite,
-        allow_changes=allow_changes,
-        on_progress=on_progress,
-    )
-    return train_segmentation(segmentation_request(data, options, fold=fold, label_scheme=label_scheme), fold)
+        run=Path(run), preset=preset, config=config, settings=nested_settings(settings), budget=budget, memory=memory,
+        weights=weights, exclude=exclude, layout=layout, modalities=modalities, device=device, resume=resume,
+        overwrite=overwrite, allow_changes=allow_changes, on_progress=on_progress,
+    )  # fmt: skip
+    return run_training(*segmentation_request(data, options, fold=fold, label_scheme=label_scheme), fold)
 
 
 @dataclass(kw_only=True)
@@ -117,7 +97,7 @@ class TrainingOptions:
     exclude: CaseIds | None
     layout: str | None
     modalities: Mapping[str, str] | None
-    device_name: str | None
+    device: str
     resume: bool
     overwrite: bool
     allow_changes: bool
@@ -127,7 +107,7 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         from segkit.runtime import pick_device
 
-        self.device: torch.device = pick_device(self.device_name)
+        self.torch_device: torch.device = pick_device(self.device)
         if self.allow_changes and not self.resume:
             raise RequestError("--allow-changes is for resumed runs", remedy="Add --resume, or omit --allow-changes")
 
@@ -149,7 +129,7 @@ class TrainingOptions:
         """The preset of a folder; of a resumed run only one that was named."""
         from segkit.config import preset_layers
 
-        name = self.preset or (None if self.resume else preset_for(self.device.type))
+        name = self.preset or (None if self.resume else preset_for(self.torch_device.type))
         return preset_layers(name, folder)
 
     def file_layers(self) -> list[Layer]:
@@ -164,7 +144,7 @@ class TrainingOptions:
             "data": {
                 "layout": self.layout,
                 "modalities": self.modalities,
-                "exclude": read_case_ids(self.exclude),
+                "exclude": read_case_ids(self.exclude or None),
                 **(of_data or {}),
             },
             "network": {"weights": None if self.weights is None else Path(self.weights).absolute()},
@@ -201,7 +181,7 @@ class TrainingOptions:
             data=tuple(Path(folder) for folder in data),
             run=self.run,
             config=build_config(kind.config_type, layers),
-            device=self.device,
+            device=self.torch_device,
             memory_gb=parse_gigabytes(self.memory),
             started_s=self.started_s,
             resume=self.resume,
@@ -213,8 +193,8 @@ class TrainingOptions:
 
 def segmentation_request(
     data: AnyPath, options: TrainingOptions, *, fold: Fold | None = None, label_scheme: str | None = None
-) -> TrainingRequest[TrainConfig]:
-    """The request of `train`.
+) -> tuple[TrainingRequest[TrainConfig], Kind[TrainConfig, Any]]:
+    """The request of `train`, and its kind of training.
 
     Raises:
         RequestError: a file, an option or a setting cannot be used.
@@ -224,31 +204,24 @@ def segmentation_request(
 
     of_data = {"label_scheme": label_scheme, "fold": None if fold == "all" else fold}
     layers = [*_network_of(options.weights), *options.file_layers(), *options.option_layers(of_data)]
-    return options.request([data], SegmentationKind(), options.preset_layers(PRESETS), layers)
+    kind = SegmentationKind()
+    return options.request([data], kind, options.preset_layers(PRESETS), layers), kind
 
 
-def train_segmentation(request: TrainingRequest[TrainConfig], fold: Fold | None = None) -> Summary:
-    """Train as `train` does, one fold or "all"."""
-    from segkit.training.run import cross_validate, train
-    from segkit.training.segmentation import SegmentationKind
-
-    if fold == "all":
-        return with_other_ranks(request, cross_validate)
-    return with_other_ranks(request, lambda request: train(request, SegmentationKind()))
-
-
-def with_other_ranks(request: TrainingRequest[ConfigT], work: Callable[[TrainingRequest[ConfigT]], Summary]) -> Summary:
-    """`work`, together with the other processes that torchrun started. SIGTERM ends it as Ctrl-C does.
+def run_training(request: TrainingRequest[Any], kind: Kind[Any, Any], fold: Fold | None = None) -> Summary:
+    """Train one fold or "all", together with the other processes that torchrun started. SIGTERM ends it as Ctrl-C does.
 
     Raises:
         InterruptedTrainingError: a signal ended it.
     """
     from segkit.training.distributed import joined_ranks
     from segkit.training.interruption import terminated_as_interrupted
+    from segkit.training.run import cross_validate, train
 
     timeout_s = request.config.training.rank_timeout_s
     with joined_ranks(request.device, timeout_s) as ranks, terminated_as_interrupted():
-        return work(replace(request, ranks=ranks))
+        request = replace(request, ranks=ranks)
+        return cross_validate(request) if fold == "all" else train(request, kind)
 
 
 def suited_presets(presets: Sequence[Layer], layers: Sequence[Layer]) -> list[Layer]:

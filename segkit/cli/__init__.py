@@ -28,7 +28,7 @@ VERBS: dict[str, str] = {
     "infer": "segkit.cli.infer:infer",
     "inpaint": "segkit.cli.inpaint:inpaint",
     "evaluate": "segkit.cli.evaluate:evaluate",
-    "compare": "segkit.cli.compare:compare",
+    "compare": "segkit.cli.evaluate:compare",
     "report": "segkit.cli.report:report",
     "export": "segkit.cli.export:export",
     "convert": "segkit.cli.convert:app",

@@ -6,16 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from segkit.cli.options import (
-    DeviceOption,
-    JsonOption,
-    QuietOption,
-    VerboseOption,
-    print_json,
-    print_stderr,
-    print_table,
-    set_verbosity,
-)
+from segkit.cli.options import DeviceOption, JsonOption, print_json, print_stderr, print_table, verb
 from segkit.errors import RequestError
 
 app = typer.Typer(no_args_is_help=True, help="Measure memory and speed on this machine.")
@@ -34,16 +25,16 @@ _DEFAULT_SIDE = 64
 
 
 @app.command()
+@verb()
 def memory(
     table: TableOption = None,
     side: Annotated[
         int | None, typer.Option("--side", min=32, help="Side of the cubic patch, in voxels; default: the table's.")
     ] = None,
     blocks: DepthsOption = None,
-    device: DeviceOption = None,
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
+    quiet: bool = False,
 ) -> None:
     """Memory of a training step: `modes`, `depth`, `budget` and `volume` (a whole BraTS volume).
 
@@ -52,7 +43,6 @@ def memory(
     from segkit.bench.memory import TABLES
     from segkit.runtime import pick_device
 
-    set_verbosity(is_quiet=quiet, is_verbose=verbose)
     chosen = _chosen(table, TABLES)
     where = str(pick_device(device))
 
@@ -68,6 +58,7 @@ def memory(
 
 
 @app.command()
+@verb()
 def speed(
     table: TableOption = None,
     side: SideOption = _DEFAULT_SIDE,
@@ -83,10 +74,9 @@ def speed(
     reference: Annotated[
         Path | None, typer.Option("--reference", help="Script to run by hand: SCRIPT RUN CASE_DIR OUT.nii.gz.")
     ] = None,
-    device: DeviceOption = None,
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
+    quiet: bool = False,
 ) -> None:
     """Seconds of a training step and of an inference window, and their ratio to PyTorch's own layers.
 
@@ -97,7 +87,6 @@ def speed(
     from segkit.bench.whole import measure_whole
     from segkit.runtime import pick_device
 
-    set_verbosity(is_quiet=quiet, is_verbose=verbose)
     if (model is None) != (input is None):
         raise RequestError("one of --model and --input is missing", expected="both, or neither")
     if model is not None and input is not None:

@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from segkit.cli.options import (
-    DataArgument,
-    JsonOption,
-    LayoutOption,
-    MemoryOption,
-    ModalitiesOption,
-    PresetOption,
-    QuietOption,
-    SchemeOption,
-    SetOption,
-    VerboseOption,
-    console,
-    parse_settings,
-    print_json,
-    print_stdout,
-    print_table,
-    read_modalities,
-    set_verbosity,
-)
+from segkit.api.check import check as check_data
+from segkit.cli.options import JsonOption, console, print_json, print_stdout, print_table, verb
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,27 +17,18 @@ if TYPE_CHECKING:
     from segkit.errors import Problem
     from segkit.reading.checks import CaseReport
 
-FastOption = Annotated[bool, typer.Option("--fast", help="Headers only: no voxels are read.")]
-EstimateOption = Annotated[bool, typer.Option("--estimate/--no-estimate", help="Memory and minutes of training.")]
-
 _MOST_ROWS = 40
 _MOST_PROBLEMS = 60
 _MOST_LABELS = 8
 
 
+@verb(
+    check_data,
+    fast=Annotated[bool, typer.Option("--fast", help="Headers only: no voxels are read.")],
+    estimate=Annotated[bool, typer.Option("--estimate/--no-estimate", help="Memory and minutes of training.")],
+)
 def check(
-    data: DataArgument,
-    layout: LayoutOption = None,
-    label_scheme: SchemeOption = None,
-    modality: ModalitiesOption = None,
-    fast: FastOption = False,
-    estimate: EstimateOption = True,
-    preset: PresetOption = None,
-    settings: SetOption = None,
-    memory: MemoryOption = None,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
+    data: Path, estimate: bool, settings: dict[str, Any], json: JsonOption = False, quiet: bool = False, **options: Any
 ) -> None:
     """Check a data folder: layout, labels, every problem at once, and the next command.
 
@@ -61,11 +36,6 @@ def check(
     """
     from rich.progress import Progress
 
-    from segkit.api.check import check_folder, preset_of_this_machine, training_config, training_options
-
-    set_verbosity(is_quiet=quiet, is_verbose=verbose)
-    preset = preset or preset_of_this_machine()
-    config = training_config(preset, parse_settings(settings)) if estimate else None
     progress = Progress(console=console(), transient=True, disable=quiet)
     task = progress.add_task("Reading cases", total=None)
 
@@ -74,17 +44,8 @@ def check(
         progress.update(task, completed=done, total=total)
 
     try:
-        found = check_folder(
-            data,
-            layout=layout,
-            label_scheme=label_scheme,
-            modalities=read_modalities(modality),
-            fast=fast,
-            config=config if json or not quiet else None,
-            memory=memory,
-            on_progress=show,
-            training=training_options(preset, settings or (), memory),
-        )
+        with_estimate = estimate and (json or not quiet)
+        found = check_data(data, estimate=with_estimate, on_progress=show, **options, **settings)
     finally:
         if progress.live.is_started:
             progress.stop()

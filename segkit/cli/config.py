@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from segkit.api.training import suited_presets
-from segkit.cli.options import QuietOption, SetOption, VerboseOption, parse_settings, print_stdout, set_verbosity
+from segkit.cli.options import SetOption, print_stdout, read_settings, verb
 from segkit.errors import ConfigError, Problem, RequestError
 
 if TYPE_CHECKING:
@@ -37,45 +37,43 @@ VerbOption = Annotated[
 
 
 @app.command()
+@verb()
 def show(
     preset: BarePresetOption = None,
     settings: SetOption = None,
     verb: VerbOption = Verb.TRAIN,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
+    quiet: bool = False,
 ) -> None:
     """Print the settings of a run as YAML, each with what it means; null is decided by planning."""
     import segkit.config as configs
 
-    set_verbosity(is_quiet=quiet, is_verbose=verbose)
     presets = {
         Verb.TRAIN: configs.PRESETS,
         Verb.PRETRAIN: configs.PRETRAINING_PRESETS,
         Verb.INPAINTING: configs.INPAINTING_PRESETS,
     }
-    layers = [("--set", parse_settings(settings))]
+    layers = [("--set", read_settings(settings))]
     suited = suited_presets(configs.preset_layers(preset, presets[verb]), layers)
     config = configs.build_config(_config_of(verb), [*suited, *layers])
     print_stdout(configs.annotated_yaml(config).removesuffix("\n"))
 
 
 @app.command()
+@verb()
 def validate(
     files: Annotated[list[Path], typer.Argument(help="Configuration files.")],
     settings: SetOption = None,
     verb: VerbOption = Verb.TRAIN,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
+    quiet: bool = False,
 ) -> None:
     """Check configuration files; every problem is reported at once, with file, key and reason."""
     from segkit.config import build_config, read_yaml
     from segkit.models.table import configure
 
-    set_verbosity(is_quiet=quiet, is_verbose=verbose)
     problems: list[Problem] = []
     for file in files:
         try:
-            config = build_config(_config_of(verb), [(str(file), read_yaml(file)), ("--set", parse_settings(settings))])
+            config = build_config(_config_of(verb), [(str(file), read_yaml(file)), ("--set", read_settings(settings))])
             configure(config.network.family, config.network.size, config.network.arguments)
         except ConfigError as error:
             problems += error.problems

@@ -14,14 +14,12 @@ from segkit.cli.options import (
     ModalitiesOption,
     OutputOption,
     OverwriteOption,
-    QuietOption,
     SchemeOption,
-    VerboseOption,
     print_json,
     print_stderr,
     print_table,
     read_modalities,
-    set_verbosity,
+    verb,
 )
 
 if TYPE_CHECKING:
@@ -36,6 +34,7 @@ TargetOption = Annotated[str, typer.Option("--to", help="Label scheme of the cop
 
 
 @app.command()
+@verb()
 def labels(
     data: DataArgument,
     output: OutputOption,
@@ -45,8 +44,7 @@ def labels(
     modality: ModalitiesOption = None,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
+    quiet: bool = False,
 ) -> None:
     """Copy the reference masks of DATA into another label scheme, tissue by tissue.
 
@@ -57,7 +55,6 @@ def labels(
     from segkit.reading.conversion import translate_reference
     from segkit.reading.layouts.table import find_cases
 
-    set_verbosity(is_quiet=quiet, is_verbose=verbose)
     if to not in SCHEMES:
         raise RequestError(f"there is no label scheme {to!r}", expected="one of " + ", ".join(SCHEMES))
     target = SCHEMES[to]
@@ -83,6 +80,7 @@ def labels(
 
 
 @app.command()
+@verb()
 def headers(
     data: DataArgument,
     output: OutputOption,
@@ -91,8 +89,7 @@ def headers(
     modality: ModalitiesOption = None,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
+    quiet: bool = False,
 ) -> None:
     """Copy DATA and correct files whose header differs from their case in its affine alone.
 
@@ -102,7 +99,6 @@ def headers(
     from segkit.reading.conversion import copy_path, files_of, repair_headers
     from segkit.reading.layouts.table import find_cases
 
-    set_verbosity(is_quiet=quiet, is_verbose=verbose)
     cohort = find_cases(data, layout=layout, modalities=read_modalities(modality), label_scheme=label_scheme)
     _require_other_folder(data, output)
     root = cohort.root if cohort.root.is_dir() else cohort.root.parent

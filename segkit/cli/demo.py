@@ -8,27 +8,20 @@ from typing import Annotated
 
 import typer
 
-from segkit.cli.options import (
-    DeviceOption,
-    QuietOption,
-    VerboseOption,
-    print_stderr,
-    print_stdout,
-    print_table,
-    set_verbosity,
-)
+from segkit.cli.options import DeviceOption, print_stderr, print_stdout, print_table, verb
 
 _CASES, _HELD_OUT, _SIZE = 30, 6, 48
 _SEED = 1
 """A seed whose held-out cases all have an enhancing tumour: the Dice of an absent region is either 0 or 1."""
 
 
+@verb()
 def demo(
     output: Annotated[Path, typer.Argument(help="Folder to write to; new or empty.")],
     budget: Annotated[str, typer.Option("--budget", help="Wall time of the training, e.g. 5m.")] = "5m",
-    device: DeviceOption = None,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
+    device: DeviceOption = "auto",
+    quiet: bool = False,
+    verbose: bool = False,
 ) -> None:
     """Make phantoms, train on most, segment the others, score them, and compare with the best threshold.
 
@@ -37,11 +30,10 @@ def demo(
     from segkit.inference.backend_loading import can_write_graphs
     from segkit.phantoms.layouts import require_empty
 
-    set_verbosity(is_quiet=quiet, is_verbose=verbose)
     require_empty(output)
     names = ("data", "run", "masks", "scores", "export", "report.html", "held-out.txt")
     data, run, masks, scores, exported, page, held_out = (output / name for name in names)
-    on_device = [] if device is None else ["--device", device]
+    on_device = ["--device", device]
     steps = {
         "phantom": [data, "--cases", _CASES, "--size", _SIZE, "--convention", "brats2021", "--seed", _SEED],
         "train": [data, "-o", run, "--preset", "tiny", "--budget", budget, "--exclude", held_out, *on_device],
@@ -55,9 +47,9 @@ def demo(
         print_stderr("no export, because ONNX is not installed: pip install 'segkit[onnx]'")
     loudness = [option for option, is_given in (("-q", quiet), ("-v", verbose)) if is_given]
     seconds: dict[str, float] = {}
-    for verb, arguments in steps.items():
-        seconds[verb] = _run([verb, *(str(argument) for argument in arguments), *loudness], is_quiet=quiet)
-        if verb == "phantom":
+    for name, arguments in steps.items():
+        seconds[name] = _run([name, *(str(argument) for argument in arguments), *loudness], is_quiet=quiet)
+        if name == "phantom":
             _write_held_out(data, held_out, is_quiet=quiet)
     _report_result(output, seconds)
 

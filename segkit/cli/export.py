@@ -5,53 +5,33 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from segkit.cli.options import (
-    CasesOption,
-    JsonOption,
-    OutputOption,
-    QuietOption,
-    VerboseOption,
-    print_json,
-    print_table,
-    set_verbosity,
+from segkit.api.export import export_model
+from segkit.cli.options import JsonOption, print_json, print_table, verb
+
+
+@verb(
+    export_model,
+    run=Annotated[Path, typer.Option("-m", "--model", help="Run folder, cross-validation or nnU-Net's results.")],
+    precision=Annotated[
+        Literal["fp32", "fp16", "int8"],
+        typer.Option(help="Write this one too, with its measured change of Dice; fp32 is always written."),
+    ],
+    data=Annotated[
+        Path | None,
+        typer.Option(
+            "-i",
+            "--input",
+            help="Cases to compare, calibrate and score with; default: the validation cases of the run.",
+        ),
+    ],
+    overwrite=Annotated[bool, typer.Option("--overwrite", help="Replace the export that is in the folder.")],
 )
-
-RunOption = Annotated[Path, typer.Option("-m", "--model", help="Run folder, cross-validation or nnU-Net's results.")]
-PrecisionOption = Annotated[
-    Literal["fp32", "fp16", "int8"],
-    typer.Option("--precision", help="Write this one too, with its measured change of Dice; fp32 is always written."),
-]
-MeasuringOption = Annotated[
-    Path | None,
-    typer.Option(
-        "-i",
-        "--input",
-        help="Cases to compare, calibrate and score with; default: the validation cases of the run.",
-        show_default=False,
-    ),
-]
-ReplaceOption = Annotated[bool, typer.Option("--overwrite", help="Replace the export that is in the folder.")]
-
-
-def export(
-    model: RunOption,
-    output: OutputOption,
-    precision: PrecisionOption = "fp32",
-    input: MeasuringOption = None,
-    cases: CasesOption = None,
-    overwrite: ReplaceOption = False,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
-) -> None:
+def export(json: JsonOption = False, quiet: bool = False, **options: Any) -> None:
     """Write model.onnx and model.json, checked against the trained network, or nothing.
 
     `segkit infer -m OUTPUT`, or of an inpainting model `segkit inpaint`, runs it with ONNX Runtime or OpenVINO.
     """
-    from segkit.api.export import export_model
-
-    set_verbosity(is_quiet=quiet, is_verbose=verbose)
-    document = export_model(model, output, precision=precision, data=input, cases=cases, overwrite=overwrite)
+    document = export_model(**options)
     if json:
         print_json(document)
     elif not quiet:

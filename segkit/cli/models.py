@@ -4,22 +4,21 @@ from typing import Annotated
 
 import typer
 
-from segkit.cli.options import JsonOption, QuietOption, VerboseOption, print_json, print_table, set_verbosity
+from segkit.cli.options import JsonOption, print_json, print_table, verb
 
 
+@verb()
 def models(
     in_channels: Annotated[int, typer.Option("--in-channels", min=1, help="Image channels to count with.")] = 4,
     out_channels: Annotated[int, typer.Option("--out-channels", min=1, help="Outputs to count with.")] = 3,
     as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
+    quiet: bool = False,
 ) -> None:
     """Networks and sizes: parameters, tensors of the state dict, what each axis must be a multiple of."""
     from dataclasses import asdict
 
     from segkit.models.table import list_models
 
-    set_verbosity(is_quiet=quiet, is_verbose=verbose)
     found = list_models(in_channels, out_channels)
     if as_json:
         print_json([asdict(model) for model in found])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
+import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -22,15 +25,15 @@ ModelOption = Annotated[
     list[Path],
     typer.Option("-m", "--model", help="Run folder, or nnU-Net's results with a STU-Net; several make an ensemble."),
 ]
-DeviceOption = Annotated[str | None, typer.Option("-d", "--device", help="cpu, cuda, cuda:N or mps; default: best.")]
+DeviceOption = Annotated[
+    str, typer.Option("-d", "--device", help="cpu, cuda, cuda:N, mps, or auto: the best of these.")
+]
 BackendOption = Annotated[
     Literal["auto", "torch", "onnxruntime", "openvino"],
     typer.Option("--backend", help="Library that runs the network; auto: the fastest that is installed."),
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show what would be done with each case; write nothing.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print only one JSON document on standard output.")]
-QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors.")]
-VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Also details and tracebacks.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Recompute finished cases.")]
 CasesOption = Annotated[
     Path | None, typer.Option("--cases", help="Text file with the case ids to use, one per line.", show_default=False)
@@ -51,6 +54,65 @@ SetOption = Annotated[
 MemoryOption = Annotated[
     str | None, typer.Option("--memory", help="Memory to plan for, e.g. 8G; default: the free memory.")
 ]
+_ARGUMENTS = {
+    "data": DataArgument,
+    "scans": InputOption,
+    "out": OutputOption,
+    "model": ModelOption,
+    "device": DeviceOption,
+    "backend": BackendOption,
+    "overwrite": OverwriteOption,
+    "cases": CasesOption,
+    "layout": LayoutOption,
+    "label_scheme": SchemeOption,
+    "modalities": ModalitiesOption,
+    "preset": PresetOption,
+    "settings": SetOption,
+    "memory": MemoryOption,
+}
+"""Arguments of several functions of `segkit.api` -> what they are on the command line."""
+_LOUDNESS = {
+    "quiet": Annotated[bool, typer.Option("-q", "--quiet", help="Only errors.")],
+    "verbose": Annotated[bool, typer.Option("-v", "--verbose", help="Also details and tracebacks.")],
+}
+
+
+def verb(of: Callable[..., Any] | None = None, /, **kinds: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator of a command: adds --quiet, --verbose, and the arguments of `of`, a function of `segkit.api`.
+
+    Their types on the command line are those of `kinds`, else of `_ARGUMENTS`; an argument in neither is not offered.
+    The command gets them by name, and `quiet` and `verbose` if it has arguments of these names.
+    """
+    kinds = _ARGUMENTS | kinds
+    arguments = {} if of is None else dict(inspect.signature(of).parameters)
+    if "settings" in arguments:  # those by name
+        arguments["settings"] = inspect.Parameter("settings", inspect.Parameter.KEYWORD_ONLY, default=None)
+
+    def typed(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command).parameters
+        hints = get_type_hints(command, include_extras=True)
+        offered = {name: (kinds[name], one.default) for name, one in arguments.items() if name in kinds}
+        offered |= {
+            name: (hints[name], one.default)
+            for name, one in own.items()
+            if name not in arguments and one.kind is not inspect.Parameter.VAR_KEYWORD
+        }
+        offered |= {name: (kind, False) for name, kind in _LOUDNESS.items()}
+
+        @functools.wraps(command)
+        def run(**options: Any) -> None:
+            set_verbosity(is_quiet=options["quiet"], is_verbose=options["verbose"])
+            options |= {name: read(options[name]) for name, read in _READERS.items() if name in arguments}
+            command(**{name: value for name, value in options.items() if name in own or name not in _LOUDNESS})
+
+        by_name = inspect.Parameter.KEYWORD_ONLY
+        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [inspect.Parameter(name, by_name, default=one, annotation=kind) for name, (kind, one) in offered.items()]
+        )
+        run.__annotations__ = {name: kind for name, (kind, _) in offered.items()}
+        return run
+
+    return typed
 
 
 def console() -> Console:
@@ -62,8 +124,6 @@ def console() -> Console:
 
 def set_verbosity(*, is_quiet: bool = False, is_verbose: bool = False) -> None:
     """Set the level of the log, on standard error."""
-    import logging
-
     level = logging.ERROR if is_quiet else logging.DEBUG if is_verbose else logging.INFO
     logging.getLogger("segkit").setLevel(level)
 
@@ -117,8 +177,12 @@ def read_modalities(pairs: list[str] | None) -> dict[str, str] | None:
     return mapping
 
 
-def parse_settings(settings: list[str] | None) -> dict[str, Any]:
-    """See `segkit.config.parse_overrides`."""
+def read_settings(settings: list[str] | None) -> dict[str, Any]:
+    """`["training.steps=5"]` to `{"training": {"steps": 5}}`; raises RequestError if an entry cannot be read."""
     from segkit.config import parse_overrides
 
     return parse_overrides(settings or [])
+
+
+_READERS: dict[str, Callable[[Any], Any]] = {"modalities": read_modalities, "settings": read_settings}
+"""Arguments of `segkit.api` that are read before a command gets them."""

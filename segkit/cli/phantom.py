@@ -6,11 +6,12 @@ from typing import Annotated
 
 import typer
 
-from segkit.cli.options import QuietOption, VerboseOption, print_stdout, set_verbosity
+from segkit.cli.options import print_stdout, verb
 
 _CONVENTIONS = "brats2018, brats2020, brats2021, brats2023, brats2024, msd, nnunet or bids"
 
 
+@verb()
 def phantom(
     output: Annotated[Path, typer.Argument(help="Folder to write to; new or empty.")],
     cases: Annotated[int, typer.Option("--cases", min=1, help="How many cases.")] = 10,
@@ -32,14 +33,12 @@ def phantom(
             help="Folders of BraTS local synthesis instead: T1 complete and voided, masks of healthy hole and tumour.",
         ),
     ] = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
+    quiet: bool = False,
 ) -> None:
     """Write seeded BraTS-like phantoms with references."""
     from segkit.errors import RequestError
     from segkit.phantoms.layouts import write_inpainting_phantoms, write_phantoms, write_phantoms_with_problems
 
-    set_verbosity(is_quiet=quiet, is_verbose=verbose)
     numbers = range(1, cases + 1)
     if inpainting:
         other = "--with-problems" if with_problems else "--convention" if convention is not None else None

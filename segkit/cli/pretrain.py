@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from segkit.cli import options, training
-from segkit.cli.options import parse_settings, print_stdout, print_table, read_modalities
+import segkit.api.pretraining as api
+from segkit.api.training import TrainingOptions
+from segkit.cli.options import JsonOption, print_stdout, print_table, verb
+from segkit.cli.train import SHARED, GpusOption, TrainingScreen
 
 if TYPE_CHECKING:
     from segkit.training.task import Summary
@@ -18,41 +20,24 @@ FoldersArgument = Annotated[
 ]
 MethodOption = Annotated[
     str | None,
-    typer.Option("--method", help="graph-matching (default), masked, contrastive or inpainting.", show_default=False),
+    typer.Option(help="graph-matching (default), masked, contrastive or inpainting.", show_default=False),
 ]
 EncoderOption = Annotated[
     str | None,
-    typer.Option(
-        "--encoder", help="Network: a family (revmbunet, stunet, inpainter ...) or an smp encoder (resnet50)."
-    ),
-]
-BeginOption = Annotated[
-    Path | None, typer.Option("--weights", help="First weights: run folder, .safetensors, .pth, .torch.")
+    typer.Option(help="Network: a family (revmbunet, stunet, inpainter ...) or an smp encoder (resnet50)"),
 ]
 
 
+@verb(api.pretrain, data=FoldersArgument, method=MethodOption, encoder=EncoderOption, **SHARED)
 def pretrain(
-    data: FoldersArgument,
-    output: training.RunOption,
-    method: MethodOption = None,
-    encoder: EncoderOption = None,
-    config: training.ConfigOption = None,
-    preset: options.PresetOption = None,
-    settings: options.SetOption = None,
-    budget: training.BudgetOption = None,
-    memory: options.MemoryOption = None,
-    weights: BeginOption = None,
-    exclude: training.ExcludeOption = None,
-    layout: options.LayoutOption = None,
-    modality: options.ModalitiesOption = None,
-    resume: training.ResumeOption = False,
-    allow_changes: training.ChangesOption = False,
-    overwrite: training.StartAgainOption = False,
-    device: options.DeviceOption = None,
-    gpus: training.GpusOption = None,
-    as_json: options.JsonOption = False,
-    quiet: options.QuietOption = False,
-    verbose: options.VerboseOption = False,
+    data: list[Path],
+    run: Path,
+    method: str | None,
+    encoder: str | None,
+    gpus: GpusOption = None,
+    json: JsonOption = False,
+    quiet: bool = False,
+    **shared: Any,
 ) -> None:
     """Train an encoder on images without labels, for `segkit train --weights RUN`.
 
@@ -60,29 +45,9 @@ def pretrain(
     patient in five is held out to measure the encoder. --method inpainting trains a network to fill holes, for
     `segkit inpaint -m RUN`.
     """
-    verb = training.TrainingVerb.start(gpus, device, as_json=as_json, quiet=quiet, verbose=verbose)
-    from segkit.api.pretraining import pretraining_request, train_encoder
-    from segkit.api.training import TrainingOptions
-
-    arguments = TrainingOptions(
-        run=output,
-        preset=preset,
-        config=config,
-        settings=parse_settings(settings),
-        budget=budget,
-        memory=memory,
-        weights=weights,
-        exclude=exclude,
-        layout=layout,
-        modalities=read_modalities(modality),
-        device_name=device,
-        resume=resume,
-        overwrite=overwrite,
-        allow_changes=allow_changes,
-    )
-    request, kind = pretraining_request(data, arguments, method=method, encoder=encoder)
-    command = ("segkit", "pretrain", *data, "-o", output, "--resume")
-    verb.finish(verb.run(lambda request: train_encoder(request, kind), request, *command), _show)
+    screen = TrainingScreen.open(gpus, shared["device"], as_json=json, quiet=quiet)
+    request, kind = api.pretraining_request(data, TrainingOptions(run=run, **shared), method=method, encoder=encoder)
+    screen.run(request, kind, _show, "segkit", "pretrain", *data, "-o", run, "--resume")
 
 
 def _show(summary: Summary) -> None:

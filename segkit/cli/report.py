@@ -5,17 +5,10 @@ from typing import Annotated
 
 import typer
 
-from segkit.cli.options import (
-    JsonOption,
-    QuietOption,
-    VerboseOption,
-    print_json,
-    print_stderr,
-    print_stdout,
-    set_verbosity,
-)
+from segkit.cli.options import JsonOption, print_json, print_stderr, print_stdout, verb
 
 
+@verb()
 def report(
     sources: Annotated[
         list[Path],
@@ -30,8 +23,7 @@ def report(
         bool, typer.Option("--viewer/--no-viewer", help="The worst cases in three dimensions (extra `viewer`).")
     ] = True,
     json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
+    quiet: bool = False,
 ) -> None:
     """Write one self-contained HTML page: scores, curves, pictures, times and settings.
 
@@ -40,7 +32,6 @@ def report(
     from segkit.errors import RequestError
     from segkit.report.page import write_page
 
-    set_verbosity(is_quiet=quiet, is_verbose=verbose)
     if output.is_dir():
         raise RequestError("is a folder", where=output, expected="the name of the page, such as page.html")
     facts = write_page(sources, output, data=data, title=title, with_viewer=viewer)

@@ -1,92 +1,85 @@
-"""`segkit train`: from a data folder to a run folder."""
+"""`segkit train`, and what it shares with `segkit pretrain`: options, several processes, progress, and results."""
 
 from __future__ import annotations
 
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from segkit.cli import options, training
-from segkit.cli.options import parse_settings, print_json, print_stdout, print_table, read_modalities
-from segkit.errors import RequestError
+import segkit.api.training as api
+from segkit.cli import options
+from segkit.cli.options import console, print_json, print_stderr, print_stdout, print_table, set_verbosity, verb
+from segkit.errors import RequestError, on_one_line
+from segkit.runtime import process_place
 
 if TYPE_CHECKING:
-    from segkit.training.config import TrainConfig
-    from segkit.training.task import Summary, TrainingRequest
+    from rich.console import Console
 
+    from segkit.training.config import TrainConfig
+    from segkit.training.task import Kind, Summary, TrainingRequest
+
+GpusOption = Annotated[
+    int | None, typer.Option(help="GPUs of this machine to train on together; torchrun starts more.", min=1)
+]
+SHARED = {
+    "run": Annotated[Path, typer.Option("-o", "--output", help="Run folder to write.")],
+    "config": Annotated[Path | None, typer.Option(help="YAML file with settings over the preset.")],
+    "budget": Annotated[str | None, typer.Option(help="Wall time of the whole command, e.g. 30m or 2h.")],
+    "weights": Annotated[
+        Path | None,
+        typer.Option(help="First weights: run folder, nnU-Net results, .safetensors, .pth, .torch or .model."),
+    ],
+    "exclude": Annotated[Path | None, typer.Option(help="Text file with ids of cases to exclude.")],
+    "resume": Annotated[bool, typer.Option("--resume", help="Continue the run; options must match its settings.")],
+    "overwrite": Annotated[bool, typer.Option("--overwrite", help="Start again in a used run folder.")],
+    "allow_changes": Annotated[
+        bool, typer.Option("--allow-changes", help="Accept changed settings with --resume; they are recorded.")
+    ],
+}
 FoldOption = Annotated[
     str | None, typer.Option("-f", "--fold", help="Fold for validation, from 0; or all for cross-validation.")
 ]
-WeightsOption = Annotated[
-    Path | None,
-    typer.Option("--weights", help="First weights: run folder, nnU-Net results, .safetensors, .pth, .model."),
-]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Plan, print the settings, train nothing.")]
 
 
+@verb(api.train, fold=FoldOption, **SHARED)
 def train(
-    data: options.DataArgument,
-    output: training.RunOption,
-    config: training.ConfigOption = None,
-    preset: options.PresetOption = None,
-    settings: options.SetOption = None,
-    fold: FoldOption = None,
-    budget: training.BudgetOption = None,
-    memory: options.MemoryOption = None,
-    weights: WeightsOption = None,
-    exclude: training.ExcludeOption = None,
-    layout: options.LayoutOption = None,
-    label_scheme: options.SchemeOption = None,
-    modality: options.ModalitiesOption = None,
-    resume: training.ResumeOption = False,
-    allow_changes: training.ChangesOption = False,
-    overwrite: training.StartAgainOption = False,
-    dry_run: DryRunOption = False,
-    device: options.DeviceOption = None,
-    gpus: training.GpusOption = None,
-    as_json: options.JsonOption = False,
-    quiet: options.QuietOption = False,
-    verbose: options.VerboseOption = False,
+    data: Path,
+    run: Path,
+    fold: str | None,
+    label_scheme: str | None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan, print the settings, train nothing.")] = False,
+    gpus: GpusOption = None,
+    json: options.JsonOption = False,
+    quiet: bool = False,
+    **shared: Any,
 ) -> None:
     """Train a network on DATA and write a run folder.
 
     Patch, batch, spacing and normalisation are planned from the data and the available memory; config.yaml in the run
     folder has every setting and its reason. --config replaces settings of the preset, and options replace both.
     """
-    verb = training.TrainingVerb.start(gpus, device, as_json=as_json, quiet=quiet, verbose=verbose)
-    from segkit.api.training import TrainingOptions, segmentation_request, train_segmentation
-
-    arguments = TrainingOptions(
-        run=output,
-        preset=preset,
-        config=config,
-        settings=parse_settings(settings),
-        budget=budget,
-        memory=memory,
-        weights=weights,
-        exclude=exclude,
-        layout=layout,
-        modalities=read_modalities(modality),
-        device_name=device,
-        resume=resume,
-        overwrite=overwrite,
-        allow_changes=allow_changes,
-    )
+    screen = TrainingScreen.open(gpus, shared["device"], as_json=json, quiet=quiet)
     which = _fold(fold)
-    request = segmentation_request(data, arguments, fold=which, label_scheme=label_scheme)
+    request, kind = api.segmentation_request(
+        data, api.TrainingOptions(run=run, **shared), fold=which, label_scheme=label_scheme
+    )
     if dry_run:
-        _show_plan(request, as_json=verb.as_json)
+        _show_plan(request, as_json=screen.as_json)
         return
 
     def show(summary: Summary) -> None:
         rows = [(name, f"{value:.4f}") for name, value in summary.scores["dice"].items()]
         print_table("Validation", ("output", "Dice"), rows)
-        print_stdout(f"Model: {output}  ->  segkit infer -m {output} -i SCANS -o MASKS")
+        print_stdout(f"Model: {run}  ->  segkit infer -m {run} -i SCANS -o MASKS")
 
     folds = () if fold is None else ("-f", fold)
-    command = ("segkit", "train", data, "-o", output, *folds, "--resume")
-    verb.finish(verb.run(lambda request: train_segmentation(request, which), request, *command), show)
+    screen.run(request, kind, show, "segkit", "train", data, "-o", run, *folds, "--resume", fold=which)
 
 
 def _show_plan(request: TrainingRequest[TrainConfig], *, as_json: bool) -> None:
@@ -107,10 +100,126 @@ def _show_plan(request: TrainingRequest[TrainConfig], *, as_json: bool) -> None:
 
 
 def _fold(text: str | None) -> int | Literal["all"] | None:
-    if text is None:
-        return None
-    if text == "all":
-        return "all"
+    if text is None or text == "all":
+        return text  # type: ignore[return-value]
     if not text.isdigit():
         raise RequestError(f"--fold {text!r} cannot be read", expected="a number from 0, or all")
     return int(text)
+
+
+@dataclass(frozen=True)
+class TrainingScreen:
+    """What a command that trains prints; `open` makes it."""
+
+    as_json: bool
+    quiet: bool
+
+    @classmethod
+    def open(cls, gpus: int | None, device: str, *, as_json: bool, quiet: bool) -> TrainingScreen:
+        """Start this command once for each GPU, and let only the first process print."""
+        spread_over(gpus, device)
+        is_first = process_place().rank == 0
+        if not is_first:
+            set_verbosity(is_quiet=True)
+        return cls(as_json and is_first, quiet or not is_first)
+
+    def run(
+        self,
+        request: TrainingRequest[Any],
+        kind: Kind[Any, Any],
+        show: Callable[[Summary], None],
+        *command: object,
+        fold: int | Literal["all"] | None = None,
+    ) -> None:
+        """Train, with a progress bar on a terminal; print the summary by `show` or as JSON, and the cases left out.
+
+        Raises:
+            InterruptedTrainingError: a signal ended it; `command` is named as the one that resumes the run.
+            typer.Exit: with code 1, if a case was left out.
+        """
+        from segkit.training.interruption import InterruptedTrainingError
+
+        screen = console()
+        bar = ProgressBar(screen) if screen.is_terminal and not self.quiet else None
+        try:
+            with bar or nullcontext():
+                request = replace(request, on_progress=None if bar is None else bar.update)
+                summary = api.run_training(request, kind, fold)
+        except InterruptedTrainingError as error:
+            remedy = f"Resume with: {shlex.join(map(str, command))}"
+            raise InterruptedTrainingError(error.found, where=error.where, remedy=remedy) from None
+        if self.as_json:
+            print_json(summary.to_json())
+        elif not self.quiet:
+            show(summary)
+        if summary.skipped:
+            for reason in summary.skipped.values():
+                print_stderr(f"left out: {reason}")
+            raise typer.Exit(1)
+
+
+class ProgressBar:
+    """A bar with the remaining time, for a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        text = TextColumn("{task.description}", markup=False)
+        self.bar = Progress(text, BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), console=console)
+        self.task = self.bar.add_task("planning", total=1.0)
+
+    def __enter__(self) -> ProgressBar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def update(self, done: float, message: str) -> None:
+        """Show the completed share, 0 to 1, and a message."""
+        self.bar.update(self.task, completed=done, description=on_one_line(message))
+
+
+def spread_over(gpus: int | None, device: str) -> None:
+    """Start this command once per GPU and exit, unless this process is already one of several.
+
+    Raises:
+        RequestError: the machine has fewer GPUs, or torchrun started another number of processes.
+        typer.Exit: all processes have ended.
+    """
+    from segkit.runtime import may_have_gpu
+
+    if gpus is None:
+        return
+    size = process_place().size
+    if size > 1:
+        if size != gpus:
+            raise RequestError(f"--gpus {gpus}, but torchrun started {size} processes", remedy="Leave out --gpus")
+        return
+    if device not in ("auto", "cuda"):
+        raise RequestError(f"--gpus {gpus} and --device {device} contradict each other", remedy="Leave out one of them")
+    found = 0
+    if may_have_gpu():
+        import torch
+
+        found = torch.cuda.device_count()
+    if found < gpus:
+        raise RequestError(
+            f"--gpus {gpus}, but this machine has {found or 'none'}",
+            remedy="Ask for fewer, or train on CPUs with torchrun --nproc-per-node=N -m segkit train ... -d cpu",
+        )
+    if gpus > 1:
+        raise typer.Exit(_start_processes(gpus, sys.argv[1:]))
+
+
+def _start_processes(count: int, arguments: Sequence[str]) -> int:
+    """Run `python -m segkit` in several processes, as torchrun does; returns the exit code of the first to fail."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        run.main(["--standalone", f"--nproc-per-node={count}", "-m", "segkit", *arguments])
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else 1
+    return 0

@@ -203,7 +203,7 @@ def _open_torch(
     _require_room_for_torch()
     from segkit.checkpoint.model import load_model
 
-    chosen = pick_device(None if device == "auto" else device)
+    chosen = pick_device(device)
     if name not in ("auto", "torch"):
         raise RequestError(f"backend {name} computes on a CPU", remedy="Pass --device cpu, or --backend torch")
     if chosen.type == "cpu":

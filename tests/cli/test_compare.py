@@ -8,7 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from segkit.cli.compare import compare
+from segkit.cli.evaluate import compare
 from segkit.errors import RequestError
 
 app = typer.Typer()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from segkit.api.folder import choose_engine, executor_of, on_gpu
+from segkit.api.folder import FolderOptions, Loading, on_gpu
 from segkit.batch.ray_executor import RayExecutor, Share
 from segkit.batch.worker import LocalExecutor
 from segkit.errors import RequestError
@@ -34,18 +35,20 @@ def test_without_ray_it_is_told_what_to_install(
 
 
 def test_here() -> None:
-    engine = choose_engine("local", None, "auto", 3, None, "1.5G")
-    assert (engine.memory_gb, engine.path(Path("scans"))) == (1.5, Path("scans"))
-    executor = executor_of(engine, [backend(2)], FOLDERS)
+    options = FolderOptions("scans", "out", workers=3, memory="1.5G")
+    assert (options.memory_gb, options.path("scans")) == (1.5, Path("scans"))
+    executor = options.executor([backend(2)], FOLDERS)
     assert isinstance(executor, LocalExecutor)
     assert executor.workers == 3
 
 
 @pytest.mark.parametrize(("threads", "expected"), [(None, 4), (1, 1)])
 def test_on_nodes_a_case_takes_the_cores_of_its_largest_network(threads: int | None, expected: int) -> None:
-    engine = choose_engine("ray", "auto", "store", 0, threads, "2G")
-    assert engine.path(Path("scans")) == Path("scans").absolute()
-    executor = executor_of(engine, [backend(2), backend(4)], FOLDERS)
+    options = FolderOptions(
+        "scans", "out", engine="ray", ray_address="auto", results="store", workers=0, threads=threads, memory="2G"
+    )
+    assert options.path("scans") == Path("scans").absolute()
+    executor = options.executor([backend(2), backend(4)], FOLDERS)
     assert isinstance(executor, RayExecutor)
     assert executor.share == Share(expected, 0, 2.0)
     assert (executor.address, executor.results, executor.workers) == ("auto", "store", None)
@@ -53,11 +56,11 @@ def test_on_nodes_a_case_takes_the_cores_of_its_largest_network(threads: int | N
 
 
 def test_gpus_of_nodes_need_none_here() -> None:
-    engine = choose_engine("ray", None, "auto", None, None, None)
-    assert engine.loads_with("cuda", "auto") == ("cpu", "torch")
-    assert engine.loads_with(None, "auto") == ("auto", "auto")
+    options = FolderOptions("scans", "out", engine="ray")
+    assert options.loading() == Loading("auto", "auto", None)
+    assert replace(options, device="cuda").loading() == Loading("cpu", "torch", None)
     with pytest.raises(RequestError, match=r"backend openvino computes on a CPU\. Pass --device cpu"):
-        engine.loads_with("cuda:1", "openvino")
-    executor = executor_of(engine, [on_gpu(backend(4)), backend(4)], FOLDERS)
+        replace(options, device="cuda:1", backend="openvino").loading()
+    executor = options.executor([on_gpu(backend(4)), backend(4)], FOLDERS)
     assert isinstance(executor, RayExecutor)
     assert executor.share == Share(1, gpus=1)

@@ -20,9 +20,9 @@ from rich.console import Console
 
 import segkit.cli
 from segkit.batch.manifest import CaseRecord
-from segkit.cli.folder import CaseProgress
+from segkit.cli.infer import CaseProgress
 from segkit.cli.options import print_json, print_table
-from segkit.cli.training import ProgressBar
+from segkit.cli.train import ProgressBar
 from segkit.errors import DataError, Problem, on_one_line, printable
 from segkit.evaluation.pairing import Pairing
 from segkit.evaluation.score_files import markdown_table, markdown_text, scores_csv

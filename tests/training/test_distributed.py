@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from segkit.checkpoint.tensors import load_state
-from segkit.cli.training import spread_over
+from segkit.cli.train import spread_over
 from segkit.errors import RequestError
 from segkit.models.table import MODELS
 from segkit.pretraining.methods import METHODS
@@ -211,13 +211,13 @@ def test_torchrun_says_who_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("segkit.runtime.may_have_gpu", lambda: False)
     with pytest.raises(RequestError, match="--gpus 2, but this machine has none"):
-        spread_over(2, None)
+        spread_over(2, "auto")
     with pytest.raises(RequestError, match="--gpus 2 and --device cpu contradict each other"):
         spread_over(2, "cpu")
     for name, value in {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RequestError, match="--gpus 2, but torchrun started 3 processes"):
-        spread_over(2, None)
+        spread_over(2, "auto")
 
 
 def test_a_signal_to_one_of_several_waits_until_all_agree(tmp_path: Path) -> None:
