@@ -26,7 +26,7 @@ from segkit.metrics.registry import METRICS
 from segkit.reading.files import read_labels
 from segkit.reading.geometry import same_grid
 from segkit.reading.layouts.schemes import present_values
-from segkit.reading.volume import Grid
+from segkit.reading.volume import Grid, log_notes
 from segkit.shapes import LabelMap, Mask
 
 Missing = Literal["skip", "zero"]
@@ -183,6 +183,7 @@ def _read_reference(pair: Pair, scheme: LabelScheme) -> tuple[LabelMap, Grid]:
     if label is None:
         raise ValueError(f"case {pair.reference.id} has no reference")
     labels, grid = read_labels(label.path, label.channel)
+    log_notes(grid)
     _require_known(labels, scheme, label.path, "--label-scheme")
     return labels, grid
 
@@ -190,6 +191,7 @@ def _read_reference(pair: Pair, scheme: LabelScheme) -> tuple[LabelMap, Grid]:
 def _read_prediction(path: Path, scheme: LabelScheme, grid: Grid) -> LabelMap:
     """A predicted mask, which must be on the grid of the reference."""
     labels, own_grid = read_labels(path)
+    log_notes(own_grid)
     difference = same_grid(own_grid, grid)
     if difference is not None:
         remedy = "Scores compare voxel by voxel: resample the prediction to the grid of its scan"

@@ -26,7 +26,7 @@ from segkit.preparing.resampling import resample_image, resample_labels, resampl
 from segkit.reading.case import Case, ImageFile
 from segkit.reading.files import read_labels, read_volume
 from segkit.reading.geometry import Reorientation, reorientation_to, reoriented_grid, same_grid
-from segkit.reading.volume import Grid, Volume
+from segkit.reading.volume import Grid, Volume, log_notes
 from segkit.runtime import available_cores
 from segkit.shapes import Image, LabelMap
 
@@ -134,6 +134,7 @@ def stack_modalities(volumes: Iterable[tuple[int, Path | str, Volume]], channels
         if not image.size:
             first, grid = name, volume.grid
             image = np.zeros((channels, *grid.shape), np.float32)
+        log_notes(volume.grid)
         _refuse_other_grid(grid, first, volume.grid, name)
         image[channel] = volume.array
         if count := image[channel].size - int(np.count_nonzero(np.isfinite(image[channel]))):
@@ -160,6 +161,7 @@ def _refuse_other_grid(grid: Grid, path: Path | str, other: Grid, other_path: Pa
 
 def _read_reference(case: Case, file: ImageFile, grid: Grid, scheme: LabelScheme) -> LabelMap:
     labels, label_grid = read_labels(file.path, file.channel)
+    log_notes(label_grid)
     first = next(iter(case.images.values())).path
     _refuse_other_grid(grid, first, label_grid, file.path)
     source = case.scheme or scheme
@@ -229,6 +231,7 @@ class Preparation:
         grid["shape"] = tuple(grid["shape"])
         grid["affine"] = np.asarray(grid["affine"], np.float64)
         grid["qform"] = None if grid["qform"] is None else np.asarray(grid["qform"], np.float64)
+        grid["notes"] = tuple(grid.get("notes", ()))
         grid["source"] = None if grid["source"] is None else Path(grid["source"])
         turn = document["reorientation"]
         start, stop = document["crop"]

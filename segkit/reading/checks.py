@@ -162,6 +162,7 @@ def _check_image(modality: str, image: ImageFile, findings: _Findings, read_voxe
         raise DataError(found, where=image.path, remedy=remedy)
     _compare_grid(grid, findings)
     findings.grids[modality] = grid
+    findings.problems += [warning(image.path, note) for note in grid.notes]
     if read_voxels and grid.dims == 3:
         _check_intensities(modality, image, findings)
     elif read_voxels and not image.channel:
@@ -193,6 +194,7 @@ def _check_reference(label: ImageFile, findings: _Findings, read_voxels: bool) -
         findings.problems += _value_problems(findings.case, label.path, findings.labels)
     else:
         grid = read_grid(label.path)
+    findings.problems += [warning(label.path, note) for note in grid.notes]
     _compare_grid(grid, findings)
 
 

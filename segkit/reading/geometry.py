@@ -6,6 +6,7 @@ grid has the closest one. The letters I, J and K are the first, second and third
 """
 
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -163,6 +164,6 @@ def has_default_affine(grid: Grid) -> bool:
     return bool(np.allclose(np.abs(grid.affine), np.eye(4), atol=1e-6))
 
 
-def format_size(numbers: tuple[float, ...]) -> str:
+def format_size(numbers: Iterable[float]) -> str:
     """Lengths of axes, such as "240 x 240 x 155"."""
     return " x ".join(f"{number:.4g}" for number in numbers)

@@ -7,6 +7,7 @@ verifies its checksum; one channel of a 4D file needs the memory of one channel;
 import gzip
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +18,7 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from segkit.errors import DataError
+from segkit.reading.geometry import format_size
 from segkit.reading.volume import (
     Grid,
     ImageHeader,
@@ -34,11 +36,13 @@ from segkit.shapes import Affine, AnyArray
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 MGH_SUFFIXES = (".mgz", ".mgh")
 
-_logger = logging.getLogger(__name__)
 _GZIP_MAGIC = b"\x1f\x8b"
 _CHUNK_BYTES = 1 << 24
 _MOST_BYTES_AROUND = 1 << 26
 """Before and behind the voxels: header extensions hold a few MB at most, and gzip packs gigabytes into one."""
+_FROM_DICOM = "Convert the scan again from its DICOM files, or restore the header from another file of its case"
+_LARGEST_DRIFT = 1e-3
+"""Accepted difference between two voxel sizes, as a share: headers hold float32 or a few decimals."""
 _FREE_TEXT = ("descrip", "aux_file", "intent_name", "db_name", "data_type", "unused_str")
 _LONGEST_QUATERNION = 1.001
 """A unit quaternion that was rounded may be a little longer than 1; nibabel allows single precision and no more."""
@@ -83,8 +87,8 @@ def scaled(array: AnyArray, slope: float, intercept: float) -> AnyArray:
 
 def open_nifti(path: Path) -> ImageHeader:
     """The header of a NIfTI file; trailing axes of length 1 dropped, 2D images given a third axis of length 1."""
-    header, storage = _read_nifti_header(path)
-    return ImageHeader(nifti_grid(path, header, storage.spatial), storage.channels, storage.read)
+    header, storage, notes = _read_nifti_header(path)
+    return ImageHeader(nifti_grid(path, header, storage.spatial, notes), storage.channels, storage.read)
 
 
 def open_mgh(path: Path) -> ImageHeader:
@@ -126,7 +130,7 @@ def rewrite_nifti(
     Header, type and scale factors are those of the source, without its free text and extensions, which may name the
     patient. Voxels outside `where` keep their stored bits. Integer types round and clip the values.
     """
-    header, storage = _read_nifti_header(source)
+    header, storage, _ = _read_nifti_header(source)
     voxels = storage.stored(channel)
     voxels[where] = in_type((values.astype(np.float64) - storage.intercept) / storage.slope, voxels.dtype)
     if storage.channels == 1:
@@ -146,15 +150,30 @@ def save_mgh(path: Path, array: AnyArray, grid: Grid) -> None:
     nib.MGHImage(array, grid.affine).to_filename(path)
 
 
-def _read_nifti_header(path: Path) -> tuple[nib.Nifti1Header, _Storage]:
+class _Reports(list[str]):
+    """What nibabel corrects in a header, collected in place of its log lines, which do not name the file."""
+
+    def log(self, level: int, message: str) -> None:
+        if level >= logging.WARNING:
+            self.append(message)
+
+
+def _read_nifti_header(path: Path) -> tuple[nib.Nifti1Header, _Storage, list[str]]:
     require_file(path)
     with as_data_errors(path):
         block, is_compressed = _read_beginning(path, nib.Nifti2Header.sizeof_hdr)
         sizes = {int.from_bytes(block[:4], "little"), int.from_bytes(block[:4], "big")}
         for kind in (nib.Nifti1Header, nib.Nifti2Header):
             if kind.sizeof_hdr in sizes and len(block) >= kind.sizeof_hdr:
-                header = kind(block[: kind.sizeof_hdr])
-                return header, _storage(path, header, is_compressed)
+                header = kind(block[: kind.sizeof_hdr], check=False)
+                voxel_size, reports = header["pixdim"][1:4].copy(), _Reports()
+                header.check_fix(reports, logging.ERROR)
+                storage = _storage(path, header, is_compressed)
+                flat = [axis for axis in range(3) if voxel_size[axis] == 0 and storage.spatial[axis] > 1]
+                if flat and not (header["sform_code"] > 0 and is_usable(header.get_sform())):
+                    found = f"the header gives voxels of {format_size(voxel_size)}, so that distances are unknown"
+                    raise DataError(found, where=path, expected="a voxel size in mm", remedy=_FROM_DICOM)
+                return header, storage, reports
         raise damaged(path, "the file does not begin like a NIfTI file (with a header of 348 or 540 bytes)")
 
 
@@ -184,30 +203,43 @@ def _storage(path: Path, header: Any, is_compressed: bool) -> _Storage:
     )
 
 
-def nifti_grid(path: Path, header: nib.Nifti1Header, spatial: tuple[int, ...]) -> Grid:
-    """The grid in millimetres: by the sform where it is set and usable, else the qform, else the voxel size alone."""
+def nifti_grid(path: Path, header: nib.Nifti1Header, spatial: tuple[int, ...], reports: Iterable[str] = ()) -> Grid:
+    """The grid in millimetres: by the sform where it is set and usable, else the qform, else the voxel size alone.
+
+    An sform whose columns all have length 1, beside a qform of another voxel size, was written without voxel sizes and
+    gives way to the qform, as one that is unusable does. `reports` are earlier notes on the header.
+    """
+    notes = list(reports)
     units = int(header["xyzt_units"])
     to_mm = np.diag([*(3 * [_mm_per_unit(units)]), 1.0])
     sform_code, qform_code = int(header["sform_code"]), int(header["qform_code"])
-    sform: Affine | None = to_mm @ header.get_sform() if sform_code > 0 else None
-    qform: Affine | None = to_mm @ _qform(header) if qform_code > 0 else None
-    if sform is not None and is_usable(sform):
+    forms = to_mm @ header.get_sform(), to_mm @ _qform(header)
+    sform: Affine | None = forms[0] if sform_code > 0 and is_usable(forms[0]) else None
+    qform: Affine | None = forms[1] if qform_code > 0 and is_usable(forms[1]) else None
+    if sform is not None and qform is None and qform_code > 0:
+        notes.append("the qform of the header is unusable; the sform stands for both")
+    if qform is not None and sform is None and sform_code > 0:
+        notes.append("the sform of the header is unusable; the qform is taken instead")
+    lengths, voxel_size = np.linalg.norm(header.get_sform()[:3, :3], axis=0), header["pixdim"][1:4]
+    if sform is not None and not np.allclose(lengths, voxel_size, rtol=_LARGEST_DRIFT):
+        found = f"the sform gives voxels of {format_size(lengths)} and pixdim of {format_size(voxel_size)}"
+        if qform is not None and np.allclose(lengths, 1, rtol=_LARGEST_DRIFT):
+            notes.append(f"{found}; it was written without voxel sizes, and the qform is taken instead")
+            sform = None
+        else:
+            notes.append(f"{found}; the sform is taken")
+    if sform is not None:
         affine = sform
-        if qform is not None and not is_usable(qform):
-            _logger.warning("%s: the qform of the header is unusable; the sform stands for both", path)
-            qform = None
-    elif qform is not None and is_usable(qform):
-        affine = qform
-        if sform is not None:
-            _logger.warning("%s: the sform of the header is unusable; the qform is taken instead", path)
-            sform_code = 0
-    elif sform is None and qform is None and is_usable(base := to_mm @ header.get_base_affine()):
+    elif qform is not None:
+        affine, sform_code = qform, 0
+    elif sform_code <= 0 and qform_code <= 0 and is_usable(base := to_mm @ header.get_base_affine()):
         affine = base
     else:
         raise _lost_geometry(path)
     if qform is not None and np.allclose(qform, affine, atol=1e-4):
         qform = None
-    return Grid(spatial, np.asarray(affine, np.float64), sform_code, qform_code, qform, units, source=path)
+    affine = np.asarray(affine, np.float64)
+    return Grid(spatial, affine, sform_code, qform_code, qform, units, source=path, notes=tuple(notes))
 
 
 def _qform(header: nib.Nifti1Header) -> Affine:
@@ -226,8 +258,7 @@ def _qform(header: nib.Nifti1Header) -> Affine:
 
 def _lost_geometry(path: Path) -> DataError:
     found = "the header does not say where the voxels lie (its affine is singular or not finite)"
-    remedy = "Convert the scan again from its DICOM files, or restore the header from another file of its case"
-    return DataError(found, where=path, remedy=remedy)
+    return DataError(found, where=path, remedy=_FROM_DICOM)
 
 
 def _mm_per_unit(xyzt_units: int) -> float:

@@ -5,12 +5,14 @@ header has been checked.
 """
 
 import gzip
+import logging
 import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from numpy.typing import NDArray
 from segkit.errors import DataError, SegkitError
 from segkit.shapes import Affine, AnyArray
 
+_log = logging.getLogger(__name__)
 MOST_VOXELS = 2**33
 """More voxels than any scanner makes (2048 x 2048 x 2048); a header that claims more is broken."""
 
@@ -45,7 +48,7 @@ class Grid:
 
     Pictures have two axes and an identity affine; `is_turned` where their EXIF orientation exchanged rows and columns.
     `source` is the file the grid was read from; `qform` is the affine of the quaternion form where it differs from
-    `affine`.
+    `affine`; `notes` are sentences on what was odd in the header and how it was read.
     """
 
     shape: tuple[int, ...]
@@ -56,6 +59,7 @@ class Grid:
     xyzt_units: int = 2
     source: Path | None = None
     is_turned: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def dims(self) -> int:
@@ -93,6 +97,17 @@ class ImageHeader:
     channels: int
     read: Callable[[int | None], AnyArray]
     step: float = 1.0
+
+
+def log_notes(grid: Grid) -> None:
+    """Log the notes on a file as warnings, each once in a process."""
+    for note in grid.notes:
+        _log_once(grid.source, note)
+
+
+@cache
+def _log_once(path: Path | None, note: str) -> None:
+    _log.warning("%s: %s", path, note)
 
 
 def damaged(path: Path, found: str) -> DataError:
