@@ -5,8 +5,10 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
@@ -42,6 +44,45 @@ def write_slice(
     voxels = struct.pack("<HH2sHI", 0x7FE0, 0x10, b"OW", 0, len(pixels)) + pixels
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"\0" * 128 + b"DICM" + length + meta + data + voxels)
+    return path
+
+
+def enhanced_file(
+    path: Path,
+    stored: NDArray[np.uint16],
+    scales: Sequence[tuple[Any, Any]] = (),
+    heights_mm: Sequence[float] = (),
+    spacing: Sequence[float] | None = (2, 0.5),
+    imager: Sequence[float] | None = None,
+) -> Path:
+    """An enhanced MR file of the frames `stored` (N, rows, columns), each with its own slope and intercept."""
+    pydicom = pytest.importorskip("pydicom")
+
+    def item(**values: Any) -> list[Any]:
+        dataset = pydicom.Dataset()
+        for name, value in values.items():
+            setattr(dataset, name, value)
+        return [dataset]
+
+    document = pydicom.dcmread(write_slice(path, stored.reshape(-1, stored.shape[2]), 0, spacing=""))
+    document.SOPClassUID = document.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.4.1"
+    document.NumberOfFrames, document.Rows = stored.shape[:2]
+    if imager is not None:
+        document.ImagerPixelSpacing = list(imager)
+    document.SharedFunctionalGroupsSequence = item(
+        PixelMeasuresSequence=item(SliceThickness=1, **({} if spacing is None else {"PixelSpacing": list(spacing)})),
+        PlaneOrientationSequence=item(ImageOrientationPatient=[1, 0, 0, 0, 1, 0]),
+    )
+    document.PerFrameFunctionalGroupsSequence = [
+        item(
+            PlanePositionSequence=item(ImagePositionPatient=[0, 0, height]),
+            PixelValueTransformationSequence=item(RescaleSlope=slope, RescaleIntercept=intercept, RescaleType="US"),
+        )[0]
+        for height, (slope, intercept) in zip(
+            heights_mm or range(len(stored)), scales or [(1, 0)] * len(stored), strict=True
+        )
+    ]
+    document.save_as(path)
     return path
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from segkit.errors import DataError
 from segkit.reading.dicom_check import DicomFile, check_dicom
+from segkit.reading.geometry import format_size
 from segkit.reading.itk import LPS_TO_RAS, image_reader
 from segkit.reading.volume import (
     Grid,
@@ -35,8 +36,10 @@ DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 FEWEST_SLICES = 4
 """With fewer, gaps cannot be distinguished from spacing; such series are localisers or parts of a scan."""
 
-_POSITION, _ORIENTATION, _PIXEL_SPACING = "0020|0032", "0020|0037", "0028|0030"
+_POSITION, _ORIENTATION = "0020|0032", "0020|0037"
+_PIXEL_SPACING, _IMAGER_SPACING = "0028|0030", "0018|1164"
 _INTERCEPT, _SLOPE, _FRAMES = "0028|1052", "0028|1053", "0028|0008"
+_AT_DETECTOR = "there is no PixelSpacing; ImagerPixelSpacing, measured at the detector and a little larger, is taken"
 _FRAME_GROUPS = (
     *("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence"),
     "PixelValueTransformationSequence",
@@ -51,14 +54,18 @@ _LARGEST_TILT_DEGREES = 0.5
 
 @dataclass(frozen=True)
 class _Slice:
-    """One slice in DICOM's LPS world: `position` of its first voxel (3), `axes` (2, 3) along columns and rows."""
+    """One slice in DICOM's LPS world: `position` of its first voxel (3), `axes` (2, 3) along columns and rows.
+
+    `spacing_mm` is between columns, then rows; `scale` are slope and intercept of its voxels.
+    """
 
     position: NDArray[np.float64]
     axes: NDArray[np.float64]
     spacing_mm: tuple[float, float]
     shape: tuple[int, int]
-    scale: tuple[float, float] = (1.0, 0.0)
-    """Slope and intercept of its voxels."""
+    scale: tuple[float, float]
+    is_at_detector: bool
+    """Whether the spacing is that of the detector, for want of another."""
 
     @property
     def normal(self) -> NDArray[np.float64]:
@@ -190,16 +197,25 @@ def _slice_of_file(path: Path) -> _Slice:
     with as_data_errors(path):
         reader, checked = _read_header(path)
         _refuse_larger_than_stored(path, reader.GetSize(), checked)
-        position, orientation, spacing, slope, intercept = (
-            [float(part) for part in reader.GetMetaData(key).split("\\")] if reader.HasMetaDataKey(key) else None
-            for key in (_POSITION, _ORIENTATION, _PIXEL_SPACING, _SLOPE, _INTERCEPT)
-        )
-        if position is None or orientation is None:
+        keys = (_POSITION, _ORIENTATION, _PIXEL_SPACING, _IMAGER_SPACING, _SLOPE, _INTERCEPT)
+        texts = (reader.GetMetaData(key).strip() if reader.HasMetaDataKey(key) else "" for key in keys)
+        numbers = ([float(part) for part in text.split("\\")] if text else [] for text in texts)
+        position, orientation, spacing, imager, slope, intercept = numbers
+        if not position or not orientation:
             raise _no_position(path)
-        between_rows, between_columns = (spacing or (1.0, 1.0))[:2]
-        shape, axes = reader.GetSize()[:2], np.reshape(orientation, (2, 3))
-        scale = (slope or [1.0])[0], (intercept or [0.0])[0]
-        return _Slice(np.array(position), axes, (between_columns, between_rows), shape, scale)
+        axes, scale = np.reshape(orientation, (2, 3)), ((slope or [1.0])[0], (intercept or [0.0])[0])
+        is_there = reader.HasMetaDataKey(_PIXEL_SPACING)  # where it is empty, ITK does not read the voxels
+        spacing_mm = _spacing_mm(path, spacing if is_there else imager)
+        return _Slice(np.array(position), axes, spacing_mm, reader.GetSize()[:2], scale, not spacing)
+
+
+def _spacing_mm(path: Path, between: Sequence[float]) -> tuple[float, float]:
+    """The spacing (between columns, between rows) of DICOM's (between rows, between columns)."""
+    if len(between) != 2 or not all(0 < mm < math.inf for mm in between):
+        found = f"the DICOM file gives the pixel spacing {format_size(between) or 'nowhere'}"
+        remedy = "Export the series again with its PixelSpacing, as distances are unknown without"
+        raise DataError(found, where=path, expected="two lengths in mm", remedy=remedy)
+    return between[1], between[0]
 
 
 def _read_header(path: Path) -> tuple[Any, DicomFile]:
@@ -236,9 +252,10 @@ def _slices_of_frames(path: Path) -> list[_Slice]:
             raise _no_position(path)
         position = np.array(place.ImagePositionPatient, np.float64)
         axes = np.reshape(np.array(orientation.ImageOrientationPatient, np.float64), (2, 3))
-        spacing = float(measures.PixelSpacing[1]), float(measures.PixelSpacing[0])
+        spacing, imager = measures.get("PixelSpacing") or (), document.get("ImagerPixelSpacing") or ()
+        spacing_mm = _spacing_mm(path, [float(mm) for mm in spacing or imager])
         scale = (1.0, 0.0) if values is None else (float(values.RescaleSlope), float(values.RescaleIntercept))
-        slices.append(_Slice(position, axes, spacing, shape, scale))
+        slices.append(_Slice(position, axes, spacing_mm, shape, scale, not spacing))
     if not slices:
         raise _no_position(path)
     return slices
@@ -265,7 +282,8 @@ def _regular_grid(where: Path, slices: Sequence[_Slice]) -> tuple[list[int], Gri
     affine: Affine = LPS_TO_RAS @ to_lps
     if not is_usable(affine):
         raise _no_position(where)
-    return order, Grid((*first.shape, len(slices)), affine, source=where)
+    notes = (_AT_DETECTOR,) if any(one.is_at_detector for one in slices) else ()
+    return order, Grid((*first.shape, len(slices)), affine, source=where, notes=notes)
 
 
 def _refuse_different_slices(where: Path, slices: Sequence[_Slice]) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from segkit.errors import DataError
 from segkit.reading.case import is_file_name
+from segkit.reading.geometry import format_size
 from segkit.reading.volume import (
     Grid,
     ImageHeader,
@@ -57,7 +58,10 @@ def open_itk(path: Path) -> ImageHeader:
             is_compressed=True,  # or not: only the format's own keys say so
         )
         affine = affine_from_itk(reader.GetOrigin(), reader.GetSpacing(), reader.GetDirection())
-        if len(shape) > 4 or (len(shape) == 4 and shape[3] > 1 < components) or not is_usable(affine):
+        if not is_usable(affine):
+            found = f"the header gives voxels of {format_size(reader.GetSpacing()[:3])}, or axes that are parallel"
+            raise DataError(found, where=path, expected="a voxel size in mm", remedy="Export the image again")
+        if len(shape) > 4 or (len(shape) == 4 and shape[3] > 1 < components):
             raise DataError(f"the image has axes {shape} and {components} values per voxel", where=path)
     spatial = (*shape[:3], 1)[:3]
     channels = components * (shape[3] if len(shape) == 4 else 1)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from segkit.reading.files import read_labels, read_volume
-from tests.dicom_files import write_slice
+from tests.dicom_files import enhanced_file, write_slice
 
 SLOPES = {
     "the first slice has no fraction": [(1, 0), (0.003, 0), (0.5, -7.25), (0.25, 1)],
@@ -52,31 +52,9 @@ def test_a_mask_with_a_slope_next_to_1_keeps_every_voxel(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("scales", [*SLOPES.values(), [(1, 0), (2, -5), (3, 0), (300, 0)]])
 def test_each_frame_of_an_enhanced_file_has_its_own_scale(tmp_path: Path, scales: list[tuple[Any, float]]) -> None:
-    pydicom = pytest.importorskip("pydicom")
-
-    def item(**values: Any) -> list[Any]:
-        dataset = pydicom.Dataset()
-        for name, value in values.items():
-            setattr(dataset, name, value)
-        return [dataset]
-
     stored = np.random.default_rng(0).integers(0, 200, (4, 3, 4)).astype(np.uint16)
-    document = pydicom.dcmread(write_slice(tmp_path / "a.dcm", stored.reshape(12, 4), 0))
-    document.SOPClassUID = document.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.4.1"
-    document.NumberOfFrames, document.Rows = 4, 3
-    document.SharedFunctionalGroupsSequence = item(
-        PixelMeasuresSequence=item(PixelSpacing=[2, 0.5]),
-        PlaneOrientationSequence=item(ImageOrientationPatient=[1, 0, 0, 0, 1, 0]),
-    )
     heights = (2, 0, 3, 1)  # frames in another order than positions
-    document.PerFrameFunctionalGroupsSequence = [
-        item(
-            PlanePositionSequence=item(ImagePositionPatient=[0, 0, height]),
-            PixelValueTransformationSequence=item(RescaleSlope=slope, RescaleIntercept=intercept, RescaleType="US"),
-        )[0]
-        for height, (slope, intercept) in zip(heights, scales, strict=True)
-    ]
-    document.save_as(tmp_path / "a.dcm")
+    path = enhanced_file(tmp_path / "a.dcm", stored, scales, heights)
     frames = [plane * float(m) + b for plane, (m, b) in zip(stored, scales, strict=True)]
     truth = np.stack([frames[heights.index(height)] for height in range(4)]).transpose(2, 1, 0)
-    assert np.abs(read_volume(tmp_path / "a.dcm").array - truth).max() <= 1e-6 * np.ptp(truth)
+    assert np.abs(read_volume(path).array - truth).max() <= 1e-6 * np.ptp(truth)
