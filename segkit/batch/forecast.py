@@ -62,7 +62,7 @@ def fit_memory(
             _log.debug("no forecast", exc_info=error)  # the cases will report the error
             return predictor, plans, True
         held = forecaster.held_mb
-        forecasts = [forecaster.forecast_or_none(plan.case) for plan in plans]
+        forecasts = [forecaster.forecast(plan.case) for plan in plans]
         known = [forecast for forecast in forecasts if forecast is not None]
         largest = max((one.peak_mb(held, is_overlapped=False) for one in known), default=0.0)
         if largest <= limit_mb or (smaller := predictor.with_smaller_window()) is None:
@@ -132,16 +132,12 @@ class Forecaster:
         self.costs = [window_cost(member) for member in predictor.members]
         self.held_mb = held + sum(cost.memory_mb for cost in self.costs)
 
-    def forecast_or_none(self, case: Case) -> Forecast | None:
+    def forecast(self, case: Case) -> Forecast | None:
         """The forecast of a case; None if the header of its first image cannot be read."""
         try:
-            return self.forecast(case)
+            grid = read_grid(next(iter(case.images.values())).path)
         except DataError:
             return None
-
-    def forecast(self, case: Case) -> Forecast:
-        """The forecast of a case; DataError if the header of its first image cannot be read."""
-        grid = read_grid(next(iter(case.images.values())).path)
         return Forecast(self._seconds(grid), self._read_bytes(grid) / _MB, self._compute_bytes(grid) / _MB)
 
     def _seconds(self, grid: Grid) -> float:

@@ -137,9 +137,7 @@ def _load(target: str) -> Callable[..., Any] | typer.Typer:
     return loaded
 
 
-def _root(
-    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
-) -> None:
+def _root(version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True)) -> None:
     if version:
         from importlib import metadata
 

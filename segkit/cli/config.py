@@ -39,10 +39,7 @@ VerbOption = Annotated[
 @app.command()
 @verb()
 def show(
-    preset: BarePresetOption = None,
-    settings: SetOption = None,
-    verb: VerbOption = Verb.TRAIN,
-    quiet: bool = False,
+    preset: BarePresetOption = None, settings: SetOption = None, verb: VerbOption = Verb.TRAIN, quiet: bool = False
 ) -> None:
     """Print the settings of a run as YAML, each with what it means; null is decided by planning."""
     import segkit.config as configs

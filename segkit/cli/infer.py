@@ -39,7 +39,7 @@ ENGINE = {
     "results": Annotated[
         api.Results,
         typer.Option(
-            help="With ray: nodes write to OUT (files), send results back (store), or each does what it can (auto).",
+            help="With ray: nodes write to OUT (files), send results back (store), or each does what it can (auto)."
         ),
     ],
 }

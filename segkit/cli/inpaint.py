@@ -31,8 +31,7 @@ _INPAINTING = {
         bool, typer.Option("--anomaly", help="Also write OUT/<case>_anomaly: how far the scan is from the filled one.")
     ],
     "bank": Annotated[
-        Path | None,
-        typer.Option(help="Also write lesion-free copies here, for `segkit train`.", show_default=False),
+        Path | None, typer.Option(help="Also write lesion-free copies here, for `segkit train`.", show_default=False)
     ],
 }
 

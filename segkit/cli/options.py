@@ -19,56 +19,53 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 DataArgument = Annotated[Path, typer.Argument(help="Folder with the data, in any layout; see `segkit check`.")]
-InputOption = Annotated[Path, typer.Option("-i", "--input", help="Volume, case folder or data folder.")]
 OutputOption = Annotated[Path, typer.Option("-o", "--output", help="Folder to write to.")]
-ModelOption = Annotated[
-    list[Path],
-    typer.Option("-m", "--model", help="Run folder, or nnU-Net's results with a STU-Net; several make an ensemble."),
-]
 DeviceOption = Annotated[
     str, typer.Option("-d", "--device", help="cpu, cuda, cuda:N, mps, or auto: the best of these.")
-]
-BackendOption = Annotated[
-    Literal["auto", "torch", "onnxruntime", "openvino"],
-    typer.Option("--backend", help="Library that runs the network; auto: the fastest that is installed."),
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show what would be done with each case; write nothing.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print only one JSON document on standard output.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Recompute finished cases.")]
-CasesOption = Annotated[
-    Path | None, typer.Option("--cases", help="Text file with the case ids to use, one per line.", show_default=False)
-]
 LayoutOption = Annotated[str | None, typer.Option("--layout", help="Data layout, if it is not recognised.")]
 SchemeOption = Annotated[str | None, typer.Option("--label-scheme", help="Label scheme, if it cannot be inferred.")]
 ModalitiesOption = Annotated[
     list[str] | None,
     typer.Option("--modality", help="name=suffix of a modality's files, e.g. t1c=_T1_post; repeat for each."),
 ]
-PresetOption = Annotated[
-    str | None, typer.Option("--preset", help="tiny, cpu, default or large; without it cpu on a CPU, default on a GPU.")
-]
 SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="key=value over preset and file, e.g. optimiser.lr=1e-3; repeatable."),
-]
-MemoryOption = Annotated[
-    str | None, typer.Option("--memory", help="Memory to plan for, e.g. 8G; default: the free memory.")
+    list[str] | None, typer.Option("--set", help="key=value over preset and file, e.g. optimiser.lr=1e-3; repeatable.")
 ]
 _ARGUMENTS = {
     "data": DataArgument,
-    "scans": InputOption,
+    "scans": Annotated[Path, typer.Option("-i", "--input", help="Volume, case folder or data folder.")],
     "out": OutputOption,
-    "model": ModelOption,
+    "model": Annotated[
+        list[Path],
+        typer.Option(
+            "-m", "--model", help="Run folder, or nnU-Net's results with a STU-Net; several make an ensemble."
+        ),
+    ],
     "device": DeviceOption,
-    "backend": BackendOption,
+    "backend": Annotated[
+        Literal["auto", "torch", "onnxruntime", "openvino"],
+        typer.Option("--backend", help="Library that runs the network; auto: the fastest that is installed."),
+    ],
     "overwrite": OverwriteOption,
-    "cases": CasesOption,
+    "cases": Annotated[
+        Path | None,
+        typer.Option("--cases", help="Text file with the case ids to use, one per line.", show_default=False),
+    ],
     "layout": LayoutOption,
     "label_scheme": SchemeOption,
     "modalities": ModalitiesOption,
-    "preset": PresetOption,
+    "preset": Annotated[
+        str | None,
+        typer.Option("--preset", help="tiny, cpu, default or large; without it cpu on a CPU, default on a GPU."),
+    ],
     "settings": SetOption,
-    "memory": MemoryOption,
+    "memory": Annotated[
+        str | None, typer.Option("--memory", help="Memory to plan for, e.g. 8G; default: the free memory.")
+    ],
 }
 """Arguments of several functions of `segkit.api` -> what they are on the command line."""
 _LOUDNESS = {

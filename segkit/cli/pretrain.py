@@ -19,12 +19,10 @@ FoldersArgument = Annotated[
     list[Path], typer.Argument(help="Folders with images, in any layout; references are ignored.")
 ]
 MethodOption = Annotated[
-    str | None,
-    typer.Option(help="graph-matching (default), masked, contrastive or inpainting.", show_default=False),
+    str | None, typer.Option(help="graph-matching (default), masked, contrastive or inpainting.", show_default=False)
 ]
 EncoderOption = Annotated[
-    str | None,
-    typer.Option(help="Network: a family (revmbunet, stunet, inpainter ...) or an smp encoder (resnet50)"),
+    str | None, typer.Option(help="Network: a family (revmbunet, stunet, inpainter ...) or an smp encoder (resnet50)")
 ]
 
 

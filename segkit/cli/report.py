@@ -11,8 +11,7 @@ from segkit.cli.options import JsonOption, print_json, print_stderr, print_stdou
 @verb()
 def report(
     sources: Annotated[
-        list[Path],
-        typer.Argument(help="Folders of `train`, `infer` and `evaluate -o`; several make one page."),
+        list[Path], typer.Argument(help="Folders of `train`, `infer` and `evaluate -o`; several make one page.")
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The page to write, such as page.html.")],
     data: Annotated[

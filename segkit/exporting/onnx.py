@@ -54,12 +54,8 @@ def export_models(
 
     Returns the document of `--json`: `{"output", "models": [{"folder", "export", "cases"}]}`.
 
-    Args:
-        model: The run folder.
-        output: A free folder; with `overwrite` an export in it is replaced.
-        precision: fp32, or another precision to write as well.
-        cases: Cases to compare, calibrate and measure with; default: the validation cases of the run, if found.
-        overwrite: See `output`.
+    `cases` are those to compare, calibrate and measure with, by default the validation cases of the run, if found;
+    `precision` is written besides fp32. `output` is a free folder; with `overwrite` an export in it is replaced.
 
     Raises:
         RequestError: a package is not installed, the model cannot be exported, or `output` is in use.
