@@ -135,8 +135,8 @@ def open_dicom(source: Path) -> ImageHeader:
                 voxels = _rescaled(voxels, frames)[[frame.number for frame in frames]]
             return voxels.T  # (D, H, W)
 
-    slopes = [slope for slope, _ in {frame.scale for frame in frames} if not slope.is_integer()]
-    return ImageHeader(grid, 1, read, step=max(slopes, default=1.0))
+    slopes = (abs(frame.scale[0]) for frame in frames)
+    return ImageHeader(grid, 1, read, step=max(slope if slope % 1 else 0.0 for slope in slopes))
 
 
 def _rescaled(voxels: AnyArray, frames: Sequence[Frame]) -> AnyArray:

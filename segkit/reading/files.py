@@ -45,7 +45,9 @@ _OPENERS: dict[str, Callable[[Path], ImageHeader]] = {
     **dict.fromkeys(DICOM_SUFFIXES, open_dicom),
 }
 _INTEGRAL_TOLERANCE = 1e-4
-"""Label values stored with a scale factor are read as 2.9999998."""
+"""Label values in float32 are read as 2.9999998."""
+_LARGEST_STEP = 1.001
+"""Labels stored as integers with a larger scale factor are not told apart by their rounding."""
 _WRITE_FAILURES = (
     ((errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)), "the disk is full", "Free some space and start again. "),
     (
@@ -111,6 +113,7 @@ def read_volume(path: Path, channel: int | None = None) -> Volume:
 def read_labels(path: Path, channel: int | None = None) -> tuple[LabelMap, Grid]:
     """A label map as uint8, with its grid; floats must be whole numbers from 0 to 255.
 
+    Labels stored as integers with a scale factor may differ from them by half a step: 1 of a slope of 4/255 is 1.0039.
     The labels of a palette picture are its indices, those of a 1-bit picture 0 and 1. Raises DataError.
     """
     header = open_mask(path) if suffix_of(path) in PICTURE_SUFFIXES else _read_header(path)
@@ -121,7 +124,8 @@ def read_labels(path: Path, channel: int | None = None) -> tuple[LabelMap, Grid]
         return array.astype(np.uint8), header.grid
     with np.errstate(invalid="ignore"):
         rounded = np.rint(array)
-        fits = (np.abs(array - rounded) <= _INTEGRAL_TOLERANCE) & (rounded >= 0) & (rounded <= 255)
+        tolerance = _INTEGRAL_TOLERANCE + (header.step / 2 if header.step < _LARGEST_STEP else 0)
+        fits = (np.abs(array - rounded) <= tolerance) & (rounded >= 0) & (rounded <= 255)
     if not fits.all():
         stray = np.unique(array[~fits])
         named = ", ".join(f"{value:g}" for value in stray[:5]) + (" ..." if len(stray) > 5 else "")

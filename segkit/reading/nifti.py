@@ -88,7 +88,8 @@ def scaled(array: AnyArray, slope: float, intercept: float) -> AnyArray:
 def open_nifti(path: Path) -> ImageHeader:
     """The header of a NIfTI file; trailing axes of length 1 dropped, 2D images given a third axis of length 1."""
     header, storage, notes = _read_nifti_header(path)
-    return ImageHeader(nifti_grid(path, header, storage.spatial, notes), storage.channels, storage.read)
+    step = abs(storage.slope) if storage.dtype.kind in "iu" and storage.slope % 1 else 0.0
+    return ImageHeader(nifti_grid(path, header, storage.spatial, notes), storage.channels, storage.read, step)
 
 
 def open_mgh(path: Path) -> ImageHeader:

@@ -90,13 +90,13 @@ class Volume:
 class ImageHeader:
     """A checked header: `read(channel)` gives the array (*grid.shape) of one channel, None where there is only one.
 
-    `step` is the distance between the values of neighbouring stored integers, 1 without a scale factor.
+    `step` is the fractional distance between the values of neighbouring stored integers, else 0.
     """
 
     grid: Grid
     channels: int
     read: Callable[[int | None], AnyArray]
-    step: float = 1.0
+    step: float = 0.0
 
 
 def log_notes(grid: Grid) -> None:

@@ -427,3 +427,39 @@ def test_formats_that_are_not_written(tmp_path: Path, name: str) -> None:
 def test_an_array_that_does_not_fit_its_grid(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"shape \(5, 4, 3\) does not fit a grid of shape \(3, 4, 5\)"):
         write_image(tmp_path / "a.nii", numbered(shape=(5, 4, 3)), Grid(SHAPE, np.eye(4)))
+
+
+def stored_with_a_scale(path: Path, values: np.ndarray, dtype: Any, slope: float, intercept: float = 0.0) -> Path:
+    """Values stored as integers, each as the nearest step, as programs do that save floats in an integer type."""
+    image = nib.Nifti1Image(np.rint((values - intercept) / slope).astype(dtype), np.eye(4))
+    image.header.set_slope_inter(slope, intercept)
+    image.to_filename(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("dtype", "slope", "intercept"),
+    [
+        (np.uint8, 4 / 255, 0),
+        (np.uint8, -4 / 255, 4),
+        (np.int16, 4 / 65535, 2 + 2 / 65535),
+        (np.uint16, 0.99999, 0),
+        (np.int32, 1.00001, 0),
+        (np.uint8, 200 / 255, 0),
+    ],
+)
+def test_labels_stored_with_a_scale_factor(tmp_path: Path, dtype: Any, slope: float, intercept: float) -> None:
+    labels = np.arange(60, dtype=np.uint8).reshape(SHAPE) * (200 // 60) if slope == 200 / 255 else numbered() % 5
+    path = stored_with_a_scale(tmp_path / "a.nii.gz", labels, dtype, slope, intercept)
+    assert np.abs(read_volume(path).array - labels).max() > 1e-6
+    assert read_labels(path)[0].tolist() == labels.tolist()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16])
+def test_probabilities_stored_with_a_scale_factor_are_no_labels(tmp_path: Path, dtype: Any) -> None:
+    path = stored_with_a_scale(tmp_path / "a.nii.gz", numbered() / 59, dtype, 1 / 255)
+    with pytest.raises(DataError, match=r"58 voxels hold values that are no labels: 0\.0156863"):
+        read_labels(path)
+    halves = stored_with_a_scale(tmp_path / "b.nii.gz", numbered() % 5 / 2, dtype, 0.5)
+    with pytest.raises(DataError, match=r"24 voxels hold values that are no labels: 0\.5, 1\.5"):
+        read_labels(halves)
