@@ -28,7 +28,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from segkit.inpainting.task import InpaintingTask, Restoration
+from segkit.inpainting.run import InpaintingTask, Restoration
 from segkit.labels import Output
 from segkit.losses.dice_cross_entropy import LossConfig, SegmentationLoss
 from segkit.losses.restoration import RestorationConfig

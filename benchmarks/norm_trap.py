@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from segkit.models.r2unet import Norm, build_recurrent_convolution
+from segkit.models.r2unet import Norm, R2UNetConfig, build_recurrent_convolution
 from segkit.models.table import build_model
 
 PASSES = 200
@@ -19,7 +19,9 @@ CHANNELS = 16
 
 def recurrent_layers(norm: Norm) -> nn.Module:
     """Four tied recurrent layers in a row, two recurrent steps each, 2D."""
-    layers = [build_recurrent_convolution(CHANNELS, 2, share="tied", norm=norm, bias=True) for _ in range(4)]
+    layers = [
+        build_recurrent_convolution(CHANNELS, 2, R2UNetConfig(share="tied", norm=norm, bias=True)) for _ in range(4)
+    ]
     return nn.Sequential(*layers)
 
 

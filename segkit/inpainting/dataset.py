@@ -15,11 +15,9 @@ from segkit.preparing.holes import HoleMaker, grow
 from segkit.preparing.preprocessing import PreparedCase
 from segkit.shapes import AnyArray, Image
 
-_JITTER = 0.125
-"""Largest distance of the chosen voxel from the centre of its patch, as a share of the patch."""
+_JITTER = 0.125  # largest distance of the chosen voxel from the centre of its patch, as a share of the patch
 _TRIES = 100
-_SLICE_AXIS = 2
-"""Axis of a volume in RAS that axial slices lack."""
+_SLICE_AXIS = 2  # axis of a volume in RAS that axial slices lack
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,6 @@ class HoleDataset(Dataset[dict[str, torch.Tensor]]):
         }
 
     def _place(self, case: PreparedCase, generator: np.random.Generator) -> Box:
-        """A patch with a healthy voxel near its centre."""
         shape = case.image.shape[1:]
         size = self.patch_size
         if len(shape) > len(size):
@@ -146,5 +143,4 @@ class HoleDataset(Dataset[dict[str, torch.Tensor]]):
 
 
 def _is_voided(image: Image, marked: NDArray[np.bool_]) -> bool:
-    """Whether most of the labelled voxels are exactly 0."""
     return bool(marked.any()) and float((image[:, marked] != 0).mean()) < 0.5

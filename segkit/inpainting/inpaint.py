@@ -1,15 +1,18 @@
 """Inpainting of the cases of a folder: the output files of a case, how they are computed and written."""
 
 import functools
+import json
 import logging
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from segkit.batch.cases import refuse_other_dims
 from segkit.batch.manifest import CaseRecord, TaskName
@@ -18,14 +21,14 @@ from segkit.errors import DataError, RequestError
 from segkit.inference.backends import Backend
 from segkit.inference.predictor import Stage
 from segkit.inpainting.masks import HoleSource, enlarged, read_mask
-from segkit.inpainting.outputs import BankWriter, anomaly_map, copy_file, write_filled
 from segkit.inpainting.predictor import InpaintingPredictor
-from segkit.preparing.lesion_bank import image_path, lesion_path
-from segkit.preparing.preprocessing import LoadedCase, load_case
+from segkit.preparing.holes import brain_mask
+from segkit.preparing.lesion_bank import BANK_NAME, Bank, BankedCase, image_path, lesion_path, read_bank
+from segkit.preparing.preprocessing import LoadedCase, deviation_of_tissue, load_case
 from segkit.reading.case import Case, Cohort, ImageFile, match_modalities
-from segkit.reading.files import read_volume, suffix_of, write_image, write_labels
+from segkit.reading.files import read_volume, rewrite_image, suffix_of, write_image, write_labels, written_atomically
 from segkit.reading.layouts.brats import SYNTHESIS_LAYOUT
-from segkit.reading.volume import Grid
+from segkit.reading.volume import Grid, in_type
 from segkit.shapes import Image
 
 NOTHING_MISSING = "nothing is missing: the image is unchanged"
@@ -34,6 +37,7 @@ _VOIDED = re.compile("(?<=t1n)-voided", re.IGNORECASE)
 """Part of the name of a voided scan of BraTS local synthesis that the whole one beside it lacks."""
 
 Loaded = tuple[LoadedCase, NDArray[np.bool_] | None, bool]
+"""The image, the mask (*spatial) if there is one, and whether the segmenter may use threads to read."""
 
 _log = logging.getLogger(__name__)
 
@@ -45,10 +49,8 @@ class InpaintPlan(CasePlan):
     There is one result for each modality; those that are channels of one picture share it.
     """
 
-    mask: ImageFile | None = None
-    """Marks the hole."""
-    segmented: Case | None = None
-    """Without a mask: the images in which the segmenter finds the hole."""
+    mask: ImageFile | None = None  # marks the hole
+    segmented: Case | None = None  # without a mask: the images in which the segmenter finds the hole
 
     def inputs(self) -> list[Path]:
         """The files that are read."""
@@ -81,12 +83,9 @@ class Inpaint(Task[InpaintPlan]):
 
     predictor: InpaintingPredictor
     holes: HoleSource
-    save_holes: bool = False
-    """Also write the hole, as the mask `<case>_hole`."""
-    anomaly: bool = False
-    """Also write the anomaly map, as `<case>_anomaly`."""
-    bank: Path | None = None
-    """Folder of a bank of lesion-free copies, also written."""
+    save_holes: bool = False  # also write the hole, as the mask `<case>_hole`
+    anomaly: bool = False  # also write the anomaly map, as `<case>_anomaly`
+    bank: Path | None = None  # folder of a bank of lesion-free copies, also written
 
     name: ClassVar[TaskName] = "inpainting"
     record_class: ClassVar[type[CaseRecord]] = InpaintRecord
@@ -153,12 +152,10 @@ class Inpaint(Task[InpaintPlan]):
         Raises:
             RequestError: the folder of the bank holds a bank of another model or of other holes.
         """
-        bank = None
+        bank, card, holes = None, self.predictor.card, self.holes.to_json()
         if self.bank is not None:
-            holes = self.holes.to_json()
-            model = {"margin_mm": holes["margin_mm"], "lesions_sha256": holes["sha256"]}
-            card = self.predictor.card
-            bank = BankWriter(self.bank, card.modalities, {"sha256": card.sha256, **model})
+            model = {"sha256": card.sha256, "margin_mm": holes["margin_mm"], "lesions_sha256": holes["sha256"]}
+            bank = BankWriter(self.bank, card.modalities, model)
         cases = {case.id: case for case in cohort.cases}
 
         def log(record: CaseRecord) -> None:
@@ -170,7 +167,7 @@ class Inpaint(Task[InpaintPlan]):
         return log
 
     def read(self, plan: InpaintPlan, stage: Stage, *, uses_threads: bool) -> Loaded:
-        """The image, the mask (*spatial) if there is one, and whether the segmenter may use threads to read."""
+        """See `Loaded`."""
         with stage("read"):
             loaded = load_case(plan.case, tuple(plan.case.images), None, uses_threads=uses_threads)
             marked = None if plan.mask is None else read_mask(plan.mask, loaded.grid)
@@ -192,11 +189,9 @@ class Inpaint(Task[InpaintPlan]):
                 marked = self.holes.segmenter.predict_prepared(prepared).labels != 0
             hole = enlarged(marked, image, grid.spacing_mm, self.holes.margin_mm)
         if "anomaly" in plan.files and hole.any() and not image[:, hole].any():
-            raise DataError(
-                "the image is 0 in all of the hole, so there is nothing to compare with",
-                where=plan.case.id,
-                expected="for an anomaly map, the image before the region was removed",
-            )
+            found = "the image is 0 in all of the hole, so there is nothing to compare with"
+            expected = "for an anomaly map, the image before the region was removed"
+            raise DataError(found, where=plan.case.id, expected=expected)
         with stage("predict"):
             filled = self.predictor.fill(image, hole, grid)
         if not np.isfinite(filled[:, hole]).all():
@@ -259,11 +254,105 @@ def _with_truth(case: Case) -> Case:
     for name, file in case.images.items():
         whole = file.path.with_name(_VOIDED.sub("", file.path.name))
         if not whole.exists():
-            raise DataError(
-                "there is no complete image to compare with: in the voided one the hole is empty",
-                where=case.id,
-                expected=f"{whole.name} beside it, for an anomaly map",
-                remedy="Omit --anomaly",
-            )
+            found = "there is no complete image to compare with: in the voided one the hole is empty"
+            expected = f"{whole.name} beside it, for an anomaly map"
+            raise DataError(found, where=case.id, expected=expected, remedy="Omit --anomaly")
         images[name] = replace(file, path=whole)
     return replace(case, images=images)
+
+
+SMOOTHING_MM = 1.0
+"""Standard deviation of the Gaussian of anomaly maps, which suppresses single voxels of noise."""
+
+_TRUNCATED = 4.0  # standard deviations at which the Gaussian ends
+
+
+def write_filled(
+    files: Sequence[ImageFile], targets: Sequence[Path], filled: Image, hole: NDArray[np.bool_], grid: Grid
+) -> None:
+    """Write images (C, *spatial), each to its target, in type and geometry of its file; DataError if that fails.
+
+    Voxels outside the hole (*spatial) are those of the files. Images with one target are channels of a picture.
+    """
+    for target in dict.fromkeys(targets):
+        indices = [index for index, one in enumerate(targets) if one == target]
+        if len(indices) == 1:
+            file = files[indices[0]]
+            rewrite_image(target, file.path, hole, filled[indices[0], hole], file.channel)
+            continue
+        planes = [read_volume(files[index].path, files[index].channel).array.copy() for index in indices]
+        for plane, index in zip(planes, indices, strict=True):
+            plane[hole] = in_type(filled[index, hole], plane.dtype)
+        write_image(target, np.stack(planes, -1), grid)  # (H, W, C)
+
+
+def anomaly_map(
+    image: Image,
+    healthy: Image,
+    hole: NDArray[np.bool_],
+    spacing_mm: Sequence[float],
+    smoothing_mm: float = SMOOTHING_MM,
+) -> NDArray[np.float32]:
+    """The difference of two images, |image - healthy|, smoothed, inside the brain.
+
+    Each modality counts in units of its standard deviation over the brain outside the hole, so that sequences and
+    scanners compare; of several modalities it is the mean.
+
+    `image` is the scan (C, *spatial), 0 outside the brain; `healthy` the same with the `hole` (*spatial) filled;
+    `smoothing_mm` the standard deviation of the Gaussian, 0 for none. The result is (*spatial), 0 and above; 0 outside
+    the brain and away from the hole.
+    """
+    result = np.zeros(hole.shape, np.float32)
+    if not hole.any():
+        return result
+    sigma = [smoothing_mm / spacing for spacing in spacing_mm]
+    (box,) = ndimage.find_objects(hole.astype(np.uint8))
+    reach = [int(_TRUNCATED * one + 0.5) for one in sigma]
+    near = tuple(slice(max(0, one.start - more), one.stop + more) for one, more in zip(box, reach, strict=True))
+    part = np.zeros(result[near].shape, np.float32)
+    for scan, filled in zip(image, healthy, strict=True):
+        difference = np.where(hole[near], np.abs(scan[near] - filled[near]), np.float32(0))
+        smooth = ndimage.gaussian_filter(difference, sigma, mode="constant", truncate=_TRUNCATED)
+        part += smooth / deviation_of_tissue(np.where(hole, np.float32(0), scan))
+    result[near] = part / len(image)
+    result[~brain_mask((image != 0).any(0))] = 0
+    return result
+
+
+class BankWriter:
+    """A bank to which cases are added; `bank.json` names only cases whose files are complete.
+
+    `model` describes the model and the holes, which all copies of a bank share.
+
+    Raises:
+        RequestError: the folder holds a bank of another model, of other modalities, or with other holes.
+    """
+
+    def __init__(self, folder: Path, modalities: tuple[str, ...], model: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self._bank = Bank(modalities=modalities, cases=(), model=dict(model))
+        if not (folder / BANK_NAME).exists():
+            return
+        before = read_bank(folder)
+        if (before.modalities, before.model) != (self._bank.modalities, self._bank.model):
+            found = "holds a bank that was made by another model or with other holes"
+            raise RequestError(found, where=folder, remedy="Choose another folder for --bank")
+        self._bank = before
+
+    def add(self, case: Case) -> None:
+        """Record a complete case on disk; raises DataError if the folder cannot be written."""
+        entry = BankedCase(case=case.id, patient=case.patient)
+        if entry in self._bank.cases:
+            return
+        others = (one for one in self._bank.cases if one.case != case.id)
+        cases = sorted((*others, entry), key=lambda one: one.case)  # they are finished in any order
+        self._bank = self._bank.model_copy(update={"cases": tuple(cases)})
+        with written_atomically(self.folder / BANK_NAME) as temporary:
+            text = json.dumps(self._bank.model_dump(), indent=2, ensure_ascii=False) + "\n"
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file atomically; raises DataError if the folder cannot be written."""
+    with written_atomically(target) as temporary:
+        shutil.copyfile(source, temporary)

@@ -20,18 +20,12 @@ from scipy.sparse.linalg import LaplacianNd, LinearOperator
 from segkit.errors import DataError
 from segkit.shapes import AnyArray, Image, Mask
 
-_LARGEST_SHIFT = 0.15
-"""Of the midline from the middle of the array, as a share of its length."""
-_STEP = 2
-"""Step along the other axes between compared voxels."""
-_REACH_VOXELS = 2
-"""Reach of the equation of a voxel: twice that of the Laplacian."""
-_RESIDUAL = 1e-8
-"""Residual, relative to the known voxels' share, at which the solution counts as found."""
-_ROUGH_RESIDUAL = 1e-3
-"""The same for a fill that a network starts from."""
-_STEPS_PER_VOXEL = 10
-"""Most steps for each voxel of a hole."""
+_LARGEST_SHIFT = 0.15  # of the midline from the middle of the array, as a share of its length
+_STEP = 2  # step along the other axes between compared voxels
+_REACH_VOXELS = 2  # reach of the equation of a voxel: twice that of the Laplacian
+_RESIDUAL = 1e-8  # residual, relative to the known voxels' share, at which the solution counts as found
+_ROUGH_RESIDUAL = 1e-3  # the same for a fill that a network starts from
+_STEPS_PER_VOXEL = 10  # most steps for each voxel of a hole
 
 Context = Literal["none", "hole", "mirror"]
 
@@ -39,16 +33,10 @@ Context = Literal["none", "hole", "mirror"]
 def stack_inputs(
     image: Image, missing: NDArray[np.bool_], context: Context, mirrored: tuple[Image, NDArray[np.bool_]] | None = None
 ) -> Image:
-    """The channels in order: the image, filled roughly; the hole; the mirrored image; where that is known.
+    """The channels in order: the image, filled roughly; the hole; the mirrored image; where that is known; float32.
 
-    Args:
-        image: (C, *spatial), normalised; its values in the hole are ignored.
-        missing: (*spatial), the hole.
-        context: none: the image alone; hole: image and hole; mirror: all channels.
-        mirrored: The result of `mirror_of`, with the shapes of image and missing; for "mirror" only.
-
-    Returns:
-        (C, ...), (C + 1, ...) or (2 C + 2, *spatial) float32.
+    `image` is (C, *spatial), normalised, its values in the hole `missing` (*spatial) ignored; `mirrored` the result of
+    `mirror_of`. Context none gives the image alone, hole image and hole, mirror all, (2 C + 2, *spatial).
     """
     channels: list[AnyArray] = [rough_fill(image, missing)]
     if context != "none":
@@ -105,13 +93,9 @@ def find_midline(image: Image) -> Midline:
 
 
 def rough_fill(image: Image, hole: Mask) -> Image:
-    """Nearly the biharmonic fill, in a fraction of its time, within the range of the known voxels of each channel.
+    """Nearly the biharmonic fill of (C, *spatial), in a fraction of its time; 0 if no voxel is known.
 
-    The input of a network in a hole; 0 if no voxel is known.
-
-    Args:
-        image: Intensities (C, *spatial), float32.
-        hole: Where to fill, (*spatial).
+    It is within the range of the known voxels of each channel: the input of a network in a hole.
     """
     if hole.all():
         return np.zeros_like(image)
@@ -126,16 +110,11 @@ def smooth_fill(image: Image, hole: Mask, power: int, residual: float = _RESIDUA
     """Fill with the solution of the Laplace (`power` 1) or biharmonic (2) equation, the known voxels beside it given.
 
     The first, a soap film, stays within their range. The second, a thin plate, minimises the sum of squared Laplacians
-    and also keeps the slope at the rim.
-
-    Args:
-        image: Intensities (C, *spatial), float32.
-        hole: Where to fill, (*spatial).
-        power: Of the Laplacian.
-        residual: At which the solution counts as found, relative to the known voxels' share.
+    and also keeps the slope at the rim. The `image` is (C, *spatial) float32, the hole (*spatial); the solution counts
+    as found at a `residual` relative to the known voxels' share.
 
     Raises:
-        DataError: If the shapes differ, nothing is known, or a known voxel is not finite.
+        DataError: the shapes differ, nothing is known, or a known voxel is not finite.
     """
     filled = copy_to_fill(image, hole)
     for box, part in _independent_parts(hole):
@@ -148,7 +127,6 @@ def smooth_fill(image: Image, hole: Mask, power: int, residual: float = _RESIDUA
 
 
 def _independent_parts(hole: Mask) -> Iterator[tuple[tuple[slice, ...], Mask]]:
-    """The independent parts of the hole, each in a box with the known voxels that it needs."""
     faces = ndimage.generate_binary_structure(hole.ndim, 1)
     parts, _ = ndimage.label(ndimage.binary_dilation(hole, faces), faces)  # neighbours of neighbours share an equation
     parts[~hole] = 0

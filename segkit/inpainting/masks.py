@@ -24,8 +24,7 @@ from segkit.shapes import Image
 MARGIN_MM = 5.0
 """Enlargement of lesions, as in the BraTS local-synthesis task: tissue beside a lesion is not healthy."""
 
-_ROUNDING = 1.001
-"""Spacings in headers differ in the 8th digit; a voxel at the margin itself belongs to the hole."""
+_ROUNDING = 1.001  # spacings in headers differ in the 8th digit; a voxel at the margin itself belongs to the hole
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,9 @@ class HoleSource:
         if case.id in self.complaints:
             raise DataError(self.complaints[case.id])
         if case.id not in self.masks:
-            raise DataError(
-                f"there is no mask of case {case.id}",
-                where=self.origin,
-                expected=f"a file such as {case.id}.nii.gz or {case.id}-mask.nii.gz",
-                remedy="Add it, or leave the case out with --cases",
-            )
+            found, remedy = f"there is no mask of case {case.id}", "Add it, or leave the case out with --cases"
+            expected = f"a file such as {case.id}.nii.gz or {case.id}-mask.nii.gz"
+            raise DataError(found, where=self.origin, expected=expected, remedy=remedy)
         mask = self.masks[case.id]
         return replace(mask, path=mask.path.absolute())
 
@@ -90,11 +86,8 @@ def find_masks(cohort: Cohort, path: Path, margin_mm: float = 0.0) -> HoleSource
         masks = {**_references(cohort, path), **masks}
         complaints = {case_id: complaint for case_id, complaint in complaints.items() if case_id not in masks}
     if not complaints and masks.keys().isdisjoint(case.id for case in cohort.cases):
-        raise RequestError(
-            f"holds no mask of any of the {len(cohort.cases)} cases",
-            where=path,
-            expected=f"files such as {cohort.cases[0].id}.nii.gz or {cohort.cases[0].id}-mask.nii.gz",
-        )
+        found, first = f"holds no mask of any of the {len(cohort.cases)} cases", cohort.cases[0].id
+        raise RequestError(found, where=path, expected=f"files such as {first}.nii.gz or {first}-mask.nii.gz")
     return HoleSource(str(path), masks, complaints, margin_mm=margin_mm)
 
 
@@ -124,12 +117,10 @@ def find_lesions(
 def read_mask(mask: ImageFile, grid: Grid) -> NDArray[np.bool_]:
     """The voxels of a mask that are not 0, (*grid.shape); DataError if it cannot be read or has another grid."""
     labels, mask_grid = read_labels(mask.path, mask.channel)
-    difference = same_grid(grid, mask_grid)
-    if difference is not None:
+    if (difference := same_grid(grid, mask_grid)) is not None:
         found = f"does not lie on the grid of the image: {difference}"
         raise DataError(found, where=mask.path, expected="the mask of this image")
-    marked: NDArray[np.bool_] = labels != 0
-    return marked
+    return np.asarray(labels != 0)
 
 
 def enlarged(

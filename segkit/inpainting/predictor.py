@@ -29,10 +29,8 @@ from segkit.reading.geometry import reorientation_to, reoriented_grid
 from segkit.reading.volume import Grid
 from segkit.shapes import Image, label_components, overlap
 
-_SURROUNDINGS = 16
-"""Fewest voxels around a hole in a window of free size."""
-_LARGEST_WINDOW = 160**3
-"""Voxels of the largest window; a network of usual width needs about a gigabyte for it."""
+_SURROUNDINGS = 16  # fewest voxels around a hole in a window of free size
+_LARGEST_WINDOW = 160**3  # voxels of the largest window; a network of usual width needs about a gigabyte for it
 _SLICE_AXIS = 2
 
 Hole = NDArray[np.bool_]
@@ -60,40 +58,24 @@ class InpaintingPredictor:
         """
         card = load_card(run)
         if card.task != "inpainting":
-            raise RequestError(
-                f"this is a {card.task} model, which fills no holes",
-                where=run,
-                expected="a model of `segkit pretrain --method inpainting`",
-            )
+            found, expected = f"this is a {card.task} model", "a model of `segkit pretrain --method inpainting`"
+            raise RequestError(f"{found}, which fills no holes", where=run, expected=expected)
         if card.export is None and backend == "auto":
             backend = "torch"  # for windows of any size
         return cls(open_backend(run, card, device, backend, card.patch_size, threads=threads), card)
 
-    @property
-    def window(self) -> tuple[int, ...]:
-        """Voxels of the smallest window."""
-        return self.card.patch_size
-
     def fill(self, image: Image, hole: Hole, grid: Grid) -> Image:
-        """Fill the hole of an image; all other voxels stay the same, bit for bit.
+        """A copy of an image with its hole filled; all other voxels stay the same, bit for bit.
 
-        Args:
-            image: (C, *spatial) float32, the modalities of the card in the orientation of the file; values in the hole
-                are ignored.
-            hole: (*spatial), True where the image is missing.
-            grid: The grid of the file.
-
-        Returns:
-            (C, *spatial) float32, a new array.
+        `image` is (C, *spatial) float32, the modalities of the card in the orientation of the file, its values in the
+        `hole` (*spatial) ignored.
 
         Raises:
             DataError: the hole covers all of a modality.
         """
         if image.shape != (len(self.card.modalities), *hole.shape) or hole.shape != grid.shape:
-            raise DataError(
-                f"an image of {image.shape} with a hole of {hole.shape} on a grid of {grid.shape}",
-                expected=f"({len(self.card.modalities)}, *grid) and the grid's own shape",
-            )
+            shapes = f"an image of {image.shape} with a hole of {hole.shape} on a grid of {grid.shape}"
+            raise DataError(shapes, expected=f"({len(self.card.modalities)}, *grid) and the grid's own shape")
         if not hole.any():
             return image.copy()
         turn = reorientation_to(grid, self.card.preprocessing.orientation)
@@ -114,7 +96,6 @@ class InpaintingPredictor:
         return np.where(hole, turn.undo(known), image)
 
     def _fill_at_spacing(self, image: Image, missing: Hole, spacing_mm: Sequence[float]) -> Image:
-        """Fill on the grid of the training."""
         shape = image.shape[1:]
         target = resampled_shape(shape, spacing_mm, self.card.preprocessing.spacing_mm)
         if target == shape:
@@ -153,7 +134,7 @@ class InpaintingPredictor:
 
     def _windows(self, missing: Hole) -> Iterator[_Window]:
         """Windows that together cover the hole; they may reach outside."""
-        patch, divisor = self.window, self.card.divisor
+        patch, divisor = self.card.patch_size, self.card.divisor
         if missing.ndim > len(patch):
             patch, divisor = ((*of_plane[:_SLICE_AXIS], 1, *of_plane[_SLICE_AXIS:]) for of_plane in (patch, divisor))
         for box in boxes_of(missing):
@@ -188,7 +169,6 @@ class Box:
         np.copyto(array[there], values[here], where=where[here[1:]])
 
     def _overlap(self, shape: Sequence[int]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """The common part as an index into an array and as an index into the box."""
         axes = len(self.size)
         here, there = overlap(self.start, self.size, (0,) * axes, shape[len(shape) - axes :])
         return (..., *there), (..., *here)

@@ -1,38 +1,146 @@
-"""Training of a network that fills holes in scans, measured on scans of held-out patients."""
+"""Training of a network that fills holes in scans, scored on holes in images of held-out patients."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from segkit.checkpoint.card import InpaintingCard, ModelCard
+from segkit.checkpoint.model import save_model
+from segkit.checkpoint.run_folder import WEIGHTS_NAME
+from segkit.checkpoint.tensors import load_weights_file
 from segkit.errors import RequestError
 from segkit.inpainting.config import InpaintingConfig
 from segkit.inpainting.dataset import HoleDataset, HoleRules
-from segkit.inpainting.task import InpaintingTask, Restoration
+from segkit.losses.restoration import RestorationConfig, adversarial_terms, restoration_loss, ssim_map
 from segkit.models.blocks import SegmentationNetwork
 from segkit.models.generator import build_discriminator
+from segkit.models.region_layers import RegionNormLearnable
 from segkit.preparing.holes import HoleMaker, tumour_components
 from segkit.preparing.preprocessing import PreparedCase
 from segkit.reading.case import Cohort
 from segkit.reading.layouts.brats import SYNTHESIS_LAYOUT, find_known
 from segkit.reading.layouts.table import PLAIN_CLASSES, find_cases
-from segkit.training.batches import ENDLESS
-from segkit.training.task import RunPlan, SplitData, build_card
+from segkit.training.batches import ENDLESS, endless_batches
+from segkit.training.distributed import Ranks
+from segkit.training.task import Batch, RunPlan, Score, SplitData, borrowed, build_card
 from segkit.training.unlabelled import UnlabelledKind, choose_dims, find_split, require_same_modalities
+
+_NETWORK = "network."  # prefix of the network's tensors in a `Restoration`
+_PATCH = {2: 256, 3: 64}  # default voxels of a patch along each axis
+_HELD_OUT_SEED = 2**31  # seed of the held-out holes, different from that of any training hole
+_MOST_SHAPES = 200  # most shapes of lesions to draw holes from
 
 _log = logging.getLogger(__name__)
 
-_PATCH = {2: 256, 3: 64}
-"""Default voxels of a patch along each axis."""
-_HELD_OUT_SEED = 2**31
-"""Seed of the held-out holes, different from that of any training hole."""
-_MOST_SHAPES = 200
-"""Most shapes of lesions to draw holes from."""
+
+class Restoration(nn.Module):
+    """A network and, for adversarial training, a discriminator."""
+
+    def __init__(self, network: nn.Module, discriminator: nn.Module | None = None) -> None:
+        super().__init__()
+        self.network = network
+        self.discriminator = discriminator
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The restored image (B, C, *spatial) of what `stack_inputs` gives; in training mode at full resolution."""
+        found = self.network(x)
+        return found if isinstance(found, Tensor) else cast(Tensor, found[0])
+
+
+@dataclass
+class InpaintingTask:
+    """A network, its training patches, and the held-out holes that choose its best weights."""
+
+    model: nn.Module  # a `Restoration`
+    card: ModelCard
+    patches: HoleDataset
+    held_out: HoleDataset
+    restoration: RestorationConfig
+    batch_size: int
+    supervision: float = 0.0
+    adversarial_weight: float = 0.0
+    workers: int | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    images: Mapping[str, int] = field(default_factory=dict)  # number of training cases, by data folder
+    method_name: str = "inpainting"
+    _held_out: dict[int, Batch] = field(default_factory=dict, repr=False)
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """Endless batches from number `start` on, see `HoleDataset`."""
+        return endless_batches(self.patches, self.batch_size, start, self.workers, self.ranks)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Loss of a batch on the model's device."""
+        found = self.model(batch["x"])
+        loss = restoration_loss(found, batch["image"], batch["hole"], self.restoration)
+        supervised = [layer for layer in self._detectors() if layer.learning == "supervised"]
+        for layer in supervised:
+            # Missing voxels whose content is unknown are holes for the layer, too.
+            missing = batch["x"][:, batch["image"].shape[1] :][:, :1]
+            loss = loss + self.supervision / len(supervised) * layer.supervise(missing)
+        discriminator = cast(Restoration, self.model).discriminator
+        if discriminator is not None:
+            # One backward pass for both: the gradient of each term reaches its own network only.
+            of_network, of_discriminator = adversarial_terms(discriminator, found, batch["image"])
+            loss = loss + self.adversarial_weight * of_network + of_discriminator
+        return loss
+
+    def validate(self, weights: Mapping[str, Tensor]) -> Score:
+        """SSIM in the holes of held-out patients; details are the measures and the mean share that RN-L detects."""
+        measures = self.measure(weights)
+        shares = [float(layer.detected_share) for layer in self._detectors()]
+        detected = {"detected_share": sum(shares) / len(shares)} if shares else {}
+        return Score(measures["ssim"], {"measures": measures | detected})
+
+    @torch.no_grad()
+    def measure(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        """Means over the voxels of all held-out holes, in units of the normalised image.
+
+        "ssim", "mae" and "mse" of the network, and "mse_rough" of the first fill, which is its input.
+        """
+        with borrowed(self.model, weights):
+            self.model.eval()
+            of_each = self.ranks.map(self._sums_in_hole, range(len(self.held_out)))
+        totals = {name: sum(sums[name] for sums in of_each) for name in of_each[0]}
+        voxels = max(totals.pop("voxels"), 1.0)
+        return {name: total / voxels for name, total in totals.items()}
+
+    def _sums_in_hole(self, number: int) -> dict[str, float]:
+        if number not in self._held_out:
+            self._held_out[number] = {name: value[None] for name, value in self.held_out[number].items()}
+        device, settings = next(self.model.parameters()).device, self.restoration
+        x, image, hole = (self._held_out[number][name].to(device) for name in ("x", "image", "hole"))
+        found = torch.where(hole, self.model(x).float(), image)
+        error = (found - image).abs()
+        window, data_range = settings.ssim_window, settings.data_range
+        maps = {
+            "ssim": ssim_map(found - settings.darkest, image - settings.darkest, window=window, data_range=data_range),
+            "mae": error,
+            "mse": error.square(),
+            "mse_rough": (x[:, : image.shape[1]] - image).square(),
+        }
+        sums = {name: float((values.mean(1, keepdim=True) * hole.float()).sum()) for name, values in maps.items()}
+        return {**sums, "voxels": float(hole.sum())}
+
+    def _detectors(self) -> list[RegionNormLearnable]:
+        return [layer for layer in self.model.modules() if isinstance(layer, RegionNormLearnable)]
+
+    def save(self, run: Path, weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Write model.safetensors, without a discriminator, and model.json."""
+        kept = {name.removeprefix(_NETWORK): value for name, value in weights.items() if name.startswith(_NETWORK)}
+        training = self.card.training_data.model_copy(update=dict(facts))
+        save_model(run, kept, self.card.model_copy(update={"training_data": training}))
+
+    def take_best(self, run: Path) -> None:
+        """Load the network's weights that `save` wrote last."""
+        cast(Restoration, self.model).network.load_state_dict(load_weights_file(run / WEIGHTS_NAME))
 
 
 class InpaintingKind(UnlabelledKind[InpaintingConfig, InpaintingTask]):
@@ -59,19 +167,16 @@ class InpaintingKind(UnlabelledKind[InpaintingConfig, InpaintingTask]):
             RequestError: the folders or the settings of the network do not fit each other.
         """
         require_same_modalities(data, "Choose with modalities=[...]")
-        if config.preprocessing.normalisation != "scale-nonzero":
-            raise RequestError(
-                f"preprocessing.normalisation {config.preprocessing.normalisation} mixes background with tissue",
-                expected="scale-nonzero, because filled voxels are background or tissue by their intensity alone",
-            )
+        if (normalisation := config.preprocessing.normalisation) != "scale-nonzero":
+            expected = "scale-nonzero, because filled voxels are background or tissue by their intensity alone"
+            found = f"preprocessing.normalisation {normalisation} mixes background with tissue"
+            raise RequestError(found, expected=expected)
         are_volumes = all(split.cohort.dims == 3 for split in data)
         network = config.network
         dims = choose_dims(network, config.dims, data, "patches")
         if network.arguments.get("learning") == "supervised" and network.arguments.get("context", "none") == "none":
-            raise RequestError(
-                "network.arguments.learning=supervised needs the hole as an input, but the network has no context",
-                remedy="Set network.arguments.context to hole or mirror",
-            )
+            found = "network.arguments.learning=supervised needs the hole as an input, but the network has no context"
+            raise RequestError(found, remedy="Set network.arguments.context to hole or mirror")
         if not are_volumes and network.arguments.get("context") == "mirror":
             # Symmetry of the two halves is assumed for heads only.
             network = network.model_copy(update={"arguments": {**network.arguments, "context": "hole"}})
@@ -140,18 +245,10 @@ class InpaintingKind(UnlabelledKind[InpaintingConfig, InpaintingTask]):
 
 
 def _only(cohort: Cohort, modalities: tuple[str, ...]) -> Cohort:
-    """The cohort with these modalities only.
-
-    Raises:
-        RequestError: it does not have them.
-    """
     lacking = [name for name in modalities if name not in cohort.modalities]
     if lacking:
-        raise RequestError(
-            f"has no modality {', '.join(lacking)}",
-            where=cohort.root,
-            expected=f"modalities among {', '.join(cohort.modalities)}",
-        )
+        expected = f"modalities among {', '.join(cohort.modalities)}"
+        raise RequestError(f"has no modality {', '.join(lacking)}", where=cohort.root, expected=expected)
     cases = tuple(
         replace(case, images={name: case.images[name] for name in modalities if name in case.images})
         for case in cohort.cases

@@ -38,10 +38,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm
 
-from segkit.models.blocks import SegmentationNetwork
+from segkit.models.blocks import SegmentationNetwork, SlicewiseConfig
 from segkit.models.kernels.region_norm import Rule, Statistics
 from segkit.models.region_layers import RegionNormBasic, RegionNormLearnable
-from segkit.models.slicewise import SlicewiseConfig
 
 REFERENCE = "Yu et al. 2020, arXiv 1911.10375"
 
@@ -49,7 +48,7 @@ Output = Literal["linear", "unit"]
 
 
 class GeneratorConfig(SlicewiseConfig):
-    """Sizes of the generator, and which variants of the paper it has."""
+    """Sizes of the generator, and variants of the paper."""
 
     width: int = Field(default=64, ge=1)
     """Channels at full resolution; twice as many at half, four times at a quarter of the resolution."""
@@ -171,13 +170,8 @@ class Generator(SegmentationNetwork):
         def up(below: int, width: int) -> Up:
             return Up(_initialised(nn.Conv2d(below, 4 * width, 3, padding=1)), learnable())
 
-        self.encoder = nn.ModuleList(
-            [
-                down(MirroredConv2d(in_channels, full, 7)),
-                down(nn.Conv2d(full, half, 4, stride=2, padding=1)),
-                down(nn.Conv2d(half, quarter, 4, stride=2, padding=1)),
-            ]
-        )
+        strided = (nn.Conv2d(*widths, 4, stride=2, padding=1) for widths in ((full, half), (half, quarter)))
+        self.encoder = nn.ModuleList([down(MirroredConv2d(in_channels, full, 7)), *(down(conv) for conv in strided)])
         self.middle = nn.Sequential(*(block() for _ in range(config.blocks)))
         self.decoder = nn.Sequential(up(quarter, half), up(half, full))
         self.head = _initialised(MirroredConv2d(full, out_channels, 7))
@@ -199,8 +193,8 @@ class Generator(SegmentationNetwork):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """The generated image (B, out_channels, H, W), in known pixels too; in training a list that holds it.
 
-        x is (B, channels, H, W), each axis a multiple of 4: the channels of the image, then optionally the hole, 1 in
-        it, else 0. Image values in the hole and further channels are ignored.
+        x is (B, channels, H, W): the channels of the image, then optionally the hole, 1 in it, else 0. Image values in
+        the hole and further channels are ignored.
         """
         y = self.head(self.decoder(self.middle(self.encode(x)[-1])))
         if self.output == "unit":
@@ -208,8 +202,7 @@ class Generator(SegmentationNetwork):
         return [y] if self.training else y
 
 
-_SMALLEST = 24
-"""Fewest voxels along an axis that give a logit."""
+_SMALLEST = 24  # fewest voxels along an axis that give a logit
 
 
 class Discriminator(nn.Module):
@@ -226,10 +219,8 @@ class Discriminator(nn.Module):
             ValueError: an axis is shorter than 24 voxels.
         """
         if min(image.shape[2:]) < _SMALLEST:
-            raise ValueError(
-                f"an image of {tuple(image.shape[2:])} voxels is too small for a discriminator; "
-                f"expected at least {_SMALLEST} along each axis"
-            )
+            found = f"an image of {tuple(image.shape[2:])} voxels is too small for a discriminator"
+            raise ValueError(f"{found}; expected at least {_SMALLEST} along each axis")
         return cast(Tensor, self.layers(image)[-1])
 
 

@@ -126,11 +126,8 @@ class Inpainter(SegmentationNetwork):
         def learnable(_: int) -> nn.Module:
             return RegionNormLearnable(dims, threshold=config.threshold, learning=config.learning, rule=rule)
 
-        norms: dict[DecoderNorm, Callable[[int], nn.Module]] = {
-            "learnable": learnable,
-            "region": region,
-            "instance": InstanceNorm,
-        }
+        norms: dict[DecoderNorm, Callable[[int], nn.Module]]
+        norms = {"learnable": learnable, "region": region, "instance": InstanceNorm}
         encoder_norm, decoder_norm = norms[config.encoder_norm], norms[config.decoder_norm]
         first, *further = config.widths
         context_channels = {"none": 0, "hole": 1, "mirror": 2 + in_channels}[config.context]
@@ -183,7 +180,6 @@ class Inpainter(SegmentationNetwork):
         return [y] if self.training else y
 
     def _encoded(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Feature maps, and regions (B, 1, *spatial)."""
         channels = self.encoder.image_channels
         image, context = x[:, :channels], x[:, channels:]
         regions = (image.abs().amax(1, keepdim=True) > 0).to(torch.uint8)  # _BACKGROUND and _TISSUE

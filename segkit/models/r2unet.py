@@ -148,19 +148,7 @@ def _unit(config: R2UNetConfig, dims: int, in_channels: int, channels: int) -> R
         projection = pointwise(dims, in_channels, channels)
         # The residual stream passes here: a linear map keeps its scale.
         nn.init.kaiming_normal_(cast(Tensor, projection.weight), nonlinearity="linear")
-    layers = [
-        build_recurrent_convolution(
-            channels,
-            dims,
-            steps=config.steps,
-            share=config.share,
-            norm=config.norm,
-            bias=config.has_bias(),
-            accumulate=config.accumulate,
-            mode=config.mode,
-        )
-        for _ in range(2)
-    ]
+    layers = [build_recurrent_convolution(channels, dims, config) for _ in range(2)]
     return RecurrentUnit(projection, layers, residual=config.residual)
 
 
@@ -213,36 +201,21 @@ def build_norm(kind: Norm, channels: int, dims: int) -> nn.Module:
     return norm
 
 
-def build_recurrent_convolution(
-    channels: int,
-    dims: int,
-    *,
-    steps: int = 2,
-    share: Share = "separate",
-    norm: Norm = "instance",
-    bias: bool = False,
-    accumulate: bool = False,
-    mode: Mode = "plain",
-) -> RecurrentConvolution:
+def build_recurrent_convolution(channels: int, dims: int, config: R2UNetConfig) -> RecurrentConvolution:
     """A recurrent layer with 3 x 3 (x 3) kernels on (B, channels, *spatial), stable from the start.
 
     Kernels are drawn as by He et al. 2015 and scaled so that also without a norm the output keeps the size of the
     input for any number of steps: a recurrent kernel is divided by sqrt(steps + 1); a tied one is applied to x + h,
     whose mean square is 2 + 2 / pi times that of x because the output of a ReLU has a mean, and is divided by its root.
     """
-    feed_forward = convolution(dims, channels, channels, bias=bias)
-    recurrent = convolution(dims, channels, channels, bias=False) if share == "separate" and steps else None
+    steps = config.steps
+    feed_forward = convolution(dims, channels, channels, bias=config.has_bias())
+    recurrent = convolution(dims, channels, channels, bias=False) if config.share == "separate" and steps else None
     _draw(feed_forward, gain=1 / sqrt(2 + 2 / pi) if recurrent is None and steps else 1.0)
     if recurrent is not None:
         _draw(recurrent, gain=1 / sqrt(steps + 1))
-    return RecurrentConvolution(
-        feed_forward=feed_forward,
-        recurrent=recurrent,
-        norms=[build_norm(norm, channels, dims) for _ in range(1 if norm == "batch_shared" else steps + 1)],
-        steps=steps,
-        accumulate=accumulate,
-        mode=mode,
-    )
+    norms = [build_norm(config.norm, channels, dims) for _ in range(1 if config.norm == "batch_shared" else steps + 1)]
+    return RecurrentConvolution(feed_forward, recurrent, norms, steps, accumulate=config.accumulate, mode=config.mode)
 
 
 @torch.no_grad()
@@ -262,11 +235,11 @@ class RecurrentConvolution(nn.Module):
 
     def __init__(
         self,
-        *,
         feed_forward: nn.Module,
         recurrent: nn.Module | None,
         norms: Sequence[nn.Module],
         steps: int,
+        *,
         accumulate: bool = False,
         mode: Mode = "plain",
     ) -> None:

@@ -102,8 +102,8 @@ class RegionNormLearnable(nn.Module):
         masks = torch.cat((1 - hole, hole), 1)
         gamma, beta = self.affine(response).flatten(2).to(sum_type).chunk(2, 1)
         weights = torch.cat((masks * (1 + gamma), beta), 1)
-        channels = (x.shape[1], 2)
-        return normalise_regions(x, masks, weights, masks.new_ones(channels), masks.new_zeros(channels), self.rule)
+        gain = masks.new_ones(x.shape[1], 2)
+        return normalise_regions(x, masks, weights, gain, torch.zeros_like(gain), self.rule)
 
     def supervise(self, hole: Tensor) -> Tensor:
         """Mean binary cross-entropy of the last training pass's response, to be added to the loss; once per pass.
@@ -114,10 +114,8 @@ class RegionNormLearnable(nn.Module):
             ValueError: `learning` is not "supervised", or there was no training pass since the last call.
         """
         if self._logits is None:
-            raise ValueError(
-                f"no response of a training pass to supervise, with learning {self.learning!r}; "
-                "expected learning 'supervised' and a pass before each call"
-            )
+            found = f"no response of a training pass to supervise, with learning {self.learning!r}"
+            raise ValueError(f"{found}; expected learning 'supervised' and a pass before each call")
         logits, self._logits = self._logits, None
         target = resize_regions(hole, logits.shape[2:]).to(torch.float32)
         return functional.binary_cross_entropy_with_logits(logits.float(), target)
@@ -132,12 +130,10 @@ def resize_regions(regions: Tensor, size: torch.Size, *, keeps_thin: bool = Fals
         return regions
     numbers = regions.float()
     if keeps_thin:
-        adaptive, pool = {
-            2: (functional.adaptive_max_pool2d, functional.max_pool2d),
-            3: (functional.adaptive_max_pool3d, functional.max_pool3d),
-        }[len(size)]
         steps = [int(old) // int(new) for old, new in zip(regions.shape[2:], size, strict=True)]
         if [int(new) * step for new, step in zip(size, steps, strict=True)] == list(regions.shape[2:]):
+            pool = functional.max_pool2d if len(size) == 2 else functional.max_pool3d
             return pool(numbers, steps).to(regions.dtype)  # the same result, and ONNX has it
+        adaptive = functional.adaptive_max_pool2d if len(size) == 2 else functional.adaptive_max_pool3d
         return adaptive(numbers, list(size)).to(regions.dtype)
     return functional.interpolate(numbers, list(size), mode="nearest").to(regions.dtype)

@@ -24,30 +24,22 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from segkit.models.blocks import SegmentationNetwork
-from segkit.models.slicewise import SlicewiseConfig
+from segkit.models.blocks import SegmentationNetwork, SlicewiseConfig
 
 REFERENCE = "segmentation-models-pytorch: Unet, UnetPlusPlus, FPN, DeepLabV3Plus, Segformer"
 
 Architecture = Literal["unet", "unetplusplus", "fpn", "deeplabv3plus", "segformer"]
 
-_CLASSES: dict[Architecture, str] = {
-    "unet": "Unet",
-    "unetplusplus": "UnetPlusPlus",
-    "fpn": "FPN",
-    "deeplabv3plus": "DeepLabV3Plus",
-    "segformer": "Segformer",
+_ARCHITECTURES: dict[Architecture, tuple[str, tuple[int, ...]]] = {
+    "unet": ("Unet", (256, 128, 64, 32, 16)),
+    "unetplusplus": ("UnetPlusPlus", (256, 128, 64, 32, 16)),
+    "fpn": ("FPN", (256, 128)),
+    "deeplabv3plus": ("DeepLabV3Plus", (256,)),
+    "segformer": ("Segformer", (256,)),
 }
-_WIDTHS: dict[Architecture, tuple[int, ...]] = {
-    "unet": (256, 128, 64, 32, 16),
-    "unetplusplus": (256, 128, 64, 32, 16),
-    "fpn": (256, 128),
-    "deeplabv3plus": (256,),
-    "segformer": (256,),
-}
+"""The library's class and its widths of the decoder."""
 _NESTED: tuple[Architecture, ...] = ("unet", "unetplusplus")
-_TIMM = "tu-"
-"""Prefix of the encoders that come from timm."""
+_TIMM = "tu-"  # prefix of the encoders that come from timm
 
 
 class SmpConfig(SlicewiseConfig):
@@ -77,10 +69,8 @@ class SmpConfig(SlicewiseConfig):
     def _agrees(self) -> SmpConfig:
         expected = len(self._library_widths())
         if self.decoder_channels is not None and len(self.decoder_channels) != expected:
-            raise ValueError(
-                f"decoder_channels names {len(self.decoder_channels)} widths, but {self.architecture} "
-                f"at depth {self.encoder_depth} has {expected}"
-            )
+            has = f"{self.architecture} at depth {self.encoder_depth} has {expected}"
+            raise ValueError(f"decoder_channels names {len(self.decoder_channels)} widths, but {has}")
         if min(self.decoder_channels or (1,)) < 1:
             raise ValueError("decoder_channels are numbers from 1 on")
         if self.decoder_attention and self.architecture not in _NESTED:
@@ -96,7 +86,7 @@ class SmpConfig(SlicewiseConfig):
         return self
 
     def _library_widths(self) -> tuple[int, ...]:
-        widths = _WIDTHS[self.architecture]
+        _, widths = _ARCHITECTURES[self.architecture]
         return widths[-self.encoder_depth :] if self.architecture in _NESTED else widths
 
     def library_options(self) -> dict[str, object]:
@@ -108,14 +98,10 @@ class SmpConfig(SlicewiseConfig):
         if self.architecture == "segformer":
             return {**options, "decoder_segmentation_channels": widths[0]}
         if self.architecture == "fpn":
-            return {
-                **options,
-                "decoder_pyramid_channels": widths[0],
-                "decoder_segmentation_channels": widths[1],
-                "decoder_dropout": 0.2 if self.dropout is None else self.dropout,
-                # The pyramid ends three levels above the deepest features.
-                "upsampling": 2 ** (self.encoder_depth - 3),
-            }
+            dropout = 0.2 if self.dropout is None else self.dropout
+            options |= {"decoder_pyramid_channels": widths[0], "decoder_segmentation_channels": widths[1]}
+            # The pyramid ends three levels above the deepest features.
+            return {**options, "decoder_dropout": dropout, "upsampling": 2 ** (self.encoder_depth - 3)}
         return {
             **options,
             "decoder_channels": widths[0],
@@ -163,9 +149,8 @@ def _library_network(config: SmpConfig, encoder_weights: str | None, in_channels
     Raises:
         ValueError: the library rejects the options, has no such weights or cannot download them.
     """
-    architecture, encoder = _CLASSES[config.architecture], config.encoder
+    architecture, encoder = _ARCHITECTURES[config.architecture][0], config.encoder
     kind = getattr(_library(), architecture)
-
     options = {**config.library_options(), "in_channels": in_channels, "classes": out_channels}
 
     def make(weights: object) -> nn.Module:
@@ -179,9 +164,8 @@ def _library_network(config: SmpConfig, encoder_weights: str | None, in_channels
         # timm has the weights in the network's name and takes a boolean.
         return make(True if encoder_weights and encoder.startswith(_TIMM) else encoder_weights)
     except (AssertionError, KeyError, OSError, RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"{architecture} on {encoder} cannot be built: {str(error) or type(error).__name__}"
-        ) from error
+        found = f"{architecture} on {encoder} cannot be built"
+        raise ValueError(f"{found}: {str(error) or type(error).__name__}") from error
 
 
 @lru_cache(maxsize=32)  # planning builds the same network many times
@@ -315,10 +299,8 @@ def _library() -> Any:
     try:
         import segmentation_models_pytorch
     except (ImportError, RuntimeError) as error:  # RuntimeError: torch and torchvision do not match
-        raise ValueError(
-            f"segmentation-models-pytorch cannot be imported ({error}); "
-            "install it, with a torchvision that was made for the torch at hand"
-        ) from error
+        remedy = "install it, with a torchvision that was made for the torch at hand"
+        raise ValueError(f"segmentation-models-pytorch cannot be imported ({error}); {remedy}") from error
     return segmentation_models_pytorch
 
 

@@ -34,8 +34,7 @@ from segkit.models.kernels.convolutions import pointwise
 
 REFERENCE = "Huang et al. 2023, arXiv 2304.06716"
 
-_MULTIPLES = (1, 2, 4, 8, 16, 16)
-"""Channels of each stage over `width`."""
+_MULTIPLES = (1, 2, 4, 8, 16, 16)  # channels of each stage over `width`
 
 _STEPS = len(_MULTIPLES) - 1
 _SLOPE = 0.01

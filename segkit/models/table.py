@@ -45,13 +45,7 @@ MODELS: dict[str, ModelEntry] = {
 }
 """Family name -> entry."""
 
-_SCALE = (
-    ("tiny",),
-    ("small", "S", "unet-small"),
-    ("base", "B", "unet", "paper"),
-    ("large", "L", "unet-resnet50"),
-    ("H",),
-)
+_SCALE = ("tiny", "small S unet-small", "base B unet paper", "large L unet-resnet50", "H")
 """Names of sizes, from small to large; other sizes are variants of one of these."""
 
 
@@ -84,7 +78,7 @@ def configure(family: str, size: str | None = None, arguments: Mapping[str, obje
         return entry.config(**{**entry.sizes[size], **(arguments or {})})
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "arguments"
+        key = ".".join(map(str, first["loc"])) or "arguments"
         raise RequestError(f"{family}: {key}: {first['msg']}") from error
 
 
@@ -93,7 +87,7 @@ def nearest_size(family: str, size: str) -> str:
 
     Sizes that are not on the scale from tiny to large give the usual size of the family.
     """
-    places = {name: place for place, names in enumerate(_SCALE) for name in names}
+    places = {name: place for place, names in enumerate(_SCALE) for name in names.split()}
     offered = MODELS[family].sizes
     if size in offered or size not in places:
         return size if size in offered else MODELS[family].default_size

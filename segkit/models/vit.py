@@ -11,6 +11,7 @@ fine detail.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import cast
 
@@ -19,16 +20,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from segkit.models.blocks import Mode, SegmentationNetwork, checkpointed, convolution, group_norm
+from segkit.models.blocks import Mode, SegmentationNetwork, SlicewiseConfig, checkpointed, convolution, group_norm
 from segkit.models.kernels.convolutions import pointwise, step_up
-from segkit.models.slicewise import SlicewiseConfig
 
 REFERENCE = "Kirillov et al. 2023, arXiv 2304.02643; LVM-Med, arXiv 2306.11925; our decoder"
 
-_PATCH = 16
-"""Pixels of a token's side, part of the published weights."""
-_EPSILON = 1e-6
-"""Of every layer norm of the published encoder."""
+_PATCH = 16  # pixels of a token's side, part of the published weights
+_EPSILON = 1e-6  # of every layer norm of the published encoder
 
 
 class VitConfig(SlicewiseConfig):
@@ -123,11 +121,9 @@ class RelativeAttention(nn.Module):
         rows = torch.einsum("bnhwc,hkc->bnhwk", query, relative_positions(self.rel_pos_h, height))
         columns = torch.einsum("bnhwc,wkc->bnhwk", query, relative_positions(self.rel_pos_w, width))
         bias = (rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)  # (B, heads, H * W, H * W)
-        attended = functional.scaled_dot_product_attention(
-            query.flatten(2, 3), key.flatten(2, 3), value.flatten(2, 3), attn_mask=bias
-        )
-        attended = attended.transpose(1, 2).reshape(batch, height, width, -1)
-        return cast(Tensor, self.proj(attended))
+        query, key, value = (part.flatten(2, 3) for part in (query, key, value))
+        attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return cast(Tensor, self.proj(attended.transpose(1, 2).reshape(batch, height, width, -1)))
 
 
 def relative_positions(table: Tensor, side: int) -> Tensor:
@@ -137,19 +133,6 @@ def relative_positions(table: Tensor, side: int) -> Tensor:
         table = functional.interpolate(table.T[None], size=rows, mode="linear", align_corners=False)[0].T
     positions = torch.arange(side, device=table.device)
     return table[positions[:, None] - positions + side - 1]
-
-
-class FeedForward(nn.Module):
-    """Two linear layers, four times as wide between them."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.lin1 = nn.Linear(width, 4 * width)
-        self.lin2 = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., width) to the same shape."""
-        return cast(Tensor, self.lin2(functional.gelu(self.lin1(x))))
 
 
 class TransformerBlock(nn.Module):
@@ -164,7 +147,9 @@ class TransformerBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=_EPSILON)
         self.attn = RelativeAttention(width, heads, window or tokens)
         self.norm2 = nn.LayerNorm(width, eps=_EPSILON)
-        self.mlp = FeedForward(width)
+        # The published names.
+        layers = {"lin1": nn.Linear(width, 4 * width), "act": nn.GELU(), "lin2": nn.Linear(4 * width, width)}
+        self.mlp = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, H, W, width) to the same shape."""

@@ -27,8 +27,7 @@ from segkit.reading.files import read_grid
 from segkit.runtime import available_cores, available_memory_gb, process_place
 from segkit.shapes import LabelMap
 
-_VERSION = 1
-"""Part of every key: increase it when the result of preparing changes for the same settings."""
+_VERSION = 1  # part of every key: increase it when the result of preparing changes for the same settings
 
 _MOST_FOREGROUND_VOXELS = 10_000
 
@@ -55,11 +54,9 @@ class PreparedStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write_atomically(prepared, folder)
         except OSError as error:
-            raise DataError(
-                f"cannot keep the prepared case {case.id} here: {error.strerror or error}",
-                where=self.folder,
-                remedy="Free some space, or choose another folder for the run",
-            ) from error
+            found = f"cannot keep the prepared case {case.id} here: {error.strerror or error}"
+            remedy = "Free some space, or choose another folder for the run"
+            raise DataError(found, where=self.folder, remedy=remedy) from error
         return folder
 
     def entries(
@@ -146,9 +143,8 @@ def open_prepared(folder: Path) -> PreparedCase:
         foreground = {int(value): voxels[first:last] for value, (first, last) in bounds.items()}
         return PreparedCase(document["id"], image, labels, Preparation.from_json(document["preparation"]), foreground)
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"this prepared case is damaged: {error}", where=folder, remedy="Delete the folder and run again"
-        ) from error
+        remedy = "Delete the folder and run again"
+        raise DataError(f"this prepared case is damaged: {error}", where=folder, remedy=remedy) from error
 
 
 def foreground_voxels(labels: LabelMap, seed: int) -> dict[int, NDArray[np.int64]]:
@@ -200,20 +196,11 @@ def _key(case: Case, modalities: tuple[str, ...], scheme: LabelScheme | None, co
     files = {name: [_digest(file.path), file.channel] for name, file in case.images.items() if name in modalities}
     if scheme is not None and case.label is not None:
         files["label"] = [_digest(case.label.path), case.label.channel]
-    settings = {
-        "version": _VERSION,
-        "id": case.id,
-        "files": files,
-        "modalities": modalities,
-        "scheme": _scheme_settings(scheme),
-        "case_scheme": _scheme_settings(case.scheme),
-        "config": config.model_dump(mode="json"),
-    }
+    settings: dict[str, Any] = {"version": _VERSION, "id": case.id, "files": files, "modalities": modalities}
+    settings["config"] = config.model_dump(mode="json")
+    for name, known in (("scheme", scheme), ("case_scheme", case.scheme)):
+        settings[name] = None if known is None else [known.name, dict(known.values), known.regions]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def _scheme_settings(scheme: LabelScheme | None) -> list[Any] | None:
-    return None if scheme is None else [scheme.name, dict(scheme.values), scheme.regions]
 
 
 def _digest(path: Path) -> str:
@@ -230,7 +217,6 @@ def _digest(path: Path) -> str:
             with part.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     except OSError as error:
-        raise DataError(
-            f"cannot be read: {error.strerror or error}", where=path, remedy="Check that it exists and its permissions"
-        ) from error
+        remedy = "Check that it exists and its permissions"
+        raise DataError(f"cannot be read: {error.strerror or error}", where=path, remedy=remedy) from error
     return digest.hexdigest()

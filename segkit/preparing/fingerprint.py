@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,10 +17,8 @@ from segkit.reading.geometry import reorientation_to, reoriented_grid
 
 _log = logging.getLogger(__name__)
 
-_SAMPLED_VOXELS = 10_000
-"""Most foreground voxels of one case in the intensity statistics."""
-_AIR_HU = -200.0
-"""Air in CT is far below this; MRI and pictures almost never have such low values."""
+_SAMPLED_VOXELS = 10_000  # most foreground voxels of one case in the intensity statistics
+_AIR_HU = -200.0  # air in CT is far below this; MRI and pictures almost never have such low values
 
 
 class Foreground(Config):
@@ -51,7 +48,7 @@ class Fingerprint(Config):
     zero_fraction: float
     """Median over cases of the share of voxels that are exactly 0 in all modalities."""
     is_ct: bool
-    """Whether the intensities are Hounsfield units."""
+    """Whether the intensities are Hounsfield units: the only modality is called CT, or has air in these units."""
     foreground: Foreground
     seconds_per_case: float
     """Time that reading one case took."""
@@ -63,7 +60,7 @@ class Fingerprint(Config):
 
 
 def take_fingerprint(cohort: Cohort, *, max_cases: int = 24) -> Fingerprint:
-    """Read up to `max_cases` cases, spread evenly over the cohort; cases that cannot be read are left out.
+    """The fingerprint of up to `max_cases` cases, spread evenly over the cohort; unreadable ones are left out.
 
     Raises:
         DataError: no case can be read.
@@ -81,22 +78,20 @@ def take_fingerprint(cohort: Cohort, *, max_cases: int = 24) -> Fingerprint:
             _log.warning("left out of planning: %s", error)
             errors.append(error)
     if not samples:
-        raise DataError(
-            f"none of the {len(cases)} cases looked at can be read",
-            where=cohort.root,
-            expected="at least one usable case",
-            remedy=f"The first error: {errors[0]}" if errors else "Check the folder",
-        )
+        found = f"none of the {len(cases)} cases looked at can be read"
+        remedy = f"The first error: {errors[0]}" if errors else "Check the folder"
+        raise DataError(found, where=cohort.root, expected="at least one usable case", remedy=remedy)
     shapes, cropped_shapes, spacings_mm, zero_fractions, lowest, intensities = zip(*samples, strict=True)
+    names = cohort.modalities
     return Fingerprint(
         cases=len(cohort.cases),
         dims=cohort.dims,
-        modalities=cohort.modalities,
+        modalities=names,
         shapes=shapes,
         cropped_shapes=cropped_shapes,
         spacings_mm=spacings_mm,
         zero_fraction=float(np.median(zero_fractions)),
-        is_ct=_is_ct(cohort.modalities, float(np.median(lowest))),
+        is_ct=len(names) == 1 and (names[0].lower() == "ct" or bool(np.median(lowest) < _AIR_HU)),
         foreground=_foreground(np.concatenate(intensities)),
         seconds_per_case=(time.perf_counter() - began) / len(samples),
     )
@@ -134,8 +129,3 @@ def _foreground(intensities: NDArray[np.float32]) -> Foreground:
         return Foreground(low=0.0, high=0.0, mean=0.0, std=0.0)
     low, high = np.percentile(intensities, (0.5, 99.5))
     return Foreground(low=float(low), high=float(high), mean=float(intensities.mean()), std=float(intensities.std()))
-
-
-def _is_ct(modalities: Sequence[str], lowest: float) -> bool:
-    """Whether the only modality is called CT, or has air in Hounsfield units."""
-    return len(modalities) == 1 and (modalities[0].lower() == "ct" or lowest < _AIR_HU)

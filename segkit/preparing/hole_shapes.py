@@ -14,16 +14,11 @@ from scipy import ndimage
 
 from segkit.shapes import Mask, connectivity, label_components, zeros_and_ones
 
-_BALL = {2: math.pi / 4, 3: math.pi / 6}
-"""Area of the disc and volume of the ball of diameter 1."""
-_STRETCH = 0.25
-"""Standard deviation of the logarithm of a box's or blob's extent along an axis."""
-_BUMPS = 0.22
-"""Standard deviation of a blob's surface, as a share of its radius."""
-_STROKE_RADII = (0.1, 0.22)
-"""Thinnest and thickest radius of a stroke, as a share of the diameter."""
-_NEW_STROKE = 0.06
-"""Probability, at every step, that a new stroke branches off an old one."""
+_BALL = {2: math.pi / 4, 3: math.pi / 6}  # area of the disc and volume of the ball of diameter 1
+_STRETCH = 0.25  # standard deviation of the logarithm of a box's or blob's extent along an axis
+_BUMPS = 0.22  # standard deviation of a blob's surface, as a share of its radius
+_STROKE_RADII = (0.1, 0.22)  # thinnest and thickest radius of a stroke, as a share of the diameter
+_NEW_STROKE = 0.06  # probability, at every step, that a new stroke branches off an old one
 _MOST_STEPS = 3000
 
 
@@ -40,8 +35,7 @@ def diameter_of(voxels: float, dims: int) -> float:
 def box_hole(shape: Sequence[int], generator: np.random.Generator, diameter: float) -> Mask:
     """A box in the middle of an array (*shape), with about the voxels of a ball of `diameter` voxels."""
     side = voxels_of(diameter, len(shape)) ** (1 / len(shape))
-    hole = np.zeros(tuple(shape), np.bool_)
-    box = []
+    hole, box = np.zeros(tuple(shape), np.bool_), []
     for count, ratio in zip(shape, _ratios(len(shape), generator), strict=True):
         extent = min(count, max(1, round(side * ratio)))
         box.append(slice((count - extent) // 2, (count - extent) // 2 + extent))
@@ -59,8 +53,7 @@ def stroke_hole(shape: Sequence[int], generator: np.random.Generator, diameter: 
     target = min(voxels_of(diameter, len(shape)), hole.size / 2)
     thin, thick = (max(1.0, share * diameter) for share in _STROKE_RADII)
     point, heading, radius = limits / 2, generator.standard_normal(len(shape)), generator.uniform(thin, thick)
-    walked = [point]
-    covered = 0
+    walked, covered = [point], 0
     for _ in range(_MOST_STEPS):
         covered += _paint_ball(hole, point, radius)
         if covered >= target:
@@ -128,8 +121,7 @@ def cropped(mask: Mask) -> Mask:
 
 def largest_component(mask: Mask) -> Mask:
     """The largest connected component of a mask (*spatial)."""
-    found: Mask = cc3d.largest_k(zeros_and_ones(mask), k=1, connectivity=connectivity(mask.ndim)) > 0
-    return found
+    return np.asarray(cc3d.largest_k(zeros_and_ones(mask), k=1, connectivity=connectivity(mask.ndim)) > 0)
 
 
 def components(mask: Mask) -> list[Mask]:
@@ -150,8 +142,7 @@ def without_cavities(mask: Mask) -> Mask:
 def _ratios(dims: int, generator: np.random.Generator) -> NDArray[np.float64]:
     """Extents along the axes relative to each other; their product is 1."""
     logarithms = generator.normal(0, _STRETCH, dims)
-    ratios: NDArray[np.float64] = np.exp(logarithms - logarithms.mean())
-    return ratios
+    return np.asarray(np.exp(logarithms - logarithms.mean()))
 
 
 def _random_turn(dims: int, generator: np.random.Generator) -> NDArray[np.float64]:

@@ -21,37 +21,22 @@ from scipy import ndimage
 
 from segkit.config import Config
 from segkit.errors import DataError
-from segkit.preparing.hole_shapes import (
-    blob_hole,
-    box_hole,
-    components,
-    cropped,
-    diameter_of,
-    largest_component,
-    stroke_hole,
-    turned,
-    without_cavities,
-)
+from segkit.preparing import hole_shapes
+from segkit.preparing.hole_shapes import cropped, diameter_of, largest_component, turned, without_cavities
 from segkit.shapes import AnyArray, Mask, without_small_components
 
-_LEAST_IN_BRAIN = 0.75
-"""Share of a hole that must lie in the brain (BraTS local synthesis)."""
+_LEAST_IN_BRAIN = 0.75  # share of a hole that must lie in the brain (BraTS local synthesis)
 
-_SHAPES = 10
-_PLACES_PER_SHAPE = 5
-_SHRINKAGE = 0.82
-"""How many shapes are tried, at how many places each, and how much smaller each further one is."""
-_ROOM = {"boxes": 1.5, "strokes": 2.0, "blobs": 1.9}
-"""Side of the array in which a shape is drawn, in diameters."""
-_STANDARD_SIDE = 240
-"""Voxels along the first two axes of a BraTS volume, to which the limits of the challenge apply."""
-_FEWEST_VOXELS = 64
-"""Components of a tumour with fewer voxels are left out at any volume size."""
+_SHAPES, _PLACES_PER_SHAPE = 10, 5  # how many shapes are tried, at how many places each
+_SHRINKAGE = 0.82  # how much smaller each further shape is
+_ROOM = {"boxes": 1.5, "strokes": 2.0, "blobs": 1.9}  # side of the array in which a shape is drawn, in diameters
+_STANDARD_SIDE = 240  # voxels along the first two axes of a BraTS volume, to which the limits of the challenge apply
+_FEWEST_VOXELS = 64  # components of a tumour with fewer voxels are left out at any volume size
 
 _MAKERS: Mapping[str, Callable[[Sequence[int], np.random.Generator, float], Mask]] = {
-    "boxes": box_hole,
-    "strokes": stroke_hole,
-    "blobs": blob_hole,
+    "boxes": hole_shapes.box_hole,
+    "strokes": hole_shapes.stroke_hole,
+    "blobs": hole_shapes.blob_hole,
 }
 _KINDS = (*_MAKERS, "tumours")
 
@@ -198,14 +183,11 @@ def brain_mask(image: AnyArray) -> Mask:
 class ChallengeRules:
     """The limits of the procedure; the defaults are those of the challenge, for voxels of 1 mm."""
 
-    smallest_voxels: int = 800
-    """Components of a tumour with fewer voxels are left out."""
-    margin_voxels: float = 5.0
-    """Width of the margin around the tumour, and smallest distance of a hole from the margin."""
+    smallest_voxels: int = 800  # components of a tumour with fewer voxels are left out
+    margin_voxels: float = 5.0  # width of the margin around the tumour, and smallest distance of a hole from the margin
     rank_window: float = 0.05
     """Largest difference from the wanted rank of a hole's size, either way, as a share of the pool."""
-    attempts: int = 500
-    """Number of shapes and places that are tried in one brain."""
+    attempts: int = 500  # number of shapes and places that are tried in one brain
 
     def scaled_to(self, side: int) -> ChallengeRules:
         """The same limits for volumes that show a whole head in `side` voxels instead of 240."""
@@ -244,7 +226,7 @@ def tumour_components(tumour: Mask, brain: Mask, rules: ChallengeRules = CHALLEN
     size = np.count_nonzero(brain)
     if not size:
         raise DataError("the brain is empty", expected="a mask with True where the image is not 0")
-    return [TumourShape(part, float(part.sum() / size)) for part in components(whole_tumour(tumour, rules))]
+    return [TumourShape(part, float(part.sum() / size)) for part in hole_shapes.components(whole_tumour(tumour, rules))]
 
 
 def inverse_ranks(shares: Sequence[float], share: float, window: float) -> range:
@@ -278,19 +260,15 @@ def challenge_hole(
         DataError: the pool is empty, the tumour leaves no room, or nothing was accepted in all attempts.
     """
     if not pool:
-        raise DataError(
-            f"there is no tumour of {rules.smallest_voxels} or more voxels whose shape holes can have",
-            remedy="Give references with tumours, or a smaller limit",
-        )
+        found = f"there is no tumour of {rules.smallest_voxels} or more voxels whose shape holes can have"
+        raise DataError(found, remedy="Give references with tumours, or a smaller limit")
     unhealthy = unhealthy_region(tumour, rules)
     distance = ndimage.distance_transform_edt(~unhealthy) if unhealthy.any() else np.full(unhealthy.shape, np.inf)
     candidates = np.flatnonzero(brain & (distance > rules.margin_voxels))
+    room = f"{rules.margin_voxels:g} voxels from the tumour and its margin"
     if not candidates.size:
-        raise DataError(
-            f"no voxel of the brain lies farther than {rules.margin_voxels:g} voxels from the tumour and its margin",
-            expected="healthy tissue for a hole",
-            remedy="Leave this case out",
-        )
+        found = f"no voxel of the brain lies farther than {room}"
+        raise DataError(found, expected="healthy tissue for a hole", remedy="Leave this case out")
     ordered = sorted(pool, key=lambda shape: shape.share)
     size = np.count_nonzero(whole_tumour(tumour, rules)) / np.count_nonzero(brain)
     ranks = inverse_ranks([shape.share for shape in ordered], size, rules.rank_window) if size else range(len(ordered))
@@ -301,17 +279,14 @@ def challenge_hole(
         hole = _place_hole(shape, np.unravel_index(point, brain.shape), brain, distance, rules)
         if hole is not None:
             return hole
-    raise DataError(
-        f"no place for a healthy hole was found in {rules.attempts} attempts",
-        expected=f"room for a tumour's shape at least {rules.margin_voxels:g} voxels from the tumour and its margin",
-        remedy="Leave this case out, or give more tumours of other sizes",
-    )
+    found, remedy = f"no place for a healthy hole was found in {rules.attempts} attempts", "Leave this case out"
+    expected = f"room for a tumour's shape at least {room}"
+    raise DataError(found, expected=expected, remedy=f"{remedy}, or give more tumours of other sizes")
 
 
 def _place_hole(
     shape: Mask, centre: Sequence[np.intp], brain: Mask, distance: NDArray[np.float64], rules: ChallengeRules
 ) -> Mask | None:
-    """The shape centred on a voxel of the volume; None if the rules do not allow it."""
     first = [int(place) - extent // 2 for place, extent in zip(centre, shape.shape, strict=True)]
     box = tuple(slice(start, start + extent) for start, extent in zip(first, shape.shape, strict=True))
     if min(first) < 0 or any(side.stop > size for side, size in zip(box, brain.shape, strict=True)):

@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 from scipy import ndimage
 
 from segkit.errors import DataError, RequestError, some
@@ -43,29 +43,23 @@ _log = logging.getLogger(__name__)
 BANK_NAME = "bank.json"
 _MAKE = "`segkit inpaint --bank`"
 
-_BORDER = 3
-"""Voxels around a lesion over which its image is blended into the other; fewer across thick slices."""
-_SHIFT = 0.25
-"""Largest shift of a lesion from its relative position, as a share of the sides of the volume."""
+_BORDER = 3  # voxels around a lesion over which its image is blended into the other; fewer across thick slices
+_SHIFT = 0.25  # largest shift of a lesion from its relative position, as a share of the sides of the volume
 _TRIES = 8
 _ENOUGH_TISSUE, _LEAST_TISSUE = 0.9, 0.5
 """Shares of a lesion in tissue: enough to stop the search for a place, and the least that is accepted."""
 _MOST_VOXELS_TRIED = 1000
 
 
-class BankedCase(BaseModel):
+class BankedCase(BaseModel, frozen=True):
     """A case of a bank."""
-
-    model_config = ConfigDict(frozen=True)
 
     case: str
     patient: str
 
 
-class Bank(BaseModel):
+class Bank(BaseModel, frozen=True):
     """The content of `bank.json`; `model` describes the model that made the copies."""
-
-    model_config = ConfigDict(frozen=True)
 
     version: Literal[1] = 1
     modalities: tuple[str, ...]
@@ -93,13 +87,11 @@ def read_bank(folder: Path) -> Bank:
     try:
         return Bank.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RequestError(
-            f"contains no readable {BANK_NAME}", where=folder, expected=f"a folder written by {_MAKE}"
-        ) from error
+        found, expected = f"contains no readable {BANK_NAME}", f"a folder written by {_MAKE}"
+        raise RequestError(found, where=folder, expected=expected) from error
     except (ValidationError, UnicodeDecodeError) as error:
-        raise RequestError(
-            f"is damaged or of another version: {error}", where=path, remedy=f"Make the bank again with {_MAKE}"
-        ) from error
+        found, remedy = f"is damaged or of another version: {error}", f"Make the bank again with {_MAKE}"
+        raise RequestError(found, where=path, remedy=remedy) from error
 
 
 def find_copies(folder: Path, training: Sequence[Case], modalities: Sequence[str]) -> list[Case]:
@@ -112,33 +104,23 @@ def find_copies(folder: Path, training: Sequence[Case], modalities: Sequence[str
     """
     bank = read_bank(folder)
     if missing := [modality for modality in modalities if modality not in bank.modalities]:
-        raise RequestError(
-            f"the bank has no copies of {', '.join(missing)}; it has {', '.join(bank.modalities) or 'none'}",
-            where=folder,
-            expected=f"copies of {', '.join(modalities)}",
-            remedy=f"Make a bank with {_MAKE} and a model that restores them all",
-        )
+        found = f"the bank has no copies of {', '.join(missing)}; it has {', '.join(bank.modalities) or 'none'}"
+        remedy = f"Make a bank with {_MAKE} and a model that restores them all"
+        raise RequestError(found, where=folder, expected=f"copies of {', '.join(modalities)}", remedy=remedy)
     patients = {case.id: case.patient for case in training}
     usable = [banked for banked in bank.cases if patients.get(banked.case) == banked.patient]
     if not usable:
-        raise RequestError(
-            f"none of its {len(bank.cases)} copies is of a training case",
-            where=folder,
-            expected="copies with the names of the training cases",
-            remedy=f"Make a bank of this data with {_MAKE}",
-        )
+        found, expected = f"none of its {len(bank.cases)} copies is of a training case", "copies of the training cases"
+        raise RequestError(found, where=folder, expected=expected, remedy=f"Make a bank of this data with {_MAKE}")
     if others := [banked.case for banked in bank.cases if banked not in usable]:
         count = f"{len(others)} of {len(bank.cases)}"
         _log.info("%s copies of the bank are not of training cases and are left out: %s", count, some(others))
-    return [
-        Case(
-            banked.case,
-            banked.patient,
-            {modality: ImageFile(image_path(folder, banked.case, modality)) for modality in modalities},
-            ImageFile(lesion_path(folder, banked.case)),
-        )
-        for banked in usable
-    ]
+
+    def copy_of(case: str, patient: str) -> Case:
+        images = {modality: ImageFile(image_path(folder, case, modality)) for modality in modalities}
+        return Case(case, patient, images, ImageFile(lesion_path(folder, case)))
+
+    return [copy_of(banked.case, banked.patient) for banked in usable]
 
 
 def prepare_copies(

@@ -22,8 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 GIB = 1024**3
 _FLOAT_BYTES = 4
-_PROCESS_BYTES = int(0.92 * GIB)
-"""The interpreter and the libraries of training and figures; with torch 2.15."""
+_PROCESS_BYTES = int(0.92 * GIB)  # the interpreter and the libraries of training and figures; with torch 2.15
 _GPU_CONTEXT_BYTES = int(0.6 * GIB)
 _KERNEL_BYTES = int(0.18 * GIB)
 _KERNEL_SHARE = 0.6

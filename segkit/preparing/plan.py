@@ -22,21 +22,10 @@ from segkit.errors import RequestError
 from segkit.labels import LabelScheme, outputs_of
 from segkit.losses.dice_cross_entropy import SegmentationLoss
 from segkit.models.table import build_model, configure
+from segkit.preparing import plan_rules
 from segkit.preparing.fingerprint import Fingerprint
 from segkit.preparing.memory import StepCost, Volumes, estimate_memory_gb, step_cost
-from segkit.preparing.plan_rules import (
-    Shape,
-    choose_mirror_axes,
-    choose_modality_dropout,
-    choose_normalisation,
-    choose_slice_axis,
-    choose_strides,
-    largest_batch,
-    largest_patch,
-    patch_limits,
-    smaller_patches,
-    target_spacing,
-)
+from segkit.preparing.plan_rules import Shape
 from segkit.preparing.preprocessing import PreprocessingConfig
 from segkit.preparing.resampling import resampled_shape
 
@@ -48,8 +37,7 @@ _MEMORY_MODES: tuple[dict[str, object], ...] = (
 )
 """Network arguments from fast with much memory to slow with little; those that a family has are tried."""
 
-_COSTS: dict[str, StepCost] = {}
-"""What `CandidateNetwork.cost` has counted, by network, patch and number of threads."""
+_COSTS: dict[str, StepCost] = {}  # what `CandidateNetwork.cost` has counted, by network, patch and number of threads
 
 
 @dataclass(frozen=True)
@@ -99,10 +87,10 @@ class CandidateNetwork:
         Strides that are 2 everywhere are not set: they are the default of every family.
         """
         if self._is_open("slice_axis") and self.dims == 3:
-            return self.with_arguments({"slice_axis": choose_slice_axis(shape, spacing_mm)})
+            return self.with_arguments({"slice_axis": plan_rules.choose_slice_axis(shape, spacing_mm)})
         if not self._is_open("strides"):
             return self
-        strides = choose_strides(shape, spacing_mm, round(math.log2(max(self.divisor))))
+        strides = plan_rules.choose_strides(shape, spacing_mm, round(math.log2(max(self.divisor))))
         is_default = all(factor == 2 for stride in strides for factor in stride)
         return self if is_default else self.with_arguments({"strides": strides})
 
@@ -134,10 +122,8 @@ class PlanningRequest:
     preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
     mirror_axes: tuple[int, ...] | None = None
     modality_dropout: float | None = None
-    has_average: bool = True
-    """Whether a moving average of the weights is kept."""
-    shards: int = 1
-    """Number of processes that share the weights, their gradients and the optimiser state."""
+    has_average: bool = True  # whether a moving average of the weights is kept
+    shards: int = 1  # number of processes that share the weights, their gradients and the optimiser state
 
     def network(self, fingerprint: Fingerprint, scheme: LabelScheme) -> CandidateNetwork:
         """The requested network, for these data."""
@@ -177,19 +163,18 @@ def plan_training(
         RequestError: the network is unknown, the patch does not suit it, or nothing fits into the memory.
     """
     reasons: dict[str, str] = {}
-    request = replace(request, batch_limit=largest_batch(fingerprint.dims, request.batch_limit))
+    request = replace(request, batch_limit=plan_rules.largest_batch(fingerprint.dims, request.batch_limit))
     preprocessing = plan_preprocessing(fingerprint, request.preprocessing, reasons)
-    mirror_axes = request.mirror_axes
+    mirror_axes, modality_dropout = request.mirror_axes, request.modality_dropout
     if mirror_axes is None:
-        mirror_axes, reasons["augmentation.mirror_axes"] = choose_mirror_axes(scheme, fingerprint.dims)
-    modality_dropout = request.modality_dropout
+        mirror_axes, reasons["augmentation.mirror_axes"] = plan_rules.choose_mirror_axes(scheme, fingerprint.dims)
     if modality_dropout is None:
-        modality_dropout, why = choose_modality_dropout(fingerprint.modalities)
+        modality_dropout, why = plan_rules.choose_modality_dropout(fingerprint.modalities)
         reasons["augmentation.modality_dropout"] = why
     sizes = prepared_shapes(fingerprint, preprocessing)
     median: Shape = tuple(np.ceil(np.median(np.array(sizes), axis=0)).astype(int).tolist())
     spacing = preprocessing.spacing_mm or fingerprint.median_spacing_mm
-    limits = patch_limits(spacing, request.patch_limit)
+    limits = plan_rules.patch_limits(spacing, request.patch_limit)
     network = request.network(fingerprint, scheme).suited_to(tuple(map(min, median, limits)), spacing)
     volumes = Volumes(
         channels=len(fingerprint.modalities),
@@ -239,12 +224,11 @@ def _first_that_fits(
     memory_gb: float,
     estimate_gb: Callable[[StepCost], float],
 ) -> _Choice:
-    """The best combination of patch, batch and memory mode whose expected peak is within the memory."""
     divisor = network.divisor
     if request.patch_size is not None:
         _refuse_unsuitable(request.patch_size, divisor)
-    largest = request.patch_size or largest_patch(median, limits, divisor)
-    patches = [largest] if request.patch_size else list(smaller_patches(largest, median, divisor))
+    largest = request.patch_size or plan_rules.largest_patch(median, limits, divisor)
+    patches = [largest] if request.patch_size else list(plan_rules.smaller_patches(largest, median, divisor))
     batches = [request.batch_size] if request.batch_size else list(range(request.batch_limit, 0, -1))
     networks = [network.with_arguments(mode) for mode in _MEMORY_MODES if network.can_take(mode)] or [network]
 
@@ -254,23 +238,17 @@ def _first_that_fits(
         if needed_gb <= memory_gb:
             return _Choice(candidate, patch, batch, needed_gb)
         smallest_gb = min(smallest_gb, needed_gb)
-    raise RequestError(
-        f"{request.family} needs {smallest_gb:.1f} GB at the least, but {memory_gb:.1f} GB may be used",
-        remedy="Take a smaller network (network.size, --preset) or allow more with --memory",
-    )
+    found = f"{request.family} needs {smallest_gb:.1f} GB at the least, but {memory_gb:.1f} GB may be used"
+    raise RequestError(found, remedy="Take a smaller network (network.size, --preset) or allow more with --memory")
 
 
 def _refuse_unsuitable(patch: Shape, divisor: Shape) -> None:
     if len(patch) != len(divisor):
-        raise RequestError(
-            f"planning.patch_size has {len(patch)} sizes", expected=f"{len(divisor)}, one for each axis of the data"
-        )
+        expected = f"{len(divisor)}, one for each axis of the data"
+        raise RequestError(f"planning.patch_size has {len(patch)} sizes", expected=expected)
     if any(size % step for size, step in zip(patch, divisor, strict=True)):
-        raise RequestError(
-            f"planning.patch_size {_times(patch)} does not suit the network",
-            expected=f"multiples of {_times(divisor)}",
-            remedy="Change it, or leave it out to have it planned",
-        )
+        found, remedy = f"planning.patch_size {_times(patch)} does not suit the network", "Change it, or leave it out"
+        raise RequestError(found, expected=f"multiples of {_times(divisor)}", remedy=f"{remedy} to have it planned")
 
 
 def plan_preprocessing(
@@ -279,10 +257,10 @@ def plan_preprocessing(
     """Settings without None; the reason for each choice is added to `reasons`."""
     chosen: dict[str, Any] = {}
     if asked.spacing_mm is None:
-        chosen["spacing_mm"], reasons["preprocessing.spacing_mm"] = target_spacing(fingerprint.spacings_mm)
+        chosen["spacing_mm"], reasons["preprocessing.spacing_mm"] = plan_rules.target_spacing(fingerprint.spacings_mm)
     normalisation = asked.normalisation
     if normalisation is None:
-        normalisation, reasons["preprocessing.normalisation"] = choose_normalisation(fingerprint)
+        normalisation, reasons["preprocessing.normalisation"] = plan_rules.choose_normalisation(fingerprint)
         chosen["normalisation"] = normalisation
     if asked.crop is None:
         has_background = normalisation in ("zscore-nonzero", "scale-nonzero")
@@ -301,13 +279,11 @@ def plan_preprocessing(
 def _explain(
     choice: _Choice, request: PlanningRequest, median: Shape, limits: Shape, memory_gb: float, reasons: dict[str, str]
 ) -> None:
-    """Add the reasons for patch, batch and network arguments."""
     divisor, use = choice.network.divisor, f"needs about {choice.memory_gb:.1f} of {memory_gb:.1f} GB"
     if request.patch_size is None:
-        largest = largest_patch(median, limits, divisor)
-        why = (
-            f"the median case ({_times(median)}) up to the limit ({_times(limits)}), in multiples of {_times(divisor)}"
-        )
+        largest = plan_rules.largest_patch(median, limits, divisor)
+        why = f"the median case ({_times(median)}) up to the limit ({_times(limits)})"
+        why += f", in multiples of {_times(divisor)}"
         if choice.patch != largest:
             why += f", made smaller than {_times(largest)} to fit; {use}"
         reasons["planning.patch_size"] = why

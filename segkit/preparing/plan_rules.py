@@ -17,8 +17,7 @@ Shape = tuple[int, ...]
 Spacing = tuple[float, ...]
 
 _SAME_SPACING = 0.01
-_ANISOTROPIC = 3.0
-"""Coarsest over finest spacing from which the coarse axis is treated on its own."""
+_ANISOTROPIC = 3.0  # coarsest over finest spacing from which the coarse axis is treated on its own
 _COARSE_PERCENTILE = 10
 _BACKGROUND_SHARE = 0.25
 _SMALLEST_FEATURE_MAP = 4
@@ -26,8 +25,7 @@ _STRIDE_RATIO = 2.0
 _PICTURE_FACTOR = 2
 """Patches of pictures may be this many times longer than those of volumes, and batches this many times larger, as they
 have one axis less. Longer patches instead of larger batches learn more slowly (`docs/benchmarks.md`)."""
-_MODALITY_DROPOUT = 0.2
-"""Share of the patches that lack a modality; most scans have all of them."""
+_MODALITY_DROPOUT = 0.2  # share of the patches that lack a modality; most scans have all of them
 _SIDES = {"left", "right", "l", "r", "lh", "rh"}
 
 

@@ -41,26 +41,20 @@ class PreprocessingConfig(Config):
 
     spacing_mm: tuple[float, ...] | None = None
     """Target voxel spacing in mm, in the axis order after orientation; None keeps the spacing of each case."""
-
     orientation: str = "RAS"
     """Direction in which the voxel axes grow after orientation, or an order of the axes I, J and K of the file, such as
     KJI; pictures are not reoriented."""
-
     normalisation: Normalisation | None = None
     """zscore-nonzero: mean 0 and deviation 1 over the voxels that are not 0, which stay 0 (skull-stripped MRI);
     zscore: over all voxels; ct-window: Hounsfield units clipped to `ct_window`, then `ct_mean` and `ct_std`;
     scale-nonzero: divided by the deviation over the voxels that are not 0, so that tissue stays different from the
     background, as inpainting needs it."""
-
     crop: Crop | None = None
     """nonzero: crop to the box of voxels that are not 0 in any modality; none: keep the whole volume."""
-
     ct_window: tuple[float, float] | None = None
     """Lowest and highest value of ct-window: the 0.5 and 99.5 percentiles of the foreground of the training data."""
-
     ct_mean: float | None = None
     """Mean that ct-window subtracts: of the foreground voxels of the training data."""
-
     ct_std: float | None = None
     """Standard deviation that ct-window divides by: of the foreground voxels of the training data."""
 
@@ -99,12 +93,9 @@ def load_case(
     missing = [modality for modality in modalities if modality not in case.images]
     is_empty = len(missing) == len(modalities)
     if is_empty or (missing and not allow_missing):
-        raise DataError(
-            f"no file for modality {', '.join(missing)}; found {', '.join(case.images) or 'none'}",
-            where=case.id,
-            expected=f"one image for each of {', '.join(modalities)}",
-            remedy="Add the files" + ("" if is_empty else ", or pass --allow-missing to use the case without them"),
-        )
+        found = f"no file for modality {', '.join(missing)}; found {', '.join(case.images) or 'none'}"
+        remedy = "Add the files" + ("" if is_empty else ", or pass --allow-missing to use the case without them")
+        raise DataError(found, where=case.id, expected=f"one image for each of {', '.join(modalities)}", remedy=remedy)
     image, grid = _read_image(case, modalities, uses_threads=uses_threads)
     labels = None
     if scheme is not None and case.label is not None:
@@ -138,25 +129,22 @@ def stack_modalities(volumes: Iterable[tuple[int, Path | str, Volume]], channels
         _refuse_other_grid(grid, first, volume.grid, name)
         image[channel] = volume.array
         if count := image[channel].size - int(np.count_nonzero(np.isfinite(image[channel]))):
-            raise DataError(
-                f"{count} voxels are NaN or infinite",
-                where=name,
-                expected="finite intensities",
-                remedy="Export the image again, or replace those voxels by 0 if they lie outside the patient",
-            )
+            found, expected = f"{count} voxels are NaN or infinite", "finite intensities"
+            remedy = "Export the image again, or replace those voxels by 0 if they lie outside the patient"
+            raise DataError(found, where=name, expected=expected, remedy=remedy)
     return image, grid
 
 
 def _refuse_other_grid(grid: Grid, path: Path | str, other: Grid, other_path: Path | str) -> None:
     if (difference := same_grid(grid, other)) is not None:
-        remedy = "Register and resample them first (for brain tumours: BraTS-Toolkit), or repair a wrong header with "
-        remedy += "`segkit convert headers`"
-        raise DataError(
-            f"does not lie on the grid of {path}: {difference}",
-            where=other_path,
-            expected="all files of a case on one grid",
-            remedy=remedy if grid.dims == 3 else "Save the files of the case with the same rows and columns",
-        )
+        found, expected = f"does not lie on the grid of {path}: {difference}", "all files of a case on one grid"
+        remedy = "Save the files of the case with the same rows and columns"
+        if grid.dims == 3:
+            remedy = (
+                "Register and resample them first (for brain tumours: BraTS-Toolkit), or repair a wrong header with"
+            )
+            remedy += " `segkit convert headers`"
+        raise DataError(found, where=other_path, expected=expected, remedy=remedy)
 
 
 def _read_reference(case: Case, file: ImageFile, grid: Grid, scheme: LabelScheme) -> LabelMap:
@@ -169,12 +157,9 @@ def _read_reference(case: Case, file: ImageFile, grid: Grid, scheme: LabelScheme
     unknown = sorted({int(value) for value in present} - {0, *source.values.values()})
     if unknown:
         known = ", ".join(f"{value} {tissue}" for tissue, value in source.values.items())
-        raise DataError(
-            f"label values {unknown} are not in label scheme {source.name}",
-            where=file.path,
-            expected=f"0 background, {known}",
-            remedy="Name the scheme of the file with --label-scheme, or convert it with `segkit convert labels`",
-        )
+        found = f"label values {unknown} are not in label scheme {source.name}"
+        remedy = "Name the scheme of the file with --label-scheme, or convert it with `segkit convert labels`"
+        raise DataError(found, where=file.path, expected=f"0 background, {known}", remedy=remedy)
     return labels if source == scheme else translate(labels, source, scheme)
 
 
@@ -284,12 +269,9 @@ def prepare(loaded: LoadedCase, config: PreprocessingConfig) -> PreparedCase:
     spacing_mm = reoriented_grid(loaded.grid, turn).spacing_mm
     shape = resampled_shape(image.shape[1:], spacing_mm, config.spacing_mm)
     if config.spacing_mm is not None and math.prod(shape) > _MOST_VOXELS:
-        raise DataError(
-            f"resampling from {spacing_mm} mm to {config.spacing_mm} mm gives {shape} voxels",
-            where=loaded.grid.source or loaded.id,
-            expected="a spacing near that of the training data",
-            remedy="Check the spacing in the header",
-        )
+        found = f"resampling from {spacing_mm} mm to {config.spacing_mm} mm gives {shape} voxels"
+        expected, remedy = "a spacing near that of the training data", "Check the spacing in the header"
+        raise DataError(found, where=loaded.grid.source or loaded.id, expected=expected, remedy=remedy)
     labels = None if loaded.labels is None else resample_labels(turn_box.apply(loaded.labels[box]), shape)
     spacing = tuple(size * mm / new for size, mm, new in zip(image.shape[1:], spacing_mm, shape, strict=True))
     preparation = Preparation(loaded.grid, turn, _reoriented_box(start, stop, turn), shape, spacing)

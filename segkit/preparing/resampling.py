@@ -6,15 +6,14 @@ covers the same part of the patient; beyond the centres of the outermost voxels 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from segkit.shapes import Image, LabelMap
 
-_SAME_SPACING = 0.01
-"""Spacings that differ by less than this fraction are taken as equal, since headers are rounded."""
+_SAME_SPACING = 0.01  # spacings that differ by less than this fraction are taken as equal, since headers are rounded
 
 _TIE_DIGITS = 4
 """Decimals of a number of voxels before it is rounded: 13.4999996 and 13.5 (15 voxels of 0.9 mm in float32 and
@@ -33,8 +32,7 @@ def resampled_shape(
     )
 
 
-@dataclass(frozen=True)
-class Neighbours:
+class Neighbours(NamedTuple):
     """Positions of the voxels of a resampled axis between the voxels `lower` and `upper` of the old axis.
 
     All are (new,); upper is at most one higher; weight is the weight of upper, float32 in 0..1.

@@ -23,11 +23,8 @@ def patient_folds(cases: Sequence[Case], folds: int, seed: int) -> list[list[str
     for case in cases:
         case_ids[case.patient].append(case.id)
     if len(case_ids) < folds:
-        raise RequestError(
-            f"{len(case_ids)} patients cannot fill {folds} folds",
-            expected=f"at least {folds} patients with a reference",
-            remedy="Ask for fewer folds, or add cases",
-        )
+        expected, remedy = f"at least {folds} patients with a reference", "Ask for fewer folds, or add cases"
+        raise RequestError(f"{len(case_ids)} patients cannot fill {folds} folds", expected=expected, remedy=remedy)
     patients = sorted(case_ids)
     random.Random(seed).shuffle(patients)
     filled: list[list[str]] = [[] for _ in range(folds)]

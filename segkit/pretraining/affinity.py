@@ -3,10 +3,8 @@
 N images of a group, each in two views, make two graphs of N nodes. A node has a feature vector and edges to its nearest
 neighbours in the same view; message passing adds information about the neighbours. Affinities are cosines, in [-1, 1]:
 between nodes globally (of their features) and locally (of matched cells of their feature maps), between edges of their
-node differences.
-
-G is the number of graphs, N of nodes, K of neighbours, F of features, D of channels, P of cells of a feature map.
-What the paper leaves open is marked as our choice.
+node differences. G is the number of graphs, N of nodes, K of neighbours, F of features, D of channels, P of cells of a
+feature map; what the paper leaves open is marked as our choice.
 """
 
 from dataclasses import dataclass
@@ -20,12 +18,9 @@ from torch.nn import functional
 class Affinities:
     """Affinities and edges of G pairs of graphs."""
 
-    vertex: Tensor
-    """(G, N, N): node i of the first view with node a of the second."""
-    edge: Tensor | None
-    """(G, N, K, N, K): the m-th edge of i with the l-th edge of a; None if edges are not used."""
-    first: Tensor
-    """(G, N, K) int64: the heads of the edges of the first view."""
+    vertex: Tensor  # (G, N, N): node i of the first view with node a of the second
+    edge: Tensor | None  # (G, N, K, N, K): the m-th edge of i with the l-th edge of a; None if edges are not used
+    first: Tensor  # (G, N, K) int64: the heads of the edges of the first view
     second: Tensor
 
     def dense_edges(self, edge: Tensor) -> Tensor:
@@ -65,9 +60,8 @@ class MessagePassing(nn.Module):
     """Graph convolutions (Kipf & Welling, arXiv 1609.02907, equation 2; LVM-Med, equation 1), of one width.
 
     Edges count in both directions and the degree includes the self-loop; ReLU between layers, none after the last (our
-    choice). Without layers features stay unchanged. With `residual` (our choice) a node adds the messages to its own
-    features: the convolution alone averages over most of so small a graph, and nothing is learnt
-    (`docs/benchmarks.md`).
+    choice). With `residual` (our choice) a node adds the messages to its own features: the convolution alone averages
+    over most of so small a graph, and nothing is learnt (`docs/benchmarks.md`).
     """
 
     def __init__(self, width: int, layers: int, *, residual: bool = True) -> None:
@@ -77,9 +71,9 @@ class MessagePassing(nn.Module):
 
     def forward(self, features: Tensor, neighbours: Tensor) -> Tensor:
         """Features (G, N, F) and neighbours (G, N, K) to features (G, N, F)."""
-        graphs, nodes, _ = features.shape
         if not self.layers:
             return features
+        graphs, nodes, _ = features.shape
         adjacency = torch.eye(nodes, device=features.device, dtype=features.dtype).repeat(graphs, 1, 1)
         adjacency.scatter_(2, neighbours, 1.0)
         adjacency = torch.maximum(adjacency, adjacency.transpose(1, 2))
@@ -87,9 +81,7 @@ class MessagePassing(nn.Module):
         adjacency = scale[:, :, None] * adjacency * scale[:, None, :]
         messages = features
         for number, layer in enumerate(self.layers):
-            messages = adjacency @ layer(messages)
-            if number < len(self.layers) - 1:
-                messages = functional.relu(messages)
+            messages = adjacency @ layer(functional.relu(messages) if number else messages)
         return features + messages if self.residual else messages
 
 
@@ -142,6 +134,5 @@ def local_affinity(
 def _matched(cosines: Tensor, distances: Tensor, best: int) -> Tensor:
     """Mean cosine (G, N, N) of each cell p with its nearest q, over the `best` nearest, of [g, i, a, p, q]."""
     nearest = distances.min(dim=-1)
-    matched = cosines.gather(-1, nearest.indices[..., None])[..., 0]
-    count = min(best, matched.shape[-1])
-    return matched.gather(-1, nearest.values.topk(count, dim=-1, largest=False).indices).mean(-1)
+    kept = nearest.values.topk(min(best, cosines.shape[-2]), dim=-1, largest=False).indices
+    return cosines.gather(-1, nearest.indices[..., None])[..., 0].gather(-1, kept).mean(-1)

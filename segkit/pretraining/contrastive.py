@@ -33,6 +33,7 @@ class Contrast(nn.Module):
 
     views = 2
     score = "retrieval"
+    keeps_decoder = False
 
     def __init__(self, network: SegmentationNetwork, config: ContrastiveConfig, in_channels: int, dims: int) -> None:
         super().__init__()
@@ -57,7 +58,7 @@ class Contrast(nn.Module):
         }
 
     def project(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Projected features (B, width) of both views, float32; the views go through the encoder side by side."""
+        """Projected features (B, width) of both views, float32."""
         deepest = self.network.encode(torch.cat([batch["first"], batch["second"]]))[-1]
         with torch.autocast(deepest.device.type, enabled=False):
             first, second = self.projector(deepest.float().flatten(2).mean(2)).chunk(2)

@@ -13,6 +13,7 @@ and every wrong one loses 80, more than all affinities of 16 nodes with 5 edges 
 """
 
 import math
+from dataclasses import replace
 from typing import Literal, cast
 
 import torch
@@ -22,14 +23,8 @@ from torch import Tensor, nn
 from segkit.config import Config
 from segkit.losses.global_batch import batch_rand
 from segkit.models.blocks import SegmentationNetwork
-from segkit.pretraining.affinity import (
-    Affinities,
-    MessagePassing,
-    edge_affinity,
-    global_affinity,
-    local_affinity,
-    nearest_neighbours,
-)
+from segkit.pretraining import affinity
+from segkit.pretraining.affinity import Affinities, MessagePassing
 from segkit.pretraining.encoder import freeze_decoder, retrieval_accuracy
 from segkit.pretraining.solver import SolverConfig, solve
 from segkit.pretraining.views import cell_positions
@@ -94,6 +89,7 @@ class GraphMatching(nn.Module):
 
     views = 2
     score = "matching"
+    keeps_decoder = False
 
     def __init__(self, network: SegmentationNetwork, config: GraphMatchingConfig, in_channels: int, dims: int) -> None:
         super().__init__()
@@ -118,12 +114,8 @@ class GraphMatching(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             noisy = matching_accuracy(affinities, solver, self.config.gradient.temperature_for(solver.order))
-        vectors = (features.flatten(0, 1).cpu().numpy() for features in (first, second))
-        return {
-            "matching": matching_accuracy(affinities, solver),
-            "noisy": noisy,
-            "retrieval": retrieval_accuracy(*vectors),
-        }
+        retrieval = retrieval_accuracy(*(features.flatten(0, 1).cpu().numpy() for features in (first, second)))
+        return {"matching": matching_accuracy(affinities, solver), "noisy": noisy, "retrieval": retrieval}
 
     def affinities(self, batch: Batch) -> tuple[Affinities, Tensor, Tensor]:
         """The affinities of the graphs of a batch, and the projected features (G, N, F) of both views."""
@@ -137,28 +129,25 @@ class GraphMatching(nn.Module):
 
     def _affinities(self, first: Tensor, second: Tensor, maps: Tensor, batch: Batch) -> Affinities:
         config = self.config
-        edges = nearest_neighbours(first, config.edges), nearest_neighbours(second, config.edges)
+        edges = tuple(affinity.nearest_neighbours(view, config.edges) for view in (first, second))
         known = self.passing(first, edges[0]), self.passing(second, edges[1])
-        vertex = global_affinity(*known)
+        vertex = affinity.global_affinity(*known)
         if config.global_share < 1:
             vertex = config.global_share * vertex + (1 - config.global_share) * self._local(maps, batch)
-        edge = edge_affinity(*known, *edges) if config.solver.order == 2 else None
+        edge = affinity.edge_affinity(*known, *edges) if config.solver.order == 2 else None
         return Affinities(vertex, edge, *edges)
 
     def _local(self, maps: Tensor, batch: Batch) -> Tensor:
         dims = maps.dim() - 2
         maps = _at_most(maps, self.config.cells)
         cells = maps.flatten(2).transpose(1, 2)  # (2B, P, D)
-        places = [
-            cell_positions(batch[f"{view}_frame"].float(), batch[view].shape[-dims:], maps.shape[-dims:])
-            for view in ("first", "second")
-        ]
+        shapes = batch["first"].shape[-dims:], maps.shape[-dims:]
+        places = [cell_positions(batch[f"{view}_frame"].float(), *shapes) for view in ("first", "second")]
         first, second, first_places, second_places = (self._by_graph(part) for part in (*cells.chunk(2), *places))
         best, both_ways = self.config.best_matches, self.config.both_ways
-        return local_affinity(first, second, first_places, second_places, best, both_ways=both_ways)
+        return affinity.local_affinity(first, second, first_places, second_places, best, both_ways=both_ways)
 
     def _by_graph(self, images: Tensor) -> Tensor:
-        """(B, ...) to (G, N, ...)."""
         return images.reshape(-1, self.config.nodes, *images.shape[1:])
 
 
@@ -181,8 +170,11 @@ def matching_loss(affinities: Affinities, gradient: GradientConfig, solver: Solv
     vertex, edge = affinities.vertex, affinities.edge
     right = torch.arange(vertex.shape[1], device=vertex.device).expand(len(vertex), -1)
     perturbed = _perturbed(affinities, gradient, solver.order)
-    found = matching_of(perturbed, solver)
-    target = right if gradient.solves == 1 else matching_of(_moved(perturbed, right, gradient.strength), solver)
+    found, target = matching_of(perturbed, solver), right
+    if gradient.solves == 2:
+        # Moved against the derivative of the Hamming loss by the vertices: 1 for wrong pairs and -1 for right ones.
+        moved = perturbed.vertex - gradient.strength * (1 - 2 * _pairs(right, vertex))
+        target = matching_of(replace(perturbed, vertex=moved), solver)
     surrogate = (vertex * (_pairs(found, vertex) - _pairs(target, vertex))).sum((1, 2))
     if edge is not None:
         kept = affinities.edges_kept(found) - affinities.edges_kept(target)
@@ -194,8 +186,7 @@ def matching_loss(affinities: Affinities, gradient: GradientConfig, solver: Solv
 
 def matching_of(affinities: Affinities, solver: SolverConfig) -> Tensor:
     """The best matching found: the partner (G, N) int64 of each node."""
-    vertex = affinities.vertex.detach()
-    edge = None
+    vertex, edge = affinities.vertex.detach(), None
     if affinities.edge is not None and solver.order == 2:
         edge = affinities.dense_edges(affinities.edge.detach()).cpu().numpy()
     return torch.from_numpy(solve(vertex.cpu().numpy(), edge, solver)).to(vertex.device)
@@ -210,22 +201,14 @@ def matching_accuracy(affinities: Affinities, solver: SolverConfig, temperature:
 
 def _perturbed(affinities: Affinities, gradient: GradientConfig, order: int) -> Affinities:
     """The affinities without gradient, with noise on all of them or less the margin of the right pairs."""
-    vertex, edge = affinities.vertex.detach(), affinities.edge
-    temperature = gradient.temperature_for(order)
+    vertex = affinities.vertex.detach()
+    edge = None if affinities.edge is None else affinities.edge.detach()
     if gradient.noise == "margin":
         vertex = vertex - gradient.margin * torch.eye(vertex.shape[1], device=vertex.device, dtype=vertex.dtype)
-    if edge is not None:
-        edge = edge.detach()
-    if temperature:
+    if temperature := gradient.temperature_for(order):
         vertex = vertex + temperature * _gumbel(vertex)
         edge = None if edge is None else edge + temperature * _gumbel(edge)
-    return Affinities(vertex, edge, affinities.first, affinities.second)
-
-
-def _moved(affinities: Affinities, right: Tensor, strength: float) -> Affinities:
-    """Moved against the derivative of the Hamming loss by the vertices: 1 for wrong pairs and -1 for right ones."""
-    vertex = affinities.vertex - strength * (1 - 2 * _pairs(right, affinities.vertex))
-    return Affinities(vertex, affinities.edge, affinities.first, affinities.second)
+    return replace(affinities, vertex=vertex, edge=edge)
 
 
 def _pairs(matching: Tensor, like: Tensor) -> Tensor:

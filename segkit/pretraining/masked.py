@@ -21,12 +21,10 @@ from segkit.losses.global_batch import batch_rand, batch_sum
 from segkit.models.blocks import SegmentationNetwork
 from segkit.training.task import Batch
 
-_FEWEST_BLOCKS = 4
-"""Fewest blocks along an axis, if no block is given."""
+_FEWEST_BLOCKS = 4  # fewest blocks along an axis, if no block is given
 _SMALLEST_BLOCK = 4
 """Smallest side of a block in voxels, for any divisor: single voxels could be guessed from their neighbours."""
-_MEASURED_AT_ONCE = 8
-"""Held-out images that are computed together, so that memory does not grow with their number."""
+_MEASURED_AT_ONCE = 8  # held-out images that are computed together, so that memory does not grow with their number
 
 
 class MaskedConfig(Config):
@@ -44,6 +42,7 @@ class MaskedReconstruction(nn.Module):
 
     views = 1
     score = "explained"
+    keeps_decoder = True
 
     def __init__(self, network: SegmentationNetwork, config: MaskedConfig | None = None) -> None:
         super().__init__()
@@ -81,9 +80,8 @@ class MaskedReconstruction(nn.Module):
         if block is None:
             return block_sides(patch, self.network.divisor)
         if len(block) != len(patch):
-            raise RequestError(
-                f"masked.block has {len(block)} sides", expected=f"{len(patch)}, one for each axis of the images"
-            )
+            expected = f"{len(patch)}, one for each axis of the images"
+            raise RequestError(f"masked.block has {len(block)} sides", expected=expected)
         return block
 
     def _hidden_by_image(self, batch: Batch) -> Tensor:
@@ -102,9 +100,8 @@ class MaskedReconstruction(nn.Module):
         output = (found if isinstance(found, Tensor) else found[0]).double()
         _require_like(output, image)
         axes, values = (0, *range(2, image.dim())), image.double()
-        error, total, squares = (
-            (each * hidden).sum(axes) for each in ((output - image).square(), values, values.square())
-        )
+        each = (output - image).square(), values, values.square()
+        error, total, squares = ((plane * hidden).sum(axes) for plane in each)
         return hidden.sum().double(), error, total, squares
 
 
@@ -156,17 +153,13 @@ def reconstruction_loss(found: Tensor | Sequence[Tensor], image: Tensor, hidden:
     levels = [found] if isinstance(found, Tensor) else list(found)
     terms = []
     for weight, level in zip(deep_supervision_weights(len(levels)), levels, strict=True):
-        target, part = (_averaged(plane.float(), level.shape[2:]) for plane in (image, hidden))
+        # "area" is the mean in a coarse voxel, in two and in three dimensions.
+        planes, size = (image.float(), hidden.float()), list(level.shape[2:])
+        target, part = (functional.interpolate(plane, size=size, mode="area") for plane in planes)
         _require_like(level, target)
         error, voxels = batch_sum(((level.float() - target).square() * part).sum(), part.sum())
         terms.append(weight * error / (voxels * image.shape[1]))
     return torch.stack(terms).sum()
-
-
-def _averaged(image: Tensor, size: Sequence[int]) -> Tensor:
-    if image.shape[2:] == torch.Size(size):
-        return image
-    return functional.interpolate(image, size=list(size), mode="area")  # means, in two and in three dimensions
 
 
 def _require_like(output: Tensor, image: Tensor) -> None:

@@ -11,36 +11,31 @@ import torch
 from numpy.typing import NDArray
 
 from segkit.pretraining.graph_matching import GraphMatching, matching_of
-from segkit.pretraining.task import PretrainingTask
 from segkit.shapes import AnyArray
 from segkit.training.batches import to_device
+from segkit.training.task import Batch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _RIGHT, _WRONG, _EDGE = "#009E73", "#D55E00", "#56B4E9"
 """Of Okabe & Ito's palette; right and wrong pairs also differ in their lines."""
-_THUMBNAIL = 36.0
-"""Side of an image in the plane of a graph, in points."""
+_THUMBNAIL = 36.0  # side of an image in the plane of a graph, in points
 
 Points = NDArray[np.floating[Any]]
 
 
 @torch.no_grad()
-def draw_matching(folder: Path, task: PretrainingTask) -> None:
-    """Draw pairs.png and graph.png of the first held-out group into `folder`, if the method is graph matching."""
-    method = task.model
-    if not isinstance(method, GraphMatching):
-        return
+def draw_matching(folder: Path, method: GraphMatching, held_out: Batch) -> None:
+    """Draw pairs.png and graph.png of the first held-out group into `folder`."""
     method.eval()
     nodes = method.config.nodes
-    group = {name: tensor[:nodes] for name, tensor in task.held_out_batch().items()}
+    group = {name: tensor[:nodes] for name, tensor in held_out.items()}
     affinities, first, second = method.affinities(to_device(group, next(method.parameters()).device))
     partners = matching_of(affinities, method.config.solver)[0].tolist()
     images = group["first"][:, 0].numpy(), group["second"][:, 0].numpy()
     right = sum(node == partner for node, partner in enumerate(partners))
-    title = f"{right} of {nodes} held-out images find their other view"
-    pairs_figure(folder / "pairs.png", *images, partners, title)
+    pairs_figure(folder / "pairs.png", *images, partners, f"{right} of {nodes} held-out images find their other view")
     features = first[0].float().cpu().numpy(), second[0].float().cpu().numpy()
     edges = affinities.first[0].cpu().numpy(), affinities.second[0].cpu().numpy()
     graph_figure(folder / "graph.png", images, features, edges)
@@ -85,11 +80,9 @@ def graph_figure(
     places = _principal_plane(together / np.maximum(np.linalg.norm(together, axis=1, keepdims=True), 1e-12))
     figure = Figure(figsize=(11.0, 5.5), layout="constrained")
     panels = figure.subplots(1, 2, squeeze=False, sharex=True, sharey=True)[0]
-    for axes, view, nodes, heads, name in zip(
-        panels, images, (places[:count], places[count:]), edges, ("first", "second"), strict=True
-    ):
+    for axes, view, nodes, heads in zip(panels, images, (places[:count], places[count:]), edges, strict=True):
         _draw_graph(axes, _planes(view), nodes, heads)
-        axes.set_title(f"{name} view", fontsize=10)
+        axes.set_title(f"{'first' if axes is panels[0] else 'second'} view", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

@@ -1,7 +1,6 @@
 """The pre-training methods: what each one offers, their settings, and the table of them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from pydantic import Field
@@ -12,7 +11,7 @@ from segkit.models.blocks import SegmentationNetwork
 from segkit.pretraining.contrastive import Contrast, ContrastiveConfig
 from segkit.pretraining.graph_matching import GraphMatching, GraphMatchingConfig
 from segkit.pretraining.masked import MaskedConfig, MaskedReconstruction
-from segkit.pretraining.stacks import ImagesConfig
+from segkit.pretraining.sources import ImagesConfig
 from segkit.pretraining.views import ViewsConfig
 from segkit.training.config import LoopConfig, NetworkConfig, OptimiserConfig, RunConfig
 from segkit.training.task import Batch
@@ -54,6 +53,8 @@ class Method(Protocol):
     """Views of each image that it needs, 1 or 2."""
     score: str
     """The measure that chooses the best checkpoint; higher is better."""
+    keeps_decoder: bool
+    """Whether it trains the decoder, which is then saved; heads never are."""
 
     def loss(self, batch: Batch) -> Tensor:
         """The loss, a scalar; random numbers come from torch's global generator of the CPU."""
@@ -62,30 +63,13 @@ class Method(Protocol):
         """The measures of a batch of held-out images in evaluation mode, always the same for the same weights."""
 
 
-@dataclass(frozen=True)
-class MethodEntry:
-    """One method: its builder (settings, network, card), the views it needs, and whether it trains the decoder."""
-
-    build: Callable[[PretrainConfig, SegmentationNetwork, ModelCard], nn.Module]
-    views: int
-    keeps_decoder: bool
-
-
-METHODS: dict[MethodName, MethodEntry] = {
-    "graph-matching": MethodEntry(
-        build=lambda config, network, card: GraphMatching(
-            network, config.graph_matching, card.network.in_channels, card.dims
-        ),
-        views=2,
-        keeps_decoder=False,
+METHODS: dict[MethodName, Callable[[PretrainConfig, SegmentationNetwork, ModelCard], nn.Module]] = {
+    "graph-matching": lambda config, network, card: GraphMatching(
+        network, config.graph_matching, card.network.in_channels, card.dims
     ),
-    "masked": MethodEntry(
-        build=lambda config, network, _: MaskedReconstruction(network, config.masked), views=1, keeps_decoder=True
-    ),
-    "contrastive": MethodEntry(
-        build=lambda config, network, card: Contrast(network, config.contrastive, card.network.in_channels, card.dims),
-        views=2,
-        keeps_decoder=False,
+    "masked": lambda config, network, _: MaskedReconstruction(network, config.masked),
+    "contrastive": lambda config, network, card: Contrast(
+        network, config.contrastive, card.network.in_channels, card.dims
     ),
 }
-"""Name of the method -> entry."""
+"""Name of the method -> builder of its module, a `Method`."""

@@ -1,27 +1,128 @@
 """Pre-training: an encoder from images without label maps, measured on held-out patients before and after."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from segkit.checkpoint.card import ModelCard
+from segkit.checkpoint.model import save_model
+from segkit.checkpoint.run_folder import WEIGHTS_NAME
+from segkit.checkpoint.tensors import load_weights_file, write_tensors
 from segkit.errors import DataError, RequestError
 from segkit.models.blocks import SegmentationNetwork
+from segkit.pretraining.encoder import retrieval_accuracy
+from segkit.pretraining.graph_matching import GraphMatching
 from segkit.pretraining.matching_figures import draw_matching
-from segkit.pretraining.methods import METHODS, PretrainConfig
+from segkit.pretraining.methods import METHODS, Method, PretrainConfig
 from segkit.pretraining.sources import GroupDataset, Source
-from segkit.pretraining.task import PretrainingTask
+from segkit.reading.files import written_atomically
 from segkit.reading.layouts.table import find_cases
-from segkit.training.batches import ENDLESS
-from segkit.training.task import RunPlan, SplitData, build_card
+from segkit.training.batches import ENDLESS, endless_batches, to_device
+from segkit.training.distributed import Ranks
+from segkit.training.task import Batch, RunPlan, Score, SplitData, borrowed, build_card
 from segkit.training.unlabelled import UnlabelledKind, choose_dims, find_split, require_same_modalities
+
+METHOD_WEIGHTS = "method.safetensors"
+"""The best weights of the parts that a method adds to the network; its measures and figures need them."""
+
+_NETWORK = "network."  # prefix of the network's tensors in a method
+_VIEWS = ("first", "second")
+_VIEW_SIZE = {2: 224, 3: 64}  # default voxels of a view along each axis
+_HELD_OUT_SEED = 2**31  # seed of the groups of held-out images, different from that of any training group
 
 _log = logging.getLogger(__name__)
 
-_VIEW_SIZE = {2: 224, 3: 64}
-"""Default voxels of a view along each axis."""
-_HELD_OUT_SEED = 2**31
-"""Seed of the groups of held-out images, different from that of any training group."""
+
+@dataclass
+class PretrainingTask:
+    """A method with its network, training groups of images, and the held-out groups that choose its checkpoint."""
+
+    model: nn.Module  # a `Method`
+    method_name: str
+    card: ModelCard
+    groups: GroupDataset
+    held_out: GroupDataset
+    groups_per_batch: int
+    workers: int | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+
+    @property
+    def images(self) -> Mapping[str, int]:
+        """Number of training images, by data folder."""
+        return self.groups.image_counts
+
+    @property
+    def method(self) -> Method:
+        """The model, by its methods."""
+        return cast(Method, self.model)
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """Endless batches of (B, ...) tensors from number `start` on, groups one after the other."""
+        for batch in endless_batches(self.groups, self.groups_per_batch, start, self.workers, self.ranks):
+            yield {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The method's loss of a batch on the model's device."""
+        return self.method.loss(batch)
+
+    def validate(self, weights: Mapping[str, Tensor]) -> Score:
+        """The method's measures on the held-out groups with these weights; one of them is the score."""
+        measures = self.measure(weights)
+        return Score(measures[self.method.score], {"measures": measures})
+
+    def measure(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        """The method's measures and, of methods with two views, `encoder_retrieval`.
+
+        That is the share of held-out images whose nearest view, by the mean over the deepest feature map, is their own.
+        Rank 0 computes it for all ranks, because all held-out images are compared with each other.
+        """
+        return self.ranks.from_first(lambda: self._measured(weights))
+
+    @torch.no_grad()
+    def _measured(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        with borrowed(self.model, weights):
+            self.model.eval()
+            batch = to_device(self.held_out_batch(), next(self.model.parameters()).device)
+            measures = self.method.measures(batch)
+            if self.method.views == 2:
+                pooled = (self.method.network.encode(batch[view])[-1].flatten(2).mean(2) for view in _VIEWS)
+                first, second = (features.float().cpu().numpy() for features in pooled)
+                measures["encoder_retrieval"] = retrieval_accuracy(first, second)
+        return measures
+
+    def held_out_batch(self) -> Batch:
+        """All held-out groups as one batch, always the same."""
+        collated = default_collate([self.held_out[index] for index in range(len(self.held_out))])
+        return {name: tensor.flatten(0, 1) for name, tensor in collated.items()}
+
+    def save(self, run: Path, weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Write model.safetensors with the weights to transfer, method.safetensors and model.json."""
+        kept = {name.removeprefix(_NETWORK): value for name, value in weights.items() if self._is_kept(name)}
+        others = {name: value for name, value in weights.items() if not self._is_kept(name)}
+        with written_atomically(run / METHOD_WEIGHTS) as path:
+            write_tensors(path, others)
+        training = self.card.training_data.model_copy(update=dict(facts))
+        save_model(run, kept, self.card.model_copy(update={"training_data": training}))
+
+    def take_best(self, run: Path) -> None:
+        """Load the weights that `save` wrote last."""
+        weights = load_weights_file(run / METHOD_WEIGHTS)
+        weights |= {f"{_NETWORK}{name}": value for name, value in load_weights_file(run / WEIGHTS_NAME).items()}
+        self.model.load_state_dict(weights)
+
+    def _is_kept(self, name: str) -> bool:
+        """Whether a tensor belongs to the encoder, or to a decoder that was trained, too."""
+        network, own = self.method.network, name.removeprefix(_NETWORK)
+        if own == name or own.startswith(network.head_prefixes):
+            return False
+        return self.method.keeps_decoder or own.startswith(network.encoder_prefix)
 
 
 class PretrainingKind(UnlabelledKind[PretrainConfig, PretrainingTask]):
@@ -44,11 +145,9 @@ class PretrainingKind(UnlabelledKind[PretrainConfig, PretrainingTask]):
         """
         nodes = config.graph_matching.nodes
         if config.batch_size % nodes:
-            raise RequestError(
-                f"batch_size {config.batch_size} is not a multiple of the {nodes} images of a group",
-                remedy="Change batch_size or graph_matching.nodes; training.accumulate makes larger batches of "
-                "small ones",
-            )
+            found = f"batch_size {config.batch_size} is not a multiple of the {nodes} images of a group"
+            remedy = "Change batch_size or graph_matching.nodes; training.accumulate makes larger batches of small ones"
+            raise RequestError(found, remedy=remedy)
         config.images.require_room_in(nodes)
         dims = choose_dims(config.network, config.dims, data, "crops")
         views = config.views if config.views.size else config.views.model_copy(update={"size": _VIEW_SIZE[dims]})
@@ -78,24 +177,32 @@ class PretrainingKind(UnlabelledKind[PretrainConfig, PretrainingTask]):
         config = plan.config
         sources = [_source(data, data.training_ids) for data in plan.data]
         held_out = [_source(data, data.validation_ids) for data in plan.data if data.validation_ids]
-        entry = METHODS[config.method]
-        groups = _groups(config, card, sources, entry.views, seed=config.training.seed, length=ENDLESS)
+        model, nodes = METHODS[config.method](config, network, card), config.graph_matching.nodes
+        groups_of = partial(
+            GroupDataset,
+            size=card.patch_size,
+            images=config.images,
+            views=config.views,
+            nodes=nodes,
+            view_count=cast(Method, model).views,
+        )
+        groups = groups_of(sources, seed=config.training.seed, length=ENDLESS)
         _log.info("images: %s", ", ".join(f"{count} of {name}" for name, count in groups.image_counts.items()))
         return PretrainingTask(
-            model=entry.build(config, network, card),
+            model=model,
             method_name=config.method,
             card=card,
             groups=groups,
-            held_out=_held_out_groups(config, card, held_out, sources),
-            groups_per_batch=config.batch_size // config.graph_matching.nodes,
-            keeps_decoder=entry.keeps_decoder,
+            held_out=_held_out_groups(groups_of, held_out, sources, config.validation_groups),
+            groups_per_batch=config.batch_size // nodes,
             workers=config.training.workers,
             ranks=plan.request.ranks,
         )
 
     def draw(self, folder: Path, task: PretrainingTask) -> None:
         """Figures of graph matching."""
-        draw_matching(folder, task)
+        if isinstance(task.model, GraphMatching):
+            draw_matching(folder, task.model, task.held_out_batch())
 
 
 def _modalities(config: PretrainConfig, data: Sequence[SplitData]) -> tuple[str, ...]:
@@ -113,33 +220,18 @@ def _source(data: SplitData, ids: Sequence[str]) -> Source:
     return Source(data.name, data.prepared(ids), tuple(case.patient for case in data.cases(ids)))
 
 
-def _groups(
-    config: PretrainConfig, card: ModelCard, sources: Sequence[Source], views: int, *, seed: int, length: int
-) -> GroupDataset:
-    return GroupDataset(
-        sources,
-        card.patch_size,
-        config.images,
-        config.views,
-        nodes=config.graph_matching.nodes,
-        view_count=views,
-        seed=seed,
-        length=length,
-    )
-
-
 def _held_out_groups(
-    config: PretrainConfig, card: ModelCard, held_out: Sequence[Source], training: Sequence[Source]
+    groups_of: Callable[..., GroupDataset], held_out: Sequence[Source], training: Sequence[Source], length: int
 ) -> GroupDataset:
     """Groups of held-out patients, of the sources that have enough of them; of the training images if none has."""
-    views, usable = METHODS[config.method].views, []
+    usable = []
     for source in held_out:
         try:
-            _groups(config, card, [source], views, seed=0, length=1)
+            groups_of([source], seed=0, length=1)
             usable.append(source)
         except DataError as error:
             _log.warning("not measured on held-out images of %s: %s", source.name, error)
     if not usable:
         _log.warning("no patient can be held out: the measures do not generalise to other patients")
         usable = list(training)
-    return _groups(config, card, usable, views, seed=_HELD_OUT_SEED, length=config.validation_groups)
+    return groups_of(usable, seed=_HELD_OUT_SEED, length=length)

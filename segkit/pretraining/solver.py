@@ -35,8 +35,7 @@ Matching = NDArray[np.int64]
 PygmSolver = Literal["rrwm", "ipfp", "sm"]
 """Solvers of pygmtools."""
 
-_AT_ONCE = 32
-"""Graphs that are solved together; the memory of more would not stay in the cache."""
+_AT_ONCE = 32  # graphs that are solved together; the memory of more would not stay in the cache
 
 
 class SolverConfig(Config):
@@ -96,11 +95,8 @@ def solve_with(name: PygmSolver, vertex: Array, edge: Array) -> Matching:
     try:
         import pygmtools
     except ModuleNotFoundError as error:
-        raise RequestError(
-            f"{error.name} is not installed",
-            expected="pygmtools, whose solvers were asked for",
-            remedy="Install it with `pip install 'segkit[matching]'`, or take the solver of segkit",
-        ) from error
+        remedy = "Install pygmtools with `pip install 'segkit[matching]'`, or take the solver of segkit"
+        raise RequestError(f"{error.name} is not installed", remedy=remedy) from error
     _check(vertex, edge)
     graphs, n = vertex.shape[:2]
     order = np.arange(n * n).reshape(n, n).T.reshape(-1)  # pair (i, a) is a * n + i in pygmtools
@@ -131,10 +127,8 @@ def objective(vertex: Array, edge: Array | None, matching: Matching) -> NDArray[
 class _Problem(NamedTuple):
     """f(v) = linear . v + v . couplings . v / 2 of M pairs of graphs."""
 
-    linear: Array
-    """(M, n, n)."""
-    couplings: Array
-    """(M, n * n, n * n), symmetric; zero where i = j or a = b."""
+    linear: Array  # (M, n, n)
+    couplings: Array  # (M, n * n, n * n), symmetric; zero where i = j or a = b
 
 
 def _check(vertex: Array, edge: Array | None) -> None:
@@ -159,7 +153,6 @@ def _problem_of(vertex: Array, edge: Array, room: Array) -> _Problem:
 
 
 def _assign(scores: Array) -> Matching:
-    """Linear assignments of the highest sum, (M, n), for scores (M, n, n)."""
     columns = [linear_sum_assignment(each)[1] for each in -scores]
     return np.array(columns, dtype=np.int64).reshape(scores.shape[:2])
 
@@ -167,14 +160,12 @@ def _assign(scores: Array) -> Matching:
 def _pull(couplings: Array, graphs: Matching, matching: Matching) -> Array:
     """The product couplings . v of matchings (M, n) of the graphs (M,): (M, n * n)."""
     n = matching.shape[1]
-    pulled: Array = couplings[graphs[:, None], np.arange(n) * n + matching].sum(axis=1)
-    return pulled
+    return np.asarray(couplings[graphs[:, None], np.arange(n) * n + matching].sum(axis=1))
 
 
 def _chosen(values: Array, pairs: Matching) -> Array:
     """The product values . v, (M,), of values (M, n * n) at the pairs (M, n) of a matching."""
-    total: Array = np.take_along_axis(values, pairs, axis=1).sum(axis=1)
-    return total
+    return np.asarray(np.take_along_axis(values, pairs, axis=1).sum(axis=1))
 
 
 def _search(problem: _Problem, linear: Matching, config: SolverConfig) -> Matching:

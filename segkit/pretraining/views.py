@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from torch.nn import functional
 
 from segkit.config import Config
@@ -63,15 +63,10 @@ class ViewsConfig(Config):
 
     @field_validator("scale_range", "aspect_range")
     @classmethod
-    def _is_a_range(cls, value: Range) -> Range:
+    def _is_a_range(cls, value: Range, info: ValidationInfo) -> Range:
         if not 0 < value[0] <= value[1]:
             raise ValueError("two positive numbers are needed, the smaller one first")
-        return value
-
-    @field_validator("scale_range")
-    @classmethod
-    def _is_a_share(cls, value: Range) -> Range:
-        if value[1] > 1:
+        if info.field_name == "scale_range" and value[1] > 1:
             raise ValueError("a view cannot show more than all of the content, which is 1")
         return value
 
@@ -98,9 +93,8 @@ def draw_view(
     The image may be memory-mapped; only the part that is shown is read. `size` are the voxels of the view per axis
     (that of `config` is ignored), `content` is the box of voxels that are not 0, if known.
     """
-    matrix, offset, is_turned = _draw_placement(
-        content or crop_box(image, "nonzero"), spacing_mm, size, config, generator
-    )
+    content = content or crop_box(image, "nonzero")
+    matrix, offset, is_turned = _draw_placement(content, spacing_mm, size, config, generator)
     view = change_intensities(_resample(image, matrix, offset, size, is_turned), config.intensities, generator)
     spacing = np.asarray(spacing_mm, np.float64)[:, None]
     frame = np.concatenate([matrix, offset[:, None]], axis=1) * spacing

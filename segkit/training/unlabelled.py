@@ -11,7 +11,7 @@ from torch import Tensor
 
 from segkit.checkpoint.run_folder import load_card
 from segkit.errors import DataError, RequestError, as_request
-from segkit.models.slicewise import SlicewiseConfig
+from segkit.models.blocks import SlicewiseConfig
 from segkit.models.table import MODELS, configure
 from segkit.preparing.fingerprint import take_fingerprint
 from segkit.preparing.plan import plan_preprocessing

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-from segkit.inpainting.outputs import anomaly_map
+from segkit.inpainting.inpaint import anomaly_map
 
 SHAPE = (12, 12, 12)
 

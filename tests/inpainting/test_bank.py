@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from segkit.errors import RequestError
-from segkit.inpainting.outputs import BankWriter, copy_file
+from segkit.inpainting.inpaint import BankWriter, copy_file
 from segkit.preparing.lesion_bank import BankedCase, read_bank
 from segkit.reading.case import Case
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from segkit.errors import RequestError
+from segkit.models.blocks import Slicewise
 from segkit.models.generator import Generator, GeneratorConfig, MirroredConv2d, build_generator
 from segkit.models.region_layers import RegionNormBasic, RegionNormLearnable
-from segkit.models.slicewise import Slicewise
 from segkit.models.table import build_model
 
 TINY = GeneratorConfig(width=4, blocks=2)

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from segkit.errors import RequestError
-from segkit.models.r2unet import Norm, RecurrentConvolution, RecurrentUnit, Share, build_recurrent_convolution
+from segkit.models.r2unet import (
+    Norm,
+    R2UNetConfig,
+    RecurrentConvolution,
+    RecurrentUnit,
+    Share,
+    build_recurrent_convolution,
+)
 from segkit.models.table import MODELS, build_model
 
 
@@ -55,7 +62,7 @@ def test_tied_recurrence_by_hand_counts_the_bias_once() -> None:
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_tied_sum_equals_the_naive_convolution_of_the_sum(dims: int) -> None:
-    layer = build_recurrent_convolution(4, dims, steps=3, share="tied", norm="none", bias=True).double()
+    layer = build_recurrent_convolution(4, dims, R2UNetConfig(steps=3, share="tied", norm="none", bias=True)).double()
     nn.init.normal_(layer.feed_forward.bias)  # type: ignore[arg-type]
     x = torch.randn(2, 4, *(5,) * dims, dtype=torch.float64)
     naive = torch.relu(layer.feed_forward(x))
@@ -68,7 +75,7 @@ def test_tied_sum_equals_the_naive_convolution_of_the_sum(dims: int) -> None:
 def test_feed_forward_is_computed_once_and_activated_once_more_than_there_are_steps(
     share: Share, recurrent_calls: int
 ) -> None:
-    layer = build_recurrent_convolution(4, 2, steps=2, share=share)
+    layer = build_recurrent_convolution(4, 2, R2UNetConfig(steps=2, share=share))
     calls: dict[str, int] = dict.fromkeys(
         ("feed_forward", "recurrent", "activation", "norms.0", "norms.1", "norms.2"), 0
     )
@@ -84,7 +91,7 @@ def test_feed_forward_is_computed_once_and_activated_once_more_than_there_are_st
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_the_loop_keeps_the_size_of_its_input(share: Share, steps: int) -> None:
     layers = nn.Sequential(
-        *(build_recurrent_convolution(32, 2, steps=steps, share=share, norm="none") for _ in range(6))
+        *(build_recurrent_convolution(32, 2, R2UNetConfig(steps=steps, share=share, norm="none")) for _ in range(6))
     )
     x = torch.randn(2, 32, 24, 24).relu()
     with torch.no_grad():
@@ -185,7 +192,7 @@ def test_batch_norms_count_one_batch_per_step_of_training() -> None:
 
 def test_checkpoint_mode_keeps_a_layer_s_input_only() -> None:
     def saved(mode: str) -> int:
-        layer = build_recurrent_convolution(8, 2, steps=2, mode=mode)  # type: ignore[arg-type]
+        layer = build_recurrent_convolution(8, 2, R2UNetConfig(steps=2, mode=mode))  # type: ignore[arg-type]
         sizes: dict[int, int] = {}
         own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
         kept: list[Tensor] = []  # alive, so that no storage is used twice
@@ -208,7 +215,9 @@ def test_checkpoint_mode_keeps_a_layer_s_input_only() -> None:
 # evaluation is another network than training; see benchmarks/norm_trap.py.
 @pytest.mark.parametrize(("norm", "lowest", "highest"), [("batch_per_step", 0.0, 0.01), ("batch_shared", 0.2, 10.0)])
 def test_evaluation_after_training_on_one_batch(norm: Norm, lowest: float, highest: float) -> None:
-    layers = nn.Sequential(*(build_recurrent_convolution(16, 2, share="tied", norm=norm) for _ in range(4)))
+    layers = nn.Sequential(
+        *(build_recurrent_convolution(16, 2, R2UNetConfig(share="tied", norm=norm)) for _ in range(4))
+    )
     batch = torch.randn(4, 16, 16, 16)
     with torch.no_grad():
         for _ in range(200):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from segkit.models.slicewise import Slicewise, SlicewiseConfig
+from segkit.models.blocks import Slicewise, SlicewiseConfig
 
 
 class _Planar(nn.Module):

@@ -224,5 +224,4 @@ def _offsets(fine: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _rows(voxels: Tensor) -> Tensor:
-    """(B, D, H, W, C) to (voxels, C)."""
     return voxels.reshape(-1, voxels.shape[-1])

@@ -17,8 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-_PART_BYTES = 256 * 1024
-"""Size of a part for each core, well within its second-level cache."""
+_PART_BYTES = 256 * 1024  # size of a part for each core, well within its second-level cache
 
 
 def normalise(x: Tensor, norm: nn.GroupNorm) -> Tensor:

@@ -35,8 +35,7 @@ class Rule(NamedTuple):
 
     stats: Statistics = "instance"
     epsilon: float = 1e-5
-    min_voxels: int = 8
-    """A region of fewer voxels gets the moments of all regions together."""
+    min_voxels: int = 8  # A region of fewer voxels gets the moments of all regions together
 
 
 def masks_of(x: Tensor, regions: Tensor, count: int) -> Tensor:
@@ -50,10 +49,8 @@ def masks_of(x: Tensor, regions: Tensor, count: int) -> Tensor:
     """
     expected = (x.shape[0], 1, *x.shape[2:])
     if x.dim() not in (4, 5) or regions.shape != expected:
-        raise ValueError(
-            f"regions of shape {tuple(regions.shape)} for a map of shape {tuple(x.shape)}; expected (B, 1, *spatial) "
-            "for (B, C, *spatial) in 2D or 3D"
-        )
+        found = f"regions of shape {tuple(regions.shape)} for a map of shape {tuple(x.shape)}"
+        raise ValueError(f"{found}; expected (B, 1, *spatial) for (B, C, *spatial) in 2D or 3D")
     if regions.is_floating_point():
         raise ValueError(f"regions of type {regions.dtype}; expected booleans or whole numbers")
     numbers = torch.arange(count, device=x.device)[None, :, None]
