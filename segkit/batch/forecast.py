@@ -162,7 +162,8 @@ class Forecaster:
         shape = self._prepared_shape(grid)
         card, members = self.predictor.card, self.predictor.members
         rows = sum(_FLOAT * (len(card.outputs) + 1) * member.plan(shape).slab_voxels * 3 // 2 for member in members)
-        return _FLOAT * len(card.modalities) * prod(shape) + rows + 3 * prod(grid.shape)
+        restored = self.predictor.restoring_bytes(shape, grid)
+        return _FLOAT * len(card.modalities) * prod(shape) + rows + restored + 3 * prod(grid.shape)
 
     def _prepared_shape(self, grid: Grid) -> tuple[int, ...]:
         whole = self.predictor.prepared_shape(grid)

@@ -54,6 +54,10 @@ LabelValue = Annotated[int, Field(ge=0, le=255)]
 Sha256 = Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]
 Size = Annotated[int, Field(ge=1, le=65536)]
 Context = Literal["none", "hole", "mirror"]
+Blending = Literal["gaussian", "constant"]
+"""Weights of a window's voxels where windows overlap."""
+Padding = Literal["constant", "edge", "reflect", "wrap"]
+"""Voxels around a volume that is smaller than the window: 0, or a mode of `numpy.pad`."""
 
 _UNUSED: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
 """Values of a key whose feature the model does not use."""
@@ -194,6 +198,21 @@ class InpaintingCard(CardPart):
     context: Context = "none"
 
 
+class BundleCard(CardPart):
+    """What a MONAI bundle does otherwise than segkit, see `segkit.checkpoint.monai_bundle`."""
+
+    transforms: tuple[dict[str, Any], ...]
+    """MONAI's dictionary transforms that prepare an image: `_target_` and literal arguments each."""
+    restores: Literal["logits", "probabilities", "labels"]
+    """What is brought back to the grid of the input."""
+    blending: Blending
+    padding: Padding
+    sha256: Sha256
+    """Digest of the configuration file."""
+    without_counterpart: tuple[str, ...] = ()
+    """Keys of transforms that `preprocessing` of the card cannot express: it is then near to them only."""
+
+
 PARTS: dict[str, type[Config]] = {
     "preprocessing": PreprocessingCard,
     "segmentation": SegmentationCard,
@@ -226,6 +245,7 @@ class ModelCard(CardPart):
     sha256: Sha256 = ""
     """Digest of `model.safetensors`."""
     export: ExportCard | None = None
+    bundle: BundleCard | None = None
     training_data: TrainingData
 
     @model_validator(mode="before")
@@ -315,6 +335,6 @@ class ModelCard(CardPart):
                 document |= {**value, "crop": crop}
             elif key == "segmentation":
                 document |= value or unused
-            elif key != "export" or value is not None:
+            elif key not in ("export", "bundle") or value is not None:
                 document[key] = value
         return document

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from segkit.checkpoint import nnunet
+from segkit.checkpoint import monai_bundle, nnunet
+from segkit.checkpoint.bundle_config import is_bundle
 from segkit.checkpoint.card import ModelCard
 from segkit.checkpoint.run_folder import CARD_NAME, RUN_FOLDER, WEIGHTS_NAME, load_card, only_folder
 from segkit.checkpoint.tensors import load_weights_file, write_tensors
@@ -49,7 +50,7 @@ def save_model(run_dir: Path, weights: Mapping[str, Tensor], card: ModelCard) ->
 
 
 def load_model(run_dir: Path | str, device: torch.device | str = "cpu") -> nn.Module:
-    """The network of a run folder, or of a result folder of nnU-Net, with its best weights, in evaluation mode.
+    """The network of a run folder, of results of nnU-Net or of a MONAI bundle, with its best weights, for evaluation.
 
     Raises:
         CheckpointError: card or weights are missing, damaged, do not belong together or do not fit the network.
@@ -77,6 +78,8 @@ def _require_room_for(card: ModelCard, weights: Mapping[str, Tensor]) -> None:
 
 
 def _read_weights(run_dir: Path, card: ModelCard) -> tuple[dict[str, Tensor], Path]:
+    if card.bundle is not None and is_bundle(run_dir):
+        return monai_bundle.read_bundle_weights(run_dir)
     if not (run_dir / CARD_NAME).is_file():
         checkpoint = nnunet.checkpoint_path(only_folder(run_dir))
         if checkpoint is not None:

@@ -1,10 +1,14 @@
-"""Folders with a trained model: run folders of segkit, and results of nnU-Net with a STU-Net; read without torch."""
+"""Folders with a trained model: run folders of segkit, results of nnU-Net with a STU-Net, MONAI bundles.
+
+Run folders are read without torch.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from segkit.checkpoint.bundle_config import is_bundle
 from segkit.checkpoint.card import PARTS, ModelCard, SegmentationCard
 from segkit.errors import CheckpointError, RequestError
 
@@ -18,7 +22,7 @@ RUN_FOLDER = "a run folder of `segkit train`"
 
 
 def load_card(run_dir: Path) -> ModelCard:
-    """The model card of a run folder, or of a result folder of nnU-Net, made from its plans.
+    """The model card of a run folder; of a result folder of nnU-Net or a MONAI bundle, made from its plans.
 
     Raises:
         CheckpointError: there is no card, or this version cannot read it.
@@ -26,6 +30,10 @@ def load_card(run_dir: Path) -> ModelCard:
     path = run_dir / CARD_NAME
     if path.is_file():
         return _read_card(path)
+    if is_bundle(run_dir):
+        from segkit.checkpoint import monai_bundle
+
+        return monai_bundle.make_card(run_dir)
     from segkit.checkpoint import nnunet
 
     if nnunet.fold_folders(run_dir) and (checkpoint := nnunet.checkpoint_path(only_folder(run_dir))):
@@ -85,7 +93,7 @@ def model_folders(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         raise CheckpointError("is not a folder", where=path, expected=RUN_FOLDER)
-    if (path / CARD_NAME).is_file():
+    if (path / CARD_NAME).is_file() or is_bundle(path):
         return [path]
     folds = sorted(fold for fold in path.glob("fold_*") if (fold / CARD_NAME).is_file())
     if not folds:

@@ -68,6 +68,16 @@ def probabilities(logits: Logits, activation: Activation) -> Logits:
     return shares
 
 
+def logits_of(shares: Logits, activation: Activation) -> Logits:
+    """Logits (K, ...) of probabilities; of a softmax their logarithms, which have the same argmax and softmax."""
+    if activation == "softmax":
+        logits: Logits = np.log(np.maximum(shares, np.finfo(np.float32).tiny))
+    else:
+        shares = np.clip(shares, 1e-7, 1 - 1e-7)
+        logits = np.log(shares / (1 - shares))
+    return logits.astype(np.float32)
+
+
 def _paint(
     slabs: Iterable[Slab], box: LabelMap, shape: tuple[int, ...], activation: Activation, values: Sequence[int]
 ) -> None:
@@ -208,21 +218,16 @@ def _between(lower: Logits, upper: Logits, weight: Logits) -> Logits:
 def merged(streams: Sequence[Iterator[Slab]], activation: Activation) -> Iterator[Slab]:
     """Slabs of the mean probability of several models, as logits, with the disagreement of the models.
 
-    For softmax they are log-probabilities, which have the same argmax and softmax. `spread` is twice the standard
+    `spread` is twice the standard
     deviation of the members' probabilities, the largest over the outputs: 0 where all agree, 1 where one half has
     probability 1 and the other 0.
     """
     for parts in _aligned(streams):
         members = [probabilities(part.logits, activation) for part in parts]
-        mean = sum(members[1:], members[0]) / len(members)
+        mean: Logits = sum(members[1:], members[0]) / np.float32(len(members))
         variance = sum((member - mean) ** 2 for member in members) / len(members)
         spread = 2 * np.sqrt(np.asarray(variance)).max(0)
-        if activation == "softmax":
-            logits = np.log(np.maximum(mean, np.finfo(np.float32).tiny))
-        else:
-            mean = np.clip(mean, 1e-7, 1 - 1e-7)
-            logits = np.log(mean / (1 - mean))
-        yield Slab(parts[0].axis, parts[0].start, parts[0].stop, logits.astype(np.float32), spread)
+        yield Slab(parts[0].axis, parts[0].start, parts[0].stop, logits_of(mean, activation), spread)
 
 
 def _aligned(streams: Sequence[Iterator[Slab]]) -> Iterator[list[Slab]]:

@@ -83,7 +83,7 @@ class Predictor:
         uses_tta: bool = False,
         uses_postprocessing: bool = True,
     ) -> Predictor:
-        """The predictor of a run folder or an export; of several, or of a cross-validation, their ensemble.
+        """The predictor of a run folder, an export or a MONAI bundle; of several, or of all folds, their ensemble.
 
         `threads` are those of a CPU; None is one for each core.
 
@@ -98,12 +98,18 @@ class Predictor:
         for folder, card in models:
             require_segmentation(card, folder)
         check_agreement([card for _, card in models], [folder for folder, _ in models])
+        kind = Predictor
+        if any(card.bundle is not None for _, card in models):
+            from segkit.inference.bundle import BundlePredictor, require_alone
+
+            require_alone([folder for folder, _ in models], uses_tta=uses_tta)
+            kind = BundlePredictor
         options = {"uses_tta": uses_tta, "uses_postprocessing": uses_postprocessing}
         members = []
         for folder, card in models:
             reopen = functools.partial(open_backend, folder, card, str(device), backend, threads=threads)
             window, opened = open_with_room(reopen, card, card.patch_size)
-            member = Predictor(opened, card, window=window, reopen=reopen, **options)
+            member = kind(opened, card, window=window, reopen=reopen, **options)
             members.append(member if card.export is None else replace(member, backend=opened.opened, reopen=None))
         return members[0] if len(members) == 1 else Ensemble.of(members)
 
@@ -244,12 +250,19 @@ class Predictor:
             expected = f"{kinds[self.card.dims]}, as this model was trained on"
             remedy = "Choose another model, or convert the images"
             raise DataError(found, where=loaded.grid.source or loaded.id, expected=expected, remedy=remedy)
+        return self._prepared(loaded)
+
+    def _prepared(self, loaded: LoadedCase) -> PreparedCase:
         return prepare(loaded, self.card.preprocessing)
 
     def prepared_shape(self, grid: Grid) -> tuple[int, ...]:
         """Voxels per axis of a case of this grid once it is prepared, if nothing is cropped."""
         turned = reoriented_grid(grid, reorientation_to(grid, self.card.preprocessing.orientation))
         return resampled_shape(turned.shape, turned.spacing_mm, self.card.preprocessing.spacing_mm)
+
+    def restoring_bytes(self, shape: Sequence[int], grid: Grid) -> int:
+        """Memory of what `slabs` returns for a case of this grid, prepared to `shape`, beyond a row of windows."""
+        return 0
 
     def plan(self, shape: Sequence[int], axis: int | None = None) -> WindowPlan:
         """The windows over a prepared volume (*spatial)."""

@@ -1,7 +1,8 @@
 """Sliding-window inference: logits of a volume of any size, slab by slab.
 
 Overlapping windows are blended with Gaussian weights (Isensee et al., nnU-Net, Nature Methods 2021, supplement 4). A
-volume smaller than the window is padded with zeros, half on each side.
+volume smaller than the window is padded with zeros, half on each side. MONAI bundles may ask for equal weights and
+other padding.
 
 Windows are computed row by row along one axis. Logits that no later row changes are yielded as a slab, so only one
 window's depth of them is in memory. Equal windows with one value per channel are computed once.
@@ -18,6 +19,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from segkit.checkpoint.card import Blending, Padding
 from segkit.shapes import Image
 
 Logits: TypeAlias = NDArray[np.float32]
@@ -63,6 +65,8 @@ class WindowPlan:
     starts: tuple[tuple[int, ...], ...]
     axis: int
     """Axis of the slabs; by default that with the smallest slabs of one window's depth."""
+    blending: Blending = "gaussian"
+    padding: Padding = "constant"
 
     @property
     def count(self) -> int:
@@ -99,7 +103,7 @@ def predict_slabs(
     before = [(size - old) // 2 for size, old in zip(plan.shape, spatial, strict=True)]
     if plan.shape != spatial:
         after = [size - old - pad for size, old, pad in zip(plan.shape, spatial, before, strict=True)]
-        image = np.pad(image, [(0, 0), *zip(before, after, strict=True)])
+        image = np.pad(image, [(0, 0), *zip(before, after, strict=True)], plan.padding)
     inside = tuple(slice(pad, pad + old) for pad, old in zip(before, spatial, strict=True))
     logits_of = _with_cache(_mirrored(network, mirror_axes) if mirror_axes else network)
     axis, rows = plan.axis, _Rows(plan)
@@ -122,7 +126,8 @@ class _Rows:
     def __init__(self, plan: WindowPlan) -> None:
         self.plan = plan
         self.shape = [*plan.shape[: plan.axis], plan.window[plan.axis], *plan.shape[plan.axis + 1 :]]
-        self.weight = _gaussian(plan.window)
+        is_even = plan.blending == "constant"
+        self.weight = np.ones(plan.window, np.float32) if is_even else _gaussian(plan.window)
         self.weights = np.zeros(self.shape, np.float32)
         self.sums: Logits | None = None
         self.scratch: Logits | None = None

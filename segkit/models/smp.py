@@ -160,7 +160,7 @@ def _library_network(config: SmpConfig, encoder_weights: str | None, in_channels
     probe = torch.empty(0)
     try:
         if probe.is_meta or isinstance(probe, FakeTensor):
-            return _without_contents(lambda: make(None))
+            return without_contents(lambda: make(None))
         # timm has the weights in the network's name and takes a boolean.
         return make(True if encoder_weights and encoder.startswith(_TIMM) else encoder_weights)
     except (AssertionError, KeyError, OSError, RuntimeError, TypeError) as error:
@@ -259,7 +259,7 @@ def sketch(make: Callable[[], nn.Module], images: Callable[[nn.Module], Sequence
         ValueError: none of them works; the message is about the last.
     """
     with unset_fake_temporarily(), torch.device("meta"), torch.inference_mode(mode=False), torch.enable_grad():
-        network = _without_contents(make).train()
+        network = without_contents(make).train()
         *others, last = images(network)
         for image in (*others, last):
             try:
@@ -304,7 +304,7 @@ def _library() -> Any:
     return segmentation_models_pytorch
 
 
-def _without_contents(make: Callable[[], nn.Module]) -> nn.Module:
+def without_contents(make: Callable[[], nn.Module]) -> nn.Module:
     """`make()` with tensors of the surrounding device or mode, without allocating memory.
 
     The library reads numbers from tensors while it builds networks and always places some weights on the CPU, so the

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from segkit.config import Config
 from segkit.errors import RequestError
-from segkit.models import generator, inpainter, r2unet, revmbunet, smp, stunet, vit
+from segkit.models import generator, inpainter, monai, r2unet, revmbunet, smp, stunet, vit
 from segkit.models.blocks import SegmentationNetwork
 
 
@@ -36,6 +36,7 @@ MODELS: dict[str, ModelEntry] = {
     "stunet": ModelEntry(stunet.StuNetConfig, stunet.StuNet, stunet.SIZES, _DIMS, stunet.REFERENCE, "B"),
     "smp": ModelEntry(smp.SmpConfig, smp.build_smp, smp.SIZES, _DIMS, smp.REFERENCE, "unet"),
     "vit": ModelEntry(vit.VitConfig, vit.build_vit, vit.SIZES, _DIMS, vit.REFERENCE),
+    "monai": ModelEntry(monai.MonaiConfig, monai.build_monai, monai.SIZES, _DIMS, monai.REFERENCE, "segresnet"),
     "inpainter": ModelEntry(
         inpainter.InpainterConfig, inpainter.Inpainter, inpainter.SIZES, _DIMS, inpainter.REFERENCE
     ),
