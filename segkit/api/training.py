@@ -203,8 +203,10 @@ def segmentation_request(
     from segkit.training.segmentation import SegmentationKind
 
     of_data = {"label_scheme": label_scheme, "fold": None if fold == "all" else fold}
-    layers = [*_network_of(options.weights), *options.file_layers(), *options.option_layers(of_data)]
-    kind = SegmentationKind()
+    layers = [*options.file_layers(), *options.option_layers(of_data)]
+    chosen = [layer["preprocessing"] for _, layer in layers if isinstance(layer.get("preprocessing"), Mapping)]
+    is_prepared = any(settings.get("normalisation") for settings in chosen)
+    layers, kind = [*_network_of(options.weights, is_prepared=is_prepared), *layers], SegmentationKind()
     return options.request([data], kind, options.preset_layers(PRESETS), layers), kind
 
 
@@ -265,15 +267,32 @@ def preset_for(device_type: str) -> str:
     return "cpu" if device_type == "cpu" else "default"
 
 
-def _network_of(weights: AnyPath | None) -> list[Layer]:
-    """The network of the run folder `weights`, as a layer over the preset; none for files without a card.
+def _network_of(weights: AnyPath | None, *, is_prepared: bool) -> list[Layer]:
+    """The network of the folder `weights`, as a layer over the preset; none for files without a card.
 
-    Arguments that depend on the memory (mode, chunks) are planned again.
+    Arguments that depend on the memory (mode, chunks) are planned again. A MONAI bundle also gives preprocessing and
+    overlap; `is_prepared`: another layer chooses the normalisation.
+
+    Raises:
+        CheckpointError: there is no usable model.
+        RequestError: the preprocessing of a bundle is not that of segkit.
     """
     if weights is None or not Path(weights).is_dir():
         return []
     from segkit.checkpoint.run_folder import load_card, model_folders
 
-    network = load_card(model_folders(Path(weights))[0]).network
-    arguments = {name: value for name, value in network.arguments.items() if name not in _OF_MEMORY}
-    return [(str(weights), {"network": {"family": network.family, "size": network.size, "arguments": arguments}})]
+    card = load_card(model_folders(Path(weights))[0])
+    arguments = {name: value for name, value in card.network.arguments.items() if name not in _OF_MEMORY}
+    settings: dict[str, Any] = {
+        "network": {"family": card.network.family, "size": card.network.size, "arguments": arguments}
+    }
+    if card.bundle is not None:  # made elsewhere: planning would prepare the images otherwise
+        left_out = ",".join(card.bundle.without_counterpart)
+        if left_out and not is_prepared:
+            raise RequestError(
+                f"{left_out} of the bundle has no counterpart in the preprocessing of segkit",
+                where=str(weights),
+                remedy="Choose the nearest with --set preprocessing.normalisation=...",
+            )
+        settings |= {"preprocessing": card.preprocessing.model_dump(exclude_none=True), "overlap": card.overlap}
+    return [(str(weights), settings)]

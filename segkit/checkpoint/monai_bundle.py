@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -225,16 +225,19 @@ def _preparation(config: BundleConfig) -> tuple[list[dict[str, Any]], str]:
                 config.refuse(f"{key}::source_key", arguments["source_key"], str(image_key))
             arguments["source_key"] = IMAGE
         transforms.append({"_target_": name, **arguments})
-        _require_buildable(config, key, transforms[-1:])
+        _require_usable(config, key, transforms[-1])
     return transforms, str(image_key)
 
 
-def _require_buildable(config: BundleConfig, key: str, transforms: Sequence[Mapping[str, Any]]) -> None:
-    pixdim = transforms[0].get("pixdim", 1.0)
+def _require_usable(config: BundleConfig, key: str, transform: Mapping[str, Any]) -> None:
+    """Refuse arguments of a transform that MONAI rejects, or accepts at first only."""
+    axcodes, pixdim = transform.get("axcodes", "RAS"), transform.get("pixdim", 1.0)
+    if not isinstance(axcodes, str) or not re.fullmatch("[RLAPSI]{3}", axcodes):
+        config.refuse(f"{key}::axcodes", axcodes, "three letters, such as RAS")
     if not all(isinstance(mm, (int, float)) and mm > 0 for mm in (pixdim if isinstance(pixdim, list) else [pixdim])):
         config.refuse(f"{key}::pixdim", pixdim, "mm above 0")
     try:
-        build_preparation(transforms)
+        build_preparation([transform])
     except RequestError as error:
         config.refuse(key, error.found, error.expected or "arguments that MONAI accepts")
 

@@ -25,6 +25,8 @@ from segkit.reading.geometry import reorientation_to
 from segkit.reading.volume import Grid
 
 _MOST_VOXELS = 2**31
+_HALF = np.float32(6e-8)
+"""The sigmoid of logits above minus this is at least 0.5 in float32; MONAI paints 0.5, `decode` logits above 0."""
 _CERTAIN = 20.0
 """Logit of a label that was decided before it was brought back to the grid of the input."""
 
@@ -98,13 +100,12 @@ class BundlePredictor(Predictor):
     def slabs(self, prepared: PreparedCase, axis: int | None = None) -> Iterator[Slab]:
         """Logits (K, *source) float32 on the grid of the input."""
         slabs = super().slabs(prepared, axis)
-        if not self.is_moved:
+        if self.is_moved:
+            restore = self._restored_labels if self.bundle.restores == "labels" else self._restored
+            slabs = restore(prepared, slabs)
+        if self.segmentation.activation == "softmax":
             return slabs
-        return (
-            self._restored_labels(prepared, slabs)
-            if self.bundle.restores == "labels"
-            else self._restored(prepared, slabs)
-        )
+        return (replace(slab, logits=slab.logits + _HALF) for slab in slabs)
 
     def restoring_bytes(self, shape: Sequence[int], grid: Grid) -> int:
         """Probabilities on both grids, or labels; with the copies of one output that resampling makes in float64."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -74,7 +75,9 @@ def _transform(definition: Mapping[str, Any]) -> MapTransform:
         if argument not in kind.arguments:
             raise RequestError(f"{name} has {argument!r}", expected=f"no others than {', '.join(kind.arguments)}")
     try:
-        return kind.transform(keys=IMAGE, **arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # about defaults that MONAI has changed
+            return kind.transform(keys=IMAGE, **arguments)
     except (TypeError, ValueError, AssertionError) as error:
         raise RequestError(f"MONAI rejects the arguments of {name} ({error})") from error
 
