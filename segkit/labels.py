@@ -7,7 +7,7 @@ outputs are painted in order, later over earlier.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,21 +18,33 @@ class LabelScheme:
     """Tissue names with their label values, background (0) left out.
 
     `regions` lists (name, tissues, painted tissue) in painting order; empty means that each tissue is a class of its
-    own (softmax), non-empty means nested regions (sigmoid).
+    own (softmax), non-empty means nested regions (sigmoid). `ignore` is the value of voxels of unknown tissue (label
+    "ignore" of nnU-Net): no output covers or paints it, and they have no part in sampling, loss and scores.
     """
 
     name: str
     values: Mapping[str, int]
     regions: tuple[tuple[str, tuple[str, ...], str], ...] = ()
+    ignore: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.ignore is not None and self.ignore in {0, *self.values.values()}:
+            raise ValueError(f"the ignored value {self.ignore} is also the value of a class")
 
     @property
     def has_regions(self) -> bool:
         """Whether outputs are nested regions (sigmoid) rather than exclusive classes (softmax)."""
         return bool(self.regions)
 
+    @property
+    def reference_values(self) -> set[int]:
+        """The values that a reference may have, 0 and `ignore` included."""
+        return {0, *self.values.values(), self.ignore or 0}
+
     def to_json(self) -> dict[str, object]:
-        """Name and values; `scheme_from_json` is the inverse."""
-        return {"name": self.name, "labels": dict(self.values)}
+        """Name, values and, if there is one, the ignored value; `scheme_from_json` is the inverse."""
+        ignore = {} if self.ignore is None else {"ignore": self.ignore}
+        return {"name": self.name, "labels": dict(self.values), **ignore}
 
 
 @dataclass(frozen=True)
@@ -78,20 +90,21 @@ _STAND_INS = {"NET": "NCR"}
 """Non-enhancing tumour was folded into the necrotic core from 2017 on."""
 
 
-def classes_scheme(name: str, values: Mapping[str, int]) -> LabelScheme:
+def classes_scheme(name: str, values: Mapping[str, int], ignore: int | None = None) -> LabelScheme:
     """A scheme of exclusive classes, such as those a `dataset.json` names; background entries are dropped."""
-    return LabelScheme(name, {tissue: value for tissue, value in values.items() if value != 0})
+    return LabelScheme(name, {tissue: value for tissue, value in values.items() if value != 0}, ignore=ignore)
 
 
 def scheme_from_json(document: Mapping[str, object]) -> LabelScheme:
     """The scheme that `LabelScheme.to_json` wrote: a known name gives the known scheme, else exclusive classes."""
-    name, labels = str(document["name"]), document["labels"]
-    known = SCHEMES.get(name)
-    if known is not None:
-        return known
+    name, labels, ignore = str(document["name"]), document["labels"], document.get("ignore")
+    if ignore is not None and not isinstance(ignore, int):
+        raise TypeError(f"`ignore` of label scheme {name!r} is {ignore!r}, not a label value")
+    if name in SCHEMES:
+        return SCHEMES[name] if ignore is None else replace(SCHEMES[name], ignore=ignore)
     if not isinstance(labels, Mapping):
         raise TypeError(f"`labels` of label scheme {name!r} is {labels!r}, not a mapping of names to values")
-    return classes_scheme(name, {str(tissue): int(value) for tissue, value in labels.items()})
+    return classes_scheme(name, {str(tissue): int(value) for tissue, value in labels.items()}, ignore)
 
 
 def outputs_of(scheme: LabelScheme) -> tuple[Output, ...]:
@@ -111,9 +124,12 @@ def outputs_of(scheme: LabelScheme) -> tuple[Output, ...]:
 def translation(source: LabelScheme, target: LabelScheme) -> dict[int, int]:
     """Label value of `source` to label value of `target` by tissue name; tissues `target` lacks go to 0.
 
-    Non-enhancing tumour becomes the necrotic core where the target has no class of its own for it.
+    Non-enhancing tumour becomes the necrotic core where the target has no class of its own for it. Ignored voxels stay
+    so, with their value if `target` has none for them.
     """
     table = {0: 0}
+    if source.ignore is not None:
+        table[source.ignore] = source.ignore if target.ignore is None else target.ignore
     for tissue, value in source.values.items():
         stand_in = _STAND_INS.get(tissue, tissue)
         table[value] = target.values.get(tissue, target.values.get(stand_in, 0))

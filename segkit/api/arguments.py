@@ -54,7 +54,7 @@ def parse_minutes(budget: str | float) -> float:
 
 
 def parse_gigabytes(memory: str | float | None) -> float | None:
-    """`"8G"` or `"512M"` to GiB; a number is GiB already, None is no limit.
+    """`"8G"` or `"512M"` to GiB; a number is GiB already, None means no limit.
 
     Raises:
         RequestError: the text is not a size.

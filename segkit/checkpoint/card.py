@@ -100,6 +100,8 @@ class SchemeCard(CardPart):
 
     name: Name
     labels: dict[Name, LabelValue]
+    ignore: LabelValue | None = None
+    """Value of voxels of unknown tissue in the references."""
 
 
 class TrainingData(Config):
@@ -334,6 +336,8 @@ class ModelCard(CardPart):
                 crop = value.pop("crop")
                 document |= {**value, "crop": crop}
             elif key == "segmentation":
+                if value and value["label_scheme"]["ignore"] is None:
+                    del value["label_scheme"]["ignore"]
                 document |= value or unused
             elif key not in ("export", "bundle") or value is not None:
                 document[key] = value

@@ -140,7 +140,7 @@ def _make_card(path: Path) -> ModelCard:
             mirror_axes=plan.mirror_axes,
             activation="softmax" if outputs[0].label == 0 else "sigmoid",
             outputs=outputs,
-            label_scheme=SchemeCard(name=scheme.name, labels=dict(scheme.values)),
+            label_scheme=SchemeCard.model_validate(scheme.to_json()),
         ),
         versions={"nnunet": str(plan.version), "trainer": plan.trainer},
         sha256=file_sha256(path),

@@ -68,6 +68,7 @@ def _print_report(found: DataCheck) -> None:
         print_stdout("Label scheme: none")
     else:
         labels = ", ".join(f"{value} {tissue}" for tissue, value in cohort.scheme.values.items())
+        labels += "" if cohort.scheme.ignore is None else f"; {cohort.scheme.ignore} is ignored"
         print_stdout(f"Label scheme: {cohort.scheme.name} ({labels})")
     labelled = sum(case.label is not None for case in cohort.cases)
     print_stdout(f"Cases: {len(reports)}, {labelled} with a reference; modalities: {', '.join(cohort.modalities)}")

@@ -27,7 +27,10 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show what would b
 JsonOption = Annotated[bool, typer.Option("--json", help="Print only one JSON document on standard output.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Recompute finished cases.")]
 LayoutOption = Annotated[str | None, typer.Option("--layout", help="Data layout, if it is not recognised.")]
-SchemeOption = Annotated[str | None, typer.Option("--label-scheme", help="Label scheme, if it cannot be inferred.")]
+SchemeOption = Annotated[
+    str | None,
+    typer.Option("--label-scheme", help="Label scheme, if it cannot be inferred; NAME,ignore=VALUE ignores voxels."),
+]
 ModalitiesOption = Annotated[
     list[str] | None,
     typer.Option("--modality", help="name=suffix of a modality's files, e.g. t1c=_T1_post; repeat for each."),

@@ -97,7 +97,8 @@ def pair_folders(
     classes = LabelScheme(PLAIN_CLASSES, {})
     if scheme is None or predicted is None:
         nameless = [path for case_id, path in found.items() if predicted is None and case_id not in declared]
-        classes, more = _classes_by_value(cases, nameless)
+        ignore = None if label_scheme is None else scheme_named(label_scheme).ignore
+        classes, more = _classes_by_value(cases, nameless, ignore)
         notes += more
     default = predicted or classes
     cases = sorted(cases, key=lambda case: case.id)
@@ -135,8 +136,8 @@ def _references(
         inferred = declared.popitem()[1] if len(declared) == 1 else _only_scheme(challenge) or _scheme_of_ids(cases)
         return cases, inferred, notes
     cases, scheme = list(cohort.cases), cohort.scheme
-    is_nameless = scheme is not None and dict(scheme.values) == _class_names(scheme.values.values())
-    if label_scheme == PLAIN_CLASSES or (scheme is not None and scheme.name == PLAIN_CLASSES and is_nameless):
+    is_nameless = scheme is not None and scheme == classes_scheme(PLAIN_CLASSES, _class_names(scheme.values.values()))
+    if is_nameless or (label_scheme is not None and _known_scheme(label_scheme) is None):
         return cases, None, []
     scheme = scheme or _only_scheme(challenge)
     if scheme is None and _values_in(case.label for case in cases if case.label) - {0}:
@@ -211,18 +212,20 @@ def _scheme_of_ids(cases: Sequence[Case]) -> LabelScheme | None:
 def _known_scheme(name: str) -> LabelScheme | None:
     """A scheme of the table, None for plain classes."""
     scheme = scheme_named(name)
-    return None if name == PLAIN_CLASSES else scheme
+    return None if scheme.name == PLAIN_CLASSES else scheme
 
 
 def _class_names(values: Iterable[int]) -> dict[str, int]:
     return {f"label_{value}": value for value in sorted(values)}
 
 
-def _classes_by_value(cases: Sequence[Case], predictions: Sequence[Path]) -> tuple[LabelScheme, list[str]]:
+def _classes_by_value(
+    cases: Sequence[Case], predictions: Sequence[Path], ignore: int | None
+) -> tuple[LabelScheme, list[str]]:
     """A class of every value in references and predictions, value 1 if all are empty; a note on new values."""
-    known = _values_in(case.label for case in cases if case.label) - {0}
-    new = _values_in(ImageFile(path) for path in predictions) - known - {0}
-    scheme = classes_scheme(PLAIN_CLASSES, _class_names(known | new or {1}))
+    known = _values_in(case.label for case in cases if case.label) - {0, ignore}
+    new = _values_in(ImageFile(path) for path in predictions) - known - {0, ignore}
+    scheme = classes_scheme(PLAIN_CLASSES, _class_names(known | new or {1}), ignore)
     listed = ", ".join(map(str, sorted(new)))
     note = f"label values {listed} occur in predictions only, and are scored against empty references"
     return scheme, [note] if new else []

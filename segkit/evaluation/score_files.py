@@ -83,6 +83,7 @@ class Scheme(_Strict):
 
     name: str
     labels: dict[str, int] = {}
+    ignore: int | None = None
 
 
 class ScoresDocument(_Strict):

@@ -146,12 +146,15 @@ class _Scorer:
         return CaseScores(pair.reference.id, scores, is_missing=True, patient=pair.reference.patient)
 
     def _read_roi(self, case_id: str, reference: LabelMap, grid: Grid) -> Mask | None:
+        """The voxels to score: the region of interest without ignored voxels; None: all."""
+        known = None if self.scheme.ignore is None else reference != self.scheme.ignore
         if self.rois is None:
-            return None
+            return known
         if case_id not in self.rois:
             remedy = "Add one whose name begins with the case id, or leave the case out with --cases"
             raise DataError("has no region of interest", where=case_id, remedy=remedy)
-        return read_roi(self.rois[case_id], grid, reference > 0)
+        roi = read_roi(self.rois[case_id], grid, region_mask(reference, self.scheme.values.values()))
+        return roi if known is None else roi & known
 
 
 def regions_of(scheme: LabelScheme) -> dict[str, tuple[int, ...]]:
@@ -184,7 +187,7 @@ def _read_reference(pair: Pair, scheme: LabelScheme) -> tuple[LabelMap, Grid]:
         raise ValueError(f"case {pair.reference.id} has no reference")
     labels, grid = read_labels(label.path, label.channel)
     log_notes(grid)
-    _require_known(labels, scheme, label.path, "--label-scheme")
+    _require_known(labels, scheme, scheme.reference_values, label.path, "--label-scheme")
     return labels, grid
 
 
@@ -196,12 +199,11 @@ def _read_prediction(path: Path, scheme: LabelScheme, grid: Grid) -> LabelMap:
     if difference is not None:
         remedy = "Scores compare voxel by voxel: resample the prediction to the grid of its scan"
         raise DataError(difference, where=path, remedy=remedy)
-    _require_known(labels, scheme, path, "--prediction-scheme")
+    _require_known(labels, scheme, {0, *scheme.values.values()}, path, "--prediction-scheme")
     return labels
 
 
-def _require_known(labels: LabelMap, scheme: LabelScheme, path: Path, option: str) -> None:
-    values = {0, *scheme.values.values()}
+def _require_known(labels: LabelMap, scheme: LabelScheme, values: set[int], path: Path, option: str) -> None:
     if values.issuperset(range(int(labels.max()) + 1)):  # nearly always, and fast
         return
     stray = sorted(present_values(labels) - values)

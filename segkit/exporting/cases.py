@@ -65,7 +65,8 @@ class MeasuringCases:
                 continue
             for predictor, so_far in zip(predictors, scores, strict=True):
                 labels = predictor.predict_loaded(loaded).labels
-                so_far += [value for value in dice_by_region(labels, loaded.labels, regions).values() if value == value]
+                found = dice_by_region(labels, loaded.labels, regions, card.scheme().ignore)
+                so_far += [value for value in found.values() if value == value]
         return [float(np.mean(so_far)) if so_far else float("nan") for so_far in scores]
 
 

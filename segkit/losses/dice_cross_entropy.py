@@ -59,30 +59,50 @@ def soft_dice_loss(probabilities: Tensor, targets: Tensor, *, batch_dice: bool, 
     return 1 - ((2 * intersection + smooth) / (cardinality + smooth)).mean()
 
 
-def region_loss(logits: Tensor, targets: Tensor, config: LossConfig) -> Tensor:
+def region_loss(logits: Tensor, targets: Tensor, config: LossConfig, known: Tensor | None = None) -> Tensor:
     """Weighted soft Dice + binary cross-entropy of nested regions (sigmoid outputs), averaged over regions.
 
     `logits` (B, K, *spatial) of any floating type, `targets` (B, K, *spatial) float32 planes in [0, 1], which may
-    overlap. The loss is computed in float32 also under autocast.
+    overlap. Voxels that are not `known` (B, *spatial) have no part in it, and targets 0; None: all are. The loss is
+    computed in float32 also under autocast.
     """
-    logits = logits.float()
-    dice = soft_dice_loss(logits.sigmoid(), targets, batch_dice=config.batch_dice, smooth=config.smooth)
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets)
+    logits = _of_known(logits.float(), known)
+    probabilities = _of_known(logits.sigmoid(), known)
+    dice = soft_dice_loss(probabilities, targets, batch_dice=config.batch_dice, smooth=config.smooth)
+    if known is None:
+        cross_entropy = F.binary_cross_entropy_with_logits(logits, targets)
+    else:
+        by_region = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        cross_entropy = _mean_of_known(by_region.mean(dim=1), known)
     return config.dice_weight * dice + config.cross_entropy_weight * cross_entropy
 
 
-def class_loss(logits: Tensor, classes: Tensor, config: LossConfig) -> Tensor:
+def _of_known(values: Tensor, known: Tensor | None) -> Tensor:
+    """(B, K, *spatial) with 0 at voxels that are not known (B, *spatial), where the gradient is exactly 0."""
+    return values if known is None else torch.where(known.unsqueeze(1), values, 0.0)
+
+
+def _mean_of_known(values: Tensor, known: Tensor) -> Tensor:
+    """Mean over the known voxels of the whole batch, also if it is spread over processes; 0 if there are none."""
+    total, count = batch_sum(torch.where(known, values, 0.0).sum(), known.sum().to(values.dtype))
+    return total / count.clamp(min=1)
+
+
+def class_loss(logits: Tensor, classes: Tensor, config: LossConfig, known: Tensor | None = None) -> Tensor:
     """Weighted soft Dice + cross-entropy of exclusive classes (softmax outputs), background left out of Dice.
 
     `logits` (B, K, *spatial) of any floating type, channel 0 the background, `classes` (B, *spatial) int64 channel
-    indices, 0 to K - 1. The loss is computed in float32 also under autocast.
+    indices, 0 to K - 1, 0 where not `known` (see `region_loss`). The loss is computed in float32 also under autocast.
     """
-    logits = logits.float()
+    logits = _of_known(logits.float(), known)
     channels = torch.arange(1, logits.shape[1], device=logits.device, dtype=classes.dtype)
     planes = classes.unsqueeze(1) == channels.view(1, -1, *(1,) * (classes.ndim - 1))  # (B, K - 1, *spatial)
-    foreground = logits.softmax(dim=1)[:, 1:]
+    foreground = _of_known(logits.softmax(dim=1)[:, 1:], known)
     dice = soft_dice_loss(foreground, planes.float(), batch_dice=config.batch_dice, smooth=config.smooth)
-    cross_entropy = F.cross_entropy(logits, classes)
+    if known is None:
+        cross_entropy = F.cross_entropy(logits, classes)
+    else:
+        cross_entropy = _mean_of_known(F.cross_entropy(logits, classes, reduction="none"), known)
     return config.dice_weight * dice + config.cross_entropy_weight * cross_entropy
 
 
@@ -97,11 +117,18 @@ class SegmentationLoss(nn.Module):
     table: Tensor
 
     def __init__(
-        self, activation: Literal["sigmoid", "softmax"], outputs: Sequence[Output], config: LossConfig | None = None
+        self,
+        activation: Literal["sigmoid", "softmax"],
+        outputs: Sequence[Output],
+        config: LossConfig | None = None,
+        ignore: int | None = None,
     ) -> None:
-        """`outputs` in channel order; with softmax the first is the background, which also takes unlisted values."""
+        """`outputs` in channel order; with softmax the first is the background, which also takes unlisted values.
+
+        Voxels with the label value `ignore` have no part in the loss.
+        """
         super().__init__()
-        self.activation = activation
+        self.activation, self.ignore = activation, ignore
         self.config = config or LossConfig()
         table = _planes_table(outputs) if activation == "sigmoid" else _classes_table(outputs)
         self.register_buffer("table", table, persistent=False)
@@ -120,11 +147,11 @@ class SegmentationLoss(nn.Module):
         return torch.stack(terms).sum()
 
     def _level(self, logits: Tensor, labels: Tensor) -> Tensor:
-        values = labels.reshape(-1).int()
+        values, known = labels.reshape(-1).int(), None if self.ignore is None else labels != self.ignore
         if self.activation == "softmax":
-            return class_loss(logits, self.table[values].view(labels.shape), self.config)
+            return class_loss(logits, self.table[values].view(labels.shape), self.config, known)
         planes = self.table.index_select(1, values).view(-1, *labels.shape).transpose(0, 1)  # (B, K, *spatial)
-        return region_loss(logits, planes, self.config)
+        return region_loss(logits, planes, self.config, known)
 
 
 def deep_supervision_weights(levels: int) -> list[float]:

@@ -64,12 +64,16 @@ def box_of(mask: LabelMap | Mask) -> Box | None:
 
 
 def dice_by_region(
-    prediction: LabelMap, reference: LabelMap, regions: Mapping[str, Collection[int]]
+    prediction: LabelMap, reference: LabelMap, regions: Mapping[str, Collection[int]], ignore: int | None = None
 ) -> dict[str, float]:
     """Dice of each region (name -> label values) of two label maps in one scheme; NaN where a region is in neither.
 
+    Voxels where the reference is `ignore` are not counted.
+
     For validation while training: no surfaces, about 0.1 s for three regions of a BraTS volume.
     """
+    if ignore is not None:
+        prediction = np.where(reference == ignore, np.uint8(0), prediction)
     return {
         name: dice(region_mask(prediction, values), region_mask(reference, values)) for name, values in regions.items()
     }

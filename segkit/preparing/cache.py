@@ -52,7 +52,7 @@ class PreparedStore:
         prepared = prepare(load_case(case, modalities, scheme), config)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write_atomically(prepared, folder)
+            _write_atomically(prepared, folder, None if scheme is None else scheme.ignore)
         except OSError as error:
             found = f"cannot keep the prepared case {case.id} here: {error.strerror or error}"
             remedy = "Free some space, or choose another folder for the run"
@@ -147,26 +147,29 @@ def open_prepared(folder: Path) -> PreparedCase:
         raise DataError(f"this prepared case is damaged: {error}", where=folder, remedy=remedy) from error
 
 
-def foreground_voxels(labels: LabelMap, seed: int) -> dict[int, NDArray[np.int64]]:
-    """Flat C-order indices of voxels by label value, without 0: all, or a seeded sample of 10,000 per value."""
+def foreground_voxels(labels: LabelMap, seed: int, ignore: int | None = None) -> dict[int, NDArray[np.int64]]:
+    """Flat C-order indices of voxels by label value, without 0: all, or a seeded sample of 10,000 per value.
+
+    If some voxels are `ignore`, 0 stands for all others.
+    """
     flat = labels.ravel()
     places = np.flatnonzero(flat)
     values = flat[places]
     generator = np.random.default_rng(seed)
-    voxels = {}
-    for value in np.flatnonzero(np.bincount(values, minlength=256)):
-        mine = places[values == value]
+    found = {int(value): places[values == value] for value in np.flatnonzero(np.bincount(values, minlength=256))}
+    if ignore is not None and found.pop(ignore, None) is not None:
+        found[0] = np.flatnonzero(flat != ignore)
+    for value, mine in found.items():
         if len(mine) > _MOST_FOREGROUND_VOXELS:
-            mine = np.sort(generator.choice(mine, _MOST_FOREGROUND_VOXELS, replace=False))
-        voxels[int(value)] = mine
-    return voxels
+            found[value] = np.sort(generator.choice(mine, _MOST_FOREGROUND_VOXELS, replace=False))
+    return {value: mine for value, mine in found.items() if len(mine)}
 
 
-def _write_atomically(prepared: PreparedCase, folder: Path) -> None:
+def _write_atomically(prepared: PreparedCase, folder: Path, ignore: int | None) -> None:
     partial = folder.parent / f".partial-{secrets.token_hex(6)}"
     try:
         partial.mkdir()  # with the permissions of ordinary folders, unlike those of `tempfile`
-        _write(prepared, partial, seed=int(folder.name[:8], 16))
+        _write(prepared, partial, int(folder.name[:8], 16), ignore)
         partial.rename(folder)
     except OSError:
         if not (folder / "case.json").exists():  # else another process has written the same entry
@@ -175,12 +178,12 @@ def _write_atomically(prepared: PreparedCase, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write(prepared: PreparedCase, folder: Path, seed: int) -> None:
+def _write(prepared: PreparedCase, folder: Path, seed: int, ignore: int | None) -> None:
     np.save(folder / "image.npy", prepared.image)
     voxels: dict[int, NDArray[np.int64]] = {}
     if prepared.labels is not None:
         np.save(folder / "labels.npy", prepared.labels)
-        voxels = foreground_voxels(prepared.labels, seed)
+        voxels = foreground_voxels(prepared.labels, seed, ignore)
     bounds = np.cumsum([0, *(len(places) for places in voxels.values())]).tolist()
     np.save(folder / "foreground.npy", np.concatenate([np.empty(0, np.int64), *voxels.values()]))
     document = {
@@ -200,6 +203,8 @@ def _key(case: Case, modalities: tuple[str, ...], scheme: LabelScheme | None, co
     settings["config"] = config.model_dump(mode="json")
     for name, known in (("scheme", scheme), ("case_scheme", case.scheme)):
         settings[name] = None if known is None else [known.name, dict(known.values), known.regions]
+        if known is not None and known.ignore is not None:
+            settings[name].append(known.ignore)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 

@@ -73,7 +73,8 @@ def take_fingerprint(cohort: Cohort, *, max_cases: int = 24) -> Fingerprint:
     errors: list[DataError] = []
     for case in cases:
         try:
-            samples.append(_sample(load_case(case, cohort.modalities, cohort.scheme, allow_missing=True)))
+            loaded = load_case(case, cohort.modalities, cohort.scheme, allow_missing=True)
+            samples.append(_sample(loaded, None if cohort.scheme is None else cohort.scheme.ignore))
         except DataError as error:
             _log.warning("left out of planning: %s", error)
             errors.append(error)
@@ -107,10 +108,10 @@ class _Sample(NamedTuple):
     """Of a sample of the labelled voxels, in all modalities; without a reference, of the voxels above air."""
 
 
-def _sample(loaded: LoadedCase) -> _Sample:
+def _sample(loaded: LoadedCase, ignore: int | None) -> _Sample:
     image, turn = loaded.image, reorientation_to(loaded.grid)
     start, stop = crop_box(image, "nonzero")
-    is_inside = image.max(axis=0) > _AIR_HU if loaded.labels is None else loaded.labels > 0
+    is_inside = image.max(axis=0) > _AIR_HU if loaded.labels is None else ~np.isin(loaded.labels, (0, ignore or 0))
     places = np.flatnonzero(is_inside)
     if len(places) > _SAMPLED_VOXELS:
         places = np.random.default_rng(0).choice(places, _SAMPLED_VOXELS, replace=False)

@@ -22,7 +22,8 @@ class PatchDataset(Dataset[dict[str, torch.Tensor]]):
     `len(prepared)` items have every case once, in a new random order.
 
     With probability `foreground_fraction` a patch is centred, within a jitter, on a voxel of a label value drawn
-    uniformly from those present in the case; otherwise it lies anywhere inside the volume. A volume smaller than the
+    uniformly from those present in the case; otherwise it lies anywhere inside the volume, in a case with ignored
+    voxels at any of the others. A volume smaller than the
     patch is padded with zeros on both sides. With a `bank` some patches show a lesion of their case in another
     brain, or no lesion.
     """
@@ -82,10 +83,13 @@ class PatchDataset(Dataset[dict[str, torch.Tensor]]):
         """The voxel of the case at voxel `patch_size // 2` of the patch."""
         shape = case.image.shape[1:]
         limits = [_centre_limits(size, patch) for size, patch in zip(shape, self.patch_size, strict=True)]
-        values = sorted(case.foreground)
-        if not values or generator.random() >= self.foreground_fraction:
+        values = sorted(case.foreground.keys() - {0})
+        if values and generator.random() < self.foreground_fraction:
+            voxels = case.foreground[values[generator.integers(len(values))]]
+        elif 0 in case.foreground:
+            voxels = case.foreground[0]
+        else:
             return [int(generator.integers(low, high + 1)) for low, high in limits]
-        voxels = case.foreground[values[generator.integers(len(values))]]
         voxel = np.unravel_index(int(voxels[generator.integers(len(voxels))]), shape)
         centre = []
         for place, patch, (low, high) in zip(voxel, self.patch_size, limits, strict=True):

@@ -154,7 +154,7 @@ def _read_reference(case: Case, file: ImageFile, grid: Grid, scheme: LabelScheme
     _refuse_other_grid(grid, first, label_grid, file.path)
     source = case.scheme or scheme
     present = np.flatnonzero(np.bincount(labels.ravel(), minlength=256))
-    unknown = sorted({int(value) for value in present} - {0, *source.values.values()})
+    unknown = sorted({int(value) for value in present} - source.reference_values)
     if unknown:
         known = ", ".join(f"{value} {tissue}" for tissue, value in source.values.items())
         found = f"label values {unknown} are not in label scheme {source.name}"
@@ -234,7 +234,8 @@ class PreparedCase:
     """The input of a network: image (C, *spatial) float32, labels (*spatial) uint8, and the steps that made them.
 
     `foreground`, from which patch sampling draws, maps each label value present (without 0) to flat C-order indices of
-    voxels with that value, or of a sample of them; outside training it is empty.
+    voxels with that value, or of a sample of them, and in a case with ignored voxels 0 to all others; outside training
+    it is empty.
     """
 
     id: str

@@ -199,11 +199,11 @@ def _check_reference(label: ImageFile, findings: _Findings, read_voxels: bool) -
 
 
 def _value_problems(case: Case, path: Path, values: Sequence[int]) -> Iterable[Problem]:
-    if not values:
+    if not set(values) - ({case.scheme.ignore} if case.scheme else set()):
         yield warning(path, "the reference mask is empty", "Fine if there is no lesion; else export the mask again")
     if case.scheme is None:
         return
-    if stray := sorted(set(values) - set(case.scheme.values.values())):
+    if stray := sorted(set(values) - case.scheme.reference_values):
         known = ", ".join(f"{name} {value}" for name, value in case.scheme.values.items())
         listed = f"label value{'s' * (len(stray) > 1)} {', '.join(map(str, stray))}"
         fitting = [name for name, scheme in SCHEMES.items() if set(values) <= set(scheme.values.values())]

@@ -78,7 +78,8 @@ def settle_postprocessing(
     """
     card = load_card(run)
     outputs = card.outputs
-    chosen = choose_postprocessing(scored, outputs) if is_wanted else None
+    ignore = card.scheme().ignore
+    chosen = choose_postprocessing(scored, outputs, ignore) if is_wanted else None
     with written_atomically(run / CARD_NAME) as path:
         path.write_text(card.with_postprocessing(chosen).to_text(), encoding="utf-8")
     if chosen is None:
@@ -87,7 +88,7 @@ def settle_postprocessing(
         _log.info("post-processing: %s", describe_rule(rule, outputs, tissues, card.dims))
     regions = {output.name: output.members for output in outputs if output.label != 0}
     return {
-        case_id: dice_by_region(postprocess(prediction, spacing_mm, outputs, chosen), reference, regions)
+        case_id: dice_by_region(postprocess(prediction, spacing_mm, outputs, chosen), reference, regions, ignore)
         for case_id, (prediction, reference, spacing_mm) in zip(scored.ids, scored, strict=True)
     }
 
@@ -103,8 +104,13 @@ def describe_rule(rule: SizeRule, outputs: Sequence[Output], tissues: Mapping[in
     return f"{what} below {size} {change}{effect}"
 
 
-def choose_postprocessing(scored: ScoredCases, outputs: Sequence[Output]) -> PostprocessingCard | None:
-    """The rules that improve these cases; None if none does, or with fewer than three cases."""
+def choose_postprocessing(
+    scored: ScoredCases, outputs: Sequence[Output], ignore: int | None = None
+) -> PostprocessingCard | None:
+    """The rules that improve these cases; None if none does, or with fewer than three cases.
+
+    Voxels where the reference is `ignore` count for the size of a part, and not for the Dice.
+    """
     if len(scored) < _FEWEST_CASES:
         return None
     voxel_mm3 = float(np.median([np.prod(spacing) for spacing in scored.spacings_mm]))
@@ -120,7 +126,7 @@ def choose_postprocessing(scored: ScoredCases, outputs: Sequence[Output]) -> Pos
                 inside = [other for other in outputs if set(other.members) <= set(output.members)]
                 expected = np.array([counts[list(other.members)].sum() for other in inside])
                 box = region_box(boxes, output.members) or (slice(0, 0),) * cleaned.ndim
-                parts = _count_parts(cleaned[box], reference[box], output, inside)
+                parts = _count_parts(cleaned[box], reference[box], output, inside, ignore)
                 tables[output.name].append(_Parts(spacing_mm, *parts, expected))
         for output in together:
             rules += _rules_for(output, tables[output.name], limits)
@@ -163,13 +169,14 @@ class _Parts:
 
 
 def _count_parts(
-    prediction: LabelMap, reference: LabelMap, output: Output, inside: Sequence[Output]
+    prediction: LabelMap, reference: LabelMap, output: Output, inside: Sequence[Output], ignore: int | None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """`voxels`, `predicted` and `overlap` of `_Parts`, from the box around the output in both maps."""
     mask = region_mask(prediction, output.members)
     components = label_components(mask)
     count = int(components.max(initial=0))
     number, labels, truth = components[mask], prediction[mask], reference[mask]  # each (voxels of the region,)
+    labels = labels if ignore is None else np.where(truth == ignore, np.uint8(0), labels)
 
     def count_each(where: NDArray[np.bool_]) -> NDArray[np.int64]:
         return np.bincount(number[where], minlength=count + 1)[1:]

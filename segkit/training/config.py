@@ -22,7 +22,7 @@ class DataConfig(Config):
     layout: str | None = None
     """Data layout; None: recognised."""
     label_scheme: str | None = None
-    """Label scheme; None: that of the layout."""
+    """Label scheme; with ",ignore=255" voxels of that value are left out; None: that of the layout."""
     modalities: dict[str, str] | None = None
     """Modality name to file suffix, for folders in an unknown layout."""
     folds: int = Field(default=5, ge=2)

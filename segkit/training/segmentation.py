@@ -108,7 +108,8 @@ class SegmentationTask:
     def _dice(self, predictor: Predictor, case: PreparedCase) -> dict[str, float]:
         if case.labels is None:
             raise ValueError(f"validation case {case.id} has no reference")
-        return dice_by_region(predictor.label_prepared(case), np.asarray(case.labels), _regions(self.card))
+        labels, ignore = predictor.label_prepared(case), self.card.scheme().ignore
+        return dice_by_region(labels, np.asarray(case.labels), _regions(self.card), ignore)
 
 
 def _regions(card: ModelCard) -> dict[str, tuple[int, ...]]:
@@ -142,20 +143,20 @@ class SegmentationKind(Kind[TrainConfig, SegmentationTask]):
                 mirror_axes=augmentation.mirror_axes,
                 activation="sigmoid" if scheme.has_regions else "softmax",
                 outputs=tuple(OutputCard(name=o.name, label=o.label, members=o.members) for o in outputs),
-                label_scheme=SchemeCard(name=scheme.name, labels=dict(scheme.values)),
+                label_scheme=SchemeCard.model_validate(scheme.to_json()),
                 modality_dropout=(augmentation.modality_dropout or 0.0) if augmentation.enabled else 0.0,
             ),
         )
 
     def build_task(self, plan: RunPlan[TrainConfig], card: ModelCard, network: SegmentationNetwork) -> SegmentationTask:
         """The task with patches of the training cases, and of a lesion bank if the settings name one."""
-        config, (data,), ranks = plan.config, plan.data, plan.request.ranks
+        config, (data,), ranks, scheme = plan.config, plan.data, plan.request.ranks, _scheme(plan)
         budget = config.training.budget_minutes
         return SegmentationTask(
             model=network,
             card=card,
             loss_function=SegmentationLoss(
-                require_segmentation(card).activation, outputs_of(_scheme(plan)), config.loss
+                require_segmentation(card).activation, outputs_of(scheme), config.loss, scheme.ignore
             ),
             patches=PatchDataset(
                 data.prepared(data.training_ids),
@@ -198,7 +199,7 @@ class SegmentationKind(Kind[TrainConfig, SegmentationTask]):
                 path, reference = run / "figures" / f"validation_{number}.png", loaded.labels
                 image, grid = loaded.image[-1], loaded.grid
                 overlay_figure(path, image, labels, grid, reference=reference, scheme=scheme, title=case.id)
-            return {case.id: dice_by_region(labels, loaded.labels, _regions(card))}, kept
+            return {case.id: dice_by_region(labels, loaded.labels, _regions(card), scheme.ignore)}, kept
 
         per_case: dict[str, Mapping[str, float]] = {}
         scored = ScoredCases()

@@ -141,6 +141,40 @@ def test_extreme_logits_give_finite_losses_and_gradients(activation, outputs):
     assert torch.isfinite(logits.grad).all()
 
 
+@pytest.mark.parametrize(("activation", "outputs"), [("sigmoid", REGIONS), ("softmax", CLASSES)])
+@pytest.mark.parametrize("batch_dice", [True, False])
+def test_ignored_voxels_give_neither_loss_nor_gradient(activation, outputs, batch_dice):
+    """The loss is that of the other voxels alone; here the right half of each image is ignored."""
+    loss = SegmentationLoss(activation, outputs, LossConfig(batch_dice=batch_dice), ignore=9)
+    labels = torch.randint(0, 4, (2, 6, 8), dtype=torch.uint8)
+    labels[..., 4:] = 9
+    logits = torch.randn(2, 3, 6, 8, requires_grad=True)
+    found = loss(logits, labels)
+    found.backward()
+    assert found.item() == pytest.approx(loss(logits[..., :4], labels[..., :4]).item())
+    assert torch.count_nonzero(logits.grad[..., 4:]) == 0
+    assert torch.count_nonzero(logits.grad[..., :4]) > 0
+    changed = logits.detach().clone()
+    changed[..., 4:] = torch.tensor([1e30, -5.0, math.inf, -math.inf]).expand(2, 3, 6, 4)
+    assert loss(changed, labels).item() == found.item()
+
+
+@pytest.mark.parametrize(("activation", "outputs"), [("sigmoid", REGIONS), ("softmax", CLASSES)])
+def test_a_patch_of_ignored_voxels_has_loss_and_gradient_0(activation, outputs):
+    logits = torch.randn(1, 3, 4, 4, requires_grad=True)
+    loss = SegmentationLoss(activation, outputs, ignore=9)(logits, torch.full((1, 4, 4), 9, dtype=torch.uint8))
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert torch.count_nonzero(logits.grad) == 0
+
+
+def test_without_ignored_voxels_the_loss_is_the_same():
+    labels, logits = torch.randint(0, 3, (2, 6, 8), dtype=torch.uint8), torch.randn(2, 3, 6, 8)
+    for activation, outputs in (("sigmoid", REGIONS), ("softmax", CLASSES)):
+        plain, ignoring = (SegmentationLoss(activation, outputs, ignore=ignore) for ignore in (None, 9))
+        assert ignoring(logits, labels).item() == pytest.approx(plain(logits, labels).item())
+
+
 def test_table_moves_with_the_module_and_is_not_saved():
     loss = SegmentationLoss("sigmoid", REGIONS)
     assert dict(loss.named_buffers())["table"].shape == (3, 256)

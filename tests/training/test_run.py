@@ -200,7 +200,7 @@ def test_cross_validation_scores_every_case_out_of_fold(
 ) -> None:
     """One case a fold is too few to choose post-processing on, so the choice, to remove everything, is given."""
     rules = PostprocessingCard(rules=(SizeRule(output="WT", part="total", smallest_mm3=1e9),), cases=1)
-    monkeypatch.setattr(postprocessing, "choose_postprocessing", lambda scored, outputs: rules)
+    monkeypatch.setattr(postprocessing, "choose_postprocessing", lambda scored, outputs, ignore: rules)
     summary = cross_validate(_request(phantoms, tmp_path, training={"steps": 2, "steps_per_epoch": 2}))
     assert summary.scores["dice"]["WT"] > 0.01
     document = json.loads((tmp_path / "validation.json").read_text())

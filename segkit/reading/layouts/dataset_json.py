@@ -8,6 +8,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,13 @@ from segkit.reading.layouts.layout import (
     read_document,
     unused_files,
 )
-from segkit.reading.layouts.schemes import patient_of, scheme_by_values, scheme_from_names, scheme_from_regions
+from segkit.reading.layouts.schemes import (
+    ignored_value,
+    patient_of,
+    scheme_by_values,
+    scheme_from_names,
+    scheme_from_regions,
+)
 from segkit.reading.volume import list_folder
 
 _CHANNEL_NAME = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
@@ -128,19 +135,17 @@ def document_scheme(
     labels = document.get("labels")
     if not isinstance(labels, Mapping):
         return SchemeChoice(None, (warning(where, "names no labels", "Add `labels`, or pass --label-scheme NAME"),))
-    found = "voxels labelled `ignore` are not left out of training; their value counts as unknown"
-    remedy = "Set them to a class, or leave out the cases that have them"
-    notes = () if "ignore" not in labels else (warning(where, found, remedy),)
     try:
         named = _values_by_name(labels)
         require_shown(named, where)
         require_label_values(named)
+        ignore = ignored_value(named)
         regions = {name: values for name, values in named.items() if values != (0,) and name.lower() != "ignore"}
         if any(len(values) > 1 for values in regions.values()):
             order = [int(value) for value in document["regions_class_order"]]
-            return SchemeChoice(scheme_from_regions(regions, order, set(modalities)), notes)
-        classes = {name: values[0] for name, values in named.items()}
-        return SchemeChoice(scheme_from_names(classes, modalities), notes)
+            scheme = scheme_from_regions(regions, order, set(modalities))
+            return SchemeChoice(replace(scheme, ignore=None if ignore is None else ignore[0]))
+        return SchemeChoice(scheme_from_names({name: values[0] for name, values in named.items()}, modalities))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         expected = '{"name": value}, {"value": "name"}, or regions {"name": [values]} with `regions_class_order`'
         raise DataError(f"`labels` cannot be understood ({error})", where=where, expected=expected) from error
@@ -163,6 +168,8 @@ def require_label_values(named: Mapping[str, tuple[int, ...]]) -> None:
         raise ValueError(f"values are {strays[:5]}, not from 0 to 255")
     if not all(named.values()) or any(len(values) > 1 and 0 in values for values in named.values()):
         raise ValueError("a region holds no value, or the background")
+    if len(ignored_value(named) or ()) > 1:
+        raise ValueError("`ignore` has several values")
 
 
 def require_shown(names: Iterable[str], where: Path) -> None:

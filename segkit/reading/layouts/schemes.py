@@ -6,8 +6,9 @@ scheme, but a problem that says which option to pass.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from segkit.labels import SCHEMES, LabelScheme, classes_scheme, outputs_of
 from segkit.reading.case import BRATS_MODALITIES, Case, ImageFile
 from segkit.reading.files import read_labels
 from segkit.reading.layouts.layout import FolderOptions, SchemeChoice
+
+_Value = TypeVar("_Value")
 
 _PATIENTS = (
     re.compile(r"^BraTS1[789]_(.+?)_\d+$", re.IGNORECASE),
@@ -148,8 +151,13 @@ def scheme_from_names(labels: Mapping[str, int], modalities: Iterable[str]) -> L
         tissues = {_tissue_of(name): value for name, value in classes.items()}
         for scheme in SCHEMES.values():
             if len(tissues) == len(classes) and _as_named_in(scheme, tissues) == dict(scheme.values):
-                return scheme
-    return classes_scheme("classes", classes)
+                return replace(scheme, ignore=ignored_value(labels))
+    return classes_scheme("classes", classes, ignored_value(labels))
+
+
+def ignored_value(labels: Mapping[str, _Value]) -> _Value | None:
+    """The value of the label "ignore", in any case; None without one."""
+    return next((value for name, value in labels.items() if name.lower() == "ignore"), None)
 
 
 def scheme_from_regions(

@@ -54,6 +54,7 @@ def find_cases(
         modalities: modality name to suffix, glob pattern or channel number of its files, where names are not
             recognised; the name `label` is the reference mask.
         label_scheme: a name of `labels.SCHEMES`, or "classes": one class per value; None finds it by names or values.
+            With an ignored value: "classes,ignore=255".
         require_labels: leave out cases without a reference, and refuse a folder that has none.
         exclude: a folder below `root` to leave out, such as one for results.
 
@@ -67,9 +68,8 @@ def find_cases(
         ('brats2021', ['BraTS2021_00000', 'BraTS2021_00002'])
     """
     listing = list_images(Path(root), exclude)
-    options = FolderOptions(
-        dict(modalities or {}), None if label_scheme is None else scheme_named(label_scheme), layout
-    )
+    scheme = None if label_scheme is None else scheme_named(label_scheme)
+    options = FolderOptions(dict(modalities or {}), scheme, layout)
     chosen = _choose_layout(listing, options)
     cohort = chosen.read(listing, options)
     if not cohort.cases:
@@ -78,8 +78,8 @@ def find_cases(
     if one is not None and chosen is FOLDER and len(cohort.cases) == 1:
         name = bare_name(one)  # not the name of the folder above one file, or one DICOM series
         cohort = replace(cohort, cases=(replace(cohort.cases[0], id=name, patient=name),))
-    if label_scheme == PLAIN_CLASSES:
-        cohort = _with_plain_classes(cohort)
+    if scheme is not None and scheme.name == PLAIN_CLASSES:
+        cohort = _with_plain_classes(cohort, scheme.ignore)
     return _labelled_only(cohort) if require_labels else cohort
 
 
@@ -101,8 +101,18 @@ def _choose_layout(listing: Listing, options: FolderOptions) -> Layout:
 
 
 def scheme_named(name: str) -> LabelScheme:
-    """The label scheme of this name; that of `PLAIN_CLASSES` has no values yet. Raises RequestError for other names."""
-    return _named("label scheme", name, {**SCHEMES, PLAIN_CLASSES: classes_scheme(PLAIN_CLASSES, {})})
+    """The label scheme of this name, with or without ",ignore=VALUE"; that of `PLAIN_CLASSES` has no values yet.
+
+    Raises RequestError for other names, and for a value that is a class or not from 1 to 255.
+    """
+    name, comma, value = name.partition(",ignore=")
+    scheme = _named("label scheme", name, {**SCHEMES, PLAIN_CLASSES: classes_scheme(PLAIN_CLASSES, {})})
+    if not comma:
+        return scheme
+    if not value.isdecimal() or not 0 < int(value) < 256 or int(value) in scheme.values.values():
+        found = f"label scheme {name} cannot ignore the value {value!r}"
+        raise RequestError(found, expected="a value from 1 to 255 that is not one of its classes")
+    return replace(scheme, ignore=int(value))
 
 
 def _named(what: str, name: str, known: Mapping[str, _Named]) -> _Named:
@@ -113,9 +123,9 @@ def _named(what: str, name: str, known: Mapping[str, _Named]) -> _Named:
     raise RequestError(f"there is no {what} {name!r}", expected="one of " + ", ".join(known), remedy=remedy)
 
 
-def _with_plain_classes(cohort: Cohort) -> Cohort:
-    values = sorted(values_of([case for case in cohort.cases if case.label is not None]) - {0})
-    scheme = classes_scheme(PLAIN_CLASSES, {f"label_{value}": value for value in values}) if values else None
+def _with_plain_classes(cohort: Cohort, ignore: int | None) -> Cohort:
+    values = sorted(values_of([case for case in cohort.cases if case.label is not None]) - {0, ignore})
+    scheme = classes_scheme(PLAIN_CLASSES, {f"label_{value}": value for value in values}, ignore) if values else None
     return replace(cohort, scheme=scheme, cases=tuple(replace(case, scheme=scheme) for case in cohort.cases))
 
 

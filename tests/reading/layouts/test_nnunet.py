@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 
 from segkit.errors import DataError
-from segkit.labels import outputs_of
+from segkit.labels import LabelScheme, outputs_of
 from segkit.reading.layouts.table import find_cases
 
 Write = Callable[..., Path]
@@ -95,11 +95,17 @@ def test_regions_without_their_order_are_refused(volume: Write, tmp_path: Path) 
 
 
 def test_ignore_label_is_no_class(volume: Write, tmp_path: Path) -> None:
-    document = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "organ": 1, "ignore": 2}}
+    document = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "organ": 1, "Ignore": 2}}
     cohort = find_cases(_raw(volume, tmp_path, document, 1))
-    assert cohort.scheme is not None
-    assert dict(cohort.scheme.values) == {"organ": 1}
-    assert "ignore" in cohort.problems[0].found
+    assert cohort.scheme == LabelScheme("classes", {"organ": 1}, ignore=2)
+    assert not cohort.problems
+
+
+@pytest.mark.parametrize(("ignore", "found"), [([3, 4], "several values"), (1, "also the value of a class")])
+def test_an_ignore_label_is_one_value_of_its_own(volume: Write, tmp_path: Path, ignore: object, found: str) -> None:
+    document = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "organ": 1, "ignore": ignore}}
+    with pytest.raises(DataError, match=found):
+        find_cases(_raw(volume, tmp_path, document, 1))
 
 
 def test_bare_inference_folder_and_named_channels(volume: Write, tmp_path: Path) -> None:
