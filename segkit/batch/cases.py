@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from segkit.batch.manifest import CaseRecord, Manifest
+from segkit.batch.manifest import CaseRecord, InputFile, Manifest
 from segkit.batch.worker import CasePlan, P, Task
 from segkit.errors import DataError, Problem, RequestError, as_request
 from segkit.reading.case import Case, Cohort, is_file_name
@@ -107,6 +107,7 @@ def plan_cases(
     task.check(cohort)
     plans: list[P] = []
     records: list[CaseRecord] = []
+    unknown = 0
     for case in cohort.cases:
         scheme = task.label_scheme_for(case, cohort)
         try:
@@ -114,16 +115,38 @@ def plan_cases(
             plan = task.plan(case, cohort, output)
             _refuse_to_replace_input(case, plan)
             is_done = not overwrite and _is_done(plan, manifest, task)
+            before = manifest.inputs_of(case.id) if is_done else []
+            inputs = _inputs_now(plan, before) if is_done else None
         except DataError as error:
             _log.debug("%s cannot be processed", case.id, exc_info=True)
             records.append(task.record_class(case.id, "failed", error_sentence(error), label_scheme=scheme))
             continue
-        if is_done:
-            done = task.record_class(case.id, "skipped", label_scheme=scheme, model=task.identity)
-            records.append(replace(done, missing_modalities=plan.missing_modalities))
-        else:
+        if inputs is None:
             plans.append(plan)
+            continue
+        unknown += not before
+        done = task.record_class(case.id, "skipped", label_scheme=scheme, model=task.identity, inputs=inputs)
+        records.append(replace(done, missing_modalities=plan.missing_modalities))
+    if unknown:
+        _log.warning(
+            "%d results of an earlier version do not record the files they were made from. If scans changed since, "
+            "compute the results again with --overwrite; later changes are noticed",
+            unknown,
+        )
     return plans, records
+
+
+def _inputs_now(plan: CasePlan, before: Sequence[Mapping[str, Any]]) -> tuple[InputFile, ...] | None:
+    """The inputs of a finished case as they are now; None if one differs from `before`, which is empty if unknown."""
+    paths = plan.inputs()
+    now = tuple(map(InputFile.of, paths, before)) if before else tuple(map(InputFile.of, paths))
+    pairs = zip(now, before, strict=False)
+    changed = [new.name for new, old in pairs if not new.sha256 or new.sha256 != old.get("sha256")]
+    if not changed and len(before) in (0, len(paths)):
+        return now
+    names = ", ".join(changed) or "the number of its files"
+    _log.info("%s: %s has changed since its result was made, which is computed again", plan.case.id, names)
+    return None
 
 
 def _refuse_unusable(case: Case) -> None:

@@ -4,19 +4,23 @@ A manifest of many cases takes long to write. Beyond some hundreds it is rewritt
 ended; newer records are in a journal beside it, one line per case, which the next run also reads. `close` removes it.
 """
 
+import hashlib
 import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from segkit.errors import RequestError
-from segkit.reading.files import written_atomically
+from segkit.errors import DataError, RequestError
+from segkit.reading.files import file_sha256, files_of, written_atomically
 
 MANIFEST_NAME = "manifest.json"
+_NAMES = ("utf-8", "surrogateescape")
+"""Encoding of file names, which need not be UTF-8."""
 _LISTS = ("cases", "remaining", "replacing", "earlier")
 _AT_ONCE, _SHARE = 400, 20
 """Up to this many cases the manifest is written after each; beyond, when a `_SHARE`-th of them has ended."""
@@ -26,6 +30,34 @@ TaskName = Literal["segmentation", "inpainting"]
 _VERBS: Mapping[str, str] = {"segmentation": "infer", "inpainting": "inpaint"}
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """An image or a mask that a result was made from: a file, or the folder of a DICOM series.
+
+    `stamp` has the bytes and the time of the last change in ns of each of its files, shortened to a digest if there are
+    several; `sha256` is that of their contents. Both are empty where it could not be read.
+    """
+
+    name: str
+    stamp: str = ""
+    sha256: str = ""
+
+    @classmethod
+    def of(cls, path: Path, known: Mapping[str, Any] | None = None) -> "InputFile":
+        """The input as it is now; the contents are read unless `known`, an earlier entry, has the same stamp."""
+        try:
+            files = files_of(path)
+            stamps = [f"{file.name} {status.st_size} {status.st_mtime_ns}" for file in files if (status := file.stat())]
+            stamp = stamps[0] if len(files) == 1 else hashlib.sha256("\n".join(stamps).encode(*_NAMES)).hexdigest()
+            if known and known.get("stamp") == stamp:
+                return cls(path.name, stamp, str(known.get("sha256")))
+            digests = [file_sha256(file) for file in files]
+        except (OSError, DataError):  # reading it reports why
+            return cls(path.name)
+        digest = digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+        return cls(path.name, stamp, digest)
 
 
 @dataclass(frozen=True)
@@ -45,6 +77,10 @@ class CaseRecord:
     """Voxels of the windows; smaller than the model's patch if memory was short."""
     predicted: Mapping[str, float] = field(default_factory=dict)
     """Expected `peak_rss_mb` of the process and `seconds`."""
+    inputs: tuple[InputFile, ...] = ()
+    """In the order of the plan; empty for results of earlier versions."""
+    recorded: str = ""
+    """When it was added to the manifest, UTC; of several records of a case the latest counts."""
 
 
 class Manifest:
@@ -84,7 +120,8 @@ class Manifest:
         for path, one in documents.items():
             _refuse_other_task(path, one, task)
         known = [entry for one in documents.values() for key in ("cases", "earlier") for entry in one[key]]
-        self._known = {entry["case"]: entry for entry in known if isinstance(entry, dict) and _names_case(entry)}
+        named = [entry for entry in known if isinstance(entry, dict) and _names_case(entry)]
+        self._known = {entry["case"]: entry for entry in sorted(named, key=_precedence)}
         self._cut_short: set[str] = set()
         for one in documents.values():
             if one.get("identity") == identity:
@@ -100,12 +137,19 @@ class Manifest:
             and entry.get("missing_modalities") == list(missing_modalities)
         )
 
+    def inputs_of(self, case_id: str) -> list[Mapping[str, Any]]:
+        """What the earlier result of a case was made from, as `CaseRecord.inputs`; empty if that was not recorded."""
+        inputs = self._known.get(case_id, {}).get("inputs")
+        return [one for one in inputs if isinstance(one, dict)] if isinstance(inputs, list) else []
+
     def was_cut_short(self, case_id: str) -> bool:
         """Whether a run of the same model was killed before it recorded this case, whose result may exist."""
         return case_id in self._cut_short
 
     def add(self, *records: CaseRecord) -> None:
         """Record cases on disk; raises DataError if the folder cannot be written."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        records = tuple(replace(record, recorded=now) for record in records)
         self.records.extend(records)
         self._unwritten += len(records)
         size = len(self.ids) + len(self._known)
@@ -171,6 +215,11 @@ def _refuse_other_task(path: Path, document: Mapping[str, Any], task: TaskName) 
 
 def _names_case(entry: Mapping[str, Any]) -> bool:
     return isinstance(entry.get("case"), str)
+
+
+def _precedence(entry: Mapping[str, Any]) -> tuple[bool, str]:
+    """Later records come after earlier ones, and those of a result after failures, which leave it in place."""
+    return entry.get("status") != "failed", str(entry.get("recorded") or "")
 
 
 def _still_counts(entry: Mapping[str, Any], ended: Mapping[str, str]) -> bool:

@@ -20,7 +20,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
-from segkit.batch.manifest import STAGES, CaseRecord, TaskName
+from segkit.batch.manifest import STAGES, CaseRecord, InputFile, TaskName
 from segkit.errors import DataError, is_memory_error
 from segkit.inference.backends import Backend
 from segkit.inference.predictor import Stage
@@ -60,7 +60,7 @@ class CasePlan:
 
     def inputs(self) -> list[Path]:
         """The files that are read."""
-        return [file.path for file in self.case.images.values()]
+        return list(dict.fromkeys(file.path for file in self.case.images.values()))
 
     def moved_to(self, folders: Sequence[Path]) -> Self:
         """The same plan with other `folders`."""
@@ -218,6 +218,7 @@ class CaseJob(Generic[P]):
         self.plan = plan
         self._worker, self._task, self._uses_threads = worker, worker.task, uses_threads
         self._clock = StageClock()
+        self._inputs: tuple[InputFile, ...] = ()
         self._loaded: Any = None
         self._result: Any = None
 
@@ -227,7 +228,9 @@ class CaseJob(Generic[P]):
         return self._task.waiting_bytes(self.plan)
 
     def read(self) -> None:
-        """Read the inputs, for `compute`."""
+        """Read the inputs, for `compute`, and take down what they are."""
+        with self._clock("read"):
+            self._inputs = tuple(InputFile.of(path) for path in self.plan.inputs())
         self._loaded = self._task.read(self.plan, self._clock, uses_threads=self._uses_threads)
 
     def compute(self) -> None:
@@ -279,6 +282,7 @@ class CaseJob(Generic[P]):
             model=self._task.identity,
             window=self._task.window,
             predicted=self.plan.predicted,
+            inputs=self._inputs,
             **facts,
         )
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from segkit.errors import DataError, SegkitError
 from segkit.reading.dicom import DICOM_SUFFIXES, is_dicom_file, open_dicom
-from segkit.reading.itk import ITK_SUFFIXES, open_itk, save_itk
+from segkit.reading.itk import ITK_SUFFIXES, open_itk, save_itk, voxel_file
 from segkit.reading.nifti import (
     MGH_SUFFIXES,
     NIFTI_SUFFIXES,
@@ -31,7 +31,16 @@ from segkit.reading.nifti import (
     save_mgh,
 )
 from segkit.reading.pictures import PICTURE_SUFFIXES, open_mask, open_picture, save_picture
-from segkit.reading.volume import Grid, ImageHeader, Volume, as_data_errors, in_type, require_file, short_reason
+from segkit.reading.volume import (
+    Grid,
+    ImageHeader,
+    Volume,
+    as_data_errors,
+    in_type,
+    list_folder,
+    require_file,
+    short_reason,
+)
 from segkit.shapes import AnyArray, LabelMap
 
 VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES, *MGH_SUFFIXES)
@@ -247,6 +256,18 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(document) < len(pairs):
         raise ValueError("it has a key twice")
     return document
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that hold an image: a .mhd has a second one, a DICOM series is all files of its folder.
+
+    Raises:
+        OSError: the folder cannot be opened.
+        DataError: the second file is missing.
+    """
+    if path.is_dir():
+        return list_folder(path)[1]
+    return [path, voxel_file(path)] if suffix_of(path) == ".mhd" else [path]
 
 
 def file_sha256(path: Path) -> str:

@@ -43,9 +43,9 @@ def open_itk(path: Path) -> ImageHeader:
     """The header of an NRRD or MetaImage file; components of a voxel or a fourth axis are its channels."""
     import SimpleITK
 
-    size = require_file(path)
+    require_file(path)
     with as_data_errors(path):
-        stored_bytes = _stored_bytes(path, size)
+        stored_bytes = voxel_file(path).stat().st_size
         reader = image_reader(path, _IMAGE_IO[path.suffix.lower()])
         reader.ReadImageInformation()
         shape = reader.GetSize()
@@ -125,8 +125,8 @@ def affine_from_itk(origin: Sequence[float], spacing: Sequence[float], direction
     return LPS_TO_RAS @ affine
 
 
-def _stored_bytes(path: Path, size: int) -> int:
-    """The bytes that hold the voxels: those of the file itself, or of the one beside it that a .mhd names."""
+def voxel_file(path: Path) -> Path:
+    """The file that holds the voxels: the file itself, or the one beside it that a .mhd names. Raises DataError."""
     with path.open("rb") as stream:
         header = stream.read(_LONGEST_HEADER_BYTES)
     expected = "voxels in the file itself, or of a .mhd in one file beside it"
@@ -136,7 +136,7 @@ def _stored_bytes(path: Path, size: int) -> int:
         end = re.search(rb"\r?\n\r?\n", header)
         if _NRRD_POINTER.search(header[: end.start() if end else None]):
             raise DataError("its header says that the voxels lie in another file", where=path, expected=expected)
-        return size
+        return path
     pointer = _META_POINTER.search(header)
     if pointer is None:
         raise damaged(path, "the file does not begin like a MetaImage")
@@ -145,11 +145,11 @@ def _stored_bytes(path: Path, size: int) -> int:
         raise DataError("the header does not give the number of axes", where=path, expected="NDims = 3")
     named = pointer[1].decode("utf-8", "replace").strip()
     if named.upper() == "LOCAL":
-        return size
+        return path
     if path.suffix.lower() == ".mha" or not is_file_name(named) or "%" in named or named.upper().startswith("LIST"):
         raise DataError(f"its header says that the voxels lie in {named!r}", where=path, expected=expected)
     data = path.parent / named
     if not data.is_file():
         remedy = "Copy the .mhd file together with its data file"
         raise DataError(f"its voxels should lie beside it in {named!r}, which is missing", where=path, remedy=remedy)
-    return data.stat().st_size
+    return data

@@ -124,5 +124,10 @@ def test_as_a_user_types_it(export: Path, data: Path, tmp_path: Path, capfd: pyt
     captured = capfd.readouterr()
     assert json.loads(captured.out)["summary"]["done"] == 3
     assert "3 done, 0 skipped, 1 failed" in captured.err
+    replaced = data / "BraTS2021_00002" / "BraTS2021_00002_t1ce.nii.gz"
+    replaced.write_bytes((data / "BraTS2021_00001" / "BraTS2021_00001_t1ce.nii.gz").read_bytes())
     run_segkit(*command, *options)
+    by_case = {entry["case"][-1]: entry["status"] for entry in json.loads(capfd.readouterr().out)["cases"]}
+    assert by_case == {"1": "skipped", "2": "done", "3": "skipped", "4": "failed"}
+    run_segkit(*command)  # without the cluster
     assert json.loads(capfd.readouterr().out)["summary"]["skipped"] == 3

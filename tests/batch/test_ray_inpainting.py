@@ -87,9 +87,9 @@ def test_the_same_images_maps_and_bank_as_here_though_a_worker_dies(
     for case in written:
         whole, filled = (
             np.asarray(nib.load(path).dataobj)
-            for path in (case.files["t1n"], tmp_path / "ray" / "out" / f"{case.case}-t1n-inference.nii.gz")
+            for path in (case.images["t1n"], tmp_path / "ray" / "out" / f"{case.case}-t1n-inference.nii.gz")
         )
-        known = np.asarray(nib.load(case.files["mask"]).dataobj) == 0
+        known = np.asarray(nib.load(case.label).dataobj) == 0
         assert np.array_equal(whole[known], filled[known])
         assert not np.array_equal(whole, filled)
 
