@@ -56,7 +56,7 @@ _OPENERS: dict[str, Callable[[Path], ImageHeader]] = {
 _INTEGRAL_TOLERANCE = 1e-4
 """Label values in float32 are read as 2.9999998."""
 _LARGEST_STEP = 1.001
-"""Labels stored as integers with a larger scale factor are not told apart by their rounding."""
+"""Labels stored as integers with a larger scale factor cannot be distinguished by their rounding."""
 _WRITE_FAILURES = (
     ((errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)), "the disk is full", "Free some space and start again. "),
     (
