@@ -35,17 +35,24 @@ def some(names: Iterable[str], most: int = 5) -> str:
 class Problem:
     """One finding about an input, collected with others so that a user can correct all of them at once.
 
-    `is_fatal`: the case (or the request) cannot be used; else it is a warning.
+    `is_fatal`: the case (or the request) cannot be used; else it is a warning. `left_out` are images that belong to no
+    case, and references if none of them belongs to an image: results without them are incomplete.
     """
 
     where: str
     found: str
     remedy: str = ""
     is_fatal: bool = True
+    left_out: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         sentence = f"{on_one_line(self.where)}: {printable(self.found)}"
         return sentence + (f" -> {printable(self.remedy)}" if self.remedy else "")
+
+    def to_json(self) -> dict[str, object]:
+        """The entry of "problems" in documents; `left_out` where there is any."""
+        document = {"where": self.where, "found": self.found, "remedy": self.remedy, "is_fatal": self.is_fatal}
+        return document | ({"left_out": list(self.left_out)} if self.left_out else {})
 
 
 def warning(where: object, found: str, remedy: str = "") -> Problem:

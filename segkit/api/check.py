@@ -8,7 +8,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,7 @@ class DataCheck:
             "layout": self.cohort.layout,
             "label_scheme": None if self.cohort.scheme is None else self.cohort.scheme.to_json(),
             "cases": [case.to_json() for case in self.cases],
-            "problems": [asdict(problem) for problem in self.problems],
+            "problems": [problem.to_json() for problem in self.problems],
             "estimate": self.estimate,
             "next_command": self.next_command,
         }
