@@ -141,7 +141,11 @@ def next_command(
     offered = (re.search(r"--label-scheme ([a-z0-9-]+)", problem.remedy) for problem in cohort.problems)
     choice = next((match[1] for match in offered if match), None)
     path = str(data)
-    if fatal and all(REPAIR_COMMAND in problem.remedy for problem in fatal):
+    mapped = (re.search(r"`segkit (convert labels [^`]+)`", problem.remedy) for problem in cohort.problems)
+    mapping = next((match[1] for match in mapped if match), None)
+    if mapping:
+        words = shlex.split(mapping)
+    elif fatal and all(REPAIR_COMMAND in problem.remedy for problem in fatal):
         words = ["convert", "headers", path, "-o", f"{data.absolute().name}-repaired"]
     elif labelled and cohort.scheme is None and choice:
         words = ["check", path, "--label-scheme", choice, *reading]

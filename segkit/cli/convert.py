@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from json import dumps
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,10 +28,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from segkit.reading.case import Case
+    from segkit.reading.conversion import ValueRange
 
 app = typer.Typer(help="Copies with another label scheme, or with repaired headers.", no_args_is_help=True)
 
-TargetOption = Annotated[str, typer.Option("--to", help="Label scheme of the copies, such as brats2023.")]
+TargetOption = Annotated[str | None, typer.Option("--to", help="Label scheme of the copies, such as brats2023.")]
+ValuesOption = Annotated[
+    list[str] | None,
+    typer.Option("--values", help="Instead of --to: VALUE=LABEL or LOWEST-HIGHEST=LABEL, several times."),
+]
+_VALUES = re.compile(r"(-?[\d.]+)(?:-(-?[\d.]+))?=(\d+)")
 
 
 @app.command()
@@ -38,7 +45,8 @@ TargetOption = Annotated[str, typer.Option("--to", help="Label scheme of the cop
 def labels(
     data: DataArgument,
     output: OutputOption,
-    to: TargetOption,
+    to: TargetOption = None,
+    values: ValuesOption = None,
     layout: LayoutOption = None,
     label_scheme: SchemeOption = None,
     modality: ModalitiesOption = None,
@@ -49,12 +57,27 @@ def labels(
     """Copy the reference masks of DATA into another label scheme, tissue by tissue.
 
     Writes OUT/<case> and OUT/label_scheme.json; a tissue that the new scheme lacks becomes background and is reported.
+    With --values masks of any values are mapped to labels, such as 205=1 or 128-255=1, and channels of 0 and 1 (one
+    mask per class) by their number, from 1; 0 stays 0, and other values are an error.
     """
     from segkit.errors import DataError, RequestError
     from segkit.labels import SCHEMES
-    from segkit.reading.conversion import translate_reference
+    from segkit.reading.conversion import map_values, translate_reference
     from segkit.reading.layouts.table import find_cases
 
+    ranges = [_read_range(text) for text in values or ()]
+    if ranges and to is None:
+        cohort = find_cases(data, layout=layout, modalities=read_modalities(modality), require_labels=True)
+        _require_other_folder(data, output)
+
+        def map_case(case: Case) -> str:
+            return map_values(case, ranges, output, dims=cohort.dims, overwrite=overwrite)
+
+        if _run(cohort.cases, map_case, title="Mapped labels", as_json=json, is_quiet=quiet):
+            raise typer.Exit(1)
+        return
+    if ranges or to is None:
+        raise RequestError("the new labels are not clear", expected="either --to SCHEME or --values VALUE=LABEL")
     if to not in SCHEMES:
         raise RequestError(f"there is no label scheme {to!r}", expected="one of " + ", ".join(SCHEMES))
     target = SCHEMES[to]
@@ -113,6 +136,16 @@ def headers(
 
     if _run(cohort.cases, convert, title="Headers", as_json=json, is_quiet=quiet):
         raise typer.Exit(1)
+
+
+def _read_range(text: str) -> ValueRange:
+    """`205=1` to (205, 205, 1), and `128-255=1` to (128, 255, 1)."""
+    from segkit.errors import RequestError
+
+    match = _VALUES.fullmatch(text)
+    if match is None or int(match[3]) > 255:
+        raise RequestError(f"--values {text!r} cannot be read", expected="VALUE=LABEL, such as 205=1 or 128-255=1")
+    return float(match[1]), float(match[2] or match[1]), int(match[3])
 
 
 def _run(cases: Sequence[Case], convert: Callable[[Case], str], *, title: str, as_json: bool, is_quiet: bool) -> int:

@@ -12,7 +12,7 @@ from segkit.labels import SCHEMES, LabelScheme, classes_scheme
 from segkit.reading.case import LABEL, Case, Cohort, ImageFile, split_name
 from segkit.reading.files import read_json, stem_of, suffix_of
 from segkit.reading.layouts.layout import list_images
-from segkit.reading.layouts.schemes import CONVENTIONS, patient_of, values_in, values_of
+from segkit.reading.layouts.schemes import CONVENTIONS, one_foreground, patient_of, values_in, values_of
 from segkit.reading.layouts.table import PLAIN_CLASSES, find_cases, scheme_named
 from segkit.reading.pictures import PICTURE_SUFFIXES
 
@@ -98,7 +98,7 @@ def pair_folders(
     if scheme is None or predicted is None:
         nameless = [path for case_id, path in found.items() if predicted is None and case_id not in declared]
         ignore = None if label_scheme is None else scheme_named(label_scheme).ignore
-        classes, more = _classes_by_value(cases, nameless, ignore)
+        classes, more = _classes_by_value(cases, nameless, ignore, references if label_scheme is None else None)
         notes += more
     default = predicted or classes
     cases = sorted(cases, key=lambda case: case.id)
@@ -220,10 +220,15 @@ def _class_names(values: Iterable[int]) -> dict[str, int]:
 
 
 def _classes_by_value(
-    cases: Sequence[Case], predictions: Sequence[Path], ignore: int | None
+    cases: Sequence[Case], predictions: Sequence[Path], ignore: int | None, root: Path | None
 ) -> tuple[LabelScheme, list[str]]:
-    """A class of every value in references and predictions, value 1 if all are empty; a note on new values."""
+    """A class of every value in references and predictions, value 1 if all are empty; a note on new values.
+
+    RequestError where the references below `root` have one foreground of several values; None does not check it.
+    """
     known = _values_in(case.label for case in cases if case.label) - {0, ignore}
+    if root is not None and (problem := one_foreground(cases, known, root)):
+        raise RequestError(problem.found, where=root, remedy=problem.remedy)
     new = _values_in(ImageFile(path) for path in predictions) - known - {0, ignore}
     scheme = classes_scheme(PLAIN_CLASSES, _class_names(known | new or {1}), ignore)
     listed = ", ".join(map(str, sorted(new)))

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from segkit.errors import DataError
+from segkit.errors import DataError, some
 from segkit.labels import LabelScheme, translate, translation
-from segkit.reading.case import Case
+from segkit.reading.case import Case, ImageFile
 from segkit.reading.files import (
     VOLUME_SUFFIXES,
     count_channels,
@@ -21,8 +21,16 @@ from segkit.reading.files import (
 )
 from segkit.reading.geometry import format_size, has_default_affine, same_grid
 from segkit.reading.layouts.schemes import present_values
+from segkit.reading.pictures import PICTURE_SUFFIXES
 from segkit.reading.volume import Grid, list_folder
+from segkit.shapes import AnyArray
 
+ValueRange = tuple[float, float, int]
+"""Lowest and highest value, and the label that voxels from one to the other get."""
+
+_DRIFT = 1e-3
+"""Whole numbers stored with a scale factor are read as 204.99998."""
+_KEPT = "kept, it exists already (--overwrite does it again)"
 _WRITTEN_AS = {".nii": ".nii", ".nrrd": ".nrrd", ".mha": ".mha", ".mgz": ".mgz", ".mhd": ".mha"}
 """Formats that are kept; all others are written as .nii.gz, pictures as .png."""
 
@@ -35,10 +43,9 @@ def translate_reference(case: Case, target: LabelScheme, output: Path, *, dims: 
     """
     if case.label is None or case.scheme is None:
         raise DataError(f"case {case.id} has no reference in a known label scheme")
-    suffix = _WRITTEN_AS.get(suffix_of(case.label.path), ".nii.gz") if dims == 3 else ".png"
-    path = output / f"{case.id}{suffix}"
+    path = _target_of(case, output, dims)
     if path.exists() and not overwrite:
-        return "kept, it exists already (--overwrite does it again)"
+        return _KEPT
     values, grid = read_labels(case.label.path, case.label.channel)
     table, present = translation(case.scheme, target), present_values(values)
     if stray := sorted(present - set(table)):
@@ -47,6 +54,55 @@ def translate_reference(case: Case, target: LabelScheme, output: Path, *, dims: 
     write_labels(path, translate(values, case.scheme, target), grid)
     lost = [tissue for tissue, value in case.scheme.values.items() if value in present and table[value] == 0]
     return f"{target.name} has no {', '.join(lost)}: now background" if lost else ""
+
+
+def map_values(case: Case, ranges: Sequence[ValueRange], output: Path, *, dims: int, overwrite: bool) -> str:
+    """Write the reference of a case to `output` as `<case>` with other values; 0 stays 0 unless a range holds it.
+
+    Any values of voxels are accepted, below 0 and above 255 too. Of several channels of 0 and 1 (one-hot), the value of
+    a voxel is the number of its channel, from 1, or from 0 where every voxel is in one of them, so that the first is
+    the background. Returns a note for the user, as `translate_reference` does. Raises DataError where there is no
+    reference, a value is in no range, or a file cannot be read or written.
+    """
+    path, label = _target_of(case, output, dims), case.label
+    if label is None:
+        raise DataError(f"case {case.id} has no reference")
+    if path.exists() and not overwrite:
+        return _KEPT
+    values, grid = _values_of(label)
+    values = np.where(np.abs(values - np.rint(values)) < _DRIFT, np.rint(values), values)
+    mapped, is_known = np.zeros(values.shape, np.uint8), values == 0
+    for low, high, new in ranges:
+        inside = (values >= low) & (values <= high)
+        mapped[inside], is_known[inside] = new, True
+    if not is_known.all():
+        others = some((f"{value:g}" for value in np.unique(values[~is_known])), 20)
+        found = f"holds values that no --values maps: {others}"
+        raise DataError(found, where=label.path, remedy="Add them, such as --values 205=1")
+    write_labels(path, mapped, grid)
+    return ""
+
+
+def _values_of(label: ImageFile) -> tuple[AnyArray, Grid]:
+    """The values of a reference as stored, (*spatial), or the numbers of its channels."""
+    if suffix_of(label.path) in PICTURE_SUFFIXES:
+        return read_labels(label.path, label.channel)
+    channels = count_channels(label.path)
+    if channels == 1 or label.channel is not None:
+        volume = read_volume(label.path, label.channel)
+        return volume.array, volume.grid
+    planes = [read_volume(label.path, channel) for channel in range(channels)]
+    present = np.stack([plane.array == 1 for plane in planes])
+    if not all(np.isin(plane.array, (0, 1)).all() for plane in planes) or present.sum(axis=0).max() > 1:
+        found = f"the {channels} channels are not one mask per class: they overlap, or hold other values than 0 and 1"
+        raise DataError(found, where=label.path, expected="one label per voxel")
+    numbers = np.where(present.any(axis=0), present.argmax(axis=0) + 1, 0)
+    return (numbers - 1 if numbers.all() else numbers), planes[0].grid
+
+
+def _target_of(case: Case, output: Path, dims: int) -> Path:
+    suffix = _WRITTEN_AS.get(suffix_of(case.label.path), ".nii.gz") if dims == 3 and case.label else ".png"
+    return output / f"{case.id}{suffix}"
 
 
 def files_of(case: Case) -> list[Path]:

@@ -5,14 +5,17 @@ scheme, but a problem that says which option to pass.
 """
 
 import re
+import shlex
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
-from segkit.errors import DataError, Problem, warning
+from segkit.errors import DataError, Problem, some, warning
 from segkit.labels import SCHEMES, LabelScheme, classes_scheme, outputs_of
 from segkit.reading.case import BRATS_MODALITIES, Case, ImageFile
 from segkit.reading.files import read_labels
@@ -116,6 +119,9 @@ _SAMPLED_REFERENCES = 200
 """References read to find their values; `check` reads all of them and reports values this sample missed."""
 _MOST_VALUES = 128
 """An image or a probability map has more different values than this."""
+_NEARLY_WHITE, _BRIGHT, _FEWEST_NEAR, _LEAST_AT_THE_ENDS = 240, 127, 5, 0.9
+"""Of masks of 0 and 255: what is next to 255, or at least grey; values from 240 to 254 of a compressed one, of which
+FreeSurfer has four as labels; share of the voxels next to 0 and 255."""
 
 _TISSUES = (
     ("RC", ("resection", "cavity", "rc")),
@@ -191,6 +197,8 @@ def scheme_by_values(cases: Sequence[Case], options: FolderOptions, where: Path)
     values = values_of(labelled) - {0}
     if not values:
         return SchemeChoice(None)
+    if problem := one_foreground(labelled, values, where):
+        return SchemeChoice(None, (problem,))
     if len(values) > _MOST_VALUES:
         note = f"files named as reference masks (such as {names[0]}) hold {len(values)} different values"
         remedy = "Name the reference masks with --modality label=SUFFIX and the images with --modality NAME=SUFFIX"
@@ -214,10 +222,59 @@ def scheme_by_values(cases: Sequence[Case], options: FolderOptions, where: Path)
     return SchemeChoice(classes_scheme("classes", {f"label_{value}": value for value in sorted(values)}))
 
 
+def one_foreground(cases: Sequence[Case], values: set[int], where: Path) -> Problem | None:
+    """The problem of masks whose only foreground has several values, which none of the classes is.
+
+    It is 1 in some files and 255 in others, or nearly 255 after lossy compression or resizing. Values of classes are
+    seldom from 240 to 254, where compression leaves several.
+    """
+    unless = "; if these are classes, pass --label-scheme=classes"
+    command = shlex.join(["segkit", "convert", "labels", str(where), "-o", f"{where.name}-masks"])
+    near = [value for value in values if _NEARLY_WHITE <= value < 255]
+    is_few = len(values) > 1 and all(min(value, 255 - value) < 256 - _NEARLY_WHITE for value in values)
+    is_many = len(near) >= _FEWEST_NEAR and (len(values) <= _MOST_VALUES or _are_black_and_white(cases))
+    if 1 in values and len(values) > 1 and min(values - {1}) >= _BRIGHT and (groups := _names_by_value(cases)):
+        listed = (f"{value} in {len(names)} ({some(names, 2)})" for value, names in sorted(groups.items()))
+        found = f"the foreground of the reference masks is written in several ways: {' and '.join(listed)}"
+        mapped = " ".join(f"--values {value}=1" for value in sorted(groups))
+        return Problem(str(where), found, f"Write copies with `{command} {mapped}`{unless}")
+    if near and (is_few or is_many):
+        found = f"the reference masks hold {len(values)} values besides 0, several of them next to 0 and 255, as lossy "
+        found += "compression or resizing leaves them of masks with one foreground"
+        remedy = f"Threshold copies with `{command} --values 0-127=0 --values 128-255=1`{unless}"
+        return Problem(str(where), found, remedy)
+    return None
+
+
+def _names_by_value(cases: Sequence[Case]) -> dict[int, list[str]]:
+    """The names of references by the only value that each holds besides 0; empty where one holds several."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for label in (case.label for case in _sampled(cases) if case.label is not None):
+        own = values_in([label]) - {0}
+        if len(own) > 1:
+            return {}
+        for value in own:
+            names[value].append(label.path.name)
+    return names
+
+
+def _are_black_and_white(cases: Sequence[Case]) -> bool:
+    """Whether nearly all voxels of the first references are next to 0 or 255."""
+    counts = np.zeros(256, np.int64)
+    for label in (case.label for case in cases[:5] if case.label is not None):
+        with suppress(DataError):
+            counts += np.bincount(read_labels(label.path, label.channel)[0].ravel(), minlength=256)
+    ends = counts[: 256 - _NEARLY_WHITE].sum() + counts[_NEARLY_WHITE:].sum()
+    return bool(ends >= _LEAST_AT_THE_ENDS * counts.sum())
+
+
+def _sampled(cases: Sequence[Case]) -> Sequence[Case]:
+    return cases[:: max(1, len(cases) // _SAMPLED_REFERENCES)]
+
+
 def values_of(cases: Sequence[Case], *, stop_at: int | None = None) -> set[int]:
     """Label values (0 included) of up to 200 references, evenly spread; unreadable ones are skipped."""
-    sample = cases[:: max(1, len(cases) // _SAMPLED_REFERENCES)]
-    return values_in((case.label for case in sample if case.label is not None), stop_at=stop_at)
+    return values_in((case.label for case in _sampled(cases) if case.label is not None), stop_at=stop_at)
 
 
 def values_in(masks: Iterable[ImageFile], *, stop_at: int | None = None, most: int = 256) -> set[int]:
