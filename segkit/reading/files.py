@@ -55,8 +55,10 @@ _OPENERS: dict[str, Callable[[Path], ImageHeader]] = {
 }
 _INTEGRAL_TOLERANCE = 1e-4
 """Label values in float32 are read as 2.9999998."""
+_MOST_LABELS = 255
+_CONVERT = "segkit convert labels DATA -o MASKS"
 _LARGEST_STEP = 1.001
-"""Labels stored as integers with a larger scale factor cannot be distinguished by their rounding."""
+"""With a larger scale factor, neighbouring labels may be stored as the same integer."""
 _WRITE_FAILURES = (
     ((errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)), "the disk is full", "Free some space and start again. "),
     (
@@ -126,6 +128,9 @@ def read_labels(path: Path, channel: int | None = None) -> tuple[LabelMap, Grid]
     The labels of a palette picture are its indices, those of a 1-bit picture 0 and 1. Raises DataError.
     """
     header = open_mask(path) if suffix_of(path) in PICTURE_SUFFIXES else _read_header(path)
+    if header.channels > 1 and channel is None:
+        remedy = f"If it is one mask per class (one-hot), join them with `{_CONVERT} --values 1=1 --values 2=2`"
+        raise DataError(f"the mask holds {header.channels} channels", where=path, expected="one", remedy=remedy)
     array = header.read(channel)
     if array.dtype == np.uint8:
         return array, header.grid
@@ -134,12 +139,17 @@ def read_labels(path: Path, channel: int | None = None) -> tuple[LabelMap, Grid]
     with np.errstate(invalid="ignore"):
         rounded = np.rint(array)
         tolerance = _INTEGRAL_TOLERANCE + (header.step / 2 if header.step < _LARGEST_STEP else 0)
-        fits = (np.abs(array - rounded) <= tolerance) & (rounded >= 0) & (rounded <= 255)
+        is_whole = np.abs(array - rounded) <= tolerance
+        fits = is_whole & (rounded >= 0) & (rounded <= 255)
     if not fits.all():
         stray = np.unique(array[~fits])
         named = ", ".join(f"{value:g}" for value in stray[:5]) + (" ..." if len(stray) > 5 else "")
         found = f"{int((~fits).sum())} voxels hold values that are no labels: {named}"
         remedy = "This looks like an image or like probabilities: give the label map"
+        if is_whole.all() and len(values := np.unique(rounded)) <= _MOST_LABELS:
+            numbers = iter(range(1, _MOST_LABELS + 1))
+            mapped = (f"--values {value:.0f}={next(numbers) if value > 0 else 0}" for value in values if value != 0)
+            remedy = f"Map them with `{_CONVERT} {' '.join(mapped)}`"
         raise DataError(found, where=path, expected="whole numbers from 0 to 255", remedy=remedy)
     return rounded.astype(np.uint8), header.grid
 

@@ -8,6 +8,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from segkit.errors import DataError
+from segkit.reading.files import read_labels
 from segkit.reading.layouts.table import find_cases
 from tests.helpers import LPS, run_segkit, save_nifti
 
@@ -125,3 +127,60 @@ def test_references_beside_the_given_folder_are_copied_too(tmp_path: Path, capsy
     assert code == 0
     assert (out / "a_0000.nii.gz").is_file()
     assert (out / "labelsTr" / "a.nii.gz").is_file()
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int16, np.float32])
+def test_values_beyond_labels_are_mapped_on_request(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: Any
+) -> None:
+    masks = {"p1": (205, 420, 0, 0), "p2": (550, 205, -1, 0) if dtype != np.uint16 else (550, 205, 600, 0)}
+    for case, values in masks.items():
+        array = np.zeros((4, 4, 4), dtype)
+        _save(tmp_path / "in" / f"{case}.nii.gz")
+        array[1, 1] = values
+        save_nifti(tmp_path / "in" / f"{case}_seg.nii.gz", array, LPS)
+    with pytest.raises(DataError, match=r"no labels: .*convert labels DATA -o MASKS --values 205=1 --values 420=2"):
+        read_labels(tmp_path / "in" / "p1_seg.nii.gz")
+    out, arguments = tmp_path / "out", ["--values", "205=1", "--values", "420=2", "--values", "500-600=3"]
+    code, text, _ = _convert(capsys, "labels", str(tmp_path / "in"), "-o", str(out), *arguments, "--json")
+    assert _first_values(out / "p1.nii.gz") == [1, 2, 0, 0]
+    if dtype == np.uint16:
+        assert (code, _first_values(out / "p2.nii.gz")) == (0, [3, 1, 3, 0])
+        return
+    assert code == 1
+    assert "p2_seg.nii.gz: holds values that no --values maps: -1" in json.loads(text)["cases"][1]["detail"]
+    code, _, _ = _convert(capsys, "labels", str(tmp_path / "in"), "-o", str(out), *arguments, "--values=-1=0")
+    assert (code, _first_values(out / "p2.nii.gz")) == (0, [3, 1, 0, 0])
+
+
+def _save_channels(path: Path, planes: list[list[int]]) -> None:
+    array = np.zeros((4, 4, 4, len(planes)), np.uint8)
+    array[1, 1] = np.transpose(planes)
+    save_nifti(path, array, LPS)
+
+
+@pytest.mark.parametrize("has_background", [False, True])
+def test_one_mask_per_class_is_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str], has_background: bool) -> None:
+    _save(tmp_path / "in" / "p1.nii.gz")
+    path = tmp_path / "in" / "p1_seg.nii.gz"
+    _save_channels(path, [[1, 0, 0, 0], [0, 1, 1, 0]])
+    if has_background:
+        classes = np.asarray(nib.load(path).dataobj)
+        save_nifti(
+            path, np.concatenate([1 - classes.sum(axis=-1, keepdims=True), classes], axis=-1).astype(np.uint8), LPS
+        )
+    with pytest.raises(DataError, match=r"the mask holds [23] channels.*one-hot.*segkit convert labels"):
+        read_labels(path)
+    arguments = ["labels", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--values", "1=1", "--values", "2=5"]
+    assert _convert(capsys, *arguments)[0] == 0
+    assert _first_values(tmp_path / "out" / "p1.nii.gz") == [1, 5, 5, 0]
+    _save_channels(path, [[1, 1, 0, 0], [0, 1, 1, 0]])
+    assert _convert(capsys, *arguments, "--overwrite")[0] == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--values", "1=x"], ["--values", "1=256"], ["--values", "1=1", "--to", "brats2023"], []]
+)
+def test_values_that_cannot_be_read(tmp_path: Path, arguments: list[str]) -> None:
+    _brats2024(tmp_path / "in")
+    assert run_segkit("convert", "labels", tmp_path / "in", "-o", tmp_path / "out", *arguments) == 2
