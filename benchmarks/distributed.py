@@ -89,22 +89,22 @@ def subjects() -> Iterator[tuple[str, Trained, Mapping[str, Tensor]]]:
         model = build_model(family, in_channels=2, out_channels=2, dims=2, **SMALLEST[family])
         loss = SegmentationLoss("sigmoid", outputs, LossConfig())
         image = torch.randn(2, 2, *(2 * step for step in model.divisor))
-        batch = {"image": image, "labels": torch.randint(0, 3, (2, *image.shape[2:])).byte()}
-        batch["labels"][1] = 0  # which batch Dice and the mean of two Dice see differently
+        batch = {"image": image, "label": torch.randint(0, 3, (2, *image.shape[2:])).byte()}
+        batch["label"][1] = 0  # which batch Dice and the mean of two Dice see differently
         yield family, Trained(model, partial(_painting_loss, loss)), batch
         if hasattr(model, "units"):
             yield f"{family}, in parts", Trained(model, partial(_painting_loss, loss), in_parts=True).twin(), batch
     for mode in ("checkpoint", "reversible"):
         model = build_model("revmbunet", in_channels=2, out_channels=2, dims=2, mode=mode, **SMALLEST["revmbunet"])
         loss = SegmentationLoss("softmax", outputs, LossConfig())
-        batch = {"image": torch.randn(2, 2, 16, 16), "labels": torch.randint(0, 3, (2, 16, 16)).byte()}
+        batch = {"image": torch.randn(2, 2, 16, 16), "label": torch.randint(0, 3, (2, 16, 16)).byte()}
         yield f"revmbunet, {mode}", Trained(model, partial(_painting_loss, loss)), batch
     yield from _methods()
     yield "inpainting with a discriminator", *_inpainting()
 
 
 def _painting_loss(loss: SegmentationLoss, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    return loss(model(batch["image"]), batch["labels"])
+    return loss(model(batch["image"]), batch["label"])
 
 
 def _methods() -> Iterator[tuple[str, Trained, Mapping[str, Tensor]]]:
@@ -225,7 +225,7 @@ def in_parts(ranks: Ranks, size_name: str, steps: int, *, has_moments: bool = Tr
     losses, seconds = [], 0.0
     for _ in range(steps):
         began = time.monotonic()
-        found = step({"image": image, "labels": labels})
+        found = step({"image": image, "label": labels})
         torch.autograd.backward(found)
         nn.utils.clip_grad_norm_(task.model.parameters(), 1.0)
         optimiser.step()
@@ -253,7 +253,7 @@ def pace(ranks: Ranks) -> list[dict[str, Any]]:
     task = Trained(network, partial(_painting_loss, loss))
     step = data_parallel(task, ranks)  # type: ignore[arg-type]
     optimiser = build_optimiser(network, OptimiserConfig())
-    batch = {"image": torch.randn(1, 4, 48, 48, 48), "labels": torch.randint(0, 4, (1, 48, 48, 48)).byte()}
+    batch = {"image": torch.randn(1, 4, 48, 48, 48), "label": torch.randint(0, 4, (1, 48, 48, 48)).byte()}
     times = []
     for _ in range(_PACED_STEPS):
         ranks.sum(0.0)

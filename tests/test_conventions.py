@@ -12,7 +12,7 @@ from torch import Tensor
 from segkit.labels import outputs_of
 from segkit.phantoms.layouts import PHANTOM_LAYOUTS, write_phantoms
 from segkit.phantoms.phantom import PHANTOM_SCHEME, make_phantom
-from segkit.preparing.augmentation import AugmentationConfig
+from segkit.preparing.augmentation import AugmentationConfig, training_transforms
 from segkit.preparing.patch_sampling import PatchDataset
 from segkit.preparing.preprocessing import PreprocessingConfig, load_case, prepare
 from segkit.reading.layouts.table import find_cases
@@ -28,15 +28,14 @@ def _network_input(folder: Path) -> tuple[list[str], list[Tensor], list[Tensor]]
     outputs = outputs_of(cohort.scheme)[:3]  # the resection cavity of 2024 is a fourth, empty here
     cases = sorted(cohort.cases, key=lambda case: case.id)
     prepared = [prepare(load_case(case, cohort.modalities, cohort.scheme), _PREPROCESSING) for case in cases]
-    patches = PatchDataset(
-        prepared, (16, 16, 16), AugmentationConfig(mirror_axes=(0,)), foreground_fraction=0.0, seed=3, length=4
-    )
+    transforms = training_transforms(AugmentationConfig(mirror_axes=(0,)), (16, 16, 16), foreground_fraction=0.0)
+    patches = PatchDataset(prepared, transforms, seed=3, length=4)
     items = [
-        {"image": torch.from_numpy(np.array(case.image)), "labels": torch.from_numpy(case.labels)} for case in prepared
+        {"image": torch.from_numpy(np.array(case.image)), "label": torch.from_numpy(case.labels)} for case in prepared
     ]
     items += [patches[index] for index in range(len(patches))]
     planes = [
-        torch.from_numpy(np.stack([np.isin(item["labels"].numpy(), output.members) for output in outputs]))
+        torch.from_numpy(np.stack([np.isin(item["label"].numpy(), output.members) for output in outputs]))
         for item in items
     ]
     return [output.name for output in outputs], [item["image"] for item in items], planes

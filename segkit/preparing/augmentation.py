@@ -1,38 +1,38 @@
-"""Random changes to training patches, computed with MONAI's transforms.
+"""The recipe of random changes to training patches: MONAI's dictionary transforms, and ours beside them.
 
-The recipe is that of nnU-Net (Isensee et al. 2021, supplementary note 2) with two additions. A voxel that is exactly 0
-stays 0: background of skull-stripped images, padding and missing modalities are exactly 0 at inference too. And whole
+It is that of nnU-Net (Isensee et al. 2021, supplementary note 2) with two additions. A voxel that is exactly 0 stays 0:
+background of skull-stripped images, padding and missing modalities are exactly 0 at inference too. And whole
 modalities are set to 0 at random, so that the network works without them: modality dropout (Neverova et al., "ModDrop",
 IEEE PAMI 38(8), 2016, arXiv 1501.00102), with every incomplete set of modalities equally likely.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-from monai.data import get_track_meta, set_track_meta
-from monai.networks.layers import AffineTransform, gaussian_1d, separable_filtering
-from monai.transforms import AdjustContrast, Flip, ScaleIntensity, ScaleIntensityFixedMean
-from numpy.typing import NDArray
+from monai.transforms import (
+    Compose,
+    OneOf,
+    RandAdjustContrastd,
+    RandFlipd,
+    RandGaussianSmoothd,
+    RandomizableTransform,
+    RandScaleIntensityd,
+    RandScaleIntensityFixedMeand,
+    RandSimulateLowResolutiond,
+    Transform,
+)
 from pydantic import Field, model_validator
-from torch.nn import functional
 
 from segkit.config import Config
-from segkit.shapes import AnyArray, overlap
+from segkit.preparing.patch_sampling import RandPatchd
+from segkit.preparing.transforms import IMAGE, LABEL, EachModality, RandModalityDropoutd, RandNoised, halves_about_one
 
 Range = tuple[float, float]
 
-_THIN = 3
-"""A patch axis this many times shorter than the longest one is the slice axis of anisotropic data."""
-
-_INVERTED_GAMMA = 0.25
-"""Share of the gamma curves that act on the inverted image (nnU-Net: 0.1 against 0.3)."""
+_GAMMA_WEIGHTS = {False: 3, True: 1}
+"""A quarter of the gamma curves act on the inverted image (nnU-Net: 0.1 against 0.3)."""
 
 
 class IntensityConfig(Config):
@@ -48,7 +48,7 @@ class IntensityConfig(Config):
     """Probability of Gaussian blurring."""
 
     blur_sigma_range: Range = (0.5, 1.0)
-    """Standard deviation of the blur in voxels."""
+    """Standard deviation of the blur in voxels, drawn for each axis."""
 
     brightness_probability: float = Field(default=0.15, ge=0, le=1)
     """Probability of multiplying by a factor."""
@@ -118,178 +118,67 @@ class AugmentationConfig(IntensityConfig):
         return self
 
 
-class Augmentation:
-    """Cuts a patch of `patch_size` voxels around a centre, rotated and scaled, and changes its intensities.
+def training_transforms(
+    config: AugmentationConfig,
+    patch_size: Sequence[int],
+    *,
+    foreground_fraction: float,
+    bank: RandomizableTransform | None = None,
+    before: Sequence[Transform] = (),
+    after: Sequence[Transform] = (),
+) -> Compose:
+    """From {"case": PreparedCase} to a patch of "image" (C, *patch_size) and "label" (1, *patch_size).
 
-    The result depends on the sample, the centre and the seed only.
+    `before` and `after` are transforms of the user, applied to the patch before and after ours. Modalities are dropped
+    last, so that a missing one is exactly 0.
     """
-
-    def __init__(self, config: AugmentationConfig, patch_size: Sequence[int]) -> None:
-        self.config = config
-        self.patch_size = tuple(patch_size)
-        self.dims = len(self.patch_size)
-
-    def reach(self, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Voxels before and after the centre, per axis, that a patch of this seed needs."""
-        matrix = self._spatial_matrix(seed)
-        if matrix is None:
-            return tuple(size // 2 for size in self.patch_size), tuple(size - size // 2 for size in self.patch_size)
-        half = np.array(self.patch_size) / 2
-        extent = np.ceil(np.abs(matrix) @ half).astype(int) + 1
-        return tuple(extent.tolist()), tuple((extent + 1).tolist())
-
-    def __call__(
-        self, sample: Mapping[str, AnyArray], seed: int, centre: Sequence[int] | None = None
-    ) -> dict[str, torch.Tensor]:
-        """A patch of "image" (C, *spatial) float32 and possibly "labels" (1, *spatial) uint8, which do not change.
-
-        `centre` is the voxel of the sample at voxel `patch_size // 2` of the patch; by default the middle. Returned are
-        the same keys, (C, *patch_size) and (1, *patch_size), with zeros outside the sample.
-        """
-        if centre is None:
-            centre = [size // 2 for size in sample["image"].shape[1:]]
-        matrix = self._spatial_matrix(seed)
-        with _plain_tensors():
-            patch = {
-                name: self._cut(array, centre, matrix, "bilinear" if name == "image" else "nearest")
-                for name, array in sample.items()
-            }
-            if self.config.enabled:
-                generator = np.random.default_rng((seed, 1))
-                if axes := [axis for axis in self.config.mirror_axes or () if generator.random() < 0.5]:
-                    patch = {name: Flip(axes)(tensor) for name, tensor in patch.items()}
-                patch["image"] = change_intensities(patch["image"], self.config, generator)
-                _drop_modalities(patch["image"], self.config.modality_dropout or 0.0, generator)
-        return patch
-
-    def _spatial_matrix(self, seed: int) -> NDArray[np.float64] | None:
-        """Rotation and scale from patch to sample offsets, in voxels; None for the identity."""
-        config = self.config
-        generator = np.random.default_rng((seed, 0))
-        matrix = np.eye(self.dims)
-        for first, second in rotation_planes(self.patch_size):
-            is_drawn = generator.random() < config.rotation_probability
-            angle = math.radians(generator.uniform(-config.rotation_degrees, config.rotation_degrees))
-            if is_drawn:
-                turn = np.eye(self.dims)
-                turn[[first, second], [first, second]] = math.cos(angle)
-                turn[first, second], turn[second, first] = -math.sin(angle), math.sin(angle)
-                matrix = turn @ matrix
-        if generator.random() < config.scale_probability:
-            matrix = matrix * _either_side_of_one(generator, config.scale_range)
-        is_identity = np.array_equal(matrix, np.eye(self.dims))
-        return None if is_identity or not config.enabled else matrix
-
-    def _cut(
-        self, array: AnyArray, centre: Sequence[int], matrix: NDArray[np.float64] | None, mode: str
-    ) -> torch.Tensor:
-        """The patch (C, *patch_size) of (C, *spatial) around `centre`, resampled once if there is a matrix."""
-        pivot = np.array(self.patch_size) // 2
-        if matrix is None:
-            return torch.from_numpy(_crop(array, (np.asarray(centre) - pivot).tolist(), self.patch_size))
-        theta = np.eye(self.dims + 1)
-        theta[:-1, :-1] = matrix
-        theta[:-1, -1] = np.asarray(centre) - matrix @ pivot
-        resample = AffineTransform(self.patch_size, mode=mode, padding_mode="zeros", align_corners=True)
-        source = torch.from_numpy(np.array(array, np.float32, order="C"))
-        patch: torch.Tensor = resample(source[None], torch.from_numpy(theta).float())[0]
-        return patch if mode == "bilinear" else patch.to(torch.uint8)
+    both, c, first = (IMAGE, LABEL), config, [] if bank is None else [bank]
+    if not config.enabled:
+        return Compose([*first, RandPatchd(patch_size, foreground_fraction=foreground_fraction), *before, *after])
+    return Compose(
+        [
+            *first,
+            RandPatchd(
+                patch_size,
+                foreground_fraction=foreground_fraction,
+                rotation_probability=c.rotation_probability,
+                rotation_degrees=c.rotation_degrees,
+                scale_probability=c.scale_probability,
+                scale_range=c.scale_range,
+            ),
+            *before,
+            *(RandFlipd(both, 0.5, axis, allow_missing_keys=True) for axis in c.mirror_axes or ()),
+            intensity_transforms(config, len(patch_size)),
+            *after,
+            RandModalityDropoutd(IMAGE, c.modality_dropout or 0.0),
+        ]
+    )
 
 
-def change_intensities(image: torch.Tensor, config: IntensityConfig, generator: np.random.Generator) -> torch.Tensor:
-    """(C, *spatial) float32, each modality changed in place; voxels that were 0 stay 0."""
-    with _plain_tensors():
-        for plane in image:
-            changed = _change_plane(plane[None], config, generator)
-            if changed is not None:
-                plane.copy_(changed[0].masked_fill_(plane == 0, 0))
-    return image
+def intensity_transforms(config: IntensityConfig, dims: int) -> EachModality:
+    """Changes of "image" (C, *spatial) with `dims` axes, drawn for each modality; exact zeros stay 0."""
+    c, linear = config, "bilinear" if dims == 2 else "trilinear"
+    gammas = [
+        (RandAdjustContrastd(IMAGE, c.gamma_probability, half, is_inverted, retain_stats=True), weight)
+        for half in halves_about_one(c.gamma_range)
+        for is_inverted, weight in _GAMMA_WEIGHTS.items()
+    ]
+    return EachModality(
+        [
+            RandNoised(IMAGE, c.noise_std_range, c.noise_probability),
+            RandGaussianSmoothd(IMAGE, *[c.blur_sigma_range] * 3, prob=c.blur_probability),
+            RandScaleIntensityd(IMAGE, _factors(c.brightness_range), c.brightness_probability),
+            RandScaleIntensityFixedMeand(
+                IMAGE, _factors(c.contrast_range), preserve_range=True, prob=c.contrast_probability
+            ),
+            RandSimulateLowResolutiond(
+                IMAGE, c.low_resolution_probability, "nearest-exact", linear, c.low_resolution_range
+            ),
+            OneOf(*zip(*gammas, strict=True)),
+        ]
+    )
 
 
-@contextmanager
-def _plain_tensors() -> Iterator[None]:
-    """Make MONAI return plain tensors; MetaTensor takes more time than most of the transforms."""
-    before = get_track_meta()
-    set_track_meta(False)
-    try:
-        yield
-    finally:
-        set_track_meta(before)
-
-
-def rotation_planes(patch_size: Sequence[int]) -> list[tuple[int, int]]:
-    """Pairs of axes to rotate in: all of them, or only the slice plane if one axis of the patch is thin."""
-    planes = list(itertools.combinations(range(len(patch_size)), 2))
-    thinnest = min(range(len(patch_size)), key=patch_size.__getitem__)
-    if len(planes) > 1 and patch_size[thinnest] * _THIN < max(patch_size):
-        return [plane for plane in planes if thinnest not in plane]
-    return planes
-
-
-def _either_side_of_one(generator: np.random.Generator, limits: Range) -> float:
-    """A factor below or above 1 with equal probability, also in an asymmetric range."""
-    low, high = limits
-    if low < 1 and (high <= 1 or generator.random() < 0.5):
-        return float(generator.uniform(low, min(high, 1.0)))
-    return float(generator.uniform(max(low, 1.0), high))
-
-
-def _crop(array: AnyArray, start: Sequence[int], size: Sequence[int]) -> AnyArray:
-    """A copy of (C, *spatial) from voxel `start`, `size` voxels; zeros outside the array."""
-    patch = np.zeros((len(array), *size), array.dtype)
-    target, source = overlap(start, size, (0,) * len(size), array.shape[1:])
-    patch[(slice(None), *target)] = array[(slice(None), *source)]
-    return patch
-
-
-def _change_plane(
-    original: torch.Tensor, config: IntensityConfig, generator: np.random.Generator
-) -> torch.Tensor | None:
-    """One modality (1, *spatial) after the intensity changes, each with its probability; None if none is drawn."""
-    plane = original
-    if generator.random() < config.noise_probability:
-        std = generator.uniform(*config.noise_std_range)
-        plane = plane + std * torch.from_numpy(generator.standard_normal(tuple(plane.shape), np.float32))
-    if generator.random() < config.blur_probability:
-        plane = _blur(plane, generator.uniform(*config.blur_sigma_range))
-    if generator.random() < config.brightness_probability:
-        factor = _either_side_of_one(generator, config.brightness_range)
-        plane = ScaleIntensity(minv=None, maxv=None, factor=factor - 1)(plane)
-    if generator.random() < config.contrast_probability:
-        factor = _either_side_of_one(generator, config.contrast_range)
-        plane = ScaleIntensityFixedMean(factor=factor - 1, preserve_range=True)(plane)
-    if generator.random() < config.low_resolution_probability:
-        plane = _lower_resolution(plane, generator.uniform(*config.low_resolution_range))
-    if generator.random() < config.gamma_probability:
-        gamma = _either_side_of_one(generator, config.gamma_range)
-        is_inverted = bool(generator.random() < _INVERTED_GAMMA)
-        plane = AdjustContrast(gamma, invert_image=is_inverted, retain_stats=True)(plane)
-    return None if plane is original else plane
-
-
-def _drop_modalities(image: torch.Tensor, probability: float, generator: np.random.Generator) -> None:
-    """Set random modalities of (C, *spatial) to 0, in place; at least one that is not 0 is kept."""
-    if generator.random() >= probability:
-        return
-    present = np.flatnonzero(image.flatten(1).any(dim=1).numpy())
-    if len(present) < 2:
-        return
-    is_kept = np.zeros(len(present), np.bool_)
-    while is_kept.all() or not is_kept.any():
-        is_kept = generator.random(len(present)) < 0.5
-    image[torch.from_numpy(present[~is_kept])] = 0
-
-
-def _blur(plane: torch.Tensor, sigma: float) -> torch.Tensor:
-    """As `GaussianSmooth` of MONAI, which builds a module in each call and takes three times as long for a slice."""
-    kernel = gaussian_1d(torch.tensor(sigma), truncated=4.0, approx="erf")
-    blurred: torch.Tensor = separable_filtering(plane[None], [kernel] * (plane.ndim - 1))[0]
-    return blurred
-
-
-def _lower_resolution(plane: torch.Tensor, fraction: float) -> torch.Tensor:
-    """Downsampled by nearest neighbour and upsampled by linear interpolation, like a coarser scan."""
-    shape = plane.shape[1:]
-    coarse = [max(1, round(size * fraction)) for size in shape]
-    small = functional.interpolate(plane[None], size=coarse, mode="nearest-exact")
-    return functional.interpolate(small, size=shape, mode="bilinear" if len(shape) == 2 else "trilinear")[0]
+def _factors(limits: Range) -> Range:
+    """A range about 1 as MONAI counts it, about 0."""
+    return limits[0] - 1, limits[1] - 1

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from monai.transforms import RandomizableTransform
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 from scipy import ndimage
@@ -33,6 +34,7 @@ from scipy import ndimage
 from segkit.errors import DataError, RequestError, some
 from segkit.preparing.cache import PreparedStore, StoredCases, cases_at_once
 from segkit.preparing.preprocessing import PreparedCase, PreprocessingConfig
+from segkit.preparing.transforms import IMAGE, LABEL, generator_from
 from segkit.reading.case import Case, ImageFile
 from segkit.reading.files import read_labels
 from segkit.reading.geometry import same_grid
@@ -150,8 +152,8 @@ def prepare_copies(
     return StoredCases(list(folders.values()))
 
 
-class LesionBank:
-    """Replaces some of the training cases by copies with or without a lesion.
+class LesionBank(RandomizableTransform):  # type: ignore[misc]
+    """Replaces some of the training cases by copies with or without a lesion: a transform of {"case": PreparedCase}.
 
     For `lesion_share` of the draws a lesion of the case is moved into the copy of another case. For
     `lesion_free_share` of them a copy is used unchanged, with labels that are all 0. Otherwise the case is used itself,
@@ -159,9 +161,15 @@ class LesionBank:
     """
 
     def __init__(self, copies: Sequence[PreparedCase], *, lesion_share: float, lesion_free_share: float) -> None:
+        super().__init__()
         self.copies = copies
         self.lesion_share = lesion_share
         self.lesion_free_share = lesion_free_share
+
+    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """The case to cut a patch from, and "lesion", see `exchange`."""
+        case, lesion = self.exchange(data["case"], generator_from(self.R))
+        return {"case": case, "lesion": lesion}
 
     def exchange(self, case: PreparedCase, generator: np.random.Generator) -> tuple[PreparedCase, Transplant | None]:
         """The case to cut a patch from, and the lesion to paste into that patch, if there is one.
@@ -234,15 +242,15 @@ class Transplant:
     def paste_into(self, sample: Mapping[str, AnyArray], start: Sequence[int]) -> dict[str, AnyArray]:
         """A copy, with the lesion, of a sample that starts at voxel `start` of the new volume.
 
-        A sample is "image" (C, *region) float32 and "labels" (1, *region) uint8.
+        A sample is "image" (C, *region) float32 and "label" (1, *region) uint8.
         """
-        image, labels = np.array(sample["image"]), np.array(sample["labels"])
+        image, labels = np.array(sample[IMAGE]), np.array(sample[LABEL])
         own, other = overlap(self.corner, self.labels.shape, start, labels.shape[1:])
         part = image[(slice(None), *other)]
         part += self.weight[own] * (self.image[(slice(None), *own)] - part)
         lesion = self.labels[own]
         np.copyto(labels[0][other], lesion, where=lesion > 0)
-        return {"image": image, "labels": labels}
+        return {IMAGE: image, LABEL: labels}
 
 
 @dataclass(frozen=True)

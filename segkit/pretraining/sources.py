@@ -22,7 +22,8 @@ from torch.utils.data import Dataset
 from segkit.config import Config
 from segkit.errors import DataError, RequestError
 from segkit.preparing.preprocessing import PreparedCase, crop_box
-from segkit.pretraining.views import View, ViewsConfig, draw_view
+from segkit.preparing.transforms import IMAGE, run, share_random_state
+from segkit.pretraining.views import ViewsConfig, view_transforms
 from segkit.shapes import AnyArray, Image
 
 _EQUAL = 0.99  # spacings are equal within this factor: headers round
@@ -221,7 +222,9 @@ class GroupDataset(Dataset[dict[str, torch.Tensor]]):
         self.sources = tuple(sources)
         self.size = tuple(size)
         self.images = images
-        self.views = views
+        self.transforms = view_transforms(views, size)
+        self._random = np.random.RandomState(0)
+        share_random_state(self.transforms, self._random)
         self.nodes = nodes
         self.view_count = view_count
         self.seed = seed
@@ -256,25 +259,25 @@ class GroupDataset(Dataset[dict[str, torch.Tensor]]):
         if not 0 <= index < self.length:
             raise IndexError(index)
         members = self.members(index)
-        generator = np.random.default_rng((self.seed, 1, index))
+        self._random.seed(np.random.SeedSequence((self.seed, 1, index)).generate_state(4))
         cases: dict[tuple[int, int], PreparedCase] = {}
-        views: list[list[View]] = []
+        views: list[list[dict[str, torch.Tensor]]] = []
         for stack_number, image_number in members:
             stack = self.stacks[stack_number]
             key = stack.source, stack.case
             if key not in cases:
                 cases[key] = self.sources[stack.source].cases[stack.case]
             image = stack.read(cases[key], image_number)
-            draw = (image, stack.image_spacing_mm, self.size, self.views, generator, crop_box(image, "nonzero"))
-            views.append([draw_view(*draw) for _ in range(self.view_count)])
+            shown = {IMAGE: image, "spacing_mm": stack.image_spacing_mm, "content": crop_box(image, "nonzero")}
+            views.append([run(self.transforms, shown) for _ in range(self.view_count)])
         item = {
             "stack": torch.tensor([stack for stack, _ in members]),
             "source": torch.tensor([self.stacks[stack].source for stack, _ in members]),
             "place": torch.tensor([self.stacks[stack].place_mm(image) for stack, image in members]),
         }
         for name, of_each in zip(("first", "second"), zip(*views, strict=True), strict=False):
-            item[name] = torch.stack([view.image for view in of_each])
-            item[f"{name}_frame"] = torch.stack([view.frame for view in of_each])
+            item[name] = torch.stack([view[IMAGE] for view in of_each])
+            item[f"{name}_frame"] = torch.stack([view["frame"] for view in of_each])
         return item
 
     def members(self, index: int) -> list[tuple[int, int]]:

@@ -6,18 +6,20 @@ voxel has its centre at 0 mm. The frames of two views show which of their featur
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from monai.transforms import Compose, RandomizableTransform
 from numpy.typing import NDArray
 from pydantic import Field, ValidationInfo, field_validator
 from torch.nn import functional
 
 from segkit.config import Config
-from segkit.preparing.augmentation import IntensityConfig, Range, change_intensities, rotation_planes
+from segkit.preparing.augmentation import IntensityConfig, Range, intensity_transforms
 from segkit.preparing.preprocessing import crop_box
+from segkit.preparing.transforms import IMAGE, rotation, rotation_planes
 from segkit.shapes import AnyArray
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -71,34 +73,35 @@ class ViewsConfig(Config):
         return value
 
 
-@dataclass(frozen=True)
-class View:
-    """`image` (C, *size) float32; `frame` (dims, dims + 1) float32, voxel indices of the view to mm in its image."""
+def view_transforms(config: ViewsConfig, size: Sequence[int]) -> Compose:
+    """From {"image": (C, *spatial), "spacing_mm": of its axes, possibly "content": Box} to a random view of it.
 
-    image: torch.Tensor = field(repr=False)
-    frame: torch.Tensor
+    Returned are "image" (C, *size) float32 and "frame" (dims, dims + 1) float32, voxel indices of the view to mm in its
+    image. The size of the view is `size`, in voxels; that of `config` is ignored.
+    """
+    return Compose([RandViewd(config, size), intensity_transforms(config.intensities, len(size))])
 
 
-def draw_view(
-    image: AnyArray,
-    spacing_mm: Sequence[float],
-    size: Sequence[int],
-    config: ViewsConfig,
-    generator: np.random.Generator,
-    content: Box | None = None,
-) -> View:
-    """One random view of an image (C, *spatial), resampled once, linearly.
+class RandViewd(RandomizableTransform):  # type: ignore[misc]
+    """Cuts a random box, resampled once, linearly, with its frame.
 
     If a view has less than half the image's resolution, whole blocks of voxels are averaged first, against aliasing.
-    The image may be memory-mapped; only the part that is shown is read. `size` are the voxels of the view per axis
-    (that of `config` is ignored), `content` is the box of voxels that are not 0, if known.
+    The image may be memory-mapped; only the part that is shown is read. `content` is the box of voxels that are not 0.
     """
-    content = content or crop_box(image, "nonzero")
-    matrix, offset, is_turned = _draw_placement(content, spacing_mm, size, config, generator)
-    view = change_intensities(_resample(image, matrix, offset, size, is_turned), config.intensities, generator)
-    spacing = np.asarray(spacing_mm, np.float64)[:, None]
-    frame = np.concatenate([matrix, offset[:, None]], axis=1) * spacing
-    return View(view, torch.from_numpy(frame).float())
+
+    def __init__(self, config: ViewsConfig, size: Sequence[int]) -> None:
+        super().__init__()
+        self.config = config
+        self.size = tuple(size)
+
+    def __call__(self, data: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """The view and its frame."""
+        image, spacing_mm = data[IMAGE], data["spacing_mm"]
+        content = data.get("content") or crop_box(image, "nonzero")
+        matrix, offset, is_turned = _draw_placement(content, spacing_mm, self.size, self.config, self.R)
+        frame = np.concatenate([matrix, offset[:, None]], axis=1) * np.asarray(spacing_mm, np.float64)[:, None]
+        view = _resample(image, matrix, offset, self.size, is_turned)
+        return {IMAGE: view, "frame": torch.from_numpy(frame).float()}
 
 
 def cell_positions(frame: torch.Tensor, view_shape: Sequence[int], map_shape: Sequence[int]) -> torch.Tensor:
@@ -115,38 +118,34 @@ def cell_positions(frame: torch.Tensor, view_shape: Sequence[int], map_shape: Se
 
 
 def _draw_placement(
-    content: Box, spacing_mm: Sequence[float], size: Sequence[int], config: ViewsConfig, generator: np.random.Generator
+    content: Box, spacing_mm: Sequence[float], size: Sequence[int], config: ViewsConfig, random: np.random.RandomState
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], bool]:
     """Matrix (dims, dims) and offset (dims,) from voxel indices of the view to those of the image; whether rotated."""
     dims = len(size)
     start, stop = (np.array(corner, np.float64) for corner in content)
     voxels = np.array(size, np.float64)
     least, most = config.aspect_range
-    stretch = np.exp([*generator.uniform(math.log(least), math.log(most), dims - 1), 0.0])
+    stretch = np.exp([*random.uniform(math.log(least), math.log(most), dims - 1), 0.0])
     extent = voxels * stretch  # in voxels of the image, up to a factor: a view keeps the proportions of its voxels
-    share = generator.uniform(*config.scale_range)
+    share = random.uniform(*config.scale_range)
     extent *= (share * (stop - start).prod() / extent.prod()) ** (1 / dims)
     extent *= min(1.0, ((stop - start) / extent).min())
-    middle = start + extent / 2 + generator.random(dims) * (stop - start - extent) - 0.5
-    is_mirrored = generator.random(dims) < 0.5
+    middle = start + extent / 2 + random.random(dims) * (stop - start - extent) - 0.5
+    is_mirrored = random.random(dims) < 0.5
     allowed = range(dims) if config.mirror_axes is None else config.mirror_axes
     sign = [-1.0 if axis in allowed and is_mirrored[axis] else 1.0 for axis in range(dims)]
     matrix = np.diag(sign * extent / voxels)
     if config.rotation_degrees:
         spacing = np.array(spacing_mm, np.float64)
-        turn = _draw_rotation(size, config.rotation_degrees, generator)
+        turn = _draw_rotation(size, config.rotation_degrees, random)
         matrix = (turn * spacing / spacing[:, None]) @ matrix  # a rotation is rigid in mm, not in voxels
     return matrix, middle - matrix @ ((voxels - 1) / 2), config.rotation_degrees > 0
 
 
-def _draw_rotation(size: Sequence[int], most_degrees: float, generator: np.random.Generator) -> NDArray[np.float64]:
+def _draw_rotation(size: Sequence[int], most_degrees: float, random: np.random.RandomState) -> NDArray[np.float64]:
     turn = np.eye(len(size))
-    for first, second in rotation_planes(size):
-        angle = math.radians(generator.uniform(-most_degrees, most_degrees))
-        plane = np.eye(len(size))
-        plane[[first, second], [first, second]] = math.cos(angle)
-        plane[first, second], plane[second, first] = -math.sin(angle), math.sin(angle)
-        turn = plane @ turn
+    for plane in rotation_planes(size):
+        turn = rotation(len(size), plane, random.uniform(-most_degrees, most_degrees)) @ turn
     return turn
 
 

@@ -20,6 +20,7 @@ from segkit.labels import LabelScheme, outputs_of
 from segkit.losses.dice_cross_entropy import SegmentationLoss
 from segkit.metrics.overlap import dice_by_region
 from segkit.models.blocks import SegmentationNetwork
+from segkit.preparing.augmentation import training_transforms
 from segkit.preparing.cache import StoredCases
 from segkit.preparing.lesion_bank import LesionBank, prepare_copies
 from segkit.preparing.patch_sampling import PatchDataset
@@ -69,7 +70,7 @@ class SegmentationTask:
             self.frozen.requires_grad_(False)
 
     def batches(self, start: int) -> Iterator[Batch]:
-        """Endless batches {"image": (B, C, *patch), "labels": (B, *patch)} from number `start` on."""
+        """Endless batches {"image": (B, C, *patch), "label": (B, *patch)} from number `start` on."""
         return endless_batches(self.patches, self.batch_size, start, self.workers, self.ranks)
 
     def loss(self, batch: Batch) -> Tensor:
@@ -77,7 +78,7 @@ class SegmentationTask:
         if self.frozen is not None:
             self.frozen.eval()  # the loop puts the whole model into training mode before each step
         self.loss_function.to(batch["image"].device)
-        loss: Tensor = self.loss_function(self.model(batch["image"]), batch["labels"])
+        loss: Tensor = self.loss_function(self.model(batch["image"]), batch["label"])
         return loss
 
     def validate(self, weights: Mapping[str, Tensor]) -> Score:
@@ -152,6 +153,12 @@ class SegmentationKind(Kind[TrainConfig, SegmentationTask]):
         """The task with patches of the training cases, and of a lesion bank if the settings name one."""
         config, (data,), ranks, scheme = plan.config, plan.data, plan.request.ranks, _scheme(plan)
         budget = config.training.budget_minutes
+        transforms = training_transforms(
+            config.augmentation,
+            card.patch_size,
+            foreground_fraction=config.training.foreground_fraction,
+            bank=ranks.first_before_others(lambda: _lesion_bank(plan)),
+        )
         return SegmentationTask(
             model=network,
             card=card,
@@ -159,13 +166,7 @@ class SegmentationKind(Kind[TrainConfig, SegmentationTask]):
                 require_segmentation(card).activation, outputs_of(scheme), config.loss, scheme.ignore
             ),
             patches=PatchDataset(
-                data.prepared(data.training_ids),
-                card.patch_size,
-                config.augmentation,
-                foreground_fraction=config.training.foreground_fraction,
-                seed=config.training.seed,
-                length=ENDLESS,
-                bank=ranks.first_before_others(lambda: _lesion_bank(plan)),
+                data.prepared(data.training_ids), transforms, seed=config.training.seed, length=ENDLESS
             ),
             validation=data.prepared(data.validation_ids[: config.training.validation_cases]),
             batch_size=config.planning.batch_size or 1,

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from segkit.config import build_config
 from segkit.errors import ConfigError, DataError, RequestError
-from segkit.preparing.augmentation import AugmentationConfig
+from segkit.preparing.augmentation import AugmentationConfig, training_transforms
 from segkit.preparing.cache import PreparedStore, foreground_voxels
 from segkit.preparing.lesion_bank import LesionBank, find_copies, image_path, lesion_path, prepare_copies, read_bank
 from segkit.preparing.patch_sampling import PatchDataset
@@ -45,7 +45,8 @@ COPIES = [replace(prepared_case(number, has_lesion=False), labels=None) for numb
 
 def dataset(bank: LesionBank | None, cases: Sequence[PreparedCase] = CASES, **settings: object) -> PatchDataset:
     augmentation = AugmentationConfig(**{"enabled": False, **settings})
-    return PatchDataset(cases, (8, 8, 8), augmentation, foreground_fraction=1.0, seed=4, length=200, bank=bank)
+    transforms = training_transforms(augmentation, (8, 8, 8), foreground_fraction=1.0, bank=bank)
+    return PatchDataset(cases, transforms, seed=4, length=200)
 
 
 def bank_of(lesion_share: float, lesion_free_share: float = 0.0) -> LesionBank:
@@ -56,12 +57,12 @@ def test_a_lesion_in_another_brain() -> None:
     """Case i shows its lesion, 100 brighter than what is around it, in the copy of a case that is not its own."""
     data = dataset(bank_of(1.0))
     for index in range(30):
-        item, own = data[index], int(data._case_number(index)) + 1
-        brain = set(item["image"][0][item["labels"] == 0].tolist())
+        item, own = data[index], int(data.case_number(index)) + 1
+        brain = set(item["image"][0][item["label"] == 0].tolist())
         assert len(brain) == 1
         assert brain <= {1.0, 2.0} - {float(own)}
-        assert 1 <= np.count_nonzero(item["labels"]) <= 8
-        assert (item["image"][0][item["labels"] == 1] == brain.pop() + 100).all()
+        assert 1 <= np.count_nonzero(item["label"]) <= 8
+        assert (item["image"][0][item["label"] == 1] == brain.pop() + 100).all()
 
 
 def test_a_copy_alone_has_nothing_in_it() -> None:
@@ -69,18 +70,18 @@ def test_a_copy_alone_has_nothing_in_it() -> None:
     items = [data[index] for index in range(20)]
 
     assert {float(item["image"].min()) for item in items} == {1.0, 2.0}
-    assert all(item["image"].max() == item["image"].min() and not item["labels"].any() for item in items)
+    assert all(item["image"].max() == item["image"].min() and not item["label"].any() for item in items)
 
 
-def test_shares_are_kept_and_other_patches_are_what_they_are_without_a_bank() -> None:
+def test_shares_are_kept_and_other_patches_are_what_they_are_without_shares() -> None:
     """Of 200 patches 60 +- 6.5 with a lesion moved and 20 +- 4.2 with none, three deviations allowed."""
-    with_bank, without = dataset(bank_of(0.3, 0.1)), dataset(None)
+    with_bank, without = dataset(bank_of(0.3, 0.1)), dataset(bank_of(0.0))
     moved = empty = 0
     for index in range(200):
         item, plain = with_bank[index], without[index]
         if torch.equal(item["image"], plain["image"]):
-            assert torch.equal(item["labels"], plain["labels"])
-        elif item["labels"].any():
+            assert torch.equal(item["label"], plain["label"])
+        elif item["label"].any():
             moved += 1
         else:
             empty += 1
@@ -97,7 +98,7 @@ def test_items_depend_on_seed_and_index_only() -> None:
     for index, item in reversed(list(enumerate(by_workers))):
         alone = dataset(bank_of(0.5, 0.2), **settings)[index]
         assert torch.equal(item["image"][0], alone["image"])
-        assert torch.equal(item["labels"][0], alone["labels"])
+        assert torch.equal(item["label"][0], alone["label"])
 
 
 def test_a_case_that_has_no_lesion_or_no_other_brain_stays() -> None:

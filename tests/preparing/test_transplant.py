@@ -32,9 +32,9 @@ def cube() -> PreparedCase:
 
 
 def result_of(transplant: Transplant, volume: Image) -> tuple[Image, LabelMap]:
-    sample = {"image": volume, "labels": np.zeros((1, *volume.shape[1:]), np.uint8)}
+    sample = {"image": volume, "label": np.zeros((1, *volume.shape[1:]), np.uint8)}
     patch = transplant.paste_into(sample, (0,) * (volume.ndim - 1))
-    return patch["image"], patch["labels"][0]
+    return patch["image"], patch["label"][0]
 
 
 def test_a_cube_in_a_constant_brain(cube: PreparedCase) -> None:
@@ -124,12 +124,12 @@ def test_a_patch_shows_the_part_that_lies_in_it(cube: PreparedCase) -> None:
     whole_image, whole_labels = result_of(transplant, volume)
     region = slice(11, 20), slice(2, 12), slice(13, 14)
 
-    sample = {"image": volume[(slice(None), *region)], "labels": np.zeros((1, 9, 10, 1), np.uint8)}
+    sample = {"image": volume[(slice(None), *region)], "label": np.zeros((1, 9, 10, 1), np.uint8)}
     patch = transplant.paste_into(sample, (11, 2, 13))
 
     assert np.array_equal(patch["image"], whole_image[(slice(None), *region)])
-    assert np.array_equal(patch["labels"][0], whole_labels[region])
-    assert patch["labels"].any()
+    assert np.array_equal(patch["label"][0], whole_labels[region])
+    assert patch["label"].any()
 
 
 def test_foreground_is_where_the_labels_are(cube: PreparedCase) -> None:

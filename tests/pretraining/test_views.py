@@ -7,7 +7,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from segkit.pretraining.views import ViewIntensityConfig, ViewsConfig, cell_positions, draw_view
+from segkit.preparing.transforms import run
+from segkit.pretraining.views import ViewIntensityConfig, ViewsConfig, cell_positions, view_transforms
 
 PLAIN = ViewIntensityConfig(
     noise_probability=0,
@@ -31,6 +32,19 @@ def voxel_positions(frame: torch.Tensor, shape: tuple[int, ...]) -> np.ndarray:
     index = np.indices(shape).reshape(len(shape), -1)
     linear, offset = frame.double().numpy()[:, :-1], frame.double().numpy()[:, -1:]
     return (linear @ index + offset).reshape(len(shape), *shape)
+
+
+def draw_view(
+    image: np.ndarray,
+    spacing_mm: tuple[float, ...],
+    size: tuple[int, ...],
+    config: ViewsConfig,
+    seed: int,
+    content: object = None,
+) -> dict[str, torch.Tensor]:
+    transforms = view_transforms(config, size)
+    transforms.set_random_state(seed)
+    return run(transforms, {"image": image, "spacing_mm": spacing_mm, "content": content})
 
 
 @pytest.mark.parametrize("degrees", [0.0, 40.0])
@@ -65,43 +79,43 @@ def test_an_image_of_its_own_coordinates_shows_what_the_frame_says(
     last = (np.reshape(shape, step.shape) - 1) * step
 
     for seed in range(6):
-        view = draw_view(image, spacing_mm, size, config, np.random.default_rng(seed))
-        expected = voxel_positions(view.frame, size)
-        block = np.floor(np.linalg.norm(view.frame.numpy()[:, :-1], axis=1).reshape(step.shape) / step)
+        view = draw_view(image, spacing_mm, size, config, seed)
+        expected = voxel_positions(view["frame"], size)
+        block = np.floor(np.linalg.norm(view["frame"].numpy()[:, :-1], axis=1).reshape(step.shape) / step)
         margin = np.where(block > 1, 1.5 * block * step, 1e-4)  # at its edge an image is continued, not extrapolated
         is_inside = ((expected >= margin) & (expected <= last - margin)).all(axis=0)
 
         assert is_inside.mean() > 0.4
-        assert view.image.shape == (len(shape) + 1, *size)
-        assert np.abs(view.image.numpy()[:-1] - expected)[:, is_inside].max() < 2e-3
-        assert np.allclose(view.image.numpy()[-1][is_inside], 1, atol=1e-5)
+        assert view["image"].shape == (len(shape) + 1, *size)
+        assert np.abs(view["image"].numpy()[:-1] - expected)[:, is_inside].max() < 2e-3
+        assert np.allclose(view["image"].numpy()[-1][is_inside], 1, atol=1e-5)
 
 
 def test_all_of_an_image_at_its_own_size_is_the_image() -> None:
     image = np.random.default_rng(0).normal(size=(2, 6, 5)).astype(np.float32)
 
-    view = draw_view(image, (2.0, 3.0), (6, 5), WHOLE, np.random.default_rng(0))
+    view = draw_view(image, (2.0, 3.0), (6, 5), WHOLE, 0)
 
-    assert torch.allclose(view.image, torch.from_numpy(image), atol=1e-5)
-    assert view.frame.tolist() == [[2, 0, 0], [0, 3, 0]]
+    assert torch.allclose(view["image"], torch.from_numpy(image), atol=1e-5)
+    assert view["frame"].tolist() == [[2, 0, 0], [0, 3, 0]]
 
 
 def test_half_the_size_by_hand() -> None:
     """Voxel 0 of the view covers voxels 0 and 1 of the image, so its centre lies half a voxel from that of voxel 0."""
     image = np.arange(16, dtype=np.float32).reshape(1, 4, 4) + 1
 
-    view = draw_view(image, (1.0, 2.0), (2, 2), WHOLE, np.random.default_rng(0))
+    view = draw_view(image, (1.0, 2.0), (2, 2), WHOLE, 0)
 
-    assert view.image.tolist() == [[[3.5, 5.5], [11.5, 13.5]]]
-    assert view.frame.tolist() == [[2, 0, 0.5], [0, 4, 1]]
+    assert view["image"].tolist() == [[[3.5, 5.5], [11.5, 13.5]]]
+    assert view["frame"].tolist() == [[2, 0, 0.5], [0, 4, 1]]
 
 
 def test_mirroring_by_hand() -> None:
     image = np.arange(4, dtype=np.float32).reshape(1, 2, 2) + 1
     config = WHOLE.model_copy(update={"mirror_axes": (1,)})
 
-    views = [draw_view(image, (1.0, 2.0), (2, 2), config, np.random.default_rng(seed)) for seed in range(12)]
-    shown = {str(view.image.int().tolist()): view.frame.tolist() for view in views}
+    views = [draw_view(image, (1.0, 2.0), (2, 2), config, seed) for seed in range(12)]
+    shown = {str(view["image"].int().tolist()): view["frame"].tolist() for view in views}
 
     assert shown == {
         "[[[1, 2], [3, 4]]]": [[1, 0, 0], [0, 2, 0]],
@@ -115,7 +129,7 @@ def test_a_view_shows_a_share_of_the_content() -> None:
     image[0, 10:30, 5:25] = 1
     config = WHOLE.model_copy(update={"scale_range": (0.25, 0.25)})
 
-    frames = [draw_view(image, (1, 1), (20, 20), config, np.random.default_rng(seed)).frame for seed in range(30)]
+    frames = [draw_view(image, (1, 1), (20, 20), config, seed)["frame"] for seed in range(30)]
     offsets = np.array([frame.numpy()[:, -1] for frame in frames])
 
     assert all(frame[:, :-1].tolist() == [[0.5, 0], [0, 0.5]] for frame in frames)
@@ -129,21 +143,21 @@ def test_a_view_of_narrow_content_keeps_its_shape() -> None:
     """All of a content of 10 x 40 would be squeezed into a square view; it shows a square of 10 x 10 instead."""
     image = np.ones((1, 10, 40), np.float32)
 
-    view = draw_view(image, (1, 1), (5, 5), WHOLE, np.random.default_rng(0))
+    view = draw_view(image, (1, 1), (5, 5), WHOLE, 0)
 
-    assert view.frame[:, :-1].tolist() == [[2, 0], [0, 2]]
+    assert view["frame"][:, :-1].tolist() == [[2, 0], [0, 2]]
 
 
 def test_what_a_rotation_brings_in_from_outside_is_zero() -> None:
     image = np.ones((1, 30, 30), np.float32)
     config = WHOLE.model_copy(update={"rotation_degrees": 45.0})
 
-    view = draw_view(image, (1, 1), (30, 30), config, np.random.default_rng(2))
-    places = voxel_positions(view.frame, (30, 30))
+    view = draw_view(image, (1, 1), (30, 30), config, 2)
+    places = voxel_positions(view["frame"], (30, 30))
     is_outside = ((places < -0.51) | (places > 29.51)).any(axis=0)
 
     assert is_outside.sum() > 50
-    assert not view.image[0].numpy()[is_outside].any()
+    assert not view["image"][0].numpy()[is_outside].any()
 
 
 def test_intensities_change_and_zeros_stay() -> None:
@@ -152,21 +166,21 @@ def test_intensities_change_and_zeros_stay() -> None:
     changed = ViewsConfig(scale_range=(1, 1), aspect_range=(1, 1), mirror_axes=())
 
     for seed in range(5):
-        plain = draw_view(image, (1, 1), (24, 24), WHOLE, np.random.default_rng(seed), content=((0, 0), (24, 24)))
-        view = draw_view(image, (1, 1), (24, 24), changed, np.random.default_rng(seed), content=((0, 0), (24, 24)))
-        assert torch.equal(view.frame, plain.frame)
-        assert not torch.equal(view.image, plain.image)
-        assert not view.image[plain.image == 0].any()
+        plain = draw_view(image, (1, 1), (24, 24), WHOLE, seed, content=((0, 0), (24, 24)))
+        view = draw_view(image, (1, 1), (24, 24), changed, seed, content=((0, 0), (24, 24)))
+        assert torch.equal(view["frame"], plain["frame"])
+        assert not torch.equal(view["image"], plain["image"])
+        assert not view["image"][plain["image"] == 0].any()
 
 
 def test_the_image_is_not_changed_and_the_view_depends_on_the_generator_only() -> None:
     image = np.random.default_rng(0).normal(size=(1, 20, 20)).astype(np.float32)
     before = image.copy()
 
-    first, again = (draw_view(image, (1, 1), (16, 16), ViewsConfig(), np.random.default_rng(4)) for _ in range(2))
+    first, again = (draw_view(image, (1, 1), (16, 16), ViewsConfig(), 4) for _ in range(2))
 
-    assert torch.equal(first.image, again.image)
-    assert torch.equal(first.frame, again.frame)
+    assert torch.equal(first["image"], again["image"])
+    assert torch.equal(first["frame"], again["frame"])
     assert np.array_equal(image, before)
 
 
@@ -180,11 +194,11 @@ def test_cell_positions_by_hand() -> None:
 
 
 def test_cell_positions_of_a_map_as_large_as_the_view_are_its_voxels() -> None:
-    view = draw_view(np.ones((1, 9, 8, 7), np.float32), (1, 2, 3), (4, 5, 6), ViewsConfig(), np.random.default_rng(0))
+    view = draw_view(np.ones((1, 9, 8, 7), np.float32), (1, 2, 3), (4, 5, 6), ViewsConfig(), 0)
 
-    positions = cell_positions(view.frame[None], (4, 5, 6), (4, 5, 6))[0].numpy()
+    positions = cell_positions(view["frame"][None], (4, 5, 6), (4, 5, 6))[0].numpy()
 
-    assert np.allclose(positions.T.reshape(3, 4, 5, 6), voxel_positions(view.frame, (4, 5, 6)), atol=1e-4)
+    assert np.allclose(positions.T.reshape(3, 4, 5, 6), voxel_positions(view["frame"], (4, 5, 6)), atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ class Discs(SegmentationTask):
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
         while True:
             image = torch.randn(2, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(start))
-            yield {"image": image, "labels": (image[:, 0] > 1).to(torch.uint8)}
+            yield {"image": image, "label": (image[:, 0] > 1).to(torch.uint8)}
             start += 1
 
     def validate(self, weights: Mapping[str, Tensor]) -> Score:

@@ -51,11 +51,11 @@ class TinyTask:
             items = [torch.Generator().manual_seed(number) for number in range(first, first + self.batch_size)]
             image = torch.stack([torch.randn(1, 16, 16, generator=item) for item in items])
             self.before_step(start)
-            yield {"image": image, "labels": (image[:, 0] > 0.5).byte()}
+            yield {"image": image, "label": (image[:, 0] > 0.5).byte()}
             start += 1
 
     def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
-        return self._loss(self.model(batch["image"]), batch["labels"])
+        return self._loss(self.model(batch["image"]), batch["label"])
 
     def validate(self, weights: Mapping[str, Tensor]) -> Score:
         with borrowed(self.model, weights), torch.no_grad():
