@@ -33,8 +33,12 @@ from segkit.training.task import Batch, Score, Task
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = 2
-"""Of the checkpoint; 1 had epochs instead of steps in its journal."""
+_FORMAT = 3
+"""Of the checkpoint; 1 had epochs instead of steps in its journal, 2 is that of version 0.1 with its own patches."""
+_OTHER_PATCHES = (
+    "the run was started by segkit 0.1, whose random patches and views differ: it continues with those of this version, "
+    "so its weights will not be those of an uninterrupted run"
+)
 
 Row = dict[str, Any]
 """A line of metrics.jsonl: step, lr, loss; at the end of an epoch also its number, and scores after a validation."""
@@ -329,7 +333,9 @@ class Trainer:
             CheckpointError: another version of segkit wrote it.
             RequestError: network, groups of the optimiser, or number of ranks differ.
         """
-        if snapshot.get("format") != _FORMAT:
+        if snapshot.get("format") == _FORMAT - 1:
+            _log.warning("%s", _OTHER_PATCHES)
+        elif snapshot.get("format") != _FORMAT:
             remedy = "Continue with that version, or start a new run with --weights and this run folder"
             raise CheckpointError("the state of the run was written by another version of segkit", remedy=remedy)
         streams = snapshot["random"]
