@@ -36,8 +36,8 @@ _log = logging.getLogger(__name__)
 _FORMAT = 3
 """Of the checkpoint; 1 had epochs instead of steps in its journal, 2 is that of version 0.1 with its own patches."""
 _OTHER_PATCHES = (
-    "the run was started by segkit 0.1, whose random patches and views differ: it continues with those of this version, "
-    "so its weights will not be those of an uninterrupted run"
+    "the run was started by segkit 0.1, whose random patches and views differ: it continues with those of this "
+    "version, so its weights will not be those of an uninterrupted run"
 )
 
 Row = dict[str, Any]
