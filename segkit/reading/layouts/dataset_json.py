@@ -75,7 +75,10 @@ def _lists_images_as_written(path: Path) -> bool:
 
 
 def _inside(folder: Path, entry: object) -> Path | None:
-    """The path that an entry of `dataset.json` names; None where it is not a path, or outside the folder."""
+    """The path that an entry of `dataset.json` names; None where it is not a path, or outside the folder.
+
+    Backslashes are separators, as Windows writes them, unless there is a file with them in its name.
+    """
     if not isinstance(entry, str):
         return None
     try:  # the operating system accepts no other text, no NUL, and no name of more than 255 bytes
@@ -83,6 +86,8 @@ def _inside(folder: Path, entry: object) -> Path | None:
     except UnicodeEncodeError:
         return None
     path = Path(os.path.normpath(folder / entry)) if is_path else folder
+    if "\\" in entry and not (is_path and path.exists()):
+        return _inside(folder, entry.replace("\\", "/"))
     return path if path.is_relative_to(folder) and path != folder else None
 
 

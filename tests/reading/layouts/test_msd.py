@@ -110,3 +110,31 @@ def test_real_hippocampus(real_data: Path) -> None:
         {"Anterior": 1, "Posterior": 2},
     )
     assert all(case.label is not None for case in cohort.cases)
+
+
+def test_backslashes_of_windows_are_separators(task01: Path, volume: Write) -> None:
+    entry = {"image": r".\imagesTr\BRATS_001.nii.gz", "label": r"labelsTr\BRATS_001.nii.gz"}
+    odd = {"image": r"imagesTr\odd.nii.gz"}
+    document = dict(TASK01, training=[entry, odd, {"image": r"..\secret.nii.gz"}], test=[r"imagesTs\BRATS_485.nii.gz"])
+    (task01 / "dataset.json").write_text(json.dumps(document))
+    volume(r"imagesTr\odd.nii.gz", channels=4)  # here a name and not a folder
+    cohort = find_cases(task01)
+    paths = {case.id: case.images["t2f"].path.relative_to(task01).as_posix() for case in cohort.cases}
+    assert paths == {
+        "BRATS_001": "imagesTr/BRATS_001.nii.gz",
+        "BRATS_485": "imagesTs/BRATS_485.nii.gz",
+        r"imagesTr\odd": r"imagesTr\odd.nii.gz",
+    }
+    assert [case.label is not None for case in cohort.cases] == [True, False, False]
+    assert [r"..\\secret" in problem.found for problem in cohort.problems] == [True]
+
+
+def test_backslashes_in_the_list_of_nnunet(volume: Write, tmp_path: Path) -> None:
+    for name in ("images/a.nii.gz", "masks/a.nii.gz", "imagesTr/b_0000.nii.gz"):
+        volume(name, (1,))
+    listed = {"a": {"images": [r"images\a.nii.gz"], "label": r"masks\a.nii.gz"}}
+    document = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}, "dataset": listed}
+    (tmp_path / "dataset.json").write_text(json.dumps(document))
+    (case,) = find_cases(tmp_path, layout="nnunet").cases
+    assert case.label is not None
+    assert (case.images["CT"].path.name, case.label.path.parent.name) == ("a.nii.gz", "masks")
