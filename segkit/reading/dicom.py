@@ -7,7 +7,7 @@ dates and numbers are not.
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from segkit.errors import DataError
+from segkit.errors import DataError, some
 from segkit.reading.dicom_check import DicomFile, check_dicom
 from segkit.reading.geometry import format_size
 from segkit.reading.itk import LPS_TO_RAS, image_reader
@@ -38,7 +38,7 @@ FEWEST_SLICES = 4
 
 _POSITION, _ORIENTATION = "0020|0032", "0020|0037"
 _PIXEL_SPACING, _IMAGER_SPACING = "0028|0030", "0018|1164"
-_INTERCEPT, _SLOPE, _FRAMES = "0028|1052", "0028|1053", "0028|0008"
+_INTERCEPT, _SLOPE, _FRAMES, _INSTANCE = "0028|1052", "0028|1053", "0028|0008", "0008|0018"
 _AT_DETECTOR = "there is no PixelSpacing; ImagerPixelSpacing, measured at the detector and a little larger, is taken"
 _FRAME_GROUPS = (
     *("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence"),
@@ -66,6 +66,8 @@ class _Slice:
     scale: tuple[float, float]
     is_at_detector: bool
     """Whether the spacing is that of the detector, for want of another."""
+    instance: str = ""
+    """SOPInstanceUID, which identifies a file of its own."""
 
     @property
     def normal(self) -> NDArray[np.float64]:
@@ -160,8 +162,8 @@ def frames_of(source: Path) -> list[Frame]:
 def _frames_and_grid(source: Path) -> tuple[list[Frame], Grid]:
     paths = _files_of_series(source) if source.is_dir() else [source]
     if len(paths) > 1:
-        slices = [_slice_of_file(path) for path in paths]
-        order, grid = _regular_grid(source, slices)
+        paths, slices, notes = _distinct_slices(paths)
+        order, grid = _regular_grid(source, slices, notes)
         refuse_implausible(source, grid.shape, bytes_per_voxel=0, stored_bytes=0, is_compressed=True)
         return [Frame(paths[index], scale=slices[index].scale) for index in order], grid
     path = paths[0]
@@ -193,6 +195,21 @@ def _files_of_series(folder: Path) -> list[Path]:
     return next(iter(series.values()))
 
 
+def _distinct_slices(paths: Sequence[Path]) -> tuple[list[Path], list[_Slice], list[str]]:
+    """The files with their slices, without those that repeat the slice of another file, and a note on these."""
+    slices: dict[object, tuple[Path, _Slice]] = {}
+    repeated = []
+    for path in paths:
+        one = _slice_of_file(path)
+        # Some programs that remove names give one number to all slices, which are not the same.
+        key = (one.instance, *one.position.tolist()) if one.instance else path
+        if slices.setdefault(key, (path, one))[0] != path:
+            repeated.append(path.name)
+    note = f"slices stored twice (with equal SOPInstanceUID) are used once; not used: {some(repeated)}"
+    kept, found = zip(*slices.values(), strict=True)
+    return list(kept), list(found), [note] if repeated else []
+
+
 def _slice_of_file(path: Path) -> _Slice:
     with as_data_errors(path):
         reader, checked = _read_header(path)
@@ -206,7 +223,8 @@ def _slice_of_file(path: Path) -> _Slice:
         axes, scale = np.reshape(orientation, (2, 3)), ((slope or [1.0])[0], (intercept or [0.0])[0])
         is_there = reader.HasMetaDataKey(_PIXEL_SPACING)  # where it is empty, ITK does not read the voxels
         spacing_mm = _spacing_mm(path, spacing if is_there else imager)
-        return _Slice(np.array(position), axes, spacing_mm, reader.GetSize()[:2], scale, not spacing)
+        instance = reader.GetMetaData(_INSTANCE) if reader.HasMetaDataKey(_INSTANCE) else ""
+        return _Slice(np.array(position), axes, spacing_mm, reader.GetSize()[:2], scale, not spacing, instance.strip())
 
 
 def _spacing_mm(path: Path, between: Sequence[float]) -> tuple[float, float]:
@@ -261,7 +279,7 @@ def _slices_of_frames(path: Path) -> list[_Slice]:
     return slices
 
 
-def _regular_grid(where: Path, slices: Sequence[_Slice]) -> tuple[list[int], Grid]:
+def _regular_grid(where: Path, slices: Sequence[_Slice], notes: Iterable[str] = ()) -> tuple[list[int], Grid]:
     """The order of the slices along their normal, and the grid they form; DataError where they form none.
 
     The third axis is taken from the first and last position, so that a tilted gantry gives a sheared affine that is
@@ -282,7 +300,7 @@ def _regular_grid(where: Path, slices: Sequence[_Slice]) -> tuple[list[int], Gri
     affine: Affine = LPS_TO_RAS @ to_lps
     if not is_usable(affine):
         raise _no_position(where)
-    notes = (_AT_DETECTOR,) if any(one.is_at_detector for one in slices) else ()
+    notes = (*notes, *([_AT_DETECTOR] if any(one.is_at_detector for one in slices) else []))
     return order, Grid((*first.shape, len(slices)), affine, source=where, notes=notes)
 
 
