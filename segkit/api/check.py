@@ -42,10 +42,9 @@ class DataCheck:
 
     @property
     def is_usable(self) -> bool:
-        """Whether every case and the folder can be used as they are."""
-        return all(case.is_usable for case in self.cases) and not any(
-            problem.is_fatal for problem in self.cohort.problems
-        )
+        """Whether every case and the folder can be used as they are, and no image belongs to no case."""
+        is_any_fatal = any(problem.is_fatal for problem in self.cohort.problems)
+        return all(case.is_usable for case in self.cases) and not is_any_fatal and not self.cohort.left_out
 
     def all_problems(self) -> list[Problem]:
         """Those of the folder and of its cases, fatal ones first."""
@@ -59,6 +58,7 @@ class DataCheck:
             "label_scheme": None if self.cohort.scheme is None else self.cohort.scheme.to_json(),
             "cases": [case.to_json() for case in self.cases],
             "problems": [problem.to_json() for problem in self.problems],
+            "files": dict(self.cohort.files),
             "estimate": self.estimate,
             "next_command": self.next_command,
         }

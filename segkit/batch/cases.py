@@ -75,7 +75,8 @@ def choose_cases(cohort: Cohort, case_ids: Sequence[str] | None) -> Cohort:
             hints.append(f"{case_id!r}" + (f" (nearest: {', '.join(near)})" if near else ""))
         found = f"{len(unknown)} of the requested cases do not exist: {'; '.join(hints)}"
         raise RequestError(found, where=cohort.root, remedy="`segkit check` lists the cases")
-    return replace(cohort, cases=tuple(known[case_id] for case_id in dict.fromkeys(case_ids)))
+    problems = tuple(replace(problem, left_out=()) for problem in cohort.problems)  # the user has chosen
+    return replace(cohort, cases=tuple(known[case_id] for case_id in dict.fromkeys(case_ids)), problems=problems)
 
 
 def take_part(cohort: Cohort, parts: int, part_id: int) -> tuple[Cohort, str | None]:

@@ -46,7 +46,7 @@ def run_folder(
     for folder in (output, *output.glob("*/")):
         remove_leftovers(folder)
     for problem in cohort.problems:
-        _log.info("%s", problem)
+        _log.log(logging.WARNING if problem.left_out else logging.INFO, "%s", problem)
     manifest.replacing = {plan.case.id for plan in plans if any(path.exists() for path in plan.paths("results"))}
     try:
         manifest.add(*decided)
@@ -81,6 +81,7 @@ def open_manifest(
         RequestError: the folder has the manifest of another task.
     """
     facts = {**task.facts(model), "environment": environment()}
+    facts |= {"files": dict(cohort.files), "left_out": list(cohort.left_out)}
     if data is not None:
         facts["data"] = way_to(data, output)
     return Manifest(output, (case.id for case in cohort.cases), facts, task.identity, part, task=task.name)

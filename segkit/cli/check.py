@@ -79,6 +79,9 @@ def _print_report(found: DataCheck) -> None:
         [_row(report) for report in sorted(shown, key=lambda report: report.case)],
     )
     _print_problems(found.all_problems())
+    words = {"images": "images", "references": "references", "companions": "other images", "others": "other files"}
+    counts = [f"{cohort.files[name]} {word}" for name, word in words.items() if cohort.files.get(name)]
+    print_stdout(f"Files: {', '.join(counts)}; left out: {len(cohort.left_out)}")
     if found.estimate is not None:
         needs = found.estimate
         print_stdout(f"Training needs about {needs['memory_gb']:g} GB and {needs['minutes']:g} minutes")

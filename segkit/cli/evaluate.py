@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from segkit.api.evaluate import evaluate as score
-from segkit.cli.options import JsonOption, print_json, print_stderr, print_table, verb
+from segkit.cli.options import JsonOption, print_json, print_left_out, print_stderr, print_table, verb
 
 if TYPE_CHECKING:
     from segkit.evaluation.scores import Evaluation
@@ -49,7 +49,8 @@ if TYPE_CHECKING:
 def evaluate(json: JsonOption = False, quiet: bool = False, **options: Any) -> None:
     """Score masks against references per case and region: Dice (F1), HD95, NSD, and lesion by lesion.
 
-    Exit code 1 where a case could not be scored, 2 where the request is wrong.
+    Exit code 1 where a case could not be scored, or files of the references belong to no case; 2 where the request is
+    wrong.
     """
     evaluation = score(**options)
     if json:
@@ -59,7 +60,8 @@ def evaluate(json: JsonOption = False, quiet: bool = False, **options: Any) -> N
     if not quiet:
         for note in evaluation.notes():
             print_stderr(note, style="yellow")
-    if evaluation.errors:
+    print_left_out(evaluation.pairing.left_out)
+    if evaluation.errors or evaluation.pairing.left_out:
         raise typer.Exit(1)
 
 

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from segkit.api import folder as api
-from segkit.cli.options import DryRunOption, JsonOption, console, print_json, print_stderr, print_table, verb
+from segkit.cli.options import (
+    DryRunOption,
+    JsonOption,
+    console,
+    print_json,
+    print_left_out,
+    print_stderr,
+    print_table,
+    verb,
+)
 from segkit.errors import on_one_line
 
 if TYPE_CHECKING:
@@ -118,18 +127,20 @@ class FolderScreen:
 
         Raises:
             RequestError: something asked for is not there or does not fit.
-            typer.Exit: code 1 where a case failed.
+            typer.Exit: code 1 where a case failed, or an image belongs to no case.
         """
+        left_out = folder.cohort.left_out
+        print_left_out(left_out)
         if dry_run:
             self._print_plan(*folder.plan(), as_json=as_json)
             return
         if not quiet:
             print_stderr(self.announce(folder.task))
-        with CaseProgress(self.doing, len(folder.cohort.cases), is_quiet=quiet) as progress:
+        with CaseProgress(self.doing, len(folder.cohort.cases), len(left_out), is_quiet=quiet) as progress:
             document = folder.run(progress.show)
         if as_json:
             print_json(document)
-        if document["summary"]["failed"]:
+        if document["summary"]["failed"] or left_out:
             raise typer.Exit(1)
 
     def _print_plan(self, plans: Sequence[Any], decided: Sequence[CaseRecord], *, as_json: bool) -> None:
@@ -146,11 +157,12 @@ class FolderScreen:
 class CaseProgress:
     """How far a run over cases is: a bar on a terminal, one line a case elsewhere; failures are named in both."""
 
-    def __init__(self, doing: str, total: int, *, is_quiet: bool) -> None:
+    def __init__(self, doing: str, total: int, left_out: int = 0, *, is_quiet: bool) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.doing = doing
         self.total = total
+        self.left_out = left_out
         self.counts = {"done": 0, "skipped": 0, "failed": 0}
         self.is_quiet = is_quiet
         self.console = console()
@@ -166,7 +178,8 @@ class CaseProgress:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
         if not self.is_quiet:
-            print_stderr(", ".join(f"{count} {status}" for status, count in self.counts.items()), above=self.console)
+            counts = self.counts | ({"left out": self.left_out} if self.left_out else {})
+            print_stderr(", ".join(f"{count} {status}" for status, count in counts.items()), above=self.console)
 
     def show(self, record: CaseRecord) -> None:
         """Count a case that ended, and print a line about it."""

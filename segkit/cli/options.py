@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from segkit.errors import RequestError, on_one_line, printable
+from segkit.errors import RequestError, on_one_line, printable, some
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -158,6 +158,13 @@ def print_stdout(text: str) -> None:
 def print_stderr(text: str, style: str = "", *, above: Console | None = None) -> None:
     """Print lines on standard error, above the progress bar if `above` is its console; see `print_stdout`."""
     (above or console()).print(printable(text), style=style, soft_wrap=True)
+
+
+def print_left_out(names: Sequence[str]) -> None:
+    """Print the files that belong to no case on standard error, if there are any."""
+    if names:
+        files = "file belongs" if len(names) == 1 else "files belong"
+        print_stderr(f"left out: {len(names)} {files} to no usable case: {some(names)}", style="red")
 
 
 def read_modalities(pairs: list[str] | None) -> dict[str, str] | None:

@@ -14,7 +14,16 @@ import typer
 
 import segkit.api.training as api
 from segkit.cli import options
-from segkit.cli.options import console, print_json, print_stderr, print_stdout, print_table, set_verbosity, verb
+from segkit.cli.options import (
+    console,
+    print_json,
+    print_left_out,
+    print_stderr,
+    print_stdout,
+    print_table,
+    set_verbosity,
+    verb,
+)
 from segkit.errors import RequestError, on_one_line
 from segkit.runtime import process_place
 
@@ -152,9 +161,10 @@ class TrainingScreen:
             print_json(summary.to_json())
         elif not self.quiet:
             show(summary)
-        if summary.skipped:
-            for reason in summary.skipped.values():
-                print_stderr(f"left out: {reason}")
+        for reason in summary.skipped.values():
+            print_stderr(f"left out: {reason}")
+        print_left_out(summary.left_out)
+        if summary.skipped or summary.left_out:
             raise typer.Exit(1)
 
 

@@ -49,7 +49,8 @@ class Pairing:
 
     `scheme` is that of the references. `surplus` are predictions without a reference. `ambiguous` maps a case id to a
     sentence where several files could be its prediction, or where one could be that of several cases. `notes` are
-    sentences that a reader of the scores must know. `sources` are the paths of "predictions" and "references".
+    sentences that a reader of the scores must know. `left_out` are files of the references that belong to no case.
+    `sources` are the paths of "predictions" and "references".
     """
 
     pairs: tuple[Pair, ...]
@@ -58,6 +59,7 @@ class Pairing:
     surplus: tuple[Path, ...] = ()
     ambiguous: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
     sources: Mapping[str, Path] = field(default_factory=dict)
 
 
@@ -88,7 +90,7 @@ def pair_folders(
     """
     if challenge is not None and challenge not in CHALLENGES:
         raise RequestError(f"unknown challenge {challenge!r}", expected="one of " + ", ".join(CHALLENGES))
-    cases, scheme, notes = _references(references, label_scheme, challenge)
+    cases, scheme, notes, left_out = _references(references, label_scheme, challenge)
     cases = _chosen(cases, case_ids, references)
     _require_fitting(challenge, PLAIN_CLASSES if scheme is None else scheme.name)
     found, ambiguous, surplus = _find_predictions(cases, predictions, references)
@@ -105,8 +107,8 @@ def pair_folders(
     pairs = tuple(Pair(case, found.get(case.id), declared.get(case.id, default)) for case in cases)
     challenge = challenge or challenge_of(case.id for case in cases)
     sources = {"predictions": predictions, "references": references}
-    surplus = () if case_ids else surplus
-    return Pairing(pairs, scheme or classes, challenge, surplus, ambiguous, tuple(notes), sources)
+    surplus, left_out = ((), ()) if case_ids else (surplus, left_out)
+    return Pairing(pairs, scheme or classes, challenge, surplus, ambiguous, tuple(notes), left_out, sources)
 
 
 def challenge_of(case_ids: Iterable[str]) -> str | None:
@@ -120,8 +122,8 @@ def challenge_of(case_ids: Iterable[str]) -> str | None:
 
 def _references(
     root: Path, label_scheme: str | None, challenge: str | None
-) -> tuple[list[Case], LabelScheme | None, list[str]]:
-    """The cases with a reference below `root`, the scheme they share (None: classes without names), and notes."""
+) -> tuple[list[Case], LabelScheme | None, list[str], tuple[str, ...]]:
+    """The cases with a reference below `root`, the scheme they share (None: classes without names), notes, left out."""
     cohort = _labelled_cohort(root, label_scheme)
     if cohort is None and (root.parent / "dataset.json").is_file():  # `labelsTr`, for example: the dataset has names
         cohort = _labelled_cohort(root.parent, label_scheme)
@@ -131,14 +133,14 @@ def _references(
     if cohort is None:
         cases, notes = _bare_masks(root)
         if label_scheme is not None:
-            return cases, _known_scheme(label_scheme), notes
+            return cases, _known_scheme(label_scheme), notes, ()
         declared = {scheme.name: scheme for scheme in _schemes_in(root).values()}
         inferred = declared.popitem()[1] if len(declared) == 1 else _only_scheme(challenge) or _scheme_of_ids(cases)
-        return cases, inferred, notes
+        return cases, inferred, notes, ()
     cases, scheme = list(cohort.cases), cohort.scheme
     is_nameless = scheme is not None and scheme == classes_scheme(PLAIN_CLASSES, _class_names(scheme.values.values()))
     if is_nameless or (label_scheme is not None and _known_scheme(label_scheme) is None):
-        return cases, None, []
+        return cases, None, [], cohort.left_out
     scheme = scheme or _only_scheme(challenge)
     if scheme is None and _values_in(case.label for case in cases if case.label) - {0}:
         reasons = "; ".join(str(problem) for problem in cohort.problems if problem.is_fatal)
@@ -147,7 +149,7 @@ def _references(
             where=root,
             remedy=f"Name it with --label-scheme: {', '.join(SCHEMES)} or {PLAIN_CLASSES}",
         )
-    return cases, scheme, []
+    return cases, scheme, [], cohort.left_out
 
 
 def _labelled_cohort(root: Path, label_scheme: str | None) -> Cohort | None:

@@ -4,9 +4,10 @@ File names are split into tokens at `-`, `_`, `.` and spaces and compared in low
 tried first (`T2-FLAIR` before `FLAIR`). Synonyms: those of BraTS 2012-2026, UPENN-GBM, BIDS and clinical exports.
 """
 
+import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from segkit.errors import DataError, Problem
@@ -43,6 +44,8 @@ _KIND_OF: dict[tuple[str, ...], str] = {
 _LONGEST = max(len(sequence) for sequence in _KIND_OF)
 _UNSPECIFIC = ("image", "mr", "mri")
 """Modalities of a model that name no sequence."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,34 @@ class Cohort:
     problems: tuple[Problem, ...] = ()
     dims: int = 3
     licence: str | None = None
+    files: Mapping[str, int] = field(default_factory=dict)
+    """How many files of the folder are images and references of cases, other images, and no images."""
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """The files that belong to no usable case, see `Problem.left_out`; relative to the folder."""
+        paths = (Path(path) for problem in self.problems for path in problem.left_out)
+        inside = (path.relative_to(self.root) if path.is_relative_to(self.root) else Path(path.name) for path in paths)
+        return tuple(dict.fromkeys(path.as_posix() for path in inside))
+
+
+def usable_only(cohort: Cohort, excluded: Collection[str] = ()) -> Cohort:
+    """The cohort without the `excluded` cases, and without those that have a fatal problem, which are `left_out`.
+
+    The problems of all other cases, and those that leave out files, are logged.
+    """
+    cases = [case for case in cohort.cases if case.id not in excluded]
+    lost = [
+        replace(problem, left_out=tuple(str(file.path) for file in case.images.values()))
+        for case in cases
+        for problem in case.problems
+        if problem.is_fatal
+    ]
+    of_cases = [problem for case in cases for problem in case.problems]
+    for problem in (*(problem for problem in cohort.problems if problem.left_out), *of_cases):
+        _log.warning("%s", problem)
+    usable = tuple(case for case in cases if not any(problem.is_fatal for problem in case.problems))
+    return replace(cohort, cases=usable, problems=(*cohort.problems, *lost))
 
 
 def is_file_name(text: str) -> bool:

@@ -74,7 +74,8 @@ def train(request: TrainingRequest[ConfigT], kind: Kind[ConfigT, TaskT]) -> Summ
             )
             scores = kind.score(plan, task, before)
             minutes = (time.monotonic() - request.started_s) / 60
-            summary = Summary(run, scores, state.step, minutes, peak_rss_mb(), skipped)
+            left_out = tuple(name for split in plan.data for name in split.cohort.left_out)
+            summary = Summary(run, scores, state.step, minutes, peak_rss_mb(), skipped, left_out)
             if ranks.is_first:
                 estimate = {f"estimated_{key}": value for key, value in plan.estimate.items()}
                 folder.write_json(run / folder.SCORES_NAME, {**summary.to_json(), **estimate})
@@ -234,10 +235,12 @@ def summarise_folds(run: Path, folds: Sequence[Mapping[str, Any]], minutes: floa
     cases: dict[str, Any] = {}
     postprocessed: dict[str, Any] = {}
     skipped: dict[str, str] = {}
+    left_out: dict[str, None] = {}
     for fold in folds:
         cases |= fold["cases"]
         skipped |= fold["skipped"]
+        left_out |= dict.fromkeys(fold.get("left_out", ()))
         postprocessed |= (fold.get("postprocessed") or fold)["cases"]
     is_any = any(fold.get("postprocessed") for fold in folds)
     scores = dice_scores(cases, postprocessed if is_any else None)
-    return Summary(run, scores, sum(fold["steps"] for fold in folds), minutes, peak_rss_mb(), skipped)
+    return Summary(run, scores, sum(fold["steps"] for fold in folds), minutes, peak_rss_mb(), skipped, tuple(left_out))

@@ -17,7 +17,7 @@ from segkit.preparing.fingerprint import Fingerprint, take_fingerprint
 from segkit.preparing.lesion_bank import find_copies
 from segkit.preparing.plan import CandidateNetwork, Plan, PlanningRequest, plan_training, prepared_shapes
 from segkit.preparing.splits import train_and_validation
-from segkit.reading.case import Case, Cohort
+from segkit.reading.case import Case, Cohort, usable_only
 from segkit.reading.layouts.table import find_cases
 from segkit.runtime import available_memory_gb, process_place
 from segkit.training.config import NetworkConfig, TrainConfig, with_values
@@ -113,13 +113,10 @@ def find_cohort(request: TrainingRequest[TrainConfig]) -> Cohort:
     patients = {case.patient for case in cohort.cases if case.id in excluded}
     if related := [case.id for case in cases if case.patient in patients]:
         _log.warning("excluded cases have others of the same patient in training; exclude these too: %s", some(related))
-    for case in cases:
-        for problem in case.problems:
-            _log.warning("%s", problem)
-    usable = tuple(case for case in cases if not any(problem.is_fatal for problem in case.problems))
-    if not usable:
+    usable = usable_only(cohort, excluded)
+    if not usable.cases:
         raise RequestError("no case is left to train on", where=request.data[0], remedy="See `segkit check`")
-    return replace(cohort, cases=usable)
+    return usable
 
 
 def planning_request(config: TrainConfig) -> PlanningRequest:

@@ -67,6 +67,8 @@ class Summary:
     peak_rss_mb: float
     skipped: Mapping[str, str]
     """Why cases were left out, by id."""
+    left_out: tuple[str, ...] = ()
+    """Files that belong to no usable case, see `Cohort.left_out`."""
 
     def to_json(self) -> dict[str, Any]:
         """The document printed by `--json` and written to validation.json."""
@@ -77,6 +79,7 @@ class Summary:
             "minutes": round(self.minutes, 2),
             "peak_rss_mb": round(self.peak_rss_mb),
             "skipped": dict(self.skipped),
+            "left_out": list(self.left_out),
         }
 
 

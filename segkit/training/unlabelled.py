@@ -17,7 +17,7 @@ from segkit.preparing.fingerprint import take_fingerprint
 from segkit.preparing.plan import plan_preprocessing
 from segkit.preparing.preprocessing import PreprocessingConfig
 from segkit.preparing.splits import train_and_validation
-from segkit.reading.case import Case, Cohort
+from segkit.reading.case import Cohort, usable_only
 from segkit.training.config import DataConfig, NetworkConfig, RunConfig
 from segkit.training.folder import SCORES_NAME, read_object, write_json
 from segkit.training.task import Kind, RunPlan, SplitData, Task, TrainingRequest
@@ -115,7 +115,8 @@ def find_split(
         DataError: no case can be read.
         RequestError: no case is left.
     """
-    cases = tuple(case for case in cohort.cases if _is_usable(case, data.exclude))
+    cohort = usable_only(cohort, data.exclude)
+    cases = cohort.cases
     if not cases:
         raise RequestError("no case is left to learn from", where=folder, remedy="See `segkit check`")
     if not keeps_references:
@@ -143,13 +144,6 @@ def require_same_modalities(data: Sequence[SplitData], remedy: str) -> None:
     if len(names) > 1:
         shown = " and ".join(", ".join(modalities) for modalities in sorted(names))
         raise RequestError(f"the folders have different modalities: {shown}", remedy=remedy)
-
-
-def _is_usable(case: Case, excluded: Sequence[str]) -> bool:
-    fatal = [problem for problem in case.problems if problem.is_fatal]
-    for problem in fatal:
-        _log.warning("left out: %s", problem)
-    return not fatal and case.id not in set(excluded)
 
 
 def choose_dims(

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image as Picture
 
-from segkit.batch.cases import find_input
+from segkit.batch.cases import choose_cases, find_input
 from segkit.batch.runner import run_folder
 from segkit.batch.segment import Segment
 from segkit.batch.worker import CaseWorker, LocalExecutor
-from segkit.errors import RequestError
+from segkit.errors import RequestError, warning
 from segkit.inference.predictor import Predictor
 from segkit.inference.sliding_window import Slab
 from segkit.labels import SCHEMES, classes_scheme
@@ -336,3 +336,20 @@ def test_without_workers_no_thread_is_started(
     assert started == []
     run_folder(Segment(predictor), find_input(data), tmp_path / "some", executor=LocalExecutor(1))
     assert len(started) >= 2
+
+
+def test_images_that_belong_to_no_case_are_in_the_manifest_unless_cases_were_chosen(
+    make_run: MakeRun, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cohort = find_input(data)
+    assert cohort.files == {"images": 3, "references": 0, "left_out": 0, "companions": 0, "others": 0}
+    stray = data / "notes" / "stray.nii.gz"
+    problem = warning(data, "1 file left out, which fits no case: stray.nii.gz")
+    cohort = replace(cohort, problems=(replace(problem, left_out=(str(stray), str(stray))),))
+    manifest = run_folder(Segment(Predictor.load(make_run())), cohort, tmp_path / "out")
+    assert manifest["left_out"] == ["notes/stray.nii.gz"]
+    assert manifest["files"]["images"] == 3
+    (record,) = [one for one in caplog.records if "stray.nii.gz" in one.getMessage()]
+    assert record.levelname == "WARNING"
+    assert choose_cases(cohort, None).left_out == ("notes/stray.nii.gz",)
+    assert choose_cases(cohort, ["BraTS2021_00002"]).left_out == ()

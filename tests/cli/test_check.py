@@ -44,7 +44,7 @@ def test_json_is_the_contract_and_nothing_else(tmp_path: Path, capsys: pytest.Ca
     code, out, _ = _check(capsys, str(root), "--json")
     document = json.loads(out)
     assert code == 0
-    assert list(document) == ["layout", "label_scheme", "cases", "problems", "estimate", "next_command"]
+    assert list(document) == ["layout", "label_scheme", "cases", "problems", "files", "estimate", "next_command"]
     assert document["layout"] == "brats2021"
     assert document["label_scheme"] == {"name": "brats2017", "labels": {"NCR": 1, "ED": 2, "ET": 4}}
     assert document["cases"][0]["labels"] == [1, 2, 4]

@@ -80,7 +80,22 @@ def find_cases(
         cohort = replace(cohort, cases=(replace(cohort.cases[0], id=name, patient=name),))
     if scheme is not None and scheme.name == PLAIN_CLASSES:
         cohort = _with_plain_classes(cohort, scheme.ignore)
+    cohort = replace(cohort, files=_count_files(listing, cohort))
     return _labelled_only(cohort) if require_labels else cohort
+
+
+def _count_files(listing: Listing, cohort: Cohort) -> dict[str, int]:
+    images = {image.path for case in cohort.cases for image in case.images.values()}
+    references = {case.label.path for case in cohort.cases if case.label is not None}
+    companions = set(listing.images) - images - references
+    left_out = len({path for problem in cohort.problems for path in problem.left_out} & set(map(str, companions)))
+    return {
+        "images": len(images),
+        "references": len(references),
+        "left_out": left_out,
+        "companions": len(companions) - left_out,
+        "others": len(listing.others),
+    }
 
 
 def recognise(listing: Listing) -> list[tuple[float, Layout]]:
