@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from segkit.errors import RequestError, SegkitError, is_memory_error
 
@@ -96,14 +96,19 @@ def may_have_gpu() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*")) or any(Path("/dev", name).exists() for name in ("kfd", "dxg"))
 
 
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of the forward pass: "auto" is bfloat16 on a GPU that supports it and float32 elsewhere."""
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+def pick_precision(name: Literal["auto", Precision], device: torch.device) -> Precision:
+    """The precision of the forward pass: "auto" is bf16 on processors and GPUs that compute it natively, else fp32."""
     import torch
 
-    if name == "auto":
-        is_fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if is_fast else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    can: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return "bf16" if can.get("avx512_bf16") or can.get("amx_bf16") else "fp32"
 
 
 def seed_everything(seed: int) -> None:

@@ -35,10 +35,17 @@ def test_absent_device_is_refused_with_a_remedy() -> None:
         pick_device("cuda")
 
 
-def test_precision_on_a_cpu_is_full_unless_asked() -> None:
-    cpu = torch.device("cpu")
-    assert pick_precision("auto", cpu) == torch.float32
-    assert pick_precision("bf16", cpu) == torch.bfloat16
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({}, "fp32"), ({"avx512_f": True}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16")],
+)
+def test_auto_is_bf16_on_processors_that_compute_it(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert pick_precision("auto", torch.device("cpu")) == expected
+    assert pick_precision("fp32", torch.device("cpu")) == "fp32"
+    assert pick_precision("auto", torch.device("mps")) == "fp32"
 
 
 _FREES_A_LARGE_BLOCK = """

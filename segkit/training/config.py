@@ -106,7 +106,8 @@ class LoopConfig(Config):
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
     """Decay per step of the moving average of the weights, which is validated and saved; 0: no average."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Precision of the forward pass; auto: bf16 on GPUs that support it."""
+    """Precision of the forward pass; auto: bf16 where it is native (GPUs since 2020, CPUs with avx512_bf16 or AMX),
+    else fp32. A resumed run keeps its precision."""
     rank_timeout_s: float = Field(default=600.0, gt=0)
     """Longest time that one of several processes may block the others, in a step or a validation case."""
     sharding: Literal["auto", "none", "full"] = "auto"

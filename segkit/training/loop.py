@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 
 from segkit.checkpoint.tensors import load_state, save_state
 from segkit.errors import CheckpointError, RequestError, TrainingError
-from segkit.runtime import pick_precision, random_states, seed_everything, set_random_states
+from segkit.models.kernels.convolutions import SmallMapsInFloat32
+from segkit.runtime import Precision, pick_precision, random_states, seed_everything, set_random_states
 from segkit.training import sharding
 from segkit.training.batches import drawn_from, is_lost_worker, to_device
 from segkit.training.config import LoopConfig, OptimiserConfig
@@ -255,7 +257,7 @@ class Trainer:
     ) -> None:
         self.task, self.training, self.optimisation = task, training, optimisation
         self.device, self.ranks = device, ranks
-        self.precision = pick_precision(training.precision, device)
+        self.set_precision(ranks.from_first(lambda: pick_precision(training.precision, device)))
         self.shards: sharding.Shards | None = None
         if training.sharding == "full":
             sharding.require_units(task.model, self.precision, ranks)
@@ -267,7 +269,14 @@ class Trainer:
             seed_everything(training.seed + ranks.rank)  # ranks differ in dropout
         self.optimiser = build_optimiser(task.model, optimisation)
         self.average = MovingAverage(task.model, training.ema_decay) if training.ema_decay else None
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
+
+    def set_precision(self, name: Precision) -> None:
+        """Compute the forward pass in this precision; fp16 needs scaled losses."""
+        self.precision = name
+        dtype = torch.float16 if name == "fp16" else torch.bfloat16
+        self.autocast = partial(torch.autocast, self.device.type, dtype, enabled=name != "fp32")
+        self.guarding = SmallMapsInFloat32() if name == "bf16" and self.device.type == "cpu" else nullcontext()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=name == "fp16")
 
     def step(self, batches: Iterator[Batch], lr: float) -> float:
         """One optimisation step on `accumulate` batches; returns the mean loss over batches and ranks.
@@ -281,9 +290,8 @@ class Trainer:
         for number in range(1, count + 1):
             batch = to_device(next(batches), self.device)
             self.ranks.mark("computing")
-            is_full = self.precision == torch.float32
-            with sharding.accumulating(self.loss, is_last=number == count):
-                with nullcontext() if is_full else torch.autocast(self.device.type, self.precision):
+            with self.guarding, sharding.accumulating(self.loss, is_last=number == count):
+                with self.autocast():
                     loss = self.loss(batch) / count
                 torch.autograd.backward(self.scaler.scale(loss))
             total += float(loss.detach()) / self.ranks.size
@@ -322,6 +330,7 @@ class Trainer:
             "format": _FORMAT,
             "progress": {**vars(state), "row": unfinished or {}},
             **sharding.whole_for_first(tensors, self.ranks),
+            "precision": self.precision,
             "scaler": self.scaler.state_dict(),
             "random": self.ranks.exchange(random_states(self.device)),
         }
@@ -353,6 +362,9 @@ class Trainer:
         listed = (parameter for group in self.optimiser.param_groups for parameter in group["params"])
         state = sharding.parts_like(moments["state"], dict(enumerate(listed)))
         restore_optimiser(self.optimiser, {**moments, "state": state})
+        if self.training.precision == "auto":  # version 0.1, which does not name it, chose fp32 on every CPU
+            before = "fp32" if self.device.type == "cpu" else self.precision
+            self.set_precision(snapshot.get("precision", before))
         self.scaler.load_state_dict(snapshot["scaler"])
         if self.ranks.rank < len(streams):
             set_random_states(streams[self.ranks.rank], self.device)

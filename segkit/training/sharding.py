@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from segkit.errors import RequestError, some
 from segkit.losses.global_batch import spread_batch
+from segkit.runtime import Precision
 from segkit.training.distributed import Ranks
 from segkit.training.task import Batch, Task
 
@@ -57,7 +58,7 @@ def accumulating(loss: nn.Module, *, is_last: bool) -> AbstractContextManager[ob
     return nullcontext() if is_last or not isinstance(loss, DistributedDataParallel) else loss.no_sync()
 
 
-def require_units(network: nn.Module, precision: torch.dtype, ranks: Ranks) -> None:
+def require_units(network: nn.Module, precision: Precision, ranks: Ranks) -> None:
     """Check that a network can be sharded.
 
     Raises:
@@ -70,7 +71,7 @@ def require_units(network: nn.Module, precision: torch.dtype, ranks: Ranks) -> N
         found = f"training.sharding=full does not know the units of {type(network).__name__}"
         expected = "stunet, whose sizes L and H need it"
         raise RequestError(found, expected=expected, remedy="Set training.sharding=none")
-    if precision == torch.float16:
+    if precision == "fp16":
         raise RequestError("training.sharding=full does not support fp16", remedy="Set training.precision=bf16")
 
 

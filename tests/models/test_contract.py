@@ -14,6 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from segkit.config import build_config, configs_folder, read_yaml
 from segkit.errors import RequestError
 from segkit.models.blocks import SegmentationNetwork
+from segkit.models.kernels.convolutions import SmallMapsInFloat32
 from segkit.models.table import MODELS, build_model, list_models
 from segkit.training.config import TrainConfig
 
@@ -102,6 +103,22 @@ def test_every_parameter_learns(family: str, dims: int) -> None:
         optimiser.step()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert without == []
+
+
+@pytest.mark.parametrize(("family", "dims"), ENTRIES)
+def test_gradients_in_bfloat16_point_where_those_in_float32_do(family: str, dims: int) -> None:
+    torch.manual_seed(0)
+    model = _without_randomness_and_batch_statistics(_build(family, dims))
+    x, target = torch.randn(2, 2, *_two_divisors(model)), torch.rand(2, 3, *_two_divisors(model)).round()
+    gradients = []
+    for enabled in (False, True):
+        with SmallMapsInFloat32():
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                logits = model(x)[0]
+            loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), target)
+            found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        gradients.append(torch.cat([one.flatten() for one in found if one is not None]))
+    assert nn.functional.cosine_similarity(*gradients, dim=0) > 0.9
 
 
 @pytest.mark.parametrize(("family", "dims"), ENTRIES)
