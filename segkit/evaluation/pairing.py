@@ -12,7 +12,7 @@ from segkit.labels import SCHEMES, LabelScheme, classes_scheme
 from segkit.reading.case import LABEL, Case, Cohort, ImageFile, split_name
 from segkit.reading.files import read_json, stem_of, suffix_of
 from segkit.reading.layouts.layout import list_images
-from segkit.reading.layouts.schemes import CONVENTIONS, one_foreground, patient_of, values_in, values_of
+from segkit.reading.layouts.schemes import CONVENTIONS, MOST_CLASSES, one_foreground, patient_of, values_in, values_of
 from segkit.reading.layouts.table import PLAIN_CLASSES, find_cases, scheme_named
 from segkit.reading.pictures import PICTURE_SUFFIXES
 
@@ -29,9 +29,6 @@ _GLIOMA_IDS = re.compile(r"(BraTS(17|18|19|20|2021)|FeTS|UPENN-GBM|BRATS_\d|brat
 _CHALLENGE_IDS = re.compile(r"BraTS-(MEN-RT|GLI|MET|PED|MEN|GoAT|SSA)-", re.IGNORECASE)
 _DECATHLON_IDS = re.compile(r"BRATS_\d{3}")
 _POST_TREATMENT_IDS = re.compile(r"BraTS-GLI-\d+-[1-9]\d\d", re.IGNORECASE)
-
-_MOST_CLASSES = 128
-"""A file with more distinct values is an image, not a mask."""
 
 
 @dataclass(frozen=True)
@@ -240,7 +237,7 @@ def _classes_by_value(
 
 def _values_in(masks: Iterable[ImageFile]) -> set[int]:
     """The values of all masks, without images; unusable files are reported later, by the scoring."""
-    return values_in(masks, most=_MOST_CLASSES)
+    return values_in(masks, most=MOST_CLASSES)
 
 
 def manifest_records(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

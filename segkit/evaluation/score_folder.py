@@ -23,7 +23,7 @@ from segkit.labels import LabelScheme, outputs_of
 from segkit.metrics.overlap import region_mask
 from segkit.metrics.protocols import rules_of, score_absent, score_case
 from segkit.metrics.registry import METRICS
-from segkit.reading.files import read_labels
+from segkit.reading.files import read_labels, read_reference
 from segkit.reading.geometry import same_grid
 from segkit.reading.layouts.schemes import present_values
 from segkit.reading.volume import Grid, log_notes
@@ -185,7 +185,7 @@ def _read_reference(pair: Pair, scheme: LabelScheme) -> tuple[LabelMap, Grid]:
     label = pair.reference.label
     if label is None:
         raise ValueError(f"case {pair.reference.id} has no reference")
-    labels, grid = read_labels(label.path, label.channel)
+    labels, grid = read_reference(label)
     log_notes(grid)
     _require_known(labels, scheme, scheme.reference_values, label.path, "--label-scheme")
     return labels, grid

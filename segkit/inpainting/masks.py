@@ -14,7 +14,7 @@ from segkit.evaluation.pairing import match_files
 from segkit.inference.predictor import Predictor
 from segkit.preparing.holes import grow
 from segkit.reading.case import Case, Cohort, ImageFile
-from segkit.reading.files import read_labels
+from segkit.reading.files import read_reference
 from segkit.reading.geometry import same_grid
 from segkit.reading.layouts.layout import list_images
 from segkit.reading.layouts.table import find_cases
@@ -116,7 +116,7 @@ def find_lesions(
 
 def read_mask(mask: ImageFile, grid: Grid) -> NDArray[np.bool_]:
     """The voxels of a mask that are not 0, (*grid.shape); DataError if it cannot be read or has another grid."""
-    labels, mask_grid = read_labels(mask.path, mask.channel)
+    labels, mask_grid = read_reference(mask)
     if (difference := same_grid(grid, mask_grid)) is not None:
         found = f"does not lie on the grid of the image: {difference}"
         raise DataError(found, where=mask.path, expected="the mask of this image")

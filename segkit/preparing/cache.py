@@ -199,6 +199,7 @@ def _key(case: Case, modalities: tuple[str, ...], scheme: LabelScheme | None, co
     files = {name: [_digest(file.path), file.channel] for name, file in case.images.items() if name in modalities}
     if scheme is not None and case.label is not None:
         files["label"] = [_digest(case.label.path), case.label.channel]
+        files |= {f"label {value}": [_digest(path), None] for value, path in case.label.parts}
     settings: dict[str, Any] = {"version": _VERSION, "id": case.id, "files": files, "modalities": modalities}
     settings["config"] = config.model_dump(mode="json")
     for name, known in (("scheme", scheme), ("case_scheme", case.scheme)):

@@ -36,7 +36,7 @@ from segkit.preparing.cache import PreparedStore, StoredCases, cases_at_once
 from segkit.preparing.preprocessing import PreparedCase, PreprocessingConfig
 from segkit.preparing.transforms import IMAGE, LABEL, generator_from
 from segkit.reading.case import Case, ImageFile
-from segkit.reading.files import read_labels
+from segkit.reading.files import read_labels, read_reference
 from segkit.reading.geometry import same_grid
 from segkit.shapes import AnyArray, Image, LabelMap, overlap
 
@@ -209,7 +209,7 @@ def _lesion_left(copy: Case, case: Case) -> str | None:
         raise ValueError(f"case {case.id} or its copy has no mask")
     try:
         filled, grid = read_labels(copy.label.path)
-        labels, label_grid = read_labels(case.label.path, case.label.channel)
+        labels, label_grid = read_reference(case.label)
     except DataError as error:
         return str(error)
     if (difference := same_grid(grid, label_grid)) is not None:

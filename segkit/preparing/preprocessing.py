@@ -24,7 +24,7 @@ from segkit.labels import LabelScheme, translate
 from segkit.metrics.overlap import box_of
 from segkit.preparing.resampling import resample_image, resample_labels, resampled_shape
 from segkit.reading.case import Case, ImageFile
-from segkit.reading.files import read_labels, read_volume
+from segkit.reading.files import read_reference, read_volume
 from segkit.reading.geometry import Reorientation, reorientation_to, reoriented_grid, same_grid
 from segkit.reading.volume import Grid, Volume, log_notes
 from segkit.runtime import available_cores
@@ -148,7 +148,7 @@ def _refuse_other_grid(grid: Grid, path: Path | str, other: Grid, other_path: Pa
 
 
 def _read_reference(case: Case, file: ImageFile, grid: Grid, scheme: LabelScheme) -> LabelMap:
-    labels, label_grid = read_labels(file.path, file.channel)
+    labels, label_grid = read_reference(file)
     log_notes(label_grid)
     first = next(iter(case.images.values())).path
     _refuse_other_grid(grid, first, label_grid, file.path)

@@ -32,12 +32,20 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
         *("seg", "segm", "segmentation", "label", "labels", "lesion", "lesions", "gt", "ground truth", "groundtruth"),
         *("truth", "manual", "manual1", "1stho", "dseg", "annotation", "gtv", "tumor", "tumour", "mask", "ot"),
         *("otmulticlass", "lesion mask", "tumor mask", "tumour mask", "seg mask", "lesion seg", "tumor seg", "msk"),
+        *("tumormask", "tumourmask", "lesionmask", "segmentations", "masks", "tumor segmentation", "wmh"),
+        *("tumour segmentation", "lesion segmentation", "seg label", "mask label", "gt mask", "gt seg"),
     ),
-    IGNORED: ("brainmask", "brain mask", "bet mask", "mask brain", "fov", "fov mask", "2ndho", "manual2"),
+    IGNORED: (
+        *("brainmask", "brain mask", "bet mask", "mask brain", "fov", "fov mask", "2ndho", "manual2"),
+        *("brain segmentation", "brain parenchyma segmentation", "parenchyma segmentation", "superpixels"),
+    ),
 }
 """Synonyms in lower case by canonical modality or kind of file; a space stands for any separator."""
 
 _SEPARATORS = re.compile(r"[-_.\s]+")
+_WORD = re.compile(r"\d+|[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_A-Za-z]+")
+_NUMBERED_LABEL = re.compile(r"(label|labels|lbl|mask|masks|seg|segm|segmentation|gt)(\d+)", re.IGNORECASE)
+"""A word for references joined to the number of its case: `label0001`."""
 _KIND_OF: dict[tuple[str, ...], str] = {
     tuple(synonym.split()): kind for kind, synonyms in SYNONYMS.items() for synonym in synonyms
 }
@@ -50,10 +58,19 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A file on disk, or one channel of a file with several (4D NIfTI: last axis; picture: red, green, blue)."""
+    """A file on disk, or one channel of a file with several (4D NIfTI: last axis; picture: red, green, blue).
+
+    A reference may have a file for each class: `parts` are then the label values and their masks in painting order,
+    and `path` is the first of them.
+    """
 
     path: Path
     channel: int | None = None
+    parts: tuple[tuple[int, Path], ...] = ()
+
+    def paths(self) -> tuple[Path, ...]:
+        """All its files."""
+        return tuple(path for _, path in self.parts) or (self.path,)
 
 
 @dataclass(frozen=True)
@@ -152,6 +169,11 @@ def kind_of(name: str) -> str | None:
     return _KIND_OF.get(tuple(token for token in _SEPARATORS.split(name.lower()) if token))
 
 
+def words_of(name: str) -> list[str]:
+    """The words and numbers of a name in lower case; `GroundTruth`, `label0001` and `tumor-mask` have two each."""
+    return [word.lower() for word in _WORD.findall(name)]
+
+
 def split_name(stem: str) -> NameParts:
     """Find the kind in a file name without suffix: at its end, else at its start, else once in its middle."""
     spans = [match.span() for match in re.finditer(r"[^-_.\s]+", stem)]
@@ -164,6 +186,9 @@ def split_name(stem: str) -> NameParts:
         after = stem[spans[last - 1][1] :].lstrip("-_. ")
         rest = "_".join(part for part in (before, after) if part)
         return NameParts(kind, rest, first == 0 and last < len(tokens), " ".join(tokens[first:last]))
+    for start, stop in spans:
+        if match := _NUMBERED_LABEL.fullmatch(stem, start, stop):
+            return NameParts(LABEL, stem[:start] + match[2] + stem[stop:], start == 0, match[1].lower())
     return NameParts(None, stem)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from segkit.errors import DataError, Problem, warning
 from segkit.labels import SCHEMES
 from segkit.reading.case import BRATS_MODALITIES, Case, Cohort, ImageFile
-from segkit.reading.files import count_channels, read_grid, read_labels, read_volume
+from segkit.reading.files import count_channels, read_grid, read_reference, read_volume
 from segkit.reading.geometry import repair_command, same_grid
 from segkit.reading.layouts.schemes import present_values
 from segkit.reading.volume import Grid
@@ -189,7 +189,7 @@ def _check_intensities(modality: str, image: ImageFile, findings: _Findings) -> 
 
 def _check_reference(label: ImageFile, findings: _Findings, read_voxels: bool) -> None:
     if read_voxels:
-        labels, grid = read_labels(label.path, label.channel)
+        labels, grid = read_reference(label)
         findings.labels = tuple(sorted(present_values(labels) - {0}))
         findings.problems += _value_problems(findings.case, label.path, findings.labels)
     else:

@@ -13,7 +13,7 @@ from segkit.reading.files import (
     VOLUME_SUFFIXES,
     count_channels,
     read_grid,
-    read_labels,
+    read_reference,
     read_volume,
     suffix_of,
     write_image,
@@ -46,7 +46,7 @@ def translate_reference(case: Case, target: LabelScheme, output: Path, *, dims: 
     path = _target_of(case, output, dims)
     if path.exists() and not overwrite:
         return _KEPT
-    values, grid = read_labels(case.label.path, case.label.channel)
+    values, grid = read_reference(case.label)
     table, present = translation(case.scheme, target), present_values(values)
     if stray := sorted(present - set(table)):
         found = f"holds label values {', '.join(map(str, stray))} that scheme {case.scheme.name} does not know"
@@ -86,7 +86,7 @@ def map_values(case: Case, ranges: Sequence[ValueRange], output: Path, *, dims: 
 def _values_of(label: ImageFile) -> tuple[AnyArray, Grid]:
     """The values of a reference as stored, (*spatial), or the numbers of its channels."""
     if suffix_of(label.path) in PICTURE_SUFFIXES:
-        return read_labels(label.path, label.channel)
+        return read_reference(label)
     channels = count_channels(label.path)
     if channels == 1 or label.channel is not None:
         volume = read_volume(label.path, label.channel)

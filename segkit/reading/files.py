@@ -19,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segkit.errors import DataError, SegkitError
+from segkit.reading.case import ImageFile
 from segkit.reading.dicom import DICOM_SUFFIXES, is_dicom_file, open_dicom
+from segkit.reading.geometry import same_grid
 from segkit.reading.itk import ITK_SUFFIXES, open_itk, save_itk, voxel_file
 from segkit.reading.nifti import (
     MGH_SUFFIXES,
@@ -152,6 +154,24 @@ def read_labels(path: Path, channel: int | None = None) -> tuple[LabelMap, Grid]
             remedy = f"Map them with `{_CONVERT} {' '.join(mapped)}`"
         raise DataError(found, where=path, expected="whole numbers from 0 to 255", remedy=remedy)
     return rounded.astype(np.uint8), header.grid
+
+
+def read_reference(file: ImageFile) -> tuple[LabelMap, Grid]:
+    """A reference as uint8, with its grid; of one mask per class, each paints its value over those before it.
+
+    Raises:
+        DataError: a file is unusable, or the masks are not on one grid.
+    """
+    if not file.parts:
+        return read_labels(file.path, file.channel)
+    first, grid = read_labels(file.parts[0][1])
+    labels = np.zeros(first.shape, np.uint8)
+    for value, path in file.parts:
+        mask, own = read_labels(path)
+        if difference := same_grid(own, grid):
+            raise DataError(difference, where=path, expected=f"the grid of {file.path.name}, of the same case")
+        labels[mask > 0] = value
+    return labels, grid
 
 
 def write_labels(path: Path, labels: LabelMap, grid: Grid) -> None:

@@ -16,7 +16,7 @@ from segkit.evaluation.pairing import declared_schemes, match_files
 from segkit.labels import SCHEMES, LabelScheme, outputs_of, scheme_from_json, translate
 from segkit.metrics.overlap import box_of
 from segkit.reading.case import Case, ImageFile
-from segkit.reading.files import read_labels, read_volume
+from segkit.reading.files import read_reference, read_volume
 from segkit.reading.geometry import reorientation_to, reoriented_grid, same_grid
 from segkit.reading.layouts.layout import list_images
 from segkit.reading.layouts.table import find_cases
@@ -119,7 +119,7 @@ def load_arrays(files: CaseFiles, scheme: LabelScheme | None) -> CaseArrays:
     predicted = None if files.prediction is None else ImageFile(files.prediction)
     for name, file in (("prediction", predicted), ("reference", files.reference)):
         if file is not None:
-            arrays[name], grid = read_labels(file.path, file.channel)
+            arrays[name], grid = read_reference(file)
             _require_same(grid, image.grid, file.path)
     if predicted is not None and files.predicted_in is not None and scheme is not None:
         arrays["prediction"] = translate(arrays["prediction"], files.predicted_in, scheme)

@@ -47,7 +47,7 @@ def _read(listing: Listing, options: FolderOptions) -> Cohort:
     files = _prefer_dseg([file for file in found.values() if file is not None])
     cases, problems = build_cases(files, patient_of=lambda case_id: case_id.split("_")[0])
     if left_out := [path for path, file in found.items() if file is None]:
-        problems.append(unused_files(left_out, "not an anatomical image or reference as BIDS names them"))
+        problems.append(unused_files(left_out, "not an anatomical image or reference as BIDS names them", cases=cases))
     if ignored := [path for path, file in found.items() if file is not None and file.kind == IGNORED]:
         problems.append(unused_files(ignored, "masks of anatomy and not of lesions"))
     names = _segment_names(listing)

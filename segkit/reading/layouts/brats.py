@@ -102,7 +102,7 @@ def _read(convention: Convention, listing: Listing, options: FolderOptions) -> C
     cases = _with_algorithm_masks(cases, files, listing.root)
     known = {file.image.path for file in files}
     if strays := [path for path in listing.volumes if path not in known]:
-        problems.append(unused_files(strays, f"names that {convention.name} does not use"))
+        problems.append(unused_files(strays, f"names that {convention.name} does not use", cases=cases))
     if ignored := [file.image.path for file in files if file.kind == IGNORED]:
         remedy = "If they are expert references, name them like one (CASE-seg or CASE_seg)"
         problems.append(unused_files(ignored, "neither an image nor a reference (brain masks?)", remedy))

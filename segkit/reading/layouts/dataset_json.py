@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.errors import DataError, Problem, warning
-from segkit.reading.case import LABEL, Cohort, ImageFile, canonical_modality, in_channel_order, is_file_name
+from segkit.reading.case import LABEL, Case, Cohort, ImageFile, canonical_modality, in_channel_order, is_file_name
 from segkit.reading.layouts.layout import (
     FolderOptions,
     FoundFile,
@@ -200,6 +200,7 @@ def _read_msd(listing: Listing, options: FolderOptions) -> Cohort:
     document = read_document(path)
     names = channel_names(document, path)
     pairs, problems = _listed_pairs(document, path)
+    unlisted: list[Path] = []
     if listing.root != path.parent or listing.only is not None:
         references = dict(pairs)  # images that are not listed have no reference
         pairs = [(volume, references.get(volume)) for volume in listing.volumes]
@@ -207,8 +208,7 @@ def _read_msd(listing: Listing, options: FolderOptions) -> Cohort:
         listed = {image for image, _ in pairs}
         unlisted = [volume for volume in listing.volumes if volume not in listed]
         pairs += [(volume, None) for volume in unlisted if volume.parent.name.lower() == "imagests"]
-        if left_out := [volume for volume in unlisted if volume.parent.name.lower() == "imagestr"]:
-            problems.append(unused_files(left_out, "not listed in dataset.json", "List them under `training`"))
+        unlisted = [volume for volume in unlisted if volume.parent.name.lower() == "imagestr"]
     files = []
     for image, label in pairs:
         channels = enumerate(names) if len(names) > 1 else [(None, names[0])]
@@ -216,6 +216,8 @@ def _read_msd(listing: Listing, options: FolderOptions) -> Cohort:
         kinds += [] if label is None else [(LABEL, ImageFile(label))]
         files += [FoundFile(bare_name(image), image.parent, kind, file) for kind, file in kinds]
     cases, more = build_cases(files, patient_of=patient_of, order=lambda kinds: _listed_order(kinds, names))
+    if unlisted:
+        problems.append(unused_files(unlisted, "not listed in dataset.json", "List them under `training`", cases=cases))
     return build_cohort(
         listing,
         "msd",
@@ -275,7 +277,7 @@ def _read_nnunet(listing: Listing, options: FolderOptions) -> Cohort:
     else:
         files = list(_files(listing, names))
     cases, problems = build_cases(files, patient_of=patient_of, order=lambda kinds: _listed_order(kinds, names))
-    problems += [*outsiders, *_left_out(listing, files, names)]
+    problems += [*outsiders, *_left_out(listing, files, names, cases)]
     if path is None:
         choice = scheme_by_values(cases, options, listing.root)
         if not set(names) <= set(options.modalities):
@@ -326,7 +328,9 @@ def _files(listing: Listing, names: Sequence[str]) -> Iterable[FoundFile]:
                 yield FoundFile(bare_name(path), labels, LABEL, ImageFile(path))
 
 
-def _left_out(listing: Listing, files: Iterable[FoundFile], names: Sequence[str]) -> Iterable[Problem]:
+def _left_out(
+    listing: Listing, files: Iterable[FoundFile], names: Sequence[str], cases: Sequence[Case]
+) -> Iterable[Problem]:
     used = {file.image.path for file in files}
     left = [path for path in listing.images if path not in used]
     numbers = {path: match["channel"] for path in left if (match := _CHANNEL_NAME.match(bare_name(path)))}
@@ -336,7 +340,8 @@ def _left_out(listing: Listing, files: Iterable[FoundFile], names: Sequence[str]
         why = f"channel numbers beyond the {len(names)} that dataset.json names"
         yield unused_files(beyond, why, "Name every channel in dataset.json, numbered from 0")
     if others := sorted(set(left) - set(beyond)):
-        yield unused_files(others, "neither in an images... nor in a labels... folder, or not named CASE_0000")
+        why = "neither in an images... nor in a labels... folder, or not named CASE_0000"
+        yield unused_files(others, why, cases=cases)
 
 
 def _channel_files(case_id: str, path: Path, channel: int, names: Sequence[str]) -> Iterable[FoundFile]:

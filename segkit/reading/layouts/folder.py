@@ -8,15 +8,17 @@ import re
 import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from segkit.errors import Problem, warning
 from segkit.labels import classes_scheme
-from segkit.reading.case import IGNORED, LABEL, Cohort, ImageFile, split_name
+from segkit.reading.case import IGNORED, LABEL, Case, Cohort, ImageFile, split_name
 from segkit.reading.files import suffix_of
 from segkit.reading.layouts.grouping import IMAGE, group_files, shared_suffix
 from segkit.reading.layouts.layout import (
     LEAST_SHARE,
+    UNASSIGNED,
     FolderOptions,
     FoundFile,
     Layout,
@@ -29,7 +31,7 @@ from segkit.reading.layouts.layout import (
     common_modalities,
     unused_files,
 )
-from segkit.reading.layouts.schemes import scheme_by_values
+from segkit.reading.layouts.schemes import scheme_by_classes, scheme_by_values
 
 _NAMELESS = re.compile(rf"^({IMAGE}|channel_\d+)$")
 _TASK01_NAME = re.compile(r"^BRATS_\d{3}$")
@@ -57,11 +59,14 @@ def _read_volumes(listing: Listing, options: FolderOptions) -> Cohort:
     files, nameless = _without_nameless(found)
     cases, more = build_cases(files, patient_of=lambda case_id: grouping.patients[case_id])
     modalities, rare = common_modalities(cases, named=options.modalities)
-    if ignored := [file.image.path for file in files if file.kind == IGNORED]:
-        why = "fitting no --modality" if patterns else "neither an image nor a reference by their names"
-        problems.append(unused_files(ignored, why, "Name modalities and reference with --modality name=suffix"))
-    choice = scheme_by_values(cases, options, listing.root)
-    problems += [*grouping.problems, *more, *nameless, *rare]
+    why = "fitting no --modality" if patterns else "neither an image nor a reference by their names"
+    remedy = "Name modalities and reference with --modality name=suffix"
+    problems += _left_out_of(files, cases, why, remedy)
+    if nameless:
+        why, remedy = "as their modality is not in their names", "Keep it with --modality NAME=SUFFIX"
+        more.append(unused_files(nameless, why, remedy, cases=cases))
+    choice = scheme_by_classes(files, options) or scheme_by_values(cases, options, listing.root)
+    problems += [*grouping.problems, *more, *rare]
     return build_cohort(listing, "folder", cases, choice, modalities=modalities, problems=problems)
 
 
@@ -87,19 +92,27 @@ def _split_channels(files: Iterable[FoundFile], named: Mapping[int, str]) -> tup
     return result, [warning(nameless[0], note, remedy)] if nameless else []
 
 
-def _without_nameless(files: Sequence[FoundFile]) -> tuple[list[FoundFile], list[Problem]]:
-    """The files without images of unknown modality, where most cases have known ones; a warning about those removed."""
+def _left_out_of(files: Sequence[FoundFile], cases: Sequence[Case], why: str, remedy: str) -> list[Problem]:
+    """A warning about the files of no case: those with names of masks and the like, and images that fit none."""
+    left = [file.image.path for file in files if file.kind in (IGNORED, UNASSIGNED)]
+    unassigned = {file.image.path for file in files if file.kind == UNASSIGNED}
+    problem = unused_files(left, why, remedy, cases=cases) if left else None
+    if problem is None:
+        return []
+    return [replace(problem, left_out=tuple(path for path in problem.left_out if Path(path) in unassigned))]
+
+
+def _without_nameless(files: Sequence[FoundFile]) -> tuple[list[FoundFile], list[Path]]:
+    """The files without images of unknown modality, where most cases have known ones, and those removed."""
     kinds: dict[str, set[str]] = defaultdict(set)
     for file in files:
-        if file.kind not in (LABEL, IGNORED):
+        if file.kind not in (LABEL, IGNORED, UNASSIGNED):
             kinds[file.case_id].add(file.kind)
     named = sum(1 for found in kinds.values() if any(not _NAMELESS.match(kind) for kind in found))
     if named == 0 or named < LEAST_SHARE * len(kinds):
         return list(files), []
     kept = [file for file in files if not _NAMELESS.match(file.kind)]
-    paths = sorted({file.image.path for file in files} - {file.image.path for file in kept})
-    why = "as their modality is not in their names"
-    return kept, [unused_files(paths, why, "Keep it with --modality NAME=SUFFIX")] if paths else []
+    return kept, sorted({file.image.path for file in files} - {file.image.path for file in kept})
 
 
 FOLDER = Layout(
@@ -126,10 +139,12 @@ def _read_pictures(listing: Listing, options: FolderOptions) -> Cohort:
         remedy = "Name another suffix with --modality label=SUFFIX --modality image=SUFFIX"
         problems.append(warning(listing.root, note, remedy))
     patients = join_both_eyes(grouping.patients)
-    files = _split_planes(grouping.files)
+    files = list(_split_planes(grouping.files))
     cases, more = build_cases(files, patient_of=lambda case_id: patients[case_id], order=_plane_order)
     problems += _left_out([file.image.path for file in grouping.files if file.kind == IGNORED], doubles)
-    choice = scheme_by_values(cases, options, listing.root)
+    strays = [file for file in grouping.files if file.kind == UNASSIGNED]
+    problems += _left_out_of(strays, cases, "which fit no case", "Describe them with --modality name=suffix")
+    choice = scheme_by_classes(files, options) or scheme_by_values(cases, options, listing.root)
     values = {} if choice.scheme is None else choice.scheme.values
     if list(values) == ["label_1"]:
         choice = SchemeChoice(classes_scheme("classes", {"foreground": values["label_1"]}))

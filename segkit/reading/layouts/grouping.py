@@ -9,17 +9,28 @@ A case id is the name of the case folder or file, preceded by as many folders ab
 `P2/MR` are `P1_MR` and `P2_MR`).
 """
 
-import fnmatch
 import re
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 from segkit.errors import Problem
-from segkit.reading.case import IGNORED, LABEL, ImageFile, canonical_modality, kind_of, split_name
-from segkit.reading.layouts.layout import FoundFile, bare_name, unused_files
+from segkit.reading.case import BRATS_MODALITIES, IGNORED, LABEL, ImageFile, canonical_modality, kind_of, split_name
+from segkit.reading.layouts.layout import UNASSIGNED, FoundFile, bare_name, unused_files
+from segkit.reading.layouts.pairs import (
+    Place,
+    holds_references,
+    identity,
+    is_class_name,
+    is_companion,
+    is_label_map,
+    matched_by_wildcards,
+    pair_by_identity,
+)
+from segkit.reading.layouts.patients import is_session, patient_folder, shape_of
 from segkit.reading.layouts.schemes import patient_of
 
 IMAGE = "image"
@@ -64,6 +75,7 @@ class _Item:
     rest: str
     is_leading: bool = False
     kind_folder: Path | None = None
+    shown: str = ""
 
     @property
     def kind_name(self) -> str:
@@ -72,6 +84,10 @@ class _Item:
     @property
     def is_reference(self) -> bool:
         return self.kind_name in _LABEL_FOLDERS
+
+    @property
+    def place(self) -> Place:
+        return Place(self.path, self.folder, self.rest)
 
 
 def group_files(paths: Sequence[Path], root: Path, patterns: Mapping[str, str]) -> Grouping:
@@ -85,21 +101,27 @@ def group_files(paths: Sequence[Path], root: Path, patterns: Mapping[str, str]) 
         items = [_by_pattern(path, patterns) for path in paths]
     else:
         items, problems = _pair_kind_folders([_by_name(path, root) for path in paths])
+        items = _pair_others(_with_reference_folders(_with_other_sequences(items), root))
+    items = _ignore_companions(items)
     folders: dict[Path, list[_Item]] = defaultdict(list)
-    for item in _ignore_companions(items):
-        if item.kind != IGNORED:
+    for item in items:
+        if item.kind not in (IGNORED, UNASSIGNED):
             folders[item.folder].append(item)
     groups = [
         (folder, key, own) for folder, members in folders.items() for key, own in _cases_in(folder, members, root)
     ]
     names = name_cases([(folder, key) for folder, key, _ in groups], root)
     files = [
-        FoundFile(case_id, folder, item.kind or IMAGE, ImageFile(item.path))
+        FoundFile(case_id, folder, item.kind or IMAGE, ImageFile(item.path), item.shown)
         for (case_id, _), (folder, _, own) in zip(names, groups, strict=True)
         for item in own
     ]
     used = {file.image.path for file in files}
-    files += [FoundFile("", item.folder, IGNORED, ImageFile(item.path)) for item in items if item.path not in used]
+    left = [item for item in items if item.path not in used]
+    known = {item.path for item in left if item.kind == IGNORED}
+    files += [
+        FoundFile("", item.folder, IGNORED if item.path in known else UNASSIGNED, ImageFile(item.path)) for item in left
+    ]
     return Grouping(files, dict(names), problems)
 
 
@@ -119,14 +141,14 @@ def _by_pattern(path: Path, patterns: Mapping[str, str]) -> _Item:
         kind = LABEL if kind_of(name) == LABEL or name == "reference" else name
         wanted = pattern.lower()
         if any(sign in wanted for sign in "*?["):
-            if fnmatch.fnmatch(path.name.lower(), wanted):
-                return _Item(path, path.parent, kind, split_name(bare_name(path)).rest, is_leading=True)
+            if (rest := matched_by_wildcards(bare_name(path), path.name, wanted)) is not None:
+                return _Item(path, path.parent, kind, rest, is_leading=True)
             continue
         for text in (bare_name(path), path.name):
             if text.lower().endswith(wanted):
                 rest = text[: len(text) - len(wanted)].rstrip("-_. ")
                 return _Item(path, path.parent, kind, rest, is_leading=not rest)
-    return _Item(path, path.parent, IGNORED, bare_name(path))
+    return _Item(path, path.parent, UNASSIGNED, bare_name(path))
 
 
 def _by_name(path: Path, root: Path) -> _Item:
@@ -197,15 +219,99 @@ def _paired(items: Sequence[_Item]) -> tuple[list[_Item], list[_Item]]:
     ], references
 
 
+def _with_other_sequences(items: Sequence[_Item]) -> list[_Item]:
+    """Images of unknown sequence (`p1_ADC`) and copies (`p1_T1_bias`) become files of the case of `p1_T1`."""
+    known: dict[Path, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for item in items:
+        if item.kind in BRATS_MODALITIES and not item.is_leading:
+            known[item.path.parent][item.rest].add(item.kind)
+
+    def joined(item: _Item) -> _Item:
+        own = known.get(item.path.parent, {})
+        base = next((base for base in _shorter_stems(item.rest) if base in own), None)
+        if base is None or not item.rest[len(base) :].strip("-_. ").isalpha() or is_session(item.rest[len(base) :]):
+            return item
+        if item.kind is None:
+            return replace(item, rest=base)
+        is_copy = item.kind in own[base] and len(own[item.rest]) < len(own[base])
+        return replace(item, kind=IGNORED) if is_copy else item
+
+    return [joined(item) for item in items]
+
+
+def _with_reference_folders(items: Sequence[_Item], root: Path) -> list[_Item]:
+    """Files as references that are in a folder named as one (`Training_GroundTruth`) and belong to images elsewhere."""
+    folders: dict[Path, list[_Item]] = defaultdict(list)
+    for item in items:
+        if item.kind_folder is None and item.kind in (None, LABEL):
+            above = (folder for folder in item.path.parents if root in folder.parents and holds_references(folder.name))
+            if (folder := next(above, None)) is not None:
+                folders[folder].append(item)
+    inside = {item.path for own in folders.values() for item in own}
+    images = [item.place for item in items if item.kind not in (LABEL, IGNORED) and item.path not in inside]
+    changed: dict[Path, _Item] = {}
+    for folder, own in folders.items():
+        partners = pair_by_identity([item.place for item in own], images)
+        if 2 * len(partners) >= len(own):
+            changed |= {item.path: replace(item, kind=LABEL, kind_folder=folder) for item in own}
+    return [changed.get(item.path, item) for item in items]
+
+
+def _pair_others(items: Sequence[_Item]) -> list[_Item]:
+    """References without an image of their name get the folder and name of the image with the same identity."""
+    images = [item.place for item in items if item.kind not in (LABEL, IGNORED)]
+    named = {(image.folder, image.rest) for image in images}
+    references = [item.place for item in items if item.kind == LABEL]
+    taken = named & {(place.folder, place.rest) for place in references}
+    lonely = [place for place in references if (place.folder, place.rest) not in named]
+    partners = pair_by_identity(lonely, images)
+    partners = {path: own for path, own in partners.items() if (own.image.folder, own.image.rest) not in taken}
+    shown = {partner.shown for partner in partners.values()}
+    if len(shown - {""}) == 1 and (taken or "" in shown):  # not a class, where other references show all of them
+        partners = {path: partner._replace(shown="") for path, partner in partners.items()}
+
+    def paired(item: _Item) -> _Item:
+        if (partner := partners.get(item.path)) is None:
+            return item
+        place = partner.image
+        return replace(item, folder=place.folder, rest=place.rest, is_leading=False, shown=partner.shown)
+
+    return [paired(item) for item in items]
+
+
 def _ignore_companions(items: Sequence[_Item]) -> list[_Item]:
-    """Mark files named after another file plus an unknown word (`scan1_prediction` beside `scan1`) as IGNORED."""
-    images = {(item.path.parent, item.rest) for item in items if item.kind is None}
-    return [
-        replace(item, kind=IGNORED)
-        if item.kind is None and any((item.path.parent, base) in images for base in _shorter_stems(item.rest))
-        else item
-        for item in items
-    ]
+    """Mark files named after a scan plus more words (`scan1_prediction`) as IGNORED, if they are masks of it.
+
+    Masks of no known word that most scans have (`scan1_liver`, `scan1_spleen`) are references, of a class each.
+    """
+    scans: dict[Path, dict[tuple[str, ...], _Item]] = defaultdict(dict)
+    for item in items:
+        if item.kind is None:
+            scans[item.path.parent].setdefault(identity(item.rest), item)
+    masks: dict[Path, tuple[_Item, str]] = {}
+    for item in items:
+        own = identity(item.rest) if item.kind is None else ()
+        shorter = (scans[item.path.parent].get(own[:length]) for length in range(len(own) - 1, -1, -1))
+        scan = next((scan for scan in shorter if scan is not None), None)
+        if scan is not None and is_companion(item.path, scan.path):
+            pairs = takewhile(lambda pair: pair[0] == pair[1], zip(item.rest, scan.rest, strict=False))
+            masks[item.path] = (scan, item.rest[len(list(pairs)) :].strip("-_. "))
+    endings: dict[str, set[Path]] = defaultdict(set)
+    for scan, ending in masks.values():
+        endings[ending].add(scan.path)
+    others = {item.path for item in items if item.kind is None and item.path not in masks}
+    shown = {ending for ending, own in endings.items() if 2 * len(own) >= len(others) and is_class_name(ending)}
+    has_references = any(item.kind == LABEL for item in items)
+
+    def marked(item: _Item) -> _Item:
+        if item.path not in masks:
+            return item
+        scan, ending = masks[item.path]
+        if has_references or ending not in shown or not is_label_map(item.path):
+            return replace(item, kind=IGNORED)
+        return replace(item, kind=LABEL, rest=scan.rest, shown=ending if len(shown) > 1 else "")
+
+    return [marked(item) for item in items]
 
 
 def _shorter_stems(stem: str) -> list[str]:
@@ -242,8 +348,12 @@ def name_cases(places: Sequence[tuple[Path, str]], root: Path) -> list[tuple[str
         # Parts of the id: one, or down from the patient's folder where the case folder is a session in it.
         least.append(1 if key else len(path) - _above_sessions(path, len(path) - 1))
     named = []
+    shapes = Counter(shape_of(name) for name in {folder.name for folder, _ in places})
     for (_, key), path, shortest, depth in zip(places, paths, least, _unique_depths(paths, least), strict=True):
         case_id = "_".join(path[-depth:])
+        if key and patient_folder(key, path[:-1], shapes) is not None:
+            named.append((case_id, "_".join(path[_above_sessions(path, len(path) - 2) : -1])))
+            continue
         patient = patient_of(key or _patient(path, depth, is_qualified=depth > shortest))
         named.append((case_id, case_id if patient == key else patient))
     return named

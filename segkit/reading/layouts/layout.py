@@ -4,6 +4,7 @@ A layout names the case and kind of each listed file; `build_cases` and `build_c
 """
 
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,12 +13,14 @@ from typing import Any
 
 from segkit.errors import DataError, Problem, some, warning
 from segkit.labels import LabelScheme
-from segkit.reading.case import IGNORED, LABEL, Case, Cohort, ImageFile, in_channel_order
+from segkit.reading.case import IGNORED, LABEL, Case, Cohort, ImageFile, in_channel_order, split_name
 from segkit.reading.dicom import DICOM_SUFFIXES, has_dicom_name, holds_frames, is_dicom_file
 from segkit.reading.files import VOLUME_SUFFIXES, count_channels, read_json, stem_of, suffix_of
 from segkit.reading.pictures import PICTURE_SUFFIXES
 from segkit.reading.volume import list_folder
 
+UNASSIGNED = "unassigned"
+"""The kind of an image that fits none of the cases."""
 LEAST_SHARE = 0.5
 """A modality of fewer cases is not a channel of the cohort: as one, it would make all other cases incomplete."""
 
@@ -178,13 +181,15 @@ class Layout:
 class FoundFile:
     """A file with its case, its folder and its kind: a modality, LABEL or IGNORED.
 
-    Images of one case share `case_id` and `folder`; a reference may be in another folder.
+    Images of one case share `case_id` and `folder`; a reference may be in another folder. `shown` is the class that a
+    reference shows where there is a mask for each.
     """
 
     case_id: str
     folder: Path
     kind: str
     image: ImageFile
+    shown: str = ""
 
 
 @dataclass(frozen=True)
@@ -193,6 +198,11 @@ class SchemeChoice:
 
     scheme: LabelScheme | None
     problems: tuple[Problem, ...] = ()
+
+
+def shown_classes(files: Iterable[FoundFile]) -> dict[str, int]:
+    """Class -> label value, from 1 in the order of their names, where references are one mask per class."""
+    return {name: value for value, name in enumerate(sorted({file.shown for file in files} - {""}), start=1)}
 
 
 def build_cases(
@@ -205,12 +215,14 @@ def build_cases(
 
     A case id that occurs in two folders is read from the first one only, as results are named by case id.
     """
+    files = list(files)
+    classes = shown_classes(files)
     images: dict[str, dict[Path, list[FoundFile]]] = defaultdict(lambda: defaultdict(list))
     references: dict[str, list[FoundFile]] = defaultdict(list)
     for file in files:
         if file.kind == LABEL:
             references[file.case_id].append(file)
-        elif file.kind != IGNORED:
+        elif file.kind not in (IGNORED, UNASSIGNED):
             images[file.case_id][file.folder].append(file)
     cases = []
     for case_id, by_folder in sorted(images.items()):
@@ -219,8 +231,9 @@ def build_cases(
         beside = [file for file in labels if file.folder == first]
         labels = beside or [file for file in labels if file.folder not in by_folder]
         by_kind: dict[str, list[ImageFile]] = defaultdict(list)
-        for file in (*by_folder[first], *labels):
+        for file in by_folder[first]:
             by_kind[file.kind].append(file.image)
+        by_kind |= {LABEL: _references(labels, classes)} if labels else {}
         problems = [_several_files(kind, found) for kind, found in by_kind.items() if len(found) > 1]
         if others:
             found = f"case {case_id} also exists in {', '.join(map(str, others))}, which is left out"
@@ -230,8 +243,20 @@ def build_cases(
         modalities = {kind: chosen[kind] for kind in order(chosen)}
         cases.append(Case(case_id, patient_of(case_id), modalities, label, problems=tuple(problems)))
     lonely = sorted(file.image.path for labels in references.values() for file in labels)
-    remedy = "Name each reference like its image, or point to the folder that holds both"
-    return cases, [unused_files(lonely, "references that belong to no image", remedy)] if lonely else []
+    if not lonely:
+        return cases, []
+    remedy = "Name each reference like its image, or describe both with --modality image=SUFFIX --modality label=SUFFIX"
+    problem = unused_files(lonely, "references that belong to no image", remedy)
+    if cases and not any(case.label for case in cases):
+        problem = replace(problem, is_fatal=True, left_out=tuple(map(str, lonely)))
+    return cases, [problem]
+
+
+def _references(files: Sequence[FoundFile], classes: Mapping[str, int]) -> list[ImageFile]:
+    """The references of one case; masks of one class each are one reference, painted in the order of the classes."""
+    parts = sorted((classes[file.shown], file.image.path) for file in files if file.shown)
+    joined = [ImageFile(parts[0][1], parts=tuple(parts))] if parts else []
+    return joined + [file.image for file in files if not file.shown]
 
 
 def _several_files(kind: str, images: Iterable[ImageFile]) -> Problem:
@@ -267,11 +292,36 @@ def build_cohort(
     )
 
 
-def unused_files(paths: Sequence[Path], why: str, remedy: str = "") -> Problem:
-    """A warning about files that are left out: how many, why, and the first few names."""
+def unused_files(paths: Sequence[Path], why: str, remedy: str = "", *, cases: Sequence[Case] | None = None) -> Problem:
+    """A warning about files that are left out: how many, why, and the first few names.
+
+    With `cases`, those that belong to none of them are its `left_out`.
+    """
     names = some((path.name for path in paths), 3)
     count = f"{len(paths)} file" + ("s" if len(paths) != 1 else "")
-    return warning(paths[0].parent, f"{count} left out, {why}: {names}", remedy)
+    problem = warning(paths[0].parent, f"{count} left out, {why}: {names}", remedy)
+    return problem if cases is None else replace(problem, left_out=tuple(map(str, _of_no_case(paths, cases))))
+
+
+def _of_no_case(paths: Sequence[Path], cases: Sequence[Case]) -> list[Path]:
+    """The files that are no masks, lie in no folder of a single case, and are not named after a case or its image."""
+    owners: dict[Path, set[str]] = defaultdict(set)
+    names: set[str] = set()
+    for case in cases:
+        names.add(case.id)
+        for image in case.images.values():
+            owners[image.path.parent].add(case.id)
+            names.add(bare_name(image.path))
+
+    def is_known(path: Path) -> bool:
+        stem = bare_name(path)
+        stems = [stem, *(stem[: match.start()] for match in re.finditer(r"[-_. ]+", stem))]
+        is_mask = split_name(stem).kind in (LABEL, IGNORED)
+        return (
+            is_mask or any(len(owners.get(folder, ())) == 1 for folder in path.parents) or not names.isdisjoint(stems)
+        )
+
+    return [path for path in paths if not is_known(path)]
 
 
 def channels_or_one(path: Path) -> int:

@@ -18,8 +18,8 @@ import numpy as np
 from segkit.errors import DataError, Problem, some, warning
 from segkit.labels import SCHEMES, LabelScheme, classes_scheme, outputs_of
 from segkit.reading.case import BRATS_MODALITIES, Case, ImageFile
-from segkit.reading.files import read_labels
-from segkit.reading.layouts.layout import FolderOptions, SchemeChoice
+from segkit.reading.files import read_reference
+from segkit.reading.layouts.layout import FolderOptions, FoundFile, SchemeChoice, shown_classes
 
 _Value = TypeVar("_Value")
 
@@ -115,10 +115,11 @@ CONVENTIONS = (
 )
 
 
+_MOST_VALUES = 255
 _SAMPLED_REFERENCES = 200
 """References read to find their values; `check` reads all of them and reports values this sample missed."""
-_MOST_VALUES = 128
-"""An image or a probability map has more different values than this."""
+MOST_CLASSES = 128
+"""An image or a probability map has more different values than this; a mask has fewer."""
 _NEARLY_WHITE, _BRIGHT, _FEWEST_NEAR, _LEAST_AT_THE_ENDS = 240, 127, 5, 0.9
 """Of masks of 0 and 255: what is next to 255, or at least grey; values from 240 to 254 of a compressed one, of which
 FreeSurfer has four as labels; share of the voxels next to 0 and 255."""
@@ -188,6 +189,17 @@ def scheme_from_regions(
     return LabelScheme("regions", {tissue: value for value, tissue in tissues.items()}, tuple(nested))
 
 
+def scheme_by_classes(files: Sequence[FoundFile], options: FolderOptions) -> SchemeChoice | None:
+    """The scheme of references that are one mask per class, by the names of the classes; None for others."""
+    classes = shown_classes(files)
+    if not classes or options.label_scheme is not None:
+        return None
+    if len(classes) > _MOST_VALUES:
+        found = f"masks of {len(classes)} classes cannot be joined to a label map of values up to {_MOST_VALUES}"
+        return SchemeChoice(None, (Problem(str(files[0].image.path.parent), found, "Keep the masks you need"),))
+    return SchemeChoice(classes_scheme("classes", classes))
+
+
 def scheme_by_values(cases: Sequence[Case], options: FolderOptions, where: Path) -> SchemeChoice:
     """The scheme of references without names, by their values and the modalities beside them."""
     if options.label_scheme is not None:
@@ -199,7 +211,7 @@ def scheme_by_values(cases: Sequence[Case], options: FolderOptions, where: Path)
         return SchemeChoice(None)
     if problem := one_foreground(labelled, values, where):
         return SchemeChoice(None, (problem,))
-    if len(values) > _MOST_VALUES:
+    if len(values) > MOST_CLASSES:
         note = f"files named as reference masks (such as {names[0]}) hold {len(values)} different values"
         remedy = "Name the reference masks with --modality label=SUFFIX and the images with --modality NAME=SUFFIX"
         return SchemeChoice(None, (Problem(str(where), f"{note}, as images do", remedy),))
@@ -232,7 +244,7 @@ def one_foreground(cases: Sequence[Case], values: set[int], where: Path) -> Prob
     command = shlex.join(["segkit", "convert", "labels", str(where), "-o", f"{where.name}-masks"])
     near = [value for value in values if _NEARLY_WHITE <= value < 255]
     is_few = len(values) > 1 and all(min(value, 255 - value) < 256 - _NEARLY_WHITE for value in values)
-    is_many = len(near) >= _FEWEST_NEAR and (len(values) <= _MOST_VALUES or _are_black_and_white(cases))
+    is_many = len(near) >= _FEWEST_NEAR and (len(values) <= MOST_CLASSES or _are_black_and_white(cases))
     if 1 in values and len(values) > 1 and min(values - {1}) >= _BRIGHT and (groups := _names_by_value(cases)):
         listed = (f"{value} in {len(names)} ({some(names, 2)})" for value, names in sorted(groups.items()))
         found = f"the foreground of the reference masks is written in several ways: {' and '.join(listed)}"
@@ -263,7 +275,7 @@ def _are_black_and_white(cases: Sequence[Case]) -> bool:
     counts = np.zeros(256, np.int64)
     for label in (case.label for case in cases[:5] if case.label is not None):
         with suppress(DataError):
-            counts += np.bincount(read_labels(label.path, label.channel)[0].ravel(), minlength=256)
+            counts += np.bincount(read_reference(label)[0].ravel(), minlength=256)
     ends = counts[: 256 - _NEARLY_WHITE].sum() + counts[_NEARLY_WHITE:].sum()
     return bool(ends >= _LEAST_AT_THE_ENDS * counts.sum())
 
@@ -282,7 +294,7 @@ def values_in(masks: Iterable[ImageFile], *, stop_at: int | None = None, most: i
     values: set[int] = set()
     for mask in masks:
         try:
-            present = present_values(read_labels(mask.path, mask.channel)[0])
+            present = present_values(read_reference(mask)[0])
         except DataError:
             continue
         values |= present if len(present) <= most else set()

@@ -18,6 +18,7 @@ from segkit.reading.layouts.brats import BRATS_LAYOUTS
 from segkit.reading.layouts.dataset_json import MSD, NNUNET
 from segkit.reading.layouts.folder import FOLDER, FOLDER2D
 from segkit.reading.layouts.layout import FolderOptions, Layout, Listing, bare_name, list_images, unused_files
+from segkit.reading.layouts.patients import patients_by_id
 from segkit.reading.layouts.schemes import values_of
 
 LAYOUTS: dict[str, Layout] = {
