@@ -79,6 +79,8 @@ def find_cases(
     if one is not None and chosen is FOLDER and len(cohort.cases) == 1:
         name = bare_name(one)  # not the name of the folder above one file, or one DICOM series
         cohort = replace(cohort, cases=(replace(cohort.cases[0], id=name, patient=name),))
+    patients = patients_by_id(cohort.cases)
+    cohort = replace(cohort, cases=tuple(replace(case, patient=patients[case.id]) for case in cohort.cases))
     if scheme is not None and scheme.name == PLAIN_CLASSES:
         cohort = _with_plain_classes(cohort, scheme.ignore)
     cohort = replace(cohort, files=_count_files(listing, cohort))
