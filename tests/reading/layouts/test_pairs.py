@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.zoo.build import masks, scans
 
 from segkit.reading.files import read_reference
 from segkit.reading.layouts.pairs import identity, is_companion, matched_by_wildcards
 from segkit.reading.layouts.table import find_cases
+from tests.zoo.build import masks, scans
 
 
 @pytest.mark.parametrize(
