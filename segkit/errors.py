@@ -55,9 +55,9 @@ class Problem:
         return document | ({"left_out": list(self.left_out)} if self.left_out else {})
 
 
-def warning(where: object, found: str, remedy: str = "") -> Problem:
+def warning(where: object, found: str, remedy: str = "", left_out: tuple[str, ...] = ()) -> Problem:
     """A finding that does not prevent the use of what it is about."""
-    return Problem(str(where), found, remedy, is_fatal=False)
+    return Problem(str(where), found, remedy, is_fatal=False, left_out=left_out)
 
 
 class SegkitError(Exception):

@@ -112,7 +112,7 @@ class _Walk:
             folders, files = list_folder(folder)
         except OSError as error:
             remedy = "Check permissions and links; everything below it is left out"
-            self.problems.append(warning(folder, f"cannot be opened ({error.strerror})", remedy))
+            self.problems.append(warning(folder, f"cannot be opened ({error.strerror})", remedy, (str(folder),)))
             return
         identity = (status.st_dev, status.st_ino)
         if above and identity == self.excluded:
@@ -130,7 +130,8 @@ class _Walk:
             if suffix not in VOLUME_SUFFIXES and suffix not in PICTURE_SUFFIXES:
                 self.others.append(path)
             elif not path.exists():
-                self.problems.append(warning(path, "is a link to a file that does not exist", "Correct the link"))
+                found = "is a link to a file that does not exist"
+                self.problems.append(warning(path, found, "Correct the link", (str(path),)))
             else:
                 (self.volumes if suffix in VOLUME_SUFFIXES else self.pictures).append(path)
         for child in folders:

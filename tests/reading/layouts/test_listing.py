@@ -35,6 +35,7 @@ def test_links_in_a_circle_are_named_and_left(tmp_path: Path) -> None:
         ("back", "is a link to a folder that contains it"),
         ("gone.nii.gz", "is a link to a file that does not exist"),
     }
+    assert [problem.left_out for problem in listing.problems if problem.left_out] == [(str(tmp_path / "gone.nii.gz"),)]
 
 
 def test_a_link_to_a_folder_elsewhere_is_followed(tmp_path: Path) -> None:
