@@ -48,6 +48,8 @@ SMALLEST: dict[str, dict[str, object]] = {
     "revmbunet": {"size": "tiny", "widths": (8, 12, 16)},
     "r2unet": {"size": "tiny", "widths": (8, 12, 16)},
     "runet": {"size": "tiny", "widths": (8, 12, 16)},
+    "plainunet": {"size": "tiny", "widths": (8, 12, 16)},
+    "resencunet": {"size": "tiny", "widths": (8, 12, 16)},
     "stunet": {"size": "S", "width": 4},
     "smp": {"size": "unet-small", "encoder_depth": 3, "decoder_channels": (32, 16, 16)},
     "inpainter": {"size": "tiny", "widths": (8, 12, 16)},

@@ -168,7 +168,7 @@ class PreprocessingCard(PreprocessingConfig):
 
     spacing_mm: tuple[Annotated[float, Field(ge=1e-3, le=1e3)], ...] | None = None
     orientation: str = Field(default="RAS", pattern="^[RLAPSIJKrlapsijk]{3}$")
-    normalisation: Normalisation = "zscore-nonzero"
+    normalisation: Normalisation | None = "zscore-nonzero"
     crop: Crop = "nonzero"
 
 

@@ -60,7 +60,9 @@ def load_model(run_dir: Path | str, device: torch.device | str = "cpu") -> nn.Mo
     try:
         _require_room_for(card, weights)
         network = build_network(card, downloads=False)
-        network.load_state_dict(weights, strict=True)
+        spare = getattr(network, "spare_heads", ())
+        own = {name: value for name, value in network.state_dict().items() if name.startswith(spare)}
+        network.load_state_dict({**own, **weights}, strict=True)
     except RuntimeError as error:
         details = " ".join(str(error).split())[:300]
         found = f"the weights do not fit {card.network.family!r} as this version builds it ({details})"

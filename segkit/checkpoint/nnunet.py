@@ -1,74 +1,187 @@
-"""Result folders of nnU-Net 1 and 2 with a STU-Net, used like run folders.
+"""Results folders of nnU-Net 1 and 2, opened into a plain record, and used like run folders.
 
-A result folder holds `fold_0`, `fold_1` ... (or `fold_all`), each with a checkpoint; version 2 keeps `plans.json` and
+A results folder holds `fold_0`, `fold_1` ... (or `fold_all`), each with a checkpoint; version 2 keeps `plans.json` and
 `dataset.json` beside the folds, version 1 a pickle of plans beside each checkpoint.
 
 nnU-Net reverses the axes of the file (to z, y, x), then permutes them by `transpose_forward`; only some of its readers
 reorient images. Spacings, patches and strides of a plan are in that order, which is expressed here as an orientation.
 """
 
+import functools
+import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from segkit.checkpoint.card import (
-    ModelCard,
-    NetworkCard,
-    OutputCard,
-    PreprocessingCard,
-    SchemeCard,
-    SegmentationCard,
-    TrainingData,
-)
-from segkit.checkpoint.tensors import named_tensors, read_plain_pickle, read_torch
+from segkit.checkpoint.card import OutputCard
+from segkit.checkpoint.tensors import read_plain_pickle, read_torch
 from segkit.errors import CheckpointError, DataError
 from segkit.labels import LabelScheme, classes_scheme
-from segkit.models.stunet import SIZES
-from segkit.reading.files import file_sha256, read_json
+from segkit.reading.files import read_json
 from segkit.reading.layouts.dataset_json import channel_names, document_scheme
 from segkit.reading.layouts.layout import FolderOptions
 
+_log = logging.getLogger(__name__)
+
 _CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_best.pth", "model_final_checkpoint.model", "model_best.model")
 """In order of preference: version 2's, then version 1's."""
+_OF_VERSION_1 = {"nonCT": "ZScoreNormalization", "CT": "CTNormalization"}
+"""Names of normalisations in version 1 -> those of version 2."""
+_RESAMPLING = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
 
-_NORMALISATIONS = {
-    **dict.fromkeys(("ZScoreNormalization", "nonCT"), "zscore"),
-    **dict.fromkeys(("CTNormalization", "CT"), "ct-window"),
+_KNOWN = {
+    "preprocessor_name": {"DefaultPreprocessor"},
+    "image_reader_writer": {
+        *("SimpleITKIO", "SimpleITKIOWithReorient", "NibabelIO", "NibabelIOWithReorient", "NaturalImage2DIO")
+    },
+    "label_manager": {"LabelManager"},
+    "normalization_schemes": {
+        *("ZScoreNormalization", "CTNormalization", "NoNormalization"),
+        *("RescaleTo01Normalization", "RGBTo01Normalization"),
+    },
+    **{
+        f"resampling_fn_{kind}": {"resample_data_or_seg_to_shape", "resample_torch_fornnunet", "no_resampling_hack"}
+        for kind in ("data", "seg", "probabilities")
+    },
 }
-"""Names of versions 2 and 1 -> the same normalisation in segkit."""
+"""Entries of plans that name code of nnU-Net, and the names that segkit has code for. Others are refused."""
+_TRAINERS = re.compile(
+    r"STUNetTrainer.*|nnUNetTrainer(BN|NoDeepSupervision|NoMirroring|_onlyMirror01|DA5|DAOrd0|NoDA|_noDummy2DDA|Adan?"
+    r"|CELoss|DiceLoss|DiceCELoss_noSmooth|TopK\d+Loss.*|CosAnneal|_probabilisticOversampling.*|_\d+epochs.*)?"
+)
+"""Names of nnU-Net's own trainers whose networks and preparation are those of the plans."""
 
 _MOST_LABELS = 256
-_STEPS = 5
-"""Downsampling steps of every STU-Net."""
 _MISFITS = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 """Errors from plans that nnU-Net did not write; a configuration may even inherit from itself."""
 
 
 @dataclass(frozen=True)
-class ResultPlan:
-    """A result's plan; sizes in voxels and spacings in mm, in the axis order of `orientation`.
+class Results:
+    """An opened results folder; keys of plans and configuration are those of version 2, also for version 1.
 
-    `dataset` is the `dataset.json` or a substitute made from the plans.
+    Sizes are in voxels and spacings in mm, in the axis order of nnU-Net: z, y, x, then `transpose_forward`.
     """
 
+    folder: Path
+    """The folder of trainer, plans and configuration, above the folds."""
     version: int
     trainer: str
-    name: str
-    patch_size: tuple[int, ...]
-    spacing_mm: tuple[float, ...]
-    strides: tuple[tuple[int, ...], ...]
-    orientation: str
-    normalisations: tuple[tuple[str, bool], ...]
-    """Name by channel, and whether it uses the statistics of nonzero voxels only."""
-    intensities: tuple[tuple[float, float, float, float], ...]
-    """Mean, standard deviation, 0.5 and 99.5 percentile of foreground voxels by channel; empty if not in the plan."""
-    mirror_axes: tuple[int, ...]
-    dataset: Mapping[str, Any]
+    plans: Mapping[str, Any] = field(repr=False)
+    configuration_name: str
+    configuration: Mapping[str, Any] = field(repr=False)
+    """The configuration of the plans with all that it inherits."""
+    dataset: Mapping[str, Any] = field(repr=False)
+    """`dataset.json`, or a substitute made from the plans."""
+    checkpoints: tuple[Path, ...]
+    """The weight file of each fold in use."""
+    mirror_axes: tuple[int, ...] = ()
+    """Axes along which inference may mirror, 0 is the first spatial one."""
+
+    @property
+    def dims(self) -> int:
+        """Axes of the network: 2 for a network of slices."""
+        return len(self.configuration["patch_size"])
+
+    @property
+    def previous_stage(self) -> str | None:
+        """The configuration whose masks are further input channels, of a cascade."""
+        return self.configuration.get("previous_stage") or None
+
+    @functools.cached_property
+    def channels(self) -> tuple[str, ...]:
+        """Names of the image channels; channel n is in the files that end in _000n."""
+        return channel_names(self.dataset, self.folder / "dataset.json")
+
+    @functools.cached_property
+    def scheme(self) -> LabelScheme:
+        """The labels by name, without background and `ignore`."""
+        where = self.folder / "dataset.json"
+        scheme = document_scheme(self.dataset, self.channels, FolderOptions(), where).scheme
+        if scheme is None:
+            raise CheckpointError("its dataset.json names no labels", where=self.checkpoints[0])
+        return scheme
+
+    @functools.cached_property
+    def outputs(self) -> tuple[OutputCard, ...]:
+        """Regions in painting order (nnU-Net's regions_class_order), or background and classes by value."""
+        return _outputs(self.dataset, self.scheme, self.checkpoints[0])
+
+    @property
+    def has_regions(self) -> bool:
+        """Whether outputs are regions (sigmoid, threshold 0.5) rather than exclusive classes (largest logit)."""
+        return self.outputs[0].label != 0
+
+    @property
+    def foreground(self) -> tuple[int, ...]:
+        """Label values but for background and `ignore`, ascending: the channels of a previous stage's masks."""
+        return tuple(sorted({value for output in self.outputs for value in output.members} - {0}))
+
+    @functools.cached_property
+    def notices(self) -> tuple[str, ...]:
+        """What users should know and what is not honoured, a sentence each."""
+        found = []
+        if not _TRAINERS.fullmatch(self.trainer):
+            found.append(f"trainer {self.trainer} is not known: masks differ if it changes more than the training")
+        if pickled := sorted(path.relative_to(self.folder) for path in self.folder.rglob("postprocessing.pkl")):
+            names = ", ".join(map(str, pickled))
+            found.append(f"{names}: ignored, as nnUNetv2_predict does; it holds pickled functions, which are not read")
+        dropout = self.configuration.get("architecture", {}).get("arch_kwargs", {}).get("dropout_op")
+        if dropout is not None:
+            found.append(f"{dropout}: trained further without dropout")
+        return tuple(found)
+
+
+def open_results(path: Path, folds: Sequence[str] | None = None, checkpoint: str | None = None) -> Results:
+    """The record of a results folder, or of one of its folds; the weights stay in their files.
+
+    `folds` are names such as "0" or "all"; None: all numbered ones, else `fold_all`. `checkpoint` is the name of a file
+    such as "checkpoint_best"; None: the final one, else the best one. What concerns all folds is that of the first.
+
+    Raises:
+        CheckpointError: a fold or file is missing or unsafe to read, or plans name code that segkit does not have.
+    """
+    chosen = fold_folders(path) if folds is None else [path / f"fold_{fold}" for fold in folds]
+    if not chosen:
+        raise CheckpointError("holds no fold with a checkpoint", where=path, expected="a results folder of nnU-Net")
+    files = []
+    for fold in chosen:
+        found = checkpoint_path(fold, checkpoint)
+        if found is None:
+            raise CheckpointError(f"has no {checkpoint or 'checkpoint'}", where=fold, remedy="Name another fold")
+        files.append(found)
+    document = read_torch(files[0], is_mapped=True)
+    results = read_results(files[0], document if isinstance(document, Mapping) else {})
+    with plans_understood(files[0]):
+        _require_known(results)
+        for notice in results.notices:
+            _warn_once(results.folder, notice)
+    return replace(results, checkpoints=tuple(files))
+
+
+@functools.cache
+def _warn_once(folder: Path, notice: str) -> None:
+    _log.warning("%s: %s", folder, notice)
+
+
+def _require_known(results: Results) -> None:
+    where = results.checkpoints[0]
+    for key, known in _KNOWN.items():
+        named = results.configuration.get(key, results.plans.get(key, []))
+        for name in [named] if isinstance(named, str) else named:
+            if str(name).rpartition(".")[2] not in known:
+                expected = f"one of {', '.join(sorted(known))}"
+                remedy = "Segment with nnU-Net itself"
+                raise CheckpointError(
+                    f"{key} is {name}, which segkit lacks", where=where, expected=expected, remedy=remedy
+                )
+    try:
+        _ = results.outputs
+    except DataError as error:
+        raise CheckpointError(error.found, where=error.where, expected=error.expected) from error
 
 
 def fold_folders(folder: Path) -> list[Path]:
@@ -80,97 +193,18 @@ def fold_folders(folder: Path) -> list[Path]:
     return sorted(numbered, key=lambda fold: int(fold.name.removeprefix("fold_"))) or found
 
 
-def checkpoint_path(fold: Path) -> Path | None:
-    """The checkpoint of a fold: the final one, else the best one, else the only one of version 1; None without one."""
-    for name in _CHECKPOINTS:
-        if (fold / name).is_file():
-            return fold / name
+def checkpoint_path(fold: Path, name: str | None = None) -> Path | None:
+    """The checkpoint of a fold: of that name, else the final, the best, or the only one of version 1; None without."""
+    for known in _CHECKPOINTS if name is None else (name, f"{name}.pth", f"{name}.model"):
+        if (fold / known).is_file():
+            return fold / known
     # The released weights have names of their own, such as base_ep4k.model.
     beside = (".pkl", ".json")
     others = [p for p in sorted(fold.glob("*.model")) if any(p.with_name(p.name + s).is_file() for s in beside)]
-    return others[0] if len(others) == 1 else None
-
-
-def make_card(checkpoint: Path) -> ModelCard:
-    """The model card of a checkpoint, from its plans and the shapes of its tensors.
-
-    Raises:
-        CheckpointError: the network is not STU-Net, the plans are missing or unsafe to read, or the images are
-            normalised in a way that segkit does not have.
-    """
-    with plans_understood(checkpoint):
-        return _make_card(checkpoint)
-
-
-def _make_card(path: Path) -> ModelCard:
-    document = read_torch(path, is_mapped=True)
-    plan = read_plan(path, document if isinstance(document, Mapping) else {})
-    if not plan.trainer.startswith("STUNetTrainer"):
-        raise CheckpointError(
-            f"the network of {plan.trainer} is not STU-Net",
-            where=path,
-            expected="a result of one of the STUNetTrainers",
-            remedy="Segment with nnU-Net itself, or train on the data with `segkit train`",
-        )
-    dataset_path = path.parent.parent / "dataset.json"
-    try:
-        modalities = channel_names(plan.dataset, dataset_path)
-        scheme = document_scheme(plan.dataset, modalities, FolderOptions(), dataset_path).scheme
-    except DataError as error:
-        raise CheckpointError(error.found, where=error.where, expected=error.expected) from error
-    if scheme is None:
-        raise CheckpointError("its dataset.json names no labels", where=path)
-    outputs = _outputs(plan.dataset, scheme, path)
-    network = _network(named_tensors(document, path), plan, path)
-    channels = (network.in_channels, len(modalities), "image channels")
-    for found, expected, what in (channels, (network.out_channels, len(outputs), "outputs")):
-        if found != expected:
-            sentence = f"the network has {found} {what}, but its dataset.json names {expected}"
-            remedy = "Copy the result folder again: checkpoint and dataset.json do not belong together"
-            raise CheckpointError(sentence, where=path, remedy=remedy)
-    return ModelCard(
-        network=network,
-        modalities=modalities,
-        patch_size=plan.patch_size,
-        divisor=tuple(prod(axis) for axis in zip(*plan.strides, strict=True)),
-        preprocessing=PreprocessingCard(
-            spacing_mm=plan.spacing_mm, orientation=plan.orientation, crop="nonzero", **_normalisation(plan, path)
-        ),
-        segmentation=SegmentationCard(
-            mirror_axes=plan.mirror_axes,
-            activation="softmax" if outputs[0].label == 0 else "sigmoid",
-            outputs=outputs,
-            label_scheme=SchemeCard.model_validate(scheme.to_json()),
-        ),
-        versions={"nnunet": str(plan.version), "trainer": plan.trainer},
-        sha256=file_sha256(path),
-        training_data=TrainingData(
-            identity=f"nnU-Net: {plan.name}",
-            licence=str(plan.dataset.get("licence") or plan.dataset.get("license") or "") or None,
-            cases=int(plan.dataset.get("numTraining") or 0),
-        ),
-    )
-
-
-def _network(tensors: Mapping[str, Tensor], plan: ResultPlan, path: Path) -> NetworkCard:
-    """The STU-Net of these tensors, by their shapes: the trainer's name can be chosen freely."""
-    first, last = tensors.get("conv_blocks_context.0.0.conv1.weight"), tensors.get("seg_outputs.4.weight")
-    if first is None or last is None or first.dim() != 5 or last.dim() != 5:
-        raise CheckpointError("holds no STU-Net of volumes", where=path)
-    depth = sum(name.startswith("conv_blocks_context.0.") and name.endswith(".conv1.weight") for name in tensors)
-    shape = {"width": first.shape[0], "depth": depth}
-    size = next((name for name, values in SIZES.items() if values == shape), None)
-    return NetworkCard(
-        family="stunet",
-        size=size or "B",
-        in_channels=first.shape[1],
-        out_channels=last.shape[0],
-        arguments={"strides": plan.strides, **({} if size else shape)},
-    )
+    return others[0] if len(others) == 1 and name is None else None
 
 
 def _outputs(dataset: Mapping[str, Any], scheme: LabelScheme, path: Path) -> tuple[OutputCard, ...]:
-    """Regions in painting order, or background and classes by value."""
     labels = {name: value for name, value in dataset["labels"].items() if str(name).lower() != "ignore"}
     if any(isinstance(value, list) and len(value) > 1 for value in labels.values()):
         regions = {name: value if isinstance(value, list) else [value] for name, value in labels.items()}
@@ -185,28 +219,11 @@ def _outputs(dataset: Mapping[str, Any], scheme: LabelScheme, path: Path) -> tup
     return tuple(OutputCard(name=classes[value], label=value, members=(value,)) for value in sorted(classes))
 
 
-def _normalisation(plan: ResultPlan, path: Path) -> dict[str, Any]:
-    used = set(plan.normalisations)
-    kinds = {_NORMALISATIONS.get(name) for name, _ in used}
-    measured = set(plan.intensities) if kinds == {"ct-window"} else set()
-    is_uniform = len(used) == 1 and len(measured) <= 1
-    if None in kinds or not is_uniform or (kinds == {"ct-window"} and not measured):
-        how = "" if is_uniform else ", which differs from channel to channel"
-        found = f"images are normalised with {', '.join(sorted({name for name, _ in used}))}{how}"
-        expected = "z-score or a CT window, the same for every channel"
-        raise CheckpointError(found, where=path, expected=expected, remedy="Segment with nnU-Net itself")
-    ((_, is_masked),) = used
-    if kinds == {"zscore"}:
-        return {"normalisation": "zscore-nonzero" if is_masked else "zscore"}
-    ((mean, std, low, high),) = measured
-    return {"normalisation": "ct-window", "ct_window": (low, high), "ct_mean": mean, "ct_std": std}
-
-
-def read_plan(checkpoint: Path, document: Mapping[str, Any]) -> ResultPlan:
-    """The plan of a fold from its checkpoint, whose contents are `document`, and the files beside it.
+def read_results(checkpoint: Path, document: Mapping[str, Any]) -> Results:
+    """The record of a fold from its checkpoint, whose contents are `document`, and the files beside it.
 
     Raises:
-        CheckpointError: plans are missing, unsafe to read, not written by nnU-Net, or of slices or of a cascade.
+        CheckpointError: plans are missing, unsafe to read, or not written by nnU-Net.
     """
     with plans_understood(checkpoint):
         return _version_1(checkpoint) if checkpoint.suffix == ".model" else _version_2(checkpoint, document)
@@ -222,31 +239,20 @@ def plans_understood(checkpoint: Path) -> Iterator[None]:
         raise CheckpointError(found, where=checkpoint, expected="those of nnU-Net 1 or 2") from error
 
 
-def _version_2(checkpoint: Path, document: Mapping[str, Any]) -> ResultPlan:
-    arguments, result = document["init_args"], checkpoint.parent.parent
-    plans = _read_json(result / "plans.json") or arguments["plans"]
-    dataset = _read_json(result / "dataset.json") or arguments["dataset_json"]
-    chosen = _configuration(plans, arguments["configuration"])
-    if stage := chosen.get("previous_stage"):
-        found = f"{arguments['configuration']} needs the masks of {stage} as input"
-        expected = "a network that needs the images only, such as 3d_fullres"
-        raise CheckpointError(found, where=checkpoint, expected=expected)
-    strides = chosen.get("pool_op_kernel_sizes") or chosen["architecture"]["arch_kwargs"]["strides"]
-    properties = plans.get("foreground_intensity_properties_per_channel")
-    properties = properties or plans.get("foreground_intensity_properties_by_modality", {})
-    schemes = [str(name) for name in chosen["normalization_schemes"]]
-    return ResultPlan(
+def _version_2(checkpoint: Path, document: Mapping[str, Any]) -> Results:
+    arguments, folder = document["init_args"], checkpoint.parent.parent
+    plans = _read_json(folder / "plans.json") or arguments["plans"]
+    name = str(arguments["configuration"])
+    return Results(
+        folder=folder,
         version=2,
         trainer=str(document["trainer_name"]),
-        name=str(plans["dataset_name"]),
-        patch_size=_volume_sizes(chosen["patch_size"], checkpoint),
-        spacing_mm=tuple(float(mm) for mm in chosen["spacing"]),
-        strides=_five(strides[1:]),
-        orientation=_orientation(str(plans["image_reader_writer"]), plans["transpose_forward"]),
-        normalisations=tuple(zip(schemes, map(bool, chosen["use_mask_for_norm"]), strict=True)),
-        intensities=_intensities(properties, len(schemes), "std"),
+        plans=plans,
+        configuration_name=name,
+        configuration=_configuration(plans, name),
+        dataset=_read_json(folder / "dataset.json") or arguments["dataset_json"],
+        checkpoints=(checkpoint,),
         mirror_axes=tuple(int(axis) for axis in document.get("inference_allowed_mirroring_axes") or ()),
-        dataset=dataset,
     )
 
 
@@ -256,30 +262,46 @@ def _configuration(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
     return own if parent is None else {**_configuration(plans, parent), **own}
 
 
-def _version_1(checkpoint: Path) -> ResultPlan:
+def _version_1(checkpoint: Path) -> Results:
     """Version 1 has the trainer's name and the plans in a pickle beside each checkpoint."""
     beside = checkpoint.with_name(checkpoint.name + ".json")
     document = _read_json(beside) or read_plain_pickle(checkpoint.with_name(checkpoint.name + ".pkl"))
     plans = document["plans"]
     channels = range(int(plans["num_modalities"]))
-    stage = _numbered(plans["plans_per_stage"], int(document["init"][5]))
-    properties = plans["dataset_properties"].get("intensityproperties") or {}
-    result = checkpoint.parent.parent
-    own_names = {str(channel): str(_numbered(plans["modalities"], channel)) for channel in channels}
+    stage = numbered(plans["plans_per_stage"], int(document["init"][5]))
+    folder = checkpoint.parent.parent
+    own_names = {str(channel): str(numbered(plans["modalities"], channel)) for channel in channels}
     labels = {"background": 0, **_classes(checkpoint, str(document["name"]), plans["all_classes"])}
-    schemes, masks = plans["normalization_schemes"], plans["use_mask_for_norm"]
-    return ResultPlan(
+    schemes = [str(numbered(plans["normalization_schemes"], channel)) for channel in channels]
+    properties = plans["dataset_properties"].get("intensityproperties") or {}
+    found = {str(channel): numbered(properties, channel) for channel in channels if properties}
+    transpose = [int(axis) for axis in plans["transpose_forward"]]
+    return Results(
+        folder=folder,
         version=1,
         trainer=str(document["name"]),
-        name=result.parent.name,
-        patch_size=_volume_sizes(stage["patch_size"], checkpoint),
-        spacing_mm=tuple(float(mm) for mm in stage["current_spacing"]),
-        strides=_five(stage["pool_op_kernel_sizes"]),
-        orientation=_orientation("SimpleITKIO", plans["transpose_forward"]),
-        normalisations=tuple((str(_numbered(schemes, c)), bool(_numbered(masks, c))) for c in channels),
-        intensities=_intensities(properties, len(channels), "sd"),
+        plans={
+            "dataset_name": folder.parent.name,
+            "image_reader_writer": "SimpleITKIO",
+            "transpose_forward": transpose,
+            "transpose_backward": [transpose.index(axis) for axis in range(len(transpose))],
+            "foreground_intensity_properties_per_channel": {c: {**one, "std": one["sd"]} for c, one in found.items()},
+        },
+        configuration_name="3d_fullres",
+        configuration={
+            "patch_size": [int(size) for size in stage["patch_size"]],
+            "spacing": [float(mm) for mm in stage["current_spacing"]],
+            "pool_op_kernel_sizes": [[1, 1, 1], *stage["pool_op_kernel_sizes"]],
+            "normalization_schemes": [_OF_VERSION_1.get(name, name) for name in schemes],
+            "use_mask_for_norm": [bool(numbered(plans["use_mask_for_norm"], channel)) for channel in channels],
+            **{f"resampling_fn_{kind}": "resample_data_or_seg_to_shape" for kind in ("data", "seg", "probabilities")},
+            "resampling_fn_data_kwargs": _RESAMPLING,
+            "resampling_fn_probabilities_kwargs": {**_RESAMPLING, "order": 1},
+            "resampling_fn_seg_kwargs": {**_RESAMPLING, "is_seg": True, "order": 1},
+        },
+        dataset=_read_json(folder / "dataset.json") or {"modality": own_names, "labels": labels},
+        checkpoints=(checkpoint,),
         mirror_axes=(0, 1, 2),
-        dataset=_read_json(result / "dataset.json") or {"modality": own_names, "labels": labels},
     )
 
 
@@ -303,34 +325,9 @@ def _read_json(path: Path) -> Any:
         raise CheckpointError(error.found, where=path, expected=error.expected) from error
 
 
-def _numbered(mapping: Mapping[Any, Any], number: int) -> Any:
-    return mapping[number] if number in mapping else mapping[str(number)]  # JSON writes numbers as text
-
-
-def _volume_sizes(sizes: Sequence[Any], where: Path) -> tuple[int, ...]:
-    if len(sizes) != 3:
-        raise CheckpointError("is a network of slices", where=where, expected="one of volumes, such as 3d_fullres")
-    return tuple(int(size) for size in sizes)
-
-
-def _five(strides: Sequence[Sequence[Any]]) -> tuple[tuple[int, ...], ...]:
-    """Strides cut, or extended with ones, to the steps of a STU-Net, as its trainers do."""
-    given = [tuple(int(step) for step in stride) for stride in strides][:_STEPS]
-    return (*given, *((1, 1, 1),) * (_STEPS - len(given)))
-
-
-def _orientation(reader: str, transpose: Sequence[Any]) -> str:
-    stored = "RAS" if "WithReorient" in reader else "IJK"
-    return "".join(stored[::-1][int(axis)] for axis in transpose)
-
-
-def _intensities(
-    properties: Mapping[Any, Any], channels: int, std: str
-) -> tuple[tuple[float, float, float, float], ...]:
-    found = [_numbered(properties, channel) for channel in range(channels)] if properties else []
-    return tuple(
-        (float(p["mean"]), float(p[std]), float(p["percentile_00_5"]), float(p["percentile_99_5"])) for p in found
-    )
+def numbered(mapping: Mapping[Any, Any], number: int) -> Any:
+    """The entry of a number, which JSON writes as text."""
+    return mapping[number] if number in mapping else mapping[str(number)]
 
 
 _TOTALSEGMENTATOR = """

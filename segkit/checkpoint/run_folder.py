@@ -1,4 +1,4 @@
-"""Folders with a trained model: run folders of segkit, results of nnU-Net with a STU-Net, MONAI bundles.
+"""Folders with a trained model: run folders of segkit, results of nnU-Net, MONAI bundles.
 
 Run folders are read without torch.
 """
@@ -36,8 +36,10 @@ def load_card(run_dir: Path) -> ModelCard:
         return monai_bundle.make_card(run_dir)
     from segkit.checkpoint import nnunet
 
-    if nnunet.fold_folders(run_dir) and (checkpoint := nnunet.checkpoint_path(only_folder(run_dir))):
-        return nnunet.make_card(checkpoint)
+    if nnunet.fold_folders(run_dir):
+        from segkit.checkpoint.nnunet_card import make_card
+
+        return make_card(nnunet.open_results(only_folder(run_dir)))
     has_state = (run_dir / LAST_NAME).exists()
     remedy = "Resume the training with --resume, up to its first validation" if has_state else "Check the path"
     raise CheckpointError(f"holds no {CARD_NAME}", where=run_dir, expected=RUN_FOLDER, remedy=remedy)

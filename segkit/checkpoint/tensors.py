@@ -31,6 +31,8 @@ _log = logging.getLogger(__name__)
 
 _INNER_KEYS = ("state_dict", "network_weights", "model_state_dict", "model")
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
+_SECOND_NAMES = re.compile(r"^decoder\.encoder\.|\.all_modules\.")
+"""Names under which nnU-Net's files hold the same weights again."""
 _NUMBERS = {
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
@@ -67,6 +69,7 @@ def named_tensors(document: object, where: Path) -> dict[str, Tensor]:
     outer = document if isinstance(document, Mapping) else {}
     inner = next((outer[key] for key in _INNER_KEYS if isinstance(outer.get(key), Mapping)), outer)
     tensors = {_WRAPPERS.sub("", str(name)): value for name, value in inner.items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in tensors.items() if not _SECOND_NAMES.search(name)}
     if not tensors:
         expected = f"a state dict, or one under {', '.join(_INNER_KEYS)}"
         raise CheckpointError("holds no tensors by name", where=where, expected=expected)

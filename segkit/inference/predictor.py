@@ -97,6 +97,8 @@ class Predictor:
         models = [(folder, load_card(folder)) for path in paths for folder in model_folders(path)]
         for folder, card in models:
             require_segmentation(card, folder)
+            if card.network.in_channels != len(card.modalities):
+                raise RequestError("needs the masks of a previous stage as input", where=folder)
         check_agreement([card for _, card in models], [folder for folder, _ in models])
         kind = Predictor
         if any(card.bundle is not None for _, card in models):

@@ -33,6 +33,8 @@ class SegmentationNetwork(nn.Module):
     """Prefixes of the names of the segmentation heads."""
     encoder_prefix: str = "encoder."
     """Prefix of the names of the encoder."""
+    spare_heads: tuple[str, ...] = ()
+    """Prefixes of the heads that only training uses and that files may lack."""
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(B, in_channels, *spatial) to logits (B, out_channels, *spatial); in training a list, finest first."""
@@ -47,16 +49,15 @@ def convolution(
     dims: int,
     in_channels: int,
     out_channels: int,
-    kernel: int = 3,
+    kernel: Sequence[int] | int = 3,
     stride: Sequence[int] | int = 1,
     *,
     bias: bool = True,
 ) -> nn.Module:
     """A convolution of odd `kernel` on (B, in_channels, *spatial) that divides each axis by its stride, rounding up."""
-    stride = stride if isinstance(stride, int) else tuple(stride)
-    layer: nn.Module = _CONVOLUTIONS[dims](
-        in_channels, out_channels, kernel, stride=stride, padding=kernel // 2, bias=bias
-    )
+    kernel, stride = (value if isinstance(value, int) else tuple(value) for value in (kernel, stride))
+    padding = kernel // 2 if isinstance(kernel, int) else tuple(side // 2 for side in kernel)
+    layer: nn.Module = _CONVOLUTIONS[dims](in_channels, out_channels, kernel, stride, padding, bias=bias)
     return layer
 
 
@@ -98,18 +99,20 @@ def group_norm(channels: int) -> nn.GroupNorm:
 class InstanceNorm(nn.Module):
     """Instance norm with scale and shift, without running statistics, for (B, C, *spatial).
 
-    Unlike PyTorch's it accepts a single voxel, which becomes the shift. On a CPU group norm is the faster kernel.
+    Unlike PyTorch's it accepts a single voxel, which becomes the shift. On a CPU group norm is the faster kernel, whose
+    last bits differ; with `is_exact` it is for training only.
     """
 
-    def __init__(self, channels: int, epsilon: float = 1e-5) -> None:
+    def __init__(self, channels: int, epsilon: float = 1e-5, *, is_exact: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.epsilon = epsilon
+        self.is_exact = is_exact
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *spatial) to the same shape."""
-        if x.device.type == "cpu":
+        if x.device.type == "cpu" and (self.training or not self.is_exact):
             return torch.group_norm(x, x.shape[1], self.weight, self.bias, self.epsilon)
         return torch.instance_norm(
             x, self.weight, self.bias, None, None, True, 0.0, self.epsilon, torch.backends.cudnn.enabled

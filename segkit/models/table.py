@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from segkit.config import Config
 from segkit.errors import RequestError
-from segkit.models import generator, inpainter, monai, r2unet, revmbunet, smp, stunet, vit
+from segkit.models import generator, inpainter, monai, nnunet, r2unet, revmbunet, smp, stunet, vit
 from segkit.models.blocks import SegmentationNetwork
 
 
@@ -33,6 +33,10 @@ MODELS: dict[str, ModelEntry] = {
     ),
     "r2unet": ModelEntry(r2unet.R2UNetConfig, r2unet.build_r2unet, r2unet.SIZES, _DIMS, r2unet.REFERENCE, "small"),
     "runet": ModelEntry(r2unet.R2UNetConfig, r2unet.build_r2unet, r2unet.RUNET_SIZES, _DIMS, r2unet.REFERENCE, "small"),
+    "plainunet": ModelEntry(nnunet.PlainUNetConfig, nnunet.NnUNet, nnunet.PLAIN_SIZES, _DIMS, nnunet.PLAIN_REFERENCE),
+    "resencunet": ModelEntry(
+        nnunet.ResEncUNetConfig, nnunet.NnUNet, nnunet.RESIDUAL_SIZES, _DIMS, nnunet.RESIDUAL_REFERENCE, "M"
+    ),
     "stunet": ModelEntry(stunet.StuNetConfig, stunet.StuNet, stunet.SIZES, _DIMS, stunet.REFERENCE, "B"),
     "smp": ModelEntry(smp.SmpConfig, smp.build_smp, smp.SIZES, _DIMS, smp.REFERENCE, "unet"),
     "vit": ModelEntry(vit.VitConfig, vit.build_vit, vit.SIZES, _DIMS, vit.REFERENCE),
@@ -46,7 +50,7 @@ MODELS: dict[str, ModelEntry] = {
 }
 """Family name -> entry."""
 
-_SCALE = ("tiny", "small S unet-small", "base B unet paper", "large L unet-resnet50", "H")
+_SCALE = ("tiny", "small S unet-small", "base B M unet paper", "large L unet-resnet50", "H XL")
 """Names of sizes, from small to large; other sizes are variants of one of these."""
 
 

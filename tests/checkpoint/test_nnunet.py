@@ -1,8 +1,9 @@
-"""Result folders of nnU-Net 2 whose network is STU-Net: cards, refusals, and masks through the command line."""
+"""Results folders of nnU-Net 2: cards, networks, refusals, and masks of a STU-Net through the command line."""
 
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 
 import segkit
 import segkit.cli
+from segkit.checkpoint.nnunet import open_results
 from segkit.checkpoint.run_folder import load_card, model_folders
 from segkit.checkpoint.transfer import load_weights
 from segkit.errors import CheckpointError, RequestError
@@ -40,6 +42,10 @@ def make_plans(**changes: Any) -> dict[str, Any]:
         "normalization_schemes": ["ZScoreNormalization"],
         "use_mask_for_norm": [True],
         "UNet_class_name": "PlainConvUNet",
+        "UNet_base_num_features": 2,
+        "unet_max_num_features": 8,
+        "n_conv_per_stage_encoder": [2, 2, 2, 2],
+        "n_conv_per_stage_decoder": [2, 2, 2],
         "num_pool_per_axis": [2, 3, 3],
         "pool_op_kernel_sizes": PLANNED_STRIDES,
         "conv_kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3], [3, 3, 3]],
@@ -182,24 +188,19 @@ def test_normalisation(tmp_path: Path, schemes: list[str], masks: list[bool], ex
 
 
 @pytest.mark.parametrize(
-    ("schemes", "masks", "found"),
+    ("schemes", "masks"),
     [
-        (["RescaleTo01Normalization"], [False], "RescaleTo01Normalization;"),
-        (["NoNormalization"], [False], "NoNormalization;"),
-        (
-            ["CTNormalization", "ZScoreNormalization"],
-            [False, False],
-            "CTNormalization, ZScoreNormalization, which diff",
-        ),
-        (["ZScoreNormalization"] * 2, [False, True], "ZScoreNormalization, which differs from channel to channel;"),
+        (["RescaleTo01Normalization"], [False]),
+        (["NoNormalization"], [False]),
+        (["CTNormalization", "ZScoreNormalization"], [False, False]),
+        (["ZScoreNormalization"] * 2, [False, True]),
     ],
 )
-def test_other_normalisations_are_refused(tmp_path: Path, schemes: list[str], masks: list[bool], found: str) -> None:
+def test_other_normalisations_are_left_out_of_the_card(tmp_path: Path, schemes: list[str], masks: list[bool]) -> None:
     plans = make_plans(normalization_schemes=schemes, use_mask_for_norm=masks)
     dataset = {**DATASET, "channel_names": {str(number): f"mr{number}" for number in range(len(schemes))}}
     result = write_result(tmp_path / "result", network=make_network(len(schemes)), plans=plans, dataset=dataset)
-    with pytest.raises(CheckpointError, match=f"images are normalised with {found}"):
-        load_card(result)
+    assert load_card(result).preprocessing.normalisation is None
 
 
 def test_regions_are_painted_in_their_order(tmp_path: Path) -> None:
@@ -222,13 +223,12 @@ def test_regions_are_painted_in_their_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
-        ({"trainer": "nnUNetTrainer"}, r"the network of nnUNetTrainer is not STU-Net.*Segment with nnU-Net itself"),
-        ({"configuration": "2d"}, "is a network of slices; expected one of volumes"),
-        ({"configuration": "3d_cascade_fullres"}, "3d_cascade_fullres needs the masks of 3d_lowres as input"),
+        ({"configuration": "2d"}, "holds no STU-Net of 2 axes"),
+        ({"configuration": "3d_cascade_fullres"}, "has 1 image channels, but its dataset.json names 3"),
         ({"configuration": "3d_fulres"}, r"its plans cannot be understood \(KeyError: '3d_fulres'\)"),
         ({"network": make_network(outputs=4)}, "the network has 4 outputs, but its dataset.json names 3"),
         ({"network": make_network(2)}, "the network has 2 image channels, but its dataset.json names 1"),
-        ({"network": nn.Linear(2, 2)}, "holds no STU-Net of volumes"),
+        ({"network": nn.Linear(2, 2)}, "holds no PlainConvUNet of 3 axes"),
         ({"dataset": {"labels": {"background": 0}}}, "names no image channels"),
         ({"dataset": {**DATASET, "labels": {"background": 0, "a": 1, "b": 3}}}, "its label values have gaps"),
     ],
@@ -325,12 +325,13 @@ def test_infer_with_the_folds_of_a_cross_validation(tmp_path: Path, scan: Path) 
     assert json.loads((out / "manifest.json").read_text())["summary"]["done"] == 1
 
 
-def test_infer_with_another_network_of_nnunet_is_a_wrong_request(
+def test_infer_with_an_unknown_network_is_a_wrong_request(
     tmp_path: Path, scan: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = write_result(tmp_path / "result", trainer="nnUNetTrainer")
+    plans = make_plans(UNet_class_name="nnunetv2.nets.UMambaBot.UMambaBot")
+    result = write_result(tmp_path / "result", network=nn.Linear(2, 2), plans=plans)
     assert run_segkit("infer", "-m", result, "-i", scan.parent, "-o", tmp_path / "masks", "-d", "cpu") == 2
-    assert "the network of nnUNetTrainer is not STU-Net" in capsys.readouterr().err
+    assert "the network UMambaBot is not known; expected STU-Net or one of PlainConvUNet" in capsys.readouterr().err
     assert not (tmp_path / "masks").exists()
 
 
@@ -339,3 +340,108 @@ def test_members_of_an_ensemble_must_agree(tmp_path: Path) -> None:
     other = write_result(tmp_path / "other", plans=make_plans(spacing=[1.0, 1.0, 1.0]))
     with pytest.raises(RequestError, match=r"differs from .* in spacing_mm"):
         segkit.Predictor.load([one, other])
+
+
+def plain_network() -> nn.Module:
+    """The network that `make_plans` names: widths 2, 4, 8, 8."""
+    kernels = ((1, 3, 3), *((3, 3, 3),) * 3)
+    shape = {"widths": (2, 4, 8, 8), "kernels": kernels, "strides": ((1, 2, 2), (2, 2, 2), (2, 2, 2))}
+    return segkit.build_model("plainunet", in_channels=1, out_channels=3, **shape)
+
+
+def test_plans_before_version_2_4_name_a_plain_network(tmp_path: Path) -> None:
+    network = plain_network()
+    result = write_result(tmp_path / "result", network=network, trainer="nnUNetTrainer")
+    card = load_card(result)
+    assert (card.network.family, card.divisor) == ("plainunet", (4, 8, 8))
+    model = segkit.load_model(result)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in network.state_dict().items())
+
+
+def test_second_names_are_dropped_and_heads_of_training_may_be_absent(tmp_path: Path) -> None:
+    weights = plain_network().state_dict()
+    weights |= {f"decoder.{name}": tensor for name, tensor in weights.items() if name.startswith("encoder.")}
+    weights |= {"encoder.stages.0.0.convs.0.all_modules.0.weight": torch.ones(1)}
+    for name in [name for name in weights if name.startswith(("decoder.seg_layers.0.", "decoder.seg_layers.1."))]:
+        del weights[name]
+    model = segkit.load_model(write_result(tmp_path / "result", network_weights=weights))
+    assert torch.equal(model.state_dict()["decoder.seg_layers.2.weight"], weights["decoder.seg_layers.2.weight"])
+    del weights["decoder.seg_layers.2.bias"]
+    with pytest.raises(CheckpointError, match=r"do not fit 'plainunet'.*seg_layers\.2\.bias"):
+        segkit.load_model(write_result(tmp_path / "other", network_weights=weights))
+
+
+def architecture(name: str, **changes: object) -> dict[str, Any]:
+    """What nnU-Net 2.4 and later write about a network of two stages."""
+    arguments = {
+        **{"n_stages": 2, "features_per_stage": [2, 4], "kernel_sizes": [[3, 3, 3]] * 2, "conv_bias": True},
+        **{"strides": [[1, 1, 1], [2, 2, 2]], "n_blocks_per_stage": [1, 2], "n_conv_per_stage_decoder": [1]},
+        **{"norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d", "norm_op_kwargs": {"eps": 1e-5, "affine": True}},
+        **{
+            "conv_op": "torch.nn.modules.conv.Conv3d",
+            "nonlin": "torch.nn.LeakyReLU",
+            "nonlin_kwargs": {"inplace": True},
+        },
+    }
+    return {"network_class_name": f"anywhere.{name}", "arch_kwargs": {**arguments, **changes}}
+
+
+def test_batch_norm_and_bottlenecks_are_taken_from_weights_and_plans(tmp_path: Path) -> None:
+    """The plans of nnUNetTrainerBN name instance norm."""
+    shape = {"widths": (2, 4), "blocks": (1, 2), "bottleneck_widths": (3, 3), "norm": "batch", "slope": 0.0}
+    network = segkit.build_model("resencunet", in_channels=1, out_channels=3, **shape)
+    changes = {"block": "dna.BottleneckD", "bottleneck_channels": 3, "nonlin": "torch.nn.ReLU"}
+    plans = make_plans(architecture=architecture("ResidualEncoderUNet", **changes))
+    result = write_result(tmp_path / "result", network=network, plans=plans, trainer="nnUNetTrainerBN")
+    loaded, x = segkit.load_model(result), torch.randn(1, 1, 4, 4, 4)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), network.eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("plans", "found"),
+    [
+        (make_plans(preprocessor_name="MyPreprocessor"), "preprocessor_name is MyPreprocessor, which segkit lacks"),
+        ({**make_plans(), "image_reader_writer": "Tiff3DIO"}, "image_reader_writer is Tiff3DIO"),
+        ({**make_plans(), "label_manager": "MyLabels"}, "label_manager is MyLabels"),
+        (make_plans(normalization_schemes=["MyNorm"]), "normalization_schemes is MyNorm"),
+        (make_plans(resampling_fn_data="my_resampling"), "resampling_fn_data is my_resampling"),
+        (make_plans(architecture=architecture("Primus")), "the network Primus is not known"),
+        (
+            make_plans(
+                architecture=architecture("ResidualEncoderUNet", squeeze_excitation=True, nonlin="torch.nn.GELU")
+            ),
+            "ResidualEncoderUNet has squeeze_excitation, activation GELU, which segkit lacks",
+        ),
+    ],
+)
+def test_code_that_segkit_lacks_is_refused_by_name(tmp_path: Path, plans: dict[str, Any], found: str) -> None:
+    network = segkit.build_model("resencunet", in_channels=1, out_channels=3, widths=(2, 4), blocks=(1, 2))
+    with pytest.raises(CheckpointError, match=found):
+        load_card(write_result(tmp_path / "result", network=network, plans=plans))
+
+
+def test_notices_name_what_is_not_honoured(tmp_path: Path, burglar: Callable[[Path], object]) -> None:
+    result = write_result(tmp_path / "result", network=plain_network(), trainer="nnUNetTrainer_ours")
+    folder = result / "crossval_results_folds_0_1"
+    folder.mkdir()
+    (folder / "postprocessing.pkl").write_bytes(pickle.dumps(burglar(tmp_path / "was_here")))
+    trainer, pickled = open_results(result).notices
+    assert trainer.startswith("trainer nnUNetTrainer_ours is not known")
+    assert pickled.startswith(f"{Path('crossval_results_folds_0_1', 'postprocessing.pkl')}: ignored")
+    assert not (tmp_path / "was_here").exists()
+
+
+def test_folds_and_checkpoints_are_chosen_by_name(tmp_path: Path) -> None:
+    result = write_result(tmp_path / "result", ("fold_0", "fold_1", "fold_all"))
+    (result / "fold_1" / "checkpoint_best.pth").write_bytes((result / "fold_1" / "checkpoint_final.pth").read_bytes())
+    names = [path.relative_to(result).as_posix() for path in open_results(result).checkpoints]
+    assert names == ["fold_0/checkpoint_final.pth", "fold_1/checkpoint_final.pth"]
+    assert open_results(result, ["all"]).checkpoints == (result / "fold_all" / "checkpoint_final.pth",)
+    chosen = open_results(result, ["1"], "checkpoint_best")
+    assert (chosen.checkpoints, chosen.configuration_name) == (
+        (result / "fold_1" / "checkpoint_best.pth",),
+        "3d_fullres",
+    )
+    with pytest.raises(CheckpointError, match=r"fold_0: has no checkpoint_best"):
+        open_results(result, checkpoint="checkpoint_best")

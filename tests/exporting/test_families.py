@@ -18,6 +18,8 @@ _SMALLEST: dict[str, dict[str, object]] = {
     "revmbunet": {"size": "tiny", "widths": (4, 8), "mode": "reversible"},
     "r2unet": {"size": "tiny", "widths": (4, 8), "steps": 1, "norm": "group"},
     "runet": {"size": "tiny", "widths": (4, 8), "steps": 1},
+    "plainunet": {"size": "tiny", "widths": (4, 8), "norm": "batch"},
+    "resencunet": {"size": "tiny", "widths": (4, 8), "blocks": (1, 2), "bottleneck_widths": (4, 4)},
     "stunet": {"size": "S", "width": 4, "mode": "checkpoint"},
     "smp": {"size": "unet-small", "encoder_depth": 3, "decoder_channels": (32, 16, 16)},
     "generator": {"size": "tiny", "width": 4},

@@ -20,7 +20,7 @@ import torch
 from fuzzing import seeds
 
 from segkit.checkpoint.model import read_source
-from segkit.checkpoint.nnunet import read_plan
+from segkit.checkpoint.nnunet import read_results
 from segkit.checkpoint.run_folder import load_card
 from segkit.checkpoint.tensors import load_state, load_weights_file, read_plain_pickle, read_torch
 from segkit.errors import CheckpointError, DataError, RequestError, SegkitError
@@ -85,7 +85,7 @@ def test_code_in_plans_is_not_run(tmp_path: Path, canary: Path, form: str) -> No
     with pytest.raises(CheckpointError, match="carries code"):
         read_plain_pickle(path)
     with pytest.raises(CheckpointError, match="carries code"):
-        read_plan(tmp_path / "x.model", {})
+        read_results(tmp_path / "x.model", {})
     assert not canary.exists()
 
 

@@ -22,6 +22,8 @@ _SMALLEST = {
     "revmbunet": {"size": "tiny", "widths": (8, 12, 16)},
     "r2unet": {"size": "tiny", "widths": (8, 12, 16)},
     "runet": {"size": "tiny", "widths": (8, 12, 16)},
+    "plainunet": {"size": "tiny", "widths": (8, 12, 16)},
+    "resencunet": {"size": "tiny", "widths": (8, 12, 16)},
     "stunet": {"size": "S", "width": 8},
     "smp": {"size": "unet-small", "encoder_depth": 3, "decoder_channels": (32, 16, 16)},
     "monai": {"network_def": {"_target_": "SegResNet", "blocks_down": [1, 1], "blocks_up": [1]}},

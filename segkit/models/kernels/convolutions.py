@@ -103,10 +103,10 @@ def step_down(dims: int, in_channels: int, out_channels: int, stride: Sequence[i
     return kind(in_channels, out_channels, tuple(stride), stride=tuple(stride))  # type: ignore[arg-type]
 
 
-def step_up(dims: int, in_channels: int, out_channels: int, stride: Sequence[int]) -> nn.Module:
+def step_up(dims: int, in_channels: int, out_channels: int, stride: Sequence[int], *, bias: bool = True) -> nn.Module:
     """The transposed convolution that undoes `step_down`: each axis is multiplied by its entry of `stride`."""
     kind = {2: nn.ConvTranspose2d, 3: StepUp3d}[dims]
-    return kind(in_channels, out_channels, tuple(stride), stride=tuple(stride))  # type: ignore[arg-type]
+    return kind(in_channels, out_channels, tuple(stride), stride=tuple(stride), bias=bias)  # type: ignore[arg-type]
 
 
 class StepDown3d(nn.Conv3d):

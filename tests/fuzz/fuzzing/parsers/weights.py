@@ -40,9 +40,9 @@ def _into_a_network(_: Path, path: Path) -> None:
 
 
 def _plans(_: Path, path: Path) -> None:
-    from segkit.checkpoint.nnunet import read_plan
+    from segkit.checkpoint.nnunet import read_results
 
-    repr(read_plan(path.with_suffix(""), {}))
+    repr(read_results(path.with_suffix(""), {}))
 
 
 def _torch_files(name: str, *, is_zip: bool) -> list[Files]:
