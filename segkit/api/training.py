@@ -15,6 +15,7 @@ from segkit.errors import RequestError
 
 if TYPE_CHECKING:
     import torch
+    from monai.transforms import Compose
 
     from segkit.training.config import TrainConfig
     from segkit.training.task import ConfigT, Kind, Summary, TrainingRequest
@@ -49,6 +50,7 @@ def train(
     overwrite: bool = False,
     allow_changes: bool = False,
     on_progress: Callable[[float, str], None] | None = None,
+    transforms: Compose | None = None,
     **settings: Any,
 ) -> Summary:
     """Train a segmentation network on a data folder and write a run folder; returns its summary.
@@ -58,7 +60,8 @@ def train(
     sections or dotted names: `training={"steps": 100}` and `**{"training.steps": 100}` are the same. `budget` is in
     minutes, or "30m"; `memory` in GiB, or "8G". `fold` is the fold that validates, by default 0, or "all" for
     cross-validation. `exclude` are case ids, or a text file of them. `on_progress` is called with the completed share,
-    0 to 1, and a message.
+    0 to 1, and a message. `transforms` are MONAI transforms of patches, dictionaries of "image" and "label", after ours
+    (instead of ours with `augmentation={"enabled": False}`); a resumed run needs them again.
 
     Raises:
         RequestError: data and arguments do not fit; ConfigError names every wrong setting. Nothing was written.
@@ -75,6 +78,7 @@ def train(
         run=Path(run), preset=preset, config=config, settings=nested_settings(settings), budget=budget, memory=memory,
         weights=weights, exclude=exclude, layout=layout, modalities=modalities, device=device, resume=resume,
         overwrite=overwrite, allow_changes=allow_changes, on_progress=on_progress,
+        transforms=transforms,
     )  # fmt: skip
     return run_training(*segmentation_request(data, options, fold=fold, label_scheme=label_scheme), fold)
 
@@ -102,6 +106,7 @@ class TrainingOptions:
     overwrite: bool
     allow_changes: bool
     on_progress: Callable[[float, str], None] | None = None
+    transforms: Compose | None = None
     started_s: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -148,13 +153,24 @@ class TrainingOptions:
                 **(of_data or {}),
             },
             "network": {"weights": None if self.weights is None else Path(self.weights).absolute()},
-            "training": {"budget_minutes": None if self.budget is None else parse_minutes(self.budget)},
+            "training": {
+                "budget_minutes": None if self.budget is None else parse_minutes(self.budget),
+                "python_transforms": self.transform_names(),
+            },
         }
         given: dict[str, Any] = {
             section: {key: value for key, value in options.items() if value is not None}
             for section, options in sections.items()
         }
         return [("--set", self.settings), ("options", given | ({"method": method} if method else {}))]
+
+    def transform_names(self) -> list[str] | None:
+        """Names of the transforms from Python."""
+        if self.transforms is None:
+            return None
+        from segkit.preparing.user_transforms import name_of, parts_of
+
+        return [name_of(part) for part in parts_of(self.transforms)]
 
     def request(
         self, data: Sequence[AnyPath], kind: Kind[ConfigT, Any], presets: Sequence[Layer], layers: Sequence[Layer]
@@ -188,6 +204,7 @@ class TrainingOptions:
             overwrite=self.overwrite,
             allow_changes=self.allow_changes,
             on_progress=self.on_progress,
+            transforms=self.transforms,
         )
 
 

@@ -151,9 +151,8 @@ class PatchDataset(Dataset[dict[str, torch.Tensor]]):
             raise IndexError(index)
         self._random.seed(np.random.SeedSequence((self.seed, 1, index)).generate_state(4))
         patch = run(self.transforms, {"case": self.prepared[self.case_number(index)]})
-        if LABEL in patch:
-            patch[LABEL] = patch[LABEL][0].to(torch.uint8)
-        return patch
+        item = {IMAGE: patch[IMAGE].float()}
+        return item | ({LABEL: patch[LABEL][0].to(torch.uint8)} if LABEL in patch else {})
 
     def case_number(self, index: int) -> int:
         """The case of item `index`."""

@@ -5,15 +5,16 @@ values and the reasons.
 """
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from segkit.checkpoint.transfer import InputAdapt
 from segkit.config import Config
 from segkit.losses.dice_cross_entropy import LossConfig
 from segkit.preparing.augmentation import AugmentationConfig
 from segkit.preparing.preprocessing import PreprocessingConfig
+from segkit.preparing.user_transforms import checked_setting
 
 
 class DataConfig(Config):
@@ -130,6 +131,11 @@ class TrainingConfig(LoopConfig):
     """Most cases of a validation during training; the final validation uses all of the fold."""
     foreground_fraction: float = Field(default=0.5, ge=0, le=1)
     """Share of patches centred on foreground."""
+    transforms: tuple[Annotated[dict[str, Any], AfterValidator(checked_setting)], ...] = ()
+    """Further changes of patches by MONAI's dictionary transforms, such as {name: RandBiasFieldd, prob: 0.2}: the name
+    and plain arguments; `place: before` instead of after our own. With augmentation.enabled false they replace ours."""
+    python_transforms: tuple[str, ...] = ()
+    """Names of the transforms that `segkit.train(transforms=...)` was given; they cannot be set."""
 
 
 class RunConfig(Config):

@@ -3,17 +3,19 @@
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from monai.transforms import Transform
 from torch import Tensor, nn
 
 from segkit.checkpoint.card import ModelCard, OutputCard, SchemeCard, SegmentationCard
 from segkit.checkpoint.model import load_model, save_model
 from segkit.checkpoint.run_folder import load_card, require_segmentation
+from segkit.errors import RequestError
 from segkit.inference.backends import TorchBackend
 from segkit.inference.predictor import Predictor
 from segkit.labels import LabelScheme, outputs_of
@@ -23,8 +25,9 @@ from segkit.models.blocks import SegmentationNetwork
 from segkit.preparing.augmentation import training_transforms
 from segkit.preparing.cache import StoredCases
 from segkit.preparing.lesion_bank import LesionBank, prepare_copies
-from segkit.preparing.patch_sampling import PatchDataset
+from segkit.preparing.patch_sampling import PatchDataset, RandPatchd
 from segkit.preparing.preprocessing import PreparedCase, load_case
+from segkit.preparing.user_transforms import build_transforms, keeping_background, parts_of, require_usable
 from segkit.reading.case import Case
 from segkit.report.figures import overlay_figure
 from segkit.training.batches import ENDLESS, endless_batches
@@ -153,11 +156,13 @@ class SegmentationKind(Kind[TrainConfig, SegmentationTask]):
         """The task with patches of the training cases, and of a lesion bank if the settings name one."""
         config, (data,), ranks, scheme = plan.config, plan.data, plan.request.ranks, _scheme(plan)
         budget = config.training.budget_minutes
+        cases = data.prepared(data.training_ids)
         transforms = training_transforms(
             config.augmentation,
             card.patch_size,
             foreground_fraction=config.training.foreground_fraction,
             bank=ranks.first_before_others(lambda: _lesion_bank(plan)),
+            **_user_transforms(plan, cases[0], card.patch_size),
         )
         return SegmentationTask(
             model=network,
@@ -165,9 +170,7 @@ class SegmentationKind(Kind[TrainConfig, SegmentationTask]):
             loss_function=SegmentationLoss(
                 require_segmentation(card).activation, outputs_of(scheme), config.loss, scheme.ignore
             ),
-            patches=PatchDataset(
-                data.prepared(data.training_ids), transforms, seed=config.training.seed, length=ENDLESS
-            ),
+            patches=PatchDataset(cases, transforms, seed=config.training.seed, length=ENDLESS),
             validation=data.prepared(data.validation_ids[: config.training.validation_cases]),
             batch_size=config.planning.batch_size or 1,
             workers=config.training.workers,
@@ -234,6 +237,25 @@ def _scheme(plan: RunPlan[TrainConfig]) -> LabelScheme:
     if scheme is None:
         raise ValueError("a planned run has a label scheme")
     return scheme
+
+
+def _user_transforms(
+    plan: RunPlan[TrainConfig], case: PreparedCase, patch_size: Sequence[int]
+) -> dict[str, list[Transform]]:
+    """The user's transforms "before" and "after" ours, tried on a patch of a case.
+
+    Raises:
+        RequestError: one cannot be used.
+    """
+    settings, from_python = plan.config.training.transforms, plan.request.transforms
+    placed = {place: build_transforms(settings, place) for place in ("before", "after")}
+    try:
+        placed["after"] += [keeping_background(part) for part in parts_of(from_python)] if from_python else []
+    except ValueError as error:
+        raise RequestError(str(error), where="transforms") from error
+    patch = RandPatchd(patch_size, foreground_fraction=1).set_random_state(0)({"case": case})
+    require_usable([*placed["before"], *placed["after"]], patch)
+    return placed
 
 
 def _lesion_bank(plan: RunPlan[TrainConfig]) -> LesionBank | None:

@@ -36,10 +36,17 @@ def plan_segmentation(request: TrainingRequest[TrainConfig]) -> RunPlan[TrainCon
     A resumed run keeps its plan: patch, batch and mode must not depend on the memory that is free now.
 
     Raises:
-        RequestError: layout or label scheme are not recognised, an id to exclude does not exist, or a setting or the
-            lesion bank does not fit.
+        RequestError: layout or label scheme are not recognised, an id to exclude does not exist, a setting or the
+            lesion bank does not fit, or transforms from Python are missing.
     """
-    network = request.config.network
+    network, transforms = request.config.network, request.config.training.python_transforms
+    if transforms and request.transforms is None:
+        raise RequestError(
+            f"the run uses transforms from Python: {', '.join(transforms)}",
+            where=request.run,
+            expected="the same transforms again",
+            remedy="Resume it with segkit.train(..., transforms=Compose([...]), resume=True)",
+        )
     configure(network.family, network.size, network.arguments)  # a mistyped argument is found before data are read
     cohort = find_cohort(request)
     request, training_ids, validation_ids = _split(request, cohort)

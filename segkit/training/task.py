@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+from monai.transforms import Compose
 from torch import Tensor, nn
 
 from segkit.checkpoint.card import ModelCard, NetworkCard, PreprocessingCard, TrainingData
@@ -48,6 +49,8 @@ class TrainingRequest(Generic[ConfigT]):
     """Called after each step with the progress, 0 to 1, and a message; None writes log lines."""
     ranks: Ranks = field(default_factory=Ranks)
     """The processes that train together."""
+    transforms: Compose | None = None
+    """Transforms of patches from Python; their names are `training.python_transforms`."""
 
     @property
     def deadline_s(self) -> float | None:
