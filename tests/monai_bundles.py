@@ -137,12 +137,12 @@ def write_bundle(
 
 
 def network_of(network_def: Mapping[str, Any], seed: int = 0) -> torch.nn.Module:
-    """The network with random weights, its last bias at 0 so that no output is the largest everywhere."""
+    """The network with random weights, its last bias small so that no output is the largest everywhere."""
     arguments = {name: value for name, value in network_def.items() if name not in ("_target_", "img_size")}
     torch.manual_seed(seed)
     network: torch.nn.Module = getattr(monai.networks.nets, network_def["_target_"])(**arguments)
     with torch.no_grad():
-        list(network.parameters())[-1].zero_()
+        list(network.parameters())[-1].fill_(-0.01)
     return network
 
 

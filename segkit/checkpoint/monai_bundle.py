@@ -161,7 +161,8 @@ def _require_plain_workflow(config: BundleConfig) -> None:
     """Refuse what happens around the parts that are read, where it could change a mask."""
     for place, text in enumerate(config.raw("imports") or []):
         if not _IMPORT.match(str(text)):
-            config.refuse(f"imports::{place}", text, f"imports of {', '.join(_MODULES)} only: no code of the bundle")
+            remedy = "If the parts that segkit reads do not need it, remove it in a copy of the bundle"
+            config.refuse(f"imports::{place}", text, f"imports of {', '.join(_MODULES)} only", remedy)
     for place, text in enumerate(config.raw("initialize") or []):
         if not _HARMLESS.match(str(text)):
             config.refuse(f"initialize::{place}", text, "the checkpoint loader, determinism and cudnn settings only")
