@@ -169,9 +169,8 @@ class InvertedBottleneck(nn.Module):
         self.depthwise_norm = group_norm(hidden)
         self.project = pointwise(dims, hidden, channels, bias=False)
         self.project_norm = group_norm(channels)
+        # Its scale starts at 1, not 0: blocks that start as the identity change by about the learning rate a step.
         self.chunks = gcd(chunks, self.expand_norm.num_groups)
-        # Blocks start as the identity, so that depth does not hurt the first steps.
-        nn.init.zeros_(self.project_norm.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *spatial) to the same shape."""

@@ -59,6 +59,7 @@ def test_parts_keep_the_input_and_the_sum_only() -> None:
     assert _saved_bytes(_bottleneck(3, 4), x) < 3 * map_bytes
 
 
-def test_a_fresh_block_adds_nothing() -> None:
+def test_all_weights_of_a_fresh_block_learn_from_the_first_step() -> None:
     block = InvertedBottleneck(4, 2, 3)
-    assert torch.equal(block(torch.randn(1, 4, 3, 3, 3)), torch.zeros(1, 4, 3, 3, 3))
+    torch.autograd.backward(block(torch.randn(1, 4, 3, 3, 3)).square().sum())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in block.parameters())
