@@ -18,7 +18,7 @@ from segkit.metrics.calibration import Reliability, area_under_roc, measure_reli
 from segkit.metrics.lesions import Scores
 from segkit.reading.case import Case, file_name_of
 from segkit.reading.files import read_volume, stem_of
-from segkit.reading.geometry import same_grid
+from segkit.reading.geometry import onto_grid, same_grid
 from segkit.reading.layouts.layout import list_images
 from segkit.reading.volume import Grid
 from segkit.shapes import AnyArray, Mask
@@ -75,12 +75,13 @@ def read_probabilities(path: Path, grid: Grid) -> AnyArray:
         DataError: the file is unusable, lies on another grid, or holds NaN or infinity.
     """
     volume = read_volume(path)
-    difference = same_grid(volume.grid, grid)
-    if difference is not None:
-        raise DataError(difference, where=path, expected="probabilities on the grid of the reference")
-    if not np.isfinite(volume.array).all():
+    array = onto_grid(volume.array, volume.grid, grid, turns=True)
+    if array is None:
+        found = same_grid(volume.grid, grid) or ""
+        raise DataError(found, where=path, expected="probabilities on the grid of the reference")
+    if not np.isfinite(array).all():
         raise DataError("holds NaN or infinity", where=path, expected="probabilities")
-    return volume.array
+    return array
 
 
 def score_probabilities(path: Path, present: Mask, grid: Grid, roi: Mask | None) -> tuple[Scores, RegionReliability]:

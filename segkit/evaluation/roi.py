@@ -13,7 +13,7 @@ import numpy as np
 from segkit.errors import DataError, RequestError, some
 from segkit.reading.case import Case
 from segkit.reading.files import count_channels, read_volume, stem_of, suffix_of
-from segkit.reading.geometry import same_grid
+from segkit.reading.geometry import onto_grid, same_grid
 from segkit.reading.layouts.layout import list_images
 from segkit.reading.volume import Grid
 from segkit.shapes import Mask
@@ -66,11 +66,12 @@ def read_roi(path: Path, grid: Grid, reference: Mask) -> Mask:
     """
     channels = count_channels(path)
     planes = [read_volume(path, channel if channels > 1 else None) for channel in range(channels)]
-    difference = same_grid(planes[0].grid, grid)
-    if difference is not None:
-        raise DataError(difference, where=path, expected="a region of interest on the grid of the reference")
     black = _HALF_WHITE if suffix_of(path) in _LOSSY_SUFFIXES else 0
-    roi: Mask = np.any([plane.array > black for plane in planes], axis=0)
+    stored: Mask = np.any([plane.array > black for plane in planes], axis=0)
+    roi = onto_grid(stored, planes[0].grid, grid, turns=True)
+    if roi is None:
+        found = same_grid(planes[0].grid, grid) or ""
+        raise DataError(found, where=path, expected="a region of interest on the grid of the reference")
     if not roi.any():
         raise DataError("the region of interest is empty", where=path, remedy="Correct it, or leave --roi out")
     present, inside = (int(np.count_nonzero(mask)) for mask in (reference, reference & roi))

@@ -6,6 +6,7 @@ by tissue. A case that cannot be scored becomes an error of its own and does not
 
 import logging
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -23,8 +24,8 @@ from segkit.labels import LabelScheme, outputs_of
 from segkit.metrics.overlap import region_mask
 from segkit.metrics.protocols import rules_of, score_absent, score_case
 from segkit.metrics.registry import METRICS
-from segkit.reading.files import read_labels, read_reference
-from segkit.reading.geometry import same_grid
+from segkit.reading.files import read_grid, read_labels, read_reference
+from segkit.reading.geometry import onto_grid, same_grid
 from segkit.reading.layouts.schemes import present_values
 from segkit.reading.volume import Grid, log_notes
 from segkit.shapes import LabelMap, Mask
@@ -187,20 +188,27 @@ def _read_reference(pair: Pair, scheme: LabelScheme) -> tuple[LabelMap, Grid]:
         raise ValueError(f"case {pair.reference.id} has no reference")
     labels, grid = read_reference(label)
     log_notes(grid)
+    images = [image.path for image in pair.reference.images.values()][:1]
+    for path in (*images, *([pair.prediction] if pair.prediction else [])):
+        with suppress(DataError):  # of the prediction it is reported when that is read
+            other = read_grid(path)
+            if other.shape != grid.shape and (whole := onto_grid(labels, grid, other)) is not None:
+                labels, grid = whole, other  # the mask of a part of the scan, such as one of 3D Slicer
+                break
     _require_known(labels, scheme, scheme.reference_values, label.path, "--label-scheme")
     return labels, grid
 
 
 def _read_prediction(path: Path, scheme: LabelScheme, grid: Grid) -> LabelMap:
-    """A predicted mask, which must be on the grid of the reference."""
+    """A predicted mask on the grid of the reference, turned or padded if needed."""
     labels, own_grid = read_labels(path)
     log_notes(own_grid)
-    difference = same_grid(own_grid, grid)
-    if difference is not None:
+    whole = onto_grid(labels, own_grid, grid, turns=True)
+    if whole is None:
         remedy = "Scores compare voxel by voxel: resample the prediction to the grid of its scan"
-        raise DataError(difference, where=path, remedy=remedy)
-    _require_known(labels, scheme, {0, *scheme.values.values()}, path, "--prediction-scheme")
-    return labels
+        raise DataError(same_grid(own_grid, grid) or "", where=path, remedy=remedy)
+    _require_known(whole, scheme, {0, *scheme.values.values()}, path, "--prediction-scheme")
+    return whole
 
 
 def _require_known(labels: LabelMap, scheme: LabelScheme, values: set[int], path: Path, option: str) -> None:

@@ -25,7 +25,7 @@ from segkit.metrics.overlap import box_of
 from segkit.preparing.resampling import resample_image, resample_labels, resampled_shape
 from segkit.reading.case import Case, ImageFile
 from segkit.reading.files import read_reference, read_volume
-from segkit.reading.geometry import Reorientation, reorientation_to, reoriented_grid, same_grid
+from segkit.reading.geometry import Reorientation, onto_grid, reorientation_to, reoriented_grid, same_grid
 from segkit.reading.volume import Grid, Volume, log_notes
 from segkit.runtime import available_cores
 from segkit.shapes import Image, LabelMap
@@ -126,7 +126,8 @@ def stack_modalities(volumes: Iterable[tuple[int, Path | str, Volume]], channels
             first, grid = name, volume.grid
             image = np.zeros((channels, *grid.shape), np.float32)
         log_notes(volume.grid)
-        _refuse_other_grid(grid, first, volume.grid, name)
+        if same_grid(grid, volume.grid) is not None:
+            raise _other_grid(grid, first, volume.grid, name)
         image[channel] = volume.array
         if count := image[channel].size - int(np.count_nonzero(np.isfinite(image[channel]))):
             found, expected = f"{count} voxels are NaN or infinite", "finite intensities"
@@ -135,23 +136,23 @@ def stack_modalities(volumes: Iterable[tuple[int, Path | str, Volume]], channels
     return image, grid
 
 
-def _refuse_other_grid(grid: Grid, path: Path | str, other: Grid, other_path: Path | str) -> None:
-    if (difference := same_grid(grid, other)) is not None:
-        found, expected = f"does not lie on the grid of {path}: {difference}", "all files of a case on one grid"
-        remedy = "Save the files of the case with the same rows and columns"
-        if grid.dims == 3:
-            remedy = (
-                "Register and resample them first (for brain tumours: BraTS-Toolkit), or repair a wrong header with"
-            )
-            remedy += " `segkit convert headers`"
-        raise DataError(found, where=other_path, expected=expected, remedy=remedy)
+def _other_grid(grid: Grid, path: Path | str, other: Grid, other_path: Path | str) -> DataError:
+    remedy = "Register and resample them first (for brain tumours: BraTS-Toolkit), or repair a wrong header with "
+    remedy += "`segkit convert headers`"
+    return DataError(
+        f"does not lie on the grid of {path}: {same_grid(grid, other)}",
+        where=other_path,
+        expected="all files of a case on one grid",
+        remedy=remedy if grid.dims == 3 else "Save the files of the case with the same rows and columns",
+    )
 
 
 def _read_reference(case: Case, file: ImageFile, grid: Grid, scheme: LabelScheme) -> LabelMap:
-    labels, label_grid = read_reference(file)
+    stored, label_grid = read_reference(file)
     log_notes(label_grid)
-    first = next(iter(case.images.values())).path
-    _refuse_other_grid(grid, first, label_grid, file.path)
+    labels = onto_grid(stored, label_grid, grid)
+    if labels is None:
+        raise _other_grid(grid, next(iter(case.images.values())).path, label_grid, file.path)
     source = case.scheme or scheme
     present = np.flatnonzero(np.bincount(labels.ravel(), minlength=256))
     unknown = sorted({int(value) for value in present} - source.reference_values)

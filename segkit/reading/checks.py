@@ -18,7 +18,7 @@ from segkit.errors import DataError, Problem, warning
 from segkit.labels import SCHEMES
 from segkit.reading.case import BRATS_MODALITIES, Case, Cohort, ImageFile
 from segkit.reading.files import count_channels, read_grid, read_reference, read_volume
-from segkit.reading.geometry import repair_command, same_grid
+from segkit.reading.geometry import format_size, onto_grid, repair_command, same_grid
 from segkit.reading.layouts.schemes import present_values
 from segkit.reading.volume import Grid
 
@@ -194,8 +194,14 @@ def _check_reference(label: ImageFile, findings: _Findings, read_voxels: bool) -
         findings.problems += _value_problems(findings.case, label.path, findings.labels)
     else:
         grid = read_grid(label.path)
+        labels = np.broadcast_to(np.uint8(0), grid.shape)
     findings.problems += [warning(label.path, note) for note in grid.notes]
-    _compare_grid(grid, findings)
+    whole = onto_grid(labels, grid, findings.first_grid or grid)
+    if whole is None:
+        _compare_grid(grid, findings)
+    elif whole.shape != grid.shape:
+        note = f"the mask covers {format_size(grid.shape)} of the {format_size(whole.shape)} voxels; others are 0"
+        findings.problems.append(warning(label.path, note))
 
 
 def _value_problems(case: Case, path: Path, values: Sequence[int]) -> Iterable[Problem]:

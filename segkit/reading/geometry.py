@@ -146,6 +146,36 @@ def same_grid(a: Grid, b: Grid) -> str | None:
     )
 
 
+def onto_grid(array: AnyArray, own: Grid, target: Grid, *, turns: bool = False) -> AnyArray | None:
+    """An array (*own.shape) on `target`, itself where the grids are the same; None where it does not fit.
+
+    A NRRD file fits that holds a part of the voxels of `target`, as 3D Slicer saves segmentations; the others are 0.
+    With `turns` the axes may have another order or direction. An affine that programs write when they lose the header
+    is no place: such a volume fits nowhere.
+    """
+    if same_grid(own, target) is None:
+        return array
+    if own.dims != 3 or target.dims != 3 or (has_default_affine(own) and not has_default_affine(target)):
+        return None
+    direction = nib.orientations.io_orientation(np.linalg.inv(target.affine) @ own.affine)
+    axes = tuple(int(axis) for axis in np.argsort(direction[:, 0]))
+    turn = Reorientation(axes, tuple(bool(direction[axis, 1] < 0) for axis in axes), own.shape)
+    if not turns and (axes != (0, 1, 2) or any(turn.flips)):
+        return None
+    turned = reoriented_grid(own, turn)
+    start = np.rint((np.linalg.inv(target.affine) @ turned.affine)[:3, 3]).astype(int)
+    stop = start + turned.shape
+    moved = turned.affine.copy()
+    moved[:3, 3] -= moved[:3, :3] @ start
+    may_be_part = own.source is not None and own.source.suffix.lower() == ".nrrd"
+    is_inside = (start >= 0).all() and (stop <= target.shape).all() and (may_be_part or turned.shape == target.shape)
+    if not is_inside or same_grid(target, replace(turned, shape=target.shape, affine=moved)) is not None:
+        return None
+    whole = np.zeros(target.shape, array.dtype)
+    whole[tuple(map(slice, start, stop))] = turn.apply(array)
+    return whole
+
+
 def _corners_mm(grid: Grid) -> NDArray[np.float64]:
     """World positions of the eight corner voxels, (8, 3); four distinct ones for a picture."""
     last = [*(length - 1 for length in grid.shape), 0][:3]

@@ -17,7 +17,7 @@ from segkit.labels import SCHEMES, LabelScheme, outputs_of, scheme_from_json, tr
 from segkit.metrics.overlap import box_of
 from segkit.reading.case import Case, ImageFile
 from segkit.reading.files import read_reference, read_volume
-from segkit.reading.geometry import reorientation_to, reoriented_grid, same_grid
+from segkit.reading.geometry import onto_grid, reorientation_to, reoriented_grid, same_grid
 from segkit.reading.layouts.layout import list_images
 from segkit.reading.layouts.table import find_cases
 from segkit.reading.volume import Grid
@@ -119,14 +119,12 @@ def load_arrays(files: CaseFiles, scheme: LabelScheme | None) -> CaseArrays:
     predicted = None if files.prediction is None else ImageFile(files.prediction)
     for name, file in (("prediction", predicted), ("reference", files.reference)):
         if file is not None:
-            arrays[name], grid = read_reference(file)
-            _require_same(grid, image.grid, file.path)
+            arrays[name] = _on_image(*read_reference(file), image.grid)
     if predicted is not None and files.predicted_in is not None and scheme is not None:
         arrays["prediction"] = translate(arrays["prediction"], files.predicted_in, scheme)
     if files.uncertainty is not None:
         volume = read_volume(files.uncertainty)
-        _require_same(volume.grid, image.grid, files.uncertainty)
-        arrays["uncertainty"] = volume.array
+        arrays["uncertainty"] = _on_image(volume.array, volume.grid, image.grid)
     return CaseArrays(files.modality, image.grid, **arrays)
 
 
@@ -150,10 +148,11 @@ def _with_masks(cases: list[Case], findings: Findings) -> Iterable[tuple[str, Ca
         yield case.id, CaseFiles(modality, case.images[modality], *own)
 
 
-def _require_same(own: Grid, grid: Grid, path: Path) -> None:
-    difference = same_grid(own, grid)
-    if difference is not None:
-        raise DataError(difference, where=path)
+def _on_image(array: AnyArray, own: Grid, grid: Grid) -> AnyArray:
+    whole = onto_grid(array, own, grid, turns=True)
+    if whole is None:
+        raise DataError(same_grid(own, grid) or "", where=own.source)
+    return whole
 
 
 def _label_scheme(findings: Findings) -> LabelScheme | None:
