@@ -342,7 +342,7 @@ def test_images_that_belong_to_no_case_are_in_the_manifest_unless_cases_were_cho
     make_run: MakeRun, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cohort = find_input(data)
-    assert cohort.files == {"images": 3, "references": 0, "left_out": 0, "companions": 0, "others": 0}
+    assert cohort.files == {"images": 3, "references": 0, "companions": 0, "others": 0}
     stray = data / "notes" / "stray.nii.gz"
     problem = warning(data, "1 file left out, which fits no case: stray.nii.gz")
     cohort = replace(cohort, problems=(replace(problem, left_out=(str(stray), str(stray))),))

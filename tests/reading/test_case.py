@@ -1,13 +1,21 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
+from segkit.errors import Problem, warning
 from segkit.reading.case import (
     IGNORED,
     LABEL,
+    Case,
+    Cohort,
+    ImageFile,
     canonical_modality,
     in_channel_order,
     split_name,
+    usable_only,
 )
 
 
@@ -59,3 +67,18 @@ def test_split_name(stem: str, kind: str | None, rest: str, is_leading: bool) ->
 
 def test_channel_order_is_canonical_then_as_given() -> None:
     assert in_channel_order(["t2f", "dwi", "t1c", "adc", "t1n", "t1c"]) == ("t1n", "t1c", "t2f", "dwi", "adc")
+
+
+def test_cases_that_contradict_themselves_are_left_out_and_excluded_ones_are_not_counted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    root = Path("/data")
+    fatal = Problem("/data/b", "2 files for the modality t1n")
+    cases = tuple(Case(name, name, {"t1n": ImageFile(root / name / "t1.nii.gz")}) for name in "abcd")
+    cases = tuple(replace(case, problems=(fatal,)) if case.id in "bd" else case for case in cases)
+    cohort = Cohort(root, "folder", None, ("t1n",), cases, (warning(root, "a note"),))
+    assert cohort.left_out == ()
+    usable = usable_only(cohort, ["d"])
+    assert [case.id for case in usable.cases] == ["a", "c"]
+    assert usable.left_out == ("b/t1.nii.gz",)
+    assert [record.getMessage() for record in caplog.records] == [str(fatal)]

@@ -285,7 +285,7 @@ LAYOUTS: tuple[Situation, ...] = (
     (a_reference_of_another_scan, Expected(2, 2, 1, classes="label_1")),
     (
         a_stranger_in_a_brats_folder,
-        Expected(2, 2, 2, channels=_BRATS, layout="brats2021", classes="NCR ED ET", left_out=1),
+        Expected(2, 2, 2, channels=_BRATS, layout="brats2021", classes="NCR ED ET", check=1, left_out=1),
     ),
     (a_folder_per_case, Expected(2, 2, 2, channels=_BRATS, classes="lesions")),
     (a_folder_per_sequence, Expected(2, 2, channels="t1n t2f")),

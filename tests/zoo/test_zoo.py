@@ -63,6 +63,9 @@ def test_zoo(build: Callable[[Path], object], expected: Expected, models: Models
     manifest = segkit.infer(models(expected), data, masks, device="cpu", backend="torch", workers=0)
     done = expected.cases if expected.done is None else expected.done
     assert manifest["summary"]["done"] == done, manifest["cases"]
+    assert len(manifest["left_out"]) == expected.left_out
+    references = {path for case in cohort.cases if case.label for path in case.label.paths()}
+    assert manifest["files"]["references"] == len(references)
     assert len([path for path in masks.iterdir() if path.suffix in (".gz", ".png")]) == done
     if expected.references:
         scores = segkit.evaluate(masks, data)

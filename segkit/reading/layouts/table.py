@@ -89,16 +89,11 @@ def find_cases(
 
 def _count_files(listing: Listing, cohort: Cohort) -> dict[str, int]:
     images = {image.path for case in cohort.cases for image in case.images.values()}
-    references = {case.label.path for case in cohort.cases if case.label is not None}
-    companions = set(listing.images) - images - references
-    left_out = len({path for problem in cohort.problems for path in problem.left_out} & set(map(str, companions)))
-    return {
-        "images": len(images),
-        "references": len(references),
-        "left_out": left_out,
-        "companions": len(companions) - left_out,
-        "others": len(listing.others),
-    }
+    references = {path for case in cohort.cases if case.label is not None for path in case.label.paths()}
+    left_out = {Path(path) for problem in cohort.problems for path in problem.left_out}
+    companions = len(set(listing.images) - images - references - left_out)
+    others = len(listing.others)
+    return {"images": len(images), "references": len(references), "companions": companions, "others": others}
 
 
 def recognise(listing: Listing) -> list[tuple[float, Layout]]:
