@@ -15,7 +15,7 @@ from segkit.errors import RequestError
 from segkit.evaluation.score_folder import evaluate_folders
 from segkit.labels import SCHEMES, LabelScheme, classes_scheme, outputs_of, scheme_from_json, translate
 from segkit.metrics.overlap import dice_by_region
-from segkit.preparing.augmentation import AugmentationConfig
+from segkit.preparing.augmentation import AugmentationConfig, training_transforms
 from segkit.preparing.cache import PreparedStore, StoredCases, foreground_voxels
 from segkit.preparing.fingerprint import take_fingerprint
 from segkit.preparing.patch_sampling import PatchDataset
@@ -113,10 +113,9 @@ def test_patches_have_annotated_voxels(data: Path, tmp_path: Path, fraction: flo
     cohort = find_cases(data)
     config = PreprocessingConfig(normalisation="zscore", crop="none")
     folders, _ = PreparedStore(tmp_path).entries(cohort.cases, cohort.modalities, cohort.scheme, config)
-    plain = AugmentationConfig(enabled=False)
-    cases = StoredCases(list(folders.values()))
-    patches = PatchDataset(cases, (4, 4, 1), plain, foreground_fraction=fraction, seed=0, length=100)
-    found = [patches[index]["labels"] for index in range(100)]
+    transforms = training_transforms(AugmentationConfig(enabled=False), (4, 4, 1), foreground_fraction=fraction)
+    patches = PatchDataset(StoredCases(list(folders.values())), transforms, seed=0, length=100)
+    found = [patches[index]["label"] for index in range(100)]
     assert all(bool((labels != IGNORE).any()) for labels in found)
     assert any(bool((labels == 0).all()) for labels in found) == (fraction == 0)
 

@@ -65,10 +65,12 @@ def evaluate(
 
 
 def _write(evaluation: Evaluation, folder: Path, figures: int) -> None:
-    from segkit.report.figures import draw_worst_cases, reliability_figure
+    from segkit.report.figures import draw_worst_cases, drawing, reliability_figure
 
     evaluation.write(folder)
     if evaluation.reliability:
-        reliability_figure(folder / "figures" / "reliability.png", evaluation.reliability)
+        path = folder / "figures" / "reliability.png"
+        with drawing(path):
+            reliability_figure(path, evaluation.reliability)
     if figures:
         draw_worst_cases(evaluation, folder / "figures", figures)

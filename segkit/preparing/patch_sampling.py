@@ -30,9 +30,9 @@ class RandPatchd(RandomizableTransform):  # type: ignore[misc]
     """Cuts a patch around a drawn centre, rotated and scaled.
 
     With probability `foreground_fraction` the patch is centred, within a jitter, on a voxel of a label value drawn
-    uniformly from those present in the case; otherwise it lies anywhere inside the volume. Voxel `patch_size // 2` is
-    the centre. A volume smaller than the patch is padded with zeros on both sides. `scale_range` is the size of what
-    the patch shows, relative to the patch.
+    uniformly from those present in the case; otherwise it lies anywhere inside the volume, in a case with ignored
+    voxels around any of the others. Voxel `patch_size // 2` is the centre. A volume smaller than the patch is padded
+    with zeros on both sides. `scale_range` is the size of what the patch shows, relative to the patch.
 
     Takes {"case": PreparedCase, possibly "lesion": Transplant}; returns "image" (C, *patch_size) float32 and, with a
     reference, "label" (1, *patch_size) uint8. Only the voxels that a patch shows are read from a memory-mapped case.
@@ -78,10 +78,13 @@ class RandPatchd(RandomizableTransform):  # type: ignore[misc]
         """The voxel of the case at voxel `patch_size // 2` of the patch."""
         shape = case.image.shape[1:]
         limits = [_centre_limits(size, patch) for size, patch in zip(shape, self.patch_size, strict=True)]
-        values = sorted(case.foreground)
-        if self.R.random_sample() >= self.foreground_fraction or not values:
+        values = sorted(case.foreground.keys() - {0})
+        if self.R.random_sample() < self.foreground_fraction and values:
+            voxels = case.foreground[values[self.R.randint(len(values))]]
+        elif 0 in case.foreground:
+            voxels = case.foreground[0]
+        else:
             return [int(self.R.randint(low, high + 1)) for low, high in limits]
-        voxels = case.foreground[values[self.R.randint(len(values))]]
         voxel = np.unravel_index(int(voxels[self.R.randint(len(voxels))]), shape)
         centre = []
         for place, patch, (low, high) in zip(voxel, self.patch_size, limits, strict=True):
@@ -121,7 +124,8 @@ class RandPatchd(RandomizableTransform):  # type: ignore[misc]
         theta[:-1, :-1] = matrix
         theta[:-1, -1] = centre - matrix @ pivot
         mode = "nearest" if is_label else "bilinear"
-        resample = AffineTransform(self.patch_size, mode=mode, padding_mode="zeros", align_corners=True)
+        has_corners = 1 not in self.patch_size  # else torch places the only slice half a voxel off
+        resample = AffineTransform(self.patch_size, mode=mode, padding_mode="zeros", align_corners=has_corners)
         source = torch.from_numpy(np.array(array, np.float32, order="C"))
         patch: torch.Tensor = resample(source[None], torch.from_numpy(theta).float())[0]
         return patch.to(torch.uint8) if is_label else patch

@@ -6,20 +6,22 @@ matplotlib is imported inside the functions and used through `Figure` objects on
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from segkit.errors import DataError, RequestError, on_one_line
+from segkit.errors import RequestError, on_one_line
 from segkit.evaluation.score_files import worst_first
 from segkit.labels import LabelScheme
 from segkit.reading.files import written_atomically
 from segkit.reading.volume import Grid
 from segkit.report import images
 from segkit.report.charts import FEW_POINTS, Points, calibration_points, thinned, training_curves
+from segkit.runtime import error_sentence
 from segkit.shapes import AnyArray, LabelMap
 
 if TYPE_CHECKING:
@@ -42,6 +44,15 @@ _TOP_AND_BOTTOM = ((0.5, 0.99, "center", "top"), (0.5, 0.01, "center", "bottom")
 """Place and alignment of the letters in a panel."""
 
 _RADIOLOGICAL = "radiological view: the patient's right is on the left of axial and coronal planes"
+
+
+@contextmanager
+def drawing(path: Path) -> Iterator[None]:
+    """Log a figure that cannot be drawn as a warning: results are complete without it."""
+    try:
+        yield
+    except Exception as error:
+        _log.warning("%s cannot be drawn: %s", path, error_sentence(error), exc_info=_log.isEnabledFor(logging.DEBUG))
 
 
 def overlay_figure(
@@ -89,7 +100,8 @@ def overlay_figure(
             _show(axes, view, window)
             if row > 0:
                 axes.imshow(_tint(view.masks[row - 1], colours), aspect=view.aspect, interpolation="nearest")
-            if name == "prediction" and len(masks) > 1 and view.masks[1].any():  # contour warns without a level to draw
+            # contour warns without a level to draw, and needs two rows and columns
+            if name == "prediction" and len(masks) > 1 and view.masks[1].any() and min(view.image.shape) > 1:
                 axes.contour((view.masks[1] > 0).astype(np.float32), levels=[0.5], colors="white", linewidths=0.7)
     for axes, view in zip(panels[0], views, strict=True):
         axes.set_title(view.title, color="white", fontsize=10)
@@ -117,17 +129,14 @@ def draw_worst_cases(evaluation: Evaluation, folder: Path, count: int) -> list[P
         pair, found = pairs[case_id], pairs[case_id].reference.images
         name = images.background_of(found)
         files = images.CaseFiles(name, found[name], pair.reference.label, pair.prediction, predicted_in=pair.scheme)
-        try:
-            arrays = images.load_arrays(files, scheme)
-        except DataError as error:  # the scores are written all the same
-            _log.warning("no picture of %s: %s", case_id, error)
-            continue
         dice = ", ".join(f"{region} {metrics['dice']:.3f}" for region, metrics in drawable[case_id].items())
         path = folder / f"{case_id}.png"
         title = f"{case_id} ({name})  Dice: {dice}"
-        shown = (arrays.image, arrays.masks["prediction"], arrays.grid)
-        overlay_figure(path, *shown, reference=arrays.reference, scheme=scheme, title=title)
-        paths.append(path)
+        with drawing(path):
+            arrays = images.load_arrays(files, scheme)
+            shown = (arrays.image, arrays.masks["prediction"], arrays.grid)
+            overlay_figure(path, *shown, reference=arrays.reference, scheme=scheme, title=title)
+            paths.append(path)
     return paths
 
 

@@ -220,8 +220,8 @@ def views_of(image: AnyArray, masks: Sequence[LabelMap], grid: Grid, maps: Seque
     """The planes in which a case is shown: axial, coronal and sagittal of a volume, or the whole of a picture.
 
     Each plane is the one that shows most of all structures of the masks, cropped to the content of the image, in
-    radiological orientation. Image, masks and maps (which do not influence the choice) are (D, H, W) or (H, W) on
-    `grid`.
+    radiological orientation; planes of one row or column of voxels are left out, if others remain. Image, masks and
+    maps (which do not influence the choice) are (D, H, W) or (H, W) on `grid`.
     """
     if grid.dims == 2:
         rows_mm, columns_mm = grid.spacing_mm
@@ -244,7 +244,7 @@ def views_of(image: AnyArray, masks: Sequence[LabelMap], grid: Grid, maps: Seque
         columns_mm, rows_mm = (spacing[other] for other in range(3) if other != axis)
         own, others = tuple(shown[1 : 1 + len(masks)]), tuple(shown[1 + len(masks) :])
         views.append(View(title, shown[0], own, rows_mm / columns_mm, letters, others))
-    return views
+    return [view for view in views if min(view.image.shape) > 1] or views
 
 
 def content_box(image: AnyArray) -> tuple[slice, ...]:

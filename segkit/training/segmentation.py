@@ -29,7 +29,7 @@ from segkit.preparing.patch_sampling import PatchDataset, RandPatchd
 from segkit.preparing.preprocessing import PreparedCase, load_case
 from segkit.preparing.user_transforms import build_transforms, keeping_background, parts_of, require_usable
 from segkit.reading.case import Case
-from segkit.report.figures import overlay_figure
+from segkit.report.figures import drawing, overlay_figure
 from segkit.training.batches import ENDLESS, endless_batches
 from segkit.training.choose_postprocessing import ScoredCases, settle_postprocessing
 from segkit.training.config import TrainConfig
@@ -202,7 +202,8 @@ class SegmentationKind(Kind[TrainConfig, SegmentationTask]):
             if number < _FIGURES:
                 path, reference = run / "figures" / f"validation_{number}.png", loaded.labels
                 image, grid = loaded.image[-1], loaded.grid
-                overlay_figure(path, image, labels, grid, reference=reference, scheme=scheme, title=case.id)
+                with drawing(path):
+                    overlay_figure(path, image, labels, grid, reference=reference, scheme=scheme, title=case.id)
             return {case.id: dice_by_region(labels, loaded.labels, _regions(card), scheme.ignore)}, kept
 
         per_case: dict[str, Mapping[str, float]] = {}

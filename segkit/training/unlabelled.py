@@ -18,6 +18,7 @@ from segkit.preparing.plan import plan_preprocessing
 from segkit.preparing.preprocessing import PreprocessingConfig
 from segkit.preparing.splits import train_and_validation
 from segkit.reading.case import Cohort, usable_only
+from segkit.report.figures import drawing
 from segkit.training.config import DataConfig, NetworkConfig, RunConfig
 from segkit.training.folder import SCORES_NAME, read_object, write_json
 from segkit.training.task import Kind, RunPlan, SplitData, Task, TrainingRequest
@@ -97,7 +98,8 @@ class UnlabelledKind(Kind[ConfigT, TaskT]):
         best = load_card(run).training_data.model_dump().get("step")
         _log.info("best at step %s: %s", best, _on_one_line(after))
         if plan.request.ranks.is_first:
-            self.draw(run / "figures", task)
+            with drawing(run / "figures"):
+                self.draw(run / "figures", task)
         return {"method": task.method_name, "before": before, "after": after, "images": dict(task.images)}
 
     def draw(self, folder: Path, task: TaskT) -> None:

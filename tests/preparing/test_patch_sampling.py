@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from segkit.preparing.augmentation import AugmentationConfig, training_transforms
 from segkit.preparing.cache import foreground_voxels
-from segkit.preparing.patch_sampling import PatchDataset
+from segkit.preparing.patch_sampling import PatchDataset, RandPatchd
 from segkit.preparing.preprocessing import Preparation, PreparedCase
 from segkit.reading.geometry import Reorientation
 from segkit.reading.volume import Grid
@@ -139,3 +139,14 @@ def test_cases_without_reference_give_images_only() -> None:
 def test_items_outside_the_length_are_refused() -> None:
     with pytest.raises(IndexError, match="1000"):
         dataset([prepared_case(1, (5, 5, 5))], (4, 4, 4))[1000]
+
+
+def test_a_scaled_patch_of_one_slice_shows_that_slice() -> None:
+    """From five slices whose voxels are their number."""
+    image = np.broadcast_to(np.arange(1, 6, dtype=np.float32), (1, 8, 8, 5)).copy()
+    cut, centre = RandPatchd((4, 4, 1), foreground_fraction=0).cut, np.array([4, 4, 2])
+    for scale in (0.7, 1.4):
+        found = cut(image, centre, scale * np.eye(3), is_label=False)
+        assert torch.allclose(found, torch.full((1, 4, 4, 1), 3.0))
+        labels = cut(image.astype(np.uint8), centre, scale * np.eye(3), is_label=True)
+        assert torch.equal(labels, torch.full((1, 4, 4, 1), 3, dtype=torch.uint8))
