@@ -38,7 +38,7 @@ class DataCheck:
     estimate: dict[str, float] | None
     """`memory_gb` (GiB) and `minutes` of a training; None where nothing can be trained, or it was not asked for."""
     next_command: str
-    """The command line to run next, quoted for a POSIX shell."""
+    """The command line to run next, quoted for a POSIX shell; empty where errors must be corrected first."""
 
     @property
     def is_usable(self) -> bool:
@@ -71,6 +71,7 @@ def check(
     layout: str | None = None,
     label_scheme: str | None = None,
     modalities: Mapping[str, str] | None = None,
+    patients: AnyPath | None = None,
     fast: bool = False,
     estimate: bool = True,
     preset: str | None = None,
@@ -80,8 +81,9 @@ def check(
 ) -> DataCheck:
     """Check a data folder: layout, labels, every problem at once, memory and time of a training, the next command.
 
-    `fast` reads headers only. `estimate` plans a training with `preset`, `memory` (GiB, or "8G") and `settings`, as
-    `segkit.train` would. `on_progress` is called with the numbers of cases read and of all cases.
+    `fast` reads headers only. `patients` is a table of case and patient. `estimate` plans a training with `preset`,
+    `memory` (GiB, or "8G") and `settings`, as `segkit.train` would. `on_progress` is called with the numbers of cases
+    read and of all cases.
 
     Raises:
         RequestError: nothing was recognised, or an argument is wrong.
@@ -91,6 +93,7 @@ def check(
         >>> found.is_usable, [str(problem) for problem in found.all_problems()]  # doctest: +SKIP
         (True, [])
     """
+    from segkit.preparing.splits import with_patients
     from segkit.reading.checks import check_cohort, too_few_patients, usable_cases
     from segkit.reading.layouts.table import find_cases
     from segkit.runtime import available_cores
@@ -103,6 +106,7 @@ def check(
         cohort = find_cases(folder, layout=layout, modalities=modalities, label_scheme=label_scheme)
     except DataError as error:
         raise as_request(error) from error
+    cohort = with_patients(cohort, None if patients is None else Path(patients))
     numbers = itertools.count(1)
 
     def count() -> None:
@@ -117,7 +121,8 @@ def check(
     reading += [] if label_scheme is None else ["--label-scheme", label_scheme]
     for name, suffix in (modalities or {}).items():
         reading += ["--modality", f"{name}={suffix}"]
-    command = next_command(cohort, reports, usable, folder, reading, _training_words(preset, given, memory))
+    training = [*([] if patients is None else ["--patients", str(patients)]), *_training_words(preset, given, memory)]
+    command = next_command(cohort, reports, usable, folder, reading, training)
     return DataCheck(cohort, reports, problems, needs, command)
 
 
@@ -129,7 +134,7 @@ def next_command(
     reading: Sequence[str] = (),
     training: Sequence[str] = (),
 ) -> str:
-    """The command line to run after a check, quoted for a POSIX shell.
+    """The command line to run after a check, quoted for a POSIX shell; empty where errors must be corrected first.
 
     `reading` are the options for reading the folder, `training` those that only `train` has.
     """
@@ -147,16 +152,18 @@ def next_command(
         words = shlex.split(mapping)
     elif fatal and all(REPAIR_COMMAND in problem.remedy for problem in fatal):
         words = ["convert", "headers", path, "-o", f"{data.absolute().name}-repaired"]
-    elif labelled and cohort.scheme is None and choice:
+    elif labelled and cohort.scheme is None and choice and choice not in reading:
         words = ["check", path, "--label-scheme", choice, *reading]
     elif labelled and cohort.scheme is not None:
         words = ["train", path, "-o", "run", *training, *reading]
     elif usable.cases and cohort.layout == SYNTHESIS_LAYOUT:
         words = ["inpaint", "-m", "run", "-i", path, "-o", "filled"]
+    elif any(problem.is_fatal and problem.left_out for problem in cohort.problems) and "--modality" not in reading:
+        words = ["check", path, *reading, "--modality", "image=SUFFIX", "--modality", "label=SUFFIX"]
     elif usable.cases:
         words = ["infer", "-m", "run", "-i", path, "-o", "masks", *reading]
     else:
-        words = ["check", path, *reading]
+        return ""
     return shlex.join(["segkit", *words])
 
 

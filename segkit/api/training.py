@@ -42,6 +42,8 @@ def train(
     weights: AnyPath | None = None,
     fold: Fold | None = None,
     exclude: CaseIds | None = None,
+    patients: AnyPath | None = None,
+    split: AnyPath | None = None,
     layout: str | None = None,
     label_scheme: str | None = None,
     modalities: Mapping[str, str] | None = None,
@@ -59,9 +61,11 @@ def train(
     cases left out. Settings come from the preset, then the YAML file `config`, then the arguments. `settings` are
     sections or dotted names: `training={"steps": 100}` and `**{"training.steps": 100}` are the same. `budget` is in
     minutes, or "30m"; `memory` in GiB, or "8G". `fold` is the fold that validates, by default 0, or "all" for
-    cross-validation. `exclude` are case ids, or a text file of them. `on_progress` is called with the completed share,
-    0 to 1, and a message. `transforms` are MONAI transforms of patches, dictionaries of "image" and "label", after ours
-    (instead of ours with `augmentation={"enabled": False}`); a resumed run needs them again.
+    cross-validation. `exclude` are case ids, or a text file of them; `patients` is a table of case and patient, for
+    names that do not tell the patient, and `split` a file of folds, such as nnU-Net's splits_final.json. `on_progress`
+    is called with the completed share, 0 to 1, and a message. `transforms` are MONAI transforms of patches,
+    dictionaries of "image" and "label", after ours (instead of ours with `augmentation={"enabled": False}`); a resumed
+    run needs them again.
 
     Raises:
         RequestError: data and arguments do not fit; ConfigError names every wrong setting. Nothing was written.
@@ -80,7 +84,10 @@ def train(
         overwrite=overwrite, allow_changes=allow_changes, on_progress=on_progress,
         transforms=transforms,
     )  # fmt: skip
-    return run_training(*segmentation_request(data, options, fold=fold, label_scheme=label_scheme), fold)
+    request, kind = segmentation_request(
+        data, options, fold=fold, label_scheme=label_scheme, patients=patients, split=split
+    )
+    return run_training(request, kind, fold)
 
 
 @dataclass(kw_only=True)
@@ -209,7 +216,13 @@ class TrainingOptions:
 
 
 def segmentation_request(
-    data: AnyPath, options: TrainingOptions, *, fold: Fold | None = None, label_scheme: str | None = None
+    data: AnyPath,
+    options: TrainingOptions,
+    *,
+    fold: Fold | None = None,
+    label_scheme: str | None = None,
+    patients: AnyPath | None = None,
+    split: AnyPath | None = None,
 ) -> tuple[TrainingRequest[TrainConfig], Kind[TrainConfig, Any]]:
     """The request of `train`, and its kind of training.
 
@@ -219,7 +232,9 @@ def segmentation_request(
     from segkit.config import PRESETS
     from segkit.training.segmentation import SegmentationKind
 
-    of_data = {"label_scheme": label_scheme, "fold": None if fold == "all" else fold}
+    files = {"patients": patients, "split": split}
+    of_data: dict[str, Any] = {"label_scheme": label_scheme, "fold": None if fold == "all" else fold}
+    of_data |= {name: None if path is None else Path(path).absolute() for name, path in files.items()}
     layers = [*options.file_layers(), *options.option_layers(of_data)]
     chosen = [layer["preprocessing"] for _, layer in layers if isinstance(layer.get("preprocessing"), Mapping)]
     is_prepared = any(settings.get("normalisation") for settings in chosen)

@@ -60,6 +60,7 @@ def check(
 
 
 def _print_report(found: DataCheck) -> None:
+    from segkit.reading.layouts.patients import patients_note
     from segkit.reading.layouts.table import LAYOUTS
 
     cohort, reports = found.cohort, found.cases
@@ -72,6 +73,7 @@ def _print_report(found: DataCheck) -> None:
         print_stdout(f"Label scheme: {cohort.scheme.name} ({labels})")
     labelled = sum(case.label is not None for case in cohort.cases)
     print_stdout(f"Cases: {len(reports)}, {labelled} with a reference; modalities: {', '.join(cohort.modalities)}")
+    print_stdout(f"Patients: {patients_note(cohort.cases)}; --patients FILE decides otherwise")
     shown = sorted(reports, key=lambda report: (report.is_usable, not report.problems))[:_MOST_ROWS]
     print_table(
         "Cases" if len(shown) == len(reports) else f"Cases (the {len(shown)} that need attention first)",
@@ -85,7 +87,7 @@ def _print_report(found: DataCheck) -> None:
     if found.estimate is not None:
         needs = found.estimate
         print_stdout(f"Training needs about {needs['memory_gb']:g} GB and {needs['minutes']:g} minutes")
-    print_stdout(f"Next: {found.next_command}")
+    print_stdout(f"Next: {found.next_command or 'correct the errors above'}")
 
 
 def _print_problems(problems: Sequence[Problem]) -> None:

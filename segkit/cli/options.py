@@ -61,6 +61,9 @@ _ARGUMENTS = {
     "layout": LayoutOption,
     "label_scheme": SchemeOption,
     "modalities": ModalitiesOption,
+    "patients": Annotated[
+        Path | None, typer.Option("--patients", help="Table of case,patient, where names do not tell the patient.")
+    ],
     "preset": Annotated[
         str | None,
         typer.Option("--preset", help="tiny, cpu, default or large; without it cpu on a CPU, default on a GPU."),

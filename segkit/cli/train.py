@@ -51,17 +51,20 @@ SHARED = {
         bool, typer.Option("--allow-changes", help="Accept changed settings with --resume; they are recorded.")
     ],
 }
+SplitOption = Annotated[Path | None, typer.Option("--split", help="Folds in a file, as nnU-Net's splits_final.json.")]
 FoldOption = Annotated[
     str | None, typer.Option("-f", "--fold", help="Fold for validation, from 0; or all for cross-validation.")
 ]
 
 
-@verb(api.train, fold=FoldOption, **SHARED)
+@verb(api.train, fold=FoldOption, split=SplitOption, **SHARED)
 def train(
     data: Path,
     run: Path,
     fold: str | None,
     label_scheme: str | None,
+    patients: Path | None,
+    split: Path | None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan, print the settings, train nothing.")] = False,
     gpus: GpusOption = None,
     json: options.JsonOption = False,
@@ -76,7 +79,12 @@ def train(
     screen = TrainingScreen.open(gpus, shared["device"], as_json=json, quiet=quiet)
     which = _fold(fold)
     request, kind = api.segmentation_request(
-        data, api.TrainingOptions(run=run, **shared), fold=which, label_scheme=label_scheme
+        data,
+        api.TrainingOptions(run=run, **shared),
+        fold=which,
+        label_scheme=label_scheme,
+        patients=patients,
+        split=split,
     )
     if dry_run:
         _show_plan(request, as_json=screen.as_json)

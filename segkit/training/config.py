@@ -32,6 +32,10 @@ class DataConfig(Config):
     """The fold for validation, from 0."""
     split_seed: int = 0
     """Seed of the patient-wise split."""
+    patients: Path | None = None
+    """Table of case and patient, for cases whose names do not tell their patient."""
+    split: Path | None = None
+    """Folds in a JSON file (nnU-Net's splits_final.json); None: patient-wise folds."""
     exclude: tuple[str, ...] = ()
     """Case ids excluded from training and validation."""
     cache: Path | None = None

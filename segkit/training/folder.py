@@ -134,6 +134,13 @@ def write_split(
     write_json(run / _SPLIT_NAME, {"data": [str(folder.absolute()) for folder in data], **ids})
 
 
+def read_recorded_split(run: Path, case_ids: Sequence[str]) -> tuple[list[str], list[str]] | None:
+    """Training and validation ids of a run, if they are all of `case_ids`: a later version may split otherwise."""
+    before = read_object(run / _SPLIT_NAME)
+    training, validation = before.get("training", []), before.get("validation", [])
+    return (training, validation) if {*training, *validation} == set(case_ids) else None
+
+
 def require_same_split(run: Path, training: Sequence[str], validation: Sequence[str]) -> None:
     """Check that a resumed run has the same cases, so that it does not train on its validation cases.
 

@@ -16,6 +16,7 @@ from typing import Any
 from segkit.checkpoint.card import ModelCard
 from segkit.errors import DataError, RequestError
 from segkit.preparing.memory import has_room_to_keep
+from segkit.preparing.splits import read_split
 from segkit.runtime import available_memory_gb, keep_freed_memory, peak_rss_mb, return_freed_memory
 from segkit.training import folder
 from segkit.training.config import TrainConfig, with_values
@@ -176,11 +177,11 @@ def cross_validate(request: TrainingRequest[TrainConfig]) -> Summary:
     """
     run, ranks = request.run, request.ranks
     with folder.restore_config_on_error(run, is_first=ranks.is_first):
-        patients = patients_of(find_cohort(request))
-        if patients == 1:
+        patients, split = patients_of(find_cohort(request)), request.config.data.split
+        if patients == 1 and split is None:
             where = request.data[0]
             raise RequestError("one patient cannot be cross-validated", where=where, remedy="Train without -f all")
-        folds = min(request.config.data.folds, patients)
+        folds = min(request.config.data.folds, patients) if split is None else len(read_split(split))
         cache = request.config.data.cache or run / "cache"
         request = replace(request, config=with_values(request.config, "data", folds=folds, cache=cache))
         changes = ranks.from_first(lambda: _open_folds(request))

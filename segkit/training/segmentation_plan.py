@@ -16,12 +16,13 @@ from segkit.models.table import build_model, configure
 from segkit.preparing.fingerprint import Fingerprint, take_fingerprint
 from segkit.preparing.lesion_bank import find_copies
 from segkit.preparing.plan import CandidateNetwork, Plan, PlanningRequest, plan_training, prepared_shapes
-from segkit.preparing.splits import train_and_validation
+from segkit.preparing.splits import given_split, train_and_validation, with_patients
 from segkit.reading.case import Case, Cohort, usable_only
+from segkit.reading.layouts.patients import patients_note
 from segkit.reading.layouts.table import find_cases
 from segkit.runtime import available_memory_gb, process_place
 from segkit.training.config import NetworkConfig, TrainConfig, with_values
-from segkit.training.folder import read_plan, with_planned
+from segkit.training.folder import read_plan, read_recorded_split, with_planned
 from segkit.training.task import RunPlan, SplitData, TrainingRequest
 
 _log = logging.getLogger(__name__)
@@ -76,7 +77,12 @@ def _split(
 ) -> tuple[TrainingRequest[TrainConfig], list[str], list[str]]:
     """Ids of training and validation cases; there are at most as many folds as patients, and one patient does both."""
     data = request.config.data
+    if request.resume and (recorded := read_recorded_split(request.run, [case.id for case in cohort.cases])):
+        return request, *recorded
+    if data.split is not None:
+        return request, *given_split(data.split, data.fold, cohort.cases, data.exclude)
     patients = patients_of(cohort)
+    _log.info("%s", patients_note(cohort.cases))
     if patients == 1:
         _log.warning("one patient only, used for training and validation: the scores do not generalise")
         ids = [case.id for case in cohort.cases]
@@ -113,6 +119,7 @@ def find_cohort(request: TrainingRequest[TrainConfig]) -> Cohort:
             where=request.data[0],
             remedy=problem.remedy if problem else "Name it with --label-scheme",
         )
+    cohort = with_patients(cohort, data.patients)
     known, excluded = {case.id for case in cohort.cases}, set(data.exclude)
     if unknown := [case_id for case_id in data.exclude if case_id not in known]:
         raise RequestError(f"cases to exclude do not exist: {', '.join(unknown[:5])}", where=request.data[0])

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from segkit.errors import RequestError
-from segkit.preparing.splits import patient_folds, train_and_validation
-from segkit.reading.case import Case
+from segkit.preparing.splits import given_split, patient_folds, train_and_validation, with_patients
+from segkit.reading.case import Case, Cohort
 
 
 def _cases(counts: dict[str, int]) -> list[Case]:
@@ -48,3 +51,75 @@ def test_impossible_requests() -> None:
         patient_folds(CASES, 1, seed=0)
     with pytest.raises(RequestError, match="there is no fold 3; expected 0 to 2"):
         train_and_validation(CASES, 3, 3, seed=0)
+
+
+def _cohort(*pairs: tuple[str, str]) -> Cohort:
+    cases = tuple(Case(case_id, patient, {}) for case_id, patient in pairs)
+    return Cohort(Path("data"), "folder", None, ("image",), cases)
+
+
+def test_a_table_of_patients_decides(tmp_path: Path) -> None:
+    cohort = _cohort(("scan_1", "scan_1"), ("scan_2", "scan_2"), ("scan_3", "scan_3"))
+    (tmp_path / "patients.csv").write_text("case,patient\nscan_1,anna\nscan_3;anna\n")
+    found = with_patients(cohort, tmp_path / "patients.csv")
+    assert [case.patient for case in found.cases] == ["anna", "scan_2", "anna"]
+    folds = patient_folds(found.cases, 2, seed=0)
+    assert sorted(folds) == [["scan_1", "scan_3"], ["scan_2"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("scan_1,anna\nscan_2", "line 2 does not name one case and one patient"),
+        ("scan_1,anna\nscan_1,berta", "case scan_1 has two patients"),
+        ("other,anna", r"names none of the 1 cases in data, but other; expected ids such as scan_1"),
+    ],
+)
+def test_tables_that_cannot_be_used(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "patients.csv").write_text(text)
+    with pytest.raises(RequestError, match=message):
+        with_patients(_cohort(("scan_1", "scan_1")), tmp_path / "patients.csv")
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        [{"train": ["b"], "val": ["a"]}, {"train": ["a", "c"], "val": ["b"]}],
+        [{"training": ["b"], "validation": ["a"]}, {"training": ["c", "a"], "validation": ["b"]}],
+    ],
+    ids=["nnU-Net", "segkit"],
+)
+def test_folds_of_a_file(tmp_path: Path, document: object) -> None:
+    (tmp_path / "splits.json").write_text(json.dumps(document))
+    cases = _cohort(("a", "a"), ("b", "b"), ("c", "c")).cases
+    assert given_split(tmp_path / "splits.json", 1, cases) == (["a", "c"], ["b"])
+    assert given_split(tmp_path / "splits.json", 1, cases[:2], excluded=["c"]) == (["a"], ["b"])
+    with pytest.raises(RequestError, match="there is no fold 2; expected 0 to 1"):
+        given_split(tmp_path / "splits.json", 2, cases)
+    with pytest.raises(RequestError, match="1 cases of the split are not among"):
+        given_split(tmp_path / "splits.json", 1, cases[:2])
+
+
+def test_a_file_may_split_a_patient_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "split.json").write_text(json.dumps({"training": ["a1"], "validation": ["a2"]}))
+    assert given_split(tmp_path / "split.json", 0, _cohort(("a1", "a"), ("a2", "a"), ("b", "b")).cases) == (
+        ["a1"],
+        ["a2"],
+    )
+    assert "1 patients are in training and validation: a" in caplog.text
+    assert "1 cases are in neither part and not used: b" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[", "cannot be read"),
+        ("[]", "has no fold"),
+        ('[{"train": ["a"]}]', "names no training and validation cases"),
+        ('[{"train": ["a"], "val": ["a"]}]', "a are in training and validation"),
+    ],
+)
+def test_splits_that_cannot_be_used(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "splits.json").write_text(text)
+    with pytest.raises(RequestError, match=message):
+        given_split(tmp_path / "splits.json", 0, _cohort(("a", "a")).cases)
