@@ -97,6 +97,8 @@ def __getattr__(name: str) -> Any:
         from importlib import metadata
 
         return metadata.version("segkit")
+    if name == "monai":  # a package of functions, which needs torch
+        return importlib.import_module("segkit.monai")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'segkit' has no attribute {name!r}")
     return getattr(importlib.import_module(_PUBLIC[name]), name)

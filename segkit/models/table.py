@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from torch import Tensor, nn
 
 from segkit.config import Config
 from segkit.errors import RequestError
@@ -101,12 +102,19 @@ def nearest_size(family: str, size: str) -> str:
 
 
 def build_model(
-    family: str, *, in_channels: int, out_channels: int, dims: int = 3, size: str | None = None, **arguments: object
+    family: str,
+    *,
+    in_channels: int,
+    out_channels: int,
+    dims: int = 3,
+    size: str | None = None,
+    deep_supervision: bool = True,
+    **arguments: object,
 ) -> SegmentationNetwork:
     """A network with fresh weights: (B, in_channels, *spatial) to logits (B, out_channels, *spatial).
 
-    In training mode it returns a list of logits, full resolution first (deep supervision). Each spatial axis must be a
-    multiple of its entry of `model.divisor`, in voxels.
+    In training mode it returns a list of logits, full resolution first; without `deep_supervision` the first of them,
+    as MONAI's losses expect. Each spatial axis must be a multiple of its entry of `model.divisor`, in voxels.
 
     Raises:
         RequestError: the family, the size, an argument or `dims` is not offered.
@@ -116,9 +124,17 @@ def build_model(
     if dims not in entry.dims:
         raise RequestError(f"{family} has no {dims}-dimensional form", expected=f"dims in {entry.dims}")
     try:
-        return entry.build(config, in_channels, out_channels, dims)
+        network = entry.build(config, in_channels, out_channels, dims)
     except ValueError as error:
         raise RequestError(f"{family}: {error}", expected=f"arguments for {dims} spatial axes") from error
+    if not deep_supervision:
+        network.register_forward_hook(_first_of)
+    return network
+
+
+def _first_of(_: nn.Module, __: Any, logits: Tensor | list[Tensor]) -> Tensor:
+    """A forward hook: the logits of full resolution."""
+    return logits[0] if isinstance(logits, list) else logits
 
 
 def list_models(in_channels: int = 4, out_channels: int = 3) -> list[ModelInfo]:

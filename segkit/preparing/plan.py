@@ -53,8 +53,14 @@ class CandidateNetwork:
 
     def build(self) -> nn.Module:
         """The network with fresh weights."""
-        channels = {"in_channels": self.channels, "out_channels": len(outputs_of(self.scheme))}
-        return build_model(self.family, dims=self.dims, size=self.size, **channels, **self.arguments)
+        return build_model(
+            self.family,
+            in_channels=self.channels,
+            out_channels=len(outputs_of(self.scheme)),
+            dims=self.dims,
+            size=self.size,
+            **self.arguments,
+        )
 
     @cached_property
     def divisor(self) -> Shape:

@@ -28,7 +28,7 @@ from segkit.reading.files import read_reference, read_volume
 from segkit.reading.geometry import Reorientation, onto_grid, reorientation_to, reoriented_grid, same_grid
 from segkit.reading.volume import Grid, Volume, log_notes
 from segkit.runtime import available_cores
-from segkit.shapes import Image, LabelMap
+from segkit.shapes import Affine, Image, LabelMap
 
 Normalisation = Literal["zscore-nonzero", "zscore", "ct-window", "scale-nonzero"]
 Crop = Literal["nonzero", "none"]
@@ -193,6 +193,17 @@ class Preparation:
     def crop_slices(self) -> tuple[slice, ...]:
         """The crop as an index into a reoriented array (*spatial)."""
         return tuple(slice(first, last) for first, last in zip(*self.crop, strict=True))
+
+    @property
+    def affine(self) -> Affine:
+        """Voxel indices of the prepared array to millimetres in RAS+ world space, (4, 4)."""
+        to_reoriented = np.eye(4)
+        sides = zip(self.crop[0], self.cropped_shape, self.resampled_shape, strict=True)
+        for axis, (start, old, new) in enumerate(sides):
+            # The outer faces are aligned, see `segkit.preparing.resampling`.
+            to_reoriented[axis, axis], to_reoriented[axis, 3] = old / new, start + (old / new - 1) / 2
+        affine: Affine = reoriented_grid(self.source_grid, self.reorientation).affine @ to_reoriented
+        return affine
 
     def to_json(self) -> dict[str, Any]:
         """The steps in types that `json` can write."""
