@@ -1,4 +1,4 @@
-"""`segkit.export_model`: a trained network as ONNX files that need no torch."""
+"""`segkit.export_model`: a trained network as ONNX files that need no torch, or as a MONAI bundle."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +11,7 @@ def export_model(
     run: AnyPath,
     out: AnyPath,
     *,
+    format: Literal["onnx", "monai-bundle"] = "onnx",
     precision: Literal["fp32", "fp16", "int8"] = "fp32",
     data: AnyPath | None = None,
     cases: CaseIds | None = None,
@@ -23,6 +24,10 @@ def export_model(
     `data` is a folder of cases to compare and to calibrate with, `cases` their ids or a text file of them; by default
     the validation cases of the run.
 
+    With `format` "monai-bundle" it writes a bundle that `python -m monai.bundle run` computes without segkit; its masks
+    are compared with those of `segkit.infer` on phantoms and on the cases of `data`. "models" is then
+    `[{"folder", "parity": [{"case", "voxels", "different_voxels", "dice", "logit_difference"}]}]`.
+
     Raises:
         RequestError: a package is not installed, the model cannot be exported, or `out` is in use.
         CheckpointError: a graph differs from its network; `out` is not changed.
@@ -33,9 +38,14 @@ def export_model(
         'deployed'
     """
     from segkit.exporting.cases import named_cases
-    from segkit.exporting.onnx import export_models
 
     if cases is not None and data is None:
         raise RequestError("--cases names cases of a data folder", remedy="Add the folder: -i DATA")
     measuring = None if data is None else named_cases(Path(data), read_case_ids(cases))
-    return export_models(Path(run), Path(out), precision=precision, cases=measuring, overwrite=overwrite)
+    if format == "onnx":
+        from segkit.exporting.onnx import export_models as write
+    elif format == "monai-bundle":
+        from segkit.exporting.bundle import export_bundle as write
+    else:
+        raise RequestError(f"format {format!r} is not known", expected="onnx or monai-bundle")
+    return write(Path(run), Path(out), precision=precision, cases=measuring, overwrite=overwrite)

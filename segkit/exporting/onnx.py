@@ -5,8 +5,6 @@ All is written to a hidden folder beside the target, which gets its name when al
 
 import logging
 import math
-import secrets
-import shutil
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +15,7 @@ from segkit.checkpoint.model import load_model
 from segkit.checkpoint.run_folder import CARD_NAME, load_card, model_folders, require_segmentation
 from segkit.errors import CheckpointError, RequestError, as_request
 from segkit.exporting.cases import MeasuringCases, validation_cases
+from segkit.exporting.output import new_folder
 from segkit.exporting.precision import write_fp16, write_int8
 from segkit.inference.backends import Array, Backend, TorchBackend, installed_backends, open_graph
 from segkit.inference.graph import OPSET, graph_files, require_onnx, write_graph
@@ -74,22 +73,13 @@ def export_models(
         raise as_request(error) from error
     for card, folder in zip(cards, folders, strict=True):
         _require_exportable(card, folder, precision, cases)
-    _require_free(output, model, overwrite=overwrite)
-    staging = output.with_name(f".{output.name}-{secrets.token_hex(4)}")
-    try:
-        try:
-            staging.mkdir(parents=True)
-        except OSError as error:
-            raise RequestError(f"cannot be written to ({error.strerror})", where=staging.parent) from error
+    with new_folder(output, model, overwrite=overwrite) as staging:
         written = []
         for folder, card in zip(folders, cards, strict=True):
             place = Path() if len(folders) == 1 else Path(folder.name)
             _log.info("exporting %s", folder)
             export, source = _export(folder, card, staging / place, precision, cases)
             written.append({"folder": str(output / place), "export": export.model_dump(mode="json"), "cases": source})
-        _put_in_place(staging, output)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return {"output": str(output), "models": written}
 
 
@@ -104,26 +94,6 @@ def _require_exportable(card: ModelCard, folder: Path, precision: Precision, cas
             where=folder,
             remedy="Leave out --precision and -i: its graph is compared with the network on windows with holes",
         )
-
-
-def _require_free(output: Path, model: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that is not empty; with `overwrite` only one that is not an export."""
-    if output.resolve() in (model.resolve(), *model.resolve().parents):
-        raise RequestError("is the model's own folder", where=output, remedy="Name another folder with -o")
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise RequestError("is a file", where=output, expected="a folder, or a name that is free")
-    if not any(output.iterdir()):
-        return
-    if not overwrite:
-        raise RequestError("is not empty", where=output, remedy="Name another folder, or replace it with --overwrite")
-    try:
-        is_export = all(load_card(folder).export is not None for folder in model_folders(output))
-    except CheckpointError:
-        is_export = False
-    if not is_export:
-        raise RequestError("holds something else than an export", where=output, remedy="Name another folder")
 
 
 def _export(
@@ -217,17 +187,3 @@ def _graph_card(path: Path, precision: Precision, seconds: dict[str, float]) -> 
         sha256={file.name: file_sha256(file) for file in graph_files(path)},
         seconds={name: round(value, 5) for name, value in seconds.items()},
     )
-
-
-def _put_in_place(staging: Path, output: Path) -> None:
-    """Rename the finished folder to `output`, then remove the previous one."""
-    old = output.with_name(f".{output.name}-{secrets.token_hex(4)}")
-    try:
-        if output.exists():
-            output.rename(old)
-        staging.rename(output)
-    except OSError as error:
-        if old.exists() and not output.exists():
-            old.rename(output)
-        raise RequestError(f"cannot be replaced ({error.strerror})", where=output) from error
-    shutil.rmtree(old, ignore_errors=True)

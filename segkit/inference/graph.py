@@ -91,7 +91,7 @@ def _export(network: nn.Module, path: Path, channels: int, window: Sequence[int]
     # A batch size of 1 would become fixed.
     device = next(itertools.chain(network.parameters(), network.buffers())).device
     image = torch.zeros(2, channels, *window, device=device)
-    with torch.no_grad(), _evaluating(network), _without_layouts():
+    with torch.no_grad(), evaluating(network), _without_layouts():
         try:
             with quiet():
                 _by_capture(network, image, path, is_split=is_split)
@@ -221,7 +221,7 @@ def _without_layouts() -> AbstractContextManager[object]:
 
 
 @contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
+def evaluating(network: nn.Module) -> Iterator[None]:
     """Evaluation mode and one tensor of logits within the block."""
     was_training = network.training
     hook = network.register_forward_hook(lambda _, __, out: out[0] if isinstance(out, list | tuple) else out)

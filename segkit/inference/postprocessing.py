@@ -25,7 +25,7 @@ Box = tuple[slice, ...]
 """An index of (D, H, W) or (H, W)."""
 PARTS: tuple[Part, ...] = ("component", "total")
 """In the order in which they are removed."""
-_ROUNDING = 1e-3
+ROUNDING = 1e-3
 """Relative tolerance of the limit, for spacings such as 0.9999 mm."""
 
 
@@ -80,7 +80,7 @@ def label_beneath(output: Output, outputs: Sequence[Output]) -> int:
 
 def smallest_voxels(smallest_mm3: float, spacing_mm: Sequence[float]) -> int:
     """The smallest number of voxels whose volume is not below a limit."""
-    return math.ceil(smallest_mm3 * (1 - _ROUNDING) / math.prod(spacing_mm))
+    return math.ceil(smallest_mm3 * (1 - ROUNDING) / math.prod(spacing_mm))
 
 
 def label_boxes(labels: LabelMap) -> list[Box | None]:

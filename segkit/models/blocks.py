@@ -283,7 +283,8 @@ class Slicewise(SegmentationNetwork):
         slices = x.movedim(2 + self.axis, 1)  # (B, S, C, H, W)
         if self.training:
             return [self._volume(level, len(x)) for level in network(self._images(slices, 0, slices.shape[1]))]
-        if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():  # of which the batch is not known
+        is_traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        if torch.compiler.is_exporting() or is_traced:  # of which the batch is not known
             return self._volume(network(self._images(slices, 0, slices.shape[1])), x.shape[0])
         step = max(1, self.slices_at_once // len(x))
         parts = [

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from segkit.shapes import Image, LabelMap
 
-_SAME_SPACING = 0.01  # spacings that differ by less than this fraction are taken as equal, since headers are rounded
+SAME_SPACING = 0.01  # spacings that differ by less than this fraction are taken as equal, since headers are rounded
 
-_TIE_DIGITS = 4
+TIE_DIGITS = 4
 """Decimals of a number of voxels before it is rounded: 13.4999996 and 13.5 (15 voxels of 0.9 mm in float32 and
 float64) give the same shape."""
 
@@ -27,7 +27,7 @@ def resampled_shape(
     if target_mm is None:
         return tuple(shape)
     return tuple(
-        size if abs(old - new) <= _SAME_SPACING * new else max(1, round(round(size * old / new, _TIE_DIGITS)))
+        size if abs(old - new) <= SAME_SPACING * new else max(1, round(round(size * old / new, TIE_DIGITS)))
         for size, old, new in zip(shape, spacing_mm, target_mm, strict=True)
     )
 

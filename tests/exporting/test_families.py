@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
+from segkit.exporting.bundle import trace
 from segkit.inference import graph
 from segkit.inference.backends import OnnxRuntimeBackend, OpenvinoBackend, TorchBackend
 from segkit.inference.graph import write_graph
@@ -23,6 +25,7 @@ _SMALLEST: dict[str, dict[str, object]] = {
     "stunet": {"size": "S", "width": 4, "mode": "checkpoint"},
     "smp": {"size": "unet-small", "encoder_depth": 3, "decoder_channels": (32, 16, 16)},
     "generator": {"size": "tiny", "width": 4},
+    "monai": {"network_def": {"_target_": "UNet", "channels": [4, 8], "strides": [2], "num_res_units": 1}},
     "inpainter": {"size": "tiny", "widths": (4, 8)},
     "vit": {
         "size": "tiny",
@@ -90,9 +93,23 @@ def test_the_older_exporter_is_the_second_try(
     monkeypatch.setattr(graph, "_by_capture", fail)
     network = _network(family, dims, **_TRACED.get(family, {}))
     window = _window(
-        network, 2 if family in ("vit", "generator", "inpainter") else 1
+        network, 2 if family in ("vit", "generator", "inpainter", "monai") else 1
     )  # of one pixel a norm only shows rounding
     with caplog.at_level(logging.INFO):
         write_graph(network, tmp_path / "model.onnx", 2, window)
     assert "no luck" in caplog.text
     _require_same(network, tmp_path / "model.onnx", window, batch=2)
+
+
+@pytest.mark.parametrize("family", [name for name in MODELS if name not in ("inpainter", "generator")])
+def test_volumes_of_every_family_as_torchscript(family: str) -> None:
+    network = _network(family, 3, **_TRACED.get(family, {})).train()
+    window = _window(network, 1 if family == "stunet" else 2)
+    traced = trace(network, 2, window)
+    assert network.training
+    assert "PythonOp" not in str(traced.inlined_graph)  # autograd functions of Python cannot be loaded elsewhere
+    windows = np.random.default_rng(0).standard_normal((3, 2, *window), np.float32)
+    expected = TorchBackend(network)(windows)
+    with torch.no_grad():
+        found = traced(torch.from_numpy(windows)).numpy()
+    np.testing.assert_allclose(found, expected, atol=2e-5 * max(10, np.abs(expected).max()), rtol=0)

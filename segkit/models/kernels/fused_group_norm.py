@@ -47,7 +47,8 @@ def _is_supported(x: Tensor, norm: nn.GroupNorm) -> bool:
         return False
     if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
         return False
-    return x.stride(1) == 1 and x.is_contiguous(memory_format=innermost)
+    is_innermost = x.stride(1) == 1 and x.is_contiguous(memory_format=innermost)
+    return is_innermost and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 class _Normalise(torch.autograd.Function):
