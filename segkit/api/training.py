@@ -303,11 +303,11 @@ def _network_of(weights: AnyPath | None, *, is_prepared: bool) -> list[Layer]:
     """The network of the folder `weights`, as a layer over the preset; none for files without a card.
 
     Arguments that depend on the memory (mode, chunks) are planned again. A MONAI bundle also gives preprocessing and
-    overlap; `is_prepared`: another layer chooses the normalisation.
+    overlap, results of nnU-Net preprocessing and patch; `is_prepared`: another layer chooses the normalisation.
 
     Raises:
         CheckpointError: there is no usable model.
-        RequestError: the preprocessing of a bundle is not that of segkit.
+        RequestError: segkit has no such preprocessing.
     """
     if weights is None or not Path(weights).is_dir():
         return []
@@ -327,4 +327,13 @@ def _network_of(weights: AnyPath | None, *, is_prepared: bool) -> list[Layer]:
                 remedy="Choose the nearest with --set preprocessing.normalisation=...",
             )
         settings |= {"preprocessing": card.preprocessing.model_dump(exclude_none=True), "overlap": card.overlap}
+    if "nnunet" in card.versions:
+        if card.preprocessing.normalisation is None and not is_prepared:
+            raise RequestError(
+                "the plans normalise in a way that the preprocessing of segkit has not",
+                where=str(weights),
+                remedy="Choose the nearest with --set preprocessing.normalisation=...",
+            )
+        settings["preprocessing"] = card.preprocessing.model_dump(exclude_none=True)
+        settings["planning"] = {"patch_size": card.patch_size}
     return [(str(weights), settings)]

@@ -11,10 +11,14 @@ import pytest
 import torch
 from scipy import ndimage
 
+import segkit
 from segkit.checkpoint.model import load_model
 from segkit.checkpoint.nnunet import open_results
 from segkit.checkpoint.nnunet_card import make_card
+from segkit.checkpoint.run_folder import load_card
 
+REAL = Path(__file__).parents[1] / "data" / "real"
+LABELS = {"Anterior": 1, "Posterior": 2}
 FULL = "nnUNetTrainer__nnUNetPlans__3d_fullres"
 GOLDEN = {
     f"Dataset401_Plain/{FULL}": ("plainunet", 1, 1),
@@ -82,3 +86,27 @@ def test_logits_of_a_window_are_those_of_nnunet(shared_data: Path) -> None:
     golden = document["logits"]["mirroring"]
     found = np.array([float(logits[0, c, z + 3, y + 4, x + 4]) for c, z, y, x in golden["positions"]])
     np.testing.assert_allclose(found, golden["values"], rtol=2**-10, atol=2**-11)
+
+
+def test_fine_tuning_begins_where_inference_stands(shared_data: Path, tmp_path: Path) -> None:
+    """A step that changes nothing: the Dice of the validation cases is that of the masks of the folder."""
+    results = shared_data / "nnunet_golden/Dataset402_ResEnc/nnUNetTrainer__nnUNetResEncUNetMPlans__3d_fullres"
+    data = REAL / "Task04_Hippocampus"
+    nothing = {
+        "optimiser": {"lr": 1e-12, "weight_decay": 0.0},
+        "training": {"steps": 1, "ema_decay": 0.0, "workers": 0},
+    }
+    summary = segkit.train(data, tmp_path / "run", weights=results, device="cpu", postprocessing="none", **nothing)
+    card = load_card(tmp_path / "run")
+    assert (card.patch_size, card.preprocessing.orientation) == ((40, 56, 40), "KJI")
+    assert card.network.arguments["widths"] == [4, 8, 16]
+    predictor = segkit.Predictor.load(results)
+    for case, dice in summary.scores["cases"].items():
+        reference = np.asarray(nib.load(data / "labelsTr" / f"{case}.nii.gz").dataobj)
+        labels = predictor(data / "imagesTr" / f"{case}.nii.gz").labels
+        expected = {name: overlap(labels == value, reference == value) for name, value in LABELS.items()}
+        assert dice == pytest.approx(expected, abs=2e-3)
+
+
+def overlap(one: np.ndarray, other: np.ndarray) -> float:
+    return float(2 * (one & other).sum() / (one.sum() + other.sum()))
