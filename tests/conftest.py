@@ -19,10 +19,12 @@ from segkit.phantoms.layouts import write_phantoms
 pytest_plugins = ["tests.step_models"]
 
 
-@pytest.fixture(autouse=True)
-def _float32_on_every_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trainings of the tests have the same results on processors with and without bfloat16."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+@pytest.fixture(autouse=True, scope="session")
+def _float32_on_every_processor() -> Iterator[None]:
+    """Trainings of the tests, and of their fixtures, have the same results on processors with and without bfloat16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "get_capabilities", dict)
+        yield
 
 
 DATA = Path(__file__).resolve().parent / "data"
