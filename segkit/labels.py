@@ -144,6 +144,13 @@ def translate(labels: NDArray[np.uint8], source: LabelScheme, target: LabelSchem
     return lookup[labels]
 
 
+def without_ignored(labels: NDArray[np.uint8], scheme: LabelScheme | None) -> NDArray[np.uint8]:
+    """The label map with 0 in place of ignored voxels, to be shown."""
+    if scheme is None or scheme.ignore is None:
+        return labels
+    return np.where(labels == scheme.ignore, np.uint8(0), labels)
+
+
 def painted_values(outputs: Iterable[Output], source: LabelScheme, target: LabelScheme) -> list[int]:
     """The values that `outputs`, defined in `source`, paint when the mask is written in `target`."""
     table = translation(source, target)

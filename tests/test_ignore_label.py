@@ -13,7 +13,7 @@ from segkit.checkpoint.run_folder import load_card
 from segkit.config import build_config
 from segkit.errors import RequestError
 from segkit.evaluation.score_folder import evaluate_folders
-from segkit.labels import SCHEMES, LabelScheme, classes_scheme, outputs_of, scheme_from_json, translate
+from segkit.labels import SCHEMES, LabelScheme, classes_scheme, outputs_of, scheme_from_json, translate, without_ignored
 from segkit.metrics.overlap import dice_by_region
 from segkit.preparing.augmentation import AugmentationConfig, training_transforms
 from segkit.preparing.cache import PreparedStore, StoredCases, foreground_voxels
@@ -161,6 +161,33 @@ def test_a_prediction_never_has_it(tmp_path: Path) -> None:
     (tmp_path / "data" / "dataset.json").write_text(json.dumps(document))
     found = evaluate_folders(tmp_path / "predictions", tmp_path / "data")
     assert "holds label values 3" in found.errors["ball0"]
+
+
+def test_copies_in_another_scheme_keep_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels = np.zeros((4, 4, 4), np.uint8)
+    labels[0, 0] = [0, 1, 3, 9]
+    document = {"channel_names": {"0": "t1n", "1": "t1c"}, "labels": {"NCR": 1, "ED": 2, "ET": 3, "ignore": 9}}
+    for channel in range(2):
+        save_nifti(tmp_path / "data" / "imagesTr" / f"a_000{channel}.nii.gz", labels * 10.0)
+    save_nifti(tmp_path / "data" / "labelsTr" / "a.nii.gz", labels)
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps(document))
+    convert = ("convert", "labels", tmp_path / "data", "-o", tmp_path / "out", "--to")
+    assert run_segkit(*convert, "brats2017") == 0
+    assert read_voxels(tmp_path / "out" / "a.nii.gz")[0, 0].tolist() == [0, 1, 4, 9]
+    assert json.loads((tmp_path / "out" / "label_scheme.json").read_text())["ignore"] == 9
+    assert run_segkit(*convert, "brats2017,ignore=7", "--overwrite") == 0
+    assert read_voxels(tmp_path / "out" / "a.nii.gz")[0, 0].tolist() == [0, 1, 4, 7]
+    document["labels"] = {"NCR": 1, "ED": 2, "ET": 3, "ignore": 4}
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps(document))
+    capsys.readouterr()
+    assert run_segkit(*convert, "brats2017") == 2
+    assert "label scheme brats2017 cannot ignore the value '4'" in capsys.readouterr().err
+
+
+def test_pictures_show_annotated_voxels() -> None:
+    reference = np.array([0, 1, IGNORE], np.uint8)
+    assert without_ignored(reference, SCHEME).tolist() == [0, 1, 0]
+    assert without_ignored(reference, None) is reference
 
 
 def test_postprocessing_is_chosen_on_annotated_voxels() -> None:

@@ -63,7 +63,7 @@ def labels(
     from segkit.errors import DataError, RequestError
     from segkit.labels import SCHEMES
     from segkit.reading.conversion import map_values, translate_reference
-    from segkit.reading.layouts.table import find_cases
+    from segkit.reading.layouts.table import find_cases, scheme_named
 
     ranges = [_read_range(text) for text in values or ()]
     if ranges and to is None:
@@ -78,15 +78,17 @@ def labels(
         return
     if ranges or to is None:
         raise RequestError("the new labels are not clear", expected="either --to SCHEME or --values VALUE=LABEL")
-    if to not in SCHEMES:
+    target = scheme_named(to)
+    if target.name not in SCHEMES:
         raise RequestError(f"there is no label scheme {to!r}", expected="one of " + ", ".join(SCHEMES))
-    target = SCHEMES[to]
     cohort = find_cases(
         data, layout=layout, modalities=read_modalities(modality), label_scheme=label_scheme, require_labels=True
     )
     if cohort.scheme is None:
         remedy = "; ".join(problem.remedy for problem in cohort.problems if problem.is_fatal)
         raise RequestError("the label scheme of the references is unknown", where=data, remedy=remedy)
+    if cohort.scheme.ignore is not None and target.ignore is None:
+        target = scheme_named(f"{to},ignore={cohort.scheme.ignore}")
 
     def convert(case: Case) -> str:
         return translate_reference(case, target, output, dims=cohort.dims, overwrite=overwrite)

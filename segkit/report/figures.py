@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from segkit.errors import RequestError, on_one_line
 from segkit.evaluation.score_files import worst_first
-from segkit.labels import LabelScheme
+from segkit.labels import LabelScheme, without_ignored
 from segkit.reading.files import written_atomically
 from segkit.reading.volume import Grid
 from segkit.report import images
@@ -81,7 +81,7 @@ def overlay_figure(
     """
     from matplotlib.figure import Figure
 
-    masks = (labels,) if reference is None else (labels, reference)
+    masks = (labels,) if reference is None else (labels, without_ignored(reference, scheme))
     views = images.views_of(image, masks, grid)
     window = images.intensity_window(image)
     known = images.label_colours(scheme)

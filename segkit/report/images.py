@@ -13,7 +13,7 @@ import numpy as np
 
 from segkit.errors import DataError, as_request
 from segkit.evaluation.pairing import declared_schemes, match_files
-from segkit.labels import SCHEMES, LabelScheme, outputs_of, scheme_from_json, translate
+from segkit.labels import SCHEMES, LabelScheme, outputs_of, scheme_from_json, translate, without_ignored
 from segkit.metrics.overlap import box_of
 from segkit.reading.case import Case, ImageFile
 from segkit.reading.files import read_reference, read_volume
@@ -122,6 +122,8 @@ def load_arrays(files: CaseFiles, scheme: LabelScheme | None) -> CaseArrays:
             arrays[name] = _on_image(*read_reference(file), image.grid)
     if predicted is not None and files.predicted_in is not None and scheme is not None:
         arrays["prediction"] = translate(arrays["prediction"], files.predicted_in, scheme)
+    if "reference" in arrays:
+        arrays["reference"] = without_ignored(arrays["reference"], scheme)
     if files.uncertainty is not None:
         volume = read_volume(files.uncertainty)
         arrays["uncertainty"] = _on_image(volume.array, volume.grid, image.grid)
