@@ -238,6 +238,23 @@ def reference_named_with_its_sequence(folder: Path) -> None:
     masks(folder, "{a,b}_T1_seg.nii.gz")
 
 
+def bids(folder: Path) -> None:
+    scans(folder, "sub-{a,b}/ses-{1,2}/anat/sub-{a,b}_ses-{1,2}_{T1w,FLAIR}.nii.gz")
+    masks(folder, "derivatives/lesions/sub-{a,b}/ses-{1,2}/anat/sub-{a,b}_ses-{1,2}_dseg.nii.gz")
+
+
+def spine_generic(folder: Path) -> None:
+    scans(folder, "sub-{a,b}/anat/sub-{a,b}_T2w.nii.gz")
+    masks(folder, "derivatives/labels/sub-{a,b}/anat/sub-{a,b}_T2w_label-SC_seg.nii.gz")
+
+
+def isles22(folder: Path) -> None:
+    session, name = "sub-strokecase{0001,0002}/ses-0001", "sub-strokecase{0001,0002}_ses-0001"
+    scans(folder, f"{session}/dwi/{name}_{{dwi,adc}}.nii.gz")
+    scans(folder, f"{session}/anat/{name}_FLAIR.nii.gz", shape=(20, 20, 20))
+    masks(folder, f"derivatives/{session}/{name}_msk.nii.gz")
+
+
 _BRATS = "t1n t1c t2w t2f"
 _COLOUR = {"channels": "red green blue", "layout": "folder2d", "classes": "foreground"}
 
@@ -289,5 +306,8 @@ LAYOUTS: tuple[Situation, ...] = (
     ),
     (a_folder_per_case, Expected(2, 2, 2, channels=_BRATS, classes="lesions")),
     (a_folder_per_sequence, Expected(2, 2, channels="t1n t2f")),
+    (bids, Expected(4, 2, 4, channels="t1n t2f", classes="label_1", layout="bids")),
+    (spine_generic, Expected(2, 2, 2, channels="t2w", classes="label_1", layout="bids")),
+    (isles22, Expected(2, 2, 2, channels="adc dwi", classes="label_1", layout="bids")),
     (reference_named_with_its_sequence, Expected(2, 2, 2, channels="t1n t2f", classes="label_1")),
 )

@@ -3,10 +3,12 @@
 A layout names the case and kind of each listed file; `build_cases` and `build_cohort` do the rest for all of them.
 """
 
+import fnmatch
 import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,14 @@ from segkit.errors import DataError, Problem, some, warning
 from segkit.labels import LabelScheme
 from segkit.reading.case import IGNORED, LABEL, Case, Cohort, ImageFile, in_channel_order, split_name
 from segkit.reading.dicom import DICOM_SUFFIXES, has_dicom_name, holds_frames, is_dicom_file
-from segkit.reading.files import VOLUME_SUFFIXES, count_channels, read_json, stem_of, suffix_of
+from segkit.reading.files import VOLUME_SUFFIXES, count_channels, read_grid, read_json, stem_of, suffix_of
+from segkit.reading.geometry import same_grid
 from segkit.reading.pictures import PICTURE_SUFFIXES
 from segkit.reading.volume import list_folder
 
 UNASSIGNED = "unassigned"
 """The kind of an image that fits none of the cases."""
+_SAMPLED_GRIDS = 20
 LEAST_SHARE = 0.5
 """A modality of fewer cases is not a channel of the cohort: as one, it would make all other cases incomplete."""
 
@@ -331,6 +335,35 @@ def channels_or_one(path: Path) -> int:
         return count_channels(path)
     except DataError:
         return 1
+
+
+def matches_ending(path: Path, ending: str) -> bool:
+    """Whether the name of a file, with or without suffix, ends in a text, or fits it where it has wildcards."""
+    names = (bare_name(path).lower(), path.name.lower())
+    if any(sign in ending for sign in "*?["):
+        return any(fnmatch.fnmatchcase(name, ending.lower()) for name in names)
+    return any(name.endswith(ending.lower()) for name in names)
+
+
+def on_grid_of_reference(cases: Sequence[Case]) -> tuple[list[Case], list[Problem]]:
+    """The cases without the modalities that are on another grid than their reference in all cases, and a warning.
+
+    At least one modality must be on the grid of the reference; else all are kept, and the check reports the difference.
+    """
+    fits: dict[str, list[bool]] = defaultdict(list)
+    for case in [case for case in cases if case.label is not None][:_SAMPLED_GRIDS]:
+        with suppress(DataError):
+            grid = read_grid(case.label.path) if case.label else None
+            for name, image in case.images.items():
+                fits[name].append(grid is not None and same_grid(read_grid(image.path), grid) is None)
+    apart = [name for name, found in fits.items() if not any(found)]
+    if not apart or len(apart) == len(fits):
+        return list(cases), []
+    paths = [case.images[name].path for case in cases for name in apart if name in case.images]
+    why = f"as {', '.join(apart)} is on another grid than the references"
+    images = [{name: image for name, image in case.images.items() if name not in apart} for case in cases]
+    kept = [replace(case, images=own) if own else case for case, own in zip(cases, images, strict=True)]
+    return kept, [unused_files(paths, why, "Resample it to the grid of the references to use it as a channel")]
 
 
 def common_modalities(cases: Sequence[Case], named: Collection[str] = ()) -> tuple[tuple[str, ...], list[Problem]]:

@@ -11,7 +11,7 @@ from typing import TypeVar
 from segkit.errors import DataError, RequestError
 from segkit.labels import SCHEMES, LabelScheme, classes_scheme
 from segkit.reading.archives import is_archive
-from segkit.reading.case import Cohort
+from segkit.reading.case import LABEL, Cohort
 from segkit.reading.files import suffix_of
 from segkit.reading.layouts.bids import BIDS
 from segkit.reading.layouts.brats import BRATS_LAYOUTS
@@ -108,7 +108,8 @@ def _choose_layout(listing: Listing, options: FolderOptions) -> Layout:
     score, best = recognise(listing)[0]
     if score < _LOWEST_SCORE:
         raise _nothing_found(listing, "no layout matches")
-    if options.modalities and best.name not in ("folder", "folder2d", "nnunet"):
+    is_reference_only = set(options.modalities) == {LABEL} and best is BIDS
+    if options.modalities and best.name not in ("folder", "folder2d", "nnunet") and not is_reference_only:
         return FOLDER if listing.volumes else FOLDER2D
     return best
 

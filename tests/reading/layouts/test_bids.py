@@ -7,6 +7,7 @@ import pytest
 
 from segkit.errors import DataError
 from segkit.reading.layouts.table import find_cases
+from tests.zoo.build import masks, scans
 
 Write = Callable[..., Path]
 
@@ -70,3 +71,70 @@ def test_two_runs_are_two_files_for_one_modality(volume: Write, tmp_path: Path) 
     assert cohort.layout == "bids"
     assert "2 files for the modality t1n" in cohort.cases[0].problems[0].found
     assert "sub-1_dwi" in cohort.problems[0].found
+
+
+def test_references_of_spine_data(tmp_path: Path) -> None:
+    """spine-generic: `_seg-manual` before 2023, `_label-SC_seg` since; several labels are classes."""
+    scans(tmp_path, "sub-{a,b}/anat/sub-{a,b}_T2w.nii.gz")
+    masks(tmp_path, "derivatives/labels/sub-{a,b}/anat/sub-{a,b}_T2w_seg-manual.nii.gz")
+    cohort = find_cases(tmp_path)
+    assert [case.label and case.label.path.name for case in cohort.cases] == [
+        "sub-a_T2w_seg-manual.nii.gz",
+        "sub-b_T2w_seg-manual.nii.gz",
+    ]
+    for path in tmp_path.rglob("*seg-manual*"):
+        path.rename(path.with_name(path.name.replace("seg-manual", "label-SC_seg")))
+    masks(tmp_path, "derivatives/labels/sub-{a,b}/anat/sub-{a,b}_T2w_lesion-manual.nii.gz")
+    both = find_cases(tmp_path)
+    assert both.scheme is not None
+    assert dict(both.scheme.values) == {"SC": 1, "lesion": 2}
+    chosen = find_cases(tmp_path, modalities={"label": "lesion-manual"})
+    assert chosen.layout == "bids"
+    assert [case.label and case.label.path.name for case in chosen.cases] == [
+        "sub-a_T2w_lesion-manual.nii.gz",
+        "sub-b_T2w_lesion-manual.nii.gz",
+    ]
+
+
+def test_one_mask_per_label(tmp_path: Path) -> None:
+    scans(tmp_path, "sub-{a,b}/anat/sub-{a,b}_T2w.nii.gz")
+    masks(tmp_path, "derivatives/labels/sub-{a,b}/anat/sub-{a,b}_T2w_label-{SC,lesion}_seg.nii.gz")
+    cohort = find_cases(tmp_path)
+    assert cohort.scheme is not None
+    assert dict(cohort.scheme.values) == {"SC": 1, "lesion": 2}
+    assert cohort.cases[0].label is not None
+    assert [value for value, _ in cohort.cases[0].label.parts] == [1, 2]
+
+
+def test_references_of_one_image_are_chosen_where_sessions_have_several(tmp_path: Path) -> None:
+    scans(tmp_path, "sub-{a,b}/anat/sub-{a,b}_{T1w,T2w}.nii.gz")
+    masks(tmp_path, "derivatives/labels/sub-{a,b}/anat/sub-{a,b}_T2w_seg-manual.nii.gz")
+    masks(tmp_path, "derivatives/labels/sub-a/anat/sub-a_T1w_seg-manual.nii.gz")
+    cohort = find_cases(tmp_path)
+    assert [case.label and case.label.path.name for case in cohort.cases] == [
+        "sub-a_T2w_seg-manual.nii.gz",
+        "sub-b_T2w_seg-manual.nii.gz",
+    ]
+    (note,) = (problem for problem in cohort.problems if "another image" in problem.found)
+    assert note.remedy == "To use them instead, pass --modality label=T1w_seg-manual"
+
+
+def test_strokes_without_the_flair_on_another_grid(tmp_path: Path) -> None:
+    session = "sub-strokecase{0001,0002}/ses-0001"
+    name = "sub-strokecase{0001,0002}_ses-0001"
+    scans(tmp_path, f"{session}/dwi/{name}_{{dwi,adc}}.nii.gz")
+    scans(tmp_path, f"{session}/anat/{name}_FLAIR.nii.gz", shape=(20, 20, 20))
+    masks(tmp_path, f"derivatives/{session}/{name}_msk.nii.gz")
+    cohort = find_cases(tmp_path)
+    assert (cohort.layout, cohort.modalities) == ("bids", ("adc", "dwi"))
+    assert [(case.id, case.label is not None, case.problems) for case in cohort.cases] == [
+        ("sub-strokecase0001_ses-0001", True, ()),
+        ("sub-strokecase0002_ses-0001", True, ()),
+    ]
+    assert any("t2f is on another grid than the references" in problem.found for problem in cohort.problems)
+
+
+def test_a_reference_without_session_belongs_to_the_only_one(tmp_path: Path) -> None:
+    scans(tmp_path, "sub-{a,b}/ses-1/anat/sub-{a,b}_ses-1_T1w.nii.gz")
+    masks(tmp_path, "derivatives/sub-{a,b}/sub-{a,b}_msk.nii.gz")
+    assert [case.label is not None for case in find_cases(tmp_path).cases] == [True, True]
