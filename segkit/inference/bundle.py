@@ -1,12 +1,13 @@
 """The predictor of a MONAI bundle: prepared by MONAI's own transforms, brought back by their inverse.
 
 Where no transform changes the grid, logits are decoded slab by slab as for any model. Else the whole case is computed
-first, and each output is brought back to the grid of the input by MONAI's `Invertd`.
+first, and each output, or the label map, is brought back to the grid of the input by MONAI's `Invertd`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -18,8 +19,10 @@ from numpy.typing import NDArray
 from segkit.checkpoint.card import BundleCard
 from segkit.errors import DataError, RequestError
 from segkit.inference.decode import decode_prepared, logits_of, probabilities
-from segkit.inference.predictor import Predictor
+from segkit.inference.predictor import Predictor, Stage
+from segkit.inference.scans import Prediction
 from segkit.inference.sliding_window import Logits, Slab, WindowPlan
+from segkit.labels import LabelScheme
 from segkit.preparing.preprocessing import LoadedCase, Preparation, PreparedCase
 from segkit.reading.geometry import reorientation_to
 from segkit.reading.volume import Grid
@@ -27,8 +30,6 @@ from segkit.reading.volume import Grid
 _MOST_VOXELS = 2**31
 _HALF = np.float32(6e-8)
 """The sigmoid of logits above minus this is at least 0.5 in float32; MONAI paints 0.5, `decode` logits above 0."""
-_CERTAIN = 20.0
-"""Logit of a label that was decided before it was brought back to the grid of the input."""
 
 
 def require_alone(folders: Sequence[Path], *, uses_tta: bool) -> None:
@@ -97,12 +98,38 @@ class BundlePredictor(Predictor):
         """The windows over a prepared volume (*spatial), blended as the bundle does."""
         return replace(super().plan(shape, axis), blending=self.bundle.blending, padding=self.bundle.padding)
 
+    def predict_prepared(
+        self,
+        prepared: PreparedCase,
+        scheme: LabelScheme | None = None,
+        *,
+        with_probabilities: bool = False,
+        with_uncertainty: bool = False,
+        stage: Stage = nullcontext,
+    ) -> Prediction:
+        """See `Predictor.predict_prepared`.
+
+        Raises:
+            DataError: maps of a bundle that brings back labels.
+        """
+        maps = {"with_probabilities": with_probabilities, "with_uncertainty": with_uncertainty}
+        if self.bundle.restores != "labels" or not self.is_moved:
+            return super().predict_prepared(prepared, scheme, **maps, stage=stage)
+        if any(maps.values()):
+            found = "this bundle brings labels back to the grid of the scan, not probabilities"
+            raise DataError(found, where=prepared.id, remedy="Omit --save-probabilities and --uncertainty")
+        with stage("predict"):
+            values = self.values(scheme or self.scheme)
+            labels = decode_prepared(super().slabs(prepared), prepared.image.shape[1:], "softmax", values)
+        with stage("decode"):
+            restored = self._inverted(prepared, labels.astype(np.float32), is_nearest=True).astype(np.uint8)
+        return Prediction(restored, prepared.preparation.source_grid, scheme or self.scheme)
+
     def slabs(self, prepared: PreparedCase, axis: int | None = None) -> Iterator[Slab]:
         """Logits (K, *source) float32 on the grid of the input."""
         slabs = super().slabs(prepared, axis)
         if self.is_moved:
-            restore = self._restored_labels if self.bundle.restores == "labels" else self._restored
-            slabs = restore(prepared, slabs)
+            slabs = self._restored(prepared, slabs)
         if self.segmentation.activation == "softmax":
             return slabs
         return (replace(slab, logits=slab.logits + _HALF) for slab in slabs)
@@ -120,14 +147,6 @@ class BundlePredictor(Predictor):
             planes[(slice(None), *slab.index)] = slab.logits if uses_logits else probabilities(slab.logits, activation)
         restored = np.stack([self._inverted(prepared, plane, is_nearest=False) for plane in planes])
         yield Slab(0, 0, restored.shape[1], restored if uses_logits else logits_of(restored, activation))
-
-    def _restored_labels(self, prepared: PreparedCase, slabs: Iterator[Slab]) -> Iterator[Slab]:
-        count = len(self.card.outputs)
-        chosen = decode_prepared(slabs, prepared.image.shape[1:], "softmax", range(count))
-        restored = self._inverted(prepared, chosen.astype(np.float32), is_nearest=True).astype(np.uint8)
-        for start, plane in enumerate(restored):
-            certain = np.equal(np.arange(count)[:, None, None, None], plane[None, None])
-            yield Slab(0, start, start + 1, np.float32(_CERTAIN) * certain)
 
     def _inverted(self, prepared: PreparedCase, plane: NDArray[np.float32], *, is_nearest: bool) -> Logits:
         """A map (*prepared) on the grid of the input, (*source), by MONAI's `Invertd`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 import segkit
-from segkit.errors import RequestError
+from segkit.errors import DataError, RequestError
 from segkit.inference.predictor import Predictor
 from tests.helpers import LPS, read_voxels, run_segkit, save_nifti
 from tests.monai_bundles import (
@@ -143,6 +144,8 @@ def test_other_paths_of_the_predictor(brats_bundle: Path, scan: Path, tmp_path: 
     disagrees = prediction.probabilities.argmax(0) != prediction.labels
     assert disagrees.mean() < 1e-3  # ties of 16-bit probabilities
     assert predictor.card.outputs[1].name == "first"
+    copied = pickle.loads(pickle.dumps(predictor))  # as Ray sends it
+    np.testing.assert_array_equal(copied(scan).labels, prediction.labels)
     with pytest.raises(RequestError, match=r"cannot be part of an ensemble of 2 models"):
         Predictor.load([bundle, bundle])
     with pytest.raises(RequestError, match=r"does not say along which axes its training mirrored\. Omit --tta"):
@@ -152,6 +155,13 @@ def test_other_paths_of_the_predictor(brats_bundle: Path, scan: Path, tmp_path: 
         save_nifti(tmp_path / "scans" / "Case_1" / f"Case_1_{name}.nii.gz", missing, LPS)
     manifest = segkit.infer(brats_bundle, tmp_path / "scans", tmp_path / "masks", backend="torch", device="cpu")
     assert "modality FLAIR is missing" in manifest["cases"][0]["error"]
+
+
+def test_inverted_labels_have_no_probabilities(scan: Path, tmp_path: Path) -> None:
+    document = inference(UNET, WHOLE_BODY, softmax_first(invert_labels=True), roi_size=[16, 16, 16])
+    predictor = Predictor.load(write_bundle(tmp_path / "bundle", document, ["image"], CLASSES[:3]))
+    with pytest.raises(DataError, match=r"brings labels back .*, not probabilities\. Omit --save-probabilities"):
+        predictor(scan, with_probabilities=True)
 
 
 def test_a_changed_configuration_makes_other_masks(scan: Path, tmp_path: Path) -> None:
