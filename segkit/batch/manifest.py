@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from segkit.errors import DataError, RequestError
-from segkit.reading.files import file_sha256, files_of, written_atomically
+from segkit.reading.files import file_sha256, stored_files, written_atomically
 
 MANIFEST_NAME = "manifest.json"
 _NAMES = ("utf-8", "surrogateescape")
@@ -48,7 +48,7 @@ class InputFile:
     def of(cls, path: Path, known: Mapping[str, Any] | None = None) -> "InputFile":
         """The input as it is now; the contents are read unless `known`, an earlier entry, has the same stamp."""
         try:
-            files = files_of(path)
+            files = stored_files(path)
             stamps = [f"{file.name} {status.st_size} {status.st_mtime_ns}" for file in files if (status := file.stat())]
             stamp = stamps[0] if len(files) == 1 else hashlib.sha256("\n".join(stamps).encode(*_NAMES)).hexdigest()
             if known and known.get("stamp") == stamp:

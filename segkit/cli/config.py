@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -22,14 +21,7 @@ BarePresetOption = Annotated[
 ]
 
 
-class Verb(StrEnum):
-    """Verbs that take a configuration."""
-
-    TRAIN = "train"
-    PRETRAIN = "pretrain"
-    INPAINTING = "inpainting"
-
-
+Verb = Literal["train", "pretrain", "inpainting"]
 VerbOption = Annotated[
     Verb,
     typer.Option("--for", help="The verb whose settings they are; inpainting: `segkit pretrain --method inpainting`."),
@@ -39,18 +31,14 @@ VerbOption = Annotated[
 @app.command()
 @verb()
 def show(
-    preset: BarePresetOption = None, settings: SetOption = None, verb: VerbOption = Verb.TRAIN, quiet: bool = False
+    preset: BarePresetOption = None, settings: SetOption = None, verb: VerbOption = "train", quiet: bool = False
 ) -> None:
     """Print the settings of a run as YAML, each with what it means; null is decided by planning."""
     import segkit.config as configs
 
-    presets = {
-        Verb.TRAIN: configs.PRESETS,
-        Verb.PRETRAIN: configs.PRETRAINING_PRESETS,
-        Verb.INPAINTING: configs.INPAINTING_PRESETS,
-    }
+    presets = {"pretrain": configs.PRETRAINING_PRESETS, "inpainting": configs.INPAINTING_PRESETS}
     layers = [("--set", read_settings(settings))]
-    suited = suited_presets(configs.preset_layers(preset, presets[verb]), layers)
+    suited = suited_presets(configs.preset_layers(preset, presets.get(verb, configs.PRESETS)), layers)
     config = configs.build_config(_config_of(verb), [*suited, *layers])
     print_stdout(configs.annotated_yaml(config).removesuffix("\n"))
 
@@ -60,7 +48,7 @@ def show(
 def validate(
     files: Annotated[list[Path], typer.Argument(help="Configuration files.")],
     settings: SetOption = None,
-    verb: VerbOption = Verb.TRAIN,
+    verb: VerbOption = "train",
     quiet: bool = False,
 ) -> None:
     """Check configuration files; every problem is reported at once, with file, key and reason."""
@@ -83,11 +71,11 @@ def validate(
 
 
 def _config_of(verb: Verb) -> type[RunConfig]:
-    if verb is Verb.PRETRAIN:
+    if verb == "pretrain":
         from segkit.pretraining.methods import PretrainConfig
 
         return PretrainConfig
-    if verb is Verb.INPAINTING:
+    if verb == "inpainting":
         from segkit.inpainting.config import InpaintingConfig
 
         return InpaintingConfig

@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import re
 from json import dumps
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from segkit.cli.options import (
-    DataArgument,
-    JsonOption,
-    LayoutOption,
-    ModalitiesOption,
-    OutputOption,
-    OverwriteOption,
-    SchemeOption,
-    print_json,
-    print_stderr,
-    print_table,
-    read_modalities,
-    verb,
-)
+from segkit.cli.options import JsonOption, OutputOption, OverwriteOption, print_json, print_stderr, print_table, verb
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Mapping, Sequence
 
-    from segkit.reading.case import Case
+    from segkit.reading.case import Case, Cohort
     from segkit.reading.conversion import ValueRange
 
 app = typer.Typer(help="Copies with another label scheme, or with repaired headers.", no_args_is_help=True)
@@ -40,19 +27,32 @@ ValuesOption = Annotated[
 _VALUES = re.compile(r"(-?[\d.]+)(?:-(-?[\d.]+))?=(\d+)")
 
 
+def _find(
+    data: Path,
+    *,
+    layout: str | None = None,
+    label_scheme: str | None = None,
+    modalities: Mapping[str, str] | None = None,
+    require_labels: bool = False,
+) -> Cohort:
+    from segkit.reading.layouts.table import find_cases
+
+    return find_cases(
+        data, layout=layout, modalities=modalities, label_scheme=label_scheme, require_labels=require_labels
+    )
+
+
 @app.command()
-@verb()
+@verb(_find)
 def labels(
-    data: DataArgument,
+    data: Path,
     output: OutputOption,
     to: TargetOption = None,
     values: ValuesOption = None,
-    layout: LayoutOption = None,
-    label_scheme: SchemeOption = None,
-    modality: ModalitiesOption = None,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
     quiet: bool = False,
+    **reading: Any,
 ) -> None:
     """Copy the reference masks of DATA into another label scheme, tissue by tissue.
 
@@ -63,11 +63,11 @@ def labels(
     from segkit.errors import DataError, RequestError
     from segkit.labels import SCHEMES
     from segkit.reading.conversion import map_values, translate_reference
-    from segkit.reading.layouts.table import find_cases, scheme_named
+    from segkit.reading.layouts.table import scheme_named
 
     ranges = [_read_range(text) for text in values or ()]
     if ranges and to is None:
-        cohort = find_cases(data, layout=layout, modalities=read_modalities(modality), require_labels=True)
+        cohort = _find(data, require_labels=True, **{**reading, "label_scheme": None})
         _require_other_folder(data, output)
 
         def map_case(case: Case) -> str:
@@ -81,9 +81,7 @@ def labels(
     target = scheme_named(to)
     if target.name not in SCHEMES:
         raise RequestError(f"there is no label scheme {to!r}", expected="one of " + ", ".join(SCHEMES))
-    cohort = find_cases(
-        data, layout=layout, modalities=read_modalities(modality), label_scheme=label_scheme, require_labels=True
-    )
+    cohort = _find(data, require_labels=True, **reading)
     if cohort.scheme is None:
         remedy = "; ".join(problem.remedy for problem in cohort.problems if problem.is_fatal)
         raise RequestError("the label scheme of the references is unknown", where=data, remedy=remedy)
@@ -105,16 +103,14 @@ def labels(
 
 
 @app.command()
-@verb()
+@verb(_find)
 def headers(
-    data: DataArgument,
+    data: Path,
     output: OutputOption,
-    layout: LayoutOption = None,
-    label_scheme: SchemeOption = None,
-    modality: ModalitiesOption = None,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
     quiet: bool = False,
+    **reading: Any,
 ) -> None:
     """Copy DATA and correct files whose header differs from their case in its affine alone.
 
@@ -122,9 +118,8 @@ def headers(
     size or voxel size are refused, unless their affine is the default one that programs write without a header.
     """
     from segkit.reading.conversion import copy_path, files_of, repair_headers
-    from segkit.reading.layouts.table import find_cases
 
-    cohort = find_cases(data, layout=layout, modalities=read_modalities(modality), label_scheme=label_scheme)
+    cohort = _find(data, **reading)
     _require_other_folder(data, output)
     root = cohort.root if cohort.root.is_dir() else cohort.root.parent
     for document in ("dataset.json", "dataset_description.json"):

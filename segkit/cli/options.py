@@ -18,7 +18,6 @@ from segkit.errors import RequestError, on_one_line, printable, some
 if TYPE_CHECKING:
     from rich.console import Console
 
-DataArgument = Annotated[Path, typer.Argument(help="Folder with the data, in any layout; see `segkit check`.")]
 OutputOption = Annotated[Path, typer.Option("-o", "--output", help="Folder to write to.")]
 DeviceOption = Annotated[
     str, typer.Option("-d", "--device", help="cpu, cuda, cuda:N, mps, or auto: the best of these.")
@@ -26,20 +25,11 @@ DeviceOption = Annotated[
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show what would be done with each case; write nothing.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print only one JSON document on standard output.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Recompute finished cases.")]
-LayoutOption = Annotated[str | None, typer.Option("--layout", help="Data layout, if it is not recognised.")]
-SchemeOption = Annotated[
-    str | None,
-    typer.Option("--label-scheme", help="Label scheme, if it cannot be inferred; NAME,ignore=VALUE ignores voxels."),
-]
-ModalitiesOption = Annotated[
-    list[str] | None,
-    typer.Option("--modality", help="name=suffix of a modality's files, e.g. t1c=_T1_post; repeat for each."),
-]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="key=value over preset and file, e.g. optimiser.lr=1e-3; repeatable.")
 ]
 _ARGUMENTS = {
-    "data": DataArgument,
+    "data": Annotated[Path, typer.Argument(help="Folder with the data, in any layout; see `segkit check`.")],
     "scans": Annotated[Path, typer.Option("-i", "--input", help="Volume, case folder or data folder.")],
     "out": OutputOption,
     "model": Annotated[
@@ -58,9 +48,17 @@ _ARGUMENTS = {
         Path | None,
         typer.Option("--cases", help="Text file with the case ids to use, one per line.", show_default=False),
     ],
-    "layout": LayoutOption,
-    "label_scheme": SchemeOption,
-    "modalities": ModalitiesOption,
+    "layout": Annotated[str | None, typer.Option("--layout", help="Data layout, if it is not recognised.")],
+    "label_scheme": Annotated[
+        str | None,
+        typer.Option(
+            "--label-scheme", help="Label scheme, if it cannot be inferred; NAME,ignore=VALUE ignores voxels."
+        ),
+    ],
+    "modalities": Annotated[
+        list[str] | None,
+        typer.Option("--modality", help="name=suffix of a modality's files, e.g. t1c=_T1_post; repeat for each."),
+    ],
     "patients": Annotated[
         Path | None, typer.Option("--patients", help="Table of case,patient, where names do not tell the patient.")
     ],

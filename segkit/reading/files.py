@@ -288,7 +288,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return document
 
 
-def files_of(path: Path) -> list[Path]:
+def stored_files(path: Path) -> list[Path]:
     """The files that hold an image: a .mhd has a second one, a DICOM series is all files of its folder.
 
     Raises:
