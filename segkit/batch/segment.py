@@ -143,8 +143,8 @@ class Segment(Task[SegmentPlan]):
 
     def read(self, plan: SegmentPlan, stage: Stage, *, uses_threads: bool) -> PreparedCase:
         """The prepared case."""
-        allow_missing = bool(plan.missing_modalities)
-        return self.predictor.read_case(plan.case, allow_missing=allow_missing, uses_threads=uses_threads, stage=stage)
+        allows = self.allow_missing
+        return self.predictor.read_case(plan.case, allow_missing=allows, uses_threads=uses_threads, stage=stage)
 
     def compute(self, plan: SegmentPlan, loaded: PreparedCase, stage: Stage) -> Prediction:
         """The mask, with the requested maps."""

@@ -7,6 +7,7 @@ target spacing. `Preparation` records the steps, so that decoding returns exactl
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,13 +27,14 @@ from segkit.preparing.resampling import resample_image, resample_labels, resampl
 from segkit.reading.case import Case, ImageFile
 from segkit.reading.files import read_reference, read_volume
 from segkit.reading.geometry import Reorientation, onto_grid, reorientation_to, reoriented_grid, same_grid
-from segkit.reading.volume import Grid, Volume, log_notes
+from segkit.reading.volume import Grid, Volume, log_notes, measure_intensities, require_finite
 from segkit.runtime import available_cores
 from segkit.shapes import Affine, Image, LabelMap
 
 Normalisation = Literal["zscore-nonzero", "zscore", "ct-window", "scale-nonzero"]
 Crop = Literal["nonzero", "none"]
 
+_log = logging.getLogger(__name__)
 _MOST_VOXELS = 2**31
 
 
@@ -87,8 +89,9 @@ def load_case(
     With `uses_threads` the files are read in parallel, which takes the memory of one file per core more.
 
     Raises:
-        DataError: a file cannot be read or holds NaN or infinity, a modality is missing (unless `allow_missing`),
-            files disagree about their grid, or the reference has values that its scheme does not know.
+        DataError: a file cannot be read, a modality is missing or a volume of one value only (unless `allow_missing`),
+            intensities cannot be used (see `measure_intensities`), files disagree about their grid, or the reference
+            has values that its scheme does not know.
     """
     missing = [modality for modality in modalities if modality not in case.images]
     is_empty = len(missing) == len(modalities)
@@ -97,10 +100,20 @@ def load_case(
         remedy = "Add the files" + ("" if is_empty else ", or pass --allow-missing to use the case without them")
         raise DataError(found, where=case.id, expected=f"one image for each of {', '.join(modalities)}", remedy=remedy)
     image, grid = _read_image(case, modalities, uses_threads=uses_threads)
+    available = [modality in case.images for modality in modalities]
+    for channel, modality in enumerate(modalities):
+        if not available[channel] or grid.dims == 2:
+            continue
+        path = case.images[modality].path
+        if allow_missing and sum(available) > 1 and image[channel].min() == image[channel].max():
+            _log.warning("%s: every voxel holds the same value; the case is used without %s", path, modality)
+            image[channel], available[channel] = 0, False
+        else:
+            measure_intensities(image[channel], path)
     labels = None
     if scheme is not None and case.label is not None:
         labels = _read_reference(case, case.label, grid, scheme)
-    return LoadedCase(case.id, image, labels, grid, tuple(modality in case.images for modality in modalities))
+    return LoadedCase(case.id, image, labels, grid, tuple(available))
 
 
 def _read_image(case: Case, modalities: tuple[str, ...], *, uses_threads: bool) -> tuple[Image, Grid]:
@@ -129,10 +142,7 @@ def stack_modalities(volumes: Iterable[tuple[int, Path | str, Volume]], channels
         if same_grid(grid, volume.grid) is not None:
             raise _other_grid(grid, first, volume.grid, name)
         image[channel] = volume.array
-        if count := image[channel].size - int(np.count_nonzero(np.isfinite(image[channel]))):
-            found, expected = f"{count} voxels are NaN or infinite", "finite intensities"
-            remedy = "Export the image again, or replace those voxels by 0 if they lie outside the patient"
-            raise DataError(found, where=name, expected=expected, remedy=remedy)
+        require_finite(image[channel], name)
     return image, grid
 
 

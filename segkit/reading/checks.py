@@ -20,14 +20,12 @@ from segkit.reading.case import BRATS_MODALITIES, Case, Cohort, ImageFile
 from segkit.reading.files import count_channels, read_grid, read_reference, read_volume
 from segkit.reading.geometry import format_size, onto_grid, repair_command, same_grid
 from segkit.reading.layouts.schemes import present_values
-from segkit.reading.volume import Grid
+from segkit.reading.volume import Grid, measure_intensities
 
 _PREPARE = (
     "If these are brain scans for a BraTS-like model, prepare them with brainles-preprocessing "
     "(co-registration, 1 mm atlas space, HD-BET skull stripping) or CaPTk's BraTSPipeline"
 )
-_SAMPLE_STEP = 7
-"""Every 7th voxel is enough for percentiles and for the share of background."""
 _STRIPPED_BACKGROUND = 0.25
 """Skull-stripped brains leave 60-85 % of a volume at one background value; scans with skull and noise almost none."""
 _LARGEST_SPACING_DRIFT_MM = 0.05
@@ -170,21 +168,8 @@ def _check_image(modality: str, image: ImageFile, findings: _Findings, read_voxe
 
 
 def _check_intensities(modality: str, image: ImageFile, findings: _Findings) -> None:
-    array, where = read_volume(image.path, image.channel).array, str(image.path)
-    if array.dtype.kind == "f" and (broken := int(array.size - np.count_nonzero(np.isfinite(array)))):
-        remedy = "Write the file again with finite values, usually 0 outside the brain"
-        findings.problems.append(Problem(where, f"{broken} voxels are NaN or infinite", remedy))
-        return
-    lowest, highest = array.min(), array.max()
-    if lowest == highest:
-        found = f"every voxel holds the same value, {lowest:g}"
-        findings.problems.append(Problem(where, found, "Export the image again, or leave the case out"))
-        return
-    sample, corner = array.reshape(-1)[::_SAMPLE_STEP], array.reshape(-1)[0]
-    findings.background[modality] = float(np.mean(sample == corner))
-    inside = np.abs(sample[sample != corner].astype(np.float32))
-    if inside.size:
-        findings.brightness[modality] = float(np.percentile(inside, 99))
+    array = read_volume(image.path, image.channel).array
+    findings.background[modality], findings.brightness[modality] = measure_intensities(array, image.path)
 
 
 def _check_reference(label: ImageFile, findings: _Findings, read_voxels: bool) -> None:

@@ -39,6 +39,10 @@ _FAILURES: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, str],
 """Exceptions with the finding and the remedy to report; the first row that fits counts."""
 _BEST_DEFLATE_RATIO = 1100
 """Deflate packs at most 1032 bytes into one (zlib.net, technical details); a little room for framing."""
+_SAMPLE_STEP = 7
+"""Every 7th voxel is enough for percentiles and for the share of background."""
+_LARGEST_PEAK = 1e6
+"""More times the median than any scanner has: metal, vessels and spikes of maps reach some thousand times."""
 _JUNK_FOLDERS = frozenset({"__MACOSX", "__pycache__"})
 
 
@@ -204,6 +208,34 @@ def pick_channel(path: Path, channels: int, channel: int | None) -> int:
     if not 0 <= picked < channels:
         raise DataError(f"channel {picked} does not exist; the file holds {channels}, counted from 0", where=path)
     return picked
+
+
+def require_finite(array: AnyArray, where: Path | str) -> None:
+    """DataError where voxels are NaN or infinite."""
+    if array.dtype.kind == "f" and (broken := int(array.size - np.count_nonzero(np.isfinite(array)))):
+        remedy = "Write the file again with finite values, usually 0 outside the patient"
+        raise DataError(f"{broken} voxels are NaN or infinite", where=where, remedy=remedy)
+
+
+def measure_intensities(array: AnyArray, where: Path | str) -> tuple[float, float]:
+    """Of a volume (D, H, W) the share of background, and the 99th percentile of the other absolute values, else 0.
+
+    Background is the value of the first voxel; every 7th voxel is measured. Raises DataError where voxels are NaN or
+    infinite, all voxels hold one value, or one is a million times larger than usual: normalised, all others are 0.
+    """
+    require_finite(array, where)
+    lowest, highest = float(array.min()), float(array.max())
+    if lowest == highest:
+        remedy = "Export the image again, leave the case out, or pass --allow-missing to use it without this image"
+        raise DataError(f"every voxel holds the same value, {lowest:g}", where=where, remedy=remedy)
+    sample, corner = array.reshape(-1)[::_SAMPLE_STEP], array.reshape(-1)[0]
+    inside = np.abs(sample[sample != corner].astype(np.float32))
+    usual = float(np.median(inside[inside > 0])) if inside.any() else 0.0
+    if (peak := max(-lowest, highest)) > _LARGEST_PEAK * usual > 0:
+        count = int(np.count_nonzero(np.abs(array.astype(np.float32)) > _LARGEST_PEAK * usual))
+        found = f"{count} voxels hold up to {peak:.3g}, where {usual:.3g} is usual; normalised, all others would be 0"
+        raise DataError(found, where=where, remedy="Replace them, such as by 0, or export the image again")
+    return float(np.mean(sample == corner)), float(np.percentile(inside, 99)) if inside.size else 0.0
 
 
 def plain_numbers(array: AnyArray, path: Path | str) -> AnyArray:

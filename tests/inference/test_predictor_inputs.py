@@ -328,7 +328,7 @@ def test_paths_need_no_torch_and_no_simpleitk(tmp_path: Path) -> None:
         "from segkit.reading.files import write_image\n"
         "from segkit.reading.volume import Grid\n"
         f"path = Path({str(tmp_path)!r}, 'scan.nii.gz')\n"
-        "array = np.ones((3, 4, 5), np.float32)\n"
+        "array = np.arange(60, dtype=np.float32).reshape(3, 4, 5)\n"
         "write_image(path, array, Grid((3, 4, 5), np.eye(4)))\n"
         "for scan in (path, {'t1c': path}, (array, np.eye(4))):\n"
         "    assert read_scan(scan, None, ('t1c',), 3).image.shape == (1, 3, 4, 5)\n"
