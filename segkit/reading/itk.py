@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from segkit.errors import DataError
+from segkit.errors import DataError, on_one_line
 from segkit.reading.case import is_file_name
 from segkit.reading.geometry import format_size
 from segkit.reading.volume import (
@@ -40,7 +40,10 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 def open_itk(path: Path) -> ImageHeader:
-    """The header of an NRRD or MetaImage file; components of a voxel or a fourth axis are its channels."""
+    """The header of an NRRD or MetaImage file; components of a voxel or a fourth axis are its channels.
+
+    The layers of a segmentation of 3D Slicer, which has several where segments overlap, are joined to one label map.
+    """
     import SimpleITK
 
     require_file(path)
@@ -63,16 +66,45 @@ def open_itk(path: Path) -> ImageHeader:
             raise DataError(found, where=path, expected="a voxel size in mm", remedy="Export the image again")
         if len(shape) > 4 or (len(shape) == 4 and shape[3] > 1 < components):
             raise DataError(f"the image has axes {shape} and {components} values per voxel", where=path)
+        segments = _segments(reader) if len(shape) == 3 and components > 1 else {}
     spatial = (*shape[:3], 1)[:3]
     channels = components * (shape[3] if len(shape) == 4 else 1)
+    segments = _segments(reader) if len(shape) == 3 and components > 1 else {}
+    listed = ", ".join(f"{value} {name}" for value, (_, _, name) in segments.items())
+    notes = (
+        (f"the layers of the segmentation are joined, later segments over earlier ones: {listed}",) if segments else ()
+    )
 
     def read(channel: int | None) -> AnyArray:
+        if segments:
+            with as_data_errors(path):
+                layers = SimpleITK.GetArrayFromImage(image_reader(path, _IMAGE_IO[".nrrd"]).Execute()).T
+            joined = np.zeros(spatial, np.uint8 if max(segments) <= 255 else np.uint16)
+            for value, (layer, stored, _) in segments.items():
+                joined[layers[layer] == stored] = value
+            return joined
         picked = pick_channel(path, channels, channel)
         with as_data_errors(path):
             voxels = SimpleITK.GetArrayFromImage(image_reader(path, _IMAGE_IO[path.suffix.lower()]).Execute())
         return plain_numbers(channels_of(voxels, spatial, components)[picked], path)
 
-    return ImageHeader(Grid(spatial, affine, source=path), channels, read)
+    return ImageHeader(Grid(spatial, affine, source=path, notes=notes), 1 if segments else channels, read)
+
+
+def _segments(reader: Any) -> dict[int, tuple[int, int, str]]:
+    """Label -> layer, stored value and name of each segment, in the order of 3D Slicer; empty for other files.
+
+    The labels are the stored values, or 1, 2, 3 ... where two layers use the same value.
+    """
+    found: list[tuple[int, int, str]] = []
+    keys = [f"Segment0_{name}" for name in ("Layer", "LabelValue", "Name")]
+    while all(reader.HasMetaDataKey(key) for key in keys):
+        layer, value, name = (reader.GetMetaData(key) for key in keys)
+        found.append((int(layer), int(value), on_one_line(name)))
+        keys = [f"Segment{len(found)}_{key.partition('_')[2]}" for key in keys]
+    values = [value for _, value, _ in found]
+    labels = values if len(set(values)) == len(values) else range(1, len(values) + 1)
+    return dict(zip(labels, found, strict=True))
 
 
 def channels_of(voxels: AnyArray, spatial: tuple[int, ...], components: int) -> AnyArray:
