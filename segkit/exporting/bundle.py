@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -86,8 +87,8 @@ def export_bundle(
             (folder / path).parent.mkdir(exist_ok=True)
         for path, text in texts.items():
             (folder / path).write_text(text, encoding="utf-8")
-        with quiet():
-            trace(network, len(card.modalities), card.patch_size).save(str(folder / BUNDLE_NETWORK))
+        traced = trace(network, len(card.modalities), card.patch_size)
+        _save(traced, folder / BUNDLE_NETWORK, Path(scratch, BUNDLE_NETWORK.name))
         compared = [*_phantoms(card, Path(scratch)), *([] if cases is None else cases.cohort.cases)]
         parity = [_compare(predictor, match_modalities(case, card.modalities), folder) for case in compared]
     return {"output": str(output), "models": [{"folder": str(output), "parity": [asdict(case) for case in parity]}]}
@@ -138,6 +139,17 @@ def trace(network: nn.Module, channels: int, window: Sequence[int]) -> Any:
         raise CheckpointError(
             f"the network cannot be traced ({reason})", expected="one of the networks of `segkit models`"
         ) from error
+
+
+def _save(traced: Any, path: Path, scratch: Path) -> None:
+    """Write TorchScript without the names of source files, which contain local paths; `scratch` is a free name."""
+    with quiet():
+        traced.save(str(scratch))
+    with ZipFile(scratch) as whole, ZipFile(path, "w") as written:
+        for part in whole.infolist():
+            if not part.filename.endswith(".debug_pkl"):
+                written.writestr(part, whole.read(part))
+    scratch.unlink()
 
 
 def _phantoms(card: ModelCard, folder: Path) -> Iterator[Case]:

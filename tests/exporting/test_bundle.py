@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -109,6 +110,9 @@ def test_monai_finds_the_bundle_complete(tmp_path: Path) -> None:
     export_bundle(_small_run(tmp_path / "run"), tmp_path / "bundle")
     files = sorted(str(path.relative_to(tmp_path / "bundle")) for path in (tmp_path / "bundle").rglob("*.*"))
     assert files == ["configs/inference.json", "configs/metadata.json", "docs/README.md", "models/model.ts"]
+    with ZipFile(tmp_path / "bundle" / files[-1]) as network:
+        here = str(Path(bundle.__file__).parents[1]).encode()
+        assert not any(here in network.read(name) for name in network.namelist())
     config, metadata = (str(tmp_path / "bundle" / name) for name in files[:2])
     workflow = ConfigWorkflow(config, metadata, workflow_type="inference", bundle_root=str(tmp_path / "bundle"))
     workflow.initialize()
