@@ -46,6 +46,9 @@ from segkit.reading.volume import (
 from segkit.shapes import AnyArray, LabelMap
 
 VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES, *MGH_SUFFIXES)
+PAIR_SUFFIXES = (".hdr", ".img")
+"""Analyze 7.5, which has no orientation, and NIfTI in two files; both are recognised and not read."""
+PAIR_REMEDY = "Convert .hdr/.img pairs to .nii.gz, such as with nibabel's `nib-convert a.hdr a.nii.gz`"
 IMAGE_SUFFIXES = (*VOLUME_SUFFIXES, *PICTURE_SUFFIXES)
 
 _OPENERS: dict[str, Callable[[Path], ImageHeader]] = {
@@ -110,7 +113,8 @@ def _read_header(path: Path) -> ImageHeader:
         return open_dicom(path)
     expected = "a folder of DICOM slices or one of " + " ".join(IMAGE_SUFFIXES)
     found = f"files of the kind {suffix or 'without suffix'!r} cannot be read"
-    raise DataError(found, where=path, expected=expected)
+    remedy = PAIR_REMEDY if suffix in PAIR_SUFFIXES else None
+    raise DataError(found, where=path, expected=expected, remedy=remedy)
 
 
 def read_volume(path: Path, channel: int | None = None) -> Volume:

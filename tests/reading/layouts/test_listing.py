@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from segkit.errors import DataError
+from segkit.reading.files import read_volume
 from segkit.reading.layouts.layout import bare_name, list_images, read_document
+from segkit.reading.layouts.table import find_cases
 
 
 def _touch(path: Path) -> Path:
@@ -110,3 +117,22 @@ def test_read_document(tmp_path: Path) -> None:
     path.write_text("[]", encoding="utf-8")
     with pytest.raises(DataError, match="holds a list"):
         read_document(path)
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Pair, nib.AnalyzeImage])
+def test_pairs_of_hdr_and_img_are_named_and_count(tmp_path: Path, kind: Any) -> None:
+    array = np.arange(64, dtype=np.int16).reshape(4, 4, 4)
+    kind(array, np.eye(4)).to_filename(tmp_path / "scan 2.img")
+    (tmp_path / "notes.hdr").write_text("no image")
+    with pytest.raises(DataError, match=r"nib-convert"):
+        find_cases(tmp_path)
+    with pytest.raises(DataError, match=r"kind '\.img' cannot be read.*nib-convert"):
+        read_volume(tmp_path / "scan 2.img")
+    nib.Nifti1Image(array, np.eye(4)).to_filename(tmp_path / "scan 1.nii")
+    cohort = find_cases(tmp_path)
+    (problem,) = cohort.problems
+    assert problem.found == "1 file left out, with a .hdr beside each, as such pairs are not read: scan 2.img"
+    assert problem.left_out == (str(tmp_path / "scan 2.img"),)
+    arguments = [str(tmp_path / name) for name in ("scan 2.img", "scan 2.nii.gz")]
+    subprocess.run([Path(sys.executable).with_name("nib-convert"), *arguments], check=True)  # the remedy
+    assert np.array_equal(read_volume(tmp_path / "scan 2.nii.gz").array, array)
