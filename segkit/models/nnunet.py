@@ -25,7 +25,6 @@ from segkit.models.blocks import (
     InstanceNorm,
     Mode,
     SegmentationNetwork,
-    channels_innermost,
     check_levels,
     checkpointed,
     convolution,
@@ -283,8 +282,6 @@ class NnUNet(SegmentationNetwork):
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """One feature map per stage of the way down."""
-        if self.training:  # faster; in evaluation the order in memory is nnU-Net's, as it changes the last bits
-            x = channels_innermost(x)
         if self.encoder.stem is not None:
             x = self.encoder.stem(x)
         features = []
