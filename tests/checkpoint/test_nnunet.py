@@ -445,3 +445,16 @@ def test_folds_and_checkpoints_are_chosen_by_name(tmp_path: Path) -> None:
     )
     with pytest.raises(CheckpointError, match=r"fold_0: has no checkpoint_best"):
         open_results(result, checkpoint="checkpoint_best")
+
+
+def test_show_says_what_a_folder_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = write_result(tmp_path / "result", ("fold_0", "fold_1"), network=plain_network(), trainer="Mine")
+    assert run_segkit("models", "show", result, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["kind"], found["trainer"], found["models"]) == ("results of nnU-Net 2", "Mine", ["fold_0", "fold_1"])
+    assert (found["channels"], found["spacing_mm"], found["orientation"]) == ({"0000": "t2f"}, [3.0, 1.0, 1.0], "KJI")
+    assert found["not_honoured"] == ["trainer Mine is not known: masks differ if it changes more than the training"]
+    assert run_segkit("models", "show", result) == 0
+    assert "outputs:        background 0, left 1, right 2\n" in capsys.readouterr().out
+    assert run_segkit("models", "show", tmp_path) == 2
+    assert run_segkit("models", "show") == 2
