@@ -90,10 +90,12 @@ class BundleConfig:
 
     def target(self, key: str, known: Sequence[str]) -> str:
         """The class that `_target_` of a key names, with or without its module in MONAI; one of `known`."""
-        found = self.raw(f"{key}::_target_")
+        found, named = self.raw(f"{key}::_target_"), f"one of {', '.join(known)}"
+        if not isinstance(self.raw(key), Mapping):
+            self.refuse(key, self.raw(key), f"a mapping with `_target_`, {named}")
         name = found.rpartition(".")[2] if isinstance(found, str) and found.startswith("monai.") else found
         if name not in known:
-            self.refuse(f"{key}::_target_", found, f"one of {', '.join(known)}")
+            self.refuse(f"{key}::_target_", found, named)
         return str(name)
 
     def steps(self, section: str) -> list[str]:

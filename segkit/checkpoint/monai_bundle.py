@@ -53,7 +53,7 @@ _HANDLERS = ("CheckpointLoader", "StatsHandler")
 _FIXED = {
     "network": ("$@network_def.to(@device)", "@network_def", "$@network_def"),
     "evaluator::_target_": ("SupervisedEvaluator",),
-    "evaluator::network": ("@network",),
+    "evaluator::network": ("@network", "@network_def"),
     "evaluator::inferer": ("@inferer",),
     "evaluator::postprocessing": ("@postprocessing",),
     "dataset::transform": ("@preprocessing",),
