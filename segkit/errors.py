@@ -49,6 +49,11 @@ class Problem:
         sentence = f"{on_one_line(self.where)}: {printable(self.found)}"
         return sentence + (f" -> {printable(self.remedy)}" if self.remedy else "")
 
+    @property
+    def is_error(self) -> bool:
+        """Whether it gives exit code 1."""
+        return self.is_fatal or bool(self.left_out)
+
     def to_json(self) -> dict[str, object]:
         """The entry of "problems" in documents; `left_out` where there is any."""
         document = {"where": self.where, "found": self.found, "remedy": self.remedy, "is_fatal": self.is_fatal}

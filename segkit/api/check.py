@@ -43,13 +43,13 @@ class DataCheck:
     @property
     def is_usable(self) -> bool:
         """Whether every case and the folder can be used as they are, and no image belongs to no case."""
-        is_any_fatal = any(problem.is_fatal for problem in self.cohort.problems)
-        return all(case.is_usable for case in self.cases) and not is_any_fatal and not self.cohort.left_out
+        is_any_error = any(problem.is_error for problem in self.cohort.problems)
+        return all(case.is_usable for case in self.cases) and not is_any_error
 
     def all_problems(self) -> list[Problem]:
-        """Those of the folder and of its cases, fatal ones first."""
+        """Those of the folder and of its cases, errors first."""
         found = [*self.problems, *(problem for case in self.cases for problem in case.problems)]
-        return sorted(found, key=lambda problem: not problem.is_fatal)
+        return sorted(found, key=lambda problem: not problem.is_error)
 
     def to_json(self) -> dict[str, Any]:
         """The document of `segkit check --json`."""

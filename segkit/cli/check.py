@@ -52,7 +52,7 @@ def check(
     if json:
         print_json(found.to_json())
     elif quiet:
-        _print_problems([problem for problem in found.all_problems() if problem.is_fatal])
+        _print_problems([problem for problem in found.all_problems() if problem.is_error])
     else:
         _print_report(found)
     if not found.is_usable:
@@ -92,7 +92,7 @@ def _print_report(found: DataCheck) -> None:
 
 def _print_problems(problems: Sequence[Problem]) -> None:
     for problem in problems[:_MOST_PROBLEMS]:
-        print_stdout(f"{'ERROR' if problem.is_fatal else 'note '} {problem}")
+        print_stdout(f"{'ERROR' if problem.is_error else 'note '} {problem}")
     if len(problems) > _MOST_PROBLEMS:
         print_stdout(f"... and {len(problems) - _MOST_PROBLEMS} more; `--json` lists all of them")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from segkit.api.evaluate import evaluate as score
-from segkit.cli.options import JsonOption, print_json, print_left_out, print_stderr, print_table, verb
+from segkit.cli.options import JsonOption, print_json, print_stderr, print_table, verb
 
 if TYPE_CHECKING:
     from segkit.evaluation.scores import Evaluation
@@ -60,7 +60,6 @@ def evaluate(json: JsonOption = False, quiet: bool = False, **options: Any) -> N
     if not quiet:
         for note in evaluation.notes():
             print_stderr(note, style="yellow")
-    print_left_out(evaluation.pairing.left_out)
     if evaluation.errors or evaluation.pairing.left_out:
         raise typer.Exit(1)
 

@@ -105,6 +105,8 @@ def pair_folders(
     challenge = challenge or challenge_of(case.id for case in cases)
     sources = {"predictions": predictions, "references": references}
     surplus, left_out = ((), ()) if case_ids else (surplus, left_out)
+    if left_out:
+        notes.append(f"{len(left_out)} files of the references belong to no usable case: {some(left_out)}")
     return Pairing(pairs, scheme or classes, challenge, surplus, ambiguous, tuple(notes), left_out, sources)
 
 

@@ -62,6 +62,9 @@ def test_infer_and_evaluate(model: Path, data: Path, tmp_path: Path, capsys: pyt
 def test_check_and_train(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_segkit("check", data, "--no-estimate") == 1
     assert "Files: 2 images, 2 references, 1 other files; left out: 1" in capsys.readouterr().out
+    assert run_segkit("check", data, "--no-estimate", "-q") == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"ERROR {data / 'carla.nii.gz'}")
     train = ("train", data, "-o", tmp_path / "run", "--preset", "tiny", "-d", "cpu", *SMALL_WORDS)
     assert run_segkit(*train) == 1
     assert last_line(capsys.readouterr().err) == "left out: 1 file belongs to no usable case: carla.nii.gz"
