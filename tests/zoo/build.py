@@ -26,7 +26,8 @@ class Expected:
     """What becomes of a folder: its cases, patients, references, channels and classes, and what is left out.
 
     `check` is the exit code of `segkit check`, `left_out` the number of images that belong to no case, `done` that of
-    the masks that `segkit infer` writes (None: one for each case), and `trains` whether a training is tried as well.
+    the masks that `segkit infer` writes (None: one for each case). `trains`: a training is tried as well; `is_scored`:
+    the masks are compared with the references.
     """
 
     cases: int
@@ -39,6 +40,7 @@ class Expected:
     left_out: int = 0
     done: int | None = None
     trains: bool = False
+    is_scored: bool = True
 
 
 Situation = tuple[Callable[[Path], object], Expected]

@@ -14,9 +14,10 @@ from segkit.models.table import MODELS
 from segkit.reading.layouts.table import find_cases
 from tests.step_models import STEPS, write_steps_run
 from tests.zoo.build import Expected, Situation
+from tests.zoo.files import FILES
 from tests.zoo.layouts import LAYOUTS
 
-ZOO: tuple[Situation, ...] = LAYOUTS
+ZOO: tuple[Situation, ...] = LAYOUTS + FILES
 
 Models = Callable[[Expected], Path]
 
@@ -57,6 +58,7 @@ def test_zoo(build: Callable[[Path], object], expected: Expected, models: Models
             left_out=sum(len(problem.left_out) for problem in found.problems),
             done=expected.done,
             trains=expected.trains,
+            is_scored=expected.is_scored,
         )
         == expected
     ), found.all_problems()
@@ -67,7 +69,7 @@ def test_zoo(build: Callable[[Path], object], expected: Expected, models: Models
     references = {path for case in cohort.cases if case.label for path in case.label.paths()}
     assert manifest["files"]["references"] == len(references)
     assert len([path for path in masks.iterdir() if path.suffix in (".gz", ".png")]) == done
-    if expected.references:
+    if expected.references and expected.is_scored:
         scores = segkit.evaluate(masks, data)
         assert (len(scores.cases), scores.errors) == (min(expected.references, done), {})
     if expected.trains:
