@@ -38,7 +38,7 @@ from segkit.training.task import TrainingRequest
 Tell = Callable[[float, str], None]
 TASKS = ("segmentation", "pretraining", "inpainting")
 STEPS = 30
-LOOP = {"steps": STEPS, "steps_per_epoch": 5, "validate_every": 2, "ema_decay": 0.9}
+LOOP = {"precision": "fp32", "steps": STEPS, "steps_per_epoch": 5, "validate_every": 2, "ema_decay": 0.9}
 NETWORK = {"family": "revmbunet", "size": "tiny", "arguments": {"widths": [4, 8]}}
 SETTINGS: dict[str, dict[str, Any]] = {
     "segmentation": {
