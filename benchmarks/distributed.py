@@ -50,6 +50,7 @@ SMALLEST: dict[str, dict[str, object]] = {
     "runet": {"size": "tiny", "widths": (8, 12, 16)},
     "plainunet": {"size": "tiny", "widths": (8, 12, 16)},
     "resencunet": {"size": "tiny", "widths": (8, 12, 16)},
+    "monai": {"network_def": {"_target_": "SegResNet", "blocks_down": [1, 1], "blocks_up": [1]}},
     "stunet": {"size": "S", "width": 4},
     "smp": {"size": "unet-small", "encoder_depth": 3, "decoder_channels": (32, 16, 16)},
     "inpainter": {"size": "tiny", "widths": (8, 12, 16)},
@@ -65,6 +66,7 @@ HAS_BATCH_STATISTICS = {"smp": "batch norm sees the images of its own process; o
 """Families that cannot give the same numbers, and why."""
 
 _STEPS, _PACED_STEPS = 3, 10
+_IGNORE = 9
 
 
 class Trained:
@@ -101,6 +103,13 @@ def subjects() -> Iterator[tuple[str, Trained, Mapping[str, Tensor]]]:
         loss = SegmentationLoss("softmax", outputs, LossConfig())
         batch = {"image": torch.randn(2, 2, 16, 16), "label": torch.randint(0, 3, (2, 16, 16)).byte()}
         yield f"revmbunet, {mode}", Trained(model, partial(_painting_loss, loss)), batch
+    label = torch.randint(0, 3, (2, 16, 16)).byte()
+    label[0, :, :12] = _IGNORE  # one process has a quarter of its voxels, the other one all
+    for activation, names in (("sigmoid", ("WT", "TC")), ("softmax", ("background", "TC"))):
+        pair = tuple(Output(name, value, (value,)) for value, name in enumerate(names, start=activation == "sigmoid"))
+        model = build_model("revmbunet", in_channels=2, out_channels=2, dims=2, **SMALLEST["revmbunet"])
+        task = Trained(model, partial(_painting_loss, SegmentationLoss(activation, pair, ignore=_IGNORE)))
+        yield f"revmbunet, {activation}, ignored voxels", task, {"image": torch.randn(2, 2, 16, 16), "label": label}
     yield from _methods()
     yield "inpainting with a discriminator", *_inpainting()
 

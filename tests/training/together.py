@@ -26,6 +26,7 @@ from segkit.training.task import Score, borrowed
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CPU = torch.device("cpu")
+SHORT = {"steps": 6, "steps_per_epoch": 3, "ema_decay": 0.5, "accumulate": 2, "precision": "fp32"}
 
 
 class TinyTask:
@@ -80,7 +81,7 @@ def small_unet() -> nn.Module:
 def train(task: TinyTask, run: Path, *, resume: bool = False, allow_changes: bool = False, **settings: Any) -> str:
     """Train for six steps, validated after three; the sentence of an interruption, or nothing."""
     (run / "figures").mkdir(parents=True, exist_ok=True)
-    training = LoopConfig(**{"steps": 6, "steps_per_epoch": 3, "ema_decay": 0.5, "accumulate": 2, **settings})
+    training = LoopConfig(**{**SHORT, **settings})
     try:
         fit(
             task,
