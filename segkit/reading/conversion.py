@@ -13,6 +13,7 @@ from segkit.reading.files import (
     VOLUME_SUFFIXES,
     count_channels,
     read_grid,
+    read_label_values,
     read_reference,
     read_volume,
     suffix_of,
@@ -85,11 +86,11 @@ def map_values(case: Case, ranges: Sequence[ValueRange], output: Path, *, dims: 
 
 def _values_of(label: ImageFile) -> tuple[AnyArray, Grid]:
     """The values of a reference as stored, (*spatial), or the numbers of its channels."""
-    if suffix_of(label.path) in PICTURE_SUFFIXES:
+    if label.parts:
         return read_reference(label)
-    channels = count_channels(label.path)
+    channels = 1 if suffix_of(label.path) in PICTURE_SUFFIXES else count_channels(label.path)
     if channels == 1 or label.channel is not None:
-        volume = read_volume(label.path, label.channel)
+        volume = read_label_values(label.path, label.channel)
         return volume.array, volume.grid
     planes = [read_volume(label.path, channel) for channel in range(channels)]
     present = np.stack([plane.array == 1 for plane in planes])

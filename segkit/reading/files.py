@@ -60,7 +60,7 @@ _OPENERS: dict[str, Callable[[Path], ImageHeader]] = {
 }
 _INTEGRAL_TOLERANCE = 1e-4
 """Label values in float32 are read as 2.9999998."""
-_MOST_LABELS = 255
+_MOST_LABELS, _MOST_SHOWN = 255, 40
 _CONVERT = "segkit convert labels DATA -o MASKS"
 _LARGEST_STEP = 1.001
 """With a larger scale factor, neighbouring labels may be stored as the same integer."""
@@ -133,7 +133,7 @@ def read_labels(path: Path, channel: int | None = None) -> tuple[LabelMap, Grid]
     Labels stored as integers with a scale factor may differ from them by half a step: 1 of a slope of 4/255 is 1.0039.
     The labels of a palette picture are its indices, those of a 1-bit picture 0 and 1. Raises DataError.
     """
-    header = open_mask(path) if suffix_of(path) in PICTURE_SUFFIXES else _read_header(path)
+    header = _read_mask_header(path)
     if header.channels > 1 and channel is None:
         remedy = f"If it is one mask per class (one-hot), join them with `{_CONVERT} --values 1=1 --values 2=2`"
         raise DataError(f"the mask holds {header.channels} channels", where=path, expected="one", remedy=remedy)
@@ -154,10 +154,21 @@ def read_labels(path: Path, channel: int | None = None) -> tuple[LabelMap, Grid]
         remedy = "This looks like an image or like probabilities: give the label map"
         if is_whole.all() and len(values := np.unique(rounded)) <= _MOST_LABELS:
             numbers = iter(range(1, _MOST_LABELS + 1))
-            mapped = (f"--values {value:.0f}={next(numbers) if value > 0 else 0}" for value in values if value != 0)
-            remedy = f"Map them with `{_CONVERT} {' '.join(mapped)}`"
+            mapped = [f"--values {value:.0f}={next(numbers) if value > 0 else 0}" for value in values if value != 0]
+            remedy = f"Map them with `{_CONVERT} {' '.join(mapped[:_MOST_SHOWN])}`"
+            remedy += " and so on" if len(mapped) > _MOST_SHOWN else ""
         raise DataError(found, where=path, expected="whole numbers from 0 to 255", remedy=remedy)
     return rounded.astype(np.uint8), header.grid
+
+
+def read_label_values(path: Path, channel: int | None = None) -> Volume:
+    """The values of a mask as they are stored, of any type: a palette picture gives its indices. Raises DataError."""
+    header = _read_mask_header(path)
+    return Volume(header.read(channel), header.grid)
+
+
+def _read_mask_header(path: Path) -> ImageHeader:
+    return open_mask(path) if suffix_of(path) in PICTURE_SUFFIXES else _read_header(path)
 
 
 def read_reference(file: ImageFile) -> tuple[LabelMap, Grid]:

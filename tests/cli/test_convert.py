@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+import PIL.Image
 import pytest
 
 from segkit.errors import DataError
@@ -184,3 +186,38 @@ def test_one_mask_per_class_is_joined(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_values_that_cannot_be_read(tmp_path: Path, arguments: list[str]) -> None:
     _brats2024(tmp_path / "in")
     assert run_segkit("convert", "labels", tmp_path / "in", "-o", tmp_path / "out", *arguments) == 2
+
+
+def test_the_command_of_the_message_maps_one_voxel_of_minus_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _save(tmp_path / "DATA" / "p1.nii.gz")
+    _save(tmp_path / "DATA" / "p1_seg.nii.gz", values=(1, 2, -1))
+    with pytest.raises(DataError, match=r"1 voxels hold values that are no labels: -1") as error:
+        read_labels(tmp_path / "DATA" / "p1_seg.nii.gz")
+    _, *words = shlex.split(error.value.remedy.split("`")[1])
+    assert _convert(capsys, *words[1:])[0] == 0
+    assert _first_values(tmp_path / "MASKS" / "p1.nii.gz") == [1, 2, 0, 0]
+
+
+def test_pictures_of_16_bits_are_mapped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mask = np.zeros((8, 8), np.uint16)
+    mask[0, :2] = 1001, 2035
+    for folder, array in (("images", np.arange(64, dtype=np.uint8).reshape(8, 8)), ("masks", mask)):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        PIL.Image.fromarray(array).save(tmp_path / "in" / folder / "a.png")
+    with pytest.raises(DataError, match=r"--values 1001=1 --values 2035=2"):
+        read_labels(tmp_path / "in" / "masks" / "a.png")
+    arguments = [
+        "labels",
+        str(tmp_path / "in"),
+        "-o",
+        str(tmp_path / "out"),
+        "--values",
+        "1001=1",
+        "--values",
+        "2035=2",
+    ]
+    assert _convert(capsys, *arguments)[0] == 0
+    assert read_labels(tmp_path / "out" / "a.png")[0][0].tolist() == [1, 2, 0, 0, 0, 0, 0, 0]
