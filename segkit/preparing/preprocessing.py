@@ -131,7 +131,7 @@ def stack_modalities(volumes: Iterable[tuple[int, Path | str, Volume]], channels
     """(C, *spatial) float32 of volumes with their channels and names, and the grid of the first; other channels are 0.
 
     Raises:
-        DataError: a voxel is NaN or infinite, or a volume does not lie on the grid of the first.
+        DataError: a volume holds no intensities (`require_intensities`), or does not lie on the grid of the first.
     """
     image = np.empty((0,), np.float32)
     for channel, name, volume in volumes:
@@ -147,7 +147,7 @@ def stack_modalities(volumes: Iterable[tuple[int, Path | str, Volume]], channels
 
 
 def _other_grid(grid: Grid, path: Path | str, other: Grid, other_path: Path | str) -> DataError:
-    remedy = "Register and resample them first (for brain tumours: BraTS-Toolkit), or repair a wrong header with "
+    remedy = "Register and resample them to one grid first, or repair a wrong header with "
     remedy += "`segkit convert headers`"
     return DataError(
         f"does not lie on the grid of {path}: {same_grid(grid, other)}",

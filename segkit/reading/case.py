@@ -222,6 +222,8 @@ def match_modalities(case: Case, wanted: Sequence[str], *, allow_missing: bool =
         what = f"modalities {', '.join(missing)} are" if len(missing) > 1 else f"modality {missing[0]} is"
         found = f"{what} missing (found: {', '.join(case.images) or 'no image'})"
         remedy = "Add the missing files, or name the files with --modality NAME=SUFFIX"
+        if all(map(_is_number, case.images)) and len(case.images) > len(wanted):
+            remedy = "If each numbered file is a scan of its own, pass --layout folder; else name them with --modality"
         remedy += ", or pass --allow-missing to do without" if images else ""
         raise DataError(found, expected=f"{', '.join(wanted)}, as this model was trained on", remedy=remedy)
     return replace(case, images=images, label=None)
@@ -229,6 +231,8 @@ def match_modalities(case: Case, wanted: Sequence[str], *, allow_missing: bool =
 
 def match_names(found: Sequence[str], wanted: Sequence[str]) -> dict[str, str]:
     """The found name of each wanted modality that is there, by the rules of `match_modalities`."""
+    if len(found) > len(wanted) and all(map(_is_number, (*found, *wanted))):
+        return {}  # numbered scans, each a case, or another set of channels: the first ones are not the model's
     by_name = {plain_name(name): name for name in found}
     matched = {name: by_name[plain_name(name)] for name in wanted if plain_name(name) in by_name}
     return dict(zip(wanted, found, strict=True)) if not matched and _may_take_in_order(found, wanted) else matched

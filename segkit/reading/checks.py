@@ -23,7 +23,7 @@ from segkit.reading.layouts.schemes import present_values
 from segkit.reading.volume import Grid, measure_intensities
 
 _PREPARE = (
-    "If these are brain scans for a BraTS-like model, prepare them with brainles-preprocessing "
+    "For a BraTS-like model, prepare them with brainles-preprocessing "
     "(co-registration, 1 mm atlas space, HD-BET skull stripping) or CaPTk's BraTSPipeline"
 )
 _STRIPPED_BACKGROUND = 0.25
@@ -108,11 +108,15 @@ def too_few_patients(usable: Cohort) -> list[Problem]:
 
 @dataclass
 class _Findings:
-    """The collected results of one case; `repair` is the command that repairs a wrong header."""
+    """The collected results of one case; `repair` is the command that repairs a wrong header.
+
+    `is_brain`: the data set is of BraTS, or the case has a FLAIR: advice about tumours and skulls suits no other organ.
+    """
 
     case: Case
     repair: str
     problems: list[Problem]
+    is_brain: bool
     grids: dict[str, Grid] = field(default_factory=dict)
     brightness: dict[str, float] = field(default_factory=dict)
     background: dict[str, float] = field(default_factory=dict)
@@ -131,7 +135,8 @@ class _Findings:
 
 
 def _check_case(case: Case, cohort: Cohort, read_voxels: bool) -> _Findings:
-    findings = _Findings(case, repair_command(cohort.root), list(case.problems))
+    is_brain = "t2f" in case.images or (cohort.scheme is not None and cohort.scheme.name in SCHEMES)
+    findings = _Findings(case, repair_command(cohort.root), list(case.problems), is_brain)
     if missing := [modality for modality in cohort.modalities if modality not in case.images]:
         where = next((str(image.path.parent) for image in case.images.values()), str(cohort.root))
         remedy = "Add the file, or use --allow-missing where a command has it"
@@ -176,7 +181,7 @@ def _check_reference(label: ImageFile, findings: _Findings, read_voxels: bool) -
     if read_voxels:
         labels, grid = read_reference(label)
         findings.labels = tuple(sorted(present_values(labels) - {0}))
-        findings.problems += _value_problems(findings.case, label.path, findings.labels)
+        findings.problems += _value_problems(findings, label.path)
     else:
         grid = read_grid(label.path)
         labels = np.broadcast_to(np.uint8(0), grid.shape)
@@ -189,7 +194,8 @@ def _check_reference(label: ImageFile, findings: _Findings, read_voxels: bool) -
         findings.problems.append(warning(label.path, note))
 
 
-def _value_problems(case: Case, path: Path, values: Sequence[int]) -> Iterable[Problem]:
+def _value_problems(findings: _Findings, path: Path) -> Iterable[Problem]:
+    case, values = findings.case, findings.labels
     if not set(values) - ({case.scheme.ignore} if case.scheme else set()):
         yield warning(path, "the reference mask is empty", "Fine if there is no lesion; else export the mask again")
     if case.scheme is None:
@@ -199,7 +205,7 @@ def _value_problems(case: Case, path: Path, values: Sequence[int]) -> Iterable[P
         listed = f"label value{'s' * (len(stray) > 1)} {', '.join(map(str, stray))}"
         fitting = [name for name, scheme in SCHEMES.items() if set(values) <= set(scheme.values.values())]
         remedy = "Correct the mask, or pass the scheme it was drawn in with --label-scheme"
-        remedy += f" ({', '.join(fitting)})" if fitting else ""
+        remedy += f" ({', '.join(fitting)})" if fitting and findings.is_brain else ""
         yield Problem(str(path), f"{listed} not in label scheme {case.scheme.name} ({known})", remedy)
 
 
@@ -212,7 +218,8 @@ def _compare_grid(grid: Grid, findings: _Findings) -> None:
     repair = f"If only the header is wrong, repair a copy with `{findings.repair}`"
     resample = "Save the files of the case with the same rows and columns"
     if grid.dims == 3:
-        resample = "Resample all images of the case to one grid. " + _PREPARE
+        resample = "Resample all images of the case to one grid"
+        resample += f". {_PREPARE}" if findings.is_brain else ""
     remedy = repair if grid.shape == first.shape else resample
     findings.problems.append(Problem(str(grid.source or ""), difference, remedy))
 
@@ -220,7 +227,7 @@ def _compare_grid(grid: Grid, findings: _Findings) -> None:
 def _check_preparation(findings: _Findings) -> None:
     """Recognise raw clinical scans among BraTS modalities: with skull, not 1 mm, not on one grid."""
     brain = [modality for modality in findings.grids if modality in BRATS_MODALITIES]
-    if len(brain) < 2:
+    if len(brain) < 2 or not findings.is_brain:
         return
     signs = []
     backgrounds = [findings.background[modality] for modality in brain if modality in findings.background]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from segkit.errors import Problem, warning
+from segkit.errors import DataError, Problem, warning
 from segkit.reading.case import (
     IGNORED,
     LABEL,
@@ -14,6 +14,7 @@ from segkit.reading.case import (
     ImageFile,
     canonical_modality,
     in_channel_order,
+    match_modalities,
     split_name,
     usable_only,
 )
@@ -82,3 +83,9 @@ def test_cases_that_contradict_themselves_are_left_out_and_excluded_ones_are_not
     assert [case.id for case in usable.cases] == ["a", "c"]
     assert usable.left_out == ("b/t1.nii.gz",)
     assert [record.getMessage() for record in caplog.records] == [str(fatal)]
+
+
+def test_numbered_scans_are_not_the_channels_of_a_model_with_fewer() -> None:
+    images = {f"channel_{number}": ImageFile(Path(f"scan_000{number}.nii.gz")) for number in range(4)}
+    with pytest.raises(DataError, match=r"channel_0 is missing .* pass --layout folder"):
+        match_modalities(Case("scan", "scan", images), ["channel_0"])

@@ -11,6 +11,7 @@ import PIL.Image
 import pytest
 from numpy.typing import NDArray
 
+from segkit.reading.case import Case, Cohort, ImageFile
 from segkit.reading.checks import CaseReport, check_cohort, usable_cases
 from segkit.reading.layouts.table import find_cases
 
@@ -219,3 +220,24 @@ def test_real_dicom_series_that_are_broken(real_data: Path) -> None:
     found = [line for report in reports for line in _fatal(report)]
     assert any("slices are missing" in line for line in found)
     assert any("not parallel" in line for line in found)
+
+
+def _images(folder: Path, **arrays: NDArray[np.float32]) -> dict[str, ImageFile]:
+    for name, array in arrays.items():
+        _save(folder / f"{name}.nii.gz", array)
+    return {name: ImageFile(folder / f"{name}.nii.gz") for name in arrays}
+
+
+def _checked(case: Case) -> CaseReport:
+    (report,) = check_cohort(Cohort(Path("data"), "folder", None, tuple(case.images), (case,)))
+    return report
+
+
+def test_no_advice_about_brains_for_other_organs(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    volumes = {"t1n": (6, 6, 6), "t2w": (6, 6, 4)}
+    images = _images(tmp_path, **{name: rng.random(shape, np.float32) for name, shape in volumes.items()})
+    advice = str(_checked(Case("spine", "spine", images)).problems)
+    assert "Resample all images of the case to one grid" in advice
+    assert "BraTS" not in advice
+    assert "BraTSPipeline" in str(_checked(Case("brain", "brain", images | {"t2f": images["t2w"]})).problems)

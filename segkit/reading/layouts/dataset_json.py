@@ -28,6 +28,7 @@ from segkit.reading.layouts.layout import (
     read_document,
     unused_files,
 )
+from segkit.reading.layouts.pairs import identity
 from segkit.reading.layouts.schemes import (
     ignored_value,
     patient_of,
@@ -107,10 +108,15 @@ def channel_names(document: Mapping[str, Any], where: Path) -> tuple[str, ...]:
         expected = '`channel_names` (nnU-Net 2) or `modality` (Decathlon), such as {"0": "T1w"}'
         remedy = "Add it, or pass --layout folder to ignore dataset.json"
         raise DataError("names no image channels", where=where, expected=expected, remedy=remedy)
-    try:
-        own = [str(named[str(index)]) for index in range(len(named))]
-    except KeyError as error:
-        raise DataError(f"has no channel {error} although it names {len(named)}", where=where) from error
+    numbers = {int(key): str(name) for key, name in named.items() if str(key).isdecimal()}  # "0", or "0000"
+    if sorted(numbers) != list(range(len(named))):
+        found = f"numbers its channels {', '.join(map(str, named))}"
+        expected, remedy = (
+            f"0 to {len(named) - 1}",
+            "Correct the numbers, or pass --layout folder to ignore dataset.json",
+        )
+        raise DataError(found, where=where, expected=expected, remedy=remedy)
+    own = [numbers[index] for index in range(len(numbers))]
     require_shown(own, where)
     names = [canonical_modality(name) or name for name in own]
     if len(set(names)) == len(names):
@@ -262,6 +268,8 @@ def _recognise_nnunet(listing: Listing) -> float:
     if (path := _find_document(listing)) is not None:
         return 0.05 if _lists_images_as_written(path) else 1.0
     channels = _channels_by_case(listing)
+    if len(channels) == 1 and not identity(next(iter(channels))[1]):
+        return 0.05  # scan_0000, scan_0001 ... are numbered scans: no case has a name of its own
     is_whole = all(0 in found and max(found) < min(len(found), _MOST_CHANNELS) for found in channels.values())
     is_set = len(channels) > 1 or listing.root.name.lower().startswith("images") or set(*channels.values()) == {0}
     return 0.6 if is_whole and is_set else 0.05

@@ -220,7 +220,7 @@ def scheme_by_values(cases: Sequence[Case], options: FolderOptions, where: Path)
     if values == {1, 2, 4} and len(tumour_like) == 4:
         note = "label values 1, 2, 4 beside the four BraTS modalities are read as BraTS 2017-2022"
         return SchemeChoice(SCHEMES["brats2017"], (warning(where, note),))
-    if len(tumour_like) >= 2 and values in ({1, 2, 3}, {1, 2, 3, 4}):
+    if len(tumour_like) >= 2 and not tumour_like.isdisjoint(("t1c", "t2f")) and values in ({1, 2, 3}, {1, 2, 3, 4}):
         choices = _CHOICES_WITH_4 if 4 in values else _CHOICES
         meanings = " or ".join(f"--label-scheme {name} ({meaning})" for name, meaning in choices)
         listed = ", ".join(map(str, sorted(values)))

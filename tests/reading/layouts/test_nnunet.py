@@ -12,6 +12,7 @@ import pytest
 from segkit.errors import DataError
 from segkit.labels import LabelScheme, outputs_of
 from segkit.reading.layouts.table import find_cases
+from tests.zoo.build import scans
 
 Write = Callable[..., Path]
 BRATS = {"0": "FLAIR", "1": "T1", "2": "T1ce", "3": "T2"}
@@ -138,3 +139,20 @@ def test_pictures_with_three_channels_in_one_file(tmp_path: Path) -> None:
     cohort = find_cases(tmp_path)
     assert (cohort.dims, cohort.modalities) == (2, ("R", "G", "B"))
     assert [image.channel for image in cohort.cases[0].images.values()] == [0, 1, 2]
+
+
+def test_numbered_scans_are_no_channels(tmp_path: Path) -> None:
+    scans(tmp_path, "images/scan_{0000,0001,0002,0003}.nii.gz")
+    cohort = find_cases(tmp_path / "images")
+    assert [(case.id, tuple(case.images)) for case in cohort.cases] == [
+        (f"scan_000{number}", ("image",)) for number in range(4)
+    ]
+
+
+def test_channel_numbers_of_four_digits_in_dataset_json(volume: Write, tmp_path: Path) -> None:
+    labels = {"background": 0, "a": 1}
+    root = _raw(volume, tmp_path, {"channel_names": {"0000": "T1", "0001": "T2"}, "labels": labels}, 2)
+    assert find_cases(root).modalities == ("t1n", "t2w")
+    (root / "dataset.json").write_text(json.dumps({"channel_names": {"1": "T1", "2": "T2"}, "labels": labels}))
+    with pytest.raises(DataError, match=r"numbers its channels 1, 2; expected 0 to 1\. Correct the numbers"):
+        find_cases(root)
