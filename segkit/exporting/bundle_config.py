@@ -238,7 +238,7 @@ def bundle_metadata(card: ModelCard) -> dict[str, Any]:
         "copyright": "see LICENSE",
         "data_source": plain_text(card.training_data.identity),
         "data_type": "nifti",
-        "image_classes": ", ".join(card.modalities),
+        "image_classes": ", ".join(map(plain_text, card.modalities)),
         "pred_classes": _classes(card),
         "intended_use": "Research only; not a medical device",
         "network_data_format": {

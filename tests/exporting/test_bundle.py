@@ -164,11 +164,13 @@ def test_text_of_a_card_is_never_an_expression(tmp_path: Path) -> None:
     """MONAI evaluates any text that starts with $, and references after @ in it."""
     scheme = classes_scheme("odd", {"$__import__('os').abort()": 1, "@network_def": 2})
     training = {"identity": "$open('x', 'w')", "licence": "@run", "cases": 1}
-    run = _small_run(tmp_path / "run", ("one",), scheme, training_data=training)
+    run = _small_run(tmp_path / "run", ("$print('one')",), scheme, training_data=training)
     export_bundle(run, tmp_path / "bundle")
     names = ("configs/metadata.json", "LICENSE", "docs/README.md")
     texts = [(tmp_path / "bundle" / name).read_text() for name in names]
-    assert not any(sign in text for text in texts for sign in ("$open", "$__import__", "@run", "@network_def"))
+    assert not any(
+        sign in text for text in texts for sign in ("$open", "$__import__", "$print", "@run", "@network_def")
+    )
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
