@@ -87,6 +87,7 @@ def talkative_series(folder: Path) -> Path:
                 document.add_new(tag, kind, SECRET)
         document.PatientBirthDate = "19010203"
         document.PatientSex = "M"
+        document.PixelData = bytes([number + 1] * len(document.PixelData))  # an image of one value is not segmented
         document.save_as(path)
     return folder
 
