@@ -4,28 +4,34 @@ Functions are in the order in which they run: find and split the cases, plan, ca
 Cross-validation, which runs this for each fold, comes last.
 """
 
+import dataclasses
 import logging
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from segkit.checkpoint.card import ModelCard
-from segkit.errors import DataError, RequestError
+from segkit.checkpoint.model import build_network, read_source
+from segkit.checkpoint.transfer import TransferOptions, transfer
+from segkit.errors import CheckpointError, DataError, RequestError, as_request, some
+from segkit.models.blocks import SegmentationNetwork
 from segkit.preparing.memory import has_room_to_keep
 from segkit.preparing.splits import read_split
-from segkit.runtime import available_memory_gb, keep_freed_memory, peak_rss_mb, return_freed_memory
+from segkit.runtime import available_memory_gb, keep_freed_memory, peak_rss_mb, return_freed_memory, seed_everything
 from segkit.training import folder
-from segkit.training.config import TrainConfig, with_values
+from segkit.training.config import RunConfig, TrainConfig, with_values
 from segkit.training.journal import LiveView
 from segkit.training.loop import fit
 from segkit.training.segmentation import SegmentationKind, dice_scores
 from segkit.training.segmentation_plan import find_cohort, patients_of
 from segkit.training.task import ConfigT, Kind, RunPlan, SplitData, Summary, TaskT, TrainingRequest
-from segkit.training.weights import FirstWeights, first_weights
 
 _log = logging.getLogger(__name__)
 
@@ -107,6 +113,19 @@ def _split_ids(plan: RunPlan[ConfigT], kind: Kind[ConfigT, TaskT]) -> tuple[list
     return training, [prefix + case_id for prefix, split in named for case_id in split.validation_ids]
 
 
+@dataclass(frozen=True)
+class FirstWeights:
+    """A network before its first step, with the origin of its weights (`facts`, empty for random weights).
+
+    `report` has the names of all tensors by how they were loaded, and the share of the encoder that was found; it is
+    empty for a resumed run, which loads its own weights later.
+    """
+
+    network: SegmentationNetwork = field(repr=False)
+    facts: Mapping[str, str] = field(default_factory=dict)
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+
 def begin(plan: RunPlan[ConfigT], kind: Kind[ConfigT, TaskT]) -> tuple[ModelCard, FirstWeights]:
     """The card of a run and its network before the first step; nothing is written.
 
@@ -116,19 +135,79 @@ def begin(plan: RunPlan[ConfigT], kind: Kind[ConfigT, TaskT]) -> tuple[ModelCard
     request, card = plan.request, kind.card(plan)
     gets_parts = kind.is_supervised and plan.config.training.sharding == "full" and not request.ranks.is_first
     weights = first_weights(card, plan.config, request.run, resume=request.resume, is_shape_only=gets_parts)
-    card = weights.completed(card)
-    size = plan.patch_size
+    size, divisor = plan.patch_size, tuple(weights.network.divisor)
     patch = (size,) * card.dims if isinstance(size, int) else size
-    if len(patch) != card.dims or any(length % step for length, step in zip(patch, card.divisor, strict=False)):
-        shown, steps = (" x ".join(map(str, numbers)) for numbers in (patch, card.divisor))
+    if len(patch) != card.dims or any(length % step for length, step in zip(patch, divisor, strict=False)):
+        shown, steps = (" x ".join(map(str, numbers)) for numbers in (patch, divisor))
         raise RequestError(f"{plan.patch_setting} {shown} does not suit the network", expected=f"multiples of {steps}")
-    return card.model_copy(update={"patch_size": patch}), weights
+    facts = {"initial_weights": dict(weights.facts)} if weights.facts else {}
+    data = card.training_data.model_copy(update=facts)
+    return card.model_copy(update={"patch_size": patch, "divisor": divisor, "training_data": data}), weights
+
+
+def first_weights(
+    card: ModelCard, config: RunConfig, run: Path, *, resume: bool, is_shape_only: bool = False
+) -> FirstWeights:
+    """Build the network of a card and, unless the run is resumed, load the weights of the settings.
+
+    With `is_shape_only` the network is on the meta device, without memory; rank 0 has its weights.
+
+    Raises:
+        RequestError: the weights cannot be read or do not fit the network, or hold too little of the encoder.
+    """
+    seed_everything(config.training.seed)
+    if is_shape_only:
+        with torch.device("meta"):
+            return FirstWeights(build_network(card))
+    network = build_network(card)
+    path = config.network.weights
+    if resume:
+        document = folder.read_object(run / folder.ORIGIN_NAME)
+        return FirstWeights(network, {name: fact for name, fact in document.items() if isinstance(fact, str)})
+    if path is None:
+        if config.optimiser.encoder_lr == 0 and not config.network.arguments.get("encoder_weights"):
+            _log.warning("optimiser.encoder_lr=0 freezes an encoder of random weights: name others with --weights")
+        return FirstWeights(network)
+    options = TransferOptions(
+        input_adapt=config.network.input_adapt,
+        is_strict=config.network.weights_share == 1,
+        modalities=card.modalities,
+        outputs=[output.name for output in card.outputs],
+    )
+    try:
+        source = read_source(path)
+        report = transfer(network, source, options)
+    except CheckpointError as error:
+        raise as_request(error) from error
+    share, least = encoder_share(network, {*report.loaded, *report.adapted}), config.network.weights_share
+    if share < least:
+        lacking = some(name for name in report.missing if name.startswith(network.encoder_prefix))
+        raise RequestError(
+            f"holds {percent(share)} of the encoder's parameters; {'; '.join((f'without {lacking}', *report.notes))}",
+            where=source.file,
+            expected=f"at least {percent(least)} (network.weights_share)",
+            remedy="Choose the network.family and network.size that it was trained as, or lower network.weights_share",
+        )
+    _log.info("weights of %s: %s of the encoder; %s", path, percent(share), report)
+    return FirstWeights(network, source.facts(), {**dataclasses.asdict(report), "encoder_share": share})
+
+
+def encoder_share(network: SegmentationNetwork, names: Collection[str]) -> float:
+    """Share of the encoder's parameters, 0 to 1 by number of elements, that are among `names` of the state dict."""
+    sizes = {name: p.numel() for name, p in network.named_parameters() if name.startswith(network.encoder_prefix)}
+    return sum(size for name, size in sizes.items() if name in names) / sum(sizes.values())
+
+
+def percent(share: float) -> str:
+    """`99.9 %`, rounded down: a share below a limit must not be shown as the limit."""
+    return f"{math.floor(1000 * share + 1e-9) / 10:g} %"
 
 
 def _open(plan: RunPlan[ConfigT], kind: Kind[ConfigT, TaskT], weights: FirstWeights) -> None:
     request, config = plan.request, plan.config
     folder.open_folder(request.run, config, resume=request.resume, allow_changes=request.allow_changes)
-    weights.keep(request.run)
+    if weights.report:  # not of random weights, or of a resumed run
+        folder.write_json(request.run / folder.ORIGIN_NAME, {**weights.facts, "report": dict(weights.report)})
     folder.write_config(request.run, config, plan.reasons, plan.heading)
     if not request.resume:
         if plan.estimate:

@@ -16,7 +16,7 @@ from segkit.checkpoint.card import ModelCard
 from segkit.config import build_config
 from segkit.errors import RequestError
 from segkit.training.config import TrainConfig
-from segkit.training.weights import FirstWeights, encoder_share, first_weights, percent
+from segkit.training.run import FirstWeights, encoder_share, first_weights, percent
 
 SMALL = {"size": "tiny", "arguments": {"widths": [4, 8]}}
 VIT = {"width": 12, "depth": 2, "heads": 2, "global_blocks": [1], "image_size": 64, "neck": 8}
