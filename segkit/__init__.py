@@ -17,6 +17,10 @@ Models:
     build_model, list_models            a network by family and size; all of them, each a ModelInfo
     load_model, load_weights            the network of a run folder; weights from elsewhere, with a LoadReport
 
+For MONAI users (docs/monai.md):
+
+    monai                               data lists, reading and preprocessing as MONAI's dictionary transforms
+
 Errors are `segkit.errors.SegkitError`: their text is the sentence that the command line prints. Names are loaded on
 first use, so `import segkit` is fast; nothing inside the package imports them. Usage reports of libraries are switched
 off before any of them is loaded.
