@@ -82,8 +82,8 @@ def _print_report(found: DataCheck) -> None:
     )
     _print_problems(found.all_problems())
     words = {"images": "images", "references": "references", "companions": "other images", "others": "other files"}
-    counts = [f"{cohort.files[name]} {word}" for name, word in words.items() if cohort.files.get(name)]
-    print_stdout(f"Files: {', '.join(counts)}; left out: {len(cohort.left_out)}")
+    counts = [f"{word} {cohort.files.get(name, 0)}" for name, word in words.items()]
+    print_stdout(f"Files: {', '.join(counts)}, left out {len(cohort.left_out)}")
     if found.estimate is not None:
         needs = found.estimate
         print_stdout(f"Training needs about {needs['memory_gb']:g} GB and {needs['minutes']:g} minutes")

@@ -61,7 +61,7 @@ def test_infer_and_evaluate(model: Path, data: Path, tmp_path: Path, capsys: pyt
 
 def test_check_and_train(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_segkit("check", data, "--no-estimate") == 1
-    assert "Files: 2 images, 2 references, 1 other files; left out: 1" in capsys.readouterr().out
+    assert "Files: images 2, references 2, other images 0, other files 1, left out 1" in capsys.readouterr().out
     assert run_segkit("check", data, "--no-estimate", "-q") == 1
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"ERROR {data / 'carla.nii.gz'}")
