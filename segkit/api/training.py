@@ -62,7 +62,7 @@ def train(
     sections or dotted names: `training={"steps": 100}` and `**{"training.steps": 100}` are the same. `budget` is in
     minutes, or "30m"; `memory` in GiB, or "8G". `fold` is the fold that validates, by default 0, or "all" for
     cross-validation. `exclude` are case ids, or a text file of them; `patients` is a table of case and patient, for
-    names that do not tell the patient, and `split` a file of folds, such as nnU-Net's splits_final.json. `on_progress`
+    names without the patient, and `split` a file of folds, such as nnU-Net's splits_final.json. `on_progress`
     is called with the completed share, 0 to 1, and a message. `transforms` are MONAI transforms of patches,
     dictionaries of "image" and "label", after ours (instead of ours with `augmentation={"enabled": False}`); a resumed
     run needs them again.

@@ -60,11 +60,15 @@ def check(
 
 
 def _print_report(found: DataCheck) -> None:
+    from segkit.reading.layouts.data_sets import data_set_of
     from segkit.reading.layouts.patients import patients_note
     from segkit.reading.layouts.table import LAYOUTS
 
     cohort, reports = found.cohort, found.cases
     print_stdout(f"Layout: {cohort.layout} - {LAYOUTS[cohort.layout].description}")
+    if data_set := data_set_of(cohort):
+        origin = "" if data_set.seen else ", by its description"
+        print_stdout(f"Names: as in {data_set.name} ({data_set.source}{origin})")
     if cohort.scheme is None:
         print_stdout("Label scheme: none")
     else:

@@ -60,7 +60,7 @@ _ARGUMENTS = {
         typer.Option("--modality", help="name=suffix of a modality's files, e.g. t1c=_T1_post; repeat for each."),
     ],
     "patients": Annotated[
-        Path | None, typer.Option("--patients", help="Table of case,patient, where names do not tell the patient.")
+        Path | None, typer.Option("--patients", help="Table of case,patient, where names do not hold the patient.")
     ],
     "preset": Annotated[
         str | None,

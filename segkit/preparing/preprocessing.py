@@ -131,7 +131,7 @@ def stack_modalities(volumes: Iterable[tuple[int, Path | str, Volume]], channels
     """(C, *spatial) float32 of volumes with their channels and names, and the grid of the first; other channels are 0.
 
     Raises:
-        DataError: a volume holds no intensities (`require_intensities`), or does not lie on the grid of the first.
+        DataError: a voxel is NaN or infinite, or a volume does not lie on the grid of the first.
     """
     image = np.empty((0,), np.float32)
     for channel, name, volume in volumes:

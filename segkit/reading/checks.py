@@ -17,10 +17,12 @@ import numpy as np
 from segkit.errors import DataError, Problem, warning
 from segkit.labels import SCHEMES
 from segkit.reading.case import BRATS_MODALITIES, Case, Cohort, ImageFile
-from segkit.reading.files import count_channels, read_grid, read_reference, read_volume
+from segkit.reading.files import count_channels, read_grid, read_labels, read_reference, read_volume
 from segkit.reading.geometry import format_size, onto_grid, repair_command, same_grid
+from segkit.reading.layouts.layout import bare_name
 from segkit.reading.layouts.schemes import present_values
 from segkit.reading.volume import Grid, measure_intensities
+from segkit.shapes import LabelMap
 
 _PREPARE = (
     "For a BraTS-like model, prepare them with brainles-preprocessing "
@@ -181,7 +183,7 @@ def _check_reference(label: ImageFile, findings: _Findings, read_voxels: bool) -
     if read_voxels:
         labels, grid = read_reference(label)
         findings.labels = tuple(sorted(present_values(labels) - {0}))
-        findings.problems += _value_problems(findings, label.path)
+        findings.problems += [*_value_problems(findings, label.path), *_overlaps(label, labels)]
     else:
         grid = read_grid(label.path)
         labels = np.broadcast_to(np.uint8(0), grid.shape)
@@ -207,6 +209,15 @@ def _value_problems(findings: _Findings, path: Path) -> Iterable[Problem]:
         remedy = "Correct the mask, or pass the scheme it was drawn in with --label-scheme"
         remedy += f" ({', '.join(fitting)})" if fitting and findings.is_brain else ""
         yield Problem(str(path), f"{listed} not in label scheme {case.scheme.name} ({known})", remedy)
+
+
+def _overlaps(label: ImageFile, labels: LabelMap) -> Iterable[Problem]:
+    """A warning about the voxels that several masks of one reference hold."""
+    total = sum(int(np.count_nonzero(read_labels(path)[0])) for _, path in label.parts)
+    if (double := total - int(np.count_nonzero(labels))) > 0:
+        order = ", ".join(bare_name(path) for _, path in label.parts)
+        found = f"{double} voxels are in more than one of the {len(label.parts)} masks of the classes"
+        yield warning(label.path.parent, found, f"The last one counts, in this order: {order}")
 
 
 def _compare_grid(grid: Grid, findings: _Findings) -> None:

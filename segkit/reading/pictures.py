@@ -24,9 +24,9 @@ from segkit.reading.volume import (
 )
 from segkit.shapes import AnyArray
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm")
 
-_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF")
+_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "PPM")
 """PIL chooses by content and knows forty more formats, one of which (EPS) is a program that Ghostscript runs."""
 
 _ALWAYS_PIXELS, _MOST_PIXELS_PER_BYTE = 2**22, 10_000

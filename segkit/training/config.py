@@ -33,7 +33,7 @@ class DataConfig(Config):
     split_seed: int = 0
     """Seed of the patient-wise split."""
     patients: Path | None = None
-    """Table of case and patient, for cases whose names do not tell their patient."""
+    """Table of case and patient, for cases whose names do not hold their patient."""
     split: Path | None = None
     """Folds in a JSON file (nnU-Net's splits_final.json); None: patient-wise folds."""
     exclude: tuple[str, ...] = ()

@@ -241,3 +241,16 @@ def test_no_advice_about_brains_for_other_organs(tmp_path: Path) -> None:
     assert "Resample all images of the case to one grid" in advice
     assert "BraTS" not in advice
     assert "BraTSPipeline" in str(_checked(Case("brain", "brain", images | {"t2f": images["t2w"]})).problems)
+
+
+def test_voxels_in_the_masks_of_two_classes_are_counted(tmp_path: Path) -> None:
+    for name, start in (("liver", 1), ("spleen", 3)):  # two slabs of 3 x 6 x 6 voxels share one of 6 x 6
+        mask = np.zeros((6, 6, 6), np.uint8)
+        mask[start : start + 3] = 1
+        _save(tmp_path / "s1" / "segmentations" / f"{name}.nii.gz", mask)
+    _save(tmp_path / "s1" / "ct.nii.gz", np.random.default_rng(0).random((6, 6, 6), np.float32))
+    (report,) = check_cohort(find_cases(tmp_path))
+    assert report.is_usable
+    (problem,) = report.problems
+    assert problem.found == "36 voxels are in more than one of the 2 masks of the classes"
+    assert problem.remedy == "The last one counts, in this order: liver, spleen"

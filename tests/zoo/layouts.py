@@ -243,6 +243,17 @@ def bids(folder: Path) -> None:
     masks(folder, "derivatives/lesions/sub-{a,b}/ses-{1,2}/anat/sub-{a,b}_ses-{1,2}_dseg.nii.gz")
 
 
+def upenn(folder: Path) -> None:
+    name = "UPENN-GBM-{00001,00002}_11"
+    scans(folder, f"images_structural/{name}/{name}_{{T1,T1GD,T2,FLAIR}}.nii.gz")
+    masks(folder, f"images_segm/{name}_segm.nii.gz")
+
+
+def stare(folder: Path) -> None:
+    scans(folder, "stare-images/im{0001,0002}.ppm")
+    masks(folder, "labels-ah/im{0001,0002}.ah.ppm", value=255)
+
+
 def spine_generic(folder: Path) -> None:
     scans(folder, "sub-{a,b}/anat/sub-{a,b}_T2w.nii.gz")
     masks(folder, "derivatives/labels/sub-{a,b}/anat/sub-{a,b}_T2w_label-SC_seg.nii.gz")
@@ -307,6 +318,8 @@ LAYOUTS: tuple[Situation, ...] = (
     (a_folder_per_case, Expected(2, 2, 2, channels=_BRATS, classes="lesions")),
     (a_folder_per_sequence, Expected(2, 2, channels="t1n t2f")),
     (bids, Expected(4, 2, 4, channels="t1n t2f", classes="label_1", layout="bids")),
+    (upenn, Expected(2, 2, 2, _BRATS, "NCR ED ET", "upenn")),
+    (stare, Expected(2, 2, 2, channels="red green blue", layout="folder2d", classes="ah")),
     (spine_generic, Expected(2, 2, 2, channels="t2w", classes="label_1", layout="bids")),
     (isles22, Expected(2, 2, 2, channels="adc dwi", classes="label_1", layout="bids")),
     (reference_named_with_its_sequence, Expected(2, 2, 2, channels="t1n t2f", classes="label_1")),

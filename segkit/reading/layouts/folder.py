@@ -38,7 +38,7 @@ _TASK01_NAME = re.compile(r"^BRATS_\d{3}$")
 _TASK01_CHANNELS = ("t2f", "t1n", "t1c", "t2w")
 """Channel order of the Decathlon's Task01_BrainTumour, for its files without their `dataset.json`."""
 _PLANES = ("red", "green", "blue")
-_PREFERENCE = (".tif", ".tiff", ".png", ".bmp", ".jpg", ".jpeg", ".gif")
+_PREFERENCE = (".tif", ".tiff", ".png", ".bmp", ".ppm", ".pgm", ".jpg", ".jpeg", ".gif")
 """Which of two pictures with one stem is the image: beside a photograph, a GIF is a field-of-view mask."""
 _EYE = re.compile(r"^(?P<patient>.*\d)[-_. ]*(?P<side>L|R|OS|OD|left|right)$", re.IGNORECASE)
 _SIDES = {"l": "left", "os": "left", "left": "left", "r": "right", "od": "right", "right": "right"}
