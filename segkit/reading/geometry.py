@@ -151,7 +151,7 @@ def onto_grid(array: AnyArray, own: Grid, target: Grid, *, turns: bool = False) 
 
     A NRRD file fits that holds a part of the voxels of `target`, as 3D Slicer saves segmentations; the others are 0.
     With `turns` the axes may have another order or direction. An affine that programs write when they lose the header
-    is no place: such a volume fits nowhere.
+    gives no position: such a volume does not fit.
     """
     if same_grid(own, target) is None:
         return array
