@@ -33,7 +33,7 @@ def demo(
     require_empty(output)
     names = ("data", "run", "masks", "scores", "export", "report.html", "held-out.txt")
     data, run, masks, scores, exported, page, held_out = (output / name for name in names)
-    on_device = ["--device", device]
+    on_device = [] if device == "auto" else ["--device", device]
     steps = {
         "phantom": [data, "--cases", _CASES, "--size", _SIZE, "--convention", "brats2021", "--seed", _SEED],
         "train": [data, "-o", run, "--preset", "tiny", "--budget", budget, "--exclude", held_out, *on_device],
