@@ -84,19 +84,6 @@ def build_vit(config: VitConfig, in_channels: int, out_channels: int, dims: int)
     return config.applied_to(VitNetwork(config, config.image_channels(in_channels, dims), out_channels), dims)
 
 
-class PatchEmbedding(nn.Module):
-    """Each patch of 16 x 16 pixels to one token."""
-
-    def __init__(self, in_channels: int, width: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, width, _PATCH, stride=_PATCH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to tokens (B, H / 16, W / 16, width)."""
-        tokens: Tensor = self.proj(x)
-        return tokens.permute(0, 2, 3, 1)
-
-
 class RelativeAttention(nn.Module):
     """Multi-head attention over a map of tokens, with a relative position bias that is the sum of one per axis.
 
@@ -187,7 +174,8 @@ class VitEncoder(nn.Module):
             TransformerBlock(config.width, config.heads, 0 if index in config.global_blocks else config.window, tokens)
             for index in range(config.depth)
         ]
-        self.patch_embed = PatchEmbedding(in_channels, config.width)
+        to_tokens = nn.Conv2d(in_channels, config.width, _PATCH, stride=_PATCH)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=to_tokens))  # the published name
         self.blocks = nn.ModuleList(blocks)
         self.neck = nn.Sequential(
             nn.Conv2d(config.width, config.neck, 1, bias=False),
@@ -204,7 +192,7 @@ class VitEncoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, neck, H / 16, W / 16)."""
         is_checkpointed = self.mode == "checkpoint" and self.training
-        x = self.patch_embed(x)
+        x = self.patch_embed(x).permute(0, 2, 3, 1)  # (B, H / 16, W / 16, width)
         for block in self.blocks:
             x = checkpointed(block, x, within=block) if is_checkpointed else block(x)
         return cast(Tensor, self.neck(x.permute(0, 3, 1, 2)))

@@ -82,10 +82,16 @@ def test_logits_of_a_window_are_those_of_nnunet(shared_data: Path) -> None:
     with torch.inference_mode():
         every = [axes for count in range(4) for axes in itertools.combinations((2, 3, 4), count)]
         logits = sum(torch.flip(model(torch.flip(x, axes)), axes) for axes in every) / len(every)
-    # Weighted by a Gaussian in half precision and divided by it again: off by at most one step of half precision.
+    # Weighted by a Gaussian, the sum kept in half precision, and divided by the weight.
+    middle = np.zeros(window.shape[1:])
+    middle[20, 28, 20] = 1
+    weight = ndimage.gaussian_filter(middle, (5, 7, 5), mode="constant")
+    weight = torch.from_numpy(weight / (weight.max() / 10)).half()
+    logits = ((logits[0] * weight).half() / weight.clamp(min=weight[weight > 0].min())).float()
     golden = document["logits"]["mirroring"]
-    found = np.array([float(logits[0, c, z + 3, y + 4, x + 4]) for c, z, y, x in golden["positions"]])
+    found = np.array([float(logits[c, z + 3, y + 4, x + 4]) for c, z, y, x in golden["positions"]])
     np.testing.assert_allclose(found, golden["values"], rtol=2**-10, atol=2**-11)
+    assert np.count_nonzero(found != golden["values"]) <= 2  # none here; another processor may round another way
 
 
 def test_fine_tuning_begins_where_inference_stands(shared_data: Path, tmp_path: Path) -> None:

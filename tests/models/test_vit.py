@@ -187,11 +187,12 @@ def test_blocks_attend_globally_where_they_are_told_to() -> None:
     changed[..., :16, :16] += 1  # the first of 6 x 6 tokens, in the first of 2 x 2 windows
     encoder: nn.Module = model.encoder  # type: ignore[assignment]
     with torch.no_grad():
-        difference = (encoder.blocks[0](encoder.patch_embed(x)) - encoder.blocks[0](encoder.patch_embed(changed))).abs()  # type: ignore[index, operator]
+        before, after = (encoder.patch_embed(image).permute(0, 2, 3, 1) for image in (x, changed))  # type: ignore[operator]
+        difference = (encoder.blocks[0](before) - encoder.blocks[0](after)).abs()  # type: ignore[index, operator]
         assert (difference[0, :3, :3].amax(-1) > 0).all()
         assert difference[0, 3:].sum() == difference[0, :, 3:].sum() == 0
         block = _vit(global_blocks=(0,)).encoder.blocks[0]  # type: ignore[union-attr, index]
-        difference = (block(encoder.patch_embed(x)) - block(encoder.patch_embed(changed))).abs()  # type: ignore[operator]
+        difference = (block(before) - block(after)).abs()  # type: ignore[operator]
         assert (difference[0].amax(-1) > 0).all()
 
 
