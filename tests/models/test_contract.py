@@ -17,30 +17,8 @@ from segkit.models.blocks import SegmentationNetwork
 from segkit.models.kernels.convolutions import SmallMapsInFloat32
 from segkit.models.table import MODELS, build_model, list_models
 from segkit.training.config import TrainConfig
+from tests.smallest import SMALLEST
 
-_SMALLEST = {
-    "revmbunet": {"size": "tiny", "widths": (8, 12, 16)},
-    "r2unet": {"size": "tiny", "widths": (8, 12, 16)},
-    "runet": {"size": "tiny", "widths": (8, 12, 16)},
-    "plainunet": {"size": "tiny", "widths": (8, 12, 16)},
-    "resencunet": {"size": "tiny", "widths": (8, 12, 16)},
-    "stunet": {"size": "S", "width": 8},
-    "smp": {"size": "unet-small", "encoder_depth": 3, "decoder_channels": (32, 16, 16)},
-    "monai": {"network_def": {"_target_": "SegResNet", "blocks_down": [1, 1], "blocks_up": [1]}},
-    "inpainter": {"size": "tiny", "widths": (8, 12, 16)},
-    "generator": {"size": "tiny", "width": 8},
-    "vit": {
-        "size": "tiny",
-        "width": 24,
-        "depth": 2,
-        "heads": 2,
-        "window": 2,
-        "global_blocks": (1,),
-        "image_size": 64,
-        "neck": 16,
-        "decoder_widths": (16, 16, 16, 16),
-    },
-}
 _SMALL_DIVISOR: dict[tuple[str, int], dict[str, object]] = {
     # Forty steps on patches of twice a divisor of 32 would take minutes.
     ("stunet", 3): {"strides": ((2, 2, 2), (2, 2, 2), (1, 1, 1), (1, 1, 1), (1, 1, 1))},
@@ -50,7 +28,7 @@ WITH_ENCODER = [(family, dims) for family, dims in ENTRIES if family != "monai"]
 
 
 def _build(family: str, dims: int, **arguments: object) -> nn.Module:
-    return build_model(family, in_channels=2, out_channels=3, dims=dims, **{**_SMALLEST[family], **arguments})  # type: ignore[arg-type]
+    return build_model(family, in_channels=2, out_channels=3, dims=dims, **{**SMALLEST[family], **arguments})  # type: ignore[arg-type]
 
 
 def _two_divisors(model: nn.Module) -> tuple[int, ...]:
@@ -68,7 +46,7 @@ def _without_randomness_and_batch_statistics(model: nn.Module) -> nn.Module:
 
 
 def test_every_family_has_a_smallest_form() -> None:
-    assert set(_SMALLEST) == set(MODELS)
+    assert set(SMALLEST) == set(MODELS)
 
 
 @pytest.mark.parametrize(("family", "dims"), ENTRIES)

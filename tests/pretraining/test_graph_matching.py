@@ -22,17 +22,8 @@ from segkit.pretraining.graph_matching import (
     matching_loss,
 )
 from segkit.pretraining.solver import SolverConfig
+from tests.smallest import SMALLEST
 
-SMALLEST: dict[str, dict[str, object]] = {
-    "inpainter": {"size": "tiny", "widths": (4, 8)},
-    "generator": {"size": "tiny", "width": 4, "blocks": 1},
-    "revmbunet": {"size": "tiny", "widths": (8, 12, 16)},
-    "r2unet": {"size": "tiny", "widths": (8, 12, 16)},
-    "runet": {"size": "tiny", "widths": (8, 12, 16)},
-    "stunet": {"size": "S", "width": 4},
-    "smp": {"size": "unet-small", "encoder_depth": 3, "decoder_channels": (32, 16, 16)},
-    "vit": {"size": "tiny", "width": 24, "depth": 2, "heads": 2, "window": 2, "global_blocks": (1,), "image_size": 64},
-}
 CONFIG = GraphMatchingConfig(nodes=4, edges=2, width=16)
 
 
@@ -51,7 +42,7 @@ def method(family: str = "revmbunet", dims: int = 2, config: GraphMatchingConfig
     return GraphMatching(network, config, 1, dims)
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", [family for family in MODELS if family != "monai"])  # whose encoder has no name
 def test_the_encoder_of_every_family_learns_and_nothing_behind_it(family: str) -> None:
     dims = 2 if family in ("smp", "vit", "generator") else 3
     found = method(family, dims)
