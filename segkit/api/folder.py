@@ -37,6 +37,7 @@ def infer(
     tta: bool = False,
     save_probabilities: bool = False,
     uncertainty: bool = False,
+    class_masks: bool = False,
     postprocessing: bool = True,
     allow_missing: bool = False,
     label_scheme: str | None = None,
@@ -77,8 +78,8 @@ def infer(
     )  # fmt: skip
     with open_segmentation(
         options, model, num_parts, part_id, tta=tta, postprocessing=postprocessing, allow_missing=allow_missing,
-        save_probabilities=save_probabilities, uncertainty=uncertainty, keep_patient=keep_patient,
-        label_scheme=label_scheme,
+        save_probabilities=save_probabilities, uncertainty=uncertainty, class_masks=class_masks,
+        keep_patient=keep_patient, label_scheme=label_scheme,
     ) as folder:  # fmt: skip
         return folder.run(on_record)
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import numpy as np
+
 from segkit.batch.cases import refuse_other_dims
 from segkit.batch.forecast import fit_memory
 from segkit.batch.manifest import TaskName
@@ -27,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentPlan(CasePlan):
-    """The files of a case, of the kinds results, probabilities, uncertainty and dicom."""
+    """The files of a case, of the kinds results, classes, probabilities, uncertainty and dicom."""
 
     scheme: LabelScheme
     """That of the mask."""
@@ -49,6 +51,8 @@ class Segment(Task[SegmentPlan]):
     """Also write the probability of each output, as `probabilities/<case>_<output>`."""
     uncertainty: bool = False
     """Also write entropy and disagreement, as `uncertainty/<case>_entropy` and `uncertainty/<case>_disagreement`."""
+    class_masks: bool = False
+    """Also write a mask of 0 and 1 for each class, as `classes/<case>_<class>`."""
     keep_patient: bool = False
     """Copy name, numbers and dates of the patient into DICOM SEG files."""
     label_scheme: str | None = None
@@ -117,6 +121,10 @@ class Segment(Task[SegmentPlan]):
             return tuple(Path(folder, f"{case.id}_{file_name_of(name)}{map_suffix}") for name in names)
 
         files: dict[str, tuple[Path, ...]] = {"results": (Path(f"{case.id}{mask_suffix}"),)}
+        scheme = self._scheme_for(case, cohort)
+        if self.class_masks:
+            names = [f"{case.id}_{file_name_of(name)}{mask_suffix}" for name in scheme.values]
+            files["classes"] = tuple(Path("classes", name) for name in names)
         if self.save_probabilities:
             files["probabilities"] = maps("probabilities", [one.name for one in self.predictor.card.outputs])
         if self.uncertainty:
@@ -124,7 +132,6 @@ class Segment(Task[SegmentPlan]):
         if _can_write_dicom_seg(matched):
             files["dicom"] = (Path(f"{case.id}.dcm"),)
         missing = tuple(name for name in wanted if name not in matched.images)
-        scheme = self._scheme_for(case, cohort)
         return SegmentPlan(case=matched, folders=(output,), files=files, missing_modalities=missing, scheme=scheme)
 
     def fit_memory(self, plans: list[SegmentPlan], memory_gb: float | None) -> tuple[Self, list[SegmentPlan], bool]:
@@ -157,7 +164,7 @@ class Segment(Task[SegmentPlan]):
         )
 
     def write(self, plan: SegmentPlan, result: Prediction) -> dict[str, Any]:
-        """Write the maps, the DICOM SEG and, last, the mask."""
+        """Write the maps, the DICOM SEG, the masks of classes and, last, the mask."""
         if result.probability_maps is not None:
             result.probability_maps.write(plan.paths("probabilities"))
         if result.uncertainty_maps is not None:
@@ -166,6 +173,9 @@ class Segment(Task[SegmentPlan]):
             series = next(iter(plan.case.images.values())).path
             labels, values = result.labels, plan.scheme.values
             write_dicom_seg(path, labels, series, values, model=self.identity, keeps_patient=self.keep_patient)
+        if paths := plan.paths("classes"):
+            for path, value in zip(paths, plan.scheme.values.values(), strict=True):
+                write_labels(path, (result.labels == value).astype(np.uint8), result.grid)
         (target,) = plan.paths("results")
         write_labels(target, result.labels, result.grid)
         return {}

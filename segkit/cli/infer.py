@@ -63,6 +63,9 @@ _SEGMENTATION = {
     "uncertainty": Annotated[
         bool, typer.Option("--uncertainty", help="Also write OUT/uncertainty/<case>_entropy and <case>_disagreement.")
     ],
+    "class_masks": Annotated[
+        bool, typer.Option("--class-masks", help="Also write a mask of each class, OUT/classes/<case>_<class>.")
+    ],
     "postprocessing": Annotated[
         bool,
         typer.Option(

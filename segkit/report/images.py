@@ -32,7 +32,7 @@ MASK_OPACITY = 0.55
 _BACKGROUNDS = ("t2f", "t1c", "t2w", "t1n", "green")
 """The whole tumour shows best on FLAIR, and of colour pictures the green channel has the most contrast."""
 
-_NO_MASKS = ("uncertainty", "probabilities", "figures")
+_NO_MASKS = ("uncertainty", "probabilities", "classes", "figures")
 """Folders of an output folder that hold no masks."""
 
 

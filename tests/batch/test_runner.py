@@ -277,6 +277,17 @@ def test_probabilities_lie_beside_the_masks(make_run: MakeRun, data: Path, tmp_p
     assert statuses(run_folder(Segment(predictor, save_probabilities=True), cohort, out)) == {"2": "skipped"}
 
 
+def test_a_mask_of_each_class_lies_beside_the_mask(make_run: MakeRun, data: Path, tmp_path: Path, scans: Any) -> None:
+    predictor, out = Predictor.load(make_run()), tmp_path / "out"
+    cohort = find_input(data, case_ids=["BraTS2021_00002"])
+    assert statuses(run_folder(Segment(predictor, class_masks=True), cohort, out)) == {"2": "done"}
+    mask = scans.read(out / "BraTS2021_00002.nii.gz")[1]
+    for tissue, value in SCHEMES["brats2017"].values.items():
+        own = scans.read(out / "classes" / f"BraTS2021_00002_{tissue}.nii.gz")[1]
+        assert np.array_equal(own, (mask == value).astype(np.uint8))
+        assert own.any()
+
+
 def test_pictures_get_masks_as_png(make_run: MakeRun, tmp_path: Path, scans: Any) -> None:
     (tmp_path / "images").mkdir()
     for name in ("a", "b"):
