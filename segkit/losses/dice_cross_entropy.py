@@ -5,7 +5,7 @@ BraTS 2020 entry (Isensee et al., arXiv 2011.00848, section 2.1).
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from pydantic import Field
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segkit.config import Config
-from segkit.labels import Output
+from segkit.labels import LabelScheme, Output, outputs_of
 from segkit.losses.global_batch import batch_sum
 
 _LABEL_VALUES = 256
@@ -132,6 +132,11 @@ class SegmentationLoss(nn.Module):
         self.config = config or LossConfig()
         table = _planes_table(outputs) if activation == "sigmoid" else _classes_table(outputs)
         self.register_buffer("table", table, persistent=False)
+
+    @classmethod
+    def of_scheme(cls, scheme: LabelScheme, config: LossConfig | None = None) -> Self:
+        """The loss of the outputs that a network has for a label scheme."""
+        return cls("sigmoid" if scheme.has_regions else "softmax", outputs_of(scheme), config, scheme.ignore)
 
     def forward(self, logits: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
         """The loss, a float32 scalar, of logits (B, K, *spatial), or one such tensor per level, full resolution first.

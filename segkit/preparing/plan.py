@@ -102,7 +102,7 @@ class CandidateNetwork:
 
     def loss_function(self) -> SegmentationLoss:
         """The training loss for the label scheme."""
-        return SegmentationLoss("sigmoid" if self.scheme.has_regions else "softmax", outputs_of(self.scheme))
+        return SegmentationLoss.of_scheme(self.scheme)
 
     def cost(self, patch: Shape) -> StepCost:
         """Cost of a step on a batch of one patch. Counting takes seconds, so each cost is counted once per process."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from segkit.checkpoint.card import ModelCard, OutputCard, SchemeCard, SegmentationCard
 from segkit.checkpoint.model import load_model, save_model
-from segkit.checkpoint.run_folder import load_card, require_segmentation
+from segkit.checkpoint.run_folder import load_card
 from segkit.errors import RequestError
 from segkit.inference.backends import TorchBackend
 from segkit.inference.predictor import Predictor
@@ -154,7 +154,7 @@ class SegmentationKind(Kind[TrainConfig, SegmentationTask]):
 
     def build_task(self, plan: RunPlan[TrainConfig], card: ModelCard, network: SegmentationNetwork) -> SegmentationTask:
         """The task with patches of the training cases, and of a lesion bank if the settings name one."""
-        config, (data,), ranks, scheme = plan.config, plan.data, plan.request.ranks, _scheme(plan)
+        config, (data,), ranks = plan.config, plan.data, plan.request.ranks
         budget = config.training.budget_minutes
         cases = data.prepared(data.training_ids)
         transforms = training_transforms(
@@ -167,9 +167,7 @@ class SegmentationKind(Kind[TrainConfig, SegmentationTask]):
         return SegmentationTask(
             model=network,
             card=card,
-            loss_function=SegmentationLoss(
-                require_segmentation(card).activation, outputs_of(scheme), config.loss, scheme.ignore
-            ),
+            loss_function=SegmentationLoss.of_scheme(_scheme(plan), config.loss),
             patches=PatchDataset(cases, transforms, seed=config.training.seed, length=ENDLESS),
             validation=data.prepared(data.validation_ids[: config.training.validation_cases]),
             batch_size=config.planning.batch_size or 1,
