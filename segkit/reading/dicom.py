@@ -230,7 +230,7 @@ def _slice_of_file(path: Path) -> _Slice:
 def _spacing_mm(path: Path, between: Sequence[float]) -> tuple[float, float]:
     """The spacing (between columns, between rows) of DICOM's (between rows, between columns)."""
     if len(between) != 2 or not all(0 < mm < math.inf for mm in between):
-        found = f"the DICOM file gives the pixel spacing {format_size(between) or 'nowhere'}"
+        found = f"the DICOM file gives {f'the pixel spacing {format_size(between)}' if between else 'no pixel spacing'}"
         remedy = "Export the series again with its PixelSpacing, as distances are unknown without"
         raise DataError(found, where=path, expected="two lengths in mm", remedy=remedy)
     return between[1], between[0]
