@@ -165,6 +165,11 @@ def classes_in_the_case_folder(folder: Path) -> None:
     masks(folder, "c{1,2}/{liver,spleen}.nii.gz")
 
 
+def a_class_named_like_a_reference(folder: Path) -> None:
+    scans(folder, "p{1,2}/CT.nii.gz")
+    masks(folder, "p{1,2}/masks/{GTV,heart}.nii.gz")
+
+
 def names_that_begin_alike(folder: Path) -> None:
     scans(folder, "{anna,anna_2,anna_followup,head_CT,head_CT_Tilt_1,c1 (1)}.nii.gz")
 
@@ -300,6 +305,7 @@ LAYOUTS: tuple[Situation, ...] = (
     (a_folder_of_classes_per_case, Expected(2, 2, 2, classes="liver spleen")),
     (classes_behind_seg, Expected(2, 2, 2, classes="liver spleen")),
     (classes_in_the_case_folder, Expected(2, 2, 2, classes="liver spleen")),
+    (a_class_named_like_a_reference, Expected(2, 2, 2, classes="GTV heart")),
     (names_that_begin_alike, Expected(6, 4)),
     (predictions_beside_scans, Expected(2, 2)),
     (masks_of_an_unknown_word_beside_one_scan_of_several, Expected(4, 4)),

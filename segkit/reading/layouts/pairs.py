@@ -24,7 +24,7 @@ _IMAGE_WORDS = frozenset(
 """Words for images and their processing, which the name of a reference lacks."""
 _LABEL_WORDS = frozenset(
     {"label", "labels", "lbl", "mask", "masks", "seg", "segs", "segmentation", "segmentations", "gt", "groundtruth"}
-    | {"annotation", "annotations", "target", "targets", "reference", "references", "y"}
+    | {"annotation", "annotations", "anno", "annos", "annot", "target", "targets", "reference", "references", "y"}
 )
 _SUBSET_WORDS = frozenset({"training", "train", "validation", "val", "test", "testing", "tr", "ts"})
 _PREDICTION_WORDS = frozenset(
@@ -150,7 +150,14 @@ def _class_name(reference: Place, image: Place, left: Sequence[str]) -> str:
 
 
 def _named_by_folder(found: dict[Path, Partner]) -> dict[Path, Partner]:
-    """Several references of one image, each in a folder of its own, show the classes that the folders name."""
+    """Several references of one image, each in a folder of its own, show the classes that the folders name.
+
+    Beside references of classes, one whose name is a word for references shows the class of this name (`GTV`).
+    """
+    of_classes = {partner.image for partner in found.values() if partner.shown and partner.is_certain}
+    for path, partner in found.items():
+        if partner.image in of_classes and not partner.shown:
+            found[path] = partner._replace(shown=bare_name(path))
     rivals: dict[Place, list[Path]] = defaultdict(list)
     for path, partner in found.items():
         if not partner.shown:
