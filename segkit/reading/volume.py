@@ -212,7 +212,10 @@ def pick_channel(path: Path, channels: int, channel: int | None) -> int:
 
 def require_finite(array: AnyArray, where: Path | str) -> None:
     """DataError where voxels are NaN or infinite."""
-    if array.dtype.kind == "f" and (broken := int(array.size - np.count_nonzero(np.isfinite(array)))):
+    with np.errstate(invalid="ignore"):  # infinity of both signs
+        is_finite = bool(np.isfinite(array.sum(dtype=np.float64)))
+    if not is_finite:
+        broken = int(array.size - np.count_nonzero(np.isfinite(array)))
         remedy = "Write the file again with finite values, usually 0 outside the patient"
         raise DataError(f"{broken} voxels are NaN or infinite", where=where, remedy=remedy)
 
@@ -223,19 +226,22 @@ def measure_intensities(array: AnyArray, where: Path | str) -> tuple[float, floa
     Background is the value of the first voxel; every 7th voxel is measured. Raises DataError where voxels are NaN or
     infinite, all voxels hold one value, or one is a million times larger than usual: normalised, all others are 0.
     """
-    require_finite(array, where)
     lowest, highest = float(array.min()), float(array.max())
+    if not math.isfinite(highest - lowest):
+        require_finite(array, where)
     if lowest == highest:
         remedy = "Export the image again, leave the case out, or pass --allow-missing to use it without this image"
         raise DataError(f"every voxel holds the same value, {lowest:g}", where=where, remedy=remedy)
     sample, corner = array.reshape(-1)[::_SAMPLE_STEP], array.reshape(-1)[0]
     inside = np.abs(sample[sample != corner].astype(np.float32))
-    usual = float(np.median(inside[inside > 0])) if inside.any() else 0.0
+    usual, bright = (float(value) for value in (np.percentile(inside, (50, 99)) if inside.size else (0, 0)))
+    if usual == 0 < bright:
+        usual = float(np.median(inside[inside > 0]))
     if (peak := max(-lowest, highest)) > _LARGEST_PEAK * usual > 0:
         count = int(np.count_nonzero(np.abs(array.astype(np.float32)) > _LARGEST_PEAK * usual))
         found = f"{count} voxels hold up to {peak:.3g}, where {usual:.3g} is usual; normalised, all others would be 0"
         raise DataError(found, where=where, remedy="Replace them, such as by 0, or export the image again")
-    return float(np.mean(sample == corner)), float(np.percentile(inside, 99)) if inside.size else 0.0
+    return 1 - inside.size / sample.size, bright
 
 
 def plain_numbers(array: AnyArray, path: Path | str) -> AnyArray:

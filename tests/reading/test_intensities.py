@@ -62,6 +62,14 @@ def test_an_image_of_one_value_counts_as_missing_where_that_is_allowed(tmp_path:
         load_case(cohort.cases[0], cohort.modalities, None, allow_missing=True)
 
 
+@pytest.mark.parametrize("values", [(np.nan,), (np.inf, -np.inf), (-np.inf, np.nan)])
+def test_nan_and_infinity_are_counted(values: tuple[float, ...]) -> None:
+    array = image()
+    array[0, 0, : len(values)] = values
+    with pytest.raises(DataError, match=rf"a: {len(values)} voxels are NaN or infinite"):
+        measure_intensities(array, "a")
+
+
 @pytest.mark.parametrize("largest", [30_000.0, 5e6])
 def test_metal_and_spikes_of_maps_are_no_damage(largest: float) -> None:
     array = image()
