@@ -134,8 +134,16 @@ def write_split(
     write_json(run / _SPLIT_NAME, {"data": [str(folder.absolute()) for folder in data], **ids})
 
 
-def read_recorded_split(run: Path, case_ids: Sequence[str]) -> tuple[list[str], list[str]] | None:
-    """Training and validation ids of a run, if they are all of `case_ids`: a later version may split otherwise."""
+_OF_THE_SPLIT = {"data.fold", "data.folds", "data.split_seed", "data.split", "data.patients"}
+
+
+def read_recorded_split(run: Path, config: Config, case_ids: Sequence[str]) -> tuple[list[str], list[str]] | None:
+    """Training and validation ids of a run, which a later version might split otherwise.
+
+    None if the settings of the split differ, or if the ids are not all of `case_ids`.
+    """
+    if not _OF_THE_SPLIT.isdisjoint(changes_of(run, config, allow_changes=True)):
+        return None
     before = read_object(run / _SPLIT_NAME)
     training, validation = before.get("training", []), before.get("validation", [])
     return (training, validation) if {*training, *validation} == set(case_ids) else None

@@ -75,7 +75,6 @@ def fit(
     device: torch.device,
     ranks: Ranks | None = None,
     deadline_s: float | None = None,
-    final_validations: float = 1.0,
     resume: bool = False,
     allow_changes: bool = False,
     on_progress: Callable[[float, str], None] | None = None,
@@ -83,7 +82,7 @@ def fit(
     """Train a task for its number of steps or until its deadline (`time.monotonic` seconds).
 
     The time of earlier sessions counts for a resumed run; with `allow_changes` the number of ranks may differ.
-    `final_validations`: see `Clock`. `on_progress` gets the progress (0 to 1) and a message after each step; without it
+    `on_progress` gets the progress (0 to 1) and a message after each step; without it
     log lines are written.
     Writes metrics.jsonl, figures/curves.png, the best weights by `task.save`, and a checkpoint: at the end of each
     epoch, every `checkpoint_minutes`, and on signals (see `interruption`). On a CPU and without a deadline a resumed
@@ -103,7 +102,7 @@ def fit(
         _log.info("resumed at step %d", state.step)
     began_s = time.monotonic() - state.elapsed_s
     deadline_s = None if deadline_s is None else deadline_s - state.elapsed_s
-    clock = Clock(training.steps, deadline_s, began_s, final_validations, state.validation_s)
+    clock = Clock(training.steps, deadline_s, began_s, state.validation_s)
     rows_kept = state.step if row is None else state.step - 1
     with (
         listening(is_shared=ranks.size > 1) as signals,
@@ -204,7 +203,7 @@ class Loop:
             self.state.best = score.value
             if self.ranks.is_first:
                 self.trainer.task.save(self.run, weights, {"step": self.state.step, "score": score.value})
-        self.clock.note_validation(began_s)
+        self.clock.note_validation(began_s, score.final_s)
         self.state.validation_s = self.clock.validation_s
         row.update({"score": score.value, **score.details})
         _log.info("step %d  validation %.4f  best %.4f", self.state.step, score.value, self.state.best)
@@ -316,7 +315,7 @@ class Trainer:
 
     def validate(self, weights: Mapping[str, Tensor]) -> Score:
         """The task's score of whole weights."""
-        with nullcontext() if self.shards is None else self.shards.lending(self.task, weights):
+        with self.autocast(), nullcontext() if self.shards is None else self.shards.lending(self.task, weights):
             return self.task.validate(weights)
 
     def snapshot(self, state: State, unfinished: Row | None) -> dict[str, Any]:

@@ -101,15 +101,15 @@ def restore_optimiser(optimiser: torch.optim.Optimizer, state: Mapping[str, Any]
 class Clock:
     """Progress of a run, 0 to 1: by steps, or by time where there is a deadline (`time.monotonic` seconds).
 
-    `final_validations` is how long the scoring after the last step takes, in validations of the loop.
+    `final_s` is the forecast of the scoring after the last step, in seconds; None: as long as a validation.
     """
 
     steps: int
     deadline_s: float | None = None
     started_s: float = field(default_factory=lambda: time.monotonic())
-    final_validations: float = 1.0
     validation_s: float = 0.0
     """How long the last validation took."""
+    final_s: float | None = None
     validated_s: float = field(default_factory=lambda: time.monotonic())
     """When the last validation ended."""
 
@@ -121,7 +121,8 @@ class Clock:
         if self.deadline_s is None:
             return step / self.steps
         span = self.deadline_s - self.started_s
-        kept = min((1.5 + self.final_validations) * self.validation_s, _LARGEST_RESERVE * span) + _FINISHING_S
+        final_s = self.validation_s if self.final_s is None else self.final_s
+        kept = min(1.5 * self.validation_s + final_s, _LARGEST_RESERVE * span) + _FINISHING_S
         end = max(self.deadline_s - kept, self.started_s + 1e-6)
         spent = (time.monotonic() - self.started_s) / (end - self.started_s)
         return min(spent, _ALMOST_DONE) if step == 0 else spent
@@ -131,10 +132,10 @@ class Clock:
         pause = time.monotonic() - self.validated_s
         return self.deadline_s is None or pause >= self.validation_s / _VALIDATION_SHARE
 
-    def note_validation(self, began_s: float) -> None:
-        """Store the duration of a validation that began at `began_s`."""
+    def note_validation(self, began_s: float, final_s: float | None) -> None:
+        """Store the duration of a validation that began at `began_s`, and what it forecasts for the end."""
         self.validated_s = time.monotonic()
-        self.validation_s = self.validated_s - began_s
+        self.validation_s, self.final_s = self.validated_s - began_s, final_s
 
 
 class MovingAverage:

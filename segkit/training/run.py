@@ -74,7 +74,6 @@ def train(request: TrainingRequest[ConfigT], kind: Kind[ConfigT, TaskT]) -> Summ
                 device=request.device,
                 ranks=ranks,
                 deadline_s=plan.request.deadline_s,
-                final_validations=kind.final_validations,
                 resume=request.resume,
                 allow_changes=request.allow_changes,
                 on_progress=request.on_progress,

@@ -1,5 +1,6 @@
 """Training of segmentation networks on patches, validated by the predictor of inference."""
 
+import itertools
 import logging
 import math
 import time
@@ -40,10 +41,11 @@ from segkit.training.task import Batch, Kind, RunPlan, Score, TrainingRequest, b
 
 _log = logging.getLogger(__name__)
 
-_LONGEST_VALIDATION = 0.05
-"""Share of a budget for one validation."""
-_FINAL_VALIDATIONS = 2.0
-"""Cases scored at the end of a budget, as a multiple of those in a validation of the loop."""
+_LONGEST_VALIDATION, _LONGEST_SCORING = 0.025, 0.06
+"""Shares of a budget for one validation and for the scoring at the end, which have as many cases as fit, at least one.
+"""
+_BESIDE_WINDOWS = 1.3
+"""Time of a case divided by that of its windows: reading, blending, decoding, Dice."""
 _FIGURES = 3
 """Validation cases with a figure."""
 
@@ -61,9 +63,12 @@ class SegmentationTask:
     patches: PatchDataset
     validation: StoredCases
     batch_size: int
+    scored: StoredCases
+    """The validation cases that are scored after the last step."""
     workers: int | None = None
-    validation_limit_s: float | None = None
-    """Time limit of a validation; the first one sets the number of cases by it."""
+    budget_s: float | None = None
+    """The first validation sets the number of cases by it."""
+    final_s: float | None = None
     frozen: nn.Module | None = None
     """Part of the model without training: no gradients, and fixed running statistics of its norms."""
     ranks: Ranks = field(default_factory=Ranks)
@@ -90,19 +95,41 @@ class SegmentationTask:
         Outputs that are absent from all references and predictions are ignored; if all are, the score is 1.
         """
         with borrowed(self.model, weights):
-            predictor = Predictor(TorchBackend(self.model, next(self.model.parameters()).device), self.card)
-            if self.validation_limit_s is not None:
-                began = time.monotonic()
-                self._dice(predictor, self.validation[0])
-                count = self.ranks.size * self.validation_limit_s / max(time.monotonic() - began, 1e-6)
-                self.validation = self.validation[: max(1, int(self.ranks.from_first(lambda: count)))]
-                self.validation_limit_s = None
+            predictor = self.predictor(overlap=0.0)
+            if self.budget_s is not None and self.final_s is None:
+                self._fit_budget(predictor, self.budget_s)
             per_case = self.ranks.map(
                 lambda number: self._dice(predictor, self.validation[number]), range(len(self.validation))
             )
         found = {name: [d[name] for d in per_case if not math.isnan(d[name])] for name in _regions(self.card)}
         by_output = {name: sum(values) / len(values) for name, values in found.items() if values}
-        return Score(sum(by_output.values()) / len(by_output) if by_output else 1.0, {"dice": by_output})
+        mean = sum(by_output.values()) / len(by_output) if by_output else 1.0
+        return Score(mean, {"dice": by_output}, self.final_s)
+
+    def predictor(self, *, overlap: float) -> Predictor:
+        """The predictor of the model's present weights."""
+        card = self.card.model_copy(update={"overlap": overlap})
+        return Predictor(TorchBackend(self.model, next(self.model.parameters()).device), card)
+
+    def _fit_budget(self, predictor: Predictor, budget_s: float) -> None:
+        """Leave out cases that would take too long, by the time of one window."""
+        window = np.zeros((1, self.card.network.in_channels, *predictor.window), np.float32)
+        predictor.backend(window)  # the first one is slower
+        began_s = time.monotonic()
+        predictor.backend(window)
+        window_s = self.ranks.from_first(lambda: _BESIDE_WINDOWS * (time.monotonic() - began_s) / self.ranks.size)
+
+        def fitting(cases: StoredCases, predictor: Predictor, share: float) -> tuple[StoredCases, float]:
+            plans = (predictor.plan(case.image.shape[1:]) for case in cases)
+            ends = list(itertools.accumulate(window_s * plan.count for plan in plans))
+            count = max(1, sum(end <= share * budget_s for end in ends))
+            return cases[:count], ends[count - 1]
+
+        self.validation, seconds = fitting(self.validation, predictor, _LONGEST_VALIDATION)
+        whole = self.predictor(overlap=self.card.overlap)
+        self.scored, self.final_s = fitting(self.scored, whole, _LONGEST_SCORING)
+        sentence = "%d cases are validated, in about %.0f s; %d are scored at the end, in about %.0f s"
+        _log.info(sentence, len(self.validation), seconds, len(self.scored), self.final_s)
 
     def save(self, run: Path, weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Write model.safetensors and model.json."""
@@ -125,7 +152,6 @@ class SegmentationKind(Kind[TrainConfig, SegmentationTask]):
 
     config_type = TrainConfig
     is_supervised = True
-    final_validations = _FINAL_VALIDATIONS
 
     def plan(self, request: TrainingRequest[TrainConfig]) -> RunPlan[TrainConfig]:
         """See `plan_segmentation`."""
@@ -173,7 +199,8 @@ class SegmentationKind(Kind[TrainConfig, SegmentationTask]):
             batch_size=config.planning.batch_size or 1,
             workers=config.training.workers,
             frozen=encoder_of(network) if config.optimiser.encoder_lr == 0 else None,
-            validation_limit_s=None if budget is None else 60 * budget * _LONGEST_VALIDATION,
+            scored=data.prepared(data.validation_ids),
+            budget_s=None if budget is None else 60 * budget,
             ranks=ranks,
         )
 
@@ -184,7 +211,7 @@ class SegmentationKind(Kind[TrainConfig, SegmentationTask]):
         """
         request, (data,), scheme = plan.request, plan.data, _scheme(plan)
         run, ranks, ids = request.run, request.ranks, data.validation_ids
-        if request.deadline_s is not None and len(ids) > (most := int(_FINAL_VALIDATIONS * len(task.validation))):
+        if len(ids) > (most := len(task.scored)):
             _log.warning("the budget is spent: %d of %d validation cases are scored", most, len(ids))
             ids = ids[:most]
         card = load_card(run).with_postprocessing(None)  # a resumed run has chosen one already

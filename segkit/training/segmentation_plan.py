@@ -77,7 +77,9 @@ def _split(
 ) -> tuple[TrainingRequest[TrainConfig], list[str], list[str]]:
     """Ids of training and validation cases; there are at most as many folds as patients, and one patient does both."""
     data = request.config.data
-    if request.resume and (recorded := read_recorded_split(request.run, [case.id for case in cohort.cases])):
+    if request.resume and (
+        recorded := read_recorded_split(request.run, request.config, [case.id for case in cohort.cases])
+    ):
         return request, *recorded
     if data.split is not None:
         return request, *given_split(data.split, data.fold, cohort.cases, data.exclude)

@@ -147,6 +147,8 @@ class Score:
 
     value: float
     details: Mapping[str, Any] = field(default_factory=dict)
+    final_s: float | None = None
+    """Forecast of the scoring after the last step, in seconds; None: as long as this validation."""
 
 
 class Task(Protocol):
@@ -174,8 +176,6 @@ class Kind(ABC, Generic[ConfigT, TaskT]):
     """Its settings."""
     is_supervised = False
     """Whether it needs references and validation cases."""
-    final_validations = 1.0
-    """Duration of `score`, in validations of the training loop."""
 
     @abstractmethod
     def plan(self, request: TrainingRequest[ConfigT]) -> RunPlan[ConfigT]:

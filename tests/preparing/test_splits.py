@@ -8,7 +8,6 @@ import pytest
 from segkit.errors import RequestError
 from segkit.preparing.splits import given_split, patient_folds, train_and_validation, with_patients
 from segkit.reading.case import Case, Cohort
-from segkit.training.folder import read_recorded_split, write_split
 
 
 def _cases(counts: dict[str, int]) -> list[Case]:
@@ -124,10 +123,3 @@ def test_splits_that_cannot_be_used(tmp_path: Path, text: str, message: str) -> 
     (tmp_path / "splits.json").write_text(text)
     with pytest.raises(RequestError, match=message):
         given_split(tmp_path / "splits.json", 0, _cohort(("a", "a")).cases)
-
-
-def test_a_resumed_run_keeps_its_split_where_the_cases_are_the_same(tmp_path: Path) -> None:
-    write_split(tmp_path, [tmp_path], ["a", "b"], ["c"], [])
-    assert read_recorded_split(tmp_path, ["c", "b", "a"]) == (["a", "b"], ["c"])
-    assert read_recorded_split(tmp_path, ["a", "b", "c", "d"]) is None
-    assert read_recorded_split(tmp_path / "nowhere", ["a"]) is None

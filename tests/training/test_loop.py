@@ -198,8 +198,8 @@ def test_progress_by_steps_and_by_time() -> None:
     now = time.monotonic()
     timed = Clock(steps=1, deadline_s=now + 105, started_s=now - 100, validation_s=0)  # 5 s are kept for the end
     assert timed.progress(1) == pytest.approx(0.5, abs=0.01)
-    kept_back = Clock(1, deadline_s=now + 105, started_s=now - 100, final_validations=2.5, validation_s=10)
-    assert kept_back.progress(1) == pytest.approx(100 / 160, abs=0.01)  # and 1.5 + 2.5 validations of 10 s
+    kept_back = Clock(1, deadline_s=now + 105, started_s=now - 100, final_s=25, validation_s=10)
+    assert kept_back.progress(1) == pytest.approx(100 / 160, abs=0.01)  # and 1.5 validations of 10 s, and 25 s
     slow = Clock(1, deadline_s=now + 105, started_s=now - 100, validation_s=1000)  # but at most 0.3 of the budget
     assert slow.progress(1) == pytest.approx(100 / (205 * 0.7 - 5), abs=0.01)
 

@@ -179,11 +179,6 @@ def predictions_beside_scans(folder: Path) -> None:
     masks(folder, "{anna,anna2}_prediction.nii.gz")
 
 
-def a_folder_of_predictions(folder: Path) -> None:
-    scans(folder, "images/{anna,anna2}.nii.gz")
-    masks(folder, "labels/{anna,anna2}.nii.gz", "seg_predictions/{anna,anna2}.nii.gz")
-
-
 def masks_of_an_unknown_word_beside_one_scan_of_several(folder: Path) -> None:
     scans(folder, "{anna,berta,carla,dora}.nii.gz")
     masks(folder, "anna_corrected.nii.gz")
@@ -312,7 +307,6 @@ LAYOUTS: tuple[Situation, ...] = (
     (classes_in_the_case_folder, Expected(2, 2, 2, classes="liver spleen")),
     (a_class_named_like_a_reference, Expected(2, 2, 2, classes="GTV heart")),
     (names_that_begin_alike, Expected(6, 4)),
-    (a_folder_of_predictions, Expected(2, 2, 2, classes="label_1")),
     (predictions_beside_scans, Expected(2, 2)),
     (masks_of_an_unknown_word_beside_one_scan_of_several, Expected(4, 4)),
     (slices_of_patients, Expected(4, 2, 4, **_COLOUR)),

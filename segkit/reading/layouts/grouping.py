@@ -27,7 +27,6 @@ from segkit.reading.layouts.pairs import (
     is_class_name,
     is_companion,
     is_label_map,
-    is_prediction,
     matched_by_wildcards,
     pair_by_identity,
 )
@@ -306,7 +305,7 @@ def _ignore_companions(items: Sequence[_Item]) -> list[_Item]:
 
     def marked(item: _Item) -> _Item:
         if item.path not in masks:
-            return replace(item, kind=IGNORED) if item.kind is None and is_prediction(item.path) else item
+            return item
         scan, ending = masks[item.path]
         if has_references or ending not in shown or not is_label_map(item.path):
             return replace(item, kind=IGNORED)

@@ -49,13 +49,8 @@ def identity(name: str) -> tuple[str, ...]:
 
 def holds_references(folder: str) -> bool:
     """Whether the name of a folder has a word for references, such as `train_masks` or `Training_GroundTruth`."""
-    words = set(words_of(folder))
-    return bool(words & _LABEL_WORDS or {"ground", "truth"} <= words) and not words & _PREDICTION_WORDS
-
-
-def is_prediction(path: Path) -> bool:
-    """Whether a file is a label map in a folder named as one of predictions."""
-    return bool(_PREDICTION_WORDS & set(words_of(path.parent.name))) and is_label_map(path)
+    words = words_of(folder)
+    return not _LABEL_WORDS.isdisjoint(words) or {"ground", "truth"} <= set(words)
 
 
 def is_companion(path: Path, scan: Path) -> bool:

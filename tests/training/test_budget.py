@@ -1,0 +1,36 @@
+"""How many cases a budget leaves for validation and for the scores at the end."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from segkit.checkpoint.model import load_model
+from segkit.checkpoint.run_folder import load_card
+from segkit.training import segmentation
+from segkit.training.segmentation import SegmentationTask
+from tests.helpers import write_segmentation_run
+
+
+@pytest.mark.parametrize(
+    ("budget_s", "validated", "scored"),
+    [
+        (1000.0, 2, 1),  # 25 s hold two of 8 windows without overlap, 60 s hold one of 27 windows
+        (10000.0, 3, 3),
+        (1.0, 1, 1),
+    ],
+)
+def test_cases_are_left_out_by_the_time_of_one_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget_s: float, validated: int, scored: int
+) -> None:
+    run = write_segmentation_run(tmp_path / "run")
+    card = load_card(run)
+    cases = [SimpleNamespace(image=np.zeros((1, *(2 * size for size in card.patch_size)))) for _ in range(3)]
+    task = SegmentationTask(load_model(run), card, None, None, cases, 1, cases, budget_s=budget_s)  # type: ignore[arg-type]
+    seconds = iter(range(100))
+    monkeypatch.setattr(segmentation.time, "monotonic", lambda: next(seconds))  # a window takes 1 s
+    task._fit_budget(task.predictor(overlap=0.0), budget_s)
+    assert len(task.validation) == validated
+    assert len(task.scored) == scored
+    assert task.final_s == pytest.approx(1.3 * 27 * scored)
