@@ -127,7 +127,7 @@ def test_the_sform_stands_for_a_voxel_size_of_zero_or_below(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     form = affine(np.eye(3), (2, 3, 4))
-    path = with_forms(tmp_path / "p 1.nii", np.ones((4, 5, 6), np.uint8), form, None)
+    path = with_forms(tmp_path / "p 1.nii", np.arange(1, 121, dtype=np.uint8).reshape(4, 5, 6), form, None)
     case = Case("p 1", "p 1", {"t1n": ImageFile(path)}, ImageFile(path))
     for size in ((2, 0, 4), (2, -3, 4)):
         content = bytearray(path.read_bytes())
