@@ -150,7 +150,7 @@ def test_a_network_trains_with_losses_and_metrics_of_monai() -> None:
 
 
 def test_the_example_trains(tmp_path: Path) -> None:
-    example = runpy.run_path(str(Path(__file__).resolve().parents[2] / "examples" / "in_monai.py"))
+    example = runpy.run_path(str(Path(__file__).resolve().parents[1] / "examples" / "in_monai.py"))
     losses, dice = example["main"](tmp_path, epochs=4)
     assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])  # of the same three phantoms
     assert list(dice) == ["TC", "WT", "ET"]

@@ -1,4 +1,4 @@
-"""segkit's reading and preprocessing as MONAI's dictionary transforms.
+"""segkit's data in MONAI: lists of cases, and its reading and preprocessing as dictionary transforms.
 
 Unlike MONAI's readers, these may be called from several threads, name the file of every error, and refuse files that do
 not lie on one grid.
@@ -6,26 +6,29 @@ not lie on one grid.
 
 import json
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
-from monai.transforms import InvertibleTransform, MapTransform
+from monai.data import Dataset, MetaTensor
+from monai.transforms import Compose, InvertibleTransform, MapTransform
 from monai.utils import TraceKeys
 
 from segkit.checkpoint.run_folder import load_card
-from segkit.errors import RequestError
+from segkit.errors import DataError, RequestError
 from segkit.labels import LabelScheme, classes_scheme, scheme_from_json
 from segkit.preparing.preprocessing import LoadedCase, Preparation, PreprocessingConfig, load_case, prepare
 from segkit.preparing.resampling import resample_image, resample_labels
-from segkit.reading.case import Case, ImageFile
+from segkit.reading.case import Case, Cohort, ImageFile
 from segkit.reading.files import count_channels
 from segkit.reading.in_memory import read_channels
+from segkit.reading.layouts.table import find_cases
 from segkit.reading.volume import Grid
 from segkit.shapes import AnyArray
+
+__all__ = ["LoadCased", "Prepared", "as_dataset", "datalist"]
 
 IMAGE, LABEL, SCHEME = "image", "label", "label_scheme"
 """Keys of a case: its files, or what was read from them."""
@@ -155,3 +158,67 @@ def _on_source(array: AnyArray, preparation: Preparation, *, are_labels: bool) -
     whole = np.zeros((len(array), *preparation.reoriented_shape), array.dtype)
     whole[(slice(None), *preparation.crop_slices)] = box
     return preparation.reorientation.undo(whole)
+
+
+def datalist(
+    data: str | os.PathLike[str],
+    *,
+    layout: str | None = None,
+    modalities: Mapping[str, str] | None = None,
+    label_scheme: str | None = None,
+) -> list[dict[str, Any]]:
+    """The cases of a data folder as MONAI's list of dictionaries of paths; the options are those of `find_cases`.
+
+    Each has "image": the files of its modalities in channel order, or one file that holds them all; "label": its
+    reference, if it has one; "label_scheme": names and values of the labels in that file, if known; "case": its id.
+    Both `LoadCased` and MONAI's `LoadImaged(["image", "label"], ensure_channel_first=True)` read it.
+
+    Raises:
+        DataError: nothing is found or recognised, or a case lacks a modality; all such cases are named.
+        RequestError: unknown layout or label scheme.
+
+    Example:
+        >>> segkit.monai.datalist("data")[0]["image"]  # doctest: +SKIP
+        ['data/a/a_t1.nii.gz', 'data/a/a_t1ce.nii.gz', 'data/a/a_t2.nii.gz', 'data/a/a_flair.nii.gz']
+    """
+    return _items(find_cases(data, layout=layout, modalities=modalities, label_scheme=label_scheme))
+
+
+def as_dataset(data: str | os.PathLike[str], transform: Callable[[Any], Any] | None = None, **options: Any) -> Dataset:
+    """A `monai.data.Dataset` of a data folder, for MONAI's `DataLoader`; the options are those of `datalist`.
+
+    Its items are read by `LoadCased`: MetaTensors "image" (C, D, H, W) float32 and "label" (1, D, H, W) uint8 with
+    their affines, the labels of all cases in one scheme. `transform` then gets the dictionary: `Prepared`, or any of
+    MONAI's dictionary transforms.
+
+    Raises:
+        DataError: nothing is found or recognised, or a case lacks a modality; later, a case that cannot be read.
+        RequestError: unknown layout or label scheme.
+    """
+    cohort = find_cases(data, **options)
+    load = LoadCased(scheme=cohort.scheme)
+    return Dataset(_items(cohort), load if transform is None else Compose([load, transform]))
+
+
+def _items(cohort: Cohort) -> list[dict[str, Any]]:
+    incomplete = [case.id for case in cohort.cases if set(cohort.modalities) - set(case.images)]
+    if incomplete:
+        raise DataError(
+            f"{len(incomplete)} of {len(cohort.cases)} cases lack a modality: {', '.join(incomplete[:20])}",
+            where=cohort.root,
+            expected=f"{', '.join(cohort.modalities)} in each case",
+            remedy=f"Add the files, or move these cases; details: segkit check {cohort.root}",
+        )
+    return [_item(case, cohort.modalities) for case in cohort.cases]
+
+
+def _item(case: Case, modalities: tuple[str, ...]) -> dict[str, Any]:
+    files = [case.images[name] for name in modalities]
+    paths = [str(file.path) for file in files]
+    is_one_file = len(set(paths)) == 1 and [file.channel or 0 for file in files] == list(range(len(files)))
+    item: dict[str, Any] = {IMAGE: paths[0] if is_one_file else paths}
+    if case.label is not None:
+        item[LABEL] = str(case.label.path)
+        if case.scheme is not None:
+            item[SCHEME] = case.scheme.to_json()
+    return {**item, "case": case.id}
