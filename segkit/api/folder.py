@@ -34,7 +34,7 @@ def infer(
     *,
     backend: BackendName = "auto",
     device: str = "auto",
-    tta: bool = False,
+    tta: bool | None = None,
     save_probabilities: bool = False,
     uncertainty: bool = False,
     class_masks: bool = False,
@@ -60,8 +60,9 @@ def infer(
 
     `out/<case>.nii.gz` is uint8 on the grid of the scan, in its label scheme. A case that fails is recorded in the
     manifest (`summary["failed"]`, `cases[i]["error"]`) and does not stop the others; finished cases are skipped.
-    `model` is a run folder or an export; several make an ensemble. `memory` is in GiB, or "8G". `cases` are ids, or a
-    text file of them. `modalities` maps a modality to the suffix of its files. `on_record` is called after each case.
+    `model` is a run folder or an export; several make an ensemble. `memory` is in GiB, or "8G". `cases` are ids, or
+    a text file of them. `tta` None mirrors inputs for models of nnU-Net only, as nnU-Net does. `modalities` maps a
+    modality to the suffix of its files. `on_record` is called after each case.
     The other arguments are the options of `segkit infer`.
 
     Raises:
@@ -90,7 +91,7 @@ def open_segmentation(
     num_parts: int,
     part_id: int,
     *,
-    tta: bool,
+    tta: bool | None,
     postprocessing: bool,
     **of_segment: Any,
 ) -> AbstractContextManager[OpenFolder]:

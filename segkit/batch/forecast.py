@@ -94,7 +94,7 @@ def kept_by_crop(predictor: Predictor, case: Case) -> tuple[float, ...]:
     """Share of each axis, after orientation, that the crop leaves of the first image; DataError if it is damaged."""
     config, first = predictor.card.preprocessing, next(iter(case.images.values()))
     if config.crop != "nonzero":
-        return (1.0,) * predictor.card.dims
+        return (1.0,) * predictor.dims
     volume = read_volume(first.path, first.channel)
     start, stop = crop_box(np.asarray(volume.array)[None], config.crop)
     axes = reorientation_to(volume.grid, config.orientation).axes
@@ -127,7 +127,7 @@ class Forecaster:
 
     def __init__(self, predictor: Predictor, kept: Sequence[float] | None = None) -> None:
         self.predictor = predictor
-        self.kept = tuple(kept or (1.0,) * predictor.card.dims)
+        self.kept = tuple(kept or (1.0,) * predictor.dims)
         held = current_rss_mb()  # before a window is computed: its memory is added
         self.costs = [window_cost(member) for member in predictor.members]
         self.held_mb = held + sum(cost.memory_mb for cost in self.costs)
@@ -196,7 +196,7 @@ def window_cost(predictor: Predictor) -> WindowCost:
 
 
 def _measured(predictor: Predictor) -> WindowCost:
-    shape = (1, len(predictor.card.modalities), *predictor.window)
+    shape = (1, predictor.card.input_channels, *predictor.window)
     window = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     held, peak = current_rss_mb(), peak_rss_mb()
     predictor.backend(window)  # the first call is slower: memory is allocated and kernels are chosen

@@ -19,7 +19,7 @@ from segkit.inference.predictor import UNCERTAINTIES, Predictor, Stage
 from segkit.inference.scans import Prediction
 from segkit.labels import SCHEMES, LabelScheme
 from segkit.preparing.preprocessing import PreparedCase
-from segkit.reading.case import Case, Cohort, file_name_of, match_modalities
+from segkit.reading.case import Case, Cohort, file_name_of
 from segkit.reading.dicom_seg import is_dicom_source, write_dicom_seg
 from segkit.reading.files import read_labels, write_labels
 from segkit.reading.volume import Grid
@@ -87,7 +87,7 @@ class Segment(Task[SegmentPlan]):
 
     def check(self, cohort: Cohort) -> None:
         """RequestError for pictures with a model of volumes, the reverse, or a scheme without all tissues."""
-        refuse_other_dims(cohort, self.predictor.card.dims)
+        refuse_other_dims(cohort, self.predictor.dims)
         self._requested_scheme()
 
     def label_scheme_for(self, case: Case, cohort: Cohort) -> str:
@@ -96,7 +96,8 @@ class Segment(Task[SegmentPlan]):
 
     def _scheme_for(self, case: Case, cohort: Cohort) -> LabelScheme:
         """The requested scheme, else that of the input if it has all tissues of the model, else that of training."""
-        named = self._requested_scheme() or case.scheme or cohort.scheme
+        of_input = None if self.predictor.keeps_values else case.scheme or cohort.scheme
+        named = self._requested_scheme() or of_input
         return self.predictor.scheme if named is None or not self.predictor.can_paint(named) else named
 
     def _requested_scheme(self) -> LabelScheme | None:
@@ -114,7 +115,7 @@ class Segment(Task[SegmentPlan]):
     def plan(self, case: Case, cohort: Cohort, output: Path) -> SegmentPlan:
         """The files of a case below `output`; raises DataError if a modality is missing."""
         wanted = self.predictor.card.modalities
-        matched = match_modalities(case, wanted, allow_missing=self.allow_missing)
+        matched = self.predictor.match(case, allow_missing=self.allow_missing)
         mask_suffix, map_suffix = (".png", ".tif") if cohort.dims == 2 else (".nii.gz", ".nii.gz")
 
         def maps(folder: str, names: Sequence[str]) -> tuple[Path, ...]:

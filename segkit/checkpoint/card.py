@@ -14,6 +14,7 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from segkit.config import Config
 from segkit.errors import CheckpointError
 from segkit.labels import LabelScheme, Output, scheme_from_json
+from segkit.preparing.nnunet import NnUnetConfig
 from segkit.preparing.preprocessing import Crop, Normalisation, PreprocessingConfig
 from segkit.reading.case import is_file_name
 
@@ -248,6 +249,8 @@ class ModelCard(CardPart):
     """Digest of `model.safetensors`."""
     export: ExportCard | None = None
     bundle: BundleCard | None = None
+    nnunet: NnUnetConfig | None = None
+    """How nnU-Net prepares cases for its models; `preprocessing` is then near to it only."""
     training_data: TrainingData
 
     @model_validator(mode="before")
@@ -339,6 +342,6 @@ class ModelCard(CardPart):
                 if value and value["label_scheme"]["ignore"] is None:
                     del value["label_scheme"]["ignore"]
                 document |= value or unused
-            elif key not in ("export", "bundle") or value is not None:
+            elif key not in ("export", "bundle", "nnunet") or value is not None:
                 document[key] = value
         return document

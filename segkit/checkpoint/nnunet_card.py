@@ -19,6 +19,7 @@ from segkit.checkpoint.nnunet import Results, numbered, plans_understood
 from segkit.checkpoint.tensors import named_tensors, read_torch
 from segkit.errors import CheckpointError
 from segkit.models.stunet import SIZES
+from segkit.preparing.nnunet import NnUnetConfig, ResamplingConfig
 from segkit.reading.files import file_sha256
 
 _FAMILIES = {"PlainConvUNet": "plainunet", "ResidualEncoderUNet": "resencunet"}
@@ -84,6 +85,7 @@ def make_card(results: Results) -> ModelCard:
                 outputs=results.outputs,
                 label_scheme=SchemeCard.model_validate(results.scheme.to_json()),
             ),
+            nnunet=_preparation(results),
             versions={"nnunet": str(results.version), "trainer": results.trainer},
             sha256=file_sha256(path),
             training_data=TrainingData(
@@ -92,6 +94,34 @@ def make_card(results: Results) -> ModelCard:
                 cases=int(dataset.get("numTraining") or 0),
             ),
         )
+
+
+def _preparation(results: Results) -> NnUnetConfig:
+    plans, configuration = results.plans, results.configuration
+    return NnUnetConfig(
+        reader=str(plans["image_reader_writer"]).rpartition(".")[2],
+        transpose_forward=tuple(int(axis) for axis in plans["transpose_forward"]),
+        normalization_schemes=tuple(str(name).rpartition(".")[2] for name in configuration["normalization_schemes"]),
+        use_mask_for_norm=tuple(map(bool, configuration["use_mask_for_norm"])),
+        intensities=tuple(intensities(results)),
+        **{kind: _resampling(results, kind) for kind in ("data", "seg", "probabilities")},
+        previous_stage=results.previous_stage,
+        previous_labels=results.foreground if results.previous_stage else (),
+    )
+
+
+def _resampling(results: Results, kind: str) -> ResamplingConfig:
+    function = str(results.configuration.get(f"resampling_fn_{kind}", "resample_data_or_seg_to_shape"))
+    given = dict(results.configuration.get(f"resampling_fn_{kind}_kwargs") or {})
+    order = int(given.get("order", 3 if kind == "data" else 1))
+    order_z = int(given.get("order_z", 0))
+    if order_z or (kind != "data" and order != 1):
+        found, remedy = f"resamples {kind} with order {order}, order_z {order_z}", "Segment with nnU-Net itself"
+        expected = "order_z 0, and order 1 for masks and logits"
+        raise CheckpointError(found, where=results.checkpoints[0], expected=expected, remedy=remedy)
+    keys = ("force_separate_z", "separate_z_anisotropy_threshold")
+    options = {key: given[key] for key in keys if key in given}
+    return ResamplingConfig(function=function.rpartition(".")[2], order=order, **options)
 
 
 def _network(tensors: Mapping[str, Tensor], results: Results) -> NetworkCard:

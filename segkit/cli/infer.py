@@ -53,7 +53,13 @@ ENGINE = {
     ],
 }
 _SEGMENTATION = {
-    "tta": Annotated[bool, typer.Option("--tta", help="Average over mirrored inputs: better, up to 8 times slower.")],
+    "tta": Annotated[
+        bool | None,
+        typer.Option(
+            "--tta/--no-tta",
+            help="Average over mirrored inputs: better, up to 8 times slower. Default: only models of nnU-Net.",
+        ),
+    ],
     "allow_missing": Annotated[
         bool, typer.Option("--allow-missing", help="Continue without modalities that a case lacks; recorded.")
     ],

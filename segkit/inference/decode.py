@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +20,14 @@ from numpy.typing import NDArray
 from segkit.errors import CheckpointError
 from segkit.inference.sliding_window import Logits, Slab
 from segkit.preparing.preprocessing import Preparation
-from segkit.preparing.resampling import Neighbours, neighbours, resample_plane
+from segkit.preparing.resampling import Neighbours, nearest_neighbours, neighbours, resample_plane
 from segkit.reading.files import write_image
 from segkit.shapes import AnyArray, LabelMap
 
 Activation = Literal["sigmoid", "softmax"]
 
+_HALF_STEP = 2.0**-10
+"""Largest distance of neighbouring numbers of half precision, relative to them."""
 _AT_ONCE = 4096
 """Voxels interpolated at a time, so that their outputs fit into the cache of a core."""
 
@@ -40,7 +42,7 @@ def decode(slabs: Iterable[Slab], preparation: Preparation, activation: Activati
         CheckpointError: the logits contain NaN, or their number differs from that of the values.
     """
     whole = np.zeros(preparation.reoriented_shape, np.uint8)
-    _paint(slabs, whole[preparation.crop_slices], preparation.resampled_shape, activation, values)
+    _paint(slabs, whole[preparation.crop_slices], preparation.resampled_shape, activation, values, preparation)
     return _to_source(whole, preparation)
 
 
@@ -79,7 +81,12 @@ def logits_of(shares: Logits, activation: Activation) -> Logits:
 
 
 def _paint(
-    slabs: Iterable[Slab], box: LabelMap, shape: tuple[int, ...], activation: Activation, values: Sequence[int]
+    slabs: Iterable[Slab],
+    box: LabelMap,
+    shape: tuple[int, ...],
+    activation: Activation,
+    values: Sequence[int],
+    preparation: Preparation | None = None,
 ) -> None:
     """Paint slabs of a prepared grid of that shape into `box` (*cropped), in place."""
     table, resampling = np.asarray(values, np.uint8), None
@@ -96,7 +103,7 @@ def _paint(
         if shape == box.shape:
             box[slab.index] = _labels(_decide(slab.logits, activation), activation, table)
         else:
-            resampling = resampling or _SlabResampling(shape, box.shape, slab.axis)
+            resampling = resampling or _SlabResampling(shape, box.shape, slab.axis, preparation)
             _paint_resampled(slab, resampling, np.moveaxis(box, slab.axis, 0), activation, table)
 
 
@@ -125,10 +132,19 @@ def _labels(decided: AnyArray, activation: Activation, values: NDArray[np.uint8]
 class _SlabResampling:
     """Linear resampling of slabs as they arrive; the axis of the slabs is the first, of planes (*across)."""
 
-    def __init__(self, old: tuple[int, ...], new: tuple[int, ...], axis: int) -> None:
+    def __init__(
+        self, old: tuple[int, ...], new: tuple[int, ...], axis: int, preparation: Preparation | None = None
+    ) -> None:
         self.axis = axis
-        self.along = neighbours(old[axis], new[axis])
-        self.across = [neighbours(old[other], new[other]) for other in range(len(old)) if other != axis]
+        self.rounds = preparation is not None and preparation.rounds_to_half
+        nearest = None if preparation is None else preparation.nearest_axis
+        dtype = np.float64 if self.rounds else np.float32
+        near = [
+            nearest_neighbours(*sizes, dtype) if other == nearest else neighbours(*sizes, dtype)
+            for other, sizes in enumerate(zip(old, new, strict=True))
+        ]
+        self.along = near.pop(axis)
+        self.across = near
         self._ready = 0
         self._kept: Logits | None = None
         self._first = 0
@@ -142,7 +158,7 @@ class _SlabResampling:
         self._first = stop - planes.shape[1]
         return planes
 
-    def ready(self, stop: int) -> Iterator[tuple[int, int, int, np.float32]]:
+    def ready(self, stop: int) -> Iterator[tuple[int, int, int, np.floating[Any]]]:
         """New planes between those added: index, positions of its two neighbours, weight of the second."""
         while self._ready < len(self.along.upper) and self.along.upper[self._ready] < stop:
             index, self._ready = self._ready, self._ready + 1
@@ -157,6 +173,8 @@ def _paint_resampled(
     logits, across = resampling.add(slab.logits, slab.stop), resampling.across
     decided = _decide(logits, activation)
     labels = _labels(decided, activation, values)
+    if resampling.rounds and activation == "softmax":
+        decided = np.where(_is_close(logits), np.arange(logits[0].size).reshape(decided.shape) + 256, decided)
     side_by_side = np.ascontiguousarray(np.moveaxis(logits, 0, -1))  # (..., K): outputs of a voxel are adjacent
     last, alike = -1, np.empty(0, np.bool_)
     for index, lower, upper, weight in resampling.ready(slab.stop):
@@ -165,10 +183,26 @@ def _paint_resampled(
         target[index] = _spread(labels[lower], across)
         places = np.nonzero(~_spread(alike, across))
         if len(places[0]):
-            between = side_by_side[lower] + (side_by_side[upper] - side_by_side[lower]) * weight
+            between = side_by_side[lower] + (side_by_side[upper] - side_by_side[lower]) * weight  # float64 if it rounds
             for start in range(0, len(places[0]), _AT_ONCE):
                 some = tuple(place[start : start + _AT_ONCE] for place in places)
-                target[index][some] = _labels(_decide(_at(between, some, across).T, activation), activation, values)
+                found = _at(between, some, across)
+                if resampling.rounds:
+                    found = found.astype(np.float16)
+                target[index][some] = _labels(_decide(found.T, activation), activation, values)
+
+
+def _is_close(logits: Logits) -> NDArray[np.bool_]:
+    """Whether the best two of the outputs (K, ...) could become equal when interpolations are rounded, (...)."""
+    if len(logits) == 1:
+        return np.zeros(logits.shape[1:], np.bool_)
+    best, second = logits[0].copy(), np.full_like(logits[0], -np.inf)
+    for plane in logits[1:]:
+        np.maximum(second, np.minimum(best, plane), out=second)
+        np.maximum(best, plane, out=best)
+    step = _HALF_STEP * max(float(best.max()), -float(second.min()))
+    close: NDArray[np.bool_] = best - second <= step
+    return close
 
 
 def _alike(lower: AnyArray, upper: AnyArray) -> NDArray[np.bool_]:
@@ -215,19 +249,29 @@ def _between(lower: Logits, upper: Logits, weight: Logits) -> Logits:
     return lower
 
 
-def merged(streams: Sequence[Iterator[Slab]], activation: Activation) -> Iterator[Slab]:
+def merged(streams: Sequence[Iterator[Slab]], activation: Activation, *, of_logits: bool = False) -> Iterator[Slab]:
     """Slabs of the mean probability of several models, as logits, with the disagreement of the models.
 
-    `spread` is twice the standard
-    deviation of the members' probabilities, the largest over the outputs: 0 where all agree, 1 where one half has
-    probability 1 and the other 0.
+    With `of_logits`, of their mean logits, in half precision as in nnU-Net. `spread` is twice the standard deviation of
+    the members' probabilities, the largest over the outputs: 0 where all agree, 1 where one half has probability 1 and
+    the other 0.
     """
     for parts in _aligned(streams):
         members = [probabilities(part.logits, activation) for part in parts]
         mean: Logits = sum(members[1:], members[0]) / np.float32(len(members))
         variance = sum((member - mean) ** 2 for member in members) / len(members)
         spread = 2 * np.sqrt(np.asarray(variance)).max(0)
-        yield Slab(parts[0].axis, parts[0].start, parts[0].stop, logits_of(mean, activation), spread)
+        logits = _half_mean([part.logits for part in parts]) if of_logits else logits_of(mean, activation)
+        yield Slab(parts[0].axis, parts[0].start, parts[0].stop, logits, spread)
+
+
+def _half_mean(members: Sequence[Logits]) -> Logits:
+    """The mean of logits of half precision, each sum and the quotient rounded to it, in float32."""
+    total = members[0].astype(np.float16)
+    for member in members[1:]:
+        total += member
+    total /= np.float32(len(members))
+    return total.astype(np.float32)
 
 
 def _aligned(streams: Sequence[Iterator[Slab]]) -> Iterator[list[Slab]]:

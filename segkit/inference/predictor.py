@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -37,7 +37,7 @@ from segkit.inference.sliding_window import Slab, WindowPlan, plan_windows, pred
 from segkit.labels import LabelScheme, painted_values, translate, translation
 from segkit.preparing.preprocessing import LoadedCase, Preparation, PreparedCase, load_case, prepare
 from segkit.preparing.resampling import resampled_shape
-from segkit.reading.case import Case
+from segkit.reading.case import Case, match_modalities
 from segkit.reading.geometry import reorientation_to, reoriented_grid
 from segkit.reading.volume import Grid
 from segkit.shapes import LabelMap
@@ -59,6 +59,8 @@ class Predictor:
     backend: Backend
     card: ModelCard
     _: KW_ONLY
+    keeps_values: ClassVar[bool] = False
+    """Whether masks have the values of the training data, in whatever layout the scans are."""
     uses_tta: bool = False
     """Average over mirrored inputs."""
     uses_postprocessing: bool = True
@@ -80,12 +82,13 @@ class Predictor:
         backend: str = "torch",
         *,
         threads: int | None = None,
-        uses_tta: bool = False,
+        uses_tta: bool | None = None,
         uses_postprocessing: bool = True,
     ) -> Predictor:
         """The predictor of a run folder, an export or a MONAI bundle; of several, or of all folds, their ensemble.
 
-        `threads` are those of a CPU; None is one for each core.
+        `threads` are those of a CPU; None is one for each core. `uses_tta` None mirrors as nnU-Net does for its models,
+        and not for others.
 
         Raises:
             CheckpointError: a model is missing or damaged.
@@ -97,23 +100,30 @@ class Predictor:
         models = [(folder, load_card(folder)) for path in paths for folder in model_folders(path)]
         for folder, card in models:
             require_segmentation(card, folder)
-            if card.network.in_channels != len(card.modalities):
-                raise RequestError("needs the masks of a previous stage as input", where=folder)
         check_agreement([card for _, card in models], [folder for folder, _ in models])
-        kind = Predictor
-        if any(card.bundle is not None for _, card in models):
+        kind, options = Predictor, {"uses_tta": bool(uses_tta), "uses_postprocessing": uses_postprocessing}
+        if models[0][1].nnunet is not None:
+            from segkit.inference.nnunet import NnUnetPredictor, nnunet_options
+
+            kind = NnUnetPredictor
+            load = functools.partial(cls.load, device=device, backend=backend, threads=threads, uses_tta=uses_tta)
+            options |= nnunet_options(*models[0], load, uses_tta)
+        elif any(card.bundle is not None for _, card in models):
             from segkit.inference.bundle import BundlePredictor, require_alone
 
-            require_alone([folder for folder, _ in models], uses_tta=uses_tta)
+            require_alone([folder for folder, _ in models], uses_tta=bool(uses_tta))
             kind = BundlePredictor
-        options = {"uses_tta": uses_tta, "uses_postprocessing": uses_postprocessing}
         members = []
         for folder, card in models:
             reopen = functools.partial(open_backend, folder, card, str(device), backend, threads=threads)
             window, opened = open_with_room(reopen, card, card.patch_size)
             member = kind(opened, card, window=window, reopen=reopen, **options)
             members.append(member if card.export is None else replace(member, backend=opened.opened, reopen=None))
-        return members[0] if len(members) == 1 else Ensemble.of(members)
+        return members[0] if len(members) == 1 else members[0].ensemble(members)
+
+    def ensemble(self, members: Sequence[Predictor]) -> Predictor:
+        """The ensemble of this predictor and others of its kind."""
+        return Ensemble.of(members)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but `reopen`: windows are chosen where the model was loaded, so that masks are the same anywhere."""
@@ -124,10 +134,19 @@ class Predictor:
         """The predictors of single networks that this one consists of."""
         return (self,)
 
+    @property
+    def dims(self) -> int:
+        """Axes of the images: 3 for volumes, 2 for pictures."""
+        return self.card.dims
+
     @functools.cached_property
     def scheme(self) -> LabelScheme:
         """The label scheme of the training data."""
         return self.card.scheme()
+
+    def match(self, case: Case, *, allow_missing: bool = False) -> Case:
+        """See `segkit.reading.case.match_modalities`."""
+        return match_modalities(case, self.card.modalities, allow_missing=allow_missing)
 
     @property
     def segmentation(self) -> SegmentationCard:
@@ -187,7 +206,7 @@ class Predictor:
         Raises:
             DataError: the scan cannot be read or used, or is not what the network was trained on.
         """
-        loaded = read_scan(scan, affine, self.card.modalities, self.card.dims)
+        loaded = read_scan(scan, affine, self.card.modalities, self.dims)
         return self.predict_prepared(self.prepare(loaded), with_probabilities=with_probabilities)
 
     def predict_loaded(self, loaded: LoadedCase, scheme: LabelScheme | None = None) -> Prediction:
@@ -246,10 +265,10 @@ class Predictor:
         Raises:
             DataError: a picture for a network of volumes, or the reverse.
         """
-        if loaded.grid.dims != self.card.dims:
+        if loaded.grid.dims != self.dims:
             kinds = {2: "a picture", 3: "a volume"}
             found = f"is {kinds.get(loaded.grid.dims, 'neither picture nor volume')}"
-            expected = f"{kinds[self.card.dims]}, as this model was trained on"
+            expected = f"{kinds[self.dims]}, as this model was trained on"
             remedy = "Choose another model, or convert the images"
             raise DataError(found, where=loaded.grid.source or loaded.id, expected=expected, remedy=remedy)
         return self._prepared(loaded)
@@ -326,12 +345,12 @@ class Ensemble(Predictor):
 
     def with_backends(self, change: Callable[[Backend], Backend]) -> Predictor:
         """See `Predictor.with_backends`."""
-        return Ensemble.of([member.with_backends(change) for member in self.members])
+        return self.members[0].ensemble([member.with_backends(change) for member in self.members])
 
     def with_smaller_window(self) -> Predictor | None:
         """Every member with smaller windows; None where one of them has none."""
         smaller = [found for member in self.members if (found := member.with_smaller_window()) is not None]
-        return Ensemble.of(smaller) if len(smaller) == len(self.members) else None
+        return smaller[0].ensemble(smaller) if len(smaller) == len(self.members) else None
 
     def slabs(self, prepared: PreparedCase, axis: int | None = None) -> Iterator[Slab]:
         """Logits (K, *prepared) of the mean probability of all members, with their disagreement."""

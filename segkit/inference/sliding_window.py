@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
-from typing import TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from segkit.checkpoint.card import Blending, Padding
 from segkit.shapes import Image
@@ -29,6 +30,8 @@ Network: TypeAlias = Callable[[Logits], Logits]
 _SIGMA = 0.125
 """Standard deviation of the Gaussian as a fraction of the window, as in nnU-Net and MONAI."""
 _LOWEST_WEIGHT = 1e-3
+_PART_VALUES = 2**25
+"""Logits that are converted from half precision at a time."""
 _SAMPLE_STEP = 16
 """Step in voxels of the first test whether a window is constant."""
 
@@ -65,7 +68,8 @@ class WindowPlan:
     starts: tuple[tuple[int, ...], ...]
     axis: int
     """Axis of the slabs; by default that with the smallest slabs of one window's depth."""
-    blending: Blending = "gaussian"
+    blending: Blending | Literal["half"] = "gaussian"
+    """half: sums, weights and quotients in half precision, as in nnU-Net; slabs are then along axis 0."""
     padding: Padding = "constant"
 
     @property
@@ -117,7 +121,16 @@ def predict_slabs(
             cut = list(inside)
             cut[axis] = slice(first - start, last - start)
             offset = inside[axis].start
-            yield Slab(axis, first - offset, last - offset, logits[(slice(None), *cut)])
+            slab = Slab(axis, first - offset, last - offset, logits[(slice(None), *cut)])
+            yield from _parts(slab) if plan.blending == "half" else [slab]
+
+
+def _parts(slab: Slab) -> Iterator[Slab]:
+    """A slab of half precision as thin slabs of float32, so that few of its logits exist twice."""
+    planes = max(1, _PART_VALUES * (slab.stop - slab.start) // slab.logits.size)
+    for start in range(slab.start, slab.stop, planes):
+        part = slab.part(start, min(start + planes, slab.stop))
+        yield replace(part, logits=part.logits.astype(np.float32))
 
 
 class _Rows:
@@ -127,15 +140,17 @@ class _Rows:
         self.plan = plan
         self.shape = [*plan.shape[: plan.axis], plan.window[plan.axis], *plan.shape[plan.axis + 1 :]]
         is_even = plan.blending == "constant"
-        self.weight = np.ones(plan.window, np.float32) if is_even else _gaussian(plan.window)
-        self.weights = np.zeros(self.shape, np.float32)
-        self.sums: Logits | None = None
+        self.weight: NDArray[np.floating[Any]] = np.ones(plan.window, np.float32) if is_even else _gaussian(plan.window)
+        if plan.blending == "half":
+            self.weight = nnunet_weight(plan.window)
+        self.weights: NDArray[Any] = np.zeros(self.shape, self.weight.dtype)
+        self.sums: NDArray[Any] | None = None
         self.scratch: Logits | None = None
 
     def add(self, place: tuple[int, ...], logits: Logits) -> None:
         """Add the logits (K, *window) of the window that starts at `place`."""
         if self.sums is None or self.scratch is None:
-            self.sums = np.zeros((len(logits), *self.shape), np.float32)
+            self.sums = np.zeros((len(logits), *self.shape), self.weights.dtype)
             self.scratch = np.empty(self.plan.window, np.float32)
         place = (*place[: self.plan.axis], 0, *place[self.plan.axis + 1 :])
         box = _box(place, self.plan.window)
@@ -149,7 +164,7 @@ class _Rows:
         if self.sums is None:
             raise ValueError("no window was added")
         finished = (*(slice(None),) * self.plan.axis, slice(0, count))
-        done: Logits = self.sums[(slice(None), *finished)] / self.weights[finished]
+        done: Logits = self.sums[(slice(None), *finished)] / self.weights[finished]  # of half precision: also half
         for array, axis in ((self.sums, self.plan.axis + 1), (self.weights, self.plan.axis)):
             planes = np.moveaxis(array, axis, 0)
             kept = len(planes) - count
@@ -205,3 +220,13 @@ def _gaussian(window: Sequence[int]) -> NDArray[np.float32]:
         place = np.arange(length) - (length - 1) / 2
         weight = weight[..., None] * np.exp(-(place**2) / (2 * (_SIGMA * length) ** 2))
     return np.maximum(weight, _LOWEST_WEIGHT).astype(np.float32)
+
+
+def nnunet_weight(window: Sequence[int]) -> NDArray[np.float16]:
+    """nnU-Net's weight of each voxel, (*window): a filtered point, 10 in the centre, in half precision, never 0."""
+    point = np.zeros(window)
+    point[tuple(length // 2 for length in window)] = 1
+    weight = ndimage.gaussian_filter(point, [_SIGMA * length for length in window], mode="constant")
+    half: NDArray[np.float16] = (weight / (weight.max() / 10)).astype(np.float32).astype(np.float16)
+    half[half == 0] = half[half > 0].min()
+    return half

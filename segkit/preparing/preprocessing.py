@@ -187,6 +187,10 @@ class Preparation:
     crop: tuple[tuple[int, ...], tuple[int, ...]]
     resampled_shape: tuple[int, ...]
     spacing_mm: tuple[float, ...]
+    nearest_axis: int | None = None
+    """Axis along which decoding takes the nearest logits, instead of interpolating; of nnU-Net's models."""
+    rounds_to_half: bool = False
+    """Whether decoding rounds interpolated logits to half precision, as nnU-Net does."""
 
     @property
     def reoriented_shape(self) -> tuple[int, ...]:

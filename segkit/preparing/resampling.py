@@ -6,10 +6,10 @@ covers the same part of the patient; beyond the centres of the outermost voxels 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from segkit.shapes import Image, LabelMap
 
@@ -35,19 +35,26 @@ def resampled_shape(
 class Neighbours(NamedTuple):
     """Positions of the voxels of a resampled axis between the voxels `lower` and `upper` of the old axis.
 
-    All are (new,); upper is at most one higher; weight is the weight of upper, float32 in 0..1.
+    All are (new,); upper is at most one higher; weight is the weight of upper, in 0..1.
     """
 
     lower: NDArray[np.intp]
     upper: NDArray[np.intp]
-    weight: NDArray[np.float32]
+    weight: NDArray[np.floating[Any]]
 
 
-def neighbours(old: int, new: int) -> Neighbours:
+def nearest_neighbours(old: int, new: int, dtype: DTypeLike = np.float32) -> Neighbours:
+    """The nearest of `old` voxels for each of `new` that cover the same length, as both neighbours."""
+    place = np.floor(old / new * (np.arange(new) + 0.5) - 0.5 + 0.5)
+    nearest = np.clip(place, 0, old - 1).astype(np.intp)
+    return Neighbours(nearest, nearest, np.zeros(new, dtype))
+
+
+def neighbours(old: int, new: int, dtype: DTypeLike = np.float32) -> Neighbours:
     """The neighbours of `new` voxels among `old` voxels that cover the same length in mm."""
     place = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, old - 1)
     lower = place.astype(np.intp)
-    return Neighbours(lower, np.minimum(lower + 1, old - 1), (place - lower).astype(np.float32))
+    return Neighbours(lower, np.minimum(lower + 1, old - 1), (place - lower).astype(dtype))
 
 
 def resample_plane(plane: NDArray[np.float32], shape: Sequence[int]) -> NDArray[np.float32]:

@@ -254,5 +254,10 @@ def _may_take_in_order(found: Sequence[str], wanted: Sequence[str]) -> bool:
 
 
 def _is_number(name: str) -> bool:
-    """Whether a channel has no name: "0" or "channel_0"."""
-    return name.removeprefix("channel_").isdigit()
+    return channel_number(name) is not None
+
+
+def channel_number(name: str) -> int | None:
+    """The number of a channel without a name, "0" or "channel_0"; None for names."""
+    digits = name.removeprefix("channel_")
+    return int(digits) if digits.isdecimal() else None

@@ -147,6 +147,13 @@ def image_reader(path: Path, image_io: str) -> Any:
     return reader
 
 
+def image_spacing(path: Path) -> tuple[float, ...]:
+    """The voxel spacing in mm of a NRRD or MetaImage file that `open_itk` accepts, as its header states it."""
+    reader = image_reader(path, _IMAGE_IO[path.suffix.lower()])
+    reader.ReadImageInformation()
+    return tuple(reader.GetSpacing()[:3])
+
+
 def affine_from_itk(origin: Sequence[float], spacing: Sequence[float], direction: Sequence[float]) -> Affine:
     """The RAS affine (4, 4) of ITK's origin (n), spacing (n) and row-major direction (n x n), for 2, 3 or 4 axes."""
     axes = len(origin)
