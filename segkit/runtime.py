@@ -59,56 +59,88 @@ def process_place() -> ProcessPlace:
     return place
 
 
-def pick_device(name: str | None = None) -> torch.device:
-    """The named device; by default, or with "auto", CUDA if there is a GPU, else the CPU.
+def devices() -> tuple[str, ...]:
+    """The devices of this machine, the best first: "cuda:0", "cuda:1" and so on, "mps", "cpu".
 
-    Each of several processes on a machine gets its own GPU, unless the name has a number.
+    torch is loaded only where there may be a GPU: on Linux, where there are device files of one.
+    """
+    if "torch" not in sys.modules and not _may_have_gpu():
+        return ("cpu",)
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    mps = ("mps",) if torch.backends.mps.is_available() else ()
+    return (*(f"cuda:{number}" for number in range(gpus)), *mps, "cpu")
+
+
+def _may_have_gpu() -> bool:
+    if sys.platform != "linux":
+        return True
+    folder = Path("/dev")  # of NVIDIA, of NVIDIA's boards, of AMD, of NVIDIA within Windows
+    return any(any(folder.glob(pattern)) for pattern in ("nvidia[0-9]*", "nv*gpu", "kfd", "dxg"))
+
+
+def device_name(name: str | None = None) -> str:
+    """The device to compute on, one of `devices`: the named one, or, with None or "auto", the best.
+
+    "cuda" without a number is the GPU with the rank of this process among those of the machine.
+
+    Raises:
+        RequestError: the name is unknown or the machine lacks that device.
+    """
+    found = devices()
+    kind, _, number = (found[0].partition(":")[0] if name in (None, "auto") else str(name)).partition(":")
+    if kind not in ("cpu", "cuda", "mps") or not (number.isdecimal() or not number):
+        remedy = "Pass one of them to --device"
+        raise RequestError(f"device {name!r} is not known", expected="cpu, cuda, cuda:N or mps", remedy=remedy)
+    index = int(number) if number else process_place().local_rank if kind == "cuda" else 0
+    chosen = f"cuda:{index}" if kind == "cuda" else kind
+    if chosen not in found or (kind != "cuda" and index):
+        wanted = chosen if name in (None, "auto") else name
+        raise RequestError(f"this machine has no usable {wanted} device", remedy=f"Pass --device {found[0]}")
+    return chosen
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """`device_name` as a device of torch; a GPU is also made the current one of this process.
 
     Raises:
         RequestError: the name is unknown or the machine lacks that device.
     """
     import torch
 
-    local_rank, name = process_place().local_rank, None if name == "auto" else name
-    if local_rank and name in (None, "cuda") and torch.cuda.is_available():
-        name = f"cuda:{local_rank}"
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise RequestError(
-            f"device {name!r} is not known", expected="cpu, cuda, cuda:N or mps", remedy="Pass one of them to --device"
-        ) from error
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    counts = {"cpu": 1, "cuda": gpus, "mps": int(torch.backends.mps.is_available())}
-    if (device.index or 0) >= counts.get(device.type, 0):
-        raise RequestError(f"this machine has no usable {name} device", remedy="Pass --device cpu")
+    device = torch.device(device_name(name))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if device.type == "cpu":
         _report_spinning_threads()
     return device
-
-
-def may_have_gpu() -> bool:
-    """Whether there may be a GPU, so that torch is worth loading; on Linux, whether there are device files of one."""
-    if sys.platform != "linux":
-        return True
-    return any(Path("/dev").glob("nvidia[0-9]*")) or any(Path("/dev", name).exists() for name in ("kfd", "dxg"))
 
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
 def pick_precision(name: Literal["auto", Precision], device: torch.device) -> Precision:
-    """The precision of the forward pass: "auto" is bf16 on processors and GPUs that compute it natively, else fp32."""
+    """The precision of the forward pass: "auto" is bf16 on processors and GPUs that compute it natively, else fp32.
+
+    Of the other GPUs, those that compute fp16 fast (from V100, RTX 20 and T4 on) use fp16.
+    """
     import torch
 
     if name != "auto":
         return name
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        generation, _ = torch.cuda.get_device_capability(device)  # `is_bf16_supported` counts emulation
+        return "bf16" if generation >= 8 else "fp16" if generation == 7 else "fp32"
     can: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     return "bf16" if can.get("avx512_bf16") or can.get("amx_bf16") else "fp32"
+
+
+def exact_type(device: torch.device) -> torch.dtype:
+    """The dtype of long sums: float64, or float32 on Apple GPUs, which have no float64."""
+    import torch
+
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def seed_everything(seed: int) -> None:

@@ -15,7 +15,10 @@ from segkit.errors import ConfigError, DataError, Problem, RequestError, some
 from segkit.runtime import (
     available_memory_gb,
     current_rss_mb,
+    device_name,
+    devices,
     environment,
+    exact_type,
     peak_rss_mb,
     pick_device,
     pick_precision,
@@ -33,6 +36,64 @@ def test_unknown_device_is_refused_with_the_choice() -> None:
 def test_absent_device_is_refused_with_a_remedy() -> None:
     with pytest.raises(RequestError, match=r"no usable cuda device\. Pass --device cpu"):
         pick_device("cuda")
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """A machine with two GPUs, as torch reports them; the list gets the devices that are made the current one."""
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    return current
+
+
+def test_gpus_have_an_index_and_are_made_the_current_one(two_gpus: list[torch.device]) -> None:
+    assert devices() == ("cuda:0", "cuda:1", "cpu")
+    assert [str(pick_device(name)) for name in (None, "auto", "cuda", "cuda:1", "cpu")] == [
+        *("cuda:0", "cuda:0", "cuda:0", "cuda:1", "cpu"),
+    ]
+    assert [str(device) for device in two_gpus] == ["cuda:0", "cuda:0", "cuda:0", "cuda:1"]
+    with pytest.raises(RequestError, match=r"no usable cuda:2 device\. Pass --device cuda:0"):
+        pick_device("cuda:2")
+    with pytest.raises(RequestError, match="no usable mps device"):
+        pick_device("mps")
+
+
+@pytest.mark.parametrize(("local_rank", "expected"), [(0, "cuda:0"), (1, "cuda:1")])
+def test_each_process_has_its_own_gpu(
+    two_gpus: list[torch.device], monkeypatch: pytest.MonkeyPatch, local_rank: int, expected: str
+) -> None:
+    place = {"RANK": local_rank, "WORLD_SIZE": 3, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": 3}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    assert str(pick_device()) == str(pick_device("cuda")) == expected
+    assert str(pick_device("cuda:0")) == "cuda:0"
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(RequestError, match="no usable cuda:2 device"):
+        pick_device()
+
+
+def test_an_apple_gpu_is_used_where_it_is_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert device_name() == "mps"
+    assert device_name("cpu") == "cpu"
+    assert exact_type(torch.device("mps")) == torch.float32
+    assert exact_type(torch.device("cpu")) == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((6, 1), "fp32"), ((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16"), ((12, 0), "bf16")],
+)
+def test_auto_is_what_the_gpu_in_use_computes_itself(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: str
+) -> None:
+    of_each = {"cuda:0": (9, 0), "cuda:1": capability}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: of_each[str(device)])
+    assert pick_precision("auto", torch.device("cuda:1")) == expected
+    assert pick_precision("fp32", torch.device("cuda:1")) == "fp32"
 
 
 @pytest.mark.parametrize(

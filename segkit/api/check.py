@@ -6,7 +6,6 @@ import itertools
 import logging
 import re
 import shlex
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -176,12 +175,10 @@ def _training_words(preset: str, settings: Mapping[str, Any], memory: str | floa
 
 
 def _preset_of_this_machine() -> str:
-    """The preset for this machine's device; torch is loaded only where there is an NVIDIA driver."""
-    from segkit.runtime import pick_device
+    """The preset for the best device of this machine."""
+    from segkit.runtime import devices
 
-    if shutil.which("nvidia-smi") is None:
-        return preset_for("cpu")
-    return preset_for(pick_device().type)
+    return preset_for(devices()[0].partition(":")[0])
 
 
 def _training_config(preset: str, settings: Mapping[str, Any]) -> TrainConfig:

@@ -181,7 +181,8 @@ class WindowCost:
 def window_cost(predictor: Predictor) -> WindowCost:
     """The cost of one window of a predictor on this machine: from the cache, or measured now."""
     size = "x".join(map(str, predictor.window))
-    key = (predictor.card.sha256, predictor.backend.name, size, available_cores())
+    backend = predictor.backend
+    key = (predictor.card.sha256, backend.name, str(backend.device), size, available_cores())
     path = cache_folder() / "costs" / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.json"
     try:
         return WindowCost(**json.loads(path.read_text(encoding="utf-8")))

@@ -205,7 +205,7 @@ def spread_over(gpus: int | None, device: str) -> None:
         RequestError: the machine has fewer GPUs, or torchrun started another number of processes.
         typer.Exit: all processes have ended.
     """
-    from segkit.runtime import may_have_gpu
+    from segkit.runtime import devices
 
     if gpus is None:
         return
@@ -216,11 +216,7 @@ def spread_over(gpus: int | None, device: str) -> None:
         return
     if device not in ("auto", "cuda"):
         raise RequestError(f"--gpus {gpus} and --device {device} contradict each other", remedy="Leave out one of them")
-    found = 0
-    if may_have_gpu():
-        import torch
-
-        found = torch.cuda.device_count()
+    found = sum(name.startswith("cuda") for name in devices())
     if found < gpus:
         raise RequestError(
             f"--gpus {gpus}, but this machine has {found or 'none'}",

@@ -25,6 +25,7 @@ from segkit.inference.backends import (
     OnnxRuntimeBackend,
     ReopenableBackend,
     TorchBackend,
+    has_cuda_runtime,
     installed_backends,
     open_graph,
     runtime_for,
@@ -33,7 +34,7 @@ from segkit.inference.graph import missing_exporters, require_onnx
 from segkit.inference.graph_check import require_harmless
 from segkit.inference.parity import LARGEST_DIFFERENCE, random_windows, relative_difference
 from segkit.reading.files import file_sha256
-from segkit.runtime import cache_folder, has_memory_limit, keep_freed_memory, may_have_gpu, pick_device, room_mb
+from segkit.runtime import cache_folder, device_name, has_memory_limit, keep_freed_memory, pick_device, room_mb
 
 GRAPH_NAME = "model.onnx"
 
@@ -53,17 +54,17 @@ def open_backend(
     """The backend of the model in `folder` for windows of `window` voxels.
 
     The device is cpu, cuda, cuda:N, mps or auto. Backend auto is torch on a GPU, and on a CPU the fastest that is
-    installed. `threads` are those on a CPU; None is the number of cores.
+    installed. Exports are computed by a GPU where ONNX Runtime can use it, see `_device_of_exports`. `threads` are
+    those on a CPU; None is the number of cores.
 
     Raises:
         CheckpointError: the model is missing or damaged.
         RequestError: the backend is not installed, or cannot compute this model on this device.
     """
     window = tuple(window)
-    on_cpu = device == "cpu" or (device == "auto" and (not may_have_gpu() or pick_device().type == "cpu"))
     if card.export is not None:
-        return _open_export(folder, card, name, window, threads)
-    if name == "torch" or not on_cpu or (name == "auto" and not can_write_graphs()):
+        return _open_export(folder, card, _device_of_exports(device, name, folder), name, window, threads)
+    if name == "torch" or device_name(device) != "cpu" or (name == "auto" and not can_write_graphs()):
         return _open_torch(folder, card, device, name, window, threads)
     require_onnx(", or pass --backend torch")
     if not card.sha256:
@@ -105,7 +106,28 @@ def can_write_graphs() -> bool:
     return bool(installed_backends()) and not missing_exporters()
 
 
-def _open_export(folder: Path, card: ModelCard, name: str, window: tuple[int, ...], threads: int | None) -> Backend:
+def _device_of_exports(device: str, name: str, folder: Path) -> str:
+    """The device that computes an export: a GPU needs ONNX Runtime's package for it; "auto" is a CPU without it.
+
+    Raises:
+        RequestError: the machine lacks the device, or the runtime cannot use it.
+    """
+    chosen = device_name(device)
+    if chosen == "cpu" or (chosen.startswith("cuda") and name in ("auto", "onnxruntime") and has_cuda_runtime()):
+        return chosen
+    if device == "auto":
+        return "cpu"
+    raise RequestError(
+        f"an export cannot be computed on {chosen} by backend {name}",
+        where=folder,
+        expected="a CPU, or an NVIDIA GPU with the package onnxruntime-gpu",
+        remedy="Pass --device cpu, or use the run folder that was exported",
+    )
+
+
+def _open_export(
+    folder: Path, card: ModelCard, device: str, name: str, window: tuple[int, ...], threads: int | None
+) -> Backend:
     if card.export is None or window != card.patch_size:
         raise RequestError(
             f"an export computes windows of {card.patch_size} voxels only, not {window}",
@@ -113,9 +135,11 @@ def _open_export(folder: Path, card: ModelCard, name: str, window: tuple[int, ..
             remedy="Use the run folder, or train with a smaller patch",
         )
     approved = [graph for graph in card.export.graphs if graph.is_approved]
-    timed = [graph for graph in approved if graph.seconds]
+    timed = [graph for graph in approved if graph.seconds and device == "cpu"]  # the times are those of a CPU
     graph = min(timed, key=lambda one: min(one.seconds.values())) if timed else approved[0]
     _require_whole(folder, graph)
+    if device != "cpu":
+        name = "onnxruntime"
     if name == "auto" and graph.seconds:
         installed = [backend for backend in graph.seconds if backend in installed_backends()]
         name = min(installed, key=graph.seconds.__getitem__, default=name)
@@ -124,7 +148,7 @@ def _open_export(folder: Path, card: ModelCard, name: str, window: tuple[int, ..
     with _explained(path):
         if runtime_for(name) == "openvino":
             _have_computed_elsewhere(path, graph, (1, card.input_channels, *window))
-        return GuardedBackend(open_graph(path, name, threads=threads), path, card.network.out_channels)
+        return GuardedBackend(open_graph(path, name, threads=threads, device=device), path, card.network.out_channels)
 
 
 def _have_computed_elsewhere(path: Path, graph: GraphCard, shape: tuple[int, ...]) -> None:
@@ -152,7 +176,7 @@ class GuardedBackend:
     """
 
     def __init__(self, backend: Backend, path: Path, outputs: int) -> None:
-        self.name, self.threads = backend.name, backend.threads
+        self.name, self.threads, self.device = backend.name, backend.threads, backend.device
         self._backend, self._path, self._outputs = backend, path, outputs
 
     def __call__(self, windows: Array) -> Array:

@@ -29,6 +29,8 @@ BACKENDS = ("auto", "torch", "onnxruntime", "openvino")
 _FASTEST_FIRST = ("openvino", "onnxruntime")
 """On a CPU, as `segkit bench speed` measures."""
 
+_CUDA_PROVIDER = "CUDAExecutionProvider"
+
 _CORE_LOCK = threading.Lock()
 """For threads that open networks at the same time."""
 
@@ -40,6 +42,8 @@ class Backend(Protocol):
 
     name: str
     threads: int
+    device: Any
+    """As `runtime.device_name` names it."""
 
     def __call__(self, windows: Array) -> Array:
         """Logits (B, K, *window) float32 of windows (B, C, *window) float32."""
@@ -87,9 +91,10 @@ class TorchBackend:
 
 
 class _GraphBackend:
-    """An ONNX file on the CPU; input `image`, output `logits`."""
+    """An ONNX file; input `image`, output `logits`."""
 
     name: str
+    device = "cpu"
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
         self.path, self.threads = path, threads or available_cores()
@@ -97,22 +102,31 @@ class _GraphBackend:
     def __reduce__(self) -> tuple[Any, ...]:
         """The files are pickled too."""
         files = {path.name: path.read_bytes() for path in graph_files(self.path)}
-        return _reopen_graph, (self.name, files, self.threads)
+        return _reopen_graph, (self.name, files, self.threads, self.device)
 
 
 class OnnxRuntimeBackend(_GraphBackend):
-    """An ONNX file in ONNX Runtime."""
+    """An ONNX file in ONNX Runtime, on a CPU or on "cuda:N"; RequestError if it cannot use that GPU."""
 
     name = "onnxruntime"
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
+    def __init__(self, path: Path, threads: int | None = None, device: str = "cpu") -> None:
         import onnxruntime
 
         super().__init__(path, threads)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3
-        self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if device != "cpu":  # TF32 would round the products of float32
+            of_gpu = {"device_id": device.removeprefix("cuda:"), "use_tf32": "0"}
+            providers.insert(0, (_CUDA_PROVIDER, of_gpu))
+        self.device = device
+        self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        if device != "cpu" and _CUDA_PROVIDER not in self._session.get_providers():  # it only logs that
+            expected = "the CUDA and cuDNN that onnxruntime-gpu was built for"
+            remedy = "Install them, or pass --device cpu"
+            raise RequestError(f"ONNX Runtime cannot use {device}", expected=expected, remedy=remedy)
 
     def __call__(self, windows: Array) -> Array:
         """Logits (B, K, *window) of windows (B, C, *window)."""
@@ -148,7 +162,7 @@ class ReopenableBackend:
     """A backend whose memory can be released; the next call opens it again. It is pickled as the opened backend."""
 
     def __init__(self, reopen: Callable[[], Backend], opened: Backend) -> None:
-        self.name, self.threads = opened.name, opened.threads
+        self.name, self.threads, self.device = opened.name, opened.threads, opened.device
         self._reopen = reopen
         self._opened: Backend | None = opened
 
@@ -182,12 +196,23 @@ def installed_backends() -> tuple[str, ...]:
     return tuple(name for name in _FASTEST_FIRST if importlib.util.find_spec(name) is not None)
 
 
+def has_cuda_runtime() -> bool:
+    """Whether the installed ONNX Runtime is one for NVIDIA GPUs."""
+    if "onnxruntime" not in installed_backends():
+        return False
+    import onnxruntime
+
+    return _CUDA_PROVIDER in onnxruntime.get_available_providers()
+
+
 def runtime_for(name: str) -> str:
     """The fastest installed runtime for "auto", else the name itself."""
     return next(iter(installed_backends()), "onnxruntime") if name == "auto" else name
 
 
-def open_graph(path: Path, name: str, cache: Path | None = None, threads: int | None = None) -> Backend:
+def open_graph(
+    path: Path, name: str, cache: Path | None = None, threads: int | None = None, device: str = "cpu"
+) -> Backend:
     """The backend `name` with an ONNX file; auto is the fastest that is installed; default threads: all cores.
 
     Raises:
@@ -200,7 +225,7 @@ def open_graph(path: Path, name: str, cache: Path | None = None, threads: int | 
             expected=f"one of {', '.join(_FASTEST_FIRST)}",
             remedy="Install it: pip install 'segkit[onnx]' or 'segkit[openvino]'",
         )
-    return OpenvinoBackend(path, threads, cache) if chosen == "openvino" else OnnxRuntimeBackend(path, threads)
+    return OpenvinoBackend(path, threads, cache) if chosen == "openvino" else OnnxRuntimeBackend(path, threads, device)
 
 
 @functools.cache
@@ -221,9 +246,9 @@ def _reopen_torch(network: torch.nn.Module, device: str, threads: int) -> TorchB
     return TorchBackend(network.to(chosen), chosen, threads)
 
 
-def _reopen_graph(name: str, files: Mapping[str, bytes], threads: int) -> Backend:
+def _reopen_graph(name: str, files: Mapping[str, bytes], threads: int, device: str) -> Backend:
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, file) for file in files]
         for path, content in zip(paths, files.values(), strict=True):
             path.write_bytes(content)
-        return open_graph(paths[0], name, threads=threads)
+        return open_graph(paths[0], name, threads=threads, device=device)

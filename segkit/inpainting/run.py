@@ -74,7 +74,8 @@ class InpaintingTask:
 
     def batches(self, start: int) -> Iterator[Batch]:
         """Endless batches from number `start` on, see `HoleDataset`."""
-        return endless_batches(self.patches, self.batch_size, start, self.workers, self.ranks)
+        device = next(self.model.parameters()).device
+        return endless_batches(self.patches, self.batch_size, start, self.workers, self.ranks, device)
 
     def loss(self, batch: Batch) -> Tensor:
         """Loss of a batch on the model's device."""

@@ -196,7 +196,8 @@ def matching_accuracy(affinities: Affinities, solver: SolverConfig, temperature:
     """Share of the nodes whose partner is right, with Gumbel noise of that temperature; 1 / N is chance."""
     gradient = GradientConfig(temperature=temperature)
     found = matching_of(_perturbed(affinities, gradient, solver.order), solver)
-    return float((found == torch.arange(found.shape[1], device=found.device)).double().mean())
+    is_right = found == torch.arange(found.shape[1], device=found.device)
+    return int(is_right.sum()) / is_right.numel()
 
 
 def _perturbed(affinities: Affinities, gradient: GradientConfig, order: int) -> Affinities:

@@ -19,6 +19,7 @@ from segkit.errors import RequestError
 from segkit.losses.dice_cross_entropy import deep_supervision_weights
 from segkit.losses.global_batch import batch_rand, batch_sum
 from segkit.models.blocks import SegmentationNetwork
+from segkit.runtime import exact_type
 from segkit.training.task import Batch
 
 _FEWEST_BLOCKS = 4  # fewest blocks along an axis, if no block is given
@@ -95,14 +96,15 @@ class MaskedReconstruction(nn.Module):
         return hidden_voxels(numbers, patch, sides, self.config.share).to(batch["first"].device)
 
     def _moments(self, image: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of hidden voxels, float64: their number, and by channel sums of squared errors, values, squared values."""
+        """Of hidden voxels, in `exact_type`: number, and by channel sums of squared errors, values, squared values."""
         found = self.network(image.masked_fill(hidden, 0))
-        output = (found if isinstance(found, Tensor) else found[0]).double()
+        exact = exact_type(image.device)
+        output = (found if isinstance(found, Tensor) else found[0]).to(exact)
         _require_like(output, image)
-        axes, values = (0, *range(2, image.dim())), image.double()
+        axes, values = (0, *range(2, image.dim())), image.to(exact)
         each = (output - image).square(), values, values.square()
         error, total, squares = ((plane * hidden).sum(axes) for plane in each)
-        return hidden.sum().double(), error, total, squares
+        return hidden.sum().to(exact), error, total, squares
 
 
 def block_sides(patch: Sequence[int], divisor: Sequence[int]) -> tuple[int, ...]:

@@ -65,7 +65,8 @@ class PretrainingTask:
 
     def batches(self, start: int) -> Iterator[Batch]:
         """Endless batches of (B, ...) tensors from number `start` on, groups one after the other."""
-        for batch in endless_batches(self.groups, self.groups_per_batch, start, self.workers, self.ranks):
+        device = next(self.model.parameters()).device
+        for batch in endless_batches(self.groups, self.groups_per_batch, start, self.workers, self.ranks, device):
             yield {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
 
     def loss(self, batch: Batch) -> Tensor:

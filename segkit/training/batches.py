@@ -25,11 +25,16 @@ ENDLESS = 2**40
 
 
 def endless_batches(
-    dataset: Dataset[dict[str, Tensor]], batch_size: int, start: int, workers: int | None, ranks: Ranks
+    dataset: Dataset[dict[str, Tensor]],
+    batch_size: int,
+    start: int,
+    workers: int | None,
+    ranks: Ranks,
+    device: torch.device | None = None,
 ) -> Iterator[Batch]:
     """Batches from the `start`-th on, the n-th always of the same items; `workers` None chooses by the cores.
 
-    `batch_size` is that of this process.
+    `batch_size` is that of this process, `device` that of the network: a GPU copies from pinned memory.
 
     Raises:
         TrainingError: a worker was killed.
@@ -44,7 +49,7 @@ def endless_batches(
         batch_sampler=(list(range(first, first + batch_size)) for first in firsts),
         num_workers=workers,
         persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=device is not None and device.type == "cuda",
         worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # else the seed of the loader is drawn from the generator of dropout
     )

@@ -162,8 +162,6 @@ def joined_ranks(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
     if process_place().size == 1:
         yield Ranks()
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     limit = timedelta(seconds=timeout_s + _GRACE_S)

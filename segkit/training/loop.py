@@ -256,7 +256,10 @@ class Trainer:
     ) -> None:
         self.task, self.training, self.optimisation = task, training, optimisation
         self.device, self.ranks = device, ranks
-        self.set_precision(ranks.from_first(lambda: pick_precision(training.precision, device)))
+        chosen: Precision = ranks.from_first(lambda: pick_precision(training.precision, device))
+        if chosen == "fp16" and training.precision == "auto" and training.sharding == "full":
+            chosen = "fp32"  # scaled losses are not supported there
+        self.set_precision(chosen)
         self.shards: sharding.Shards | None = None
         if training.sharding == "full":
             sharding.require_units(task.model, self.precision, ranks)
@@ -364,7 +367,8 @@ class Trainer:
         if self.training.precision == "auto":  # version 0.1, which does not name it, chose fp32 on every CPU
             before = "fp32" if self.device.type == "cpu" else self.precision
             self.set_precision(snapshot.get("precision", before))
-        self.scaler.load_state_dict(snapshot["scaler"])
+        if snapshot["scaler"]:  # empty if the losses were not scaled
+            self.scaler.load_state_dict(snapshot["scaler"])
         if self.ranks.rank < len(streams):
             set_random_states(streams[self.ranks.rank], self.device)
         progress = dict(snapshot["progress"])

@@ -79,7 +79,8 @@ class SegmentationTask:
 
     def batches(self, start: int) -> Iterator[Batch]:
         """Endless batches {"image": (B, C, *patch), "label": (B, *patch)} from number `start` on."""
-        return endless_batches(self.patches, self.batch_size, start, self.workers, self.ranks)
+        device = next(self.model.parameters()).device
+        return endless_batches(self.patches, self.batch_size, start, self.workers, self.ranks, device)
 
     def loss(self, batch: Batch) -> Tensor:
         """Loss of a batch on the model's device."""

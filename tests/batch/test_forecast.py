@@ -43,7 +43,7 @@ def test_a_window_is_measured_once_for_each_model_and_size(make_run: MakeRun) ->
     calls, whole = [], predictor.backend
 
     class Counted:
-        name = "counted"
+        name, threads, device = "counted", 1, "cpu"
 
         def __call__(self, windows: NDArray[np.float32]) -> NDArray[np.float32]:
             calls.append(windows.shape)
@@ -56,6 +56,9 @@ def test_a_window_is_measured_once_for_each_model_and_size(make_run: MakeRun) ->
     window_cost(replace(predictor, window=(4, 8, 8)))
     assert calls[2:] == [(1, 1, 4, 8, 8)] * 2
     assert len(list((cache_folder() / "costs").iterdir())) >= 2
+    Counted.device = "cuda:0"
+    window_cost(predictor)
+    assert calls[4:] == [(1, 1, 8, 8, 8)] * 2, "another device takes another time"
 
 
 def test_bytes_of_the_stages_are_those_of_their_arrays(make_run: MakeRun, data: Path, tmp_path: Path) -> None:
@@ -132,7 +135,7 @@ def test_out_of_memory_goes_on_with_smaller_windows(
     class Full:
         """Has room for windows of 16 voxels only."""
 
-        name, threads = "torch", 1
+        name, threads, device = "torch", 1, "cpu"
 
         def __init__(self, window: tuple[int, ...]) -> None:
             self.whole, self.window = reopen(window), window
@@ -167,7 +170,7 @@ def test_no_room_for_smaller_windows_costs_that_case_only(make_run: MakeRun, dat
         return reopen(window)
 
     class Full:
-        name, threads = "torch", 1
+        name, threads, device = "torch", 1, "cpu"
 
         def __call__(self, windows: NDArray[np.float32]) -> NDArray[np.float32]:
             raise MemoryError

@@ -135,7 +135,7 @@ def test_graphs_that_end_their_runtime_or_never_end_are_refused(tmp_path: Path) 
 class Given:
     """A backend that gives the same whatever it is asked."""
 
-    name, threads = "given", 1
+    name, threads, device = "given", 1, "cpu"
 
     def __init__(self, logits: Any) -> None:
         self.logits = logits

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 import segkit
+from segkit.checkpoint.run_folder import load_card
 from segkit.errors import RequestError
-from segkit.inference import graph
-from segkit.inference.backends import torch_backend
+from segkit.inference import backend_loading, graph
+from segkit.inference.backend_loading import open_backend
+from segkit.inference.backends import OnnxRuntimeBackend, torch_backend
 from segkit.inference.predictor import Predictor
 from segkit.reading.volume import Grid, Volume
 from segkit.runtime import cache_folder, variables_with
@@ -73,6 +75,41 @@ def test_without_exporter_auto_is_torch_and_others_say_what_to_install(
 def test_runtimes_for_onnx_files_compute_on_a_cpu(make_run: MakeRun) -> None:
     with pytest.raises(RequestError, match="device 'abacus' is not known"):
         Predictor.load(make_run(), device="abacus", backend="auto")
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "mps", "abacus"])
+def test_an_export_refuses_a_device_that_is_not_there(make_run: MakeRun, device: str) -> None:
+    card = load_card(make_run()).model_copy(update={"export": "stands for that of an export"})
+    with pytest.raises(RequestError, match=f"no usable {device} device|device '{device}' is not known"):
+        open_backend(Path("gone"), card, device, "auto", card.patch_size)
+
+
+def test_an_export_is_computed_by_a_gpu_only_where_the_runtime_can(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(backend_loading, "_open_export", lambda folder, card, device, *_: opened.append(device))
+    monkeypatch.setattr("segkit.runtime.devices", lambda: ("cuda:0", "cpu"))
+    card = load_card(make_run()).model_copy(update={"export": "stands for that of an export"})
+    for device in ("auto", "cpu"):
+        open_backend(tmp_path, card, device, "auto", card.patch_size)
+    assert opened == ["cpu", "cpu"]
+    with pytest.raises(RequestError, match=r"an export cannot be computed on cuda:0 .* onnxruntime-gpu\. Pass"):
+        open_backend(tmp_path, card, "cuda", "auto", card.patch_size)
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider"])
+    open_backend(tmp_path, card, "cuda", "auto", card.patch_size)
+    open_backend(tmp_path, card, "auto", "openvino", card.patch_size)
+    assert opened[2:] == ["cuda:0", "cpu"]
+    with pytest.raises(RequestError, match="cannot be computed on cuda:0 by backend openvino"):
+        open_backend(tmp_path, card, "cuda", "openvino", card.patch_size)
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_a_runtime_that_falls_back_to_the_cpu_is_refused(make_run: MakeRun) -> None:
+    predictor = Predictor.load(make_run(bias=0.25), backend="onnxruntime")
+    (graph_file,) = (cache_folder() / "graphs").glob(f"{predictor.card.sha256[:32]}*/model.onnx")
+    with pytest.raises(RequestError, match="ONNX Runtime cannot use cuda:0; expected the CUDA and cuDNN"):
+        OnnxRuntimeBackend(graph_file, device="cuda:0")
 
 
 def test_nothing_on_the_way_to_a_mask_loads_torch() -> None:

@@ -209,7 +209,7 @@ def test_torchrun_says_who_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("segkit.runtime.may_have_gpu", lambda: False)
+    monkeypatch.setattr("segkit.runtime.devices", lambda: ("cpu",))
     with pytest.raises(RequestError, match="--gpus 2, but this machine has none"):
         spread_over(2, "auto")
     with pytest.raises(RequestError, match="--gpus 2 and --device cpu contradict each other"):

@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from segkit.checkpoint.tensors import load_state
 from segkit.errors import TrainingError
 from segkit.training.config import OptimiserConfig, TrainingConfig
-from segkit.training.loop import fit
+from segkit.training.distributed import Ranks
+from segkit.training.loop import Trainer, fit
 from segkit.training.optim import Clock
 from segkit.training.task import Score
 
@@ -94,6 +96,15 @@ def test_resumed_run_equals_one_that_was_never_cut(tmp_path: Path) -> None:
     _fit(LineTask(), cut, 30, resume=True)
     assert all(torch.equal(expected[name], value) for name, value in _weights(cut).items())
     assert _timeless(cut) == _timeless(whole)
+
+
+def test_a_run_that_scaled_no_losses_can_be_resumed_with_scaled_ones(tmp_path: Path) -> None:
+    _fit(LineTask(), tmp_path, 4)
+    trainer = Trainer(LineTask(), TrainingConfig(), OptimiserConfig(), torch.device("cpu"), Ranks())
+    trainer.set_precision("fp16")
+    snapshot = load_state(tmp_path)
+    assert not snapshot["scaler"]
+    assert trainer.restore(snapshot, allow_changes=False)[0].step == 4
 
 
 def _timeless(run: Path) -> list[dict[str, Any]]:

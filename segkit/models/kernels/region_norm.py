@@ -22,6 +22,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
+from segkit.runtime import exact_type
+
 Statistics = Literal["instance", "batch"]
 """Whether mean and deviation are those of a region in one image, or in all images of the batch."""
 
@@ -197,10 +199,10 @@ class _Pool(torch.autograd.Function):
 
 
 def _sum_moments(x: Tensor, masks: Tensor) -> _Moments:
-    """Moments in float64; each part is summed in the type of the masks."""
-    sums = x.new_zeros((x.shape[0], x.shape[1], masks.shape[1]), dtype=torch.float64)
+    """Moments in `exact_type`; each part is summed in the type of the masks."""
+    sums = x.new_zeros((x.shape[0], x.shape[1], masks.shape[1]), dtype=exact_type(x.device))
     squares = torch.zeros_like(sums)
-    sizes = masks.sum(2, dtype=torch.float64)[:, None]
+    sizes = masks.sum(2, dtype=sums.dtype)[:, None]
     for image, part, mask in _parts(x, masks):
         sums[image] += _sum_over(part.to(mask.dtype), mask)
     means = sums / sizes.clamp(min=1)
@@ -215,8 +217,8 @@ def _sum_moments(x: Tensor, masks: Tensor) -> _Moments:
 def _sum_gradients(
     x: Tensor, grad: Tensor, weights: Tensor, scale: Tensor, shift: Tensor, d_weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of scale and shift, (B, C, rows) in float64; that of the weights is written to `d_weights`."""
-    d_scale = torch.zeros_like(scale, dtype=torch.float64)
+    """The gradients of scale and shift, (B, C, rows) in `exact_type`; that of the weights is written to `d_weights`."""
+    d_scale = torch.zeros_like(scale, dtype=exact_type(x.device))
     d_shift = torch.zeros_like(d_scale)
     for image, part, dy, weight, *to in _parts(x, grad, weights, *([] if d_weights is None else [d_weights])):
         dy = dy.to(weight.dtype)
