@@ -271,6 +271,41 @@ def isles22(folder: Path) -> None:
     masks(folder, f"derivatives/{session}/{name}_msk.nii.gz")
 
 
+def time_points_t0_and_t1(folder: Path) -> None:
+    scans(folder, "Case_{001,002}_T{0,1}.nii.gz")
+    masks(folder, "Case_{001,002}_T{0,1}_seg.nii.gz")
+
+
+def folders_of_time_points_t0_and_t1(folder: Path) -> None:
+    scans(folder, "{anna,berta}/T{0,1}/image.nii.gz")
+    masks(folder, "{anna,berta}/T{0,1}/seg.nii.gz")
+
+
+def numbers_behind_numbers(folder: Path) -> None:
+    scans(folder, "images/{123,124}_{001,002}.png")
+    masks(folder, "masks/{123,124}_{001,002}.png")
+
+
+def sites_with_patients_with_sessions(folder: Path) -> None:
+    scans(folder, "site{1,2}/{001,002}/ses-{01,02}/T1.nii.gz")
+    masks(folder, "site{1,2}/{001,002}/ses-{01,02}/seg.nii.gz")
+
+
+def wmh_with_the_original_scans(folder: Path) -> None:
+    scans(folder, "Utrecht/{0,2}/{pre,orig}/{FLAIR,T1}.nii.gz")
+    masks(folder, "Utrecht/{0,2}/wmh.nii.gz")
+
+
+def structures_in_a_folder(folder: Path) -> None:
+    scans(folder, "{p1,p2}/img.nrrd")
+    masks(folder, "{p1,p2}/structures/{BrainStem,Chiasm}.nrrd")
+
+
+def masks_of_two_readers(folder: Path) -> None:
+    scans(folder, "images/{1,2}.png")
+    masks(folder, "1st_manual/{1,2}.png", "2nd_manual/{1,2}.png", value=255)
+
+
 _BRATS = "t1n t1c t2w t2f"
 _COLOUR = {"channels": "red green blue", "layout": "folder2d", "classes": "foreground"}
 
@@ -328,5 +363,12 @@ LAYOUTS: tuple[Situation, ...] = (
     (stare, Expected(2, 2, 2, channels="red green blue", layout="folder2d", classes="ah")),
     (spine_generic, Expected(2, 2, 2, channels="t2w", classes="label_1", layout="bids")),
     (isles22, Expected(2, 2, 2, channels="adc dwi", classes="label_1", layout="bids")),
+    (time_points_t0_and_t1, Expected(4, 2, 4, classes="label_1")),
+    (folders_of_time_points_t0_and_t1, Expected(4, 2, 4, classes="label_1")),
+    (numbers_behind_numbers, Expected(4, 2, 4, **_COLOUR)),
+    (sites_with_patients_with_sessions, Expected(8, 4, 8, channels="t1n", classes="label_1")),
+    (wmh_with_the_original_scans, Expected(2, 2, 2, channels="t1n t2f", classes="label_1")),
+    (structures_in_a_folder, Expected(2, 2, 2, classes="BrainStem Chiasm")),
+    (masks_of_two_readers, Expected(2, 2, 2, **_COLOUR)),
     (reference_named_with_its_sequence, Expected(2, 2, 2, channels="t1n t2f", classes="label_1")),
 )

@@ -18,7 +18,16 @@ from itertools import takewhile
 from pathlib import Path
 
 from segkit.errors import Problem
-from segkit.reading.case import BRATS_MODALITIES, IGNORED, LABEL, ImageFile, canonical_modality, kind_of, split_name
+from segkit.reading.case import (
+    BRATS_MODALITIES,
+    IGNORED,
+    LABEL,
+    ImageFile,
+    NameParts,
+    canonical_modality,
+    kind_of,
+    split_name,
+)
 from segkit.reading.layouts.layout import UNASSIGNED, FoundFile, bare_name, unused_files
 from segkit.reading.layouts.pairs import (
     Place,
@@ -30,8 +39,7 @@ from segkit.reading.layouts.pairs import (
     matched_by_wildcards,
     pair_by_identity,
 )
-from segkit.reading.layouts.patients import is_session, patient_folder, shape_of
-from segkit.reading.layouts.schemes import patient_of
+from segkit.reading.layouts.patients import is_session, name_cases
 
 IMAGE = "image"
 """The modality of a file whose name contains none."""
@@ -40,17 +48,19 @@ _IMAGE_FOLDERS = frozenset({"image", "images", "img", "imgs", "imagestr", "image
 _LABEL_FOLDERS = frozenset(
     {"label", "labels", "labelstr", "mask", "masks", "segmentation", "segmentations", "seg", "segs", "gt"}
     | {"annotations", "ground_truth", "groundtruth", "references", "1st_manual", "manual1", "manual", "targets"}
+    | {"structures", "organs", "rois", "contours", "rtstruct"}
 )
 _KIND_FOLDERS = _IMAGE_FOLDERS | _LABEL_FOLDERS
+_SECOND_READERS = frozenset({"2nd_manual", "manual2", "2nd_annotator", "labels-vk"})
+"""Folders of masks by a second reader; the last one is of STARE."""
+_UNPROCESSED, _PROCESSED = frozenset({"orig", "original", "raw"}), frozenset({"pre", "preprocessed", "processed"})
+"""Folders with the same scans of a case, such as of WMH; references are on the grid of the processed ones."""
 _LAST_CHOICE = frozenset({"mask", "masks"})
 """Not references where another folder for references exists: then they hold fields of view or masks of organs."""
 _SUBSET = re.compile(r"[-_. ]+(training|train|validation|val|testing|test)$", re.IGNORECASE)
 """The part of the data in names of images, which references lack (`21_training`, `21_manual1`)."""
-_SESSION = re.compile(
-    r"^(ses|session|visit|tp|timepoint|time|scan|baseline|followup|week|month|year)[-_ ]?\d*$", re.IGNORECASE
-)
-_BARE_NUMBER = re.compile(r"^\d+([-_.]\d+)*$")
-_DIGIT = re.compile(r"\d")
+_TIME_POINT = re.compile(r"(?:.*[-_. ])?t(?P<number>\d)", re.IGNORECASE)
+"""T1 and T2 at the end of a name are sequences, unless T0, T3 or a higher number is at the end of another."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +110,8 @@ def group_files(paths: Sequence[Path], root: Path, patterns: Mapping[str, str]) 
     if patterns:
         items = [_by_pattern(path, patterns) for path in paths]
     else:
-        items, problems = _pair_kind_folders([_by_name(path, root) for path in paths])
+        has_times = _has_time_points(paths, root)
+        items, problems = _pair_kind_folders([_by_name(path, root, has_times) for path in paths])
         items = _pair_others(_with_reference_folders(_with_other_sequences(items), root))
     items = _ignore_companions(items)
     folders: dict[Path, list[_Item]] = defaultdict(list)
@@ -151,10 +162,25 @@ def _by_pattern(path: Path, patterns: Mapping[str, str]) -> _Item:
     return _Item(path, path.parent, UNASSIGNED, bare_name(path))
 
 
-def _by_name(path: Path, root: Path) -> _Item:
+def _has_time_points(paths: Sequence[Path], root: Path) -> bool:
+    names = {name for path in paths for name in (bare_name(path), *path.relative_to(root).parts[:-1])}
+    return any(match["number"] not in "12" for match in map(_TIME_POINT.fullmatch, names) if match)
+
+
+def _is_unprocessed(path: Path) -> bool:
+    return path.parent.name.lower() in _UNPROCESSED and any(
+        (path.parent.parent / folder / path.name).exists() for folder in _PROCESSED
+    )
+
+
+def _by_name(path: Path, root: Path, has_times: bool) -> _Item:
     name = bare_name(path)
-    parts = split_name(name)
+    if _SECOND_READERS & {folder.lower() for folder in path.relative_to(root).parts[:-1]} or _is_unprocessed(path):
+        return _Item(path, path.parent, IGNORED, name)
+    parts = NameParts(None, name) if has_times and _TIME_POINT.fullmatch(name) else split_name(name)
     above = path.relative_to(root).parts[:-1]
+    if has_times and above and _TIME_POINT.fullmatch(above[-1]):
+        return _Item(path, path.parent, parts.kind, parts.rest, parts.is_leading)
     index = next((at for at in reversed(range(len(above))) if above[at].lower() in _KIND_FOLDERS), None)
     if index is None:
         if above and parts.kind is None and (modality := canonical_modality(above[-1])):
@@ -336,62 +362,3 @@ def _cases_in(folder: Path, items: Sequence[_Item], root: Path) -> Iterable[tupl
     rests = sorted({item.rest for item in items if item.rest and not item.is_leading})
     has_own_folder = folder != root or any(item.kind for item in items if not item.rest or item.is_leading)
     yield ("" if has_own_folder else (rests or [root.name])[0]), list(items)
-
-
-def name_cases(places: Sequence[tuple[Path, str]], root: Path) -> list[tuple[str, str]]:
-    """(case id, patient) for each place: a folder and the name of the case in it, "" where the folder is the case."""
-    paths, least = [], []
-    for folder, key in places:
-        parts = folder.relative_to(root).parts if folder.is_relative_to(root) else (folder.name,)
-        path = (*parts, *((key,) if key else ())) or (root.name,)
-        paths.append(path)
-        # Parts of the id: one, or down from the patient's folder where the case folder is a session in it.
-        least.append(1 if key else len(path) - _above_sessions(path, len(path) - 1))
-    named = []
-    shapes = Counter(shape_of(name) for name in {folder.name for folder, _ in places})
-    for (_, key), path, shortest, depth in zip(places, paths, least, _unique_depths(paths, least), strict=True):
-        case_id = "_".join(path[-depth:])
-        if key and patient_folder(key, path[:-1], shapes) is not None:
-            named.append((case_id, "_".join(path[_above_sessions(path, len(path) - 2) : -1])))
-            continue
-        patient = patient_of(key or _patient(path, depth, is_qualified=depth > shortest))
-        named.append((case_id, case_id if patient == key else patient))
-    return named
-
-
-def _unique_depths(paths: Sequence[tuple[str, ...]], least: Sequence[int]) -> list[int]:
-    """How many last parts of each path form its id; those that end in the same name are lengthened together."""
-    depths = list(least)
-    alike: dict[str, list[int]] = defaultdict(list)
-    for index, path in enumerate(paths):
-        alike["_".join(path[-least[index] :])].append(index)
-    for members in alike.values():
-        while True:
-            counts = Counter(paths[index][-depths[index] :] for index in members)
-            longer = [index for index in members if depths[index] < len(paths[index])]
-            if counts.total() == len(counts) or not longer:
-                break
-            for index in longer:
-                depths[index] += 1
-    return depths
-
-
-def _above_sessions(path: tuple[str, ...], index: int) -> int:
-    """Index of the nearest folder from `index` upwards that is not a session of the one above it.
-
-    HGG/001 is a patient, P07/001 a session.
-    """
-    while index > 0 and (
-        _SESSION.match(path[index]) or (_BARE_NUMBER.match(path[index]) and _DIGIT.search(path[index - 1]))
-    ):
-        index -= 1
-    return index
-
-
-def _patient(path: tuple[str, ...], depth: int, *, is_qualified: bool) -> str:
-    """The patient of a case folder; a name that occurs in many folders (MR) does not identify one."""
-    index = len(path) - 1
-    if is_qualified and index > 0 and (_DIGIT.search(path[index - 1]) or not _DIGIT.search(path[index])):
-        index -= 1
-    index = _above_sessions(path, index)
-    return "_".join(path[min(len(path) - depth, index) : index + 1])
