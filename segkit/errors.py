@@ -133,6 +133,8 @@ _MEMORY_SIGNS = (
     *("out of memory", "allocate memory", "not enough memory", "bad allocation", "bad_alloc"),
     *("failed to allocate", "can't alloc", "could not create a primitive"),  # OpenVINO, oneDNN
     *("failed to map segment", "resource temporarily unavailable"),  # no room for a library or a thread
+    *("cudnn_status_alloc_failed", "cublas_status_alloc_failed", "device_allocation_failed"),  # of NVIDIA's libraries
+    *("unable to find an engine", "valid cudnn algorithm"),  # what torch says when none has room
 )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from segkit.errors import ConfigError, DataError, Problem, RequestError, some
+from segkit.errors import ConfigError, DataError, Problem, RequestError, is_memory_error, some
 from segkit.runtime import (
     available_memory_gb,
     current_rss_mb,
@@ -203,6 +203,20 @@ def test_errors_say_where_what_expected_and_remedy() -> None:
     assert error.exit_code == 1
     assert ConfigError([Problem("x", "bad", "mend")]).exit_code == 2
     assert str(Problem("x", "bad", "mend")) == "x: bad -> mend"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("CUDA out of memory. Tried to allocate 2.00 GiB", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        *("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "GET was unable to find an engine to run"),
+        *("FIND was unable to find an engine to execute this computation", "DEVICE_ALLOCATION_FAILED"),
+        "Unable to find a valid cuDNN algorithm to run convolution",
+    ],
+)
+def test_libraries_of_gpus_say_in_many_ways_that_memory_ran_out(text: str) -> None:
+    assert is_memory_error(RuntimeError(text))
+    assert not is_memory_error(RuntimeError("CUDA error: device-side assert triggered"))
 
 
 def test_some_of_many_names() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from segkit.api.arguments import AnyPath, CaseIds, parse_gigabytes, read_case_ids
 from segkit.errors import CheckpointError, DataError, RequestError, as_request, is_memory_error
+
+_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from segkit.batch.manifest import CaseRecord
@@ -194,10 +197,15 @@ class FolderOptions:
         Raises:
             RequestError: what was loaded before, or is loaded meanwhile, takes more.
         """
+        from segkit.runtime import device_name, limit_memory
+
         if self.memory_gb is None or self.is_ray:
             yield
             return
-        from segkit.runtime import limit_memory
+        if device_name(self.device) != "cpu":  # the drivers of GPUs reserve more addresses than they take memory
+            _log.warning("--memory limits what is planned for the CPU; the process itself is not limited with a GPU")
+            yield
+            return
 
         limit_memory(self.memory_gb)
         try:

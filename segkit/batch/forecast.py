@@ -24,7 +24,14 @@ from segkit.reading.case import Case
 from segkit.reading.files import read_grid, read_volume, written_atomically
 from segkit.reading.geometry import reorientation_to
 from segkit.reading.volume import Grid
-from segkit.runtime import available_cores, available_memory_gb, cache_folder, current_rss_mb, peak_rss_mb
+from segkit.runtime import (
+    available_cores,
+    available_memory_gb,
+    cache_folder,
+    current_rss_mb,
+    free_memory_of,
+    peak_rss_mb,
+)
 
 _P = TypeVar("_P", bound=CasePlan)
 
@@ -56,9 +63,11 @@ def fit_memory(
         try:
             forecaster = Forecaster(predictor, kept)
         except Exception as error:
-            if is_memory_error(error) and (smaller := predictor.with_smaller_window()) is not None:
-                predictor = smaller
-                continue
+            if is_memory_error(error):
+                free_memory_of(error)
+                if (smaller := predictor.with_smaller_window()) is not None:
+                    predictor = smaller
+                    continue
             _log.debug("no forecast", exc_info=error)  # the cases will report the error
             return predictor, plans, True
         held = forecaster.held_mb

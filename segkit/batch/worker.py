@@ -27,7 +27,7 @@ from segkit.inference.predictor import Stage
 from segkit.reading.case import Case, Cohort
 from segkit.reading.files import read_grid
 from segkit.reading.volume import Grid
-from segkit.runtime import error_sentence, peak_rss_mb
+from segkit.runtime import error_sentence, free_memory_of, peak_rss_mb
 
 _log = logging.getLogger(__name__)
 
@@ -258,10 +258,14 @@ class CaseJob(Generic[P]):
     def recover(self, error: BaseException) -> CaseRecord:
         """The record after a stage failed: of a retry with smaller windows if memory ran out, else of the failure."""
         self._loaded = self._result = None
-        if not is_memory_error(error) or not self._worker.shrink(self._task):
+        if not is_memory_error(error):
+            return self.failed(error)
+        free_memory_of(error)  # before another network is opened
+        if not self._worker.shrink(self._task):
             return self.failed(error)
         size = " x ".join(map(str, self._worker.task.window))
-        _log.warning("%s: out of memory; trying again with windows of %s voxels", self.plan.case.id, size)
+        windows = f"windows of {size} voxels" if size else "smaller windows"
+        _log.warning("%s: out of memory; trying again with %s", self.plan.case.id, windows)
         return CaseJob(self._worker, self.plan, uses_threads=False).run()
 
     def failed(self, error: BaseException) -> CaseRecord:

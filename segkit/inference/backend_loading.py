@@ -34,7 +34,15 @@ from segkit.inference.graph import missing_exporters, require_onnx
 from segkit.inference.graph_check import require_harmless
 from segkit.inference.parity import LARGEST_DIFFERENCE, random_windows, relative_difference
 from segkit.reading.files import file_sha256
-from segkit.runtime import cache_folder, device_name, has_memory_limit, keep_freed_memory, pick_device, room_mb
+from segkit.runtime import (
+    cache_folder,
+    device_name,
+    free_memory_of,
+    has_memory_limit,
+    keep_freed_memory,
+    pick_device,
+    room_mb,
+)
 
 GRAPH_NAME = "model.onnx"
 
@@ -88,6 +96,7 @@ def open_with_room(
             smaller = smaller_window(window, card)
             if not is_memory_error(error) or smaller is None:
                 raise
+            free_memory_of(error)
             window = smaller
 
 

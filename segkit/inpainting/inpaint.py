@@ -112,6 +112,13 @@ class Inpaint(Task[InpaintPlan]):
         segmenter = self.holes.segmenter and self.holes.segmenter.with_backends(change)
         return replace(self, predictor=predictor, holes=replace(self.holes, segmenter=segmenter))
 
+    def with_smaller_window(self) -> Self | None:
+        """The same with smaller windows of holes or, once those are as small as a patch, of the segmenter."""
+        if (predictor := self.predictor.with_smaller_window()) is not None:
+            return replace(self, predictor=predictor)
+        segmenter = self.holes.segmenter and self.holes.segmenter.with_smaller_window()
+        return None if segmenter is None else replace(self, holes=replace(self.holes, segmenter=segmenter))
+
     def facts(self, model: str) -> dict[str, Any]:
         """See `Task.facts`."""
         return {**super().facts(model), "holes": self.holes.to_json()}

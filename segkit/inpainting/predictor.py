@@ -8,7 +8,7 @@ window.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,7 +30,6 @@ from segkit.reading.volume import Grid
 from segkit.shapes import Image, label_components, overlap
 
 _SURROUNDINGS = 16  # fewest voxels around a hole in a window of free size
-_LARGEST_WINDOW = 160**3  # voxels of the largest window; a network of usual width needs about a gigabyte for it
 _SLICE_AXIS = 2
 
 Hole = NDArray[np.bool_]
@@ -43,6 +42,8 @@ class InpaintingPredictor:
 
     backend: Backend
     card: ModelCard
+    largest_window: int = 160**3
+    """Voxels of the largest window of free size; a network of usual width needs about a gigabyte for it."""
 
     @classmethod
     def load(
@@ -63,6 +64,12 @@ class InpaintingPredictor:
         if card.export is None and backend == "auto":
             backend = "torch"  # for windows of any size
         return cls(open_backend(run, card, device, backend, card.patch_size, threads=threads), card)
+
+    def with_smaller_window(self) -> InpaintingPredictor | None:
+        """The same with a largest window of half the voxels, for less memory; None if all have the size of a patch."""
+        if self.backend.name != "torch" or self.largest_window <= prod(self.card.patch_size):
+            return None
+        return replace(self, largest_window=self.largest_window // 2)
 
     def fill(self, image: Image, hole: Hole, grid: Grid) -> Image:
         """A copy of an image with its hole filled; all other voxels stay the same, bit for bit.
@@ -142,7 +149,7 @@ class InpaintingPredictor:
                 least if least == 1 else max(least, ceil((length + 2 * _SURROUNDINGS) / step) * step)
                 for length, least, step in zip(box.size, patch, divisor, strict=True)
             )
-            if prod(sides) <= _LARGEST_WINDOW and self.backend.name == "torch":
+            if prod(sides) <= self.largest_window and self.backend.name == "torch":
                 starts = zip(box.start, box.size, sides, strict=True)
                 yield _Window(tuple(s + (length - side) // 2 for s, length, side in starts), sides, (0,) * len(sides))
             else:

@@ -8,8 +8,8 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,11 +20,19 @@ import torch
 from segkit.checkpoint.card import ModelCard
 from segkit.checkpoint.model import build_network, read_source
 from segkit.checkpoint.transfer import TransferOptions, transfer
-from segkit.errors import CheckpointError, DataError, RequestError, as_request, some
+from segkit.errors import CheckpointError, DataError, RequestError, TrainingError, as_request, is_memory_error, some
+from segkit.inference.backend_loading import smaller_window
 from segkit.models.blocks import SegmentationNetwork
 from segkit.preparing.memory import has_room_to_keep
 from segkit.preparing.splits import read_split
-from segkit.runtime import available_memory_gb, keep_freed_memory, peak_rss_mb, return_freed_memory, seed_everything
+from segkit.runtime import (
+    available_memory_gb,
+    free_memory_of,
+    keep_freed_memory,
+    peak_rss_mb,
+    return_freed_memory,
+    seed_everything,
+)
 from segkit.training import folder
 from segkit.training.config import RunConfig, TrainConfig, with_values
 from segkit.training.journal import LiveView
@@ -45,7 +53,7 @@ def train(request: TrainingRequest[ConfigT], kind: Kind[ConfigT, TaskT]) -> Summ
     Raises:
         RequestError: the folder is in use, or settings, data and first weights do not fit; nothing was changed.
         DataError: no case can be prepared.
-        TrainingError: the training diverged.
+        TrainingError: the training diverged, or memory ran out.
     """
     run, ranks = request.run, request.ranks
     with folder.restore_config_on_error(run, is_first=ranks.is_first):
@@ -66,18 +74,19 @@ def train(request: TrainingRequest[ConfigT], kind: Kind[ConfigT, TaskT]) -> Summ
         view = LiveView(run, with_page=plan.config.training.live_page)
         with view.until_finished() if ranks.is_first else nullcontext():
             before = kind.measure_before(plan, task)
-            state = fit(
-                task,
-                run,
-                plan.config.training,
-                plan.config.optimiser,
-                device=request.device,
-                ranks=ranks,
-                deadline_s=plan.request.deadline_s,
-                resume=request.resume,
-                allow_changes=request.allow_changes,
-                on_progress=request.on_progress,
-            )
+            with _explaining_memory_errors(plan, card):
+                state = fit(
+                    task,
+                    run,
+                    plan.config.training,
+                    plan.config.optimiser,
+                    device=request.device,
+                    ranks=ranks,
+                    deadline_s=plan.request.deadline_s,
+                    resume=request.resume,
+                    allow_changes=request.allow_changes,
+                    on_progress=request.on_progress,
+                )
             scores = kind.score(plan, task, before)
             minutes = (time.monotonic() - request.started_s) / 60
             left_out = tuple(name for split in plan.data for name in split.cohort.left_out)
@@ -90,6 +99,32 @@ def train(request: TrainingRequest[ConfigT], kind: Kind[ConfigT, TaskT]) -> Summ
     peak_gb = summary.peak_rss_mb / 1024
     _log.info("%d steps in %.1f min, peak %.2f GB%s", state.step, minutes, peak_gb, expected)
     return summary
+
+
+@contextmanager
+def _explaining_memory_errors(plan: RunPlan[Any], card: ModelCard) -> Iterator[None]:
+    """Name the next smaller batch or, at a batch of one, the next smaller patch, when memory runs out."""
+    try:
+        yield
+    except Exception as error:
+        if not is_memory_error(error):
+            raise
+        free_memory_of(error)
+        section, batch_setting = plan.config, "batch_size"
+        if plan.patch_setting.startswith("planning."):
+            section, batch_setting = plan.config.planning, "planning.batch_size"
+        batch, patch = section.batch_size, card.patch_size
+        smaller = smaller_window(patch, card)
+        if batch > 1:
+            remedy = f"Start a new run with --set {batch_setting}={batch // 2}"
+        elif smaller is not None:
+            remedy = f"Start a new run with --set {plan.patch_setting}=[{','.join(map(str, smaller))}]"
+        else:
+            remedy = "Take a smaller network (network.size, --preset)"
+        shown, planned = " x ".join(map(str, patch)), plan.estimate.get("memory_gb")
+        found = f"{plan.request.device} ran out of memory with batches of {batch} and patches of {shown} voxels"
+        found += "" if planned is None else f", for which {planned:.1f} GB were planned"
+        raise TrainingError(found, where=plan.request.run, remedy=f"{remedy}, or free memory and --resume") from error
 
 
 def plan_run(request: TrainingRequest[ConfigT], kind: Kind[ConfigT, TaskT]) -> RunPlan[ConfigT]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from segkit.batch.cases import find_input, plan_cases
@@ -182,3 +184,36 @@ def test_no_room_for_smaller_windows_costs_that_case_only(make_run: MakeRun, dat
     assert [entry["status"] for entry in manifest["cases"]] == ["failed", "done"]
     assert "out of memory after" in manifest["cases"][0]["error"]
     assert opened == [(16, 16, 16), (32, 16, 16)]
+
+
+def test_a_retry_has_the_memory_of_the_failed_pass(make_run: MakeRun, data: Path, tmp_path: Path) -> None:
+    """The error's traceback must not keep the tensors of the pass alive while the smaller windows are computed."""
+    predictor = Predictor.load(make_run(patch_size=(32, 16, 16)))
+    reopen = predictor.reopen
+    assert reopen is not None
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive_bytes: list[int] = []
+
+    class Full:
+        name, threads, device = "torch", 1, "cpu"
+
+        def __init__(self, window: tuple[int, ...]) -> None:
+            self.whole, self.window = reopen(window), window
+
+        def __call__(self, windows: NDArray[np.float32]) -> NDArray[np.float32]:
+            alive_bytes.append(sum(tensor.nbytes for one in made if (tensor := one()) is not None))
+            if max(self.window) > 16:
+                self._pass_that_fails()
+            return self.whole(windows)
+
+        def _pass_that_fails(self) -> None:
+            activations = torch.ones(2 * MB)
+            made.append(weakref.ref(activations))
+            raise RuntimeError("the layer failed: out of memory") from MemoryError()
+
+    window_cost(predictor)
+    predictor = replace(predictor, reopen=Full, backend=Full((32, 16, 16)))
+    manifest = run_folder(Segment(predictor), find_input(data), tmp_path / "out", executor=LocalExecutor(0))
+    assert [entry["status"] for entry in manifest["cases"]] == ["done", "done"]
+    assert made
+    assert alive_bytes == [0] * len(alive_bytes), "as before the first try"

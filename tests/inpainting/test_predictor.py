@@ -166,3 +166,23 @@ def test_models_of_other_tasks_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.json").write_text(json.dumps(card(task="pretraining", context="none").to_json()))
     with pytest.raises(RequestError, match="pretraining model, which fills no holes"):
         InpaintingPredictor.load(tmp_path)
+
+
+def test_smaller_windows_need_less_memory_at_once() -> None:
+    """A hole of 12 voxels has one window of 12 + 2 x 16 = 44 voxels; when memory runs out, windows of a patch, 8."""
+    image = scan()
+    hole = np.zeros(image.shape[1:], bool)
+    hole[4:16, 6:18, 4:16] = True
+    used = InpaintingPredictor(Recorder(value=2.0), card(context="none"))
+    shown: list[tuple[int, ...]] = []
+    smaller: InpaintingPredictor | None = used
+    while smaller is not None:
+        used.backend.shown.clear()
+        filled = smaller.fill(image, hole, grid(hole.shape))
+        assert np.array_equal(filled[:, ~hole], image[:, ~hole])
+        assert np.ptp(filled[:, hole]) == 0
+        shown.append(max(window.shape[2:] for window in used.backend.shown))
+        smaller = smaller.with_smaller_window()
+    assert shown[0] == (44, 44, 44)
+    assert shown[-1] == (8, 8, 8)
+    assert InpaintingPredictor(Recorder(name="openvino"), card()).with_smaller_window() is None

@@ -18,7 +18,7 @@ from segkit.checkpoint.card import PostprocessingCard, SizeRule
 from segkit.checkpoint.model import load_model
 from segkit.checkpoint.run_folder import load_card
 from segkit.config import build_config
-from segkit.errors import RequestError
+from segkit.errors import RequestError, TrainingError
 from segkit.inference.predictor import Predictor
 from segkit.phantoms.layouts import write_phantoms
 from segkit.training import choose_postprocessing as postprocessing
@@ -26,7 +26,7 @@ from segkit.training import run as run_module
 from segkit.training.config import TrainConfig, with_values
 from segkit.training.folder import read_config
 from segkit.training.run import cross_validate, plan_run, train
-from segkit.training.segmentation import SegmentationKind
+from segkit.training.segmentation import SegmentationKind, SegmentationTask
 from segkit.training.task import Summary, TrainingRequest
 
 _SETTINGS = {
@@ -132,6 +132,22 @@ def test_freed_memory_is_returned_where_the_plan_fills_the_memory(
     monkeypatch.setattr(run_module, "return_freed_memory", lambda device: told.append("returned"))
     train_run(replace(_request(phantoms, tmp_path / "run"), memory_gb=memory_gb))
     assert told == [expected]
+
+
+@pytest.mark.parametrize(
+    ("batch", "remedy"),
+    [(2, r"--set planning\.batch_size=1, or"), (1, r"--set planning\.patch_size=\[\d+,\d+,\d+\], or")],
+)
+def test_out_of_memory_ends_with_the_smaller_batch_or_patch(
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int, remedy: str
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+
+    monkeypatch.setattr(SegmentationTask, "loss", fails)
+    patch = {"batch_size": batch, "patch_size": [32, 16, 16]}
+    with pytest.raises(TrainingError, match=rf"run: cpu ran out of memory with batches of {batch} and .*{remedy}"):
+        train_run(_request(phantoms, tmp_path / "run", planning=patch))
 
 
 def test_resume_goes_on_to_more_steps(finished: Path, phantoms: Path) -> None:
