@@ -10,7 +10,7 @@ import os
 import platform
 import secrets
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,14 @@ from segkit.reading.volume import (
 from segkit.shapes import AnyArray, LabelMap
 
 VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES, *MGH_SUFFIXES)
-PAIR_SUFFIXES = (".hdr", ".img")
-"""Analyze 7.5, which has no orientation, and NIfTI in two files; both are recognised and not read."""
-PAIR_REMEDY = "Convert .hdr/.img pairs to .nii.gz, such as with nibabel's `nib-convert a.hdr a.nii.gz`"
+_UNREAD_PAIRS = {".img": ".hdr", ".img.gz": ".hdr.gz", ".rec": ".par"}
+"""Analyze 7.5, which has no orientation, NIfTI in two files, and Philips' PAR/REC: recognised and not read."""
+_UNREAD_VOLUMES = (".mnc", ".nhdr", ".nii.bz2", ".nii.xz", ".nii.zst", ".nii.zip")
+_UNREAD_PICTURES = (".webp", ".heic", ".jp2")
+UNREAD_REMEDY = (
+    "Convert volumes to .nii.gz, such as with nibabel's `nib-convert a.hdr a.nii.gz` for .hdr/.img pairs, "
+    "and pictures to .png"
+)
 IMAGE_SUFFIXES = (*VOLUME_SUFFIXES, *PICTURE_SUFFIXES)
 
 _OPENERS: dict[str, Callable[[Path], ImageHeader]] = {
@@ -89,6 +94,24 @@ def stem_of(path: Path) -> str:
     return path.name.removesuffix(path.name[len(path.name) - len(suffix_of(path)) :])
 
 
+def is_unread_image(path: Path) -> bool:
+    """Whether a file is an image by its name, or the header of one, in a format that is not read."""
+    pairs = (*_UNREAD_PAIRS, *_UNREAD_PAIRS.values())
+    return path.name.lower().endswith((*pairs, *_UNREAD_VOLUMES, *_UNREAD_PICTURES))
+
+
+def unread_images(others: Sequence[Path], *, is_volumes: bool) -> list[Path]:
+    """The images in formats that are not read; pictures only where there are no volumes, which they may show."""
+    names = {str(path).lower() for path in others}
+
+    def is_image(name: str) -> bool:
+        pairs = [(end, header) for end, header in _UNREAD_PAIRS.items() if name.endswith(end)]
+        is_whole = any(name.removesuffix(end) + header in names for end, header in pairs)
+        return is_whole or name.endswith(_UNREAD_VOLUMES if is_volumes else _UNREAD_VOLUMES + _UNREAD_PICTURES)
+
+    return [path for path in others if is_image(str(path).lower())]
+
+
 def read_grid(path: Path) -> Grid:
     """The grid of a file from its header; DataError where that is damaged or claims more voxels than the file holds."""
     return _read_header(path).grid
@@ -113,7 +136,7 @@ def _read_header(path: Path) -> ImageHeader:
         return open_dicom(path)
     expected = "a folder of DICOM slices or one of " + " ".join(IMAGE_SUFFIXES)
     found = f"files of the kind {suffix or 'without suffix'!r} cannot be read"
-    remedy = PAIR_REMEDY if suffix in PAIR_SUFFIXES else None
+    remedy = UNREAD_REMEDY if is_unread_image(path) else None
     raise DataError(found, where=path, expected=expected, remedy=remedy)
 
 

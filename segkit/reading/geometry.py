@@ -149,13 +149,15 @@ def same_grid(a: Grid, b: Grid) -> str | None:
 def onto_grid(array: AnyArray, own: Grid, target: Grid, *, turns: bool = False) -> AnyArray | None:
     """An array (*own.shape) on `target`, itself where the grids are the same; None where it does not fit.
 
-    A NRRD file fits that holds a part of the voxels of `target`, as 3D Slicer saves segmentations; the others are 0.
-    With `turns` the axes may have another order or direction. An affine that programs write when they lose the header
-    gives no position: such a volume does not fit.
+    An array of a part of the voxels of `target` fits, as 3D Slicer saves segmentations; the others are 0. With `turns`
+    (predictions) the axes may have another order or direction, and only a NRRD file may hold a part: a prediction in
+    another format that lacks voxels is an error. An affine that programs write when they lose the header gives no
+    position: such a volume does not fit.
     """
     if same_grid(own, target) is None:
         return array
-    if own.dims != 3 or target.dims != 3 or (has_default_affine(own) and not has_default_affine(target)):
+    is_lost = has_default_affine(own)
+    if own.dims != 3 or target.dims != 3 or (is_lost and not has_default_affine(target)):
         return None
     direction = nib.orientations.io_orientation(np.linalg.inv(target.affine) @ own.affine)
     axes = tuple(int(axis) for axis in np.argsort(direction[:, 0]))
@@ -167,7 +169,8 @@ def onto_grid(array: AnyArray, own: Grid, target: Grid, *, turns: bool = False) 
     stop = start + turned.shape
     moved = turned.affine.copy()
     moved[:3, 3] -= moved[:3, :3] @ start
-    may_be_part = own.source is not None and own.source.suffix.lower() == ".nrrd"
+    is_nrrd = own.source is not None and own.source.suffix.lower() == ".nrrd"
+    may_be_part = is_nrrd or not (turns or is_lost)
     is_inside = (start >= 0).all() and (stop <= target.shape).all() and (may_be_part or turned.shape == target.shape)
     if not is_inside or same_grid(target, replace(turned, shape=target.shape, affine=moved)) is not None:
         return None

@@ -60,9 +60,10 @@ def part_of(grid: Grid, start: Sequence[float], shape: tuple[int, ...], source: 
 
 
 @pytest.mark.parametrize("angle", ANGLES)
-def test_a_part_is_padded_by_whole_voxels(angle: float) -> None:
+@pytest.mark.parametrize("name", ["p1.seg.nrrd", "p1_seg.nii.gz", "p1_seg.mha"])
+def test_a_part_is_padded_by_whole_voxels(angle: float, name: str) -> None:
     grid, box = Grid(SHAPE, oblique(angle)), np.arange(1, 25).reshape(2, 3, 4)
-    whole = onto_grid(box, part_of(grid, (1, 2, 3), box.shape), grid)
+    whole = onto_grid(box, part_of(grid, (1, 2, 3), box.shape, name), grid)
     assert whole is not None
     assert whole.shape == SHAPE
     assert np.array_equal(whole[1:3, 2:5, 3:7], box)
@@ -82,7 +83,9 @@ def test_other_spacings_and_lost_headers_do_not_fit() -> None:
         (20, 20, 20), np.diag([1.0, 1.0, 1.0, 1.0]) + np.array([[0, 0, 0, -9], [0, 0, 0, -9], [0, 0, 0, -9], [0] * 4])
     )
     assert onto_grid(box, Grid(box.shape, np.eye(4)), atlas) is None
-    assert onto_grid(box, part_of(grid, (1, 1, 1), box.shape, "p1.nii.gz"), grid) is None
+    assert onto_grid(box, part_of(grid, (1, 1, 1), box.shape, "p1.nii.gz"), grid, turns=True) is None
+    lost = Grid(box.shape, np.eye(4), source=Path("p1.nii.gz"))
+    assert onto_grid(box, lost, Grid(SHAPE, np.eye(4))) is None
     assert onto_grid(np.ones((3, 3)), Grid((3, 3), np.eye(4)), Grid((4, 4), np.eye(4))) is None
 
 

@@ -17,7 +17,16 @@ from segkit.errors import DataError, Problem, some, warning
 from segkit.labels import LabelScheme
 from segkit.reading.case import IGNORED, LABEL, Case, Cohort, ImageFile, in_channel_order, split_name
 from segkit.reading.dicom import DICOM_SUFFIXES, has_dicom_name, holds_frames, is_dicom_file
-from segkit.reading.files import PAIR_REMEDY, VOLUME_SUFFIXES, count_channels, read_grid, read_json, stem_of, suffix_of
+from segkit.reading.files import (
+    UNREAD_REMEDY,
+    VOLUME_SUFFIXES,
+    count_channels,
+    read_grid,
+    read_json,
+    stem_of,
+    suffix_of,
+    unread_images,
+)
 from segkit.reading.geometry import same_grid
 from segkit.reading.pictures import PICTURE_SUFFIXES
 from segkit.reading.volume import list_folder
@@ -70,10 +79,9 @@ def list_images(root: Path, exclude: Path | None = None) -> Listing:
     walk = _Walk(_identity(exclude))
     walk.visit(root)
     volumes, pictures, others = (tuple(sorted(found)) for found in (walk.volumes, walk.pictures, walk.others))
-    stems = {path.with_suffix("") for path in others if path.suffix.lower() == ".hdr"}
-    if pairs := [path for path in others if path.suffix.lower() == ".img" and path.with_suffix("") in stems]:
-        problem = unused_files(pairs, "with a .hdr beside each, as such pairs are not read", PAIR_REMEDY)
-        walk.problems.append(replace(problem, left_out=tuple(map(str, pairs))))
+    if unread := unread_images(others, is_volumes=bool(volumes)):
+        problem = unused_files(unread, "images in formats that are not read", UNREAD_REMEDY)
+        walk.problems.append(replace(problem, left_out=tuple(map(str, unread))))
     return Listing(root, volumes, pictures, tuple(walk.problems), others=others)
 
 

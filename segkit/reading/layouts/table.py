@@ -12,7 +12,7 @@ from segkit.errors import DataError, RequestError
 from segkit.labels import SCHEMES, LabelScheme, classes_scheme
 from segkit.reading.archives import is_archive
 from segkit.reading.case import LABEL, Cohort
-from segkit.reading.files import PAIR_REMEDY, PAIR_SUFFIXES, suffix_of
+from segkit.reading.files import UNREAD_REMEDY, is_unread_image, suffix_of
 from segkit.reading.layouts.bids import BIDS
 from segkit.reading.layouts.brats import BRATS_LAYOUTS
 from segkit.reading.layouts.dataset_json import MSD, NNUNET
@@ -160,8 +160,8 @@ def _nothing_found(listing: Listing, found: str) -> DataError:
     counts = Counter(suffix_of(path) or "(no suffix)" for path in (*listing.images, *listing.others))
     contents = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(5)) or "no files"
     remedy = "Point to the folder that holds the cases, or describe its files with --modality name=suffix"
-    if any(path.suffix.lower() in PAIR_SUFFIXES for path in listing.others):
-        remedy = PAIR_REMEDY
+    if any(map(is_unread_image, listing.others)):
+        remedy = UNREAD_REMEDY
     if any(is_archive(path) for path in listing.others):
         remedy = "Unpack the archives and point to the folder"
     expected = f"one of these layouts, the nearest ones: {nearest}"

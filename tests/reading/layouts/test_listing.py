@@ -131,8 +131,27 @@ def test_pairs_of_hdr_and_img_are_named_and_count(tmp_path: Path, kind: Any) -> 
     nib.Nifti1Image(array, np.eye(4)).to_filename(tmp_path / "scan 1.nii")
     cohort = find_cases(tmp_path)
     (problem,) = cohort.problems
-    assert problem.found == "1 file left out, with a .hdr beside each, as such pairs are not read: scan 2.img"
+    assert problem.found == "1 file left out, images in formats that are not read: scan 2.img"
     assert problem.left_out == (str(tmp_path / "scan 2.img"),)
     arguments = [str(tmp_path / name) for name in ("scan 2.img", "scan 2.nii.gz")]
     subprocess.run([Path(sys.executable).with_name("nib-convert"), *arguments], check=True)  # the remedy
     assert np.array_equal(read_volume(tmp_path / "scan 2.nii.gz").array, array)
+
+
+@pytest.mark.parametrize(
+    ("names", "left_out"),
+    [
+        (("a.nii", "p2.HDR", "p2.IMG"), ["p2.IMG"]),
+        (("a.nii", "p2.hdr.gz", "p2.img.gz", "p3.img"), ["p2.img.gz"]),
+        (
+            ("a.nii", "p2.mnc", "p3.nhdr", "p3.raw", "p4.nii.bz2", "p5.par", "p5.rec"),
+            ["p2.mnc", "p3.nhdr", "p4.nii.bz2", "p5.rec"],
+        ),
+        (("a.nii", "preview.webp", "notes.txt", "mesh.vtk"), []),
+        (("a.png", "b.webp", "c.HEIC"), ["b.webp", "c.HEIC"]),
+    ],
+)
+def test_images_in_formats_that_are_not_read_count(tmp_path: Path, names: tuple[str, ...], left_out: list[str]) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    assert [Path(path).name for problem in list_images(tmp_path).problems for path in problem.left_out] == left_out
