@@ -194,7 +194,12 @@ def fold_folders(folder: Path) -> list[Path]:
 
 
 def checkpoint_path(fold: Path, name: str | None = None) -> Path | None:
-    """The checkpoint of a fold: of that name, else the final, the best, or the only one of version 1; None without."""
+    """The checkpoint of a fold: of that name, else the final, the best, or the only one of version 1; None without.
+
+    `fold` may be the checkpoint itself.
+    """
+    if fold.is_file():
+        return fold if fold.suffix in (".pth", ".model") else None
     for known in _CHECKPOINTS if name is None else (name, f"{name}.pth", f"{name}.model"):
         if (fold / known).is_file():
             return fold / known

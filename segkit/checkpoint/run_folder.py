@@ -90,9 +90,13 @@ def check_agreement(cards: Sequence[ModelCard], names: Sequence[object]) -> None
 def model_folders(path: Path) -> list[Path]:
     """The folders with one model each: `path` itself, or its `fold_*` sub-folders after cross-validation.
 
+    A checkpoint of nnU-Net stands for its fold.
+
     Raises:
         CheckpointError: neither holds a model.
     """
+    if path.suffix == ".pth" and path.is_file():  # of nnU-Net
+        return [path]
     if not path.is_dir():
         raise CheckpointError("is not a folder", where=path, expected=RUN_FOLDER)
     if (path / CARD_NAME).is_file() or is_bundle(path):

@@ -115,6 +115,12 @@ def _only_network(model: Path, precision: str) -> Path:
     if card.export is not None or card.bundle is not None:
         raise RequestError("is an export already", where=model, expected="a run folder of `segkit train`")
     require_segmentation(card, folders[0])
+    if card.nnunet is not None:
+        found, remedy = (
+            "a bundle cannot prepare and blend as nnU-Net does",
+            "Export it without --format, as an ONNX file",
+        )
+        raise RequestError(found, where=model, remedy=remedy)
     if card.dims == 2:
         remedy = "Export it without --format, as an ONNX file"
         raise RequestError("segments pictures", where=model, expected="volumes for a bundle", remedy=remedy)

@@ -86,6 +86,9 @@ def export_models(
 def _require_exportable(card: ModelCard, folder: Path, precision: Precision, cases: MeasuringCases | None) -> None:
     if card.export is not None:
         raise RequestError("is an export already", where=folder, expected="a run folder of `segkit train`")
+    if card.nnunet is not None and (precision != "fp32" or cases is not None):
+        found = "models of nnU-Net are exported in fp32, compared on random windows"
+        raise RequestError(found, where=folder, remedy="Leave out --precision and -i")
     if card.task != "inpainting":
         require_segmentation(card, folder)
     elif precision != "fp32" or cases is not None:
@@ -120,7 +123,7 @@ def _export(
         expected = [reference(window) for window in windows]
         compared = [check_restored(backend, holed, expected) for backend in backends]
     else:
-        noise = random_windows(len(card.modalities), card.patch_size, _RANDOM_WINDOWS)
+        noise = random_windows(card.input_channels, card.patch_size, _RANDOM_WINDOWS)
         windows = [*real[:_REAL_WINDOWS], *noise]
         expected = [reference(window) for window in windows]
         compared = [

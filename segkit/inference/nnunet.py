@@ -52,7 +52,8 @@ def nnunet_options(
 
 def _previous_folder(folder: Path, stage: str) -> Path:
     """The folder of the previous stage of a cascade: beside that of the trainer, plans and configuration."""
-    results = folder if "__" in folder.name else folder.absolute().parent
+    folder = folder.absolute()
+    results = next((one for one in (folder, *folder.parents[:2]) if "__" in one.name), folder)
     beside = results.with_name("__".join((*results.name.split("__")[:-1], stage)))
     if not beside.is_dir():
         remedy = f"Copy {beside.name} beside it, as nnU-Net lays them out"
