@@ -170,7 +170,8 @@ class Forecaster:
         """The prepared image, one row of windows of logits with the finished slab, the mask and its copies."""
         shape = self._prepared_shape(grid)
         card, members = self.predictor.card, self.predictor.members
-        rows = sum(_FLOAT * (len(card.outputs) + 1) * member.plan(shape).slab_voxels * 3 // 2 for member in members)
+        plans = [member.plan(shape) for member in members]
+        rows = sum(plan.logit_bytes * (len(card.outputs) + 1) * plan.slab_voxels * 3 // 2 for plan in plans)
         restored = self.predictor.restoring_bytes(shape, grid)
         return _FLOAT * len(card.modalities) * prod(shape) + rows + restored + 3 * prod(grid.shape)
 

@@ -24,6 +24,7 @@ from segkit.inference.sliding_window import Logits, Network, Slab, WindowPlan, p
 from segkit.preparing.nnunet import NnUnetConfig, axis_spacing, nnunet_shape, prepare_as_nnunet
 from segkit.preparing.preprocessing import LoadedCase, PreparedCase
 from segkit.reading.case import Case, channel_number
+from segkit.reading.files import count_channels
 from segkit.reading.geometry import reorientation_to
 from segkit.reading.volume import Grid
 
@@ -107,11 +108,23 @@ class NnUnetPredictor(Predictor):
         return replace(changed, previous=self.previous.with_backends(change))
 
     def match(self, case: Case, *, allow_missing: bool = False) -> Case:
-        """See `Predictor.match`; the number of a file is that of the channel, whatever the channels are called."""
+        """See `Predictor.match`; the number of a file is that of the channel, whatever the channels are called.
+
+        Files with several channels, such as colours, stand for as many channels.
+        """
         names = self.card.modalities
         numbers = {channel_number(name): file for name, file in case.images.items()}
         if set(numbers) <= set(range(len(names))):
-            case = replace(case, images={names[number]: file for number, file in numbers.items() if number is not None})
+            images = {number: file for number, file in numbers.items() if number is not None}
+            case = replace(case, images={names[number]: images[number] for number in sorted(images)})
+        if len(case.images) < len(names) and all(file.channel is None for file in case.images.values()):
+            channels = [
+                replace(file, channel=channel)
+                for file in case.images.values()
+                for channel in range(count_channels(file.path))
+            ]
+            if len(channels) == len(names):
+                case = replace(case, images=dict(zip(names, channels, strict=True)))
         return super().match(case, allow_missing=allow_missing)
 
     def _prepared(self, loaded: LoadedCase) -> PreparedCase:

@@ -206,7 +206,7 @@ class Predictor:
         Raises:
             DataError: the scan cannot be read or used, or is not what the network was trained on.
         """
-        loaded = read_scan(scan, affine, self.card.modalities, self.dims)
+        loaded = read_scan(scan, affine, self.card.modalities, self.dims, self.match)
         return self.predict_prepared(self.prepare(loaded), with_probabilities=with_probabilities)
 
     def predict_loaded(self, loaded: LoadedCase, scheme: LabelScheme | None = None) -> Prediction:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -95,8 +95,16 @@ class Prediction:
         return SimpleITK.GetImageFromArray(self.labels)
 
 
-def read_scan(scan: Scan, affine: ArrayLike | None, modalities: tuple[str, ...], dims: int) -> LoadedCase:
+def read_scan(
+    scan: Scan,
+    affine: ArrayLike | None,
+    modalities: tuple[str, ...],
+    dims: int,
+    match: Callable[[Case], Case] | None = None,
+) -> LoadedCase:
     """Load one case for a model of `modalities`, the channels of the result, and of `dims` (3 volumes, 2 pictures).
+
+    `match` names the files of a path as `match_modalities` does, which is the default.
 
     Accepted are, alone or in a dict by modality name in any usual spelling (t1ce, T1Gd, flair ...), kinds mixed:
 
@@ -127,7 +135,8 @@ def read_scan(scan: Scan, affine: ArrayLike | None, modalities: tuple[str, ...],
         if by_name:
             case = Case("case", "case", {wanted: ImageFile(Path(scan[name])) for wanted, name in names.items()})
         else:
-            case = match_modalities(_only_case(Path(scan)), modalities)
+            case = _only_case(Path(scan))
+            case = match_modalities(case, modalities) if match is None else match(case)
         return load_case(case, modalities, None)
     if by_name:
         volumes = (_one_channel(scan[names[wanted]], affine, dims, names[wanted]) for wanted in modalities)

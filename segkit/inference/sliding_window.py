@@ -78,6 +78,11 @@ class WindowPlan:
         return prod(map(len, self.starts))
 
     @property
+    def logit_bytes(self) -> int:
+        """Bytes of a logit of the sums."""
+        return 2 if self.blending == "half" else 4
+
+    @property
     def slab_voxels(self) -> int:
         """Voxels per output that are in memory at a time."""
         return prod(self.shape) // self.shape[self.axis] * self.window[self.axis]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import PIL.Image
 import pytest
 import SimpleITK
 import torch
@@ -139,6 +141,30 @@ def test_the_number_of_a_file_is_its_channel(tmp_path: Path) -> None:
         "t1c": "1.nii.gz",
         "t2f": "2.nii.gz",
     }
+
+
+def test_a_picture_in_colour_stands_for_three_channels(tmp_path: Path, make_flat: Callable[[str], Path]) -> None:
+    predictor = Predictor.load(make_flat("NaturalImage2DIO"))
+    three = predictor.card.model_copy(update={"modalities": ("R", "G", "B")})
+    PIL.Image.fromarray(np.zeros((6, 5, 3), np.uint8)).save(tmp_path / "x_0000.png")
+    case = Case("x", "x", {"channel_0": ImageFile(tmp_path / "x_0000.png")})
+    found = NnUnetPredictor(predictor.backend, three).match(case).images
+    assert [(name, file.channel) for name, file in found.items()] == [("R", 0), ("G", 1), ("B", 2)]
+
+
+def test_readers_that_reorient_see_the_same_scan_in_any_orientation() -> None:
+    data = SHIPPED / "Dataset409_Transposed"
+    predictor = Predictor.load(data / FULL, threads=1, uses_tta=False)
+    letters = str.maketrans("IJK", "RAS")
+    config = predictor.card.preprocessing
+    turned = config.model_copy(update={"orientation": config.orientation.translate(letters)})
+    predictor = replace(predictor, card=predictor.card.model_copy(update={"preprocessing": turned}))
+    image = nib.load(data / "inputs" / "mixed_0000.nii.gz")
+    other = image.slicer[::-1].as_reoriented(np.array([[1, 1], [2, -1], [0, 1]]))
+    assert other.shape != image.shape
+    one, two = (predictor(each) for each in (image, other))
+    back = nib.Nifti1Image(two.labels, two.affine).as_reoriented(np.array([[2, 1], [0, 1], [1, -1]]))
+    np.testing.assert_array_equal(np.asarray(back.dataobj)[::-1], one.labels)
 
 
 def test_a_cascade_needs_its_previous_stage(tmp_path: Path) -> None:
