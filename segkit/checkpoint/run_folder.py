@@ -65,7 +65,7 @@ def require_segmentation(card: ModelCard, where: Path | None = None) -> Segmenta
 
 _SHARED_BY_MEMBERS = (
     *("task", "dims", "modalities", "spacing_mm", "orientation", "normalisation", "crop"),
-    *("ct_window", "ct_mean", "ct_std", "activation", "outputs", "label_scheme"),
+    *("ct_window", "ct_mean", "ct_std", "activation", "outputs", "label_scheme", "nnunet"),
 )
 
 
@@ -77,7 +77,7 @@ def check_agreement(cards: Sequence[ModelCard], names: Sequence[object]) -> None
     """
     for card, name in zip(cards[1:], names[1:], strict=True):
         found, expected = card.to_json(), cards[0].to_json()
-        different = [key for key in _SHARED_BY_MEMBERS if found[key] != expected[key]]
+        different = [key for key in _SHARED_BY_MEMBERS if found.get(key) != expected.get(key)]
         if different:
             raise RequestError(
                 f"differs from {names[0]} in {', '.join(different)}",
