@@ -53,7 +53,8 @@ def test_changed_content_or_settings_give_another_entry(case: Case, tmp_path: Pa
 
     assert store.entry(case, ("t1c",), SCHEME, CONFIG.model_copy(update={"crop": "none"})) != first
     assert store.entry(case, ("t1c",), SCHEMES["brats2023"], CONFIG) != first
-    nib.save(nib.Nifti1Image(np.ones((6, 6, 6), np.float32), np.eye(4)), case.images["t1c"].path)
+    changed = np.arange(1, 217, dtype=np.float32).reshape(6, 6, 6)
+    nib.save(nib.Nifti1Image(changed, np.eye(4)), case.images["t1c"].path)
     assert store.entry(case, ("t1c",), SCHEME, CONFIG) != first
     assert (first / "case.json").exists()
 

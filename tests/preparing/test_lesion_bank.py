@@ -116,13 +116,13 @@ def test_shares_above_all_are_refused() -> None:
 
 
 def write_bank(folder: Path, cases: Sequence[tuple[str, str]], modalities: Sequence[str] = ("t1n", "t2f")) -> None:
-    """Copies of 3s; made up is the half of the volume with the lower first index."""
+    """Copies of 3s and one 4; made up is the half of the volume with the lower first index."""
     for case_id, _ in cases:
         (folder / case_id).mkdir(parents=True)
+        image = np.full((4, 4, 4), 3, np.float32)
+        image[0, 0, 0] = 4
         for modality in modalities:
-            nib.save(
-                nib.Nifti1Image(np.full((4, 4, 4), 3, np.float32), np.eye(4)), image_path(folder, case_id, modality)
-            )
+            nib.save(nib.Nifti1Image(image, np.eye(4)), image_path(folder, case_id, modality))
         made_up = np.zeros((4, 4, 4), np.uint8)
         made_up[:2] = 1
         nib.save(nib.Nifti1Image(made_up, np.eye(4)), lesion_path(folder, case_id))

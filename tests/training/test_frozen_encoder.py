@@ -83,7 +83,7 @@ def discs(which: str) -> Discs:
         }
     )
     loss, nothing = SegmentationLoss("sigmoid", [Output("bright", 1, (1,))]), Any
-    return Discs(network, card, loss, nothing, nothing, 2, frozen=encoder_of(network))  # type: ignore[arg-type]
+    return Discs(network, card, loss, nothing, nothing, 2, nothing, frozen=encoder_of(network))  # type: ignore[arg-type]
 
 
 def run(task: Discs, folder: Path, steps: int, *, resume: bool = False) -> None:
