@@ -1,0 +1,136 @@
+"""Training steps on fake CUDA tensors. `test_fake_cuda.py` runs this file where the stand-in for a driver is preloaded.
+
+(a) A step stays on the device, in the asked precision, and the host never waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from segkit.inpainting.run import InpaintingTask, Restoration
+from segkit.labels import Output
+from segkit.losses.dice_cross_entropy import SegmentationLoss
+from segkit.losses.restoration import RestorationConfig
+from segkit.models.blocks import SegmentationNetwork
+from segkit.models.generator import build_discriminator
+from segkit.models.table import MODELS, build_model
+from segkit.pretraining.contrastive import Contrast, ContrastiveConfig
+from segkit.pretraining.masked import MaskedReconstruction
+from tests.gpu.faked_cuda import DEVICE, faked_cuda, to_cuda
+from tests.smallest import SMALLEST
+
+_OUTPUTS = [Output("a", 1, (1, 2)), Output("b", 2, (2,))]
+_MODES: list[dict[str, object]] = [{"mode": "checkpoint"}, {"mode": "reversible"}, {"mode": "reversible", "chunks": 4}]
+_WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal.default")
+"""Operations whose result the host needs before it can go on."""
+
+CASES: list[tuple[str, int, dict[str, object]]] = [
+    *((family, dims, {}) for family, entry in MODELS.items() for dims in entry.dims),
+    *(("revmbunet", 3, mode) for mode in _MODES),
+]
+PRECISIONS = [None, torch.bfloat16, torch.float16]
+
+
+class Host(TorchDispatchMode):
+    """What makes the host wait for the device, copies from it and to it, and the types that convolutions get."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+        self.copies: list[str] = []
+        self.convolved_in: set[torch.dtype] = set()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = str(func)
+        given = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
+        if any(one.device.type == "cuda" for one in given) and any(sign in name for sign in _WAITS):
+            self.waits.append(name)
+        if name.startswith("aten.convolution"):
+            self.convolved_in |= {one.dtype for one in given[:2] if one.device.type == "cuda"}
+        if ("_to_copy" in name or "copy_" in name) and given and given[-1].device != result.device:
+            is_wait = given[-1].device.type == "cuda"
+            (self.waits if is_wait else self.copies).append(f"{name}: {given[-1].device} to {result.device}")
+        return result
+
+
+def autocast(precision: torch.dtype | None) -> AbstractContextManager[Any]:
+    return nullcontext() if precision is None else torch.autocast("cuda", precision)
+
+
+def network_of(family: str, dims: int, channels: int = 2, **arguments: Any) -> SegmentationNetwork:
+    chosen: dict[str, Any] = {**SMALLEST[family], **arguments}
+    return build_model(family, in_channels=channels, out_channels=channels, dims=dims, **chosen)
+
+
+def require_on_device(loss: Tensor, network: nn.Module) -> None:
+    assert (loss.device, loss.dtype) == (DEVICE, torch.float32)
+    learning = [value for value in network.parameters() if value.requires_grad]
+    assert all(value.grad is not None and value.grad.device == DEVICE for value in learning)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.parametrize(("family", "dims", "arguments"), CASES, ids=str)
+def test_a_step_stays_on_the_device_and_lets_the_host_run_ahead(
+    family: str, dims: int, arguments: dict[str, object], precision: torch.dtype | None
+) -> None:
+    with faked_cuda():
+        network = to_cuda(network_of(family, dims, **arguments)).train()
+        loss_function = to_cuda(SegmentationLoss("sigmoid", _OUTPUTS))
+        shape = [max(16, 2 * side) for side in network.divisor]  # type: ignore[union-attr, arg-type]
+        image = torch.empty(2, 2, *shape, device=DEVICE)
+        labels = torch.zeros(2, *shape, device=DEVICE, dtype=torch.uint8)
+        with Host() as host:
+            with autocast(precision):
+                loss = loss_function(network(image), labels)
+            torch.autograd.backward(loss)
+        require_on_device(loss, network)
+        assert (host.waits, host.copies) == ([], [])
+        assert host.convolved_in == {precision or torch.float32}, "forward, backward and what is computed again"
+
+
+def masked(precision: torch.dtype | None) -> tuple[Tensor, nn.Module]:
+    method = to_cuda(MaskedReconstruction(network_of("stunet", 3))).train()
+    with autocast(precision):
+        return method.loss({"first": torch.empty(2, 2, 64, 64, 64, device=DEVICE)}), method
+
+
+def contrastive(precision: torch.dtype | None) -> tuple[Tensor, nn.Module]:
+    method = to_cuda(Contrast(network_of("smp", 2), ContrastiveConfig(), in_channels=2, dims=2)).train()
+    views = {name: torch.empty(4, 2, 64, 64, device=DEVICE) for name in ("first", "second")}
+    with autocast(precision):
+        return method.loss(views), method
+
+
+def inpainting(precision: torch.dtype | None) -> tuple[Tensor, nn.Module]:
+    image = torch.empty(2, 1, 32, 32, 32, device=DEVICE)
+    hole = torch.zeros(2, 1, 32, 32, 32, device=DEVICE, dtype=torch.bool)
+    network = network_of("inpainter", 3, channels=1, context="hole")
+    model = to_cuda(Restoration(network, build_discriminator(1, 3, 8))).train()
+    task = InpaintingTask(model, *(None,) * 3, RestorationConfig(), 2, adversarial_weight=0.1)  # type: ignore[arg-type]
+    with autocast(precision):
+        return task.loss({"x": torch.cat((image, hole), 1), "image": image, "hole": hole}), model
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.parametrize("loss_of", [masked, contrastive, inpainting], ids=lambda one: one.__name__)
+def test_a_step_without_labels_lets_the_host_run_ahead(
+    loss_of: Callable[[torch.dtype | None], tuple[Tensor, nn.Module]], precision: torch.dtype | None
+) -> None:
+    """Random numbers come from the CPU, so that every device draws the same: copies to the device are allowed."""
+    with faked_cuda(), Host() as host:
+        loss, model = loss_of(precision)
+        torch.autograd.backward(loss)
+        require_on_device(loss, model)
+    assert host.waits == []
+    assert host.convolved_in == {precision or torch.float32}
