@@ -44,8 +44,10 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
 
 _SEPARATORS = re.compile(r"[-_.\s]+")
 _WORD = re.compile(r"\d+|[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_A-Za-z]+")
-_NUMBERED_LABEL = re.compile(r"(label|labels|lbl|mask|masks|seg|segm|segmentation|gt)(\d+)", re.IGNORECASE)
-"""A word for references joined to the number of its case: `label0001`."""
+_NUMBERED_LABEL = re.compile(
+    r"(?P<before>\d*)(?P<word>labels?|lbl|masks?|segm?|segmentation|gt)(?P<behind>\d*)", re.IGNORECASE
+)
+"""A word for references joined to the number of its case: `label0001`, `1Mask`."""
 _KIND_OF: dict[tuple[str, ...], str] = {
     tuple(synonym.split()): kind for kind, synonyms in SYNONYMS.items() for synonym in synonyms
 }
@@ -188,7 +190,8 @@ def split_name(stem: str) -> NameParts:
         return NameParts(kind, rest, first == 0 and last < len(tokens), " ".join(tokens[first:last]))
     for start, stop in spans:
         if match := _NUMBERED_LABEL.fullmatch(stem, start, stop):
-            return NameParts(LABEL, stem[:start] + match[2] + stem[stop:], start == 0, match[1].lower())
+            number = match["before"] + match["behind"]
+            return NameParts(LABEL, stem[:start] + number + stem[stop:], start == 0, match["word"].lower())
     return NameParts(None, stem)
 
 

@@ -306,6 +306,32 @@ def masks_of_two_readers(folder: Path) -> None:
     masks(folder, "1st_manual/{1,2}.png", "2nd_manual/{1,2}.png", value=255)
 
 
+def idrid(folder: Path) -> None:
+    scans(folder, "A. Segmentation/1. Original Images/IDRiD_{01,02}.jpg")
+    masks(folder, "A. Segmentation/2. All Segmentation Groundtruths/1. Microaneurysms/IDRiD_{01,02}_MA.tif", value=255)
+    masks(folder, "A. Segmentation/2. All Segmentation Groundtruths/2. Haemorrhages/IDRiD_{01,02}_HE.tif", value=255)
+
+
+def scans_in_a_folder_named_like_one_of_masks(folder: Path) -> None:
+    scans(folder, "COVID-19-CT-Seg_20cases/coronacases_{001,002}.nii.gz")
+    masks(folder, "{Lung,Infection}_Mask/coronacases_{001,002}.nii.gz")
+
+
+def references_of_one_image_among_several(folder: Path) -> None:
+    scans(folder, "{013,015}/{CTres,SUV}.nii.gz")
+    masks(folder, "{013,015}/SEG.nii.gz")
+
+
+def verse(folder: Path) -> None:
+    scans(folder, "rawdata/sub-verse{004,005}/sub-verse{004,005}_ct.nii.gz")
+    masks(folder, "derivatives/sub-verse{004,005}/sub-verse{004,005}_seg-vert_msk.nii.gz")
+
+
+def image_and_mask_joined_to_numbers(folder: Path) -> None:
+    scans(folder, "{1,2}Image.png")
+    masks(folder, "{1,2}Mask.png", value=255)
+
+
 _BRATS = "t1n t1c t2w t2f"
 _COLOUR = {"channels": "red green blue", "layout": "folder2d", "classes": "foreground"}
 
@@ -370,5 +396,10 @@ LAYOUTS: tuple[Situation, ...] = (
     (wmh_with_the_original_scans, Expected(2, 2, 2, channels="t1n t2f", classes="label_1")),
     (structures_in_a_folder, Expected(2, 2, 2, classes="BrainStem Chiasm")),
     (masks_of_two_readers, Expected(2, 2, 2, **_COLOUR)),
+    (idrid, Expected(2, 2, 2, channels="red green blue", layout="folder2d", classes="HE MA")),
+    (scans_in_a_folder_named_like_one_of_masks, Expected(2, 2, 2, classes="Infection_Mask Lung_Mask")),
+    (references_of_one_image_among_several, Expected(4, 2, check=1, left_out=2)),
+    (verse, Expected(2, 2, 2, channels="ct", classes="label_1", layout="bids")),
+    (image_and_mask_joined_to_numbers, Expected(2, 2, 2, **_COLOUR)),
     (reference_named_with_its_sequence, Expected(2, 2, 2, channels="t1n t2f", classes="label_1")),
 )

@@ -107,6 +107,8 @@ def _find(path: Path, parts: tuple[str, ...], strokes: Collection[str], options:
     if case_id in strokes and suffix.lower() in ("dwi", "adc"):
         return FoundFile(case_id, path.parent, suffix.lower(), ImageFile(path))
     modality = "t1c" if canonical_modality(suffix) == "t1n" and "ce" in entities else canonical_modality(suffix)
+    if modality is None and suffix.lower() in ("ct", "pet"):
+        modality = suffix.lower()
     return None if modality is None else FoundFile(case_id, path.parent, modality, ImageFile(path))
 
 

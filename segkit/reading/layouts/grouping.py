@@ -9,6 +9,7 @@ A case id is the name of the case folder or file, preceded by as many folders ab
 `P2/MR` are `P1_MR` and `P2_MR`).
 """
 
+import os
 import re
 import shlex
 from collections import Counter, defaultdict
@@ -48,7 +49,7 @@ _IMAGE_FOLDERS = frozenset({"image", "images", "img", "imgs", "imagestr", "image
 _LABEL_FOLDERS = frozenset(
     {"label", "labels", "labelstr", "mask", "masks", "segmentation", "segmentations", "seg", "segs", "gt"}
     | {"annotations", "ground_truth", "groundtruth", "references", "1st_manual", "manual1", "manual", "targets"}
-    | {"structures", "organs", "rois", "contours", "rtstruct"}
+    | {"structures", "organs", "rois", "contours", "rtstruct", "ann", "annos", "groundtruths"}
 )
 _KIND_FOLDERS = _IMAGE_FOLDERS | _LABEL_FOLDERS
 _SECOND_READERS = frozenset({"2nd_manual", "manual2", "2nd_annotator", "labels-vk"})
@@ -129,10 +130,9 @@ def group_files(paths: Sequence[Path], root: Path, patterns: Mapping[str, str]) 
     ]
     used = {file.image.path for file in files}
     left = [item for item in items if item.path not in used]
-    known = {item.path for item in left if item.kind == IGNORED}
-    files += [
-        FoundFile("", item.folder, IGNORED if item.path in known else UNASSIGNED, ImageFile(item.path)) for item in left
-    ]
+    for item in left:
+        kind = item.kind if item.kind in (IGNORED, LABEL) else UNASSIGNED
+        files.append(FoundFile("", item.folder, kind, ImageFile(item.path)))
     return Grouping(files, dict(names), problems)
 
 
@@ -268,11 +268,15 @@ def _with_other_sequences(items: Sequence[_Item]) -> list[_Item]:
 def _with_reference_folders(items: Sequence[_Item], root: Path) -> list[_Item]:
     """Files as references that are in a folder named as one (`Training_GroundTruth`) and belong to images elsewhere."""
     folders: dict[Path, list[_Item]] = defaultdict(list)
+    if items:  # the name of a folder of scans and masks (`A. Segmentation`) says nothing
+        root = Path(os.path.commonpath([item.path.parent for item in items]))
     for item in items:
         if item.kind_folder is None and item.kind in (None, LABEL):
             above = (folder for folder in item.path.parents if root in folder.parents and holds_references(folder.name))
             if (folder := next(above, None)) is not None:
                 folders[folder].append(item)
+    if sum(map(len, folders.values())) == len(items):  # scans too, in a folder such as `CT-Seg_20cases`
+        folders = {folder: own for folder, own in folders.items() if is_label_map(own[0].path)}
     inside = {item.path for own in folders.values() for item in own}
     images = [item.place for item in items if item.kind not in (LABEL, IGNORED) and item.path not in inside]
     changed: dict[Path, _Item] = {}

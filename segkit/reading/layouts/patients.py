@@ -27,6 +27,7 @@ _WEAK_PARTS = frozenset({"scan", "series", "run", "image", "img", "acq", "rep", 
 """The same, if the words before them hold a number: in `study_scan_01` no patient is named."""
 _PERSON = r"(?:patient|patientid|pat|pt|p|subject|subj|sub|s|case|id|person|volunteer|participant|mouse|rat|animal)"
 _PERSON_FIRST = re.compile(rf"^((?:.*[-_. ])?{_PERSON}[-_. ]*\d+)[-_. (]+\S", re.IGNORECASE)
+_PERSON_BEHIND = re.compile(r"(?:^|[-_. ])((?:patient|pat|subject|subj|sub|case)[-_. ]*\d+)", re.IGNORECASE)
 _COLLECTIONS = frozenset(
     {"train", "training", "val", "validation", "valid", "test", "testing", "fold", "part", "batch", "set", "dataset"}
     | {"site", "center", "centre", "hospital", "group", "class", "cohort", "scanner", "task", "hgg", "lgg", "chunk"}
@@ -56,8 +57,7 @@ def patients_by_id(cases: Sequence[Case]) -> dict[str, str]:
     """Case id -> patient: that of the layout, or for a case that is a patient of its own, the one that its id names."""
     ids = {case.id for case in cases}
     found = {case.id: case.patient if case.patient != case.id else _before_part(case.id, ids) for case in cases}
-    numbered = _before_numbers(case_id for case_id, patient in found.items() if patient == case_id)
-    found |= numbered
+    found |= _before_numbers([case for case in cases if found[case.id] == case.id])
     prefixes = {patient for case_id, patient in found.items() if patient != case_id}
     alone = len(prefixes) == 1 and len(found) > 1 and len(set(found.values())) == 1
     if alone and not any(letter.isdigit() for prefix in prefixes for letter in prefix) and not ids & prefixes:
@@ -80,22 +80,27 @@ def _before_part(case_id: str, ids: set[str]) -> str:
         is_part = after[0] in _PARTS | _VIEWS or (after[0] in _WEAK_PARTS and has_number)
         is_part |= is_word and bool(_SHORT_PART.match(behind) or _DATE.match(behind) or behind.lower() in _SIDES)
         if is_part or (is_word and before in ids and after[0].isdigit() and len(after) == 1):
-            return before
+            person = _PERSON_BEHIND.search(behind)
+            return person[1] if person else before
     match = _PERSON_FIRST.match(case_id)
     return match[1] if match else case_id
 
 
-def _before_numbers(ids: Iterable[str]) -> dict[str, str]:
+def _before_numbers(cases: Iterable[Case]) -> dict[str, str]:
     """Case id -> the name before its last number, where several names have several numbers.
 
     The names hold a number (`123_001`), or are at least as many as the numbers behind one of them (`anna_1`,
-    `berta_1`): else they are classes, sites or data sets with many patients (`benign_1`, `benign_2` ...).
+    `berta_1`): else they are classes, sites or data sets with many patients (`benign_1`, `benign_2` ...). An id that
+    begins with the name of a folder for several cases is left out.
     """
     members: dict[str, list[str]] = defaultdict(list)
-    for case_id in ids:
-        match = _NUMBERED.fullmatch(case_id)
-        if match and identity(match["name"]) and not _COLLECTIONS & set(words_of(match["name"])):
-            members[match["name"]].append(case_id)
+    for case in cases:
+        match = _NUMBERED.fullmatch(case.id)
+        if match is None or not identity(match["name"]) or _COLLECTIONS & set(words_of(match["name"])):
+            continue
+        parts = [part for image in case.images.values() for part in image.path.parts]
+        if not parts or any(part.startswith(match["name"]) for part in parts):
+            members[match["name"]].append(case.id)
     several = {name: own for name, own in members.items() if not _YEAR.match(name)}
     most = max(map(len, several.values()), default=0)
     if len(several) < 2 or most < 2:
@@ -112,10 +117,11 @@ def _is_person(name: str) -> bool:
     return not set(words_of(name)) & (_WEAK_PARTS | _COLLECTIONS | {"case", "patient", "subject", "data"})
 
 
-def _patient_folder(key: str, folders: Sequence[str], shapes: Mapping[str, int]) -> str | None:
+def _patient_folder(key: str, folders: Sequence[str], shapes: Mapping[str, int], *, is_repeated: bool) -> str | None:
     """The patient's folder of a case that is a file in it, as `P01/2.png`; None where the file names the patient.
 
     `folders` are the names of the folders above the file, `shapes` counts folders by their names without the numbers.
+    `is_repeated`: files in other folders have the same name, as in `P01/CTres.nii.gz` and `P02/CTres.nii.gz`.
     """
     if not folders:
         return None
@@ -128,7 +134,7 @@ def _patient_folder(key: str, folders: Sequence[str], shapes: Mapping[str, int])
         return folder
     own = [word for word in identity(key) if word not in _PARTS | _VIEWS | _WEAK_PARTS]
     is_numbered = shapes[_shape_of(folder)] > 1 or re.fullmatch(rf"{_PERSON}[-_. ]*\d+", folder, re.IGNORECASE)
-    return folder if is_numbered and all(word.isdigit() for word in own) else None
+    return folder if is_numbered and (is_repeated or all(word.isdigit() for word in own)) else None
 
 
 def _shape_of(folder: str) -> str:
@@ -149,7 +155,7 @@ def name_cases(places: Sequence[tuple[Path, str]], root: Path) -> list[tuple[str
     shapes = Counter(_shape_of(name) for name in {folder.name for folder, _ in places})
     for (_, key), path, shortest, depth in zip(places, paths, least, _unique_depths(paths, least), strict=True):
         case_id = "_".join(path[-depth:])
-        if key and _patient_folder(key, path[:-1], shapes) is not None:
+        if key and _patient_folder(key, path[:-1], shapes, is_repeated=depth > 1) is not None:
             named.append((case_id, "_".join(path[_above_sessions(path, len(path) - 2) : -1])))
             continue
         patient = patient_of(key or _patient(path, depth, is_qualified=depth > shortest))

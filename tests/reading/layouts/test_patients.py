@@ -36,6 +36,7 @@ def patients(*ids: str) -> list[str]:
         (("123_001", "123_002", "124_001"), ("123", "123", "124")),
         (("anna_1", "anna_2", "berta_1", "berta_2"), ("anna", "anna", "berta", "berta")),
         (("RHUH-0001_0", "RHUH-0001_1", "RHUH-0002_0"), ("RHUH-0001", "RHUH-0001", "RHUH-0002")),
+        (("axial_full_pat0", "axial_full_pat1", "anna_visit1_pat2"), ("axial_full_pat0", "axial_full_pat1", "pat2")),
         # Classes, sites, years and registries with many patients.
         (("benign (1)", "benign (2)", "malignant (1)", "malignant (2)"),) * 2,
         (("liver_1", "liver_2", "liver_3", "spleen_1"),) * 2,
