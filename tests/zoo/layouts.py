@@ -332,6 +332,11 @@ def image_and_mask_joined_to_numbers(folder: Path) -> None:
     masks(folder, "{1,2}Mask.png", value=255)
 
 
+def pictures_in_folders_of_sessions(folder: Path) -> None:
+    scans(folder, "images/{P01,P02}/{ses-1,ses-2}/{1,2}.png")
+    masks(folder, "masks/{P01,P02}/{ses-1,ses-2}/{1,2}.png")
+
+
 _BRATS = "t1n t1c t2w t2f"
 _COLOUR = {"channels": "red green blue", "layout": "folder2d", "classes": "foreground"}
 
@@ -396,6 +401,7 @@ LAYOUTS: tuple[Situation, ...] = (
     (wmh_with_the_original_scans, Expected(2, 2, 2, channels="t1n t2f", classes="label_1")),
     (structures_in_a_folder, Expected(2, 2, 2, classes="BrainStem Chiasm")),
     (masks_of_two_readers, Expected(2, 2, 2, **_COLOUR)),
+    (pictures_in_folders_of_sessions, Expected(8, 2, 8, **_COLOUR)),
     (idrid, Expected(2, 2, 2, channels="red green blue", layout="folder2d", classes="HE MA")),
     (scans_in_a_folder_named_like_one_of_masks, Expected(2, 2, 2, classes="Infection_Mask Lung_Mask")),
     (references_of_one_image_among_several, Expected(4, 2, check=1, left_out=2)),

@@ -156,7 +156,8 @@ def name_cases(places: Sequence[tuple[Path, str]], root: Path) -> list[tuple[str
     for (_, key), path, shortest, depth in zip(places, paths, least, _unique_depths(paths, least), strict=True):
         case_id = "_".join(path[-depth:])
         if key and _patient_folder(key, path[:-1], shapes, is_repeated=depth > 1) is not None:
-            named.append((case_id, "_".join(path[_above_sessions(path, len(path) - 2) : -1])))
+            index = _above_sessions(path, len(path) - 2)
+            named.append((case_id, "_".join(path[min(len(path) - depth, index) : index + 1])))
             continue
         patient = patient_of(key or _patient(path, depth, is_qualified=depth > shortest))
         named.append((case_id, case_id if patient == key else patient))
