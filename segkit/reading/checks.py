@@ -35,6 +35,7 @@ _FEWEST_TO_COMPARE = 5
 _MOST_OUTLIERS = 0.1
 """A larger share of the cases are not outliers: the data have two intensity scales."""
 _FEWEST_PATIENTS = 2
+_SAMPLED_VOXELS, _FEW_VALUES = 10**5, 4
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def check_cohort(
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
         findings = list(pool.map(check, cohort.cases))
+    _compare_values(findings)
     _compare_orientations(findings)
     _compare_brightness(findings)
     return [found.report() for found in findings]
@@ -123,6 +125,7 @@ class _Findings:
     brightness: dict[str, float] = field(default_factory=dict)
     background: dict[str, float] = field(default_factory=dict)
     labels: tuple[int, ...] = ()
+    like_masks: list[Path] = field(default_factory=list)
 
     @property
     def first_grid(self) -> Grid | None:
@@ -177,6 +180,8 @@ def _check_image(modality: str, image: ImageFile, findings: _Findings, read_voxe
 def _check_intensities(modality: str, image: ImageFile, findings: _Findings) -> None:
     array = read_volume(image.path, image.channel).array
     findings.background[modality], findings.brightness[modality] = measure_intensities(array, image.path)
+    few = np.unique(array.ravel(order="K")[:: max(1, array.size // _SAMPLED_VOXELS)])
+    findings.like_masks += [image.path] if len(few) <= _FEW_VALUES and np.array_equal(few, np.rint(few)) else []
 
 
 def _check_reference(label: ImageFile, findings: _Findings, read_voxels: bool) -> None:
@@ -253,6 +258,16 @@ def _check_preparation(findings: _Findings) -> None:
     if signs:
         folder = findings.case.images[brain[0]].path.parent
         findings.problems.append(warning(folder, "looks like raw clinical input: " + ", ".join(signs), _PREPARE))
+
+
+def _compare_values(findings: Sequence[_Findings]) -> None:
+    """Warn of images that hold a few whole numbers where others do not: masks whose names do not say so."""
+    if all(found.like_masks for found in findings):
+        return
+    remedy = "If it is a mask, name masks and images with --modality label=SUFFIX --modality image=SUFFIX"
+    note = "is read as an image, but looks like a mask"
+    for found in findings:
+        found.problems += [warning(path, note, remedy) for path in found.like_masks]
 
 
 def _compare_orientations(findings: Sequence[_Findings]) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from segkit.reading.case import Case, Cohort, ImageFile
 from segkit.reading.checks import CaseReport, check_cohort, usable_cases
 from segkit.reading.layouts.table import find_cases
+from tests.zoo.build import masks, scans
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 SUFFIXES = ("t1", "t1ce", "t2", "flair")
@@ -254,3 +255,11 @@ def test_voxels_in_the_masks_of_two_classes_are_counted(tmp_path: Path) -> None:
     (problem,) = report.problems
     assert problem.found == "36 voxels are in more than one of the 2 masks of the classes"
     assert problem.remedy == "The last one counts, in this order: liver, spleen"
+
+
+def test_masks_among_the_images_are_named(tmp_path: Path) -> None:
+    scans(tmp_path, "{AAA,BBB}/lgemri.nii.gz")
+    masks(tmp_path, "{AAA,BBB}/laendo.nii.gz")
+    reports = check_cohort(find_cases(tmp_path))
+    named = {report.case for report in reports for problem in report.problems if "looks like a mask" in problem.found}
+    assert named == {"AAA_laendo", "BBB_laendo"}
