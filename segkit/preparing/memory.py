@@ -2,14 +2,15 @@
 
 A training step is traced with fake tensors, which have shapes but no values, and the sizes of all storages that exist
 at the same time are added up: activations, recomputed activations, gradients. This works for any network, and includes
-the transient peak, unlike a count of saved tensors. Fake tensors report the CPU as their device, unlike those of the
-meta device; networks choose kernels and memory formats by it.
+the transient peak, unlike a count of saved tensors. Fake tensors report the device of the run, unlike those of the meta
+device; networks choose kernels and memory formats by it.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from segkit.runtime import Precision
 
 GIB = 1024**3
 _FLOAT_BYTES = 4
@@ -36,16 +39,41 @@ Loss = Callable[[Any, Tensor], Tensor]
 """From the training output of a network and labels (B, *spatial) uint8 to a scalar."""
 
 
-def step_bytes(build: Callable[[], nn.Module], input_shape: Sequence[int], loss: Loss) -> int:
+@dataclass(frozen=True)
+class Computation:
+    """The device of a run and the precision of its forward pass."""
+
+    device: torch.device
+    precision: Precision
+
+    @contextmanager
+    def faked(self) -> Iterator[None]:
+        """Inside, tensors are fake ones on the device."""
+        with FakeTensorMode(), torch.device(self.device):
+            yield
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Inside, operations compute in the precision."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16 if self.precision == "bf16" else torch.float16)
+
+
+ON_CPU = Computation(torch.device("cpu"), "fp32")
+
+
+def step_bytes(
+    build: Callable[[], nn.Module], input_shape: Sequence[int], loss: Loss, computation: Computation = ON_CPU
+) -> int:
     """Peak bytes of a forward and backward pass of (B, C, *spatial), without weights, with gradients."""
-    with FakeTensorMode():
-        return _trace_step(build().train(), input_shape, loss)[1]
+    with computation.faked():
+        return _trace_step(build().train(), input_shape, loss, computation)[1]
 
 
-def window_bytes(build: Callable[[], nn.Module], input_shape: Sequence[int]) -> int:
+def window_bytes(build: Callable[[], nn.Module], input_shape: Sequence[int], computation: Computation = ON_CPU) -> int:
     """Peak bytes of the inference of one window (B, C, *spatial), without weights."""
-    with FakeTensorMode():
-        return _trace_window(build().eval(), input_shape)
+    with computation.faked():
+        return _trace_window(build().eval(), input_shape, computation)
 
 
 @dataclass(frozen=True)
@@ -63,17 +91,21 @@ class StepCost:
         return StepCost(self.weights, int(self.saved * factor), peak, int(self.window * factor))
 
 
-def step_cost(build: Callable[[], nn.Module], input_shape: Sequence[int], loss: Loss) -> StepCost:
+def step_cost(
+    build: Callable[[], nn.Module], input_shape: Sequence[int], loss: Loss, computation: Computation = ON_CPU
+) -> StepCost:
     """The cost of training `build()` on patches (B, C, *patch)."""
-    with FakeTensorMode():
+    with computation.faked():
         network = build().train()
-        saved, peak = _trace_step(network, input_shape, loss)
-        window = _trace_window(network.eval(), (1, *input_shape[1:]))
+        saved, peak = _trace_step(network, input_shape, loss, computation)
+        window = _trace_window(network.eval(), (1, *input_shape[1:]), computation)
         weights = sum(tensor.nbytes for tensor in network.state_dict().values())
         return StepCost(weights, saved, peak, window)
 
 
-def _trace_step(network: nn.Module, input_shape: Sequence[int], loss: Loss) -> tuple[int, int]:
+def _trace_step(
+    network: nn.Module, input_shape: Sequence[int], loss: Loss, computation: Computation
+) -> tuple[int, int]:
     """Bytes that the forward pass saves for the backward pass, and the peak of both."""
     x = torch.empty(tuple(input_shape))
     labels = torch.empty((input_shape[0], *input_shape[2:]), dtype=torch.uint8)
@@ -86,19 +118,20 @@ def _trace_step(network: nn.Module, input_shape: Sequence[int], loss: Loss) -> t
         return tensor
 
     with _LiveBytes(network) as live:
-        with saved_tensors_hooks(note, lambda tensor: tensor):
-            output = network(x)
-        saved_bytes = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-        saved.clear()  # autograd keeps `note`, which would keep all of them until the backward pass is done
-        scalar = loss(output, labels)
+        with computation.autocast():
+            with saved_tensors_hooks(note, lambda tensor: tensor):
+                output = network(x)
+            saved_bytes = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+            saved.clear()  # autograd keeps `note`, which would keep all of them until the backward pass is done
+            scalar = loss(output, labels)
         del output  # training holds no logits during the backward pass either
         torch.autograd.backward(scalar)
     return saved_bytes, int(live.peak + x.nbytes + labels.nbytes)
 
 
-def _trace_window(network: nn.Module, input_shape: Sequence[int]) -> int:
+def _trace_window(network: nn.Module, input_shape: Sequence[int], computation: Computation) -> int:
     x = torch.empty(tuple(input_shape))
-    with torch.no_grad(), _LiveBytes(network) as live:
+    with torch.no_grad(), _LiveBytes(network) as live, computation.autocast():
         network(x)
     return int(live.peak + x.nbytes)
 
@@ -123,29 +156,42 @@ class Volumes:
     source_voxels: int
 
 
+def slab_share(shape: Sequence[int], window: Sequence[int]) -> float:
+    """Share of a case of `shape` voxels whose logits are in memory at a time when windows are computed row by row."""
+    return min(min(1.0, length / size) for length, size in zip(window, shape, strict=True))
+
+
 def estimate_memory_gb(
-    cost: StepCost, volumes: Volumes, *, has_average: bool = True, device: torch.device | None = None, shards: int = 1
+    cost: StepCost,
+    volumes: Volumes,
+    *,
+    slab: float = 1.0,
+    has_average: bool = True,
+    device: torch.device | None = None,
+    shards: int = 1,
 ) -> float:
     """Peak memory of a training run in GiB: resident memory of the process, or memory of the GPU.
 
     It is that of the largest phase: preparing a case, a training step (weights, gradients, two moments of Adam, moving
     average, activations) or a validation. `shards` processes share weights, gradients and optimiser state; in a
-    validation each holds all weights, and the first one holds the whole state on the CPU when it writes it.
+    validation each holds all weights, and the first one holds the whole state on the CPU when it writes it. `slab` is
+    the `slab_share` of the largest prepared case.
     """
     copies = 4 if has_average else 3
-    # The image and its logits, and the sums of weights, planes and labels of blending and decoding.
-    volume = _FLOAT_BYTES * volumes.prepared_voxels * (volumes.channels + volumes.outputs + 2)
     kept = cost.weights * copies // shards
     gradients_elsewhere = cost.weights - cost.weights // shards
     training = kept + cost.peak - gradients_elsewhere
-    validation = kept + cost.weights + cost.window + volume
+    validation = kept + cost.weights + cost.window
     if device is not None and device.type == "cuda":
-        return (_GPU_CONTEXT_BYTES + max(training, validation)) / GIB
+        return (_GPU_CONTEXT_BYTES + max(training, validation)) / GIB  # logits are blended on the CPU
     # The files of a case as they were read and stacked, and the cropped copy that is normalised.
     source = _FLOAT_BYTES * volumes.source_voxels * (volumes.channels + 1)
     preparation = source + _FLOAT_BYTES * volumes.prepared_voxels * volumes.channels
     training += int(_KERNEL_SHARE * max(cost.peak - cost.saved, 0))
-    validation += int(_KERNEL_SHARE * cost.window) + source
+    # The image; a row of windows of logits and weights, with the finished slab; the mask and its copies.
+    rows = int(_FLOAT_BYTES * volumes.prepared_voxels * slab * (volumes.outputs + 1) * 1.5)
+    volume = volumes.prepared_voxels * (_FLOAT_BYTES * volumes.channels + 3) + rows
+    validation += int(_KERNEL_SHARE * cost.window) + source + volume
     process = _PROCESS_BYTES + min(_KERNEL_BYTES, cost.peak)
     writing = kept + cost.weights * copies if shards > 1 else 0
     return (process + max(preparation, training, validation, writing)) / GIB

@@ -10,8 +10,8 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,10 +24,11 @@ from segkit.losses.dice_cross_entropy import SegmentationLoss
 from segkit.models.table import build_model, configure
 from segkit.preparing import plan_rules
 from segkit.preparing.fingerprint import Fingerprint
-from segkit.preparing.memory import StepCost, Volumes, estimate_memory_gb, step_cost
+from segkit.preparing.memory import ON_CPU, Computation, StepCost, Volumes, estimate_memory_gb, slab_share, step_cost
 from segkit.preparing.plan_rules import Shape
 from segkit.preparing.preprocessing import PreprocessingConfig
 from segkit.preparing.resampling import resampled_shape
+from segkit.runtime import Precision, pick_precision
 
 _MEMORY_MODES: tuple[dict[str, object], ...] = (
     {"mode": "plain"},
@@ -37,7 +38,7 @@ _MEMORY_MODES: tuple[dict[str, object], ...] = (
 )
 """Network arguments from fast with much memory to slow with little; those that a family has are tried."""
 
-_COSTS: dict[str, StepCost] = {}  # what `CandidateNetwork.cost` has counted, by network, patch and number of threads
+_COSTS: dict[str, StepCost] = {}  # what `CandidateNetwork.cost` has counted
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,14 @@ class CandidateNetwork:
         """The training loss for the label scheme."""
         return SegmentationLoss.of_scheme(self.scheme)
 
-    def cost(self, patch: Shape) -> StepCost:
+    def cost(self, patch: Shape, computation: Computation) -> StepCost:
         """Cost of a step on a batch of one patch. Counting takes seconds, so each cost is counted once per process."""
         # The number of threads is part of the key: it sets the size of the parts in which a CPU computes a norm.
-        key = repr((self, patch, torch.get_num_threads()))
+        key = repr((self, patch, computation, torch.get_num_threads()))
         if key not in _COSTS:
             shape = (1, self.channels, *patch)
-            _COSTS[key] = step_cost(self.build, shape, lambda *tensors: self.loss_function()(*tensors))
+            loss = lambda *tensors: self.loss_function()(*tensors)  # noqa: E731  made among the fake tensors
+            _COSTS[key] = step_cost(self.build, shape, loss, computation)
         return _COSTS[key]
 
 
@@ -130,6 +132,7 @@ class PlanningRequest:
     modality_dropout: float | None = None
     has_average: bool = True  # whether a moving average of the weights is kept
     shards: int = 1  # number of processes that share the weights, their gradients and the optimiser state
+    precision: Literal["auto", Precision] = "auto"
 
     def network(self, fingerprint: Fingerprint, scheme: LabelScheme) -> CandidateNetwork:
         """The requested network, for these data."""
@@ -182,15 +185,28 @@ def plan_training(
     spacing = preprocessing.spacing_mm or fingerprint.median_spacing_mm
     limits = plan_rules.patch_limits(spacing, request.patch_limit)
     network = request.network(fingerprint, scheme).suited_to(tuple(map(min, median, limits)), spacing)
+    largest = max(sizes, key=math.prod)
     volumes = Volumes(
         channels=len(fingerprint.modalities),
         outputs=len(outputs_of(scheme)),
-        prepared_voxels=max(math.prod(size) for size in sizes),
+        prepared_voxels=math.prod(largest),
         source_voxels=max(math.prod(shape) for shape in fingerprint.shapes),
     )
-    estimate = partial(
-        estimate_memory_gb, volumes=volumes, has_average=request.has_average, device=device, shards=request.shards
-    )
+    computation = ON_CPU
+    if device is not None and device.type == "cuda":  # the share for kernels of a CPU was fitted in float32
+        computation = Computation(device, pick_precision(request.precision, device))
+
+    def estimate(candidate: CandidateNetwork, counted: Shape, batch: int, patch: Shape) -> float:
+        factor = batch * math.prod(patch) / math.prod(counted)
+        return estimate_memory_gb(
+            candidate.cost(counted, computation).scaled(factor),
+            volumes,
+            slab=slab_share(largest, patch),
+            has_average=request.has_average,
+            device=device,
+            shards=request.shards,
+        )
+
     choice = _first_that_fits(network, request, median, limits, memory_gb, estimate)
     _explain(choice, request, median, limits, memory_gb, reasons)
     return Plan(
@@ -228,7 +244,7 @@ def _first_that_fits(
     median: Shape,
     limits: Shape,
     memory_gb: float,
-    estimate_gb: Callable[[StepCost], float],
+    estimate_gb: Callable[[CandidateNetwork, Shape, int, Shape], float],
 ) -> _Choice:
     divisor = network.divisor
     if request.patch_size is not None:
@@ -240,7 +256,7 @@ def _first_that_fits(
 
     smallest_gb = math.inf
     for patch, batch, candidate in itertools.product(patches, batches, networks):
-        needed_gb = estimate_gb(candidate.cost(largest).scaled(batch * math.prod(patch) / math.prod(largest)))
+        needed_gb = estimate_gb(candidate, largest, batch, patch)
         if needed_gb <= memory_gb:
             return _Choice(candidate, patch, batch, needed_gb)
         smallest_gb = min(smallest_gb, needed_gb)

@@ -149,6 +149,7 @@ def planning_request(config: TrainConfig) -> PlanningRequest:
         mirror_axes=config.augmentation.mirror_axes,
         modality_dropout=config.augmentation.modality_dropout,
         has_average=config.training.ema_decay > 0,
+        precision=config.training.precision,
     )
 
 

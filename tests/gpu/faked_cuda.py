@@ -42,6 +42,7 @@ def faked_cuda() -> Iterator[FakeTensorMode]:
         for name, replacement in {
             "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
             "torch.cuda.is_bf16_supported": lambda *_, **__: True,
+            "torch.cuda.get_device_capability": lambda _=None: (9, 0),
             "torch.cuda.device_count": lambda: 1,
             "torch.cuda.current_device": lambda: 0,
             "torch.cuda.synchronize": lambda _=None: None,

@@ -1,6 +1,7 @@
 """Training steps on fake CUDA tensors. `test_fake_cuda.py` runs this file where the stand-in for a driver is preloaded.
 
-(a) A step stays on the device, in the asked precision, and the host never waits for it.
+(a) A step stays on the device, in the asked precision, and the host never waits for it. (b) It takes as much memory as
+planning expects, to 10 %.
 """
 
 from __future__ import annotations
@@ -12,18 +13,23 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from segkit.inpainting.run import InpaintingTask, Restoration
-from segkit.labels import Output
+from segkit.labels import Output, classes_scheme
 from segkit.losses.dice_cross_entropy import SegmentationLoss
 from segkit.losses.restoration import RestorationConfig
 from segkit.models.blocks import SegmentationNetwork
 from segkit.models.generator import build_discriminator
 from segkit.models.table import MODELS, build_model
+from segkit.preparing.fingerprint import Fingerprint, Foreground
+from segkit.preparing.memory import Computation, step_bytes
+from segkit.preparing.plan import PlanningRequest, plan_training
 from segkit.pretraining.contrastive import Contrast, ContrastiveConfig
 from segkit.pretraining.masked import MaskedReconstruction
+from segkit.runtime import Precision
 from tests.gpu.faked_cuda import DEVICE, faked_cuda, to_cuda
 from tests.smallest import SMALLEST
 
@@ -134,3 +140,104 @@ def test_a_step_without_labels_lets_the_host_run_ahead(
         require_on_device(loss, model)
     assert host.waits == []
     assert host.convolved_in == {precision or torch.float32}
+
+
+class Alive(TorchDispatchMode):
+    """The most bytes of storages that existed at the same time, of those that operations made."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.peak = 0
+        self._given = {one.untyped_storage()._cdata for one in network.state_dict(keep_vars=True).values()}
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._made = {key: value for key, value in self._made.items() if not value[0].expired()}
+        for storage in (leaf.untyped_storage() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
+            if storage._cdata not in self._given:
+                self._made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak = max(self.peak, sum(size for _, size in self._made.values()))
+        return result
+
+
+def bytes_of_a_step(network: nn.Module, shape: tuple[int, ...], precision: torch.dtype | None) -> int:
+    """Counted as the training computes it; with the image and the labels of the batch."""
+    loss_function = to_cuda(SegmentationLoss("sigmoid", _OUTPUTS))
+    image = torch.empty(shape, device=DEVICE)
+    labels = torch.zeros(shape[:1] + shape[2:], device=DEVICE, dtype=torch.uint8)
+    with Alive(network) as alive:
+        with autocast(precision):
+            loss = loss_function(network(image), labels)
+        torch.autograd.backward(loss)
+    return alive.peak + image.nbytes + labels.nbytes
+
+
+MEMORY_CASES: list[tuple[str, int, dict[str, object]]] = [
+    *(("revmbunet", 3, {"size": "tiny", "widths": (16, 32, 64), **mode}) for mode in ({"mode": "plain"}, *_MODES)),
+    ("stunet", 3, {"width": 16}),
+    ("r2unet", 3, {"widths": (16, 32, 64)}),
+    ("resencunet", 3, {}),
+    ("inpainter", 3, {}),
+    ("smp", 2, {}),
+]
+_NAMES: dict[torch.dtype | None, Precision] = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("family", "dims", "arguments"), MEMORY_CASES, ids=str)
+def test_planning_expects_the_memory_that_cuda_takes(
+    family: str, dims: int, arguments: dict[str, object], precision: torch.dtype | None
+) -> None:
+    with faked_cuda():
+        network = to_cuda(network_of(family, dims, **arguments)).train()
+        sides = [max(64, 2 * side) for side in network.divisor]  # type: ignore[union-attr, arg-type]
+        shape = (2, 2, *sides)
+        taken = bytes_of_a_step(network, shape, precision)
+
+        def loss(*given: Any) -> Tensor:
+            return SegmentationLoss("sigmoid", _OUTPUTS)(*given)  # type: ignore[no-any-return]
+
+        on_device = Computation(DEVICE, _NAMES[precision])
+        planned = step_bytes(lambda: network_of(family, dims, **arguments), shape, loss, on_device)
+    assert planned == pytest.approx(taken, rel=0.1)
+
+
+def test_bytes_of_a_stack_of_convolutions_by_hand() -> None:
+    """Convolutions 1 -> 4 -> 2 with a ReLU between them, in bf16, the mean of the output as loss; N voxels.
+
+    At the widest moment the gradient passes the ReLU: image 4 N and labels N, image in bf16 2 N, output of the ReLU
+    8 N, its gradient 8 N, and that of its input 8 N.
+    """
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv3d(1, 4, 1, bias=False), nn.ReLU(), nn.Conv3d(4, 2, 1, bias=False))
+
+    with faked_cuda():
+        planned = step_bytes(build, (1, 1, 32, 32, 32), lambda y, _: y.mean(), Computation(DEVICE, "bf16"))
+    assert planned == pytest.approx(31 * 32**3, rel=0.001)
+
+
+@pytest.mark.parametrize(("classes", "memory_gb"), [(104, 24.0), (26, 11.0)])
+def test_scans_of_many_classes_are_planned_on_a_gpu(classes: int, memory_gb: float) -> None:
+    """A GPU holds a window of logits, not those of a whole scan of 512 x 512 x 600 voxels: 64 GB of 104 classes."""
+    shape = (512, 512, 600)
+    scans = Fingerprint(
+        cases=10,
+        dims=3,
+        modalities=("ct",),
+        shapes=(shape,),
+        cropped_shapes=(shape,),
+        spacings_mm=((1.0, 1.0, 1.0),),
+        zero_fraction=0.0,
+        is_ct=True,
+        foreground=Foreground(low=-50, high=200, mean=60, std=30),
+        seconds_per_case=1.0,
+    )
+    scheme = classes_scheme("organs", {f"organ {number}": number for number in range(1, classes + 1)})
+    with faked_cuda():
+        plan = plan_training(scans, scheme, PlanningRequest("stunet", "S"), memory_gb, DEVICE)
+    assert plan.patch_size == (128, 128, 128)
+    assert plan.memory_gb < memory_gb

@@ -19,6 +19,7 @@ from segkit.preparing.memory import (
     Volumes,
     estimate_memory_gb,
     has_room_to_keep,
+    slab_share,
     step_bytes,
     step_cost,
     window_bytes,
@@ -276,8 +277,12 @@ def test_memory_takes_the_largest_phase() -> None:
     large = Volumes(channels=1, outputs=1, prepared_voxels=2**29, source_voxels=0)
 
     assert estimate_memory_gb(cost, small) == pytest.approx(0.92 + 0.18 + 1, abs=0.01)
-    assert estimate_memory_gb(cost, large) == pytest.approx(0.92 + 0.18 + 4 * 4 * 0.5, abs=0.01)
-    assert estimate_memory_gb(cost, small, device=torch.device("cuda")) == pytest.approx(1.6, abs=0.01)
+    # Half a billion voxels: the image, 1.5 times a logit and a weight of all of them or of a quarter, three of a byte.
+    assert estimate_memory_gb(cost, large) == pytest.approx(0.92 + 0.18 + (4 * (1 + 1.5 * 2) + 3) * 0.5, abs=0.01)
+    in_slabs = estimate_memory_gb(cost, large, slab=slab_share((512, 1024, 1024), (128, 512, 1024)))
+    assert in_slabs == pytest.approx(0.92 + 0.18 + (4 * (1 + 1.5 * 2 / 4) + 3) * 0.5, abs=0.01)
+    for volumes in (small, large):  # a GPU holds a window of the volume
+        assert estimate_memory_gb(cost, volumes, device=torch.device("cuda")) == pytest.approx(1.6, abs=0.01)
 
 
 def test_weights_count_for_adam_and_the_moving_average() -> None:
