@@ -122,8 +122,8 @@ class InstanceNorm(nn.Module):
 def channels_innermost(x: Tensor) -> Tensor:
     """The same (B, C, *spatial), with C innermost in memory in 3D on a CPU, where 3 x 3 x 3 kernels are then faster.
 
-    One channel is in both orders already and stays unchanged. In a trace the order is left as it is: PyTorch's group norm
-    of channels that lie innermost adds up so many squares in sequence that logits differ by 1e-3.
+    One channel is in both orders already and stays unchanged. So does everything in a trace: PyTorch's group norm of
+    channels that lie innermost adds up so many squares in sequence that logits differ by 1e-3.
     """
     if x.dim() == 5 and x.device.type == "cpu" and not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return x.contiguous(memory_format=torch.channels_last_3d)
