@@ -21,8 +21,8 @@ _VALIDATION_SHARE = 0.1
 """Part of a budget that validations may take."""
 _LARGEST_RESERVE = 0.3
 """Largest part of a budget reserved for what follows the last step."""
-_FINISHING_S = 5.0
-"""Time reserved for the last checkpoint and the figures."""
+_FINISHING_S, _FINISHING_SHARE = 5.0, 0.01
+"""Time, and part of a budget, reserved for the last checkpoint, the figures and the choice of post-processing."""
 _ALMOST_DONE = 0.999
 
 
@@ -122,7 +122,8 @@ class Clock:
             return step / self.steps
         span = self.deadline_s - self.started_s
         final_s = self.validation_s if self.final_s is None else self.final_s
-        kept = min(1.5 * self.validation_s + final_s, _LARGEST_RESERVE * span) + _FINISHING_S
+        kept = min(1.5 * self.validation_s + final_s, _LARGEST_RESERVE * span)
+        kept += _FINISHING_S + _FINISHING_SHARE * span
         end = max(self.deadline_s - kept, self.started_s + 1e-6)
         spent = (time.monotonic() - self.started_s) / (end - self.started_s)
         return min(spent, _ALMOST_DONE) if step == 0 else spent

@@ -207,12 +207,12 @@ def test_a_budget_that_is_already_spent_still_gives_a_model(tmp_path: Path) -> N
 def test_progress_by_steps_and_by_time() -> None:
     assert Clock(steps=40).progress(10) == 0.25
     now = time.monotonic()
-    timed = Clock(steps=1, deadline_s=now + 105, started_s=now - 100, validation_s=0)  # 5 s are kept for the end
-    assert timed.progress(1) == pytest.approx(0.5, abs=0.01)
+    timed = Clock(steps=1, deadline_s=now + 105, started_s=now - 100, validation_s=0)  # 7 s are kept for the end
+    assert timed.progress(1) == pytest.approx(100 / 198, abs=0.005)
     kept_back = Clock(1, deadline_s=now + 105, started_s=now - 100, final_s=25, validation_s=10)
-    assert kept_back.progress(1) == pytest.approx(100 / 160, abs=0.01)  # and 1.5 validations of 10 s, and 25 s
+    assert kept_back.progress(1) == pytest.approx(100 / 158, abs=0.005)  # and 1.5 validations of 10 s, and 25 s
     slow = Clock(1, deadline_s=now + 105, started_s=now - 100, validation_s=1000)  # but at most 0.3 of the budget
-    assert slow.progress(1) == pytest.approx(100 / (205 * 0.7 - 5), abs=0.01)
+    assert slow.progress(1) == pytest.approx(100 / (205 * 0.7 - 7), abs=0.005)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_advice(tmp_path: Path) -> None:
