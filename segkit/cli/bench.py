@@ -98,6 +98,24 @@ def speed(
     _show("Speed", rows, as_json=as_json, is_quiet=quiet)
 
 
+@app.command()
+@verb()
+def gpu(
+    table: TableOption = None,
+    side: SideOption = 128,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    quiet: bool = False,
+) -> None:
+    """Whether a device agrees with a CPU (`parity`), planned and real `memory`, and `seconds` of a training step."""
+    from segkit.bench.gpu import TABLES
+    from segkit.runtime import pick_device
+
+    where = pick_device(device)
+    rows = (row for name in _chosen(table, TABLES) for row in TABLES[name](where, side))
+    _show(f"Training steps on {where}", rows, as_json=as_json, is_quiet=quiet)
+
+
 def _show(title: str, rows: Iterable[dict[str, Any]], *, as_json: bool, is_quiet: bool) -> None:
     from segkit.runtime import environment
 
