@@ -1,5 +1,7 @@
 """Errors that know the remedy: what was found, where, what was expected, what to do next."""
 
+import sys
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 from os import PathLike
@@ -141,3 +143,21 @@ _MEMORY_SIGNS = (
 def is_memory_error(error: BaseException) -> bool:
     """Whether an error of any library means that memory ran out."""
     return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in _MEMORY_SIGNS)
+
+
+def free_memory_of(error: BaseException) -> None:
+    """Free what a failed computation holds before it is tried again with less.
+
+    The traceback keeps the variables of all frames that the error passed, thus the tensors of the failed pass.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
+    if "torch" in sys.modules:
+        import torch
+
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.empty_cache()
+        if torch.backends.mps.is_available():
+            torch.mps.empty_cache()

@@ -11,7 +11,6 @@ import os
 import platform
 import random
 import sys
-import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -246,24 +245,6 @@ def error_sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'a file'}: {error.strerror}"
     return f"unexpected {type(error).__name__}: {text[:300]}. This is a bug of segkit: run again with -v for the trace"
-
-
-def free_memory_of(error: BaseException) -> None:
-    """Free what a failed computation holds before it is tried again with less.
-
-    The traceback keeps the variables of all frames that the error passed, thus the tensors of the failed pass.
-    """
-    cause: BaseException | None = error
-    while cause is not None:
-        traceback.clear_frames(cause.__traceback__)
-        cause = cause.__cause__ or cause.__context__
-    if "torch" in sys.modules:
-        import torch
-
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.empty_cache()
-        if torch.backends.mps.is_available():
-            torch.mps.empty_cache()
 
 
 def keep_freed_memory(device: torch.device) -> None:

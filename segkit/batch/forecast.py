@@ -17,7 +17,7 @@ from typing import TypeVar
 import numpy as np
 
 from segkit.batch.worker import CasePlan
-from segkit.errors import DataError, is_memory_error
+from segkit.errors import DataError, free_memory_of, is_memory_error
 from segkit.inference.predictor import Predictor
 from segkit.preparing.preprocessing import crop_box
 from segkit.reading.case import Case
@@ -29,7 +29,6 @@ from segkit.runtime import (
     available_memory_gb,
     cache_folder,
     current_rss_mb,
-    free_memory_of,
     peak_rss_mb,
 )
 

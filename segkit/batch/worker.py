@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 from segkit.batch.manifest import STAGES, CaseRecord, InputFile, TaskName
-from segkit.errors import DataError, is_memory_error
+from segkit.errors import DataError, free_memory_of, is_memory_error
 from segkit.inference.backends import Backend
 from segkit.inference.predictor import Stage
 from segkit.reading.case import Case, Cohort
 from segkit.reading.files import read_grid
 from segkit.reading.volume import Grid
-from segkit.runtime import error_sentence, free_memory_of, peak_rss_mb
+from segkit.runtime import error_sentence, peak_rss_mb
 
 _log = logging.getLogger(__name__)
 

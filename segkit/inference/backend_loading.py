@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from segkit.checkpoint.card import GraphCard, ModelCard
-from segkit.errors import CheckpointError, RequestError, is_memory_error
+from segkit.errors import CheckpointError, RequestError, free_memory_of, is_memory_error
 from segkit.inference.backends import (
     Array,
     Backend,
@@ -37,7 +37,6 @@ from segkit.reading.files import file_sha256
 from segkit.runtime import (
     cache_folder,
     device_name,
-    free_memory_of,
     has_memory_limit,
     keep_freed_memory,
     pick_device,

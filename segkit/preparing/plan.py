@@ -192,20 +192,14 @@ def plan_training(
         prepared_voxels=math.prod(largest),
         source_voxels=max(math.prod(shape) for shape in fingerprint.shapes),
     )
-    computation = ON_CPU
-    if device is not None and device.type == "cuda":  # the share for kernels of a CPU was fitted in float32
-        computation = Computation(device, pick_precision(request.precision, device))
+    # The share for kernels of a CPU was fitted in float32.
+    on_gpu = device is not None and device.type == "cuda"
+    computation = Computation(device, pick_precision(request.precision, device)) if device and on_gpu else ON_CPU
 
     def estimate(candidate: CandidateNetwork, counted: Shape, batch: int, patch: Shape) -> float:
-        factor = batch * math.prod(patch) / math.prod(counted)
-        return estimate_memory_gb(
-            candidate.cost(counted, computation).scaled(factor),
-            volumes,
-            slab=slab_share(largest, patch),
-            has_average=request.has_average,
-            device=device,
-            shards=request.shards,
-        )
+        cost = candidate.cost(counted, computation).scaled(batch * math.prod(patch) / math.prod(counted))
+        slab, average, shards = slab_share(largest, patch), request.has_average, request.shards
+        return estimate_memory_gb(cost, volumes, slab=slab, has_average=average, device=device, shards=shards)
 
     choice = _first_that_fits(network, request, median, limits, memory_gb, estimate)
     _explain(choice, request, median, limits, memory_gb, reasons)

@@ -20,14 +20,22 @@ import torch
 from segkit.checkpoint.card import ModelCard
 from segkit.checkpoint.model import build_network, read_source
 from segkit.checkpoint.transfer import TransferOptions, transfer
-from segkit.errors import CheckpointError, DataError, RequestError, TrainingError, as_request, is_memory_error, some
+from segkit.errors import (
+    CheckpointError,
+    DataError,
+    RequestError,
+    TrainingError,
+    as_request,
+    free_memory_of,
+    is_memory_error,
+    some,
+)
 from segkit.inference.backend_loading import smaller_window
 from segkit.models.blocks import SegmentationNetwork
 from segkit.preparing.memory import has_room_to_keep
 from segkit.preparing.splits import read_split
 from segkit.runtime import (
     available_memory_gb,
-    free_memory_of,
     keep_freed_memory,
     peak_rss_mb,
     return_freed_memory,
