@@ -106,7 +106,7 @@ def test_fine_tuning_begins_where_inference_stands(shared_data: Path, tmp_path: 
     card = load_card(tmp_path / "run")
     assert (card.patch_size, card.preprocessing.orientation) == ((40, 56, 40), "KJI")
     assert card.network.arguments["widths"] == [4, 8, 16]
-    predictor = segkit.Predictor.load(results)
+    predictor = segkit.Predictor.load(results, uses_tta=False)  # as in a validation
     for case, dice in summary.scores["cases"].items():
         reference = np.asarray(nib.load(data / "labelsTr" / f"{case}.nii.gz").dataobj)
         labels = predictor(data / "imagesTr" / f"{case}.nii.gz").labels
