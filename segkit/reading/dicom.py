@@ -7,7 +7,7 @@ dates and numbers are not.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,16 @@ FEWEST_SLICES = 4
 """With fewer, gaps cannot be distinguished from spacing; such series are localisers or parts of a scan."""
 
 _POSITION, _ORIENTATION = "0020|0032", "0020|0037"
-_PIXEL_SPACING, _IMAGER_SPACING = "0028|0030", "0018|1164"
+_SPACINGS = {"PixelSpacing": "0028|0030", "ImagerPixelSpacing": "0018|1164", "NominalScannedPixelSpacing": "0018|2010"}
+"""By preference; what writes slices as secondary captures, such as ITK, gives the last alone."""
 _INTERCEPT, _SLOPE, _FRAMES, _INSTANCE = "0028|1052", "0028|1053", "0028|0008", "0008|0018"
-_AT_DETECTOR = "there is no PixelSpacing; ImagerPixelSpacing, measured at the detector and a little larger, is taken"
+_NOTES = {
+    "PixelSpacing": "",
+    "ImagerPixelSpacing": (
+        "there is no PixelSpacing; ImagerPixelSpacing, measured at the detector and a little larger, is taken"
+    ),
+    "NominalScannedPixelSpacing": "there is no PixelSpacing; NominalScannedPixelSpacing is taken",
+}
 _FRAME_GROUPS = (
     *("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence"),
     "PixelValueTransformationSequence",
@@ -64,8 +71,8 @@ class _Slice:
     spacing_mm: tuple[float, float]
     shape: tuple[int, int]
     scale: tuple[float, float]
-    is_at_detector: bool
-    """Whether the spacing is that of the detector, for want of another."""
+    spacing_note: str
+    """What to know of the spacing where it is not PixelSpacing."""
     instance: str = ""
     """SOPInstanceUID, which identifies a file of its own."""
 
@@ -214,26 +221,28 @@ def _slice_of_file(path: Path) -> _Slice:
     with as_data_errors(path):
         reader, checked = _read_header(path)
         _refuse_larger_than_stored(path, reader.GetSize(), checked)
-        keys = (_POSITION, _ORIENTATION, _PIXEL_SPACING, _IMAGER_SPACING, _SLOPE, _INTERCEPT)
+        keys = (_POSITION, _ORIENTATION, _SLOPE, _INTERCEPT, *_SPACINGS.values())
         texts = (reader.GetMetaData(key).strip() if reader.HasMetaDataKey(key) else "" for key in keys)
         numbers = ([float(part) for part in text.split("\\")] if text else [] for text in texts)
-        position, orientation, spacing, imager, slope, intercept = numbers
+        position, orientation, slope, intercept, *spacings = numbers
         if not position or not orientation:
             raise _no_position(path)
         axes, scale = np.reshape(orientation, (2, 3)), ((slope or [1.0])[0], (intercept or [0.0])[0])
-        is_there = reader.HasMetaDataKey(_PIXEL_SPACING)  # where it is empty, ITK does not read the voxels
-        spacing_mm = _spacing_mm(path, spacing if is_there else imager)
+        # Where PixelSpacing is there and empty, ITK does not read the voxels.
+        is_there = reader.HasMetaDataKey(_SPACINGS["PixelSpacing"])
+        spacing_mm, note = _spacing_mm(path, dict(zip(_SPACINGS, spacings[:1] if is_there else spacings, strict=False)))
         instance = reader.GetMetaData(_INSTANCE) if reader.HasMetaDataKey(_INSTANCE) else ""
-        return _Slice(np.array(position), axes, spacing_mm, reader.GetSize()[:2], scale, not spacing, instance.strip())
+        return _Slice(np.array(position), axes, spacing_mm, reader.GetSize()[:2], scale, note, instance.strip())
 
 
-def _spacing_mm(path: Path, between: Sequence[float]) -> tuple[float, float]:
-    """The spacing (between columns, between rows) of DICOM's (between rows, between columns)."""
+def _spacing_mm(path: Path, spacings: Mapping[str, Sequence[float]]) -> tuple[tuple[float, float], str]:
+    """The spacing (between columns, between rows) of DICOM's first one (between rows, between columns), and a note."""
+    name, between = next((found for found in spacings.items() if found[1]), ("PixelSpacing", ()))
     if len(between) != 2 or not all(0 < mm < math.inf for mm in between):
         found = f"the DICOM file gives {f'the pixel spacing {format_size(between)}' if between else 'no pixel spacing'}"
         remedy = "Export the series again with its PixelSpacing, as distances are unknown without"
         raise DataError(found, where=path, expected="two lengths in mm", remedy=remedy)
-    return between[1], between[0]
+    return (between[1], between[0]), _NOTES[name]
 
 
 def _read_header(path: Path) -> tuple[Any, DicomFile]:
@@ -270,10 +279,10 @@ def _slices_of_frames(path: Path) -> list[_Slice]:
             raise _no_position(path)
         position = np.array(place.ImagePositionPatient, np.float64)
         axes = np.reshape(np.array(orientation.ImageOrientationPatient, np.float64), (2, 3))
-        spacing, imager = measures.get("PixelSpacing") or (), document.get("ImagerPixelSpacing") or ()
-        spacing_mm = _spacing_mm(path, [float(mm) for mm in spacing or imager])
+        spacings = {name: (measures if name == "PixelSpacing" else document).get(name) or () for name in _SPACINGS}
+        spacing_mm, note = _spacing_mm(path, {name: [float(mm) for mm in mms] for name, mms in spacings.items()})
         scale = (1.0, 0.0) if values is None else (float(values.RescaleSlope), float(values.RescaleIntercept))
-        slices.append(_Slice(position, axes, spacing_mm, shape, scale, not spacing))
+        slices.append(_Slice(position, axes, spacing_mm, shape, scale, note))
     if not slices:
         raise _no_position(path)
     return slices
@@ -300,7 +309,7 @@ def _regular_grid(where: Path, slices: Sequence[_Slice], notes: Iterable[str] = 
     affine: Affine = LPS_TO_RAS @ to_lps
     if not is_usable(affine):
         raise _no_position(where)
-    notes = (*notes, *([_AT_DETECTOR] if any(one.is_at_detector for one in slices) else []))
+    notes = tuple(dict.fromkeys(note for note in (*notes, *(one.spacing_note for one in slices)) if note))
     return order, Grid((*first.shape, len(slices)), affine, source=where, notes=notes)
 
 

@@ -24,6 +24,15 @@ def series(folder: Path, spacing: str, *, has_imager_spacing: bool) -> Path:
     return folder
 
 
+def test_slices_written_by_itk_alone_have_their_spacing(tmp_path: Path) -> None:
+    for height in range(4):
+        more = [(0x18, 0x2010, "DS", r"2.5\0.75")]
+        write_slice(tmp_path / f"{height}.dcm", STORED + height, height, spacing="", more=more)
+    grid = read_grid(tmp_path)
+    assert grid.spacing_mm == (0.75, 2.5, 1.0)
+    assert grid.notes == ("there is no PixelSpacing; NominalScannedPixelSpacing is taken",)
+
+
 def test_pixel_spacing_comes_first(tmp_path: Path) -> None:
     grid = read_grid(series(tmp_path, r"2\0.5", has_imager_spacing=True))
     assert (grid.spacing_mm, grid.notes) == ((0.5, 2.0, 1.0), ())
