@@ -1,0 +1,184 @@
+"""Trainings that are compared, a table for each comparison; every finished training is a line of a results file.
+
+    python benchmarks/tables.py recipe --data DATA --out RUNS     # trains what the file lacks, then prints the table
+    python benchmarks/tables.py recipe                            # prints the table
+    python benchmarks/tables.py recipe --data DATA --out RUNS --only "lr 1e-3,batch 4"
+
+DATA holds `brats2018` (folders of cases), `Task04_Hippocampus` and `chase_db1`. The arms of a table train one after the
+other at equal minutes and cores, so give a table one machine with nothing else on it. A line of the file has the arm,
+its command, commit, processor, cores, minutes, steps and the Dice of every case. Tables that choose settings score the
+validation cases and share the prepared cases; those that compare programs score the cases that are kept out of all
+training, and each prepares its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import segkit
+
+HERE = Path(__file__).resolve().parent
+KEPT_OUT = {
+    "brats2018": "brats2018_test.txt",
+    "Task04_Hippocampus": "hippocampus_held_out.txt",
+    "chase_db1": "chase_db1_test.txt",
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training: settings by dotted name over `--preset cpu`, and files of `configs/`.
+
+    `is_test` scores the cases that are kept out. `loop`: train this network by `benchmarks/monai_loop.py` instead.
+    """
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    config: str = ""
+    data: str = "brats2018"
+    minutes: float = 8
+    seed: int = 0
+    is_test: bool = False
+    loop: str = ""
+
+
+_REVMBUNET = {"network.family": "revmbunet", "network.size": "small"}
+_FP32 = {"training.precision": "fp32"}
+TABLES: dict[str, Sequence[Arm]] = {
+    "families": (
+        Arm("revmbunet small", _REVMBUNET),
+        *(Arm(family, config=family) for family in ("stunet", "plainunet", "resencunet")),
+        Arm("revmbunet small fp32", _REVMBUNET | _FP32),
+        *(Arm(f"{family} fp32", _FP32, family) for family in ("stunet", "plainunet")),
+    ),
+}
+
+
+def main() -> None:
+    """Train the arms of a table that the results lack; print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("table", choices=list(TABLES))
+    parser.add_argument("--data", type=Path, help="folder of data sets; without it nothing is trained")
+    parser.add_argument("--out", type=Path, help="folder of runs")
+    parser.add_argument("--only", default="", help="names of arms, separated by commas")
+    parser.add_argument("--minutes", type=float, help="minutes of each training instead of those of the table")
+    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
+    arguments = parser.parse_args()
+    wanted = [name for name in arguments.only.split(",") if name]
+    for arm in TABLES[arguments.table]:
+        is_known = any(_is_of(line, arguments.table, arm) for line in read_lines(arguments.results))
+        if arguments.data is not None and not is_known and (not wanted or arm.name in wanted):
+            minutes = arguments.minutes or arm.minutes
+            line = run_arm(arguments.table, arm, minutes, arguments.data / arm.data, arguments.out)
+            with arguments.results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+    print_table(arguments.table, read_lines(arguments.results))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The finished trainings."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def _is_of(line: Mapping[str, Any], table: str, arm: Arm) -> bool:
+    return (line["table"], line["arm"], line["seed"]) == (table, arm.name, arm.seed)
+
+
+def run_arm(table: str, arm: Arm, minutes: float, data: Path, out: Path) -> dict[str, Any]:
+    """Train and score one arm; returns its line of the results."""
+    run = out.resolve() / f"{table}-{arm.name}-{arm.seed}".replace(" ", "_")
+    command = _command(arm, minutes, data, run)
+    started = time.monotonic()
+    subprocess.run(command, check=True)
+    taken = time.monotonic() - started
+    shown = " ".join(command[2:] if command[1] == "-m" else ["python", *command[1:]])
+    for path, name in ((data, f"DATA/{data.name}"), (run, "RUN"), (run.parent, "RUNS"), (HERE.parent, ".")):
+        shown = shown.replace(str(path), name)
+    return {
+        "table": table,
+        "arm": arm.name,
+        "seed": arm.seed,
+        "command": shown.replace(str(data), f"DATA/{data.name}")
+        .replace(str(run), "RUN")
+        .replace(f"{HERE.parent}/", ""),
+        "commit": subprocess.check_output(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], text=True).strip(),
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "minutes": round(taken / 60, 2),
+        "steps": _steps(run),
+        "dice": _scores_kept_out(arm, data, run) if arm.is_test else _scores_of_validation(run),
+    }
+
+
+def _command(arm: Arm, minutes: float, data: Path, run: Path) -> list[str]:
+    kept_out = HERE / KEPT_OUT[data.name]
+    if arm.loop:
+        script = [sys.executable, str(HERE / "monai_loop.py"), str(data), str(run), "--exclude", str(kept_out)]
+        return [*script, "--minutes", str(minutes), "--network", arm.loop, "--seed", str(arm.seed)]
+    command = [sys.executable, "-m", "segkit", "train", str(data), "-o", str(run), "--preset", "cpu"]
+    if arm.config:
+        command += ["--config", str(HERE.parent / "configs" / f"{arm.config}.yaml")]
+    shared = {} if arm.is_test else {"data.cache": str(run.parent / f"cache-{data.name}")}
+    for name, value in {"training.seed": arm.seed, **shared, **arm.settings}.items():
+        command += ["--set", f"{name}={json.dumps(value)}"]
+    return [*command, "--budget", f"{minutes}m", "--exclude", str(kept_out), "--overwrite"]
+
+
+def _processor() -> str:
+    found = Path("/proc/cpuinfo")
+    text = found.read_text(encoding="utf-8") if found.exists() else ""
+    name = text.partition("model name")[2].partition(":")[2].partition("\n")[0].strip() or platform.processor()
+    return name + (" with avx512_bf16" if "avx512_bf16" in text else "")
+
+
+def _steps(run: Path) -> int:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return int(json.loads(lines[-1])["step"])
+
+
+def _scores_of_validation(run: Path) -> dict[str, dict[str, float]]:
+    document = json.loads((run / "validation.json").read_text(encoding="utf-8"))
+    return dict(document["cases"])
+
+
+def _scores_kept_out(arm: Arm, data: Path, run: Path) -> dict[str, dict[str, float]]:
+    """Dice by case and region of the cases that are kept out, as `segkit evaluate` gives it."""
+    kept_out = (HERE / KEPT_OUT[data.name]).read_text(encoding="utf-8").split()
+    masks = run / "masks"
+    if not arm.loop:
+        segkit.infer(run, data, masks, cases=kept_out, overwrite=True)
+    evaluation = segkit.evaluate(masks, data, cases=kept_out)
+    if evaluation.errors or len(evaluation.cases) != len(kept_out):
+        raise SystemExit(f"{len(evaluation.cases)} of {len(kept_out)} cases scored: {evaluation.errors}")
+    return {case.case: {region: scores["dice"] for region, scores in case.regions.items()} for case in evaluation.cases}
+
+
+def print_table(table: str, lines: Iterable[Mapping[str, Any]]) -> None:
+    """A Markdown table of mean Dice by region and of all regions, in the order of the table."""
+    lines = [line for arm in TABLES[table] for line in lines if _is_of(line, table, arm)]
+    if not lines:
+        return
+    regions = list(next(iter(lines[0]["dice"].values())))
+    print(f"| arm | seed | minutes | steps | {' | '.join(regions)} | mean |")
+    print(f"|---|{'---:|' * (len(regions) + 4)}")
+    for line in lines:
+        means = [float(np.mean([case[region] for case in line["dice"].values()])) for region in regions]
+        shown = " | ".join(f"{value:.3f}" for value in (*means, np.mean(means)))
+        print(f"| {line['arm']} | {line['seed']} | {line['minutes']} | {line['steps']} | {shown} |")
+
+
+if __name__ == "__main__":
+    main()
