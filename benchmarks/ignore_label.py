@@ -1,7 +1,7 @@
 """Sparse annotation with the ignore label: full masks, every third slice, and background in place of the rest.
 
-Run with `python benchmarks/ignore_label.py DATA/Task04_Hippocampus OUT [--budget 5m] [--seeds 3] [-d cpu]`. Three
-arms train on the same cases, which are those not named in `benchmarks/hippocampus_held_out.txt`:
+Run with `python benchmarks/ignore_label.py DATA/Task04_Hippocampus OUT [--budget 5m] [--seeds 3]`. Three arms train on
+the same cases, which are those not named in `benchmarks/hippocampus_held_out.txt`:
 
 * full: the masks as they are;
 * ignored: all voxels outside every third slice (of axis 2) of the training cases are the ignore label;
@@ -41,10 +41,12 @@ def main() -> None:
     parser.add_argument("--budget", default="5m", help="time of each training")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each arm, with seeds 0, 1 ...")
     parser.add_argument("--preset", default="cpu")
+    parser.add_argument("--set", action="append", default=[], dest="settings", help="such as loss.dice_weight=0")
     parser.add_argument("-d", "--device", default="auto")
     arguments = parser.parse_args()
     listed = HELD_OUT.read_text(encoding="utf-8").splitlines()
     held_out = [line for line in listed if line and not line.startswith("#")]
+    settings = dict(setting.split("=", 1) for setting in arguments.settings)
     table: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for arm in ARMS:
         folder = write_data(arguments.data, arguments.out / arm / "data", arm, held_out)
@@ -53,7 +55,7 @@ def main() -> None:
             if not (run / "validation.json").exists():
                 segkit.train(
                     folder, run, preset=arguments.preset, budget=arguments.budget, device=arguments.device,
-                    overwrite=True, **{"training.seed": seed},
+                    overwrite=True, **{"training.seed": seed}, **settings,
                 )  # fmt: skip
             table[arm].append(score(run, arguments.data, held_out, arguments.device))
     print(f"Mean Dice of {len(held_out)} held-out cases, {arguments.budget} for each training\n")

@@ -27,6 +27,15 @@ def _float32_on_every_processor() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Operations of PyTorch share two threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 DATA = Path(__file__).resolve().parent / "data"
 
 

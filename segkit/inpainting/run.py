@@ -22,6 +22,7 @@ from segkit.losses.restoration import RestorationConfig, adversarial_terms, rest
 from segkit.models.blocks import SegmentationNetwork
 from segkit.models.generator import build_discriminator
 from segkit.models.region_layers import RegionNormLearnable
+from segkit.models.sample_threads import SampleThreads
 from segkit.preparing.holes import HoleMaker, tumour_components
 from segkit.preparing.preprocessing import PreparedCase
 from segkit.reading.case import Cohort
@@ -47,10 +48,11 @@ class Restoration(nn.Module):
         super().__init__()
         self.network = network
         self.discriminator = discriminator
+        self._threads = SampleThreads()
 
     def forward(self, x: Tensor) -> Tensor:
         """The restored image (B, C, *spatial) of what `stack_inputs` gives; in training mode at full resolution."""
-        found = self.network(x)
+        found = self._threads(self.network, x)
         return found if isinstance(found, Tensor) else cast(Tensor, found[0])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from segkit.config import build_config, configs_folder, read_yaml
 from segkit.errors import RequestError
 from segkit.models.blocks import SegmentationNetwork
 from segkit.models.kernels.convolutions import SmallMapsInFloat32
+from segkit.models.sample_threads import SampleThreads
 from segkit.models.table import MODELS, build_model, list_models
 from segkit.training.config import TrainConfig
 from tests.smallest import SMALLEST
@@ -99,6 +101,24 @@ def test_gradients_in_bfloat16_point_where_those_in_float32_do(family: str, dims
             found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
         gradients.append(torch.cat([one.flatten() for one in found if one is not None]))
     assert nn.functional.cosine_similarity(*gradients, dim=0) > 0.9
+
+
+@pytest.mark.parametrize(("family", "dims"), ENTRIES)
+def test_threads_for_samples_change_nothing(family: str, dims: int, two_threads: None) -> None:
+    model = _without_randomness_and_batch_statistics(_build(family, dims).double())
+    x = torch.randn(3, 2, *_two_divisors(model), dtype=torch.float64)
+    weights = dict(model.named_parameters())
+    found = []
+    for run in (model, partial(SampleThreads(), model)):
+        levels = run(x)
+        loss = sum((level * level.detach().cos()).sum() for level in levels)
+        found.append((levels, torch.autograd.grad(loss, list(weights.values()), allow_unused=True)))
+    (expected, gradients), (levels, in_threads) = found
+    torch.testing.assert_close(levels, expected, rtol=1e-9, atol=1e-9)
+    for name, of_batch, of_samples in zip(weights, gradients, in_threads, strict=True):
+        assert (of_batch is None) == (of_samples is None), name
+        if of_batch is not None:
+            torch.testing.assert_close(of_samples, of_batch, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize(("family", "dims"), ENTRIES)
