@@ -1,8 +1,8 @@
 """Several processes against one: gradients, loss curves, time and memory, on the CPUs of this machine.
 
     python benchmarks/distributed.py gradients     # each network and method: two processes, one with the doubled batch
-    python benchmarks/distributed.py time          # seconds per sample of one process with two threads, of two with
-                                                   # one, beside 0, 1, 2 busy processes
+    python benchmarks/distributed.py time          # seconds of a step on two samples, of two threads and of two
+                                                   # processes, beside 0, 1, 2 busy processes
     python benchmarks/distributed.py sharded       # a step of STU-Net L whole, and in parts of two processes; 12 GB
     python benchmarks/distributed.py sharded-h     # H in parts, one step without the moments of AdamW; 20 GB
 
@@ -33,6 +33,7 @@ from segkit.labels import Output
 from segkit.losses.dice_cross_entropy import LossConfig, SegmentationLoss
 from segkit.losses.restoration import RestorationConfig
 from segkit.models.generator import build_discriminator
+from segkit.models.sample_threads import SampleThreads
 from segkit.models.table import MODELS, build_model
 from segkit.pretraining.contrastive import Contrast, ContrastiveConfig
 from segkit.pretraining.graph_matching import GraphMatching, GraphMatchingConfig
@@ -114,8 +115,10 @@ def subjects() -> Iterator[tuple[str, Trained, Mapping[str, Tensor]]]:
     yield "inpainting with a discriminator", *_inpainting()
 
 
-def _painting_loss(loss: SegmentationLoss, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    return loss(model(batch["image"]), batch["label"])
+def _painting_loss(
+    loss: SegmentationLoss, model: nn.Module, batch: Mapping[str, Tensor], threads: SampleThreads | None = None
+) -> Tensor:
+    return loss(threads(model, batch["image"]) if threads else model(batch["image"]), batch["label"])
 
 
 def _methods() -> Iterator[tuple[str, Trained, Mapping[str, Tensor]]]:
@@ -256,15 +259,17 @@ def in_parts(ranks: Ranks, size_name: str, steps: int, *, has_moments: bool = Tr
     )
 
 
-def pace(ranks: Ranks) -> list[dict[str, Any]]:
-    """Seconds per sample of a small RevMBUNet, on 48 x 48 x 48 voxels, one sample in each process and step."""
+def pace(ranks: Ranks, *, has_sample_threads: bool = False) -> list[dict[str, Any]]:
+    """Seconds of a step of a small RevMBUNet on two samples of 48 x 48 x 48 voxels, which all processes share."""
     torch.manual_seed(0)
     network = build_model("revmbunet", in_channels=4, out_channels=3, size="small").train()
     loss = SegmentationLoss("sigmoid", (Output("WT", 1, (1, 2, 3)), Output("TC", 2, (2, 3)), Output("ET", 3, (3,))))
-    task = Trained(network, partial(_painting_loss, loss))
+    threads = SampleThreads() if has_sample_threads else None
+    task = Trained(network, partial(_painting_loss, loss, threads=threads))
     step = data_parallel(task, ranks)  # type: ignore[arg-type]
     optimiser = build_optimiser(network, OptimiserConfig())
-    batch = {"image": torch.randn(1, 4, 48, 48, 48), "label": torch.randint(0, 4, (1, 48, 48, 48)).byte()}
+    shape = (2 // ranks.size, 48, 48, 48)
+    batch = {"image": torch.randn(shape[0], 4, *shape[1:]), "label": torch.randint(0, 4, shape).byte()}
     times = []
     for _ in range(_PACED_STEPS):
         ranks.sum(0.0)
@@ -272,13 +277,14 @@ def pace(ranks: Ranks) -> list[dict[str, Any]]:
         torch.autograd.backward(step(batch))
         optimiser.step()
         optimiser.zero_grad()
-        times.append((time.monotonic() - began) / ranks.size)
+        times.append(time.monotonic() - began)
     return [{"processes": ranks.size, "seconds": sorted(times)[len(times) // 2]}]
 
 
 MEASUREMENTS: dict[str, Callable[[Ranks], list[dict[str, Any]]]] = {
     "gradients": gradients,
     "time": pace,
+    "time-samples": partial(pace, has_sample_threads=True),
     "sharded": partial(in_parts, size_name="L", steps=2),
     "sharded-h": partial(in_parts, size_name="H", steps=1, has_moments=False),
 }
@@ -318,14 +324,19 @@ def print_gradients() -> None:
 
 def print_time() -> None:
     spinning, sleeping = {"GOMP_SPINCOUNT": "300000"}, {"OMP_WAIT_POLICY": "passive"}  # the first is libgomp's default
-    print("| busy processes | processes | threads of each | at barriers | seconds per sample |\n|---|---|---|---|---|")
+    ways = {
+        "two threads share every operation, and spin": ("time", 1, spinning),
+        "two threads share every operation, and sleep": ("time", 1, sleeping),
+        "a thread for each sample": ("time-samples", 1, sleeping),
+        "a process for each sample": ("time", 2, sleeping),
+    }
+    print("| busy processes | two samples | seconds of a step |\n|---|---|---|")
     for count in range(3):
         busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
         try:
-            for processes, threads, waiting in ((1, 2, spinning), (1, 2, sleeping), (2, 1, sleeping)):
-                (row,) = start("time", processes, threads, **waiting)
-                shown = "threads spin" if waiting is spinning else "threads sleep"
-                print(f"| {count} | {processes} | {threads} | {shown} | {row['seconds']:.2f} |", flush=True)
+            for name, (measurement, processes, waiting) in ways.items():
+                (row,) = start(measurement, processes, 2 // processes, **waiting)
+                print(f"| {count} | {name} | {row['seconds']:.2f} |", flush=True)
         finally:
             for process in busy:
                 process.kill()
