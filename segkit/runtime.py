@@ -12,6 +12,7 @@ import platform
 import random
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -104,6 +105,8 @@ def device_name(name: str | None = None) -> str:
 def pick_device(name: str | None = None) -> torch.device:
     """`device_name` as a device of torch; a GPU is also made the current one of this process.
 
+    Products of float32 are then rounded to TF32, as PyTorch has it for convolutions, and cuDNN times its kernels.
+
     Raises:
         RequestError: the name is unknown or the machine lacks that device.
     """
@@ -112,6 +115,8 @@ def pick_device(name: str | None = None) -> torch.device:
     device = torch.device(device_name(name))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
     if device.type == "cpu":
         _report_spinning_threads()
     return device
@@ -134,6 +139,16 @@ def pick_precision(name: Literal["auto", Precision], device: torch.device) -> Pr
         return "bf16" if generation >= 8 else "fp16" if generation == 7 else "fp32"
     can: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     return "bf16" if can.get("avx512_bf16") or can.get("amx_bf16") else "fp32"
+
+
+def autocast(device: torch.device, precision: Precision | None) -> AbstractContextManager[Any]:
+    """Inside, operations compute in this precision; with None in that of the surrounding code."""
+    import torch
+
+    if precision is None:
+        return nullcontext()
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
 def exact_type(device: torch.device) -> torch.dtype:
@@ -192,7 +207,8 @@ def available_memory_gb(device: torch.device | None = None) -> float:
     if device is not None and device.type == "cuda":
         import torch
 
-        return torch.cuda.mem_get_info(device)[0] / _GIB
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own free blocks
+        return (torch.cuda.mem_get_info(device)[0] + cached) / _GIB
     available_kb = _number_after("MemAvailable:", Path("/proc/meminfo"))
     if available_kb is not None:
         free = available_kb * 1024

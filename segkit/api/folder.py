@@ -270,7 +270,7 @@ def on_gpu(backend: Backend) -> Backend:
     from segkit.inference.backends import TorchBackend, torch_backend
 
     found = torch_backend(backend)
-    return backend if found is None else TorchBackend(found.network, "cuda")
+    return backend if found is None else TorchBackend(found.network, "cuda", precision=found.precision)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import numpy as np
 
 from segkit.batch.worker import CasePlan
 from segkit.errors import DataError, free_memory_of, is_memory_error
+from segkit.inference.backends import torch_backend
 from segkit.inference.predictor import Predictor
 from segkit.preparing.preprocessing import crop_box
 from segkit.reading.case import Case
@@ -166,11 +167,21 @@ class Forecaster:
         return loaded + max(unpacking, prepared + (1 + 2 * _FLOAT) * voxels)
 
     def _compute_bytes(self, grid: Grid) -> int:
-        """The prepared image, one row of windows of logits with the finished slab, the mask and its copies."""
+        """The prepared image, one row of windows of logits with the finished slab, the mask and its copies.
+
+        Rows that have room on a GPU are there.
+        """
         shape = self._prepared_shape(grid)
-        card, members = self.predictor.card, self.predictor.members
-        plans = [member.plan(shape) for member in members]
-        rows = sum(plan.logit_bytes * (len(card.outputs) + 1) * plan.slab_voxels * 3 // 2 for plan in plans)
+        card, rows = self.predictor.card, 0
+        for member in self.predictor.members:
+            plan, backend = member.plan(shape), torch_backend(member.backend)
+            row = plan.logit_bytes * (len(card.outputs) + 1) * plan.slab_voxels * 3 // 2
+            if (
+                backend is None
+                or backend.device.type != "cuda"
+                or row / _MB > 1024 * available_memory_gb(backend.device)
+            ):
+                rows += row
         restored = self.predictor.restoring_bytes(shape, grid)
         return _FLOAT * len(card.modalities) * prod(shape) + rows + restored + 3 * prod(grid.shape)
 

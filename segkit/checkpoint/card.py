@@ -114,6 +114,8 @@ class TrainingData(Config):
     """Name or digest of the data."""
     licence: str | None = None
     cases: int = 0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the forward pass: a GPU infers in it."""
 
 
 class GraphCard(CardPart):

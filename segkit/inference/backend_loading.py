@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -35,13 +36,18 @@ from segkit.inference.graph_check import require_harmless
 from segkit.inference.parity import LARGEST_DIFFERENCE, random_windows, relative_difference
 from segkit.reading.files import file_sha256
 from segkit.runtime import (
+    Precision,
     cache_folder,
     device_name,
     has_memory_limit,
     keep_freed_memory,
     pick_device,
+    pick_precision,
     room_mb,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 GRAPH_NAME = "model.onnx"
 
@@ -241,7 +247,15 @@ def _open_torch(
     if chosen.type == "cpu":
         _require_room(card, window)
     keep_freed_memory(chosen)
-    return TorchBackend(load_model(folder, chosen), chosen, threads)
+    return TorchBackend(load_model(folder, chosen), chosen, threads, inference_precision(card, chosen))
+
+
+def inference_precision(card: ModelCard, device: "torch.device") -> Precision:
+    """The precision of a network's inference: on NVIDIA GPUs that of its training, if the GPU has it; else fp32."""
+    trained = "fp16" if card.nnunet is not None else card.training_data.precision  # nnU-Net's own choice on a GPU
+    if device.type != "cuda" or trained == "fp32":
+        return "fp32"
+    return "fp16" if trained == "fp16" else pick_precision("auto", device)
 
 
 def _require_room_for_torch() -> None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from segkit.errors import RequestError
 from segkit.inference.graph import INPUT, OUTPUT, graph_files
-from segkit.runtime import available_cores, keep_freed_memory, pick_device
+from segkit.runtime import Precision, autocast, available_cores, keep_freed_memory, pick_device
 
 if TYPE_CHECKING:
     import torch
@@ -53,17 +53,22 @@ class Backend(Protocol):
 class TorchBackend:
     """A torch module on a CPU or a GPU; its training mode is restored after each call.
 
-    `threads` on a CPU are set for the whole process; None leaves them unchanged.
+    `threads` on a CPU are set for the whole process; None leaves them unchanged. `precision` None is that of the code
+    around a call.
     """
 
     name = "torch"
 
     def __init__(
-        self, network: torch.nn.Module, device: torch.device | str = "cpu", threads: int | None = None
+        self,
+        network: torch.nn.Module,
+        device: torch.device | str = "cpu",
+        threads: int | None = None,
+        precision: Precision | None = None,
     ) -> None:
         import torch
 
-        self.network = network
+        self.network, self.precision = network, precision
         self.device = torch.device(device)
         self.threads = threads or torch.get_num_threads()
         if threads is not None:
@@ -72,22 +77,27 @@ class TorchBackend:
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy on the CPU, moved to the device when it is unpickled."""
         network = self.network if self.device.type == "cpu" else copy.deepcopy(self.network).cpu()
-        return _reopen_torch, (network, str(self.device), self.threads)
+        return _reopen_torch, (network, str(self.device), self.threads, self.precision)
 
     def __call__(self, windows: Array) -> Array:
-        """Logits (B, K, *window) of windows (B, C, *window); of a list of logits, the first."""
+        """Logits (B, K, *window) of windows (B, C, *window)."""
+        import torch
+
+        result: Array = self.compute(torch.from_numpy(windows).to(self.device)).cpu().numpy()
+        return result
+
+    def compute(self, windows: torch.Tensor) -> torch.Tensor:
+        """Logits (B, K, *window) float32 of windows (B, C, *window), on the device; of a list of logits, the first."""
         import torch
 
         was_training = self.network.training
         self.network.eval()
         try:
-            with torch.inference_mode():
-                logits = self.network(torch.from_numpy(windows).to(self.device))
-                logits = logits if isinstance(logits, torch.Tensor) else logits[0]
-                result: Array = logits.float().cpu().numpy()
+            with torch.inference_mode(), autocast(self.device, self.precision):
+                logits = self.network(windows)
+                return (logits if isinstance(logits, torch.Tensor) else logits[0]).float()
         finally:
             self.network.train(was_training)
-        return result
 
 
 class _GraphBackend:
@@ -185,8 +195,8 @@ class ReopenableBackend:
         return self.opened.__reduce_ex__(protocol)
 
 
-def torch_backend(backend: Backend) -> TorchBackend | None:
-    """The torch backend behind `backend`; None for other runtimes."""
+def torch_backend(backend: object) -> TorchBackend | None:
+    """The torch backend behind `backend`; None for other runtimes and functions."""
     opened = backend.opened if isinstance(backend, ReopenableBackend) else backend
     return opened if isinstance(opened, TorchBackend) else None
 
@@ -240,10 +250,10 @@ def _openvino_core() -> Any:
     return openvino.Core()
 
 
-def _reopen_torch(network: torch.nn.Module, device: str, threads: int) -> TorchBackend:
+def _reopen_torch(network: torch.nn.Module, device: str, threads: int, precision: Precision | None) -> TorchBackend:
     chosen = pick_device(device)
     keep_freed_memory(chosen)
-    return TorchBackend(network.to(chosen), chosen, threads)
+    return TorchBackend(network.to(chosen), chosen, threads, precision)
 
 
 def _reopen_graph(name: str, files: Mapping[str, bytes], threads: int, device: str) -> Backend:

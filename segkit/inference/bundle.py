@@ -28,7 +28,7 @@ from segkit.reading.geometry import reorientation_to
 from segkit.reading.volume import Grid
 
 _MOST_VOXELS = 2**31
-_HALF = np.float32(6e-8)
+_HALF = 6e-8
 """The sigmoid of logits above minus this is at least 0.5 in float32; MONAI paints 0.5, `decode` logits above 0."""
 
 
@@ -132,7 +132,7 @@ class BundlePredictor(Predictor):
             slabs = self._restored(prepared, slabs)
         if self.segmentation.activation == "softmax":
             return slabs
-        return (replace(slab, logits=slab.logits + _HALF) for slab in slabs)
+        return (replace(slab, values=slab.values + _HALF) for slab in slabs)
 
     def restoring_bytes(self, shape: Sequence[int], grid: Grid) -> int:
         """Probabilities on both grids, or labels; with the copies of one output that resampling makes in float64."""

@@ -8,6 +8,8 @@ Most voxels need no resampling: where the eight prepared voxels around a voxel h
 interpolation between them has it too, since their logits have the same sign or the same largest output.
 """
 
+import itertools
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from math import prod
@@ -18,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segkit.errors import CheckpointError
-from segkit.inference.sliding_window import Logits, Slab
+from segkit.inference.sliding_window import Logits, Slab, on_host
 from segkit.preparing.preprocessing import Preparation
 from segkit.preparing.resampling import Neighbours, nearest_neighbours, neighbours, resample_plane
 from segkit.reading.files import write_image
@@ -60,24 +62,28 @@ def _to_source(whole: AnyArray, preparation: Preparation) -> AnyArray:
     return np.ascontiguousarray(preparation.reorientation.undo(whole))
 
 
-def probabilities(logits: Logits, activation: Activation) -> Logits:
-    """Probabilities of logits (K, ...), float32 in 0..1; those of a softmax add up to 1."""
+def _functions(array: Any) -> Any:
+    """The module with functions of such arrays: numpy, or torch for tensors."""
+    return np if isinstance(array, np.ndarray) else sys.modules["torch"]
+
+
+def probabilities(logits: Any, activation: Activation) -> Any:
+    """Probabilities of logits (K, ...), float32 in 0..1, array or tensor; those of a softmax add up to 1."""
+    xp = _functions(logits)
     if activation == "sigmoid":
-        shares: Logits = 0.5 * (1 + np.tanh(0.5 * logits))
-        return shares
-    shares = np.exp(logits - logits.max(0))
+        return 0.5 * (1 + xp.tanh(0.5 * logits))
+    shares = xp.exp(logits - xp.amax(logits, 0))
     shares /= shares.sum(0)
     return shares
 
 
-def logits_of(shares: Logits, activation: Activation) -> Logits:
+def logits_of(shares: Any, activation: Activation) -> Any:
     """Logits (K, ...) of probabilities; of a softmax their logarithms, which have the same argmax and softmax."""
+    xp = _functions(shares)
     if activation == "softmax":
-        logits: Logits = np.log(np.maximum(shares, np.finfo(np.float32).tiny))
-    else:
-        shares = np.clip(shares, 1e-7, 1 - 1e-7)
-        logits = np.log(shares / (1 - shares))
-    return logits.astype(np.float32)
+        return xp.log(xp.clip(shares, float(np.finfo(np.float32).tiny), None))
+    shares = xp.clip(shares, 1e-7, 1 - 1e-7)
+    return xp.log(shares / (1 - shares))
 
 
 def _paint(
@@ -89,22 +95,32 @@ def _paint(
     preparation: Preparation | None = None,
 ) -> None:
     """Paint slabs of a prepared grid of that shape into `box` (*cropped), in place."""
-    table, resampling = np.asarray(values, np.uint8), None
+    table, resampling, slabs = np.asarray(values, np.uint8), None, iter(slabs)
     for slab in slabs:
-        if len(slab.logits) != len(values):
-            found = f"the network gave {len(slab.logits)} outputs"
+        if len(slab.values) != len(values):
+            found = f"the network gave {len(slab.values)} outputs"
             raise CheckpointError(found, expected=f"the {len(values)} of its model card")
+        if not isinstance(slab.values, np.ndarray):
+            from segkit.inference import on_device
+
+            on_device.paint(itertools.chain([slab], slabs), box, shape, activation, table, preparation)
+            return
         if np.isnan(slab.logits.min()):
-            raise CheckpointError(
-                "the network gave NaN",
-                expected="finite logits",
-                remedy="The training probably diverged: look at metrics.jsonl, and train with a smaller learning rate",
-            )
+            raise not_a_number()
         if shape == box.shape:
             box[slab.index] = _labels(_decide(slab.logits, activation), activation, table)
         else:
-            resampling = resampling or _SlabResampling(shape, box.shape, slab.axis, preparation)
+            resampling = resampling or SlabResampling(shape, box.shape, slab.axis, preparation)
             _paint_resampled(slab, resampling, np.moveaxis(box, slab.axis, 0), activation, table)
+
+
+def not_a_number() -> CheckpointError:
+    """The error of logits that contain NaN."""
+    return CheckpointError(
+        "the network gave NaN",
+        expected="finite logits",
+        remedy="The training probably diverged: look at metrics.jsonl, and train with a smaller learning rate",
+    )
 
 
 def _decide(logits: Logits, activation: Activation) -> AnyArray:
@@ -129,7 +145,7 @@ def _labels(decided: AnyArray, activation: Activation, values: NDArray[np.uint8]
     return labels
 
 
-class _SlabResampling:
+class SlabResampling:
     """Linear resampling of slabs as they arrive; the axis of the slabs is the first, of planes (*across)."""
 
     def __init__(
@@ -167,7 +183,7 @@ class _SlabResampling:
 
 
 def _paint_resampled(
-    slab: Slab, resampling: _SlabResampling, target: LabelMap, activation: Activation, values: NDArray[np.uint8]
+    slab: Slab, resampling: SlabResampling, target: LabelMap, activation: Activation, values: NDArray[np.uint8]
 ) -> None:
     """Paint the planes of `target` (along, *across) that are in this slab, or between it and the previous one."""
     logits, across = resampling.add(slab.logits, slab.stop), resampling.across
@@ -257,21 +273,25 @@ def merged(streams: Sequence[Iterator[Slab]], activation: Activation, *, of_logi
     the other 0.
     """
     for parts in _aligned(streams):
-        members = [probabilities(part.logits, activation) for part in parts]
-        mean: Logits = sum(members[1:], members[0]) / np.float32(len(members))
-        variance = sum((member - mean) ** 2 for member in members) / len(members)
-        spread = 2 * np.sqrt(np.asarray(variance)).max(0)
-        logits = _half_mean([part.logits for part in parts]) if of_logits else logits_of(mean, activation)
+        places = {(type(part.values), str(getattr(part.values, "device", "cpu"))) for part in parts}
+        given = [part.values if len(places) == 1 else part.logits for part in parts]
+        xp, count = _functions(given[0]), len(given)
+        members = [probabilities(logits, activation) for logits in given]
+        mean = sum(members[1:], members[0]) / count
+        variance = sum((member - mean) ** 2 for member in members) / count
+        spread = 2 * xp.amax(xp.sqrt(variance), 0)
+        logits = _half_mean(given) if of_logits else logits_of(mean, activation)
         yield Slab(parts[0].axis, parts[0].start, parts[0].stop, logits, spread)
 
 
-def _half_mean(members: Sequence[Logits]) -> Logits:
+def _half_mean(members: Sequence[Any]) -> Any:
     """The mean of logits of half precision, each sum and the quotient rounded to it, in float32."""
-    total = members[0].astype(np.float16)
+    xp = _functions(members[0])
+    total = xp.asarray(members[0], dtype=xp.float16)
     for member in members[1:]:
         total += member
     total /= np.float32(len(members))
-    return total.astype(np.float32)
+    return xp.asarray(total, dtype=xp.float32)
 
 
 def _aligned(streams: Sequence[Iterator[Slab]]) -> Iterator[list[Slab]]:
@@ -306,7 +326,7 @@ class Maps:
         self._boxes: NDArray[np.uint16] = (
             np.zeros(shape, np.uint16) if self._file is None else np.memmap(self._file, np.uint16, "w+", shape=shape)
         )
-        self._resampling: _SlabResampling | None = None
+        self._resampling: SlabResampling | None = None
 
     def add(self, planes: NDArray[np.float32], slab: Slab) -> None:
         """The maps (count, *spatial) in 0..1 of the voxels of a slab of the prepared grid."""
@@ -314,7 +334,7 @@ class Maps:
         if shape == self.preparation.cropped_shape:
             self._boxes[(slice(None), *slab.index)] = np.rint(planes * np.float32(_STEPS))
             return
-        self._resampling = self._resampling or _SlabResampling(shape, self.preparation.cropped_shape, axis)
+        self._resampling = self._resampling or SlabResampling(shape, self.preparation.cropped_shape, axis)
         planes = self._resampling.add(planes, slab.stop)
         target = np.moveaxis(self._boxes, axis + 1, 1)
         for index, lower, upper, weight in self._resampling.ready(slab.stop):
@@ -358,5 +378,5 @@ def uncertainty(slab: Slab, activation: Activation) -> NDArray[np.float32]:
         entropy = -(share * np.log(share)).sum(0) / np.log(len(share))
     else:
         entropy = (-(share * np.log(share) + (1 - share) * np.log1p(-share)) / np.log(2)).max(0)
-    spread = np.zeros_like(entropy) if slab.spread is None else slab.spread
+    spread = np.zeros_like(entropy) if slab.spread is None else on_host(slab.spread)
     return np.stack([np.clip(entropy, 0, 1), spread]).astype(np.float32)

@@ -4,15 +4,17 @@ Overlapping windows are blended with Gaussian weights (Isensee et al., nnU-Net, 
 volume smaller than the window is padded with zeros, half on each side. MONAI bundles may ask for equal weights and
 other padding.
 
-Windows are computed row by row along one axis. Logits that no later row changes are yielded as a slab, so only one
+Windows are computed row by row along one axis. Logits that no later row changes are yielded as slabs, so only one
 window's depth of them is in memory. Equal windows with one value per channel are computed once.
+
+Torch on an NVIDIA GPU keeps the logits there, see `on_device`.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal, TypeAlias
 
@@ -21,6 +23,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from segkit.checkpoint.card import Blending, Padding
+from segkit.inference.backends import torch_backend
 from segkit.shapes import Image
 
 Logits: TypeAlias = NDArray[np.float32]
@@ -31,7 +34,7 @@ _SIGMA = 0.125
 """Standard deviation of the Gaussian as a fraction of the window, as in nnU-Net and MONAI."""
 _LOWEST_WEIGHT = 1e-3
 _PART_VALUES = 2**25
-"""Logits that are converted from half precision at a time."""
+"""Most logits of a slab: those of a row exist twice only in part."""
 _SAMPLE_STEP = 16
 """Step in voxels of the first test whether a window is constant."""
 
@@ -43,9 +46,15 @@ class Slab:
     axis: int
     start: int
     stop: int
-    logits: Logits = field(repr=False)
-    spread: NDArray[np.float32] | None = field(default=None, repr=False)
-    """Disagreement of the members of an ensemble, (*spatial) in 0..1."""
+    values: Any = field(repr=False)
+    """The logits, as a numpy array or as a tensor on a GPU."""
+    spread: Any = field(default=None, repr=False)
+    """Disagreement of the members of an ensemble, (*spatial) in 0..1, where the logits are; None without one."""
+
+    @property
+    def logits(self) -> Logits:
+        """The logits as a numpy array, copied from a GPU."""
+        return on_host(self.values)
 
     @property
     def index(self) -> tuple[slice, ...]:
@@ -56,7 +65,13 @@ class Slab:
         """The voxels from `start` to before `stop`, a view."""
         index = (*(slice(None),) * self.axis, slice(start - self.start, stop - self.start))
         spread = None if self.spread is None else self.spread[index]
-        return Slab(self.axis, start, stop, self.logits[(slice(None), *index)], spread)
+        return Slab(self.axis, start, stop, self.values[(slice(None), *index)], spread)
+
+
+def on_host(array: Any) -> NDArray[np.float32]:
+    """A numpy array itself, or a copy of a tensor as one."""
+    copied: NDArray[np.float32] = array if isinstance(array, np.ndarray) else array.numpy(force=True)
+    return copied
 
 
 @dataclass(frozen=True)
@@ -101,9 +116,11 @@ def plan_windows(shape: Sequence[int], window: Sequence[int], overlap: float, ax
 
 
 def predict_slabs(
-    network: Network, image: Image, plan: WindowPlan, *, mirror_axes: Sequence[int] = ()
+    network: Network, image: Image, plan: WindowPlan, *, mirror_axes: Sequence[int] = (), rows: Rows | None = None
 ) -> Iterator[Slab]:
     """Logits of an image (C, *spatial) float32, slab by slab in the order of their voxels.
+
+    `rows` None: on an NVIDIA GPU if torch computes the network there, else on the CPU.
 
     With `mirror_axes` (of *spatial) logits are averaged over all combinations of flips along these axes, so each axis
     doubles the time.
@@ -114,70 +131,87 @@ def predict_slabs(
         after = [size - old - pad for size, old, pad in zip(plan.shape, spatial, before, strict=True)]
         image = np.pad(image, [(0, 0), *zip(before, after, strict=True)], plan.padding)
     inside = tuple(slice(pad, pad + old) for pad, old in zip(before, spatial, strict=True))
-    logits_of = _with_cache(_mirrored(network, mirror_axes) if mirror_axes else network)
-    axis, rows = plan.axis, _Rows(plan)
+    axis, rows = plan.axis, rows or rows_for(network, plan, mirror_axes)
     for start, following in itertools.pairwise((*plan.starts[axis], plan.shape[axis])):
-        for other in itertools.product(*plan.starts[:axis], *plan.starts[axis + 1 :]):
-            place = (*other[:axis], start, *other[axis:])
-            rows.add(place, logits_of(image[(slice(None), *_box(place, plan.window))]))
-        logits = rows.finish(following - start)
-        first, last = max(start, inside[axis].start), min(following, inside[axis].stop)
-        if last > first:
-            cut = list(inside)
-            cut[axis] = slice(first - start, last - start)
-            offset = inside[axis].start
-            slab = Slab(axis, first - offset, last - offset, logits[(slice(None), *cut)])
-            yield from _parts(slab) if plan.blending == "half" else [slab]
+        others = itertools.product(*plan.starts[:axis], *plan.starts[axis + 1 :])
+        rows.compute(image, [(*other[:axis], start, *other[axis:]) for other in others])
+        for begin, logits in rows.finish(following - start):
+            first, last = start + begin, start + begin + logits.shape[axis + 1]
+            low, high = max(first, inside[axis].start), min(last, inside[axis].stop)
+            if high > low:
+                cut = list(inside)
+                cut[axis] = slice(low - first, high - first)
+                offset = inside[axis].start
+                yield Slab(axis, low - offset, high - offset, logits[(slice(None), *cut)])
 
 
-def _parts(slab: Slab) -> Iterator[Slab]:
-    """A slab of half precision as thin slabs of float32, so that few of its logits exist twice."""
-    planes = max(1, _PART_VALUES * (slab.stop - slab.start) // slab.logits.size)
-    for start in range(slab.start, slab.stop, planes):
-        part = slab.part(start, min(start + planes, slab.stop))
-        yield replace(part, logits=part.logits.astype(np.float32))
+def rows_for(network: Network, plan: WindowPlan, mirror_axes: Sequence[int]) -> Rows:
+    """Rows on the NVIDIA GPU where torch computes the network, else on the CPU."""
+    backend = torch_backend(network)
+    if backend is None or backend.device.type != "cuda":
+        return Rows(network, plan, mirror_axes)
+    from segkit.inference.on_device import DeviceRows
+
+    return DeviceRows(backend, plan, mirror_axes)
 
 
-class _Rows:
+class Rows:
     """Weighted sums of the logits of one row of windows; moves along the axis as rows are finished."""
 
-    def __init__(self, plan: WindowPlan) -> None:
+    def __init__(self, network: Network, plan: WindowPlan, mirror_axes: Sequence[int]) -> None:
         self.plan = plan
+        self.logits_of = _with_cache(mirrored(lambda x: network(np.ascontiguousarray(x)), mirror_axes, np.flip))
         self.shape = [*plan.shape[: plan.axis], plan.window[plan.axis], *plan.shape[plan.axis + 1 :]]
         is_even = plan.blending == "constant"
-        self.weight: NDArray[np.floating[Any]] = np.ones(plan.window, np.float32) if is_even else _gaussian(plan.window)
+        self.weight: Any = np.ones(plan.window, np.float32) if is_even else _gaussian(plan.window)
         if plan.blending == "half":
             self.weight = nnunet_weight(plan.window)
-        self.weights: NDArray[Any] = np.zeros(self.shape, self.weight.dtype)
-        self.sums: NDArray[Any] | None = None
-        self.scratch: Logits | None = None
+        self.weights: Any = np.zeros(self.shape, self.weight.dtype)
+        self.sums: Any = None
+        self.scratch = np.empty(0, np.float32)
 
-    def add(self, place: tuple[int, ...], logits: Logits) -> None:
+    def compute(self, image: Image, places: Sequence[tuple[int, ...]]) -> None:
+        """Add the logits of the windows of a padded image (C, *padded) that start at these places."""
+        for place in places:
+            self.add(place, self.logits_of(image[(slice(None), *_box(place, self.plan.window))]))
+
+    def add(self, place: Sequence[int], logits: Any) -> None:
         """Add the logits (K, *window) of the window that starts at `place`."""
-        if self.sums is None or self.scratch is None:
+        if self.sums is None:
             self.sums = np.zeros((len(logits), *self.shape), self.weights.dtype)
             self.scratch = np.empty(self.plan.window, np.float32)
-        place = (*place[: self.plan.axis], 0, *place[self.plan.axis + 1 :])
-        box = _box(place, self.plan.window)
-        for total, plane in zip(self.sums, logits, strict=True):
+        box = self.box(place)
+        for total, plane in zip(self.sums, logits, strict=True):  # plane by plane, within the cache of a core
             np.multiply(plane, self.weight, out=self.scratch)
             total[box] += self.scratch
         self.weights[box] += self.weight
 
-    def finish(self, count: int) -> Logits:
-        """Blended logits (K, *spatial) of the first `count` voxels along the axis, which are then dropped."""
+    def box(self, place: Sequence[int]) -> tuple[slice, ...]:
+        """Index in the row (*row) of the window that starts at `place` of the volume."""
+        return _box((*place[: self.plan.axis], 0, *place[self.plan.axis + 1 :]), self.plan.window)
+
+    def finish(self, count: int) -> Iterator[tuple[int, Any]]:
+        """Blended logits (K, *part) float32 of the first `count` voxels along the axis, which are then dropped.
+
+        They come in parts, with the first voxel of each.
+        """
         if self.sums is None:
             raise ValueError("no window was added")
-        finished = (*(slice(None),) * self.plan.axis, slice(0, count))
-        done: Logits = self.sums[(slice(None), *finished)] / self.weights[finished]  # of half precision: also half
-        for array, axis in ((self.sums, self.plan.axis + 1), (self.weights, self.plan.axis)):
-            planes = np.moveaxis(array, axis, 0)
+        axis = self.plan.axis
+        at_once = max(1, _PART_VALUES * self.shape[axis] // (len(self.sums) * prod(self.shape)))
+        for begin in range(0, count, at_once):
+            part = (*(slice(None),) * axis, slice(begin, min(begin + at_once, count)))
+            yield begin, self.in_float32(self.sums[(slice(None), *part)] / self.weights[part])  # of half: also half
+        for planes in (self.sums.swapaxes(0, axis + 1), self.weights.swapaxes(0, axis)):
             kept = len(planes) - count
             for begin in range(0, kept, count):  # source and target do not overlap
                 end = min(begin + count, kept)
                 planes[begin:end] = planes[begin + count : end + count]
             planes[kept:] = 0
-        return done
+
+    def in_float32(self, logits: Any) -> Any:
+        """The logits themselves, or a copy of those of half precision."""
+        return np.asarray(logits, np.float32)
 
 
 def _with_cache(network: Network) -> Callable[[Image], Logits]:
@@ -199,19 +233,21 @@ def _with_cache(network: Network) -> Callable[[Image], Logits]:
     return logits_of
 
 
-def _mirrored(network: Network, axes: Sequence[int]) -> Network:
-    """The mean of a network's logits over all flips of its input along some spatial axes."""
+def mirrored(network: Callable[[Any], Any], axes: Sequence[int], flip: Callable[[Any, Any], Any]) -> Any:
+    """The mean of a network's logits over all flips of its input along some spatial axes, of arrays that `flip` takes.
+
+    Without axes it is the network itself.
+    """
     counts = range(1, len(axes) + 1)
     flips = [tuple(a + 2 for a in chosen) for count in counts for chosen in itertools.combinations(axes, count)]
 
-    def mean(windows: Logits) -> Logits:
-        total = np.array(network(windows))
-        for flip in flips:
-            total += np.flip(network(np.ascontiguousarray(np.flip(windows, flip))), flip)
-        total /= len(flips) + 1
-        return total
+    def mean(windows: Any) -> Any:
+        total = network(windows)
+        for chosen in flips:
+            total = total + flip(network(flip(windows, chosen)), chosen)
+        return total / (len(flips) + 1)
 
-    return mean
+    return mean if flips else network
 
 
 def _box(place: Sequence[int], window: Sequence[int]) -> tuple[slice, ...]:

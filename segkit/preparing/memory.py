@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from segkit.runtime import Precision
+from segkit.runtime import Precision, autocast
 
 GIB = 1024**3
 _FLOAT_BYTES = 4
@@ -54,9 +54,7 @@ class Computation:
 
     def autocast(self) -> AbstractContextManager[object]:
         """Inside, operations compute in the precision."""
-        if self.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16 if self.precision == "bf16" else torch.float16)
+        return autocast(self.device, self.precision)
 
 
 ON_CPU = Computation(torch.device("cpu"), "fp32")

@@ -6,10 +6,12 @@ planning expects, to 10 %.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from segkit.inference.backends import TorchBackend
+from segkit.inference.on_device import painted
+from segkit.inference.sliding_window import WindowPlan, plan_windows, predict_slabs
 from segkit.inpainting.run import InpaintingTask, Restoration
 from segkit.labels import Output, classes_scheme
 from segkit.losses.dice_cross_entropy import SegmentationLoss
@@ -27,8 +32,11 @@ from segkit.models.table import MODELS, build_model
 from segkit.preparing.fingerprint import Fingerprint, Foreground
 from segkit.preparing.memory import Computation, step_bytes
 from segkit.preparing.plan import PlanningRequest, plan_training
+from segkit.preparing.preprocessing import Preparation
 from segkit.pretraining.contrastive import Contrast, ContrastiveConfig
 from segkit.pretraining.masked import MaskedReconstruction
+from segkit.reading.geometry import reorientation_to
+from segkit.reading.volume import Grid
 from segkit.runtime import Precision
 from tests.gpu.faked_cuda import DEVICE, faked_cuda, to_cuda
 from tests.smallest import SMALLEST
@@ -62,7 +70,7 @@ class Host(TorchDispatchMode):
         given = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
         if any(one.device.type == "cuda" for one in given) and any(sign in name for sign in _WAITS):
             self.waits.append(name)
-        if name.startswith("aten.convolution"):
+        if name.startswith("aten.conv"):
             self.convolved_in |= {one.dtype for one in given[:2] if one.device.type == "cuda"}
         if ("_to_copy" in name or "copy_" in name) and given and given[-1].device != result.device:
             is_wait = given[-1].device.type == "cuda"
@@ -140,6 +148,43 @@ def test_a_step_without_labels_lets_the_host_run_ahead(
         require_on_device(loss, model)
     assert host.waits == []
     assert host.convolved_in == {precision or torch.float32}
+
+
+@contextmanager
+def a_scan_on_the_device(outputs: int) -> Iterator[tuple[Callable[[], tuple[Tensor, Tensor]], WindowPlan]]:
+    """A function that computes a scan of 2 x 3 windows, resampled to a finer grid: labels, and if a logit is NaN."""
+    shape, target = (32, 48, 64), (35, 53, 70)
+    plan = plan_windows(shape, (32,) * 3, 0.5, axis=2)
+    grid = Grid(target, np.eye(4))
+    way = Preparation(grid, reorientation_to(grid, "IJK"), ((0,) * 3, target), shape, (1.0,) * 3)
+    image, values = np.zeros((2, *shape), np.float32), np.arange(outputs, dtype=np.uint8)
+    from_numpy = torch.from_numpy
+    with faked_cuda() as mode, ExitStack() as stack:
+        stack.enter_context(mock.patch("segkit.inference.on_device.available_memory_gb", return_value=80.0))
+        for name in ("reset_peak_memory_stats", "max_memory_allocated", "memory_allocated"):
+            stack.enter_context(mock.patch(f"torch.cuda.{name}", return_value=0))
+        stack.enter_context(mock.patch("torch.from_numpy", lambda array: mode.from_tensor(from_numpy(array))))
+        network = to_cuda(build_model("stunet", in_channels=2, out_channels=outputs, dims=3, **SMALLEST["stunet"]))
+        backend = TorchBackend(network, DEVICE, precision="bf16")
+
+        def compute() -> tuple[Tensor, Tensor]:
+            return painted(predict_slabs(backend, image, plan), target, shape, "softmax", values, way)
+
+        yield compute, plan
+
+
+def test_a_scan_is_blended_and_painted_without_a_wait_of_the_host() -> None:
+    counts = []
+    for outputs in (3, 26):
+        with a_scan_on_the_device(outputs) as (compute, plan), Host() as host:
+            labels, is_nan = compute()
+        assert (labels.device, labels.dtype, tuple(labels.shape)) == (DEVICE, torch.uint8, (35, 53, 70))
+        assert is_nan.device == DEVICE
+        assert host.waits == []
+        assert host.convolved_in == {torch.bfloat16}
+        counts.append(len(host.copies))
+    assert plan.count == 6
+    assert counts[0] == counts[1] == 3 + 3 + 3 * 9, "images of 3 rows; two weights and values; 9 of a resampled slab"
 
 
 class Alive(TorchDispatchMode):
