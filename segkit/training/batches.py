@@ -34,14 +34,15 @@ def endless_batches(
 ) -> Iterator[Batch]:
     """Batches from the `start`-th on, the n-th always of the same items; `workers` None chooses by the cores.
 
-    `batch_size` is that of this process, `device` that of the network: a GPU copies from pinned memory.
+    `batch_size` is that of this process, `device` that of the network: a GPU copies from pinned memory, and needs more
+    patches prepared ahead.
 
     Raises:
         TrainingError: a worker was killed.
     """
+    is_gpu = device is not None and device.type == "cuda"
     if workers is None:
-        cores = available_cores() // process_place().local_size  # with two, workers would compete with the training
-        workers = 0 if cores <= 2 else min(cores - 1, 8)
+        workers = _workers(available_cores() // process_place().local_size, is_gpu=is_gpu)
     stride = ranks.size * batch_size
     firsts = range(start * stride + ranks.rank * batch_size, ENDLESS - batch_size + 1, stride)
     loader: DataLoader[Any] = DataLoader(
@@ -49,7 +50,8 @@ def endless_batches(
         batch_sampler=(list(range(first, first + batch_size)) for first in firsts),
         num_workers=workers,
         persistent_workers=workers > 0,
-        pin_memory=device is not None and device.type == "cuda",
+        prefetch_factor=(4 if is_gpu else 2) if workers else None,
+        pin_memory=is_gpu,
         worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # else the seed of the loader is drawn from the generator of dropout
     )
@@ -65,6 +67,13 @@ def endless_batches(
     finally:
         if started:  # they ignore signals, so nothing else would end them
             iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def _workers(cores: int, *, is_gpu: bool) -> int:
+    """Processes that prepare patches: they compete with a training on two cores, but not with one on a GPU."""
+    if is_gpu:
+        return max(2, min(cores - 1, 16))
+    return 0 if cores <= 2 else min(cores - 1, 8)
 
 
 def to_device(batch: Batch, device: torch.device) -> Mapping[str, Tensor]:

@@ -105,7 +105,7 @@ class LoopConfig(Config):
     checkpoint_minutes: float = Field(default=10.0, gt=0)
     """Longest time between two checkpoints within an epoch."""
     validate_every: int = Field(default=1, ge=1)
-    """Epochs between validations; with a budget, validation takes at most a tenth of the time."""
+    """Fewest epochs between validations, which take about a tenth of the time at most, see `SegmentationTask.paced`."""
     accumulate: int = Field(default=1, ge=1)
     """Batches per step and process whose gradients are summed."""
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
@@ -113,13 +113,16 @@ class LoopConfig(Config):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the forward pass; auto: bf16 where it is native (GPUs since 2020, CPUs with avx512_bf16 or AMX),
     else fp32. A resumed run keeps its precision."""
+    compile: bool | None = None
+    """Whether torch compiles the network, which takes a minute or more; None: on NVIDIA GPUs, in runs of at least 2000
+    steps or 30 minutes. A network that does not become one graph is not compiled."""
     rank_timeout_s: float = Field(default=600.0, gt=0)
     """Longest time that one of several processes may block the others, in a step or a validation case."""
     sharding: Literal["auto", "none", "full"] = "auto"
     """full: each of several processes has a part of the network and of the optimiser state (stunet only); none: each
     has all of it; auto: full if all of it does not fit into memory."""
     workers: int | None = Field(default=None, ge=0)
-    """Processes that prepare patches; None: chosen by the number of cores; 0: the training process."""
+    """Processes that prepare patches; None: chosen by the cores and the device; 0: the training process."""
     seed: int = 0
     """Seed of weights, sampling and augmentation."""
     live_page: bool = True

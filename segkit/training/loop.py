@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from segkit.checkpoint.tensors import load_state, save_state
 from segkit.errors import CheckpointError, RequestError, TrainingError
 from segkit.models.kernels.convolutions import SmallMapsInFloat32
-from segkit.runtime import Precision, pick_precision, random_states, seed_everything, set_random_states
-from segkit.training import sharding
+from segkit.runtime import Precision, autocast, pick_precision, random_states, seed_everything, set_random_states
+from segkit.training import compiling, sharding
 from segkit.training.batches import drawn_from, is_lost_worker, to_device
 from segkit.training.config import LoopConfig, OptimiserConfig
 from segkit.training.distributed import Ranks
@@ -202,7 +202,8 @@ class Loop:
         if score.value >= self.state.best:  # the later of equal ones, which had more training
             self.state.best = score.value
             if self.ranks.is_first:
-                self.trainer.task.save(self.run, weights, {"step": self.state.step, "score": score.value})
+                facts = {"step": self.state.step, "score": score.value, "precision": self.trainer.precision}
+                self.trainer.task.save(self.run, weights, facts)
         self.clock.note_validation(began_s, score.final_s)
         self.state.validation_s = self.clock.validation_s
         row.update({"score": score.value, **score.details})
@@ -263,10 +264,13 @@ class Trainer:
         self.shards: sharding.Shards | None = None
         if training.sharding == "full":
             sharding.require_units(task.model, self.precision, ranks)
-            self.shards = sharding.Shards(task, device, ranks)
+            self.shards = sharding.Shards(task, device, ranks, chosen)
         else:
             task.model.to(device)
         self.loss = sharding.data_parallel(task, ranks) if self.shards is None else self.shards.loss
+        if self.shards is None:
+            compiling.compile_network(task.model, training, device)
+        self.late: list[Tensor] = []  # of the last step on a GPU, read at the next one: the host does not wait for it
         if not ranks.is_first:
             seed_everything(training.seed + ranks.rank)  # ranks differ in dropout
         self.optimiser = build_optimiser(task.model, optimisation)
@@ -275,33 +279,31 @@ class Trainer:
     def set_precision(self, name: Precision) -> None:
         """Compute the forward pass in this precision; fp16 needs scaled losses."""
         self.precision = name
-        dtype = torch.float16 if name == "fp16" else torch.bfloat16
-        self.autocast = partial(torch.autocast, self.device.type, dtype, enabled=name != "fp32")
+        self.autocast = partial(autocast, self.device, name)
         self.guarding = SmallMapsInFloat32() if name == "bf16" and self.device.type == "cpu" else nullcontext()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=name == "fp16")
 
     def step(self, batches: Iterator[Batch], lr: float) -> float:
         """One optimisation step on `accumulate` batches; returns the mean loss over batches and ranks.
 
+        On a GPU, after the first step, it is the loss of the step before.
+
         Raises:
             TrainingError: the loss is not finite.
         """
         set_lr(self.optimiser, lr)
         self.task.model.train()
-        count, total = self.training.accumulate, 0.0
-        for number in range(1, count + 1):
+        count = self.training.accumulate
+        losses: list[Tensor] = []
+        while len(losses) < count:
             batch = to_device(next(batches), self.device)
             self.ranks.mark("computing")
-            with self.guarding, sharding.accumulating(self.loss, is_last=number == count):
-                with self.autocast():
-                    loss = self.loss(batch) / count
-                torch.autograd.backward(self.scaler.scale(loss))
-            total += float(loss.detach()) / self.ranks.size
-        (total,) = self.ranks.sum(total)
+            with self.guarding, sharding.accumulating(self.loss, is_last=len(losses) == count - 1):
+                losses.append(compiling.or_uncompiled(self.task.model, partial(self._backward, batch, count)))
+        if self.device.type == "cuda":
+            losses, self.late = self.late or losses, losses
+        total = self._mean_loss(losses)
         self.ranks.mark("updating the weights")
-        if not math.isfinite(total):
-            remedy = "Lower optimiser.lr or set training.precision=fp32, then --resume from the last checkpoint"
-            raise TrainingError(f"the loss became {total}", remedy=remedy)
         if self.optimisation.gradient_clip is not None:
             self.scaler.unscale_(self.optimiser)
             nn.utils.clip_grad_norm_(self.task.model.parameters(), self.optimisation.gradient_clip)
@@ -312,17 +314,38 @@ class Trainer:
             self.average.update(self.task.model)
         return total
 
+    def _backward(self, batch: Batch, count: int) -> Tensor:
+        """Add the gradients of one of `count` batches; returns its part of the loss."""
+        with self.autocast():
+            loss: Tensor = self.loss(batch) / count
+        torch.autograd.backward(self.scaler.scale(loss))
+        return loss.detach()
+
+    def _mean_loss(self, losses: Iterable[Tensor]) -> float:
+        (total,) = self.ranks.sum(sum(float(loss) / self.ranks.size for loss in losses))
+        if not math.isfinite(total):
+            remedy = "Lower optimiser.lr or set training.precision=fp32, then --resume from the last checkpoint"
+            raise TrainingError(f"the loss became {total}", remedy=remedy)
+        return total
+
+    def _require_finite(self) -> None:
+        if self.late:
+            self._mean_loss(self.late)
+
     def weights(self) -> Any:
         """The whole weights to validate and save, tensors by name: the moving average if there is one."""
+        self._require_finite()
         return sharding.whole(self.average.average if self.average else self.task.model.state_dict())
 
     def validate(self, weights: Mapping[str, Tensor]) -> Score:
         """The task's score of whole weights."""
-        with self.autocast(), nullcontext() if self.shards is None else self.shards.lending(self.task, weights):
+        lending = nullcontext() if self.shards is None else self.shards.lending(self.task, weights)
+        with self.autocast(), compiling.uncompiled(self.task.model), lending:
             return self.task.validate(weights)
 
     def snapshot(self, state: State, unfinished: Row | None) -> dict[str, Any]:
         """Everything that an exact resume needs; `unfinished` is the row of a step whose validation is still due."""
+        self._require_finite()
         tensors = {
             "model": self.task.model.state_dict(),
             "average": self.average.state_dict() if self.average else None,

@@ -29,6 +29,8 @@ _ALMOST_DONE = 0.999
 def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
     """AdamW over trainable parameters, without weight decay for biases and norms (tensors of one axis).
 
+    On a GPU one kernel updates many tensors.
+
     If `encoder_lr` is not 1, the encoder has its own groups, with this share of the learning rate (see `set_lr`).
 
     Raises:
@@ -39,7 +41,8 @@ def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.Ad
     groups = _by_decay([p for p in trained if id(p) not in encoder], config, share=1.0)
     if of_encoder := [p for p in trained if id(p) in encoder]:
         groups += _by_decay(of_encoder, config, share=config.encoder_lr)
-    return torch.optim.AdamW(groups, lr=config.lr)
+    is_on_gpu = bool(trained) and all(parameter.is_cuda for parameter in trained)
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True if is_on_gpu else None)
 
 
 def encoder_of(model: nn.Module) -> nn.Module:

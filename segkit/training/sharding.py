@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -82,14 +82,17 @@ class Shards:
     without weights, for validation with weights from `lending`.
     """
 
-    def __init__(self, task: Task, device: torch.device, ranks: Ranks) -> None:
+    def __init__(self, task: Task, device: torch.device, ranks: Ranks, precision: Precision = "fp32") -> None:
         network = task.model
         first = dict(network.state_dict()) if ranks.is_first else {}
         self.whole = copy.deepcopy(network.to("meta"))
         self.loss: nn.Module = TaskLoss(task)
         mesh = init_device_mesh(device.type, (ranks.size,))
+        # On GPUs a unit is gathered in the precision that it is computed in: half of the bytes.
+        is_half = precision == "bf16" and device.type == "cuda"
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if is_half else MixedPrecisionPolicy()
         for unit in network.units():  # type: ignore[operator]
-            fully_shard(unit, mesh=mesh)
+            fully_shard(unit, mesh=mesh, mp_policy=policy)
         fully_shard(self.loss, mesh=mesh)
         network.to_empty(device=device)
         for name, part in network.state_dict().items():

@@ -16,7 +16,7 @@ from segkit.checkpoint.tensors import load_state
 from segkit.errors import TrainingError
 from segkit.training.config import OptimiserConfig, TrainingConfig
 from segkit.training.distributed import Ranks
-from segkit.training.loop import Trainer, fit
+from segkit.training.loop import State, Trainer, fit
 from segkit.training.optim import Clock
 from segkit.training.task import Score
 
@@ -219,3 +219,38 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_advice(tmp_path: Path) -> 
     with pytest.raises(TrainingError, match=r"loss became nan\. Lower optimiser\.lr"):
         _fit(LineTask(poison_at=7), tmp_path, 20)
     assert [row["step"] for row in _rows(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.fixture
+def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("segkit.training.loop.to_device", lambda batch, _: batch)
+
+
+def _trainer(task: LineTask, device: str) -> Trainer:
+    trainer = Trainer(task, TrainingConfig(accumulate=2), OptimiserConfig(lr=0.1), torch.device("cpu"), Ranks())
+    trainer.device = torch.device(device)
+    return trainer
+
+
+def test_on_a_gpu_the_loss_is_read_a_step_late(as_on_gpu: None) -> None:
+    losses = {}
+    for device in ("cpu", "cuda"):
+        task = LineTask()
+        trainer, batches = _trainer(task, device), task.batches(0)
+        losses[device] = [trainer.step(batches, 0.1) for _ in range(4)]
+    first, second, third, _ = losses["cpu"]
+    assert losses["cuda"] == [first, first, second, third]
+
+
+def test_weights_of_a_late_loss_that_is_not_finite_are_never_saved(as_on_gpu: None) -> None:
+    task = LineTask(poison_at=3)
+    trainer, batches = _trainer(task, "cuda"), task.batches(0)
+    trainer.step(batches, 0.1)
+    trainer.weights()
+    trainer.step(batches, 0.1)
+    with pytest.raises(TrainingError, match="loss became nan"):
+        trainer.weights()
+    with pytest.raises(TrainingError, match="loss became nan"):
+        trainer.snapshot(State(), None)
+    with pytest.raises(TrainingError, match="loss became nan"):
+        trainer.step(batches, 0.1)

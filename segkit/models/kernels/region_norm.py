@@ -27,7 +27,7 @@ from segkit.runtime import exact_type
 Statistics = Literal["instance", "batch"]
 """Whether mean and deviation are those of a region in one image, or in all images of the batch."""
 
-_PART_BYTES = {"cpu": 1024**2, "cuda": 16 * 1024**2}
+_PART_BYTES = {"cpu": 1024**2, "cuda": 64 * 1024**2}
 """Size of a part: on a CPU about a second-level cache (`benchmarks/region_norm.py` takes a fifth longer with a quarter
 of it), on a GPU little compared with the map."""
 
