@@ -86,7 +86,7 @@ def train(request: TrainingRequest[ConfigT], kind: Kind[ConfigT, TaskT]) -> Summ
                 state = fit(
                     task,
                     run,
-                    plan.config.training,
+                    kind.pace(plan, task),
                     plan.config.optimiser,
                     device=request.device,
                     ranks=ranks,

@@ -27,6 +27,10 @@ from segkit.training.task import RunPlan, SplitData, TrainingRequest
 
 _log = logging.getLogger(__name__)
 
+VALIDATION_SHARE = 0.1
+"""Part of the time of a run without a budget that validations may take."""
+FEW_WINDOWS = 64
+"""Validations of as many windows are never limited."""
 _SHARE_OF_FREE_MEMORY = 0.9
 """Planning reserves the rest for other programs."""
 
@@ -228,12 +232,12 @@ def estimate_minutes(
     epochs = -(-training.steps // training.steps_per_epoch)
     validations = -(-epochs // training.validate_every)
     fold = -(-fingerprint.cases // config.data.folds)
-    seconds = (
-        fingerprint.cases * fingerprint.seconds_per_case
-        + training.steps * training.accumulate * seconds_per_step
-        + validations * min(fold, training.validation_cases or fold) * windows * seconds_per_window
-    )
-    return seconds / 60
+    windows *= min(fold, training.validation_cases or fold)
+    steps_s = training.steps * training.accumulate * seconds_per_step
+    validations_s = validations * windows * seconds_per_window
+    if windows > FEW_WINDOWS:
+        validations_s = min(validations_s, VALIDATION_SHARE * steps_s)
+    return (fingerprint.cases * fingerprint.seconds_per_case + steps_s + validations_s) / 60
 
 
 def _measured(network: CandidateNetwork, plan: Plan, device: torch.device) -> tuple[float, float]:

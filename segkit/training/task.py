@@ -22,7 +22,7 @@ from segkit.preparing.cache import PreparedStore, StoredCases
 from segkit.preparing.preprocessing import PreprocessingConfig
 from segkit.reading.case import Case, Cohort
 from segkit.runtime import environment
-from segkit.training.config import RunConfig
+from segkit.training.config import LoopConfig, RunConfig
 from segkit.training.distributed import Ranks
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
@@ -192,6 +192,10 @@ class Kind(ABC, Generic[ConfigT, TaskT]):
     @abstractmethod
     def build_task(self, plan: RunPlan[ConfigT], card: ModelCard, network: SegmentationNetwork) -> TaskT:
         """The task of the training loop, once the cases are prepared."""
+
+    def pace(self, plan: RunPlan[ConfigT], task: TaskT) -> LoopConfig:
+        """The settings of the loop, with validations that are not too frequent for the task."""
+        return plan.config.training
 
     def measure_before(self, plan: RunPlan[ConfigT], task: TaskT) -> dict[str, float]:
         """Measures of the first weights; empty by default."""

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from segkit.checkpoint.model import load_model
 from segkit.checkpoint.run_folder import load_card
 from segkit.training import segmentation
+from segkit.training.config import TrainingConfig
 from segkit.training.segmentation import SegmentationTask
 from tests.helpers import write_segmentation_run
 
@@ -34,3 +36,38 @@ def test_cases_are_left_out_by_the_time_of_one_window(
     assert len(task.validation) == validated
     assert len(task.scored) == scored
     assert task.final_s == pytest.approx(1.3 * 27 * scored)
+
+
+@pytest.mark.parametrize(
+    ("settings", "validated", "every"),
+    [
+        # 9 cases of 8 windows; one takes as long as 1.3 * 8 / (3 * 1) = 3.47 steps, all as long as 31.2.
+        ({"steps": 5000, "steps_per_epoch": 312}, 9, 1),
+        ({"steps": 5000, "steps_per_epoch": 311}, 9, 2),
+        ({"steps": 5000, "steps_per_epoch": 100}, 9, 4),
+        ({"steps": 5000, "steps_per_epoch": 100, "validate_every": 6}, 9, 6),
+        ({"steps": 5000, "steps_per_epoch": 50, "accumulate": 2}, 9, 4),
+        ({"steps": 1000, "steps_per_epoch": 100}, 7, 3),  # 25 steps for one validation hold 7 cases, as long as 24.3
+        ({"steps": 10, "steps_per_epoch": 5}, 1, 7),
+        ({"steps": 10, "steps_per_epoch": 5, "budget_minutes": 1.0}, 9, 1),
+    ],
+)
+def test_validations_take_a_tenth_of_a_run_without_a_budget(
+    tmp_path: Path, settings: dict[str, Any], validated: int, every: int
+) -> None:
+    run = write_segmentation_run(tmp_path / "run")
+    card = load_card(run)
+    cases = [SimpleNamespace(image=np.zeros((1, *(2 * size for size in card.patch_size)))) for _ in range(9)]
+    task = SegmentationTask(load_model(run), card, None, None, cases, 1, cases)  # type: ignore[arg-type]
+    assert task.paced(TrainingConfig(**settings)).validate_every == every
+    assert len(task.validation) == validated
+    assert len(task.scored) == 9
+
+
+def test_short_validations_are_never_limited(tmp_path: Path) -> None:
+    run = write_segmentation_run(tmp_path / "run")
+    card = load_card(run)
+    cases = [SimpleNamespace(image=np.zeros((1, *(2 * size for size in card.patch_size)))) for _ in range(8)]
+    task = SegmentationTask(load_model(run), card, None, None, cases, 1, cases)  # type: ignore[arg-type]
+    assert task.paced(TrainingConfig(steps=4, steps_per_epoch=1)).validate_every == 1
+    assert len(task.validation) == 8
