@@ -1,16 +1,22 @@
 """Whether a device computes what a CPU does, in the planned memory, and how fast: `segkit bench gpu`.
 
-The decisive tables come first: agreement of loss and gradients with a CPU, planned and real memory, then seconds.
+The decisive tables come first: agreement of loss and gradients with a CPU, planned and real memory, then seconds of a
+training step, eager and compiled, and of the inference of a scan.
 """
 
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from segkit.inference.backends import TorchBackend
+from segkit.inference.decode import decode_prepared
+from segkit.inference.on_device import DeviceRows
+from segkit.inference.sliding_window import Rows, plan_windows, predict_slabs
 from segkit.labels import Output
 from segkit.losses.dice_cross_entropy import SegmentationLoss
 from segkit.models.table import build_model
@@ -68,18 +74,43 @@ def seconds(device: torch.device, side: int) -> Iterator[Row]:
     """Seconds of a forward and backward pass of one patch in the precision that training chooses."""
     for family, size, arguments in (("revmbunet", "base", {"mode": "plain"}), ("stunet", "S", {})):
         computation = Computation(device, pick_precision("auto", device))
-        network = _network(family, size, arguments)
-        _step(network, computation, side)
-        began = time.perf_counter()
-        _step(network, computation, side)  # ends with a copy of the gradients, which waits for the device
         row = {"table": "seconds", "network": f"{family} {size}", **arguments, "precision": computation.precision}
-        yield row | {"seconds": round(time.perf_counter() - began, 3)}
+        for is_compiled in (False, True) if device.type == "cuda" else (False,):
+            network = _network(family, size, arguments)
+            if is_compiled:
+                network.compile(fullgraph=True, dynamic=False)
+            began = time.perf_counter()
+            _step(network, computation, side)
+            first_s = time.perf_counter() - began
+            began = time.perf_counter()
+            _step(network, computation, side)  # ends with a copy of the gradients, which waits for the device
+            times = {"first_s": round(first_s, 3), "seconds": round(time.perf_counter() - began, 3)}
+            yield row | {"compiled": is_compiled} | times
+
+
+def inference(device: torch.device, side: int) -> Iterator[Row]:
+    """Seconds of a scan, blended and painted on the device or by the CPU, and the share of equal labels."""
+    for outputs in (3, 26, 105):
+        network = build_model("stunet", in_channels=_CHANNELS, out_channels=outputs, dims=3, size="S").to(device)
+        backend = TorchBackend(network, device, precision=pick_precision("auto", device))
+        shape = (side, side * 3 // 2, side * 2)
+        image = np.random.default_rng(0).normal(size=(_CHANNELS, *shape)).astype(np.float32)
+        plan, masks = plan_windows(shape, (side,) * 3, 0.5), []
+        row: Row = {"table": "inference", "outputs": outputs, "windows": plan.count, "precision": backend.precision}
+        for name, rows in (("device_s", DeviceRows), ("host_s", Rows)):
+            for _ in range(2):  # the first run chooses kernels
+                began = time.perf_counter()
+                slabs = predict_slabs(backend, image, plan, rows=rows(backend, plan, ()))
+                masks.append(decode_prepared(slabs, shape, "softmax", range(outputs)))
+                row[name] = round(time.perf_counter() - began, 3)
+        yield row | {"equal": round(float((masks[1] == masks[3]).mean()), 6)}
 
 
 TABLES: dict[str, Callable[[torch.device, int], Iterator[Row]]] = {
     "parity": parity,
     "memory": memory,
     "seconds": seconds,
+    "inference": inference,
 }
 """Table name -> the function that measures it row by row, for a device and the side of a patch in voxels."""
 

@@ -23,3 +23,8 @@ def test_a_cpu_agrees_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_memory_is_measured_on_gpus_only() -> None:
     assert list(gpu.memory(CPU, 32)) == []
+
+
+def test_masks_of_a_device_are_those_of_the_host() -> None:
+    row = next(gpu.inference(CPU, 32))
+    assert (row["windows"], row["equal"]) == (6, 1.0)
