@@ -119,7 +119,7 @@ def run_arm(table: str, arm: Arm, minutes: float, data: Path, out: Path) -> dict
         "cores": len(os.sched_getaffinity(0)),
         "minutes": round(taken / 60, 2),
         "steps": _steps(run),
-        "dice": _scores_kept_out(arm, data, run) if arm.is_test else _scores_of_validation(run),
+        "dice": _scores(arm, data, run),
     }
 
 
@@ -149,20 +149,18 @@ def _steps(run: Path) -> int:
     return int(json.loads(lines[-1])["step"])
 
 
-def _scores_of_validation(run: Path) -> dict[str, dict[str, float]]:
-    document = json.loads((run / "validation.json").read_text(encoding="utf-8"))
-    return dict(document["cases"])
-
-
-def _scores_kept_out(arm: Arm, data: Path, run: Path) -> dict[str, dict[str, float]]:
-    """Dice by case and region of the cases that are kept out, as `segkit evaluate` gives it."""
-    kept_out = (HERE / KEPT_OUT[data.name]).read_text(encoding="utf-8").split()
+def _scores(arm: Arm, data: Path, run: Path) -> dict[str, dict[str, float]]:
+    """Dice by case and region of the validation cases, or of those kept out, as `segkit evaluate` gives it."""
+    if arm.is_test:
+        case_ids = (HERE / KEPT_OUT[data.name]).read_text(encoding="utf-8").split()
+    else:  # all of them: a short budget scores fewer
+        case_ids = json.loads((run / "split.json").read_text(encoding="utf-8"))["validation"]
     masks = run / "masks"
     if not arm.loop:
-        segkit.infer(run, data, masks, cases=kept_out, overwrite=True)
-    evaluation = segkit.evaluate(masks, data, cases=kept_out)
-    if evaluation.errors or len(evaluation.cases) != len(kept_out):
-        raise SystemExit(f"{len(evaluation.cases)} of {len(kept_out)} cases scored: {evaluation.errors}")
+        segkit.infer(run, data, masks, cases=case_ids, overwrite=True)
+    evaluation = segkit.evaluate(masks, data, cases=case_ids)
+    if evaluation.errors or len(evaluation.cases) != len(case_ids):
+        raise SystemExit(f"{len(evaluation.cases)} of {len(case_ids)} cases scored: {evaluation.errors}")
     return {case.case: {region: scores["dice"] for region, scores in case.regions.items()} for case in evaluation.cases}
 
 

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import yaml
+
 import segkit
 from segkit.runtime import available_cores
 
@@ -42,7 +44,7 @@ def main() -> None:
             print_two(arguments, Path(folder))
             return
         settings = dict(setting.split("=", 1) for setting in arguments.settings)
-        print_phases(arguments, settings | _short(arguments.steps, Path(folder)), Path(folder) / "run")
+        print_phases(arguments, _short(arguments.steps, Path(folder)) | settings, Path(folder) / "run")
 
 
 def _short(steps: int, folder: Path) -> dict[str, str]:
@@ -142,7 +144,7 @@ def print_phases(arguments: argparse.Namespace, settings: dict[str, str], run: P
     )
     for patch in patches:
         patch.start()
-    values = {name: json.loads(value) if value[0] in "[{0123456789tfn" else value for name, value in settings.items()}
+    values = {name: yaml.safe_load(value) for name, value in settings.items()}
     segkit.train(arguments.data, run, preset=arguments.preset, config=arguments.config, **values)
     count = arguments.steps - 3 - arguments.steps // 3
     total = phases.seconds.pop("step")
