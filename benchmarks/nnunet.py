@@ -2,12 +2,14 @@
 
     python benchmarks/nnunet.py commands GOLDEN --nnunet ENVIRONMENT/bin/nnUNetv2_predict
     python benchmarks/nnunet.py network CASE_FOLDER --nnunet ENVIRONMENT/bin/nnUNetv2_predict
-    python benchmarks/nnunet.py decode [--outputs 26] [--before 110 128 128] [--to 140 192 192]
+    python benchmarks/nnunet.py decode
+    python benchmarks/nnunet.py decode --outputs 26 --before 110 128 128 --to 140 192 192 --nnunet ENVIRONMENT/bin/...
 
 `commands` runs a golden folder (by default Dataset401_Plain) with and without mirroring. `network` runs a standard
 6-stage network of random weights on a case of four channels, without mirroring: CASE_0000.nii.gz to CASE_0003.nii.gz.
 `decode` paints a mask from synthetic logits slab by slab, and prints seconds and peak memory; by default 104 outputs,
-from 1.5 mm to 512 x 512 x 400 voxels of 0.8 mm.
+from 1.5 mm to 512 x 512 x 400 voxels of 0.8 mm. With --nnunet also those of nnU-Net's export (`export`, run by the
+python beside that program), which needs all logits of both grids at once.
 
 Memory is the largest sum of the resident memory of a command and all its processes, from /proc, every 50 ms.
 """
@@ -29,6 +31,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+Shape = tuple[int, ...]
 FULL = "nnUNetTrainer__nnUNetPlans__3d_fullres"
 STRIDES = [[1, 1, 1], *([[2, 2, 2]] * 5)]
 
@@ -175,49 +178,95 @@ def write_standard_network(folder: Path) -> Path:
     return results
 
 
-def decode_synthetic(outputs: int, old: tuple[int, ...], target: tuple[int, ...]) -> dict[str, Any]:
-    """Seconds and peak memory of painting a mask (*target) from slabs of smooth logits (outputs, *old)."""
+def synthetic_logits(outputs: int, shape: Shape, start: int, stop: int) -> np.ndarray:
+    """Planes `start` to `stop` of smooth logits (outputs, *shape), in half precision: each is largest at a place."""
+    centres = np.random.default_rng(0).uniform(0.1, 0.9, (outputs, 3)) * shape
+    axes = [np.arange(length, dtype=np.float32) for length in shape]
+    logits = np.empty((outputs, stop - start, *shape[1:]), np.float16)
+    for plane, centre in zip(logits, centres, strict=True):
+        squares = [(axis - np.float32(place)) ** 2 for axis, place in zip(axes, centre, strict=True)]
+        plane[...] = (squares[0][start:stop, None, None] + squares[1][:, None] + squares[2]) * np.float32(-0.01)
+    return logits
+
+
+def decode_synthetic(outputs: int, old: Shape, target: Shape) -> tuple[np.ndarray, float]:
+    """The mask (*target) that segkit paints from slabs of synthetic logits (outputs, *old), and the seconds."""
     from segkit.inference.decode import decode
     from segkit.inference.sliding_window import Slab
     from segkit.preparing.preprocessing import Preparation
     from segkit.reading.geometry import reorientation_to
     from segkit.reading.volume import Grid
 
-    rng = np.random.default_rng(0)
-    centres = rng.uniform(0.1, 0.9, (outputs, 3)) * old
     in_synthesis = [0.0]
     planes = max(1, 2**25 // (outputs * old[1] * old[2]))
 
     def slabs() -> Iterator[Slab]:
-        axes = [np.arange(length, dtype=np.float32) for length in old]
         for start in range(0, old[0], planes):
-            entered = time.perf_counter()
-            stop = min(start + planes, old[0])
-            logits = np.empty((outputs, stop - start, *old[1:]), np.float32)
-            for plane, centre in zip(logits, centres, strict=True):
-                squares = [(axis - place) ** 2 for axis, place in zip(axes, centre, strict=True)]
-                plane[...] = squares[0][start:stop, None, None] + squares[1][:, None] + squares[2]
-                plane *= np.float32(-0.01)
-            slab = Slab(0, start, stop, logits.astype(np.float16).astype(np.float32))
+            entered, stop = time.perf_counter(), min(start + planes, old[0])
+            slab = Slab(0, start, stop, synthetic_logits(outputs, old, start, stop).astype(np.float32))
             in_synthesis[0] += time.perf_counter() - entered
             yield slab
 
     grid = Grid(target, np.eye(4))
-    turn = reorientation_to(grid, "IJK")
-    preparation = Preparation(grid, turn, ((0, 0, 0), target), old, (1.0,) * 3, rounds_to_half=True)
+    preparation = Preparation(
+        grid, reorientation_to(grid, "IJK"), ((0, 0, 0), target), old, (1.0,) * 3, rounds_to_half=True
+    )
     began = time.perf_counter()
     mask = decode(slabs(), preparation, "softmax", range(outputs))
-    seconds = time.perf_counter() - began - in_synthesis[0]
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {
-        "outputs": outputs, "from": old, "to": target, "labels": int(np.unique(mask).size),
-        "seconds": round(seconds, 1), "peak_mb": round(peak_mb),
+    return mask, time.perf_counter() - began - in_synthesis[0]
+
+
+def export_synthetic(outputs: int, old: Shape, target: Shape) -> tuple[np.ndarray, float]:
+    """The same by nnU-Net's export, which needs all logits at once; run in its environment."""
+    import torch
+    from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    configuration = {
+        "spacing": [1.0, 1.0, 1.0], "architecture": {},
+        "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
+        "resampling_fn_probabilities_kwargs": {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None},
     }  # fmt: skip
+    identity = {"transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2], "label_manager": "LabelManager"}
+    plans = PlansManager({"configurations": {"3d_fullres": configuration}, **identity})
+    labels = plans.get_label_manager({"labels": {"background": 0, **{f"l{n}": n for n in range(1, outputs)}}})
+    properties = {
+        "spacing": [before / after for before, after in zip(old, target, strict=True)],
+        "shape_after_cropping_and_before_resampling": target, "shape_before_cropping": target,
+        "bbox_used_for_cropping": [[0, length] for length in target],
+    }  # fmt: skip
+    logits = torch.from_numpy(synthetic_logits(outputs, old, 0, old[0]))
+    began = time.perf_counter()
+    mask = convert_predicted_logits_to_segmentation_with_correct_shape(
+        logits, plans, plans.get_configuration("3d_fullres"), labels, properties
+    )
+    return np.asarray(mask), time.perf_counter() - began
+
+
+def decode_row(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds and peak memory of painting one mask; with --nnunet also those of nnU-Net, in a process of its own."""
+    paint = export_synthetic if options.what == "export" else decode_synthetic
+    mask, seconds = paint(options.outputs, tuple(options.before), tuple(options.to))
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    row = {"program": "nnunet" if options.what == "export" else "segkit", "outputs": options.outputs}
+    row |= {"from": options.before, "to": options.to, "labels": int(np.unique(mask).size)}
+    row |= {"seconds": round(seconds, 1), "peak_mb": round(peak_mb)}
+    if options.mask is not None:
+        np.save(options.mask, mask)
+    if options.nnunet is not None and options.what == "decode":
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch, "mask.npy")
+            sizes = ["--outputs", options.outputs, "--before", *options.before, "--to", *options.to]
+            command = [options.nnunet.with_name("python"), __file__, "export", *sizes, "--mask", path]
+            shown = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True).stdout
+            row["nnunet"] = {key: json.loads(shown)[key] for key in ("seconds", "peak_mb")}
+            row["different_voxels"] = int(np.count_nonzero(np.load(path) != mask))
+    return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("commands", "network", "decode"))
+    parser.add_argument("what", choices=("commands", "network", "decode", "export"))
     parser.add_argument("folder", nargs="?", type=Path, help="the golden folders, or the folder of a case")
     parser.add_argument("--nnunet", type=Path, help="nnUNetv2_predict in its own environment")
     parser.add_argument("--backend", default="auto")
@@ -225,9 +274,10 @@ def main() -> None:
     parser.add_argument("--outputs", type=int, default=104)
     parser.add_argument("--before", type=int, nargs=3, default=(273, 273, 213))
     parser.add_argument("--to", type=int, nargs=3, default=(512, 512, 400))
+    parser.add_argument("--mask", type=Path, help="where `decode` and `export` save the mask, .npy")
     options = parser.parse_args()
-    if options.what == "decode":
-        rows = [decode_synthetic(options.outputs, tuple(options.before), tuple(options.to))]
+    if options.what in ("decode", "export"):
+        rows = [decode_row(options)]
     elif options.folder is None or options.nnunet is None:
         parser.error("name the folder and --nnunet")
     elif options.what == "commands":

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
@@ -88,6 +88,7 @@ def infer(
         return folder.run(on_record)
 
 
+@contextmanager
 def open_segmentation(
     options: FolderOptions,
     model: AnyPath | Sequence[AnyPath],
@@ -97,18 +98,20 @@ def open_segmentation(
     tta: bool | None,
     postprocessing: bool,
     **of_segment: Any,
-) -> AbstractContextManager[OpenFolder]:
+) -> Iterator[OpenFolder]:
     """The folder that `infer` would segment, ready to be planned or run; `of_segment` are options of `Segment`.
+
+    For a model of nnU-Net the files CASE_0000, CASE_0001 ... are the channels of a case, also if it is the only one.
 
     Raises:
         RequestError: as `infer`.
     """
     models = [Path(model)] if isinstance(model, (str, os.PathLike)) else [Path(one) for one in model]
 
-    def find(source: Path) -> tuple[Cohort, str | None]:
+    def find(source: Path, layout: str | None = options.layout) -> tuple[Cohort, str | None]:
         from segkit.batch.cases import take_part
 
-        return take_part(options.find_input(source), num_parts, part_id)
+        return take_part(replace(options, layout=layout).find_input(source), num_parts, part_id)
 
     def load(cohort: Cohort, loading: Loading) -> Segment:
         from segkit.batch.segment import Segment
@@ -121,7 +124,13 @@ def open_segmentation(
             **of_segment,
         )
 
-    return open_folder(options, find, load, model=", ".join(map(str, models)), records_input=True)
+    with open_folder(options, find, load, model=", ".join(map(str, models)), records_input=True) as folder:
+        predictor = folder.task.predictor
+        has_numbers = predictor.keeps_values and len(predictor.card.modalities) > 1
+        if has_numbers and options.layout is None and folder.cohort.is_numbered:
+            cohort, part = find(folder.cohort.root, "nnunet")
+            folder = replace(folder, cohort=cohort, part=part)
+        yield folder
 
 
 class Loading(NamedTuple):

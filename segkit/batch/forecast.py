@@ -163,8 +163,7 @@ class Forecaster:
         voxels, channels = prod(grid.shape), len(self.predictor.card.modalities)
         loaded = _FLOAT * voxels * channels
         unpacking = _FLOAT * voxels * min(available_cores(), channels)
-        prepared = _FLOAT * channels * prod(self._prepared_shape(grid))
-        return loaded + max(unpacking, prepared + (1 + 2 * _FLOAT) * voxels)
+        return loaded + max(unpacking, self.predictor.preparing_bytes(self._prepared_shape(grid), grid))
 
     def _compute_bytes(self, grid: Grid) -> int:
         """The prepared image, one row of windows of logits with the finished slab, the mask and its copies.

@@ -49,8 +49,9 @@ _KNOWN = {
 }
 """Entries of plans that name code of nnU-Net, and the names that segkit has code for. Others are refused."""
 _TRAINERS = re.compile(
-    r"STUNetTrainer.*|nnUNetTrainer(BN|NoDeepSupervision|NoMirroring|_onlyMirror01|DA5|DAOrd0|NoDA|_noDummy2DDA|Adan?"
-    r"|CELoss|DiceLoss|DiceCELoss_noSmooth|TopK\d+Loss.*|CosAnneal|_probabilisticOversampling.*|_\d+epochs.*)?"
+    r"STUNetTrainer.*|nnUNetTrainer(BN|NoDeepSupervision|NoMirroring|_onlyMirror01|_?DA(5|Seg|[oO]rd0)+|NoDA|_noDummy2DDA"
+    r"|(Vanilla)?Ada[mn]|\den\d|CELoss|DiceLoss|DiceCELoss_noSmooth|(Dice)?Top[kK]\d+Loss|LS01|CosAnneal|_warmup"
+    r"|_probabilisticOversampling(_\d+)?|Benchmark|_\d+ep(och)?s?|_NoMirroring|_noDataLoading)*|nnUNet_Trainer_BS8"
 )
 """Names of nnU-Net's own trainers whose networks and preparation are those of the plans."""
 

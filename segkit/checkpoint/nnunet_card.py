@@ -39,6 +39,17 @@ _ARGUMENTS = {
     *("dropout_op", "dropout_op_kwargs", "stochastic_depth_p", "deep_supervision"),
 }
 """Arguments of the networks that segkit has too."""
+_PARTS = {
+    "conv_op": "Conv.d",
+    "norm_op": "(Instance|Batch)Norm.d",
+    "nonlin": "(Leaky)?ReLU",
+    "block": "(BasicBlock|Bottleneck)D",
+}
+"""Patterns of the classes of the networks' parts that segkit has too."""
+_CHOSEN = ("force_separate_z", "separate_z_anisotropy_threshold", "num_threads", "device")
+"""Arguments of resampling that plans may choose; the last two change no result."""
+_RESAMPLED = {"order_z": 0, "memefficient_seg_resampling": False, "mode": "linear", "aniso_axis_mode": "nearest-exact"}
+"""The only values of the others."""
 
 _STEPS = 5
 """Downsampling steps of every STU-Net."""
@@ -113,14 +124,14 @@ def _preparation(results: Results) -> NnUnetConfig:
 def _resampling(results: Results, kind: str) -> ResamplingConfig:
     function = str(results.configuration.get(f"resampling_fn_{kind}", "resample_data_or_seg_to_shape"))
     given = dict(results.configuration.get(f"resampling_fn_{kind}_kwargs") or {})
-    order = int(given.get("order", 3 if kind == "data" else 1))
-    order_z = int(given.get("order_z", 0))
-    if order_z or (kind != "data" and order != 1):
-        found, remedy = f"resamples {kind} with order {order}, order_z {order_z}", "Segment with nnU-Net itself"
-        expected = "order_z 0, and order 1 for masks and logits"
+    order = int(given.get("order", 3)) if kind == "data" else 1
+    usual = {**_RESAMPLED, "is_seg": kind == "seg", "order": order}
+    odd = [f"{key} {value}" for key, value in given.items() if key not in _CHOSEN and value != usual.get(key)]
+    if odd:
+        found, remedy = f"resamples {kind} with {', '.join(odd)}", "Segment with nnU-Net itself"
+        expected = ", ".join(f"{key} {value}" for key, value in usual.items())
         raise CheckpointError(found, where=results.checkpoints[0], expected=expected, remedy=remedy)
-    keys = ("force_separate_z", "separate_z_anisotropy_threshold")
-    options = {key: given[key] for key in keys if key in given}
+    options = {key: given[key] for key in _CHOSEN[:2] if key in given}
     return ResamplingConfig(function=function.rpartition(".")[2], order=order, **options)
 
 
@@ -163,11 +174,12 @@ def _class_name(configuration: Mapping[str, Any]) -> str:
 def _arguments(results: Results, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Arguments of segkit's network, each given for all stages."""
     given = _given(results.configuration)
-    strides, activation = given["strides"], str(given.get("nonlin") or "LeakyReLU").rpartition(".")[2]
+    strides = given["strides"]
+    parts = {key: str(given.get(key) or "").rpartition(".")[2] for key in _PARTS}
     first, *further = (_each(stride, results.dims) for stride in strides)
     odd = [key for key, value in given.items() if key not in _ARGUMENTS and value not in (None, False, 0)]
     odd += ["a stride in the first stage"] * (set(first) != {1})
-    odd += [f"activation {activation}"] * (activation not in ("LeakyReLU", "ReLU"))
+    odd += [f"{key} {part}" for key, part in parts.items() if part and not re.fullmatch(_PARTS[key], part)]
     odd += ["another eps"] * (float((given.get("norm_op_kwargs") or {}).get("eps", 1e-5)) != 1e-5)
     if odd:
         found, remedy = f"{name} has {', '.join(odd)}, which segkit lacks", "Segment with nnU-Net itself"
@@ -180,11 +192,11 @@ def _arguments(results: Results, name: str, tensors: Mapping[str, Tensor]) -> di
         "strides": tuple(further),
         "kernels": tuple(_each(kernel, results.dims) for kernel in _each(given["kernel_sizes"], stages)),
         "bias": bool(given.get("conv_bias", False)),
-        "slope": slope if activation == "LeakyReLU" else 0.0,
+        "slope": 0.0 if parts["nonlin"] == "ReLU" else slope,
         # nnUNetTrainerBN: the plans name instance norm.
         "norm": "batch" if any(key.endswith(".running_mean") for key in tensors) else "instance",
     }
-    if str(given.get("block", "")).rpartition(".")[2] == "BottleneckD":
+    if parts["block"] == "BottleneckD":
         arguments["bottleneck_widths"] = _each(given["bottleneck_channels"], stages)
     if given.get("stem_channels"):
         arguments["stem_width"] = int(given["stem_channels"])

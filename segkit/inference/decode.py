@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from segkit.errors import CheckpointError
 from segkit.inference.sliding_window import Logits, Slab, on_host
 from segkit.preparing.preprocessing import Preparation
-from segkit.preparing.resampling import Neighbours, nearest_neighbours, neighbours, resample_plane
+from segkit.preparing.resampling import Neighbours, nearest_neighbours, neighbours
 from segkit.reading.files import write_image
 from segkit.shapes import AnyArray, LabelMap
 
@@ -314,11 +314,14 @@ _IN_MEMORY_BYTES = 1 << 28
 class Maps:
     """Several maps of one case in 0..1, filled slab by slab; outside the crop each has its value of `outside`.
 
+    With `activation`, what is added are logits, which become probabilities on the grid of the input, as in nnU-Net.
     Stored as 16-bit fixed point, exact to 1/131070, with a scale factor in NIfTI headers; in a temporary file if large.
     """
 
-    def __init__(self, preparation: Preparation, outside: Sequence[float]) -> None:
-        self.preparation, self.outside = preparation, tuple(outside)
+    def __init__(
+        self, preparation: Preparation, outside: Sequence[float], activation: Activation | None = None
+    ) -> None:
+        self.preparation, self.outside, self.activation = preparation, tuple(outside), activation
         shape = (len(self.outside), *preparation.cropped_shape)
         is_large = 2 * prod(shape) > _IN_MEMORY_BYTES
         # The file has no name, so it is deleted however the process ends.
@@ -329,18 +332,28 @@ class Maps:
         self._resampling: SlabResampling | None = None
 
     def add(self, planes: NDArray[np.float32], slab: Slab) -> None:
-        """The maps (count, *spatial) in 0..1 of the voxels of a slab of the prepared grid."""
+        """The maps (count, *spatial) in 0..1, or the logits, of the voxels of a slab of the prepared grid."""
         shape, axis = self.preparation.resampled_shape, slab.axis
         if shape == self.preparation.cropped_shape:
-            self._boxes[(slice(None), *slab.index)] = np.rint(planes * np.float32(_STEPS))
+            self._boxes[(slice(None), *slab.index)] = self._steps(planes)
             return
-        self._resampling = self._resampling or SlabResampling(shape, self.preparation.cropped_shape, axis)
+        way = None if self.activation is None else self.preparation
+        self._resampling = self._resampling or SlabResampling(shape, self.preparation.cropped_shape, axis, way)
         planes = self._resampling.add(planes, slab.stop)
         target = np.moveaxis(self._boxes, axis + 1, 1)
         for index, lower, upper, weight in self._resampling.ready(slab.stop):
-            for box, plane in zip(target, planes, strict=True):
-                between = plane[lower] + (plane[upper] - plane[lower]) * weight
-                box[index] = np.rint(resample_plane(between, box.shape[1:]) * np.float32(_STEPS))
+            found = planes[:, lower] + (planes[:, upper] - planes[:, lower]) * weight
+            for across, near in enumerate(self._resampling.across, start=1):
+                shares = near.weight.reshape(-1, *(1,) * (found.ndim - across - 1))
+                found = _between(found.take(near.lower, across), found.take(near.upper, across), shares)
+            if self._resampling.rounds:
+                found = found.astype(np.float16).astype(np.float32)
+            target[:, index] = self._steps(found)
+
+    def _steps(self, planes: NDArray[np.float32]) -> NDArray[np.float32]:
+        shares = planes if self.activation is None else probabilities(planes, self.activation)
+        steps: NDArray[np.float32] = np.rint(shares * np.float32(_STEPS))
+        return steps
 
     def write(self, paths: Sequence[Path]) -> None:
         """Write each map to its file on the grid of the input."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from math import ceil
+from math import ceil, prod
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -21,14 +21,14 @@ from segkit.inference.backends import Backend
 from segkit.inference.decode import merged
 from segkit.inference.predictor import Ensemble, Predictor
 from segkit.inference.sliding_window import Logits, Network, Slab, WindowPlan, predict_slabs
-from segkit.preparing.nnunet import NnUnetConfig, axis_spacing, nnunet_shape, prepare_as_nnunet
+from segkit.preparing.nnunet import NnUnetConfig, axis_spacing, nnunet_shape, prepare_as_nnunet, resampling_bytes
 from segkit.preparing.preprocessing import LoadedCase, PreparedCase
 from segkit.reading.case import Case, channel_number
 from segkit.reading.files import count_channels
 from segkit.reading.geometry import reorientation_to
 from segkit.reading.volume import Grid
 
-_PICTURES = "NaturalImage2DIO"
+_PICTURES, _COLOURS = "NaturalImage2DIO", 3
 
 _log = logging.getLogger(__name__)
 
@@ -69,8 +69,11 @@ class NnUnetPredictor(Predictor):
 
     previous: Predictor | None = field(default=None, kw_only=True)
     """That of the previous stage of a cascade."""
+    in_slabs: bool = field(default=False, kw_only=True)
+    """Resample scans with less memory; the masks are the same."""
 
     keeps_values: ClassVar[bool] = True
+    resamples_logits: ClassVar[bool] = True
 
     @property
     def config(self) -> NnUnetConfig:
@@ -98,6 +101,7 @@ class NnUnetPredictor(Predictor):
             window=first.window,
             members=tuple(members),
             previous=self.previous,
+            in_slabs=self.in_slabs,
         )
 
     def with_backends(self, change: Callable[[Backend], Backend]) -> Predictor:
@@ -107,10 +111,19 @@ class NnUnetPredictor(Predictor):
             return changed
         return replace(changed, previous=self.previous.with_backends(change))
 
+    def with_smaller_window(self) -> Predictor | None:
+        """At first the same that resamples in slabs, which leaves the masks as they are; then smaller windows."""
+        if self.in_slabs:
+            return super().with_smaller_window()
+        previous = self.previous
+        if isinstance(previous, NnUnetPredictor):
+            previous = replace(previous, in_slabs=True)
+        return replace(self, in_slabs=True, previous=previous)
+
     def match(self, case: Case, *, allow_missing: bool = False) -> Case:
         """See `Predictor.match`; the number of a file is that of the channel, whatever the channels are called.
 
-        Files with several channels, such as colours, stand for as many channels.
+        Files with several channels, such as colours, stand for as many channels; the fourth of a picture is its alpha.
         """
         names = self.card.modalities
         numbers = {channel_number(name): file for name, file in case.images.items()}
@@ -118,11 +131,11 @@ class NnUnetPredictor(Predictor):
             images = {number: file for number, file in numbers.items() if number is not None}
             case = replace(case, images={names[number]: images[number] for number in sorted(images)})
         if len(case.images) < len(names) and all(file.channel is None for file in case.images.values()):
-            channels = [
-                replace(file, channel=channel)
-                for file in case.images.values()
-                for channel in range(count_channels(file.path))
-            ]
+            counts = [count_channels(file.path) for file in case.images.values()]
+            if counts == [_COLOURS] and len(names) == _COLOURS + 1:
+                counts = [len(names)]
+            files = zip(case.images.values(), counts, strict=True)
+            channels = [replace(file, channel=channel) for file, count in files for channel in range(count)]
             if len(channels) == len(names):
                 case = replace(case, images=dict(zip(names, channels, strict=True)))
         return super().match(case, allow_missing=allow_missing)
@@ -130,15 +143,29 @@ class NnUnetPredictor(Predictor):
     def _prepared(self, loaded: LoadedCase) -> PreparedCase:
         config, target = self.card.preprocessing, cast(tuple[float, ...], self.card.preprocessing.spacing_mm)
         mask = None if self.previous is None else self.previous.predict_loaded(loaded).labels
-        return prepare_as_nnunet(loaded, self.config, config.orientation, target, mask)
+        return prepare_as_nnunet(loaded, self.config, config.orientation, target, mask, in_slabs=self.in_slabs)
 
     def prepared_shape(self, grid: Grid) -> tuple[int, ...]:
         """Voxels per axis of a case of this grid once it is prepared, if nothing is cropped."""
-        config = self.card.preprocessing
-        old_mm, target = axis_spacing(grid, config.orientation), cast(tuple[float, ...], config.spacing_mm)
+        config, target = self.card.preprocessing, cast(tuple[float, ...], self.card.preprocessing.spacing_mm)
         shape = reorientation_to(grid, config.orientation).target_shape
+        if self.config.data.function == "no_resampling_hack":
+            return shape
+        old_mm = axis_spacing(grid, config.orientation, self.config.reader)
         new_mm = (*old_mm[: 3 - len(target)], *target)
         return nnunet_shape((*(1,) * (3 - grid.dims), *shape), old_mm, new_mm)[-grid.dims :]
+
+    def preparing_bytes(self, shape: Sequence[int], grid: Grid) -> int:
+        """See `Predictor.preparing_bytes`; the image exists twice, and one channel is resampled at a time."""
+        config, channels = self.card.preprocessing, len(self.card.modalities)
+        old_mm, target = axis_spacing(grid, config.orientation, self.config.reader), config.spacing_mm or ()
+        axis = self.config.data.coarse_axis(old_mm, (*old_mm[: 3 - len(target)], *target))
+        turned = reorientation_to(grid, config.orientation).target_shape
+        kept = zip(turned, shape, self.prepared_shape(grid), strict=True)
+        cropped = [ceil(size * left / whole) for size, left, whole in kept]
+        copies = resampling_bytes(cropped, self.config.data, axis, in_slabs=self.in_slabs)
+        resampled = 0 if tuple(cropped) == tuple(shape) else 4 * channels * prod(shape) + copies
+        return 4 * channels * prod(turned) + max(resampled, 13 * prod(cropped))
 
     def plan(self, shape: Sequence[int], axis: int | None = None) -> WindowPlan:
         """Windows of at most half overlap, evenly spread; slabs along the first axis, in which nnU-Net adds them."""

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
@@ -61,6 +62,8 @@ class Predictor:
     _: KW_ONLY
     keeps_values: ClassVar[bool] = False
     """Whether masks have the values of the training data, in whatever layout the scans are."""
+    resamples_logits: ClassVar[bool] = False
+    """Whether probabilities are those of resampled logits, rather than resampled themselves."""
     uses_tta: bool = False
     """Average over mirrored inputs."""
     uses_postprocessing: bool = True
@@ -225,7 +228,8 @@ class Predictor:
         """Segment a prepared case, in the values of `scheme` (default: that of the training data)."""
         activation = self.segmentation.activation
         outside = outside_probabilities(len(self.card.outputs), activation)
-        probability_maps = Maps(prepared.preparation, outside) if with_probabilities else None
+        late = activation if self.resamples_logits else None
+        probability_maps = Maps(prepared.preparation, outside, late) if with_probabilities else None
         uncertainty_maps = Maps(prepared.preparation, (0,) * len(UNCERTAINTIES)) if with_uncertainty else None
 
         def computed() -> Iterator[Slab]:
@@ -236,7 +240,8 @@ class Predictor:
                 if slab is None:
                     return
                 if probability_maps is not None:
-                    probability_maps.add(probabilities(slab.logits, activation), slab)
+                    planes = slab.logits if late else probabilities(slab.logits, activation)
+                    probability_maps.add(planes, slab)
                 if uncertainty_maps is not None:
                     uncertainty_maps.add(uncertainty(slab, activation), slab)
                 yield slab
@@ -280,6 +285,10 @@ class Predictor:
         """Voxels per axis of a case of this grid once it is prepared, if nothing is cropped."""
         turned = reoriented_grid(grid, reorientation_to(grid, self.card.preprocessing.orientation))
         return resampled_shape(turned.shape, turned.spacing_mm, self.card.preprocessing.spacing_mm)
+
+    def preparing_bytes(self, shape: Sequence[int], grid: Grid) -> int:
+        """Memory of `prepare` for a case of this grid, prepared to `shape`, beyond the loaded image."""
+        return 4 * len(self.card.modalities) * prod(shape) + 9 * prod(grid.shape)
 
     def restoring_bytes(self, shape: Sequence[int], grid: Grid) -> int:
         """Memory of what `slabs` returns for a case of this grid, prepared to `shape`, beyond a row of windows."""

@@ -151,6 +151,8 @@ def read_scan(
 
 def _only_case(path: Path) -> Case:
     cohort = find_cases(path)
+    if cohort.is_numbered and len(cohort.cases) > 1:
+        cohort = find_cases(path, layout="nnunet")
     if len(cohort.cases) != 1:
         found = f"holds {len(cohort.cases)} cases"
         raise DataError(found, where=path, expected="one", remedy="Use `segkit infer`")

@@ -110,6 +110,11 @@ class Cohort:
     """How many files of the folder are images and references of cases, other images, and no images."""
 
     @property
+    def is_numbered(self) -> bool:
+        """Whether all cases are named CASE_0000, CASE_0001 ..., which may as well be the channels of one case."""
+        return self.layout != "nnunet" and all(re.fullmatch(r".+_\d{4}", case.id) for case in self.cases)
+
+    @property
     def left_out(self) -> tuple[str, ...]:
         """The files that belong to no usable case, see `Problem.left_out`; relative to the folder."""
         paths = (Path(path) for problem in self.problems for path in problem.left_out)

@@ -1,7 +1,8 @@
 """NIfTI-1, NIfTI-2 and FreeSurfer MGH files through nibabel's headers.
 
 The voxels are read here and not by nibabel's proxies for three reasons: a gzip stream is read to its end, which
-verifies its checksum; one channel of a 4D file needs the memory of one channel; scaling is done in float32.
+verifies its checksum; one channel of a 4D file needs the memory of one channel; scaling is done plane by plane, in
+float64 as elsewhere, and gives float32.
 """
 
 import gzip
@@ -82,7 +83,10 @@ def scaled(array: AnyArray, slope: float, intercept: float) -> AnyArray:
     """Stored values after the scale factors of the header, in float32; the array itself where there are none."""
     if (slope, intercept) == (1.0, 0.0):
         return array
-    return array.astype(np.float32, copy=False) * np.float32(slope) + np.float32(intercept)
+    result = np.empty_like(array, np.float32)
+    for source, target in zip(array.T, result.T, strict=True):  # float64 of the whole would take much memory
+        target[...] = source * np.float64(slope) + intercept
+    return result
 
 
 def open_nifti(path: Path) -> ImageHeader:

@@ -46,7 +46,10 @@ _GREY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F"})
 
 
 def open_picture(path: Path) -> ImageHeader:
-    """The header of a picture: 1 channel where it is grey, 3 (red, green, blue) where it is in colour."""
+    """The header of a picture: 1 channel where it is grey, 3 (red, green, blue) where it is in colour.
+
+    The alpha of an RGBA picture is not counted, and can be read as channel 3.
+    """
     size = require_file(path)
     with as_data_errors(path), PIL.Image.open(path, formats=_FORMATS) as picture:
         width, height = picture.size
@@ -73,10 +76,11 @@ def open_picture(path: Path) -> ImageHeader:
                 pick_channel(path, 3, channel or 0)
                 grey = picture.convert("L") if picture.mode in ("1", "P", "LA") else picture
                 return plain_numbers(np.array(grey), path)
-            planes = np.array(picture.convert("RGBA" if picture.mode == "P" else "RGB"))[..., :3]
-        if channel is None and (planes == planes[..., :1]).all():
+            readable = 4 if picture.mode == "RGBA" else 3
+            planes = np.array(picture.convert("RGBA" if picture.mode in ("P", "RGBA") else "RGB"))[..., :readable]
+        if channel is None and (planes[..., :3] == planes[..., :1]).all():
             return planes[..., 0]
-        return planes[..., pick_channel(path, 3, channel)]
+        return planes[..., pick_channel(path, readable, channel)]
 
     grid = Grid((height, width), np.eye(4), source=path, is_turned=is_turned)
     return ImageHeader(grid, 1 if is_grey else 3, read)

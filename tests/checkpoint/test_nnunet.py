@@ -414,7 +414,7 @@ def test_batch_norm_and_bottlenecks_are_taken_from_weights_and_plans(tmp_path: P
             make_plans(
                 architecture=architecture("ResidualEncoderUNet", squeeze_excitation=True, nonlin="torch.nn.GELU")
             ),
-            "ResidualEncoderUNet has squeeze_excitation, activation GELU, which segkit lacks",
+            "ResidualEncoderUNet has squeeze_excitation, nonlin GELU, which segkit lacks",
         ),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -145,6 +146,17 @@ def test_probabilities_lie_on_the_grid_of_the_input() -> None:
     logits = torch.log(torch.tensor([[[1.0, 3, 1, 1]]]))
     (plane,) = probability_planes(logits, ROW, "sigmoid")
     np.testing.assert_allclose(plane, [[0, 0.5, 0.75, 0.5, 0.5, 0]], atol=1e-5)
+
+
+def test_probabilities_of_resampled_logits_are_not_resampled_probabilities() -> None:
+    """Two columns to four: the logits 0, 4 become 0, 1, 3, 4, and nearest 0, 0, 4, 4."""
+    way = preparation((1, 4), ((0, 0), (1, 4)), resampled=(1, 2))
+    for nearest, expected in ((None, [0, 1, 3, 4]), (1, [0, 0, 4, 4])):
+        maps = Maps(replace(way, nearest_axis=nearest, rounds_to_half=True), (0.0,), "sigmoid")
+        for slab in slabs([[[0.0, 4.0]]]):
+            maps.add(slab.logits, slab)
+        (plane,) = maps.arrays()
+        np.testing.assert_allclose(plane, [1 / (1 + np.exp(-np.array(expected)))], atol=1e-5)
 
 
 def test_outside_the_crop_the_background_of_a_softmax_is_certain() -> None:

@@ -14,6 +14,7 @@ import pytest
 import SimpleITK
 import torch
 
+from segkit.api.folder import FolderOptions, open_segmentation
 from segkit.errors import RequestError
 from segkit.inference.decode import decode
 from segkit.inference.nnunet import NnUnetPredictor, nnunet_options
@@ -23,11 +24,12 @@ from segkit.models.table import build_model
 from segkit.preparing.nnunet import ResamplingConfig, nnunet_shape
 from segkit.preparing.preprocessing import Preparation
 from segkit.reading.case import Case, ImageFile
-from segkit.reading.files import read_labels
+from segkit.reading.files import read_labels, read_volume
 from segkit.reading.geometry import reorientation_to
+from segkit.reading.layouts.table import find_cases
 from segkit.reading.volume import Grid
-from tests.checkpoint.test_nnunet import make_plans, write_result
-from tests.helpers import run_segkit
+from tests.checkpoint.test_nnunet import DATASET, make_network, make_plans, write_result
+from tests.helpers import LPS, run_segkit, save_nifti
 
 FULL = "nnUNetTrainer__nnUNetPlans__3d_fullres"
 SHIPPED = Path(__file__).parents[1] / "data" / "nnunet"
@@ -146,13 +148,35 @@ def test_the_number_of_a_file_is_its_channel(tmp_path: Path) -> None:
     }
 
 
-def test_a_picture_in_colour_stands_for_three_channels(tmp_path: Path, make_flat: Callable[[str], Path]) -> None:
+def test_numbered_files_are_the_channels_of_a_case_that_stands_alone(tmp_path: Path) -> None:
+    """Without a model, four scans of one kind: scan_0000 to scan_0003."""
+    dataset = {**DATASET, "channel_names": {"0": "a", "1": "b"}}
+    plans = make_plans(normalization_schemes=["ZScoreNormalization"] * 2, use_mask_for_norm=[False] * 2)
+    result = write_result(tmp_path / "result", network=make_network(2), plans=plans, dataset=dataset)
+    values = np.random.default_rng(0).uniform(1, 9, (2, 20, 20, 20)).astype(np.float32)
+    for channel, image in enumerate(values):
+        save_nifti(tmp_path / "scan" / f"scan_000{channel}.nii.gz", image)
+    options = FolderOptions(tmp_path / "scan", tmp_path / "out", backend="torch", device="cpu")
+    with open_segmentation(options, result, 1, 0, tta=False, postprocessing=True) as folder:
+        assert [sorted(plan.case.images) for plan in folder.plan()[0]] == [["a", "b"]]
+        mask = folder.task.predictor(tmp_path / "scan").labels
+    np.testing.assert_array_equal(mask, Predictor.load(result, uses_tta=False)((values, LPS)).labels)
+    assert [case.id for case in find_cases(tmp_path / "scan").cases] == ["scan_0000", "scan_0001"]
+
+
+@pytest.mark.parametrize("names", ["RGB", "RGBA"])
+def test_a_picture_in_colour_stands_for_its_channels(
+    tmp_path: Path, make_flat: Callable[[str], Path], names: str
+) -> None:
     predictor = Predictor.load(make_flat("NaturalImage2DIO"))
-    three = predictor.card.model_copy(update={"modalities": ("R", "G", "B")})
-    PIL.Image.fromarray(np.zeros((6, 5, 3), np.uint8)).save(tmp_path / "x_0000.png")
+    card = predictor.card.model_copy(update={"modalities": tuple(names)})
+    values = np.arange(6 * 5 * len(names), dtype=np.uint8).reshape(6, 5, -1)
+    PIL.Image.fromarray(values).save(tmp_path / "x_0000.png")
     case = Case("x", "x", {"channel_0": ImageFile(tmp_path / "x_0000.png")})
-    found = NnUnetPredictor(predictor.backend, three).match(case).images
-    assert [(name, file.channel) for name, file in found.items()] == [("R", 0), ("G", 1), ("B", 2)]
+    found = NnUnetPredictor(predictor.backend, card).match(case).images
+    assert list(found) == list(names)
+    for number, file in enumerate(found.values()):
+        np.testing.assert_array_equal(read_volume(file.path, file.channel).array, values[..., number])
 
 
 def test_readers_that_reorient_see_the_same_scan_in_any_orientation() -> None:
