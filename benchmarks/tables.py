@@ -20,7 +20,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,15 @@ class Arm:
     loop: str = ""
 
 
+def _compared(minutes: float, seed: int, network: str = "") -> tuple[Arm, ...]:
+    """segkit and the loop on one machine, one after the other, on the cases kept out; and the loop with `network`."""
+    loops = {"loop": "segresnet"} | ({f"loop, {network}": network} if network else {})
+    common: Any = {"minutes": minutes, "seed": seed, "is_test": True}
+    return Arm(f"segkit, {minutes} min", **common), *(
+        Arm(f"{name}, {minutes} min", loop=loop, **common) for name, loop in loops.items()
+    )
+
+
 _REVMBUNET = {"network.family": "revmbunet", "network.size": "small"}
 _FP32 = {"training.precision": "fp32"}
 TABLES: dict[str, Sequence[Arm]] = {
@@ -63,6 +72,9 @@ TABLES: dict[str, Sequence[Arm]] = {
         Arm("revmbunet small fp32", _REVMBUNET | _FP32),
         *(Arm(f"{family} fp32", _FP32, family) for family in ("stunet", "plainunet")),
     ),
+    "brats": _compared(30, 0, "stunet/S"),
+    "brats again": (*_compared(30, 1), *_compared(60, 0)),
+    "hippocampus": (Arm("segkit", data="Task04_Hippocampus", minutes=30, is_test=True),),
 }
 
 
@@ -84,7 +96,11 @@ def main() -> None:
             line = run_arm(arguments.table, arm, minutes, arguments.data / arm.data, arguments.out)
             with arguments.results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-    print_table(arguments.table, read_lines(arguments.results))
+    lines = read_lines(arguments.results)
+    found = [line for arm in TABLES[arguments.table] for line in lines if _is_of(line, arguments.table, arm)]
+    print_table(found)
+    if any(arm.is_test for arm in TABLES[arguments.table]):
+        print_differences(found)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -164,9 +180,8 @@ def _scores(arm: Arm, data: Path, run: Path) -> dict[str, dict[str, float]]:
     return {case.case: {region: scores["dice"] for region, scores in case.regions.items()} for case in evaluation.cases}
 
 
-def print_table(table: str, lines: Iterable[Mapping[str, Any]]) -> None:
-    """A Markdown table of mean Dice by region and of all regions, in the order of the table."""
-    lines = [line for arm in TABLES[table] for line in lines if _is_of(line, table, arm)]
+def print_table(lines: Sequence[Mapping[str, Any]]) -> None:
+    """A Markdown table of mean Dice by region and of all regions."""
     if not lines:
         return
     regions = list(next(iter(lines[0]["dice"].values())))
@@ -176,6 +191,23 @@ def print_table(table: str, lines: Iterable[Mapping[str, Any]]) -> None:
         means = [float(np.mean([case[region] for case in line["dice"].values()])) for region in regions]
         shown = " | ".join(f"{value:.3f}" for value in (*means, np.mean(means)))
         print(f"| {line['arm']} | {line['seed']} | {line['minutes']} | {line['steps']} | {shown} |")
+
+
+def print_differences(lines: Sequence[Mapping[str, Any]], resamples: int = 10_000) -> None:
+    """The first arm minus each other of the same seed: mean Dice of a case, with its paired 95 % bootstrap interval."""
+    for seed in sorted({line["seed"] for line in lines}):
+        first, *others = [line for line in lines if line["seed"] == seed]
+        for other in others:
+            cases = sorted(first["dice"])
+            differences = np.array([_mean_of_case(first, case) - _mean_of_case(other, case) for case in cases])
+            drawn = np.random.default_rng(0).integers(len(cases), size=(resamples, len(cases)))
+            low, high = np.percentile(differences[drawn].mean(1), [2.5, 97.5])
+            sentence = f"{first['arm']} minus {other['arm']}, seed {seed}: {differences.mean():+.3f}"
+            print(f"{sentence} ({low:+.3f} to {high:+.3f}) over {len(cases)} cases")
+
+
+def _mean_of_case(line: Mapping[str, Any], case: str) -> float:
+    return float(np.mean(list(line["dice"][case].values())))
 
 
 if __name__ == "__main__":
