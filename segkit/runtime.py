@@ -363,7 +363,7 @@ def let_threads_sleep() -> None:
     """Let OpenMP threads sleep at barriers, unless the user chose otherwise or PyTorch was loaded before.
 
     They spin by default: beside one other busy process a training step on two cores then takes many times as long
-    (benchmarks/busy.py). OpenMP reads the variable when PyTorch loads it.
+    (`benchmarks/distributed.py time`). OpenMP reads the variable when PyTorch loads it.
     """
     if "torch" not in sys.modules and not os.environ.keys() & set(_WAITING):
         os.environ["OMP_WAIT_POLICY"] = "passive"
