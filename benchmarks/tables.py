@@ -65,6 +65,11 @@ def _compared(minutes: float, seed: int, network: str = "") -> tuple[Arm, ...]:
 
 _REVMBUNET = {"network.family": "revmbunet", "network.size": "small"}
 _FP32 = {"training.precision": "fp32"}
+_STRONGER = {
+    **{"augmentation.brightness_probability": 0.3, "augmentation.brightness_range": [0.6, 1.6]},
+    **{"augmentation.contrast_probability": 0.3, "augmentation.contrast_range": [0.6, 1.6]},
+    **{"augmentation.gamma_probability": 0.5, "augmentation.gamma_range": [0.5, 2.0]},
+}
 TABLES: dict[str, Sequence[Arm]] = {
     "families": (
         Arm("revmbunet small", _REVMBUNET),
@@ -80,6 +85,7 @@ TABLES: dict[str, Sequence[Arm]] = {
         Arm("lr 6e-3", {"optimiser.lr": 6e-3}),
         Arm("lr 1.5e-3", {"optimiser.lr": 1.5e-3}),
         Arm("foreground 0.8", {"training.foreground_fraction": 0.8}),
+        Arm("stronger intensities", _STRONGER),
         Arm("bias field", {"training.transforms": [{"name": "RandBiasFieldd", "prob": 0.2}]}),
         Arm("Dice by sample", {"loss.batch_dice": False}),
         Arm("widths x 1.5", {"network.arguments": {"widths": [24, 48, 96, 192]}}),
