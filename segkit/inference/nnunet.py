@@ -121,12 +121,14 @@ class NnUnetPredictor(Predictor):
         return replace(self, in_slabs=True, previous=previous)
 
     def match(self, case: Case, *, allow_missing: bool = False) -> Case:
-        """See `Predictor.match`; the number of a file is that of the channel, whatever the channels are called.
+        """See `Predictor.match`; the number of a file, or of a plane in it, is that of the channel, whatever its name.
 
         Files with several channels, such as colours, stand for as many channels; the fourth of a picture is its alpha.
         """
         names = self.card.modalities
         numbers = {channel_number(name): file for name, file in case.images.items()}
+        if set(numbers) == {None} and set(case.images).isdisjoint(names):  # such as red, green and blue
+            numbers = {file.channel: file for file in case.images.values()}
         if set(numbers) <= set(range(len(names))):
             images = {number: file for number, file in numbers.items() if number is not None}
             case = replace(case, images={names[number]: images[number] for number in sorted(images)})

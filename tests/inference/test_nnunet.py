@@ -172,11 +172,13 @@ def test_a_picture_in_colour_stands_for_its_channels(
     card = predictor.card.model_copy(update={"modalities": tuple(names)})
     values = np.arange(6 * 5 * len(names), dtype=np.uint8).reshape(6, 5, -1)
     PIL.Image.fromarray(values).save(tmp_path / "x_0000.png")
-    case = Case("x", "x", {"channel_0": ImageFile(tmp_path / "x_0000.png")})
-    found = NnUnetPredictor(predictor.backend, card).match(case).images
-    assert list(found) == list(names)
-    for number, file in enumerate(found.values()):
-        np.testing.assert_array_equal(read_volume(file.path, file.channel).array, values[..., number])
+    file = ImageFile(tmp_path / "x_0000.png")
+    planes = {colour: replace(file, channel=number) for number, colour in enumerate(("red", "green", "blue"))}
+    for images in ({"channel_0": file}, *([planes] if names == "RGB" else [])):
+        found = NnUnetPredictor(predictor.backend, card).match(Case("x", "x", images)).images
+        assert list(found) == list(names)
+        for number, plane in enumerate(found.values()):
+            np.testing.assert_array_equal(read_volume(plane.path, plane.channel).array, values[..., number])
 
 
 def test_readers_that_reorient_see_the_same_scan_in_any_orientation() -> None:
