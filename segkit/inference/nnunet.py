@@ -167,7 +167,8 @@ class NnUnetPredictor(Predictor):
         cropped = [ceil(size * left / whole) for size, left, whole in kept]
         copies = resampling_bytes(cropped, self.config.data, axis, in_slabs=self.in_slabs)
         resampled = 0 if tuple(cropped) == tuple(shape) else 4 * channels * prod(shape) + copies
-        return 4 * channels * prod(turned) + max(resampled, 13 * prod(cropped))
+        normalising = 13 if any(self.config.use_mask_for_norm) else 6  # masks, and copies of the voxels inside them
+        return 4 * channels * prod(turned) + max(resampled, normalising * prod(cropped))
 
     def plan(self, shape: Sequence[int], axis: int | None = None) -> WindowPlan:
         """Windows of at most half overlap, evenly spread; slabs along the first axis, in which nnU-Net adds them."""
