@@ -77,6 +77,10 @@ TABLES: dict[str, Sequence[Arm]] = {
         Arm("revmbunet small fp32", _REVMBUNET | _FP32),
         *(Arm(f"{family} fp32", _FP32, family) for family in ("stunet", "plainunet")),
     ),
+    "families, hippocampus": (
+        Arm("revmbunet small", _REVMBUNET, data="Task04_Hippocampus"),
+        Arm("stunet", config="stunet", data="Task04_Hippocampus"),
+    ),
     "recipe": (
         Arm("no modality left out", {"augmentation.modality_dropout": 0}),
         Arm("no rotation, no zoom", {"augmentation.rotation_probability": 0, "augmentation.scale_probability": 0}),
