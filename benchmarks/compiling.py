@@ -32,7 +32,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", default=list(MODELS), metavar="FAMILY")
     parser.add_argument("--backend", default="inductor", help="aot_eager: without generated code, in a minute")
+    parser.add_argument("--float32", action="store_true", help="with the rounding of a training")
     arguments = parser.parse_args()
+    torch.set_default_dtype(torch.float32 if arguments.float32 else torch.float64)
     logging.disable(logging.WARNING)  # dynamo logs each break
     print(f"{'network':34} {'graphs':>6} {'breaks':>6} {'logits':>8} {'gradients':>9} {'seconds':>7}")
     for family in arguments.families:
@@ -82,11 +84,11 @@ def made(family: str, dims: int, others: dict[str, Any]) -> tuple[nn.Module, Ten
     """A small network in training mode, with weights that leave no layer at zero, and an image."""
     torch.manual_seed(0)
     arguments: dict[str, Any] = {**SMALLEST[family], **others}
-    network = build_model(family, in_channels=2, out_channels=2, dims=dims, **arguments).train().double()
+    network = build_model(family, in_channels=2, out_channels=2, dims=dims, **arguments).train()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    return network, torch.randn(2, 2, *(max(16, 2 * side) for side in network.divisor), dtype=torch.float64)
+    return network, torch.randn(2, 2, *(max(16, 2 * side) for side in network.divisor))
 
 
 if __name__ == "__main__":

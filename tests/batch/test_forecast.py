@@ -19,7 +19,7 @@ from segkit.batch.forecast import Forecaster, fit_memory, kept_by_crop, window_c
 from segkit.batch.runner import open_manifest, run_folder
 from segkit.batch.segment import Segment, SegmentPlan
 from segkit.batch.worker import LocalExecutor
-from segkit.inference.backends import ReopenableBackend
+from segkit.inference.backends import ReopenableBackend, torch_backend
 from segkit.inference.predictor import Predictor
 from segkit.runtime import cache_folder
 
@@ -217,3 +217,22 @@ def test_a_retry_has_the_memory_of_the_failed_pass(make_run: MakeRun, data: Path
     assert [entry["status"] for entry in manifest["cases"]] == ["done", "done"]
     assert made
     assert alive_bytes == [0] * len(alive_bytes), "as before the first try"
+
+
+def test_rows_that_have_room_on_a_gpu_take_no_memory_of_the_host(
+    make_run: MakeRun, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = Predictor.load(make_run())
+    (plan, _) = tasks_of(predictor, data, tmp_path / "out")
+    forecaster = Forecaster(predictor)
+    on_cpu = forecaster.forecast(plan.case)
+    torch_backend(predictor.backend).device = torch.device("cuda", 0)  # type: ignore[union-attr]
+    found = []
+    for free_gb in (1.0, 0.0):
+        monkeypatch.setattr("segkit.batch.forecast.available_memory_gb", lambda _: free_gb)  # noqa: B023
+        found.append(forecaster.forecast(plan.case))
+    assert found[0] is not None
+    assert on_cpu is not None
+    row_mb = 4 * 4 * 8 * 24 * 16 * 1.5 / MB  # a depth of 8 of 40 voxels, three outputs and the weights
+    assert on_cpu.compute_mb - found[0].compute_mb == pytest.approx(row_mb)
+    assert found[1] == on_cpu

@@ -7,8 +7,10 @@ planning expects, to 10 %.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -40,6 +42,9 @@ from segkit.pretraining.masked import MaskedReconstruction
 from segkit.reading.geometry import reorientation_to
 from segkit.reading.volume import Grid
 from segkit.runtime import Precision
+from segkit.training.config import LoopConfig, OptimiserConfig
+from segkit.training.distributed import Ranks
+from segkit.training.loop import Trainer
 from tests.gpu.faked_cuda import DEVICE, faked_cuda, to_cuda
 from tests.smallest import SMALLEST
 
@@ -186,6 +191,27 @@ def test_a_step_without_labels_lets_the_host_run_ahead(
     assert host.convolved_in == {precision or torch.float32}
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_clipping_the_optimiser_and_the_average_let_the_host_run_ahead(precision: Precision) -> None:
+    """A whole step of the training loop, of two batches; the loss is not read, as on a GPU after the first step."""
+    network = on_cuda("stunet", 3)
+    shape = [max(16, 2 * side) for side in network.divisor]  # type: ignore[union-attr, arg-type]
+    loss_function = to_cuda(SegmentationLoss("sigmoid", _OUTPUTS))
+    batch = {
+        "image": torch.empty(2, 2, *shape, device=DEVICE),
+        "label": torch.zeros(2, *shape, device=DEVICE, dtype=torch.uint8),
+    }
+    task = SimpleNamespace(model=network, loss=lambda batch: loss_function(network(batch["image"]), batch["label"]))
+    training = LoopConfig(steps=10, accumulate=2, precision=precision)
+    with mock.patch.object(network, "to"), mock.patch.object(Trainer, "_mean_loss", return_value=0.0):
+        trainer = Trainer(task, training, OptimiserConfig(), DEVICE, Ranks())  # type: ignore[arg-type]
+        with Host() as host:
+            trainer.step(itertools.repeat(batch), 1e-3)
+    assert (host.waits, host.convolved_in) == ([], {_DTYPES[precision]})
+    assert [loss.device for loss in trainer.late] == [DEVICE] * 2
+    assert trainer.optimiser.defaults["fused"]
+
+
 @contextmanager
 def a_scan_on_the_device(
     mode: FakeTensorMode, outputs: int
@@ -272,6 +298,7 @@ MEMORY_CASES: list[tuple[str, int, dict[str, object]]] = [
     ("smp", 2, {}),
 ]
 _NAMES: dict[torch.dtype | None, Precision] = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_DTYPES: dict[Precision, torch.dtype] = {name: dtype or torch.float32 for dtype, name in _NAMES.items()}
 
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16], ids=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+from segkit.checkpoint.run_folder import load_card
 from segkit.errors import CheckpointError
 from segkit.inference import on_device, sliding_window
+from segkit.inference.backend_loading import inference_precision
 from segkit.inference.backends import TorchBackend
 from segkit.inference.decode import Activation, decode, merged
 from segkit.inference.on_device import DeviceRows
@@ -20,6 +23,7 @@ from segkit.inference.sliding_window import Rows, Slab, plan_windows, predict_sl
 from segkit.preparing.preprocessing import Preparation
 from segkit.reading.geometry import reorientation_to
 from segkit.reading.volume import Grid
+from tests.helpers import write_segmentation_run
 
 
 class Voxelwise(nn.Module):
@@ -142,3 +146,17 @@ def test_members_are_averaged_where_their_logits_are(activation: Activation, of_
     np.testing.assert_allclose(found.spread, expected.spread, rtol=1e-5, atol=1e-6)
     mixed = mean([members[0], *map(torch.from_numpy, members[1:])])
     np.testing.assert_array_equal(mixed.logits, expected.logits)
+
+
+@pytest.mark.parametrize(
+    ("trained", "generation", "expected"),
+    [("fp32", 9, "fp32"), ("bf16", 9, "bf16"), ("bf16", 7, "fp16"), ("bf16", 6, "fp32"), ("fp16", 9, "fp16")],
+)
+def test_a_gpu_infers_in_the_precision_of_the_training(
+    trained: str, generation: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (generation, 0))
+    data = {"identity": "none", "cases": 0, "precision": trained}
+    card = load_card(write_segmentation_run(tmp_path, training_data=data))
+    assert inference_precision(card, torch.device("cuda", 0)) == expected
+    assert inference_precision(card, torch.device("cpu")) == inference_precision(card, torch.device("mps")) == "fp32"
