@@ -105,7 +105,7 @@ def device_name(name: str | None = None) -> str:
 def pick_device(name: str | None = None) -> torch.device:
     """`device_name` as a device of torch; a GPU is also made the current one of this process.
 
-    Products of float32 are then rounded to TF32, as PyTorch has it for convolutions, and cuDNN times its kernels.
+    Products of float32 are then rounded to TF32, as PyTorch has it for convolutions.
 
     Raises:
         RequestError: the name is unknown or the machine lacks that device.
@@ -116,7 +116,6 @@ def pick_device(name: str | None = None) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
     if device.type == "cpu":
         _report_spinning_threads()
     return device

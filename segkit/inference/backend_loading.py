@@ -251,9 +251,12 @@ def _open_torch(
 
 
 def inference_precision(card: ModelCard, device: "torch.device") -> Precision:
-    """The precision of a network's inference: on NVIDIA GPUs that of its training, if the GPU has it; else fp32."""
+    """The precision of a network's inference: on NVIDIA GPUs that of its training, if the GPU has it; else fp32.
+
+    Networks that fill holes compute intensities, which have more digits than bf16.
+    """
     trained = "fp16" if card.nnunet is not None else card.training_data.precision  # nnU-Net's own choice on a GPU
-    if device.type != "cuda" or trained == "fp32":
+    if device.type != "cuda" or trained == "fp32" or card.task == "inpainting":
         return "fp32"
     return "fp16" if trained == "fp16" else pick_precision("auto", device)
 

@@ -83,6 +83,7 @@ class TorchBackend:
         """Logits (B, K, *window) of windows (B, C, *window)."""
         import torch
 
+        torch.backends.cudnn.benchmark = False  # windows around holes have many sizes
         result: Array = self.compute(torch.from_numpy(windows).to(self.device)).cpu().numpy()
         return result
 

@@ -45,6 +45,7 @@ class DeviceRows(Rows):
 
     def compute(self, image: Image, places: Sequence[tuple[int, ...]]) -> None:
         """Add the logits of the windows of a padded image (C, *padded) that start at these places, in batches."""
+        torch.backends.cudnn.benchmark = True  # windows have one size, for which cuDNN times its kernels once
         axis = self.plan.axis
         start = places[0][axis]
         row = image[(slice(None), *(slice(None),) * axis, slice(start, start + self.plan.window[axis]))]

@@ -291,6 +291,7 @@ class Trainer:
         Raises:
             TrainingError: the loss is not finite.
         """
+        torch.backends.cudnn.benchmark = True  # patches have one size, for which cuDNN times its kernels once
         set_lr(self.optimiser, lr)
         self.task.model.train()
         count = self.training.accumulate
@@ -328,13 +329,9 @@ class Trainer:
             raise TrainingError(f"the loss became {total}", remedy=remedy)
         return total
 
-    def _require_finite(self) -> None:
-        if self.late:
-            self._mean_loss(self.late)
-
     def weights(self) -> Any:
         """The whole weights to validate and save, tensors by name: the moving average if there is one."""
-        self._require_finite()
+        self._mean_loss(self.late)  # raises if it is not finite
         return sharding.whole(self.average.average if self.average else self.task.model.state_dict())
 
     def validate(self, weights: Mapping[str, Tensor]) -> Score:
@@ -345,7 +342,7 @@ class Trainer:
 
     def snapshot(self, state: State, unfinished: Row | None) -> dict[str, Any]:
         """Everything that an exact resume needs; `unfinished` is the row of a step whose validation is still due."""
-        self._require_finite()
+        self._mean_loss(self.late)  # raises if it is not finite
         tensors = {
             "model": self.task.model.state_dict(),
             "average": self.average.state_dict() if self.average else None,

@@ -20,7 +20,7 @@ from segkit.preparing.splits import given_split, train_and_validation, with_pati
 from segkit.reading.case import Case, Cohort, usable_only
 from segkit.reading.layouts.patients import patients_note
 from segkit.reading.layouts.table import find_cases
-from segkit.runtime import available_memory_gb, process_place
+from segkit.runtime import autocast, available_memory_gb, pick_precision, process_place
 from segkit.training.config import NetworkConfig, TrainConfig, with_values
 from segkit.training.folder import read_plan, read_recorded_split, with_planned
 from segkit.training.task import RunPlan, SplitData, TrainingRequest
@@ -216,7 +216,9 @@ def estimate_training(
     plan = plan_training(fingerprint, scheme, request, memory_gb, device)
     network = replace(request, arguments=plan.arguments).network(fingerprint, scheme)
     device = device or torch.device("cpu")
-    step_s, window_s = _measured(network, plan, device)
+    precision = pick_precision(config.training.precision, device) if device.type == "cuda" else None
+    with autocast(device, precision):
+        step_s, window_s = _measured(network, plan, device)
     return plan, estimate_minutes(fingerprint, plan, config, step_s, window_s)
 
 
