@@ -303,10 +303,8 @@ def test_the_network_sees_the_axes_of_its_training(tmp_path: Path, scan: Path) -
 def test_infer_paints_what_the_network_says(tmp_path: Path, scan: Path) -> None:
     network = make_network()
     result = write_result(tmp_path / "result", network=network)
-    assert (
-        run_segkit("infer", "-m", result, "-i", scan.parent, "-o", tmp_path / "masks", "-d", "cpu", "-q", "--no-tta")
-        == 0
-    )
+    request = ("infer", "-m", result, "-i", scan.parent, "-o", tmp_path / "masks", "-d", "cpu", "-q", "--no-tta")
+    assert run_segkit(*request, "--backend", "torch") == 0
     image, mask = nib.load(scan), nib.load(tmp_path / "masks" / "case.nii.gz")
     np.testing.assert_allclose(mask.affine, image.affine)
     box = np.asarray(image.dataobj).transpose(2, 1, 0)[1:11, 1:26, 2:27]
@@ -324,7 +322,8 @@ def test_infer_paints_what_the_network_says(tmp_path: Path, scan: Path) -> None:
 def test_infer_with_the_folds_of_a_cross_validation(tmp_path: Path, scan: Path) -> None:
     result = write_result(tmp_path / "result", ("fold_0", "fold_1"))
     out = tmp_path / "masks"
-    assert run_segkit("infer", "-m", result, "-i", scan.parent, "-o", out, "-d", "cpu", "-q") == 0
+    request = ("infer", "-m", result, "-i", scan.parent, "-o", out, "-d", "cpu", "-q", "--backend", "torch")
+    assert run_segkit(*request) == 0
     assert json.loads((out / "manifest.json").read_text())["summary"]["done"] == 1
 
 

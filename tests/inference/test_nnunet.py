@@ -29,10 +29,14 @@ from segkit.reading.geometry import reorientation_to
 from segkit.reading.layouts.table import find_cases
 from segkit.reading.volume import Grid
 from tests.checkpoint.test_nnunet import DATASET, make_network, make_plans, write_result
+from tests.checkpoint.test_nnunet_golden import GOLDEN
 from tests.helpers import LPS, run_segkit, save_nifti
 
 FULL = "nnUNetTrainer__nnUNetPlans__3d_fullres"
 SHIPPED = Path(__file__).parents[1] / "data" / "nnunet"
+NOT_SHIPPED = [name for name in GOLDEN if not (SHIPPED / name).is_dir()]
+MIRRORED = ("Dataset402", "Dataset403", "Dataset412", "Dataset414")
+"""Golden folders whose masks with mirroring are tested each time: a network of slices, a cascade, torch resampling."""
 MOST_ON_OTHER_PROCESSORS = 2
 """Voxels that may differ: their best two logits are equal but for the last bits, which depend on the processor."""
 
@@ -66,14 +70,20 @@ def test_masks_of_nnunet(name: str) -> None:
     assert len(differing) <= MOST_ON_OTHER_PROCESSORS, differing
 
 
-def test_every_golden_folder(shared_data: Path) -> None:
-    folders = sorted((shared_data / "nnunet_golden").glob("Dataset*/nnUNet*"))
-    assert len({folder.parent for folder in folders}) >= 13
-    differing = []
-    for folder in folders:
-        expected = "expected_lowres" if folder.name.endswith("lowres") else "expected"
-        differing += find_differences(folder, f"{expected}_notta", uses_tta=False)
-        differing += find_differences(folder, expected, uses_tta=None, most=1)
+@pytest.mark.parametrize("name", NOT_SHIPPED)
+def test_masks_of_golden_folders(shared_data: Path, name: str) -> None:
+    expected = "expected_lowres_notta" if name.endswith("lowres") else "expected_notta"
+    differing = find_differences(shared_data / "nnunet_golden" / name, expected, uses_tta=False)
+    assert len(differing) <= MOST_ON_OTHER_PROCESSORS, differing
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name.startswith(MIRRORED) else pytest.mark.slow) for name in NOT_SHIPPED],
+)
+def test_masks_of_golden_folders_with_mirroring(shared_data: Path, name: str) -> None:
+    expected = "expected_lowres" if name.endswith("lowres") else "expected"
+    differing = find_differences(shared_data / "nnunet_golden" / name, expected, uses_tta=None, most=1)
     assert len(differing) <= MOST_ON_OTHER_PROCESSORS, differing
 
 
@@ -88,7 +98,8 @@ def test_infer_goes_on_after_bad_files_and_keeps_the_labels_of_the_model(
     (scans / "cut_0000.nii.gz").write_bytes(whole[: len(whole) // 2])
     (scans / "noise_0000.nii.gz").write_bytes(np.random.default_rng(0).bytes(4000))
     results = SHIPPED / "Dataset410_Aniso" / FULL
-    assert run_segkit("infer", "-m", results, "-i", scans, "-o", out, "-d", "cpu", "--no-tta", "--threads", "1") == 1
+    request = ("infer", "-m", results, "-i", scans, "-o", out, "-d", "cpu", "--no-tta", "--threads", "1")
+    assert run_segkit(*request, "--backend", "torch") == 1
     shown = capsys.readouterr().err
     assert [f"{name}: failed: " in shown for name in ("cut", "noise")] == [True, True]
     for name in ("thick", "thick2"):
@@ -100,13 +111,13 @@ def test_infer_goes_on_after_bad_files_and_keeps_the_labels_of_the_model(
     assert (facts["summary"]["failed"], facts["model"]["tta"]) == (2, False)
 
 
-@pytest.mark.parametrize("suffix", [".mha", ".nrrd"])
-def test_other_formats_give_the_same_mask(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize(("suffix", "backend"), [(".mha", "onnxruntime"), (".nrrd", "openvino")])
+def test_other_formats_give_the_same_mask(tmp_path: Path, suffix: str, backend: str) -> None:
     data = SHIPPED / "Dataset409_Transposed"
     SimpleITK.WriteImage(
         SimpleITK.ReadImage(str(data / "inputs" / "mixed_0000.nii.gz")), str(tmp_path / f"mixed{suffix}"), True
     )
-    predictor = Predictor.load(data / FULL, "cpu", "onnxruntime", threads=1, uses_tta=False)
+    predictor = Predictor.load(data / FULL, "cpu", backend, threads=1, uses_tta=False)
     mask = predictor(tmp_path / f"mixed{suffix}").labels
     np.testing.assert_array_equal(mask, read_labels(data / "expected_notta" / "mixed.nii.gz")[0])
 
@@ -117,8 +128,10 @@ def test_an_export_gives_the_same_masks(tmp_path: Path) -> None:
     predictor = Predictor.load(tmp_path / "export", "cpu", "onnxruntime", threads=1)
     assert isinstance(predictor, NnUnetPredictor)
     assert (len(predictor.members), predictor.uses_tta) == (2, True)
-    mask = predictor(results.parent / "inputs" / "iso_0000.nii.gz").labels
-    np.testing.assert_array_equal(mask, read_labels(results.parent / "expected" / "iso.nii.gz")[0])
+    mask = predictor.ensemble([replace(member, uses_tta=False) for member in predictor.members])(
+        results.parent / "inputs" / "iso_0000.nii.gz"
+    ).labels
+    np.testing.assert_array_equal(mask, read_labels(results.parent / "expected_notta" / "iso.nii.gz")[0])
     assert run_segkit("export", "-m", results / "fold_0", "-o", tmp_path / "bundle", "--format", "monai-bundle") == 2
 
 
