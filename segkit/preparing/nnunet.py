@@ -229,7 +229,7 @@ def _zoom(plane: Floats, target: Floats, order: int, axis: int | None) -> None:
         np.clip(target, plane.min(), plane.max(), out=target)
         return
     slices, targets = np.moveaxis(plane, axis, 0), np.moveaxis(target, axis, 0)
-    nearest = nearest_neighbours(len(slices), len(targets)).lower
+    nearest = nearest_neighbours(len(slices), len(targets), np.float64).lower
     for index, place in enumerate(nearest):
         if index and place == nearest[index - 1]:
             targets[index] = targets[index - 1]

@@ -44,9 +44,13 @@ class Neighbours(NamedTuple):
 
 
 def nearest_neighbours(old: int, new: int, dtype: DTypeLike = np.float32) -> Neighbours:
-    """The nearest of `old` voxels for each of `new` that cover the same length, as both neighbours."""
-    place = np.floor(old / new * (np.arange(new) + 0.5) - 0.5 + 0.5)
-    nearest = np.clip(place, 0, old - 1).astype(np.intp)
+    """The nearest of `old` voxels for each of `new` that cover the same length, as both neighbours.
+
+    Halfway between two voxels rounding decides: that of scipy in float64, that of torch (nearest-exact) in float32.
+    """
+    scale = np.asarray(old, dtype) / np.asarray(new, dtype)
+    place = np.asarray(np.float64(scale) * (np.arange(new) + 0.5) - 0.5, dtype)
+    nearest = np.clip(np.floor(place + 0.5), 0, old - 1).astype(np.intp)
     return Neighbours(nearest, nearest, np.zeros(new, dtype))
 
 
