@@ -23,33 +23,39 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
-def compile_network(network: nn.Module, training: LoopConfig, device: torch.device) -> None:
-    """Compile a network at its first step if the settings ask for it; by default on NVIDIA GPUs, in long runs."""
+def compile_network(model: nn.Module, training: LoopConfig, device: torch.device) -> None:
+    """Compile the network of a model at its first step, if the settings ask for it; None: on GPUs, in long runs."""
     budget = training.budget_minutes
     is_long = training.steps >= _LONG_STEPS if budget is None else budget >= _LONG_MINUTES
     if (device.type == "cuda" and is_long) if training.compile is None else training.compile:
-        network.compile(fullgraph=True, dynamic=False, backend=_BACKEND)
+        _network(model).compile(fullgraph=True, dynamic=False, backend=_BACKEND)
 
 
-def is_compiled(network: nn.Module) -> bool:
-    """Whether the network is compiled in training."""
-    return network._compiled_call_impl is not None
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the network of a model is compiled in training."""
+    return _network(model)._compiled_call_impl is not None
 
 
-def uncompiled(network: nn.Module) -> AbstractContextManager[Any]:
+def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
     """Inside, the network is computed as it is: for inference, whose batches differ in size."""
-    return torch.compiler.set_stance("force_eager") if is_compiled(network) else nullcontext()
+    return torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
 
 
-def or_uncompiled(network: nn.Module, compute: Callable[[], T]) -> T:
+def or_uncompiled(model: nn.Module, compute: Callable[[], T]) -> T:
     """The result of `compute`; if compiling fails there, a warning says why and the network is computed as it is."""
     try:
         return compute()
     except Exception as error:
-        if not is_compiled(network) or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+        if not is_compiled(model) or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
             raise
         reason = str(error).strip().splitlines()
     _log.warning("the network is not compiled: %s", reason[0] if reason else "torch does not say why")
-    network._compiled_call_impl = None
-    network.zero_grad(set_to_none=True)
+    _network(model)._compiled_call_impl = None
+    model.zero_grad(set_to_none=True)
     return compute()
+
+
+def _network(model: nn.Module) -> nn.Module:
+    """The network that a model of pre-training or inpainting calls, else the model itself."""
+    network = getattr(model, "network", model)
+    return network if isinstance(network, nn.Module) else model

@@ -76,6 +76,18 @@ def test_a_network_of_several_graphs_is_not_compiled(monkeypatch: pytest.MonkeyP
     assert network.calls == 2
 
 
+def test_the_network_of_a_model_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = Layer(2, 2)
+
+    model = compiled(Model(), monkeypatch)
+    assert is_compiled(model)
+    or_uncompiled(model, lambda: model.network(torch.ones(1, 2)))
+    assert model.network.calls == 0
+
+
 def test_other_errors_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise ValueError("a wrong batch")
