@@ -33,7 +33,7 @@ class SampleThreads:
 
     Outputs and gradients are those of the whole batch up to rounding, and the same whichever thread is faster. Where
     that cannot be, the whole batch is computed at once: on GPUs, for one sample or one thread, between several
-    processes, and by networks whose samples depend on each other or on random numbers.
+    processes, and by networks that are compiled or whose samples depend on each other or on random numbers.
     """
 
     def __init__(self) -> None:
@@ -84,7 +84,8 @@ class SampleThreads:
 
 def _count(network: nn.Module, x: Tensor) -> int:
     is_alone = x.device.type == "cpu" and not x.requires_grad and not torch.distributed.is_initialized()
-    if not is_alone or any(map(_is_of_batch, network.modules())):
+    is_compiled = network._compiled_call_impl is not None  # copies of it would not be
+    if not is_alone or is_compiled or any(map(_is_of_batch, network.modules())):
         return 1
     return min(len(x), torch.get_num_threads())
 

@@ -88,6 +88,13 @@ def test_networks_whose_samples_depend_on_each_other_get_the_whole_batch(layer: 
     assert [call[:2] for call in network.calls] == [(4, 2)]
 
 
+def test_compiled_networks_get_the_whole_batch(two_threads: None) -> None:
+    network = Noting()
+    network.compile(backend="eager")
+    SampleThreads()(network, torch.ones(4))
+    assert [call[0] for call in network.calls] == [4]
+
+
 def test_one_sample_and_inputs_with_gradients_are_not_shared(two_threads: None) -> None:
     network = Noting()
     x = torch.ones(3, requires_grad=True)
