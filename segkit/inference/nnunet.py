@@ -123,7 +123,7 @@ class NnUnetPredictor(Predictor):
     def match(self, case: Case, *, allow_missing: bool = False) -> Case:
         """See `Predictor.match`; the number of a file, or of a plane in it, is that of the channel, whatever its name.
 
-        Files with several channels, such as colours, stand for as many channels; the fourth of a picture is its alpha.
+        Files with several channels, such as colours, stand for as many channels.
         """
         names = self.card.modalities
         numbers = {channel_number(name): file for name, file in case.images.items()}
@@ -134,8 +134,8 @@ class NnUnetPredictor(Predictor):
             case = replace(case, images={names[number]: images[number] for number in sorted(images)})
         if len(case.images) < len(names) and all(file.channel is None for file in case.images.values()):
             counts = [count_channels(file.path) for file in case.images.values()]
-            if counts == [_COLOURS] and len(names) == _COLOURS + 1:
-                counts = [len(names)]
+            if self.dims == 2 and len(counts) == 1 and len(names) in (_COLOURS, _COLOURS + 1):
+                counts = [len(names)]  # grey is the same in all planes; the fourth is alpha
             files = zip(case.images.values(), counts, strict=True)
             channels = [replace(file, channel=channel) for file, count in files for channel in range(count)]
             if len(channels) == len(names):

@@ -32,6 +32,8 @@ _SMALLEST = 1e-8
 """Least divisor of a normalisation."""
 _PICTURE_MM = (999.0, 1.0, 1.0)
 """Spacing of pictures in nnU-Net, whose first axis has one voxel."""
+_UNIT_BITS, _MILLIMETRES = 7, (0, 2)
+"""Of the units code of NIfTI; 0, unknown, is taken for mm."""
 _BRIGHTEST = 255.0
 _MOST_VOXELS = 2**31
 _SLAB_BYTES = 2**26
@@ -141,21 +143,21 @@ def nnunet_shape(shape: Sequence[int], old_mm: Sequence[float], new_mm: Sequence
 def axis_spacing(grid: Grid, orientation: str, reader: str) -> tuple[float, ...]:
     """Voxel spacing in mm of nnU-Net's three axes as its reader takes it from the header, pixdim in a NIfTI file.
 
-    Norms of the affine differ in the last bits, which can change a rounded shape; nibabel computes pixdim from them
-    when it reorients.
+    Norms of the affine differ at least in the last bits, which can change a rounded shape; nibabel computes pixdim from
+    them when it reorients.
     """
     if grid.dims == 2:
         return _PICTURE_MM
     stated: Sequence[float] = grid.spacing_mm
     if grid.source is not None and grid.source.is_file():
         if suffix_of(grid.source) in NIFTI_SUFFIXES:
-            stated = nib.load(grid.source).header.get_zooms()[:3]
+            pixdim = nib.load(grid.source).header.get_zooms()[:3]
+            stated = pixdim if min(pixdim) > 0 and grid.xyzt_units & _UNIT_BITS in _MILLIMETRES else stated
         elif suffix_of(grid.source) in ITK_SUFFIXES:
             stated = image_spacing(grid.source)
-    stated = [float(mm) for mm in stated]
-    is_other = not np.allclose(stated, grid.spacing_mm[: len(stated)], rtol=1e-3)
-    if is_other or (reader == "NibabelIOWithReorient" and grid.orientation != "RAS"):
+    if reader == "NibabelIOWithReorient" and grid.orientation != "RAS":
         stated = [float(np.float32(mm)) for mm in grid.spacing_mm]
+    stated = [float(mm) for mm in stated]
     if len(stated) == 2:  # a file of two axes
         stated.append(_PICTURE_MM[0] * max(stated))
     return tuple(stated[axis] for axis in reorientation_to(grid, orientation).axes)

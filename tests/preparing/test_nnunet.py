@@ -115,6 +115,9 @@ def test_spacings_are_those_that_the_readers_of_nnunet_take(tmp_path: Path) -> N
     pixdim = [float(mm) for mm in nib.load(tmp_path / "a.nii").header.get_zooms()]
     assert axis_spacing(grid, "KJI", "SimpleITKIO") == tuple(pixdim[::-1])
     assert axis_spacing(grid, "SAR", "NibabelIOWithReorient") == tuple(pixdim[::-1])  # RAS already
+    image.header["pixdim"][1:4] = 0.75  # not the voxel size of the sform
+    image.to_filename(tmp_path / "b.nii")
+    assert axis_spacing(read_grid(tmp_path / "b.nii"), "KJI", "NibabelIO") == (0.75, 0.75, 0.75)
     turned = replace(grid, affine=np.diag([-0.7, 0.9, 1.3, 1.0]))
     norms = [float(np.float32(mm)) for mm in (1.3, 0.9, 0.7)]
     assert axis_spacing(turned, "SAR", "NibabelIOWithReorient") == tuple(norms)
