@@ -18,7 +18,7 @@ import numpy as np
 
 from segkit.batch.worker import CasePlan
 from segkit.errors import DataError, free_memory_of, is_memory_error
-from segkit.inference.backends import torch_backend
+from segkit.inference.backends import torch_backend, windows_at_once
 from segkit.inference.predictor import Predictor
 from segkit.preparing.preprocessing import crop_box
 from segkit.reading.case import Case
@@ -191,7 +191,7 @@ class Forecaster:
 
 @dataclass(frozen=True)
 class WindowCost:
-    """Seconds of one window, and MB beside its input and logits, which stay allocated."""
+    """Seconds of one window, and MB beside input and logits of those computed at once, which stay allocated."""
 
     seconds: float
     memory_mb: float
@@ -201,7 +201,7 @@ def window_cost(predictor: Predictor) -> WindowCost:
     """The cost of one window of a predictor on this machine: from the cache, or measured now."""
     size = "x".join(map(str, predictor.window))
     backend = predictor.backend
-    key = (predictor.card.sha256, backend.name, str(backend.device), size, available_cores())
+    key = (predictor.card.sha256, backend.name, str(backend.device), size, available_cores(), windows_at_once(backend))
     path = cache_folder() / "costs" / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.json"
     try:
         return WindowCost(**json.loads(path.read_text(encoding="utf-8")))
@@ -216,13 +216,13 @@ def window_cost(predictor: Predictor) -> WindowCost:
 
 
 def _measured(predictor: Predictor) -> WindowCost:
-    shape = (1, predictor.card.input_channels, *predictor.window)
+    shape = (windows_at_once(predictor.backend), predictor.card.input_channels, *predictor.window)
     window = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     held, peak = current_rss_mb(), peak_rss_mb()
     predictor.backend(window)  # the first call is slower: memory is allocated and kernels are chosen
     began = time.perf_counter()
     logits = predictor.backend(window)
-    seconds = time.perf_counter() - began
+    seconds = (time.perf_counter() - began) / len(window)
     # If an earlier peak was higher than that of this window, only the memory held now is known.
     reached = peak_rss_mb() if peak_rss_mb() > peak else current_rss_mb()
     return WindowCost(round(seconds, 4), round(max(reached - held - logits.nbytes / _MB, 0.0), 1))

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from segkit.errors import RequestError
 from segkit.inference.graph import INPUT, OUTPUT, graph_files
-from segkit.runtime import Precision, autocast, available_cores, keep_freed_memory, pick_device
+from segkit.runtime import Precision, autocast, available_cores, has_memory_limit, keep_freed_memory, pick_device
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +53,8 @@ class Backend(Protocol):
 class TorchBackend:
     """A torch module on a CPU or a GPU; its training mode is restored after each call.
 
+    Each of `at_once` windows of a call has a thread of its own on a CPU (see `SampleThreads`).
+
     `threads` on a CPU are set for the whole process; None leaves them unchanged. `precision` None is that of the code
     around a call.
     """
@@ -68,11 +70,16 @@ class TorchBackend:
     ) -> None:
         import torch
 
+        from segkit.models.sample_threads import SampleThreads
+
         self.network, self.precision = network, precision
         self.device = torch.device(device)
         self.threads = threads or torch.get_num_threads()
         if threads is not None:
             torch.set_num_threads(threads)
+        # Windows that are computed at the same time need the memory of all.
+        self.at_once = self.threads if self.device.type == "cpu" and not has_memory_limit() else 1
+        self._sample_threads = SampleThreads()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy on the CPU, moved to the device when it is unpickled."""
@@ -95,7 +102,7 @@ class TorchBackend:
         self.network.eval()
         try:
             with torch.inference_mode(), autocast(self.device, self.precision):
-                logits = self.network(windows)
+                logits = self._sample_threads(self.network, windows)
                 return (logits if isinstance(logits, torch.Tensor) else logits[0]).float()
         finally:
             self.network.train(was_training)
@@ -237,6 +244,12 @@ def open_graph(
             remedy="Install it: pip install 'segkit[onnx]' or 'segkit[openvino]'",
         )
     return OpenvinoBackend(path, threads, cache) if chosen == "openvino" else OnnxRuntimeBackend(path, threads, device)
+
+
+def windows_at_once(backend: object) -> int:
+    """How many windows a call should have: on a CPU torch computes each in a thread of its own."""
+    found = torch_backend(backend)
+    return 1 if found is None else found.at_once
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from segkit.checkpoint.card import Blending, Padding
-from segkit.inference.backends import torch_backend
+from segkit.inference.backends import torch_backend, windows_at_once
 from segkit.shapes import Image
 
 Logits: TypeAlias = NDArray[np.float32]
@@ -156,10 +156,14 @@ def rows_for(network: Network, plan: WindowPlan, mirror_axes: Sequence[int]) -> 
 
 
 class Rows:
-    """Weighted sums of the logits of one row of windows; moves along the axis as rows are finished."""
+    """Weighted sums of the logits of one row of windows; moves along the axis as rows are finished.
+
+    As many windows are computed at once as torch has threads on a CPU, else one.
+    """
 
     def __init__(self, network: Network, plan: WindowPlan, mirror_axes: Sequence[int]) -> None:
         self.plan = plan
+        self.at_once = windows_at_once(network)
         self.logits_of = _with_cache(mirrored(lambda x: network(np.ascontiguousarray(x)), mirror_axes, np.flip))
         self.shape = [*plan.shape[: plan.axis], plan.window[plan.axis], *plan.shape[plan.axis + 1 :]]
         is_even = plan.blending == "constant"
@@ -172,8 +176,11 @@ class Rows:
 
     def compute(self, image: Image, places: Sequence[tuple[int, ...]]) -> None:
         """Add the logits of the windows of a padded image (C, *padded) that start at these places."""
-        for place in places:
-            self.add(place, self.logits_of(image[(slice(None), *_box(place, self.plan.window))]))
+        for first in range(0, len(places), self.at_once):
+            some = places[first : first + self.at_once]
+            found = self.logits_of([image[(slice(None), *_box(place, self.plan.window))] for place in some])
+            for place, logits in zip(some, found, strict=True):
+                self.add(place, logits)
 
     def add(self, place: Sequence[int], logits: Any) -> None:
         """Add the logits (K, *window) of the window that starts at `place`."""
@@ -214,23 +221,30 @@ class Rows:
         return np.asarray(logits, np.float32)
 
 
-def _with_cache(network: Network) -> Callable[[Image], Logits]:
-    """Logits (K, *window) of one window (C, *window), with a cache for windows that are constant in each channel."""
+def _with_cache(network: Network) -> Callable[[Sequence[Image]], list[Logits]]:
+    """Logits (K, *window) of each window (C, *window), with a cache for windows that are constant in each channel."""
     known: dict[tuple[float, ...], Logits] = {}
 
-    def logits_of(window: Image) -> Logits:
-        first = window[(slice(None), *(slice(0, 1),) * (window.ndim - 1))]
-        sample = window[(slice(None), *(slice(None, None, _SAMPLE_STEP),) * (window.ndim - 1))]
-        is_varied = (sample != first).any() or (window != first).any()
-        values = tuple(first.ravel().tolist())
-        if not is_varied and values in known:
-            return known[values]
-        logits: Logits = network(np.stack([window]))[0]
-        if not is_varied:
-            known[values] = logits.copy()
-        return logits
+    def logits_of(windows: Sequence[Image]) -> list[Logits]:
+        values = [_constant_values(window) for window in windows]
+        new = [number for number, constant in enumerate(values) if constant is None or constant not in known]
+        computed = dict(zip(new, network(np.stack([windows[number] for number in new])), strict=True)) if new else {}
+        for number, logits in computed.items():
+            if (constant := values[number]) is not None:
+                known[constant] = logits.copy()
+        return [
+            computed[number] if number in computed else known[values[number] or ()] for number in range(len(values))
+        ]
 
     return logits_of
+
+
+def _constant_values(window: Image) -> tuple[float, ...] | None:
+    """The value of each channel of a window (C, *window) that is constant in each; None for all others."""
+    first = window[(slice(None), *(slice(0, 1),) * (window.ndim - 1))]
+    sample = window[(slice(None), *(slice(None, None, _SAMPLE_STEP),) * (window.ndim - 1))]
+    is_varied = (sample != first).any() or (window != first).any()
+    return None if is_varied else tuple(first.ravel().tolist())
 
 
 def mirrored(network: Callable[[Any], Any], axes: Sequence[int], flip: Callable[[Any, Any], Any]) -> Any:

@@ -19,7 +19,7 @@ from segkit.checkpoint.model import load_model, save_model
 from segkit.checkpoint.run_folder import load_card
 from segkit.errors import RequestError
 from segkit.inference.backend_loading import inference_precision
-from segkit.inference.backends import TorchBackend
+from segkit.inference.backends import TorchBackend, windows_at_once
 from segkit.inference.predictor import Predictor
 from segkit.labels import LabelScheme, outputs_of
 from segkit.losses.dice_cross_entropy import SegmentationLoss
@@ -120,11 +120,13 @@ class SegmentationTask:
 
     def _fit_budget(self, predictor: Predictor, budget_s: float) -> None:
         """Leave out cases that would take too long, by the time of one window."""
-        window = np.zeros((1, self.card.network.in_channels, *predictor.window), np.float32)
+        shape = (windows_at_once(predictor.backend), self.card.network.in_channels, *predictor.window)
+        window = np.zeros(shape, np.float32)
         predictor.backend(window)  # the first one is slower
         began_s = time.monotonic()
         predictor.backend(window)
-        window_s = self.ranks.from_first(lambda: _BESIDE_WINDOWS * (time.monotonic() - began_s) / self.ranks.size)
+        seconds = _BESIDE_WINDOWS * (time.monotonic() - began_s) / len(window)
+        window_s = self.ranks.from_first(lambda: seconds / self.ranks.size)
 
         def fitting(cases: StoredCases, predictor: Predictor, share: float) -> tuple[StoredCases, float]:
             plans = (predictor.plan(case.image.shape[1:]) for case in cases)
