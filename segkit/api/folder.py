@@ -126,11 +126,22 @@ def open_segmentation(
 
     with open_folder(options, find, load, model=", ".join(map(str, models)), records_input=True) as folder:
         predictor = folder.task.predictor
-        has_numbers = predictor.keeps_values and len(predictor.card.modalities) > 1
-        if has_numbers and options.layout is None and folder.cohort.is_numbered:
+        if (
+            predictor.keeps_values
+            and options.layout is None
+            and _are_channels(folder.cohort, predictor.card.modalities)
+        ):
             cohort, part = find(folder.cohort.root, "nnunet")
             folder = replace(folder, cohort=cohort, part=part)
         yield folder
+
+
+def _are_channels(cohort: Cohort, modalities: Sequence[str]) -> bool:
+    """Whether files are numbered like the channels of a case, and hold fewer than the model needs."""
+    from segkit.reading.layouts.layout import channels_or_one
+
+    first = next((file.path for case in cohort.cases for file in case.images.values()), None)
+    return cohort.is_numbered and first is not None and channels_or_one(first) < len(modalities)
 
 
 class Loading(NamedTuple):
