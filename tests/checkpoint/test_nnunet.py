@@ -408,7 +408,17 @@ def test_batch_norm_and_bottlenecks_are_taken_from_weights_and_plans(tmp_path: P
         ({**make_plans(), "label_manager": "MyLabels"}, "label_manager is MyLabels"),
         (make_plans(normalization_schemes=["MyNorm"]), "normalization_schemes is MyNorm"),
         (make_plans(resampling_fn_data="my_resampling"), "resampling_fn_data is my_resampling"),
+        (make_plans(resampling_fn_data_kwargs={"order_z": 1}), "resamples data with order_z 1; expected order_z 0"),
+        (make_plans(resampling_fn_probabilities_kwargs={"order": 3}), "resamples probabilities with order 3"),
+        (make_plans(resampling_fn_seg_kwargs={"is_seg": False}), "resamples seg with is_seg False"),
+        (make_plans(resampling_fn_data_kwargs={"mode": "nearest"}), "resamples data with mode nearest"),
         (make_plans(architecture=architecture("Primus")), "the network Primus is not known"),
+        (
+            make_plans(
+                architecture=architecture("ResidualEncoderUNet", norm_op="torch.nn.GroupNorm", block="a.MyBlock")
+            ),
+            "ResidualEncoderUNet has norm_op GroupNorm, block MyBlock, which segkit lacks",
+        ),
         (
             make_plans(
                 architecture=architecture("ResidualEncoderUNet", squeeze_excitation=True, nonlin="torch.nn.GELU")
@@ -432,6 +442,14 @@ def test_notices_name_what_is_not_honoured(tmp_path: Path, burglar: Callable[[Pa
     assert trainer.startswith("trainer nnUNetTrainer_ours is not known")
     assert pickled.startswith(f"{Path('crossval_results_folds_0_1', 'postprocessing.pkl')}: ignored")
     assert not (tmp_path / "was_here").exists()
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    ["nnUNetTrainer", "nnUNetTrainer_onlyMirror01_1500ep", "nnUNetTrainerDA5Segord0", "nnUNetTrainerAdan1en3"],
+)
+def test_trainers_of_nnunet_itself_are_known(tmp_path: Path, trainer: str) -> None:
+    assert open_results(write_result(tmp_path / "result", network=plain_network(), trainer=trainer)).notices == ()
 
 
 def test_folds_and_checkpoints_are_chosen_by_name(tmp_path: Path) -> None:

@@ -222,6 +222,24 @@ def test_a_cascade_needs_its_previous_stage(tmp_path: Path) -> None:
     assert opened == [lowres]
 
 
+@pytest.mark.parametrize("name", ["Dataset409_Transposed", "Dataset404_TwoFolds"])
+def test_with_less_memory_scans_are_resampled_in_slabs_before_windows_become_smaller(name: str) -> None:
+    predictor = Predictor.load(SHIPPED / name / FULL, threads=1, uses_tta=False)
+    less = predictor.with_smaller_window()
+    assert isinstance(less, NnUnetPredictor)
+    assert (less.in_slabs, less.window) == (True, predictor.window)
+    grid = Grid((400, 400, 300), np.diag([0.5, 0.5, 0.5, 1]))
+    shape = predictor.prepared_shape(grid)
+    spared = predictor.preparing_bytes(shape, grid) - less.preparing_bytes(shape, grid)
+    assert spared > 12 * 424 * 424 * 324 - 13 * 400 * 400 * 300  # the copies of the spline, but not those of a z-score
+    scan = next((SHIPPED / name / "inputs").glob("*.nii.gz"))
+    np.testing.assert_array_equal(less(scan).labels, predictor(scan).labels)
+    while less.window == predictor.window:
+        less = less.with_smaller_window()
+        assert isinstance(less, NnUnetPredictor)
+        assert less.in_slabs
+
+
 def test_windows_and_weights() -> None:
     predictor = Predictor.load(SHIPPED / "Dataset409_Transposed" / FULL)
     assert predictor.window == (32, 32, 24)
