@@ -38,7 +38,7 @@ from segkit.models.table import MODELS, build_model
 from segkit.pretraining.contrastive import Contrast, ContrastiveConfig
 from segkit.pretraining.graph_matching import GraphMatching, GraphMatchingConfig
 from segkit.pretraining.masked import MaskedReconstruction
-from segkit.runtime import current_rss_mb, peak_rss_mb
+from segkit.process_memory import current_rss_mb, peak_rss_mb
 from segkit.training.config import OptimiserConfig
 from segkit.training.distributed import Ranks, joined_ranks
 from segkit.training.optim import build_optimiser

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from segkit.models.kernels.region_norm import Rule, masks_of, normalise_regions
 from segkit.models.region_layers import RegionNormBasic, RegionNormLearnable
-from segkit.runtime import current_rss_mb, peak_rss_mb, return_freed_memory
+from segkit.process_memory import current_rss_mb, peak_rss_mb, return_freed_memory
 
 CHANNELS, SIDE, WARM_UP_SIDE, REPEATS = 64, 64, 8, 7
 

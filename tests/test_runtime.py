@@ -12,14 +12,12 @@ import pytest
 import torch
 
 from segkit.errors import ConfigError, DataError, Problem, RequestError, is_memory_error, some
+from segkit.process_memory import available_memory_gb, current_rss_mb, peak_rss_mb
 from segkit.runtime import (
-    available_memory_gb,
-    current_rss_mb,
     device_name,
     devices,
     environment,
     exact_type,
-    peak_rss_mb,
     pick_device,
     pick_precision,
     refuse_telemetry,
@@ -111,7 +109,7 @@ def test_auto_is_bf16_on_processors_that_compute_it(
 
 _FREES_A_LARGE_BLOCK = """
 import sys, torch
-from segkit.runtime import current_rss_mb, keep_freed_memory
+from segkit.process_memory import current_rss_mb, keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory(torch.device("cpu"))
 before = current_rss_mb()
@@ -131,14 +129,14 @@ def test_freed_memory_is_kept_where_asked() -> None:
 
 _FREES_BLOCKS_BETWEEN_OTHERS = """
 import sys, torch
-from segkit import runtime
+from segkit import process_memory
 if sys.argv[1] == "return":
-    runtime.return_freed_memory(torch.device("cpu"))
+    process_memory.return_freed_memory(torch.device("cpu"))
 torch.ones(7, 1024, 1024)  # 28 MB, freed: from now on glibc takes blocks of this size from its heap
-before = runtime.current_rss_mb()
+before = process_memory.current_rss_mb()
 blocks = [torch.ones(4, 1024, 1024) for _ in range(32)]  # 512 MB
 del blocks[::2]  # 256 MB, each block below one that stays
-print(runtime.current_rss_mb() - before)
+print(process_memory.current_rss_mb() - before)
 """
 
 

@@ -217,7 +217,8 @@ class FolderOptions:
         Raises:
             RequestError: what was loaded before, or is loaded meanwhile, takes more.
         """
-        from segkit.runtime import device_name, limit_memory
+        from segkit.process_memory import limit_memory
+        from segkit.runtime import device_name
 
         if self.memory_gb is None or self.is_ray:
             yield
@@ -279,7 +280,7 @@ class FolderOptions:
 
 
 def _require_room() -> None:
-    from segkit.runtime import room_mb
+    from segkit.process_memory import room_mb
 
     if room_mb() < _LEAST_ROOM_MB:
         raise MemoryError
@@ -368,8 +369,8 @@ def open_folder(
     Raises:
         RequestError: an input, a model or an option is missing or does not fit.
     """
+    from segkit.process_memory import limit_memory
     from segkit.reading.archives import opened
-    from segkit.runtime import limit_memory
 
     input = options.path(options.scans)
     with ExitStack() as stack:

@@ -21,17 +21,12 @@ from segkit.errors import DataError, free_memory_of, is_memory_error
 from segkit.inference.backends import torch_backend, windows_at_once
 from segkit.inference.predictor import Predictor
 from segkit.preparing.preprocessing import crop_box
+from segkit.process_memory import available_memory_gb, current_rss_mb, peak_rss_mb
 from segkit.reading.case import Case
 from segkit.reading.files import read_grid, read_volume, written_atomically
 from segkit.reading.geometry import reorientation_to
 from segkit.reading.volume import Grid
-from segkit.runtime import (
-    available_cores,
-    available_memory_gb,
-    cache_folder,
-    current_rss_mb,
-    peak_rss_mb,
-)
+from segkit.runtime import available_cores, cache_folder
 
 _P = TypeVar("_P", bound=CasePlan)
 

@@ -24,10 +24,11 @@ from segkit.batch.manifest import STAGES, CaseRecord, InputFile, TaskName
 from segkit.errors import DataError, free_memory_of, is_memory_error
 from segkit.inference.backends import Backend
 from segkit.inference.predictor import Stage
+from segkit.process_memory import peak_rss_mb
 from segkit.reading.case import Case, Cohort
 from segkit.reading.files import read_grid
 from segkit.reading.volume import Grid
-from segkit.runtime import error_sentence, peak_rss_mb
+from segkit.runtime import error_sentence
 
 _log = logging.getLogger(__name__)
 

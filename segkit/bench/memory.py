@@ -28,7 +28,7 @@ from segkit.errors import SegkitError
 from segkit.models.blocks import SegmentationNetwork
 from segkit.models.table import build_model
 from segkit.preparing.memory import step_bytes
-from segkit.runtime import current_rss_mb, peak_rss_mb, return_freed_memory
+from segkit.process_memory import current_rss_mb, peak_rss_mb, return_freed_memory
 
 Row = dict[str, Any]
 

@@ -27,7 +27,7 @@ from segkit.inference.graph import write_graph
 from segkit.models.kernels.convolutions import DepthwiseConv3d, PointwiseConv3d
 from segkit.models.revmbunet import Encoder, InvertedBottleneck
 from segkit.models.table import build_model
-from segkit.runtime import keep_freed_memory
+from segkit.process_memory import keep_freed_memory
 
 Row = dict[str, Any]
 Work = Callable[[], Tensor]

@@ -34,17 +34,9 @@ from segkit.inference.backends import (
 from segkit.inference.graph import missing_exporters, require_onnx
 from segkit.inference.graph_check import require_harmless
 from segkit.inference.parity import LARGEST_DIFFERENCE, random_windows, relative_difference
+from segkit.process_memory import has_memory_limit, keep_freed_memory, room_mb
 from segkit.reading.files import file_sha256
-from segkit.runtime import (
-    Precision,
-    cache_folder,
-    device_name,
-    has_memory_limit,
-    keep_freed_memory,
-    pick_device,
-    pick_precision,
-    room_mb,
-)
+from segkit.runtime import Precision, cache_folder, device_name, pick_device, pick_precision
 
 if TYPE_CHECKING:
     import torch

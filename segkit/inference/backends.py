@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from segkit.errors import RequestError
 from segkit.inference.graph import INPUT, OUTPUT, graph_files
-from segkit.runtime import Precision, autocast, available_cores, has_memory_limit, keep_freed_memory, pick_device
+from segkit.process_memory import has_memory_limit, keep_freed_memory
+from segkit.runtime import Precision, autocast, available_cores, pick_device
 
 if TYPE_CHECKING:
     import torch

@@ -20,7 +20,7 @@ from segkit.inference.backends import TorchBackend
 from segkit.inference.decode import Activation, SlabResampling, not_a_number
 from segkit.inference.sliding_window import Rows, Slab, WindowPlan, mirrored
 from segkit.preparing.preprocessing import Preparation
-from segkit.runtime import available_memory_gb
+from segkit.process_memory import available_memory_gb
 from segkit.shapes import Image, LabelMap
 
 _GIB = 1024**3

@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from segkit.errors import DataError
 from segkit.labels import LabelScheme
 from segkit.preparing.preprocessing import Preparation, PreparedCase, PreprocessingConfig, load_case, prepare
+from segkit.process_memory import available_memory_gb
 from segkit.reading.case import Case
 from segkit.reading.files import read_grid
-from segkit.runtime import available_cores, available_memory_gb, process_place
+from segkit.runtime import available_cores, process_place
 from segkit.shapes import LabelMap
 
 _VERSION = 1  # part of every key: increase it when the result of preparing changes for the same settings

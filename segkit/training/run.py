@@ -34,13 +34,8 @@ from segkit.inference.backend_loading import smaller_window
 from segkit.models.blocks import SegmentationNetwork
 from segkit.preparing.memory import has_room_to_keep
 from segkit.preparing.splits import read_split
-from segkit.runtime import (
-    available_memory_gb,
-    keep_freed_memory,
-    peak_rss_mb,
-    return_freed_memory,
-    seed_everything,
-)
+from segkit.process_memory import available_memory_gb, keep_freed_memory, peak_rss_mb, return_freed_memory
+from segkit.runtime import seed_everything
 from segkit.training import folder
 from segkit.training.config import RunConfig, TrainConfig, with_values
 from segkit.training.journal import LiveView

@@ -17,10 +17,11 @@ from segkit.preparing.fingerprint import Fingerprint, take_fingerprint
 from segkit.preparing.lesion_bank import find_copies
 from segkit.preparing.plan import CandidateNetwork, Plan, PlanningRequest, plan_training, prepared_shapes
 from segkit.preparing.splits import given_split, train_and_validation, with_patients
+from segkit.process_memory import available_memory_gb
 from segkit.reading.case import Case, Cohort, usable_only
 from segkit.reading.layouts.patients import patients_note
 from segkit.reading.layouts.table import find_cases
-from segkit.runtime import autocast, available_memory_gb, pick_precision, process_place
+from segkit.runtime import autocast, pick_precision, process_place
 from segkit.training.config import NetworkConfig, TrainConfig, with_values
 from segkit.training.folder import read_plan, read_recorded_split, with_planned
 from segkit.training.task import RunPlan, SplitData, TrainingRequest

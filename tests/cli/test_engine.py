@@ -69,7 +69,7 @@ def test_gpus_of_nodes_need_none_here() -> None:
 def test_a_process_with_a_gpu_is_not_limited(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """CUDA reserves far more addresses than it takes memory."""
     monkeypatch.setattr("segkit.runtime.devices", lambda: ("cuda:0", "cpu"))
-    monkeypatch.setattr("segkit.runtime.limit_memory", lambda megabytes: pytest.fail("it was limited"))
+    monkeypatch.setattr("segkit.process_memory.limit_memory", lambda megabytes: pytest.fail("it was limited"))
     with FolderOptions("scans", "out", device="cuda", memory="2G").limited_memory():
         pass
     assert "the process itself is not limited with a GPU" in caplog.text

@@ -248,8 +248,8 @@ def test_memory_that_does_not_hold_the_model_is_refused(
     run: Path, challenge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     limits: list[float] = []
-    monkeypatch.setattr("segkit.runtime.limit_memory", lambda memory_gb: memory_gb and limits.append(memory_gb))
-    monkeypatch.setattr("segkit.runtime.room_mb", lambda: 1024 * limits[-1] - 400)
+    monkeypatch.setattr("segkit.process_memory.limit_memory", lambda memory_gb: memory_gb and limits.append(memory_gb))
+    monkeypatch.setattr("segkit.process_memory.room_mb", lambda: 1024 * limits[-1] - 400)
     assert call("-m", run, "-i", challenge, "-o", tmp_path / "out", "--memory", "300M") == 2
     assert "the models and what computes them take more than 0.293 GB. Pass a larger" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
