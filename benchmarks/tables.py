@@ -77,6 +77,10 @@ TABLES: dict[str, Sequence[Arm]] = {
         Arm("revmbunet small fp32", _REVMBUNET | _FP32),
         *(Arm(f"{family} fp32", _FP32, family) for family in ("stunet", "plainunet")),
     ),
+    "families, longer": (
+        Arm("revmbunet small", _REVMBUNET, minutes=26),
+        Arm("stunet", config="stunet", minutes=26),
+    ),
     "families, hippocampus": (
         Arm("revmbunet small", _REVMBUNET, data="Task04_Hippocampus"),
         Arm("stunet", config="stunet", data="Task04_Hippocampus"),
