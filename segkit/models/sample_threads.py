@@ -47,12 +47,14 @@ class SampleThreads:
         count = _count(network, x)
         if count < 2:
             return run(network)
-        self._update_replicas(network, count)
+        with torch.inference_mode(False):  # tensors that are made in this mode could not be trained
+            self._update_replicas(network, count)
         parts = [operator.methodcaller(method, part) for part in x.tensor_split(count)]
         is_cast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
         setting = partial(_setting, torch.get_num_threads() // count, dtype, is_guarded=is_cast)
-        has_gradients = torch.is_grad_enabled()
-        forward = partial(self._map, partial(setting, is_cast=is_cast, has_gradients=has_gradients), parts)
+        has_gradients, is_inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        mode = torch.inference_mode if is_inference else partial(torch.set_grad_enabled, has_gradients)
+        forward = partial(self._map, partial(setting, is_cast=is_cast, mode=mode), parts)
         if not has_gradients:
             return _joined(forward())
         backward = partial(self._map, setting)
@@ -149,14 +151,19 @@ def _joined(outputs: Sequence[Output]) -> Output:
 
 @contextmanager
 def _setting(
-    threads: int, dtype: torch.dtype, *, is_guarded: bool, is_cast: bool = False, has_gradients: bool = True
+    threads: int,
+    dtype: torch.dtype,
+    *,
+    is_guarded: bool,
+    is_cast: bool = False,
+    mode: Callable[[], AbstractContextManager[Any]] = torch.enable_grad,
 ) -> Iterator[None]:
-    """What belongs to a thread: the threads of its operations, autocast, and whether gradients are recorded.
+    """What belongs to a thread: the threads of its operations, autocast, and whether gradients are recorded (`mode`).
 
     A backward pass is guarded without autocast: what it computes again sets autocast itself.
     """
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     guard = SmallMapsInFloat32() if is_guarded else nullcontext()
-    with torch.set_grad_enabled(has_gradients), torch.autocast("cpu", dtype, enabled=is_cast), guard:
+    with mode(), torch.autocast("cpu", dtype, enabled=is_cast), guard:
         yield

@@ -110,6 +110,21 @@ def test_an_error_in_a_thread_is_raised(two_threads: None) -> None:
         SampleThreads()(nn.Conv3d(2, 2, 3), torch.ones(2, 3, 4, 4, 4))
 
 
+def test_a_network_is_validated_and_trained_in_turn(two_threads: None) -> None:
+    torch.manual_seed(0)
+    network = build_model("revmbunet", in_channels=2, out_channels=2, size="tiny", widths=(8, 12, 16))
+    x, threads = torch.randn(2, 2, 16, 16, 16), SampleThreads()
+    for _ in range(2):
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            found, expected = threads(network.eval(), x), network(x)
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+        assert found.is_inference()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = sum(level.float().square().mean() for level in threads(network.train(), x))
+        loss.backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
 @pytest.mark.parametrize("mode", ["plain", "checkpoint", "reversible"])
 def test_two_runs_are_equal_to_the_last_bit(mode: str, two_threads: None) -> None:
     torch.manual_seed(0)
