@@ -39,6 +39,7 @@ from segkit.pretraining.contrastive import Contrast, ContrastiveConfig
 from segkit.pretraining.graph_matching import GraphMatching, GraphMatchingConfig
 from segkit.pretraining.masked import MaskedReconstruction
 from segkit.process_memory import current_rss_mb, peak_rss_mb
+from segkit.runtime import autocast, pick_precision
 from segkit.training.config import OptimiserConfig
 from segkit.training.distributed import Ranks, joined_ranks
 from segkit.training.optim import build_optimiser
@@ -260,7 +261,10 @@ def in_parts(ranks: Ranks, size_name: str, steps: int, *, has_moments: bool = Tr
 
 
 def pace(ranks: Ranks, *, has_sample_threads: bool = False) -> list[dict[str, Any]]:
-    """Seconds of a step of a small RevMBUNet on two samples of 48 x 48 x 48 voxels, which all processes share."""
+    """Seconds of a step of `--preset cpu` on two samples, which all processes share, by the network alone.
+
+    Patch and precision are those of the preset: 64 x 64 x 64 voxels, bf16 where the processor has it.
+    """
     torch.manual_seed(0)
     network = build_model("revmbunet", in_channels=4, out_channels=3, size="small").train()
     loss = SegmentationLoss("sigmoid", (Output("WT", 1, (1, 2, 3)), Output("TC", 2, (2, 3)), Output("ET", 3, (3,))))
@@ -268,13 +272,15 @@ def pace(ranks: Ranks, *, has_sample_threads: bool = False) -> list[dict[str, An
     task = Trained(network, partial(_painting_loss, loss, threads=threads))
     step = data_parallel(task, ranks)  # type: ignore[arg-type]
     optimiser = build_optimiser(network, OptimiserConfig())
-    shape = (2 // ranks.size, 48, 48, 48)
+    shape = (2 // ranks.size, 64, 64, 64)
     batch = {"image": torch.randn(shape[0], 4, *shape[1:]), "label": torch.randint(0, 4, shape).byte()}
     times = []
     for _ in range(_PACED_STEPS):
         ranks.sum(0.0)
         began = time.monotonic()
-        torch.autograd.backward(step(batch))
+        with autocast(CPU, pick_precision("auto", CPU)):
+            loss_of_batch = step(batch)
+        torch.autograd.backward(loss_of_batch)
         optimiser.step()
         optimiser.zero_grad()
         times.append(time.monotonic() - began)

@@ -148,7 +148,7 @@ class Manifest:
 
     def add(self, *records: CaseRecord) -> None:
         """Record cases on disk; raises DataError if the folder cannot be written."""
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        now = datetime.now(UTC).isoformat(timespec="microseconds")
         records = tuple(replace(record, recorded=now) for record in records)
         self.records.extend(records)
         self._unwritten += len(records)
