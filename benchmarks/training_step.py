@@ -4,7 +4,8 @@
     python benchmarks/training_step.py DATA --other ../before       # steps a minute of another checkout beside this one
 
 Trains for a few steps in a temporary folder. The first third is not counted: memory is taken and patches are ahead
-then. With `--other` both checkouts train in turn, each in a process of its own, with `--preset` alone.
+then. With `--other` both checkouts train in turn, each in a process of its own, with `--preset` alone. Operators are
+those of the main thread: with OMP_NUM_THREADS=1 it computes all of them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -94,7 +96,7 @@ class Phases:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
             result = function(*args, **kwargs)
-            if self.count > self.first:
+            if self.count > self.first and threading.current_thread() is threading.main_thread():
                 self.seconds[name] += time.perf_counter() - started
             return result
 

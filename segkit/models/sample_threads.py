@@ -2,8 +2,8 @@
 
 The threads of OpenMP wait for each other at the end of every operation, hundreds of times in a training step. If they
 sleep there, two cores lose a third of their speed; if they spin, a step beside one other busy process takes several
-times as long. Threads with samples of their own wait twice in a step and lose neither (docs/distributed.md has both
-measured).
+times as long. Threads with samples of their own wait twice in a step and lose less in both cases (docs/distributed.md
+has the times).
 """
 
 from __future__ import annotations

@@ -150,6 +150,15 @@ def test_out_of_memory_ends_with_the_smaller_batch_or_patch(
         train_run(_request(phantoms, tmp_path / "run", planning=patch))
 
 
+def test_two_threads_train_and_validate_in_bfloat16(phantoms: Path, tmp_path: Path, two_threads: None) -> None:
+    two = {"planning": {"batch_limit": 2}, "training": {"precision": "bf16"}}
+    summary = train_run(_request(phantoms, tmp_path / "run", **two))
+    assert summary.steps == 4
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert ["score" in row for row in rows] == [False, True, False, True]
+    assert read_config(tmp_path / "run").planning.batch_size == 2
+
+
 def test_resume_goes_on_to_more_steps(finished: Path, phantoms: Path) -> None:
     longer = _request(phantoms, finished)
     longer = replace(longer, config=with_values(read_config(finished), "training", steps=6), resume=True)
