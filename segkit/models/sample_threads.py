@@ -71,6 +71,8 @@ class SampleThreads:
         for replica in self._replicas:
             for own, other in zip(replica.parameters(), network.parameters(), strict=True):
                 own.data, own.requires_grad, own.grad = other.data, other.requires_grad, None
+            for kept, present in zip(replica.buffers(), network.buffers(), strict=True):
+                kept.data = present.data
             for module, same in zip(replica.modules(), network.modules(), strict=True):
                 module.training = same.training
 

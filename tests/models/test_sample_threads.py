@@ -70,6 +70,15 @@ def test_present_weights_modes_and_frozen_parts_are_used(two_threads: None) -> N
     assert threads(other, torch.ones(2)).tolist() == [2, 2]
 
 
+def test_present_running_statistics_are_used(two_threads: None) -> None:
+    network, threads, x = nn.BatchNorm1d(1).eval(), SampleThreads(), torch.ones(2, 1)
+    with torch.inference_mode():
+        assert torch.equal(threads(network, x), network(x))
+    network.train()(torch.tensor([[4.0], [8.0]]))
+    with torch.inference_mode():
+        assert torch.equal(threads(network.eval(), x), network(x))
+
+
 def test_precision_and_wanted_gradients_reach_the_threads(two_threads: None) -> None:
     network = Noting()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
