@@ -174,7 +174,7 @@ def estimate_memory_gb(
     It is that of the largest phase: preparing a case, a training step (weights, gradients, two moments of Adam, moving
     average, activations) or a validation. `shards` processes share weights, gradients and optimiser state; in a
     validation each holds all weights, and the first one holds the whole state on the CPU when it writes it. `slab` is
-    the `slab_share` of the largest prepared case. Each of `sample_threads` has gradients of its own.
+    the `slab_share` of the largest prepared case. Each of `sample_threads` of a single process has its own gradients.
     """
     copies = 4 if has_average else 3
     kept = cost.weights * copies // shards
@@ -186,7 +186,8 @@ def estimate_memory_gb(
     # The files of a case as they were read and stacked, and the cropped copy that is normalised.
     source = _FLOAT_BYTES * volumes.source_voxels * (volumes.channels + 1)
     preparation = source + _FLOAT_BYTES * volumes.prepared_voxels * volumes.channels
-    training += int(_KERNEL_SHARE * max(cost.peak - cost.saved, 0)) + (sample_threads - 1) * cost.weights
+    training += int(_KERNEL_SHARE * max(cost.peak - cost.saved, 0))
+    training += (sample_threads - 1) * cost.weights if shards == 1 else 0
     # The image; a row of windows of logits and weights, with the finished slab; the mask and its copies.
     rows = int(_FLOAT_BYTES * volumes.prepared_voxels * slab * (volumes.outputs + 1) * 1.5)
     volume = volumes.prepared_voxels * (_FLOAT_BYTES * volumes.channels + 3) + rows

@@ -198,10 +198,9 @@ def plan_training(
 
     def estimate(candidate: CandidateNetwork, counted: Shape, batch: int, patch: Shape) -> float:
         cost = candidate.cost(counted, computation).scaled(batch * math.prod(patch) / math.prod(counted))
-        slab, average, shards = slab_share(largest, patch), request.has_average, request.shards
-        threads = min(batch, torch.get_num_threads()) if shards == 1 else 1
+        slab, average, threads = slab_share(largest, patch), request.has_average, min(batch, torch.get_num_threads())
         return estimate_memory_gb(
-            cost, volumes, slab=slab, has_average=average, device=device, shards=shards, sample_threads=threads
+            cost, volumes, slab=slab, has_average=average, device=device, shards=request.shards, sample_threads=threads
         )
 
     choice = _first_that_fits(network, request, median, limits, memory_gb, estimate)
