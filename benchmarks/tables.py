@@ -86,6 +86,7 @@ TABLES: dict[str, Sequence[Arm]] = {
         Arm("stunet", config="stunet", data="Task04_Hippocampus"),
     ),
     "recipe": (
+        Arm("as it is"),
         Arm("no modality left out", {"augmentation.modality_dropout": 0}),
         Arm("no rotation, no zoom", {"augmentation.rotation_probability": 0, "augmentation.scale_probability": 0}),
         Arm("4 patches of 48", {"planning.patch_limit": 48, "planning.batch_limit": 4}),
