@@ -33,12 +33,12 @@ from segkit.labels import Output
 from segkit.losses.dice_cross_entropy import LossConfig, SegmentationLoss
 from segkit.losses.restoration import RestorationConfig
 from segkit.models.generator import build_discriminator
-from segkit.models.sample_threads import SampleThreads
+from segkit.models.sample_processes import SampleProcesses
 from segkit.models.table import MODELS, build_model
 from segkit.pretraining.contrastive import Contrast, ContrastiveConfig
 from segkit.pretraining.graph_matching import GraphMatching, GraphMatchingConfig
 from segkit.pretraining.masked import MaskedReconstruction
-from segkit.process_memory import current_rss_mb, peak_rss_mb
+from segkit.process_memory import current_rss_mb, keep_freed_memory, peak_rss_mb
 from segkit.runtime import autocast, pick_precision
 from segkit.training.config import OptimiserConfig
 from segkit.training.distributed import Ranks, joined_ranks
@@ -117,9 +117,9 @@ def subjects() -> Iterator[tuple[str, Trained, Mapping[str, Tensor]]]:
 
 
 def _painting_loss(
-    loss: SegmentationLoss, model: nn.Module, batch: Mapping[str, Tensor], threads: SampleThreads | None = None
+    loss: SegmentationLoss, model: nn.Module, batch: Mapping[str, Tensor], processes: SampleProcesses | None = None
 ) -> Tensor:
-    return loss(threads(model, batch["image"]) if threads else model(batch["image"]), batch["label"])
+    return loss(processes(model, batch["image"]) if processes else model(batch["image"]), batch["label"])
 
 
 def _methods() -> Iterator[tuple[str, Trained, Mapping[str, Tensor]]]:
@@ -260,7 +260,7 @@ def in_parts(ranks: Ranks, size_name: str, steps: int, *, has_moments: bool = Tr
     )
 
 
-def pace(ranks: Ranks, *, has_sample_threads: bool = False) -> list[dict[str, Any]]:
+def pace(ranks: Ranks, *, has_sample_processes: bool = False) -> list[dict[str, Any]]:
     """Seconds of a step of `--preset cpu` on two samples, which all processes share, by the network alone.
 
     Patch and precision are those of the preset: 64 x 64 x 64 voxels, bf16 where the processor has it.
@@ -268,8 +268,9 @@ def pace(ranks: Ranks, *, has_sample_threads: bool = False) -> list[dict[str, An
     torch.manual_seed(0)
     network = build_model("revmbunet", in_channels=4, out_channels=3, size="small").train()
     loss = SegmentationLoss("sigmoid", (Output("WT", 1, (1, 2, 3)), Output("TC", 2, (2, 3)), Output("ET", 3, (3,))))
-    threads = SampleThreads() if has_sample_threads else None
-    task = Trained(network, partial(_painting_loss, loss, threads=threads))
+    keep_freed_memory(CPU)  # as a training does
+    processes = SampleProcesses() if has_sample_processes else None
+    task = Trained(network, partial(_painting_loss, loss, processes=processes))
     step = data_parallel(task, ranks)  # type: ignore[arg-type]
     optimiser = build_optimiser(network, OptimiserConfig())
     shape = (2 // ranks.size, 64, 64, 64)
@@ -290,7 +291,7 @@ def pace(ranks: Ranks, *, has_sample_threads: bool = False) -> list[dict[str, An
 MEASUREMENTS: dict[str, Callable[[Ranks], list[dict[str, Any]]]] = {
     "gradients": gradients,
     "time": pace,
-    "time-samples": partial(pace, has_sample_threads=True),
+    "time-samples": partial(pace, has_sample_processes=True),
     "sharded": partial(in_parts, size_name="L", steps=2),
     "sharded-h": partial(in_parts, size_name="H", steps=1, has_moments=False),
 }
@@ -333,8 +334,8 @@ def print_time() -> None:
     ways = {
         "two threads share every operation, and spin": ("time", 1, spinning),
         "two threads share every operation, and sleep": ("time", 1, sleeping),
-        "a thread for each sample": ("time-samples", 1, sleeping),
-        "a process for each sample": ("time", 2, sleeping),
+        "a process for each sample": ("time-samples", 1, sleeping),
+        "two ranks": ("time", 2, sleeping),
     }
     print("| busy processes | two samples | seconds of a step |\n|---|---|---|")
     for count in range(3):

@@ -54,7 +54,7 @@ class Backend(Protocol):
 class TorchBackend:
     """A torch module on a CPU or a GPU; its training mode is restored after each call.
 
-    Each of `at_once` windows of a call has a thread of its own on a CPU (see `SampleThreads`).
+    Each of `at_once` windows of a call has a process of its own on a CPU (see `SampleProcesses`).
 
     `threads` on a CPU are set for the whole process; None leaves them unchanged. `precision` None is that of the code
     around a call.
@@ -71,7 +71,7 @@ class TorchBackend:
     ) -> None:
         import torch
 
-        from segkit.models.sample_threads import SampleThreads
+        from segkit.models.sample_processes import SampleProcesses
 
         self.network, self.precision = network, precision
         self.device = torch.device(device)
@@ -80,7 +80,7 @@ class TorchBackend:
             torch.set_num_threads(threads)
         # Windows that are computed at the same time need the memory of all.
         self.at_once = self.threads if self.device.type == "cpu" and not has_memory_limit() else 1
-        self._sample_threads = SampleThreads()
+        self._sample_processes = SampleProcesses()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy on the CPU, moved to the device when it is unpickled."""
@@ -103,7 +103,7 @@ class TorchBackend:
         self.network.eval()
         try:
             with torch.inference_mode(), autocast(self.device, self.precision):
-                logits = self._sample_threads(self.network, windows)
+                logits = self._sample_processes(self.network, windows)
                 return (logits if isinstance(logits, torch.Tensor) else logits[0]).float()
         finally:
             self.network.train(was_training)
@@ -248,7 +248,7 @@ def open_graph(
 
 
 def windows_at_once(backend: object) -> int:
-    """How many windows a call should have: on a CPU torch computes each in a thread of its own."""
+    """How many windows a call should have: on a CPU torch computes each in a process of its own."""
     found = torch_backend(backend)
     return 1 if found is None else found.at_once
 

@@ -22,7 +22,7 @@ from segkit.losses.restoration import RestorationConfig, adversarial_terms, rest
 from segkit.models.blocks import SegmentationNetwork
 from segkit.models.generator import build_discriminator
 from segkit.models.region_layers import RegionNormLearnable
-from segkit.models.sample_threads import SampleThreads
+from segkit.models.sample_processes import SampleProcesses
 from segkit.preparing.holes import HoleMaker, tumour_components
 from segkit.preparing.preprocessing import PreparedCase
 from segkit.reading.case import Cohort
@@ -48,11 +48,11 @@ class Restoration(nn.Module):
         super().__init__()
         self.network = network
         self.discriminator = discriminator
-        self._threads = SampleThreads()
+        self._processes = SampleProcesses()
 
     def forward(self, x: Tensor) -> Tensor:
         """The restored image (B, C, *spatial) of what `stack_inputs` gives; in training mode at full resolution."""
-        found = self._threads(self.network, x)
+        found = self._processes(self.network, x)
         return found if isinstance(found, Tensor) else cast(Tensor, found[0])
 
 

@@ -167,14 +167,15 @@ def estimate_memory_gb(
     has_average: bool = True,
     device: torch.device | None = None,
     shards: int = 1,
-    sample_threads: int = 1,
+    sample_processes: int = 1,
 ) -> float:
     """Peak memory of a training run in GiB: resident memory of the process, or memory of the GPU.
 
     It is that of the largest phase: preparing a case, a training step (weights, gradients, two moments of Adam, moving
     average, activations) or a validation. `shards` processes share weights, gradients and optimiser state; in a
     validation each holds all weights, and the first one holds the whole state on the CPU when it writes it. `slab` is
-    the `slab_share` of the largest prepared case. Each of `sample_threads` of a single process has its own gradients.
+    the `slab_share` of the largest prepared case. Each of `sample_processes` but the first has
+    gradients of its own, and hands over a copy.
     """
     copies = 4 if has_average else 3
     kept = cost.weights * copies // shards
@@ -187,7 +188,7 @@ def estimate_memory_gb(
     source = _FLOAT_BYTES * volumes.source_voxels * (volumes.channels + 1)
     preparation = source + _FLOAT_BYTES * volumes.prepared_voxels * volumes.channels
     training += int(_KERNEL_SHARE * max(cost.peak - cost.saved, 0))
-    training += (sample_threads - 1) * cost.weights if shards == 1 else 0
+    training += 2 * (sample_processes - 1) * cost.weights if shards == 1 else 0
     # The image; a row of windows of logits and weights, with the finished slab; the mask and its copies.
     rows = int(_FLOAT_BYTES * volumes.prepared_voxels * slab * (volumes.outputs + 1) * 1.5)
     volume = volumes.prepared_voxels * (_FLOAT_BYTES * volumes.channels + 3) + rows

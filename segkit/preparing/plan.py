@@ -198,9 +198,14 @@ def plan_training(
 
     def estimate(candidate: CandidateNetwork, counted: Shape, batch: int, patch: Shape) -> float:
         cost = candidate.cost(counted, computation).scaled(batch * math.prod(patch) / math.prod(counted))
-        slab, average, threads = slab_share(largest, patch), request.has_average, min(batch, torch.get_num_threads())
         return estimate_memory_gb(
-            cost, volumes, slab=slab, has_average=average, device=device, shards=request.shards, sample_threads=threads
+            cost,
+            volumes,
+            slab=slab_share(largest, patch),
+            has_average=request.has_average,
+            device=device,
+            shards=request.shards,
+            sample_processes=min(batch, torch.get_num_threads()),
         )
 
     choice = _first_that_fits(network, request, median, limits, memory_gb, estimate)

@@ -13,7 +13,7 @@ from torch.nn import functional
 from segkit.config import Config
 from segkit.losses.global_batch import batch_gather
 from segkit.models.blocks import SegmentationNetwork
-from segkit.models.sample_threads import SampleThreads
+from segkit.models.sample_processes import SampleProcesses
 from segkit.pretraining.encoder import freeze_decoder, retrieval_accuracy
 from segkit.training.task import Batch
 
@@ -40,7 +40,7 @@ class Contrast(nn.Module):
         super().__init__()
         self.network = network
         self.config = config
-        self._threads = SampleThreads()
+        self._processes = SampleProcesses()
         width = freeze_decoder(network, in_channels, dims)
         hidden = config.hidden or width
         self.projector = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, config.width))
@@ -61,7 +61,7 @@ class Contrast(nn.Module):
 
     def project(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Projected features (B, width) of both views, float32."""
-        deepest = self._threads(self.network, torch.cat([batch["first"], batch["second"]]), "encode")[-1]
+        deepest = self._processes(self.network, torch.cat([batch["first"], batch["second"]]), "encode")[-1]
         with torch.autocast(deepest.device.type, enabled=False):
             first, second = self.projector(deepest.float().flatten(2).mean(2)).chunk(2)
         return first, second

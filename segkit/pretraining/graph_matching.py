@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from segkit.config import Config
 from segkit.losses.global_batch import batch_rand
 from segkit.models.blocks import SegmentationNetwork
-from segkit.models.sample_threads import SampleThreads
+from segkit.models.sample_processes import SampleProcesses
 from segkit.pretraining import affinity
 from segkit.pretraining.affinity import Affinities, MessagePassing
 from segkit.pretraining.encoder import freeze_decoder, retrieval_accuracy
@@ -96,7 +96,7 @@ class GraphMatching(nn.Module):
         super().__init__()
         self.network = network
         self.config = config
-        self._threads = SampleThreads()
+        self._processes = SampleProcesses()
         self.projector = nn.Linear(freeze_decoder(network, in_channels, dims), config.width)
         self.passing = MessagePassing(config.width, config.layers, residual=config.residual)
 
@@ -122,7 +122,7 @@ class GraphMatching(nn.Module):
     def affinities(self, batch: Batch) -> tuple[Affinities, Tensor, Tensor]:
         """The affinities of the graphs of a batch, and the projected features (G, N, F) of both views."""
         count = len(batch["first"])
-        maps = self._threads(self.network, torch.cat([batch["first"], batch["second"]]), "encode")[-1]
+        maps = self._processes(self.network, torch.cat([batch["first"], batch["second"]]), "encode")[-1]
         with torch.autocast(maps.device.type, enabled=False):  # sums of differences of cosines need all their digits
             maps = maps.float()
             projected = self.projector(maps.flatten(2).mean(2))

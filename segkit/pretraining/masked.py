@@ -19,7 +19,7 @@ from segkit.errors import RequestError
 from segkit.losses.dice_cross_entropy import deep_supervision_weights
 from segkit.losses.global_batch import batch_rand, batch_sum
 from segkit.models.blocks import SegmentationNetwork
-from segkit.models.sample_threads import SampleThreads
+from segkit.models.sample_processes import SampleProcesses
 from segkit.runtime import exact_type
 from segkit.training.task import Batch
 
@@ -50,7 +50,7 @@ class MaskedReconstruction(nn.Module):
         super().__init__()
         self.network = network
         self.config = config or MaskedConfig()
-        self._threads = SampleThreads()
+        self._processes = SampleProcesses()
 
     def loss(self, batch: Batch) -> Tensor:
         """Squared error of the hidden voxels of "first" (B, C, *patch), mean over voxels, channels and images."""
@@ -58,7 +58,7 @@ class MaskedReconstruction(nn.Module):
         sides = self._sides(image.shape[2:])
         numbers = batch_rand(len(image), *block_grid(image.shape[2:], sides))
         hidden = hidden_voxels(numbers, image.shape[2:], sides, self.config.share).to(image.device)
-        found: Tensor | list[Tensor] = self._threads(self.network, image.masked_fill(hidden, 0))
+        found: Tensor | list[Tensor] = self._processes(self.network, image.masked_fill(hidden, 0))
         return reconstruction_loss(found, image, hidden)
 
     @torch.no_grad()
@@ -99,7 +99,7 @@ class MaskedReconstruction(nn.Module):
 
     def _moments(self, image: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of hidden voxels, in `exact_type`: number, and by channel sums of squared errors, values, squared values."""
-        found = self._threads(self.network, image.masked_fill(hidden, 0))
+        found = self._processes(self.network, image.masked_fill(hidden, 0))
         exact = exact_type(image.device)
         output = (found if isinstance(found, Tensor) else found[0]).to(exact)
         _require_like(output, image)

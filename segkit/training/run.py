@@ -34,7 +34,7 @@ from segkit.inference.backend_loading import smaller_window
 from segkit.models.blocks import SegmentationNetwork
 from segkit.preparing.memory import has_room_to_keep
 from segkit.preparing.splits import read_split
-from segkit.process_memory import available_memory_gb, keep_freed_memory, peak_rss_mb, return_freed_memory
+from segkit.process_memory import available_memory_gb, children_mb, keep_freed_memory, peak_rss_mb, return_freed_memory
 from segkit.runtime import seed_everything
 from segkit.training import folder
 from segkit.training.config import RunConfig, TrainConfig, with_values
@@ -93,7 +93,7 @@ def train(request: TrainingRequest[ConfigT], kind: Kind[ConfigT, TaskT]) -> Summ
             scores = kind.score(plan, task, before)
             minutes = (time.monotonic() - request.started_s) / 60
             left_out = tuple(name for split in plan.data for name in split.cohort.left_out)
-            summary = Summary(run, scores, state.step, minutes, peak_rss_mb(), skipped, left_out)
+            summary = Summary(run, scores, state.step, minutes, peak_rss_mb() + children_mb(), skipped, left_out)
             if ranks.is_first:
                 estimate = {f"estimated_{key}": value for key, value in plan.estimate.items()}
                 folder.write_json(run / folder.SCORES_NAME, {**summary.to_json(), **estimate})

@@ -25,7 +25,7 @@ from segkit.labels import LabelScheme, outputs_of
 from segkit.losses.dice_cross_entropy import SegmentationLoss
 from segkit.metrics.overlap import dice_by_region
 from segkit.models.blocks import SegmentationNetwork
-from segkit.models.sample_threads import SampleThreads
+from segkit.models.sample_processes import SampleProcesses
 from segkit.preparing.augmentation import training_transforms
 from segkit.preparing.cache import StoredCases
 from segkit.preparing.lesion_bank import LesionBank, prepare_copies
@@ -77,7 +77,7 @@ class SegmentationTask:
     frozen: nn.Module | None = None
     """Part of the model without training: no gradients, and fixed running statistics of its norms."""
     ranks: Ranks = field(default_factory=Ranks)
-    threads: SampleThreads = field(default_factory=SampleThreads)
+    processes: SampleProcesses = field(default_factory=SampleProcesses)
 
     def __post_init__(self) -> None:
         if self.frozen is not None:
@@ -93,7 +93,7 @@ class SegmentationTask:
         if self.frozen is not None:
             self.frozen.eval()  # the loop puts the whole model into training mode before each step
         self.loss_function.to(batch["image"].device)
-        loss: Tensor = self.loss_function(self.threads(self.model, batch["image"]), batch["label"])
+        loss: Tensor = self.loss_function(self.processes(self.model, batch["image"]), batch["label"])
         return loss
 
     def validate(self, weights: Mapping[str, Tensor]) -> Score:

@@ -16,7 +16,7 @@ from segkit.config import build_config, configs_folder, read_yaml
 from segkit.errors import RequestError
 from segkit.models.blocks import SegmentationNetwork
 from segkit.models.kernels.convolutions import SmallMapsInFloat32
-from segkit.models.sample_threads import SampleThreads
+from segkit.models.sample_processes import SampleProcesses
 from segkit.models.table import MODELS, build_model, list_models
 from segkit.training.config import TrainConfig
 from tests.smallest import SMALLEST
@@ -109,7 +109,7 @@ def test_threads_for_samples_change_nothing(family: str, dims: int, two_threads:
     x = torch.randn(3, 2, *_two_divisors(model), dtype=torch.float64)
     weights = dict(model.named_parameters())
     found = []
-    for run in (model, partial(SampleThreads(), model)):
+    for run in (model, partial(SampleProcesses(), model)):
         levels = run(x)
         loss = sum((level * level.detach().cos()).sum() for level in levels)
         found.append((levels, torch.autograd.grad(loss, list(weights.values()), allow_unused=True)))

@@ -290,8 +290,10 @@ def test_weights_count_for_adam_and_the_moving_average() -> None:
     nothing = Volumes(channels=1, outputs=1, prepared_voxels=0, source_voxels=0)
 
     with_average = estimate_memory_gb(cost, nothing)
-    in_three_threads = estimate_memory_gb(cost, nothing, sample_threads=3)
-    assert in_three_threads - with_average == pytest.approx(2.0 - 1.0)  # a validation has one copy of the weights more
+    in_three_processes = estimate_memory_gb(cost, nothing, sample_processes=3)
+    assert in_three_processes - with_average == pytest.approx(
+        4.0 - 1.0
+    )  # a validation has one copy of the weights more
     assert with_average - estimate_memory_gb(cost, nothing, has_average=False) == pytest.approx(1.0)
 
 
