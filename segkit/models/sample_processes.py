@@ -74,6 +74,7 @@ class SampleProcesses:
 
     def __init__(self) -> None:
         self._group: _Group | None = None
+        self._can_fork = True
 
     def __call__(self, network: nn.Module, x: Tensor, method: str = "__call__") -> Any:
         """What `method` of the network returns for x: (B, *), or a list of such.
@@ -82,7 +83,7 @@ class SampleProcesses:
             LostProcessError: one of the processes was killed.
         """
         count = _count(network, x)
-        group = self._group_for(network, count) if count > 1 else None
+        group = self._group_for(network, count) if count > 1 and self._can_fork else None
         if group is None:
             return getattr(network, method)(x)
         is_cast = torch.is_autocast_enabled("cpu")
@@ -103,11 +104,14 @@ class SampleProcesses:
             _share(network)
             wanted = network, count, _state_of(network)
             if self._group is None or self._group.is_broken or self._group.is_of != wanted:
-                self._group = None  # ends the earlier ones first
+                for other in self._group.others if self._group else ():
+                    other.end()
+                self._group = None
                 try:
                     self._group = _Group(network, count)
-                except OSError as error:
-                    _log.warning("samples are computed in one process: %s", error)
+                except (OSError, RuntimeError, LostProcessError) as error:
+                    self._can_fork = False
+                    _log.warning("all samples are computed in one process: %s", error)
         return self._group
 
 
@@ -182,30 +186,30 @@ class _Group:
         self.is_broken = False
         """Whether a call was left before all processes had answered."""
         self._own = _Part(network)
-        self._others: list[_Other] = []
+        self.others: list[_Other] = []
         self._calls: weakref.WeakKeyDictionary[_Call, int] = weakref.WeakKeyDictionary()
         self._numbers = itertools.count()
         for _ in range(1, count):
-            self._others.append(_Other(self._own, self._others))
+            self.others.append(_Other(self._own, self.others))
 
     def forward(self, call: _Call, mode: Mode, parts: Sequence[Tensor]) -> list[Output]:
         """What the network returns for each part, without graph."""
         self.is_broken, kept = True, list(self._calls.values())
         number = self._calls[call] = next(self._numbers)
-        for other, part in zip(self._others, parts[1:], strict=True):
+        for other, part in zip(self.others, parts[1:], strict=True):
             other.send("forward", mode, number, _packed(part), kept)
         outputs = [self._own.forward(mode, number, parts[0], kept)]
-        outputs += [_unpacked(other.receive()) for other in self._others]
+        outputs += [_unpacked(other.receive()) for other in self.others]
         self.is_broken = False
         return outputs
 
     def backward(self, call: _Call, mode: Mode, gradients: Sequence[Levels]) -> list[Tensor | None]:
         """The sum over parts of the gradients of each trained parameter."""
         self.is_broken, number = True, self._calls.pop(call)
-        for other, levels in zip(self._others, gradients[1:], strict=True):
+        for other, levels in zip(self.others, gradients[1:], strict=True):
             other.send("backward", mode, number, [_packed(level) for level in levels])
         total = self._own.backward(mode, number, gradients[0])
-        for other in self._others:
+        for other in self.others:
             for index in other.receive():
                 own, found = total[index], other.gradients[index]
                 total[index] = found.clone() if own is None else own.add_(found)
@@ -271,7 +275,12 @@ class _Other:
             warnings.simplefilter("ignore", DeprecationWarning)  # the threads of a training hold no lock needed there
             self._process.start()
         end.close()
-        weakref.finalize(self, _end, self._connection, self._process, os.getpid())
+        self.end = weakref.finalize(self, _end, self._connection, self._process, os.getpid())
+        try:
+            self.receive()
+        except BaseException:
+            self.end()
+            raise
 
     def send(self, *message: object) -> None:
         """Ask for something; see `_answer`."""
@@ -313,6 +322,7 @@ def _serve(connection: Connection, part: _Part, gradients: Sequence[Tensor], hel
 
     def answer_all() -> None:
         with suppress(OSError, EOFError):
+            connection.send(_found_unable())
             while True:
                 connection.send(_answer(part, gradients, *connection.recv()))
 
@@ -320,6 +330,15 @@ def _serve(connection: Connection, part: _Part, gradients: Sequence[Tensor], hel
     thread = threading.Thread(target=answer_all)
     thread.start()
     thread.join()
+
+
+def _found_unable() -> RuntimeError | None:
+    """Why autograd does not work in this process, if torch forbids it: that depends on what ran before the fork."""
+    try:
+        torch.autograd.backward(torch.zeros((), requires_grad=True))
+    except RuntimeError as error:
+        return error
+    return None
 
 
 def _answer(

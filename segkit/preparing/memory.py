@@ -48,7 +48,12 @@ class Computation:
 
     @contextmanager
     def faked(self) -> Iterator[None]:
-        """Inside, tensors are fake ones on the device."""
+        """Inside, tensors are fake ones on the device.
+
+        The first backward pass of a process counts its devices. With fake tensors it would find one too many, and
+        torch would let no forked process train after that (see `SampleProcesses`).
+        """
+        torch.autograd.backward(torch.zeros((), requires_grad=True))
         with FakeTensorMode(), torch.device(self.device):
             yield
 

@@ -7,12 +7,15 @@ import gc
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from segkit.models import sample_processes
 from segkit.models.region_layers import RegionNormLearnable
 from segkit.models.sample_processes import LostProcessError, SampleProcesses
 from segkit.models.table import build_model
@@ -174,6 +177,34 @@ def test_a_killed_process_is_reported_and_replaced(two_threads: None) -> None:
     with pytest.raises(LostProcessError, match=r"has ended \(exit code -9\).*--resume"):
         processes(network, torch.ones(2))
     assert processes(network, torch.ones(2)).tolist() == [2, 2]
+
+
+def test_where_forked_processes_cannot_train_the_whole_batch_is_computed(
+    two_threads: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sample_processes, "_found_unable", lambda: RuntimeError("Unable to handle autograd's threads"))
+    network, processes, before = Telling(), SampleProcesses(), set(multiprocessing.active_children())
+    for _ in range(2):
+        assert told(network, 2, processes) == [[1, 2, 2, 0, 1]] * 2
+    assert caplog.messages == ["all samples are computed in one process: Unable to handle autograd's threads"]
+    assert not set(multiprocessing.active_children()) - before
+
+
+def test_processes_train_after_planning() -> None:
+    """torch forbids it where the first backward pass of the process was one of fake tensors."""
+    script = """
+import torch
+from torch import nn
+from segkit.models.sample_processes import SampleProcesses
+from segkit.preparing.memory import step_bytes
+torch.set_num_threads(2)
+step_bytes(lambda: nn.Conv2d(1, 1, 1), (1, 1, 4, 4), lambda output, label: output.sum())
+network = nn.Linear(1, 1, bias=False)
+SampleProcesses()(network, torch.tensor([[1.0], [2.0]])).sum().backward()
+print(network.weight.grad.item())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("3.0\n", "")
 
 
 def test_processes_end_with_the_object_that_started_them(two_threads: None) -> None:
