@@ -1,13 +1,13 @@
 """Pre-training by masked reconstruction: blocks of an image are hidden, and the network fills them from the rest.
 
 After He et al. 2022 (arXiv 2111.06377), on convolutional networks as in Wald et al. 2025 (arXiv 2410.23132): hidden
-voxels are set to 0 and the whole network, decoder included, is trained by the squared error on them alone. Heads on
-coarser levels are compared with the image averaged to their resolution.
+voxels are 0, in every layer of the encoder (`sparse.py`), and the whole network, decoder included, is trained by the
+squared error on them alone. Heads on coarser levels are compared with the image averaged to their resolution.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -18,8 +18,9 @@ from segkit.config import Config
 from segkit.errors import RequestError
 from segkit.losses.dice_cross_entropy import deep_supervision_weights
 from segkit.losses.global_batch import batch_rand, batch_sum
-from segkit.models.blocks import SegmentationNetwork
+from segkit.models.blocks import SegmentationNetwork, Slicewise
 from segkit.models.sample_processes import SampleProcesses
+from segkit.pretraining.sparse import SparseMasking
 from segkit.runtime import exact_type
 from segkit.training.task import Batch
 
@@ -37,6 +38,9 @@ class MaskedConfig(Config):
     block: tuple[Annotated[int, Field(ge=1)], ...] | None = None
     """Sides of a block in voxels, one for each axis; None is the divisor of the network, 4 or more, halved until four
     blocks fit along the axis."""
+    sparse: bool = True
+    """Whether hidden voxels are masked in every layer of the encoder (SparK), or in the image alone. Networks for
+    images that are applied to volumes (dims=3) have the image alone."""
 
 
 class MaskedReconstruction(nn.Module):
@@ -51,6 +55,9 @@ class MaskedReconstruction(nn.Module):
         self.network = network
         self.config = config or MaskedConfig()
         self._processes = SampleProcesses()
+        self._is_sparse = self.config.sparse and bool(network.encoder_prefix) and not isinstance(network, Slicewise)
+        if self._is_sparse:
+            SparseMasking(network)
 
     def loss(self, batch: Batch) -> Tensor:
         """Squared error of the hidden voxels of "first" (B, C, *patch), mean over voxels, channels and images."""
@@ -58,7 +65,7 @@ class MaskedReconstruction(nn.Module):
         sides = self._sides(image.shape[2:])
         numbers = batch_rand(len(image), *block_grid(image.shape[2:], sides))
         hidden = hidden_voxels(numbers, image.shape[2:], sides, self.config.share).to(image.device)
-        found: Tensor | list[Tensor] = self._processes(self.network, image.masked_fill(hidden, 0))
+        found: Tensor | list[Tensor] = self._found(image, hidden)
         return reconstruction_loss(found, image, hidden)
 
     @torch.no_grad()
@@ -77,6 +84,10 @@ class MaskedReconstruction(nn.Module):
         varies = variance > 1e-9 * squares
         explained = 1 - error[varies] / variance[varies]
         return {"explained": float(explained.mean()) if len(explained) else 0.0, "error": float(error.mean())}
+
+    def _found(self, image: Tensor, hidden: Tensor) -> Any:
+        """What the network makes of the visible voxels."""
+        return self._processes(self.network, image.masked_fill(hidden, math.nan if self._is_sparse else 0.0))
 
     def _sides(self, patch: Sequence[int]) -> tuple[int, ...]:
         block = self.config.block
@@ -99,7 +110,7 @@ class MaskedReconstruction(nn.Module):
 
     def _moments(self, image: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of hidden voxels, in `exact_type`: number, and by channel sums of squared errors, values, squared values."""
-        found = self._processes(self.network, image.masked_fill(hidden, 0))
+        found = self._found(image, hidden)
         exact = exact_type(image.device)
         output = (found if isinstance(found, Tensor) else found[0]).to(exact)
         _require_like(output, image)

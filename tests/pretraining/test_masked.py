@@ -22,6 +22,7 @@ class Known(nn.Module):
     """Answers `answer` whatever it sees, and keeps what it saw."""
 
     divisor = (4, 4)
+    encoder_prefix = ""  # no part of it is an encoder, so only the image is masked
 
     def __init__(self, answer: Tensor) -> None:
         super().__init__()
