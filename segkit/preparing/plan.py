@@ -88,15 +88,16 @@ class CandidateNetwork:
             return False
         return True
 
-    def suited_to(self, shape: Shape, spacing_mm: tuple[float, ...]) -> CandidateNetwork:
-        """With the strides, or the slice axis, that suit patches of `shape`, where the family has such an argument.
+    def suited_to(self, median: Shape, limits: Shape, spacing_mm: tuple[float, ...]) -> CandidateNetwork:
+        """With the slice axis for the median case, or strides for patches of it, where the family has such an argument.
 
         Strides that are 2 everywhere are not set: they are the default of every family.
         """
         if self._is_open("slice_axis") and self.dims == 3:
-            return self.with_arguments({"slice_axis": plan_rules.choose_slice_axis(shape, spacing_mm)})
+            return self.with_arguments({"slice_axis": plan_rules.choose_slice_axis(median, spacing_mm)})
         if not self._is_open("strides"):
             return self
+        shape = tuple(map(min, median, limits))
         strides = plan_rules.choose_strides(shape, spacing_mm, round(math.log2(max(self.divisor))))
         is_default = all(factor == 2 for stride in strides for factor in stride)
         return self if is_default else self.with_arguments({"strides": strides})
@@ -184,7 +185,7 @@ def plan_training(
     median: Shape = tuple(np.ceil(np.median(np.array(sizes), axis=0)).astype(int).tolist())
     spacing = preprocessing.spacing_mm or fingerprint.median_spacing_mm
     limits = plan_rules.patch_limits(spacing, request.patch_limit)
-    network = request.network(fingerprint, scheme).suited_to(tuple(map(min, median, limits)), spacing)
+    network = request.network(fingerprint, scheme).suited_to(median, limits, spacing)
     largest = max(sizes, key=math.prod)
     volumes = Volumes(
         channels=len(fingerprint.modalities),

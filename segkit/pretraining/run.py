@@ -21,6 +21,7 @@ from segkit.pretraining.encoder import retrieval_accuracy
 from segkit.pretraining.graph_matching import GraphMatching
 from segkit.pretraining.matching_figures import draw_matching
 from segkit.pretraining.methods import METHODS, Method, PretrainConfig
+from segkit.pretraining.overlap import overlap_measures
 from segkit.pretraining.sources import GroupDataset, Source
 from segkit.reading.files import written_atomically
 from segkit.reading.layouts.table import find_cases
@@ -35,6 +36,8 @@ METHOD_WEIGHTS = "method.safetensors"
 _NETWORK = "network."  # prefix of the network's tensors in a method
 _VIEWS = ("first", "second")
 _VIEW_SIZE = {2: 224, 3: 64}  # default voxels of a view along each axis
+_GROUPS_LOOKED_AT = 4
+_LEAST_ORACLE = 0.95
 _HELD_OUT_SEED = 2**31  # seed of the groups of held-out images, different from that of any training group
 
 _log = logging.getLogger(__name__)
@@ -100,8 +103,7 @@ class PretrainingTask:
 
     def held_out_batch(self) -> Batch:
         """All held-out groups as one batch, always the same."""
-        collated = default_collate([self.held_out[index] for index in range(len(self.held_out))])
-        return {name: tensor.flatten(0, 1) for name, tensor in collated.items()}
+        return _first_groups(self.held_out, len(self.held_out))
 
     def save(self, run: Path, weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Write model.safetensors with the weights to transfer, method.safetensors and model.json."""
@@ -189,6 +191,8 @@ class PretrainingKind(UnlabelledKind[PretrainConfig, PretrainingTask]):
         )
         groups = groups_of(sources, seed=config.training.seed, length=ENDLESS)
         _log.info("images: %s", ", ".join(f"{count} of {name}" for name, count in groups.image_counts.items()))
+        if groups.view_count == 2:
+            _log_views(_first_groups(groups, _GROUPS_LOOKED_AT), nodes)
         return PretrainingTask(
             model=model,
             method_name=config.method,
@@ -219,6 +223,28 @@ def _modalities(config: PretrainConfig, data: Sequence[SplitData]) -> tuple[str,
 
 def _source(data: SplitData, ids: Sequence[str]) -> Source:
     return Source(data.name, data.prepared(ids), tuple(case.patient for case in data.cases(ids)))
+
+
+def _first_groups(groups: GroupDataset, count: int) -> Batch:
+    collated = default_collate([groups[index] for index in range(count)])
+    return {name: tensor.flatten(0, 1) for name, tensor in collated.items()}
+
+
+def _log_views(batch: Batch, nodes: int) -> None:
+    """Log the size of the voxels of views, and how much the views of a group overlap."""
+    found = overlap_measures(batch, nodes)
+    spacing = batch["first_frame"][:, :, :-1].norm(dim=1).median(0).values.tolist()
+    shown = " x ".join(f"{mm:.2f}" for mm in spacing)
+    sentence = "views: voxels of %s mm; overlap of an image's own two %.2f, with the nearest other image %.2f"
+    _log.info(
+        f"{sentence}; the true overlaps match %.0f %% rightly",
+        shown,
+        found["own"],
+        found["other"],
+        100 * found["oracle"],
+    )
+    if found["oracle"] < _LEAST_ORACLE:
+        _log.warning("the images of a group overlap so much that matching is ambiguous: lower images.crop_overlap")
 
 
 def _held_out_groups(

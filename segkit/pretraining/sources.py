@@ -21,12 +21,11 @@ from torch.utils.data import Dataset
 
 from segkit.config import Config
 from segkit.errors import DataError, RequestError
+from segkit.preparing.plan_rules import choose_slice_axis
 from segkit.preparing.preprocessing import PreparedCase, crop_box
 from segkit.preparing.transforms import IMAGE, run, share_random_state
 from segkit.pretraining.views import ViewsConfig, view_transforms
 from segkit.shapes import AnyArray, Image
-
-_EQUAL = 0.99  # spacings are equal within this factor: headers round
 
 
 class ImagesConfig(Config):
@@ -36,22 +35,24 @@ class ImagesConfig(Config):
     """each: every modality gives images of its own, of one channel; all: an image has all modalities as channels;
     auto: all for pictures (red, green and blue belong together), each for volumes."""
     slice_axis: int | None = Field(default=None, ge=0, le=2)
-    """Axis across which volumes are cut into slices; None is the axis with the largest spacing of each case, and the
-    last (axial) of equal ones."""
+    """Axis across which volumes are cut into slices; None is the axis that training chooses for 2D networks: of the
+    median case of a source the coarsest, of equal ones the shortest."""
     empty_below: float = Field(default=0.2, ge=0, lt=1)
     """Slices and crops with fewer voxels that are not 0 than this share of the fullest one of their stack are left
     out; where the normalisation leaves no voxel 0, none are."""
-    slice_step_mm: float = Field(default=0.0, ge=0)
-    """Least distance between neighbouring slices of a group; 0 takes slices as they follow each other."""
+    slice_step_mm: float = Field(default=3.0, ge=0)
+    """Least distance between neighbouring slices of a group, and of crops along each axis (our choice: slices 1 mm
+    apart are nearly equal); 0 takes slices as they follow each other."""
     neighbours: int = Field(default=8, ge=1)
-    """How many images of a group are side by side in one subject."""
+    """How many images of a group are side by side in one subject: half of 16 is our choice."""
     balance: float = Field(default=0.5, ge=0, le=1)
     """Power of its number of images with which a source is drawn: 1 draws all images equally often, 0 all sources; in
     between images of small sources come more often."""
     crop_size: int | tuple[int, int, int] | None = None
     """Voxels of the crops of volumes that networks for volumes learn from; None is the size of the views."""
-    crop_overlap: float = Field(default=0.75, ge=0, lt=1)
-    """Share of its length that a crop has in common with the next one along an axis."""
+    crop_overlap: float = Field(default=0.25, ge=0, lt=1)
+    """Largest share of its length that a crop has in common with the next one along an axis. With more, views of two
+    crops overlap as much as two views of one, and which is the right one is undecided."""
 
     def require_room_in(self, nodes: int) -> None:
         """Raise RequestError if a group of so many images cannot hold the neighbours."""
@@ -76,9 +77,18 @@ class Stack:
         return len(self.starts)
 
     @property
+    def image_axes(self) -> list[int]:
+        """The axes of the case that the images have."""
+        return [axis for axis in range(len(self.spacing_mm)) if axis != self.axis]
+
+    @property
     def image_spacing_mm(self) -> tuple[float, ...]:
         """Spacing of the axes that the images have."""
-        return tuple(mm for axis, mm in enumerate(self.spacing_mm) if axis != self.axis)
+        return tuple(self.spacing_mm[axis] for axis in self.image_axes)
+
+    def origin_mm(self, number: int) -> NDArray[np.float64]:
+        """Position of the first voxel of an image in its case, along the axes that it has."""
+        return np.asarray((self.starts[number] * self.spacing_mm)[self.image_axes], np.float64)
 
     def read(self, case: PreparedCase, number: int) -> Image:
         """A copy of image `number`, (C, *spatial)."""
@@ -109,9 +119,11 @@ class Stack:
 
 
 def stacks_of(
-    source: int, number: int, case: PreparedCase, size: tuple[int, ...], images: ImagesConfig
+    source: int, number: int, case: PreparedCase, size: tuple[int, ...], images: ImagesConfig, slice_axis: int | None
 ) -> Iterator[Stack]:
     """The stacks of case `number` of a source: one for each modality, or one for all; empty ones are left out.
+
+    Volumes are cut into slices across `slice_axis`, or into crops if it is None.
 
     Raises:
         DataError: the case is a picture, and views have three axes.
@@ -124,23 +136,24 @@ def stacks_of(
     is_joint = images.channels == "all" or (images.channels == "auto" and is_picture)
     count = len(case.image)
     for channels in [(0, count)] if is_joint else [(channel, channel + 1) for channel in range(count)]:
-        axis = None
+        axis = None if is_picture else slice_axis
         if is_picture:
             extent, starts = shape, np.zeros((1, 2), np.int32)
         else:
             is_filled: NDArray[np.bool_] = (case.image[slice(*channels)] != 0).any(axis=0)
-            if len(size) == 2:
-                axis = coarsest_axis(spacing_mm) if images.slice_axis is None else images.slice_axis
-                extent, starts = _slices(is_filled, axis, images.empty_below)
+            if axis is None:
+                extent, starts = _crops(is_filled, images.crop_size or size, spacing_mm, images)
             else:
-                extent, starts = _crops(is_filled, images.crop_size or size, images.crop_overlap, images.empty_below)
+                extent, starts = _slices(is_filled, axis, images.empty_below)
         if len(starts):
             yield Stack(source, number, channels, axis, starts, extent, spacing_mm)
 
 
-def coarsest_axis(spacing_mm: Sequence[float]) -> int:
-    """The axis with the largest spacing, the last of equal ones."""
-    return max(axis for axis, mm in enumerate(spacing_mm) if mm >= _EQUAL * max(spacing_mm))
+def slice_axis_of(cases: Sequence[PreparedCase]) -> int:
+    """The axis across which training slices the median of these volumes for a 2D network."""
+    shapes, spacings = zip(*((case.image.shape[1:], case.preparation.spacing_mm) for case in cases), strict=True)
+    shape = np.ceil(np.median(np.array(shapes), axis=0)).astype(int)
+    return choose_slice_axis(tuple(shape.tolist()), tuple(np.median(np.array(spacings), axis=0).tolist()))
 
 
 def _slices(is_filled: NDArray[np.bool_], axis: int, empty_below: float) -> tuple[tuple[int, ...], NDArray[np.int32]]:
@@ -152,16 +165,22 @@ def _slices(is_filled: NDArray[np.bool_], axis: int, empty_below: float) -> tupl
 
 
 def _crops(
-    is_filled: NDArray[np.bool_], size: int | Sequence[int], overlap: float, empty_below: float
+    is_filled: NDArray[np.bool_], size: int | Sequence[int], spacing_mm: Sequence[float], images: ImagesConfig
 ) -> tuple[tuple[int, ...], NDArray[np.int32]]:
-    """Extent of a crop, and the starts of those that are full enough; a crop takes all of an axis that is shorter."""
+    """Extent of a crop, and the starts of those that are full enough; a crop takes all of an axis that is shorter.
+
+    Along an axis there are as many as the overlap and the distance allow, evenly spread; a single one is in the middle.
+    """
     wanted = [size] * 3 if isinstance(size, int) else size
     extent = tuple(min(length, voxels) for length, voxels in zip(is_filled.shape, wanted, strict=True))
     along = []
-    for length, voxels in zip(is_filled.shape, extent, strict=True):
-        steps = math.ceil((length - voxels) / max(1, round(voxels * (1 - overlap))))
-        along.append(np.unique(np.linspace(0, length - voxels, steps + 1).round().astype(np.int32)))
-    starts = np.stack(np.meshgrid(*along, indexing="ij"), axis=-1).reshape(-1, 3)
+    for length, voxels, mm in zip(is_filled.shape, extent, spacing_mm, strict=True):
+        least = max(
+            1, math.ceil(voxels * (1 - images.crop_overlap) - 1e-6), math.ceil(images.slice_step_mm / mm - 1e-6)
+        )
+        room, steps = length - voxels, (length - voxels) // least
+        along.append(np.array([room // 2]) if steps == 0 else np.arange(steps + 1) * room // steps)
+    starts = np.stack(np.meshgrid(*along, indexing="ij"), axis=-1).reshape(-1, 3).astype(np.int32)
     # Voxels in each crop, by cumulative sums.
     sums = np.pad(is_filled, ((1, 0), (1, 0), (1, 0))).astype(np.int32)
     for axis in range(3):
@@ -170,7 +189,7 @@ def _crops(
     for corner in itertools.product((0, 1), repeat=3):
         places = (starts + np.array(corner) * extent).T
         counts += (-1) ** (3 - sum(corner)) * sums[tuple(places)].astype(np.int64)
-    return extent, starts[_full_enough(counts, empty_below)]
+    return extent, starts[_full_enough(counts, images.empty_below)]
 
 
 def _full_enough(counts: AnyArray, empty_below: float) -> NDArray[np.int64]:
@@ -234,7 +253,12 @@ class GroupDataset(Dataset[dict[str, torch.Tensor]]):
         for number, source in enumerate(self.sources):
             if len(source.patients) != len(source.cases):
                 raise DataError(f"{len(source.patients)} patients for {len(source.cases)} cases", where=source.name)
-            of_cases = (stacks_of(number, place, case, self.size, images) for place, case in enumerate(source.cases))
+            axis = None
+            if len(self.size) == 2:
+                axis = slice_axis_of(source.cases) if images.slice_axis is None else images.slice_axis
+            of_cases = (
+                stacks_of(number, place, case, self.size, images, axis) for place, case in enumerate(source.cases)
+            )
             stacks = list(itertools.chain.from_iterable(of_cases))
             self._pools.append(_Pool.of(source, stacks, len(self.stacks), images, nodes))
             self.stacks += stacks
@@ -254,7 +278,7 @@ class GroupDataset(Dataset[dict[str, torch.Tensor]]):
         """Group `index` of N images.
 
         "first" (N, C, *size) and "first_frame" (N, dims, dims + 1), float32, the same as "second" where there are two
-        views; the numbers "stack" and "source", (N,) int64; "place" (N,) float32, mm (see `Stack`).
+        views; the numbers "stack" and "source", (N,) int64; "place" (N,) and "origin" (N, dims) float32, mm (`Stack`).
         """
         if not 0 <= index < self.length:
             raise IndexError(index)
@@ -274,6 +298,7 @@ class GroupDataset(Dataset[dict[str, torch.Tensor]]):
             "stack": torch.tensor([stack for stack, _ in members]),
             "source": torch.tensor([self.stacks[stack].source for stack, _ in members]),
             "place": torch.tensor([self.stacks[stack].place_mm(image) for stack, image in members]),
+            "origin": torch.tensor(np.array([self.stacks[stack].origin_mm(image) for stack, image in members])).float(),
         }
         for name, of_each in zip(("first", "second"), zip(*views, strict=True), strict=False):
             item[name] = torch.stack([view[IMAGE] for view in of_each])

@@ -50,13 +50,15 @@ class ViewsConfig(Config):
 
     size: int | tuple[int, ...] | None = None
     """Voxels of a view per axis, or one number for all axes; None is decided by the run."""
-    scale_range: Range = (0.4, 1.0)
+    scale_range: Range = (0.6, 1.0)
     """Share of the area or volume of the image's content (the box of voxels that are not 0) that a view shows; a view
-    that would leave the content shows less, in the same shape."""
+    that would leave the content shows less, in the same shape. LVM-Med's is not published; ours makes the two views of
+    an image overlap."""
     aspect_range: Range = (0.75, 4 / 3)
     """Stretch of each axis relative to the last one."""
     mirror_axes: tuple[int, ...] | None = None
-    """Axes of the view that are mirrored, each with probability 0.5; None means all of them."""
+    """Axes of the view that are mirrored, each with probability 0.5; None means all of them (our choice: LVM-Med
+    mirrors pictures from left to right)."""
     rotation_degrees: float = Field(default=0.0, ge=0, le=180)
     """Largest angle of a rotation, either way, in degrees (only in the slice plane where a view is thin); what it
     brings in from outside the image is 0."""

@@ -62,6 +62,19 @@ def test_the_gradient_takes_from_wrong_pairs_and_gives_to_right_ones() -> None:
     assert torch.allclose(grad, expected)
 
 
+def test_a_wrong_pair_of_views_that_overlap_counts_less() -> None:
+    """0 and 1 are exchanged; their views overlap by 3/4 and 1/2: 2 (1 - 3/4) + 2 (1 - 1/2) = 1.5."""
+    vertex = torch.tensor([[[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]], requires_grad=True)
+    nowhere = torch.zeros(1, 3, 0, dtype=torch.int64)
+    overlaps = torch.tensor([[[0.9, 0.75, 0.0], [0.5, 0.9, 0.0], [0.0, 0.0, 0.9]]])
+    affinities = Affinities(vertex, None, nowhere, nowhere)
+    loss = matching_loss(affinities, GradientConfig(noise="none"), FIRST, overlaps)
+    assert loss.item() == 1.5
+    (grad,) = torch.autograd.grad(loss, vertex)
+    expected = torch.tensor([[[-0.25, 0.25, 0.0], [0.5, -0.5, 0.0], [0.0, 0.0, 0.0]]]) / 80
+    assert torch.allclose(grad, expected)
+
+
 @pytest.mark.parametrize("solver", [FIRST, SECOND])
 def test_perfect_embeddings_have_no_loss_without_noise(solver: SolverConfig) -> None:
     affinities = leaves(0.0)

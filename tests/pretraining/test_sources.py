@@ -12,8 +12,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from segkit.errors import DataError, RequestError
+from segkit.labels import SCHEMES
+from segkit.preparing.plan import CandidateNetwork
 from segkit.preparing.preprocessing import Preparation, PreparedCase
-from segkit.pretraining.sources import GroupDataset, ImagesConfig, Source, coarsest_axis
+from segkit.pretraining.sources import GroupDataset, ImagesConfig, Source, slice_axis_of
 from segkit.pretraining.views import ViewIntensityConfig, ViewsConfig
 from segkit.reading.geometry import Reorientation
 from segkit.reading.volume import Grid
@@ -47,9 +49,14 @@ def source(cases: list[PreparedCase], name: str = "scans", patients: list[str] |
     return Source(name, cases, patients or [f"p{number}" for number in range(len(cases))])
 
 
+def each_slice(**settings: object) -> ImagesConfig:
+    """Neighbours that follow each other, whatever their distance."""
+    return ImagesConfig(slice_step_mm=0, **settings)
+
+
 def groups(sources: list[Source], images: ImagesConfig | None = None, **changes: object) -> GroupDataset:
     settings: dict[str, object] = {"size": (6, 5), "views": WHOLE, "seed": 0, "length": 50, **changes}
-    return GroupDataset(sources, images=images or ImagesConfig(), **settings)
+    return GroupDataset(sources, images=images or each_slice(), **settings)
 
 
 def test_a_group_holds_a_run_of_one_subject_and_images_of_others() -> None:
@@ -78,6 +85,7 @@ def test_keys_shapes_and_types() -> None:
         "stack": ((10,), torch.int64),
         "source": ((10,), torch.int64),
         "place": ((10,), torch.float32),
+        "origin": ((10, 2), torch.float32),
     }
     assert "second" not in groups([source([numbered(20)])], view_count=1)[0]
 
@@ -129,7 +137,7 @@ def test_time_points_of_the_patient_are_not_other_subjects() -> None:
 def test_each_modality_is_an_image_or_all_together_are_channels() -> None:
     scans = [source([numbered(10, channels=3), numbered(10, channels=3)])]
     each = groups(scans)
-    together = groups(scans, ImagesConfig(channels="all"))
+    together = groups(scans, each_slice(channels="all"))
 
     assert (each[0]["first"].shape[1], together[0]["first"].shape[1]) == (1, 3)
     assert (each.image_counts, together.image_counts) == ({"scans": 60}, {"scans": 20})
@@ -137,16 +145,36 @@ def test_each_modality_is_an_image_or_all_together_are_channels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spacing_mm", "axis"), [((1, 1, 1), 2), ((3, 1, 1), 0), ((1, 2, 2), 2), ((2, 2, 1), 1), ((1, 1.005, 1), 2)]
+    ("shape", "spacing_mm", "axis"),
+    [
+        ((6, 5, 20), (1, 1, 1), 1),  # the shortest of equal ones
+        ((6, 5, 20), (3, 1, 1), 0),
+        ((6, 5, 20), (1, 2, 2), 1),
+        ((6, 7, 5), (1, 1.004, 1), 2),
+        ((140, 172, 146), (1, 1, 1), 0),
+    ],
 )
-def test_slices_lie_across_the_coarsest_axis(spacing_mm: tuple[float, ...], axis: int) -> None:
-    assert coarsest_axis(spacing_mm) == axis
+def test_slices_lie_across_the_axis_that_training_chooses(
+    shape: tuple[int, ...], spacing_mm: tuple[float, ...], axis: int
+) -> None:
+    """Also where patches are shorter than the volumes: 4 voxels along each axis."""
+    assert slice_axis_of([prepared(np.ones((1, *shape)), spacing_mm)]) == axis
+    network = CandidateNetwork("vit", "tiny", {}, 1, SCHEMES["brats2023"], 3)
+    assert network.suited_to(shape, (4, 4, 4), spacing_mm).arguments["slice_axis"] == axis
+
+
+def test_the_median_volume_of_a_source_decides_about_its_slices() -> None:
+    """Shapes 6 x 7 x 8, 6 x 7 x 8 and 9 x 5 x 8: the median is 6 x 7 x 8."""
+    shapes = [(6, 7, 8), (6, 7, 8), (9, 5, 8)]
+    dataset = groups([source([prepared(np.ones((1, *shape)), (1, 1, 1)) for shape in shapes])], nodes=8)
+
+    assert [stack.axis for stack in dataset.stacks] == [0, 0, 0]
 
 
 def test_slices_across_a_chosen_axis_have_the_frame_of_the_other_two() -> None:
     """Slices of 6 x 20 voxels of 1 x 2 mm at their own size, 5 of them in each volume, 3 mm apart."""
     cases = [numbered(20, spacing_mm=(1, 3, 2)) for _ in range(2)]
-    images = ImagesConfig(slice_axis=1, neighbours=5)
+    images = each_slice(slice_axis=1, neighbours=5)
 
     item = groups([source(cases)], images, size=(6, 20), nodes=10)[0]
 
@@ -160,7 +188,7 @@ def test_nearly_empty_slices_are_left_out() -> None:
     image = np.zeros((1, 10, 10, 6), np.float32)
     for number, count in enumerate((0, 9, 10, 50, 30, 0)):
         image[0].reshape(100, 6)[:count, number] = 1
-    images = ImagesConfig(neighbours=2, slice_axis=2)
+    images = each_slice(neighbours=2, slice_axis=2)
 
     dataset = groups([source([prepared(image, (1, 1, 1))])], images, nodes=3)
 
@@ -193,7 +221,7 @@ def test_small_sources_come_more_often_than_their_size() -> None:
     sources = [source([numbered(64)], "large"), source([numbered(16)], "small")]
 
     def from_large(balance: float) -> int:
-        dataset = groups(sources, ImagesConfig(balance=balance), length=1000)
+        dataset = groups(sources, each_slice(balance=balance), length=1000)
         return sum(dataset.stacks[dataset.members(index)[0][0]].source == 0 for index in range(1000))
 
     assert abs(from_large(0.5) - 667) < 4 * 15
@@ -225,11 +253,30 @@ def test_pictures_come_with_those_of_the_same_patient() -> None:
         assert not item["place"].any()
 
 
+@pytest.mark.parametrize(
+    ("images", "along"),
+    [
+        (ImagesConfig(), ([0, 15], [0, 15, 30], [0, 16])),
+        (ImagesConfig(crop_overlap=0.5), ([0, 15], [0, 10, 20, 30], [0, 16])),
+        (ImagesConfig(slice_step_mm=50), ([7], [0, 30], [8])),
+    ],
+)
+def test_crops_overlap_by_no_more_than_allowed(images: ImagesConfig, along: tuple[list[int], ...]) -> None:
+    """Crops of 20 in 35 x 50 x 36 voxels of 2 mm: at least 15 voxels on at an overlap of a quarter, 25 for 50 mm."""
+    changed = images.model_copy(update={"neighbours": 2})
+    cases = [prepared(np.ones((1, 35, 50, 36)), (2, 2, 2))]
+    (stack,) = groups([source(cases)], changed, size=(20, 20, 20), nodes=2).stacks
+
+    assert tuple(np.unique(column).tolist() for column in stack.starts.T) == along
+    assert len(stack) == np.prod([len(starts) for starts in along])
+    assert stack.origin_mm(len(stack) - 1).tolist() == [2 * starts[-1] for starts in along]
+
+
 def test_crops_of_volumes_are_neighbours_where_they_overlap() -> None:
     """A volume of 16 x 16 x 8 voxels in crops of 8: a quarter on along each axis, so 5 x 5 x 1 of them."""
     generator = np.random.default_rng(0)
     cases = [prepared(generator.uniform(1, 2, (1, 16, 16, 8)), (1.0, 1.0, 2.0)) for _ in range(2)]
-    dataset = groups([source(cases)], size=(8, 8, 8))
+    dataset = groups([source(cases)], each_slice(crop_overlap=0.75), size=(8, 8, 8))
 
     assert dataset.image_counts == {"scans": 50}
     assert dataset.stacks[0].starts[:, 0].tolist() == sorted([0, 2, 4, 6, 8] * 5)
@@ -248,13 +295,13 @@ def test_empty_crops_are_left_out_by_exact_counts() -> None:
     generator = np.random.default_rng(0)
     volume = generator.uniform(1, 2, (1, 12, 9, 7)) * (generator.random((1, 12, 9, 7)) < 0.2)
     volume[0, :6] = 0
-    images = ImagesConfig(crop_size=(4, 4, 4), crop_overlap=0.5, empty_below=0.5, neighbours=2)
+    images = each_slice(crop_size=(4, 4, 4), crop_overlap=0.5, empty_below=0.5, neighbours=2)
     dataset = groups([source([prepared(volume, (1, 1, 1))])], images, size=(4, 4, 4), nodes=4)
 
     def count(x: int, y: int, z: int) -> int:
         return int(np.count_nonzero(volume[0, x : x + 4, y : y + 4, z : z + 4]))
 
-    candidates = [(x, y, z) for x in (0, 2, 4, 6, 8) for y in (0, 2, 3, 5) for z in (0, 2, 3)]
+    candidates = [(x, y, z) for x in (0, 2, 4, 6, 8) for y in (0, 2, 5) for z in (0, 3)]
     most = max(count(*start) for start in candidates)
     expected = [start for start in candidates if count(*start) >= 0.5 * most]
     assert [tuple(start) for start in dataset.stacks[0].starts.tolist()] == expected
@@ -263,7 +310,7 @@ def test_empty_crops_are_left_out_by_exact_counts() -> None:
 
 def test_a_volume_smaller_than_a_crop_is_one_image() -> None:
     cases = [prepared(np.ones((1, 5, 6, 7)), (1, 1, 1)) for _ in range(4)]
-    dataset = groups([source(cases)], ImagesConfig(neighbours=1), size=(8, 8, 8), nodes=4)
+    dataset = groups([source(cases)], each_slice(neighbours=1), size=(8, 8, 8), nodes=4)
 
     assert dataset.image_counts == {"scans": 4}
     assert dataset[0]["first"].shape == (4, 1, 8, 8, 8)
@@ -272,10 +319,10 @@ def test_a_volume_smaller_than_a_crop_is_one_image() -> None:
 @pytest.mark.parametrize(
     ("cases", "images", "message"),
     [
-        ([numbered(15)], ImagesConfig(), "scans: has 15 images; expected at least the 16 of one group"),
-        ([numbered(6) for _ in range(5)], ImagesConfig(), "scans: no case has 8 neighbouring images; the most .* is 6"),
+        ([numbered(15)], each_slice(), "scans: has 15 images; expected at least the 16 of one group"),
+        ([numbered(6) for _ in range(5)], each_slice(), "scans: no case has 8 neighbouring images; the most .* is 6"),
         ([numbered(20)], ImagesConfig(slice_step_mm=10), "scans: no case has 8 neighbouring images"),
-        ([prepared(np.zeros((1, 6, 5, 20)), (1, 1, 2))], ImagesConfig(), "scans: has 0 images"),
+        ([prepared(np.zeros((1, 6, 5, 20)), (1, 1, 2))], each_slice(), "scans: has 0 images"),
     ],
 )
 def test_a_source_that_is_too_small_is_named(cases: list[PreparedCase], images: ImagesConfig, message: str) -> None:
@@ -292,7 +339,7 @@ def test_sources_that_do_not_fit_together_are_refused() -> None:
 
     with pytest.raises(DataError, match="different numbers of channels: 1 in scans, 3 in eyes"):
         groups([scans, pictures])
-    assert groups([scans, pictures], ImagesConfig(channels="each"))[0]["first"].shape[1] == 1
+    assert groups([scans, pictures], each_slice(channels="each"))[0]["first"].shape[1] == 1
     with pytest.raises(DataError, match="eye: is a picture; expected a volume"):
         groups([pictures], size=(4, 4, 4))
     with pytest.raises(DataError, match="scans: 2 patients for 1 cases"):
