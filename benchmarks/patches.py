@@ -126,7 +126,7 @@ def transform_times() -> dict[str, float]:
     from monai.data import set_track_meta
     from monai.transforms import Compose, RandAffined, RandGaussianNoised, RandScaleIntensityd
 
-    from segkit.preparing.patch_sampling import RandPatchd
+    from segkit.preparing.patch_sampling import RandBoxd, ResampleBoxd
     from segkit.preparing.transforms import RandNoised, rotation
 
     set_track_meta(False)
@@ -134,22 +134,22 @@ def transform_times() -> dict[str, float]:
     affine = RandAffined(
         ("image", "label"), (64,) * 3, 1.0, (0.5, 0.5, 0.5), scale_range=(0.3, 0.3, 0.3), mode=("bilinear", "nearest")
     )
-    cut = RandPatchd((64,) * 3, foreground_fraction=0.0)
+    cut, resample = RandBoxd((64,) * 3, foreground_fraction=0.0), ResampleBoxd((64,) * 3)
     turn = 1.1 * rotation(3, (0, 1), 20) @ rotation(3, (1, 2), 10)
     before, after = (reach[0] for reach in (cut.reach(turn)))
     middle = np.full(3, 52)
     part = (slice(None), *[slice(52 - before, 52 + after)] * 3)
 
     def ours() -> None:
-        cut.cut(whole.numpy()[part], middle - (52 - before), turn, is_label=False)
-        cut.cut(label.numpy()[part], middle - (52 - before), turn, is_label=True)
+        box = {"image": whole[part].contiguous(), "label": label[part].contiguous()}
+        resample({**box, "theta": cut.theta(turn, middle - (52 - before), box["image"].shape[1:])})
 
     ten = Compose([RandScaleIntensityd("image", 0.1, 0.0) for _ in range(10)])
     calls: dict[str, Callable[[], object]] = {
         "RandGaussianNoised": lambda: RandGaussianNoised("image", 1.0)({"image": plane}),
         "RandNoised": lambda: RandNoised("image", (0.0, 0.1), 1.0)({"image": plane}),
         "RandAffined, from a box of 104^3": lambda: affine({"image": whole, "label": label}),
-        "RandPatchd, rotated and scaled": ours,
+        "RandBoxd and ResampleBoxd, rotated and scaled": ours,
         "Compose.set_random_state of ten transforms": lambda: ten.set_random_state(1),
     }
     return {name: min(_ms(call) for _ in range(20)) for name, call in calls.items()}

@@ -13,10 +13,7 @@ from pathlib import Path
 
 from monai.transforms import (
     Compose,
-    OneOf,
-    RandAdjustContrastd,
     RandFlipd,
-    RandGaussianSmoothd,
     RandomizableTransform,
     RandScaleIntensityd,
     RandScaleIntensityFixedMeand,
@@ -26,13 +23,18 @@ from monai.transforms import (
 from pydantic import Field, model_validator
 
 from segkit.config import Config
-from segkit.preparing.patch_sampling import RandPatchd
-from segkit.preparing.transforms import IMAGE, LABEL, EachModality, RandModalityDropoutd, RandNoised, halves_about_one
+from segkit.preparing.patch_sampling import RandBoxd, ResampleBoxd
+from segkit.preparing.transforms import (
+    IMAGE,
+    LABEL,
+    EachModality,
+    RandBlurd,
+    RandGammad,
+    RandModalityDropoutd,
+    RandNoised,
+)
 
 Range = tuple[float, float]
-
-_GAMMA_WEIGHTS = {False: 3, True: 1}
-"""A quarter of the gamma curves act on the inverted image (nnU-Net: 0.1 against 0.3)."""
 
 
 class IntensityConfig(Config):
@@ -80,6 +82,10 @@ class AugmentationConfig(IntensityConfig):
 
     enabled: bool = True
     """Whether to augment; otherwise patches are only cut."""
+
+    on_device: bool = False
+    """Whether patches are rotated, zoomed, mirrored and changed in intensity on the device of the training, instead of
+    by the processes that read them: for a GPU that waits for patches. Modalities are dropped there too."""
 
     mirror_axes: tuple[int, ...] | None = None
     """Voxel axes (0, 1, 2 after orientation) along which patches are mirrored, each with probability 0.5. None lets
@@ -134,11 +140,11 @@ def training_transforms(
     """
     both, c, first = (IMAGE, LABEL), config, [] if bank is None else [bank]
     if not config.enabled:
-        return Compose([*first, RandPatchd(patch_size, foreground_fraction=foreground_fraction), *before, *after])
+        return Compose([*first, RandBoxd(patch_size, foreground_fraction=foreground_fraction), *before, *after])
     return Compose(
         [
             *first,
-            RandPatchd(
+            RandBoxd(
                 patch_size,
                 foreground_fraction=foreground_fraction,
                 rotation_probability=c.rotation_probability,
@@ -146,6 +152,7 @@ def training_transforms(
                 scale_probability=c.scale_probability,
                 scale_range=c.scale_range,
             ),
+            ResampleBoxd(patch_size),
             *before,
             *(RandFlipd(both, 0.5, axis, allow_missing_keys=True) for axis in c.mirror_axes or ()),
             intensity_transforms(config, len(patch_size)),
@@ -158,15 +165,10 @@ def training_transforms(
 def intensity_transforms(config: IntensityConfig, dims: int) -> EachModality:
     """Changes of "image" (C, *spatial) with `dims` axes, drawn for each modality; exact zeros stay 0."""
     c, linear = config, "bilinear" if dims == 2 else "trilinear"
-    gammas = [
-        (RandAdjustContrastd(IMAGE, c.gamma_probability, half, is_inverted, retain_stats=True), weight)
-        for half in halves_about_one(c.gamma_range)
-        for is_inverted, weight in _GAMMA_WEIGHTS.items()
-    ]
     return EachModality(
         [
             RandNoised(IMAGE, c.noise_std_range, c.noise_probability),
-            RandGaussianSmoothd(IMAGE, *[c.blur_sigma_range] * 3, prob=c.blur_probability),
+            RandBlurd(IMAGE, c.blur_sigma_range, c.blur_probability),
             RandScaleIntensityd(IMAGE, _factors(c.brightness_range), c.brightness_probability),
             RandScaleIntensityFixedMeand(
                 IMAGE, _factors(c.contrast_range), preserve_range=True, prob=c.contrast_probability
@@ -174,7 +176,7 @@ def intensity_transforms(config: IntensityConfig, dims: int) -> EachModality:
             RandSimulateLowResolutiond(
                 IMAGE, c.low_resolution_probability, "nearest-exact", linear, c.low_resolution_range
             ),
-            OneOf(*zip(*gammas, strict=True)),
+            RandGammad(IMAGE, c.gamma_range, c.gamma_probability),
         ]
     )
 

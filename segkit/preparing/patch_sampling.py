@@ -6,15 +6,16 @@ from typing import Any
 import numpy as np
 import torch
 from monai.networks.layers import AffineTransform
-from monai.transforms import Compose, RandomizableTransform
+from monai.networks.utils import to_norm_affine
+from monai.transforms import Compose, RandomizableTransform, Transform
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from segkit.preparing.preprocessing import PreparedCase
 from segkit.preparing.transforms import (
     IMAGE,
     LABEL,
-    halves_about_one,
+    drawn_about_one,
     rotation,
     rotation_planes,
     run,
@@ -22,24 +23,29 @@ from segkit.preparing.transforms import (
 )
 from segkit.shapes import AnyArray, overlap
 
+_THETA, _STATE = "theta", "state"
+"""Further keys of a box: the map from its patch, and the random state with which the patch is made."""
+
 _JITTER = 0.25
 """Largest distance of a chosen foreground voxel from the middle of its patch, as a share of the patch."""
 
 
-class RandPatchd(RandomizableTransform):  # type: ignore[misc]
-    """Cuts a patch around a drawn centre, rotated and scaled.
+class RandBoxd(RandomizableTransform):  # type: ignore[misc]
+    """Cuts the box from which `ResampleBoxd` makes a patch around a drawn centre, rotated and scaled.
 
     With probability `foreground_fraction` the patch is centred, within a jitter, on a voxel of a label value drawn
     uniformly from those present in the case; otherwise it lies anywhere inside the volume, in a case with ignored
-    voxels around any of the others. Voxel `patch_size // 2` is the centre. A volume smaller than the patch is padded
-    with zeros on both sides. `scale_range` is the size of what the patch shows, relative to the patch.
+    voxels around any of the others. Voxel `patch_size // 2` is the centre. `scale_range` is the size of what the patch
+    shows, relative to the patch.
 
-    Takes {"case": PreparedCase, possibly "lesion": Transplant}; returns "image" (C, *patch_size) float32 and, with a
-    reference, "label" (1, *patch_size) uint8. Only the voxels that a patch shows are read from a memory-mapped case.
+    Takes {"case": PreparedCase, possibly "lesion": Transplant}; returns "image" (C, *box) float32 and, with a
+    reference, "label" (1, *box) uint8. Without rotation and scale they are the patch, padded with zeros on both sides
+    where the volume is smaller; else there is "theta" (1, dims + 1, dims + 1), from the patch to the box in torch's
+    normalised coordinates. Only the voxels of the box are read from a memory-mapped case.
 
-    `RandAffined` does not replace it: it draws all rotations together and a scale for each axis, and needs a box that
-    is large enough for every rotation. From that box it takes twice as long: 58 ms instead of 26 ms for 4 x 64^3 voxels
-    with their labels (one core, 2026-11-30, `benchmarks/patches.py --transforms`).
+    `RandAffined` does not replace both: it draws all rotations together and a scale for each axis, and needs a box that
+    is large enough for every rotation. From that box it takes twice as long: 62 ms instead of 30 ms for 4 x 64^3 voxels
+    with their labels (one core, 2026-12-01, `benchmarks/patches.py --transforms`).
     """
 
     def __init__(
@@ -61,7 +67,7 @@ class RandPatchd(RandomizableTransform):  # type: ignore[misc]
         self.scale_range = scale_range
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """The patch."""
+        """The box."""
         case: PreparedCase = data["case"]
         centre, matrix = np.array(self.draw_centre(case)), self.draw_matrix()
         before, after = self.reach(matrix)
@@ -72,7 +78,11 @@ class RandPatchd(RandomizableTransform):  # type: ignore[misc]
             sample[LABEL] = case.labels[region][None]
         if (lesion := data.get("lesion")) is not None:
             sample = lesion.paste_into(sample, start.tolist())
-        return {key: self.cut(array, centre - start, matrix, is_label=key == LABEL) for key, array in sample.items()}
+        if matrix is None:
+            corner = (centre - start - before).tolist()
+            return {key: torch.from_numpy(_crop(array, corner, self.patch_size)) for key, array in sample.items()}
+        box = {key: torch.from_numpy(np.array(array, order="C")) for key, array in sample.items()}
+        return box | {_THETA: self.theta(matrix, centre - start, sample[IMAGE].shape[1:])}
 
     def draw_centre(self, case: PreparedCase) -> list[int]:
         """The voxel of the case at voxel `patch_size // 2` of the patch."""
@@ -100,8 +110,7 @@ class RandPatchd(RandomizableTransform):  # type: ignore[misc]
                 turn = rotation(len(self.patch_size), plane, self.R.uniform(-1, 1) * self.rotation_degrees)
                 matrix = turn if matrix is None else turn @ matrix
         if self.R.random_sample() < self.scale_probability:
-            halves = halves_about_one(self.scale_range)
-            scale = self.R.uniform(*halves[self.R.randint(len(halves))])
+            scale = drawn_about_one(self.R, self.scale_range)
             matrix = scale * (np.eye(len(self.patch_size)) if matrix is None else matrix)
         return matrix
 
@@ -113,48 +122,96 @@ class RandPatchd(RandomizableTransform):  # type: ignore[misc]
         extent = np.ceil(np.abs(matrix) @ (size / 2)).astype(int) + 1
         return extent, extent + 1
 
-    def cut(
-        self, array: AnyArray, centre: NDArray[np.intp], matrix: NDArray[np.float64] | None, *, is_label: bool
-    ) -> torch.Tensor:
-        """The patch (C, *patch_size) of (C, *spatial) around `centre`, resampled once if there is a matrix."""
+    def theta(self, matrix: NDArray[np.float64], centre: NDArray[np.intp], box_size: Sequence[int]) -> torch.Tensor:
+        """The map from the patch to a box in which `centre` is the centre of the patch."""
         pivot = np.array(self.patch_size) // 2
-        if matrix is None:
-            return torch.from_numpy(_crop(array, (centre - pivot).tolist(), self.patch_size))
-        theta = np.eye(len(pivot) + 1)
-        theta[:-1, :-1] = matrix
-        theta[:-1, -1] = centre - matrix @ pivot
-        mode = "nearest" if is_label else "bilinear"
-        has_corners = 1 not in self.patch_size  # else torch places the only slice half a voxel off
-        resample = AffineTransform(self.patch_size, mode=mode, padding_mode="zeros", align_corners=has_corners)
-        source = torch.from_numpy(np.array(array, np.float32, order="C"))
-        patch: torch.Tensor = resample(source[None], torch.from_numpy(theta).float())[0]
-        return patch.to(torch.uint8) if is_label else patch
+        affine = np.eye(len(pivot) + 1, dtype=np.float32)
+        affine[:-1, :-1] = matrix
+        affine[:-1, -1] = centre - matrix @ pivot
+        theta: torch.Tensor = to_norm_affine(
+            torch.from_numpy(affine)[None], box_size, self.patch_size, align_corners=_has_corners(self.patch_size)
+        )
+        return theta
 
 
-class PatchDataset(Dataset[dict[str, torch.Tensor]]):
+class ResampleBoxd(Transform):  # type: ignore[misc]
+    """Resamples a box of `RandBoxd` to the patch, on the device of the box; draws nothing.
+
+    Returns "image" (C, *patch_size) float32 and, if given, "label" (1, *patch_size) uint8.
+    """
+
+    def __init__(self, patch_size: Sequence[int]) -> None:
+        self.patch_size = tuple(patch_size)
+
+    def __call__(self, data: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The patch."""
+        patch = dict(data)
+        if (theta := patch.pop(_THETA, None)) is None:
+            return patch
+        has_corners = _has_corners(self.patch_size)
+        for key, box in patch.items():
+            mode = "nearest" if key == LABEL else "bilinear"
+            resample = AffineTransform(self.patch_size, True, mode, padding_mode="zeros", align_corners=has_corners)
+            patch[key] = resample(box[None].float(), theta)[0].to(box.dtype)
+        return patch
+
+
+def _has_corners(patch_size: Sequence[int]) -> bool:
+    """Whether torch's coordinates -1 and 1 are middles of voxels: else it places an only slice half a voxel off."""
+    return 1 not in patch_size
+
+
+class PatchDataset(Dataset[dict[str, Any]]):
     """Random patches of prepared cases: `transforms` applied to {"case": PreparedCase}.
 
     Item i depends on (seed, i) only, not on the number of workers, so a resumed run continues exactly. Each
     `len(prepared)` items have every case once, in a new random order.
     """
 
-    def __init__(self, prepared: Sequence[PreparedCase], transforms: Compose, *, seed: int, length: int) -> None:
+    def __init__(
+        self,
+        prepared: Sequence[PreparedCase],
+        transforms: Compose,
+        *,
+        seed: int,
+        length: int,
+        gives_boxes: bool = False,
+    ) -> None:
         self.prepared = prepared
         self.transforms = transforms
         self.seed = seed
         self.length = length
+        self.gives_boxes = gives_boxes
+        self._boxed = 1 + [isinstance(transform, RandBoxd) for transform in transforms.transforms].index(True)
         self._random = np.random.RandomState(0)
         share_random_state(transforms, self._random)
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Item `index`: "image" (C, *patch_size) float32 and, with a reference, "label" (*patch_size) uint8."""
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Item `index`: "image" (C, *patch_size) float32 and, with a reference, "label" (*patch_size) uint8.
+
+        With `gives_boxes` it is the box of that patch, for `patches_of`.
+        """
         if not 0 <= index < self.length:
             raise IndexError(index)
         self._random.seed(np.random.SeedSequence((self.seed, 1, index)).generate_state(4))
-        patch = run(self.transforms, {"case": self.prepared[self.case_number(index)]})
+        box = run(self.transforms, {"case": self.prepared[self.case_number(index)]}, end=self._boxed)
+        return box | {_STATE: self._random.get_state()} if self.gives_boxes else self._patch_of(box)
+
+    def patches_of(self, boxes: Sequence[Mapping[str, Any]], device: torch.device) -> dict[str, torch.Tensor]:
+        """A batch of the patches of boxes, made on the device: on a CPU they are equal to items without boxes."""
+        patches = []
+        for box in boxes:
+            self._random.set_state(box[_STATE])
+            tensors = {key: value.to(device, non_blocking=True) for key, value in box.items() if key != _STATE}
+            patches.append(self._patch_of(tensors))
+        batch: dict[str, torch.Tensor] = default_collate(patches)
+        return batch
+
+    def _patch_of(self, box: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        patch = run(self.transforms, box, start=self._boxed)
         item = {IMAGE: patch[IMAGE].float()}
         return item | ({LABEL: patch[LABEL][0].to(torch.uint8)} if LABEL in patch else {})
 

@@ -179,6 +179,6 @@ def _problem(transform: Any, patch: Mapping[str, torch.Tensor], seed: int) -> st
             return f"gives NaN or infinity in the {key}"
         if not torch.equal(after, again[key]):
             return "gives another result for the same seed, so a resumed run would not be exact"
-    if LABEL in patch and not np.isin(first[LABEL].numpy(), [0, *np.unique(patch[LABEL].numpy())]).all():
+    if LABEL in patch and not np.isin(first[LABEL].cpu().numpy(), [0, *np.unique(patch[LABEL].cpu().numpy())]).all():
         return "changes the values of the label"
     return None

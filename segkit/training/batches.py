@@ -5,7 +5,7 @@ load, so the ranks get the same items in the same order, and none twice.
 """
 
 import multiprocessing
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from typing import Any
@@ -31,11 +31,12 @@ def endless_batches(
     workers: int | None,
     ranks: Ranks,
     device: torch.device | None = None,
-) -> Iterator[Batch]:
+    collate: Callable[[list[Any]], Any] | None = None,
+) -> Iterator[Any]:
     """Batches from the `start`-th on, the n-th always of the same items; `workers` None chooses by the cores.
 
     `batch_size` is that of this process, `device` that of the network: a GPU copies from pinned memory, and needs more
-    patches prepared ahead.
+    patches prepared ahead. `collate` makes a batch of a list of items; None stacks their tensors.
 
     Raises:
         TrainingError: a worker was killed.
@@ -51,6 +52,7 @@ def endless_batches(
         num_workers=workers,
         persistent_workers=workers > 0,
         prefetch_factor=(4 if is_gpu else 2) if workers else None,
+        collate_fn=collate,
         pin_memory=is_gpu,
         worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # else the seed of the loader is drawn from the generator of dropout

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from monai.transforms import Transform
 from torch import Tensor, nn
 
@@ -29,7 +30,7 @@ from segkit.models.sample_processes import SampleProcesses
 from segkit.preparing.augmentation import training_transforms
 from segkit.preparing.cache import StoredCases
 from segkit.preparing.lesion_bank import LesionBank, prepare_copies
-from segkit.preparing.patch_sampling import PatchDataset, RandPatchd
+from segkit.preparing.patch_sampling import PatchDataset, RandBoxd
 from segkit.preparing.preprocessing import PreparedCase, load_case
 from segkit.preparing.user_transforms import build_transforms, keeping_background, parts_of, require_usable
 from segkit.reading.case import Case
@@ -86,7 +87,10 @@ class SegmentationTask:
     def batches(self, start: int) -> Iterator[Batch]:
         """Endless batches {"image": (B, C, *patch), "label": (B, *patch)} from number `start` on."""
         device = next(self.model.parameters()).device
-        return endless_batches(self.patches, self.batch_size, start, self.workers, self.ranks, device)
+        if not self.patches.gives_boxes:
+            return endless_batches(self.patches, self.batch_size, start, self.workers, self.ranks, device)
+        boxes = endless_batches(self.patches, self.batch_size, start, self.workers, self.ranks, device, list)
+        return (self.patches.patches_of(several, device) for several in boxes)
 
     def loss(self, batch: Batch) -> Tensor:
         """Loss of a batch on the model's device."""
@@ -224,7 +228,13 @@ class SegmentationKind(Kind[TrainConfig, SegmentationTask]):
             model=network,
             card=card,
             loss_function=SegmentationLoss.of_scheme(_scheme(plan), config.loss),
-            patches=PatchDataset(cases, transforms, seed=config.training.seed, length=ENDLESS),
+            patches=PatchDataset(
+                cases,
+                transforms,
+                seed=config.training.seed,
+                length=ENDLESS,
+                gives_boxes=config.augmentation.on_device,
+            ),
             validation=data.prepared(data.validation_ids[: config.training.validation_cases]),
             batch_size=config.planning.batch_size or 1,
             workers=config.training.workers,
@@ -315,8 +325,9 @@ def _user_transforms(
         placed["after"] += [keeping_background(part) for part in parts_of(from_python)] if from_python else []
     except ValueError as error:
         raise RequestError(str(error), where="transforms") from error
-    patch = RandPatchd(patch_size, foreground_fraction=1).set_random_state(0)({"case": case})
-    require_usable([*placed["before"], *placed["after"]], patch)
+    patch = RandBoxd(patch_size, foreground_fraction=1).set_random_state(0)({"case": case})
+    device = plan.request.device if plan.config.augmentation.on_device else torch.device("cpu")
+    require_usable([*placed["before"], *placed["after"]], {key: part.to(device) for key, part in patch.items()})
     return placed
 
 

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from segkit.inference.backends import TorchBackend
 from segkit.inference.on_device import painted
@@ -33,10 +33,12 @@ from segkit.losses.restoration import RestorationConfig
 from segkit.models.blocks import SegmentationNetwork
 from segkit.models.generator import build_discriminator
 from segkit.models.table import MODELS, build_model
+from segkit.preparing.augmentation import AugmentationConfig, training_transforms
 from segkit.preparing.fingerprint import Fingerprint, Foreground
 from segkit.preparing.memory import Computation, step_bytes
+from segkit.preparing.patch_sampling import PatchDataset
 from segkit.preparing.plan import PlanningRequest, plan_training
-from segkit.preparing.preprocessing import Preparation
+from segkit.preparing.preprocessing import Preparation, PreparedCase
 from segkit.pretraining.contrastive import Contrast, ContrastiveConfig
 from segkit.pretraining.masked import MaskedReconstruction
 from segkit.reading.geometry import reorientation_to
@@ -210,6 +212,32 @@ def test_clipping_the_optimiser_and_the_average_let_the_host_run_ahead(precision
     assert (host.waits, host.convolved_in) == ([], {_DTYPES[precision]})
     assert [loss.device for loss in trainer.late] == [DEVICE] * 2
     assert trainer.optimiser.defaults["fused"]
+
+
+def test_patches_are_made_on_the_device_without_a_wait_of_the_host(mode: FakeTensorMode) -> None:
+    """Every change, with its random numbers of the host; each as certain as it can be."""
+    grid = Grid((40, 40, 40), np.eye(4))
+    way = Preparation(grid, reorientation_to(grid, "IJK"), ((0,) * 3, grid.shape), grid.shape, (1.0,) * 3)
+    case = PreparedCase("case", np.ones((2, 40, 40, 40), np.float32), np.ones((40, 40, 40), np.uint8), way)
+    certain = dict.fromkeys([name for name in AugmentationConfig.model_fields if name.endswith("_probability")], 1.0)
+    config = AugmentationConfig(mirror_axes=(0, 1, 2), modality_dropout=0.999, **certain)
+    transforms = training_transforms(config, (16, 16, 16), foreground_fraction=0.0)
+    patches = PatchDataset([case], transforms, seed=0, length=10, gives_boxes=True)
+    with unset_fake_temporarily():
+        boxes = [patches[index] for index in range(2)]
+    boxes = tree_map_only(Tensor, mode.from_tensor, boxes)
+    from_numpy, generator = torch.from_numpy, torch.Generator()  # one of a GPU needs a GPU
+    with (
+        mock.patch("torch.from_numpy", lambda array: mode.from_tensor(from_numpy(array))),
+        mock.patch("torch.Generator", return_value=generator),
+        Host() as host,
+    ):
+        batch = patches.patches_of(boxes, DEVICE)
+    assert {key: (value.device, tuple(value.shape)) for key, value in batch.items()} == {
+        "image": (DEVICE, (2, 2, 16, 16, 16)),
+        "label": (DEVICE, (2, 16, 16, 16)),
+    }
+    assert host.waits == []
 
 
 @contextmanager

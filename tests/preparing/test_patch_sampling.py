@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from segkit.preparing.augmentation import AugmentationConfig, training_transforms
 from segkit.preparing.cache import foreground_voxels
-from segkit.preparing.patch_sampling import PatchDataset, RandPatchd
+from segkit.preparing.patch_sampling import PatchDataset, RandBoxd, ResampleBoxd
 from segkit.preparing.preprocessing import Preparation, PreparedCase
 from segkit.reading.geometry import Reorientation
 from segkit.reading.volume import Grid
@@ -144,9 +144,40 @@ def test_items_outside_the_length_are_refused() -> None:
 def test_a_scaled_patch_of_one_slice_shows_that_slice() -> None:
     """From five slices whose voxels are their number."""
     image = np.broadcast_to(np.arange(1, 6, dtype=np.float32), (1, 8, 8, 5)).copy()
-    cut, centre = RandPatchd((4, 4, 1), foreground_fraction=0).cut, np.array([4, 4, 2])
+    case = PreparedCase("case", image, image[0].astype(np.uint8), prepared_case(1, (8, 8, 5)).preparation)
+    cut, resample = RandBoxd((4, 4, 1), foreground_fraction=0), ResampleBoxd((4, 4, 1))
+    cut.draw_centre = lambda _: [4, 4, 2]
     for scale in (0.7, 1.4):
-        found = cut(image, centre, scale * np.eye(3), is_label=False)
-        assert torch.allclose(found, torch.full((1, 4, 4, 1), 3.0))
-        labels = cut(image.astype(np.uint8), centre, scale * np.eye(3), is_label=True)
-        assert torch.equal(labels, torch.full((1, 4, 4, 1), 3, dtype=torch.uint8))
+        cut.draw_matrix = lambda scale=scale: scale * np.eye(3)
+        patch = resample(cut({"case": case}))
+        assert torch.allclose(patch["image"], torch.full((1, 4, 4, 1), 3.0))
+        assert torch.equal(patch["label"], torch.full((1, 4, 4, 1), 3, dtype=torch.uint8))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on a machine of one core
+@pytest.mark.parametrize(
+    ("shape", "patch"), [((19, 21, 14), (12, 16, 8)), ((19, 21, 5), (8, 24, 1)), ((22, 25), (16, 16))]
+)
+def test_patches_made_from_boxes_are_those_of_the_loader(shape: tuple[int, ...], patch: tuple[int, ...]) -> None:
+    """Bit for bit, as all random numbers are the same; from this process and through a worker, in any order."""
+    generator = np.random.default_rng(0)
+    cases = [prepared_case(number, shape, has_labels=number > 1) for number in (1, 2, 3)]
+    for case in cases:
+        case.image[:] = generator.normal(size=case.image.shape)
+        case.image[generator.random(case.image.shape) < 0.2] = 0
+    config = AugmentationConfig(
+        mirror_axes=(0, 1),
+        modality_dropout=0.5,
+        **dict.fromkeys([name for name in AugmentationConfig.model_fields if name.endswith("_probability")], 0.3),
+    )
+    expected, boxes = (
+        dataset(cases, patch, 0.5, augmentation=config, length=24, gives_boxes=gives) for gives in (False, True)
+    )
+    loader = DataLoader(boxes, batch_size=1, num_workers=1, collate_fn=list)
+    loaded = dict(enumerate(loader)) | {index: [boxes[index]] for index in range(23, 11, -1)}
+
+    assert {"theta" in items[0] for items in loaded.values()} == {True, False}
+    for index, items in loaded.items():
+        made = boxes.patches_of(items, torch.device("cpu"))
+        assert made.keys() == expected[index].keys()
+        assert all(torch.equal(made[key][0], value) for key, value in expected[index].items())

@@ -23,6 +23,8 @@ SMALL: dict[str, Any] = {
     "training": {"steps": 4, "steps_per_epoch": 2, "validation_cases": 1},
 }
 
+_ON_DEVICE = "augmentation.on_device=true"
+
 
 @pytest.fixture(scope="module")
 def data(phantom_data: Callable[[int], Path]) -> Path:
@@ -47,7 +49,7 @@ def _weights(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on a machine of one core
 def test_a_yaml_with_transforms_of_monai_trains_and_resumes_exactly(data: Path, tmp_path: Path) -> None:
-    """Bit for bit with 0 and 4 workers, and after a stop."""
+    """Bit for bit with 0 and 4 workers, after a stop, and with patches that are made on the device of the training."""
     transforms = [
         {"name": "RandBiasFieldd", "keys": ["image"], "prob": 0.5},
         {"name": "RandGibbsNoised", "prob": 0.5, "alpha": [0.0, 0.6], "place": "before"},
@@ -56,18 +58,18 @@ def test_a_yaml_with_transforms_of_monai_trains_and_resumes_exactly(data: Path, 
     path = tmp_path / "settings.yaml"
     path.write_text(yaml.safe_dump({**SMALL, "training": {**SMALL["training"], "transforms": transforms}}))
     arguments = ("-d", "cpu", "--config", path)
-    for workers in (0, 4):
-        assert run_segkit("train", data, "-o", tmp_path / str(workers), *arguments, "-q", "--set",
-                          f"training.workers={workers}") == 0  # fmt: skip
+    for name, setting in {"0": "training.workers=0", "4": "training.workers=4", "device": _ON_DEVICE}.items():
+        assert run_segkit("train", data, "-o", tmp_path / name, *arguments, "-q", "--set", setting) == 0
     with pytest.raises(_SwitchedOffError):
         segkit.train(data, tmp_path / "cut", config=path, device="cpu", on_progress=_cut_after_two)
-    assert run_segkit("train", data, "-o", tmp_path / "cut", *arguments, "-q", "--resume") == 0
+    assert run_segkit("train", data, "-o", tmp_path / "cut", *arguments, "-q", "--resume", "--allow-changes",
+                      "--set", _ON_DEVICE) == 0  # fmt: skip
     assert run_segkit("train", data, "-o", tmp_path / "plain", "-d", "cpu", "--config", path, "-q",
                       "--set", "training.transforms=[]") == 0  # fmt: skip
 
     assert yaml.safe_load((tmp_path / "0" / "config.yaml").read_text())["training"]["transforms"] == transforms
     expected = _weights(tmp_path / "0")
-    for name in ("4", "cut"):
+    for name in ("4", "device", "cut"):
         assert all(torch.equal(tensor, expected[key]) for key, tensor in _weights(tmp_path / name).items())
     assert any(not torch.equal(tensor, expected[key]) for key, tensor in _weights(tmp_path / "plain").items())
 
