@@ -87,10 +87,9 @@ class SegmentationTask:
     def batches(self, start: int) -> Iterator[Batch]:
         """Endless batches {"image": (B, C, *patch), "label": (B, *patch)} from number `start` on."""
         device = next(self.model.parameters()).device
-        if not self.patches.gives_boxes:
-            return endless_batches(self.patches, self.batch_size, start, self.workers, self.ranks, device)
-        boxes = endless_batches(self.patches, self.batch_size, start, self.workers, self.ranks, device, list)
-        return (self.patches.patches_of(several, device) for several in boxes)
+        collate = list if self.patches.gives_boxes else None
+        batches = endless_batches(self.patches, self.batch_size, start, self.workers, self.ranks, device, collate)
+        return (self.patches.patches_of(boxes, device) for boxes in batches) if collate else batches
 
     def loss(self, batch: Batch) -> Tensor:
         """Loss of a batch on the model's device."""
@@ -215,7 +214,7 @@ class SegmentationKind(Kind[TrainConfig, SegmentationTask]):
     def build_task(self, plan: RunPlan[TrainConfig], card: ModelCard, network: SegmentationNetwork) -> SegmentationTask:
         """The task with patches of the training cases, and of a lesion bank if the settings name one."""
         config, (data,), ranks = plan.config, plan.data, plan.request.ranks
-        budget = config.training.budget_minutes
+        budget, on_device = config.training.budget_minutes, config.augmentation.on_device
         cases = data.prepared(data.training_ids)
         transforms = training_transforms(
             config.augmentation,
@@ -228,13 +227,7 @@ class SegmentationKind(Kind[TrainConfig, SegmentationTask]):
             model=network,
             card=card,
             loss_function=SegmentationLoss.of_scheme(_scheme(plan), config.loss),
-            patches=PatchDataset(
-                cases,
-                transforms,
-                seed=config.training.seed,
-                length=ENDLESS,
-                gives_boxes=config.augmentation.on_device,
-            ),
+            patches=PatchDataset(cases, transforms, seed=config.training.seed, length=ENDLESS, gives_boxes=on_device),
             validation=data.prepared(data.validation_ids[: config.training.validation_cases]),
             batch_size=config.planning.batch_size or 1,
             workers=config.training.workers,

@@ -169,8 +169,11 @@ def test_the_table_filters_by_text_and_region(page):
 
 def test_a_link_opens_the_pictures_of_its_case(page):
     page.evaluate("for (const card of document.querySelectorAll('.card')) card.open = false")
-    page.evaluate("document.querySelector('#case-table tbody a').click()")
-    wait_for(page, "document.querySelector('.card').open", 10)
+    link = "[...document.querySelectorAll('#case-table tbody a')].at(-1)"
+    opened = "[...document.querySelectorAll('.card[open]')].map((card) => '#' + card.id)"
+    page.evaluate(f"{link}.click()")
+    wait_for(page, f"{opened}.length > 0", 10)
+    assert page.evaluate(opened) == [page.evaluate(f"{link}.hash")]
 
 
 @pytest.mark.parametrize("width", [390, 1280])
