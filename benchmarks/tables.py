@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 import segkit
+from segkit.api.arguments import read_case_ids
 
 HERE = Path(__file__).resolve().parent
 KEPT_OUT = {
@@ -146,23 +147,33 @@ def run_arm(table: str, arm: Arm, minutes: float, data: Path, out: Path) -> dict
     started = time.monotonic()
     subprocess.run(command, check=True)
     taken = time.monotonic() - started
-    shown = " ".join(command[2:] if command[1] == "-m" else ["python", *command[1:]])
-    for path, name in ((data, f"DATA/{data.name}"), (run, "RUN"), (run.parent, "RUNS"), (HERE.parent, ".")):
-        shown = shown.replace(str(path), name)
     return {
         "table": table,
         "arm": arm.name,
         "seed": arm.seed,
-        "command": shown.replace(str(data), f"DATA/{data.name}")
-        .replace(str(run), "RUN")
-        .replace(f"{HERE.parent}/", ""),
+        "command": shown(command, {data: f"DATA/{data.name}", run: "RUN", run.parent: "RUNS"}),
+        **circumstances(),
+        "minutes": round(taken / 60, 2),
+        "steps": steps_of(run),
+        "dice": _scores(arm, data, run),
+    }
+
+
+def shown(command: Sequence[str], names: Mapping[Path, str]) -> str:
+    """A command as it is typed in this repository, with names in place of paths."""
+    text = " ".join(command[2:] if command[1] == "-m" else ["python", *command[1:]])
+    for path, name in {**names, HERE.parent: "."}.items():
+        text = text.replace(str(path), name)
+    return text
+
+
+def circumstances() -> dict[str, Any]:
+    """Commit, date, processor and cores."""
+    return {
         "commit": subprocess.check_output(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], text=True).strip(),
         "date": time.strftime("%Y-%m-%d"),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
-        "minutes": round(taken / 60, 2),
-        "steps": _steps(run),
-        "dice": _scores(arm, data, run),
     }
 
 
@@ -187,19 +198,27 @@ def _processor() -> str:
     return name + (" with avx512_bf16" if "avx512_bf16" in text else "")
 
 
-def _steps(run: Path) -> int:
+def steps_of(run: Path) -> int:
+    """Steps of a finished training."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return int(json.loads(lines[-1])["step"])
 
 
 def _scores(arm: Arm, data: Path, run: Path) -> dict[str, dict[str, float]]:
-    """Dice by case and region of the validation cases, or of those kept out, as `segkit evaluate` gives it."""
+    """Dice of the validation cases, or of those kept out."""
     if arm.is_test:
-        case_ids = (HERE / KEPT_OUT[data.name]).read_text(encoding="utf-8").split()
+        case_ids = read_case_ids(HERE / KEPT_OUT[data.name]) or []
     else:  # all of them: a short budget scores fewer
         case_ids = json.loads((run / "split.json").read_text(encoding="utf-8"))["validation"]
+    return dice_of(run, data, case_ids, is_segmented=bool(arm.loop))
+
+
+def dice_of(
+    run: Path, data: Path, case_ids: Sequence[str], *, is_segmented: bool = False
+) -> dict[str, dict[str, float]]:
+    """Dice by case and region of these cases, as `segkit evaluate` gives it; segmented first, unless they are."""
     masks = run / "masks"
-    if not arm.loop:
+    if not is_segmented:
         segkit.infer(run, data, masks, cases=case_ids, overwrite=True)
     evaluation = segkit.evaluate(masks, data, cases=case_ids)
     if evaluation.errors or len(evaluation.cases) != len(case_ids):
