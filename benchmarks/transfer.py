@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ TASKS = {
         {"views.size": 20, "images.neighbours": 4, "batch_size": 32},
         {"views.size": 32, "batch_size": 16, "masked.block": [8, 8, 8], **_NO_GROUPS},
         {"planning.patch_size": [32, 32, 32]},
-        steps=400,
+        steps=350,
         minutes=15,
         tuning_minutes=1.5,
     ),
@@ -84,7 +84,7 @@ TASKS = {
         {"views.size": 32, "images.slice_axis": 0, "batch_size": 64},
         {"views.size": 32, "images.slice_axis": 0, "batch_size": 64, **_NO_GROUPS},
         {"planning.patch_size": [32, 32, 32], "network.arguments.slice_axis": 0},
-        steps=150,
+        steps=300,
         minutes=15,
         tuning_minutes=1.5,
     ),
@@ -174,7 +174,7 @@ class Bench:
     out: Path
     lr: float
     encoder_lr: float
-    more: Sequence[str] = field(default_factory=tuple)
+    more: Sequence[str] = ()
 
     def run(self, unit: Unit) -> dict[str, Any]:
         """Do a unit; returns its line of the results."""
