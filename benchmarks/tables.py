@@ -66,6 +66,7 @@ def _compared(minutes: float, seed: int, network: str = "") -> tuple[Arm, ...]:
 
 _REVMBUNET = {"network.family": "revmbunet", "network.size": "small"}
 _FP32 = {"training.precision": "fp32"}
+_SMALL_PATCHES = {"planning.patch_limit": 48, "planning.batch_limit": 4}
 _STRONGER = {
     **{"augmentation.brightness_probability": 0.3, "augmentation.brightness_range": [0.6, 1.6]},
     **{"augmentation.contrast_probability": 0.3, "augmentation.contrast_range": [0.6, 1.6]},
@@ -89,8 +90,8 @@ TABLES: dict[str, Sequence[Arm]] = {
     "recipe": (
         Arm("as it is"),
         Arm("no modality left out", {"augmentation.modality_dropout": 0}),
-        Arm("no rotation, no zoom", {"augmentation.rotation_probability": 0, "augmentation.scale_probability": 0}),
-        Arm("4 patches of 48", {"planning.patch_limit": 48, "planning.batch_limit": 4}),
+        Arm("neither rotation nor zoom", {"augmentation.rotation_probability": 0, "augmentation.scale_probability": 0}),
+        Arm("4 patches of 48", _SMALL_PATCHES),
         Arm("ema 0.99", {"training.ema_decay": 0.99}),
         Arm("lr 6e-3", {"optimiser.lr": 6e-3}),
         Arm("lr 1.5e-3", {"optimiser.lr": 1.5e-3}),
@@ -98,6 +99,7 @@ TABLES: dict[str, Sequence[Arm]] = {
         Arm("stronger intensities", _STRONGER),
         Arm("bias field", {"training.transforms": [{"name": "RandBiasFieldd", "prob": 0.2}]}),
         Arm("Dice by sample", {"loss.batch_dice": False}),
+        Arm("4 patches of 48 with foreground 0.8", _SMALL_PATCHES | {"training.foreground_fraction": 0.8}),
         Arm("widths x 1.5", {"network.arguments": {"widths": [24, 48, 96, 192]}}),
     ),
     "brats": _compared(30, 0, "stunet/S"),
