@@ -1,259 +1,425 @@
-"""Which network fills holes best, and do they beat simple fills? Leave one subject out, three seeds.
+"""Networks and simple fills on holes of six scans kept out of training; each finished unit is a line of a file.
 
-    python benchmarks/inpainting.py train DATA OUT [--part K/N] [--steps 400] [--seeds 3] [--variants basic ...]
-    python benchmarks/inpainting.py score DATA OUT [--part K/N] [--holes 12]
-    python benchmarks/inpainting.py table OUT
-    python benchmarks/inpainting.py draw DATA OUT SUBJECT PICTURE
+    python benchmarks/inpainting.py norms --data DATA --out RUNS --minutes 50    # computes what is missing, prints
+    python benchmarks/inpainting.py norms                                        # prints the tables
+    python benchmarks/inpainting.py norms --data DATA --out RUNS --only "instance, constant" --seeds 3
+    python benchmarks/inpainting.py pictures --data DATA --out RUNS              # into docs/images
 
-DATA has one folder for each subject, with a T1 scan and a mask of what is not healthy, as any layout of segkit has
-them. `train` calls `segkit pretrain --method inpainting` with all folders but one; `score` fills holes in the one left
-out with each network and each simple fill, by the metrics of the BraTS challenge and SSIM in 3D; runs and scores that
-are there already are not made again, so that parts can go side by side.
+DATA holds `brats2018`, and `open_ms` for the anomaly maps: folders of cases. The tables are
+
+    norms       instance norm, RN-B, and RN-B with RN-L, under a constant hole and under a biharmonic fill
+    inputs      what a network sees in the hole, with and without the mirrored image
+    generator   the paper's own 2D generator, without and with a discriminator
+    split       the share of the hole and of the rest that each RN-L layer takes for the hole
+    anomaly     the area under the ROC curve of anomaly maps of whole brains as finders of lesions, by voxel
+
+A unit is a training, one case of a method, or one case of an anomaly map. With `--minutes` a training that does not end
+in time is stopped with its state written, and continued by the same command; another unit that would not fit, by the
+longest one of its kind so far, is not started. Scores are those of the BraTS challenge, and SSIM in 3D, of holes in
+healthy tissue, in three bins of their diameter, that of the ball of as many voxels.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
-from collections import defaultdict
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from simple_fills import FILLS, mirror_fill
+import torch
+from inpainting_tables import print_table
+from tables import processor, read_lines
 
-from segkit.inpainting.inputs import find_midline, mirror_of
+from segkit.inference.backends import TorchBackend
+from segkit.inpainting.inpaint import anomaly_map
+from segkit.inpainting.inputs import DETAIL_SHARE, add_detail, rough_fill, smooth_fill
+from segkit.inpainting.midplane import find_midplane, mirror_of
 from segkit.inpainting.predictor import InpaintingPredictor
+from segkit.metrics.calibration import area_under_roc
 from segkit.metrics.synthesis import ssim_3d, synthesis_scores
-from segkit.preparing.holes import HoleMaker, HolesConfig, brain_mask, grow, tumour_components
+from segkit.models.region_layers import detected_shares
+from segkit.preparing.hole_shapes import diameter_of
+from segkit.preparing.holes import HoleMaker, HolesConfig, brain_mask, grow
 from segkit.preparing.preprocessing import load_case
 from segkit.reading.geometry import reorientation_to, reoriented_grid
 from segkit.reading.layouts.table import PLAIN_CLASSES, find_cases
 from segkit.reading.volume import Grid
 
-MODALITY = "t1n"
-VARIANTS = {
-    "instance": {"encoder_norm": "instance", "decoder_norm": "instance"},
-    "rn-b": {"encoder_norm": "region", "decoder_norm": "instance"},
-    "rn-b rn-l": {"encoder_norm": "region", "decoder_norm": "learnable"},
+HERE = Path(__file__).resolve().parent
+IMAGES = HERE.parent / "docs" / "images"
+KEPT_OUT = (HERE / "brats2018_test.txt").read_text(encoding="utf-8").split()
+BINS = {"up to 12": (8.0, 12.0), "12 to 25": (12.0, 25.0), "above 25": (25.0, 45.0)}
+"""Diameters in voxels of the holes that are drawn for each bin."""
+HOLES_PER_BIN = 3
+SCORES = ("ssim", "mse", "ssim_3d", "psnr")
+CUBE = 24
+"""Side in voxels of the cubes of an anomaly map: an eighth of them, none beside another, is filled at a time."""
+FIRST_GUESS_S = {"holes": 300.0, "anomaly": 900.0}
+"""Seconds of a unit before one of its kind has been measured."""
+TO_STOP_S = 60.0
+"""Seconds within which a training has written its state."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One network: settings by dotted name over `--preset cpu` and those that all arms share."""
+
+    settings: Mapping[str, Any]
+    modality: str = "t1n"
+    steps: int = 5000
+
+
+def _unet(fill: str, *norms: str, context: str = "hole", **arguments: str) -> dict[str, Any]:
+    norm = {"encoder_norm": norms[0], "decoder_norm": norms[1], "context": context, **arguments}
+    return {"fill": fill, "network.arguments": norm}
+
+
+_INSTANCE, _BASIC, _BOTH = ("instance", "instance"), ("region", "instance"), ("region", "learnable")
+_GENERATOR = {
+    **{"network.family": "generator", "network.size": "paper", "fill": "constant"},
+    **{"patches.size": 128, "batch_size": 2},
 }
-"""Norms of encoder and decoder; everything else is the same."""
-SHOWN = ("ssim", "ssim_3d", "psnr", "mse")
-DIAMETERS = (11.5, 30.0)
-"""Voxels: 800 to 14,000 voxels of 1 mm."""
+ARMS = {
+    "instance, constant": Arm(_unet("constant", *_INSTANCE)),
+    "RN-B, constant": Arm(_unet("constant", *_BASIC)),
+    "RN-B + RN-L, constant": Arm(_unet("constant", *_BOTH, learning="supervised")),
+    "instance, biharmonic": Arm(_unet("biharmonic", *_INSTANCE)),
+    "RN-B, biharmonic": Arm(_unet("biharmonic", *_BASIC)),
+    "RN-B + RN-L, biharmonic": Arm(_unet("biharmonic", *_BOTH, learning="supervised")),
+    "RN-B + RN-L as released, constant": Arm(_unet("constant", *_BOTH, learning="affine")),
+    "instance, mirrored detail": Arm(_unet("mirrored-detail", *_INSTANCE)),
+    "instance, biharmonic, mirror": Arm(_unet("biharmonic", *_INSTANCE, context="mirror")),
+    "instance, mirrored detail, mirror": Arm(_unet("mirrored-detail", *_INSTANCE, context="mirror")),
+    "generator": Arm(_GENERATOR),
+    "generator, discriminator": Arm({**_GENERATOR, "adversarial.weight": 0.1}),
+    "instance, biharmonic, FLAIR": Arm(_unet("biharmonic", *_INSTANCE), "t2f"),
+}
+SIMPLE = ("harmonic", "biharmonic", "mirrored detail", "mirror")
+"""Fills without a network, for tables of holes."""
+TABLES: dict[str, Sequence[str]] = {
+    "norms": tuple(ARMS)[:6],
+    "inputs": (
+        *("instance, constant", "instance, biharmonic", "instance, mirrored detail"),
+        *("instance, biharmonic, mirror", "instance, mirrored detail, mirror"),
+    ),
+    "generator": ("generator", "generator, discriminator"),
+    "split": ("RN-B + RN-L, constant", "RN-B + RN-L, biharmonic", "RN-B + RN-L as released, constant", "generator"),
+    "anomaly": ("instance, biharmonic", "instance, biharmonic, FLAIR"),
+}
+ANOMALY_BASELINES = ("intensity", "biharmonic")
+
+
+@dataclass
+class Work:
+    """Where data, runs and results are, and the time that is left."""
+
+    data: Path
+    out: Path
+    results: Path
+    device: str
+    steps: int | None
+    deadline_s: float
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+    def steps_of(self, arm: str) -> int:
+        """Steps of an arm's training; 0 without one."""
+        return (self.steps or ARMS[arm].steps) if arm in ARMS else 0
+
+    def has(self, **key: Any) -> bool:
+        """Whether a line has these values."""
+        return any(key.items() <= line.items() for line in self.lines)
+
+    def fits(self, unit: str, arm: str) -> bool:
+        """Whether there is time for another unit: half as much again as the longest of its kind and arm."""
+        before = [line["seconds"] for line in self.lines if line["unit"] == unit and line["arm"] == arm]
+        return time.monotonic() + 1.5 * max(before, default=FIRST_GUESS_S[unit]) < self.deadline_s
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Append a finished unit to the results."""
+        commit = subprocess.check_output(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], text=True).strip()
+        line |= {"commit": commit, "date": time.strftime("%Y-%m-%d"), "processor": processor()}
+        self.lines.append(line)
+        with self.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        print({key: line[key] for key in ("unit", "arm", "seed", "case", "seconds") if key in line}, flush=True)
+
+    def scored(self, table: str, arm: str) -> list[dict[str, Any]]:
+        """The lines of an arm that a table shows."""
+        key = {"unit": unit_of(table), "arm": arm, "steps": self.steps_of(arm)}
+        return [line for line in self.lines if key.items() <= line.items()]
+
+    def run(self, arm: str, seed: int) -> Path:
+        """The run folder of a training."""
+        name = f"{arm}-{self.steps_of(arm)}-{seed}"
+        return self.out.resolve() / "".join(letter if letter.isalnum() else "_" for letter in name)
 
 
 def main() -> None:
-    """Read the command line and do one of the three."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "score", "table", "draw"))
-    parser.add_argument("paths", nargs="+", type=Path)
-    parser.add_argument("--part", default="0/1")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--holes", type=int, default=12)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
-    parser.add_argument("--set", nargs="*", default=[], dest="settings")
+    """Compute what is missing of a table if there are data; print it, or draw the pictures."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("table", choices=[*TABLES, "pictures"])
+    parser.add_argument("--data", type=Path, help="folder of data sets; without it nothing is computed")
+    parser.add_argument("--out", type=Path, default=Path("inpainting_runs"), help="folder of runs")
+    parser.add_argument("--only", default="", help="names of arms as in this script, separated by semicolons")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--steps", type=int, help="steps of each training instead of those of the arm")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="time after which nothing is started")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--results", type=Path, default=HERE / "inpainting.jsonl")
     arguments = parser.parse_args()
-    if arguments.what == "train":
-        train(*arguments.paths, arguments)
-    elif arguments.what == "score":
-        score(*arguments.paths, arguments)
-    elif arguments.what == "table":
-        table(*arguments.paths)
-    else:
-        draw(*arguments.paths)
-
-
-def subjects(data: Path) -> list[Path]:
-    """The folders of the subjects."""
-    return sorted(path for path in data.iterdir() if path.is_dir())
-
-
-def runs(data: Path, out: Path, arguments: argparse.Namespace) -> Iterator[tuple[Path, str, int, Path]]:
-    """Subject left out, variant, seed and run folder of this part of the work."""
-    part, parts = map(int, arguments.part.split("/"))
-    wanted = [
-        (subject, variant, seed)
-        for seed in range(arguments.seeds)
-        for subject in subjects(data)
-        for variant in arguments.variants
+    deadline_s = time.monotonic() + 60 * arguments.minutes
+    work = Work(
+        *(arguments.data, arguments.out, arguments.results, arguments.device, arguments.steps, deadline_s),
+        read_lines(arguments.results),
+    )
+    if arguments.table == "pictures":
+        draw_holes(work)
+        draw_anomalies(work)
+        return
+    wanted = [name for name in arguments.only.split(";") if name] or list(TABLES[arguments.table])
+    if unknown := set(wanted) - set(ARMS) - set(SIMPLE):
+        parser.error(f"--only names {', '.join(sorted(unknown))}; expected names among {'; '.join(ARMS)}")
+    if work.data is not None and not complete(work, arguments.table, wanted, arguments.seeds):
+        print("stopped in time; the same command continues", flush=True)
+    of_table = [
+        *(ANOMALY_BASELINES if arguments.table == "anomaly" else SIMPLE if arguments.table != "split" else ()),
+        *TABLES[arguments.table],
     ]
-    for subject, variant, seed in wanted[part::parts]:
-        yield subject, variant, seed, out / f"{subject.name}_{variant.replace(' ', '_')}_{seed}"
+    print_table(arguments.table, {arm: work.scored(arguments.table, arm) for arm in of_table}, list(BINS))
 
 
-def train(data: Path, out: Path, arguments: argparse.Namespace) -> None:
-    """Train every network of this part."""
-    for subject, variant, seed, run in runs(data, out, arguments):
-        if "after" in _summary(run):
-            continue
-        others = [str(folder) for folder in subjects(data) if folder != subject]
-        network = {"context": "mirror", "widths": [16, 32, 64, 128], **VARIANTS[variant]}
-        settings = [
-            f"modalities=[{MODALITY}]",
-            f"network.arguments={json.dumps(network)}",
-            "patches.size=48",
-            f"holes.diameter_range={list(DIAMETERS)}",
-            "holes.largest_share=0.15",
-            "holes.count_range=[1, 3]",
-            f"training.steps={arguments.steps}",
-            "training.steps_per_epoch=200",
-            "training.ema_decay=0.98",
-            "training.precision=bf16",
-            "training.workers=0",
-            f"training.seed={seed}",
-            "validation_holes=8",
-            f"data.cache={out / 'cache'}",
-            *arguments.settings,
-        ]
-        command = [sys.executable, "-m", "segkit", "pretrain", *others, "-o", str(run), "--method", "inpainting"]
-        command += ["--preset", "cpu", "--overwrite", "--quiet", *(f"--set={setting}" for setting in settings)]
-        subprocess.run(command, check=True)
+def unit_of(table: str) -> str:
+    """The kind of unit whose lines a table shows."""
+    return "anomaly" if table == "anomaly" else "holes"
 
 
-def _summary(run: Path) -> dict[str, object]:
-    """How a run ended; nothing of it where it is not done."""
-    path = run / "validation.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def scan(subject: Path) -> tuple[np.ndarray, np.ndarray, Grid]:
-    """The T1 scan of a subject (1, D, H, W) in RAS, what is not healthy in it, and the grid."""
-    cohort = find_cases(subject, label_scheme=PLAIN_CLASSES)
-    loaded = load_case(cohort.cases[0], (MODALITY,), cohort.scheme)
-    turn = reorientation_to(loaded.grid)
-    lesion = np.zeros(loaded.grid.shape, bool) if loaded.labels is None else loaded.labels > 0
-    return turn.apply(loaded.image), turn.apply(lesion), reoriented_grid(loaded.grid, turn)
-
-
-def holes_of(data: Path, subject: Path, count: int) -> list[np.ndarray]:
-    """Holes in healthy tissue of a subject: blobs, and the tumours of the other subjects."""
-    shapes = []
-    for other in subjects(data):
-        if other != subject:
-            image, lesion, _ = scan(other)
-            shapes += [shape.mask for shape in tumour_components(lesion, brain_mask(image[0]) | lesion)]
-    image, lesion, _ = scan(subject)
-    config = HolesConfig(boxes=0, strokes=0, blobs=0.7, tumours=0.3, diameter_range=DIAMETERS, largest_share=0.002)
-    maker = HoleMaker(config, shapes)
-    brain, healthy = brain_mask(image[0]) | lesion, ~grow(lesion, config.margin_voxels)
-    return [maker.draw(brain, healthy, np.random.default_rng((7, number))) for number in range(count)]
-
-
-def score(data: Path, out: Path, arguments: argparse.Namespace) -> None:
-    """Fill the holes of the subjects left out by every method of this part, and write the scores."""
-    models = defaultdict(dict)
-    for subject, variant, seed, run in runs(data, out, arguments):
-        if "after" in _summary(run):
-            models[subject][f"{variant} #{seed}"] = run
-    simple = (*FILLS, "mirror") if arguments.part.startswith("0/") else ()
-    for subject in subjects(data):
-        image, lesion, grid = scan(subject)
-        holes = holes_of(data, subject, arguments.holes)
-        for name in (*simple, *models[subject]):
-            path = out / "scores" / f"{subject.name}_{name.replace(' ', '_')}.json"
-            if path.exists():
+def complete(work: Work, table: str, arms: Sequence[str], seeds: int) -> bool:
+    """Compute what is missing of a table; False if the time does not suffice."""
+    without = ANOMALY_BASELINES if table == "anomaly" else SIMPLE
+    wanted = [(name, 0) for name in without if table != "split"]
+    wanted += [(arm, seed) for seed in range(seeds) for arm in arms if arm not in without]
+    unit = unit_of(table)
+    cases = [("brats2018", case_id) for case_id in KEPT_OUT]
+    cases += [("open_ms", "patient19")] if unit == "anomaly" else []
+    for arm, seed in wanted:
+        for data, case_id in cases:
+            key = {"unit": unit, "arm": arm, "seed": seed, "steps": work.steps_of(arm), "case": case_id}
+            if work.has(**key):
                 continue
-            predictor = InpaintingPredictor.load(models[subject][name], "cpu", "torch") if name not in simple else None
-            rows = [scores(image, hole, fill(name, image, hole, lesion, grid, predictor)) for hole in holes]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"subject": subject.name, "method": name, "rows": rows}))
-            means = {key: round(float(np.mean([row[key] for row in rows])), 4) for key in (*SHOWN, "voxels")}
-            print(subject.name, name, means, flush=True)
+            if (arm in ARMS and not train(work, arm, seed)) or not work.fits(unit, arm):
+                return False
+            began = time.monotonic()
+            score = {"holes": score_holes, "anomaly": score_anomaly}[unit]
+            found = score(work, arm, seed, work.data / data, case_id)
+            work.add({**key, **found, "seconds": round(time.monotonic() - began, 1)})
+    return True
 
 
-def fill(
-    name: str,
-    image: np.ndarray,
-    hole: np.ndarray,
-    lesion: np.ndarray,
-    grid: Grid,
-    predictor: InpaintingPredictor | None = None,
+def train(work: Work, arm: str, seed: int) -> bool:
+    """Train an arm, or continue; False if it was stopped in time."""
+    key = {"unit": "training", "arm": arm, "seed": seed, "steps": work.steps_of(arm)}
+    run, metrics = work.run(arm, seed), work.run(arm, seed) / "metrics.jsonl"
+    if work.has(**key) and (run / "model.json").exists():
+        return True
+    if work.deadline_s - time.monotonic() < 2 * TO_STOP_S:
+        return False
+    settings = {
+        "modalities": [ARMS[arm].modality],
+        "holes.diameter_range": [8, 45],
+        "training.steps": work.steps_of(arm),
+        "training.seed": seed,
+        "training.live_page": False,
+        "data.cache": str(work.out.resolve() / "cache"),
+        **ARMS[arm].settings,
+    }
+    command = [sys.executable, "-m", "segkit", "pretrain", str(work.data / "brats2018"), "-o", str(run)]
+    command += ["--method", "inpainting", "--preset", "cpu", "-d", work.device, "--quiet"]
+    command += ["--exclude", str(HERE / "brats2018_test.txt")]
+    command += [f"--set={name}={json.dumps(value)}" for name, value in settings.items()]
+    command += ["--resume"] if (run / "last.ckpt").exists() else ["--overwrite"]
+    process = subprocess.Popen(command)
+    try:
+        left_s = work.deadline_s - time.monotonic() - TO_STOP_S
+        code = process.wait(None if np.isinf(left_s) else left_s)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        return False
+    if code:
+        raise SystemExit(f"the training of {arm!r} ended with code {code}")
+    scores = json.loads((run / "validation.json").read_text(encoding="utf-8"))
+    rows = read_lines(metrics)
+    work.add({**key, "seconds": rows[-1]["seconds"], "before": scores["before"], "after": scores["after"]})
+    return True
+
+
+def scan(folder: Path, case_id: str, modality: str) -> tuple[np.ndarray, np.ndarray, Grid]:
+    """A scan (1, D, H, W) in RAS, its labelled voxels and the grid."""
+    cohort = find_cases(folder, label_scheme=PLAIN_CLASSES)
+    (case,) = (one for one in cohort.cases if one.id == case_id)
+    loaded = load_case(case, (modality,), cohort.scheme)
+    turn = reorientation_to(loaded.grid)
+    return turn.apply(loaded.image), turn.apply(loaded.labels > 0), reoriented_grid(loaded.grid, turn)
+
+
+def bin_of(hole: np.ndarray) -> str:
+    """The bin of a hole by its diameter; the upper limit belongs to a bin."""
+    diameter = diameter_of(int(hole.sum()), hole.ndim)
+    return next((name for name, (_, high) in BINS.items() if diameter <= high), list(BINS)[-1])
+
+
+def holes_of(image: np.ndarray, lesion: np.ndarray) -> Iterator[np.ndarray]:
+    """The same holes of a scan each time: blobs in healthy tissue, `HOLES_PER_BIN` of each bin."""
+    brain = brain_mask(image[0]) | lesion
+    for (low, high), number in product(BINS.values(), range(HOLES_PER_BIN)):
+        config = HolesConfig(boxes=0, strokes=0, blobs=1, tumours=0, diameter_range=(low, high), largest_share=0.02)
+        generator = np.random.default_rng((int(low), number))
+        yield HoleMaker(config).draw(brain, ~grow(lesion, config.margin_voxels), generator)
+
+
+class Watched(TorchBackend):
+    """A network that notes what its RN-L layers take for the hole in each window."""
+
+    def __init__(self, backend: TorchBackend) -> None:
+        super().__init__(backend.network, backend.device, precision=backend.precision)
+        self.shares: list[dict[str, tuple[float, float]]] = []
+
+    def __call__(self, windows: np.ndarray) -> np.ndarray:
+        """The output of the network."""
+        x = torch.from_numpy(windows).to(self.device)
+        self.shares.append(detected_shares(self.network, x, x[:, 1:2]))
+        return super().__call__(windows)
+
+
+def opened(work: Work, arm: str, seed: int) -> InpaintingPredictor | None:
+    """The trained network of an arm; None for a simple fill."""
+    return InpaintingPredictor.load(work.run(arm, seed), work.device, "torch") if arm in ARMS else None
+
+
+def filled_by(
+    arm: str, predictor: InpaintingPredictor | None, image: np.ndarray, hole: np.ndarray, grid: Grid
 ) -> np.ndarray:
-    """The scan with the hole filled by a method, given nothing of what is in it."""
+    """The scan with the hole filled by a method, which does not see what is in it."""
     voided = np.where(hole, np.float32(0), image)
     if predictor is not None:
         return predictor.fill(voided, hole, grid)
-    if name == "mirror":
-        return mirror_fill(voided, hole, *mirror_of(voided, hole | lesion, find_midline(voided)))
-    return FILLS[name](voided, hole)
+    if arm in ("harmonic", "biharmonic"):
+        return smooth_fill(voided, hole, {"harmonic": 1, "biharmonic": 2}[arm])
+    mirrored = mirror_of(voided, hole, find_midplane(voided, grid.spacing_mm), (0, 0, 0), hole.shape)
+    return add_detail(rough_fill(voided, hole), hole, *mirrored, share={"mirror": 1.0}.get(arm, DETAIL_SHARE))
 
 
-def scores(image: np.ndarray, hole: np.ndarray, filled: np.ndarray) -> dict[str, float]:
-    """The scores of one filled hole, and its voxels."""
-    if not np.array_equal(filled[:, ~hole], image[:, ~hole]):
-        raise AssertionError("a known voxel was changed")
-    voided = np.where(hole, np.float32(0), image)
-    row = synthesis_scores(filled[0], image[0], hole, voided[0])
-    row["ssim_3d"] = ssim_3d(filled[0], image[0], hole, voided[0])
-    return {"voxels": int(hole.sum()), **{key: float(value) for key, value in row.items()}}
+def score_holes(work: Work, arm: str, seed: int, folder: Path, case_id: str) -> dict[str, Any]:
+    """The scores of every hole of a case, and by layer the shares of hole and rest that RN-L takes for the hole."""
+    predictor, rows = opened(work, arm, seed), []
+    watched = None if predictor is None else Watched(predictor.backend)
+    predictor = predictor and replace(predictor, backend=watched)
+    image, lesion, grid = scan(folder, case_id, "t1n")
+    for hole in holes_of(image, lesion):
+        filled = filled_by(arm, predictor, image, hole, grid)
+        if not np.array_equal(filled[:, ~hole], image[:, ~hole]):
+            raise AssertionError("a known voxel was changed")
+        voided = np.where(hole, np.float32(0), image)
+        found = synthesis_scores(filled[0], image[0], hole, voided[0])
+        found["ssim_3d"] = ssim_3d(filled[0], image[0], hole, voided[0])
+        rows.append({"bin": bin_of(hole), "voxels": int(hole.sum()), **{name: float(found[name]) for name in SCORES}})
+    windows = watched.shares if watched else []
+    names = windows[0] if windows else {}
+    return {"holes": rows, "shares": {name: np.nanmean([one[name] for one in windows], 0).tolist() for name in names}}
 
 
-def draw(data: Path, out: Path, subject: Path, picture: Path) -> None:
-    """Slices of three holes of a subject (a name in DATA): truth, hole, simple fills, networks of the first seed."""
+def score_anomaly(work: Work, arm: str, seed: int, folder: Path, case_id: str) -> dict[str, Any]:
+    """The area under the ROC curve of the anomaly map of a whole brain; a slice of it is kept for the pictures."""
+    modality = ARMS[arm].modality if arm in ARMS else "t1n"
+    predictor = opened(work, arm, seed)
+    image, lesion, grid = scan(folder, case_id, modality)
+    brain = brain_mask(image[0])
+    if arm == "intensity":
+        anomaly = np.abs(image[0] - np.median(image[0][image[0] != 0]))
+    else:
+        anomaly = np.zeros(brain.shape, np.float32)
+        for hole in cubes_of(brain):
+            voided = np.where(hole, np.float32(0), image)
+            filled = predictor.fill(voided, hole, grid) if predictor else rough_fill(voided, hole)
+            anomaly += anomaly_map(image, filled, hole, grid.spacing_mm)
+    place = int(lesion.sum((0, 1)).argmax())
+    path = work.out / "anomaly" / f"{work.run(arm, seed).name}-{case_id}.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, scan=image[0, ..., place], lesion=lesion[..., place], anomaly=anomaly[..., place])
+    return {"auroc": area_under_roc(anomaly[brain], lesion[brain])}
+
+
+def cubes_of(brain: np.ndarray) -> Iterator[np.ndarray]:
+    """Eight holes that cover a brain, each of cubes that lie a cube apart."""
+    parity = np.ix_(*(np.arange(length) // CUBE % 2 for length in brain.shape))
+    for kind in product((0, 1), repeat=brain.ndim):
+        hole = brain.copy()
+        for axis, wanted in zip(parity, kind, strict=True):
+            hole &= axis == wanted
+        if hole.any():
+            yield hole
+
+
+def draw_holes(work: Work) -> None:
+    """One hole of each bin of a case beside every method that is trained, into `docs/images/inpainting.png`."""
+    image, lesion, grid = scan(work.data / "brats2018", KEPT_OUT[1], "t1n")
+    holes = list(holes_of(image, lesion))[HOLES_PER_BIN - 1 :: HOLES_PER_BIN]
+    arms = [arm for arm in ARMS if ARMS[arm].modality == "t1n" and work.has(unit="training", arm=arm, seed=0)]
+    methods = [*SIMPLE, *(arm for arm in arms if (work.run(arm, 0) / "model.json").exists())]
+    rows: list[list[tuple[str, np.ndarray]]] = [[] for _ in holes]
+    for method in ["scan", "hole", *methods]:
+        predictor = opened(work, method, 0)
+        for row, hole in zip(rows, holes, strict=True):
+            middle = [int(place.mean()) for place in np.nonzero(hole)]
+            near = (*(slice(max(0, place - 36), place + 36) for place in middle[:2]), middle[2])
+            hidden = np.where(hole, np.float32(0), image)
+            given = {"scan": image, "hole": hidden}
+            shown = given[method] if method in given else filled_by(method, predictor, image, hole, grid)
+            row.append((method, shown[0][near]))
+    save_grid(rows, IMAGES / "inpainting.png", largest=float(np.percentile(image[image > 0], 99)))
+
+
+def draw_anomalies(work: Work) -> None:
+    """The best and the worst case of each trained map, into `docs/images/anomaly.png`."""
+    rows = []
+    for arm in TABLES["anomaly"]:
+        lines = [line for line in work.lines if (line["unit"], line["arm"], line["seed"]) == ("anomaly", arm, 0)]
+        lines = sorted(lines, key=lambda line: line["auroc"])
+        for name, line in (("worst", lines[0]), ("best", lines[-1])) if lines else ():
+            kept = np.load(work.out / "anomaly" / f"{work.run(arm, 0).name}-{line['case']}.npz")
+            title = f"{name} of {arm}: {line['auroc']:.2f}"
+            parts = zip((title, "lesion", "anomaly"), ("scan", "lesion", "anomaly"), strict=True)
+            rows.append([(shown, kept[part] / max(np.percentile(kept[part], 99.8), 1e-6)) for shown, part in parts])
+    if rows:
+        save_grid(rows, IMAGES / "anomaly.png", largest=1.0)
+
+
+def save_grid(rows: Sequence[Sequence[tuple[str, np.ndarray]]], path: Path, largest: float) -> None:
+    """Pictures (W, H) with titles in rows."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    subject = data / subject.name
-    image, lesion, grid = scan(subject)
-    holes = sorted(holes_of(data, subject, 12), key=lambda hole: int(hole.sum()))[-3:]
-    names = ["truth", "hole", "mirror", "biharmonic", *VARIANTS]
-    figure, axes = pyplot.subplots(len(holes), len(names), figsize=(1.7 * len(names), 1.75 * len(holes)))
-    for row, hole in zip(axes, holes, strict=True):
-        middle = [int(place.mean()) for place in np.nonzero(hole)]
-        near = tuple(slice(max(0, place - 32), place + 32) for place in middle[:2])
-        for axis, name in zip(row, names, strict=True):
-            if name == "truth":
-                shown = image
-            elif name == "hole":
-                shown = np.where(hole, np.float32(0), image)
-            else:
-                run = out / f"{subject.name}_{name.replace(' ', '_')}_0"
-                predictor = InpaintingPredictor.load(run, "cpu", "torch") if name in VARIANTS else None
-                shown = fill(name, image, hole, lesion, grid, predictor)
-            axis.imshow(shown[0][(*near, middle[2])].T, origin="lower", cmap="gray", vmin=0, vmax=image.max() * 0.8)
-            axis.axis("off")
-            if hole is holes[0]:
-                axis.set_title(name, fontsize=9)
-    figure.tight_layout(pad=0.3)
-    figure.savefig(picture, dpi=110)
-
-
-def table(out: Path) -> None:
-    """Means over holes, for each method and subject; of several seeds mean and standard deviation."""
-    found = defaultdict(lambda: defaultdict(list))
-    for path in sorted((out / "scores").glob("*.json")):
-        document = json.loads(path.read_text())
-        method = document["method"].split(" #")[0]
-        means = {key: np.mean([row[key] for row in document["rows"]]) for key in SHOWN}
-        found[method][document["subject"]].append(means)
-    names = sorted({subject for by_subject in found.values() for subject in by_subject})
-    print(
-        "| method | " + " | ".join(f"{name}: SSIM, SSIM 3D, PSNR, MSE" for name in names) + " | mean SSIM | mean MSE |"
+    figure, axes = pyplot.subplots(
+        len(rows), len(rows[0]), figsize=(1.7 * len(rows[0]), 1.9 * len(rows)), squeeze=False
     )
-    print("|---" * (len(names) + 3) + "|")
-    for method, by_subject in found.items():
-        cells, overall = [], defaultdict(list)
-        for name in names:
-            seeds = by_subject[name]
-            cells.append(", ".join(_spread([seed[key] for seed in seeds], key) for key in SHOWN))
-        for seed in range(min(len(by_subject[name]) for name in names)):
-            for key in ("ssim", "mse"):
-                overall[key].append(np.mean([by_subject[name][seed][key] for name in names]))
-        print(
-            f"| {method} | " + " | ".join(cells) + " | " + " | ".join(_spread(v, k) for k, v in overall.items()) + " |"
-        )
-
-
-def _spread(values: list[float], key: str) -> str:
-    digits = {"psnr": 2, "mse": 4}.get(key, 3)
-    shown = f"{np.mean(values):.{digits}f}"
-    return shown if len(values) == 1 else f"{shown} ± {np.std(values, ddof=1):.{digits}f}"
+    for axis, (title, picture) in zip(axes.ravel(), (cell for row in rows for cell in row), strict=True):
+        axis.imshow(picture.T, origin="lower", cmap="gray", vmin=0, vmax=largest)
+        axis.set_title(title, fontsize=5)
+        axis.axis("off")
+    figure.tight_layout(pad=0.3)
+    figure.savefig(path, dpi=110)
+    print(os.path.relpath(path))
 
 
 if __name__ == "__main__":

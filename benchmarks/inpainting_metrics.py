@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
-from simple_fills import harmonic_fill
 
+from segkit.inpainting.inputs import smooth_fill
 from segkit.metrics.synthesis import SYNTHESIS_SCORES, ssim_3d, synthesis_scores
 from segkit.phantoms.phantom import make_phantom
 from segkit.reading.files import read_volume
@@ -48,7 +48,7 @@ def make_up(name: str, reference: np.ndarray, hole: np.ndarray, voided: np.ndarr
     """A trial whose prediction is a harmonic fill with noise of a tenth of the tissue's deviation."""
     image = voided.astype(np.float32)
     noise = np.random.default_rng(seed).normal(0, 0.1 * image[image > 0].std(), image.shape)
-    prediction = harmonic_fill(image[None], hole)[0]
+    prediction = smooth_fill(image[None], hole, power=1)[0]
     prediction[hole] += noise[hole].astype(np.float32)
     return Trial(name, prediction, reference.astype(np.float32), hole, image)
 

@@ -35,7 +35,6 @@ LAYERS: dict[str, Callable[[], Layer]] = {
     "InstanceNorm3d, affine": lambda: _alone(nn.InstanceNorm3d(CHANNELS, affine=True)),
     "RN-B, 3 regions": lambda: RegionNormBasic(CHANNELS, 3),
     "RN-L": lambda: _alone(RegionNormLearnable(3)),
-    "RN-L, straight-through": lambda: _alone(RegionNormLearnable(3, learning="straight-through")),
 }
 
 

@@ -176,7 +176,7 @@ def circumstances() -> dict[str, Any]:
     return {
         "commit": subprocess.check_output(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], text=True).strip(),
         "date": time.strftime("%Y-%m-%d"),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
     }
 
@@ -195,7 +195,7 @@ def _command(arm: Arm, minutes: float, data: Path, run: Path) -> list[str]:
     return [*command, "--budget", f"{minutes}m", "--exclude", str(kept_out), "--overwrite"]
 
 
-def _processor() -> str:
+def processor() -> str:
     found = Path("/proc/cpuinfo")
     text = found.read_text(encoding="utf-8") if found.exists() else ""
     name = text.partition("model name")[2].partition(":")[2].partition("\n")[0].strip() or platform.processor()

@@ -55,6 +55,8 @@ LabelValue = Annotated[int, Field(ge=0, le=255)]
 Sha256 = Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]
 Size = Annotated[int, Field(ge=1, le=65536)]
 Context = Literal["none", "hole", "mirror"]
+Fill = Literal["constant", "biharmonic", "mirrored-detail"]
+"""What an inpainting network sees in a hole: 0; a smooth fill; that with detail of the mirrored image."""
 Blending = Literal["gaussian", "constant"]
 """Weights of a window's voxels where windows overlap."""
 Padding = Literal["constant", "edge", "reflect", "wrap"]
@@ -198,9 +200,10 @@ class SegmentationCard(CardPart):
 
 
 class InpaintingCard(CardPart):
-    """Further input channels of an inpainting network, see `ModelCard.input_channels`."""
+    """The input of an inpainting network: what it sees in a hole, and further channels (`ModelCard.input_channels`)."""
 
     context: Context = "none"
+    fill: Fill = "biharmonic"
 
 
 class BundleCard(CardPart):
@@ -303,6 +306,11 @@ class ModelCard(CardPart):
         return "none" if self.inpainting is None else self.inpainting.context
 
     @property
+    def fill(self) -> Fill:
+        """What an inpainting network sees in a hole."""
+        return "biharmonic" if self.inpainting is None else self.inpainting.fill
+
+    @property
     def outputs(self) -> tuple[Output, ...]:
         """The outputs in painting order; none unless the task is segmentation."""
         outputs = () if self.segmentation is None else self.segmentation.outputs
@@ -334,6 +342,8 @@ class ModelCard(CardPart):
             unused |= {"activation": None, "outputs": [], "label_scheme": None, "postprocessing": None}
         elif self.task == "inpainting":
             unused["context"] = self.context
+            if self.fill != "biharmonic":  # which earlier versions read
+                unused["fill"] = self.fill
         unused["modality_dropout"] = 0.0
         document: dict[str, Any] = {}
         for key, value in self.model_dump(mode="json", exclude={"inpainting"}).items():

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from segkit.checkpoint.card import Fill
 from segkit.config import Config
 from segkit.losses.restoration import RestorationConfig
 from segkit.preparing.holes import HolesConfig
@@ -29,7 +30,10 @@ class AdversarialConfig(Config):
     """A discriminator of filled and real images, trained together with the network."""
 
     weight: float = Field(default=0.0, ge=0)
-    """Weight of the adversarial loss; 0: no discriminator; 0.1: as in the released code of region normalisation."""
+    """Weight of the adversarial loss; 0: no discriminator; 0.1: as in the released code of region normalisation. The
+    loss, spectral norm and `width` are as released too; the optimiser is ours: one AdamW with the settings of
+    `optimiser` for both networks, where the released code has Adam with betas of 0 and 0.9 and a tenth of the learning
+    rate for the discriminator."""
     width: int = Field(default=64, ge=1)
     """Channels of the discriminator's first layer."""
 
@@ -52,6 +56,9 @@ class InpaintingConfig(RunConfig):
     batch_size: int = Field(default=2, ge=1)
     """Patches of a step."""
     holes: HolesConfig = HolesConfig()
+    fill: Fill = "biharmonic"
+    """What the network sees in a hole. constant: 0, a constant as in the paper of region normalisation; biharmonic: a
+    smooth fill; mirrored-detail: that with a share of the detail that the mirrored image has there (heads only)."""
     spares_marked: bool = True
     """Whether labelled voxels of references are not healthy, so that no hole touches them. False ignores references,
     for data in which they label healthy tissue such as organs or parts of the brain."""
@@ -59,8 +66,9 @@ class InpaintingConfig(RunConfig):
     """Share of patches in which the labelled voxels, with a margin, are missing too, as in scans whose lesions are to
     be filled; they never count in the loss. Labelled voxels without image content are always missing."""
     loss: RestorationConfig = RestorationConfig()
-    supervision: float = Field(default=0.1, ge=0)
-    """Weight of the loss of RN-L for the position of the hole, with network.arguments.learning=supervised."""
+    supervision: float = Field(default=1.0, ge=0)
+    """Weight of the loss of RN-L for the position of the hole, with network.arguments.learning=supervised. On a toy
+    with constant holes 0.1 was too little for 200 steps."""
     adversarial: AdversarialConfig = AdversarialConfig()
     validation_holes: int = Field(default=24, ge=1)
     """Holes in images of held-out patients that choose the best weights."""

@@ -9,7 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from segkit.inpainting.inputs import Context, Midline, find_midline, mirror_of, stack_inputs
+from segkit.checkpoint.card import Context, Fill
+from segkit.inpainting.inputs import needs_mirror, stack_inputs
+from segkit.inpainting.midplane import Midplane, find_midplane, mirror_of
 from segkit.inpainting.predictor import Box
 from segkit.preparing.holes import HoleMaker, grow
 from segkit.preparing.preprocessing import PreparedCase
@@ -44,6 +46,7 @@ class HoleDataset(Dataset[dict[str, torch.Tensor]]):
         prepared: Sequence[PreparedCase],
         patch_size: Sequence[int],
         context: Context,
+        fill: Fill,
         rules: HoleRules,
         *,
         seed: int,
@@ -52,10 +55,11 @@ class HoleDataset(Dataset[dict[str, torch.Tensor]]):
         self.prepared = prepared
         self.patch_size = tuple(patch_size)
         self.context: Context = context
+        self.fill: Fill = fill
         self.rules = rules
         self.seed = seed
         self.length = length
-        self._midlines: dict[int, Midline] = {}
+        self._midplanes: dict[int, Midplane] = {}
 
     def __len__(self) -> int:
         return self.length
@@ -79,14 +83,14 @@ class HoleDataset(Dataset[dict[str, torch.Tensor]]):
         missing = hole | lesion if generator.random() < self.rules.hidden_lesions else hole
         if _is_voided(image, marked):
             missing = missing | marked
-        mirrored = self._mirrored(number, box, missing) if self.context == "mirror" else None
+        mirrored = self._mirrored(number, box, missing) if needs_mirror(self.context, self.fill) else None
         gain = np.float32(max(0.5, 1 + self.rules.gain * generator.standard_normal()))
         shift = np.float32(self.rules.shift * generator.standard_normal())
         image = np.where(image != 0, gain * image + shift, image)
         if mirrored is not None:
             mirrored = np.where(mirrored[1], gain * mirrored[0] + shift, mirrored[0]), mirrored[1]
         flips = tuple(axis - len(self.patch_size) for axis in self.rules.mirror_axes if generator.random() < 0.5)
-        x = stack_inputs(image, missing, self.context, mirrored)
+        x = stack_inputs(image, missing, self.context, mirrored, self.fill)
         arrays: dict[str, AnyArray] = {"x": x, "image": image, "hole": hole[None]}
         outer = tuple(1 + axis for axis in squeeze)
         return {
@@ -127,19 +131,12 @@ class HoleDataset(Dataset[dict[str, torch.Tensor]]):
 
     def _mirrored(self, number: int, box: Box, missing: NDArray[np.bool_]) -> tuple[Image, NDArray[np.bool_]]:
         """The box of the mirrored volume, and where it is known: not opposite missing voxels."""
-        image = self.prepared[number].image
-        if number not in self._midlines:
-            self._midlines[number] = find_midline(image)
-        midline, (first, *start), (length, *size) = self._midlines[number], box.start, box.size
-        # Only the slab from the box to its opposite is read.
-        opposite = midline.total - first - length + 1
-        low = min(first, opposite)
-        slab = Box((low, *start), (max(first, opposite) + length - low, *size)).cut(image)
-        mine = slice(first - low, first - low + length)
-        missing_there = np.zeros(slab.shape[1:], bool)
-        missing_there[mine] = missing
-        turned, is_known = mirror_of(slab, missing_there, Midline(midline.total - 2 * low))
-        return turned[:, mine], is_known[mine]
+        case = self.prepared[number]
+        if number not in self._midplanes:
+            self._midplanes[number] = find_midplane(case.image, case.preparation.spacing_mm)
+        is_missing = np.zeros(case.image.shape[1:], bool)
+        box.paste(missing, is_missing, missing)
+        return mirror_of(case.image, is_missing, self._midplanes[number], box.start, box.size)
 
 
 def _is_voided(image: Image, marked: NDArray[np.bool_]) -> bool:

@@ -3,93 +3,74 @@
 A *hole* is a boolean array (*spatial), True where the image is to be filled. A smooth fill takes an image
 (C, *spatial), 2D or 3D, ignores what it holds in the hole, and returns a copy in which all other voxels are the same
 bit for bit. Each channel is filled by itself, without regard to spacing. At the edge the image continues as if
-mirrored. The midline of a head is where its left half is the mirror image of its right half.
+mirrored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import fft, ndimage, sparse
 from scipy.sparse.linalg import LaplacianNd, LinearOperator
 
+from segkit.checkpoint.card import Context, Fill
 from segkit.errors import DataError
 from segkit.shapes import AnyArray, Image, Mask
 
-_LARGEST_SHIFT = 0.15  # of the midline from the middle of the array, as a share of its length
-_STEP = 2  # step along the other axes between compared voxels
+DETAIL_SHARE = 0.4
+"""Share of the mirrored detail in the fill "mirrored-detail"."""
 _REACH_VOXELS = 2  # reach of the equation of a voxel: twice that of the Laplacian
 _RESIDUAL = 1e-8  # residual, relative to the known voxels' share, at which the solution counts as found
 _ROUGH_RESIDUAL = 1e-3  # the same for a fill that a network starts from
 _STEPS_PER_VOXEL = 10  # most steps for each voxel of a hole
 
-Context = Literal["none", "hole", "mirror"]
+
+def needs_mirror(context: Context, fill: Fill) -> bool:
+    """Whether a network with these inputs sees the mirrored image."""
+    return context == "mirror" or fill == "mirrored-detail"
 
 
 def stack_inputs(
-    image: Image, missing: NDArray[np.bool_], context: Context, mirrored: tuple[Image, NDArray[np.bool_]] | None = None
+    image: Image,
+    missing: NDArray[np.bool_],
+    context: Context,
+    mirrored: tuple[Image, NDArray[np.bool_]] | None = None,
+    fill: Fill = "biharmonic",
 ) -> Image:
-    """The channels in order: the image, filled roughly; the hole; the mirrored image; where that is known; float32.
+    """The channels in order: the image with a `fill`; the hole; the mirrored image; where that is known; float32.
 
     `image` is (C, *spatial), normalised, its values in the hole `missing` (*spatial) ignored; `mirrored` the result of
     `mirror_of`. Context none gives the image alone, hole image and hole, mirror all, (2 C + 2, *spatial).
     """
-    channels: list[AnyArray] = [rough_fill(image, missing)]
+    if mirrored is None and needs_mirror(context, fill):
+        raise ValueError("the mirrored image is required and was not given")
+    filled = np.where(missing, np.float32(0), image) if fill == "constant" else rough_fill(image, missing)
+    if mirrored is not None and fill == "mirrored-detail":
+        filled = add_detail(filled, missing, *mirrored)
+    channels: list[AnyArray] = [filled]
     if context != "none":
         channels.append(missing[None])
-    if context == "mirror":
-        if mirrored is None:
-            raise ValueError("the mirrored image is required and was not given")
+    if mirrored is not None and context == "mirror":
         channels += [mirrored[0], mirrored[1][None]]
     return np.concatenate(channels, dtype=np.float32)
 
 
-def mirror_of(image: Image, missing: NDArray[np.bool_], midline: Midline) -> tuple[Image, NDArray[np.bool_]]:
-    """The image (C, D, H, W) mirrored, 0 where the opposite voxel is missing or background, and where it is not."""
-    is_known = midline.mirrored((image != 0).any(0) & ~missing)
-    return np.where(is_known, midline.mirrored(image), np.float32(0)), is_known
+def add_detail(
+    filled: Image, hole: Mask, mirrored: Image, is_known: NDArray[np.bool_], share: float = DETAIL_SHARE
+) -> Image:
+    """A rough fill (C, *spatial) with a share of what the same fill of the mirrored image would lose in the hole.
 
-
-@dataclass(frozen=True)
-class Midline:
-    """Voxel i along the first spatial axis lies opposite voxel `total` - i; an odd total is between two voxels."""
-
-    total: int
-
-    def mirrored(self, array: AnyArray) -> AnyArray:
-        """(..., D, H, W) mirrored; 0 where the opposite voxel lies outside the array."""
-        length = array.shape[-3]
-        first, last = max(0, self.total - length + 1), min(length - 1, self.total)
-        result = np.zeros_like(array)
-        opposite = array[..., self.total - last : self.total - first + 1, :, :]
-        result[..., first : last + 1, :, :] = opposite[..., ::-1, :, :]
-        return result
-
-
-def find_midline(image: Image) -> Midline:
-    """The midline of (C, D, H, W) whose D runs from left to right, by the largest correlation with its mirror image.
-
-    Voxels that are 0 are background or missing; the volume is taken as upright, as registered heads are.
+    The detail is 0 at the rim and where the mirrored image is not known (`mirror_of`). With a share of 1 this is the
+    mirrored image, moved to the known values and slopes at the rim. The result is in the range of the fill.
     """
-    plane = image.mean(0, dtype=np.float32)[:, ::_STEP, ::_STEP]
-    is_known = (plane != 0).astype(np.float32)
-    plane = np.where(plane != 0, plane - plane[plane != 0].mean(), 0) if plane.any() else plane
-    length = len(plane)
-    reach = int(_LARGEST_SHIFT * length)
-    best, best_agreement = length - 1, -np.inf
-    for total in sorted(range(length - 1 - 2 * reach, length + 2 * reach), key=lambda one: abs(one - length + 1)):
-        first, last = max(0, total - length + 1), min(length - 1, total)
-        here, there = slice(first, last + 1), slice(total - last, total - first + 1)
-        # Agreement of the outline, then of what is inside it; each voxel counts once with its opposite.
-        both = float(np.vdot(is_known[here], is_known[there][::-1])) / max(float(is_known.sum()), 1.0)
-        inside = float(np.vdot(plane[here], plane[there][::-1])) / max(float(np.vdot(plane, plane)), 1e-12)
-        if both + inside > best_agreement:
-            best, best_agreement = total, both + inside
-    return Midline(best)
+    if hole.all():
+        return filled
+    other = np.where(is_known, mirrored, filled)
+    spatial = tuple(range(1, filled.ndim))
+    detailed = filled + np.float32(share) * (other - rough_fill(other, hole))
+    return np.clip(detailed, filled.min(spatial, keepdims=True), filled.max(spatial, keepdims=True))
 
 
 def rough_fill(image: Image, hole: Mask) -> Image:

@@ -22,7 +22,8 @@ from segkit.checkpoint.run_folder import load_card
 from segkit.errors import DataError, RequestError
 from segkit.inference.backend_loading import open_backend
 from segkit.inference.backends import Backend
-from segkit.inpainting.inputs import Midline, find_midline, mirror_of, stack_inputs
+from segkit.inpainting.inputs import needs_mirror, stack_inputs
+from segkit.inpainting.midplane import find_midplane, mirror_of
 from segkit.preparing.preprocessing import crop_box, deviation_of_tissue
 from segkit.preparing.resampling import resample_image, resampled_shape
 from segkit.reading.geometry import reorientation_to, reoriented_grid
@@ -106,34 +107,23 @@ class InpaintingPredictor:
         shape = image.shape[1:]
         target = resampled_shape(shape, spacing_mm, self.card.preprocessing.spacing_mm)
         if target == shape:
-            return self._fill_prepared(image, missing)
+            return self._fill_prepared(image, missing, spacing_mm)
         share = resample_image(missing[None].astype(np.float32), target)[0]
-        found = self._fill_prepared(resample_image(image, target) * (share == 0), share > 0)
+        spacing_mm = [mm * old / new for mm, old, new in zip(spacing_mm, shape, target, strict=True)]
+        found = self._fill_prepared(resample_image(image, target) * (share == 0), share > 0, spacing_mm)
         return resample_image(found, shape)
 
-    def _fill_prepared(self, image: Image, missing: Hole) -> Image:
-        midline = find_midline(image) if self.card.context == "mirror" else None
-        if self.card.dims == image.ndim - 1:
-            return self._fill_windows(image, missing, midline)
-        filled = image.copy()
-        for place in np.flatnonzero(missing.any((0, 1))):
-            one = slice(int(place), int(place) + 1)
-            filled[..., one] = self._fill_windows(image[..., one], missing[..., one], midline)
-        return filled
-
-    def _fill_windows(self, image: Image, missing: Hole, midline: Midline | None) -> Image:
-        filled, left = image.copy(), missing.copy()
+    def _fill_prepared(self, image: Image, missing: Hole, spacing_mm: Sequence[float]) -> Image:
+        filled, left, card = image.copy(), missing.copy(), self.card
+        midplane = find_midplane(image, spacing_mm) if needs_mirror(card.context, card.fill) else None
         for window in self._windows(missing):
             left_here = window.cut(left)
             decided = left_here & window.inner()
             if not decided.any():
                 continue
-            mirrored = None
-            if midline is not None:
-                whole, is_known = mirror_of(filled, left, midline)
-                mirrored = window.cut(whole), window.cut(is_known)
-            stacked = stack_inputs(window.cut(filled), left_here, self.card.context, mirrored)
-            is_slice = stacked.ndim - 1 > self.card.dims
+            mirrored = None if midplane is None else mirror_of(filled, left, midplane, window.start, window.size)
+            stacked = stack_inputs(window.cut(filled), left_here, card.context, mirrored, card.fill)
+            is_slice = stacked.ndim - 1 > card.dims
             found = self.backend((stacked[..., 0] if is_slice else stacked)[None])[0]
             window.paste(found[..., None] if is_slice else found, filled, decided)
             window.paste(np.zeros_like(left_here), left, decided)
@@ -141,10 +131,15 @@ class InpaintingPredictor:
 
     def _windows(self, missing: Hole) -> Iterator[_Window]:
         """Windows that together cover the hole; they may reach outside."""
-        patch, divisor = self.card.patch_size, self.card.divisor
+        patch, divisor, boxes = self.card.patch_size, self.card.divisor, boxes_of(missing)
         if missing.ndim > len(patch):
             patch, divisor = ((*of_plane[:_SLICE_AXIS], 1, *of_plane[_SLICE_AXIS:]) for of_plane in (patch, divisor))
-        for box in boxes_of(missing):
+            boxes = [
+                replace(box, start=(*box.start[:_SLICE_AXIS], int(place)))
+                for place in np.flatnonzero(missing.any((0, 1)))
+                for box in boxes_of(missing[..., place : place + 1])
+            ]
+        for box in boxes:
             sides = tuple(
                 least if least == 1 else max(least, ceil((length + 2 * _SURROUNDINGS) / step) * step)
                 for length, least, step in zip(box.size, patch, divisor, strict=True)

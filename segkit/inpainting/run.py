@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from segkit.checkpoint.card import InpaintingCard, ModelCard
+from segkit.checkpoint.card import Context, InpaintingCard, ModelCard
 from segkit.checkpoint.model import save_model
 from segkit.checkpoint.run_folder import WEIGHTS_NAME
 from segkit.checkpoint.tensors import load_weights_file
@@ -29,6 +29,7 @@ from segkit.reading.case import Cohort
 from segkit.reading.layouts.brats import SYNTHESIS_LAYOUT, find_known
 from segkit.reading.layouts.table import PLAIN_CLASSES, find_cases
 from segkit.training.batches import ENDLESS, endless_batches
+from segkit.training.config import NetworkConfig
 from segkit.training.distributed import Ranks
 from segkit.training.task import Batch, RunPlan, Score, SplitData, borrowed, build_card
 from segkit.training.unlabelled import UnlabelledKind, choose_dims, find_split, require_same_modalities
@@ -83,7 +84,8 @@ class InpaintingTask:
         """Loss of a batch on the model's device."""
         found = self.model(batch["x"])
         loss = restoration_loss(found, batch["image"], batch["hole"], self.restoration)
-        supervised = [layer for layer in self._detectors() if layer.learning == "supervised"]
+        layers = (layer for layer in self.model.modules() if isinstance(layer, RegionNormLearnable))
+        supervised = [layer for layer in layers if layer.learning == "supervised"]
         for layer in supervised:
             # Missing voxels whose content is unknown are holes for the layer, too.
             missing = batch["x"][:, batch["image"].shape[1] :][:, :1]
@@ -96,11 +98,9 @@ class InpaintingTask:
         return loss
 
     def validate(self, weights: Mapping[str, Tensor]) -> Score:
-        """SSIM in the holes of held-out patients; details are the measures and the mean share that RN-L detects."""
+        """SSIM in the holes of held-out patients; details are the measures."""
         measures = self.measure(weights)
-        shares = [float(layer.detected_share) for layer in self._detectors()]
-        detected = {"detected_share": sum(shares) / len(shares)} if shares else {}
-        return Score(measures["ssim"], {"measures": measures | detected})
+        return Score(measures["ssim"], {"measures": measures})
 
     @torch.no_grad()
     def measure(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
@@ -131,9 +131,6 @@ class InpaintingTask:
         }
         sums = {name: float((values.mean(1, keepdim=True) * hole.float()).sum()) for name, values in maps.items()}
         return {**sums, "voxels": float(hole.sum())}
-
-    def _detectors(self) -> list[RegionNormLearnable]:
-        return [layer for layer in self.model.modules() if isinstance(layer, RegionNormLearnable)]
 
     def save(self, run: Path, weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Write model.safetensors, without a discriminator, and model.json."""
@@ -177,7 +174,10 @@ class InpaintingKind(UnlabelledKind[InpaintingConfig, InpaintingTask]):
         are_volumes = all(split.cohort.dims == 3 for split in data)
         network = config.network
         dims = choose_dims(network, config.dims, data, "patches")
-        if network.arguments.get("learning") == "supervised" and network.arguments.get("context", "none") == "none":
+        if config.fill == "mirrored-detail" and not are_volumes:
+            expected = "constant or biharmonic: only heads are taken for symmetric"
+            raise RequestError("fill mirrored-detail needs volumes, and these are pictures", expected=expected)
+        if network.arguments.get("learning") == "supervised" and _context_of(network) == "none":
             found = "network.arguments.learning=supervised needs the hole as an input, but the network has no context"
             raise RequestError(found, remedy="Set network.arguments.context to hole or mirror")
         if not are_volumes and network.arguments.get("context") == "mirror":
@@ -196,8 +196,7 @@ class InpaintingKind(UnlabelledKind[InpaintingConfig, InpaintingTask]):
     def card(self, plan: RunPlan[InpaintingConfig]) -> ModelCard:
         """The card, with the context of the network."""
         config, names = plan.config, plan.data[0].cohort.modalities
-        usual = "hole" if config.network.family == "generator" else "none"
-        context = config.network.arguments.get("context", usual)
+        context = _context_of(config.network)
         return build_card(
             plan,
             task="inpainting",
@@ -205,7 +204,7 @@ class InpaintingKind(UnlabelledKind[InpaintingConfig, InpaintingTask]):
             modalities=names,
             out_channels=len(names),
             identity=f"{config.method}: " + ", ".join(split.name for split in plan.data),
-            inpainting=InpaintingCard().model_copy(update={"context": context}),
+            inpainting=InpaintingCard(context=context, fill=config.fill),
         )
 
     def patch(self, config: InpaintingConfig) -> tuple[str, int | tuple[int, ...]]:
@@ -229,13 +228,13 @@ class InpaintingKind(UnlabelledKind[InpaintingConfig, InpaintingTask]):
         discriminator = None
         if adversarial.weight > 0:
             discriminator = build_discriminator(len(card.modalities), card.dims, adversarial.width)
-        size, context = card.patch_size, card.context
+        size, context, fill = card.patch_size, card.context, card.fill
         return InpaintingTask(
             model=Restoration(network, discriminator),
             card=card,
-            patches=HoleDataset(training, size, context, changing, seed=config.training.seed, length=ENDLESS),
+            patches=HoleDataset(training, size, context, fill, changing, seed=config.training.seed, length=ENDLESS),
             held_out=HoleDataset(
-                held_out or training, size, context, rules, seed=_HELD_OUT_SEED, length=config.validation_holes
+                held_out or training, size, context, fill, rules, seed=_HELD_OUT_SEED, length=config.validation_holes
             ),
             restoration=config.loss,
             batch_size=config.batch_size,
@@ -245,6 +244,11 @@ class InpaintingKind(UnlabelledKind[InpaintingConfig, InpaintingTask]):
             ranks=plan.request.ranks,
             images={data.name: len(data.training_ids) for data in plan.data},
         )
+
+
+def _context_of(network: NetworkConfig) -> Context:
+    context: Context = network.arguments.get("context", "hole" if network.family == "generator" else "none")
+    return context
 
 
 def _only(cohort: Cohort, modalities: tuple[str, ...]) -> Cohort:

@@ -40,7 +40,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from segkit.models.blocks import SegmentationNetwork, SlicewiseConfig
 from segkit.models.kernels.region_norm import Rule, Statistics
-from segkit.models.region_layers import RegionNormBasic, RegionNormLearnable
+from segkit.models.region_layers import Learning, RegionNormBasic, RegionNormLearnable
 
 REFERENCE = "Yu et al. 2020, arXiv 1911.10375"
 
@@ -63,6 +63,8 @@ class GeneratorConfig(SlicewiseConfig):
     """Each region has its own shift; without it RN-B adds the shifts of both everywhere, as the released code does."""
     threshold: float = Field(default=0.8, gt=0, lt=1)
     """Response from which on a pixel belongs to RN-L's region."""
+    learning: Learning = "affine"
+    """How RN-L learns its region, see the family `inpainter`."""
 
     @model_validator(mode="after")
     def _sees_one_slice(self) -> GeneratorConfig:
@@ -161,7 +163,7 @@ class Generator(SegmentationNetwork):
             return Down(_initialised(conv), norm)
 
         def learnable() -> RegionNormLearnable:
-            return RegionNormLearnable(2, threshold=config.threshold, rule=rule)
+            return RegionNormLearnable(2, threshold=config.threshold, learning=config.learning, rule=rule)
 
         def block() -> ResidualBlock:
             conv1, conv2 = (_initialised(MirroredConv2d(quarter, quarter, 3, dilation)) for dilation in (2, 1))

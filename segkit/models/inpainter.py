@@ -4,9 +4,9 @@ Region normalisation is that of Yu et al. 2020 (arXiv 1911.10375); the U-Net is 
 
     stem -> stage 0 -> stage 1 -> ... -> [upsample, skip, stage] x (stages - 1) -> head -> + image
 
-The encoder gets the hole (RN-B normalises background, tissue and hole separately), the decoder detects which of its
-voxels still look like a hole (RN-L). The input has its hole filled roughly, and the network adds a correction. An image
-without a hole may be given alone.
+The encoder gets the hole (RN-B normalises background, tissue and hole separately), the decoder detects a region (RN-L),
+which is the hole if `learning` is supervised. The network adds a correction to its input, whose hole is filled. An
+image without a hole may be given alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,8 +48,8 @@ class InpainterConfig(Config):
     statistics: Statistics = "instance"
     """Whether regions are normalised in each image or over the batch, as in the released code."""
     learning: Learning = "affine"
-    """How RN-L learns its region. affine: by its affine alone, as in the released code; straight-through: also by the
-    effect of the region on the norm; supervised: by a loss of its own against the hole (inpainting only)."""
+    """How RN-L learns its region. affine: by its affine alone, as in the released code, by which it does not learn to
+    find the hole; supervised: also by a loss of its own against the hole (inpainting only)."""
     threshold: float = Field(default=0.8, gt=0, lt=1)
     """Response from which on a voxel belongs to RN-L's region."""
 
@@ -162,7 +162,7 @@ class Inpainter(SegmentationNetwork):
         """An image, alone or with its hole, to (B, out_channels, *spatial); in training a list that holds it.
 
         x is (B, channels, *spatial), each axis a multiple of `divisor`. The image alone: the output is a segmentation.
-        The image with its hole filled roughly, then the hole, 1 in it, else 0: the output is the restored image. The
+        The image with its hole filled, then the hole, 1 in it, else 0: the output is the restored image. The
         mirrored image may follow and, as another channel, where it is known.
         """
         features, regions = self._encoded(x)

@@ -4,6 +4,10 @@ RN-B, for the encoder, gets the regions of the image, resized to its map. RN-L, 
 because after some layers the border of the hole has moved: the mean and the largest of the channels of a voxel are
 convolved to a response from 0 to 1; voxels with at least `threshold` are one region, all others the other. Regions are
 0 valid and 1 hole, or 0 background, 1 valid and 2 hole: on one voxel of a small map the larger number can win.
+
+The threshold passes no gradient to the response. A straight-through gradient does not help: while no voxel is in the
+region, both regions have the same moments and moving a voxel changes nothing; later it follows whatever lowers the
+loss. On a toy it took as much of the rest as of the hole. `detected_shares` measures what a trained layer detects.
 """
 
 from typing import Literal, get_args
@@ -15,9 +19,9 @@ from torch.nn import functional
 from segkit.models.blocks import convolution
 from segkit.models.kernels.region_norm import Rule, masks_of, normalise_regions, pool_channels
 
-Learning = Literal["affine", "straight-through", "supervised"]
-"""How RN-L learns its region: by the voxel-wise affine, which is computed from the same response, as in the released
-code; also by the split, as if the region were the response; or by a loss of its own against the true hole."""
+Learning = Literal["affine", "supervised"]
+"""What trains RN-L's response: the voxel-wise affine that is computed from it, as in the released code, which does not
+make it find the hole; or also a loss of its own against the true hole."""
 
 
 class RegionNormBasic(nn.Module):
@@ -58,11 +62,9 @@ class RegionNormLearnable(nn.Module):
     """RN-L: region norm of a region that the layer detects, with scale 1 + gamma and shift beta per voxel.
 
     Gamma and beta are convolutions of the response, one map for all channels. While no voxel reaches the threshold, as
-    at first, the layer is instance (or batch) norm.
+    at first, the layer is instance (or batch) norm. The region is the hole only as far as training made it so, see
+    `Learning`.
     """
-
-    detected_share: Tensor
-    """Share of voxels in the region in the last training pass, for the journal."""
 
     def __init__(
         self,
@@ -83,7 +85,6 @@ class RegionNormLearnable(nn.Module):
         self.threshold = threshold
         self.learning: Learning = learning
         self.rule = rule or Rule()
-        self.register_buffer("detected_share", torch.zeros(()), persistent=False)
         self._logits: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,12 +94,8 @@ class RegionNormLearnable(nn.Module):
         response = logits.sigmoid()
         sum_type = torch.promote_types(x.dtype, torch.float32)
         hole = (response >= self.threshold).flatten(2).to(sum_type)
-        if self.training:
-            self.detected_share = hole.mean()
-            self._logits = logits if self.learning == "supervised" else None
-        if self.learning == "straight-through":
-            soft = response.flatten(2).to(sum_type)
-            hole = hole + soft - soft.detach()
+        if self.training and self.learning == "supervised":
+            self._logits = logits
         masks = torch.cat((1 - hole, hole), 1)
         gamma, beta = self.affine(response).flatten(2).to(sum_type).chunk(2, 1)
         weights = torch.cat((masks * (1 + gamma), beta), 1)
@@ -119,6 +116,33 @@ class RegionNormLearnable(nn.Module):
         logits, self._logits = self._logits, None
         target = resize_regions(hole, logits.shape[2:]).to(torch.float32)
         return functional.binary_cross_entropy_with_logits(logits.float(), target)
+
+
+@torch.no_grad()
+def detected_shares(network: nn.Module, x: Tensor, hole: Tensor) -> dict[str, tuple[float, float]]:
+    """The share of the hole, and of all other voxels, that each RN-L layer takes for the hole, by the layer's name.
+
+    `x` is the input of the network, `hole` (B, 1, *) of any size, 1 in the hole, else 0, with both on each layer's map.
+    """
+    found: dict[str, tuple[float, float]] = {}
+
+    def note(name: str, layer: RegionNormLearnable, logits: Tensor) -> None:
+        region = logits.sigmoid() >= layer.threshold
+        is_hole = resize_regions(hole, region.shape[2:]) > 0
+        found[name] = (float(region[is_hole].float().mean()), float(region[~is_hole].float().mean()))
+
+    layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, RegionNormLearnable)}
+    handles = [
+        layer.detector.register_forward_hook(lambda _, __, logits, name=name, layer=layer: note(name, layer, logits))
+        for name, layer in layers.items()
+    ]
+    try:
+        if layers:
+            network(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def resize_regions(regions: Tensor, size: torch.Size, *, keeps_thin: bool = False) -> Tensor:

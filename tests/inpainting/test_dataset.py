@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from segkit.checkpoint.card import Context, Fill
 from segkit.inpainting.dataset import HoleDataset, HoleRules
-from segkit.inpainting.inputs import Context, Midline, mirror_of, rough_fill, stack_inputs
+from segkit.inpainting.inputs import rough_fill, stack_inputs
 from segkit.preparing.holes import HoleMaker, HolesConfig
 from segkit.preparing.preprocessing import Preparation, PreparedCase
 from segkit.reading.geometry import Reorientation
@@ -38,15 +41,20 @@ def head(channels: int = 1, lesion: tuple[slice, ...] | None = None, *, is_voide
 
 
 def dataset(
-    case: PreparedCase, context: Context = "mirror", patch: tuple[int, ...] = (16,) * 3, **rules: object
+    case: PreparedCase,
+    context: Context = "mirror",
+    patch: tuple[int, ...] = (16,) * 3,
+    fill: Fill = "biharmonic",
+    **rules: object,
 ) -> HoleDataset:
     settings: dict[str, object] = {"margin_voxels": 3, "hidden_lesions": 0.0, **rules}
-    return HoleDataset([case], patch, context, HoleRules(HoleMaker(HOLES), **settings), seed=3, length=40)  # type: ignore[arg-type]
+    return HoleDataset([case], patch, context, fill, HoleRules(HoleMaker(HOLES), **settings), seed=3, length=40)  # type: ignore[arg-type]
 
 
 def test_an_item_is_the_image_without_its_hole() -> None:
+    patches = dataset(head(2))
     for index in range(10):
-        item = dataset(head(2))[index]
+        item = patches[index]
         assert {name: (tuple(value.shape), value.dtype) for name, value in item.items()} == {
             "x": ((6, 16, 16, 16), torch.float32),
             "image": ((2, 16, 16, 16), torch.float32),
@@ -62,22 +70,14 @@ def test_an_item_is_the_image_without_its_hole() -> None:
 
 def test_the_other_half_is_shown_where_it_is_known() -> None:
     """The head is its own mirror image, so what is shown of the other half is what is missing here."""
-    seen = 0
+    seen, patches = 0, dataset(head())
     for index in range(20):
-        item = dataset(head())[index]
+        item = patches[index]
         mirrored, is_known = item["x"][2], item["x"][3] > 0
-        assert torch.equal(mirrored[is_known], item["image"][0][is_known])
+        torch.testing.assert_close(mirrored[is_known], item["image"][0][is_known], atol=0.1, rtol=0)
         assert not bool(mirrored[~is_known].any())
         seen += int((is_known & item["hole"][0]).sum())
     assert seen > 0
-
-
-def test_a_hole_across_the_midline_is_not_filled_from_itself() -> None:
-    image = np.arange(1, 7, dtype=np.float32).reshape(1, 6, 1, 1)
-    missing = np.array([False, True, True, True, False, False])[:, None, None]
-    mirrored, is_known = mirror_of(image, missing, Midline(5))
-    assert mirrored.ravel().tolist() == [6, 5, 0, 0, 0, 1]
-    assert is_known.ravel().tolist() == [True, True, False, False, False, True]
 
 
 def test_no_hole_comes_near_a_lesion() -> None:
@@ -85,9 +85,9 @@ def test_no_hole_comes_near_a_lesion() -> None:
     case = head(lesion=lesion)
     assert case.labels is not None
     forbidden = ndimage.distance_transform_edt(case.labels == 0) <= 3
-    shown = set()
+    shown, patches = set(), dataset(case, context="hole")
     for index in range(40):
-        item = dataset(case)[index]
+        item = patches[index]
         hole, image = item["hole"][0].numpy(), item["image"][0].numpy()
         # Every voxel of tissue has a value of its own in its half: values tell where the patch lies.
         inside = set(image[hole & (image > 0)].tolist()) - {0.0}
@@ -103,7 +103,7 @@ def test_lesions_are_hidden_where_they_are_asked_to_be_or_are_not_there(
     case = head(lesion=(slice(6, 18),) * 3, is_voided=is_voided)
     missing_beyond_hole = [
         bool(((item["x"][1] > 0) & ~item["hole"][0]).any())
-        for item in (dataset(case, hidden_lesions=hidden)[index] for index in range(10))
+        for item in map(dataset(case, context="hole", hidden_lesions=hidden).__getitem__, range(10))
     ]
     assert np.mean(missing_beyond_hole) == share  # every patch shows some of the lesion
 
@@ -130,7 +130,7 @@ def test_intensities_change_tissue_only() -> None:
     assert abs(float(slope) - 1) > 1e-3
     torch.testing.assert_close(after, slope * before + (after.mean() - slope * before.mean()), atol=1e-4, rtol=0)
     is_known = plain["x"][3] > 0
-    torch.testing.assert_close(changed["x"][2][is_known], changed["image"][0][is_known])
+    torch.testing.assert_close(changed["x"][2][is_known], changed["image"][0][is_known], atol=0.1, rtol=0)
 
 
 def test_slices_of_a_volume_are_patches_of_two_axes() -> None:
@@ -147,5 +147,18 @@ def test_what_a_network_without_context_sees() -> None:
     np.testing.assert_allclose(stack_inputs(hidden, hole, "none"), image, atol=1e-2)
     assert not stack_inputs(image, np.ones((3, 3), bool), "none").any()
     assert stack_inputs(image, hole, "hole")[2].tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+    assert stack_inputs(hidden, hole, "none", fill="constant")[0].tolist() == [[0, 1, 1], [1, 0, 1], [1, 1, 0]]
     with pytest.raises(ValueError, match="mirrored"):
         stack_inputs(image, hole, "mirror")
+    with pytest.raises(ValueError, match="mirrored"):
+        stack_inputs(image, hole, "hole", fill="mirrored-detail")
+
+
+def test_detail_of_the_other_half_is_nearer_to_the_truth_than_the_fill() -> None:
+    """The head is its own mirror image, so that all detail of the other half is right."""
+    fills = {fill: list(map(dataset(head(), "hole", fill=fill).__getitem__, range(6))) for fill in get_args(Fill)}
+    errors = {
+        fill: sum(float((item["x"][0] - item["image"][0])[item["hole"][0]].square().sum()) for item in items)
+        for fill, items in fills.items()
+    }
+    assert errors["mirrored-detail"] < errors["biharmonic"] < errors["constant"]

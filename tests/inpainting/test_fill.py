@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import runpy
 import subprocess
 import sys
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
 
 from segkit.errors import DataError
-from segkit.inpainting.inputs import rough_fill
+from segkit.inpainting.inputs import rough_fill, smooth_fill
 from segkit.runtime import variables_with
 
-_SIMPLE = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "simple_fills.py"))
-FILLS, biharmonic_fill, harmonic_fill, mean_fill, mirror_fill = (
-    _SIMPLE[name] for name in ("FILLS", "biharmonic_fill", "harmonic_fill", "mean_fill", "mirror_fill")
-)
+harmonic_fill, biharmonic_fill = partial(smooth_fill, power=1), partial(smooth_fill, power=2)
+FILLS = {"harmonic": harmonic_fill, "biharmonic": biharmonic_fill}
 
 SHAPES = [(12, 14), (9, 11, 10)]
 
@@ -66,31 +63,6 @@ def test_known_voxels_and_the_argument_stay_as_they_are(fill, shape):
 def test_an_empty_hole_gives_the_image_back(fill):
     image = np.random.default_rng(0).normal(size=(1, 6, 7)).astype(np.float32)
     assert fill(image, np.zeros((6, 7), bool)).tobytes() == image.tobytes()
-
-
-def test_mean_is_that_of_known_tissue():
-    image = np.array([[[0, 2, 4], [9, 9, 6]], [[0, 0, 0], [5, 5, 0]]], np.float32)
-    hole = np.array([[False, False, False], [True, True, False]])
-    filled = mean_fill(image, hole)
-    assert filled[0].tolist() == [[0, 2, 4], [4, 4, 6]]  # (2 + 4 + 6) / 3
-    assert filled[1].tolist() == [[0, 0, 0], [0, 0, 0]]  # no tissue is known
-
-
-def test_mirror_is_shifted_to_the_shell_and_the_mean_serves_elsewhere():
-    image = np.array([[[2, 6, 0, 0, 0, 0, 7, 9]]], np.float32)
-    mirrored = np.array([[[2, 2, 3, 0, 4, 9, 4, 4]]], np.float32)
-    hole = np.array([[False, False, True, True, True, True, False, False]])
-    is_known = np.array([[True, True, True, True, True, False, True, True]])
-    # Shell: the image's mean is (2 + 6 + 7 + 9) / 4 = 6, the mirrored one's 3. Tissue moves up by 3, background stays,
-    # what is not known gets the mean.
-    assert mirror_fill(image, hole, mirrored, is_known).tolist() == [[[2, 6, 6, 0, 7, 6, 7, 9]]]
-
-
-def test_mirror_without_a_shell_is_not_shifted():
-    image = np.array([[[8, 0, 0, 0]]], np.float32)
-    hole = np.array([[False, True, True, True]])
-    mirrored = np.array([[[np.nan, 1, 2, 3]]], np.float32)
-    assert mirror_fill(image, hole, mirrored, hole).tolist() == [[[8, 1, 2, 3]]]
 
 
 @pytest.mark.parametrize("fill", [harmonic_fill, biharmonic_fill])
@@ -162,7 +134,7 @@ def test_threads_do_not_change_a_bit():
     """More than 10,000 voxels, from which on a BLAS with several threads shares sums among them."""
     code = """
 import hashlib, numpy as np
-from segkit.inpainting.inputs import rough_fill
+from segkit.inpainting.inputs import rough_fill, smooth_fill
 image = np.random.default_rng(0).normal(500, 100, (1, 40, 40, 40)).astype(np.float32)
 hole = np.zeros((40, 40, 40), bool)
 hole[3:37, 3:37, 3:37] = True
@@ -171,12 +143,6 @@ print(hashlib.sha256(rough_fill(image, hole)).hexdigest())
     variables = [variables_with(OMP_NUM_THREADS=count, OPENBLAS_NUM_THREADS=count) for count in ("1", "2")]
     digests = [subprocess.check_output([sys.executable, "-c", code], env=one, text=True) for one in variables]
     assert digests[0] == digests[1]
-
-
-def test_a_mirrored_image_of_another_shape_is_refused():
-    image, hole = np.ones((1, 4, 5), np.float32), box_hole((4, 5), 1, 2)
-    with pytest.raises(DataError, match=r"mirrored image has the shape \(1, 5, 4\)"):
-        mirror_fill(image, hole, np.ones((1, 5, 4), np.float32), ~hole)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=["2d", "3d"])

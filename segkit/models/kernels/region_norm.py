@@ -63,7 +63,7 @@ def normalise_regions(x: Tensor, masks: Tensor, weights: Tensor, gain: Tensor, b
     """Region norm in its general form: sum over k of weights_k (gain_k (x - mean_k) / deviation_k + bias_k).
 
     `x` is (B, C, *spatial), 2D or 3D, of any floating type; sums are taken in float32 at least. `masks` (B, R, voxels),
-    one-hot over R, are the voxels of each region, for the moments; they get a gradient. `weights`, of the same shape,
+    one-hot over R, are the voxels of each region, for the moments, without a gradient. `weights`, of the same shape,
     are usually the masks; an additional row is added to every channel. `gain` and `bias` are (C, R).
 
     Raises:
@@ -150,31 +150,26 @@ class _RegionNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, masks, weights, gain, bias, *moments = ctx.saved_tensors
+        x, masks, weights, gain, bias, means, squares, sizes = ctx.saved_tensors
         with _full_precision(x):
-            small = [value.detach().requires_grad_() for value in (*moments, gain, bias)]
+            small = [value.detach().requires_grad_() for value in (means, squares, gain, bias)]
             with torch.enable_grad():
                 of_small = _scale_and_shift(
-                    _Moments(*small[:3]), small[3], small[4], ctx.rule, masks.shape[2], weights.shape[1]
+                    _Moments(small[0], small[1], sizes), small[2], small[3], ctx.rule, masks.shape[2], weights.shape[1]
                 )
             scale, shift = (value.detach().to(masks.dtype) for value in of_small)
             d_weights = torch.empty_like(weights) if ctx.needs_input_grad[2] else None
             sums = _sum_gradients(x, grad, weights, scale, shift, d_weights)
-            d_mean, d_squares, d_sizes, d_gain, d_bias = torch.autograd.grad(of_small, small, sums)
+            d_mean, d_squares, d_gain, d_bias = torch.autograd.grad(of_small, small, sums)
             # A voxel moves its region's mean by m / S and, as differences from a mean add up to 0, the sum of squares
             # by 2 m (x - mean): together a multiple of x and a constant.
-            means, sizes = moments[0], moments[2].clamp(min=1)
-            slope, constant = 2 * d_squares, d_mean / sizes - 2 * d_squares * means
+            slope, constant = 2 * d_squares, d_mean / sizes.clamp(min=1) - 2 * d_squares * means
             slope, constant = slope.to(masks.dtype), constant.to(masks.dtype)
             d_x = torch.empty_like(x)
             for image, part, dy, weight, mask, to in _parts(x, grad, weights, masks, d_x):
                 z = torch.addcmul(constant[image] @ mask, part.to(mask.dtype), slope[image] @ mask)
                 _multiply_add(z, dy, scale[image] @ weight, to)
-            d_masks = None
-            if ctx.needs_input_grad[1]:
-                offset = (d_squares * means.square() - d_mean * means / sizes).sum(1, keepdim=True) + d_sizes
-                d_masks = _mask_gradient(x, masks, slope / 2, constant, offset.to(masks.dtype))
-        return d_x, d_masks, d_weights, d_gain, d_bias, None
+        return d_x, None, d_weights, d_gain, d_bias, None
 
 
 class _Pool(torch.autograd.Function):
@@ -228,16 +223,6 @@ def _sum_gradients(
         if to:
             to[0].copy_(torch.addmm(shift[image].mT @ dy, scale[image].mT, product))
     return d_scale, d_shift
-
-
-def _mask_gradient(x: Tensor, masks: Tensor, square: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
-    """The gradient (B, R, voxels) that reaches the masks by the moments: a polynomial in x, summed over channels."""
-    result = torch.empty_like(masks)
-    for image, part, to in _parts(x, result):
-        values = part.to(masks.dtype)
-        linear = torch.addmm(offset[image].mT, slope[image].mT, values)
-        to.copy_(linear.addmm_(square[image].mT, values.square()))
-    return result
 
 
 def _sum_over(values: Tensor, rows: Tensor) -> Tensor:
