@@ -1,6 +1,6 @@
 """How good and how fast are the solvers of second-order assignment, on graphs as pre-training makes them?
 
-Run with `pip install 'segkit[matching]'` and `OMP_NUM_THREADS=1 python benchmarks/matching_solvers.py`; three minutes
+Run with `pip install pygmtools` and `OMP_NUM_THREADS=1 python benchmarks/matching_solvers.py`; three minutes
 on one core, nearly all of them for RRWM. Each instance is a set of random features seen twice through noise: nodes are
 joined to their nearest neighbours of the same view, vertices are compared by 0.8 times the cosine of their features,
 edges by the cosine of the differences along them, and both get Gumbel noise, as in a step of training. `--graphs` makes
@@ -17,8 +17,9 @@ from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 
-from segkit.pretraining.solver import SolverConfig, objective, solve, solve_with
+from segkit.pretraining.solver import SolverConfig, objective, solve
 
 FEATURES = 32
 NODES, NEIGHBOURS = 16, 5
@@ -42,6 +43,29 @@ Solver = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 def _ours(**settings: int) -> Solver:
     return lambda vertex, edge: solve(vertex, edge, SolverConfig(**settings))
+
+
+def solve_with(name: str, vertex: np.ndarray, edge: np.ndarray) -> np.ndarray:
+    """Matchings of a solver of pygmtools with its own settings, graph after graph; arguments and result as in `solve`.
+
+    These solvers expect affinities that are symmetric (each order of two pairs gets half, which changes no value) and
+    not negative (for IPFP all are shifted, which changes all values alike; for RRWM and SM negative ones become 0,
+    which finds better matchings). Their scores become a matching by a linear assignment.
+    """
+    import pygmtools
+
+    graphs, n = vertex.shape[:2]
+    order = np.arange(n * n).reshape(n, n).T.reshape(-1)  # pair (i, a) is a * n + i in pygmtools
+    scores = np.empty(vertex.shape)
+    for graph in range(graphs):
+        affinities = (edge[graph] + edge[graph].T).astype(np.float64) / 2
+        affinities[np.diag_indices(n * n)] += vertex[graph].reshape(-1)
+        if name == "ipfp":
+            affinities -= affinities.min()
+        affinities = np.maximum(affinities, 1e-9 * np.abs(affinities).max())  # a walk over zeros would not move
+        with np.errstate(all="ignore"):  # IPFP divides by its step, which is zero once it has arrived
+            scores[graph] = getattr(pygmtools, name)(affinities[np.ix_(order, order)], n, n, backend="numpy")
+    return np.stack([linear_sum_assignment(each, maximize=True)[1] for each in scores])
 
 
 OURS: dict[str, Solver] = {

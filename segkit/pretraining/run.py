@@ -232,17 +232,13 @@ def _first_groups(groups: GroupDataset, count: int) -> Batch:
 
 def _log_views(batch: Batch, nodes: int) -> None:
     """Log the size of the voxels of views, and how much the views of a group overlap."""
-    found = overlap_measures(batch, nodes)
     spacing = batch["first_frame"][:, :, :-1].norm(dim=1).median(0).values.tolist()
-    shown = " x ".join(f"{mm:.2f}" for mm in spacing)
-    sentence = "views: voxels of %s mm; overlap of an image's own two %.2f, with the nearest other image %.2f"
-    _log.info(
-        f"{sentence}; the true overlaps match %.0f %% rightly",
-        shown,
-        found["own"],
-        found["other"],
-        100 * found["oracle"],
+    _log.info("views: voxels of %s mm", " x ".join(f"{mm:.2f}" for mm in spacing))
+    found = overlap_measures(batch, nodes)
+    sentence = (
+        "overlap of an image's views %(own).2f, with the nearest other image %(other).2f; matched by it %(oracle).2f"
     )
+    _log.info(sentence, found)
     if found["oracle"] < _LEAST_ORACLE:
         _log.warning("the images of a group overlap so much that matching is ambiguous: lower images.crop_overlap")
 

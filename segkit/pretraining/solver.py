@@ -26,24 +26,17 @@ from pydantic import Field
 from scipy.optimize import linear_sum_assignment
 
 from segkit.config import Config
-from segkit.errors import RequestError
 
 Array = NDArray[np.floating[Any]]
 Matching = NDArray[np.int64]
 """(G, n): the partner in the second graph of each node of the first."""
 
-PygmSolver = Literal["rrwm", "ipfp", "sm"]
-"""Solvers of pygmtools."""
-
 _AT_ONCE = 32  # graphs that are solved together; the memory of more would not stay in the cache
 
 
 class SolverConfig(Config):
-    """Which solver, and how long it searches."""
+    """How long is searched."""
 
-    method: Literal["segkit", PygmSolver] = "segkit"
-    """segkit: the search of this file, which the other settings are for; rrwm, ipfp, sm: solvers of pygmtools, to
-    compare (`pip install 'segkit[matching]'`)."""
     order: Literal[1, 2] = 2
     """2: vertices and edges; 1: vertices alone, which a linear assignment solves exactly."""
     starts: int = Field(default=1, ge=1, le=3)
@@ -66,15 +59,12 @@ def solve(vertex: Array, edge: Array | None, config: SolverConfig | None = None)
 
     Raises:
         ValueError: the shapes do not belong together, or an affinity is not finite.
-        RequestError: a solver of pygmtools is asked for, which is not installed.
     """
     config = config or SolverConfig()
     _check(vertex, edge)
     matching = _assign(vertex)
     if edge is None or config.order == 1:
         return matching
-    if config.method != "segkit":
-        return solve_with(config.method, vertex, edge)
     room = np.empty_like(edge[:_AT_ONCE])  # fresh memory for every part would cost more than the sum it takes
     for first in range(0, len(vertex), _AT_ONCE):
         graphs = slice(first, first + _AT_ONCE)
@@ -83,33 +73,6 @@ def solve(vertex: Array, edge: Array | None, config: SolverConfig | None = None)
         is_better = objective(*part, found) > objective(*part, linear)
         matching[graphs] = np.where(is_better[:, None], found, linear)
     return matching
-
-
-def solve_with(name: PygmSolver, vertex: Array, edge: Array) -> Matching:
-    """Matchings of a solver of pygmtools with its own settings, graph after graph; arguments and result as in `solve`.
-
-    These solvers expect affinities that are symmetric (each order of two pairs gets half, which changes no value) and
-    not negative (for IPFP all are shifted, which changes all values alike; for RRWM and SM negative ones become 0,
-    which finds better matchings). Their scores become a matching by a linear assignment.
-    """
-    try:
-        import pygmtools
-    except ModuleNotFoundError as error:
-        remedy = "Install pygmtools with `pip install 'segkit[matching]'`, or take the solver of segkit"
-        raise RequestError(f"{error.name} is not installed", remedy=remedy) from error
-    _check(vertex, edge)
-    graphs, n = vertex.shape[:2]
-    order = np.arange(n * n).reshape(n, n).T.reshape(-1)  # pair (i, a) is a * n + i in pygmtools
-    scores = np.empty(vertex.shape)
-    for graph in range(graphs):
-        affinities = (edge[graph] + edge[graph].T).astype(np.float64) / 2
-        affinities[np.diag_indices(n * n)] += vertex[graph].reshape(-1)
-        if name == "ipfp":
-            affinities -= affinities.min()
-        affinities = np.maximum(affinities, 1e-9 * np.abs(affinities).max())  # a walk over zeros would not move
-        with np.errstate(all="ignore"):  # IPFP divides by its step, which is zero once it has arrived
-            scores[graph] = getattr(pygmtools, name)(affinities[np.ix_(order, order)], n, n, backend="numpy")
-    return _assign(scores)
 
 
 def objective(vertex: Array, edge: Array | None, matching: Matching) -> NDArray[np.float64]:

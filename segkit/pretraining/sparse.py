@@ -67,20 +67,17 @@ class SparseMasking:
         groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else x.shape[1]
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         parts = wide.reshape(len(x), groups, -1, *x.shape[2:])  # (B, G, C / G, *spatial)
-        if is_batch and not norm.training and norm.running_mean is not None:
-            running = norm.running_mean, norm.running_var
-            mean, variance = (value.view(groups, *(1,) * (x.dim() - 1)) for value in running)
-            centred = (parts - mean) * seen
-        else:
-            axes = [*range(2, parts.dim()), *([0] if is_batch else [])]
-            count = seen.sum(axes, keepdim=True) * parts.shape[2]
-            mean = (parts * seen).sum(axes, keepdim=True) / count
-            centred = (parts - mean) * seen
-            variance = centred.square().sum(axes, keepdim=True) / count
-            if is_batch and norm.running_mean is not None:
+        axes = [*range(2, parts.dim()), *([0] if is_batch else [])]
+        count = seen.sum(axes, keepdim=True) * parts.shape[2]
+        mean = (parts * seen).sum(axes, keepdim=True) / count
+        variance = ((parts - mean) * seen).square().sum(axes, keepdim=True) / count
+        if is_batch and norm.running_mean is not None:
+            if norm.training:
                 _count_batch(norm, mean, variance * count / (count - 1).clamp(min=1))
+            else:
+                mean, variance = (value.view_as(mean) for value in (norm.running_mean, norm.running_var))
         epsilon = norm.epsilon if isinstance(norm, InstanceNorm) else norm.eps
-        result: Tensor = (centred * (variance + epsilon).rsqrt()).flatten(1, 2)
+        result: Tensor = ((parts - mean) * (variance + epsilon).rsqrt()).flatten(1, 2)
         if norm.weight is not None:
             weight, bias = (value.view(-1, *(1,) * (x.dim() - 2)) for value in (norm.weight, norm.bias))
             result = result * weight + bias

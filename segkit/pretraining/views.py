@@ -1,6 +1,6 @@
 """Random views of one image, each with its *frame*: the affine from the view's voxels to the image.
 
-A view is a random box of the image, resampled to a fixed size, mirrored, possibly rotated, with changed intensities.
+A view is a random box of the image, resampled to a fixed size, mirrored, with changed intensities.
 Its frame maps voxel indices of the view (0-based, at voxel centres) to mm in the image it was cut from, whose first
 voxel has its centre at 0 mm. The frames of two views show which of their feature cells are at the same place.
 """
@@ -19,7 +19,7 @@ from torch.nn import functional
 from segkit.config import Config
 from segkit.preparing.augmentation import IntensityConfig, Range, intensity_transforms
 from segkit.preparing.preprocessing import crop_box
-from segkit.preparing.transforms import IMAGE, rotation, rotation_planes
+from segkit.preparing.transforms import IMAGE
 from segkit.shapes import AnyArray
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -59,9 +59,6 @@ class ViewsConfig(Config):
     mirror_axes: tuple[int, ...] | None = None
     """Axes of the view that are mirrored, each with probability 0.5; None means all of them (our choice: LVM-Med
     mirrors pictures from left to right)."""
-    rotation_degrees: float = Field(default=0.0, ge=0, le=180)
-    """Largest angle of a rotation, either way, in degrees (only in the slice plane where a view is thin); what it
-    brings in from outside the image is 0."""
     intensities: ViewIntensityConfig = Field(default_factory=ViewIntensityConfig)
     """Changes of intensities, drawn for each view and modality."""
 
@@ -100,9 +97,9 @@ class RandViewd(RandomizableTransform):  # type: ignore[misc]
         """The view and its frame."""
         image, spacing_mm = data[IMAGE], data["spacing_mm"]
         content = data.get("content") or crop_box(image, "nonzero")
-        matrix, offset, is_turned = _draw_placement(content, spacing_mm, self.size, self.config, self.R)
+        matrix, offset = _draw_placement(content, self.size, self.config, self.R)
         frame = np.concatenate([matrix, offset[:, None]], axis=1) * np.asarray(spacing_mm, np.float64)[:, None]
-        view = _resample(image, matrix, offset, self.size, is_turned)
+        view = _resample(image, matrix, offset, self.size)
         return {IMAGE: view, "frame": torch.from_numpy(frame).float()}
 
 
@@ -120,9 +117,9 @@ def cell_positions(frame: torch.Tensor, view_shape: Sequence[int], map_shape: Se
 
 
 def _draw_placement(
-    content: Box, spacing_mm: Sequence[float], size: Sequence[int], config: ViewsConfig, random: np.random.RandomState
-) -> tuple[NDArray[np.float64], NDArray[np.float64], bool]:
-    """Matrix (dims, dims) and offset (dims,) from voxel indices of the view to those of the image; whether rotated."""
+    content: Box, size: Sequence[int], config: ViewsConfig, random: np.random.RandomState
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Matrix (dims, dims) and offset (dims,) from voxel indices of the view to those of the image."""
     dims = len(size)
     start, stop = (np.array(corner, np.float64) for corner in content)
     voxels = np.array(size, np.float64)
@@ -137,22 +134,11 @@ def _draw_placement(
     allowed = range(dims) if config.mirror_axes is None else config.mirror_axes
     sign = [-1.0 if axis in allowed and is_mirrored[axis] else 1.0 for axis in range(dims)]
     matrix = np.diag(sign * extent / voxels)
-    if config.rotation_degrees:
-        spacing = np.array(spacing_mm, np.float64)
-        turn = _draw_rotation(size, config.rotation_degrees, random)
-        matrix = (turn * spacing / spacing[:, None]) @ matrix  # a rotation is rigid in mm, not in voxels
-    return matrix, middle - matrix @ ((voxels - 1) / 2), config.rotation_degrees > 0
-
-
-def _draw_rotation(size: Sequence[int], most_degrees: float, random: np.random.RandomState) -> NDArray[np.float64]:
-    turn = np.eye(len(size))
-    for plane in rotation_planes(size):
-        turn = rotation(len(size), plane, random.uniform(-most_degrees, most_degrees)) @ turn
-    return turn
+    return matrix, middle - matrix @ ((voxels - 1) / 2)
 
 
 def _resample(
-    image: AnyArray, matrix: NDArray[np.float64], offset: NDArray[np.float64], size: Sequence[int], is_turned: bool
+    image: AnyArray, matrix: NDArray[np.float64], offset: NDArray[np.float64], size: Sequence[int]
 ) -> torch.Tensor:
     """The values of (C, *spatial) at `matrix @ voxel + offset`, (C, *size); the outermost reach to the image's edge."""
     shape = np.array(image.shape[1:])
@@ -177,8 +163,6 @@ def _resample(
         steps = zip(matrix[axis], voxels, strict=True)
         place = sum((float(step) * voxel for step, voxel in steps), float(offset[axis]))
         grid[..., -1 - axis] = (2 * place + 1) / length - 1
-    torch_grid = torch.from_numpy(grid)
-    view = functional.grid_sample(part, torch_grid, mode="bilinear", padding_mode="border", align_corners=False)
-    if is_turned:
-        view *= (torch_grid.abs() <= 1).all(dim=-1)
-    return view[0]
+    return functional.grid_sample(
+        part, torch.from_numpy(grid), mode="bilinear", padding_mode="border", align_corners=False
+    )[0]

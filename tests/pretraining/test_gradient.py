@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
@@ -127,22 +126,3 @@ def test_the_usual_temperature_depends_on_the_order() -> None:
     assert GradientConfig().temperature_for(1) == 0.3
     assert GradientConfig(temperature=0.5).temperature_for(1) == 0.5
     assert GradientConfig(noise="margin").temperature_for(2) == 0.0
-
-
-def test_another_solver_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    affinities = leaves(1.0, graphs=2)
-    asked: list[str] = []
-
-    def remembered(name: str, vertex: np.ndarray, edge: np.ndarray) -> np.ndarray:
-        asked.append(f"{name} {vertex.shape} {edge.shape}")
-        return np.tile(np.arange(16)[::-1], (2, 1)).astype(np.int64)
-
-    monkeypatch.setattr("segkit.pretraining.solver.solve_with", remembered)
-    found = matching_of(affinities, SolverConfig(method="rrwm"))
-    assert found.tolist() == [list(range(15, -1, -1))] * 2
-    assert asked == ["rrwm (2, 16, 16) (2, 256, 256)"]
-    assert matching_of(affinities, SolverConfig(method="rrwm", order=1)).shape == (
-        2,
-        16,
-    )  # without edges, an assignment
-    assert len(asked) == 1

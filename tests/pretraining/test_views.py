@@ -47,7 +47,6 @@ def draw_view(
     return run(transforms, {"image": image, "spacing_mm": spacing_mm, "content": content})
 
 
-@pytest.mark.parametrize("degrees", [0.0, 40.0])
 @pytest.mark.parametrize("mirror_axes", [(), (0,), None])
 @pytest.mark.parametrize(
     ("shape", "spacing_mm", "size"),
@@ -64,7 +63,6 @@ def test_an_image_of_its_own_coordinates_shows_what_the_frame_says(
     spacing_mm: tuple[float, ...],
     size: tuple[int, ...],
     mirror_axes: tuple[int, ...] | None,
-    degrees: float,
 ) -> None:
     image = coordinates(shape, spacing_mm)
     config = WHOLE.model_copy(
@@ -72,7 +70,6 @@ def test_an_image_of_its_own_coordinates_shows_what_the_frame_says(
             "scale_range": (0.4, 1.0),
             "aspect_range": (0.75, 4 / 3),
             "mirror_axes": mirror_axes,
-            "rotation_degrees": degrees,
         }
     )
     step = np.reshape(spacing_mm, (-1, *(1 for _ in shape)))
@@ -146,18 +143,6 @@ def test_a_view_of_narrow_content_keeps_its_shape() -> None:
     view = draw_view(image, (1, 1), (5, 5), WHOLE, 0)
 
     assert view["frame"][:, :-1].tolist() == [[2, 0], [0, 2]]
-
-
-def test_what_a_rotation_brings_in_from_outside_is_zero() -> None:
-    image = np.ones((1, 30, 30), np.float32)
-    config = WHOLE.model_copy(update={"rotation_degrees": 45.0})
-
-    view = draw_view(image, (1, 1), (30, 30), config, 2)
-    places = voxel_positions(view["frame"], (30, 30))
-    is_outside = ((places < -0.51) | (places > 29.51)).any(axis=0)
-
-    assert is_outside.sum() > 50
-    assert not view["image"][0].numpy()[is_outside].any()
 
 
 def test_intensities_change_and_zeros_stay() -> None:
