@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -36,7 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from inpainting_tables import print_table
+from inpainting_tables import print_table, save_grid
 from tables import processor, read_lines
 
 from segkit.inference.backends import TorchBackend
@@ -401,25 +400,6 @@ def draw_anomalies(work: Work) -> None:
             rows.append([(shown, kept[part] / max(np.percentile(kept[part], 99.8), 1e-6)) for shown, part in parts])
     if rows:
         save_grid(rows, IMAGES / "anomaly.png", largest=1.0)
-
-
-def save_grid(rows: Sequence[Sequence[tuple[str, np.ndarray]]], path: Path, largest: float) -> None:
-    """Pictures (W, H) with titles in rows."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        len(rows), len(rows[0]), figsize=(1.7 * len(rows[0]), 1.9 * len(rows)), squeeze=False
-    )
-    for axis, (title, picture) in zip(axes.ravel(), (cell for row in rows for cell in row), strict=True):
-        axis.imshow(picture.T, origin="lower", cmap="gray", vmin=0, vmax=largest)
-        axis.set_title(title, fontsize=5)
-        axis.axis("off")
-    figure.tight_layout(pad=0.3)
-    figure.savefig(path, dpi=110)
-    print(os.path.relpath(path))
 
 
 if __name__ == "__main__":

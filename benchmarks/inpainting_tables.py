@@ -1,8 +1,9 @@
-"""The tables of `benchmarks/inpainting.py`, from the lines of its results."""
+"""The tables and pictures of `benchmarks/inpainting.py`, from the lines of its results."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,3 +89,22 @@ def _means(lines: Sequence[Line], case: str, smallest: str) -> tuple[float, floa
     """Mean SSIM and MSE over the holes of a case outside the smallest bin."""
     holes = [hole for line in lines if line["case"] == case for hole in line["holes"] if hole["bin"] != smallest]
     return float(np.mean([hole["ssim"] for hole in holes])), float(np.mean([hole["mse"] for hole in holes]))
+
+
+def save_grid(rows: Sequence[Sequence[tuple[str, np.ndarray]]], path: Path, largest: float) -> None:
+    """Pictures (W, H) with titles in rows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        len(rows), len(rows[0]), figsize=(1.7 * len(rows[0]), 1.9 * len(rows)), squeeze=False
+    )
+    for axis, (title, picture) in zip(axes.ravel(), (cell for row in rows for cell in row), strict=True):
+        axis.imshow(picture.T, origin="lower", cmap="gray", vmin=0, vmax=largest)
+        axis.set_title(title, fontsize=5)
+        axis.axis("off")
+    figure.tight_layout(pad=0.3)
+    figure.savefig(path, dpi=110)
+    print(path.name)
