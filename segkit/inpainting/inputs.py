@@ -22,8 +22,8 @@ from segkit.shapes import AnyArray, Image, Mask
 DETAIL_SHARE = 0.25
 """Share of the mirrored detail in the fill "mirrored-detail".
 
-In four scans of BraTS 2018 the best share by least squares was 0.4 for holes of 30 voxels in diameter, where it explains
-5 % of the squared error of the fill, and 0 for holes of 10 and 18 voxels.
+In four scans of BraTS 2018 the best share by least squares was 0.4 for holes of 30 voxels in diameter, where it
+explains 5 % of the squared error of the fill, and 0 for holes of 10 and 18 voxels.
 """
 _REACH_VOXELS = 2  # reach of the equation of a voxel: twice that of the Laplacian
 _RESIDUAL = 1e-8  # residual, relative to the known voxels' share, at which the solution counts as found
