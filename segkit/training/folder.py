@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -186,6 +187,9 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
     path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
+_REMOVED = {"views.rotation_degrees": 0.0, "graph_matching.solver.method": "segkit"}
+"""Settings of version 0.1 that are gone, and the value as which all runs have them."""
+
 Changes = Mapping[str, tuple[Any, Any]]
 """Dotted key of a setting -> its old and its new value."""
 
@@ -214,7 +218,8 @@ def changes_of(run: Path, config: Config, *, allow_changes: bool) -> Changes:
         RequestError: settings differ and may not change, or those of the run cannot be read.
     """
     path = run / SETTINGS_NAME
-    before = dict(_leaves(build_config(type(config), [(str(path), _read_to_resume(path))])))  # with newer defaults
+    settings = _without_removed(_read_to_resume(path))
+    before = dict(_leaves(build_config(type(config), [(str(path), settings)])))  # with newer defaults
     changes = {
         name: (before[name], value)
         for name, value in _leaves(config)
@@ -225,6 +230,16 @@ def changes_of(run: Path, config: Config, *, allow_changes: bool) -> Changes:
         remedy = "Repeat the settings of the run, or add --allow-changes to continue with the new ones"
         raise RequestError(f"the settings differ from those of the run: {shown}", where=run, remedy=remedy)
     return changes
+
+
+def _without_removed(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without those that are gone, if they had the only value that there is now."""
+    for name, value in _REMOVED.items():
+        *sections, key = name.split(".")
+        section = reduce(lambda found, one: found.get(one, {}), sections, settings)
+        if section.get(key) == value:
+            del section[key]
+    return settings
 
 
 def with_planned(run: Path, config: ConfigT) -> ConfigT:

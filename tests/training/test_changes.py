@@ -9,6 +9,7 @@ import pytest
 
 from segkit.config import build_config
 from segkit.errors import RequestError
+from segkit.pretraining.methods import PretrainConfig
 from segkit.training.config import TrainConfig
 from segkit.training.folder import FREE_SETTINGS, settle_settings, with_settings
 
@@ -52,6 +53,21 @@ def test_what_changes_nothing_that_is_learnt_allow_changes(tmp_path: Path) -> No
     settle_settings(tmp_path, config(), resume=False, allow_changes=False)
     free = config(data={"cache": "elsewhere"}, training={"workers": 3, "checkpoint_minutes": 1})
     assert settle(tmp_path, free) == []
+
+
+def test_removed_settings_are_no_change_unless_they_were_used(tmp_path: Path) -> None:
+    settings = build_config(PretrainConfig, [])
+    settle_settings(tmp_path, settings, resume=False, allow_changes=False)
+    path = tmp_path / "settings.json"
+    document = json.loads(path.read_text())
+    document["views"]["rotation_degrees"] = 0.0
+    document["graph_matching"]["solver"]["method"] = "segkit"
+    path.write_text(json.dumps(document))
+    assert settle_settings(tmp_path, settings, resume=True, allow_changes=False) == {}
+    document["views"]["rotation_degrees"] = 30.0
+    path.write_text(json.dumps(document))
+    with pytest.raises(RequestError, match=r"views.rotation_degrees"):
+        settle_settings(tmp_path, settings, resume=True, allow_changes=False)
 
 
 def test_the_free_settings_exist() -> None:
