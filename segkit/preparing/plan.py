@@ -197,17 +197,12 @@ def plan_training(
     on_gpu = device is not None and device.type == "cuda"
     computation = Computation(device, pick_precision(request.precision, device)) if device and on_gpu else ON_CPU
 
+    of_run: Any = {"has_average": request.has_average, "device": device, "shards": request.shards}
+
     def estimate(candidate: CandidateNetwork, counted: Shape, batch: int, patch: Shape) -> float:
         cost = candidate.cost(counted, computation).scaled(batch * math.prod(patch) / math.prod(counted))
-        return estimate_memory_gb(
-            cost,
-            volumes,
-            slab=slab_share(largest, patch),
-            has_average=request.has_average,
-            device=device,
-            shards=request.shards,
-            sample_processes=min(batch, torch.get_num_threads()),
-        )
+        slab, count = slab_share(largest, patch), min(batch, torch.get_num_threads())
+        return estimate_memory_gb(cost, volumes, slab=slab, sample_processes=count, **of_run)
 
     choice = _first_that_fits(network, request, median, limits, memory_gb, estimate)
     _explain(choice, request, median, limits, memory_gb, reasons)
