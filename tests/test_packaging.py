@@ -49,7 +49,7 @@ def test_installed_wheel_runs_outside_the_checkout(wheel: Path, tmp_path: Path) 
     )
     assert str(site) in done.stdout.splitlines()[0], done.stdout + done.stderr
     assert done.stdout.splitlines()[1] == "['cpu', 'default', 'large', 'tiny']"
-    assert "patch_limit: 64" in done.stdout
+    assert "patch_limit: 48" in done.stdout
     assert done.returncode == 0
 
 

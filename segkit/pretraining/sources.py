@@ -42,7 +42,7 @@ class ImagesConfig(Config):
     out; where the normalisation leaves no voxel 0, none are."""
     slice_step_mm: float = Field(default=3.0, ge=0)
     """Least distance between neighbouring slices of a group, and of crops along each axis (our choice: slices 1 mm
-    apart are nearly equal); 0 takes slices as they follow each other."""
+    apart are nearly equal); slices are closer where a stack has not enough for that; 0 takes them as they follow."""
     neighbours: int = Field(default=8, ge=1)
     """How many images of a group are side by side in one subject: half of 16 is our choice."""
     balance: float = Field(default=0.5, ge=0, le=1)
@@ -104,9 +104,12 @@ class Stack:
         axis = self.axis or 0
         return float((self.starts[number][axis] + (self.extent[axis] - 1) / 2) * self.spacing_mm[axis])
 
-    def slices_per_step(self, step_mm: float) -> int:
+    def slices_per_step(self, images: ImagesConfig) -> int:
         """Distance in slices to the next one of a group; 1 for crops and pictures."""
-        return 1 if self.axis is None else max(1, math.ceil(step_mm / self.spacing_mm[self.axis] - 1e-6))
+        if self.axis is None or images.neighbours == 1:
+            return 1
+        wanted = math.ceil(images.slice_step_mm / self.spacing_mm[self.axis] - 1e-6)
+        return max(1, min(wanted, (len(self) - 1) // (images.neighbours - 1)))
 
     def neighbours(self, count: int, step: int, generator: np.random.Generator) -> NDArray[np.int64]:
         """Numbers of `count` images side by side: slices `step` apart, or the crops that are nearest to one of them."""
@@ -311,7 +314,7 @@ class GroupDataset(Dataset[dict[str, torch.Tensor]]):
         pool = self._pools[generator.choice(len(self._pools), p=self._chances)]
         anchor = int(generator.choice(pool.anchors))
         stack = self.stacks[pool.first + anchor]
-        step = stack.slices_per_step(self.images.slice_step_mm)
+        step = stack.slices_per_step(self.images)
         run = stack.neighbours(self.images.neighbours, step, generator)
         chosen = [(anchor, int(image)) for image in run]
         is_same_patient = pool.patients == pool.patients[anchor]
@@ -348,13 +351,13 @@ class _Pool:
             remedy = "Add cases, leave it out, lower images.empty_below or images.crop_size, or make groups smaller"
             raise DataError(found, where=source.name, expected=expected, remedy=remedy)
         _, patients = np.unique(np.array(source.patients), return_inverse=True)
-        steps = np.array([stack.slices_per_step(images.slice_step_mm) for stack in stacks])
+        steps = np.array([stack.slices_per_step(images) for stack in stacks])
         lengths = (images.neighbours - 1) * steps + 1
         is_picture = np.array([len(stack.spacing_mm) == 2 for stack in stacks])
         anchors = np.flatnonzero((counts >= lengths) | is_picture)
         if not anchors.size:
             found = f"no case has {images.neighbours} neighbouring images; the most in one stack is {counts.max()}"
-            remedy = "Lower images.neighbours, images.slice_step_mm or images.empty_below, or leave it out"
+            remedy = "Lower images.neighbours or images.empty_below, or leave it out"
             raise DataError(found, where=source.name, remedy=remedy)
         return cls(first, patients[[stack.case for stack in stacks]], counts, anchors)
 

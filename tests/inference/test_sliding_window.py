@@ -142,27 +142,30 @@ def test_a_part_of_a_slab_keeps_its_place() -> None:
     assert part.spread.tolist() == [[1, 2], [5, 6]]
 
 
-class Counting(nn.Module):
-    """Doubles its input, and notes the number of windows of each call."""
+class Counting(TorchBackend):
+    """Doubles windows, and notes their number of each call."""
 
-    def __init__(self, calls: list[int]) -> None:
-        super().__init__()
-        self.calls = calls
+    def __init__(self, threads: int | None = None) -> None:
+        super().__init__(Doubling(), threads=threads)
+        self.calls: list[int] = []
 
-    def __deepcopy__(self, memo: dict[int, object]) -> Counting:
-        return Counting(self.calls)
+    def compute(self, windows: torch.Tensor) -> torch.Tensor:
+        self.calls.append(len(windows))
+        return super().compute(windows)
 
+
+class Doubling(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls.append(len(x))
         return 2 * x
 
 
 def test_torch_computes_as_many_windows_at_once_as_it_has_threads(two_threads: None) -> None:
     image = noise(1, 8, 12, 4)
     image[:, :, :8] = 3  # of three rows of two windows the first two are constant
-    backend = TorchBackend(Counting(calls := []))
+    backend = Counting()
     found = predict(backend, image, (4, 4, 4), overlap=0)
     np.testing.assert_allclose(found, 2 * image, rtol=1e-6)
-    assert calls == [1] * 4  # the second row is known
-    assert predict(TorchBackend(Counting(one := []), threads=1), image, (4, 4, 4), overlap=0).shape == image.shape
-    assert one == [1] * 3
+    assert backend.calls == [2, 2]  # the second row is known
+    alone = Counting(threads=1)
+    np.testing.assert_allclose(predict(alone, image, (4, 4, 4), overlap=0), found, rtol=1e-6)
+    assert alone.calls == [1] * 3
