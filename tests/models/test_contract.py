@@ -104,8 +104,9 @@ def test_gradients_in_bfloat16_point_where_those_in_float32_do(family: str, dims
 
 
 @pytest.mark.parametrize(("family", "dims"), ENTRIES)
-def test_threads_for_samples_change_nothing(family: str, dims: int, two_threads: None) -> None:
-    model = _without_randomness_and_batch_statistics(_build(family, dims).double())
+def test_processes_for_samples_change_nothing(family: str, dims: int, two_threads: None) -> None:
+    small = _SMALL_DIVISOR.get((family, dims), {})  # two processes hold it in float64
+    model = _without_randomness_and_batch_statistics(_build(family, dims, **small).double())
     x = torch.randn(3, 2, *_two_divisors(model), dtype=torch.float64)
     weights = dict(model.named_parameters())
     found = []
@@ -113,9 +114,9 @@ def test_threads_for_samples_change_nothing(family: str, dims: int, two_threads:
         levels = run(x)
         loss = sum((level * level.detach().cos()).sum() for level in levels)
         found.append((levels, torch.autograd.grad(loss, list(weights.values()), allow_unused=True)))
-    (expected, gradients), (levels, in_threads) = found
+    (expected, gradients), (levels, in_processes) = found
     torch.testing.assert_close(levels, expected, rtol=1e-9, atol=1e-9)
-    for name, of_batch, of_samples in zip(weights, gradients, in_threads, strict=True):
+    for name, of_batch, of_samples in zip(weights, gradients, in_processes, strict=True):
         assert (of_batch is None) == (of_samples is None), name
         if of_batch is not None:
             torch.testing.assert_close(of_samples, of_batch, rtol=1e-6, atol=1e-9)
